@@ -1,0 +1,145 @@
+"""What every method is made of: a `Config`, and two halves, `prepare` (eager) and `attend` (traced)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from accelplug.kernels.attention import Backend, block_attention
+from accelplug.kernels.orders import Tiles, tiles
+from accelplug.kernels.plan import BlockPlan, Threshold, pool
+from accelplug.kernels.rest import Drop, Pool
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from accelplug.call import AttentionCall, Clock, Layout, Site
+
+
+class Config(BaseModel):
+    """Base of all configs: unknown keys, infinities and NaN are errors; values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Patch:
+    """One method. Subclasses set `Config`, and write `prepare` and `attend`.
+
+    `prepare` runs outside every compiled graph, when the layout, the step's policy or a table changes. `attend` is traced:
+    it sees tensors and what `prepare` returned, neither the site nor the clock.
+    """
+
+    Config: ClassVar[type[Config]] = Config
+    cite: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    speed: ClassVar[bool] = True
+    """Whether the method exists to be faster: such a patch is left dense where it would not pay (`gate="auto"`)."""
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = self.Config.model_validate(config or {})
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config!r})"
+
+    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Any:
+        """Return what `attend` needs here and now (tensors on the CPU and floats), or None to run dense."""
+        raise UnimplementedHalf(type(self), "prepare")
+
+    def attend(self, call: AttentionCall, params: Any) -> Tensor:
+        """Return the attention output (B, H, S_q, D_v)."""
+        raise UnimplementedHalf(type(self), "attend")
+
+
+class UnimplementedHalf(TypeError):
+    """A `Patch` subclass lacks one of its two halves."""
+
+    def __init__(self, cls: type, half: str) -> None:
+        super().__init__(f"{cls.__name__} must define {half}(); see accelplug/patches/base.py.")
+
+
+class BlockConfig(Config):
+    """The keys that all block-sparse methods share."""
+
+    block: int = Field(128, ge=8, le=1024, multiple_of=8, description="Slots per query and key block.")
+    rest: Literal["drop", "pool"] = Field("drop", description="What becomes of the key blocks that are not selected.")
+    rest_weight: float = Field(1.0, ge=0.0, le=1.0, description="Factor on log(length) of a pooled block (rest: pool).")
+    backend: Backend = Field("auto", description="Kernel that runs the plan: auto, triton, flex, blocked or reference.")
+
+
+@dataclass(frozen=True, eq=False)
+class BlockParams:
+    """What a block-sparse `attend` needs: the tiles, and the plan where it does not depend on the scores."""
+
+    tiles: Tiles
+    plan: BlockPlan | None
+
+    def to(self, device: torch.device | str) -> BlockParams:
+        """Return the params with their tensors on `device`."""
+        return BlockParams(self.tiles.to(device), self.plan and self.plan.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a selector by scores sees: pooled queries (B, H, M, D) and keys (B, H, N, D), float32, and the scale."""
+
+    q_pool: Tensor
+    k_pool: Tensor
+    scale: float
+
+
+class BlockSparse(Patch):
+    """Template of the block-sparse methods: order, select, run the kernel, un-order.
+
+    A subclass writes `select`, and `order` where tokens do not lie in raster order. With ``static = True`` the plan depends on
+    the layout alone and is made once in `prepare`; otherwise `select` is called with pooled scores, inside the graph.
+    """
+
+    Config: ClassVar[type[Config]] = BlockConfig
+    static: ClassVar[bool] = True
+    config: BlockConfig
+
+    def neutral(self, layout: Layout) -> bool:
+        """Whether this config reads every key of `layout`: then the call runs dense, bit for bit."""
+        return False
+
+    def order(self, layout: Layout) -> Tiles:
+        """Return how tokens line up in blocks; raster by default."""
+        return tiles(layout, "raster", self.config.block)
+
+    def select(self, tiles: Tiles, scores: Scores | None = None) -> BlockPlan | Threshold:
+        """Return the key blocks that each query block reads; text rows and text columns must be among them."""
+        raise UnimplementedHalf(type(self), "select")
+
+    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> BlockParams | None:
+        if self.neutral(layout):
+            return None
+        tiles = self.order(layout)
+        plan = self.select(tiles) if self.static else None
+        return BlockParams(tiles, plan)
+
+    def attend(self, call: AttentionCall, params: BlockParams) -> Tensor:
+        tiles, block = params.tiles, self.config.block
+        q, k, v = (tiles.permute(x) for x in (call.q, call.k, call.v))
+        key_mask = call.mask
+        if key_mask is not None and tiles.gather is not None:
+            key_mask = key_mask.index_select(-1, tiles.gather)
+        plan: BlockPlan | Threshold | None = params.plan
+        if plan is None:
+            lengths = tiles.lengths(block)
+            q_pool, _ = pool(q, lengths, block)
+            k_pool, _ = pool(k, lengths, block, key_mask)
+            k_pool = k_pool.repeat_interleave(q.shape[1] // k.shape[1], 1)
+            plan = self.select(tiles, Scores(q_pool, k_pool, call.scale))
+        rest = Drop() if self.config.rest == "drop" else Pool(self._pool_weight(q))
+        out = block_attention(
+            q, k, v, plan, rest=rest, scale=call.scale, key_mask=key_mask, backend=self.config.backend
+        )
+        return tiles.unpermute(out)
+
+    def _pool_weight(self, q: Tensor) -> Tensor | None:
+        if self.config.rest_weight == 1.0:
+            return None
+        return torch.full((q.shape[1],), self.config.rest_weight, device=q.device)
