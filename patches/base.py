@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from accelplug.kernels.attention import Backend, block_attention
+from accelplug.bounded import Bounded
+from accelplug.kernels.attention import Backend, block_attention, measure_choice
 from accelplug.kernels.orders import Tiles, tiles
 from accelplug.kernels.plan import BlockPlan, Threshold, pool
 from accelplug.kernels.rest import Drop, Pool
@@ -51,6 +52,13 @@ class Patch:
     def attend(self, call: AttentionCall, params: Any) -> Tensor:
         """Return the attention output (B, H, S_q, D_v)."""
         raise UnimplementedHalf(type(self), "attend")
+
+    def choose_backend(self, call: AttentionCall, params: Any) -> None:
+        """Time the kernels that could answer `call` and remember the fastest. Nothing to choose by default."""
+
+    def inspect(self, call: AttentionCall, params: Any) -> tuple[float | None, BlockPlan | None]:
+        """Return what `call` costs as a fraction of dense, and its block plan, where there are such things."""
+        return None, None
 
 
 class UnimplementedHalf(TypeError):
@@ -101,6 +109,10 @@ class BlockSparse(Patch):
     static: ClassVar[bool] = True
     config: BlockConfig
 
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self._prepared: Bounded[Layout, BlockParams] = Bounded(16)
+
     def neutral(self, layout: Layout) -> bool:
         """Whether this config reads every key of `layout`: then the call runs dense, bit for bit."""
         return False
@@ -116,28 +128,59 @@ class BlockSparse(Patch):
     def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> BlockParams | None:
         if self.neutral(layout):
             return None
+        return self._prepared.get(layout, lambda: self._params(layout))
+
+    def _params(self, layout: Layout) -> BlockParams:
         tiles = self.order(layout)
         plan = self.select(tiles) if self.static else None
-        return BlockParams(tiles, plan)
+        return BlockParams(tiles, plan)  # type: ignore[arg-type]  # a static selector has no scores to set a threshold on
 
     def attend(self, call: AttentionCall, params: BlockParams) -> Tensor:
-        tiles, block = params.tiles, self.config.block
+        return params.tiles.unpermute(block_attention(**self._arguments(call, params)))
+
+    def choose_backend(self, call: AttentionCall, params: BlockParams) -> None:
+        if self.config.backend == "auto":
+            measure_choice(**self._arguments(call, params))
+
+    def inspect(self, call: AttentionCall, params: BlockParams) -> tuple[float, BlockPlan]:
+        arguments = self._arguments(call, params)
+        plan = arguments["plan"]
+        if isinstance(plan, Threshold):
+            plan = plan.lower(*self._pools(arguments["q"], arguments["k"], params.tiles, arguments["key_mask"]), call.scale)
+        exact = float(plan.density().mean())
+        if self.config.rest == "drop":
+            return exact, plan
+        # A pooled block costs one key.
+        pooled_keys = (~plan.members & (plan.k_len > 0)).double().sum(-1) @ plan.q_len.double()
+        return exact + float((pooled_keys / (plan.q_len.sum() * plan.k_len.sum())).mean()), plan
+
+    def _arguments(self, call: AttentionCall, params: BlockParams) -> dict[str, Any]:
+        """Everything that `block_attention` takes, in block order."""
+        tiles = params.tiles
         q, k, v = (tiles.permute(x) for x in (call.q, call.k, call.v))
         key_mask = call.mask
         if key_mask is not None and tiles.gather is not None:
             key_mask = key_mask.index_select(-1, tiles.gather)
         plan: BlockPlan | Threshold | None = params.plan
         if plan is None:
-            lengths = tiles.lengths(block)
-            q_pool, _ = pool(q, lengths, block)
-            k_pool, _ = pool(k, lengths, block, key_mask)
-            k_pool = k_pool.repeat_interleave(q.shape[1] // k.shape[1], 1)
-            plan = self.select(tiles, Scores(q_pool, k_pool, call.scale))
+            plan = self.select(tiles, Scores(*self._pools(q, k, tiles, key_mask), call.scale))
         rest = Drop() if self.config.rest == "drop" else Pool(self._pool_weight(q))
-        out = block_attention(
-            q, k, v, plan, rest=rest, scale=call.scale, key_mask=key_mask, backend=self.config.backend
-        )
-        return tiles.unpermute(out)
+        return {
+            "q": q,
+            "k": k,
+            "v": v,
+            "plan": plan,
+            "rest": rest,
+            "scale": call.scale,
+            "key_mask": key_mask,
+            "backend": self.config.backend,
+        }
+
+    def _pools(self, q: Tensor, k: Tensor, tiles: Tiles, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        lengths = tiles.lengths(self.config.block)
+        q_pool, _ = pool(q, lengths, self.config.block)
+        k_pool, _ = pool(k, lengths, self.config.block, key_mask)
+        return q_pool, k_pool.repeat_interleave(q.shape[1] // k.shape[1], 1)
 
     def _pool_weight(self, q: Tensor) -> Tensor | None:
         if self.config.rest_weight == 1.0:

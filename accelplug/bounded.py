@@ -1,0 +1,39 @@
+"""A small least-recently-used table: caches of plans and choices must not grow with every new resolution."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class Bounded(Generic[K, V]):
+    """A table of at most `size` entries that forgets the one unused for longest."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._table: OrderedDict[K, V] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def get(self, key: K, make: Callable[[], V]) -> V:
+        """Return the value of `key`, made and kept if it is not there."""
+        if key in self._table:
+            self._table.move_to_end(key)
+            return self._table[key]
+        value = self._table[key] = make()
+        if len(self._table) > self._size:
+            self._table.popitem(last=False)
+        return value
+
+    def values(self) -> list[V]:
+        """Return the values, least recently used first."""
+        return list(self._table.values())
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._table.clear()

@@ -1,0 +1,194 @@
+"""Every private name of a host library, in one place, each with a contract that tests and `accelplug doctor` check.
+
+A contract is a function that raises when a host library no longer behaves as the code here relies on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+TESTED = {"torch": "2.13", "diffusers": "0.42", "transformers": "5.23"}
+"""Newest minor versions that the suite ran on; a newer one warns and works on."""
+
+ENTRY_POINTS = frozenset({"dispatch_attention_fn", "scaled_dot_product_attention"})
+"""The two names by which every processor of diffusers reaches attention."""
+
+DYNAMO_MODULE_NAME = "namedtuple_accelplug"
+"""``__name__`` of re-bound globals. Dynamo looks globals up in ``sys.modules[__name__]``, but not for names that start so."""
+
+
+def dispatch_attention_fn() -> Callable[..., Any]:
+    """Return diffusers' attention dispatcher."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    return dispatch_attention_fn
+
+
+def hook_types() -> tuple[type, type, type, type]:
+    """Return diffusers' ``HookRegistry, ModelHook, StateManager, BaseState``."""
+    from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
+
+    return HookRegistry, ModelHook, StateManager, BaseState
+
+
+def processor_metadata() -> dict[type, Any]:
+    """Return diffusers' table of processors that layer skipping knows, keyed by exact class."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+
+    AttentionProcessorRegistry._register()
+    return AttentionProcessorRegistry._registry
+
+
+def attention_is_skipped() -> bool:
+    """Whether diffusers' PAG mode is on, which replaces scaled_dot_product_attention by its values."""
+    from torch.overrides import _get_current_function_mode_stack
+
+    return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in _get_current_function_mode_stack())
+
+
+def unwrap_compiled(module: Any) -> Any:
+    """Return the module inside what ``torch.compile(module)`` returned, or the module itself."""
+    return module.__dict__.get("_modules", {}).get("_orig_mod", module)
+
+
+def traced_value(ctx: Any, name: str) -> Any:
+    """Return the Python object that Dynamo traces as the local `name`; a tensor comes as a fake one."""
+    variable = ctx.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker()
+    return _concrete(variable)
+
+
+def _concrete(variable: Any) -> Any:
+    if hasattr(variable, "proxy"):
+        return variable.proxy.node.meta.get("example_value")
+    if hasattr(variable, "items") and isinstance(variable.items, dict):
+        return {_concrete(getattr(key, "vt", key)): _concrete(value) for key, value in variable.items.items()}
+    if hasattr(variable, "items") and isinstance(variable.items, list):
+        return [_concrete(item) for item in variable.items]
+    if variable.is_python_constant():
+        return variable.as_python_constant()
+    return getattr(variable, "value", None)
+
+
+def installed(package: str) -> str | None:
+    """Return the installed version of `package`, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def warn_untested(package: str) -> None:
+    """Warn when `package` is newer than what the suite ran on."""
+    found = installed(package)
+    if found and _minor(found) > _minor(TESTED[package]):
+        warnings.warn(
+            f"accelplug was tested with {package} up to {TESTED[package]}, found {found}. Run `accelplug doctor` to check "
+            "what it relies on.",
+            stacklevel=3,
+        )
+
+
+def _minor(text: str) -> tuple[int, int]:
+    major, minor, *_ = text.split(".")
+    return int(major), int("".join(filter(str.isdigit, minor)) or 0)
+
+
+# ----------------------------------------------------------------------------------------------------------- contracts
+
+
+def contracts() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield (what is relied on, check), for tests and for `accelplug doctor`."""
+    yield "diffusers: dispatch_attention_fn takes query, key, value, attn_mask, scale, backend", _dispatcher_signature
+    yield "diffusers: HookRegistry adds and removes hooks by name", _hook_registry
+    yield "diffusers: cache_context reaches StateManager.set_context of stateful hooks", _cache_context
+    yield "diffusers: layer skipping looks processors up by exact class", _processor_registry
+    yield "diffusers: processors reach attention by the two known names", _processor_entry_points
+    yield "torch: Dynamo traces re-bound globals as they are", _dynamo_globals
+    yield "torch: function modes can be listed", lambda: attention_is_skipped() and None
+
+
+def _expect(condition: object, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def _dispatcher_signature() -> None:
+    parameters = inspect.signature(dispatch_attention_fn()).parameters
+    missing = {"query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "backend"} - set(parameters)
+    _expect(not missing, f"dispatch_attention_fn lacks the parameters {sorted(missing)}")
+
+
+def _hook_registry() -> None:
+    import torch
+
+    registry_type, hook_type, _, _ = hook_types()
+    module = torch.nn.Linear(2, 2)
+    registry = registry_type.check_if_exists_or_initialize(module)  # type: ignore[attr-defined]
+    registry.register_hook(hook_type(), "accelplug_contract")
+    _expect("accelplug_contract" in registry.hooks, "HookRegistry.hooks does not hold a registered hook")
+    registry.remove_hook("accelplug_contract", recurse=False)
+    _expect(not registry.hooks, "HookRegistry.remove_hook leaves the hook behind")
+    _expect(module._diffusers_hook is registry, "the registry is not at module._diffusers_hook")
+
+
+def _cache_context() -> None:
+    import torch
+    from diffusers.models.cache_utils import CacheMixin
+
+    registry_type, hook_type, manager_type, state_type = hook_types()
+    seen: list[Any] = []
+
+    class Manager(manager_type):  # type: ignore[misc, valid-type]
+        def set_context(self, context: Any) -> None:
+            seen.append(context)
+
+    class Hook(hook_type):  # type: ignore[misc, valid-type]
+        _is_stateful = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.manager = Manager(state_type)
+
+    class Model(torch.nn.Linear, CacheMixin):
+        pass
+
+    model = Model(2, 2)
+    registry_type.check_if_exists_or_initialize(model).register_hook(Hook(), "accelplug_contract")  # type: ignore[attr-defined]
+    with model.cache_context("cond"):
+        pass
+    _expect(
+        getattr(seen[0], "name", seen[0]) == "cond" and seen[-1] is None, f"cache_context called set_context with {seen}"
+    )
+
+
+def _processor_registry() -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    _expect(AttnProcessor2_0 in processor_metadata(), "AttentionProcessorRegistry does not hold AttnProcessor2_0")
+
+
+def _processor_entry_points() -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    for processor in (AttnProcessor2_0, WanAttnProcessor):
+        names = set(inspect.getattr_static(processor, "__call__").__code__.co_names)
+        _expect(names & ENTRY_POINTS, f"{processor.__name__}.__call__ uses none of {sorted(ENTRY_POINTS)}")
+
+
+def _dynamo_globals() -> None:
+    import types
+
+    import torch
+
+    def body(x: Any) -> Any:
+        return double(x)  # type: ignore[name-defined]  # noqa: F821
+
+    names = {"double": lambda x: 2 * x, "__name__": DYNAMO_MODULE_NAME, "__builtins__": __builtins__}
+    rebound = types.FunctionType(body.__code__.replace(co_name="contract"), names)
+    compiled = torch.compile(rebound, backend="eager", fullgraph=True)
+    _expect(torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0)), "Dynamo did not use the re-bound globals")

@@ -1,0 +1,1 @@
+"""Hosts: getting in and out of a library."""

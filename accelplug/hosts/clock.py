@@ -1,0 +1,123 @@
+"""Which step is it? Told by the host library where it says so, never by counting attention calls."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from accelplug import compat
+from accelplug.call import Clock
+
+HOOK = "accelplug"
+"""Name of our hook in a denoiser's registry."""
+
+
+class StepClock:
+    """The clock of one pipeline's denoisers. Sources, best first:
+
+    1. what the user set by `set`;
+    2. ``cache_context(name, step_index, num_inference_steps)`` around the denoiser call, which also names the branch;
+    3. ``scheduler.step_index``;
+    4. the guider's step (modular pipelines, HunyuanVideo 1.5);
+    5. the place of the call's timestep in ``scheduler.timesteps`` (DDIM and other schedulers that count nothing).
+
+    With none of them the step is unknown, and rules that ask for steps run dense, counted.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = weakref.ref(pipe)
+        self._said: Any = None
+        self._fixed: tuple[int, int] | None = None
+
+    def set(self, step: int | None, steps: int | None) -> None:
+        """Fix the step by hand, or, with None, let the sources speak again."""
+        self._fixed = None if step is None or steps is None else (step, steps)
+
+    def hear(self, context: Any) -> None:
+        """Take note of a cache context: a name, a ``CacheContext``, or None at its end."""
+        self._said = context
+
+    def now(self, timestep: Any = None) -> Clock:
+        """Return the present time. `timestep`: what the denoiser was given, read only where nothing else tells."""
+        branch = getattr(self._said, "name", self._said)
+        step, steps = self._fixed or self._from_context() or self._from_pipe(timestep) or (None, None)
+        return Clock(step, steps, branch)
+
+    def _from_context(self) -> tuple[int, int] | None:
+        step = getattr(self._said, "step_index", None)
+        steps = getattr(self._said, "num_inference_steps", None) or self._scheduled_steps()
+        return None if step is None or steps is None else (int(step), int(steps))
+
+    def _from_pipe(self, timestep: Any) -> tuple[int, int] | None:
+        pipe = self._pipe()
+        scheduler = getattr(pipe, "scheduler", None)
+        steps = self._scheduled_steps()
+        if hasattr(scheduler, "step_index") and steps is not None:
+            # None before the first step, and where an img2img pipeline starts late, begin_index says where.
+            step = scheduler.step_index
+            return (step if step is not None else scheduler.begin_index or 0), steps
+        guider = getattr(pipe, "guider", None)
+        if getattr(guider, "_step", None) is not None and getattr(guider, "_num_inference_steps", None):
+            return guider._step, guider._num_inference_steps
+        if timestep is None or steps is None:
+            return None
+        value = float(timestep.flatten()[0]) if hasattr(timestep, "flatten") else float(timestep)
+        distances = [abs(float(t) - value) for t in scheduler.timesteps]
+        nearest = min(range(steps), key=distances.__getitem__)
+        return (nearest, steps) if distances[nearest] < 0.5 else None
+
+    def _scheduled_steps(self) -> int | None:
+        timesteps = getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
+        return None if timesteps is None else len(timesteps)
+
+
+class Ear:
+    """Listens for cache contexts and for the end of a run, in the denoiser's own hook registry, without wrapping ``forward``.
+
+    It stands first in the registry's lists: removing another hook there relinks only what stands behind that one.
+    """
+
+    def __init__(self, denoiser: Any, on_context: Any, on_reset: Any) -> None:
+        registry_type, hook_type, manager_type, state_type = compat.hook_types()
+
+        class Manager(manager_type):  # type: ignore[misc, valid-type]
+            def set_context(self, context: Any) -> None:
+                on_context(context)
+
+            def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+                return manager_type(state_type)
+
+        class Hook(hook_type):  # type: ignore[misc, valid-type]
+            _is_stateful = True
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.manager = Manager(state_type)
+
+            def reset_state(self, module: Any) -> Any:
+                on_reset()
+                return module
+
+            def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+                return hook_type()
+
+        self._denoiser = denoiser
+        self._brought_registry = "_diffusers_hook" not in vars(denoiser)
+        self._registry = registry_type.check_if_exists_or_initialize(denoiser)  # type: ignore[attr-defined]
+        self._hook = Hook()
+        self._hook.fn_ref = None
+        self._registry.hooks[HOOK] = self._hook
+        self._registry._hook_order.insert(0, HOOK)
+        self._registry._fn_refs.insert(0, None)
+
+    def remove(self) -> None:
+        """Leave the registry as it was."""
+        if self._registry.hooks.get(HOOK) is self._hook:
+            index = self._registry._hook_order.index(HOOK)
+            del self._registry.hooks[HOOK], self._registry._hook_order[index], self._registry._fn_refs[index]
+        if (
+            self._brought_registry
+            and not self._registry.hooks
+            and vars(self._denoiser).get("_diffusers_hook") is self._registry
+        ):
+            del self._denoiser._diffusers_hook

@@ -1,0 +1,420 @@
+"""The diffusers host: finds a pipeline's denoisers and their attention, and asks for a patch whenever layout or step change."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from accelplug import compat
+from accelplug.bounded import Bounded
+from accelplug.call import AttentionCall, Clock, Layout, Site
+from accelplug.errors import NoMatchError, UnsupportedError
+from accelplug.families import find
+from accelplug.families.base import Family, Geometry, site_kinds
+from accelplug.hosts import rebind
+from accelplug.hosts.clock import Ear, StepClock
+from accelplug.hosts.gate import Gate, timed_ms
+from accelplug.hosts.ledger import Event, Ledger
+
+if TYPE_CHECKING:
+    from accelplug.patches.base import Patch
+
+DENOISERS = ("transformer", "transformer_2", "unet", "prior")
+"""Names of the components that denoise, in every pipeline of diffusers."""
+
+PATCHABLE = frozenset({"self", "joint", "temporal", "frame", "global"})
+"""Kinds of attention that a rule can name; cross-attention is left alone."""
+
+Decide = Callable[[Site, Layout | None, Clock], "Choice"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a recipe says about a site now: a patch, dense (None), or dense because of `reason`, which is counted."""
+
+    patch: Patch | None = None
+    name: str = "dense"
+    reason: str | None = None
+
+
+DENSE = Choice()
+
+
+def denoisers(model: Any) -> dict[str, nn.Module]:
+    """Return the denoisers of a pipeline by component name, or a bare denoiser by the name it would have there."""
+    if isinstance(model, nn.Module):
+        inner = compat.unwrap_compiled(model)
+        return {"unet" if "UNet" in type(inner).__name__ else "transformer": inner}
+    found = {name: getattr(model, name, None) for name in DENOISERS}
+    return {name: compat.unwrap_compiled(module) for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def processor_owners(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (path, module) for every module of `denoiser` that owns a callable processor."""
+    for path, module in denoiser.named_modules():
+        processor = module.__dict__.get("processor", module._modules.get("processor"))
+        if callable(processor):
+            yield path, module
+
+
+@dataclass(eq=False)
+class SiteRecord:
+    """What stands at one attention module: its site, and what runs there now. Read inside compiled graphs."""
+
+    host: DenoiserHost
+    module: nn.Module
+    site: Site | None
+    original: Any = None
+    choice: Choice = DENSE
+    patch: Patch | None = None
+    params: Any = None
+    layout: Layout | None = None
+    length: int = -1
+    routed: bool = False
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, dense: Callable[..., Tensor], blocked: bool
+    ) -> Tensor:
+        """Answer one attention call; all tensors (B, H, S, D)."""
+        if not torch.compiler.is_compiling():
+            return self.host.attend(self, q, k, v, mask, scale, dense, blocked)
+        patch = self.patch
+        if patch is None or blocked or q.shape[-2] != self.length or k.shape[-2] != self.length:
+            return dense()
+        key_mask, understood = key_validity(mask, self.length, self.host.family.outer_mask)
+        if not understood:
+            return dense()
+        return patch.attend(AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense), self.params)
+
+    def settle(self, choice: Choice, layout: Layout | None, params: Any) -> None:
+        """Set what runs here from now on."""
+        self.choice, self.layout, self.params = choice, layout, params
+        self.patch = choice.patch if params is not None else None
+        self.length = layout.length if layout else -1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A deep copy of a patched pipe is a stock pipe."""
+
+
+@dataclass(eq=False)
+class Region:
+    """A part of a denoiser in which all tokens lie on one grid: all of it, or one resolution of a UNet."""
+
+    path: str
+    module: nn.Module
+    records: list[SiteRecord] = field(default_factory=list)
+    geometry: Geometry | None = None
+    seen: tuple | None = None
+
+
+class DenoiserHost:
+    """One denoiser with its attention re-bound."""
+
+    def __init__(
+        self, name: str, denoiser: nn.Module, clock: StepClock, decide: Decide, ledger: Ledger, gate: Gate, measure: bool
+    ) -> None:
+        family = find(denoiser)
+        if family is None:
+            raise UnsupportedError(
+                f"{type(denoiser).__name__} is no denoiser that accelplug knows. Known families: see accelplug.families.FAMILIES."
+            )
+        if family.refuse:
+            raise UnsupportedError(f"{type(denoiser).__name__} cannot be patched: {family.refuse}")
+        self.name, self.denoiser, self.family = name, denoiser, family
+        self.clock, self.decide, self.ledger, self.gate, self.measure = clock, decide, ledger, gate, measure
+        self.state: dict[tuple[str, str | None], dict[str, Any]] = {}
+        self.now = Clock()
+        self.skipped: dict[str, str] = {}
+        self._moved: Bounded[tuple[int, torch.device], tuple[Any, Any]] = Bounded(64)
+        self.signature = inspect.signature(type(denoiser).forward)
+        self.records = self._records()
+        self.regions = self._regions()
+        self._handles: list[Any] = []
+        self._ear: Ear | None = None
+
+    # ------------------------------------------------------------------------------------------------- in and out
+
+    def _records(self) -> list[SiteRecord]:
+        owners = dict(processor_owners(self.denoiser))
+        kinds, layers = site_kinds(self.family, list(owners))
+        records = []
+        for path, module in owners.items():
+            if not rebind.can_rebind(module.processor):
+                self.skipped[path] = f"{type(module.processor).__name__} reaches attention by no name that can be re-bound"
+                continue
+            kind, layer = kinds.get(path, (None, None))
+            site = Site(path, self.name, kind, layer, layers) if kind in PATCHABLE else None
+            records.append(SiteRecord(self, module, site))
+        if not any(record.site for record in records):
+            raise NoMatchError(
+                f"{type(self.denoiser).__name__} has no self- or joint-attention that can be re-bound; expected modules that fit "
+                f"{[pattern for pattern, _ in self.family.sites]}, found {sorted(owners) or 'no processors'}."
+            )
+        return records
+
+    def _regions(self) -> list[Region]:
+        if not self.family.level:
+            return [Region("", self.denoiser, [record for record in self.records if record.site])]
+        regions = {
+            path: Region(path, module)
+            for path, module in self.denoiser.named_modules()
+            if type(module).__name__ in self.family.level
+        }
+        for record in self.records:
+            if record.site:
+                owner = next((path for path in regions if record.site.module.startswith(path + ".")), None)
+                if owner is not None:
+                    regions[owner].records.append(record)
+        return [region for region in regions.values() if region.records]
+
+    def install(self) -> None:
+        """Put records, hooks and the ear in place."""
+        for record in self.records:
+            record.original = rebind.rebind(record.module, record)
+        self._handles.append(self.denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        if self.family.level:
+            for region in self.regions:
+                hook = _RegionHook(self, region)
+                self._handles.append(region.module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._ear = Ear(self.denoiser, self._hear, self.reset)
+
+    def remove(self) -> None:
+        """Undo `install`, restoring only what is still ours."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for record in self.records:
+            if record.original is not None:
+                rebind.restore(record.module, record, record.original)
+        if self._ear is not None:
+            self._ear.remove()
+            self._ear = None
+        self.reset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserHost:
+        """Hooks of a deep-copied denoiser still lead here, where they are seen not to be ours."""
+        return self
+
+    def reset(self) -> None:
+        """Forget the state of a run."""
+        self.state.clear()
+        for region in self.regions:
+            region.seen = None
+
+    # ------------------------------------------------------------------------------------------- layout and step
+
+    def _hear(self, context: Any) -> None:
+        self.clock.hear(context)
+        if context is not None:  # a compiled denoiser does not run the pre-hook: settle with the last geometry
+            self.now = self.clock.now()
+            for region in self.regions:
+                self._settle(region)
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            torch._dynamo.comptime.comptime(_settle_at_trace)
+            return
+        if module is not self.denoiser:  # a deep copy of it
+            return
+        inputs = self.signature.bind_partial(module, *args, **kwargs).arguments
+        self.now = self.clock.now(inputs.get("timestep", inputs.get("t")))
+        self._check_processors()
+        if not self.family.level:
+            self.enter(self.regions[0], inputs)
+
+    def enter(self, region: Region, inputs: Mapping[str, Any]) -> None:
+        """Take the geometry of a region from its inputs, and settle what runs there."""
+        region.geometry = self.family.geometry(region.module.config if hasattr(region.module, "config") else None, inputs)
+        self._settle(region)
+
+    def _check_processors(self) -> None:
+        for record in self.records:
+            if record.site and record.choice.patch is not None and not rebind.is_rebound(record.module, record):
+                now = type(record.module.processor).__name__
+                self.ledger.fell_back(
+                    record.site.module, f"its processor was replaced by {now} since apply(); remove and apply again"
+                )
+
+    def _settle(self, region: Region) -> None:
+        key = (region.geometry, self.now)
+        if key == region.seen:
+            return
+        region.seen = key
+        for record in region.records:
+            assert record.site is not None
+            layout = self._expected_layout(region.geometry, record.site)
+            record.settle(*self._prepare(record.site, layout))
+
+    def _expected_layout(self, geometry: Geometry | None, site: Site) -> Layout | None:
+        if geometry is None:
+            return None
+        text = geometry.text[1] if site.kind == "joint" else 0
+        return geometry.layout(site.kind, math.prod(geometry.grid_thw) + text)
+
+    def _prepare(self, site: Site, layout: Layout | None) -> tuple[Choice, Layout | None, Any]:
+        choice = self.decide(site, layout, self.now)
+        if choice.patch is None or layout is None:
+            return choice, layout, None
+        state = self.state.setdefault((site.module, self.now.branch), {})
+        params = choice.patch.prepare(site, layout, self.now, state)
+        return choice, layout, params if params is None else self._on_device(params)
+
+    def _on_device(self, params: Any) -> Any:
+        device = next(self.denoiser.parameters()).device
+        device = torch.device("cpu") if device.type == "meta" else device
+        return self._moved.get((id(params), device), lambda: (params, params.to(device)))[1]
+
+    # --------------------------------------------------------------------------------------------- the call itself
+
+    def attend(
+        self,
+        record: SiteRecord,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Any,
+        scale: float | None,
+        dense: Callable[..., Tensor],
+        blocked: bool,
+    ) -> Tensor:
+        """Answer one eager attention call of `record`, counting what it does."""
+        record.routed = True
+        if record.site is None:
+            return dense()
+        if record.patch is not None and q.shape[-2] != record.length and q.shape[-2] == k.shape[-2]:
+            self._settle_for_length(record, q.shape[-2])
+        reason = self._obstacle(record, q, k, v, mask, blocked)
+        call = None
+        if reason is None and record.patch is not None:
+            key_mask, _ = key_validity(mask, k.shape[-2], self.family.outer_mask)
+            call = AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense)
+            reason = self._not_worth_it(record, call)
+            if reason is not None:
+                call = None
+        elif reason is not None:
+            self.ledger.fell_back(record.site.module, reason)
+        name = record.choice.name if call is not None else "dense"
+        self.ledger.served[name] += 1
+        patch, params = record.patch, record.params
+        run = dense if call is None or patch is None else lambda: patch.attend(call, params)
+        return run() if self.ledger.events is None else self._record(record, call, name, reason, q, run)
+
+    def _settle_for_length(self, record: SiteRecord, length: int) -> None:
+        """Text of another length than the inputs foretold (Mochi drops padded text per sample)."""
+        region = next(region for region in self.regions if record in region.records)
+        layout = region.geometry.layout(record.site.kind, length) if region.geometry and record.site else None
+        if layout is not None and record.site is not None:
+            record.settle(*self._prepare(record.site, layout))
+
+    def _obstacle(self, record: SiteRecord, q: Tensor, k: Tensor, v: Tensor, mask: Any, blocked: bool) -> str | None:
+        """Why a call that a rule names must run dense, or None."""
+        choice = record.choice
+        if choice.reason is not None:
+            return choice.reason
+        if choice.patch is None:
+            return None
+        if record.layout is None:
+            return f"the inputs of {type(self.denoiser).__name__} have a token layout that is not understood"
+        if record.patch is None:
+            return None
+        if not q.shape[-2] == k.shape[-2] == record.length:
+            return f"{q.shape[-2]} queries and {k.shape[-2]} keys where the layout has {record.length} tokens"
+        if blocked:
+            return "the call has dropout, is causal, or is sharded over devices"
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            if self.denoiser.training:
+                raise UnsupportedError(
+                    f"{type(self.denoiser).__name__} is in training mode and gradients are asked for, but accelplug is for "
+                    "inference. Call .eval() and run under torch.no_grad(), or remove the plug to train."
+                )
+            return "gradients are asked for; run under torch.no_grad()"
+        if not key_validity(mask, record.length, self.family.outer_mask)[1]:
+            return f"a mask of shape {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__} is not key padding"
+        if compat.attention_is_skipped():
+            return "perturbed-attention guidance skips the scores of this call"
+        return None
+
+    def _not_worth_it(self, record: SiteRecord, call: AttentionCall) -> str | None:
+        patch, params = record.patch, record.params
+        if patch is None or not patch.speed or self.gate.mode == "off":
+            return None
+        if self.measure:
+            patch.choose_backend(call, params)
+        verdict = self.gate.verdict(record.choice.name, patch, call.q, call.dense, lambda: patch.attend(call, params))
+        return None if verdict is None or verdict.pays else verdict.reason
+
+    def _record(
+        self,
+        record: SiteRecord,
+        call: AttentionCall | None,
+        name: str,
+        reason: str | None,
+        q: Tensor,
+        run: Callable[[], Tensor],
+    ) -> Tensor:
+        density, plan = 1.0, None
+        if call is not None and record.patch is not None:
+            density, plan = record.patch.inspect(call, record.params)
+        out, ms = timed_ms(run, q.device) if self.ledger.timed else (run(), None)
+        assert self.ledger.events is not None and record.site is not None
+        kept = plan if self.ledger.keep_plans else None
+        self.ledger.events.append(Event(record.site, self.now, name, reason, density, q.shape[-2], ms, kept))
+        return out
+
+    def unrouted(self) -> list[str]:
+        """Modules that a rule names, whose attention never came by."""
+        return [r.site.module for r in self.records if r.site and r.choice.patch is not None and not r.routed]
+
+
+class _RegionHook:
+    """Pre-hook of one resolution of a UNet. Deep copies of it do nothing."""
+
+    def __init__(self, host: DenoiserHost | None, region: Region | None) -> None:
+        self.host, self.region = host, region
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.host is None or self.region is None or module is not self.region.module or torch.compiler.is_compiling():
+            return
+        inputs = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+        self.host.enter(self.region, inputs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _RegionHook:
+        return _RegionHook(None, None)
+
+
+def _settle_at_trace(ctx: Any) -> None:
+    """Settle a denoiser while Dynamo traces its pre-hook: the shapes are known, the tensors are fake."""
+    host, args, kwargs = (compat.traced_value(ctx, name) for name in ("self", "args", "kwargs"))
+    if not host.family.level:
+        host.now = host.clock.now()
+        host.enter(host.regions[0], host.signature.bind_partial(host.denoiser, *args, **kwargs).arguments)
+
+
+def key_validity(mask: Any, length: int, outer: bool) -> tuple[Tensor | None, bool]:
+    """Reduce a mask to key validity, bool (B, S_k).
+
+    Returns
+    -------
+    validity : bool (B, S_k), or None where every key may be read.
+    understood : whether `mask` says no more than that. `outer`: a (B, 1, S, S) mask is an outer product of one validity.
+    """
+    if mask is None:
+        return None, True
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape[-1] != length:
+        return None, False
+    if mask.ndim == 2:
+        return mask, True
+    if mask.ndim == 4 and mask.shape[1] == 1 and (mask.shape[2] == 1 or outer):
+        return mask[:, 0, 0], True
+    return None, False
+
+
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """Return the factor on q.k, 1 / sqrt(D) by default."""
+    return q.shape[-1] ** -0.5 if scale is None else scale

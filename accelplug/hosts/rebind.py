@@ -1,0 +1,254 @@
+"""Getting in between a processor of diffusers and attention, and out again, without touching anything but the instance.
+
+A processor's own ``__call__`` is re-bound: the same instructions, over a copy of its globals in which the two names that reach
+attention lead to `_route`. It lives in a dynamic subclass, set on a shallow copy of the processor. The layer is known by a
+`Record` on the attention module. No source of diffusers is copied, no class or module of it is changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import threading
+import types
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accelplug import compat
+
+RECORD = "_accelplug"
+"""Attribute of an attention module that holds its `Record` while a plug is on."""
+
+
+class Record(Protocol):
+    """What a host leaves at an attention module."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        dense: Callable[..., Tensor],
+        blocked: bool,
+    ) -> Tensor:
+        """Answer one attention call; all tensors (B, H, S, D). `blocked`: only dense can serve (dropout, causal, sharded)."""
+
+
+class _Slot(threading.local):
+    """The record whose processor runs now, per thread. (A ContextVar cannot be traced by Dynamo.)"""
+
+    record: Record | None = None
+
+
+_slot = _Slot()
+
+
+def can_rebind(processor: object) -> bool:
+    """Whether `processor` reaches attention by a name that can be re-bound."""
+    call = inspect.getattr_static(type(processor), "__call__", None)
+    return isinstance(call, types.FunctionType) and bool(_dispatching_names(call))
+
+
+def rebind(attention: nn.Module, record: Record) -> Any:
+    """Set a re-bound copy of `attention`'s processor on it, and `record` beside; return the original processor."""
+    original = attention.processor
+    rebound = copy.copy(original)
+    object.__setattr__(rebound, "__class__", _subclass(type(original)))
+    setattr(attention, RECORD, record)
+    attention.processor = rebound
+    _register(type(rebound), type(original))
+    return original
+
+
+def processor_class(processor: object) -> type:
+    """Return the stock class of a processor, re-bound or not."""
+    return getattr(type(processor), "stock", type(processor))
+
+
+def is_rebound(attention: nn.Module, record: Record) -> bool:
+    """Whether `attention` still runs the re-bound processor that `rebind` put there for `record`."""
+    return attention.__dict__.get(RECORD) is record and hasattr(type(attention.processor), "stock")
+
+
+def restore(attention: nn.Module, record: Record, original: Any) -> None:
+    """Undo `rebind`. A processor that somebody else set since is left alone."""
+    if is_rebound(attention, record):
+        attention.processor = original
+    if attention.__dict__.get(RECORD) is record:
+        delattr(attention, RECORD)
+        _unregister(_subclass(type(original)))
+
+
+_users: Counter[type] = Counter()
+
+
+def _register(subclass: type, stock: type) -> None:
+    """Let layer skipping and PAG, which look processors up by exact class, know a re-bound class while it is in use."""
+    metadata = compat.processor_metadata()
+    if stock in metadata:
+        metadata[subclass] = metadata[stock]
+    _users[subclass] += 1
+
+
+def _unregister(subclass: type) -> None:
+    _users[subclass] -= 1
+    if not _users[subclass]:
+        del _users[subclass]
+        compat.processor_metadata().pop(subclass, None)
+
+
+def _dispatch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    attention_kwargs: dict[str, Any] | None = None,
+    **others: Any,
+) -> Tensor:
+    """Stand in for ``dispatch_attention_fn``, whose tensors are (B, S, H, D)."""
+    call = functools.partial(
+        _stock_dispatch,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        attention_kwargs=attention_kwargs,
+        **others,
+    )
+    record = _slot.record
+    if record is None:
+        return call(query, key, value)
+
+    def dense(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        return call(
+            query if q is None else q.transpose(1, 2),
+            key if k is None else k.transpose(1, 2),
+            value if v is None else v.transpose(1, 2),
+        ).transpose(1, 2)
+
+    blocked = bool(dropout_p) or is_causal or others.get("parallel_config") is not None
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return record.attend(q, k, v, attn_mask, scale, dense, blocked).transpose(1, 2)
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Stand in for ``F.scaled_dot_product_attention``, whose tensors are (B, H, S, D)."""
+
+    def dense(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query if q is None else q,
+            key if k is None else k,
+            value if v is None else v,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+
+    record = _slot.record
+    if record is None:
+        return dense()
+    return record.attend(query, key, value, attn_mask, scale, dense, bool(dropout_p) or is_causal)
+
+
+class _Functional(types.ModuleType):
+    """``torch.nn.functional`` with one name changed."""
+
+    scaled_dot_product_attention = staticmethod(_sdpa)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)
+
+
+_functional = _Functional("accelplug_functional")
+_stock_dispatch = compat.dispatch_attention_fn()
+
+
+def _dispatching_names(function: types.FunctionType) -> set[str]:
+    """Names in `function`, or in helpers of its module that it calls, that reach attention."""
+    names = set(function.__code__.co_names) & compat.ENTRY_POINTS
+    for helper in _helpers(function).values():
+        names |= set(helper.__code__.co_names) & compat.ENTRY_POINTS
+    return names
+
+
+def _helpers(function: types.FunctionType) -> dict[str, types.FunctionType]:
+    """Functions of the same module that `function` names and that reach attention themselves."""
+    named = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    return {
+        name: helper
+        for name, helper in named.items()
+        if isinstance(helper, types.FunctionType)
+        and helper.__module__ == function.__module__
+        and set(helper.__code__.co_names) & compat.ENTRY_POINTS
+    }
+
+
+def _rebound(function: types.FunctionType) -> types.FunctionType:
+    names = dict(function.__globals__)
+    names["__name__"] = compat.DYNAMO_MODULE_NAME
+    if "dispatch_attention_fn" in names:
+        names["dispatch_attention_fn"] = _dispatch
+    names.update({name: _functional for name, value in names.items() if value is F})
+    names.update({name: _rebound(helper) for name, helper in _helpers(function).items()})
+    # Dynamo caches compiled frames per code object: a shared one would let a stock and a patched pipe run each other's graphs.
+    code = function.__code__.replace(co_name=f"{function.__code__.co_name} [accelplug]")
+    rebound = types.FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)
+    rebound.__kwdefaults__ = function.__kwdefaults__
+    return rebound
+
+
+@functools.cache
+def _subclass(cls: type) -> type:
+    call = inspect.getattr_static(cls, "__call__")
+    body = _rebound(call)
+
+    def __call__(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before, _slot.record = _slot.record, getattr(attn, RECORD, None)
+        try:
+            return body(self, attn, *args, **kwargs)
+        finally:
+            _slot.record = before
+
+    __call__.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]  # Attention.forward filters kwargs by it
+    members = {"__call__": __call__, "__deepcopy__": _stock_copy, "__reduce_ex__": _stock_reduce}
+    return type(
+        cls.__name__, (cls,), {**members, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "stock": cls}
+    )
+
+
+def _stock_copy(self: Any, memo: dict[int, Any]) -> Any:
+    """Deep-copy as an instance of the stock class: a copied pipe is a stock pipe."""
+    twin = object.__new__(self.stock)
+    twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return twin
+
+
+def _stock_reduce(self: Any, protocol: Any) -> Any:
+    """Pickle as an instance of the stock class, which can be found by its name."""
+    twin = object.__new__(self.stock)
+    twin.__dict__.update(self.__dict__)
+    return twin.__reduce_ex__(protocol)
