@@ -16,7 +16,7 @@ from accelplug.bounded import Bounded
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families import find
-from accelplug.families.base import Family, Geometry, site_kinds
+from accelplug.families.base import Geometry, site_kinds
 from accelplug.hosts import rebind
 from accelplug.hosts.clock import Ear, StepClock
 from accelplug.hosts.gate import Gate, timed_ms
@@ -110,6 +110,7 @@ class Region:
     module: nn.Module
     records: list[SiteRecord] = field(default_factory=list)
     geometry: Geometry | None = None
+    device: torch.device | None = None
     seen: tuple | None = None
 
 
@@ -122,10 +123,11 @@ class DenoiserHost:
         family = find(denoiser)
         if family is None:
             raise UnsupportedError(
-                f"{type(denoiser).__name__} is no denoiser that accelplug knows. Known families: see accelplug.families.FAMILIES."
+                f"{type(denoiser).__name__} is no denoiser that accelplug knows; accelplug.families.FAMILIES lists them."
             )
         if family.refuse:
             raise UnsupportedError(f"{type(denoiser).__name__} cannot be patched: {family.refuse}")
+        self.owner: Any = None
         self.name, self.denoiser, self.family = name, denoiser, family
         self.clock, self.decide, self.ledger, self.gate, self.measure = clock, decide, ledger, gate, measure
         self.state: dict[tuple[str, str | None], dict[str, Any]] = {}
@@ -153,8 +155,8 @@ class DenoiserHost:
             records.append(SiteRecord(self, module, site))
         if not any(record.site for record in records):
             raise NoMatchError(
-                f"{type(self.denoiser).__name__} has no self- or joint-attention that can be re-bound; expected modules that fit "
-                f"{[pattern for pattern, _ in self.family.sites]}, found {sorted(owners) or 'no processors'}."
+                f"{type(self.denoiser).__name__} has no self- or joint-attention that can be re-bound; expected modules "
+                f"that fit {[pattern for pattern, _ in self.family.sites]}, found {sorted(owners) or 'no processors'}."
             )
         return records
 
@@ -230,7 +232,8 @@ class DenoiserHost:
 
     def enter(self, region: Region, inputs: Mapping[str, Any]) -> None:
         """Take the geometry of a region from its inputs, and settle what runs there."""
-        region.geometry = self.family.geometry(region.module.config if hasattr(region.module, "config") else None, inputs)
+        region.geometry = self.family.geometry(getattr(region.module, "config", None), inputs)
+        region.device = next((x.device for x in inputs.values() if isinstance(x, Tensor)), region.device)
         self._settle(region)
 
     def _check_processors(self) -> None:
@@ -242,14 +245,13 @@ class DenoiserHost:
                 )
 
     def _settle(self, region: Region) -> None:
-        key = (region.geometry, self.now)
+        key = (region.geometry, self.now, region.device)
         if key == region.seen:
             return
         region.seen = key
         for record in region.records:
-            assert record.site is not None
             layout = self._expected_layout(region.geometry, record.site)
-            record.settle(*self._prepare(record.site, layout))
+            record.settle(*self._prepare(record.site, layout, region.device))
 
     def _expected_layout(self, geometry: Geometry | None, site: Site) -> Layout | None:
         if geometry is None:
@@ -257,18 +259,16 @@ class DenoiserHost:
         text = geometry.text[1] if site.kind == "joint" else 0
         return geometry.layout(site.kind, math.prod(geometry.grid_thw) + text)
 
-    def _prepare(self, site: Site, layout: Layout | None) -> tuple[Choice, Layout | None, Any]:
+    def _prepare(self, site: Site, layout: Layout | None, device: torch.device | None) -> tuple[Choice, Layout | None, Any]:
         choice = self.decide(site, layout, self.now)
         if choice.patch is None or layout is None:
             return choice, layout, None
         state = self.state.setdefault((site.module, self.now.branch), {})
         params = choice.patch.prepare(site, layout, self.now, state)
-        return choice, layout, params if params is None else self._on_device(params)
-
-    def _on_device(self, params: Any) -> Any:
-        device = next(self.denoiser.parameters()).device
-        device = torch.device("cpu") if device.type == "meta" else device
-        return self._moved.get((id(params), device), lambda: (params, params.to(device)))[1]
+        if params is None or device is None or device.type == "cpu":
+            return choice, layout, params
+        # The originals are kept beside the moved ones, so that an id stays theirs.
+        return choice, layout, self._moved.get((id(params), device), lambda: (params, params.to(device)))[1]
 
     # --------------------------------------------------------------------------------------------- the call itself
 
@@ -310,7 +310,7 @@ class DenoiserHost:
         region = next(region for region in self.regions if record in region.records)
         layout = region.geometry.layout(record.site.kind, length) if region.geometry and record.site else None
         if layout is not None and record.site is not None:
-            record.settle(*self._prepare(record.site, layout))
+            record.settle(*self._prepare(record.site, layout, region.device))
 
     def _obstacle(self, record: SiteRecord, q: Tensor, k: Tensor, v: Tensor, mask: Any, blocked: bool) -> str | None:
         """Why a call that a rule names must run dense, or None."""
@@ -335,7 +335,8 @@ class DenoiserHost:
                 )
             return "gradients are asked for; run under torch.no_grad()"
         if not key_validity(mask, record.length, self.family.outer_mask)[1]:
-            return f"a mask of shape {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__} is not key padding"
+            what = f"mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            return f"a {what} is more than key padding"
         if compat.attention_is_skipped():
             return "perturbed-attention guidance skips the scores of this call"
         return None
@@ -362,9 +363,8 @@ class DenoiserHost:
         if call is not None and record.patch is not None:
             density, plan = record.patch.inspect(call, record.params)
         out, ms = timed_ms(run, q.device) if self.ledger.timed else (run(), None)
-        assert self.ledger.events is not None and record.site is not None
         kept = plan if self.ledger.keep_plans else None
-        self.ledger.events.append(Event(record.site, self.now, name, reason, density, q.shape[-2], ms, kept))
+        self.ledger.note(Event(record.site, self.now, name, reason, density, q.shape[-2], ms, kept))
         return out
 
     def unrouted(self) -> list[str]:

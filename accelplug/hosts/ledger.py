@@ -66,6 +66,11 @@ class Ledger:
             logger.warning("%s runs dense: %s (counted in plug.report(); later ones are not logged)", module, reason)
         self.fallbacks[module, reason] += times
 
+    def note(self, event: Event) -> None:
+        """Add an event to the open trace."""
+        if self.events is not None:
+            self.events.append(event)
+
     @contextmanager
     def trace(self, timed: bool, plans: bool) -> Iterator[list[Event]]:
         """Collect an event per call."""

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -1,0 +1,61 @@
+"""accelplug: swap the attention of a loaded Hugging Face model for a cheaper or better aimed one, and take it off again.
+
+>>> plug = accelplug.apply(pipe)              # the model's default recipe
+>>> accelplug.compare(pipe, "radial", {"prompt": "..."}, seeds=[0, 1])
+>>> plug.remove()                             # the very same model, bit for bit
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from accelplug.errors import AccelplugError
+from accelplug.version import __version__
+
+if TYPE_CHECKING:
+    from accelplug.comparison import Comparison, compare
+    from accelplug.inspection import inspect
+    from accelplug.plug import Plug, apply, remove
+    from accelplug.recipe import Recipe, list_recipes
+    from accelplug.registry import list_patches
+
+__all__ = [
+    "AccelplugError",
+    "Comparison",
+    "Plug",
+    "Recipe",
+    "__version__",
+    "apply",
+    "compare",
+    "inspect",
+    "list_patches",
+    "list_recipes",
+    "remove",
+]
+
+logging.getLogger("accelplug").addHandler(logging.NullHandler())
+
+_HOMES = {
+    "Comparison": "comparison",
+    "Plug": "plug",
+    "Recipe": "recipe",
+    "apply": "plug",
+    "compare": "comparison",
+    "inspect": "inspection",
+    "list_patches": "registry",
+    "list_recipes": "recipe",
+    "remove": "plug",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that ``import accelplug`` stays free."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'accelplug' has no attribute {name!r}")
+    return getattr(import_module(f"accelplug.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

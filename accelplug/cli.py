@@ -1,0 +1,199 @@
+"""The command line: ``accelplug list | show | inspect | compare | demo | doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelplug.errors import AccelplugError
+from accelplug.version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit status (0 done, 1 found something wrong, 2 asked wrongly)."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+    try:
+        return options.run(options)
+    except AccelplugError as error:
+        print(f"accelplug: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "accelplug", description="Swap the attention of loaded Hugging Face models, and measure it."
+    )
+    parser.add_argument("--version", action="version", version=f"accelplug {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what is chosen")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("list", help="list recipes and patches")
+    command.set_defaults(run=_list)
+
+    command = commands.add_parser("show", help="print a recipe")
+    command.add_argument("recipe", help="wan2.1-t2v-14b or wan2.1-t2v-14b/radial, or a file")
+    command.set_defaults(run=_show)
+
+    command = commands.add_parser("inspect", help="attention sites, matching recipes, and what there is to gain")
+    command.add_argument("model_dir", type=Path, help="a pipeline saved on disk")
+    command.set_defaults(run=_inspect)
+
+    command = commands.add_parser("compare", help="run a model dense and with recipes; report speed and quality")
+    command.add_argument("model_dir", type=Path, help="a pipeline saved on disk")
+    command.add_argument(
+        "--recipe", action="append", help="name or file; repeat for several; the model's default if left out"
+    )
+    command.add_argument("--prompt", action="append", required=True, help="repeat for several")
+    command.add_argument("--seed", action="append", type=int, help="repeat for several (default 0)")
+    command.add_argument("--frames", type=int, help="frames to generate, for video")
+    command.add_argument("--height", type=int, help="pixels")
+    command.add_argument("--width", type=int, help="pixels")
+    command.add_argument("--steps", type=int, help="diffusion steps")
+    command.add_argument("--guidance", type=float, help="guidance scale")
+    command.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    command.add_argument("--device", help="cuda, cpu, mps ... (default: the accelerator that is there)")
+    command.add_argument("--caches", action="store_true", help="add FirstBlockCache, alone and with each recipe")
+    command.add_argument("--report", type=Path, help="write a page (.html) or the figures (.json)")
+    command.add_argument("--record", action="store_true", help="append the result to the recipe's file as a measured row")
+    command.set_defaults(run=_compare)
+
+    command = commands.add_parser("demo", help="compare the bundled video model before and after")
+    command.add_argument("--report", type=Path, default=Path("demo.html"), help="where the page goes (default demo.html)")
+    command.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
+    command.set_defaults(run=_demo)
+
+    command = commands.add_parser("doctor", help="check versions, device, kernels, and what is relied on in host libraries")
+    command.set_defaults(run=_doctor)
+    return parser
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _list(options: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from accelplug.recipe import list_recipes
+    from accelplug.registry import list_patches
+
+    console = _console()
+    patches = Table("patch", "what it does", "source", title="patches", title_justify="left")
+    for entry in list_patches():
+        patches.add_row(entry.name, entry.summary, entry.cite)
+    recipes = Table("recipe", "source", "measured on real weights", title="recipes", title_justify="left")
+    for info in list_recipes():
+        recipes.add_row(f"{info.model}/{info.name}" + (" *" if info.default else ""), info.cite, str(info.measured or ""))
+    console.print(patches, recipes, "* what apply(pipe) takes by default")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from accelplug.recipe import describe
+
+    _console().print(describe(options.recipe), highlight=False)
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from accelplug.inspection import inspect
+
+    _console().print(inspect(_load(options.model_dir, "auto", "cpu")))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from accelplug.comparison import compare
+
+    pipe = _load(options.model_dir, options.dtype, options.device)
+    settings = {
+        "num_frames": options.frames,
+        "height": options.height,
+        "width": options.width,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    inputs = [{"prompt": prompt, **given} for prompt in options.prompt]
+    result = compare(pipe, options.recipe, inputs, options.seed or [0], caches=options.caches)
+    _publish(result, options.report)
+    if options.record:
+        for path in result.record():
+            print(f"recorded in {path}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from accelplug.comparison import compare
+    from accelplug.zoo import DEMO, demo_recipes, path
+    from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, agreement, foreground
+
+    pipe = _load(path(), "float32", "cpu")
+    inputs = [{"prompt": HELD_OUT_CAPTIONS[0], **DEMO}]
+    seeds = list(range(options.seeds))
+    result = compare(pipe, demo_recipes(), inputs, seeds, foreground=foreground, detect=agreement)
+    _publish(result, options.report)
+    return 0
+
+
+def _publish(result: Any, report: Path | None) -> None:
+    _console().print(result.table())
+    if report is None:
+        return
+    result.to_json(report) if report.suffix == ".json" else result.to_html(report)
+    print(f"wrote {report}")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    import torch
+    from rich.table import Table
+
+    from accelplug import compat
+    from accelplug.kernels.attention import available_backends
+
+    table = Table("", "", title="accelplug doctor", title_justify="left", show_header=False)
+    for package in ("torch", "diffusers", "transformers", "triton", "flash-attn"):
+        tested = compat.TESTED.get(package)
+        table.add_row(
+            package, f"{compat.installed(package) or 'not installed'}" + (f" (tested up to {tested})" if tested else "")
+        )
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    table.add_row("device", name)
+    for backend, why_not in available_backends(device).items():
+        table.add_row(f"kernel {backend}", "works" if why_not is None else why_not)
+    broken = 0
+    for promise, check in compat.contracts():
+        try:
+            check()
+            table.add_row(promise, "holds")
+        except Exception as error:
+            broken += 1
+            table.add_row(promise, f"[red]broken: {error}")
+    _console().print(table)
+    return 1 if broken else 0
+
+
+def _load(model_dir: Path, dtype: str, device: str | None) -> Any:
+    """Load a pipeline from disk, never from a hub."""
+    if not (model_dir / "model_index.json").is_file():
+        raise AccelplugError(f"{model_dir} is no saved pipeline: expected a folder with model_index.json.")
+    import torch
+    from diffusers import DiffusionPipeline
+
+    wanted = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}
+    pipe = DiffusionPipeline.from_pretrained(model_dir, local_files_only=True, **wanted)
+    if device is None:
+        device = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    return pipe.to(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

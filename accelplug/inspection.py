@@ -1,0 +1,141 @@
+"""inspect(): what a model's attention looks like to accelplug, before anything is applied."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from accelplug.errors import AccelplugError
+from accelplug.families import find
+from accelplug.families.base import site_kinds
+from accelplug.hosts.diffusers import PATCHABLE, denoisers, processor_owners
+from accelplug.plug import as_html, model_facts
+from accelplug.call import Site
+from accelplug.recipe import matching_files
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+TOKENS = (4_096, 8_192, 16_384, 32_768, 75_600, 118_800)
+"""Sequence lengths that the Amdahl ceiling is computed for: from a 1024 x 1024 image to 129 frames of 720p video."""
+
+
+@dataclass(frozen=True)
+class DenoiserFacts:
+    """One denoiser.
+
+    Attributes
+    ----------
+    sites : self- and joint-attention modules that rules can name.
+    kinds : number of attention modules by kind; ``left alone`` counts those that no rule can name.
+    status : how well the family is known: verified, layout or dense; or why it is refused.
+    width : heads * head_dim, the model's hidden width.
+    linear_weights : weights of the linear layers that every visual token passes.
+    """
+
+    name: str
+    cls: str
+    family: str | None
+    status: str
+    sites: tuple[Site, ...]
+    kinds: dict[str, int]
+    width: int
+    linear_weights: int
+
+    def attention_share(self, tokens: int) -> float:
+        """Share of self-attention in the multiply-adds of one forward with `tokens` tokens, in [0, 1]."""
+        attention = 2 * tokens * self.width * len(self.sites)  # q.k and p.v, per token
+        return attention / (attention + self.linear_weights) if attention else 0.0
+
+    def ceiling(self, tokens: int) -> float:
+        """Speed-up of the denoiser if self-attention took no time at all (Amdahl), by multiply-adds."""
+        return 1 / (1 - self.attention_share(tokens))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found. Prints as tables."""
+
+    model: str
+    denoisers: tuple[DenoiserFacts, ...]
+    recipes: dict[str, str] = field(default_factory=dict)
+    """Recipes that match, with what each would touch."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+
+        for part in self.denoisers:
+            table = Table("", "", title=f"{part.name}: {part.cls}", title_justify="left", show_header=False)
+            table.add_row("family", f"{part.family or 'unknown'} ({part.status})")
+            table.add_row("attention", ", ".join(f"{n} {kind}" for kind, n in part.kinds.items()) or "none")
+            table.add_row("layers", str(part.sites[0].layers if part.sites else 0))
+            for tokens in TOKENS:
+                share, ceiling = part.attention_share(tokens), part.ceiling(tokens)
+                table.add_row(f"at {tokens:,} tokens", f"self-attention is {share:.0%} of the work: at most {ceiling:.1f}x")
+            yield table
+        recipes = Table("recipe", "touches", title="recipes that match this model", title_justify="left")
+        for name, touches in self.recipes.items():
+            recipes.add_row(name, touches)
+        yield (
+            recipes if self.recipes else "No shipped recipe matches this model; apply() takes a mapping or a file of yours."
+        )
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+
+def inspect(model: Any) -> Inspection:
+    """Say what accelplug sees in a model: attention sites, recipes that match and what they touch, and what there is to gain.
+
+    Parameters
+    ----------
+    model : a diffusers pipeline or a bare denoiser; it is not changed.
+
+    Raises
+    ------
+    NoMatchError
+        If it has no denoiser.
+    """
+    parts = tuple(_facts(name, denoiser) for name, denoiser in denoisers(model).items())
+    facts = model_facts(model)
+    sites: Sequence[Site] = [site for part in parts for site in part.sites]
+    recipes = {}
+    for file in matching_files(facts):
+        for name, recipe in file.recipes.items():
+            touched = sum(recipe.may_touch(site) for site in sites)
+            recipes[f"{file.model}/{name}"] = f"{touched} of {len(sites)} sites" + (
+                ", default" if name == file.default else ""
+            )
+    return Inspection(type(model).__name__, parts, recipes)
+
+
+def _facts(name: str, denoiser: Any) -> DenoiserFacts:
+    import torch
+
+    family = find(denoiser)
+    owners = dict(processor_owners(denoiser))
+    kinds, layers = site_kinds(family, list(owners)) if family else ({}, 0)
+    sites = tuple(Site(path, name, kind, layer, layers) for path, (kind, layer) in kinds.items() if kind in PATCHABLE)
+    blocks = {site.module.split(".")[0] for site in sites}
+    linear = sum(
+        module.weight.numel()
+        for path, module in denoiser.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and path.split(".")[0] in blocks
+        and "add_" not in path
+        and "context" not in path
+    )
+    width = max((_width(owners[site.module]) for site in sites), default=0)
+    count = Counter(kind for kind, _ in kinds.values())
+    count["left alone"] = len(owners) - sum(count.values())
+    status = "unknown" if family is None else family.refuse or family.status
+    return DenoiserFacts(name, type(denoiser).__name__, family and family.name, status, sites, +count, width, linear)
+
+
+def _width(attention: Any) -> int:
+    projection = next((getattr(attention, name) for name in ("to_q", "to_qkv") if hasattr(attention, name)), None)
+    if projection is None or not hasattr(projection, "out_features"):
+        raise AccelplugError(f"{type(attention).__name__} has neither to_q nor to_qkv to read its width from.")
+    return projection.out_features // (1 if hasattr(attention, "to_q") else 3)

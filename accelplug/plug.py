@@ -1,0 +1,321 @@
+"""apply(): a recipe and a loaded model give a `Plug`, the handle that undoes it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from accelplug import compat
+from accelplug.bounded import Bounded
+from accelplug.call import Clock, Layout, Site
+from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError
+from accelplug.hosts.diffusers import DENSE, Choice, DenoiserHost, denoisers
+from accelplug.hosts.gate import Gate
+from accelplug.hosts.ledger import Event, Ledger
+from accelplug.recipe import ModelFacts, Recipe, load
+from accelplug.registry import patch_class
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+    from accelplug.patches.base import Patch
+
+logger = logging.getLogger("accelplug")
+
+
+def apply(
+    model: Any,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    *,
+    strict: bool = False,
+    gate: str = "auto",
+    backend: str = "auto",
+    deterministic: bool = False,
+) -> Plug:
+    """Swap the attention of a loaded model as a recipe says.
+
+    Parameters
+    ----------
+    model : a diffusers pipeline (classic or modular), or a bare denoiser.
+    recipe : None for the default of the file that matches the model; a name in that file, ``radial``; a full name,
+        ``wan2.1-t2v-14b/radial``; the path of a recipe file; a mapping; or a `Recipe`.
+    strict : raise `FallbackError` where an attention call that a rule names would run dense.
+    gate : ``auto`` times dense against sparse at the first call of each shape and leaves dense what would not pay;
+        ``off`` forces the recipe.
+    backend : kernel for patches that leave the choice open: ``auto``, ``triton``, ``flex``, ``blocked``, ``reference``.
+    deterministic : take no choice by timing: the gate is off, and the first kernel that serves is used.
+
+    Returns
+    -------
+    The `Plug`: ``remove()`` it, or use it as a context manager.
+
+    Raises
+    ------
+    AlreadyAppliedError
+        If a recipe is on one of the model's denoisers.
+    NoMatchError
+        If the model has no denoiser or attention that is known, or no rule of the recipe can fit any of it.
+    RecipeError
+        If the recipe cannot be read or was made for another model.
+    UnsupportedError
+        If the model's attention cannot be swapped (linear attention).
+    """
+    if gate not in ("auto", "off"):
+        raise AccelplugError(f"gate must be 'auto' or 'off', got {gate!r}.")
+    parts = _denoisers(model)
+    for name, denoiser in parts.items():
+        if (on := plug_of(denoiser)) is not None:
+            raise AlreadyAppliedError(
+                f"{on.recipe.name} is on this model's {name} already. Remove it first: accelplug.remove(model) or plug.remove()."
+            )
+    compat.warn_untested("diffusers")
+    loaded = load(recipe, model_facts(model))
+    plug = Plug(
+        model,
+        loaded,
+        parts,
+        strict=strict,
+        gate="off" if deterministic else gate,
+        backend=backend,
+        measure=not deterministic,
+    )
+    plug._install()
+    logger.info("%s", plug.summary())
+    return plug
+
+
+def remove(model: Any) -> None:
+    """Take the recipe off a model, or off the model of a `Plug`; the model is then as it was before `apply`.
+
+    Raises
+    ------
+    NoMatchError
+        If no recipe is on it.
+    """
+    if isinstance(model, Plug):
+        model.remove()
+        return
+    plugs = {id(on): on for denoiser in _denoisers(model).values() if (on := plug_of(denoiser))}
+    if not plugs:
+        raise NoMatchError(f"No recipe is on this {type(model).__name__}; nothing to remove.")
+    for on in plugs.values():
+        on.remove()
+
+
+def plug_of(denoiser: Any) -> Plug | None:
+    """Return the plug that is on a denoiser, or None."""
+    for hook in denoiser._forward_pre_hooks.values():
+        host = getattr(hook, "__self__", None)
+        if isinstance(host, DenoiserHost) and host.denoiser is denoiser:
+            return host.owner
+    return None
+
+
+def model_facts(model: Any) -> ModelFacts:
+    """Return what recipes match a model by: class names and config of its first denoiser, components of the pipeline."""
+    denoiser = next(iter(_denoisers(model).values()))
+    components = getattr(model, "components", None)
+    present = {name for name, part in components.items() if part is not None} if isinstance(components, Mapping) else set()
+    config = dict(getattr(denoiser, "config", {}))
+    return ModelFacts(tuple(cls.__name__ for cls in type(denoiser).__mro__), config, frozenset(present))
+
+
+def _denoisers(model: Any) -> dict[str, Any]:
+    parts = denoisers(model)
+    if not parts:
+        raise NoMatchError(
+            f"{type(model).__name__} has no denoiser: expected a diffusers pipeline with a transformer or unet that is loaded, "
+            "or such a module itself. For a modular pipeline call load_components() first."
+        )
+    return parts
+
+
+class Plug(AbstractContextManager["Plug"]):
+    """A recipe on a model. Made by `apply`; `remove` undoes it, as does leaving the context."""
+
+    def __init__(
+        self, model: Any, recipe: Recipe, parts: dict[str, Any], *, strict: bool, gate: str, backend: str, measure: bool
+    ) -> None:
+        self.recipe = recipe
+        self.active = False
+        self._backend = backend
+        self._ledger = Ledger(strict)
+        self._gate = Gate(gate)
+        self._clock = StepClock(model)
+        self._patches: Bounded[tuple[str, str], Patch] = Bounded(256)
+        self._hosts = [
+            DenoiserHost(name, part, self._clock, self._decide, self._ledger, self._gate, measure)
+            for name, part in parts.items()
+        ]
+        for host in self._hosts:
+            host.owner = self
+        self._require_a_match()
+
+    def _decide(self, site: Site, layout: Layout | None, clock: Clock) -> Choice:
+        decision = self.recipe.decide(site, layout, clock)
+        if decision.patch is None:
+            return Choice(reason=decision.reason) if decision.reason else DENSE
+        return Choice(self._patch(decision.patch, decision.config), decision.patch)
+
+    def _patch(self, name: str, config: Mapping[str, Any]) -> Patch:
+        """Return the one instance of a patch and config: sites that share it share compiled graphs and plans."""
+
+        def make() -> Patch:
+            cls = patch_class(name)
+            fields = cls.Config.model_fields
+            chosen = {"backend": self._backend} if "backend" in fields and config.get("backend", "auto") == "auto" else {}
+            return cls({**config, **chosen})
+
+        return self._patches.get((name, repr(sorted(config.items()))), make)
+
+    def _require_a_match(self) -> None:
+        sites = [record.site for host in self._hosts for record in host.records if record.site]
+        if not any(self.recipe.may_touch(site) for site in sites):
+            kinds = Counter(site.kind for site in sites)
+            raise NoMatchError(
+                f"No rule of {self.recipe.name} fits any attention of this model, which has "
+                f"{', '.join(f'{n} of kind {kind}' for kind, n in kinds.items())} in {sites[0].layers} layers. "
+                "Check the rules' where: layers, kind, module, denoiser."
+            )
+
+    def _install(self) -> None:
+        try:
+            for host in self._hosts:
+                host.install()
+        except BaseException:
+            self.remove()
+            raise
+        self.active = True
+
+    # ------------------------------------------------------------------------------------------------------ public
+
+    def remove(self) -> None:
+        """Give the model back as it was. A second call does nothing."""
+        for host in self._hosts:
+            host.remove()
+        self.active = False
+
+    def __enter__(self) -> Plug:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()
+
+    def step(self, index: int | None, steps: int | None = None) -> None:
+        """Tell which diffusion step comes (0-based, of `steps`), for a bare denoiser; with None let the pipeline tell again."""
+        self._clock.set(index, steps)
+
+    def trace(self, timed: bool = False, plans: bool = False) -> AbstractContextManager[list[Event]]:
+        """Collect an `Event` per self- and joint-attention call while the context is open.
+
+        Parameters
+        ----------
+        timed : measure each call, synchronising the device: do not time whole runs with it.
+        plans : keep each call's `BlockPlan`.
+        """
+        return self._ledger.trace(timed, plans)
+
+    @property
+    def sites(self) -> list[Site]:
+        """The self- and joint-attention modules that rules can name."""
+        return [record.site for host in self._hosts for record in host.records if record.site]
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What was chosen by measurement: the gate's verdicts and the kernels, as plain data to be stored with results."""
+        from accelplug.kernels.attention import choices
+
+        return {
+            "gate": self._gate.mode,
+            "backend": self._backend,
+            "verdicts": [verdict.to_dict() for verdict in self._gate.verdicts],
+            "kernels": choices(),
+        }
+
+    def report(self) -> Report:
+        """Say what ran how since `apply`: calls by patch, fallbacks with their reasons, what the gate left dense."""
+        return Report(
+            recipe=self.recipe.name,
+            served=dict(self._ledger.served),
+            fallbacks={f"{module}: {reason}": n for (module, reason), n in self._ledger.fallbacks.items()},
+            gated=[verdict.reason for verdict in self._gate.verdicts if not verdict.pays],
+            gains={v.patch: v.dense_ms / v.sparse_ms for v in self._gate.verdicts if v.pays},
+            unrouted=[module for host in self._hosts for module in host.unrouted()],
+            skipped={f"{host.name}.{path}": why for host in self._hosts for path, why in host.skipped.items()},
+        )
+
+    def summary(self) -> str:
+        """One line: which recipe, how many attention modules of how many it may touch, in which denoisers."""
+        sites = self.sites
+        touched = sum(self.recipe.may_touch(site) for site in sites)
+        where = ", ".join(f"{host.name} ({type(host.denoiser).__name__})" for host in self._hosts)
+        state = "on" if self.active else "off"
+        return f"{self.recipe.name}: {state}, touches {touched} of {len(sites)} self-attention modules in {where}"
+
+    def __repr__(self) -> str:
+        return f"<Plug {self.summary()}>"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.summary()
+        yield from self.report().__rich_console__(console, options)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a plug did since it was applied. Prints as a table."""
+
+    recipe: str
+    served: dict[str, int] = field(default_factory=dict)
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    gated: list[str] = field(default_factory=list)
+    gains: dict[str, float] = field(default_factory=dict)
+    unrouted: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Yield (what, how much) in reading order."""
+        for name, calls in self.served.items():
+            gain = f", each {self.gains[name]:.2f}x faster than dense" if name in self.gains else ""
+            yield f"answered by {name}", f"{calls} calls{gain}"
+        for what, calls in self.fallbacks.items():
+            yield f"fell back to dense: {what}", f"{calls} calls"
+        for reason in self.gated:
+            yield "left dense by the gate", reason
+        for module in self.unrouted:
+            yield "named by a rule, never seen", module
+        for module, why in self.skipped.items():
+            yield f"cannot be re-bound: {module}", why
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+
+        table = Table("attention", "", title=self.recipe, title_justify="left")
+        for row in self.rows():
+            table.add_row(*row)
+        yield table
+
+    def __str__(self) -> str:
+        return "\n".join(f"{what}: {much}" for what, much in self.rows()) or "nothing ran yet"
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+
+def as_html(renderable: Any) -> str:
+    """Render for a notebook."""
+    import io
+
+    from rich.console import Console
+
+    console = Console(record=True, width=110, file=io.StringIO())
+    console.print(renderable)
+    return console.export_html(inline_styles=True, code_format="<pre style='font-family:monospace'>{code}</pre>")
