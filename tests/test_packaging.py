@@ -1,0 +1,54 @@
+"""What a user gets: an import that costs nothing, and a wheel that holds everything and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LINKED = ("patches", "kernels", "recipes")
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_import_brings_neither_torch_nor_diffusers():
+    heavy = run("import sys, accelplug; print([m for m in ('torch', 'diffusers', 'transformers', 'triton') if m in sys.modules])")
+    assert heavy.strip() == "[]"
+
+
+def test_listing_brings_no_torch():
+    out = run("import sys, accelplug; print(len(accelplug.list_patches()), len(accelplug.list_recipes()), 'torch' in sys.modules)")
+    patches, recipes, torch_there = out.split()
+    assert int(patches) >= 3
+    assert int(recipes) >= 20
+    assert torch_there == "False"
+
+
+def test_the_linked_folders_are_no_packages_of_their_own():
+    for name in LINKED:
+        assert not (ROOT / name / "__init__.py").exists(), f"{name}/__init__.py would shadow another package of that name"
+        assert (ROOT / "accelplug" / name).is_symlink()
+        assert (ROOT / "accelplug" / name).readlink() == Path("..") / name
+
+
+def test_the_wheel_holds_what_git_tracks(tmp_path):
+    tracked = subprocess.run(["git", "ls-files", "accelplug", *LINKED], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    expected = {
+        name if name.startswith("accelplug/") else f"accelplug/{name}"
+        for name in tracked.split()
+        if name not in {f"accelplug/{link}" for link in LINKED}
+    }
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert {name.split("/")[0] for name in names} == {"accelplug"}
+    assert names == expected
