@@ -62,14 +62,16 @@ def traced_value(ctx: Any, name: str) -> Any:
 
 
 def _concrete(variable: Any) -> Any:
-    if hasattr(variable, "proxy"):
-        return variable.proxy.node.meta.get("example_value")
-    if hasattr(variable, "items") and isinstance(variable.items, dict):
-        return {_concrete(getattr(key, "vt", key)): _concrete(value) for key, value in variable.items.items()}
-    if hasattr(variable, "items") and isinstance(variable.items, list):
-        return [_concrete(item) for item in variable.items]
+    """Undo Dynamo's wrapping: constants and objects as they are, tensors as fake ones, through lists and dicts."""
     if variable.is_python_constant():
         return variable.as_python_constant()
+    if (proxy := getattr(variable, "proxy", None)) is not None:
+        return proxy.node.meta.get("example_value")
+    items = getattr(variable, "items", None)
+    if isinstance(items, dict):
+        return {_concrete(key.vt): _concrete(value) for key, value in items.items()}
+    if isinstance(items, list):
+        return [_concrete(item) for item in items]
     return getattr(variable, "value", None)
 
 

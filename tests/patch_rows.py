@@ -1,0 +1,33 @@
+"""One row a patch: what the laws run it with. Blocks of 8 on grids of at least six blocks; the reference kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """A patch with a neutral config, one that works, and one that reads everything but through the kernel."""
+
+    patch: str
+    neutral: dict[str, Any]
+    working: dict[str, Any]
+    everything: dict[str, Any]
+
+    def recipe(self, config: dict[str, Any], **where: Any) -> dict[str, Any]:
+        """A recipe with one rule."""
+        rule = {"patch": self.patch, "with": {"block": 8, "backend": "reference", **config}}
+        return {"rules": [{"where": where, **rule} if where else rule]}
+
+
+ROWS = (
+    Row("radial", {"window": "full"}, {"decay": 0.2}, {}),
+    Row(
+        "neighborhood",
+        {"window": ["full", "full", "full"]},
+        {"window": [1, 3, 3], "tile_thw": [1, 2, 4]},
+        {},
+    ),
+    Row("sol", {"tau": "dense"}, {"tau": 0.5, "band": 0}, {"tau": -1e9}),
+)

@@ -1,0 +1,236 @@
+"""Living together with what diffusers itself does to a pipeline, in either order of installing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
+from diffusers.hooks import apply_group_offloading
+
+import accelplug
+from tests import tiny_models
+from tests.patch_rows import ROWS
+from tests.test_laws import run, snapshot
+
+RECIPE = ROWS[0].recipe(ROWS[0].working)
+
+
+def generate(pipe, inputs) -> torch.Tensor:
+    return pipe(**inputs, generator=torch.Generator().manual_seed(0)).frames
+
+
+def caches(pipe) -> dict:
+    return {
+        "first_block": FirstBlockCacheConfig(threshold=0.02),
+        "taylorseer": TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1),
+        "pyramid": PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(100, 950),
+            current_timestep_callback=lambda: pipe._current_timestep,
+        ),
+        "faster": FasterCacheConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, 900),
+            attention_weight_callback=lambda _: 0.3,
+            current_timestep_callback=lambda: pipe._current_timestep,
+            tensor_format="BCFHW",
+            is_guidance_distilled=True,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["first_block", "taylorseer", "pyramid", "faster"])
+def test_caches_in_either_order(name):
+    def make():
+        pipe, inputs = tiny_models.pipeline("wan")
+        return pipe, inputs, caches(pipe)[name]
+
+    pipe, inputs, config = make()
+    stock = generate(pipe, inputs)
+    before = snapshot(pipe.transformer)
+    pipe.transformer.enable_cache(config)
+    cached = generate(pipe, inputs)
+    pipe.transformer.disable_cache()
+    outs = []
+    for plug_first in (True, False):
+        pipe, inputs, config = make()
+        if plug_first:
+            plug = accelplug.apply(pipe, RECIPE, gate="off")
+        pipe.transformer.enable_cache(config)
+        if not plug_first:
+            plug = accelplug.apply(pipe, RECIPE, gate="off")
+        outs.append(generate(pipe, inputs))
+        if plug_first:  # taken off in the order of installing, not in reverse
+            plug.remove()
+            assert torch.equal(generate(pipe, inputs), cached)
+            pipe.transformer.disable_cache()
+        else:
+            pipe.transformer.disable_cache()
+            assert not torch.equal(generate(pipe, inputs), stock)
+            plug.remove()
+        assert torch.equal(generate(pipe, inputs), stock)
+    assert torch.equal(*outs)
+    assert not torch.equal(outs[0], cached)
+    assert before["processors"]
+
+
+def test_group_offload_in_either_order():
+    pipe, inputs = tiny_models.pipeline("wan")
+    with accelplug.apply(pipe, RECIPE, gate="off"):
+        expected = generate(pipe, inputs)
+    for plug_first in (True, False):
+        pipe, inputs = tiny_models.pipeline("wan")
+        plug = accelplug.apply(pipe, RECIPE, gate="off") if plug_first else None
+        apply_group_offloading(
+            pipe.transformer,
+            onload_device=torch.device("cpu"),
+            offload_device=torch.device("cpu"),
+            offload_type="block_level",
+            num_blocks_per_group=1,
+        )
+        plug = plug or accelplug.apply(pipe, RECIPE, gate="off")
+        assert torch.equal(generate(pipe, inputs), expected)
+        plug.remove()
+
+
+def test_layerwise_casting_and_dtype_change():
+    pipe, inputs = tiny_models.pipeline("wan")
+    with accelplug.apply(pipe, RECIPE, gate="off", strict=True) as plug:
+        pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+        assert torch.isfinite(generate(pipe, inputs)).all()
+        assert plug.report().served["radial"]
+    pipe, inputs = tiny_models.pipeline("wan")
+    with accelplug.apply(pipe, RECIPE, gate="off", strict=True) as plug:
+        pipe.to(torch.bfloat16)
+        inputs = {k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        assert torch.isfinite(generate(pipe, inputs)).all()
+        assert plug.report().served["radial"]
+
+
+def test_lora_load_and_unload_while_on():
+    from peft import LoraConfig
+
+    pipe, inputs = tiny_models.pipeline("wan")
+    stock = generate(pipe, inputs)
+    with accelplug.apply(pipe, RECIPE, gate="off", strict=True):
+        plain = generate(pipe, inputs)
+        pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+        assert not torch.equal(generate(pipe, inputs), plain)
+        pipe.transformer.delete_adapters("default")
+        assert torch.equal(generate(pipe, inputs), plain)
+    assert torch.equal(generate(pipe, inputs), stock)
+
+
+def test_fused_projections_new_style_keeps_working():
+    pipe, inputs = tiny_models.pipeline("wan")
+    with accelplug.apply(pipe, RECIPE, gate="off", strict=True):
+        plain = generate(pipe, inputs)
+        pipe.transformer.fuse_qkv_projections()
+        torch.testing.assert_close(generate(pipe, inputs), plain, rtol=1e-3, atol=1e-4)
+
+
+def test_fused_projections_old_style_is_counted():
+    model, inputs = tiny_models.build("cogvideox")
+    dense = run(model, inputs)
+    with accelplug.apply(model, RECIPE, gate="off") as plug:
+        run(model, inputs)
+        model.fuse_qkv_projections()
+        torch.testing.assert_close(run(model, inputs), dense, rtol=1e-4, atol=1e-5)
+        assert any("replaced" in reason for reason in plug.report().fallbacks)
+        model.unfuse_qkv_projections()
+        assert not torch.allclose(run(model, inputs), dense, rtol=1e-4, atol=1e-5)
+    assert torch.equal(run(model, inputs), dense)
+
+
+def test_attention_backend_set_after_apply_is_used():
+    model, inputs = tiny_models.build("wan")
+    with accelplug.apply(model, RECIPE, gate="off") as plug:
+        patched = run(model, inputs)
+        model.set_attention_backend("_native_math")
+        assert torch.equal(run(model, inputs), patched)
+        assert plug.report().served["radial"]
+        assert not plug.report().fallbacks
+        model.reset_attention_backend()
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    _AttentionBackendRegistry.set_active_backend("native")
+
+
+def test_perturbed_attention_guidance_keeps_its_meaning():
+    from diffusers.hooks import LayerSkipConfig, apply_layer_skip
+
+    config = LayerSkipConfig(
+        indices=[0], fqn="transformer_blocks", skip_attention=False, skip_ff=False, skip_attention_scores=True, dropout=0.0
+    )
+    outs = []
+    for plugged in (False, True):
+        model, inputs = tiny_models.build("pixart")
+        # A window on layers that are not skipped would differ by itself: only layer 0 is named here.
+        plug = accelplug.apply(model, ROWS[1].recipe(ROWS[1].working, layers=0), gate="off") if plugged else None
+        config.skip_attention = False
+        try:
+            apply_layer_skip(model, copy.copy(config))
+        except ValueError:
+            config.skip_attention = True
+            apply_layer_skip(model, copy.copy(config))
+        outs.append(run(model, inputs))
+        if plug:
+            assert any("perturbed" in reason for reason in plug.report().fallbacks)
+    assert torch.equal(*outs)
+
+
+def test_two_experts_share_a_clock_and_split_the_steps():
+    pipe, inputs = tiny_models.pipeline("wan22_moe")
+    stock = generate(pipe, inputs)
+    recipe = ROWS[0].recipe(ROWS[0].working, denoiser="transformer_2")
+    with accelplug.apply(pipe, recipe, gate="off", strict=True) as plug, plug.trace() as events:
+        assert not torch.equal(generate(pipe, inputs), stock)
+    by_denoiser = {name: {e.clock.step for e in events if e.site.denoiser == name} for name in ("transformer", "transformer_2")}
+    assert all(by_denoiser.values())
+    assert max(by_denoiser["transformer"]) < min(by_denoiser["transformer_2"])
+    assert {e.patch for e in events if e.site.denoiser == "transformer"} == {"dense"}
+    assert {e.clock.branch for e in events} == {"cond", "uncond"}
+    assert torch.equal(generate(pipe, inputs), stock)
+
+
+@pytest.mark.parametrize("name", tiny_models.PIPELINES)
+def test_every_pipeline_tells_its_steps(name):
+    pipe, inputs = tiny_models.pipeline(name)
+    pipe.set_progress_bar_config(disable=True)
+    make = lambda: pipe(**inputs, generator=torch.Generator().manual_seed(0))[0]  # noqa: E731
+    stock = make()
+    recipe = ROWS[1].recipe(ROWS[1].working, steps="50%:")
+    with accelplug.apply(pipe, recipe, gate="off", strict=True) as plug, plug.trace() as events:
+        patched = make()
+    steps = inputs["num_inference_steps"]
+    assert {event.clock.steps for event in events} == {steps}
+    assert {event.clock.step for event in events} == set(range(steps))
+    assert {e.patch for e in events if e.clock.step < steps / 2} == {"dense"}
+    assert "neighborhood" in {e.patch for e in events if e.clock.step >= steps / 2}
+    assert not torch.equal(patched, stock)
+    assert torch.equal(make(), stock)
+
+
+def test_a_second_run_starts_afresh():
+    pipe, inputs = tiny_models.pipeline("wan")
+    with accelplug.apply(pipe, RECIPE, gate="off"):
+        assert torch.equal(generate(pipe, inputs), generate(pipe, inputs))
+
+
+def test_save_and_load_give_a_stock_pipe(tmp_path):
+    model, inputs = tiny_models.build("wan")
+    dense = run(model, inputs)
+    with accelplug.apply(model, RECIPE, gate="off"):
+        model.save_pretrained(tmp_path)
+        processor = pickle.loads(pickle.dumps(model.blocks[0].attn1.processor))
+    assert type(processor).__name__ == "WanAttnProcessor"
+    assert not hasattr(type(processor), "stock")
+    assert torch.equal(run(type(model).from_pretrained(tmp_path).eval(), inputs), dense)

@@ -1,0 +1,104 @@
+"""torch.compile and a plug, in either order: right results, one graph a policy, and no word with stock models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import accelplug
+from tests import tiny_models
+from tests.patch_rows import ROWS
+from tests.test_laws import run
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model, kind: str, counter: CompileCounter):
+    if kind == "regional":
+        model.compile_repeated_blocks(fullgraph=True, backend=counter)
+        return model
+    return torch.compile(model, fullgraph=True, backend=counter)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.patch)
+@pytest.mark.parametrize("kind", ["regional", "whole"])
+@pytest.mark.parametrize("first", ["apply", "compile"])
+def test_compiled_equals_eager_with_a_graph_a_policy(row, kind, first):
+    model, inputs = tiny_models.build("wan")
+    dense = run(model, inputs)
+    recipe = row.recipe(row.working, steps="1:")
+    with accelplug.apply(model, recipe, gate="off") as plug:
+        plug.step(1, 4)
+        sparse = run(model, inputs)
+    assert not torch.equal(sparse, dense)
+    counter = CompileCounter()
+    forward = compiled(model, kind, counter) if first == "compile" else model
+    plug = accelplug.apply(model, recipe, gate="off")
+    forward = compiled(model, kind, counter) if first == "apply" else forward
+    for step in range(4):
+        plug.step(step, 4)
+        with model.cache_context("cond"):
+            out = run(forward, inputs)
+        torch.testing.assert_close(out, sparse if step else dense, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 2, "more graphs than policies (dense, sparse)"
+    plug.remove()
+    torch.testing.assert_close(run(forward, inputs), dense, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["wan", "flux", "hunyuan_video", "cogvideox"])
+def test_many_layers_share_a_graph(name):
+    model, inputs = tiny_models.build(name)
+    counter = CompileCounter()
+    model.compile_repeated_blocks(fullgraph=True, backend=counter)
+    run(model, inputs)
+    stock = counter.frame_count
+    with accelplug.apply(model, ROWS[0].recipe(ROWS[0].working), gate="off") as plug:
+        run(model, inputs)
+        assert not plug.report().fallbacks
+    assert counter.frame_count <= 2 * stock
+
+
+@pytest.mark.parametrize("patched_first", [True, False])
+@pytest.mark.parametrize("name", ["sd3", "cogvideox"])
+def test_stock_and_patched_compiled_in_one_process(name, patched_first):
+    """Processors that never read ``self``, with a graph break inside, must not run each other's frames."""
+    stock, inputs = tiny_models.build(name)
+    patched, _ = tiny_models.build(name)
+    dense = run(stock, inputs)
+    recipe = ROWS[1].recipe(ROWS[1].working)
+    with accelplug.apply(patched, recipe, gate="off"):
+        sparse = run(patched, inputs)
+        assert not torch.equal(dense, sparse)
+        pairs = [(patched, sparse), (stock, dense)]
+        for model, expected in pairs if patched_first else pairs[::-1]:
+            for attention in (m for m in model.modules() if hasattr(m, "norm_q") and m.norm_q is not None):
+                attention.norm_q.register_forward_hook(_break_the_graph)
+            forward = torch.compile(model, backend="eager")
+            for _ in range(2):
+                torch.testing.assert_close(run(forward, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def _break_the_graph(module, args, output):
+    torch._dynamo.graph_break()
+    return output
+
+
+def test_a_deep_copy_of_a_patched_model_is_stock():
+    model, inputs = tiny_models.build("wan")
+    dense = run(model, inputs)
+    with accelplug.apply(model, ROWS[0].recipe(ROWS[0].working), gate="off") as plug:
+        twin = copy.deepcopy(model)
+        assert torch.equal(run(twin, inputs), dense)
+        assert all(type(a) is type(a).__mro__[0] and not hasattr(type(a), "stock") for a in twin.attn_processors.values())
+        with accelplug.apply(twin, ROWS[0].recipe(ROWS[0].working), gate="off"):
+            assert not torch.equal(run(twin, inputs), dense)
+        assert plug.active
+    assert torch.equal(run(twin, inputs), dense)

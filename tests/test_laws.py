@@ -1,0 +1,281 @@
+"""The laws every patch obeys on every host: one suite, parametrised over (patch, model)."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import accelplug
+from accelplug import compat
+from accelplug.errors import AccelplugError, AlreadyAppliedError, FallbackError, NoMatchError, UnsupportedError
+from accelplug.hosts.diffusers import processor_owners
+from tests import tiny_models
+from tests.patch_rows import ROWS, Row
+
+REFUSED = ("sana",)
+UNKNOWN = ("stable_audio",)
+MODELS = tuple(name for name in tiny_models.MODELS if name not in REFUSED + UNKNOWN)
+
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.patch)
+models = pytest.mark.parametrize("name", MODELS)
+DENSE = {"rules": [{"patch": "dense"}]}
+
+
+def run(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return tiny_models.output(model(**copy.deepcopy(inputs)))
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that a plug could leave behind, but for parameters' values."""
+    return {
+        "vars": {path: set(vars(module)) for path, module in model.named_modules()},
+        "classes": {path: type(module) for path, module in model.named_modules()},
+        "processors": {path: (id(module.processor), type(module.processor)) for path, module in processor_owners(model)},
+        "hooks": {
+            path: (list(module._forward_hooks), list(module._forward_pre_hooks), list(module._forward_pre_hooks_with_kwargs))
+            for path, module in model.named_modules()
+        },
+        "state": {key: value.data_ptr() for key, value in model.state_dict().items()},
+        "registry": dict(compat.processor_metadata()),
+        "sdpa": torch.nn.functional.scaled_dot_product_attention,
+        "dispatch": compat.dispatch_attention_fn(),
+        "rng": torch.get_rng_state().tolist(),
+    }
+
+
+@models
+@rows
+def test_neutral_is_exact(row: Row, name: str):
+    model, inputs = tiny_models.build(name)
+    dense = run(model, inputs)
+    with accelplug.apply(model, row.recipe(row.neutral), gate="off"):
+        assert torch.equal(run(model, inputs), dense)
+
+
+@models
+@rows
+def test_it_does_something_and_undoes_it(row: Row, name: str):
+    model, inputs = tiny_models.build(name)
+    dense, before = run(model, inputs), snapshot(model)
+    plug = accelplug.apply(model, row.recipe(row.working), gate="off")
+    with plug.trace(plans=True) as events:
+        patched = run(model, inputs)
+    assert torch.isfinite(patched).all()
+    ran = [event for event in events if event.patch == row.patch]
+    assert ran, f"{row.patch} ran nowhere: {plug.report()}"
+    for event in ran:
+        assert event.plan.members.any(-1).all(), "a query block without a key block"
+        assert event.density == pytest.approx(float(event.plan.density().mean()), abs=1e-6) or row.patch == "sol"
+    if any(event.density < 0.999 for event in ran):
+        assert not torch.equal(patched, dense)
+    else:  # a grid on which this window reads everything
+        torch.testing.assert_close(patched, dense, rtol=1e-3, atol=1e-4)
+    plug.remove()
+    assert snapshot(model) == before
+    assert torch.equal(run(model, inputs), dense)
+
+
+@models
+def test_the_kernel_at_density_one_is_dense(name: str):
+    row = next(row for row in ROWS if row.everything)
+    model, inputs = tiny_models.build(name)
+    dense = run(model, inputs)
+    with accelplug.apply(model, row.recipe(row.everything), gate="off") as plug, plug.trace() as events:
+        forced = run(model, inputs)
+    assert any(event.patch == row.patch and event.density == 1.0 for event in events)
+    torch.testing.assert_close(forced, dense, rtol=1e-3, atol=2e-5 * float(dense.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("rest", ["drop", "pool"])
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan_video", "flux", "sd3"])
+@rows
+def test_batch_two_is_two_batches_of_one(row: Row, name: str, rest: str):
+    model, inputs = tiny_models.build(name)
+    both, singles = tiny_models.batch_of_two(name, inputs)
+    with accelplug.apply(model, row.recipe({**row.working, "rest": rest}), gate="off"):
+        together = run(model, both)
+        apart = torch.cat([run(model, single) for single in singles])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+
+@models
+def test_text_stays_dense_and_cross_attention_is_untouched(name: str):
+    model, inputs = tiny_models.build(name)
+    row = ROWS[1]
+    with accelplug.apply(model, row.recipe(row.working), gate="off") as plug, plug.trace(plans=True) as events:
+        run(model, inputs)
+    assert {event.site.kind for event in events} <= {"self", "joint", "temporal", "frame", "global"}
+    for event in (event for event in events if event.site.kind == "joint" and event.plan is not None):
+        blocks = event.plan.members
+        host = plug._hosts[0]
+        record = next(record for record in host.records if record.site == event.site)
+        text = record.params.tiles.is_text(8)
+        assert text.any()
+        assert blocks[..., text, :].all(), "a text row does not read every block"
+        assert blocks[..., :, text].all(), "a row does not read all text"
+
+
+@rows
+def test_other_instances_and_threads_notice_nothing(row: Row):
+    patched, inputs = tiny_models.build("wan")
+    stock, _ = tiny_models.build("wan")
+    dense = run(stock, inputs)
+    found: list[torch.Tensor] = []
+    with accelplug.apply(patched, row.recipe(row.working), gate="off"):
+        thread = threading.Thread(target=lambda: found.extend(run(stock, inputs) for _ in range(20)))
+        thread.start()
+        different = [not torch.equal(run(patched, inputs), dense) for _ in range(20)]
+        thread.join()
+    assert all(different)
+    assert len(found) == 20
+    assert all(torch.equal(out, dense) for out in found)
+
+
+def test_exception_in_the_middle_of_a_run(monkeypatch):
+    model, inputs = tiny_models.build("wan")
+    dense, before = run(model, inputs), snapshot(model)
+    with pytest.raises(ZeroDivisionError), accelplug.apply(model, ROWS[0].recipe(ROWS[0].working), gate="off"):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model.blocks[1].ffn), "forward", lambda self, x: 1 / 0)
+            run(model, inputs)
+    assert snapshot(model) == before
+    assert torch.equal(run(model, inputs), dense)
+
+
+def test_apply_twice_names_what_is_on():
+    model, _ = tiny_models.build("wan")
+    with accelplug.apply(model, DENSE) as plug:
+        with pytest.raises(AlreadyAppliedError, match="already"):
+            accelplug.apply(model, DENSE)
+        assert plug.active
+        accelplug.remove(model)
+        assert not plug.active
+    with pytest.raises(NoMatchError, match="nothing to remove"):
+        accelplug.remove(model)
+
+
+def test_only_what_is_still_ours_is_restored():
+    model, inputs = tiny_models.build("wan")
+    plug = accelplug.apply(model, DENSE)
+    theirs = type(model.blocks[0].attn1.processor).stock()
+    model.blocks[0].attn1.processor = theirs
+    plug.remove()
+    assert model.blocks[0].attn1.processor is theirs
+    assert torch.isfinite(run(model, inputs)).all()
+
+
+def test_a_replaced_processor_is_counted_and_an_error_under_strict():
+    model, inputs = tiny_models.build("wan")
+    for strict in (False, True):
+        plug = accelplug.apply(model, ROWS[0].recipe(ROWS[0].working), gate="off", strict=strict)
+        run(model, inputs)
+        model.blocks[0].attn1.processor = type(model.blocks[0].attn1.processor).stock()
+        if strict:
+            with pytest.raises(FallbackError, match="replaced"):
+                run(model, inputs)
+        else:
+            run(model, inputs)
+            assert any("replaced" in reason for reason in plug.report().fallbacks)
+        plug.remove()
+
+
+def test_nothing_matched_says_what_is_there():
+    model, _ = tiny_models.build("wan")
+    before = snapshot(model)
+    with pytest.raises(NoMatchError, match=r"No rule .* fits any attention .* 3 of kind self|No rule"):
+        accelplug.apply(model, ROWS[0].recipe(ROWS[0].working, layers="90:"))
+    with pytest.raises(NoMatchError, match="no denoiser"):
+        accelplug.apply(object(), DENSE)
+    assert snapshot(model) == before
+
+
+def test_linear_attention_is_refused():
+    model, _ = tiny_models.build("sana")
+    with pytest.raises(UnsupportedError, match="linear"):
+        accelplug.apply(model, DENSE)
+
+
+def test_unknown_denoiser_is_refused():
+    with pytest.raises(UnsupportedError, match="Linear"):
+        accelplug.apply(nn.Linear(2, 2), DENSE)
+
+
+def test_training_with_gradients_is_refused_and_removable():
+    model, inputs = tiny_models.build("wan")
+    dense = run(model, inputs)
+    model.train().requires_grad_(True)
+    plug = accelplug.apply(model, ROWS[0].recipe(ROWS[0].working), gate="off")
+    with pytest.raises(UnsupportedError, match="training mode"):
+        model(**copy.deepcopy(inputs))
+    plug.remove()
+    assert torch.equal(run(model.eval(), inputs), dense)
+
+
+def test_unknown_step_is_dense_counted_or_told():
+    model, inputs = tiny_models.build("wan")
+    dense = run(model, inputs)
+    recipe = ROWS[0].recipe(ROWS[0].working, steps="50%:")
+    with accelplug.apply(model, recipe, gate="off") as plug:
+        assert torch.equal(run(model, inputs), dense)
+        assert any("step" in reason for reason in plug.report().fallbacks)
+        plug.step(0, 10)
+        assert torch.equal(run(model, inputs), dense)
+        plug.step(5, 10)
+        assert not torch.equal(run(model, inputs), dense)
+    with accelplug.apply(model, recipe, gate="off", strict=True), pytest.raises(FallbackError, match="step"):
+        run(model, inputs)
+
+
+def test_the_gate_leaves_dense_what_would_not_pay(monkeypatch):
+    model, inputs = tiny_models.build("wan")
+    dense = run(model, inputs)
+    from accelplug.hosts import gate
+
+    ms = iter([1.0, 2.0] * 100)
+    monkeypatch.setattr(gate, "median_ms", lambda run, device: next(ms))
+    with accelplug.apply(model, ROWS[0].recipe(ROWS[0].working)) as plug:
+        assert torch.equal(run(model, inputs), dense)
+        assert any("would not pay" in reason for reason in plug.report().gated)
+        assert not plug.report().fallbacks
+        assert plug.choices["verdicts"][0]["pays"] is False
+    ms = iter([2.0, 1.0] * 100)
+    with accelplug.apply(model, ROWS[0].recipe(ROWS[0].working)) as plug:
+        assert not torch.equal(run(model, inputs), dense)
+        assert plug.report().gains["radial"] == 2.0
+
+
+def test_many_resolutions_leave_bounded_caches():
+    model, _ = tiny_models.build("wan")
+    with accelplug.apply(model, ROWS[0].recipe(ROWS[0].working), gate="off") as plug:
+        for height in range(4, 64, 2):
+            inputs = {
+                "hidden_states": torch.randn(1, 4, 2, height, 8),
+                "timestep": torch.tensor([500]),
+                "encoder_hidden_states": torch.randn(1, 12, 16),
+            }
+            run(model, inputs)
+        (patch,) = plug._patches.values()
+        assert len(patch._prepared) <= 16
+        assert not plug.report().fallbacks
+
+
+def test_global_rng_is_untouched():
+    model, inputs = tiny_models.build("wan")
+    state = torch.get_rng_state()
+    with accelplug.apply(model, ROWS[2].recipe(ROWS[2].working)):
+        run(model, inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_error_is_ours():
+    model, _ = tiny_models.build("wan")
+    for recipe in ("nonsense", {"rules": [{"patch": "radail"}]}, {"rules": [{"patch": "radial", "with": {"decay": float("nan")}}]}):
+        with pytest.raises(AccelplugError):
+            accelplug.apply(model, recipe)
+    assert not model._forward_pre_hooks
