@@ -1,0 +1,16 @@
+"""Small models that come with the package, trained from scratch on clips of moving shapes (see `shapes`)."""
+
+from pathlib import Path
+
+# What the model was trained for, as arguments of its pipeline. DEMO is 13 x 20 x 24 = 6,240 visual tokens,
+# SMALL 5 x 8 x 10 = 400.
+DEMO = {"num_frames": 25, "height": 160, "width": 192, "num_inference_steps": 16, "guidance_scale": 3.0}
+SMALL = {"num_frames": 9, "height": 64, "width": 80, "num_inference_steps": 12, "guidance_scale": 3.0}
+
+
+def path(name: str = "wan-shapes") -> Path:
+    """The folder of a bundled pipeline, for `from_pretrained`."""
+    folder = Path(__file__).parent / name
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"no bundled model {name!r}; there is 'wan-shapes'")
+    return folder
