@@ -1,0 +1,119 @@
+"""Which step is it: each source alone, and their order."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.hooks.hooks import CacheContext
+
+from accelplug.call import Clock
+from accelplug.hosts.clock import HOOK, Ear, StepClock
+
+
+class Pipe(SimpleNamespace):
+    """Stands in for a pipeline; weakly referable."""
+
+
+def euler(steps: int):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def test_nothing_tells():
+    assert StepClock(Pipe()).now() == Clock(None, None, None)
+
+
+def test_scheduler_tells_from_its_first_step_on():
+    pipe = Pipe(scheduler=euler(4))
+    clock = StepClock(pipe)
+    seen = []
+    for t in pipe.scheduler.timesteps:
+        seen.append(clock.now())
+        pipe.scheduler.step(torch.zeros(1), t, torch.zeros(1))
+    assert seen == [Clock(step, 4) for step in range(4)]
+
+
+def test_a_late_begin_is_heeded():
+    pipe = Pipe(scheduler=euler(10))
+    pipe.scheduler.set_begin_index(6)
+    assert StepClock(pipe).now() == Clock(6, 10)
+
+
+def test_cache_context_outranks_the_scheduler_and_names_the_branch():
+    pipe = Pipe(scheduler=euler(4))
+    clock = StepClock(pipe)
+    clock.hear(CacheContext("uncond", step_index=2, num_inference_steps=8))
+    assert clock.now() == Clock(2, 8, "uncond")
+    clock.hear(CacheContext("cond"))
+    assert clock.now() == Clock(0, 4, "cond")
+    clock.hear(None)
+    assert clock.now() == Clock(0, 4)
+
+
+def test_guider_tells_where_the_scheduler_does_not():
+    pipe = Pipe(scheduler=None, guider=SimpleNamespace(_step=3, _num_inference_steps=9))
+    assert StepClock(pipe).now() == Clock(3, 9)
+
+
+def test_timestep_is_looked_up_where_nothing_counts():
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(5)
+    pipe = Pipe(scheduler=scheduler)
+    clock = StepClock(pipe)
+    assert [clock.now(t.expand(2)).step for t in scheduler.timesteps] == [0, 1, 2, 3, 4]
+    assert clock.now(scheduler.timesteps[1] + 7).step is None
+    assert clock.now().step is None
+
+
+def test_what_the_user_says_wins_until_taken_back():
+    pipe = Pipe(scheduler=euler(4))
+    clock = StepClock(pipe)
+    clock.set(3, 30)
+    assert clock.now() == Clock(3, 30)
+    clock.set(None, None)
+    assert clock.now() == Clock(0, 4)
+
+
+def test_a_pipe_that_is_gone_tells_nothing():
+    pipe = Pipe(scheduler=euler(4))
+    clock = StepClock(pipe)
+    del pipe
+    assert clock.now() == Clock(None, None, None)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("remove_ours_first", [True, False])
+def test_the_ear_lives_with_other_hooks_in_any_order(ours_first, remove_ours_first):
+    from diffusers.hooks.hooks import HookRegistry, ModelHook
+
+    class Double(ModelHook):
+        def post_forward(self, module, output):
+            return output * 2
+
+    module = torch.nn.Linear(2, 2)
+    x = torch.ones(1, 2)
+    plain, before = module(x), set(vars(module))
+    heard = []
+    ear = Ear(module, heard.append, lambda: heard.append("reset")) if ours_first else None
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.register_hook(Double(), "double")
+    ear = ear or Ear(module, heard.append, lambda: heard.append("reset"))
+    assert torch.equal(module(x), 2 * plain)
+    registry.reset_stateful_hooks()
+    assert heard == ["reset"]
+    for remove_ours in (True, False) if remove_ours_first else (False, True):
+        ear.remove() if remove_ours else registry.remove_hook("double", recurse=False)
+    assert torch.equal(module(x), plain)
+    assert HOOK not in registry.hooks
+    assert set(vars(module)) - before <= {"forward", "_diffusers_hook"}  # diffusers leaves these of its own hook
+
+
+def test_the_ear_alone_leaves_nothing():
+    module = torch.nn.Linear(2, 2)
+    before = set(vars(module))
+    Ear(module, print, print).remove()
+    assert set(vars(module)) == before
