@@ -240,6 +240,8 @@ class Plug(AbstractContextManager["Plug"]):
 
     def report(self) -> Report:
         """Say what ran how since `apply`: calls by patch, fallbacks with their reasons, what the gate left dense."""
+        for host in self._hosts:
+            host.collect()
         return Report(
             recipe=self.recipe.name,
             served=dict(self._ledger.served),

@@ -72,11 +72,13 @@ class SiteRecord:
     site: Site | None
     original: Any = None
     choice: Choice = DENSE
+    reason: str | None = None
     patch: Patch | None = None
     params: Any = None
     layout: Layout | None = None
     length: int = -1
     routed: bool = False
+    missed: bool = False
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, dense: Callable[..., Tensor], blocked: bool
@@ -85,16 +87,20 @@ class SiteRecord:
         if not torch.compiler.is_compiling():
             return self.host.attend(self, q, k, v, mask, scale, dense, blocked)
         patch = self.patch
-        if patch is None or blocked or q.shape[-2] != self.length or k.shape[-2] != self.length:
+        if patch is None:
             return dense()
         key_mask, understood = key_validity(mask, self.length, self.host.family.outer_mask)
-        if not understood:
+        if blocked or not understood or not q.shape[-2] == k.shape[-2] == self.length:
+            self.missed = True  # counted by the host, outside the graph
             return dense()
         return patch.attend(AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense), self.params)
 
     def settle(self, choice: Choice, layout: Layout | None, params: Any) -> None:
         """Set what runs here from now on."""
         self.choice, self.layout, self.params = choice, layout, params
+        self.reason = choice.reason
+        if choice.patch is not None and layout is None:
+            self.reason = f"{type(self.host.denoiser).__name__} was given tokens whose layout is not understood"
         self.patch = choice.patch if params is not None else None
         self.length = layout.length if layout else -1
 
@@ -235,8 +241,21 @@ class DenoiserHost:
         region.geometry = self.family.geometry(getattr(region.module, "config", None), inputs)
         region.device = next((x.device for x in inputs.values() if isinstance(x, Tensor)), region.device)
         self._settle(region)
+        for record in region.records:
+            if record.reason is not None and record.site is not None:
+                self.ledger.fell_back(record.site.module, record.reason)
+
+    def collect(self) -> None:
+        """Count what compiled code could not: calls that met an obstacle inside a graph."""
+        for record in self.records:
+            if record.missed and record.site is not None:
+                record.missed = False
+                self.ledger.fell_back(
+                    record.site.module, "a mask, a length or a flag of the compiled call is not understood"
+                )
 
     def _check_processors(self) -> None:
+        self.collect()
         for record in self.records:
             if record.site and record.choice.patch is not None and not rebind.is_rebound(record.module, record):
                 now = type(record.module.processor).__name__
@@ -289,16 +308,16 @@ class DenoiserHost:
             return dense()
         if record.patch is not None and q.shape[-2] != record.length and q.shape[-2] == k.shape[-2]:
             self._settle_for_length(record, q.shape[-2])
-        reason = self._obstacle(record, q, k, v, mask, blocked)
-        call = None
-        if reason is None and record.patch is not None:
-            key_mask, _ = key_validity(mask, k.shape[-2], self.family.outer_mask)
-            call = AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense)
-            reason = self._not_worth_it(record, call)
+        call, reason = None, record.reason
+        if record.patch is not None:
+            reason = self._obstacle(record, q, k, v, mask, blocked)
             if reason is not None:
-                call = None
-        elif reason is not None:
-            self.ledger.fell_back(record.site.module, reason)
+                self.ledger.fell_back(record.site.module, reason)
+            else:
+                key_mask, _ = key_validity(mask, k.shape[-2], self.family.outer_mask)
+                call = AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense)
+                reason = self._not_worth_it(record, call)
+                call = call if reason is None else None
         name = record.choice.name if call is not None else "dense"
         self.ledger.served[name] += 1
         patch, params = record.patch, record.params
@@ -313,16 +332,7 @@ class DenoiserHost:
             record.settle(*self._prepare(record.site, layout, region.device))
 
     def _obstacle(self, record: SiteRecord, q: Tensor, k: Tensor, v: Tensor, mask: Any, blocked: bool) -> str | None:
-        """Why a call that a rule names must run dense, or None."""
-        choice = record.choice
-        if choice.reason is not None:
-            return choice.reason
-        if choice.patch is None:
-            return None
-        if record.layout is None:
-            return f"the inputs of {type(self.denoiser).__name__} have a token layout that is not understood"
-        if record.patch is None:
-            return None
+        """Why a call that a patch is there for must run dense, or None."""
         if not q.shape[-2] == k.shape[-2] == record.length:
             return f"{q.shape[-2]} queries and {k.shape[-2]} keys where the layout has {record.length} tokens"
         if blocked:
