@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -61,7 +62,13 @@ class Tiles:
         return Tiles(gather, scatter, self.slots, self.tokens, self.held.to(device), self.visual_slots, self.layout)
 
 
-def tiles(layout: Layout, order: str = "raster", unit: int = 128, tile_thw: tuple[int, int, int] | None = None) -> Tiles:
+def tiles(
+    layout: Layout,
+    order: str = "raster",
+    unit: int = 128,
+    tile_thw: tuple[int, int, int] | None = None,
+    dilation_thw: tuple[int, int, int] = (1, 1, 1),
+) -> Tiles:
     """Lay the tokens of `layout` out in blocks.
 
     Parameters
@@ -69,13 +76,20 @@ def tiles(layout: Layout, order: str = "raster", unit: int = 128, tile_thw: tupl
     order : ``raster``, ``morton`` or ``tile``.
     unit : slots per block, or the larger of the two where query and key blocks differ.
     tile_thw : frames, rows and columns of a tile, for ``tile``; their product is at most `unit`.
+    dilation_thw : steps between the frames, rows and columns of a tile, for ``tile``.
     """
-    return _tiles(layout, order, unit, tile_thw)
+    return _tiles(layout, order, unit, tile_thw, dilation_thw)
 
 
 @lru_cache(maxsize=64)
-def _tiles(layout: Layout, order: str, unit: int, tile_thw: tuple[int, int, int] | None) -> Tiles:
-    runs = _tile_runs(layout.grid_thw, tile_thw) if order == "tile" else [_CURVES[order](layout.grid_thw)]
+def _tiles(
+    layout: Layout,
+    order: str,
+    unit: int,
+    tile_thw: tuple[int, int, int] | None,
+    dilation_thw: tuple[int, int, int],
+) -> Tiles:
+    runs = _tile_runs(layout.grid_thw, tile_thw, dilation_thw) if order == "tile" else [_CURVES[order](layout.grid_thw)]
     runs = [run + layout.text_before for run in runs]
     visual_slots = sum(-(-len(run) // unit) * unit for run in runs)
     text = torch.cat([torch.arange(layout.text_before), torch.arange(layout.length - layout.text_after, layout.length)])
@@ -110,17 +124,20 @@ def morton(grid_thw: tuple[int, int, int]) -> Tensor:
     return code.flatten().argsort()
 
 
-def _tile_runs(grid_thw: tuple[int, int, int], tile_thw: tuple[int, int, int] | None) -> list[Tensor]:
-    """One run per tile, tiles in raster order; tiles at the far border are cut."""
+def axis_tiles(length: int, tile: int, dilation: int = 1) -> list[Tensor]:
+    """Cut one axis into tiles of every `dilation`-th position, residue by residue; the last tile of a residue may be short."""
+    return [part for residue in range(min(dilation, length)) for part in torch.arange(residue, length, dilation).split(tile)]
+
+
+def _tile_runs(
+    grid_thw: tuple[int, int, int], tile_thw: tuple[int, int, int] | None, dilation_thw: tuple[int, int, int]
+) -> list[Tensor]:
+    """One run per tile: the product of the three axes' tiles, columns fastest."""
     if tile_thw is None:
         raise ValueError("order='tile' needs tile_thw.")
     token = raster(grid_thw).view(grid_thw)
-    return [
-        run.flatten()
-        for frames in token.split(tile_thw[0], 0)
-        for rows in frames.split(tile_thw[1], 1)
-        for run in rows.split(tile_thw[2], 2)
-    ]
+    axes = (axis_tiles(*axis) for axis in zip(grid_thw, tile_thw, dilation_thw, strict=True))
+    return [token[frames[:, None, None], rows[:, None], columns].flatten() for frames, rows, columns in product(*axes)]
 
 
 _CURVES = {"raster": raster, "morton": morton}

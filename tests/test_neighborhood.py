@@ -1,0 +1,183 @@
+"""Neighbourhood attention: the windows stated a second time token by token, and what visiting them costs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from accelplug.call import Clock, Layout, Site
+from accelplug.kernels.plan import BlockPlan
+from accelplug.patches.sparse.neighborhood import Axis, Neighborhood, visited_tiles
+
+SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
+
+
+def plan_of(layout: Layout, **config) -> BlockPlan:
+    method = Neighborhood(config)
+    return method.select(method.order(layout))
+
+
+def token_mask(layout: Layout, **config) -> torch.Tensor:
+    """The plan's mask in token order, bool (S, S)."""
+    method = Neighborhood(config)
+    tiles = method.order(layout)
+    slot = torch.arange(layout.length) if tiles.scatter is None else tiles.scatter
+    return method.select(tiles).dense_mask()[0, 0][slot][:, slot]
+
+
+def neighbours(i: int, length: int, window: int, stride: int = 1, dilation: int = 1, causal: bool = False) -> set[int]:
+    """Keys of position i on one axis: the published rule, with its border correction as two terms."""
+    residue, place = i % dilation, i // dilation
+    group = math.ceil((length - residue) / dilation)
+    left, right = window // 2, window // 2 + window % 2 - 1
+    if causal:
+        leader = min(place // stride * stride + stride - 1, group - 1)
+        start, end = max(leader - left - right, 0), place + 1
+    else:
+        leader = min(place // stride * stride + stride // 2, group - 1)
+        shift = group - right - leader - 1 if leader + right >= group else 0
+        start = max(leader - left, 0) + shift
+        end = start + window
+    return {key * dilation + residue for key in range(start, end)}
+
+
+def mask_by_tokens(layout: Layout, window, stride=(1, 1, 1), dilation=(1, 1, 1), causal=(False,) * 3) -> torch.Tensor:
+    rules = list(zip(layout.grid_thw, window, stride, dilation, causal, strict=True))
+    places = list(itertools.product(*map(range, layout.grid_thw)))
+    mask = torch.ones(layout.length, layout.length, dtype=torch.bool)
+    for row, query in enumerate(places, layout.text_before):
+        reads = [neighbours(i, *rule) for i, rule in zip(query, rules, strict=True)]
+        for column, key in enumerate(places, layout.text_before):
+            mask[row, column] = all(at in keys for at, keys in zip(key, reads, strict=True))
+    return mask
+
+
+CASES = [
+    pytest.param((4, 6, 10), {"window": (3, 3, 5)}, id="sliding"),
+    pytest.param((5, 7, 9), {"window": (2, 4, 6)}, id="even-windows-odd-grid"),
+    pytest.param((5, 7, 9), {"window": (3, 5, 4), "stride": (2, 3, 4)}, id="strided"),
+    pytest.param((4, 7, 10), {"window": (2, 3, 3), "dilation": (2, 2, 3)}, id="dilated"),
+    pytest.param((3, 11, 7), {"window": (1, 4, 2), "stride": (1, 2, 2), "dilation": (1, 2, 3)}, id="strided-dilated"),
+    pytest.param((6, 5, 4), {"window": (3, 3, 3), "causal": (True, False, False)}, id="causal-time"),
+    pytest.param(
+        (9, 5, 4),
+        {"window": (3, 2, 4), "stride": (2, 2, 1), "dilation": (3, 1, 1), "causal": (True, True, False)},
+        id="causal-all",
+    ),
+    pytest.param((1, 9, 13), {"window": (1, 4, 5), "stride": (1, 3, 2)}, id="image"),
+]
+
+
+@pytest.mark.parametrize(("grid_thw", "config"), CASES)
+@pytest.mark.parametrize("text", [(0, 0), (3, 0), (2, 9)], ids=["no-text", "text-before", "text-both"])
+def test_equals_the_rule_stated_token_by_token(grid_thw, config, text):
+    layout = Layout(grid_thw, *text)
+    assert torch.equal(token_mask(layout, block=16, **config), mask_by_tokens(layout, **config))
+
+
+@pytest.mark.parametrize(("grid_thw", "config"), CASES)
+@pytest.mark.parametrize("tile_thw", [(2, 2, 4), (1, 4, 3), None])
+def test_tile_mask_is_every_visited_block_and_as_many_as_predicted(grid_thw, config, tile_thw):
+    layout, method = Layout(grid_thw), Neighborhood({"block": 16, "mask": "tile", "tile_thw": tile_thw, **config})
+    tiles = method.order(layout)
+    plan = method.select(tiles)
+    exact = mask_by_tokens(layout, **config)
+    token = torch.arange(tiles.slots) if tiles.gather is None else tiles.gather
+    in_slots = exact[token.clamp(max=layout.length - 1)][:, token.clamp(max=layout.length - 1)]
+    visited = in_slots.unflatten(1, (-1, 16)).any(-1).unflatten(0, (-1, 16)).any(1)
+    assert torch.equal(plan.members[0, 0], visited)
+    assert plan.box is None
+    assert int(plan.count.sum()) == visited_tiles(method.axes(layout), method.tile_thw(layout))
+
+
+@pytest.mark.parametrize(("grid_thw", "config"), CASES)
+def test_every_query_keeps_exactly_its_window(grid_thw, config):
+    mask = token_mask(Layout(grid_thw), block=16, **config)
+    assert mask.diagonal().all()
+    if not any(config.get("causal", ())):
+        assert (mask.sum(-1) == math.prod(config["window"])).all()
+
+
+@pytest.mark.parametrize("length", range(1, 14))
+def test_an_axis_follows_the_published_rule_whatever_its_numbers(length):
+    for window, dilation, causal in itertools.product(range(1, length + 1), (1, 2, 3), (False, True)):
+        for stride in range(1, window + 1):
+            if window * dilation > length:
+                continue
+            axis = Axis.fit(length, window, stride, dilation, causal)
+            coordinate = axis.coordinate().tolist()
+            for i, (first, last) in enumerate(zip(*(x.tolist() for x in axis.reads()), strict=True)):
+                keys = {j for j in range(length) if first <= coordinate[j] < last}
+                assert keys == neighbours(i, length, window, stride, dilation, causal)
+
+
+def test_stride_equal_to_window_is_blocked_attention():
+    grid_thw, window = (4, 6, 10), (2, 3, 5)
+    axes = torch.meshgrid(*(torch.arange(n) // w for n, w in zip(grid_thw, window, strict=True)), indexing="ij")
+    cell = torch.stack(axes, -1).flatten(0, 2)
+    mask = token_mask(Layout(grid_thw), window=window, stride=window, block=16)
+    assert torch.equal(mask, (cell[:, None] == cell).all(-1))
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "tile_thw", "block", "density"),
+    [
+        pytest.param((18, 24, 24), (6, 8, 8), (6, 8, 8), 384, 0.09, id="sliding-tiles-3x3x3"),
+        pytest.param((30, 40, 40), (1, 32, 8), (2, 8, 8), 128, 5 / 12, id="30x40x40"),
+        pytest.param((30, 40, 40), (1, 32, 8), None, 128, 5 / 12, id="30x40x40-auto-tile"),
+    ],
+)
+def test_windows_in_multiples_of_the_tile_visit_nothing_else(window, stride, tile_thw, block, density):
+    plan = plan_of(Layout((30, 48, 80)), window=window, stride=stride, tile_thw=tile_thw, block=block)
+    assert float(plan.density()) == pytest.approx(density)
+
+
+def test_a_sliding_window_visits_more_tiles_than_it_has_keys():
+    plan = plan_of(Layout((1, 64, 64)), window=(1, 20, 20))
+    assert 400 / 64**2 < float(plan.density()) < 0.34
+
+
+def test_auto_tile_suits_the_grid():
+    image, video = Layout((1, 64, 64)), Layout((16, 32, 32))
+    assert Neighborhood({"window": (1, 20, 20)}).tile_thw(image) == (1, 8, 16)
+    assert Neighborhood({"window": (4, 8, 8), "stride": (4, 8, 4)}).tile_thw(video) == (4, 8, 4)
+    assert math.prod(Neighborhood({"block": 24}).tile_thw(Layout((3, 11, 13)))) == 24
+
+
+def test_blocks_hold_tokens_of_one_residue():
+    method = Neighborhood({"window": ("full", 3, 3), "dilation": (1, 2, 4), "block": 16})
+    tiles = method.order(Layout((2, 9, 13)))
+    row, column = tiles.gather // 13 % 9 % 2, tiles.gather % 13 % 4
+    residue = (row * 4 + column).unflatten(0, (-1, 16))
+    assert (residue == residue[:, :1]).all()
+
+
+@pytest.mark.parametrize("window", [("full", "full", "full"), (99, 99, 99), (3, "full", 7)])
+def test_windows_as_wide_as_the_axes_are_neutral(window):
+    layout, method = Layout((3, 5, 7), text_after=2), Neighborhood({"window": window, "block": 8})
+    assert method.prepare(SITE, layout, Clock(), {}) is None
+    assert method.select(method.order(layout)).members.all()
+
+
+def test_a_causal_axis_is_not_neutral():
+    causal = {"window": ("full",) * 3, "causal": (True, False, False), "block": 8}
+    assert Neighborhood(causal).prepare(SITE, Layout((3, 5, 7)), Clock(), {}) is not None
+    assert Neighborhood(causal).prepare(SITE, Layout((1, 5, 7)), Clock(), {}) is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"window": (1, 3, 3), "stride": (1, 4, 1)},
+        {"tile_thw": (4, 8, 8)},
+        {"window": (0, 3, 3)},
+        {"window": (3, 3)},
+        {"dilation": (0, 1, 1)},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(config):
+    with pytest.raises(ValueError, match=r"stride|tile_thw|window|dilation"):
+        Neighborhood(config)
