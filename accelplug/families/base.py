@@ -1,15 +1,23 @@
-"""What a model's tokens mean: a `Family` says which attention modules a denoiser has, and how its tokens lie."""
+"""What a model's tokens mean: a `Family` says which attention modules a denoiser has, and how its tokens lie.
+
+A family is data. Its geometry is a pure function of the shapes of forward's arguments; what it does not recognise is None,
+and runs dense.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
 from accelplug.call import Kind, Layout
 
 Inputs = Mapping[str, Any]
-"""Arguments of the denoiser's forward by name, as bound by its signature."""
+"""Arguments of the denoiser's forward by name, as bound by its signature. Those left at their default are absent."""
+
+Grid = tuple[int, int, int]
+"""Latent frames, patch rows, patch columns."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class Geometry:
     text_first : whether they stand ahead of it.
     """
 
-    grid_thw: tuple[int, int, int]
+    grid_thw: Grid
     text: tuple[int, int] = (0, 0)
     text_first: bool = False
 
@@ -63,4 +71,108 @@ class Family:
     level: tuple[str, ...] = ()
     outer_mask: bool = False
     refuse: str | None = None
-    status: str = "layout"
+    status: Literal["verified", "layout", "dense"] = "layout"
+
+
+# ------------------------------------------------------------------------------------------------------------- sites
+
+
+def site_kinds(family: Family, paths: Iterable[str]) -> tuple[dict[str, tuple[Kind, int | None]], int]:
+    """Say what stands at each module path.
+
+    Returns
+    -------
+    kinds : path -> (kind, layer) for the paths that an entry of ``family.sites`` fits. Only self and joint sites have a
+        layer: the number of their block, counted on over the family's block lists in the order of its sites, so that two
+        attentions of one block share it. A UNet has no such lists; there it is the ordinal among those sites.
+    layers : number of layers.
+    """
+    found: list[tuple[int, str, Kind]] = []
+    for path in paths:
+        entry = next((i for i, (pattern, _) in enumerate(family.sites) if fnmatchcase(path, pattern)), None)
+        if entry is not None:
+            found.append((entry, path, family.sites[entry][1]))
+    found.sort(key=lambda site: site[0])  # stable: within an entry, the order of the modules
+
+    kinds: dict[str, tuple[Kind, int | None]] = {path: (kind, None) for _, path, kind in found}
+    layered = [(path, kind) for _, path, kind in found if kind in ("self", "joint")]
+    if family.level:
+        kinds.update({path: (kind, ordinal) for ordinal, (path, kind) in enumerate(layered)})
+        return kinds, len(layered)
+
+    lengths: dict[str, int] = {}
+    for path, _ in layered:
+        blocks, number = _block_of(path)
+        lengths[blocks] = max(lengths.get(blocks, 0), number + 1)
+    offsets, layers = {}, 0
+    for blocks, length in lengths.items():
+        offsets[blocks] = layers
+        layers += length
+    for path, kind in layered:
+        blocks, number = _block_of(path)
+        kinds[path] = (kind, offsets[blocks] + number)
+    return kinds, layers
+
+
+def _block_of(path: str) -> tuple[str, int]:
+    """Split ``transformer_blocks.3.attn`` into the name of the block list and the number of the block."""
+    parts = path.split(".")
+    number = next(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[:number]), int(parts[number])
+
+
+# ---------------------------------------------------------------------------------------------------------- geometry
+
+
+def shape_of(inputs: Inputs, name: str, ndim: int) -> tuple[int, ...] | None:
+    """Return the shape of the tensor argument `name`, or None where it is no tensor of `ndim` dimensions."""
+    shape = getattr(inputs.get(name), "shape", None)
+    return tuple(int(n) for n in shape) if shape is not None and len(shape) == ndim else None
+
+
+def patch_thw(config: Any) -> Grid:
+    """Return how many latent frames, rows and columns make one token, from ``patch_size`` and ``patch_size_t``."""
+    size = getattr(config, "patch_size", None) or 1
+    if not isinstance(size, int):
+        frames, rows, columns = size
+        return frames, rows, columns
+    return getattr(config, "patch_size_t", None) or 1, size, size
+
+
+def latent_grid(config: Any, inputs: Inputs, axes: str, name: str = "hidden_states") -> Grid | None:
+    """Return the grid of the latents `name`; `axes` names their dimensions, ``"bcthw"``. A last part-patch is cut off."""
+    shape = shape_of(inputs, name, len(axes))
+    if shape is None:
+        return None
+    size = dict(zip(axes, shape, strict=True))
+    frames, rows, columns = patch_thw(config)
+    return size.get("t", 1) // frames, size["h"] // rows, size["w"] // columns
+
+
+def latents(
+    axes: str, *, name: str = "hidden_states", text: tuple[str, ...] = (), text_first: bool = False, text_drops: bool = False
+) -> Callable[[Any, Inputs], Geometry | None]:
+    """Return the geometry of a denoiser that cuts latents into patches, t-major, then rows, then columns.
+
+    Parameters
+    ----------
+    axes : dimensions of the latents, ``"bcthw"``.
+    name : argument that holds them.
+    text : arguments (B, S, C) whose tokens stand beside them in joint attention.
+    text_first : whether the text stands ahead of them.
+    text_drops : whether the model leaves out padded text, so that fewer text tokens come than went in.
+    """
+
+    def geometry(config: Any, inputs: Inputs) -> Geometry | None:
+        grid = latent_grid(config, inputs, axes, name)
+        shapes = [shape_of(inputs, argument, 3) for argument in text]
+        if grid is None or None in shapes:
+            return None
+        tokens = sum(shape[1] for shape in shapes if shape)
+        return Geometry(grid, (0 if text_drops else tokens, tokens), text_first)
+
+    return geometry
+
+
+def unknown(config: Any, inputs: Inputs) -> None:
+    """Geometry of a denoiser whose tokens lie on no grid: dense."""

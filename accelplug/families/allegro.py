@@ -1,0 +1,13 @@
+"""Allegro: self-attention over the video, cross-attention to the text.
+
+An ``attention_mask`` over the video becomes an additive (B, heads, 1, S), which is no bool key validity: dense.
+"""
+
+from accelplug.families.base import Family, latents
+
+ALLEGRO = Family(
+    name="allegro",
+    classes=("AllegroTransformer3DModel",),
+    sites=(("transformer_blocks.*.attn1", "self"), ("transformer_blocks.*.attn2", "cross")),
+    geometry=latents("bcthw"),
+)

@@ -1,0 +1,37 @@
+"""HunyuanVideo: joint attention, the video ahead of the text; the text is padded at its end.
+
+Masks that reach attention: 1.0 passes bool (B, 1, 1, S), key validity. 1.5 re-orders the text, valid tokens first, and its
+processor builds bool (B, 1, S, S), the outer product of one validity; a visual token is always valid, so the first row is that
+validity. Rows of invalid text then have no key at all in the stock model, and some keys with us: what they answer is
+read by nobody, because they are invalid keys of every later layer and only visual tokens leave the model.
+
+The text refiners (``context_embedder``) have attention of the same classes over the text alone and are left alone.
+"""
+
+from accelplug.families.base import Family, latents, unknown
+
+_SITES = (("transformer_blocks.*.attn", "joint"), ("single_transformer_blocks.*.attn", "joint"))
+
+HUNYUAN_VIDEO = Family(
+    name="hunyuan_video",
+    classes=("HunyuanVideoTransformer3DModel",),
+    sites=_SITES,
+    geometry=latents("bcthw", text=("encoder_hidden_states",)),
+    status="verified",
+)
+
+HUNYUAN_VIDEO_15 = Family(
+    name="hunyuan_video_15",
+    classes=("HunyuanVideo15Transformer3DModel",),
+    sites=_SITES[:1],
+    geometry=latents("bcthw", text=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")),
+    outer_mask=True,
+)
+
+FRAMEPACK = Family(
+    name="framepack",
+    classes=("HunyuanVideoFramepackTransformer3DModel",),
+    sites=_SITES,
+    geometry=unknown,  # a history at three resolutions stands ahead of the frames
+    status="dense",
+)

@@ -1,0 +1,30 @@
+"""PixArt and Latte: self-attention over an image or a frame without a mask, cross-attention to the text."""
+
+from typing import Any
+
+from accelplug.families.base import Family, Geometry, Inputs, latent_grid, latents
+
+PIXART = Family(
+    name="pixart",
+    classes=("PixArtTransformer2DModel",),
+    sites=(("transformer_blocks.*.attn1", "self"), ("transformer_blocks.*.attn2", "cross")),
+    geometry=latents("bchw"),
+)
+
+
+def _one_frame(config: Any, inputs: Inputs) -> Geometry | None:
+    """Latte folds the frames into the batch for its spatial blocks."""
+    grid = latent_grid(config, inputs, "bcthw")
+    return Geometry((1, *grid[1:])) if grid else None
+
+
+LATTE = Family(
+    name="latte",
+    classes=("LatteTransformer3DModel",),
+    sites=(
+        ("transformer_blocks.*.attn1", "self"),
+        ("transformer_blocks.*.attn2", "cross"),
+        ("temporal_transformer_blocks.*.attn1", "temporal"),
+    ),
+    geometry=_one_frame,
+)

@@ -1,0 +1,21 @@
+"""Wan 2.1 and 2.2, and what was built on it: self-attention over the video, cross-attention to the text.
+
+Wan and SkyReels-V2 pass no mask to self-attention, but for SkyReels-V2 with ``num_frame_per_block > 1``: a block-causal
+(1, 1, S, S), which is more than key padding and so runs dense. Image-to-video conditions come as channels, and Wan-Animate's
+reference image as one more latent frame; neither adds tokens beside the grid. Timesteps per token (Wan 2.2 5B) change
+modulation only.
+"""
+
+from accelplug.families.base import Family, latents
+
+_SITES = (("blocks.*.attn1", "self"), ("blocks.*.attn2", "cross"))
+
+WAN = Family(
+    name="wan",
+    classes=("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel"),
+    sites=_SITES,  # the blocks of VACE's control branch, vace_blocks, are left alone
+    geometry=latents("bcthw"),
+    status="verified",
+)
+
+SKYREELS = Family(name="skyreels", classes=("SkyReelsV2Transformer3DModel",), sites=_SITES, geometry=latents("bcthw"))
