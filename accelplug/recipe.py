@@ -1,0 +1,882 @@
+"""Recipes: strict per-model YAML that says which patch serves which attention, when, and with which settings."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from accelplug import strict_yaml
+from accelplug.bounded import Bounded
+from accelplug.call import Clock, Kind, Layout, Site
+from accelplug.errors import NoMatchError, RecipeError, nearest
+from accelplug.registry import patch_class, patch_entry
+from accelplug.strict_yaml import Loc, Source
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+SCHEMA = 1
+SHIPPED = Path(__file__).parent / "recipes"
+
+# ---------------------------------------------------------------------------------------------------------- conditions
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of 0-based indices, half-open: ``2:10``, ``:25%``, ``-1:``; or a single one, ``3``, ``-1``."""
+
+    text: str
+    start: str
+    stop: str | None
+    """None for a single index."""
+
+    @classmethod
+    def parse(cls, value: Any) -> Span:
+        """Read an index or a slice of whole numbers and percents; negatives count from the end."""
+        text = str(value).strip()
+        if not isinstance(value, bool) and re.fullmatch(r"-?\d+", text):
+            return cls(text, text, None)
+        bound = r"(-?\d+|-?\d+(?:\.\d+)?%|)"
+        found = None if isinstance(value, bool) else re.fullmatch(rf"{bound}:{bound}", text)
+        if found is None:
+            raise ValueError(f"expected an index like 3 or -1, or a slice like '0:25%', '1:', '-2:', got {value!r}")
+        start, stop = found.groups()
+        if any(abs(float(end[:-1])) > 100 for end in (start, stop) if end.endswith("%")):
+            raise ValueError(f"percents go from 0% to 100%, got {value!r}")
+        one_end = start.startswith("-") == stop.startswith("-") and start.endswith("%") == stop.endswith("%")
+        if start and stop and one_end and float(start.rstrip("%")) >= float(stop.rstrip("%")):
+            raise ValueError(f"slice {value!r} is empty; it runs from the first number up to, not including, the second")
+        return cls(text, start, stop)
+
+    @property
+    def relative(self) -> bool:
+        """Whether it depends on how many indices there are."""
+        return any(end.startswith("-") or end.endswith("%") for end in (self.start, self.stop or ""))
+
+    def holds(self, index: int, count: int | None) -> bool | None:
+        """Say whether `index` of `count` lies inside; None where that hangs on an unknown count."""
+        if count is None:
+            if self.relative:
+                return None
+            count = 1 << 62
+        first = _place(self.start or "0", count)
+        if self.stop is None:
+            return index == first
+        return max(first, 0) <= index < (_place(self.stop, count) if self.stop else count)
+
+
+def _place(bound: str, count: int) -> int:
+    number = round(float(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
+    return count + number if bound.startswith("-") else number
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _spans(value: Any) -> tuple[Span, ...]:
+    if not (items := _listed(value)):
+        raise ValueError("the list is empty; leave the key out to mean all")
+    return tuple(item if isinstance(item, Span) else Span.parse(item) for item in items)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    items = _listed(value)
+    if not items or not all(isinstance(item, str) for item in items):
+        raise ValueError(f"expected a name or a list of names, got {value!r}")
+    return tuple(items)
+
+
+def _kinds(value: Any) -> tuple[str, ...]:
+    for name in (names := _names(value)):
+        if name not in get_args(Kind):
+            raise ValueError(f"there is no kind {name!r}{nearest(name, get_args(Kind))}; kinds: {', '.join(get_args(Kind))}")
+    return names
+
+
+def _tokens(value: Any) -> str:
+    if not (isinstance(value, str) and re.fullmatch(r"(>=|<=|>|<)\s*\d+", value.strip())):
+        raise ValueError(f"expected a bound like '>=8192' or '<65536', got {value!r}")
+    return value.replace(" ", "")
+
+
+def _grid(value: Any) -> str:
+    if not (isinstance(value, str) and re.fullmatch(r"(\d+|\*)x(\d+|\*)x(\d+|\*)", value)):
+        raise ValueError(f"expected frames x rows x columns of tokens like '21x45x80' or '*x64x64', got {value!r}")
+    return value
+
+
+Spans = Annotated[tuple[Span, ...], BeforeValidator(_spans)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+
+class Where(_Strict):
+    """Conditions of a rule; all must hold, and one that is left out always does. A list means any of."""
+
+    steps: Spans | None = None
+    layers: Spans | None = None
+    kind: Annotated[tuple[str, ...], BeforeValidator(_kinds)] | None = None
+    denoiser: Names | None = None
+    branch: Names | None = None
+    module: Names | None = None
+    """Globs on the attention module's path, ``blocks.*.attn1``."""
+    tokens: Annotated[str, BeforeValidator(_tokens)] | None = None
+    """Bound on the number of visual tokens."""
+    grid: Annotated[str, BeforeValidator(_grid)] | None = None
+
+    def fits(self, site: Site) -> bool:
+        """Whether the conditions on the place hold."""
+        return (
+            (self.kind is None or site.kind in self.kind)
+            and (self.denoiser is None or site.denoiser in self.denoiser)
+            and (self.module is None or any(fnmatch.fnmatchcase(site.module, glob) for glob in self.module))
+            and (
+                self.layers is None
+                or (site.layer is not None and any(s.holds(site.layer, site.layers) for s in self.layers))
+            )
+        )
+
+    @property
+    def placed(self) -> bool:
+        """Whether all conditions are on the place, so that `fits` decides alone."""
+        return self.steps is self.branch is self.tokens is self.grid is None
+
+    def holds(self, layout: Layout | None, clock: Clock) -> bool | str:
+        """Whether the conditions on layout and time hold, or the reason why nobody can know. One that fails decides."""
+        verdicts = [self._step_holds(clock), self._branch_holds(clock), self._layout_holds(layout)]
+        if False in verdicts:
+            return False
+        return next((verdict for verdict in verdicts if isinstance(verdict, str)), True)
+
+    def _step_holds(self, clock: Clock) -> bool | str:
+        if self.steps is None:
+            return True
+        if clock.step is None:
+            return "the diffusion step is not known; tell it by plug.step(index, steps)"
+        verdicts = [span.holds(clock.step, clock.steps) for span in self.steps]
+        if True in verdicts:
+            return True
+        return (
+            "the number of diffusion steps is not known; tell it by plug.step(index, steps)" if None in verdicts else False
+        )
+
+    def _branch_holds(self, clock: Clock) -> bool | str:
+        if self.branch is None:
+            return True
+        if clock.branch is None:
+            return "a rule names a guidance branch, and the pipeline does not say which one runs"
+        return clock.branch in self.branch
+
+    def _layout_holds(self, layout: Layout | None) -> bool | str:
+        if self.tokens is None and self.grid is None:
+            return True
+        if layout is None:
+            return "a rule depends on the token grid, and it is not known here"
+        if self.grid is not None:
+            wanted = zip(self.grid.split("x"), layout.grid_thw, strict=True)
+            if any(axis not in ("*", str(length)) for axis, length in wanted):
+                return False
+        return self.tokens is None or _COMPARE[self.tokens.rstrip("0123456789")](
+            layout.visual, int(self.tokens.lstrip("<>="))
+        )
+
+
+_COMPARE = {">=": int.__ge__, "<=": int.__le__, ">": int.__gt__, "<": int.__lt__}
+
+# --------------------------------------------------------------------------------------------------------------- rules
+
+
+class Ramp(_Strict):
+    """A value that moves in a straight line over all steps of a run, or over all layers."""
+
+    first: float = Field(alias="from")
+    last: float = Field(alias="to")
+    over: Literal["steps", "layers"]
+
+    def at(self, site: Site, clock: Clock) -> float | str:
+        """Return the value here and now, or the reason why it is not known."""
+        index, count = (clock.step, clock.steps) if self.over == "steps" else (site.layer, site.layers)
+        if index is None or count is None:
+            cure = "; tell it by plug.step(index, steps)" if self.over == "steps" else ""
+            return f"a value ramps over {self.over}, and which of how many this is is not known{cure}"
+        way = min(index / (count - 1), 1.0) if count > 1 else 0.0
+        return round(self.first + (self.last - self.first) * way, 6)  # few digits: equal configs share plans and graphs
+
+
+def _one_patch(value: Any) -> str:
+    names = _names(value)
+    entries = []
+    for name in names:
+        if name == "dense":
+            continue
+        try:
+            entries.append(patch_entry(name))
+        except NoMatchError as error:
+            raise ValueError(str(error).rstrip(".")) from None
+    if len(names) > 1:
+        if len(entries) < len(names):
+            raise ValueError(f"dense stands alone, got {list(names)}")
+        # One family exists today, so a list of two is always two of a kind.
+        raise ValueError(
+            f"a rule takes one {entries[0].family} patch, got {len(names)}: {', '.join(names)}; write one rule each"
+        )
+    return names[0]
+
+
+class Rule(_Strict):
+    """Where the conditions hold, `patch` serves the call with these settings."""
+
+    where: Where = Where()
+    patch: Annotated[str, BeforeValidator(_one_patch)]
+    settings: dict[str, Any] = Field({}, alias="with")
+
+    @model_validator(mode="after")
+    def _dense_has_no_settings(self) -> Rule:
+        if self.patch == "dense" and self.settings:
+            raise ValueError(f"dense takes no settings; remove with: {{{', '.join(self.settings)}}}")
+        for key, value in self.settings.items():
+            if isinstance(value, Mapping):
+                _ramp(key, value)
+        return self
+
+    def config(self, site: Site, clock: Clock) -> dict[str, Any] | str:
+        """Return the settings with ramps resolved, or the reason why they are not known."""
+        config = dict(self.settings)
+        for key, value in config.items():
+            if isinstance(value, Mapping):
+                resolved = _ramp(key, value).at(site, clock)
+                if isinstance(resolved, str):
+                    return resolved
+                config[key] = resolved
+        return config
+
+
+def _ramp(key: str, value: Mapping[str, Any]) -> Ramp:
+    try:
+        return Ramp.model_validate(dict(value))
+    except ValidationError:
+        raise ValueError(
+            f"with.{key}: expected a value, or a ramp {{from: number, to: number, over: steps or layers}}, got {dict(value)!r}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What serves a call: `patch` with `config`; or dense, and then `reason` says what could not be decided, if anything."""
+
+    patch: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+
+
+DENSE = Decision()
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+class Spread(_Strict):
+    """Quantiles over repeated timings, in milliseconds."""
+
+    p20: float = Field(ge=0)
+    p50: float = Field(ge=0)
+    p80: float = Field(ge=0)
+
+
+class Quality(_Strict):
+    """A score over seeds. Leave it out where it is not finite (identical videos)."""
+
+    mean: float
+    worst: float
+
+
+class Measured(_Strict):
+    """One measurement on real weights: what ran, on what, how fast, how far from the dense run at the same seed."""
+
+    date: str
+    """ISO 8601 day."""
+    device: str
+    versions: dict[str, str]
+    """accelplug, torch, diffusers, ..."""
+    git: str | None = None
+    weights: str | None = None
+    """Which checkpoint, name and revision."""
+    inputs: dict[str, str | int | float | bool] = {}
+    """height, width, num_frames, num_inference_steps, ..."""
+    dtype: str | None = None
+    seeds: list[int] = Field(min_length=1)
+    baseline: str | None = None
+    """Name of the dense attention it is compared with."""
+    choices: dict[str, str] = {}
+    """Kernel, gate: what was chosen by timing."""
+    dense_ms: Spread
+    ms: Spread
+    density: float | None = Field(None, ge=0, le=1)
+    """Keys read over all keys, pooled ones counted."""
+    peak_mib: float | None = Field(None, ge=0)
+    psnr_db: Quality | None = None
+    ssim: Quality | None = None
+    foreground_psnr_db: Quality | None = None
+    floor_psnr_db: Quality | None = None
+    """Dense in another backend or dtype against dense."""
+
+
+class _Entry(_Strict):
+    cite: str = ""
+    summary: str = ""
+    rules: tuple[Rule, ...] = Field(min_length=1)
+    measured: tuple[Measured, ...] = ()
+
+
+class _Pipeline(_Strict):
+    has: Names
+
+
+class _File(_Strict):
+    schema_: int = Field(alias="schema")
+    model: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    match: dict[str, Any] = Field(min_length=1)
+    default: str
+    summary: str = ""
+    worth: str = ""
+    recipes: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")], _Entry] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _default_is_there(self) -> _File:
+        if self.default not in self.recipes:
+            raise ValueError(f"default: {self.default!r} is no recipe of this file; recipes: {', '.join(self.recipes)}")
+        return self
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What recipes match a model by."""
+
+    class_names: tuple[str, ...]
+    """The denoiser's class, then its bases."""
+    config: Mapping[str, Any]
+    """The denoiser's config."""
+    components: frozenset[str] = frozenset()
+    """Components of the pipeline that are loaded; empty for a bare denoiser."""
+
+    def value(self, key: str) -> Any:
+        """Return what stands for `key` of a match."""
+        return self.class_names[0] if key == "class" else self.config.get(key, "<none>")
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which models a file is for. A value may be a list: any of."""
+
+    keys: Mapping[str, Any]
+    pipeline: tuple[str, ...] = ()
+
+    def fits(self, facts: ModelFacts) -> bool:
+        """Whether a model is meant. A bare denoiser cannot show its pipeline, so that part is not asked of it."""
+        if facts.components and not facts.components.issuperset(self.pipeline):
+            return False
+        return all(self._has(facts, key, wanted) for key, wanted in self.keys.items())
+
+    @staticmethod
+    def _has(facts: ModelFacts, key: str, wanted: Any) -> bool:
+        if key == "class":
+            return any(name in facts.class_names for name in _listed(wanted))
+        if key not in facts.config:
+            return False
+        value = facts.config[key]
+        if isinstance(value, list | tuple):
+            return list(value) == _listed(wanted)
+        return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in _listed(wanted))
+
+    def weight(self, facts: ModelFacts) -> int:
+        """Number of keys that fitted: the file with most wins."""
+        return len(self.keys) + (len(self.pipeline) if facts.components else 0)
+
+    def __str__(self) -> str:
+        pipeline = f", a pipeline with {', '.join(self.pipeline)}" if self.pipeline else ""
+        return ", ".join(f"{key}: {value}" for key, value in self.keys.items()) + pipeline
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """Rules for one model. The first that fits a call serves it; what none fits stays dense."""
+
+    name: str
+    """Full name, ``wan2.1-t2v-14b/radial``."""
+    model: str
+    rules: tuple[Rule, ...]
+    cite: str = ""
+    summary: str = ""
+    measured: tuple[Measured, ...] = ()
+    match: Match | None = None
+    """None: for any model."""
+    path: Path | None = None
+    """The file it came from."""
+    source: Source = field(default=Source("<recipe>"), repr=False)
+    loc: Loc = field(default=(), repr=False)
+    """Where it stands in its source."""
+    _by_site: Bounded[Site, tuple[Rule, ...]] = field(default_factory=lambda: Bounded(4096), init=False, repr=False)
+
+    def decide(self, site: Site, layout: Layout | None, clock: Clock) -> Decision:
+        """Return what serves a call at `site`, with tokens lying as `layout` says (None: not known), at `clock`."""
+        for rule in self._rules_at(site):
+            holds = rule.where.holds(layout, clock)
+            if isinstance(holds, str):
+                return Decision(reason=holds)
+            if not holds:
+                continue
+            if rule.patch == "dense":
+                return DENSE
+            config = rule.config(site, clock)
+            return Decision(reason=config) if isinstance(config, str) else Decision(rule.patch, config)
+        return DENSE
+
+    def may_touch(self, site: Site) -> bool:
+        """Whether a patch may serve calls at `site` at some time; for a recipe without any patch, whether a rule fits."""
+        return bool(self._rules_at(site)) or (not self.patches() and any(rule.where.fits(site) for rule in self.rules))
+
+    def _rules_at(self, site: Site) -> tuple[Rule, ...]:
+        """Rules that time and layout choose among at `site`; the last one has a patch, so that being undecided matters."""
+
+        def make() -> tuple[Rule, ...]:
+            fitting: list[Rule] = []
+            for rule in self.rules:
+                if rule.where.fits(site):
+                    fitting.append(rule)
+                    if rule.where.placed:
+                        break
+            while fitting and fitting[-1].patch == "dense":
+                fitting.pop()
+            return tuple(fitting)
+
+        return self._by_site.get(site, make)
+
+    def patches(self) -> tuple[str, ...]:
+        """Names of the patches that its rules use, each once."""
+        return tuple(dict.fromkeys(rule.patch for rule in self.rules if rule.patch != "dense"))
+
+    def check(self) -> None:
+        """Validate every rule's settings against its patch. Imports the patches, and torch with them.
+
+        Raises
+        ------
+        RecipeError
+            If a setting is unknown or has a value that the patch refuses.
+        """
+        for i, rule in enumerate(self.rules):
+            if rule.patch == "dense":
+                continue
+            ramps = {key: _ramp(key, value) for key, value in rule.settings.items() if isinstance(value, Mapping)}
+            ends = ("first", "last") if ramps else ("first",)
+            for end in ends:  # the ends of a straight line are its extremes
+                config = {**rule.settings, **{key: getattr(ramp, end) for key, ramp in ramps.items()}}
+                model = patch_class(rule.patch).Config
+                try:
+                    model.model_validate(config)
+                except ValidationError as error:
+                    loc = (*self.loc, "rules", i, "with")
+                    raise RecipeError(_explain(error, self.source, loc, lambda _, model=model: model)) from error
+
+    def describe(self) -> str:
+        """Return the recipe as text for people."""
+        lines = [f"{self.name}  {self.cite}".rstrip(), *([f"  {self.summary}"] if self.summary else [])]
+        for rule in self.rules:
+            shown = rule.where.model_dump(exclude_none=True)
+            where = ", ".join(f"{key} {_shown(value)}" for key, value in shown.items()) or "everywhere else"
+            settings = ", ".join(f"{key}: {_shown(value)}" for key, value in rule.settings.items())
+            lines.append(f"  {where}: {rule.patch}" + (f" ({settings})" if settings else ""))
+        lines.append("  elsewhere: dense")
+        for row in self.measured:
+            speedup = row.dense_ms.p50 / row.ms.p50 if row.ms.p50 else float("inf")
+            psnr = f", PSNR {row.psnr_db.mean:.1f} dB (worst {row.psnr_db.worst:.1f})" if row.psnr_db else ""
+            lines.append(f"  measured {row.date} on {row.device}: {speedup:.2f}x{psnr}, {len(row.seeds)} seeds")
+        return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Span):
+        return value.text
+    if isinstance(value, Mapping):
+        return f"{value['from']} to {value['to']} over {value['over']}" if "over" in value else str(dict(value))
+    if isinstance(value, list | tuple):
+        return " or ".join(map(_shown, value)) if value and isinstance(value[0], Span | str) else str(list(value))
+    return str(value)
+
+
+@dataclass(frozen=True, eq=False)
+class RecipeFile:
+    """The recipes for one model."""
+
+    model: str
+    match: Match
+    default: str
+    recipes: Mapping[str, Recipe]
+    """By short name."""
+    summary: str = ""
+    worth: str = ""
+    """Where the recipes pay, and where they do not."""
+    path: Path | None = None
+
+    def recipe(self, name: str | None = None) -> Recipe:
+        """Return a recipe by its short name, or the default."""
+        if name is None:
+            return self.recipes[self.default]
+        if name not in self.recipes:
+            raise NoMatchError(
+                f"{self.model} has no recipe {name!r}{nearest(name, self.recipes)}. It has: {', '.join(self.recipes)}."
+            )
+        return self.recipes[name]
+
+    def describe(self) -> str:
+        """Return the file as text for people."""
+        head = [self.model, self.summary, self.worth, f"for: {self.match}", f"default: {self.default}"]
+        return "\n".join(line for line in head if line) + "\n\n" + "\n\n".join(r.describe() for r in self.recipes.values())
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_file(path: Path) -> RecipeFile:
+    """Read a recipe file. Patches' settings are checked later, by `load` or `Recipe.check`, since that imports torch.
+
+    Raises
+    ------
+    RecipeError
+        If the file cannot be read or does not follow the schema; the message gives the line.
+    """
+    data, source = strict_yaml.parse(strict_yaml.read(path), str(path))
+    return _file(data, source, path)
+
+
+def _file(data: Any, source: Source, path: Path | None = None) -> RecipeFile:
+    schema = data.get("schema") if isinstance(data, Mapping) else None
+    if isinstance(schema, int) and schema != SCHEMA:
+        cure = "upgrade it: pip install --upgrade accelplug" if schema > SCHEMA else "the first schema is 1"
+        raise RecipeError(f"{source.at(('schema',))}: this accelplug reads schema {SCHEMA}, the file has {schema}; {cure}.")
+    parsed = _validated(_File, data, source)
+    match = _match(parsed.match, source)
+    recipes = {
+        name: Recipe(
+            f"{parsed.model}/{name}",
+            parsed.model,
+            entry.rules,
+            entry.cite,
+            entry.summary,
+            entry.measured,
+            match,
+            path,
+            source,
+            ("recipes", name),
+        )
+        for name, entry in parsed.recipes.items()
+    }
+    return RecipeFile(parsed.model, match, parsed.default, recipes, parsed.summary, parsed.worth, path)
+
+
+def _match(keys: Mapping[str, Any], source: Source) -> Match:
+    keys = dict(keys)
+    pipeline: tuple[str, ...] = ()
+    if "pipeline" in keys:
+        pipeline = _validated(_Pipeline, keys.pop("pipeline"), source, ("match", "pipeline")).has
+    if "class" not in keys:
+        raise RecipeError(
+            f"{source.at(('match',))}: expected the key class, the denoiser's class name, got {', '.join(keys)}."
+        )
+    for key, value in keys.items():
+        if any(isinstance(item, Mapping | list) for item in _listed(value)):
+            raise RecipeError(f"{source.at(('match', key))}: expected a value or a list of values, got {value!r}.")
+    return Match(keys, pipeline)
+
+
+_MODELS = {"rules": Rule, "where": Where, "pipeline": _Pipeline, "measured": Measured, "recipes": _Entry}
+_MODELS |= dict.fromkeys(("dense_ms", "ms"), Spread)  # type: ignore[arg-type]
+
+
+def _validated(model: Any, data: Any, source: Source, loc: Loc = ()) -> Any:
+    def at(part: Loc) -> Any:
+        # The model whose key is wrong is told by the last name on the way to it: rules[0], recipes.radial, where.
+        if len(part) == 2 and part[0] == "recipes":
+            return _Entry
+        names = [name for name in part if isinstance(name, str)]
+        return _MODELS.get(names[-1], Quality) if names else model
+
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, source, loc, at)) from error
+
+
+def _explain(error: ValidationError, source: Source, loc: Loc, model_at: Any) -> str:
+    """Say in our words what pydantic found: file, line, key, what was expected, what was got."""
+    lines = []
+    for problem in error.errors(include_url=False)[:5]:
+        part = tuple(problem["loc"])
+        where = source.at((*loc, *part))
+        key = str(part[-1]) if part else ""
+        if problem["type"] == "extra_forbidden" and key == "heads":
+            lines.append(f"{where}: choosing heads is not built for block-sparse patches; remove the key.")
+        elif problem["type"] == "extra_forbidden":
+            fields = model_at(part[:-1]).model_fields
+            known = [info.alias or name for name, info in fields.items()]
+            lines.append(f"{where}: there is no key {key!r}{nearest(key, known)}. Known: {', '.join(known)}.")
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: the key {key!r} is missing; add it.")
+        else:
+            message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+            got = "" if problem["type"] == "value_error" else f", got {_cut(problem['input'])}"
+            lines.append(f"{where}: {message[:1].lower()}{message[1:]}{got}.")
+    return "\n".join(lines)
+
+
+def _cut(value: Any, length: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+# -------------------------------------------------------------------------------------------------------------- finding
+
+
+@dataclass(frozen=True)
+class RecipeInfo:
+    """A line of `list_recipes`."""
+
+    model: str
+    name: str
+    cite: str
+    summary: str
+    default: bool
+    measured: int
+    """Number of measured rows."""
+    path: Path
+
+
+def shipped_files() -> dict[str, Path]:
+    """Return the recipe files that come with the package, by model name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def list_recipes() -> list[RecipeInfo]:
+    """Return all recipes that come with the package."""
+    files = [(path, read_file(path)) for path in shipped_files().values()]
+    return [
+        RecipeInfo(file.model, name, r.cite, r.summary, name == file.default, len(r.measured), path)
+        for path, file in files
+        for name, r in file.recipes.items()
+    ]
+
+
+def matching_files(facts: ModelFacts) -> list[RecipeFile]:
+    """Return the shipped files that fit a model best: one, none, or several that fit equally well."""
+    files = [file for file in map(read_file, shipped_files().values()) if file.match.fits(facts)]
+    best = max((file.match.weight(facts) for file in files), default=0)
+    return [file for file in files if file.match.weight(facts) == best]
+
+
+def load(recipe: str | Path | Mapping[str, Any] | Recipe | None, facts: ModelFacts) -> Recipe:
+    """Return the recipe that is meant, checked in full and fitting the model.
+
+    Parameters
+    ----------
+    recipe : None for the default of the shipped file that matches; ``radial``, a recipe of that file; ``wan2.1-t2v-14b`` or
+        ``wan2.1-t2v-14b/radial``, by full name; a path (a `Path`, or text that ends in .yaml or .yml), its default; a mapping
+        like a file, like one recipe ``{rules: [...]}``, or like one rule ``{patch: radial, with: {...}}``; or a `Recipe`.
+    facts : the model.
+
+    Raises
+    ------
+    RecipeError
+        If it cannot be read, is wrong, was made for another model, or if several files fit the model equally well.
+    NoMatchError
+        If there is no such recipe, or none for this model.
+    """
+    found = recipe if isinstance(recipe, Recipe) else _find(recipe, facts)
+    if found.match is not None and not found.match.fits(facts):
+        is_there = ", ".join(f"{key}: {facts.value(key)}" for key in found.match.keys)
+        with_parts = f", a pipeline with {', '.join(sorted(facts.components))}" if found.match.pipeline else ""
+        raise RecipeError(
+            f"{found.name} is for {found.match}; this model has {is_there}{with_parts}. "
+            "Take a recipe for this model, or copy the rules into a mapping {rules: [...]} to try them on it."
+        )
+    found.check()
+    return found
+
+
+def _find(recipe: str | Path | Mapping[str, Any] | None, facts: ModelFacts) -> Recipe:
+    if isinstance(recipe, Mapping):
+        return _inline(recipe)
+    if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.endswith((".yaml", ".yml"))):
+        return read_file(Path(recipe)).recipe()
+    if recipe is None:
+        return _matching_file(facts).recipe()
+    if not isinstance(recipe, str):
+        raise RecipeError(f"A recipe is a name, a path, a mapping or a Recipe, got {type(recipe).__name__}.")
+    if "/" in recipe or recipe in shipped_files():
+        return named(recipe)
+    return _matching_file(facts, _plain(recipe)).recipe(recipe)
+
+
+def named(name: str) -> Recipe:
+    """Return a shipped recipe by full name, ``wan2.1-t2v-14b/radial``, or a file's default by the model's name."""
+    model, _, short = _plain(name).partition("/")
+    return _shipped(model).recipe(short or None)
+
+
+def _plain(name: str) -> str:
+    """Refuse names that could be taken for paths; names are only ever looked up in the list of shipped files."""
+    if ".." in name or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?", name):
+        raise RecipeError(
+            f"{_cut(name)} is no recipe name: expected 'radial' or 'wan2.1-t2v-14b/radial'. "
+            "For a file of your own give its path, as a Path or ending in .yaml."
+        )
+    return name
+
+
+def _shipped(model: str) -> RecipeFile:
+    files = shipped_files()
+    if model not in files:
+        raise NoMatchError(f"There is no recipe file {model!r}{nearest(model, files)}. Shipped: {', '.join(files)}.")
+    return read_file(files[model])
+
+
+def _matching_file(facts: ModelFacts, name: str | None = None) -> RecipeFile:
+    files = matching_files(facts)
+    wanted = f"/{name}" if name else ""
+    if not files:
+        raise NoMatchError(
+            f"No shipped recipe file is for this {facts.class_names[0]}. Shipped: {', '.join(shipped_files())}. "
+            "Give a path or a mapping, such as {'patch': 'sol', 'with': {'tau': 1.0}}."
+        )
+    if len(files) > 1:
+        names = " or ".join(f"{file.model}{wanted or '/' + file.default}" for file in files)
+        raise RecipeError(f"This {facts.class_names[0]} fits several recipe files equally well. Name one: {names}.")
+    return files[0]
+
+
+def _inline(data: Mapping[str, Any]) -> Recipe:
+    source = Source("<mapping>")
+    if "recipes" in data or "schema" in data:
+        return _file(data, source).recipe()
+    if "rules" in data:
+        entry, loc = _validated(_Entry, dict(data), source), ()
+        return Recipe("custom", "custom", entry.rules, entry.cite, entry.summary, entry.measured, source=source, loc=loc)
+    if "patch" in data:
+        return Recipe("custom", "custom", (_validated(Rule, dict(data), source),), source=source)
+    raise RecipeError(
+        f"A recipe mapping has the keys of a file (schema, model, match, default, recipes), of one recipe (rules), or of one "
+        f"rule (patch, with, where), got: {', '.join(map(str, data)) or 'nothing'}."
+    )
+
+
+def describe(recipe: str | Path) -> Text:
+    """Return a shipped file, a shipped recipe or a file of yours as text for people."""
+    from rich.text import Text  # so that reading recipes does not bring the terminal along
+
+    if isinstance(recipe, Path) or recipe.endswith((".yaml", ".yml")):
+        return Text(read_file(Path(recipe)).describe())
+    return Text(named(recipe).describe() if "/" in recipe else _shipped(_plain(recipe)).describe())
+
+
+# ------------------------------------------------------------------------------------------------------------ recording
+
+
+def record_measurement(path: Path, recipe: str, row: Mapping[str, Any]) -> None:
+    """Append a `measured` row to a recipe of a file; every other character of the file stays.
+
+    Parameters
+    ----------
+    path : the recipe file.
+    recipe : short name of the recipe.
+    row : keys of `Measured`.
+
+    Raises
+    ------
+    RecipeError
+        If the row or the file does not follow the schema, or the file's style leaves no place for the row; the file is then
+        as before.
+    NoMatchError
+        If the file has no such recipe.
+    """
+    measured = _validated(Measured, dict(row), Source("<measured row>"))
+    plain = measured.model_dump(exclude_defaults=True)
+    text = strict_yaml.read(path)
+    before = read_file(path)
+    before.recipe(recipe)
+    after = _with_row(text, str(path), recipe, plain)
+    new, _ = strict_yaml.parse(after, str(path))
+    old, _ = strict_yaml.parse(text, str(path))
+    old["recipes"][recipe]["measured"] = [*(old["recipes"][recipe].get("measured") or []), plain]
+    if new != old:
+        raise RecipeError(f"{path}: the row cannot be added without changing the rest; write measured: as a block list.")
+    _replace(path, after)
+
+
+def _with_row(text: str, name: str, recipe: str, row: Mapping[str, Any]) -> str:
+    node = _child(_child(strict_yaml.compose(text, name), "recipes"), recipe)
+    if node.flow_style:
+        raise RecipeError(f"{name}: write recipe {recipe!r} as a block, one key a line, so that a row can be added.")
+    newline = "\r\n" if "\r\n" in text else "\n"
+    item = "- {" + ", ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in row.items()) + "}"
+    indent = " " * node.start_mark.column
+    measured = _child(node, "measured")
+    if measured is None or not measured.value:
+        key = f"{indent}measured:{newline}" if measured is None else ""
+        if measured is None:
+            at = _line_end(text, _last(node).end_mark.index)
+            return f"{text[:at]}{newline}{key}{indent}  {item}{text[at:]}"
+        start, end = measured.start_mark.index, measured.end_mark.index
+        rest = _line_end(text, end)  # a comment behind [] stays on the line of its key
+        return f"{text[:start].rstrip(' ')}{text[end:rest]}{newline}{indent}  {item}{text[rest:]}"
+    if measured.flow_style:
+        end = measured.end_mark.index - 1
+        return f"{text[:end].rstrip()}, {item[2:]}{text[end:]}"
+    at = _line_end(text, _last(measured).end_mark.index)
+    return f"{text[:at]}{newline}{' ' * measured.start_mark.column}{item}{text[at:]}"
+
+
+def _child(node: Any, key: str) -> Any:
+    return next((value for name, value in node.value if name.value == key), None)
+
+
+def _last(node: yaml.Node) -> yaml.Node:
+    """Return the last leaf: the end of a block collection lies behind the comments that follow it."""
+    while isinstance(node, yaml.CollectionNode) and node.value and not node.flow_style:
+        node = node.value[-1][1] if isinstance(node, yaml.MappingNode) else node.value[-1]
+    return node
+
+
+def _line_end(text: str, index: int) -> int:
+    end = text.find("\n", index)
+    end = len(text) if end < 0 else end
+    return end - 1 if text[:end].endswith("\r") else end
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write beside the file and move, so that it is never half written."""
+    path = path.resolve()
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        try:
+            with open(handle, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+            os.chmod(temporary, path.stat().st_mode & 0o777)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise RecipeError(
+            f"{path}: cannot be written: {error}. Copy the file to a folder of yours and record there."
+        ) from error
