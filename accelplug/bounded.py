@@ -30,6 +30,10 @@ class Bounded(Generic[K, V]):
             self._table.popitem(last=False)
         return value
 
+    def peek(self, key: K) -> V | None:
+        """Return the value of `key`, or None if it is not there."""
+        return self._table.get(key)
+
     def values(self) -> list[V]:
         """Return the values, least recently used first."""
         return list(self._table.values())

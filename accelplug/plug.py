@@ -15,6 +15,7 @@ from accelplug import compat
 from accelplug.bounded import Bounded
 from accelplug.call import Clock, Layout, Site
 from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError
+from accelplug.hosts.clock import StepClock
 from accelplug.hosts.diffusers import DENSE, Choice, DenoiserHost, denoisers
 from accelplug.hosts.gate import Gate
 from accelplug.hosts.ledger import Event, Ledger

@@ -137,33 +137,42 @@ class BlockPlan:
             mask = mask & self.box.allows(slots_q, slots_k)
         return mask
 
-    def block_mask(self) -> BlockMask:
-        """Convert to FlexAttention: full where the key block is filled and no box applies, partial under one mask_mod else."""
+    def block_mask(self, extra: int = 0, key_mask: Tensor | None = None) -> BlockMask:
+        """Convert to FlexAttention: full where the key block is filled and no box applies, partial under one mask_mod else.
+
+        Parameters
+        ----------
+        extra : key blocks behind those of the plan that every row reads whole.
+        key_mask : bool (B, N * block_k), keys that may be read; then every block of the plan is partial.
+        """
         from torch.nn.attention.flex_attention import BlockMask
 
-        members = self.members
-        full = members & (self.k_len == self.block_k) if self.box is None else torch.zeros_like(members)
-        halves = []
+        members = torch.nn.functional.pad(self.members, (0, extra), value=True)
+        whole = self.k_len == self.block_k
+        if self.box is not None or key_mask is not None:
+            whole = torch.zeros_like(whole)
+        full = members & torch.nn.functional.pad(whole, (0, extra), value=True)
+        lists = []
         for part in (members & ~full, full):
-            number = part.sum(-1, dtype=torch.int32)
-            halves += [number, part.int().argsort(-1, descending=True, stable=True).int()]
+            lists += [part.sum(-1, dtype=torch.int32), part.int().argsort(dim=-1, descending=True, stable=True).int()]
+        shape = (len(self.q_len) * self.block_q, members.shape[-1] * self.block_k)
         return BlockMask.from_kv_blocks(
-            *halves,
-            BLOCK_SIZE=(self.block_q, self.block_k),
-            mask_mod=self._mask_mod(),
-            seq_lengths=(len(self.q_len) * self.block_q, self.key_slots),
+            *lists, BLOCK_SIZE=(self.block_q, self.block_k), mask_mod=self._mask_mod(key_mask), seq_lengths=shape
         )
 
-    def _mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        k_len, block_k, box = self.k_len, self.block_k, self.box
+    def _mask_mod(self, key_mask: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        k_len, block_k, slots, box = self.k_len, self.block_k, self.key_slots, self.box
 
-        def in_plan(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            held = k % block_k < k_len[k // block_k]
+        def in_plan(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+            at = torch.where(key < slots, key, 0)
+            reads = at % block_k < k_len[at // block_k]
+            if key_mask is not None:
+                reads = reads & key_mask[b, at]
             if box is not None:
                 for axis in range(box.coord.shape[1]):
-                    at = box.coord[k, axis]
-                    held = held & (at >= box.lo[q, axis]) & (at < box.hi[q, axis])
-            return held
+                    coord = box.coord[at, axis]
+                    reads = reads & (coord >= box.lo[row, axis]) & (coord < box.hi[row, axis])
+            return reads | (key >= slots)
 
         return in_plan
 
