@@ -494,8 +494,7 @@ class Recipe:
         """Return the recipe as text for people."""
         lines = [f"{self.name}  {self.cite}".rstrip(), *([f"  {self.summary}"] if self.summary else [])]
         for rule in self.rules:
-            shown = rule.where.model_dump(exclude_none=True)
-            where = ", ".join(f"{key} {_shown(value)}" for key, value in shown.items()) or "everywhere else"
+            where = ", ".join(f"{key} {_any(value)}" for key, value in rule.where if value is not None) or "everywhere"
             settings = ", ".join(f"{key}: {_shown(value)}" for key, value in rule.settings.items())
             lines.append(f"  {where}: {rule.patch}" + (f" ({settings})" if settings else ""))
         lines.append("  elsewhere: dense")
@@ -506,14 +505,15 @@ class Recipe:
         return "\n".join(lines)
 
 
+def _any(value: str | tuple[str | Span, ...]) -> str:
+    items = (value,) if isinstance(value, str) else value
+    return " or ".join(item.text if isinstance(item, Span) else item for item in items)
+
+
 def _shown(value: Any) -> str:
-    if isinstance(value, Span):
-        return value.text
     if isinstance(value, Mapping):
-        return f"{value['from']} to {value['to']} over {value['over']}" if "over" in value else str(dict(value))
-    if isinstance(value, list | tuple):
-        return " or ".join(map(_shown, value)) if value and isinstance(value[0], Span | str) else str(list(value))
-    return str(value)
+        return f"{value['from']} to {value['to']} over {value['over']}"
+    return "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -602,7 +602,7 @@ def _match(keys: Mapping[str, Any], source: Source) -> Match:
 
 
 _MODELS = {"rules": Rule, "where": Where, "pipeline": _Pipeline, "measured": Measured, "recipes": _Entry}
-_MODELS |= dict.fromkeys(("dense_ms", "ms"), Spread)  # type: ignore[arg-type]
+_MODELS |= dict.fromkeys(("dense_ms", "ms"), Spread)
 
 
 def _validated(model: Any, data: Any, source: Source, loc: Loc = ()) -> Any:
@@ -622,7 +622,10 @@ def _validated(model: Any, data: Any, source: Source, loc: Loc = ()) -> Any:
 def _explain(error: ValidationError, source: Source, loc: Loc, model_at: Any) -> str:
     """Say in our words what pydantic found: file, line, key, what was expected, what was got."""
     lines = []
-    for problem in error.errors(include_url=False)[:5]:
+    problems = error.errors(include_url=False)
+    # A list whose items are wrong also counts as too short; the items say more.
+    inner = [p for p in problems if not (p["type"] == "too_short" and p["input"])]
+    for problem in (inner or problems)[:5]:
         part = tuple(problem["loc"])
         where = source.at((*loc, *part))
         key = str(part[-1]) if part else ""
