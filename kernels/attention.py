@@ -292,7 +292,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | Threshold, key_mas
                 f"The plan has {len(lengths)} {what} blocks of {block} slots, got {x.shape[-2]} {what} slots. "
                 "Lay the tokens out with the tiles that the plan was made for."
             )
-    if key_mask is not None and (key_mask.shape != (k.shape[0], k.shape[-2]) or key_mask.dtype != torch.bool):
-        raise ShapeError(
-            f"key_mask must be bool (B, P_k) = {(k.shape[0], k.shape[-2])}, got {key_mask.dtype} {tuple(key_mask.shape)}."
-        )
+    expected = (k.shape[0], k.shape[-2])
+    if key_mask is not None and (key_mask.shape != expected or key_mask.dtype != torch.bool):
+        raise ShapeError(f"key_mask must be bool (B, P_k) = {expected}, got {key_mask.dtype} {tuple(key_mask.shape)}.")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accelplug.bounded import Bounded
-from accelplug.kernels.plan import BlockPlan, pool
+from accelplug.kernels.plan import BlockPlan, pool, unpack_bits
 from accelplug.kernels.rest import Pool, Rest
 
 
@@ -83,12 +83,11 @@ def _bias(reads: Tensor | None, exact: int, logs: Tensor) -> Tensor:
     logs = logs[:, :, None]  # [B|1, H, 1, U]
     if reads is None:
         return F.pad(logs, (exact, 0))
-    zero = torch.zeros((), device=logs.device)
-    exact_bias = torch.where(reads, zero, -torch.inf)
-    exact_bias = exact_bias.expand(
-        max(len(logs), exact_bias.shape[0]) if exact_bias.ndim == 4 else len(logs), logs.shape[1], -1, -1
-    )
-    return torch.cat([exact_bias, logs.expand(exact_bias.shape[0], -1, exact_bias.shape[2], -1)], -1)
+    seen = torch.where(reads, 0.0, -torch.inf)  # [R, C] or [B, 1, R|1, C]
+    seen = seen if seen.ndim == 4 else seen[None, None]
+    batch = max(len(seen), len(logs))
+    seen, logs = (x.expand(batch, logs.shape[1], seen.shape[2], -1) for x in (seen, logs))
+    return torch.cat([seen, logs], -1)
 
 
 def _dense(
@@ -117,8 +116,6 @@ def _groups(plan: BlockPlan) -> list[list[list[_Group]]]:
 
 
 def _groups_of(plan: BlockPlan, bits: Tensor) -> list[_Group]:
-    from accelplug.kernels.plan import unpack_bits
-
     patterns, owner = torch.unique(bits, dim=0, return_inverse=True)
     members = unpack_bits(patterns, len(plan.k_len))  # [patterns, N]
     slot = torch.arange(plan.block_k, device=bits.device)

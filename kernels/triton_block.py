@@ -1,0 +1,343 @@
+"""Block attention in Triton: one program per (head, query block) walks its list of key blocks in one online softmax.
+
+The pooled rest is a second loop in the same softmax. A `Threshold` is evaluated in that loop, so that no plan is ever
+materialised. Imported only where triton is installed; under ``TRITON_INTERPRET=1`` it runs on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from accelplug.errors import UnsupportedError
+from accelplug.kernels.plan import BlockPlan, Threshold, pack_bits, pool
+from accelplug.kernels.rest import Pool, Rest
+
+MIN_BLOCK = 16  # the least that tl.dot takes on a side
+TILE = 64  # keys per step
+GROUP = 32  # pooled keys per step: one word of `bits`
+
+
+def missing(device: torch.device) -> str | None:
+    """Why the kernel cannot run on `device`, or None."""
+    if device.type == "cpu":
+        return None if triton.knobs.runtime.interpret else "on a CPU it runs only in the interpreter (TRITON_INTERPRET=1)"
+    return None if device.type in ("cuda", "xpu") else f"Triton does not run on {device.type}"
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan | Threshold,
+    rest: Rest,
+    scale: float,
+    key_mask: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return (out, lse); see `attention.block_attention`."""
+    _check(q, v, plan)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # the interpreter's dot takes the bits of bf16 for integers
+        out, lse = attend(q.float(), k.float(), v.float(), plan, rest, scale, key_mask, return_lse)
+        return out.bfloat16(), lse
+    batch, heads, rows, dim = q.shape
+    dim_v, blocks_k = v.shape[-1], len(plan.k_len)
+    threshold, pooled = isinstance(plan, Threshold), isinstance(rest, Pool)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out = torch.empty(batch, heads, rows, dim_v, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
+    none = q.new_empty(0)
+
+    k_pool, v_pool, bias = none, none, none
+    if pooled or threshold:
+        (k_mean, number), (v_mean, _) = (pool(x, plan.k_len, plan.block_k, key_mask) for x in (k, v))
+        k_pool, v_pool = k_mean.to(q.dtype), v_mean.to(q.dtype)
+        weight = rest.weight if isinstance(rest, Pool) and rest.weight is not None else torch.ones(heads, device=q.device)
+        bias = number.clamp(min=1).log2() * weight[:, None] + torch.where(number > 0, 0.0, -torch.inf)
+        bias = bias.expand(batch, heads, blocks_k).contiguous()
+    if isinstance(plan, Threshold):
+        index, count, theta = plan.q_len, plan.q_len, plan.theta.expand(batch, heads, -1).contiguous()
+        bits, box = pack_bits(plan.always)[None, None], None
+    else:
+        index, count, theta = plan.index, plan.count, none
+        bits, box = plan.bits, plan.box
+    plan_batch, plan_heads = (0 if bits.shape[0] == 1 else 1), (0 if bits.shape[1] == 1 else 1)
+    entries = index.shape[-1] if not threshold else 0
+
+    grid = (len(plan.q_len), batch * heads)
+    _kernel[grid](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        index,
+        count,
+        bits,
+        plan.q_len,
+        plan.k_len,
+        theta,
+        box.lo if box else none,
+        box.hi if box else none,
+        box.coord if box else none,
+        none if key_mask is None else key_mask.to(torch.uint8).contiguous(),
+        k_pool,
+        v_pool,
+        bias,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        heads,
+        heads // k.shape[1],
+        rows,
+        k.shape[-2],
+        len(plan.q_len),
+        blocks_k,
+        entries,
+        bits.shape[-1],
+        plan_batch * bits.shape[1],
+        plan_heads,
+        scale * math.log2(math.e),
+        D=dim,
+        D_V=dim_v,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        BLOCK_DV=max(16, triton.next_power_of_2(dim_v)),
+        BLOCK_M=plan.block_q,
+        BLOCK_K=plan.block_k,
+        TILE_K=min(TILE, plan.block_k),
+        GROUP_K=GROUP,
+        AXES=box.coord.shape[1] if box else 0,
+        HAS_MASK=key_mask is not None,
+        POOLED=pooled,
+        THRESHOLD=threshold,
+        num_warps=8 if plan.block_q >= 128 and dim > 64 else 4,
+        num_stages=3 if dim <= 128 else 2,
+    )
+    return out, lse if return_lse else None
+
+
+def _check(q: Tensor, v: Tensor, plan: Any) -> None:
+    if (reason := missing(q.device)) is not None:
+        raise UnsupportedError(f"backend='triton' cannot serve: {reason}. Use backend='flex', 'blocked' or 'auto'.")
+    for what, block in (("query", plan.block_q), ("key", plan.block_k)):
+        if block < MIN_BLOCK or block & (block - 1):
+            raise UnsupportedError(
+                f"backend='triton' needs {what} blocks of a power of two of at least {MIN_BLOCK}, got {block}."
+            )
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        raise UnsupportedError(f"backend='triton' takes head dimensions up to 256, got {q.shape[-1]} and {v.shape[-1]}.")
+
+
+@triton.jit
+def _softmax_step(scores, values, top, total, acc):
+    """Add keys with `scores` [M, T] in the log2 domain and `values` [T, DV] to the online softmax."""
+    new_top = tl.maximum(top, tl.max(scores, 1))  # [M]
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row without a key yet must not become NaN
+    p = tl.exp2(scores - shift[:, None])  # [M, T]
+    fade = tl.exp2(top - shift)  # [M]
+    total = total * fade + tl.sum(p, 1)
+    acc = acc * fade[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")  # [M, DV]
+    return new_top, total, acc
+
+
+@triton.jit
+def _block_step(
+    q,
+    k,
+    v,
+    block,
+    length,
+    rows,
+    lo,
+    hi,
+    coord,
+    key_mask,
+    stride_ks,
+    stride_vs,
+    slots_k,
+    rows_held,
+    scale,
+    top,
+    total,
+    acc,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+    AXES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    """Read one key block exactly, TILE_K keys a step."""
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    for start in tl.static_range(0, BLOCK_K, TILE_K):
+        place = start + tl.arange(0, TILE_K)  # [T]
+        key = block * BLOCK_K + place
+        held = (place < length) & (key < slots_k)
+        k_at = k + key[None, :].to(tl.int64) * stride_ks + d[:, None]  # [D, T]
+        v_at = v + key[:, None].to(tl.int64) * stride_vs + dv[None, :]  # [T, DV]
+        if RAGGED:
+            keys = tl.load(k_at, mask=held[None, :] & (d[:, None] < D), other=0.0)
+            values = tl.load(v_at, mask=held[:, None] & (dv[None, :] < D_V), other=0.0)
+        else:
+            keys = tl.load(k_at, mask=d[:, None] < D, other=0.0)
+            values = tl.load(v_at, mask=dv[None, :] < D_V, other=0.0)
+        scores = tl.dot(q, keys, input_precision="ieee") * scale  # [M, T]
+        if RAGGED:
+            scores = tl.where(held[None, :], scores, float("-inf"))
+        if HAS_MASK:
+            allowed = tl.load(key_mask + key, mask=held, other=0) != 0
+            scores = tl.where(allowed[None, :], scores, float("-inf"))
+        for axis in tl.static_range(AXES):
+            at = tl.load(coord + key * AXES + axis, mask=held, other=0)[None, :]
+            low = tl.load(lo + rows * AXES + axis, mask=rows_held, other=0)[:, None]
+            high = tl.load(hi + rows * AXES + axis, mask=rows_held, other=1)[:, None]
+            scores = tl.where((at >= low) & (at < high), scores, float("-inf"))
+        top, total, acc = _softmax_step(scores, values, top, total, acc)
+    return top, total, acc
+
+
+@triton.jit
+def _kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    index,
+    count,
+    bits,
+    q_len,
+    k_len,
+    theta,
+    lo,
+    hi,
+    coord,
+    key_mask,
+    k_pool,
+    v_pool,
+    bias,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    heads,
+    ratio,
+    slots_q,
+    slots_k,
+    blocks_q,
+    blocks_k,
+    entries,
+    words,
+    plan_batch,
+    plan_head,
+    scale,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    AXES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    POOLED: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+):
+    m = tl.program_id(0)
+    b = tl.program_id(1) // heads
+    h = tl.program_id(1) % heads
+    kv_head = h // ratio
+    b64, h64, kv64 = b.to(tl.int64), h.to(tl.int64), kv_head.to(tl.int64)
+    q += b64 * stride_qb + h64 * stride_qh
+    k += b64 * stride_kb + kv64 * stride_kh
+    v += b64 * stride_vb + kv64 * stride_vh
+    key_mask += b64 * slots_k
+    row_of_plan = (b64 * plan_batch + h64 * plan_head) * blocks_q + m
+    if THRESHOLD:
+        row_of_bits = m.to(tl.int64)  # what is always read is the same for all heads
+    else:
+        row_of_bits = row_of_plan
+    heads_kv = heads // ratio
+    k_pool += (b64 * heads_kv + kv64) * blocks_k * D
+    v_pool += (b64 * heads_kv + kv64) * blocks_k * D_V
+    bias += (b64 * heads + h64) * blocks_k
+
+    rows = m * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    rows_held = rows < slots_q
+    queries = tl.load(
+        q + rows[:, None].to(tl.int64) * stride_qs + d[None, :], mask=rows_held[:, None] & (d[None, :] < D), other=0.0
+    )  # [M, D]
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    if not THRESHOLD:
+        for entry in range(0, tl.load(count + row_of_plan)):
+            block = tl.load(index + row_of_plan * entries + entry)
+            length = tl.load(k_len + block)
+            if length == BLOCK_K:
+                top, total, acc = _block_step(
+                    queries, k, v, block, length, rows, lo, hi, coord, key_mask, stride_ks, stride_vs, slots_k, rows_held,
+                    scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_K, TILE_K, AXES, HAS_MASK, False,
+                )  # fmt: skip
+            else:
+                top, total, acc = _block_step(
+                    queries, k, v, block, length, rows, lo, hi, coord, key_mask, stride_ks, stride_vs, slots_k, rows_held,
+                    scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_K, TILE_K, AXES, HAS_MASK, True,
+                )  # fmt: skip
+
+    if POOLED or THRESHOLD:
+        rows_used = tl.load(q_len + m)
+        counted = tl.arange(0, BLOCK_M) < rows_used
+        for group in range(0, blocks_k, GROUP_K):
+            blocks = group + tl.arange(0, GROUP_K)  # [G]
+            there = blocks < blocks_k
+            pooled_keys = tl.load(
+                k_pool + blocks[None, :] * D + d[:, None], mask=there[None, :] & (d[:, None] < D), other=0.0
+            )  # [D, G]
+            scores = tl.dot(queries, pooled_keys, input_precision="ieee") * scale  # [M, G]
+            word = tl.load(bits + row_of_bits * words + group // 32)
+            exact = ((word >> (blocks % 32)) & 1) != 0  # [G]
+            if THRESHOLD:
+                mean = tl.sum(tl.where(counted[:, None], scores, 0.0), 0) / tl.maximum(rows_used, 1)  # [G]
+                exact = exact | (mean > tl.load(theta + (b64 * heads + h64) * blocks_q + m))
+            if POOLED:
+                weight = tl.load(bias + blocks, mask=there, other=float("-inf"))  # [G]
+                pooled_scores = tl.where((there & ~exact)[None, :], scores + weight[None, :], float("-inf"))
+                pooled_values = tl.load(
+                    v_pool + blocks[:, None] * D_V + dv[None, :], mask=there[:, None] & (dv[None, :] < D_V), other=0.0
+                )  # [G, DV]
+                top, total, acc = _softmax_step(pooled_scores, pooled_values, top, total, acc)
+            if THRESHOLD:
+                for place in range(0, GROUP_K):
+                    block = group + place
+                    read = tl.sum(tl.where(tl.arange(0, GROUP_K) == place, (exact & there).to(tl.int32), 0), 0)
+                    if read != 0:
+                        length = tl.load(k_len + block)
+                        top, total, acc = _block_step(
+                            queries, k, v, block, length, rows, lo, hi, coord, key_mask, stride_ks, stride_vs, slots_k,
+                            rows_held, scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_K, TILE_K, AXES, HAS_MASK, True,
+                        )  # fmt: skip
+
+    out_at = out + ((b64 * heads + h64) * slots_q + rows[:, None]) * D_V + dv[None, :]
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out_at, result.to(out.dtype.element_ty), mask=rows_held[:, None] & (dv[None, :] < D_V))
+    natural = tl.where(total > 0, (top + tl.log2(tl.where(total > 0, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    tl.store(lse + (b64 * heads + h64) * slots_q + rows, natural, mask=rows_held)

@@ -1,0 +1,102 @@
+"""The block plan: packing, lists, conversion, pooling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from accelplug.call import Layout
+from accelplug.errors import ShapeError
+from accelplug.kernels.orders import morton, tiles
+from accelplug.kernels.plan import BlockPlan, pack_bits, pool, unpack_bits
+
+
+def plan_of(members, tokens_q, tokens_k, block):
+    lengths = [torch.full((-(-t // block),), block, dtype=torch.int32) for t in (tokens_q, tokens_k)]
+    for length, tokens in zip(lengths, (tokens_q, tokens_k), strict=True):
+        length[-1] = tokens - (len(length) - 1) * block
+    return BlockPlan.from_members(members, *lengths, block, block)
+
+
+@pytest.mark.parametrize("number", [1, 31, 32, 33, 64, 100])
+def test_bits_round_trip(number):
+    members = torch.rand(2, 3, 5, number) < 0.5
+    members[..., -1] = True
+    assert torch.equal(unpack_bits(pack_bits(members), number), members)
+
+
+def test_lists_are_ascending_and_complete():
+    members = torch.rand(2, 3, 7, 9) < 0.4
+    members[..., 4] = True
+    plan = plan_of(members, 7 * 8 - 3, 9 * 8 - 1, 8)
+    assert torch.equal(plan.members, members)
+    width = plan.index.shape[-1]
+    assert width == min(9, 1 << (int(members.sum(-1).max()) - 1).bit_length())
+    for b, h, m in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(7)).tolist():
+        listed = plan.index[b, h, m, : plan.count[b, h, m]].tolist()
+        assert listed == members[b, h, m].nonzero()[:, 0].tolist()
+
+
+def test_density_counts_tokens_not_blocks():
+    members = torch.tensor([[True, False], [True, True]])
+    plan = plan_of(members, 12, 9, 8)  # blocks of 8 and 4 queries, 8 and 1 keys
+    assert float(plan.density()) == pytest.approx((8 * 8 + 4 * 9) / (12 * 9))
+    assert int(plan.dense_mask().sum()) == 8 * 8 + 4 * 9
+
+
+def test_membership_that_does_not_fit_is_refused():
+    with pytest.raises(ShapeError, match="M=2 query and N=2 key"):
+        plan_of(torch.ones(3, 2, dtype=torch.bool), 16, 16, 8)
+
+
+@pytest.mark.parametrize("tokens", [96, 97, 127])
+def test_block_mask_means_the_same(tokens):
+    blocks = -(-tokens // 32)
+    members = torch.rand(1, 2, blocks, blocks) < 0.5
+    members |= torch.eye(blocks, dtype=torch.bool)
+    plan = plan_of(members, tokens, tokens, 32)
+    flex = plan.block_mask()
+    listed = flex.to_dense().bool()[:, :, :blocks, :blocks]
+    assert torch.equal(listed, members.expand_as(listed))
+    rows, keys = torch.arange(blocks * 32)[:, None], torch.arange(blocks * 32)
+    zero = torch.tensor(0)
+    allowed = flex.mask_mod(zero, zero, rows, keys).expand(len(rows), len(keys))
+    fine = listed.repeat_interleave(32, -2).repeat_interleave(32, -1) & allowed
+    assert torch.equal(fine[..., :tokens, :], plan.dense_mask()[..., :tokens, :])
+
+
+def test_pool_divides_by_true_length_and_heeds_the_mask():
+    x = torch.randn(2, 3, 21, 4)
+    valid = torch.rand(2, 21) < 0.6
+    valid[0, 16:] = False
+    mean, number = pool(x, torch.tensor([8, 8, 5], dtype=torch.int32), 8, valid)
+    for b in range(2):
+        for n, (start, end) in enumerate(((0, 8), (8, 16), (16, 21))):
+            kept = x[b, :, start:end][:, valid[b, start:end]]
+            assert number[b, 0, n] == kept.shape[1]
+            torch.testing.assert_close(mean[b, :, n], kept.mean(1) if kept.shape[1] else torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("text", [(0, 0), (5, 0), (0, 7), (3, 4)])
+@pytest.mark.parametrize(("order", "tile"), [("raster", None), ("morton", None), ("tile", (2, 2, 4))])
+def test_tiles_round_trip(order, tile, text):
+    layout = Layout((3, 5, 7), *text)
+    laid = tiles(layout, order, 16, tile)
+    x = torch.randn(2, 3, layout.length, 4)
+    slots = laid.permute(x)
+    assert torch.equal(laid.unpermute(slots), x)
+    assert int(laid.lengths(16).sum()) == layout.length
+    assert int(laid.lengths(16)[laid.is_text(16)].sum()) == sum(text)
+    if laid.gather is not None:  # text stands in blocks of its own
+        held = laid.gather[laid.held]
+        assert sorted(held.tolist()) == list(range(layout.length))
+
+
+def test_morton_is_a_permutation_that_keeps_neighbours_near():
+    grid = (4, 8, 8)
+    order = morton(grid)
+    assert sorted(order.tolist()) == list(range(256))
+    blocks = order.view(-1, 8)  # runs of 8 are cubes of 2 x 2 x 2
+    for run in blocks:
+        place = torch.stack(torch.unravel_index(run, grid))
+        assert ((place.max(1).values - place.min(1).values) <= 1).all()
