@@ -99,7 +99,7 @@ def _compile(q: Tensor, k: Tensor) -> Callable[..., Any]:
     own = types.FunctionType(
         code, flex_attention.__globals__, "flex_attention", flex_attention.__defaults__, flex_attention.__closure__
     )
-    own.__kwdefaults__ = stock.__kwdefaults__
+    own.__kwdefaults__ = flex_attention.__kwdefaults__
     return torch.compile(own, dynamic=False, fullgraph=True)
 
 
