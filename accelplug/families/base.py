@@ -16,6 +16,9 @@ from accelplug.call import Kind, Layout
 Inputs = Mapping[str, Any]
 """Arguments of the denoiser's forward by name, as bound by its signature. Those left at their default are absent."""
 
+Sites = tuple[tuple[str, Kind], ...]
+"""(glob of a module path, kind)."""
+
 Grid = tuple[int, int, int]
 """Latent frames, patch rows, patch columns."""
 
@@ -66,7 +69,7 @@ class Family:
 
     name: str
     classes: tuple[str, ...]
-    sites: tuple[tuple[str, Kind], ...]
+    sites: Sites
     geometry: Callable[[Any, Inputs], Geometry | None]
     level: tuple[str, ...] = ()
     outer_mask: bool = False

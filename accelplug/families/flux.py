@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelplug.families.base import Family, Geometry, Grid, Inputs, shape_of
+from accelplug.families.base import Family, Geometry, Grid, Inputs, Sites, shape_of
 
-_SITES = (("transformer_blocks.*.attn", "joint"), ("single_transformer_blocks.*.attn", "joint"))
+_SITES: Sites = (("transformer_blocks.*.attn", "joint"), ("single_transformer_blocks.*.attn", "joint"))
 
 
 def raster_grid(ids: Any) -> Grid | None:

@@ -8,9 +8,9 @@ read by nobody, because they are invalid keys of every later layer and only visu
 The text refiners (``context_embedder``) have attention of the same classes over the text alone and are left alone.
 """
 
-from accelplug.families.base import Family, latents, unknown
+from accelplug.families.base import Family, Sites, latents, unknown
 
-_SITES = (("transformer_blocks.*.attn", "joint"), ("single_transformer_blocks.*.attn", "joint"))
+_SITES: Sites = (("transformer_blocks.*.attn", "joint"), ("single_transformer_blocks.*.attn", "joint"))
 
 HUNYUAN_VIDEO = Family(
     name="hunyuan_video",

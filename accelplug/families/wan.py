@@ -6,9 +6,9 @@ reference image as one more latent frame; neither adds tokens beside the grid. T
 modulation only.
 """
 
-from accelplug.families.base import Family, latents
+from accelplug.families.base import Family, Sites, latents
 
-_SITES = (("blocks.*.attn1", "self"), ("blocks.*.attn2", "cross"))
+_SITES: Sites = (("blocks.*.attn1", "self"), ("blocks.*.attn2", "cross"))
 
 WAN = Family(
     name="wan",

@@ -1,0 +1,870 @@
+"""Tiny models and pipelines with random weights, in the real classes: milliseconds a forward, nothing downloaded.
+
+Every visual grid has at least 48 tokens (six blocks of eight) and T != H != W, so that no order of axes looks like another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models import embeddings
+from torch import Tensor, nn
+
+Inputs = dict[str, Any]
+Built = tuple[nn.Module, Inputs]
+
+diffusers.utils.logging.set_verbosity_error()
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Return standard normal numbers, the same for the same shape and seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def mask(length: int, valid: int) -> Tensor:
+    """Return int (1, length): ones for the first `valid` tokens."""
+    return (torch.arange(length) < valid)[None].long()
+
+
+def raster(*sizes: int) -> Tensor:
+    """Return the coordinates (N, axes) of a grid in raster order."""
+    return torch.cartesian_prod(*[torch.arange(size) for size in sizes])
+
+
+# -------------------------------------------------------------------------------------------------------------- video
+
+STEP = torch.tensor([500])
+WAN = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "rope_max_seq_len": 32,
+}
+
+
+def wan(**config: Any) -> Built:
+    model = diffusers.WanTransformer3DModel(**WAN, num_layers=3, **{"in_channels": 4, "out_channels": 4, **config})
+    return model, {"hidden_states": noise(1, 4, 3, 8, 12), "timestep": STEP, "encoder_hidden_states": noise(1, 12, 16)}
+
+
+def wan_5b() -> Built:
+    """A timestep per token, as Wan 2.2 TI2V-5B has them: the first frame is given."""
+    model, inputs = wan()
+    timestep = torch.full((1, 3 * 4 * 6), 500)
+    timestep[:, : 4 * 6] = 0
+    return model, inputs | {"timestep": timestep}
+
+
+def wan_i2v() -> Built:
+    model, inputs = wan(in_channels=9, image_dim=4, added_kv_proj_dim=24)
+    images = {"hidden_states": noise(1, 9, 3, 8, 12), "encoder_hidden_states_image": noise(1, 5, 4)}
+    return model, inputs | images | {"encoder_hidden_states": noise(1, 512, 16)}
+
+
+def wan_vace() -> Built:
+    model = diffusers.WanVACETransformer3DModel(
+        **WAN, num_layers=3, in_channels=4, out_channels=4, vace_layers=[0, 2], vace_in_channels=8
+    )
+    _, inputs = wan()
+    return model, inputs | {"control_hidden_states": noise(1, 8, 3, 8, 12)}
+
+
+def skyreels() -> Built:
+    model = diffusers.SkyReelsV2Transformer3DModel(**WAN, num_layers=2, in_channels=4, out_channels=4)
+    return model, wan()[1]
+
+
+def hunyuan_video() -> Built:
+    model = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        patch_size=2,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+    )
+    return model, {
+        "hidden_states": noise(1, 4, 3, 8, 12),
+        "timestep": STEP,
+        "encoder_hidden_states": noise(1, 12, 16),
+        "encoder_attention_mask": mask(12, 8),
+        "pooled_projections": noise(1, 8),
+        "guidance": torch.tensor([6000.0]),
+    }
+
+
+def hunyuan_video_15() -> Built:
+    model = diffusers.HunyuanVideo15Transformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=16,
+        text_embed_2_dim=8,
+        image_embed_dim=12,
+        rope_axes_dim=(2, 2, 4),
+        target_size=16,
+        task_type="t2v",
+    )
+    return model, {
+        "hidden_states": noise(1, 4, 3, 4, 6),
+        "timestep": torch.tensor([1.0]),
+        "encoder_hidden_states": noise(1, 6, 16),
+        "encoder_hidden_states_2": noise(1, 4, 8),
+        "encoder_attention_mask": mask(6, 4),
+        "encoder_attention_mask_2": mask(4, 3),
+        "image_embeds": torch.zeros(1, 3, 12),
+    }
+
+
+def cogvideox(patch_size_t: int | None = None) -> Built:
+    frames = 3 * (patch_size_t or 1)
+    model = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=8,
+        num_layers=2,
+        sample_width=12,
+        sample_height=8,
+        sample_frames=4 * frames - 3,
+        patch_size=2,
+        patch_size_t=patch_size_t,
+        max_text_seq_length=8,
+        use_rotary_positional_embeddings=True,
+    )
+    return model, {
+        "hidden_states": noise(1, frames, 4, 8, 12),
+        "encoder_hidden_states": noise(1, 8, 8),
+        "timestep": STEP,
+        "image_rotary_emb": embeddings.get_3d_rotary_pos_embed(16, ((0, 0), (4, 6)), (4, 6), 3),
+    }
+
+
+def cogvideox_15() -> Built:
+    return cogvideox(patch_size_t=2)
+
+
+def mochi() -> Built:
+    model = diffusers.MochiTransformer3DModel(
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=4,
+        text_embed_dim=16,
+        time_embed_dim=4,
+        max_sequence_length=16,
+    )
+    return model, {
+        "hidden_states": noise(1, 4, 3, 8, 12),
+        "encoder_hidden_states": noise(1, 16, 16),
+        "timestep": STEP,
+        "encoder_attention_mask": mask(16, 10).bool(),
+    }
+
+
+PACKED_VIDEO = {"num_frames": 3, "height": 4, "width": 6}
+
+
+def ltx() -> Built:
+    model = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=16,
+    )
+    return model, {
+        "hidden_states": noise(1, 3 * 4 * 6, 4),
+        "encoder_hidden_states": noise(1, 16, 16),
+        "timestep": STEP,
+        "encoder_attention_mask": mask(16, 11),
+        **PACKED_VIDEO,
+    }
+
+
+def ltx2() -> Built:
+    model = diffusers.LTX2VideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=4,
+        audio_cross_attention_dim=8,
+        num_layers=2,
+        caption_channels=16,
+        rope_double_precision=False,
+    )
+    _, inputs = ltx()
+    return model, inputs | {
+        "timestep": torch.tensor([500.0]),
+        "audio_hidden_states": noise(1, 9, 4),
+        "audio_encoder_hidden_states": noise(1, 16, 16),
+        "audio_num_frames": 9,
+        "fps": 25.0,
+    }
+
+
+def cosmos() -> Built:
+    model = diffusers.CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        mlp_ratio=2,
+        text_embed_dim=16,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+        patch_size=(1, 2, 2),
+        concat_padding_mask=False,
+    )
+    return model, {
+        "hidden_states": noise(1, 4, 3, 8, 12),
+        "timestep": STEP,
+        "encoder_hidden_states": noise(1, 12, 16),
+        "attention_mask": mask(12, 9).bool(),
+        "fps": 30,
+    }
+
+
+def allegro() -> Built:
+    model = diffusers.AllegroTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        cross_attention_dim=24,
+        sample_width=12,
+        sample_height=8,
+        sample_frames=3,
+        caption_channels=8,
+    )
+    *freqs, t, h, w = embeddings.get_3d_rotary_pos_embed_allegro(
+        embed_dim=12,
+        crops_coords=((0, 0), (4, 6)),
+        grid_size=(4, 6),
+        temporal_size=3,
+        interpolation_scale=(1.0, 1.0, 1.0),
+    )
+    places = torch.cartesian_prod(*[torch.as_tensor(axis).long() for axis in (t, h, w)])
+    return model, {
+        "hidden_states": noise(1, 4, 3, 8, 12),
+        "encoder_hidden_states": noise(1, 16, 8),
+        "timestep": STEP,
+        "image_rotary_emb": (tuple(freqs), tuple(places.T.reshape(3, 1, -1).contiguous())),
+    }
+
+
+def kandinsky5() -> Built:
+    model = diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        in_text_dim=16,
+        in_text_dim2=8,
+        time_dim=16,
+        out_visual_dim=4,
+        patch_size=(1, 2, 2),
+        model_dim=24,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 4, 4),
+        visual_cond=False,
+    )
+    return model, {
+        "hidden_states": noise(1, 3, 8, 12, 4),
+        "encoder_hidden_states": noise(1, 7, 16),
+        "timestep": torch.tensor([500.0]),
+        "pooled_projections": noise(1, 8),
+        "visual_rope_pos": [torch.arange(3), torch.arange(4), torch.arange(6)],
+        "text_rope_pos": torch.arange(7),
+    }
+
+
+def latte() -> Built:
+    model = diffusers.LatteTransformer3DModel(
+        sample_size=16,
+        video_length=3,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=8,
+        in_channels=4,
+        cross_attention_dim=24,
+        out_channels=8,
+        attention_bias=True,
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+    )
+    return model, {
+        "hidden_states": noise(1, 4, 3, 12, 16),
+        "encoder_hidden_states": noise(1, 8, 8),
+        "timestep": torch.tensor([5]),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- image
+
+
+def flux() -> Built:
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    )
+    return model, {
+        "hidden_states": noise(1, 6 * 8, 4),
+        "encoder_hidden_states": noise(1, 7, 32),
+        "pooled_projections": noise(1, 32),
+        "img_ids": raster(1, 6, 8).float(),
+        "txt_ids": torch.zeros(7, 3),
+        "timestep": torch.tensor([1.0]),
+    }
+
+
+def flux2() -> Built:
+    model = diffusers.Flux2Transformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        timestep_guidance_channels=32,
+        axes_dims_rope=[4, 4, 4, 4],
+    )
+    return model, {
+        "hidden_states": noise(1, 6 * 8, 4),
+        "encoder_hidden_states": noise(1, 7, 32),
+        "img_ids": raster(1, 6, 8, 1)[None],
+        "txt_ids": raster(1, 1, 1, 7)[None],
+        "timestep": torch.tensor([1.0]),
+        "guidance": torch.tensor([1.0]),
+    }
+
+
+def chroma() -> Built:
+    model = diffusers.ChromaTransformer2DModel(
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    return model, {
+        "hidden_states": noise(1, 6 * 8, 4),
+        "encoder_hidden_states": noise(1, 7, 32),
+        "img_ids": raster(1, 6, 8).float(),
+        "txt_ids": torch.zeros(7, 3),
+        "timestep": torch.tensor([1.0]),
+        "attention_mask": mask(7 + 6 * 8, 7 + 6 * 8).bool().logical_and(torch.arange(7 + 6 * 8) != 6),
+    }
+
+
+def sd3() -> Built:
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=2,
+        in_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        pooled_projection_dim=64,
+        out_channels=4,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return model, {
+        "hidden_states": noise(1, 4, 12, 16),
+        "encoder_hidden_states": noise(1, 11, 32),
+        "pooled_projections": noise(1, 64),
+        "timestep": STEP,
+    }
+
+
+def qwen_image() -> Built:
+    model = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    return model, {
+        "hidden_states": noise(1, 6 * 8, 16),
+        "encoder_hidden_states": noise(1, 8, 16),
+        "encoder_hidden_states_mask": mask(8, 6),
+        "timestep": torch.tensor([1.0]),
+        "img_shapes": [[(1, 6, 8)]],
+    }
+
+
+def z_image() -> Built:
+    model = diffusers.ZImageTransformer2DModel(
+        in_channels=16,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    return model, {"x": [noise(16, 1, 12, 20)], "cap_feats": [noise(14, 16)], "t": torch.tensor([0.5])}
+
+
+def pixart() -> Built:
+    model = diffusers.PixArtTransformer2DModel(
+        sample_size=16,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        cross_attention_dim=16,
+        out_channels=8,
+        use_additional_conditions=False,
+    )
+    return model, {
+        "hidden_states": noise(1, 4, 12, 16),
+        "encoder_hidden_states": noise(1, 8, 16),
+        "timestep": torch.tensor([5]),
+        "added_cond_kwargs": {"aspect_ratio": None, "resolution": None},
+    }
+
+
+def sana() -> Built:
+    model = diffusers.SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=8,
+        sample_size=8,
+    )
+    return model, {"hidden_states": noise(1, 4, 6, 8), "encoder_hidden_states": noise(1, 8, 8), "timestep": STEP}
+
+
+def unet_sd15() -> Built:
+    model = diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+    )
+    return model, {"sample": noise(1, 4, 12, 16), "timestep": torch.tensor(500), "encoder_hidden_states": noise(1, 7, 16)}
+
+
+def unet_sdxl() -> Built:
+    model = diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=80,
+    )
+    return model, {
+        "sample": noise(1, 4, 12, 16),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": noise(1, 7, 16),
+        "added_cond_kwargs": {"text_embeds": noise(1, 32), "time_ids": torch.zeros(1, 6)},
+    }
+
+
+def animatediff() -> Built:
+    model = diffusers.UNetMotionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        cross_attention_dim=16,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+    )
+    return model, {
+        "sample": noise(1, 4, 3, 12, 16),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": noise(3, 7, 16),
+    }
+
+
+def stable_audio() -> Built:
+    model = diffusers.StableAudioDiTModel(
+        sample_size=16,
+        in_channels=3,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_attention_heads=1,
+        out_channels=3,
+        cross_attention_dim=16,
+        time_proj_dim=8,
+        global_states_input_dim=8,
+        cross_attention_input_dim=4,
+    )
+    return model, {
+        "hidden_states": noise(1, 3, 16),
+        "timestep": torch.tensor([0.5]),
+        "encoder_hidden_states": noise(1, 5, 4),
+        "global_hidden_states": noise(1, 1, 8),
+        "rotary_embedding": embeddings.get_1d_rotary_pos_embed(8, 17, use_real=True, repeat_interleave_real=False),
+    }
+
+
+MODELS: dict[str, Callable[[], Built]] = {
+    builder.__name__: builder
+    for builder in (
+        wan,
+        wan_5b,
+        wan_i2v,
+        wan_vace,
+        skyreels,
+        hunyuan_video,
+        hunyuan_video_15,
+        cogvideox,
+        cogvideox_15,
+        mochi,
+        ltx,
+        ltx2,
+        cosmos,
+        allegro,
+        kandinsky5,
+        latte,
+        flux,
+        flux2,
+        chroma,
+        sd3,
+        qwen_image,
+        z_image,
+        pixart,
+        sana,
+        unet_sd15,
+        unet_sdxl,
+        animatediff,
+        stable_audio,
+    )
+}
+
+
+def build(name: str, seed: int = 0) -> Built:
+    """Return (model, keyword arguments of its forward): the same weights for the same seed, ready for inference."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model, inputs = MODELS[name]()
+        settle(model, seed)
+    return model, inputs
+
+
+def settle(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Make a fresh model ready for inference. A little noise on each weight lets no zero initialisation hide a path."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    model.eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return model
+
+
+def output(result: Any) -> Tensor:
+    """Return the main tensor of what a denoiser returned."""
+    sample = result[0] if isinstance(result, tuple) else result.sample
+    return torch.stack(list(sample)) if isinstance(sample, list) else sample
+
+
+# -------------------------------------------------------------------------------------------------------------- batch
+
+SHARED = frozenset({"txt_ids", "image_rotary_emb", "rotary_embedding", "visual_rope_pos", "text_rope_pos"})
+"""Arguments that a batch has once."""
+
+
+def batch_of_two(name: str, inputs: Inputs) -> tuple[Inputs, list[Inputs]]:
+    """Return inputs of batch 2, and its two samples as inputs of batch 1: `inputs`, and others of the same shapes."""
+    other = {key: _other(key, value) for key, value in inputs.items()}
+    both = {key: _joined(key, value, other[key]) for key, value in inputs.items()}
+    return both, [inputs, other]
+
+
+def _is_shared(key: str, value: Any) -> bool:
+    return key in SHARED or (key == "img_ids" and value.ndim == 2)
+
+
+def _other(key: str, value: Any) -> Any:
+    """Return another sample's value: other latents and text, and one valid text token fewer."""
+    if _is_shared(key, value) or key in {"img_ids", "timestep", "t", "guidance"}:
+        return value
+    if isinstance(value, Tensor) and "mask" in key:
+        last = int(value[0].nonzero()[-1])
+        shorter = value.clone()
+        shorter[:, last if key.startswith("encoder") else 0] = 0
+        return shorter
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.flip(-1) * 0.9
+    if isinstance(value, list):
+        return [_other(key, item) for item in value]
+    if isinstance(value, dict):
+        return {inner: _other(inner, item) for inner, item in value.items()}
+    return value
+
+
+def _joined(key: str, value: Any, other: Any) -> Any:
+    if _is_shared(key, value):
+        return value
+    if isinstance(value, Tensor) and value.ndim:
+        return torch.cat([value, other])
+    if isinstance(value, list):
+        return [*value, *other]
+    if isinstance(value, dict):
+        return {inner: _joined(inner, item, other[inner]) for inner, item in value.items()}
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------- pipelines
+
+
+def _wan_pipe(experts: int) -> tuple[Any, Inputs]:
+    def transformer() -> nn.Module:
+        return diffusers.WanTransformer3DModel(**WAN, num_layers=2, in_channels=16, out_channels=16)
+
+    pipe = diffusers.WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=diffusers.AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        transformer=transformer(),
+        transformer_2=transformer() if experts == 2 else None,
+        boundary_ratio=0.875 if experts == 2 else None,
+    )
+    return pipe, {
+        "prompt_embeds": noise(1, 16, 16),
+        "negative_prompt_embeds": noise(1, 16, 16, seed=1),
+        "height": 64,
+        "width": 96,
+        "num_frames": 9,
+        "guidance_scale": 5.0,
+    }
+
+
+def _wan() -> tuple[Any, Inputs]:
+    return _wan_pipe(experts=1)
+
+
+def _wan22_moe() -> tuple[Any, Inputs]:
+    return _wan_pipe(experts=2)
+
+
+def _flux() -> tuple[Any, Inputs]:
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+        guidance_embeds=True,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4,),
+        latent_channels=1,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.06,
+        scaling_factor=1.5,
+    )
+    pipe = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+    return pipe, {
+        "prompt_embeds": noise(1, 12, 32),
+        "pooled_prompt_embeds": noise(1, 32),
+        "height": 12,
+        "width": 16,
+    }
+
+
+def _cogvideox() -> tuple[Any, Inputs]:
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=32,
+        num_layers=2,
+        sample_width=12,
+        sample_height=8,
+        sample_frames=9,
+        max_text_seq_length=16,
+        use_rotary_positional_embeddings=True,
+    )
+    vae = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    pipe = diffusers.CogVideoXPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        transformer=transformer,
+        scheduler=diffusers.CogVideoXDDIMScheduler(),
+    )
+    return pipe, {
+        "prompt_embeds": noise(1, 16, 32),
+        "negative_prompt_embeds": noise(1, 16, 32, seed=1),
+        "height": 64,
+        "width": 96,
+        "num_frames": 9,
+        "guidance_scale": 6.0,
+        "max_sequence_length": 16,
+    }
+
+
+def _hunyuan_video() -> tuple[Any, Inputs]:
+    transformer, _ = hunyuan_video()
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    pipe = diffusers.HunyuanVideoPipeline(
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+    return pipe, {
+        "prompt_embeds": noise(1, 12, 16),
+        "pooled_prompt_embeds": noise(1, 8),
+        "prompt_attention_mask": mask(12, 9).float(),
+        "height": 64,
+        "width": 96,
+        "num_frames": 9,
+    }
+
+
+def _sd15() -> tuple[Any, Inputs]:
+    unet, _ = unet_sd15()
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=[8, 16],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return pipe, {
+        "prompt_embeds": noise(1, 7, 16),
+        "negative_prompt_embeds": noise(1, 7, 16, seed=1),
+        "height": 24,
+        "width": 32,
+        "guidance_scale": 7.5,
+    }
+
+
+PIPELINES: dict[str, Callable[[], tuple[Any, Inputs]]] = {
+    "wan": _wan,
+    "wan22_moe": _wan22_moe,
+    "flux": _flux,
+    "cogvideox": _cogvideox,
+    "hunyuan_video": _hunyuan_video,
+    "sd15": _sd15,
+}
+
+
+def pipeline(name: str, seed: int = 0) -> tuple[Any, Inputs]:
+    """Return (pipe, keyword arguments of its call): four steps from given embeddings, tensors out."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pipe, inputs = PIPELINES[name]()
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module):
+                settle(component, seed)
+    return pipe, {**inputs, "num_inference_steps": 4, "output_type": "pt"}
