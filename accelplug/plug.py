@@ -48,7 +48,7 @@ def apply(
         ``wan2.1-t2v-14b/radial``; the path of a recipe file; a mapping; or a `Recipe`.
     strict : raise `FallbackError` where an attention call that a rule names would run dense.
     gate : ``auto`` times dense against sparse at the first call of each shape and leaves dense what would not pay;
-        ``off`` forces the recipe.
+        ``report`` times and tells, but forces the recipe; ``off`` forces it and times nothing.
     backend : kernel for patches that leave the choice open: ``auto``, ``triton``, ``flex``, ``blocked``, ``reference``.
     deterministic : take no choice by timing: the gate is off, and the first kernel that serves is used.
 
@@ -67,8 +67,8 @@ def apply(
     UnsupportedError
         If the model's attention cannot be swapped (linear attention).
     """
-    if gate not in ("auto", "off"):
-        raise AccelplugError(f"gate must be 'auto' or 'off', got {gate!r}.")
+    if gate not in ("auto", "report", "off"):
+        raise AccelplugError(f"gate must be 'auto', 'report' or 'off', got {gate!r}.")
     parts = _denoisers(model)
     for name, denoiser in parts.items():
         if (on := plug_of(denoiser)) is not None:
@@ -247,7 +247,7 @@ class Plug(AbstractContextManager["Plug"]):
             recipe=self.recipe.name,
             served=dict(self._ledger.served),
             fallbacks={f"{module}: {reason}": n for (module, reason), n in self._ledger.fallbacks.items()},
-            gated=[verdict.reason for verdict in self._gate.verdicts if not verdict.pays],
+            gated=[verdict.reason for verdict in self._gate.verdicts if not verdict.pays and self._gate.mode == "auto"],
             gains={v.patch: v.dense_ms / v.sparse_ms for v in self._gate.verdicts if v.pays},
             unrouted=[module for host in self._hosts for module in host.unrouted()],
             skipped={f"{host.name}.{path}": why for host in self._hosts for path, why in host.skipped.items()},

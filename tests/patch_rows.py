@@ -14,6 +14,8 @@ class Row:
     neutral: dict[str, Any]
     working: dict[str, Any]
     everything: dict[str, Any]
+    video_only: bool = False
+    """Whether it reads every key of images and of two frames."""
 
     def recipe(self, config: dict[str, Any], **where: Any) -> dict[str, Any]:
         """A recipe with one rule."""
@@ -22,7 +24,7 @@ class Row:
 
 
 ROWS = (
-    Row("radial", {"window": "full"}, {"decay": 0.2}, {}),
+    Row("radial", {"window": "full"}, {"decay": 0.2}, {}, video_only=True),
     Row(
         "neighborhood",
         {"window": ["full", "full", "full"]},

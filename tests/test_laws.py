@@ -68,6 +68,13 @@ def test_it_does_something_and_undoes_it(row: Row, name: str):
         patched = run(model, inputs)
     assert torch.isfinite(patched).all()
     ran = [event for event in events if event.patch == row.patch]
+    if row.video_only and not any(record.params for host in plug._hosts for record in host.records):
+        grids = {record.layout.grid_thw for host in plug._hosts for record in host.records if record.layout}
+        assert grids, "no layout was understood"
+        assert all(frames <= 2 for frames, _, _ in grids)
+        assert torch.equal(patched, dense)
+        plug.remove()
+        return
     assert ran, f"{row.patch} ran nowhere: {plug.report()}"
     for event in ran:
         assert event.plan.members.any(-1).all(), "a query block without a key block"

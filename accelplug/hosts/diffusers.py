@@ -358,7 +358,7 @@ class DenoiserHost:
         if self.measure:
             patch.choose_backend(call, params)
         verdict = self.gate.verdict(record.choice.name, patch, call.q, call.dense, lambda: patch.attend(call, params))
-        return None if verdict is None or verdict.pays else verdict.reason
+        return verdict.reason if verdict is not None and not verdict.pays and self.gate.mode == "auto" else None
 
     def _record(
         self,

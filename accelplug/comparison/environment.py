@@ -1,0 +1,69 @@
+"""Where a figure was measured: device, versions, the state of the source."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accelplug import compat
+from accelplug.version import __version__
+
+
+def environment(pipe: Any = None) -> dict[str, Any]:
+    """Return date, device by name, versions, git revision (with ``-dirty``) and, of a pipeline, its dtype."""
+    packages = ("torch", "diffusers", "transformers", "triton")
+    versions = {name: found for name in packages if (found := compat.installed(name))}
+    facts: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "versions": {"accelplug": __version__, **versions},
+        "git": revision(),
+        "baseline": baseline(),
+    }
+    if pipe is not None and hasattr(pipe, "dtype"):
+        facts["dtype"] = str(pipe.dtype).removeprefix("torch.")
+    return facts
+
+
+def device_name() -> str:
+    """Name of the accelerator, or of the processor."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{_processor()} ({torch.get_num_threads()} threads)"
+
+
+def baseline() -> str:
+    """The dense attention that runs are held against, by name."""
+    if not torch.cuda.is_available():
+        return "torch SDPA (CPU flash)"
+    return "torch SDPA (cuDNN, flash or efficient, as torch picks)"
+
+
+def revision() -> str | None:
+    """Short git hash of the checkout, ``-dirty`` if something is not committed; None outside a checkout."""
+    root = Path(__file__).parents[2]
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=9"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

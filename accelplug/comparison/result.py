@@ -1,0 +1,311 @@
+"""What a comparison found: plain data that prints as a table and writes JSON or a page."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from accelplug.errors import AccelplugError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DENSE = "dense"
+
+
+@dataclass
+class Sample:
+    """One run of one row, at one prompt and seed, and its quality against the dense run of the same prompt and seed.
+
+    Times in milliseconds: `latency_ms` end to end, `denoise_ms` from the first denoiser call to the last step's end,
+    `step_ms` per step. Quality is None for the dense run itself.
+    """
+
+    prompt: int
+    seed: int
+    latency_ms: float
+    denoise_ms: float
+    step_ms: list[float] = field(default_factory=list)
+    psnr_db: float | None = None
+    ssim: float | None = None
+    fg_psnr_db: float | None = None
+    latent_distance: float | None = None
+    agreement: float | None = None
+
+
+@dataclass
+class Spread:
+    """Median with 20 and 80 % quantiles."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """Summarise values; one value is its own quantiles."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
+        return cls(low, statistics.median(values), high)
+
+
+@dataclass
+class Row:
+    """One line of the table: the dense run, a recipe, a cache, or a floor.
+
+    Attributes
+    ----------
+    kind : ``dense``, ``recipe``, ``cache`` or ``floor``.
+    attention_ms : self- and joint-attention of one traced run, in all.
+    density : by layer and step, fraction of (query, key) pairs computed, pooled keys counted; None where it did not run.
+    plans : a few block plans: layer -> {step, blocks (M, N) as rows of "0" and "1", density}.
+    predicted : end-to-end gain over dense that the attention gain foretells (Amdahl over the denoising time).
+    ideal : the same if attention time went with density.
+    """
+
+    name: str
+    kind: str
+    recipe: str = ""
+    samples: list[Sample] = field(default_factory=list)
+    attention_ms: float | None = None
+    density: list[list[float | None]] = field(default_factory=list)
+    plans: list[dict[str, Any]] = field(default_factory=list)
+    predicted: float | None = None
+    ideal: float | None = None
+    peak_mib: float | None = None
+    notes: list[str] = field(default_factory=list)
+    choices: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def latency(self) -> Spread:
+        """End-to-end milliseconds over samples."""
+        return Spread.of([sample.latency_ms for sample in self.samples])
+
+    @property
+    def mean_density(self) -> float | None:
+        """Mean over the calls that ran."""
+        values = [value for layer in self.density for value in layer if value is not None]
+        return statistics.fmean(values) if values else None
+
+    def values(self, metric: str) -> list[float]:
+        """All values of a quality metric that are known."""
+        found = [getattr(sample, metric) for sample in self.samples]
+        return [value for value in found if value is not None and not math.isnan(value)]
+
+    def mean(self, metric: str) -> float | None:
+        """Mean of a metric over samples."""
+        values = self.values(metric)
+        return statistics.fmean(values) if values else None
+
+    def worst(self, metric: str) -> float | None:
+        """Worst sample of a metric."""
+        values = self.values(metric)
+        return (max if metric == "latent_distance" else min)(values) if values else None
+
+
+@dataclass
+class Comparison:
+    """Speed and quality of recipes beside the dense run. Made by `compare`.
+
+    Attributes
+    ----------
+    rows : dense first, then recipes, caches and floors.
+    clips : (row name, prompt, seed) -> uint8 (F, H, W, 3), for the page; not part of the JSON.
+    timed : what the times include, in words.
+    """
+
+    model: str
+    prompts: list[str]
+    seeds: list[int]
+    settings: dict[str, Any]
+    timed: str
+    environment: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    clips: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict, repr=False)
+    recorders: dict[str, Callable[[dict[str, Any]], Path]] = field(default_factory=dict, repr=False)
+
+    @property
+    def dense(self) -> Row:
+        """The row that all others are held against."""
+        return self.rows[0]
+
+    def row(self, name: str) -> Row:
+        """Return a row by its name."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise AccelplugError(f"No row {name!r}; there are {[row.name for row in self.rows]}.")
+
+    def speedup(self, row: Row) -> Spread:
+        """End-to-end gain over dense, paired by prompt and seed: runs of one pair are neighbours in time."""
+        dense = {(sample.prompt, sample.seed): sample.latency_ms for sample in self.dense.samples}
+        ratios = [dense[s.prompt, s.seed] / s.latency_ms for s in row.samples if (s.prompt, s.seed) in dense]
+        return Spread.of(ratios) if ratios else Spread(math.nan, math.nan, math.nan)
+
+    @property
+    def verdict(self) -> str:
+        """The result in a sentence: the fastest recipe, its gain, and its quality."""
+        recipes = [row for row in self.rows if row.kind == "recipe"]
+        if not recipes:
+            return "Dense only: nothing to compare."
+        best = max(recipes, key=lambda row: self.speedup(row).p50)
+        metric, what = ("fg_psnr_db", "foreground PSNR") if best.values("fg_psnr_db") else ("psnr_db", "PSNR")
+        gain = self.speedup(best).p50
+        pace = f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x slower"
+        return f"{best.name}: {pace} end to end, {what} {_number(best.mean(metric), 1)} dB (worst {_number(best.worst(metric), 1)} dB)"
+
+    def table(self) -> Table:
+        """Return the figures as a rich table."""
+        from rich.table import Table
+
+        table = Table(title=self.verdict, caption=self.timed, title_justify="left", caption_justify="left")
+        for heading in self.headings():
+            table.add_column(heading, justify="left" if heading == "run" else "right")
+        for row in self.rows:
+            table.add_row(*self.cells(row), style="dim" if row.kind == "floor" else None)
+        return table
+
+    def headings(self) -> list[str]:
+        """Column headings of the table."""
+        return [
+            "run",
+            "seconds",
+            "speed-up",
+            "predicted",
+            "density",
+            "PSNR dB",
+            "worst",
+            "fg PSNR dB",
+            "worst",
+            "SSIM",
+            "agreement",
+        ]
+
+    def cells(self, row: Row) -> list[str]:
+        """One line of the table, as text."""
+        gain = self.speedup(row)
+        spread = f" ({gain.p20:.2f}-{gain.p80:.2f})" if len(row.samples) > 1 else ""
+        timed = row.kind != "floor"
+        return [
+            row.name,
+            f"{row.latency.p50 / 1e3:.2f}" if timed else "",
+            f"{gain.p50:.2f}x{spread}" if timed else "",
+            f"{row.predicted:.2f}x" if row.predicted else "",
+            f"{row.mean_density:.3f}" if row.mean_density is not None else "",
+            *(_number(value, 1) for m in ("psnr_db", "fg_psnr_db") for value in (row.mean(m), row.worst(m))),
+            _number(row.mean("ssim"), 3),
+            _number(row.mean("agreement"), 2),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the clips as JSON-safe data; an infinite PSNR is the text "inf"."""
+        data = {name: getattr(self, name) for name in ("model", "prompts", "seeds", "settings", "timed", "environment")}
+        return _jsonable({**data, "verdict": self.verdict, "rows": [asdict(row) for row in self.rows]})
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write the figures."""
+        path = Path(path)
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        return path
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Comparison:
+        """Read what `to_json` wrote; clips are not in it."""
+        data = _from_jsonable(json.loads(Path(path).read_text()))
+        data.pop("verdict")
+        rows = [Row(**{**row, "samples": [Sample(**sample) for sample in row["samples"]]}) for row in data.pop("rows")]
+        return cls(**data, rows=rows)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page: clips side by side, difference, plans, density, Pareto curve, table."""
+        from accelplug.comparison.report import page
+
+        path = Path(path)
+        path.write_text(page(self))
+        return path
+
+    def record(self) -> list[Path]:
+        """Append a `measured` row to the file of each recipe that came from one; return the files."""
+        return [self.recorders[row.name](self._measured(row)) for row in self.rows if row.name in self.recorders]
+
+    def _measured(self, row: Row) -> dict[str, Any]:
+        def quality(of: Row, metric: str) -> dict[str, float] | None:
+            mean, worst = of.mean(metric), of.worst(metric)
+            return None if mean is None or worst is None or math.isinf(mean) else {"mean": mean, "worst": worst}
+
+        env = self.environment
+        floor = next((r for r in self.rows if r.kind == "floor"), None)
+        entry = {
+            "date": env["date"],
+            "device": env["device"],
+            "versions": env["versions"],
+            "git": env.get("git"),
+            "inputs": {key: value for key, value in self.settings.items() if isinstance(value, str | int | float | bool)},
+            "dtype": env.get("dtype"),
+            "seeds": self.seeds,
+            "baseline": env.get("baseline"),
+            "choices": {key: str(value) for key, value in row.choices.items() if key in ("gate", "backend")},
+            "dense_ms": asdict(self.dense.latency),
+            "ms": asdict(row.latency),
+            "density": row.mean_density,
+            "peak_mib": row.peak_mib,
+            "psnr_db": quality(row, "psnr_db"),
+            "ssim": quality(row, "ssim"),
+            "foreground_psnr_db": quality(row, "fg_psnr_db"),
+            "floor_psnr_db": quality(floor, "psnr_db") if floor else None,
+        }
+        return {key: value for key, value in entry.items() if value is not None}
+
+    def __str__(self) -> str:
+        return "".join(_rendered(self.table()))
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        from accelplug.plug import as_html
+
+        return as_html(self.table())
+
+
+def _rendered(renderable: Any) -> Iterator[str]:
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=150)
+    with console.capture() as capture:
+        console.print(renderable)
+    yield capture.get()
+
+
+def _number(value: float | None, digits: int) -> str:
+    if value is None:
+        return ""
+    return "same" if math.isinf(value) else f"{value:.{digits}f}"
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _from_jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _from_jsonable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_jsonable(item) for item in value]
+    return float(value) if value in ("inf", "-inf", "nan") else value

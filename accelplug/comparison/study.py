@@ -1,0 +1,372 @@
+"""Running a comparison: dense, recipes, caches and floors, interleaved in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from accelplug.comparison import metrics
+from accelplug.comparison.environment import environment
+from accelplug.comparison.result import DENSE, Comparison, Row, Sample
+from accelplug.errors import AccelplugError
+from accelplug.hosts.diffusers import denoisers
+from accelplug.hosts.gate import synchronise
+from accelplug.hosts.ledger import Event
+from accelplug.plug import apply, model_facts
+from accelplug.recipe import Recipe, load, record_measurement
+
+OBSERVED = {"rules": [{"patch": "dense"}]}
+DRAWN_LAYERS = 4
+CACHE_THRESHOLD = 0.08
+"""Residual difference below which FirstBlockCache skips the other blocks."""
+
+
+def compare(
+    pipe: Any,
+    recipe: Any = None,
+    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    seeds: Sequence[int] = (0,),
+    *,
+    caches: bool = False,
+    floors: bool = True,
+    foreground: Callable[[np.ndarray], np.ndarray] | None = None,
+    detect: Callable[[np.ndarray, str], float] | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Run a pipeline dense and with recipes, at the same prompts and seeds, and measure speed and quality.
+
+    For each recipe one traced run comes first (attention time, density, plans, kernels chosen; it also compiles what there is to
+    compile), then the timed runs, interleaved: dense, every recipe, dense, ... The pipeline is left as it was.
+
+    Parameters
+    ----------
+    pipe : a diffusers pipeline.
+    recipe : one recipe or several: anything that `accelplug.apply` takes, a list of such, or a mapping name -> recipe.
+    inputs : arguments of the pipeline's call; one mapping, or one per prompt.
+    seeds : one run of everything per seed and prompt.
+    caches : add FirstBlockCache alone, and with each recipe.
+    floors : add the two floors: dense in another attention kernel or dtype, and dense at another seed.
+    foreground : uint8 (F, H, W, 3) -> bool (F, H, W), the objects, for the foreground PSNR.
+    detect : (uint8 clip, prompt) -> agreement in [0, 1].
+    progress : show a progress bar.
+
+    Raises
+    ------
+    AccelplugError
+        If there is nothing to run.
+    """
+    prompts = [dict(inputs)] if isinstance(inputs, Mapping) else [dict(item) for item in inputs or ()]
+    if not prompts or not seeds:
+        raise AccelplugError("compare needs inputs (arguments of the pipeline's call) and at least one seed.")
+    recipes = _named(pipe, recipe)
+    study = Study(pipe, prompts, list(seeds), foreground, detect)
+    variants = [Variant(DENSE, "dense"), *(Variant(name, "recipe", loaded) for name, loaded in recipes.items())]
+    if caches:
+        variants += [Variant("FirstBlockCache", "cache", cache=True)]
+        variants += [Variant(f"FirstBlockCache + {name}", "cache", loaded, cache=True) for name, loaded in recipes.items()]
+    runs = len(prompts) * len(study.seeds)
+    total = len(variants) * (1 + runs) + (2 if floors else 0)
+    with _progress(progress, total) as tick, _quiet(pipe):
+        for variant in variants:
+            tick(f"tracing {variant.name}")
+            study.trace(variant)
+        for prompt in range(len(prompts)):
+            for seed in study.seeds:
+                for variant in variants:
+                    tick(f"timing {variant.name}, seed {seed}")
+                    study.time(variant, prompt, seed)
+        if floors:
+            tick("floor: dense in another kernel")
+            study.floor_of_kernels()
+            tick("floor: dense at another seed")
+            study.floor_of_seeds()
+    return study.finish(recipes)
+
+
+def _named(pipe: Any, recipe: Any) -> dict[str, Recipe]:
+    facts = model_facts(pipe)
+    if isinstance(recipe, Mapping) and not {"rules", "patch", "recipes"} & set(recipe):
+        return {name: load(item, facts) for name, item in recipe.items()}
+    items = recipe if isinstance(recipe, list | tuple) else [recipe]
+    loaded = [load(item, facts) for item in items]
+    names = [item.name.split("/")[-1] for item in loaded]
+    return {
+        name if names.count(name) == 1 else f"{name} {i}": item
+        for i, (name, item) in enumerate(zip(names, loaded, strict=True))
+    }
+
+
+@dataclass
+class Variant:
+    """What one row runs."""
+
+    name: str
+    kind: str
+    recipe: Recipe | None = None
+    cache: bool = False
+
+
+@dataclass
+class Run:
+    """One call of the pipeline."""
+
+    clip: np.ndarray
+    latents: torch.Tensor | None
+    latency_ms: float
+    denoise_ms: float
+    step_ms: list[float]
+
+
+@dataclass
+class Study:
+    """The runs of one comparison."""
+
+    pipe: Any
+    prompts: list[dict[str, Any]]
+    seeds: list[int]
+    foreground: Callable[[np.ndarray], np.ndarray] | None
+    detect: Callable[[np.ndarray, str], float] | None
+    rows: dict[str, Row] = field(default_factory=dict)
+    dense_runs: dict[tuple[int, int], Run] = field(default_factory=dict)
+    clips: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict)
+    dense_denoise_ms: float = math.nan
+
+    def trace(self, variant: Variant) -> None:
+        """Run once, observing every attention call; this is also the warm-up."""
+        row = self.rows[variant.name] = Row(variant.name, variant.kind, variant.recipe.name if variant.recipe else "")
+        device = next(next(iter(denoisers(self.pipe).values())).parameters()).device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with self._on(variant, gate="report") as plug, plug.trace(timed=True, plans=True) as events:
+            self.run(0, self.seeds[0])
+        if device.type == "cuda":
+            row.peak_mib = torch.cuda.max_memory_allocated(device) / 2**20
+        row.attention_ms = sum(event.ms or 0.0 for event in events)
+        row.density = _by_layer_and_step(events)
+        row.plans = _drawn(events)
+        row.choices = plug.choices
+        report = plug.report()
+        row.notes = [f"fell back to dense: {what} ({times} calls)" for what, times in report.fallbacks.items()]
+        row.notes += [
+            f"gate: {v['patch']} {v['dense_ms']:.1f} -> {v['sparse_ms']:.1f} ms a call" for v in plug.choices["verdicts"]
+        ]
+
+    def time(self, variant: Variant, prompt: int, seed: int) -> None:
+        """Run once, timed, and hold the result against the dense run."""
+        with self._on(variant, gate="off"):
+            run = self.run(prompt, seed)
+        if variant.name == DENSE:
+            self.dense_runs[prompt, seed] = run
+        self.rows[variant.name].samples.append(self.sample(run, prompt, seed, variant.name == DENSE))
+        self.clips[variant.name, prompt, seed] = metrics.to_uint8(run.clip)
+
+    def floor_of_kernels(self) -> None:
+        """Dense attention by another kernel of torch: what a change that nobody calls a change does."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(SDPBackend.MATH):
+            run = self.run(0, self.seeds[0])
+        row = self.rows["dense, math kernel"] = Row("dense, math kernel", "floor")
+        row.samples.append(self.sample(run, 0, self.seeds[0], False))
+
+    def floor_of_seeds(self) -> None:
+        """Dense at another seed: what a different video scores."""
+        first, other = self.seeds[0], self.seeds[1] if len(self.seeds) > 1 else self.seeds[0] + 1
+        run = self.dense_runs.get((0, other)) or self.run(0, other)
+        row = self.rows["dense, another seed"] = Row("dense, another seed", "floor")
+        row.samples.append(self.sample(run, 0, first, False))
+
+    def run(self, prompt: int, seed: int) -> Run:
+        """Call the pipeline once."""
+        arguments = dict(self.prompts[prompt])
+        ends: list[float] = []
+        latents: list[torch.Tensor] = []
+        device = next(next(iter(denoisers(self.pipe).values())).parameters()).device
+
+        def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            synchronise(device)
+            ends.append(time.perf_counter())
+            latents[:] = [tensors["latents"].detach().clone()] if "latents" in tensors else []
+            return tensors
+
+        if "callback_on_step_end" in inspect.signature(type(self.pipe).__call__).parameters:
+            arguments["callback_on_step_end"] = on_step_end
+        begins: list[float] = []
+        handles = [
+            part.register_forward_pre_hook(lambda *_: begins or begins.append(time.perf_counter()))
+            for part in denoisers(self.pipe).values()
+        ]
+        try:
+            synchronise(device)
+            start = time.perf_counter()
+            generator = torch.Generator("cpu").manual_seed(seed)
+            out = self.pipe(**arguments, output_type="np", generator=generator)
+            synchronise(device)
+            end = time.perf_counter()
+        finally:
+            for handle in handles:
+                handle.remove()
+        marks = [begins[0], *ends] if begins else []
+        steps = [1e3 * (b - a) for a, b in itertools.pairwise(marks)]
+        frames = np.asarray(out[0])[0] if not isinstance(out, np.ndarray) else out[0]
+        clip = frames if frames.ndim == 4 else frames[None]
+        return Run(clip.astype(np.float32), latents[0] if latents else None, 1e3 * (end - start), sum(steps), steps)
+
+    def sample(self, run: Run, prompt: int, seed: int, is_dense: bool) -> Sample:
+        """Score a run against the dense run of the same prompt and seed."""
+        sample = Sample(prompt, seed, run.latency_ms, run.denoise_ms, run.step_ms)
+        if self.detect is not None:
+            sample.agreement = float(self.detect(metrics.to_uint8(run.clip), self.prompts[prompt].get("prompt", "")))
+        if is_dense:
+            return sample
+        dense = self.dense_runs[prompt, seed]
+        sample.psnr_db = metrics.psnr_db(run.clip, dense.clip)
+        sample.ssim = metrics.ssim(run.clip, dense.clip)
+        if self.foreground is not None:
+            sample.fg_psnr_db = metrics.foreground_psnr_db(run.clip, dense.clip, self.foreground)
+        if run.latents is not None and dense.latents is not None:
+            sample.latent_distance = metrics.relative_distance(run.latents, dense.latents)
+        return sample
+
+    def finish(self, recipes: Mapping[str, Recipe]) -> Comparison:
+        """Predict gains from the traced runs, and put everything together."""
+        dense = self.rows[DENSE]
+        denoise_ms = np.median([sample.denoise_ms for sample in dense.samples])
+        share = min((dense.attention_ms or 0.0) / denoise_ms, 1.0) if denoise_ms else 0.0
+        for row in self.rows.values():
+            if row.kind == "recipe" and row.attention_ms and dense.attention_ms:
+                row.predicted = 1 / (1 - share + share * row.attention_ms / dense.attention_ms)
+                row.ideal = 1 / (1 - share + share * (row.mean_density or 1.0))
+        settings = {
+            key: value for key, value in self.prompts[0].items() if key != "prompt" and not isinstance(value, torch.Tensor)
+        }
+        timed = (
+            "end to end: text encoder, all steps with guidance as set, VAE; "
+            f"self-attention is {share:.0%} of denoising; one traced run per row warms up and is not timed"
+        )
+        texts = [str(item.get("prompt", f"inputs {i}")) for i, item in enumerate(self.prompts)]
+        comparison = Comparison(type(self.pipe).__name__, texts, self.seeds, settings, timed, environment(self.pipe))
+        comparison.rows, comparison.clips = list(self.rows.values()), self.clips
+        for name, loaded in recipes.items():
+            if loaded.path is not None:
+                comparison.recorders[name] = _recorder(loaded)
+        return comparison
+
+    @contextlib.contextmanager
+    def _on(self, variant: Variant, gate: str) -> Iterator[Any]:
+        with contextlib.ExitStack() as stack:
+            if variant.cache:
+                stack.enter_context(_first_block_cache(self.pipe))
+            observed: Any = OBSERVED if variant.recipe is None else variant.recipe
+            if variant.recipe is None and gate == "off":
+                yield None  # timed dense runs are the stock pipeline
+            else:
+                yield stack.enter_context(apply(self.pipe, observed, gate=gate))
+
+
+def _recorder(recipe: Recipe) -> Callable[[dict[str, Any]], Any]:
+    def record(row: dict[str, Any]) -> Any:
+        if recipe.path is None:
+            raise AccelplugError(f"{recipe.name} came from no file to record in.")
+        record_measurement(recipe.path, recipe.name.split("/")[-1], row)
+        return recipe.path
+
+    return record
+
+
+@contextlib.contextmanager
+def _first_block_cache(pipe: Any) -> Iterator[None]:
+    from diffusers import FirstBlockCacheConfig
+
+    parts = list(denoisers(pipe).values())
+    for part in parts:
+        if not hasattr(part, "enable_cache"):
+            raise AccelplugError(f"{type(part).__name__} takes no FirstBlockCache; compare with caches=False.")
+    try:
+        for part in parts:
+            part.enable_cache(FirstBlockCacheConfig(threshold=CACHE_THRESHOLD))
+        yield
+    finally:
+        for part in parts:
+            if part.is_cache_enabled:
+                part.disable_cache()
+
+
+def _by_layer_and_step(events: list[Event]) -> list[list[float | None]]:
+    """Mean density by layer and step; layers and steps that saw no call are None."""
+    layers = max((e.site.layers for e in events), default=0)
+    steps = 1 + max((e.clock.step or 0 for e in events), default=0)
+    sums: dict[tuple[int, int], list[float]] = {}
+    for event in events:
+        if event.site.layer is not None and event.density is not None:
+            sums.setdefault((event.site.layer, event.clock.step or 0), []).append(event.density)
+    return [
+        [float(np.mean(sums[layer, step])) if (layer, step) in sums else None for step in range(steps)]
+        for layer in range(layers)
+    ]
+
+
+def _drawn(events: list[Event]) -> list[dict[str, Any]]:
+    """Plans of a few layers, at the last step that had one, first head."""
+    with_plan = {event.site.layer: event for event in events if event.plan is not None}
+    layers = sorted(layer for layer in with_plan if layer is not None)
+    picked = (
+        sorted({layers[round(i * (len(layers) - 1) / max(DRAWN_LAYERS - 1, 1))] for i in range(DRAWN_LAYERS)})
+        if layers
+        else []
+    )
+    drawn = []
+    for layer in picked:
+        event = with_plan[layer]
+        if event.plan is not None:
+            blocks = event.plan.members[0, 0].cpu().numpy()
+            rows = ["".join("1" if read else "0" for read in row) for row in blocks]
+            drawn.append({"layer": layer, "step": event.clock.step, "density": event.density, "blocks": rows})
+    return drawn
+
+
+@contextlib.contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """Silence the pipeline's own progress bar, and give it back as it was."""
+    before = getattr(pipe, "_progress_bar_config", None)
+    try:
+        if hasattr(pipe, "set_progress_bar_config"):
+            pipe.set_progress_bar_config(disable=True)
+        yield
+    finally:
+        if before is not None:
+            pipe._progress_bar_config = before
+        elif hasattr(pipe, "_progress_bar_config"):
+            del pipe._progress_bar_config
+
+
+@contextlib.contextmanager
+def _progress(show: bool, total: int) -> Iterator[Callable[[str], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        disable=not show,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("comparing", total=total)
+        started = False
+
+        def tick(what: str) -> None:
+            nonlocal started
+            bar.update(task, description=what, advance=1 if started else 0)
+            started = True
+
+        yield tick
