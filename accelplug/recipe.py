@@ -130,6 +130,7 @@ class Where(_Strict):
     steps: Spans | None = None
     layers: Spans | None = None
     kind: Annotated[tuple[str, ...], BeforeValidator(_kinds)] | None = None
+    """Self- and joint-attention if left out."""
     denoiser: Names | None = None
     branch: Names | None = None
     module: Names | None = None
@@ -141,7 +142,7 @@ class Where(_Strict):
     def fits(self, site: Site) -> bool:
         """Whether the conditions on the place hold."""
         return (
-            (self.kind is None or site.kind in self.kind)
+            site.kind in (self.kind or ("self", "joint"))
             and (self.denoiser is None or site.denoiser in self.denoiser)
             and (self.module is None or any(fnmatch.fnmatchcase(site.module, glob) for glob in self.module))
             and (
