@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from accelplug.call import Site
 from accelplug.errors import AccelplugError
 from accelplug.families import find
 from accelplug.families.base import site_kinds
 from accelplug.hosts.diffusers import PATCHABLE, denoisers, processor_owners
 from accelplug.plug import as_html, model_facts
-from accelplug.call import Site
 from accelplug.recipe import matching_files
 
 if TYPE_CHECKING:

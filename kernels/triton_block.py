@@ -268,10 +268,7 @@ def _kernel(
     v += b64 * stride_vb + kv64 * stride_vh
     key_mask += b64 * slots_k
     row_of_plan = (b64 * plan_batch + h64 * plan_head) * blocks_q + m
-    if THRESHOLD:
-        row_of_bits = m.to(tl.int64)  # what is always read is the same for all heads
-    else:
-        row_of_bits = row_of_plan
+    row_of_bits = m.to(tl.int64) if THRESHOLD else row_of_plan  # what is always read is the same for all heads
     heads_kv = heads // ratio
     k_pool += (b64 * heads_kv + kv64) * blocks_k * D
     v_pool += (b64 * heads_kv + kv64) * blocks_k * D_V

@@ -91,10 +91,14 @@ class BlockParams:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What a selector by scores sees: pooled queries (B, H, M, D) and keys (B, H, N, D), float32, and the scale."""
+    """What a selector by scores sees: pooled queries (B, H, M, D) and keys (B, H, N, D), float32, and the scale.
+
+    `k_number`, float32 (B|1, 1, N), is how many keys each pooled key is the mean of; 0 where all are masked.
+    """
 
     q_pool: Tensor
     k_pool: Tensor
+    k_number: Tensor
     scale: float
 
 
@@ -146,7 +150,8 @@ class BlockSparse(Patch):
         arguments = self._arguments(call, params)
         plan = arguments["plan"]
         if isinstance(plan, Threshold):
-            plan = plan.lower(*self._pools(arguments["q"], arguments["k"], params.tiles, arguments["key_mask"]), call.scale)
+            scores = self._scores(arguments["q"], arguments["k"], params.tiles, arguments["key_mask"], call.scale)
+            plan = plan.lower(scores.q_pool, scores.k_pool, call.scale)
         exact = float(plan.density().mean())
         if self.config.rest == "drop":
             return exact, plan
@@ -163,7 +168,7 @@ class BlockSparse(Patch):
             key_mask = key_mask.index_select(-1, tiles.gather)
         plan: BlockPlan | Threshold | None = params.plan
         if plan is None:
-            plan = self.select(tiles, Scores(*self._pools(q, k, tiles, key_mask), call.scale))
+            plan = self.select(tiles, self._scores(q, k, tiles, key_mask, call.scale))
         rest = Drop() if self.config.rest == "drop" else Pool(self._pool_weight(q))
         return {
             "q": q,
@@ -176,11 +181,11 @@ class BlockSparse(Patch):
             "backend": self.config.backend,
         }
 
-    def _pools(self, q: Tensor, k: Tensor, tiles: Tiles, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scores(self, q: Tensor, k: Tensor, tiles: Tiles, key_mask: Tensor | None, scale: float) -> Scores:
         lengths = tiles.lengths(self.config.block)
         q_pool, _ = pool(q, lengths, self.config.block)
-        k_pool, _ = pool(k, lengths, self.config.block, key_mask)
-        return q_pool, k_pool.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        k_pool, k_number = pool(k, lengths, self.config.block, key_mask)
+        return Scores(q_pool, k_pool.repeat_interleave(q.shape[1] // k.shape[1], 1), k_number, scale)
 
     def _pool_weight(self, q: Tensor) -> Tensor | None:
         if self.config.rest_weight == 1.0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 
 import pytest
@@ -155,7 +154,9 @@ def test_attention_backend_set_after_apply_is_used():
     with accelplug.apply(model, RECIPE, gate="off") as plug:
         patched = run(model, inputs)
         model.set_attention_backend("_native_math")
-        assert torch.equal(run(model, inputs), patched)
+        torch.testing.assert_close(
+            run(model, inputs), patched, rtol=1e-4, atol=1e-5
+        )  # cross-attention runs the other kernel
         assert plug.report().served["radial"]
         assert not plug.report().fallbacks
         model.reset_attention_backend()
@@ -167,20 +168,20 @@ def test_attention_backend_set_after_apply_is_used():
 def test_perturbed_attention_guidance_keeps_its_meaning():
     from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 
-    config = LayerSkipConfig(
-        indices=[0], fqn="transformer_blocks", skip_attention=False, skip_ff=False, skip_attention_scores=True, dropout=0.0
-    )
     outs = []
     for plugged in (False, True):
         model, inputs = tiny_models.build("pixart")
         # A window on layers that are not skipped would differ by itself: only layer 0 is named here.
         plug = accelplug.apply(model, ROWS[1].recipe(ROWS[1].working, layers=0), gate="off") if plugged else None
-        config.skip_attention = False
-        try:
-            apply_layer_skip(model, copy.copy(config))
-        except ValueError:
-            config.skip_attention = True
-            apply_layer_skip(model, copy.copy(config))
+        skip = LayerSkipConfig(
+            indices=[0],
+            fqn="transformer_blocks",
+            skip_attention=False,
+            skip_ff=False,
+            skip_attention_scores=True,
+            dropout=1.0,
+        )
+        apply_layer_skip(model, skip)
         outs.append(run(model, inputs))
         if plug:
             assert any("perturbed" in reason for reason in plug.report().fallbacks)
@@ -193,7 +194,9 @@ def test_two_experts_share_a_clock_and_split_the_steps():
     recipe = ROWS[0].recipe(ROWS[0].working, denoiser="transformer_2")
     with accelplug.apply(pipe, recipe, gate="off", strict=True) as plug, plug.trace() as events:
         assert not torch.equal(generate(pipe, inputs), stock)
-    by_denoiser = {name: {e.clock.step for e in events if e.site.denoiser == name} for name in ("transformer", "transformer_2")}
+    by_denoiser = {
+        name: {e.clock.step for e in events if e.site.denoiser == name} for name in ("transformer", "transformer_2")
+    }
     assert all(by_denoiser.values())
     assert max(by_denoiser["transformer"]) < min(by_denoiser["transformer_2"])
     assert {e.patch for e in events if e.site.denoiser == "transformer"} == {"dense"}

@@ -53,7 +53,7 @@ def test_compiled_equals_eager_with_a_graph_a_policy(row, kind, first):
     torch.testing.assert_close(run(forward, inputs), dense, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["wan", "flux", "hunyuan_video", "cogvideox"])
+@pytest.mark.parametrize("name", ["wan", "flux", "hunyuan_video", "qwen_image"])
 def test_many_layers_share_a_graph(name):
     model, inputs = tiny_models.build(name)
     counter = CompileCounter()

@@ -236,7 +236,7 @@ def test_without_a_compiler_flex_is_refused_and_auto_goes_on(monkeypatch):
 
 def test_wrong_arguments_say_what_is_wrong():
     q, k, v, plan = make(SHAPES["B1-H2-S100-d16"])
-    with pytest.raises(ShapeError, match="q.shape"):
+    with pytest.raises(ShapeError, match=r"q\.shape"):
         block_attention(q, k[..., :8], v, plan)
     with pytest.raises(ShapeError, match="query slots"):
         block_attention(q[:, :, :50], k, v, plan)

@@ -147,9 +147,9 @@ def test_other_instances_and_threads_notice_nothing(row: Row):
 def test_exception_in_the_middle_of_a_run(monkeypatch):
     model, inputs = tiny_models.build("wan")
     dense, before = run(model, inputs), snapshot(model)
-    with pytest.raises(ZeroDivisionError), accelplug.apply(model, ROWS[0].recipe(ROWS[0].working), gate="off"):
-        with monkeypatch.context() as patch:
-            patch.setattr(type(model.blocks[1].ffn), "forward", lambda self, x: 1 / 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.blocks[1].ffn), "forward", lambda self, x: 1 / 0)
+        with pytest.raises(ZeroDivisionError), accelplug.apply(model, ROWS[0].recipe(ROWS[0].working), gate="off"):
             run(model, inputs)
     assert snapshot(model) == before
     assert torch.equal(run(model, inputs), dense)
@@ -206,6 +206,19 @@ def test_linear_attention_is_refused():
     model, _ = tiny_models.build("sana")
     with pytest.raises(UnsupportedError, match="linear"):
         accelplug.apply(model, DENSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_a_mask_that_is_more_than_key_padding_is_dense_and_counted(dtype):
+    """Chroma multiplies its mask with itself; as a float, as its pipeline passes it, it is even added to the scores."""
+    model, inputs = tiny_models.build("chroma")
+    tokens = inputs["encoder_hidden_states"].shape[1] + inputs["hidden_states"].shape[1]
+    inputs["attention_mask"] = torch.ones(1, tokens, dtype=dtype)
+    dense = run(model, inputs)
+    with accelplug.apply(model, ROWS[1].recipe(ROWS[1].working), gate="off") as plug:
+        assert torch.equal(run(model, inputs), dense)
+        assert len(plug.report().fallbacks) == 4
+        assert all("more than key padding" in reason for reason in plug.report().fallbacks)
 
 
 def test_unknown_denoiser_is_refused():
@@ -282,7 +295,11 @@ def test_global_rng_is_untouched():
 
 def test_every_error_is_ours():
     model, _ = tiny_models.build("wan")
-    for recipe in ("nonsense", {"rules": [{"patch": "radail"}]}, {"rules": [{"patch": "radial", "with": {"decay": float("nan")}}]}):
+    for recipe in (
+        "nonsense",
+        {"rules": [{"patch": "radail"}]},
+        {"rules": [{"patch": "radial", "with": {"decay": float("nan")}}]},
+    ):
         with pytest.raises(AccelplugError):
             accelplug.apply(model, recipe)
     assert not model._forward_pre_hooks

@@ -16,12 +16,16 @@ def run(code: str) -> str:
 
 
 def test_import_brings_neither_torch_nor_diffusers():
-    heavy = run("import sys, accelplug; print([m for m in ('torch', 'diffusers', 'transformers', 'triton') if m in sys.modules])")
+    heavy = run(
+        "import sys, accelplug; print([m for m in ('torch', 'diffusers', 'transformers', 'triton') if m in sys.modules])"
+    )
     assert heavy.strip() == "[]"
 
 
 def test_listing_brings_no_torch():
-    out = run("import sys, accelplug; print(len(accelplug.list_patches()), len(accelplug.list_recipes()), 'torch' in sys.modules)")
+    out = run(
+        "import sys, accelplug; print(len(accelplug.list_patches()), len(accelplug.list_recipes()), 'torch' in sys.modules)"
+    )
     patches, recipes, torch_there = out.split()
     assert int(patches) >= 3
     assert int(recipes) >= 20
@@ -36,7 +40,9 @@ def test_the_linked_folders_are_no_packages_of_their_own():
 
 
 def test_the_wheel_holds_what_git_tracks(tmp_path):
-    tracked = subprocess.run(["git", "ls-files", "accelplug", *LINKED], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = subprocess.run(
+        ["git", "ls-files", "accelplug", *LINKED], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     expected = {
         name if name.startswith("accelplug/") else f"accelplug/{name}"
         for name in tracked.split()

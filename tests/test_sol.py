@@ -1,129 +1,158 @@
-"""Sol-Attn: the threshold, what it selects, and its limits."""
+"""Sol attention: the threshold stated a second time block by block, and the share of blocks it reads."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from accelplug.call import AttentionCall, Clock, Layout, Site
+from accelplug.call import Clock, Layout, Site
+from accelplug.kernels.orders import morton
+from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.base import Scores
 from accelplug.patches.sparse.sol import Sol
 
-SITE = Site("blocks.0.attn1", "transformer", "self", 0, 1)
+SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
 
 
-def call_of(layout: Layout, batch: int = 1, heads: int = 2, dim: int = 16, mask=None) -> AttentionCall:
-    q, k, v = (torch.randn(batch, heads, layout.length, dim) for _ in range(3))
-
-    def dense(q=q, k=k, v=v):
-        return F.scaled_dot_product_attention(q, k, v)
-
-    return AttentionCall(q, k, v, mask, dim**-0.5, dense)
-
-
-def lowered(patch: Sol, call: AttentionCall, layout: Layout):
-    return patch.inspect(call, patch.prepare(SITE, layout, Clock(), {}))[1]
+def plan_of(layout: Layout, q: torch.Tensor, k: torch.Tensor, key_mask=None, scale=0.25, **config) -> BlockPlan:
+    """Select on q (B, H, S, D) and k (B, H_kv, S, D), tokens in raster order."""
+    sol = Sol({"block": 8, **config})
+    tiles = sol.order(layout)
+    scores = sol._scores(tiles.permute(q), tiles.permute(k), tiles, key_mask, scale)
+    return sol.select(tiles, scores).lower(scores.q_pool, scores.k_pool, scale)
 
 
-@pytest.mark.parametrize("order", ["raster", "morton"])
-@pytest.mark.parametrize("text", [(0, 0), (5, 0), (0, 9)])
-def test_everything_is_dense_attention(order, text):
-    layout = Layout((3, 5, 7), *text)
-    call = call_of(layout, batch=2)
-    patch = Sol({"block": 8, "tau": -1e9, "order": order, "backend": "reference"})
-    out = patch.attend(call, patch.prepare(SITE, layout, Clock(), {}))
-    torch.testing.assert_close(out, call.dense(), rtol=1e-5, atol=1e-5)
+def members_by_blocks(layout, q, k, tau, statistic, scale=0.25, band=1, block=8) -> torch.Tensor:
+    """The rule for one head, q and k (S, D), text behind the visual tokens: float64, one block at a time."""
+    starts = [*range(0, layout.visual, block), *range(layout.visual, layout.length, block)]
+    ends = [min(s + block, layout.visual if s < layout.visual else layout.length) for s in starts]
+    visual = [s < layout.visual for s in starts]
+    q_mean, k_mean = ([x[s:e].double().mean(0) for s, e in zip(starts, ends, strict=True)] for x in (q, k))
+    candidates = torch.stack([x for x, is_visual in zip(k_mean, visual, strict=True) if is_visual])
+    members = torch.ones(len(starts), len(starts), dtype=torch.bool)
+    for m, n in ((m, n) for m in range(len(starts)) for n in range(len(starts)) if visual[m] and visual[n]):
+        a = scale / math.log(2)
+        if statistic == "diag":
+            spread = (q_mean[m] ** 2 * candidates.var(0, correction=0)).sum()
+        else:
+            spread = (candidates @ q_mean[m]).var(correction=0)
+        theta = a * q_mean[m] @ candidates.mean(0) + tau * (a**2 * spread + 1e-6).sqrt()
+        members[m, n] = bool(a * q_mean[m] @ k_mean[n] > theta) or abs(m - n) <= band
+    return members
+
+
+@pytest.mark.parametrize("statistic", ["diag", "exact"])
+@pytest.mark.parametrize("layout", [Layout((3, 5, 7)), Layout((3, 5, 7), 0, 11), Layout((1, 11, 11), 0, 8)], ids=str)
+def test_equals_the_rule_stated_block_by_block(layout, statistic):
+    q, k = torch.randn(2, 1, 1, layout.length, 16)
+    k = k + torch.randn(16)  # a mean to subtract
+    k[..., layout.visual :, :] += 5  # text keys far away must not move the threshold
+    plan = plan_of(layout, q, k, tau=0.6, statistic=statistic)
+    assert torch.equal(plan.members[0, 0], members_by_blocks(layout, q[0, 0], k[0, 0], 0.6, statistic))
+
+
+@pytest.mark.parametrize(("tau", "share"), [(1.0, 0.1587), (1.5, 0.0668), (2.0, 0.0228)])
+@pytest.mark.parametrize("statistic", ["diag", "exact"])
+def test_reads_the_gaussian_tail(tau, share, statistic):
+    blocks, layout = 512, Layout((8, 16, 32))
+    q, k = torch.randn(2, 1, 2, layout.length, 32)
+    plan = plan_of(layout, q, k, tau=tau, statistic=statistic)
+    band = (3 * blocks - 2) / blocks**2
+    assert float(plan.density().mean()) == pytest.approx(share + band * (1 - share), abs=0.004)
 
 
 @pytest.mark.parametrize("band", [0, 1, 2])
-def test_nothing_stands_out_leaves_band_and_text(band):
-    layout = Layout((3, 5, 7), text_after=9)
-    patch = Sol({"block": 8, "tau": 1e9, "band": band})
-    plan = lowered(patch, call_of(layout), layout)
-    text = torch.arange(plan.members.shape[-1]) >= -(-105 // 8)
-    at = torch.arange(len(text))
-    expected = ((at[:, None] - at).abs() <= band) | text | text[:, None]
-    assert torch.equal(plan.members, expected.expand_as(plan.members))
+def test_a_high_tau_reads_band_and_text_only(band):
+    layout = Layout((3, 5, 7), 4, 9)
+    q, k = torch.randn(2, 1, 1, layout.length, 16)
+    members = plan_of(layout, q, k, tau=1e4, band=band).members[0, 0]
+    at = torch.arange(16)
+    text = at >= 14  # 105 visual tokens in 14 blocks
+    assert torch.equal(members, ((at[:, None] - at).abs() <= band) | text | text[:, None])
 
 
-def test_the_neutral_setting_is_left_to_dense():
-    assert Sol({"tau": "dense"}).prepare(SITE, Layout((2, 4, 4)), Clock(), {}) is None
+def test_a_low_tau_reads_everything_and_dense_is_neutral():
+    layout = Layout((3, 5, 7), 4, 9)
+    q, k = torch.randn(2, 1, 1, layout.length, 16)
+    assert plan_of(layout, q, k, tau=-1e4).members.all()
+    assert plan_of(layout, q, k, tau="dense").members.all()
+    assert Sol({"tau": "dense"}).prepare(SITE, layout, Clock(), {}) is None
+    assert Sol().prepare(SITE, layout, Clock(), {}).plan is None
 
 
-@pytest.mark.parametrize("statistic", ["diag", "exact"])
-@pytest.mark.parametrize(("tau", "share"), [(1.0, 0.159), (1.5, 0.067), (2.0, 0.0228)])
-def test_share_of_gaussian_keys(tau, share, statistic):
-    layout = Layout((8, 16, 32))
-    patch = Sol({"block": 8, "tau": tau, "band": 0, "statistic": statistic})
-    plan = lowered(patch, call_of(layout, heads=4), layout)
-    off_diagonal = ~torch.eye(plan.members.shape[-1], dtype=torch.bool)
-    assert float(plan.members[..., off_diagonal].double().mean()) == pytest.approx(share, rel=0.15)
-
-
-def test_statistics_agree_where_channels_are_uncorrelated():
-    keys = torch.cat([torch.eye(4), -torch.eye(4)]) * torch.tensor([1.0, 2.0, 3.0, 4.0])
-    scores = Scores(torch.randn(2, 3, 5, 4), keys.expand(2, 3, 8, 4), 0.5)
-    counted = torch.ones(8, dtype=torch.bool)
-    diag, exact = (Sol({"statistic": statistic}).threshold(scores, counted) for statistic in ("diag", "exact"))
+def test_both_statistics_agree_where_channels_are_uncorrelated():
+    keys = torch.cat([torch.eye(8), -torch.eye(8)]) * torch.arange(1, 9).repeat(2)[:, None]  # diagonal covariance, mean 0
+    scores = Scores(torch.randn(1, 2, 16, 8), keys.expand(1, 2, 16, 8), torch.full((1, 1, 16), 8.0), 0.3)
+    every = torch.ones(1, 1, 16, dtype=torch.bool)
+    diag, exact = (Sol({"statistic": statistic}).theta(scores, every) for statistic in ("diag", "exact"))
     torch.testing.assert_close(diag, exact)
 
 
-@pytest.mark.parametrize("statistic", ["diag", "exact"])
-def test_threshold_is_mean_plus_deviations_of_the_score(statistic):
-    """A second statement of the formula, block by block in float64."""
-    scores = Scores(torch.randn(1, 2, 6, 4), torch.randn(1, 2, 9, 4), 0.3)
-    counted = torch.arange(9) < 7
-    theta = Sol({"tau": 1.3, "statistic": statistic}).threshold(scores, counted)
-    a = 0.3 * math.log2(math.e)
-    for h in range(2):
-        keys = scores.k_pool[0, h, :7].double()
-        covariance = torch.cov(keys.T, correction=0)
-        covariance = covariance if statistic == "exact" else covariance.diag().diag()
-        for m in range(6):
-            q = scores.q_pool[0, h, m].double()
-            expected = a * (q @ keys.mean(0)) + 1.3 * torch.sqrt(a * a * (q @ covariance @ q) + 1e-6)
-            assert float(theta[0, h, m]) == pytest.approx(float(expected), rel=1e-5)
+def test_equal_keys_have_no_spread_and_no_nan():
+    layout = Layout((2, 4, 8))
+    q, k = torch.randn(1, 1, 64, 16), torch.randn(16).expand(1, 1, 64, 16)
+    for statistic in ("diag", "exact"):
+        members = plan_of(layout, q, k, tau=1.0, statistic=statistic).members[0, 0]
+        assert int(members.sum()) == 3 * 8 - 2  # nothing stands out: the band
 
 
-def test_lower_tau_reads_more():
-    layout = Layout((4, 6, 7))
-    call = call_of(layout)
-    plans = [lowered(Sol({"block": 8, "tau": tau, "band": 0}), call, layout).members for tau in (2.0, 1.0, 0.0, -1.0)]
-    for fewer, more in itertools.pairwise(plans):
-        assert (more | ~fewer).all()
-        assert more.sum() > fewer.sum()
+def test_masked_blocks_leave_the_statistics_alone():
+    """Keys 32 to 63 are masked: the first four blocks get the threshold they get without the others."""
+    layout, half = Layout((2, 4, 8)), Layout((1, 4, 8))
+    q, k = torch.randn(2, 1, 2, 64, 16)
+    k[..., 32:, :] = 100
+    key_mask = (torch.arange(64) < 32)[None]
+    masked = plan_of(layout, q, k, key_mask, tau=0.3)
+    alone = plan_of(half, q[..., :32, :], k[..., :32, :], tau=0.3)
+    assert torch.equal(masked.members[..., :4, :4], alone.members)
 
 
-def test_batch_entries_are_independent_and_padding_does_not_disturb():
-    layout = Layout((3, 5, 7), text_after=8)
-    mask = torch.ones(2, layout.length, dtype=torch.bool)
-    mask[0, -3:] = False
-    call = call_of(layout, batch=2, mask=mask)
-    patch = Sol({"block": 8, "tau": 0.5, "backend": "reference"})
-    params = patch.prepare(SITE, layout, Clock(), {})
-    both = patch.attend(call, params)
-    for b in range(2):
-        alone = AttentionCall(
-            call.q[b : b + 1], call.k[b : b + 1], call.v[b : b + 1], mask[b : b + 1], call.scale, call.dense
-        )
-        torch.testing.assert_close(patch.attend(alone, params), both[b : b + 1])
-    call.k[0, :, -3:] = 1e4  # keys that may not be read
-    torch.testing.assert_close(patch.attend(call, params)[:, :, :-3], both[:, :, :-3])
+def test_batches_do_not_mix():
+    layout = Layout((3, 5, 7), 2, 3)
+    q, k = torch.randn(2, 3, 2, layout.length, 16)
+    together = plan_of(layout, q, k, tau=0.5).members
+    assert torch.equal(together, torch.cat([plan_of(layout, q[b : b + 1], k[b : b + 1], tau=0.5).members for b in range(3)]))
+    assert not torch.equal(together[0], together[1])
 
 
-@pytest.mark.parametrize("statistic", ["diag", "exact"])
-def test_traces_in_one_graph(statistic):
-    layout = Layout((3, 5, 7), text_before=4)
-    call = call_of(layout)
-    patch = Sol({"block": 8, "statistic": statistic, "backend": "blocked", "order": "morton"})
-    params = patch.prepare(SITE, layout, Clock(), {})
+def test_grouped_queries_read_their_groups_keys():
+    layout = Layout((3, 5, 7))
+    q, k = torch.randn(1, 4, 105, 16), torch.randn(1, 2, 105, 16)
+    grouped = plan_of(layout, q, k, tau=0.5).members
+    assert torch.equal(grouped, plan_of(layout, q, k.repeat_interleave(2, 1), tau=0.5).members)
 
-    def attend(q, k, v):
-        return patch.attend(AttentionCall(q, k, v, None, call.scale, call.dense), params)
 
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(call.q, call.k, call.v), attend(call.q, call.k, call.v))
+@pytest.mark.parametrize("visual", [8 * 13 + 1, 8 * 13 - 1])
+def test_ragged_tails_are_read_and_read_something(visual):
+    layout = Layout((1, 1, visual), 0, 1)
+    q, k = torch.randn(2, 1, 1, layout.length, 16)
+    members = plan_of(layout, q, k, tau=1e4, order="morton").members[0, 0]
+    assert members.any(-1).all()
+    assert members.diagonal().all()
+
+
+@pytest.mark.parametrize("grid_thw", [(8, 8, 8), (3, 5, 7), (5, 12, 9), (1, 6, 11)])
+def test_morton_is_a_permutation_that_keeps_neighbours_close(grid_thw):
+    order = morton(grid_thw)
+    assert torch.equal(order.sort().values, torch.arange(math.prod(grid_thw)))
+    _, rows, columns = grid_thw
+
+    def extent(tokens: torch.Tensor) -> float:
+        places = torch.stack([tokens // (rows * columns), tokens // columns % rows, tokens % columns], -1).float()
+        return sum(float((block.amax(0) - block.amin(0)).max()) for block in places.split(8))
+
+    assert extent(order) <= extent(torch.arange(len(order)))
+
+
+def test_theta_is_traced_without_a_graph_break():
+    layout, sol = Layout((3, 5, 7), 0, 4), Sol({"block": 8, "statistic": "exact"})
+    tiles = sol.order(layout)
+    q, k = torch.randn(2, 1, 2, layout.length, 16)
+
+    def theta(q, k):
+        return sol.select(tiles, sol._scores(tiles.permute(q), tiles.permute(k), tiles, None, 0.25)).theta
+
+    compiled = torch.compile(theta, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k), theta(q, k))

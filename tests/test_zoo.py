@@ -70,7 +70,7 @@ def test_a_caption_says_what_its_scene_holds():
     for text in HELD_OUT_CAPTIONS:
         assert sample_scene(np.random.default_rng(0), text).caption == text
     for wrong in ("a red square", "a pink square moves left", "the red square moves left"):
-        with pytest.raises(ValueError, match="caption of shapes|unknown word"):
+        with pytest.raises(ValueError, match=r"caption of shapes|unknown word"):
             parse(wrong)
 
 

@@ -395,7 +395,6 @@ def chroma() -> Built:
         "img_ids": raster(1, 6, 8).float(),
         "txt_ids": torch.zeros(7, 3),
         "timestep": torch.tensor([1.0]),
-        "attention_mask": mask(7 + 6 * 8, 7 + 6 * 8).bool().logical_and(torch.arange(7 + 6 * 8) != 6),
     }
 
 

@@ -26,10 +26,13 @@ def page(comparison: Comparison) -> str:
         "headings": comparison.headings(),
         "table": [{"kind": row.kind, "cells": comparison.cells(row)} for row in comparison.rows],
         "pareto": [point for row in comparison.rows if (point := _point(comparison, row))],
-        "floor": [{"name": r.name, "psnr": _finite(r.mean(_metric(comparison)))} for r in comparison.rows if r.kind == "floor"],
+        "floor": [
+            {"name": r.name, "psnr": _finite(r.mean(_metric(comparison)))} for r in comparison.rows if r.kind == "floor"
+        ],
         "metric": "foreground PSNR" if _metric(comparison) == "fg_psnr_db" else "PSNR",
         "clips": [
-            {"name": name, "prompt": prompt, "seed": seed, **sprite(clip)} for (name, prompt, seed), clip in comparison.clips.items()
+            {"name": name, "prompt": prompt, "seed": seed, **sprite(clip)}
+            for (name, prompt, seed), clip in comparison.clips.items()
         ],
     }
     text = json.dumps(data).replace("</", "<\\/")  # so that no text of the data ends the script

@@ -1,8 +1,8 @@
 """Flux.1, Flux.2 and Chroma: joint attention, the text ahead of the image, in double and then single blocks.
 
 Latents arrive packed, and only ``img_ids`` say where a token lies. They are read: tokens are on a grid where the ids are one full
-raster of rows and columns. Reference images (Kontext, Flux.2) add ids of their own: dense. Flux passes no mask; Chroma a bool
-or float (B, 1, 1, S) made from its text mask, of which bool is key validity.
+raster of rows and columns. Reference images (Kontext, Flux.2) add ids of their own: dense. Flux passes no mask. Chroma's pipeline passes
+float (B, 1, S, S), the product of its padding mask with itself, which is added to the scores: dense.
 """
 
 from __future__ import annotations
@@ -53,4 +53,4 @@ def _without_references(config: Any, inputs: Inputs) -> Geometry | None:
 
 FLUX = Family(name="flux", classes=("FluxTransformer2DModel",), sites=_SITES, geometry=_packed, status="verified")
 FLUX2 = Family(name="flux2", classes=("Flux2Transformer2DModel",), sites=_SITES, geometry=_without_references)
-CHROMA = Family(name="chroma", classes=("ChromaTransformer2DModel",), sites=_SITES, geometry=_packed)
+CHROMA = Family(name="chroma", classes=("ChromaTransformer2DModel",), sites=_SITES, geometry=_packed, status="dense")

@@ -241,13 +241,15 @@ def _subclass(cls: type) -> type:
 
 def _stock_copy(self: Any, memo: dict[int, Any]) -> Any:
     """Deep-copy as an instance of the stock class: a copied pipe is a stock pipe."""
-    twin = object.__new__(self.stock)
-    twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-    return twin
+    return _stock_instance(self.stock, copy.deepcopy(self.__dict__, memo))
 
 
 def _stock_reduce(self: Any, protocol: Any) -> Any:
     """Pickle as an instance of the stock class, which can be found by its name."""
-    twin = object.__new__(self.stock)
-    twin.__dict__.update(self.__dict__)
-    return twin.__reduce_ex__(protocol)
+    return _stock_instance, (self.stock, self.__dict__)
+
+
+def _stock_instance(cls: type, state: dict[str, Any]) -> Any:
+    twin = object.__new__(cls)
+    twin.__dict__.update(state)
+    return twin

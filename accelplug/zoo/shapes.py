@@ -190,7 +190,7 @@ def _component(mask: np.ndarray) -> np.ndarray:
 
     A moving shape overlaps with itself a frame later, so that one part is one shape, followed through the clip.
     """
-    frames, height, width = mask.shape
+    _, height, width = mask.shape
     reach = max(1, min(height, width) // 16)
     padded = np.pad(mask, ((0, 0), (reach + 1, reach), (reach + 1, reach))).astype(np.int32)
     total = padded.cumsum(axis=1).cumsum(axis=2)

@@ -133,9 +133,7 @@ def main() -> None:
     torch.manual_seed(state["step"])
     rng = np.random.default_rng(state["step"])
     vae, encoder, tokenizer = trained(), trained_encoder(), make_tokenizer()
-    mean, std = (
-        torch.tensor(values).view(-1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
     model, average = untrained(), untrained().requires_grad_(False)
     average.load_state_dict(model.state_dict())
     attention = TrainingAttention()

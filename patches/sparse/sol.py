@@ -1,11 +1,10 @@
-"""Sol-Attn: blocks whose pooled score stands out are read exactly, the others as one pooled key each."""
+"""Sol attention: blocks whose pooled score stands out are read exactly, the others as one pooled key each."""
 
 from __future__ import annotations
 
 import math
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -16,30 +15,35 @@ from accelplug.patches.base import BlockConfig, BlockSparse, Scores
 
 
 class SolConfig(BlockConfig):
-    """Knobs of `Sol`. Defaults are those of the released code and its integrations."""
+    """Knobs of `Sol`."""
 
     block: int = Field(64, ge=8, le=1024, multiple_of=8, description="Slots per query and key block.")
-    rest: Literal["drop", "pool"] = Field("pool", description="What becomes of the key blocks that are not selected.")
-    tau: float | Literal["dense"] = Field(1.0, description="Deviations above the mean score; dense reads all, bit for bit.")
-    statistic: Literal["diag", "exact"] = Field("diag", description="Score variance from channel variances, or in full.")
-    order: Literal["raster", "morton"] = Field("raster", description="How tokens line up before they are cut in blocks.")
-    band: int = Field(1, ge=0, description="Blocks to each side of the diagonal that are always read.")
+    rest: Literal["drop", "pool"] = Field("pool", description="What becomes of the key blocks that are not read exactly.")
+    tau: float | Literal["dense"] = Field(
+        1.0, description="Standard deviations above the mean score from which a block is read exactly; dense reads all."
+    )
+    statistic: Literal["diag", "exact"] = Field(
+        "diag", description="Spread of the scores by channel variances or covariance."
+    )
+    band: int = Field(1, ge=0, description="Blocks on either side of its own that a query block always reads.")
+    order: Literal["raster", "morton"] = Field("raster", description="How visual tokens line up in blocks.")
 
 
 class Sol(BlockSparse):
-    """Sol-Attn (arXiv 2607.24027): a threshold on pooled scores, evaluated inside the kernel.
+    """Sol-Attn (arXiv 2607.24027): a threshold on pooled scores, set per query block from statistics of the pooled keys.
 
-    With the means ``q_m`` and ``k_j`` of query block m and key block j, and ``a = scale * log2(e)``, the score of a block is
-    ``a <q_m, k_j>``. Over the visual key blocks it has the mean ``a <q_m, mu>`` and, for given q_m, the variance
-    ``a^2 q_m^T C q_m``, where mu and C are the mean and covariance of the k_j. Block j is read exactly iff
+    With pooled queries q_m and keys k_j (the mean of each block), ``a = scale * log2(e)``, and mean mu and variance var of
+    k_j over the blocks j, block j is read exactly by the rows of block m iff
 
-        ``a <q_m, k_j> > a <q_m, mu> + tau * sqrt(a^2 q_m^T C q_m + 1e-6)``
+        ``a <q_m, k_j>  >  theta_m = a <q_m, mu> + tau * sqrt(a^2 sum_d q_md^2 var_d + 1e-6)``
 
-    so tau = 1 reads about 16 % of the blocks of Gaussian keys, 2 about 2.3 %, whatever the scale. ``diag`` keeps the diagonal
-    of C alone. The `band` around the diagonal and all text are always read; text queries read everything.
+    that is, iff its score lies tau standard deviations above the mean; ``statistic: exact`` has ``q_m^T Cov q_m`` for the
+    sum. Were the scores Gaussian, tau 1, 1.5 and 2 would read 15.9, 6.7 and 2.3 % of the blocks. Blocks within `band` are
+    always read. Every other block is read as one key (``rest: pool``). No sort, no top-k, a budget that follows the row.
 
-    The released code takes the statistics over all blocks; text and empty blocks are left out of them here, because they are
-    read anyhow.
+    Text blocks are read by all, and read all. They are no candidates, so mu and var are taken over visual blocks alone:
+    text keys lie far from visual ones, and would raise the threshold beyond what tau says. Blocks whose keys are all masked
+    do not count either. Both statistics are of the population, over blocks, whatever the blocks' lengths.
     """
 
     Config = SolConfig
@@ -54,27 +58,24 @@ class Sol(BlockSparse):
         return tiles(layout, self.config.order, self.config.block)
 
     def select(self, tiles: Tiles, scores: Scores | None = None) -> Threshold:
+        if scores is None:
+            raise TypeError("Sol selects by scores: pass those of the call.")
         block = self.config.block
-        lengths, text = tiles.lengths(block), tiles.is_text(block)
-        theta = torch.empty(0) if scores is None else self.threshold(scores, (lengths > 0) & ~text)
-        return Threshold(theta, self.config.band, text, text, lengths, lengths, block, block)
+        text, lengths = tiles.is_text(block), tiles.lengths(block)
+        candidates = (scores.k_number > 0) & ~text  # [B|1, 1, N]
+        return Threshold(self.theta(scores, candidates), self.config.band, text, text, lengths, lengths, block, block)
 
-    def threshold(self, scores: Scores, counted: Tensor) -> Tensor:
-        """Return the threshold of each query block in the log2 domain, float32 (B, H, M).
-
-        Parameters
-        ----------
-        scores : pooled queries (B, H, M, D) and keys (B, H, N, D), and the scale on q.k.
-        counted : bool (N,), key blocks that the statistics are taken over.
-        """
-        a = scores.scale * math.log2(math.e)
-        share = counted.to(scores.k_pool.dtype) / counted.sum()  # [N]
-        mu = (scores.k_pool * share[:, None]).sum(-2, keepdim=True)  # [B, H, 1, D]
-        spread = scores.k_pool - mu  # [B, H, N, D]
-        if self.config.statistic == "exact":
-            variance = ((scores.q_pool @ spread.transpose(-1, -2)).square() * share).sum(-1)  # [B, H, M]
+    def theta(self, scores: Scores, candidates: Tensor) -> Tensor:
+        """Return the threshold of each query block, float32 (B, H, M), log2 domain, from the pooled keys in `candidates`."""
+        tau = -math.inf if self.config.tau == "dense" else float(self.config.tau)
+        weight = candidates[..., None].float()
+        weight = weight / weight.sum(-2, keepdim=True).clamp(min=1)  # [B|1, 1, N, 1]
+        mean = (weight * scores.k_pool).sum(-2, keepdim=True)
+        centred = scores.k_pool - mean
+        query = scores.q_pool * (scores.scale * math.log2(math.e))
+        if self.config.statistic == "diag":
+            variance = query.square() @ (weight * centred.square()).sum(-2)[..., None]  # [B, H, M, 1]
         else:
-            per_channel = (spread.square() * share[:, None]).sum(-2, keepdim=True)  # [B, H, 1, D]
-            variance = (scores.q_pool.square() * per_channel).sum(-1)  # [B, H, M]
-        mean = (scores.q_pool * mu).sum(-1) * a
-        return mean + float(self.config.tau) * (a * a * variance + 1e-6).sqrt()
+            covariance = centred.transpose(-1, -2) @ (weight * centred)
+            variance = ((query @ covariance) * query).sum(-1, keepdim=True).clamp(min=0)  # rounding may pass below 0
+        return (query @ mean.transpose(-1, -2) + tau * (variance + 1e-6).sqrt())[..., 0]

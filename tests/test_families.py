@@ -1,0 +1,501 @@
+"""Families against the models themselves: the number of tokens at each site, and where a piece of the input lands among them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from accelplug import compat
+from accelplug.call import Layout
+from accelplug.families import FAMILIES, find
+from accelplug.families.base import Geometry, site_kinds
+from accelplug.families.flux import raster_grid
+from tests import tiny_models
+
+GRIDLESS = ("sana", "stable_audio")
+MODELS = tuple(name for name in tiny_models.MODELS if name not in GRIDLESS)
+
+
+# ------------------------------------------------------------------------------------------- hearing what really runs
+
+
+@dataclass
+class Heard:
+    """One attention call: queries (B, S, H, D), number of keys, mask."""
+
+    path: str
+    q: Tensor
+    keys: int
+    mask: Any
+
+
+def owners(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that own a processor, by path."""
+    return {path: module for path, module in model.named_modules() if callable(getattr(module, "processor", None))}
+
+
+@contextmanager
+def hearing(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Heard]]:
+    """Note every call that reaches attention from inside an attention module of `model`, by either of the two ways."""
+    heard: list[Heard] = []
+    inside: list[str] = []
+    dispatch, sdpa = compat.dispatch_attention_fn(), torch.nn.functional.scaled_dot_product_attention
+
+    def dispatched(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **kwargs: Any) -> Tensor:
+        heard.append(Heard(inside[-1], query.detach().clone(), key.shape[1], attn_mask))
+        path = inside.pop()  # what the backend calls is not another call
+        out = dispatch(query, key, value, attn_mask=attn_mask, **kwargs)
+        inside.append(path)
+        return out
+
+    def direct(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        if inside:
+            heard.append(Heard(inside[-1], query.detach().transpose(1, 2).clone(), key.shape[-2], attn_mask))
+        return sdpa(query, key, value, attn_mask, *args, **kwargs)
+
+    handles = []
+    for path, module in owners(model).items():
+        handles.append(module.register_forward_pre_hook(lambda *_, path=path: inside.append(path)))
+        handles.append(module.register_forward_hook(lambda *_: inside.pop() and None))
+    with monkeypatch.context() as patch:
+        for name, library in list(sys.modules.items()):
+            if name.startswith("diffusers.models") and vars(library).get("dispatch_attention_fn") is dispatch:
+                patch.setattr(library, "dispatch_attention_fn", dispatched)
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", direct)
+        yield heard
+    for handle in handles:
+        handle.remove()
+
+
+@dataclass
+class Forward:
+    """What a family says of one forward, and what was heard."""
+
+    kinds: dict[str, tuple[str, int | None]]
+    geometry: dict[str, Geometry | None]
+    heard: list[Heard]
+
+    def sites(self) -> Iterator[tuple[Heard, Layout]]:
+        """Yield the calls of self and joint sites with the layout that the family gives them."""
+        for call in self.heard:
+            kind = self.kinds.get(call.path, (None, None))[0]
+            if kind in ("self", "joint"):
+                geometry = self.geometry[call.path]
+                layout = geometry.layout(kind, call.q.shape[1]) if geometry else None
+                assert layout is not None, f"{call.path}: {call.q.shape[1]} tokens do not fit {geometry}"
+                yield call, layout
+
+
+def forward(model: nn.Module, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Forward:
+    """Run `model` once, as the host does: geometry from the inputs of the denoiser, or of each resolution of a UNet."""
+    family = find(model)
+    assert family is not None
+    kinds, _ = site_kinds(family, owners(model))
+    geometry: dict[str, Geometry | None] = {}
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str) -> None:
+        bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+        found = family.geometry(module.config, bound)
+        geometry.update({site: found for site in kinds if site.startswith(path)})
+
+    levels = [(path + ".", m) for path, m in model.named_modules() if type(m).__name__ in family.level] or [("", model)]
+    handles = [
+        module.register_forward_pre_hook(lambda m, a, k, path=path: enter(m, a, k, path), with_kwargs=True)
+        for path, module in levels
+    ]
+    with torch.no_grad(), hearing(model, monkeypatch) as heard:
+        model(**copy.deepcopy(inputs))
+    for handle in handles:
+        handle.remove()
+    return Forward(kinds, geometry, heard)
+
+
+# ---------------------------------------------------------------------------------------------------- tokens and order
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_site_has_the_tokens_that_its_layout_says(name, monkeypatch):
+    model, inputs = tiny_models.build(name)
+    family = find(model)
+    run = forward(model, inputs, monkeypatch)
+    seen = set()
+    for call, layout in run.sites():
+        assert call.q.shape[1] == call.keys == layout.length
+        kind = run.kinds[call.path][0]
+        assert (layout.length > layout.visual) == (kind == "joint")
+        low, high = run.geometry[call.path].text
+        if kind == "joint" and name != "mochi":  # whose text is as long as it is valid
+            assert low == high == layout.length - layout.visual
+        seen.add(call.path)
+    assert seen == {path for path, (kind, _) in run.kinds.items() if kind in ("self", "joint")}, "a site never attended"
+    frames, rows, columns = max((layout for _, layout in run.sites()), key=lambda layout: layout.visual).grid_thw
+    assert frames * rows * columns >= 48
+    assert len({frames, rows, columns}) == 3
+    assert family.refuse is None
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Where the latents of a model are: the argument, the names of its dimensions, latent frames, rows and columns a token."""
+
+    name: str = "hidden_states"
+    axes: str = "bcthw"
+    patch: tuple[int, int, int] = (1, 2, 2)
+
+    def touched(self, value: Tensor, grid: tuple[int, int, int], place: tuple[int, int, int]) -> Tensor:
+        """Return `value` with the patch of one token changed."""
+        value = value.clone()
+        if self.axes == "bsc":  # packed: nothing but raster order can be meant
+            t, h, w = place
+            value[:, (t * grid[1] + h) * grid[2] + w] += 1.0
+            return value
+        at = dict(zip("thw", zip(place, self.patch, strict=True), strict=True))
+        where = tuple(slice(at[a][0] * at[a][1], (at[a][0] + 1) * at[a][1]) if a in at else slice(None) for a in self.axes)
+        value[where] += torch.linspace(0.5, 1.5, value[where].numel()).reshape(value[where].shape)
+        return value
+
+
+PACKED, IMAGE = Latent(axes="bsc"), Latent(axes="bchw")
+LATENTS = {name: Latent() for name in MODELS} | {
+    "hunyuan_video_15": Latent(patch=(1, 1, 1)),
+    "cogvideox": Latent(axes="btchw"),
+    "cogvideox_15": Latent(axes="btchw", patch=(2, 2, 2)),
+    "kandinsky5": Latent(axes="bthwc"),
+    "z_image": Latent(name="x", axes="cthw"),
+    **dict.fromkeys(("ltx", "ltx2", "flux", "flux2", "chroma", "qwen_image"), PACKED),
+    **dict.fromkeys(("sd3", "pixart"), IMAGE),
+}
+UNETS = ("unet_sd15", "unet_sdxl", "animatediff")  # convolutions spread a change: see the test of their transformers
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in (*UNETS, "latte")])
+def test_a_piece_of_the_input_lands_on_its_raster_place(name, monkeypatch):
+    model, inputs = tiny_models.build(name)
+    if name.startswith("hunyuan_video"):  # its first block would do, but the text is refined with what is valid only
+        inputs = inputs | {"encoder_attention_mask": torch.ones_like(inputs["encoder_attention_mask"])}
+    latent = LATENTS[name]
+    before, layout = next(forward(model, inputs, monkeypatch).sites())
+    grid = layout.grid_thw
+    for place in {(0, 0, 0), (grid[0] - 1, 1, 2), (grid[0] // 2, grid[1] - 1, 3), (0, 2, grid[2] - 1)}:
+        value = inputs[latent.name]
+        touched = (
+            [latent.touched(v, grid, place) for v in value] if name == "z_image" else latent.touched(value, grid, place)
+        )
+        after, _ = next(forward(model, inputs | {latent.name: touched}, monkeypatch).sites())
+        assert after.path == before.path
+        moved = (after.q - before.q).abs().amax((0, 2, 3)) > 1e-6
+        t, h, w = place
+        expected = layout.text_before + (t * grid[1] + h) * grid[2] + w
+        if name == "z_image":  # two refiner blocks ahead have mixed all tokens; the touched one has moved furthest
+            moved = (after.q - before.q).norm(dim=(0, 2, 3)) if False else (after.q - before.q).square().sum((0, 2, 3))
+            assert int(moved.argmax()) == expected
+        else:
+            assert moved.nonzero().flatten().tolist() == [expected]
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_a_place_of_a_resolution_lands_on_its_raster_place(name, monkeypatch):
+    model, _ = tiny_models.build(name)
+    level = next(m for m in model.modules() if type(m).__name__ == "Transformer2DModel")
+    level.norm = nn.Identity()  # a group norm spreads a change over its whole group
+    channels = level.config.in_channels
+    inputs = {"hidden_states": tiny_models.noise(1, channels, 6, 8), "encoder_hidden_states": tiny_models.noise(1, 7, 16)}
+    geometry = find(model).geometry(level.config, inputs)
+    assert geometry == Geometry((1, 6, 8))
+
+    def first_queries(x: Tensor) -> Tensor:
+        with torch.no_grad(), hearing(level, monkeypatch) as heard:
+            level(**inputs | {"hidden_states": x})
+        return next(call.q for call in heard if call.path.endswith("attn1"))
+
+    before = first_queries(inputs["hidden_states"])
+    for row, column in ((0, 0), (2, 5), (5, 7)):
+        touched = inputs["hidden_states"].clone()
+        touched[:, :, row, column] += torch.linspace(0.5, 1.5, channels)
+        moved = (first_queries(touched) - before).abs().amax((0, 2, 3)) > 1e-6
+        assert moved.nonzero().flatten().tolist() == [row * 8 + column]
+
+
+def test_latte_attends_frame_by_frame_and_then_over_the_frames(monkeypatch):
+    model, inputs = tiny_models.build("latte")
+    run = forward(model, inputs, monkeypatch)
+    spatial, layout = next(run.sites())
+    assert layout.grid_thw == (1, 6, 8)
+    assert spatial.q.shape[:2] == (3, 48)
+    temporal = [call for call in run.heard if run.kinds.get(call.path, (None,))[0] == "temporal"]
+    assert temporal
+    assert {call.q.shape[:2] for call in temporal} == {(48, 3)}
+    value = inputs["hidden_states"].clone()
+    value[:, :, 1, 4:6, 10:12] += 1.0
+    after, _ = next(forward(model, inputs | {"hidden_states": value}, monkeypatch).sites())
+    moved = (after.q - spatial.q).abs().amax((2, 3)) > 1e-6
+    assert moved.nonzero().tolist() == [[1, 2 * 8 + 5]]
+
+
+# --------------------------------------------------------------------------------------------------------------- masks
+
+MASKS = {
+    "hunyuan_video": ("bool", (1, 1, 1, 84)),
+    "hunyuan_video_15": ("bool", (1, 1, 85, 85)),
+    "qwen_image": ("bool", (1, 1, 1, 56)),
+    "chroma": ("bool", (1, 1, 55, 55)),
+}
+"""Kind and shape of the mask that reaches self- and joint attention; the other models pass none."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_mask_that_reaches_attention_is_the_one_the_family_speaks_of(name, monkeypatch):
+    model, inputs = tiny_models.build(name)
+    for call, _ in forward(model, inputs, monkeypatch).sites():
+        found = None if call.mask is None else (str(call.mask.dtype).removeprefix("torch."), tuple(call.mask.shape))
+        assert found == MASKS.get(name)
+
+
+@pytest.mark.parametrize("name", [name for name in MASKS if MASKS[name][1][2] > 1])
+def test_an_outer_mask_is_the_outer_product_of_its_first_row(name, monkeypatch):
+    model, inputs = tiny_models.build(name)
+    for call, layout in forward(model, inputs, monkeypatch).sites():
+        valid = call.mask[:, 0, 0]
+        visual = valid[:, layout.text_before : layout.text_before + layout.visual]
+        assert visual.all(), "a visual token is always valid"
+        assert not valid.all(), "the example has padding"
+        assert torch.equal(call.mask, (valid[:, None, :, None] & valid[:, None, None, :]))
+    assert find(model).outer_mask
+
+
+# ------------------------------------------------------------------------------------------------------- pure geometry
+
+
+def latents(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def packed(tokens: int, text: int, **more: Any) -> dict[str, Any]:
+    return {"hidden_states": latents(1, tokens, 64), "encoder_hidden_states": latents(1, text, 64), **more}
+
+
+TEXT = {"encoder_hidden_states": latents(1, 226, 64)}
+PUBLISHED = [
+    ("WanTransformer3DModel", (1, 2, 2), None, {"hidden_states": latents(1, 16, 21, 60, 104)}, (21, 30, 52), 32_760),
+    ("WanTransformer3DModel", (1, 2, 2), None, {"hidden_states": latents(1, 16, 21, 90, 160)}, (21, 45, 80), 75_600),
+    ("WanTransformer3DModel", (1, 2, 2), None, {"hidden_states": latents(1, 48, 31, 44, 80)}, (31, 22, 40), 27_280),
+    (
+        "HunyuanVideoTransformer3DModel",
+        2,
+        1,
+        {"hidden_states": latents(1, 16, 33, 90, 160), "encoder_hidden_states": latents(1, 256, 64)},
+        (33, 45, 80),
+        118_800 + 256,
+    ),
+    ("CogVideoXTransformer3DModel", 2, None, TEXT | {"hidden_states": latents(2, 13, 16, 60, 90)}, (13, 30, 45), 17_776),
+    ("CogVideoXTransformer3DModel", 2, 2, TEXT | {"hidden_states": latents(2, 22, 16, 96, 170)}, (11, 48, 85), 45_106),
+    ("CosmosTransformer3DModel", (1, 2, 2), None, {"hidden_states": latents(1, 17, 16, 88, 160)}, (16, 44, 80), 56_320),
+    ("CosmosTransformer3DModel", (1, 2, 2), None, {"hidden_states": latents(1, 17, 24, 88, 160)}, (24, 44, 80), 84_480),
+    (
+        "LTXVideoTransformer3DModel",
+        1,
+        1,
+        packed(21 * 16 * 22, 128, num_frames=21, height=16, width=22),
+        (21, 16, 22),
+        7_392,
+    ),
+    (
+        "LTX2VideoTransformer3DModel",
+        1,
+        1,
+        packed(16 * 16 * 24, 128, num_frames=16, height=16, width=24),
+        (16, 16, 24),
+        6_144,
+    ),
+    (
+        "FluxTransformer2DModel",
+        1,
+        None,
+        packed(64 * 64, 512, img_ids=tiny_models.raster(1, 64, 64).bfloat16()),
+        (1, 64, 64),
+        4_608,
+    ),
+    ("QwenImageTransformer2DModel", 2, None, packed(83 * 83, 100, img_shapes=[[(1, 83, 83)]]), (1, 83, 83), 6_989),
+    (
+        "SD3Transformer2DModel",
+        2,
+        None,
+        {"hidden_states": latents(2, 16, 128, 128), "encoder_hidden_states": latents(2, 333, 64)},
+        (1, 64, 64),
+        4_429,
+    ),
+    ("PixArtTransformer2DModel", 2, None, {"hidden_states": latents(2, 4, 128, 128)}, (1, 64, 64), 4_096),
+]
+
+
+def family_of(class_name: str):
+    return next(family for family in FAMILIES if class_name in family.classes)
+
+
+@pytest.mark.parametrize(("class_name", "patch", "patch_t", "inputs", "grid", "length"), PUBLISHED)
+def test_published_sizes(class_name, patch, patch_t, inputs, grid, length):
+    family = family_of(class_name)
+    geometry = family.geometry(SimpleNamespace(patch_size=patch, patch_size_t=patch_t), inputs)
+    assert geometry.grid_thw == grid
+    layout = geometry.layout(family.sites[0][1], length)
+    assert layout.visual == math.prod(grid)
+    assert layout.length == length
+    assert geometry.layout(family.sites[0][1], length + 1) is None
+
+
+def kontext() -> Tensor:
+    """Ids of a 6 x 8 image and a reference of the same size behind it."""
+    image = tiny_models.raster(1, 6, 8).float()
+    return torch.cat([image, image + torch.tensor([1.0, 0.0, 0.0])])
+
+
+FLUX_REFS = packed(96, 7, img_ids=kontext())
+DENSE = {
+    "wan without latents": ("WanTransformer3DModel", {}),
+    "wan with latents of four dimensions": ("WanTransformer3DModel", {"hidden_states": latents(1, 4, 8, 12)}),
+    "hunyuan 1.5 without an image": ("HunyuanVideo15Transformer3DModel", {"hidden_states": latents(1, 4, 3, 4, 6), **TEXT}),
+    "framepack": ("HunyuanVideoFramepackTransformer3DModel", {"hidden_states": latents(1, 4, 3, 8, 12), **TEXT}),
+    "ltx with conditions ahead": ("LTXVideoTransformer3DModel", packed(72 + 24, 9, **tiny_models.PACKED_VIDEO)),
+    "ltx by coordinates alone": ("LTXVideoTransformer3DModel", packed(72, 9, video_coords=latents(1, 3, 72))),
+    "kandinsky with its own sparsity": (
+        "Kandinsky5Transformer3DModel",
+        {"hidden_states": latents(1, 3, 8, 12, 4), "sparse_params": {"to_fractal": True}},
+    ),
+    "flux with a reference": ("FluxTransformer2DModel", FLUX_REFS),
+    "flux without ids": ("FluxTransformer2DModel", packed(48, 7)),
+    "flux with ids of other tokens": ("FluxTransformer2DModel", packed(48, 7, img_ids=tiny_models.raster(1, 6, 9).float())),
+    "flux with columns first": (
+        "FluxTransformer2DModel",
+        packed(48, 7, img_ids=tiny_models.raster(1, 8, 6)[:, [0, 2, 1]].float()),
+    ),
+    "flux 2 with cached references": (
+        "Flux2Transformer2DModel",
+        packed(48, 7, img_ids=tiny_models.raster(1, 6, 8, 1)[None], kv_cache_mode="cached"),
+    ),
+    "qwen edit": ("QwenImageTransformer2DModel", packed(96, 7, img_shapes=[[(1, 6, 8), (1, 6, 8)]])),
+    "qwen of two sizes": ("QwenImageTransformer2DModel", packed(48, 7, img_shapes=[[(1, 6, 8)], [(1, 8, 6)]])),
+    "z-image of two sizes": (
+        "ZImageTransformer2DModel",
+        {"x": [latents(16, 1, 12, 20), latents(16, 1, 20, 12)], "cap_feats": [latents(5, 8)] * 2},
+    ),
+    "z-image omni": ("ZImageTransformer2DModel", {"x": [[latents(16, 1, 12, 20)]], "cap_feats": [[latents(5, 8)]]}),
+    "stable audio": ("StableAudioDiTModel", {"hidden_states": latents(1, 3, 16)}),
+}
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_what_is_not_understood_is_dense(case):
+    class_name, inputs = DENSE[case]
+    config = SimpleNamespace(patch_size=(1, 2, 2))
+    assert family_of(class_name).geometry(config, inputs) is None
+
+
+def test_raster_ids():
+    assert raster_grid(tiny_models.raster(1, 6, 8)) == (1, 6, 8)
+    assert raster_grid(tiny_models.raster(1, 6, 8, 1).expand(2, -1, -1)) == (1, 6, 8)
+    assert raster_grid(tiny_models.raster(1, 6, 8) + 3) == (1, 6, 8), "a raster may start elsewhere"
+    assert raster_grid(tiny_models.raster(1, 1, 8)) == (1, 1, 8)
+    assert raster_grid(tiny_models.raster(2, 6, 8)) is None
+    assert raster_grid(tiny_models.raster(1, 6, 8).flip(0)) is None
+    swapped = tiny_models.raster(1, 6, 8)
+    swapped[[10, 11]] = swapped[[11, 10]]
+    assert raster_grid(swapped) is None
+
+
+def test_captions_of_two_lengths_share_one_layout(monkeypatch):
+    model, inputs = tiny_models.build("z_image")
+    both = {"x": inputs["x"] * 2, "cap_feats": [tiny_models.noise(14, 16), tiny_models.noise(40, 16)], "t": torch.ones(2)}
+    calls = list(forward(model, both, monkeypatch).sites())
+    assert calls
+    for call, layout in calls:
+        assert (layout.visual, layout.text_after) == (60, 4 + 64)
+        assert call.mask.dtype == torch.bool
+        assert call.mask.sum(1).tolist() == [64 + 32, 64 + 64]
+
+
+def test_mochi_attends_to_as_much_text_as_is_valid(monkeypatch):
+    model, inputs = tiny_models.build("mochi")
+    both, _ = tiny_models.batch_of_two("mochi", inputs)
+    calls = list(forward(model, both, monkeypatch).sites())
+    assert [layout.text_after for _, layout in calls] == [10, 9] * 2
+    assert {call.q.shape[0] for call, _ in calls} == {1}
+
+
+# ------------------------------------------------------------------------------------------------------ sites and names
+
+
+def test_layers_count_on_over_double_and_single_blocks():
+    model, _ = tiny_models.build("flux")
+    kinds, layers = site_kinds(find(model), owners(model))
+    assert layers == 4
+    assert kinds["transformer_blocks.1.attn"] == ("joint", 1)
+    assert kinds["single_transformer_blocks.0.attn"] == ("joint", 2)
+
+
+def test_two_attentions_of_a_block_share_its_layer():
+    model, _ = tiny_models.build("sd3")
+    kinds, layers = site_kinds(find(model), owners(model))
+    assert layers == 3
+    assert (kinds["transformer_blocks.0.attn"], kinds["transformer_blocks.0.attn2"]) == (("joint", 0), ("self", 0))
+    assert "transformer_blocks.1.attn2" not in kinds
+
+
+def test_unet_sites_are_numbered_from_the_way_down_to_the_way_up():
+    model, _ = tiny_models.build("unet_sdxl")
+    kinds, layers = site_kinds(find(model), owners(model))
+    selves = sorted((layer, path) for path, (kind, layer) in kinds.items() if kind == "self")
+    assert [layer for layer, _ in selves] == list(range(layers))
+    assert [path.split("_")[0] for _, path in selves] == sorted((path.split("_")[0] for _, path in selves))  # down mid up
+    assert all(layer is None for kind, layer in kinds.values() if kind == "cross")
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("hunyuan_video", "context_embedder.token_refiner.refiner_blocks.0.attn"),
+        ("hunyuan_video_15", "context_embedder.token_refiner.refiner_blocks.0.attn"),
+        ("z_image", "noise_refiner.0.attention"),
+        ("z_image", "context_refiner.0.attention"),
+        ("ltx2", "transformer_blocks.0.audio_attn1"),
+        ("ltx2", "transformer_blocks.0.audio_to_video_attn"),
+        ("wan_vace", "vace_blocks.0.attn1"),
+        ("kandinsky5", "text_transformer_blocks.0.self_attention"),
+    ],
+)
+def test_refiners_sound_and_control_are_left_alone(name, module):
+    model, _ = tiny_models.build(name)
+    assert module in owners(model)
+    assert module not in site_kinds(find(model), owners(model))[0]
+
+
+def test_every_class_of_a_family_is_one_of_diffusers_and_belongs_to_it_alone():
+    import diffusers
+
+    classes = [name for family in FAMILIES for name in family.classes]
+    assert len(set(classes)) == len(classes)
+    assert [name for name in classes if not hasattr(diffusers, name)] == []
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+
+
+def test_a_class_that_derives_from_a_known_one_is_known():
+    class Mine(type(tiny_models.build("wan")[0])):
+        pass
+
+    assert find(Mine.__new__(Mine)).name == "wan"
+    assert find(nn.Linear(2, 2)) is None
+
+
+def test_linear_attention_is_refused_with_a_reason():
+    family = find(tiny_models.build("sana")[0])
+    assert "linear" in family.refuse
