@@ -132,13 +132,13 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     from accelplug.comparison import compare
-    from accelplug.zoo import DEMO, demo_recipes, path
+    from accelplug.zoo import DEMO, path
     from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, agreement, foreground
 
     pipe = _load(path(), "float32", "cpu")
     inputs = [{"prompt": HELD_OUT_CAPTIONS[0], **DEMO}]
     seeds = list(range(options.seeds))
-    result = compare(pipe, demo_recipes(), inputs, seeds, foreground=foreground, detect=agreement)
+    result = compare(pipe, ["radial", "neighborhood", "sol"], inputs, seeds, foreground=foreground, detect=agreement)
     _publish(result, options.report)
     return 0
 
@@ -164,7 +164,7 @@ def _doctor(options: argparse.Namespace) -> int:
         table.add_row(
             package, f"{compat.installed(package) or 'not installed'}" + (f" (tested up to {tested})" if tested else "")
         )
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     table.add_row("device", name)
     for backend, why_not in available_backends(device).items():
@@ -191,7 +191,7 @@ def _load(model_dir: Path, dtype: str, device: str | None) -> Any:
     wanted = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}
     pipe = DiffusionPipeline.from_pretrained(model_dir, local_files_only=True, **wanted)
     if device is None:
-        device = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+        device = str(torch.accelerator.current_accelerator() or "cpu")
     return pipe.to(device)
 
 

@@ -110,7 +110,7 @@ def contracts() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "diffusers: layer skipping looks processors up by exact class", _processor_registry
     yield "diffusers: processors reach attention by the two known names", _processor_entry_points
     yield "torch: Dynamo traces re-bound globals as they are", _dynamo_globals
-    yield "torch: function modes can be listed", lambda: attention_is_skipped() and None
+    yield "torch: function modes can be listed", _function_modes
 
 
 def _expect(condition: object, message: str) -> None:
@@ -158,7 +158,7 @@ def _cache_context() -> None:
     class Model(torch.nn.Linear, CacheMixin):
         pass
 
-    model = Model(2, 2)
+    model: Any = Model(2, 2)
     registry_type.check_if_exists_or_initialize(model).register_hook(Hook(), "accelplug_contract")  # type: ignore[attr-defined]
     with model.cache_context("cond"):
         pass
@@ -180,6 +180,13 @@ def _processor_entry_points() -> None:
     for processor in (AttnProcessor2_0, WanAttnProcessor):
         names = set(inspect.getattr_static(processor, "__call__").__code__.co_names)
         _expect(names & ENTRY_POINTS, f"{processor.__name__}.__call__ uses none of {sorted(ENTRY_POINTS)}")
+
+
+def _function_modes() -> None:
+    from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode_stack
+
+    with BaseTorchFunctionMode() as mode:
+        _expect(mode in _get_current_function_mode_stack(), "the stack of function modes does not hold an active one")
 
 
 def _dynamo_globals() -> None:

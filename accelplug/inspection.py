@@ -128,10 +128,12 @@ def _facts(name: str, denoiser: Any) -> DenoiserFacts:
         and "context" not in path
     )
     width = max((_width(owners[site.module]) for site in sites), default=0)
-    count = Counter(kind for kind, _ in kinds.values())
+    count: Counter[str] = Counter(kind for kind, _ in kinds.values())
     count["left alone"] = len(owners) - sum(count.values())
     status = "unknown" if family is None else family.refuse or family.status
-    return DenoiserFacts(name, type(denoiser).__name__, family and family.name, status, sites, +count, width, linear)
+    return DenoiserFacts(
+        name, type(denoiser).__name__, family.name if family else None, status, sites, dict(+count), width, linear
+    )
 
 
 def _width(attention: Any) -> int:

@@ -18,7 +18,12 @@ from accelplug.registry import patch_class
 from benchmarks.common import environment, write_json
 
 LAYERS = 40
-GRIDS_THW = {"bundled demo": (12, 22, 24), "wan 480p 81f": (21, 30, 52), "wan 720p 81f": (21, 45, 80), "hunyuan 720p 129f": (33, 45, 80)}
+GRIDS_THW = {
+    "bundled demo": (12, 22, 24),
+    "wan 480p 81f": (21, 30, 52),
+    "wan 720p 81f": (21, 45, 80),
+    "hunyuan 720p 129f": (33, 45, 80),
+}
 
 
 def milliseconds(run: Callable[[], object], repeats: int) -> list[float]:
@@ -79,7 +84,9 @@ def main() -> None:
     plans = []
     for name in ("radial", "neighborhood"):
         for grid, grid_thw in GRIDS_THW.items():
-            times = milliseconds(lambda name=name, grid_thw=grid_thw: patch_class(name)().prepare(None, Layout(grid_thw), None, {}), 3)
+            times = milliseconds(
+                lambda name=name, grid_thw=grid_thw: patch_class(name)().prepare(None, Layout(grid_thw), None, {}), 3
+            )
             plans.append({"patch": name, "grid": grid, "grid_thw": grid_thw, "build_ms": statistics.median(times)})
     write_json(
         "overhead",

@@ -64,29 +64,29 @@ def block_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "auto":
         backend = _chosen(q, k, v, plan, rest, key_mask, return_lse)
-    threshold = isinstance(plan, Threshold)
-    box = plan.box if isinstance(plan, BlockPlan) else None
+    lists, rule = (plan, None) if isinstance(plan, BlockPlan) else (None, plan)
+    box = lists.box if lists else None
     out, lse = _op(
         q,
         k,
         v,
         plan.q_len,
         plan.k_len,
-        None if threshold else plan.index,
-        None if threshold else plan.count,
-        None if threshold else plan.bits,
+        lists.index if lists else None,
+        lists.count if lists else None,
+        lists.bits if lists else None,
         box.lo if box else None,
         box.hi if box else None,
         box.coord if box else None,
-        plan.theta if threshold else None,
-        plan.sink if threshold else None,
-        plan.dense_rows if threshold else None,
+        rule.theta if rule else None,
+        rule.sink if rule else None,
+        rule.dense_rows if rule else None,
         key_mask,
         rest.weight if isinstance(rest, Pool) else None,
         isinstance(rest, Pool),
         plan.block_q,
         plan.block_k,
-        plan.band if threshold else 0,
+        rule.band if rule else 0,
         scale,
         backend,
         return_lse,

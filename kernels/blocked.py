@@ -47,8 +47,8 @@ def attend(
         (k_pool, number), (v_pool, _) = (pool(x, plan.k_len, plan.block_k, key_mask) for x in (k, v))
         weight = torch.ones(q.shape[1], device=q.device) if rest.weight is None else rest.weight
         # A block without a key that may be read: log 0 would turn into NaN times a weight of 0.
-        bias = number.clamp(min=1).log() * weight[:, None] + torch.where(number > 0, 0.0, -torch.inf)  # [B|1, H, N]
-        pools = k_pool.to(k.dtype), v_pool.to(v.dtype), bias
+        logs = number.clamp(min=1).log() * weight[:, None] + torch.where(number > 0, 0.0, -torch.inf)  # [B|1, H, N]
+        pools = k_pool.to(k.dtype), v_pool.to(v.dtype), logs
     for b, of_batch in enumerate(groups):
         batch = slice(None) if len(groups) == 1 else slice(b, b + 1)
         for h, of_head in enumerate(of_batch):
@@ -62,7 +62,7 @@ def attend(
                 if key_mask is not None:
                     allowed = key_mask[batch].index_select(-1, group.keys)[:, None, None]  # [B, 1, 1, C]
                     reads = allowed if reads is None else allowed & reads
-                bias = None
+                bias: Tensor | None = None
                 if pools is not None and len(group.rest):
                     k_pool, v_pool, logs = pools
                     bias = _bias(
@@ -73,7 +73,7 @@ def attend(
                 mask = reads if bias is None else bias.to(q.dtype)
                 part, part_lse = _dense(q[batch, head][:, :, rows], keys, values, mask, scale, return_lse)
                 out[batch, head, rows] = part
-                if lse is not None:
+                if lse is not None and part_lse is not None:
                     lse[batch, head, rows] = part_lse
     return out, lse
 

@@ -105,8 +105,8 @@ def _tiles(
     scatter = torch.empty(layout.length, dtype=torch.int64)
     scatter[slot_token[slot_held]] = slot_held.nonzero()[:, 0]
     in_order = torch.equal(scatter, torch.arange(layout.length))
-    gather_scatter = (None, None) if in_order else (slot_token, scatter)
-    return Tiles(*gather_scatter, len(slot_held), layout.length, slot_held, visual_slots, layout)
+    there, back = (None, None) if in_order else (slot_token, scatter)
+    return Tiles(there, back, len(slot_held), layout.length, slot_held, visual_slots, layout)
 
 
 def raster(grid_thw: tuple[int, int, int]) -> Tensor:

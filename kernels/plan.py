@@ -152,12 +152,20 @@ class BlockPlan:
         if self.box is not None or key_mask is not None:
             whole = torch.zeros_like(whole)
         full = members & torch.nn.functional.pad(whole, (0, extra), value=True)
-        lists = []
-        for part in (members & ~full, full):
-            lists += [part.sum(-1, dtype=torch.int32), part.int().argsort(dim=-1, descending=True, stable=True).int()]
+
+        def listed(part: Tensor) -> tuple[Tensor, Tensor]:
+            return part.sum(-1, dtype=torch.int32), part.int().argsort(dim=-1, descending=True, stable=True).int()
+
+        (partial_number, partial_index), (full_number, full_index) = listed(members & ~full), listed(full)
         shape = (len(self.q_len) * self.block_q, members.shape[-1] * self.block_k)
         return BlockMask.from_kv_blocks(
-            *lists, BLOCK_SIZE=(self.block_q, self.block_k), mask_mod=self._mask_mod(key_mask), seq_lengths=shape
+            partial_number,
+            partial_index,
+            full_number,
+            full_index,
+            BLOCK_SIZE=(self.block_q, self.block_k),
+            mask_mod=self._mask_mod(key_mask),
+            seq_lengths=shape,
         )
 
     def _mask_mod(self, key_mask: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

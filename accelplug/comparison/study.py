@@ -201,10 +201,12 @@ class Study:
         if "callback_on_step_end" in inspect.signature(type(self.pipe).__call__).parameters:
             arguments["callback_on_step_end"] = on_step_end
         begins: list[float] = []
-        handles = [
-            part.register_forward_pre_hook(lambda *_: begins or begins.append(time.perf_counter()))
-            for part in denoisers(self.pipe).values()
-        ]
+
+        def on_forward(module: Any, args: Any) -> None:
+            if not begins:
+                begins.append(time.perf_counter())
+
+        handles = [part.register_forward_pre_hook(on_forward) for part in denoisers(self.pipe).values()]
         try:
             synchronise(device)
             start = time.perf_counter()
@@ -287,7 +289,7 @@ def _recorder(recipe: Recipe) -> Callable[[dict[str, Any]], Any]:
 def _first_block_cache(pipe: Any) -> Iterator[None]:
     from diffusers import FirstBlockCacheConfig
 
-    parts = list(denoisers(pipe).values())
+    parts: list[Any] = list(denoisers(pipe).values())
     for part in parts:
         if not hasattr(part, "enable_cache"):
             raise AccelplugError(f"{type(part).__name__} takes no FirstBlockCache; compare with caches=False.")

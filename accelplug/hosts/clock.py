@@ -49,14 +49,14 @@ class StepClock:
         return None if step is None or steps is None else (int(step), int(steps))
 
     def _from_pipe(self, timestep: Any) -> tuple[int, int] | None:
-        pipe = self._pipe()
-        scheduler = getattr(pipe, "scheduler", None)
+        pipe: Any = self._pipe()
+        scheduler: Any = getattr(pipe, "scheduler", None)
         steps = self._scheduled_steps()
         if hasattr(scheduler, "step_index") and steps is not None:
             # None before the first step, and where an img2img pipeline starts late, begin_index says where.
             step = scheduler.step_index
             return (step if step is not None else scheduler.begin_index or 0), steps
-        guider = getattr(pipe, "guider", None)
+        guider: Any = getattr(pipe, "guider", None)
         if getattr(guider, "_step", None) is not None and getattr(guider, "_num_inference_steps", None):
             return guider._step, guider._num_inference_steps
         if timestep is None or steps is None:

@@ -55,7 +55,7 @@ def denoisers(model: Any) -> dict[str, nn.Module]:
     return {name: compat.unwrap_compiled(module) for name, module in found.items() if isinstance(module, nn.Module)}
 
 
-def processor_owners(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def processor_owners(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (path, module) for every module of `denoiser` that owns a callable processor."""
     for path, module in denoiser.named_modules():
         processor = module.__dict__.get("processor", module._modules.get("processor"))
@@ -68,8 +68,9 @@ class SiteRecord:
     """What stands at one attention module: its site, and what runs there now. Read inside compiled graphs."""
 
     host: DenoiserHost
-    module: nn.Module
+    module: Any
     site: Site | None
+    """None where rules cannot name it: cross-attention, refiners, audio."""
     original: Any = None
     choice: Choice = DENSE
     reason: str | None = None
@@ -269,6 +270,8 @@ class DenoiserHost:
             return
         region.seen = key
         for record in region.records:
+            if record.site is None:
+                continue
             layout = self._expected_layout(region.geometry, record.site)
             record.settle(*self._prepare(record.site, layout, region.device))
 
@@ -369,12 +372,14 @@ class DenoiserHost:
         q: Tensor,
         run: Callable[[], Tensor],
     ) -> Tensor:
-        density, plan = 1.0, None
+        density: float | None = 1.0
+        plan = None
         if call is not None and record.patch is not None:
             density, plan = record.patch.inspect(call, record.params)
         out, ms = timed_ms(run, q.device) if self.ledger.timed else (run(), None)
         kept = plan if self.ledger.keep_plans else None
-        self.ledger.note(Event(record.site, self.now, name, reason, density, q.shape[-2], ms, kept))
+        if record.site is not None:
+            self.ledger.note(Event(record.site, self.now, name, reason, density, q.shape[-2], ms, kept))
         return out
 
     def unrouted(self) -> list[str]:

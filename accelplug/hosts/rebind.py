@@ -56,11 +56,11 @@ def can_rebind(processor: object) -> bool:
     return isinstance(call, types.FunctionType) and bool(_dispatching_names(call))
 
 
-def rebind(attention: nn.Module, record: Record) -> Any:
+def rebind(attention: Any, record: Record) -> Any:
     """Set a re-bound copy of `attention`'s processor on it, and `record` beside; return the original processor."""
     original = attention.processor
     rebound = copy.copy(original)
-    object.__setattr__(rebound, "__class__", _subclass(type(original)))
+    object.__setattr__(rebound, "__class__", _subclass_of(original))
     setattr(attention, RECORD, record)
     attention.processor = rebound
     _register(type(rebound), type(original))
@@ -72,18 +72,18 @@ def processor_class(processor: object) -> type:
     return getattr(type(processor), "stock", type(processor))
 
 
-def is_rebound(attention: nn.Module, record: Record) -> bool:
+def is_rebound(attention: Any, record: Record) -> bool:
     """Whether `attention` still runs the re-bound processor that `rebind` put there for `record`."""
     return attention.__dict__.get(RECORD) is record and hasattr(type(attention.processor), "stock")
 
 
-def restore(attention: nn.Module, record: Record, original: Any) -> None:
+def restore(attention: Any, record: Record, original: Any) -> None:
     """Undo `rebind`. A processor that somebody else set since is left alone."""
     if is_rebound(attention, record):
         attention.processor = original
     if attention.__dict__.get(RECORD) is record:
         delattr(attention, RECORD)
-        _unregister(_subclass(type(original)))
+        _unregister(_subclass_of(original))
 
 
 _users: Counter[type] = Counter()
@@ -220,8 +220,13 @@ def _rebound(function: types.FunctionType) -> types.FunctionType:
     return rebound
 
 
+def _subclass_of(processor: object) -> type:
+    cls: Any = type(processor)
+    return _subclass(cls)
+
+
 @functools.cache
-def _subclass(cls: type) -> type:
+def _subclass(cls: Any) -> type:
     call = inspect.getattr_static(cls, "__call__")
     body = _rebound(call)
 
@@ -250,6 +255,6 @@ def _stock_reduce(self: Any, protocol: Any) -> Any:
 
 
 def _stock_instance(cls: type, state: dict[str, Any]) -> Any:
-    twin = object.__new__(cls)
+    twin: Any = object.__new__(cls)
     twin.__dict__.update(state)
     return twin

@@ -148,7 +148,7 @@ def render(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
     numpy.ndarray
         uint8 of shape (frames, height, width, 3).
     """
-    clip = np.broadcast_to(np.float32(BACKGROUND), (frames, height, width, 3)).copy()
+    clip = np.broadcast_to(np.asarray(BACKGROUND, np.float32), (frames, height, width, 3)).copy()
     time = np.linspace(0, 1, frames, dtype=np.float32)[:, None, None]
     rows, columns = np.ogrid[0.5:height, 0.5:width]
     column_width = width / max(1, len(scene.bodies))  # every body stays in its own part of the canvas
@@ -162,7 +162,7 @@ def render(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
         centre_x = radius + start_x + body.x * free_x + time * step_x * travel + index * column_width
         distance = _distance(body.shape.kind, rows[None] - centre_y, columns[None] - centre_x, radius)
         coverage = np.clip(0.5 - distance, 0, 1)[..., None].astype(np.float32)
-        clip += coverage * (np.float32(COLOURS[body.shape.colour]) - clip)
+        clip += coverage * (np.asarray(COLOURS[body.shape.colour], np.float32) - clip)
     return np.rint(clip).astype(np.uint8)
 
 
@@ -172,8 +172,8 @@ def _coverage(clip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     A pixel on an edge is a blend of a colour and the background: its direction away from the background tells which
     colour, its length how much of it.
     """
-    offset = clip.astype(np.float32) - np.float32(BACKGROUND)
-    palette = np.float32(list(COLOURS.values())) - np.float32(BACKGROUND)
+    offset = clip.astype(np.float32) - np.asarray(BACKGROUND, np.float32)
+    palette = np.asarray(list(COLOURS.values()), np.float32) - np.asarray(BACKGROUND, np.float32)
     length = np.linalg.norm(palette, axis=1)
     along = offset @ (palette / length[:, None]).T
     colour = along.argmax(axis=-1)
