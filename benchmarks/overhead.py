@@ -14,8 +14,9 @@ from diffusers import WanTransformer3DModel
 
 import accelplug
 from accelplug.call import Layout
+from accelplug.comparison.environment import environment
 from accelplug.registry import patch_class
-from benchmarks.common import environment, write_json
+from benchmarks.common import write_json
 
 LAYERS = 40
 GRIDS_THW = {

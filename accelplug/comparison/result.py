@@ -160,7 +160,10 @@ class Comparison:
         metric, what = ("fg_psnr_db", "foreground PSNR") if best.values("fg_psnr_db") else ("psnr_db", "PSNR")
         gain = self.speedup(best).p50
         pace = f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x slower"
-        return f"{best.name}: {pace} end to end, {what} {_number(best.mean(metric), 1)} dB (worst {_number(best.worst(metric), 1)} dB)"
+        mean, worst = best.mean(metric), best.worst(metric)
+        if mean is None or math.isinf(mean):
+            return f"{best.name}: {pace} end to end, the same to the last bit"
+        return f"{best.name}: {pace} end to end, {what} {_number(mean, 1)} dB (worst {_number(worst, 1)} dB)"
 
     def table(self) -> Table:
         """Return the figures as a rich table."""

@@ -43,7 +43,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the verdict as plain data, for reports."""
-        return {**asdict(self), "pays": self.pays}
+        return {**asdict(self), "shape_bhsd": list(self.shape_bhsd), "pays": self.pays}
 
 
 class Gate:

@@ -1,0 +1,104 @@
+"""How near block attention comes to its ideal on a CPU: time over dense time, against the density of the plan.
+
+usage: python -m benchmarks.block_attention_cpu
+
+Dense is torch's SDPA (CPU flash), the best there is here. Ideal is the density for rest=drop, density + pooled keys for
+rest=pool. Runs are interleaved; medians with 20/80 % quantiles.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+
+from accelplug.comparison.environment import environment
+from accelplug.comparison.result import Spread
+from accelplug.kernels.attention import block_attention
+from accelplug.kernels.plan import BlockPlan
+from accelplug.kernels.rest import Drop, Pool
+from benchmarks.common import write_json
+
+HEADS, DIM = 2, 64
+TOKENS = (6240, 8192)
+DENSITIES = (0.1, 0.2, 0.3, 0.5)
+BLOCKS = (64, 128)
+REPEATS = 7
+
+
+def plan_of(tokens: int, block: int, density: float) -> BlockPlan:
+    """A random plan in which every query block reads equally many key blocks, its own among them."""
+    blocks = -(-tokens // block)
+    lengths = torch.full((blocks,), block, dtype=torch.int32)
+    lengths[-1] = tokens - (blocks - 1) * block
+    order = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(0)).fill_diagonal_(2.0)
+    picked = order.argsort(-1, descending=True)[:, : max(1, round(density * blocks))]
+    members = torch.zeros(blocks, blocks, dtype=torch.bool).scatter_(1, picked, True)
+    return BlockPlan.from_members(members, lengths, lengths, block, block)
+
+
+def milliseconds(run) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    rows = []
+    for tokens in TOKENS:
+        q, k, v = (torch.randn(1, HEADS, tokens, DIM) for _ in range(3))
+        runs = {("dense", 0, 1.0, "drop"): lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v)}
+        ideals = {}
+        for block in BLOCKS:
+            for target in DENSITIES:
+                plan = plan_of(tokens, block, target)
+                density = float(plan.density())
+                for rest in (Drop(), Pool()):
+                    kind = "drop" if isinstance(rest, Drop) else "pool"
+                    for backend in ("flex", "blocked"):
+                        key = (backend, block, target, kind)
+                        ideals[key] = density + (0 if kind == "drop" else (1 - density) / block)
+                        runs[key] = lambda q=q, k=k, v=v, p=plan, r=rest, b=backend: block_attention(
+                            q, k, v, p, rest=r, backend=b
+                        )
+        times: dict[tuple, list[float]] = {key: [] for key in runs}
+        for key, run in runs.items():
+            run()  # compiles
+        for _ in range(REPEATS):
+            for key, run in runs.items():
+                times[key].append(milliseconds(run))
+        dense = Spread.of(times["dense", 0, 1.0, "drop"])
+        for (backend, block, target, kind), values in times.items():
+            if backend == "dense":
+                continue
+            spread = Spread.of(values)
+            ideal = ideals[backend, block, target, kind]
+            achieved = ideal * dense.p50 / spread.p50
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "heads": HEADS,
+                    "head_dim": DIM,
+                    "dtype": "float32",
+                    "backend": backend,
+                    "block": block,
+                    "density": target,
+                    "rest": kind,
+                    "dense_ms": asdict(dense),
+                    "ms": asdict(spread),
+                    "ideal": ideal,
+                    "achieved_over_ideal": achieved,
+                }
+            )
+            print(
+                f"S={tokens} {backend:8s} block {block:3d} {kind} density {target:.2f}: {spread.p50:6.1f} ms of {dense.p50:.1f}, {achieved:.2f} of ideal"
+            )
+    write_json("block_attention_cpu", {**environment(), "rows": rows})
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

@@ -1,0 +1,179 @@
+"""Speed and quality of every patch on the bundled model at the demo's grid, beside random block masks of equal density.
+
+usage: python -m benchmarks.demo_pareto [--seeds 3] [--only curve|layers]
+
+Two parts. `layers`: on the q, k, v of a real dense run, the error of each patch's attention output per layer, all with
+rest=drop, and of a random block mask of the same density. `curve`: end-to-end speed-up and foreground PSNR of whole runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import WanPipeline
+from pydantic import Field
+
+import accelplug
+from accelplug import registry, zoo
+from accelplug.call import AttentionCall, Clock, Layout, Site
+from accelplug.comparison.environment import environment
+from accelplug.kernels.orders import Tiles
+from accelplug.kernels.plan import BlockPlan
+from accelplug.patches.base import BlockConfig, BlockSparse, Patch, Scores
+from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, agreement, foreground
+from benchmarks.common import write_json
+
+PROMPT = HELD_OUT_CAPTIONS[1]
+DENSE_STEPS = "0:25%"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "radial": {"patch": "radial", "with": {"block": 64, "decay": 0.2}},
+    "radial, pooled rest": {"patch": "radial", "with": {"block": 64, "decay": 0.2, "rest": "pool"}},
+    "neighborhood": {"patch": "neighborhood", "with": {"block": 64, "window": ["full", 8, 8], "mask": "tile"}},
+    "sol, tau 1.5": {"patch": "sol", "with": {"tau": 1.5, "order": "morton"}},
+    "sol, tau 0.5": {"patch": "sol", "with": {"tau": 0.5, "order": "morton"}},
+    "random, density 0.3": {"patch": "random", "with": {"block": 64, "density": 0.3}},
+}
+
+
+class RandomConfig(BlockConfig):
+    """Knobs of `Random`."""
+
+    density: float = Field(0.3, gt=0, le=1, description="Share of the key blocks that each query block reads.")
+    seed: int = 0
+
+
+class Random(BlockSparse):
+    """A block mask without a thought: its own block and as many random ones as the density asks for."""
+
+    Config = RandomConfig
+    config: RandomConfig
+
+    def select(self, tiles: Tiles, scores: Scores | None = None) -> BlockPlan:
+        lengths = tiles.lengths(self.config.block)
+        blocks = len(lengths)
+        order = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(self.config.seed))
+        order.fill_diagonal_(2.0)
+        picked = order.argsort(-1, descending=True)[:, : max(1, round(self.config.density * blocks))]
+        members = torch.zeros(blocks, blocks, dtype=torch.bool).scatter_(1, picked, True)
+        return BlockPlan.from_members(members, lengths, lengths, self.config.block, self.config.block)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and when a call was."""
+
+    layer: int
+    step: int
+    branch: str | None
+    layout: Layout
+
+
+class Capture(Patch):
+    """Runs dense, and keeps the q, k, v of a few steps of the conditional branch."""
+
+    speed = False
+    steps = (5, 9, 13)
+    calls: dict[Place, AttentionCall] = {}  # noqa: RUF012  # one study, one table
+
+    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Place:
+        return Place(site.layer or 0, clock.step or 0, clock.branch, layout)
+
+    def attend(self, call: AttentionCall, params: Place) -> torch.Tensor:
+        if params.step in self.steps and params.branch == "cond":
+            kept = [x.clone() for x in (call.q, call.k, call.v)]
+            self.calls[params] = AttentionCall(*kept, call.mask, call.scale, call.dense)
+        return call.dense()
+
+
+def own_patches() -> None:
+    """Let recipes of this process name the two patches above."""
+    for name, cls in (("random", Random), ("capture", Capture)):
+        registry._PATCHES[name] = registry.PatchEntry(name, __name__, cls.__name__, "sparse", "", "")
+
+
+def layer_errors(pipe: Any) -> list[dict[str, Any]]:
+    """Relative L2 error of attention outputs per layer and step, rest=drop, beside random masks of equal density."""
+    with accelplug.apply(pipe, {"patch": "capture"}, gate="off"):
+        pipe(prompt=PROMPT, **zoo.DEMO, generator=torch.Generator().manual_seed(0), output_type="latent")
+    rows = []
+    for name, setting in SETTINGS.items():
+        config = {**setting["with"], "rest": "drop"}
+        if setting["patch"] == "random" or "pool" in name:
+            continue
+        patch = registry.patch_class(setting["patch"])(config)
+        for place, call in Capture.calls.items():
+            exact = torch.nn.functional.scaled_dot_product_attention(call.q, call.k, call.v)
+            density, error = measured(patch, call, place, exact)
+            random = [
+                measured(Random({"block": patch.config.block, "density": density, "seed": seed}), call, place, exact)
+                for seed in range(3)
+            ]
+            rows.append(
+                {
+                    "setting": name,
+                    "layer": place.layer,
+                    "step": place.step,
+                    "density": density,
+                    "error": error,
+                    "random_density": statistics.fmean(d for d, _ in random),
+                    "random_error": statistics.fmean(e for _, e in random),
+                }
+            )
+        mine = [row for row in rows if row["setting"] == name]
+        better = sum(row["error"] < row["random_error"] for row in mine)
+        print(
+            f"{name:22s} density {statistics.fmean(r['density'] for r in mine):.3f}  "
+            f"error {statistics.fmean(r['error'] for r in mine):.3f}  "
+            f"random {statistics.fmean(r['random_error'] for r in mine):.3f}  better in {better} of {len(mine)} calls"
+        )
+    return rows
+
+
+def measured(patch: BlockSparse, call: AttentionCall, place: Place, exact: torch.Tensor) -> tuple[float, float]:
+    """Return (density, relative L2 error) of a patch on a captured call."""
+    params = patch.prepare(Site("", "transformer", "self", place.layer, 6), place.layout, Clock(place.step), {})
+    if params is None:
+        return 1.0, 0.0
+    density, _ = patch.inspect(call, params)
+    return density, float((patch.attend(call, params) - exact).norm() / exact.norm())
+
+
+def recipe(setting: dict[str, Any]) -> dict[str, Any]:
+    """The first quarter of the steps and the first layer stay dense."""
+    return {"rules": [{"where": {"steps": DENSE_STEPS}, "patch": "dense"}, {"where": {"layers": "1:"}, **setting}]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", choices=("curve", "layers"))
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    own_patches()
+    pipe = WanPipeline.from_pretrained(zoo.path(), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        if options.only != "curve":
+            write_json("demo_layers", {**environment(pipe), "prompt": PROMPT, "grid": "demo", "rows": layer_errors(pipe)})
+    if options.only != "layers":
+        result = accelplug.compare(
+            pipe,
+            {name: recipe(setting) for name, setting in SETTINGS.items()},
+            {"prompt": PROMPT, **zoo.DEMO},
+            range(options.seeds),
+            foreground=foreground,
+            detect=agreement,
+        )
+        print(result)
+        write_json(
+            "demo_pareto", {**result.to_dict(), "recipes": {name: recipe(setting) for name, setting in SETTINGS.items()}}
+        )
+        result.to_html("demo_pareto.html")
+
+
+if __name__ == "__main__":
+    main()

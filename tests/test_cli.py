@@ -1,0 +1,71 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from accelplug import zoo
+from accelplug.cli import main
+from accelplug.comparison import Comparison
+
+
+def test_list_and_show(capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert "radial" in out
+    assert "wan2.1-t2v-14b/sol" in out
+    assert main(["show", "wan2.1-t2v-14b/radial"]) == 0
+    assert "2506.19852" in capsys.readouterr().out
+
+
+def test_unknown_recipe_names_the_nearest(capsys):
+    assert main(["show", "wan2.1-t2v-14b/radail"]) == 2
+    assert "radial" in capsys.readouterr().err
+
+
+def test_inspect_tells_sites_recipes_and_ceiling(capsys):
+    assert main(["inspect", str(zoo.path())]) == 0
+    out = capsys.readouterr().out
+    assert "6 self" in out
+    assert "wan-shapes/sol" in out
+    assert "at most" in out
+
+
+def test_doctor_finds_all_contracts_holding(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "kernel blocked" in out
+    assert "broken" not in out
+
+
+def test_compare_writes_a_page_and_json(tmp_path, capsys):
+    common = ["compare", str(zoo.path()), "--prompt", "a red square moves left", "--steps", "2", "--device", "cpu"]
+    size = ["--frames", "9", "--height", "64", "--width", "80", "--dtype", "float32"]
+    assert main([*common, *size, "--recipe", "sol", "--report", str(tmp_path / "r.html")]) == 0
+    assert "sol" in capsys.readouterr().out
+    assert "<canvas" in (tmp_path / "r.html").read_text()
+    assert main([*common, *size, "--recipe", "radial", "--report", str(tmp_path / "r.json")]) == 0
+    assert Comparison.from_json(tmp_path / "r.json").row("radial").samples
+
+
+def test_no_pipeline_there(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "no saved pipeline" in capsys.readouterr().err
+
+
+def test_missing_arguments_exit_with_two():
+    with pytest.raises(SystemExit) as stop:
+        main(["compare"])
+    assert stop.value.code == 2
+
+
+def test_the_bundled_model_fits_its_recipe_file():
+    import accelplug
+
+    pipe = WanPipeline.from_pretrained(zoo.path(), torch_dtype=torch.float32)
+    with accelplug.apply(pipe) as plug:
+        assert plug.recipe.name.startswith("wan-shapes/")
+        assert "wan-shapes" in repr(plug)
+        assert "attention" in plug._repr_html_() or plug.summary()

@@ -1,0 +1,189 @@
+"""compare(): the metrics, the runs, what is written, and that the pipeline is left as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import accelplug
+from accelplug.comparison import metrics
+from accelplug.comparison.result import Comparison, Row, Sample, Spread
+from accelplug.errors import AccelplugError
+from accelplug.recipe import read_file
+from tests import tiny_models
+from tests.patch_rows import ROWS
+from tests.test_laws import snapshot
+
+
+@pytest.fixture
+def clips():
+    g = np.random.default_rng(0)
+    return g.random((5, 24, 36, 3), np.float32), g.random((5, 24, 36, 3), np.float32)
+
+
+def test_psnr_by_hand(clips):
+    a, _ = clips
+    assert metrics.psnr_db(a, a) == math.inf
+    assert metrics.psnr_db(np.full_like(a, 0.5), np.full_like(a, 0.6)) == pytest.approx(20.0, abs=1e-4)
+
+
+def test_psnr_agrees_with_torchmetrics(clips):
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    a, b = clips
+    expected = peak_signal_noise_ratio(torch.tensor(a), torch.tensor(b), data_range=1.0)
+    assert metrics.psnr_db(a, b) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_foreground_counts_what_is_missing():
+    dense, patched = (np.zeros((2, 40, 40, 3), np.float32) for _ in range(2))
+    dense[:, 5:15, 5:15] = 1.0  # the object is gone in the patched clip
+
+    def bright(clip):
+        return clip.max(-1) > 127
+
+    assert metrics.foreground_psnr_db(patched, dense, bright) == pytest.approx(0.0)
+    assert metrics.psnr_db(patched, dense) > 12
+    assert math.isnan(metrics.foreground_psnr_db(patched, patched, bright))
+
+
+def test_ssim_and_latent_distance(clips):
+    a, b = clips
+    assert metrics.ssim(a, a) == pytest.approx(1.0)
+    assert metrics.ssim(a, b) < 0.2
+    x = torch.randn(3, 4)
+    assert metrics.relative_distance(x, x) == 0
+    assert metrics.relative_distance(2 * x, x) == pytest.approx(1.0)
+
+
+def test_quantiles():
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == Spread(2.0, 3.5, 5.0)
+
+
+def small():
+    pipe, inputs = tiny_models.pipeline("wan")
+    inputs = {key: value for key, value in inputs.items() if key != "output_type"}
+    return pipe, {**inputs, "height": 64, "width": 96}
+
+
+@pytest.fixture(scope="module")
+def compared():
+    pipe, inputs = small()
+    before = snapshot(pipe.transformer)
+    row = ROWS[0]
+    recipes = {"same": {"rules": [{"patch": "dense"}]}, "radial": row.recipe(row.working)}
+    result = accelplug.compare(
+        pipe, recipes, inputs, seeds=[0, 1], caches=True, foreground=lambda c: c.max(-1) > 90, progress=False
+    )
+    after = snapshot(pipe.transformer)
+    return result, before, after
+
+
+def test_rows_and_quality(compared):
+    result, _, _ = compared
+    names = ["dense", "same", "radial", "FirstBlockCache", "FirstBlockCache + same", "FirstBlockCache + radial"]
+    assert [row.name for row in result.rows] == [*names, "dense, math kernel", "dense, another seed"]
+    assert result.row("same").mean("psnr_db") == math.inf
+    assert result.row("same").mean("latent_distance") == 0
+    assert math.isfinite(result.row("radial").worst("psnr_db"))
+    assert len(result.row("radial").samples) == 2
+    assert result.row("dense, another seed").mean("psnr_db") < result.row("radial").mean("psnr_db")
+    assert all(sample.latency_ms > sample.denoise_ms > 0 for sample in result.dense.samples)
+    assert all(len(sample.step_ms) == result.settings["num_inference_steps"] for sample in result.dense.samples)
+
+
+def test_density_and_plans(compared):
+    result, _, _ = compared
+    radial = result.row("radial")
+    assert len(radial.density) == 2
+    assert all(0 < value < 1 for layer in radial.density for value in layer)
+    assert result.dense.mean_density == 1
+    plan = radial.plans[0]
+    assert {len(line) for line in plan["blocks"]} == {len(plan["blocks"])}
+    assert set("".join(plan["blocks"])) == {"0", "1"}
+    assert radial.attention_ms > 0
+    assert radial.predicted > 0
+
+
+def test_the_pipe_is_left_as_it_was(compared):
+    _, before, after = compared
+    assert after["processors"] == before["processors"]
+    assert after["hooks"] == before["hooks"]
+    assert after["registry"] == before["registry"]
+    leftovers = {name for path in after["vars"] for name in after["vars"][path] - before["vars"][path]}
+    assert leftovers <= {"forward", "_diffusers_hook", "_cache_config"}  # left behind by the cache, not by us
+
+
+def test_json_round_trip(compared, tmp_path):
+    result, _, _ = compared
+    path = result.to_json(tmp_path / "r.json")
+    again = Comparison.from_json(path)
+    assert again.rows == result.rows
+    assert again.verdict == result.verdict
+    assert "Infinity" not in path.read_text()
+
+
+def test_the_page_is_self_contained(compared, tmp_path):
+    result, _, _ = compared
+    text = result.to_html(tmp_path / "r.html").read_text()
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)""", text)
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert "https://" not in text
+    assert result.verdict in text
+    data = json.loads(re.search(r"const data = (\{.*\});\n", text).group(1).replace("<\\/", "</"))
+    assert {clip["name"] for clip in data["clips"]} >= {"dense", "radial"}
+    assert data["clips"][0]["frames"] == 9
+
+
+def test_the_table_prints(compared):
+    text = str(compared[0])
+    assert "radial" in text
+    assert "same" in text
+    assert "another seed" in text
+
+
+def test_recording_adds_a_row_to_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "schema: 1\nmodel: tiny\nmatch: {class: WanTransformer3DModel}\ndefault: radial\n"
+        'recipes:\n  radial:\n    cite: "arXiv 2506.19852"\n    rules:\n'
+        "      - patch: radial  # a comment that stays\n        with: {block: 8, decay: 0.2, backend: reference}\n    measured: []\n"
+    )
+    pipe, inputs = small()
+    result = accelplug.compare(pipe, path, inputs, seeds=[0], floors=False, progress=False)
+    assert result.record() == [path]
+    (row,) = read_file(path).recipes["radial"].measured
+    assert row.seeds == [0]
+    assert row.psnr_db.mean == pytest.approx(result.row("radial").mean("psnr_db"))
+    assert "# a comment that stays" in path.read_text()
+
+
+def test_an_exception_in_a_run_leaves_the_pipe_as_it_was(monkeypatch):
+    pipe, inputs = small()
+    before = snapshot(pipe.transformer)
+    row = ROWS[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe.vae), "decode", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            accelplug.compare(pipe, row.recipe(row.working), inputs, progress=False)
+    assert snapshot(pipe.transformer)["processors"] == before["processors"]
+    assert snapshot(pipe.transformer)["hooks"] == before["hooks"]
+
+
+def test_nothing_to_run_is_an_error():
+    pipe, _ = small()
+    with pytest.raises(AccelplugError, match="needs inputs"):
+        accelplug.compare(pipe, {"rules": [{"patch": "dense"}]})
+
+
+def test_speedup_is_paired_by_prompt_and_seed():
+    dense = Row("dense", "dense", samples=[Sample(0, 0, 100.0, 90.0), Sample(0, 1, 400.0, 390.0)])
+    fast = Row("fast", "recipe", samples=[Sample(0, 0, 50.0, 40.0), Sample(0, 1, 200.0, 190.0)])
+    result = Comparison("", [""], [0, 1], {}, "", {}, [dense, fast])
+    assert result.speedup(fast) == Spread(2.0, 2.0, 2.0)
