@@ -65,7 +65,7 @@ def main() -> None:
                             q, k, v, p, rest=r, backend=b
                         )
         times: dict[tuple, list[float]] = {key: [] for key in runs}
-        for key, run in runs.items():
+        for run in runs.values():
             run()  # compiles
         for _ in range(REPEATS):
             for key, run in runs.items():
@@ -93,9 +93,8 @@ def main() -> None:
                     "achieved_over_ideal": achieved,
                 }
             )
-            print(
-                f"S={tokens} {backend:8s} block {block:3d} {kind} density {target:.2f}: {spread.p50:6.1f} ms of {dense.p50:.1f}, {achieved:.2f} of ideal"
-            )
+            what = f"S={tokens} {backend:8s} block {block:3d} {kind} density {target:.2f}"
+            print(f"{what}: {spread.p50:6.1f} ms of {dense.p50:.1f}, {achieved:.2f} of ideal")
     write_json("block_attention_cpu", {**environment(), "rows": rows})
 
 

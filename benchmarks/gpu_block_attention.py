@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,8 +144,8 @@ def main() -> None:
             plan = plan_of(shape.tokens, BLOCK, target, device)
             density = float(plan.density())
             mask = plan.block_mask()
-            runs = {
-                (name, kind): (lambda b=name, r=rest: block_attention(q, k, v, plan, rest=r, backend=b))
+            runs: dict[tuple[str, str], Callable[[], Any]] = {
+                (name, kind): partial(block_attention, q, k, v, plan, rest=rest, backend=name)
                 for name in backends
                 if name != "blocked"
                 for kind, rest in (("drop", Drop()), ("pool", Pool()))
@@ -152,7 +153,7 @@ def main() -> None:
             if device.type == "cuda":
                 pad = (0, 0, 0, plan.key_slots - shape.tokens)
                 padded = [F.pad(x, pad) for x in (q, k, v)]
-                runs["flex max-autotune", "drop"] = lambda p=padded, m=mask: tuned(*p, block_mask=m)
+                runs["flex max-autotune", "drop"] = partial(tuned, *padded, block_mask=mask)
             for (name, kind), run in runs.items():
                 ms = timed(run, device, 3 if options.smoke else 7)
                 rows.append(
