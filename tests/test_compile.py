@@ -102,3 +102,20 @@ def test_a_deep_copy_of_a_patched_model_is_stock():
             assert not torch.equal(run(twin, inputs), dense)
         assert plug.active
     assert torch.equal(run(twin, inputs), dense)
+
+
+def test_the_gate_judges_compiled_blocks_ahead(monkeypatch):
+    from accelplug.hosts import gate
+
+    model, inputs = tiny_models.build("wan")
+    dense = run(model, inputs)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    state = torch.get_rng_state()
+    for dense_ms, sparse_ms, pays in ((1.0, 2.0, False), (2.0, 1.0, True)):
+        ms = iter([dense_ms, sparse_ms] * 10)
+        monkeypatch.setattr(gate, "median_ms", lambda run, device: next(ms))  # noqa: B023
+        with accelplug.apply(model, ROWS[0].recipe(ROWS[0].working)) as plug:
+            out = run(model, inputs)
+            assert [verdict["pays"] for verdict in plug.choices["verdicts"]] == [pays]
+        assert torch.allclose(out, dense, rtol=1e-4, atol=1e-5) is not pays
+    assert torch.equal(torch.get_rng_state(), state)
