@@ -26,6 +26,13 @@ from tests import tiny_models
 GRIDLESS = ("sana", "stable_audio")
 MODELS = tuple(name for name in tiny_models.MODELS if name not in GRIDLESS)
 
+MASKS = {
+    "hunyuan_video": (torch.bool, (1, 1, 1, 72 + 12)),
+    "hunyuan_video_15": (torch.bool, (1, 1, 72 + 13, 72 + 13)),
+    "qwen_image": (torch.bool, (1, 1, 1, 8 + 48)),
+}
+"""Dtype and shape of the mask that reaches self- and joint attention; the other models pass none."""
+
 
 # ------------------------------------------------------------------------------------------- hearing what really runs
 
@@ -125,13 +132,14 @@ def forward(model: nn.Module, inputs: dict[str, Any], monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_site_has_the_tokens_that_its_layout_says(name, monkeypatch):
+def test_every_site_has_the_tokens_and_the_mask_that_its_family_says(name, monkeypatch):
     model, inputs = tiny_models.build(name)
     family = find(model)
     run = forward(model, inputs, monkeypatch)
     seen = set()
     for call, layout in run.sites():
         assert call.q.shape[1] == call.keys == layout.length
+        assert MASKS.get(name) == (None if call.mask is None else (call.mask.dtype, tuple(call.mask.shape)))
         kind = run.kinds[call.path][0]
         assert (layout.length > layout.visual) == (kind == "joint")
         low, high = run.geometry[call.path].text
@@ -198,7 +206,7 @@ def test_a_piece_of_the_input_lands_on_its_raster_place(name, monkeypatch):
         t, h, w = place
         expected = layout.text_before + (t * grid[1] + h) * grid[2] + w
         if name == "z_image":  # two refiner blocks ahead have mixed all tokens; the touched one has moved furthest
-            moved = (after.q - before.q).norm(dim=(0, 2, 3)) if False else (after.q - before.q).square().sum((0, 2, 3))
+            moved = (after.q - before.q).square().sum((0, 2, 3))
             assert int(moved.argmax()) == expected
         else:
             assert moved.nonzero().flatten().tolist() == [expected]
@@ -245,33 +253,25 @@ def test_latte_attends_frame_by_frame_and_then_over_the_frames(monkeypatch):
 
 # --------------------------------------------------------------------------------------------------------------- masks
 
-MASKS = {
-    "hunyuan_video": ("bool", (1, 1, 1, 84)),
-    "hunyuan_video_15": ("bool", (1, 1, 85, 85)),
-    "qwen_image": ("bool", (1, 1, 1, 56)),
-    "chroma": ("bool", (1, 1, 55, 55)),
-}
-"""Kind and shape of the mask that reaches self- and joint attention; the other models pass none."""
 
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_mask_that_reaches_attention_is_the_one_the_family_speaks_of(name, monkeypatch):
-    model, inputs = tiny_models.build(name)
-    for call, _ in forward(model, inputs, monkeypatch).sites():
-        found = None if call.mask is None else (str(call.mask.dtype).removeprefix("torch."), tuple(call.mask.shape))
-        assert found == MASKS.get(name)
-
-
-@pytest.mark.parametrize("name", [name for name in MASKS if MASKS[name][1][2] > 1])
-def test_an_outer_mask_is_the_outer_product_of_its_first_row(name, monkeypatch):
-    model, inputs = tiny_models.build(name)
+def test_an_outer_mask_is_the_outer_product_of_its_first_row(monkeypatch):
+    model, inputs = tiny_models.build("hunyuan_video_15")
+    assert find(model).outer_mask
     for call, layout in forward(model, inputs, monkeypatch).sites():
         valid = call.mask[:, 0, 0]
-        visual = valid[:, layout.text_before : layout.text_before + layout.visual]
-        assert visual.all(), "a visual token is always valid"
+        assert valid[:, : layout.visual].all(), "a visual token is always valid"
         assert not valid.all(), "the example has padding"
-        assert torch.equal(call.mask, (valid[:, None, :, None] & valid[:, None, None, :]))
-    assert find(model).outer_mask
+        assert torch.equal(call.mask, valid[:, None, :, None] & valid[:, None, None, :])
+
+
+def test_chroma_adds_its_mask_to_the_scores(monkeypatch):
+    """Its pipeline makes the mask in the dtype of the text: numbers to add, which no key validity can stand for."""
+    model, inputs = tiny_models.build("chroma")
+    padding = (torch.arange(7 + 48) != 6)[None].float()
+    for call, layout in forward(model, inputs | {"attention_mask": padding}, monkeypatch).sites():
+        assert call.mask.dtype == torch.float32
+        assert call.mask.shape == (1, 1, layout.length, layout.length)
+    assert not find(model).outer_mask
 
 
 # ------------------------------------------------------------------------------------------------------- pure geometry
@@ -421,7 +421,8 @@ def test_captions_of_two_lengths_share_one_layout(monkeypatch):
     for call, layout in calls:
         assert (layout.visual, layout.text_after) == (60, 4 + 64)
         assert call.mask.dtype == torch.bool
-        assert call.mask.sum(1).tolist() == [64 + 32, 64 + 64]
+        assert call.mask.shape == (2, 1, 1, layout.length)
+        assert call.mask[:, 0, 0].sum(1).tolist() == [64 + 32, 64 + 64]
 
 
 def test_mochi_attends_to_as_much_text_as_is_valid(monkeypatch):

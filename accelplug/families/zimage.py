@@ -1,7 +1,7 @@
 """Z-Image: one stream, [image, its padding, caption, its padding]; image and caption are each padded to a multiple of 32 tokens.
 
-The padding tokens are learned and valid, so they count as text. Captions of different length give a bool mask (B, S),
-invalid at the end. Images of different size, and the omni mode (lists of images), are dense. The refiners are left alone.
+The padding tokens are learned and valid, so they count as text. Captions of different length give a bool mask
+(B, 1, 1, S), invalid at the end. Images of different size, and the omni mode (lists of images), are dense. The refiners are left alone.
 """
 
 from typing import Any
