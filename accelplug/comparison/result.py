@@ -156,7 +156,12 @@ class Comparison:
         recipes = [row for row in self.rows if row.kind == "recipe"]
         if not recipes:
             return "Dense only: nothing to compare."
-        best = max(recipes, key=lambda row: self.speedup(row).p50)
+        at_work = [row for row in recipes if row.mean_density is None or row.mean_density < 1]
+        if not at_work:
+            return (
+                f"{', '.join(row.name for row in recipes)}: every attention call ran dense, so nothing was gained or lost."
+            )
+        best = max(at_work, key=lambda row: self.speedup(row).p50)
         metric, what = ("fg_psnr_db", "foreground PSNR") if best.values("fg_psnr_db") else ("psnr_db", "PSNR")
         gain = self.speedup(best).p50
         pace = f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x slower"
@@ -222,9 +227,13 @@ class Comparison:
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:
         """Read what `to_json` wrote; clips are not in it."""
-        data = _from_jsonable(json.loads(Path(path).read_text()))
+        data = json.loads(Path(path).read_text())
         data.pop("verdict")
-        rows = [Row(**{**row, "samples": [Sample(**sample) for sample in row["samples"]]}) for row in data.pop("rows")]
+        # Samples hold numbers only: there "inf" is a number, while a prompt may be any text.
+        rows = [
+            Row(**{**row, "samples": [Sample(**_from_jsonable(sample)) for sample in row["samples"]]})
+            for row in data.pop("rows")
+        ]
         return cls(**data, rows=rows)
 
     def to_html(self, path: str | Path) -> Path:

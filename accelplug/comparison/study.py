@@ -18,7 +18,7 @@ from accelplug.comparison import metrics
 from accelplug.comparison.environment import environment
 from accelplug.comparison.result import DENSE, Comparison, Row, Sample
 from accelplug.errors import AccelplugError
-from accelplug.hosts.diffusers import denoisers
+from accelplug.hosts.diffusers import DENOISERS, denoisers
 from accelplug.hosts.gate import synchronise
 from accelplug.hosts.ledger import Event
 from accelplug.plug import apply, model_facts
@@ -51,7 +51,7 @@ def compare(
     ----------
     pipe : a diffusers pipeline.
     recipe : one recipe or several: anything that `accelplug.apply` takes, a list of such, or a mapping name -> recipe.
-    inputs : arguments of the pipeline's call; one mapping, or one per prompt.
+    inputs : arguments of the pipeline's call; one mapping, or one per prompt. `output_type` is set here, to arrays.
     seeds : one run of everything per seed and prompt.
     caches : add FirstBlockCache alone, and with each recipe.
     floors : add the two floors: dense in another attention kernel or dtype, and dense at another seed.
@@ -67,10 +67,13 @@ def compare(
     prompts = [dict(inputs)] if isinstance(inputs, Mapping) else [dict(item) for item in inputs or ()]
     if not prompts or not seeds:
         raise AccelplugError("compare needs inputs (arguments of the pipeline's call) and at least one seed.")
+    if any("generator" in item for item in prompts):
+        raise AccelplugError("inputs hold a generator, but compare makes one per seed. Leave it out and pass seeds=[...].")
     recipes = _named(pipe, recipe)
     study = Study(pipe, prompts, list(seeds), foreground, detect)
     variants = [Variant(DENSE, "dense"), *(Variant(name, "recipe", loaded) for name, loaded in recipes.items())]
     if caches:
+        _require_caches(pipe)
         variants += [Variant("FirstBlockCache", "cache", cache=True)]
         variants += [Variant(f"FirstBlockCache + {name}", "cache", loaded, cache=True) for name, loaded in recipes.items()]
     runs = len(prompts) * len(study.seeds)
@@ -187,7 +190,8 @@ class Study:
 
     def run(self, prompt: int, seed: int) -> Run:
         """Call the pipeline once."""
-        arguments = dict(self.prompts[prompt])
+        arguments = {**self.prompts[prompt], "output_type": "np", "generator": torch.Generator("cpu").manual_seed(seed)}
+        users_callback = arguments.get("callback_on_step_end")
         ends: list[float] = []
         latents: list[torch.Tensor] = []
         device = next(next(iter(denoisers(self.pipe).values())).parameters()).device
@@ -196,7 +200,7 @@ class Study:
             synchronise(device)
             ends.append(time.perf_counter())
             latents[:] = [tensors["latents"].detach().clone()] if "latents" in tensors else []
-            return tensors
+            return users_callback(pipe, step, timestep, tensors) if users_callback else tensors
 
         if "callback_on_step_end" in inspect.signature(type(self.pipe).__call__).parameters:
             arguments["callback_on_step_end"] = on_step_end
@@ -206,12 +210,11 @@ class Study:
             if not begins:
                 begins.append(time.perf_counter())
 
-        handles = [part.register_forward_pre_hook(on_forward) for part in denoisers(self.pipe).values()]
+        handles = [part.register_forward_pre_hook(on_forward) for part in _as_called(self.pipe)]
         try:
             synchronise(device)
             start = time.perf_counter()
-            generator = torch.Generator("cpu").manual_seed(seed)
-            out = self.pipe(**arguments, output_type="np", generator=generator)
+            out = self.pipe(**arguments)
             synchronise(device)
             end = time.perf_counter()
         finally:
@@ -285,14 +288,25 @@ def _recorder(recipe: Recipe) -> Callable[[dict[str, Any]], Any]:
     return record
 
 
+def _as_called(pipe: Any) -> list[torch.nn.Module]:
+    """The denoisers as the pipeline calls them: hooks on a compiled one then run outside its graph."""
+    found = (getattr(pipe, name, None) for name in DENOISERS)
+    return [part for part in found if isinstance(part, torch.nn.Module)]
+
+
+def _require_caches(pipe: Any) -> None:
+    for part in denoisers(pipe).values():
+        if not hasattr(part, "enable_cache"):
+            raise AccelplugError(f"{type(part).__name__} takes no FirstBlockCache; compare with caches=False.")
+
+
 @contextlib.contextmanager
 def _first_block_cache(pipe: Any) -> Iterator[None]:
     from diffusers import FirstBlockCacheConfig
 
     parts: list[Any] = list(denoisers(pipe).values())
-    for part in parts:
-        if not hasattr(part, "enable_cache"):
-            raise AccelplugError(f"{type(part).__name__} takes no FirstBlockCache; compare with caches=False.")
+    # Disabling a cache leaves wrapped forwards and empty registries behind; attributes go back to what they were.
+    before = {module: dict(vars(module)) for part in parts for module in part.modules()}
     try:
         for part in parts:
             part.enable_cache(FirstBlockCacheConfig(threshold=CACHE_THRESHOLD))
@@ -301,6 +315,10 @@ def _first_block_cache(pipe: Any) -> Iterator[None]:
         for part in parts:
             if part.is_cache_enabled:
                 part.disable_cache()
+        for module, attributes in before.items():
+            for name in ("forward", "_diffusers_hook", "_cache_config"):
+                if name not in attributes:
+                    vars(module).pop(name, None)
 
 
 def _by_layer_and_step(events: list[Event]) -> list[list[float | None]]:
