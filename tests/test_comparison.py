@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -9,9 +11,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import accelplug
 from accelplug.comparison import metrics
+from accelplug.comparison.report import sprite
 from accelplug.comparison.result import Comparison, Row, Sample, Spread
 from accelplug.errors import AccelplugError
 from accelplug.recipe import read_file
@@ -223,3 +227,19 @@ def test_a_compiled_denoiser_is_timed_from_outside_its_graph():
     row = ROWS[0]
     result = accelplug.compare(pipe, row.recipe(row.working), inputs, floors=False, progress=False)
     assert all(sample.denoise_ms > 0 for sample in result.dense.samples)
+
+
+@pytest.mark.parametrize("shape_fhw", [(1, 40, 60), (7, 24, 36), (5, 800, 300)])
+def test_a_sprite_sheet_holds_every_frame(shape_fhw):
+    frames, height, width = shape_fhw
+    ramp = np.linspace(0, 255, frames * height * width).reshape(frames, height, width, 1)
+    clip = np.repeat(ramp, 3, -1).astype(np.uint8)
+    cut = sprite(clip)
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(cut["source"].split(",")[1]))).convert("RGB"))
+    assert max(cut["height"], cut["width"]) <= 384
+    for index, frame in enumerate(clip):
+        y, x = index // cut["columns"] * cut["height"], index % cut["columns"] * cut["width"]
+        found = sheet[y : y + cut["height"], x : x + cut["width"]]
+        assert found.mean() == pytest.approx(frame.mean(), abs=1.0)
+        if shape_fhw[1] <= 384:
+            assert np.array_equal(found, frame)

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from accelplug.comparison.result import Comparison, Row
 
 TEMPLATE = Path(__file__).with_name("report.html")
-MAX_WIDTH = 384
-"""Frames wider than this are shrunk for the page, in pixels."""
+MAX_SIDE = 384
+"""Frames wider or higher than this are shrunk for the page, in pixels."""
+LOSSLESS_PIXELS = 2_000_000
+"""Clips of more pixels than this, over all frames, are embedded with loss: a page must open on a telephone."""
 
 
 def page(comparison: Comparison) -> str:
-    """Return the page as text. Clips are embedded as sprite sheets, one image per clip."""
+    """Return the page as text. Clips are embedded as sprite sheets, one image a clip."""
     data = {
         **comparison.to_dict(),
         "headings": comparison.headings(),
@@ -40,16 +42,21 @@ def page(comparison: Comparison) -> str:
 
 
 def sprite(clip: np.ndarray) -> dict[str, Any]:
-    """Return a clip (F, H, W, 3) uint8 as one image with its frames below each other, and its frame size."""
+    """Return a clip (F, H, W, 3) uint8 as one WebP image with its frames in rows, and how to cut it."""
     from PIL import Image
 
-    every = -(-clip.shape[2] // MAX_WIDTH)
-    clip = clip[:, ::every, ::every]
     frames, height, width, _ = clip.shape
+    shrink = max(1.0, max(height, width) / MAX_SIDE)
+    height, width = round(height / shrink), round(width / shrink)
+    columns = math.ceil(math.sqrt(frames * height / width))  # nearly square: WebP ends at 16,383 pixels a side
+    sheet = Image.new("RGB", (columns * width, -(-frames // columns) * height))
+    for index, pixels in enumerate(clip):
+        frame = Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX)
+        sheet.paste(frame, (index % columns * width, index // columns * height))
     file = io.BytesIO()
-    Image.fromarray(clip.reshape(frames * height, width, 3)).save(file, "PNG", optimize=True)
-    source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    return {"frames": frames, "height": height, "width": width, "source": source}
+    sheet.save(file, "WEBP", lossless=frames * height * width <= LOSSLESS_PIXELS, quality=88)
+    source = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"frames": frames, "height": height, "width": width, "columns": columns, "source": source}
 
 
 def _metric(comparison: Comparison) -> str:
