@@ -218,7 +218,7 @@ class Plug(AbstractContextManager["Plug"]):
         Parameters
         ----------
         timed : measure each call, synchronising the device: do not time whole runs with it.
-        plans : keep each call's `BlockPlan`.
+        plans : keep the `BlockPlan` of each call of the last step.
         """
         return self._ledger.trace(timed, plans)
 

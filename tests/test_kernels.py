@@ -206,13 +206,12 @@ def test_op_is_well_formed():
     )
 
 
-def test_many_flex_shapes_in_one_process(monkeypatch):
+def test_many_flex_shapes_in_one_process():
     """More shapes than Dynamo would recompile one function for."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    for tokens in (33, 65, 97, 129):
-        q, k, v, plan = make((1, 1, 1, tokens, 16, 16, 32, 32))
-        close(block_attention(q, k, v, plan, backend="flex"), block_attention(q, k, v, plan, backend="reference"))
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for tokens in (33, 65, 97, 129):
+            q, k, v, plan = make((1, 1, 1, tokens, 16, 16, 32, 32))
+            close(block_attention(q, k, v, plan, backend="flex"), block_attention(q, k, v, plan, backend="reference"))
 
 
 def test_choice_is_measured_kept_and_used():

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DENSE = "dense"
+GOOD_DB = 25.0
+"""Below this PSNR a clip is another sample rather than the same one, in dB."""
 
 
 @dataclass
@@ -152,7 +154,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """The result in a sentence: the fastest recipe, its gain, and its quality."""
+        """The result in a sentence: the fastest recipe at `GOOD_DB` or better, or the best one if none is, and its quality."""
         recipes = [row for row in self.rows if row.kind == "recipe"]
         if not recipes:
             return "Dense only: nothing to compare."
@@ -161,8 +163,10 @@ class Comparison:
             return (
                 f"{', '.join(row.name for row in recipes)}: every attention call ran dense, so nothing was gained or lost."
             )
-        best = max(at_work, key=lambda row: self.speedup(row).p50)
-        metric, what = ("fg_psnr_db", "foreground PSNR") if best.values("fg_psnr_db") else ("psnr_db", "PSNR")
+        seen = any(row.values("fg_psnr_db") for row in at_work)
+        metric, what = ("fg_psnr_db", "foreground PSNR") if seen else ("psnr_db", "PSNR")
+        good = [row for row in at_work if (row.mean(metric) or 0.0) >= GOOD_DB]
+        best = max(good or at_work, key=lambda row: self.speedup(row).p50 if good else row.mean(metric) or 0.0)
         gain = self.speedup(best).p50
         pace = f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x slower"
         mean, worst = best.mean(metric), best.worst(metric)

@@ -26,7 +26,7 @@ from accelplug.recipe import Recipe, load, record_measurement
 
 OBSERVED = {"rules": [{"patch": "dense"}]}
 DRAWN_LAYERS = 4
-CACHE_THRESHOLD = 0.08
+CACHE_THRESHOLD = 0.2
 """Residual difference below which FirstBlockCache skips the other blocks."""
 
 

@@ -409,7 +409,9 @@ class DenoiserHost:
         if call is not None and record.patch is not None:
             density, plan = record.patch.inspect(call, record.params)
         out, ms = timed_ms(run, q.device) if self.ledger.timed else (run(), None)
-        kept = plan if self.ledger.keep_plans else None
+        # Plans of a whole run would fill the memory of a large model: those of the last step are kept.
+        last = self.now.step is None or self.now.step + 1 == self.now.steps
+        kept = plan if self.ledger.keep_plans and last else None
         if record.site is not None:
             self.ledger.note(Event(record.site, self.now, name, reason, density, q.shape[-2], ms, kept))
         return out
