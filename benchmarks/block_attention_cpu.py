@@ -22,7 +22,7 @@ from accelplug.kernels.rest import Drop, Pool
 from benchmarks.common import write_json
 
 HEADS, DIM = 2, 64
-TOKENS = (6256, 8192)
+TOKENS = (6528, 8192)
 DENSITIES = (0.1, 0.2, 0.3, 0.5)
 BLOCKS = (64, 128)
 REPEATS = 7

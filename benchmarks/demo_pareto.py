@@ -1,6 +1,6 @@
 """Speed and quality of every patch on the bundled model at the demo's grid, beside random block masks of equal density.
 
-usage: python -m benchmarks.demo_pareto [--seeds 3] [--only curve|layers]
+usage: python -m benchmarks.demo_pareto [--seeds 3] [--only curve|layers] [--setting NAME ...]
 
 Two parts. `layers`: on the q, k, v of a real dense run, the error of each patch's attention output per layer, all with
 rest=drop, and of a random block mask of the same density. `curve`: end-to-end speed-up and foreground PSNR of whole runs.
@@ -151,7 +151,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=("curve", "layers"))
+    parser.add_argument("--setting", action="append", choices=SETTINGS, help="only these; repeat for several")
     options = parser.parse_args()
+    settings = {name: SETTINGS[name] for name in options.setting or SETTINGS}
     torch.set_num_threads(2)
     own_patches()
     pipe = WanPipeline.from_pretrained(zoo.path(), torch_dtype=torch.float32)
@@ -162,7 +164,7 @@ def main() -> None:
     if options.only != "layers":
         result = accelplug.compare(
             pipe,
-            {name: recipe(setting) for name, setting in SETTINGS.items()},
+            {name: recipe(setting) for name, setting in settings.items()},
             {"prompt": PROMPT, **zoo.DEMO},
             range(options.seeds),
             foreground=foreground,
@@ -170,7 +172,7 @@ def main() -> None:
         )
         print(result)
         write_json(
-            "demo_pareto", {**result.to_dict(), "recipes": {name: recipe(setting) for name, setting in SETTINGS.items()}}
+            "demo_pareto", {**result.to_dict(), "recipes": {name: recipe(setting) for name, setting in settings.items()}}
         )
         result.to_html("demo_pareto.html")
 

@@ -20,7 +20,7 @@ from benchmarks.common import write_json
 
 LAYERS = 40
 GRIDS_THW = {
-    "bundled demo": (17, 16, 23),
+    "bundled demo": (17, 16, 24),
     "wan 480p 81f": (21, 30, 52),
     "wan 720p 81f": (21, 45, 80),
     "hunyuan 720p 129f": (33, 45, 80),
