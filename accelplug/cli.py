@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console()
+    return Console(width=None if sys.stdout.isatty() else 150)  # a log has no width of its own
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -17,26 +17,14 @@ import torch.nn.functional as F
 from accelplug.comparison.environment import environment
 from accelplug.comparison.result import Spread
 from accelplug.kernels.attention import block_attention
-from accelplug.kernels.plan import BlockPlan
 from accelplug.kernels.rest import Drop, Pool
-from benchmarks.common import write_json
+from benchmarks.common import random_plan, write_json
 
 HEADS, DIM = 2, 64
 TOKENS = (6528, 8192)
 DENSITIES = (0.1, 0.2, 0.3, 0.5)
 BLOCKS = (64, 128)
 REPEATS = 7
-
-
-def plan_of(tokens: int, block: int, density: float) -> BlockPlan:
-    """A random plan in which every query block reads equally many key blocks, its own among them."""
-    blocks = -(-tokens // block)
-    lengths = torch.full((blocks,), block, dtype=torch.int32)
-    lengths[-1] = tokens - (blocks - 1) * block
-    order = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(0)).fill_diagonal_(2.0)
-    picked = order.argsort(-1, descending=True)[:, : max(1, round(density * blocks))]
-    members = torch.zeros(blocks, blocks, dtype=torch.bool).scatter_(1, picked, True)
-    return BlockPlan.from_members(members, lengths, lengths, block, block)
 
 
 def milliseconds(run) -> float:
@@ -54,7 +42,7 @@ def main() -> None:
         ideals = {}
         for block in BLOCKS:
             for target in DENSITIES:
-                plan = plan_of(tokens, block, target)
+                plan = random_plan(tokens, block, target)
                 density = float(plan.density())
                 for rest in (Drop(), Pool()):
                     kind = "drop" if isinstance(rest, Drop) else "pool"

@@ -1,10 +1,14 @@
-"""What the benchmarks share: where results go."""
+"""What the benchmarks share: where results go, and plans of a given density."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from accelplug.kernels.plan import BlockPlan
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -16,3 +20,18 @@ def write_json(name: str, data: Any) -> Path:
     path.write_text(json.dumps(data, indent=1) + "\n")
     print(f"wrote {path.relative_to(RESULTS.parents[1])}")
     return path
+
+
+def random_plan(tokens: int, block: int, density: float, seed: int = 0) -> BlockPlan:
+    """A plan in which every query block reads its own and as many random key blocks as the density asks for."""
+    blocks = -(-tokens // block)
+    lengths = torch.full((blocks,), block, dtype=torch.int32)
+    lengths[-1] = tokens - (blocks - 1) * block
+    return BlockPlan.from_members(random_members(blocks, density, seed), lengths, lengths, block, block)
+
+
+def random_members(blocks: int, density: float, seed: int) -> torch.Tensor:
+    """Block membership of `random_plan`, bool (blocks, blocks)."""
+    order = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(seed)).fill_diagonal_(2.0)
+    picked = order.argsort(-1, descending=True)[:, : max(1, round(density * blocks))]
+    return torch.zeros(blocks, blocks, dtype=torch.bool).scatter_(1, picked, True)

@@ -25,7 +25,7 @@ from accelplug.kernels.orders import Tiles
 from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.base import BlockConfig, BlockSparse, Patch, Scores
 from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, agreement, foreground
-from benchmarks.common import write_json
+from benchmarks.common import random_members, write_json
 
 PROMPT = HELD_OUT_CAPTIONS[1]
 DENSE_STEPS = "0:25%"
@@ -54,11 +54,7 @@ class Random(BlockSparse):
 
     def select(self, tiles: Tiles, scores: Scores | None = None) -> BlockPlan:
         lengths = tiles.lengths(self.config.block)
-        blocks = len(lengths)
-        order = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(self.config.seed))
-        order.fill_diagonal_(2.0)
-        picked = order.argsort(-1, descending=True)[:, : max(1, round(self.config.density * blocks))]
-        members = torch.zeros(blocks, blocks, dtype=torch.bool).scatter_(1, picked, True)
+        members = random_members(len(lengths), self.config.density, self.config.seed)
         return BlockPlan.from_members(members, lengths, lengths, self.config.block, self.config.block)
 
 

@@ -25,9 +25,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from accelplug.comparison.environment import environment
 from accelplug.kernels.attention import available_backends, block_attention
-from accelplug.kernels.plan import BlockPlan
 from accelplug.kernels.rest import Drop, Pool
-from benchmarks.common import write_json
+from benchmarks.common import random_plan, write_json
 
 
 @dataclass(frozen=True)
@@ -51,23 +50,12 @@ SMOKE = (Shape("smoke", 2, 300, 32),)
 BLOCK = 128
 
 
-def plan_of(tokens: int, block: int, density: float, device: torch.device) -> BlockPlan:
-    """A random plan in which every query block reads equally many key blocks, its own among them."""
-    blocks = -(-tokens // block)
-    lengths = torch.full((blocks,), block, dtype=torch.int32)
-    lengths[-1] = tokens - (blocks - 1) * block
-    order = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(0)).fill_diagonal_(2.0)
-    picked = order.argsort(-1, descending=True)[:, : max(1, round(density * blocks))]
-    members = torch.zeros(blocks, blocks, dtype=torch.bool).scatter_(1, picked, True)
-    return BlockPlan.from_members(members, lengths, lengths, block, block).to(device)
-
-
 def check(device: torch.device, dtype: torch.dtype, backend: str) -> float:
     """Return the largest error against the reference over ragged, grouped, pooled cases; raise where it is too large."""
     worst = 0.0
     for dim in (64, 80, 128):
         q, k, v = (torch.randn(2, heads, 1000, dim, device=device, dtype=dtype) for heads in (4, 2, 2))
-        plan = plan_of(1000, BLOCK, 0.4, device)
+        plan = random_plan(1000, BLOCK, 0.4).to(device)
         for rest in (Drop(), Pool()):
             expected = block_attention(q, k, v, plan, rest=rest, backend="reference").float()
             error = (block_attention(q, k, v, plan, rest=rest, backend=backend).float() - expected).abs().max()
@@ -141,7 +129,7 @@ def main() -> None:
             )
         tuned = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
         for target in DENSITIES:
-            plan = plan_of(shape.tokens, BLOCK, target, device)
+            plan = random_plan(shape.tokens, BLOCK, target).to(device)
             density = float(plan.density())
             mask = plan.block_mask()
             runs: dict[tuple[str, str], Callable[[], Any]] = {

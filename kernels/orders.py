@@ -141,4 +141,3 @@ def _tile_runs(
 
 
 _CURVES = {"raster": raster, "morton": morton}
-ORDERS = (*_CURVES, "tile")

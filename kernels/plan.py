@@ -103,20 +103,6 @@ class BlockPlan:
         """Length of the padded key sequence, N * block_k."""
         return len(self.k_len) * self.block_k
 
-    def tensors(self) -> dict[str, Tensor | None]:
-        """Return the plan's tensors by field name (`box` as three), for custom ops that take tensors only."""
-        box = self.box
-        return {
-            "index": self.index,
-            "count": self.count,
-            "bits": self.bits,
-            "q_len": self.q_len,
-            "k_len": self.k_len,
-            "lo": box.lo if box else None,
-            "hi": box.hi if box else None,
-            "coord": box.coord if box else None,
-        }
-
     def to(self, device: torch.device | str) -> BlockPlan:
         """Return the plan with its tensors on `device`."""
         box = self.box and Box(self.box.lo.to(device), self.box.hi.to(device), self.box.coord.to(device))

@@ -66,6 +66,15 @@ def test_many_layers_share_a_graph(name):
     assert counter.frame_count <= 2 * stock
 
 
+def test_a_unet_compiled_whole_is_dense_and_counted():
+    """The grids of its levels come from hooks that a whole graph does not run."""
+    model, inputs = tiny_models.build("unet_sd15")
+    dense = run(model, inputs)
+    with accelplug.apply(model, ROWS[1].recipe(ROWS[1].working), gate="off") as plug:
+        torch.testing.assert_close(run(torch.compile(model, backend="eager"), inputs), dense, rtol=1e-4, atol=1e-5)
+        assert plug.report().fallbacks
+
+
 @pytest.mark.parametrize("patched_first", [True, False])
 @pytest.mark.parametrize("name", ["sd3", "cogvideox"])
 def test_stock_and_patched_compiled_in_one_process(name, patched_first):

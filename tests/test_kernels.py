@@ -195,9 +195,8 @@ def test_one_opaque_node_under_compile():
 
 def test_op_is_well_formed():
     q, k, v, plan = make(SHAPES["B1-H2-S100-d16"])
-    fields = plan.tensors()
     arguments = (
-        *(q, k, v, plan.q_len, plan.k_len, fields["index"], fields["count"], fields["bits"]),
+        *(q, k, v, plan.q_len, plan.k_len, plan.index, plan.count, plan.bits),
         *(None,) * 8,
         *(True, 16, 16, 0, 0.25, "blocked", True),
     )

@@ -221,6 +221,36 @@ def test_a_mask_that_is_more_than_key_padding_is_dense_and_counted(dtype):
         assert all("more than key padding" in reason for reason in plug.report().fallbacks)
 
 
+def test_a_rule_that_names_attention_without_a_grid_is_counted():
+    """Motion modules attend over the frames of one place."""
+    model, inputs = tiny_models.build("animatediff")
+    dense = run(model, inputs)
+    with accelplug.apply(model, ROWS[1].recipe(ROWS[1].working, kind="temporal"), gate="off") as plug:
+        assert torch.equal(run(model, inputs), dense)
+        assert plug.report().fallbacks
+        assert all("layout is not understood" in reason for reason in plug.report().fallbacks)
+
+
+def test_attention_that_never_comes_by_is_counted_and_an_error_under_strict():
+    model, inputs = tiny_models.build("wan")
+    recipe = ROWS[0].recipe(ROWS[0].working)
+    for strict in (False, True):
+        skipped = model.blocks[1].attn1
+        skipped.forward = lambda hidden_states, *args, **kwargs: hidden_states
+        plug = accelplug.apply(model, recipe, gate="off", strict=strict)
+        run(model, inputs)
+        assert plug.report().unrouted == ["blocks.1.attn1"]
+        if strict:
+            with pytest.raises(FallbackError, match="never came by"):
+                run(model, inputs)
+        else:
+            run(model, inputs)
+            run(model, inputs)
+            assert plug.report().fallbacks == {"blocks.1.attn1: its attention never came by in the first forward": 1}
+        plug.remove()
+        del skipped.forward
+
+
 def test_unknown_denoiser_is_refused():
     with pytest.raises(UnsupportedError, match="Linear"):
         accelplug.apply(nn.Linear(2, 2), DENSE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -141,7 +140,6 @@ class Study:
     rows: dict[str, Row] = field(default_factory=dict)
     dense_runs: dict[tuple[int, int], Run] = field(default_factory=dict)
     clips: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict)
-    dense_denoise_ms: float = math.nan
 
     def trace(self, variant: Variant) -> None:
         """Run once, observing every attention call; this is also the warm-up."""

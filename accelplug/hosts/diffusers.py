@@ -88,6 +88,7 @@ class SiteRecord:
         """Answer one attention call; all tensors (B, H, S, D)."""
         if not torch.compiler.is_compiling():
             return self.host.attend(self, q, k, v, mask, scale, dense, blocked)
+        self.routed = True
         patch = self.patch
         if patch is None:
             return dense()
@@ -150,6 +151,7 @@ class DenoiserHost:
         self.regions = self._regions()
         self._handles: list[Any] = []
         self._ear: Ear | None = None
+        self._forwards = 0
 
     # ------------------------------------------------------------------------------------------------- in and out
 
@@ -179,11 +181,11 @@ class DenoiserHost:
             for path, module in self.denoiser.named_modules()
             if type(module).__name__ in self.family.level
         }
+        regions[""] = Region("", self.denoiser)  # what lies outside all levels (motion modules) has no grid
         for record in self.records:
             if record.site:
-                owner = next((path for path in regions if record.site.module.startswith(path + ".")), None)
-                if owner is not None:
-                    regions[owner].records.append(record)
+                owner = next((path for path in regions if record.site.module.startswith(path + ".")), "")
+                regions[owner].records.append(record)
         return [region for region in regions.values() if region.records]
 
     def install(self) -> None:
@@ -192,7 +194,7 @@ class DenoiserHost:
             record.original = rebind.rebind(record.module, record)
         self._handles.append(self.denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         if self.family.level:
-            for region in self.regions:
+            for region in (region for region in self.regions if region.path):
                 hook = _RegionHook(self, region)
                 self._handles.append(region.module.register_forward_pre_hook(hook, with_kwargs=True))
         self._ear = Ear(self.denoiser, self._hear, self.reset)
@@ -238,8 +240,14 @@ class DenoiserHost:
         inputs = self.signature.bind_partial(module, *args, **kwargs).arguments
         self.now = self.clock.now(inputs.get("timestep", inputs.get("t")))
         self._check_processors()
-        if not self.family.level:
-            self.enter(self.regions[0], inputs)
+        self._check_routes()
+        self.enter_root(inputs)
+
+    def enter_root(self, inputs: Mapping[str, Any]) -> None:
+        """Settle what does not wait for the input of a level."""
+        for region in self.regions:
+            if not region.path:
+                self.enter(region, inputs)
 
     def enter(self, region: Region, inputs: Mapping[str, Any]) -> None:
         """Take the geometry of a region from its inputs, and settle what runs there."""
@@ -247,6 +255,10 @@ class DenoiserHost:
         latents = next((x for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point()), None)
         if latents is not None:
             region.device, region.dtype, region.batch = latents.device, latents.dtype, len(latents)
+        self.settle_and_count(region)
+
+    def settle_and_count(self, region: Region) -> None:
+        """Settle what runs in a region, and count what a rule names and cannot have."""
         self._settle(region)
         for record in region.records:
             if record.reason is not None and record.site is not None:
@@ -269,6 +281,13 @@ class DenoiserHost:
                 self.ledger.fell_back(
                     record.site.module, f"its processor was replaced by {now} since apply(); remove and apply again"
                 )
+
+    def _check_routes(self) -> None:
+        """After the first forward: attention that a rule names and that never came by is a fallback like any other."""
+        if self._forwards == 1:
+            for module in self.unrouted():
+                self.ledger.fell_back(module, "its attention never came by in the first forward")
+        self._forwards += 1
 
     def _settle(self, region: Region) -> None:
         key = (region.geometry, self.now, region.device)
@@ -440,9 +459,11 @@ class _RegionHook:
 def _settle_at_trace(ctx: Any) -> None:
     """Settle a denoiser while Dynamo traces its pre-hook: the shapes are known, the tensors are fake."""
     host, args, kwargs = (compat.traced_value(ctx, name) for name in ("self", "args", "kwargs"))
-    if not host.family.level:
-        host.now = host.clock.now()
-        host.enter(host.regions[0], host.signature.bind_partial(host.denoiser, *args, **kwargs).arguments)
+    host.now = host.clock.now()
+    host.enter_root(host.signature.bind_partial(host.denoiser, *args, **kwargs).arguments)
+    for region in host.regions:
+        if region.path:  # the input of a level is not known yet: its last eager forward has to do
+            host.settle_and_count(region)
 
 
 def key_validity(mask: Any, length: int, outer: bool) -> tuple[Tensor | None, bool]:

@@ -67,11 +67,6 @@ def rebind(attention: Any, record: Record) -> Any:
     return original
 
 
-def processor_class(processor: object) -> type:
-    """Return the stock class of a processor, re-bound or not."""
-    return getattr(type(processor), "stock", type(processor))
-
-
 def is_rebound(attention: Any, record: Record) -> bool:
     """Whether `attention` still runs the re-bound processor that `rebind` put there for `record`."""
     return attention.__dict__.get(RECORD) is record and hasattr(type(attention.processor), "stock")
