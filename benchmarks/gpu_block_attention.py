@@ -41,9 +41,9 @@ class Shape:
 
 SHAPES = (
     Shape("Wan2.1-14B 720p 81f", 40, 75_600, 128),
+    Shape("CogVideoX1.5-5B 768p 81f", 48, 45_106, 64),
     Shape("HunyuanVideo 720p 129f", 24, 119_056, 128),
     Shape("FLUX 4096 x 4096", 24, 66_048, 128),
-    Shape("CogVideoX1.5-5B 768p 81f", 48, 45_106, 64),
 )
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 SMOKE = (Shape("smoke", 2, 300, 32),)
@@ -114,7 +114,8 @@ def main() -> None:
         raise SystemExit("There is no GPU here; try --smoke.")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     backends = [name for name in ("triton", "flex", "blocked") if available_backends(device)[name] is None]
-    errors = {name: check(device, dtype, name) for name in backends}
+    ours = backends[0]
+    errors = {ours: check(device, dtype, ours)}
     print("largest error against the reference:", errors)
 
     rows = []
@@ -133,9 +134,7 @@ def main() -> None:
             density = float(plan.density())
             mask = plan.block_mask()
             runs: dict[tuple[str, str], Callable[[], Any]] = {
-                (name, kind): partial(block_attention, q, k, v, plan, rest=rest, backend=name)
-                for name in backends
-                if name != "blocked"
+                (ours, kind): partial(block_attention, q, k, v, plan, rest=rest, backend=ours)
                 for kind, rest in (("drop", Drop()), ("pool", Pool()))
             }
             if device.type == "cuda":
@@ -158,8 +157,8 @@ def main() -> None:
                 print(
                     f"{shape.name:26s} {name:18s} {kind} {density:.2f}: {ms['p50']:8.2f} ms, {rows[-1]['tflops']:6.1f} TFLOP/s"
                 )
-    if not options.smoke:
-        write_json("gpu_block_attention", {**environment(), "block": BLOCK, "errors": errors, "rows": rows})
+        if not options.smoke:  # after each shape, so that a run cut short leaves what it has
+            write_json("gpu_block_attention", {**environment(), "block": BLOCK, "errors": errors, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ def block_attention(
         plan.k_len,
         lists.index if lists else None,
         lists.count if lists else None,
+        lists.whole if lists else None,
         lists.bits if lists else None,
         box.lo if box else None,
         box.hi if box else None,
@@ -103,6 +104,7 @@ def _op(
     k_len: Tensor,
     index: Tensor | None,
     count: Tensor | None,
+    whole: Tensor | None,
     bits: Tensor | None,
     lo: Tensor | None,
     hi: Tensor | None,
@@ -122,7 +124,7 @@ def _op(
 ) -> tuple[Tensor, Tensor]:
     """One opaque node in compiled graphs, whatever the backend."""
     plan: BlockPlan | Threshold
-    if index is None or count is None or bits is None:
+    if index is None or count is None or whole is None or bits is None:
         if theta is None or sink is None or dense_rows is None:
             raise ShapeError(
                 "block_attention needs either the lists of a BlockPlan or the tensors of a Threshold, got neither."
@@ -130,7 +132,7 @@ def _op(
         plan = Threshold(theta, band, sink, dense_rows, q_len, k_len, block_q, block_k)
     else:
         box = None if lo is None or hi is None or coord is None else Box(lo, hi, coord)
-        plan = BlockPlan(index, count, bits, q_len, k_len, block_q, block_k, box)
+        plan = BlockPlan(index, count, whole, bits, q_len, k_len, block_q, block_k, box)
     rest: Rest = Pool(weight) if pooled else Drop()
     out, lse = _run(backend, q, k, v, plan, rest, scale, key_mask, return_lse)
     return out, out.new_empty(0, dtype=torch.float32) if lse is None else lse

@@ -47,8 +47,9 @@ class BlockPlan:
 
     Attributes
     ----------
-    index : int32 (B|1, H|1, M, K), selected key blocks, ascending, padded with 0 behind `count`; K is a power of two or N.
-    count : int32 (B|1, H|1, M), how many entries of `index` hold.
+    index : int32 (B|1, H|1, M, K), selected key blocks: those that tokens fill first, each part ascending, padded with 0
+        behind `count`; K is a power of two or N.
+    count, whole : int32 (B|1, H|1, M), how many entries of `index` hold, and how many of those are filled blocks.
     bits : int32 (B|1, H|1, M, ceil(N / 32)), packed membership: bit ``j % 32`` of word ``j // 32`` is key block j.
     q_len, k_len : int32 (M,) and (N,), tokens that each block holds, at its front.
     block_q, block_k : slots per query and key block.
@@ -57,6 +58,7 @@ class BlockPlan:
 
     index: Tensor
     count: Tensor
+    whole: Tensor
     bits: Tensor
     q_len: Tensor
     k_len: Tensor
@@ -87,11 +89,13 @@ class BlockPlan:
     def _pack(cls, members, q_len, k_len, block_q, block_k, box) -> BlockPlan:
         blocks = members.shape[-1]
         count = members.sum(-1, dtype=torch.int32)
+        filled = k_len == block_k
+        whole = (members & filled).sum(-1, dtype=torch.int32)
         width = min(blocks, 1 << (max(int(count.max()), 1) - 1).bit_length())
-        order = torch.arange(blocks, device=members.device, dtype=torch.int32).expand_as(members)
-        index = torch.where(members, order, blocks).sort(-1).values[..., :width]
-        index = index.masked_fill(index == blocks, 0).contiguous()
-        return cls(index, count, pack_bits(members), q_len, k_len, block_q, block_k, box)
+        order = torch.arange(blocks, device=members.device, dtype=torch.int32)
+        rank = torch.where(members, order + torch.where(filled, 0, blocks), 2 * blocks).sort(-1).values[..., :width]
+        index = torch.where(rank < 2 * blocks, rank % blocks, 0).int().contiguous()
+        return cls(index, count, whole, pack_bits(members), q_len, k_len, block_q, block_k, box)
 
     @property
     def members(self) -> Tensor:
@@ -106,7 +110,7 @@ class BlockPlan:
     def to(self, device: torch.device | str) -> BlockPlan:
         """Return the plan with its tensors on `device`."""
         box = self.box and Box(self.box.lo.to(device), self.box.hi.to(device), self.box.coord.to(device))
-        names = ("index", "count", "bits", "q_len", "k_len")
+        names = ("index", "count", "whole", "bits", "q_len", "k_len")
         return replace(self, box=box, **{name: getattr(self, name).to(device) for name in names})
 
     def density(self) -> Tensor:
@@ -227,13 +231,21 @@ def pool(x: Tensor, lengths: Tensor, block: int, valid: Tensor | None = None) ->
     number : float32 (B|1, 1, N), tokens averaged.
     """
     blocks = len(lengths)
-    holds = _holds(lengths, block)[None]  # [1, N * block]
-    if valid is not None:
-        holds = holds & torch.nn.functional.pad(valid, (0, blocks * block - valid.shape[-1]))
+    holds = _counted_slots(lengths, block, valid)
     x = torch.nn.functional.pad(x.float(), (0, 0, 0, blocks * block - x.shape[-2]))
     x = x.masked_fill(~holds[:, None, :, None], 0.0).unflatten(-2, (blocks, block))
-    number = holds.unflatten(-1, (blocks, block)).sum(-1)[:, None].float()  # [B|1, 1, N]
+    number = counted(lengths, block, valid)
     return x.sum(-2) / number.clamp(min=1)[..., None], number
+
+
+def counted(lengths: Tensor, block: int, valid: Tensor | None = None) -> Tensor:
+    """How many tokens each block holds, of those that `valid` counts: float32 (B|1, 1, N)."""
+    return _counted_slots(lengths, block, valid).unflatten(-1, (len(lengths), block)).sum(-1)[:, None].float()
+
+
+def _counted_slots(lengths: Tensor, block: int, valid: Tensor | None) -> Tensor:
+    holds = _holds(lengths, block)[None]  # [1, N * block]
+    return holds if valid is None else holds & torch.nn.functional.pad(valid, (0, holds.shape[-1] - valid.shape[-1]))
 
 
 def pack_bits(members: Tensor) -> Tensor:

@@ -13,14 +13,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from accelplug.errors import UnsupportedError
-from accelplug.kernels.plan import BlockPlan, Threshold, pack_bits, pool
+from accelplug.kernels.plan import BlockPlan, Threshold, counted, pack_bits
 from accelplug.kernels.rest import Pool, Rest
 
 MIN_BLOCK = 16  # the least that tl.dot takes on a side
-TILE = 64  # keys per step
-GROUP = 32  # pooled keys per step: one word of `bits`
+GROUP = 64  # pooled keys per step
 
 
 def missing(device: torch.device) -> str | None:
@@ -45,6 +45,8 @@ def attend(
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # the interpreter's dot takes the bits of bf16 for integers
         out, lse = attend(q.float(), k.float(), v.float(), plan, rest, scale, key_mask, return_lse)
         return out.bfloat16(), lse
+    if scale < 0:  # the kernel takes maxima before it scales
+        q, scale = -q, -scale
     batch, heads, rows, dim = q.shape
     dim_v, blocks_k = v.shape[-1], len(plan.k_len)
     threshold, pooled = isinstance(plan, Threshold), isinstance(rest, Pool)
@@ -55,29 +57,33 @@ def attend(
 
     k_pool, v_pool, bias = none, none, none
     if pooled or threshold:
-        (k_mean, number), (v_mean, _) = (pool(x, plan.k_len, plan.block_k, key_mask) for x in (k, v))
-        k_pool, v_pool = k_mean.to(q.dtype), v_mean.to(q.dtype)
+        valid = none if key_mask is None else key_mask.to(torch.uint8).contiguous()
+        k_pool, v_pool = (_pool(x, plan.k_len, plan.block_k, valid) for x in (k, v))
+        number = counted(plan.k_len, plan.block_k, key_mask)  # [B|1, 1, N]
         weight = rest.weight if isinstance(rest, Pool) and rest.weight is not None else torch.ones(heads, device=q.device)
         bias = number.clamp(min=1).log2() * weight[:, None] + torch.where(number > 0, 0.0, -torch.inf)
         bias = bias.expand(batch, heads, blocks_k).contiguous()
     if isinstance(plan, Threshold):
-        index, count, theta = plan.q_len, plan.q_len, plan.theta.expand(batch, heads, -1).contiguous()
+        index = count = whole = plan.q_len  # not read
+        theta = plan.theta.expand(batch, heads, -1).contiguous()
         bits, box = pack_bits(plan.always)[None, None], None
     else:
-        index, count, theta = plan.index, plan.count, none
+        index, count, whole, theta = plan.index, plan.count, plan.whole, none
         bits, box = plan.bits, plan.box
     plan_batch, plan_heads = (0 if bits.shape[0] == 1 else 1), (0 if bits.shape[1] == 1 else 1)
     entries = index.shape[-1] if not threshold else 0
 
     grid = (len(plan.q_len), batch * heads)
+    tile, warps, stages = _tuning(q, plan.block_q, plan.block_k)
     _kernel[grid](
         q,
-        k,
-        v,
+        _tiles_of(k, tile),
+        _tiles_of(v, tile),
         out,
         lse,
         index,
         count,
+        whole,
         bits,
         plan.q_len,
         plan.k_len,
@@ -90,8 +96,6 @@ def attend(
         v_pool,
         bias,
         *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
         heads,
         heads // k.shape[1],
         rows,
@@ -109,16 +113,47 @@ def attend(
         BLOCK_DV=max(16, triton.next_power_of_2(dim_v)),
         BLOCK_M=plan.block_q,
         BLOCK_K=plan.block_k,
-        TILE_K=min(TILE, plan.block_k),
+        TILE_K=tile,
         GROUP_K=GROUP,
         AXES=box.coord.shape[1] if box else 0,
         HAS_MASK=key_mask is not None,
         POOLED=pooled,
         THRESHOLD=threshold,
-        num_warps=8 if plan.block_q >= 128 and dim > 64 else 4,
-        num_stages=3 if dim <= 128 else 2,
+        num_warps=warps,
+        num_stages=stages,
     )
     return out, lse if return_lse else None
+
+
+def _pool(x: Tensor, lengths: Tensor, block: int, valid: Tensor) -> Tensor:
+    """Mean over each block, (B, H, N, D) in x's dtype; `plan.pool` in one pass over x."""
+    batch, heads, slots, dim = x.shape
+    mean = torch.empty(batch, heads, len(lengths), dim, dtype=x.dtype, device=x.device)
+    _pool_kernel[len(lengths), batch * heads](
+        x, mean, lengths, valid, *x.stride()[:3], heads, slots, len(lengths),
+        D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK=block, HAS_MASK=valid.numel() > 0,
+    )  # fmt: skip
+    return mean
+
+
+def _tiles_of(x: Tensor, tile: int) -> TensorDescriptor:
+    """x (B, H, S, D) for loads of `tile` tokens: what lies outside reads as 0, and Hopper copies it while it computes."""
+    unit = 16 // x.element_size()  # rows must start at multiples of 16 bytes
+    if any(stride % unit for stride in x.stride()[:-1]) or x.data_ptr() % 16:
+        x = torch.nn.functional.pad(x, (0, -x.shape[-1] % unit)).contiguous()
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tile, max(16, triton.next_power_of_2(x.shape[-1]))])
+
+
+def _tuning(q: Tensor, block_q: int, block_k: int) -> tuple[int, int, int]:
+    """Keys per step, warps and pipeline stages; the best of a sweep on an H100 at head dimensions 64 and 128."""
+    dim = q.shape[-1]
+    warps = 8 if q.element_size() == 4 or (block_q >= 128 and dim > 64) else 4
+    if q.element_size() == 4:
+        tile = 32 if dim <= 128 else 16
+    else:
+        hopper = q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) >= (9, 0)
+        tile = 128 if hopper and dim <= 128 else 64
+    return min(tile, block_k), warps, 2
 
 
 def _check(q: Tensor, v: Tensor, plan: Any) -> None:
@@ -134,39 +169,56 @@ def _check(q: Tensor, v: Tensor, plan: Any) -> None:
 
 
 @triton.jit
-def _softmax_step(scores, values, top, total, acc):
-    """Add keys with `scores` [M, T] in the log2 domain and `values` [T, DV] to the online softmax."""
-    new_top = tl.maximum(top, tl.max(scores, 1))  # [M]
+def _softmax_step(scores, scale, values, top, total, acc):
+    """Add keys to the online softmax: `scores` [M, T] times `scale` is in the log2 domain, `values` is [T, DV]."""
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)  # [M]
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row without a key yet must not become NaN
-    p = tl.exp2(scores - shift[:, None])  # [M, T]
+    p = tl.exp2(scores * scale - shift[:, None])  # [M, T]
     fade = tl.exp2(top - shift)  # [M]
     total = total * fade + tl.sum(p, 1)
-    acc = acc * fade[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")  # [M, DV]
+    acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")  # [M, DV]
     return new_top, total, acc
 
 
 @triton.jit
-def _block_step(
+def _pool_kernel(
+    x, mean, lengths, valid, stride_b, stride_h, stride_s, heads, slots, blocks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Mean of each block's tokens; one program per (block, head)."""
+    block, b, h = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
+    at, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    counted = (tl.arange(0, BLOCK) < tl.load(lengths + block)) & (at < slots)  # [BLOCK]
+    if HAS_MASK:
+        counted = counted & (tl.load(valid + b.to(tl.int64) * slots + at, mask=counted, other=0) != 0)
+    x += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + at[:, None].to(tl.int64) * stride_s
+    tokens = tl.load(x + d[None, :], mask=counted[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)  # [BLOCK, D]
+    number = tl.maximum(tl.sum(counted.to(tl.float32), 0), 1.0)
+    out = mean + (tl.program_id(1).to(tl.int64) * blocks + block) * D + d
+    tl.store(out, (tl.sum(tokens, 0) / number).to(mean.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _key_step(
     q,
     k,
     v,
+    b,
+    kv_head,
     block,
+    start,
     length,
     rows,
     lo,
     hi,
     coord,
     key_mask,
-    stride_ks,
-    stride_vs,
     slots_k,
     rows_held,
     scale,
     top,
     total,
     acc,
-    D: tl.constexpr,
-    D_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -175,34 +227,25 @@ def _block_step(
     HAS_MASK: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
-    """Read one key block exactly, TILE_K keys a step."""
-    d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
-    for start in tl.static_range(0, BLOCK_K, TILE_K):
-        place = start + tl.arange(0, TILE_K)  # [T]
-        key = block * BLOCK_K + place
-        held = (place < length) & (key < slots_k)
-        k_at = k + key[None, :].to(tl.int64) * stride_ks + d[:, None]  # [D, T]
-        v_at = v + key[:, None].to(tl.int64) * stride_vs + dv[None, :]  # [T, DV]
-        if RAGGED:
-            keys = tl.load(k_at, mask=held[None, :] & (d[:, None] < D), other=0.0)
-            values = tl.load(v_at, mask=held[:, None] & (dv[None, :] < D_V), other=0.0)
-        else:
-            keys = tl.load(k_at, mask=d[:, None] < D, other=0.0)
-            values = tl.load(v_at, mask=dv[None, :] < D_V, other=0.0)
-        scores = tl.dot(q, keys, input_precision="ieee") * scale  # [M, T]
-        if RAGGED:
-            scores = tl.where(held[None, :], scores, float("-inf"))
-        if HAS_MASK:
-            allowed = tl.load(key_mask + key, mask=held, other=0) != 0
-            scores = tl.where(allowed[None, :], scores, float("-inf"))
-        for axis in tl.static_range(AXES):
-            at = tl.load(coord + key * AXES + axis, mask=held, other=0)[None, :]
-            low = tl.load(lo + rows * AXES + axis, mask=rows_held, other=0)[:, None]
-            high = tl.load(hi + rows * AXES + axis, mask=rows_held, other=1)[:, None]
-            scores = tl.where((at >= low) & (at < high), scores, float("-inf"))
-        top, total, acc = _softmax_step(scores, values, top, total, acc)
-    return top, total, acc
+    """Read TILE_K keys of a key block exactly, from its slot `start` on."""
+    tile = tl.arange(0, TILE_K)  # [T]
+    first = block * BLOCK_K + start
+    held = (start + tile < length) & (first + tile < slots_k)
+    keys = k.load([b, kv_head, first, 0]).reshape(TILE_K, BLOCK_D)
+    values = v.load([b, kv_head, first, 0]).reshape(TILE_K, BLOCK_DV)
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee")  # [M, T]
+    if RAGGED:
+        scores = tl.where(held[None, :], scores, float("-inf"))
+        values = tl.where(held[:, None], values, 0.0)  # nobody may have written to a slot without a token
+    if HAS_MASK:
+        allowed = tl.load(key_mask + first + tile, mask=held, other=0) != 0
+        scores = tl.where(allowed[None, :], scores, float("-inf"))
+    for axis in tl.static_range(AXES):
+        at = tl.load(coord + (first + tile) * AXES + axis, mask=held, other=0)[None, :]
+        low = tl.load(lo + rows * AXES + axis, mask=rows_held, other=0)[:, None]
+        high = tl.load(hi + rows * AXES + axis, mask=rows_held, other=1)[:, None]
+        scores = tl.where((at >= low) & (at < high), scores, float("-inf"))
+    return _softmax_step(scores, scale, values, top, total, acc)
 
 
 @triton.jit
@@ -214,6 +257,7 @@ def _kernel(
     lse,
     index,
     count,
+    whole,
     bits,
     q_len,
     k_len,
@@ -228,12 +272,6 @@ def _kernel(
     stride_qb,
     stride_qh,
     stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
     heads,
     ratio,
     slots_q,
@@ -264,8 +302,6 @@ def _kernel(
     kv_head = h // ratio
     b64, h64, kv64 = b.to(tl.int64), h.to(tl.int64), kv_head.to(tl.int64)
     q += b64 * stride_qb + h64 * stride_qh
-    k += b64 * stride_kb + kv64 * stride_kh
-    v += b64 * stride_vb + kv64 * stride_vh
     key_mask += b64 * slots_k
     row_of_plan = (b64 * plan_batch + h64 * plan_head) * blocks_q + m
     row_of_bits = m.to(tl.int64) if THRESHOLD else row_of_plan  # what is always read is the same for all heads
@@ -285,20 +321,25 @@ def _kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
+    STEPS: tl.constexpr = BLOCK_K // TILE_K
     if not THRESHOLD:
-        for entry in range(0, tl.load(count + row_of_plan)):
-            block = tl.load(index + row_of_plan * entries + entry)
-            length = tl.load(k_len + block)
-            if length == BLOCK_K:
-                top, total, acc = _block_step(
-                    queries, k, v, block, length, rows, lo, hi, coord, key_mask, stride_ks, stride_vs, slots_k, rows_held,
-                    scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_K, TILE_K, AXES, HAS_MASK, False,
-                )  # fmt: skip
-            else:
-                top, total, acc = _block_step(
-                    queries, k, v, block, length, rows, lo, hi, coord, key_mask, stride_ks, stride_vs, slots_k, rows_held,
-                    scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_K, TILE_K, AXES, HAS_MASK, True,
-                )  # fmt: skip
+        entries_of_row = index + row_of_plan * entries
+        filled = tl.load(whole + row_of_plan)  # how many blocks at the front of the list have a token in every slot
+        # No branch in this loop: loads of the next steps start while this one multiplies.
+        for step in range(0, filled * STEPS):
+            block = tl.load(entries_of_row + step // STEPS)
+            top, total, acc = _key_step(
+                queries, k, v, b, kv_head, block, step % STEPS * TILE_K, BLOCK_K, rows, lo, hi, coord, key_mask,
+                slots_k, rows_held, scale, top, total, acc, BLOCK_D, BLOCK_DV, BLOCK_K, TILE_K, AXES, HAS_MASK,
+                False,
+            )  # fmt: skip
+        for step in range(filled * STEPS, tl.load(count + row_of_plan) * STEPS):
+            block = tl.load(entries_of_row + step // STEPS)
+            top, total, acc = _key_step(
+                queries, k, v, b, kv_head, block, step % STEPS * TILE_K, tl.load(k_len + block), rows, lo, hi, coord,
+                key_mask, slots_k, rows_held, scale, top, total, acc, BLOCK_D, BLOCK_DV, BLOCK_K, TILE_K, AXES,
+                HAS_MASK, True,
+            )  # fmt: skip
 
     if POOLED or THRESHOLD:
         rows_used = tl.load(q_len + m)
@@ -310,7 +351,7 @@ def _kernel(
                 k_pool + blocks[None, :] * D + d[:, None], mask=there[None, :] & (d[:, None] < D), other=0.0
             )  # [D, G]
             scores = tl.dot(queries, pooled_keys, input_precision="ieee") * scale  # [M, G]
-            word = tl.load(bits + row_of_bits * words + group // 32)
+            word = tl.load(bits + row_of_bits * words + blocks // 32, mask=there, other=0)  # [G]
             exact = ((word >> (blocks % 32)) & 1) != 0  # [G]
             if THRESHOLD:
                 mean = tl.sum(tl.where(counted[:, None], scores, 0.0), 0) / tl.maximum(rows_used, 1)  # [G]
@@ -321,17 +362,19 @@ def _kernel(
                 pooled_values = tl.load(
                     v_pool + blocks[:, None] * D_V + dv[None, :], mask=there[:, None] & (dv[None, :] < D_V), other=0.0
                 )  # [G, DV]
-                top, total, acc = _softmax_step(pooled_scores, pooled_values, top, total, acc)
+                top, total, acc = _softmax_step(pooled_scores, 1.0, pooled_values, top, total, acc)
             if THRESHOLD:
                 for place in range(0, GROUP_K):
                     block = group + place
                     read = tl.sum(tl.where(tl.arange(0, GROUP_K) == place, (exact & there).to(tl.int32), 0), 0)
                     if read != 0:
                         length = tl.load(k_len + block)
-                        top, total, acc = _block_step(
-                            queries, k, v, block, length, rows, lo, hi, coord, key_mask, stride_ks, stride_vs, slots_k,
-                            rows_held, scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_K, TILE_K, AXES, HAS_MASK, True,
-                        )  # fmt: skip
+                        for start in tl.static_range(0, BLOCK_K, TILE_K):
+                            top, total, acc = _key_step(
+                                queries, k, v, b, kv_head, block, start, length, rows, lo, hi, coord, key_mask,
+                                slots_k, rows_held, scale, top, total, acc, BLOCK_D, BLOCK_DV, BLOCK_K, TILE_K, AXES,
+                                HAS_MASK, True,
+                            )  # fmt: skip
 
     out_at = out + ((b64 * heads + h64) * slots_q + rows[:, None]) * D_V + dv[None, :]
     result = acc / tl.where(total > 0, total, 1.0)[:, None]

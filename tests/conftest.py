@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on the CPU
+# Where test_kernels.py runs: ACCELPLUG_TEST_DEVICE=cuda runs it on a GPU, with the kernels compiled.
+DEVICE = os.environ.get("ACCELPLUG_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on the CPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(2)
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from accelplug.kernels import flex
 from accelplug.kernels.attention import block_attention, choices, forget_choices, measure_choice
 from accelplug.kernels.plan import BlockPlan, Box, Threshold, pool
 from accelplug.kernels.rest import Drop, Pool
+from tests.conftest import DEVICE
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -31,13 +32,15 @@ RESTS = {
     "pool": lambda heads: Pool(),
     "weighted": lambda heads: Pool(torch.linspace(0.1, 1, heads)),
 }
+FLEX_BLOCK = 32 if DEVICE == "cpu" else 64  # FlexAttention takes no smaller blocks on a GPU
+on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="about what a CPU chooses or lacks")
 # Largest error allowed, relative to the largest output, by dtype: rounding of inputs and of probabilities.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def make(shape, *, per_head=False, dtype=torch.float32, density=0.4, box=False, seed=0):
     batch, heads, kv_heads, tokens, dim, dim_v, block_q, block_k = shape
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     q, k, v = (
         torch.randn(batch, n, tokens, d, generator=g).to(dtype)
         for n, d in ((heads, dim), (kv_heads, dim), (kv_heads, dim_v))
@@ -83,7 +86,7 @@ def test_backend_equals_reference(backend, shape, rest, mask):
 @pytest.mark.parametrize("rest", ["drop", "pool"])
 @pytest.mark.parametrize("case", ["plain", "heads", "gqa", "box", "padded", "bf16"])
 def test_flex_equals_reference(case, rest):
-    shape = (2, 4, 2 if case == "gqa" else 4, 200, 32, 32, 32, 32)
+    shape = (2, 4, 2 if case == "gqa" else 4, 200, 32, 32, FLEX_BLOCK, FLEX_BLOCK)
     dtype = torch.bfloat16 if case == "bf16" else torch.float32
     q, k, v, plan = make(shape, per_head=case == "heads", box=case == "box", dtype=dtype)
     key_mask = torch.rand(2, 200) < 0.7 if case == "padded" else None
@@ -122,7 +125,8 @@ def test_box(backend, rest):
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton", "flex"])
 @pytest.mark.parametrize("tokens", [64, 65, 63, 79])
 def test_density_one_is_dense_within_twice_its_own_error(backend, tokens):
-    q, k, v, plan = make((2, 2, 2, tokens, 32, 32, 16, 16), density=2.0)
+    block = FLEX_BLOCK if backend == "flex" else 16
+    q, k, v, plan = make((2, 2, 2, tokens, 32, 32, block, block), density=2.0)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     own = (F.scaled_dot_product_attention(q, k, v) - exact).abs().max()
     for rest in (Drop(), Pool()):
@@ -143,9 +147,10 @@ def test_halves_merge_by_lse(backend):
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton", "flex"])
 def test_pool_is_exact_where_a_blocks_keys_are_equal(backend):
-    q, k, v, plan = make((1, 2, 2, 100, 16, 16, 16, 16))
-    block = torch.arange(100) // 16
-    k, v = k[..., block * 16, :], v[..., block, :]  # values may differ between blocks only, too
+    size = FLEX_BLOCK if backend == "flex" else 16
+    q, k, v, plan = make((1, 2, 2, 100, 16, 16, size, size))
+    block = torch.arange(100) // size
+    k, v = k[..., block * size, :], v[..., block, :]  # values may differ between blocks only, too
     close(block_attention(q, k, v, plan, rest=Pool(), backend=backend), F.scaled_dot_product_attention(q, k, v))
 
 
@@ -196,7 +201,7 @@ def test_one_opaque_node_under_compile():
 def test_op_is_well_formed():
     q, k, v, plan = make(SHAPES["B1-H2-S100-d16"])
     arguments = (
-        *(q, k, v, plan.q_len, plan.k_len, plan.index, plan.count, plan.bits),
+        *(q, k, v, plan.q_len, plan.k_len, plan.index, plan.count, plan.whole, plan.bits),
         *(None,) * 8,
         *(True, 16, 16, 0, 0.25, "blocked", True),
     )
@@ -209,10 +214,11 @@ def test_many_flex_shapes_in_one_process():
     """More shapes than Dynamo would recompile one function for."""
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
         for tokens in (33, 65, 97, 129):
-            q, k, v, plan = make((1, 1, 1, tokens, 16, 16, 32, 32))
+            q, k, v, plan = make((1, 1, 1, tokens, 16, 16, FLEX_BLOCK, FLEX_BLOCK))
             close(block_attention(q, k, v, plan, backend="flex"), block_attention(q, k, v, plan, backend="reference"))
 
 
+@on_cpu
 def test_choice_is_measured_kept_and_used():
     forget_choices()
     q, k, v, plan = make(SHAPES["B1-H2-S100-d16"])
@@ -224,6 +230,7 @@ def test_choice_is_measured_kept_and_used():
     assert choices() == []
 
 
+@on_cpu
 def test_without_a_compiler_flex_is_refused_and_auto_goes_on(monkeypatch):
     monkeypatch.setattr(flex, "_compiler_missing", lambda: True)
     q, k, v, plan = make((1, 1, 1, 8192, 16, 16, 128, 128), density=0.05)
@@ -250,5 +257,9 @@ def test_wrong_arguments_say_what_is_wrong():
     wide = make((1, 1, 1, 40, 320, 320, 16, 16))
     with pytest.raises(UnsupportedError, match="up to 256"):
         block_attention(*wide, backend="triton")
+
+
+@on_cpu
+def test_flex_gives_no_lse_on_a_cpu():
     with pytest.raises(UnsupportedError, match="log-sum-exp"):
         block_attention(*make((1, 1, 1, 64, 16, 16, 32, 32)), backend="flex", return_lse=True)

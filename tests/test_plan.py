@@ -25,16 +25,19 @@ def test_bits_round_trip(number):
     assert torch.equal(unpack_bits(pack_bits(members), number), members)
 
 
-def test_lists_are_ascending_and_complete():
+def test_lists_are_complete_and_filled_blocks_stand_in_front():
     members = torch.rand(2, 3, 7, 9) < 0.4
     members[..., 4] = True
-    plan = plan_of(members, 7 * 8 - 3, 9 * 8 - 1, 8)
+    k_len = torch.tensor([8, 3, 8, 8, 8, 1, 8, 7, 8], dtype=torch.int32)
+    plan = BlockPlan.from_members(members, torch.full((7,), 8, dtype=torch.int32), k_len, 8, 8)
     assert torch.equal(plan.members, members)
     width = plan.index.shape[-1]
     assert width == min(9, 1 << (int(members.sum(-1).max()) - 1).bit_length())
     for b, h, m in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(7)).tolist():
         listed = plan.index[b, h, m, : plan.count[b, h, m]].tolist()
-        assert listed == members[b, h, m].nonzero()[:, 0].tolist()
+        assert sorted(listed) == members[b, h, m].nonzero()[:, 0].tolist()
+        assert listed == sorted(listed, key=lambda block: (k_len[block] < 8, block))
+        assert plan.whole[b, h, m] == sum(int(k_len[block]) == 8 for block in listed)
 
 
 def test_density_counts_tokens_not_blocks():

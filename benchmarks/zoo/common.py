@@ -22,21 +22,21 @@ def save(state: dict, name: str) -> None:
 def load(name: str) -> dict | None:
     """The checkpoint of that name, if there is one."""
     file = RUNS / name
-    return torch.load(file, weights_only=True) if file.exists() else None
+    return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
 
 
 def sample_clips(
     rng: np.random.Generator, batch: int, frames: int, height: int, width: int, size: tuple[float, float]
 ) -> tuple[torch.Tensor, list[str]]:
-    """Random training clips, float in -1..1 of shape (batch, 3, frames, height, width), and their captions."""
+    """Random training clips, uint8 of shape (batch, frames, height, width, 3), and their captions."""
     scenes = [sample_scene(rng, size=size) for _ in range(batch)]
     clips = np.stack([render(scene, frames, height, width) for scene in scenes])
-    return to_model(clips), [scene.caption for scene in scenes]
+    return torch.from_numpy(clips), [scene.caption for scene in scenes]
 
 
-def to_model(clips: np.ndarray) -> torch.Tensor:
+def to_model(clips: torch.Tensor) -> torch.Tensor:
     """uint8 (batch, frames, height, width, 3) to float in -1..1, (batch, 3, frames, height, width)."""
-    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    return clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def to_uint8(clips: torch.Tensor) -> np.ndarray:

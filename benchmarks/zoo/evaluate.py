@@ -7,17 +7,15 @@ import argparse
 import hashlib
 import itertools
 import json
-import platform
-from datetime import date
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import WanPipeline
 from PIL import Image
 
 from accelplug import zoo
+from accelplug.comparison.environment import environment
 from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, SHAPES, caption, detect, parse, sample_caption
 
 RESULT = Path(__file__).parents[1] / "results" / "zoo_detector.json"
@@ -46,6 +44,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--steps", type=int, help="denoising steps, where not the grid's own")
     parser.add_argument("--guidance", type=float, help="guidance scale, where not the grid's own")
+    parser.add_argument("--shift", type=float, help="shift of the noise levels, where not the scheduler's own")
     parser.add_argument("--seed", type=int, default=0, help="of the first clip; each one has its own")
     parser.add_argument("--checkpoint", action="store_true", help="use the training's last checkpoint, not the bundle")
     parser.add_argument("--output", type=Path, default=RESULT)
@@ -59,6 +58,10 @@ def main() -> None:
     else:
         pipeline = WanPipeline.from_pretrained(zoo.path(), torch_dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    pipeline.to(device)
+    if options.shift is not None:
+        pipeline.scheduler.set_shift(options.shift)
     settings = dict(zoo.DEMO if options.grid == "demo" else zoo.SMALL)
     if options.steps is not None:
         settings["num_inference_steps"] = options.steps
@@ -80,7 +83,7 @@ def main() -> None:
         filmstrip(clips, options.picture)
 
     weights = {name: tensor.contiguous() for name, tensor in sorted(pipeline.transformer.state_dict().items())}
-    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in weights.values())).hexdigest()
+    digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in weights.values())).hexdigest()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(
         json.dumps(
@@ -92,9 +95,8 @@ def main() -> None:
                 **settings,
                 "seed_of_first_clip": options.seed,
                 "sha256_of_transformer_weights": digest,
-                "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-                "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-                "date": date.today().isoformat(),
+                "shift": pipeline.scheduler.shift,
+                **environment(),
                 "clips": rows,
             },
             indent=2,

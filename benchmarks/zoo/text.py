@@ -54,6 +54,7 @@ def make_encoder() -> UMT5EncoderModel:
 def embed(encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> torch.Tensor:
     """Embeddings as the pipeline makes them, with a single padding token: (batch, TOKENS + 1, 64), zeros as padding."""
     inputs = tokenizer(captions, padding="max_length", max_length=TOKENS + 1, return_tensors="pt")
+    inputs = inputs.to(encoder.device)
     hidden = encoder(inputs.input_ids, inputs.attention_mask).last_hidden_state
     return hidden * inputs.attention_mask[..., None]
 

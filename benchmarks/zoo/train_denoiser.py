@@ -1,21 +1,25 @@
-"""Train the denoiser: ``python -m benchmarks.zoo.train_denoiser --minutes 60``, after the autoencoder.
+"""Train the denoiser: ``python -m benchmarks.zoo.train_denoiser --minutes 15 --batches 4``, after the autoencoder.
 
 Flow matching: a latent clip and noise are blended, ``(1 - sigma) * clip + sigma * noise``, and the transformer predicts
-``noise - clip``. Most of the time goes into small grids, where a step costs little; a part goes into grids half way, and
-the last steps into the grid of the demo. A killed run goes on from its last checkpoint.
+``noise - clip``. The first third of the time goes into small grids, where a step costs little, a part into grids half
+way, and the rest into the grid of the demo. A killed run goes on from its last checkpoint. It takes a GPU where there is
+one; two CPU cores need hours for what a GPU does in minutes.
 """
 
 import argparse
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from benchmarks.zoo.common import Clock, load, sample_clips, save
+from benchmarks.zoo.common import Clock, load, sample_clips, save, to_model
 from benchmarks.zoo.text import TOKENS, embed, make_tokenizer, trained_encoder
 from benchmarks.zoo.train_vae import LATENTS, trained
 
@@ -62,12 +66,24 @@ SMALL = (
     Grid(10, 9, 80, 96, (0.28, 0.4)),
 )
 MIDDLE = (Grid(6, 13, 96, 112, (0.26, 0.36)), Grid(3, 17, 112, 144, (0.25, 0.33)), Grid(16, 9, 64, 80, (0.34, 0.4)))
-DEMO = (Grid(1, 33, 128, 192, (0.24, 0.32)), Grid(3, 17, 112, 144, (0.25, 0.33)), Grid(16, 9, 64, 80, (0.34, 0.4)))
+DEMO = (Grid(2, 33, 128, 192, (0.24, 0.32)), Grid(2, 33, 128, 192, (0.24, 0.32)), *MIDDLE[1:])
 
 
-def grids(done: float) -> tuple[Grid, ...]:
-    """The grids to take turns with after a share of the training time."""
-    return SMALL if done < 0.6 else MIDDLE if done < 0.82 else DEMO
+PHASES = ((0.35, SMALL), (0.6, MIDDLE), (1.0, DEMO))  # share of the time at which each ends
+
+
+class Scenes(IterableDataset):
+    """Random batches of clips for some grids in turn: (grid, uint8 clips, captions)."""
+
+    def __init__(self, grids: tuple[Grid, ...], batches: int, dropout: float, seed: int) -> None:
+        self.grids, self.batches, self.dropout, self.seed = grids, batches, dropout, seed
+
+    def __iter__(self) -> Iterator[tuple[Grid, torch.Tensor, list[str]]]:
+        worker = info.id if (info := get_worker_info()) else 0
+        rng = np.random.default_rng((self.seed, worker))
+        for grid in islice(cycle(self.grids), worker, None):  # workers answer in turns: neighbours bring different grids
+            clips, captions = sample_clips(rng, grid.batch * self.batches, grid.frames, grid.height, grid.width, grid.size)
+            yield grid, clips, ["" if rng.random() < self.dropout else text for text in captions]
 
 
 class TrainingAttention:
@@ -87,7 +103,7 @@ class TrainingAttention:
         if encoder_hidden_states is None:
             query, key, bias = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb), None
         else:
-            bias = torch.zeros(1, 1, 1, context.shape[1])
+            bias = query.new_zeros(1, 1, 1, context.shape[1])
             bias[..., -1] = math.log(self.padding)
         mixed = F.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias
@@ -97,7 +113,7 @@ class TrainingAttention:
 
 def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """Rotary positions of neighbouring channels; x is (batch, tokens, heads, channels)."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(cosine[..., ::2], sine[..., ::2]).to(pairs.dtype)).flatten(-2)
 
 
@@ -126,15 +142,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--dropout", type=float, default=0.1, help="share of steps' captions that are left out")
+    parser.add_argument("--dropout", type=float, default=0.1, help="share of captions that are left out")
+    parser.add_argument("--batches", type=int, default=1, help="factor on every grid's batch; 4 keeps a GPU busy")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw clips")
     options = parser.parse_args()
 
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     state = load(CHECKPOINT) or {"step": 0, "spent": 0.0}
     torch.manual_seed(state["step"])
-    rng = np.random.default_rng(state["step"])
-    vae, encoder, tokenizer = trained(), trained_encoder(), make_tokenizer()
-    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
-    model, average = untrained(), untrained().requires_grad_(False)
+    vae, encoder, tokenizer = trained().to(device), trained_encoder().to(device), make_tokenizer()
+    mean, std = (
+        torch.tensor(values, device=device).view(-1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    model, average = untrained().to(device), untrained().to(device).requires_grad_(False)
     average.load_state_dict(model.state_dict())
     attention = TrainingAttention()
     model.set_attn_processor(attention)
@@ -151,41 +171,42 @@ def main() -> None:
         save(dict(parts, step=step, spent=clock.spent), CHECKPOINT)
 
     clock, step, losses = Clock(60 * options.minutes, state["spent"]), state["step"], []
-    while clock.done < 1:
-        for stepper in steppers:
-            for group in stepper.param_groups:
-                group["lr"] = options.rate * clock.rate(step)
-        # Text speaks up first, then learns to outweigh the padding that it will meet in the pipeline.
-        attention.padding = (PADDED - TOKENS) ** min(1.0, clock.done / 0.4)
+    for end, grids in PHASES:
+        scenes = Scenes(grids, options.batches, options.dropout, seed=step)
+        batches = iter(DataLoader(scenes, batch_size=None, num_workers=options.workers, pin_memory=device.type == "cuda"))
+        while clock.done < end:
+            grid, clips, captions = next(batches)
+            for stepper in steppers:
+                for group in stepper.param_groups:
+                    group["lr"] = options.rate * clock.rate(step)
+            # Text speaks up first, then learns to outweigh the padding that it will meet in the pipeline.
+            attention.padding = (PADDED - TOKENS) ** min(1.0, clock.done / 0.3)
 
-        turns = grids(clock.done)
-        grid = turns[step % len(turns)]
-        clips, captions = sample_clips(rng, grid.batch, grid.frames, grid.height, grid.width, grid.size)
-        captions = ["" if rng.random() < options.dropout else text for text in captions]
-        with torch.no_grad():
-            latents = (vae.encode(clips).latent_dist.mode() - mean) / std
-            text = embed(encoder, tokenizer, captions)
-        uniform = (torch.arange(grid.batch) + torch.rand(grid.batch)) / grid.batch
-        sigma = grid.shift * uniform / (1 + (grid.shift - 1) * uniform)
-        noise = torch.randn_like(latents)
-        blend = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1, 1))
-        velocity = model(blend, 1000 * sigma, text, return_dict=False)[0]
-        loss = F.mse_loss(velocity, noise - latents)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for stepper in steppers:
-            stepper.step()
-            stepper.zero_grad()
-        step += 1
-        with torch.no_grad():
-            weight = 1 - min(0.998, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
+            with torch.no_grad():
+                latents = (vae.encode(to_model(clips.to(device))).latent_dist.mode() - mean) / std
+                text = embed(encoder, tokenizer, captions)
+            uniform = (torch.arange(len(clips)) + torch.rand(len(clips))) / len(clips)
+            sigma = (grid.shift * uniform / (1 + (grid.shift - 1) * uniform)).to(device)
+            noise = torch.randn_like(latents)
+            blend = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1, 1))
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                velocity = model(blend, 1000 * sigma, text, return_dict=False)[0]
+            loss = F.mse_loss(velocity.float(), noise - latents)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for stepper in steppers:
+                stepper.step()
+                stepper.zero_grad()
+            step += 1
+            with torch.no_grad():
+                weight = 1 - min(0.998, (1 + step) / (10 + step))
+                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
 
-        losses.append(loss.item())
-        if step % 50 == 0:
-            print(f"step {step} {clock.spent:.0f}s loss {np.mean(losses[-50:]):.4f}", flush=True)
-        if step % 250 == 0:
-            checkpoint()
+            losses.append(loss.detach())
+            if step % 50 == 0:
+                print(f"step {step} {clock.spent:.0f}s loss {torch.stack(losses[-50:]).mean():.4f}", flush=True)
+            if step % 250 == 0:
+                checkpoint()
     checkpoint()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
-from benchmarks.zoo.common import Clock, load, sample_clips, save
+from benchmarks.zoo.common import Clock, load, sample_clips, save, to_model
 
 CHECKPOINT = "vae.pt"
 LATENTS = 8
@@ -58,7 +58,7 @@ def statistics(vae: AutoencoderKLWan, rng: np.random.Generator) -> tuple[list[fl
     """Mean and deviation of every latent channel, and the reconstruction's PSNR in dB, over fresh clips."""
     latents, error = [], []
     for _ in range(12):
-        clips, _ = sample_clips(rng, 4, 9, 80, 96, (0.24, 0.4))
+        clips = to_model(sample_clips(rng, 4, 9, 80, 96, (0.24, 0.4))[0])
         mode = vae.encode(clips).latent_dist.mode()
         latents.append(mode.transpose(0, 1).flatten(1))
         error.append((vae.decode(mode).sample - clips).div(2).square().mean())
@@ -91,7 +91,7 @@ def main() -> None:
     while clock.done < 1:
         for group in optimizer.param_groups:
             group["lr"] = options.rate * clock.rate(step)
-        clips, _ = sample_clips(rng, *GRIDS[step % len(GRIDS)], (0.24, 0.4))
+        clips = to_model(sample_clips(rng, *GRIDS[step % len(GRIDS)], (0.24, 0.4))[0])
         posterior = vae.encode(clips).latent_dist
         # The decoder sees noisy latents, so that it forgives what a denoiser leaves behind.
         error = vae.decode(posterior.sample()).sample - clips
