@@ -268,7 +268,7 @@ def _candidates(q: Tensor, plan: Any, rest: Rest, key_mask: Tensor | None, retur
     ):
         names.append("triton")
     large = q.device.type != "cpu" or len(plan.k_len) * plan.block_k >= FLEX_MIN_SLOTS
-    if large and isinstance(plan, BlockPlan) and flex.unsupported(q, plan, return_lse) is None:
+    if large and flex.unsupported(q, plan, return_lse) is None:
         names.append("flex")
     return [*names, "blocked"]
 

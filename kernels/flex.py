@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from accelplug.bounded import Bounded
 from accelplug.errors import UnsupportedError
-from accelplug.kernels.plan import BlockPlan, pool
+from accelplug.kernels.plan import BlockPlan, Threshold, pool
 from accelplug.kernels.rest import Pool, Rest
 
 logger = logging.getLogger("accelplug")
@@ -38,7 +38,7 @@ def missing(device: torch.device) -> str | None:
     return None if device.type in ("cuda", "xpu") else f"FlexAttention does not run on {device.type}"
 
 
-def unsupported(q: Tensor, plan: BlockPlan, return_lse: bool) -> str | None:
+def unsupported(q: Tensor, plan: BlockPlan | Threshold, return_lse: bool) -> str | None:
     """Why this call cannot run here, or None."""
     if (reason := missing(q.device)) is not None:
         return reason
