@@ -1,7 +1,9 @@
 """The bundled model and the scenes it was trained on."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from accelplug.zoo.shapes import (
     sample_caption,
     sample_scene,
 )
+from benchmarks.zoo.evaluate import digest
 
 SIZES = [(9, 64, 80), (7, 57, 91), (5, 48, 49), (13, 96, 64), (25, 160, 192)]  # frames, height, width
 
@@ -115,6 +118,15 @@ def test_the_bundled_model_draws_what_it_is_asked_for(pipeline):
         assert frames.shape == (zoo.SMALL["num_frames"], zoo.SMALL["height"], zoo.SMALL["width"], 3)
         agreeing += agreement(np.rint(frames * 255).astype(np.uint8), text)
     assert agreeing >= 4
+
+
+@pytest.mark.parametrize("name", ["zoo_detector", "zoo_detector_small"])
+def test_the_published_figure_is_of_these_weights(pipeline, name):
+    result = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / f"{name}.json").read_text())
+    assert result["sha256_of_transformer_weights"] == digest(pipeline.transformer)
+    assert [clip["caption"] for clip in result["clips"]] == list(HELD_OUT_CAPTIONS)
+    assert result["agreeing"] == sum(clip["agrees"] for clip in result["clips"])
+    assert result["agreeing"] >= 0.8 * result["of"]
 
 
 def test_the_demo_grid_differs_in_all_three_axes():

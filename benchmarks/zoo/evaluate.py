@@ -31,6 +31,12 @@ def captions(kind: str, count: int) -> list[str]:
     return [sample_caption(rng, singles=0.0) for _ in range(count)]
 
 
+def digest(model: torch.nn.Module) -> str:
+    """SHA-256 of a model's weights in the order of their names."""
+    weights = (tensor for _, tensor in sorted(model.state_dict().items()))
+    return hashlib.sha256(b"".join(tensor.cpu().contiguous().numpy().tobytes() for tensor in weights)).hexdigest()
+
+
 def filmstrip(clips: list[np.ndarray], file: Path, columns: int = 5) -> None:
     """A picture with one clip a row, (frames, height, width, 3) uint8 each, at `columns` moments."""
     rows = [np.concatenate(clip[np.linspace(0, len(clip) - 1, columns).astype(int)], axis=1) for clip in clips]
@@ -82,8 +88,6 @@ def main() -> None:
     if options.picture:
         filmstrip(clips, options.picture)
 
-    weights = {name: tensor.contiguous() for name, tensor in sorted(pipeline.transformer.state_dict().items())}
-    digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in weights.values())).hexdigest()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(
         json.dumps(
@@ -94,7 +98,7 @@ def main() -> None:
                 "grid": options.grid,
                 **settings,
                 "seed_of_first_clip": options.seed,
-                "sha256_of_transformer_weights": digest,
+                "sha256_of_transformer_weights": digest(pipeline.transformer),
                 "shift": pipeline.scheduler.shift,
                 **environment(),
                 "clips": rows,
