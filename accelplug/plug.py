@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -145,6 +146,7 @@ class Plug(AbstractContextManager["Plug"]):
     ) -> None:
         self.recipe = recipe
         self.active = False
+        self._model = weakref.ref(model)
         self._backend = backend
         self._ledger = Ledger(strict)
         self._gate = Gate(gate)
@@ -207,6 +209,25 @@ class Plug(AbstractContextManager["Plug"]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.remove()
+
+    def warmup(self, *args: Any, **kwargs: Any) -> Report:
+        """Run the model once, so that kernels are compiled and the gate has decided before the run that counts.
+
+        Takes what the model's call takes: use the size and number of steps of the runs to come. The output is dropped, and
+        random states, a `generator`'s too, are put back. Its calls count in the report.
+        """
+        import torch
+
+        if (model := self._model()) is None:
+            raise AccelplugError("warmup() needs the model that the plug was made for, and it is gone.")
+        given = kwargs.get("generator")
+        generators = given if isinstance(given, list) else [given] if given is not None else []
+        states = [generator.get_state() for generator in generators]
+        with torch.random.fork_rng(), torch.no_grad():
+            model(*args, **kwargs)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        return self.report()
 
     def step(self, index: int | None, steps: int | None = None) -> None:
         """Tell which diffusion step comes (0-based, of `steps`), for a bare denoiser; with None let the pipeline tell again."""

@@ -300,6 +300,22 @@ def test_the_gate_leaves_dense_what_would_not_pay(monkeypatch):
         assert plug.report().gains["radial"] == 2.0
 
 
+def test_warmup_settles_the_gate_and_puts_random_states_back():
+    pipe, inputs = tiny_models.pipeline("wan")
+    generator = torch.Generator().manual_seed(3)
+    states = torch.get_rng_state(), generator.get_state()
+    with accelplug.apply(pipe, {"patch": "radial", "with": {"block": 8}}) as plug:
+        assert not plug.choices["verdicts"]
+        report = plug.warmup(**{**inputs, "generator": generator})
+        verdicts = plug.choices["verdicts"]
+        assert verdicts
+        assert sum(report.served.values()) > 0
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert torch.equal(generator.get_state(), states[1])
+        pipe(**inputs)
+        assert plug.choices["verdicts"] == verdicts
+
+
 def test_many_resolutions_leave_bounded_caches():
     model, _ = tiny_models.build("wan")
     with accelplug.apply(model, ROWS[0].recipe(ROWS[0].working), gate="off") as plug:

@@ -13,6 +13,9 @@ import torch
 from accelplug import compat
 from accelplug.version import __version__
 
+CLEAR_REFS = Path("/proc/self/clear_refs")
+"""Linux: a 5 written here resets the peak of resident memory."""
+
 
 def environment(pipe: Any = None) -> dict[str, Any]:
     """Return date, device by name, versions, git revision (with ``-dirty``) and, of a pipeline, its dtype."""
@@ -43,6 +46,24 @@ def baseline() -> str:
     if not torch.cuda.is_available():
         return "torch SDPA (CPU flash)"
     return "torch SDPA (cuDNN, flash or efficient, as torch picks)"
+
+
+def forget_peak(device: torch.device) -> None:
+    """Start `peak_mib` anew, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR_REFS.exists():
+        CLEAR_REFS.write_text("5")
+
+
+def peak_mib(device: torch.device) -> float | None:
+    """Most memory since `forget_peak`, MiB: allocated by torch on a GPU, resident of the process on Linux; None elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if not CLEAR_REFS.exists():
+        return None
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def revision() -> str | None:

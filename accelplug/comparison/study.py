@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from accelplug.comparison import metrics
-from accelplug.comparison.environment import environment
+from accelplug.comparison.environment import environment, forget_peak, peak_mib
 from accelplug.comparison.result import DENSE, Comparison, Row, Sample
 from accelplug.errors import AccelplugError
 from accelplug.hosts.diffusers import DENOISERS, denoisers
@@ -144,13 +144,8 @@ class Study:
     def trace(self, variant: Variant) -> None:
         """Run once, observing every attention call; this is also the warm-up."""
         row = self.rows[variant.name] = Row(variant.name, variant.kind, variant.recipe.name if variant.recipe else "")
-        device = next(next(iter(denoisers(self.pipe).values())).parameters()).device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         with self._on(variant, gate="report") as plug, plug.trace(timed=True, plans=True) as events:
             self.run(0, self.seeds[0])
-        if device.type == "cuda":
-            row.peak_mib = torch.cuda.max_memory_allocated(device) / 2**20
         row.attention_ms = sum(event.ms or 0.0 for event in events)
         row.density = _by_layer_and_step(events)
         row.plans = _drawn(events)
@@ -163,11 +158,17 @@ class Study:
 
     def time(self, variant: Variant, prompt: int, seed: int) -> None:
         """Run once, timed, and hold the result against the dense run."""
+        device = next(next(iter(denoisers(self.pipe).values())).parameters()).device
         with self._on(variant, gate="off"):
+            forget_peak(device)
             run = self.run(prompt, seed)
+            peak = peak_mib(device)
+        row = self.rows[variant.name]
+        if peak is not None:
+            row.peak_mib = max(row.peak_mib or 0.0, peak)
         if variant.name == DENSE:
             self.dense_runs[prompt, seed] = run
-        self.rows[variant.name].samples.append(self.sample(run, prompt, seed, variant.name == DENSE))
+        row.samples.append(self.sample(run, prompt, seed, variant.name == DENSE))
         self.clips[variant.name, prompt, seed] = metrics.to_uint8(run.clip)
 
     def floor_of_kernels(self) -> None:
