@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accelplug import compat
 from accelplug.bounded import Bounded
 from accelplug.call import Clock, Layout, Site
@@ -215,9 +217,12 @@ class Plug(AbstractContextManager["Plug"]):
 
         Takes what the model's call takes: use the size and number of steps of the runs to come. The output is dropped, and
         random states, a `generator`'s too, are put back. Its calls count in the report.
-        """
-        import torch
 
+        Raises
+        ------
+        AccelplugError
+            If the model is gone.
+        """
         if (model := self._model()) is None:
             raise AccelplugError("warmup() needs the model that the plug was made for, and it is gone.")
         given = kwargs.get("generator")

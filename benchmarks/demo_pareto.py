@@ -4,7 +4,7 @@ usage: python -m benchmarks.demo_pareto [--seeds 3] [--only curve|layers] [--set
 
 Two parts. `layers`: on the q, k, v of a real dense run, the error of each patch's attention output per layer, all with
 rest=drop, and of a random block mask of the same density. `curve`: end-to-end speed-up and foreground PSNR of whole runs,
-with a page, and a picture that has a row for the dense clip and one for each setting's, at the first seed.
+with a page, and `docs/demo.png`: a row for the dense clip and one for each setting's, at the first seed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ from accelplug.kernels.orders import Tiles
 from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.base import BlockConfig, BlockSparse, Patch, Scores
 from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, agreement, foreground
-from benchmarks.common import RESULTS, random_members, write_json
+from benchmarks.common import random_members, write_json
 from benchmarks.zoo.evaluate import filmstrip
 
+PICTURE = Path(__file__).parents[1] / "docs" / "demo.png"
 PROMPT = HELD_OUT_CAPTIONS[1]
 DENSE_STEPS = "0:25%"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -175,8 +177,7 @@ def main() -> None:
             "demo_pareto", {**result.to_dict(), "recipes": {name: recipe(setting) for name, setting in settings.items()}}
         )
         result.to_html("demo_pareto.html")
-        rows = [result.clips[name, 0, 0] for name in ("dense", *settings)]
-        filmstrip(rows, RESULTS / "demo_pareto.png")
+        filmstrip([result.clips[name, 0, 0] for name in ("dense", *settings)], PICTURE)
 
 
 if __name__ == "__main__":

@@ -48,20 +48,22 @@ def baseline() -> str:
     return "torch SDPA (cuDNN, flash or efficient, as torch picks)"
 
 
-def forget_peak(device: torch.device) -> None:
-    """Start `peak_mib` anew, where the system can."""
+def forget_peak(device: torch.device) -> bool:
+    """Start `peak_mib` anew; return whether the system lets us."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif CLEAR_REFS.exists():
+        return True
+    try:
         CLEAR_REFS.write_text("5")
+    except OSError:  # not Linux, or a container that forbids it
+        return False
+    return True
 
 
-def peak_mib(device: torch.device) -> float | None:
-    """Most memory since `forget_peak`, MiB: allocated by torch on a GPU, resident of the process on Linux; None elsewhere."""
+def peak_mib(device: torch.device) -> float:
+    """Most memory since `forget_peak`, MiB: allocated by torch on a GPU, else resident of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if not CLEAR_REFS.exists():
-        return None
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 

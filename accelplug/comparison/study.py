@@ -160,9 +160,9 @@ class Study:
         """Run once, timed, and hold the result against the dense run."""
         device = next(next(iter(denoisers(self.pipe).values())).parameters()).device
         with self._on(variant, gate="off"):
-            forget_peak(device)
+            known = forget_peak(device)
             run = self.run(prompt, seed)
-            peak = peak_mib(device)
+            peak = peak_mib(device) if known else None
         row = self.rows[variant.name]
         if peak is not None:
             row.peak_mib = max(row.peak_mib or 0.0, peak)

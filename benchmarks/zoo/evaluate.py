@@ -1,6 +1,7 @@
 """Ask the model for clips and let the detector read them: ``python -m benchmarks.zoo.evaluate``.
 
-By default it makes the 50 held-out captions at the demo's grid and writes ``benchmarks/results/zoo_detector.json``.
+By default it makes the 50 held-out captions at the demo's grid and writes ``benchmarks/results/zoo_detector.json``;
+``--grid small --output benchmarks/results/zoo_detector_small.json`` makes the other file there.
 """
 
 import argparse
