@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -21,9 +22,12 @@ class AttentionCall:
     ----------
     q : Tensor (B, H, S_q, D)
     k, v : Tensor (B, H_kv, S_k, D) and (B, H_kv, S_k, D_v); H_kv divides H (grouped-query attention).
-    mask : None, or bool (B, S_k), True where the key may be read.
+    mask : None, or bool (B, S_k), True where the key may be read. In language models also bool or additive
+        (B, 1|H, S_q, S_k), as the model made it; with None and several queries, attention is causal.
     scale : factor on q.k, never None.
     dense : ``dense(q=None, k=None, v=None) -> (B, H, S_q, D_v)``, the user's own backend; a tensor left out is the call's.
+    place : where the call stands in its sequence; None for denoisers.
+    hidden : (B, S_q, C), what enters the layer (the residual stream), for patches that need ``hidden_states``; else None.
     """
 
     q: Tensor
@@ -32,6 +36,29 @@ class AttentionCall:
     mask: Tensor | None
     scale: float
     dense: Callable[..., Tensor]
+    place: Place | None = None
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a language model's attention call stands in its sequence, and what of it this process has.
+
+    Attributes
+    ----------
+    first_query, first_key : positions of ``q[:, :, 0]`` and ``k[:, :, 0]``; a sliding window's first key is not 0.
+    answers : how many of the last queries have their next token asked for: 1, or several when drafts are verified.
+    explicit : whether q, k, v, mask and scale say all there is. False where the model adds more (sink logits, a soft cap).
+    first_head : number of ``q[:, 0]`` among all heads of the layer; not 0 on later ranks of tensor parallelism.
+    gather_heads : (B, H) of this rank -> (B, H of all ranks).
+    """
+
+    first_query: int = 0
+    first_key: int = 0
+    answers: int = 1
+    explicit: bool = True
+    first_head: int = 0
+    gather_heads: Callable[[Tensor], Tensor] = lambda x: x
 
 
 @dataclass(frozen=True)
@@ -74,6 +101,58 @@ class Layout:
         return self.text_before + self.visual + self.text_after
 
 
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What the tokens of a language model's sequence are, up to and including those of the present forward.
+
+    Attributes
+    ----------
+    image : int16 (B, S), which image of its row a token shows, from 1; 0 for text and padding.
+    valid : bool (B, S), False for padding.
+    length : how many of the S tokens were asked; the others were generated.
+    past : how many of the S tokens were there before this forward.
+    answers : how many of the last tokens have their next token asked for.
+    """
+
+    image: Tensor
+    valid: Tensor
+    length: int
+    past: int = 0
+    answers: int = 1
+
+    @cached_property
+    def visual(self) -> Tensor:
+        """Bool (B, S): tokens of images."""
+        return self.image > 0
+
+    @cached_property
+    def later(self) -> Tensor:
+        """Bool (B, S): text behind the first image of its row, question or answer."""
+        return (self.visual.cumsum(-1) > 0) & ~self.visual & self.valid
+
+    @cached_property
+    def system(self) -> Tensor:
+        """Bool (B, S): text ahead of the first image. Rows without an image have none."""
+        seen = self.visual.cumsum(-1)
+        return (seen == 0) & (seen[:, -1:] > 0) & self.valid
+
+    @cached_property
+    def question(self) -> Tensor:
+        """Bool (B, S): text behind the first image that was asked, not generated."""
+        asked = _positions(self.image) < self.length
+        return self.later & asked
+
+    @property
+    def rows(self) -> Tensor:
+        """Bool (B, S_q): `later`, for the tokens of the present forward alone."""
+        return self.later[:, self.past :]
+
+
+def _positions(like: Tensor) -> Tensor:
+    """Positions 0..S-1 on the device of a (B, S) tensor."""
+    return like.new_ones(like.shape[-1]).cumsum(0) - 1
+
+
 @dataclass(frozen=True)
 class Clock:
     """When a call happens. ``step`` is 0-based; both numbers are None where the host cannot know them."""
@@ -82,3 +161,5 @@ class Clock:
     steps: int | None = None
     branch: str | None = None
     """Name of the guidance branch: ``cond``, ``uncond``, ..., None where the pipeline does not say."""
+    phase: Literal["prefill", "decode"] | None = None
+    """Language models: whether the forward reads a prompt (or verifies drafts), or makes one token. None for denoisers."""

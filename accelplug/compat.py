@@ -75,6 +75,150 @@ def _concrete(variable: Any) -> Any:
     return getattr(variable, "value", None)
 
 
+# ---------------------------------------------------------------------------------------------------- transformers
+
+ATTENTION_KWARGS = frozenset(
+    {
+        "scaling", "dropout", "is_causal", "sliding_window", "s_aux", "softcap", "position_bias", "position_ids", "use_cache",
+        "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "image_sizes", "past_key_values",
+        "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "logits_to_keep", "use_kernels",
+        "token_type_ids", "mm_token_type_ids", "seq_idx", "attention_mask",
+    }
+)  # fmt: skip
+"""What transformers' models pass on to the attention function. What is not here might change what attention is."""
+
+
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Add an attention function to transformers' table."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(name, function)
+
+
+def unregister_attention(name: str) -> None:
+    """Take an attention function out of transformers' table, which has no way of its own to do so."""
+    from transformers import AttentionInterface
+
+    AttentionInterface._global_mapping.pop(name, None)
+
+
+def attention_function(name: str, cls: type) -> Callable[..., Any]:
+    """Return the attention function that a module of class `cls` would call under that implementation."""
+    import sys
+
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+class _Seen:
+    """A module as a flash function shall see it: with its own config, not our view."""
+
+    def __init__(self, module: Any, config: Any) -> None:
+        self.config, self._module = config, module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def seen_by(name: str, module: Any, config: Any) -> Any:
+    """Return what to pass as the module to an attention function; flash functions read the implementation off its config."""
+    return _Seen(module, config) if "flash" in name else module
+
+
+_VIEWS: dict[tuple[type, str], type] = {}
+
+
+def config_view(config: Any, name: str) -> Any:
+    """Return a live view of a config that answers `name` for its attention implementation. A copy of it is a plain config."""
+    cls = type(config)
+    if (cls, name) not in _VIEWS:
+        _VIEWS[cls, name] = type(
+            cls.__name__,
+            (cls,),
+            {
+                "_attn_implementation": property(lambda self: name),
+                "_accelplug_view": True,
+                "__reduce__": lambda self: (_plain, (_plain_of(self),)),
+                "__deepcopy__": lambda self, memo: _copied(self, memo),
+                "__module__": cls.__module__,
+                "__qualname__": cls.__qualname__,
+            },
+        )
+    view: Any = object.__new__(_VIEWS[cls, name])
+    object.__setattr__(view, "__dict__", config.__dict__)
+    return view
+
+
+def is_view(config: Any) -> bool:
+    """Whether a config is one of our views."""
+    return getattr(type(config), "_accelplug_view", False)
+
+
+def _plain(config: Any) -> Any:
+    return config
+
+
+def _plain_of(view: Any) -> Any:
+    """The config that a view shows: where models keep it we cannot tell, so an equal one that shares its ``__dict__``."""
+    config: Any = object.__new__(type(view).__mro__[1])
+    object.__setattr__(config, "__dict__", view.__dict__)
+    return config
+
+
+def _copied(view: Any, memo: dict[int, Any]) -> Any:
+    import copy
+
+    # The model's own config shares this dict; whoever is copied first puts the copy of the dict in the memo.
+    config: Any = object.__new__(type(view).__mro__[1])
+    object.__setattr__(config, "__dict__", copy.deepcopy(view.__dict__, memo))
+    return config
+
+
+def looks_kernel_up(cls: type) -> bool:
+    """Whether an attention class asks transformers for its function at every call."""
+    forward = inspect.getattr_static(cls, "forward")
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is not None and "get_interface" in code.co_names
+
+
+def number_of_layers(decoder: Any) -> int:
+    """Return how many layers a decoder has."""
+    return len(decoder.layers) if hasattr(decoder, "layers") else decoder.config.num_hidden_layers
+
+
+def cache_layer(cache: Any, index: int) -> Any:
+    """Return a layer of a cache, or None."""
+    layers = getattr(cache, "layers", None)
+    return layers[index] if layers is not None and index < len(layers) else None
+
+
+def slides(layer: Any) -> bool:
+    """Whether a cache layer keeps a window only."""
+    return bool(getattr(layer, "is_sliding", False))
+
+
+def tokens_seen(layer: Any) -> int:
+    """Return how many tokens went through a cache layer."""
+    return layer.get_seq_length()
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache in a model's output, or None."""
+    from transformers import Cache
+
+    found = getattr(output, "past_key_values", None)
+    items = output if isinstance(output, tuple) else (found,)
+    return next((item for item in items if isinstance(item, Cache)), None)
+
+
+def forget_compiled_call(model: Any) -> None:
+    """Drop the decode step that generate() compiled and keeps on the model."""
+    vars(model).pop("_compiled_call", None)
+    vars(model).pop("_last_compile_config", None)
+
+
 def installed(package: str) -> str | None:
     """Return the installed version of `package`, or None."""
     try:

@@ -16,12 +16,14 @@ import torch
 
 from accelplug import compat
 from accelplug.bounded import Bounded
-from accelplug.call import Clock, Layout, Site
+from accelplug.call import Clock, Site
 from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError
 from accelplug.hosts.clock import StepClock
-from accelplug.hosts.diffusers import DENSE, Choice, DenoiserHost, denoisers
+from accelplug.hosts.diffusers import DenoiserHost, denoisers
 from accelplug.hosts.gate import Gate
 from accelplug.hosts.ledger import Event, Ledger
+from accelplug.hosts.record import DENSE, Choice
+from accelplug.hosts.transformers import LanguageHost, is_language_model
 from accelplug.recipe import ModelFacts, Recipe, load
 from accelplug.registry import patch_class
 
@@ -46,7 +48,7 @@ def apply(
 
     Parameters
     ----------
-    model : a diffusers pipeline (classic or modular), or a bare denoiser.
+    model : a diffusers pipeline (classic or modular) or a bare denoiser; a transformers language or vision-language model.
     recipe : None for the default of the file that matches the model; a name in that file, ``radial``; a full name,
         ``wan2.1-t2v-14b/radial``; the path of a recipe file; a mapping; or a `Recipe`.
     strict : raise `FallbackError` where an attention call that a rule names would run dense.
@@ -64,7 +66,7 @@ def apply(
     AlreadyAppliedError
         If a recipe is on one of the model's denoisers.
     NoMatchError
-        If the model has no denoiser or attention that is known, or no rule of the recipe can fit any of it.
+        If the model has no denoiser, decoder or attention that is known, or no rule of the recipe can fit any of it.
     RecipeError
         If the recipe cannot be read or was made for another model.
     UnsupportedError
@@ -72,13 +74,13 @@ def apply(
     """
     if gate not in ("auto", "report", "off"):
         raise AccelplugError(f"gate must be 'auto', 'report' or 'off', got {gate!r}.")
-    parts = _denoisers(model)
-    for name, denoiser in parts.items():
-        if (on := plug_of(denoiser)) is not None:
+    parts = _parts(model)
+    for name, part in parts.items():
+        if (on := plug_of(part)) is not None:
             raise AlreadyAppliedError(
                 f"{on.recipe.name} is on this model's {name} already. Remove it first: accelplug.remove(model) or plug.remove()."
             )
-    compat.warn_untested("diffusers")
+    compat.warn_untested("transformers" if is_language_model(model) else "diffusers")
     loaded = load(recipe, model_facts(model))
     plug = Plug(
         model,
@@ -105,37 +107,51 @@ def remove(model: Any) -> None:
     if isinstance(model, Plug):
         model.remove()
         return
-    plugs = {id(on): on for denoiser in _denoisers(model).values() if (on := plug_of(denoiser))}
+    plugs = {id(on): on for part in _parts(model).values() if (on := plug_of(part))}
     if not plugs:
         raise NoMatchError(f"No recipe is on this {type(model).__name__}; nothing to remove.")
     for on in plugs.values():
         on.remove()
 
 
-def plug_of(denoiser: Any) -> Plug | None:
-    """Return the plug that is on a denoiser, or None."""
-    for hook in denoiser._forward_pre_hooks.values():
+def plug_of(part: Any) -> Plug | None:
+    """Return the plug that is on a denoiser, or on the base model of a language model, or None."""
+    for hook in part._forward_pre_hooks.values():
         host = getattr(hook, "__self__", None)
-        if isinstance(host, DenoiserHost) and host.denoiser is denoiser:
+        if isinstance(host, DenoiserHost | LanguageHost) and host.root is part:
             return host.owner
     return None
 
 
 def model_facts(model: Any) -> ModelFacts:
-    """Return what recipes match a model by: class names and config of its first denoiser, components of the pipeline."""
-    denoiser = next(iter(_denoisers(model).values()))
+    """Return what recipes match a model by: class names, its config (of its first denoiser), components of the pipeline."""
+    if is_language_model(model):
+        return ModelFacts(tuple(cls.__name__ for cls in type(model).__mro__), _flat(model.config.to_dict()))
+    denoiser = next(iter(_parts(model).values()))
     components = getattr(model, "components", None)
     present = {name for name, part in components.items() if part is not None} if isinstance(components, Mapping) else set()
     config = dict(getattr(denoiser, "config", {}))
     return ModelFacts(tuple(cls.__name__ for cls in type(denoiser).__mro__), config, frozenset(present))
 
 
-def _denoisers(model: Any) -> dict[str, Any]:
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested configs by dotted keys: ``text_config.num_hidden_layers``."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _parts(model: Any) -> dict[str, Any]:
+    """The modules that a recipe goes on: a pipeline's denoisers, or the base model of a language model."""
+    if is_language_model(model):
+        return {LanguageHost.name: model.base_model}
     parts = denoisers(model)
     if not parts:
         raise NoMatchError(
-            f"{type(model).__name__} has no denoiser: expected a diffusers pipeline with a transformer or unet that is loaded, "
-            "or such a module itself. For a modular pipeline call load_components() first."
+            f"{type(model).__name__} has neither denoiser nor decoder: expected a diffusers pipeline with a transformer or unet "
+            "that is loaded, such a module itself, or a transformers model with get_decoder(). For a modular pipeline call "
+            "load_components() first."
         )
     return parts
 
@@ -154,15 +170,19 @@ class Plug(AbstractContextManager["Plug"]):
         self._gate = Gate(gate)
         self._clock = StepClock(model)
         self._patches: Bounded[tuple[str, str], Patch] = Bounded(256)
-        self._hosts = [
-            DenoiserHost(name, part, self._clock, self._decide, self._ledger, self._gate, measure)
-            for name, part in parts.items()
-        ]
+        self._hosts: list[DenoiserHost | LanguageHost] = (
+            [LanguageHost(model, self._decide, self._ledger)]
+            if is_language_model(model)
+            else [
+                DenoiserHost(name, part, self._clock, self._decide, self._ledger, self._gate, measure)
+                for name, part in parts.items()
+            ]
+        )
         for host in self._hosts:
             host.owner = self
         self._require_a_match()
 
-    def _decide(self, site: Site, layout: Layout | None, clock: Clock) -> Choice:
+    def _decide(self, site: Site, layout: Any, clock: Clock) -> Choice:
         decision = self.recipe.decide(site, layout, clock)
         if decision.patch is None:
             return Choice(reason=decision.reason) if decision.reason else DENSE
@@ -283,7 +303,7 @@ class Plug(AbstractContextManager["Plug"]):
         """One line: which recipe, how many attention modules of how many it may touch, in which denoisers."""
         sites = self.sites
         touched = sum(self.recipe.may_touch(site) for site in sites)
-        where = ", ".join(f"{host.name} ({type(host.denoiser).__name__})" for host in self._hosts)
+        where = ", ".join(f"{host.name} ({type(host.root).__name__})" for host in self._hosts)
         state = "on" if self.active else "off"
         return f"{self.recipe.name}: {state}, touches {touched} of {len(sites)} self-attention modules in {where}"
 

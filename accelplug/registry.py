@@ -52,6 +52,14 @@ _PATCHES = {
             summary="Key blocks whose pooled score stands out are read exactly, all others through one pooled key each.",
             cite="arXiv 2607.24027",
         ),
+        PatchEntry(
+            name="visual_bias",
+            module="accelplug.patches.heads.visual_bias",
+            cls="VisualBias",
+            family="heads",
+            summary="Later text attends more to images and less to the system prompt: a bias on spans.",
+            cite="arXiv 2603.03825",
+        ),
     )
 }
 

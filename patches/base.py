@@ -45,8 +45,13 @@ class Patch:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config!r})"
 
-    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Any:
-        """Return what `attend` needs here and now (tensors on the CPU and floats), or None to run dense."""
+    def prepare(self, site: Site, layout: Any, clock: Clock, state: dict[str, Any]) -> Any:
+        """Return what `attend` needs here and now (tensors and floats), or None to run dense.
+
+        `layout` is a `Layout` for denoisers and a `Prompt` for language models. There it is called at every layer of a forward
+        that reads a prompt, and once, ahead of time, for all decode steps that follow; `state` is the sequence's own, shared by
+        all layers, and `attend` may write to it while the prompt is read, which is never compiled.
+        """
         raise UnimplementedHalf(type(self), "prepare")
 
     def attend(self, call: AttentionCall, params: Any) -> Tensor:

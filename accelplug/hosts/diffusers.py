@@ -22,6 +22,7 @@ from accelplug.hosts import rebind
 from accelplug.hosts.clock import Ear, StepClock
 from accelplug.hosts.gate import Gate, timed_ms
 from accelplug.hosts.ledger import Event, Ledger
+from accelplug.hosts.record import DENSE, Choice, Decide
 
 if TYPE_CHECKING:
     from accelplug.patches.base import Patch
@@ -31,20 +32,6 @@ DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 
 PATCHABLE = frozenset({"self", "joint", "temporal", "frame", "global"})
 """Kinds of attention that a rule can name; cross-attention is left alone."""
-
-Decide = Callable[[Site, Layout | None, Clock], "Choice"]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a recipe says about a site now: a patch, dense (None), or dense because of `reason`, which is counted."""
-
-    patch: Patch | None = None
-    name: str = "dense"
-    reason: str | None = None
-
-
-DENSE = Choice()
 
 
 def denoisers(model: Any) -> dict[str, nn.Module]:
@@ -140,6 +127,7 @@ class DenoiserHost:
             raise UnsupportedError(f"{type(denoiser).__name__} cannot be patched: {family.refuse}")
         self.owner: Any = None
         self.name, self.denoiser, self.family = name, denoiser, family
+        self.root = denoiser
         self.clock, self.decide, self.ledger, self.gate, self.measure = clock, decide, ledger, gate, measure
         self.state: dict[tuple[str, str | None], dict[str, Any]] = {}
         self.now = Clock()

@@ -1,0 +1,259 @@
+"""CHAIR: which of the objects that a caption mentions are not in the image (arXiv 1809.02156).
+
+The figures depend on the list of words and on how plurals are undone; a result names the latter.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from accelplug.comparison.evaluators.statistics import ratio
+from accelplug.errors import AccelplugError, UnsupportedError
+
+Image = TypeVar("Image", str, int)
+
+# The animals that a caption calls baby or adult, which alone would be persons.
+_ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
+_COMPOUNDS = {
+    **{f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS},
+    **{f"passenger {vehicle}": vehicle for vehicle in ("jet", "train")},
+    "bow tie": "tie",
+    "toilet seat": "toilet",
+    "train track": "track",
+}
+"""Two words -> the one that they count as, whatever the vocabulary; nothing is mentioned if that is no word of it."""
+
+
+def inflect(word: str) -> str:
+    """Return the singular by the package inflect, or the word itself if it is no plural.
+
+    Raises
+    ------
+    UnsupportedError
+        The package is not installed.
+    """
+    return _engine().singular_noun(word) or word
+
+
+class Vocabulary:
+    """The words that mention a class of objects.
+
+    Parameters
+    ----------
+    synonyms : class -> its other words, each of one word or more; the class is a word of its own.
+    singular : undoes plurals of words that are not in the vocabulary as they are; None if it lists all forms.
+
+    Raises
+    ------
+    AccelplugError
+        A word stands for two classes.
+    """
+
+    def __init__(self, synonyms: Mapping[str, Sequence[str]], singular: Callable[[str], str] | None) -> None:
+        self.classes = tuple(synonyms)
+        self.singulariser = getattr(singular, "__name__", type(singular).__name__) if singular else "none"
+        own = _classes_of_terms(synonyms)
+        self._class_of: dict[str, str | None] = {term: own.get(word) for term, word in _COMPOUNDS.items()}
+        self._class_of.update(own)
+        self._words = {word for term in own for word in term.split()}
+        self._longest = max((term.count(" ") + 1 for term in self._class_of), default=1)
+        self._singular = functools.cache(singular or (lambda word: word))
+
+    @classmethod
+    def coco(cls) -> Vocabulary:
+        """Return the 80 classes of COCO with a list of words compiled for accelplug.
+
+        What is counted with it is CHAIR-like: it tells before from after, but does not compare with published figures. For
+        those, `read` the list of the publication. Singulars are by inflect.
+        """
+        from accelplug.comparison.evaluators.coco_words import COCO_WORDS
+
+        return cls({name: _split(words) for name, words in COCO_WORDS.items()}, inflect)
+
+    @classmethod
+    def read(cls, path: str | Path, singular: Callable[[str], str] | None = inflect) -> Vocabulary:
+        """Read a list of words: a class a line, words separated by commas, the class first.
+
+        Raises
+        ------
+        AccelplugError
+            There is no such file, or it repeats a class, or has a word for two.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise AccelplugError(
+                f"A vocabulary is a file with a class a line, {path} is none; Vocabulary.coco() needs no file."
+            )
+        lines = [words for line in path.read_text(encoding="utf-8").splitlines() if (words := _split(line))]
+        synonyms = {name: words for name, *words in lines}
+        if len(synonyms) < len(lines):
+            raise AccelplugError(
+                f"{path}: expected each class on one line, got {len(lines)} lines of {len(synonyms)} classes."
+            )
+        return cls(synonyms, singular)
+
+    def mentions(self, text: str) -> list[str]:
+        """Return the classes that a text mentions, in its order and with repetitions.
+
+        The longest term wins ("hot dog" is no dog), a baby elephant is an elephant only, and a seat beside a toilet is none.
+        Words are taken as nouns, whatever they are in the sentence.
+        """
+        found = list(self._terms(text))
+        if "toilet" in found:
+            found = [term for term in found if term != "seat"]
+        return [name for term in found if (name := self._class_of[term]) is not None]
+
+    def _terms(self, text: str) -> Iterator[str]:
+        # Punctuation stays as a token of its own, so that no term reaches across it.
+        tokens = [self._normal(token) for token in re.findall(r"\w+|[^\w\s]", text.lower().replace("-", " "))]
+        at = 0
+        while at < len(tokens):
+            candidates = ((size, " ".join(tokens[at : at + size])) for size in range(self._longest, 0, -1))
+            size, term = next(((size, term) for size, term in candidates if term in self._class_of), (1, None))
+            if term is not None:
+                yield term
+            at += size
+
+    def _normal(self, word: str) -> str:
+        # Known words first: a singulariser may take "bus" for a plural.
+        return word if word in self._words or not word.isalpha() else self._singular(word)
+
+
+@dataclass(frozen=True)
+class CaptionRow:
+    """What one caption mentions.
+
+    Attributes
+    ----------
+    words : length of the caption.
+    mentions : classes in order, with repetitions; `hallucinated` are those that are not in the image.
+    named, matched : how many different classes it mentions, and how many of them are in the image.
+    truth : how many classes are in the image.
+    """
+
+    image: str | int
+    words: int
+    mentions: tuple[str, ...]
+    hallucinated: tuple[str, ...]
+    named: int
+    matched: int
+    truth: int
+
+
+@dataclass(frozen=True)
+class Chair:
+    """Figures over captions; shares, NaN where undefined.
+
+    Attributes
+    ----------
+    chair_s : captions with a hallucinated mention.
+    chair_i : hallucinated among all mentions, with repetitions.
+    recall : classes in the images that are mentioned; sums over all images.
+    precision : classes mentioned that are in the image; sums over all images, without repetitions.
+    mean_words : words a caption, separated by blanks.
+    """
+
+    chair_s: float
+    chair_i: float
+    recall: float
+    precision: float
+    f1: float
+    mean_words: float
+    n_mentions: int
+    n_captions: int
+    singulariser: str
+    rows: tuple[CaptionRow, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, rows: Sequence[CaptionRow], singulariser: str) -> Chair:
+        """Sum up rows, or a resample of them."""
+        mentions = sum(len(row.mentions) for row in rows)
+        matched, named, truth = (sum(getattr(row, what) for row in rows) for what in ("matched", "named", "truth"))
+        return cls(
+            chair_s=ratio(sum(bool(row.hallucinated) for row in rows), len(rows)),
+            chair_i=ratio(sum(len(row.hallucinated) for row in rows), mentions),
+            recall=ratio(matched, truth),
+            precision=ratio(matched, named),
+            f1=ratio(2 * matched, named + truth),
+            mean_words=ratio(sum(row.words for row in rows), len(rows)),
+            n_mentions=mentions,
+            n_captions=len(rows),
+            singulariser=singulariser,
+            rows=tuple(rows),
+        )
+
+
+def score(captions: Mapping[Image, str], truth: Mapping[Image, Collection[str]], vocabulary: Vocabulary) -> Chair:
+    """Compare what captions mention with what is in their images.
+
+    Parameters
+    ----------
+    captions : image -> what was said of it.
+    truth : image -> the classes in it; it may have more images.
+
+    Raises
+    ------
+    AccelplugError
+        An image has no truth, or its truth a class that the vocabulary lacks.
+    """
+    check_truth(captions, truth)
+    named = {name for image in captions for name in truth[image]}
+    if unknown := sorted(named - set(vocabulary.classes)):
+        raise AccelplugError(
+            f"CHAIR: expected the truth in the {len(vocabulary.classes)} classes of the vocabulary, got {unknown[:5]} besides; "
+            "no caption could ever mention these, so add them to the vocabulary or drop them."
+        )
+    rows = [_row(image, caption, set(truth[image]), vocabulary) for image, caption in captions.items()]
+    return Chair.of(rows, vocabulary.singulariser)
+
+
+def check_truth(texts: Mapping[Image, str], truth: Mapping[Image, Collection[str]]) -> None:
+    """Raise AccelplugError unless each text's image has a truth."""
+    if missing := [image for image in texts if image not in truth]:
+        raise AccelplugError(
+            f"Expected the truth of all {len(texts)} images, got none for {len(missing)}, such as {missing[0]!r}; "
+            "are the names or numbers of the images of one kind in both?"
+        )
+
+
+def _row(image: str | int, caption: str, truth: set[str], vocabulary: Vocabulary) -> CaptionRow:
+    mentions = tuple(vocabulary.mentions(caption))
+    return CaptionRow(
+        image=image,
+        words=len(caption.split()),
+        mentions=mentions,
+        hallucinated=tuple(name for name in mentions if name not in truth),
+        named=len(set(mentions)),
+        matched=len(truth.intersection(mentions)),
+        truth=len(truth),
+    )
+
+
+def _classes_of_terms(synonyms: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    classes: dict[str, str] = {}
+    for name, words in synonyms.items():
+        for term in (" ".join(word.lower().replace("-", " ").split()) for word in (name, *words)):
+            if (other := classes.setdefault(term, name)) != name:
+                raise AccelplugError(f"Vocabulary: {term!r} stands for {other!r} and {name!r}; leave it in one of them.")
+    return classes
+
+
+def _split(line: str) -> list[str]:
+    return [word.strip() for word in line.split(",") if word.strip()]
+
+
+@functools.cache
+def _engine():
+    try:
+        return importlib.import_module("inflect").engine()
+    except ImportError as error:
+        raise UnsupportedError(
+            "Plurals are undone by the package inflect, which is not installed; `pip install inflect`, or pass singular=None "
+            "with a vocabulary that lists all forms."
+        ) from error

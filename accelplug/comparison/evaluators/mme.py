@@ -1,0 +1,111 @@
+"""MME: two questions an image, one to be answered yes and one no; both right is what counts twice (arXiv 2306.13394)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from accelplug.comparison.evaluators.statistics import ratio
+
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+HALLUCINATION = ("existence", "count", "position", "color")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The answers to both questions about one image.
+
+    Attributes
+    ----------
+    yes, no : what was said to the question whose truth is yes, and to the one whose truth is no.
+    """
+
+    task: str
+    image: str | int
+    yes: str
+    no: str
+
+    @property
+    def right(self) -> tuple[bool, bool]:
+        """Whether each was answered as it should be."""
+        return parse(self.yes) is True, parse(self.no) is False
+
+
+@dataclass(frozen=True)
+class Task:
+    """Figures of one task; acc and acc_plus in percent, NaN without images.
+
+    Attributes
+    ----------
+    n : images.
+    unparsed : answers that are neither yes nor no; they are wrong.
+    acc : questions answered right.
+    acc_plus : images with both questions answered right.
+    """
+
+    n: int
+    unparsed: int
+    acc: float
+    acc_plus: float
+
+    @property
+    def score(self) -> float:
+        """Accuracy and accuracy+ together, at most 200."""
+        return self.acc + self.acc_plus
+
+    @classmethod
+    def of(cls, pairs: list[Pair]) -> Task:
+        """Score the pairs of one task."""
+        right = [pair.right for pair in pairs]
+        return cls(
+            n=len(pairs),
+            unparsed=sum(parse(answer) is None for pair in pairs for answer in (pair.yes, pair.no)),
+            acc=100 * ratio(sum(map(sum, right)), 2 * len(right)),
+            acc_plus=100 * ratio(sum(map(all, right)), len(right)),
+        )
+
+
+@dataclass(frozen=True)
+class Mme:
+    """Figures by the task's name, and their sums over groups of tasks."""
+
+    tasks: dict[str, Task]
+
+    @property
+    def perception(self) -> float:
+        """Sum over the ten perception tasks, at most 2000; NaN if one of them is missing."""
+        return self.total(PERCEPTION)
+
+    @property
+    def cognition(self) -> float:
+        """Sum over the four cognition tasks, at most 800; NaN if one of them is missing."""
+        return self.total(COGNITION)
+
+    @property
+    def hallucination(self) -> float:
+        """Sum over existence, count, position and color, at most 800; NaN if one of them is missing."""
+        return self.total(HALLUCINATION)
+
+    def total(self, names: Iterable[str]) -> float:
+        """Sum of scores; NaN if a task is missing, for a partial sum would look like a low one."""
+        return sum(self.tasks[name].score if name in self.tasks else math.nan for name in names)
+
+
+def parse(answer: str) -> bool | None:
+    """Read an answer as MME does: yes, else no, within its first four characters; None if neither is.
+
+    "None" and "Now" are therefore no.
+    """
+    start = answer.strip().lower()[:4]
+    return True if "yes" in start else False if "no" in start else None
+
+
+def score(pairs: Iterable[Pair]) -> Mme:
+    """Score pairs, task by task in the order of appearance."""
+    tasks: defaultdict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        tasks[pair.task].append(pair)
+    return Mme({name: Task.of(of_task) for name, of_task in tasks.items()})

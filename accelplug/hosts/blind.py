@@ -1,0 +1,103 @@
+"""What the model would do without its images: the same prompt, image tokens taken out, read in step with the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from accelplug.call import Prompt
+
+
+class Blind:
+    """A prompt without its images, going through the layers as far as it is asked to.
+
+    It is read once whole, to learn what every layer is called with. From then on a layer whose heads are given another gain is
+    run anew, and those behind it when they are asked for. It keeps no cache and changes nothing of the model.
+
+    Parameters
+    ----------
+    base : the base model, which embeds tokens; `decoder` its decoder; `attentions` the decoder's attention modules.
+    prompt : the sequences with images.
+    inputs : arguments of the base model's forward.
+    """
+
+    def __init__(self, base: Any, decoder: Any, attentions: list[Any], prompt: Prompt, inputs: dict[str, Any]) -> None:
+        from accelplug.hosts.transformers import RUN, Run
+
+        self._key, self._run = RUN, Run
+        self._layers = [_layer_of(decoder, module) for module in attentions]
+        self._calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
+        self._hidden: dict[int, Tensor] = {}
+        self._heads: dict[int, Tensor] = {}
+        self._front = len(attentions)  # layers before this one have been run with the gains that were set
+        handles = [
+            layer.register_forward_pre_hook(self._recorder(index), with_kwargs=True)
+            for index, layer in enumerate(self._layers)
+        ]
+        rope_deltas = getattr(base, "rope_deltas", None)
+        try:
+            base(**self._inputs(base, prompt, inputs), use_cache=False, **{RUN: Run(companion=self._note)})
+        finally:
+            for handle in handles:
+                handle.remove()
+            if hasattr(base, "rope_deltas"):
+                base.rope_deltas = rope_deltas
+
+    @staticmethod
+    def _inputs(base: Any, prompt: Prompt, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The tokens that show no image, left padded, with positions of their own."""
+        keep = prompt.valid & ~prompt.visual
+        flags = [torch.ones(int(row.sum()), dtype=torch.long, device=row.device) for row in keep]
+        mask = pad_sequence(flags, batch_first=True, padding_side="left")
+        tokens = {}
+        for name in ("input_ids", "inputs_embeds"):
+            if inputs.get(name) is not None:
+                rows = [x[kept] for x, kept in zip(inputs[name], keep, strict=True)]
+                tokens[name] = pad_sequence(rows, batch_first=True, padding_side="left")
+                break
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        return {**tokens, "attention_mask": mask, "position_ids": positions}
+
+    def _recorder(self, index: int) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            rest = {name: value for name, value in kwargs.items() if name not in ("hidden_states", self._key)}
+            self._calls[index] = args[1:], rest
+            self._hidden[index] = args[0] if args else kwargs["hidden_states"]
+
+        return record
+
+    def _note(self, record: Any, out: Tensor) -> Tensor:
+        self._heads[record.index] = out[:, :, -1]
+        return out
+
+    def heads(self, index: int) -> Tensor:
+        """Return the outputs of a layer's heads at the last token, ahead of the output projection: (B, H, D_v)."""
+        while self._front < index:
+            self._step(self._front, None)
+        if self._front == index:  # its input has changed since it was read
+            self._step(index, None)
+        return self._heads[index]
+
+    def reinforce(self, index: int, gain: Tensor) -> None:
+        """Run a layer with its heads' outputs times `gain`, (B|1, H); the layers behind it go on from there."""
+        self._front = index
+        self._step(index, gain)
+
+    def _step(self, index: int, gain: Tensor | None) -> None:
+        def companion(record: Any, out: Tensor) -> Tensor:
+            self._heads[record.index] = out[:, :, -1]
+            return out if gain is None else out * gain[..., None, None].to(out.dtype)
+
+        args, kwargs = self._calls[index]
+        out = self._layers[index](self._hidden[index], *args, **kwargs, **{self._key: self._run(companion=companion)})
+        self._hidden[index + 1] = out[0] if isinstance(out, tuple) else out
+        self._front = index + 1
+
+
+def _layer_of(decoder: nn.Module, attention: nn.Module) -> Any:
+    path = next(path for path, module in decoder.named_modules() if module is attention)
+    return decoder.get_submodule(path.rpartition(".")[0])

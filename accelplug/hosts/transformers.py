@@ -1,0 +1,596 @@
+"""The transformers host: language models and vision-language models.
+
+The way in is one attention function under a private name, and for every attention module that a rule names a *live view* of its
+config: the same class, the same ``__dict__``, but ``_attn_implementation`` answers our name. The model's own config is untouched,
+so masks are made for the model's own kernel, and the vision tower and other layers run as before.
+
+What a forward is about travels with it as an extra keyword argument, from the decoder down to the attention function, and what
+is known of a sequence lives on its cache. So threads, several sequences at a time, beams and copies of caches need no care, and
+a compiled decode step reads tensors only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from accelplug import compat
+from accelplug.call import AttentionCall, Clock, Place, Prompt, Site
+from accelplug.errors import NoMatchError, UnsupportedError
+from accelplug.families.vlm import Vlm, find
+from accelplug.hosts.blind import Blind
+from accelplug.hosts.images import ImageEncoder
+from accelplug.hosts.ledger import Event, Ledger
+from accelplug.hosts.record import Choice, Decide
+
+NAME = "accelplug"
+"""Our attention function's name. transformers reads meaning into names with flash, sdpa, flex, a slash or ``paged|``."""
+RUN = "accelplug_run"
+"""The keyword argument that carries a `Run` from the decoder to the attention function."""
+STREAM = "_accelplug"
+"""Attribute of a cache that holds its `Stream`, and of an attention module that holds its `AttentionRecord`."""
+
+DECODE = Clock(phase="decode")
+PREFILL = Clock(phase="prefill")
+
+Watch = Callable[["AttentionRecord", AttentionCall, Prompt, Clock], None]
+"""Looks at an attention call: (record, call, tokens of its sequence up to the prompt's end, clock)."""
+
+_RUN: ContextVar[Run | None] = ContextVar("accelplug_run", default=None)
+_ASKED: ContextVar[int] = ContextVar("accelplug_asked", default=0)
+_WATCH: ContextVar[Watch | None] = ContextVar("accelplug_watch", default=None)
+_users = 0
+_lock = threading.Lock()
+
+
+def is_language_model(model: Any) -> bool:
+    """Whether `model` is a transformers model with a decoder that this host can enter."""
+    return isinstance(model, nn.Module) and hasattr(model, "get_decoder") and hasattr(model, "base_model")
+
+
+def attention_modules(decoder: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield (path, module) of a decoder's attention modules that look their kernel up at every call."""
+    for path, module in decoder.named_modules():
+        if hasattr(module, "layer_idx") and hasattr(module, "config") and hasattr(module, "num_key_value_groups"):
+            yield path, module
+
+
+# ------------------------------------------------------------------------------------------------- what a sequence carries
+
+
+@dataclass(eq=False)
+class Stream:
+    """What is known of one batch of sequences. It lives on their cache, and is copied with it."""
+
+    host: LanguageHost
+    prompt: Prompt
+    states: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By patch, what it must remember: sinks, chosen heads, maps."""
+    decode: list[Any] = field(default_factory=list)
+    """By record, what its patch needs at a decode step."""
+
+
+@dataclass(eq=False)
+class Run:
+    """One forward. Patches answer where it has a stream; `companion` stands in for them in a forward of our own."""
+
+    stream: Stream | None = None
+    cache: Any = None
+    clock: Clock = DECODE
+    hidden: Tensor | None = None
+    companion: Callable[[AttentionRecord, Tensor], Tensor] | None = None
+    parent: Run | None = None
+
+
+@dataclass(eq=False)
+class AttentionRecord:
+    """What stands at one attention module, read inside compiled graphs."""
+
+    host: LanguageHost
+    index: int
+    module: Any
+    site: Site
+    config: Any
+    """The module's own config."""
+    choice: Choice
+    missed: bool = False
+    routed: bool = False
+
+    def attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, run: Run | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Answer one attention call as transformers asks it: (B, H, S, D) in, ((B, S_q, H, D_v), probabilities or None) out."""
+        base = compat.attention_function(self.config._attn_implementation, type(module))
+        asked = compat.seen_by(self.config._attn_implementation, module, self.config)
+
+        def whole() -> tuple[Tensor, Tensor | None]:
+            return base(asked, q, k, v, mask, **kwargs)
+
+        if run is not None and run.companion is not None:
+            return run.companion(self, whole()[0].transpose(1, 2)).transpose(1, 2).contiguous(), None
+        compiling = torch.compiler.is_compiling()
+        watch = None if compiling else _WATCH.get()
+        patch = self.choice.patch
+        if patch is None and watch is None and self.choice.reason is None:
+            return whole()
+
+        def dense(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+            return base(asked, q, k, v, mask, **kwargs)[0].transpose(1, 2)
+
+        reason = self.obstacle(q, mask, run, kwargs)
+        if reason is not None or run is None or run.stream is None:
+            if patch is not None or self.choice.reason is not None:
+                self.fell_back(str(reason))
+            return whole()
+        call = AttentionCall(q, k, v, mask, self.scale(q, kwargs), dense, self.place(q, k, run, kwargs), run.hidden)
+        if watch is not None:
+            watch(self, call, run.stream.prompt, run.clock)
+        decoding = run.clock is DECODE
+        params = run.stream.decode[self.index] if decoding else self.host.prepare(self, run.stream, run.clock)
+        if not compiling:
+            self.note(params is not None, run.clock, q)
+        if patch is None or params is None:
+            return whole()
+        return patch.attend(call, params).transpose(1, 2).contiguous(), None
+
+    def fell_back(self, reason: str) -> None:
+        """Count a call that a rule names and that runs dense."""
+        if torch.compiler.is_compiling():
+            self.missed = True  # counted by the host, outside the graph
+        else:
+            self.host.ledger.fell_back(self.site.module, reason)
+
+    def note(self, answered: bool, clock: Clock, q: Tensor) -> None:
+        """Count a call."""
+        self.routed = True
+        name = self.choice.name if answered else "dense"
+        self.host.ledger.served[name] += 1
+        if self.host.ledger.events is not None:
+            self.host.ledger.note(Event(self.site, clock, name, None, None, q.shape[2]))
+
+    def obstacle(self, q: Tensor, mask: Any, run: Run | None, kwargs: dict[str, Any]) -> str | None:
+        """Why a call that a patch is there for must run dense, or None."""
+        if "cache" in kwargs:
+            raise UnsupportedError(
+                f"{self.choice.name} keeps what it knows of a sequence on that sequence's cache, and continuous batching packs "
+                "several into one. Use generate() instead of generate_batch(), or remove the plug first."
+            )
+        if self.choice.reason is not None:
+            return self.choice.reason
+        if run is None:
+            return "the decoder was called past its model, which is told the tokens"
+        if run.stream is None:
+            return "the cache was filled before apply(), or in a compiled graph: where its images lie is not known"
+        if mask is not None and not isinstance(mask, Tensor):
+            return f"a mask of type {type(mask).__name__} is not understood; use sdpa, eager or flash attention"
+        if kwargs.get("dropout"):
+            return "the call has dropout"
+        if unknown := kwargs.keys() - compat.ATTENTION_KWARGS:
+            return f"the model passes {', '.join(sorted(unknown))} to its attention, which is not understood"
+        if not torch.compiler.is_compiling() and self.module.training and torch.is_grad_enabled() and q.requires_grad:
+            raise UnsupportedError(
+                f"{type(self.host.model).__name__} is in training mode and gradients are asked for, but accelplug is for "
+                "inference. Call .eval() and run under torch.no_grad(), or remove the plug to train."
+            )
+        return None
+
+    def scale(self, q: Tensor, kwargs: dict[str, Any]) -> float:
+        given = kwargs.get("scaling")
+        return q.shape[-1] ** -0.5 if given is None else given
+
+    def place(self, q: Tensor, k: Tensor, run: Run, kwargs: dict[str, Any]) -> Place:
+        """Say where the call stands. In a compiled decode step only the layers that see the whole sequence are known."""
+        explicit = kwargs.get("s_aux") is None and kwargs.get("softcap") is None and kwargs.get("position_bias") is None
+        answers = run.stream.prompt.answers if run.stream is not None and run.clock is PREFILL else 1
+        tensors = self.host.tensor_parallel
+        first_head = tensors.rank * q.shape[1] if tensors else 0
+        gather = tensors.gather if tensors else _identity
+        first_query = first_key = 0
+        if run.clock is PREFILL and run.stream is not None:
+            first_query = run.stream.prompt.past
+        layer = compat.cache_layer(run.cache, self.module.layer_idx)
+        if layer is not None and compat.slides(layer):
+            seen = int(compat.tokens_seen(layer))
+            first_key = max(0, seen - k.shape[2])
+        return Place(first_query, first_key, answers, explicit, first_head, gather)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A deep copy of a patched model is a stock model."""
+
+    def __reduce__(self) -> tuple:
+        return _nothing, ()
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Have `watch` look at every attention call of this thread, in modules that a host made with ``watched=True`` holds."""
+    token = _WATCH.set(watch)
+    try:
+        yield
+    finally:
+        _WATCH.reset(token)
+
+
+def _nothing(*_: Any) -> None:
+    """What records and hooks become in a pickled model."""
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _dispatch(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    """The registered attention function."""
+    run = kwargs.pop(RUN, None)
+    return getattr(module, STREAM).attend(module, query, key, value, attention_mask, run, kwargs)
+
+
+# --------------------------------------------------------------------------------------------------------------- the host
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """This process's place among those that share each layer's heads."""
+
+    rank: int
+    ranks: int
+    group: Any
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Put the heads of all ranks side by side: (B, H) -> (B, ranks * H)."""
+        parts = [torch.empty_like(x) for _ in range(self.ranks)]
+        torch.distributed.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, 1)
+
+
+class LanguageHost:
+    """One language model with the attention of some layers answered by patches."""
+
+    name = "decoder"
+
+    def __init__(self, model: Any, decide: Decide, ledger: Ledger, watched: bool = False) -> None:
+        self.owner: Any = None
+        self.watched = watched
+        self.model, self.ledger = model, ledger
+        self.root = self.base = model.base_model
+        self.decoder = model.get_decoder()
+        self.family: Vlm | None = find(model)
+        self.signature = inspect.signature(type(self.base).forward)
+        self.skipped: dict[str, str] = {}
+        self.tensor_parallel = _tensor_parallel(model)
+        self.records = self._records(decide)
+        self.images = ImageEncoder(self.base) if self.family else None
+        self.streams: WeakSet[Any] = WeakSet()
+        self._handles: list[Any] = []
+        self._registered = False
+
+    def _records(self, decide: Decide) -> list[AttentionRecord]:
+        modules = list(attention_modules(self.decoder))
+        layers = compat.number_of_layers(self.decoder)
+        records: list[AttentionRecord] = []
+        for path, module in modules:
+            if not compat.looks_kernel_up(type(module)):
+                self.skipped[path] = f"{type(module).__name__} does not ask transformers for its attention function"
+                continue
+            site = Site(path, self.name, "self", module.layer_idx, layers)
+            records.append(
+                AttentionRecord(self, len(records), module, site, module.config, decide(site, None, Clock(phase="prefill")))
+            )
+        if not records:
+            raise NoMatchError(
+                f"{type(self.model).__name__} has no attention that can be entered: expected modules with layer_idx, config and "
+                f"num_key_value_groups that call transformers' attention interface, found {len(modules)} such modules, of which "
+                f"{len(self.skipped)} do not call it."
+            )
+        return records
+
+    # ------------------------------------------------------------------------------------------------- in and out
+
+    def install(self) -> None:
+        """Put views, hooks and the function in place."""
+        global _users
+        with _lock:
+            if _users == 0:
+                compat.register_attention(NAME, _dispatch)
+            _users += 1
+        self._registered = True
+        for record in self.records:
+            if self.watched or record.choice.patch is not None or record.choice.reason is not None:
+                setattr(record.module, STREAM, record)
+                record.module.config = compat.config_view(record.config, NAME)
+        hook = self._handles.append
+        if self.model is not self.base:
+            hook(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+            hook(self.model.register_forward_hook(self._after_model, always_call=True))
+        hook(self.base.register_forward_pre_hook(self._before_base, with_kwargs=True, prepend=True))
+        hook(self.base.register_forward_hook(self._after_base, always_call=True))
+        hook(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+        if self.watched or "hidden_states" in self.needs:
+            watched = {record.site.module for record in self.records if self.watched or record.choice.patch}
+            for path in {module.rpartition(".")[0] for module in watched}:
+                layer = self.decoder.get_submodule(path)
+                hook(layer.register_forward_pre_hook(partial(_before_layer, self, layer), with_kwargs=True))
+        if self.images is not None:
+            self.images.install()
+        self._forget_compiled()
+
+    def remove(self) -> None:
+        """Undo `install`, restoring only what is still ours."""
+        global _users
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for record in self.records:
+            if vars(record.module).get(STREAM) is record:
+                delattr(record.module, STREAM)
+                if compat.is_view(record.module.config):
+                    record.module.config = record.config
+        for cache in list(self.streams):
+            if getattr(vars(cache).get(STREAM), "host", None) is self:
+                delattr(cache, STREAM)
+        self.streams.clear()
+        if self.images is not None:
+            self.images.remove()
+        if self._registered:
+            self._registered = False
+            with _lock:
+                _users -= 1
+                if _users == 0:
+                    compat.unregister_attention(NAME)
+            self._forget_compiled()
+
+    def _forget_compiled(self) -> None:
+        """Drop the decode step that generate() compiled: Dynamo does not guard on hooks."""
+        compat.forget_compiled_call(self.model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LanguageHost:
+        """Hooks of a deep-copied model still lead here, where they are seen not to be ours."""
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _Gone, ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the recipe's patches ask of the host."""
+        patches = {id(record.choice.patch): record.choice.patch for record in self.records if record.choice.patch}
+        return frozenset().union(*(patch.needs for patch in patches.values()))
+
+    def collect(self) -> None:
+        """Count what compiled code could not."""
+        for record in self.records:
+            if record.missed:
+                record.missed = False
+                self.ledger.fell_back(record.site.module, "a compiled call whose images or mask are not known")
+
+    def unrouted(self) -> list[str]:
+        """Modules that a rule names, whose attention never came by."""
+        return [record.site.module for record in self.records if record.choice.patch is not None and not record.routed]
+
+    # ------------------------------------------------------------------------------------------------- the forward
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if module is self.model and not torch.compiler.is_compiling():
+            asked = kwargs.get("logits_to_keep")
+            _ASKED.set(asked if isinstance(asked, int) else 0)
+
+    def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if module is self.model and not torch.compiler.is_compiling():
+            _ASKED.set(0)
+
+    def _before_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if module is not self.base or torch.compiler.is_compiling():
+            return None
+        if RUN in kwargs:  # a forward of our own
+            run = kwargs.pop(RUN)
+        else:
+            inputs = self.signature.bind_partial(module, *args, **kwargs).arguments
+            run = self._run({**inputs, **inputs.get("kwargs", {})})
+        run.parent = _RUN.get()
+        _RUN.set(run)
+        return args, kwargs
+
+    def _run(self, inputs: dict[str, Any]) -> Run:
+        """Say what a forward is: which sequences, and whether it reads a prompt or decodes."""
+        ids, embeds, cache = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
+        tokens = ids if ids is not None else embeds
+        if tokens is None:
+            return Run()
+        rows, new = tokens.shape[:2]
+        stream = None if cache is None else vars(cache).get(STREAM)
+        stream = stream if stream is not None and stream.host is self else None
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past and stream is not None and rows % len(stream.prompt.image) == 0 and rows != len(stream.prompt.image):
+            self._widen(stream, rows // len(stream.prompt.image))
+        if past and (stream is None or rows != len(stream.prompt.image)):
+            return Run(None, cache)
+        if past and new == 1:
+            return Run(stream, cache)
+        image = self._image_numbers(ids, embeds, past)
+        valid = inputs.get("attention_mask")
+        if not isinstance(valid, Tensor) or valid.ndim != 2:
+            valid = torch.ones(rows, past + new, dtype=torch.bool, device=tokens.device)
+        asked = max(_ASKED.get(), 1)
+        drafts = asked if asked <= new else 1
+        if stream is None or not past:
+            prompt = Prompt(
+                image, pad(valid[:, :new].bool(), (0, max(0, new - valid.shape[1]))), new - drafts + 1, 0, drafts
+            )
+            stream = Stream(self, prompt)
+        else:
+            known = stream.prompt.image
+            known = pad(known[:, :past], (0, past - min(past, known.shape[1])))
+            last = known.amax(-1, keepdim=True) if known.shape[1] else 0
+            image = torch.where(image > 0, image + last, image)
+            length = stream.prompt.length if drafts > 1 else past + new
+            valid = pad(valid[:, : past + new].bool(), (0, max(0, past + new - valid.shape[1])), value=True)
+            stream.prompt = Prompt(torch.cat([known, image], 1), valid, length, past, drafts)
+        if cache is not None:
+            setattr(cache, STREAM, stream)
+            self.streams.add(cache)
+        self._prepare_blind(stream, inputs)
+        return Run(stream, cache, PREFILL)
+
+    def _widen(self, stream: Stream, times: int) -> None:
+        """Follow a cache whose rows were repeated."""
+        if stream.states:
+            raise UnsupportedError(
+                "The rows of a cache were repeated after its prompt was read, and a patch remembers its rows one by one. "
+                "Repeat the inputs instead, as generate(num_return_sequences=...) does."
+            )
+        prompt = stream.prompt
+        image, valid = (x.repeat_interleave(times, 0) for x in (prompt.image, prompt.valid))
+        stream.prompt = Prompt(image, valid, prompt.length, prompt.past, prompt.answers)
+        self._prepare_decode(stream)
+
+    def _image_numbers(self, ids: Tensor | None, embeds: Tensor | None, past: int) -> Tensor:
+        """Number the images of every row from 1: int16 (B, S_q)."""
+        token = getattr(self.base.config, "image_token_id", None) if self.family else None
+        if token is None:
+            tokens = ids if ids is not None else embeds
+            assert tokens is not None
+            return torch.zeros(tokens.shape[:2], dtype=torch.int16, device=tokens.device)
+        if ids is not None:
+            visual = ids == token
+        else:
+            assert embeds is not None
+            marker = self.base.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+            visual = (embeds == marker).all(-1)
+        sizes = self.images.take() if self.images is not None and bool(visual.any()) else []
+        return number_images(visual, sizes)
+
+    def _after_base(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if module is not self.base or torch.compiler.is_compiling():
+            return
+        run = _RUN.get()
+        if run is None:
+            return
+        _RUN.set(run.parent)
+        if output is None or run.stream is None or run.clock is not PREFILL:
+            return
+        cache = run.cache if run.cache is not None else compat.cache_of(output)
+        for state in run.stream.states.values():
+            state.pop("blind", None)
+        if cache is not None:
+            if run.cache is None:
+                setattr(cache, STREAM, run.stream)
+                self.streams.add(cache)
+            self._prepare_decode(run.stream)
+
+    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if module is not self.decoder:
+            return None
+        if torch.compiler.is_compiling():
+            cache = kwargs.get("past_key_values")
+            stream = getattr(cache, STREAM, None)
+            run = Run(stream, cache) if stream is not None else None
+        else:
+            run = _RUN.get()
+        if run is None:
+            return None
+        return args, {**kwargs, RUN: run}
+
+    # ----------------------------------------------------------------------------------------------------- patches
+
+    def prepare(self, record: AttentionRecord, stream: Stream, clock: Clock) -> Any:
+        """Ask a record's patch what it needs, None to run dense."""
+        patch = record.choice.patch
+        if patch is None:
+            return None
+        return patch.prepare(record.site, stream.prompt, clock, stream.states.setdefault(id(patch), {}))
+
+    def _prepare_decode(self, stream: Stream) -> None:
+        """Have everything ready that decode steps need, outside of their graph."""
+        stream.decode = [self.prepare(record, stream, DECODE) for record in self.records]
+
+    def _prepare_blind(self, stream: Stream, inputs: dict[str, Any]) -> None:
+        """For patches that ask what the model would do without the images: read the text alone."""
+        if "blind" not in self.needs:
+            return
+        if stream.prompt.past and stream.prompt.answers == 1:
+            raise UnsupportedError(
+                f"{self.owner.recipe.name} chooses heads by the last token of the prompt, and this prompt comes in pieces. "
+                "Leave out prefill_chunk_size, or start a new cache for a new turn."
+            )
+        if stream.prompt.past:
+            return
+        blind = Blind(self.base, self.decoder, [record.module for record in self.records], stream.prompt, inputs)
+        for record in self.records:
+            if record.choice.patch is not None and "blind" in record.choice.patch.needs:
+                stream.states.setdefault(id(record.choice.patch), {})["blind"] = blind
+
+
+class _Gone:
+    """What a host becomes in a pickled model: its hooks do nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _nothing
+
+
+def _before_layer(host: LanguageHost, layer: nn.Module, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Hand what enters a layer to its attention, while a prompt is read."""
+    run = kwargs.get(RUN)
+    if module is not layer or run is None or run.clock is not PREFILL:
+        return None
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return args, {**kwargs, RUN: replace(run, hidden=hidden)}
+
+
+def number_images(visual: Tensor, sizes: list[int]) -> Tensor:
+    """Number the images of every row from 1.
+
+    Parameters
+    ----------
+    visual : bool (B, S), image tokens.
+    sizes : tokens of each image, row by row, as the image encoder told. Where rows are repeated for beams, they are those of
+        the rows before. Where they do not add up, each run of image tokens is an image.
+
+    Returns
+    -------
+    int16 (B, S), 0 for text.
+    """
+    counts = visual.sum(-1).tolist()
+    total = sum(sizes)
+    times = sum(counts) // total if total and sum(counts) % total == 0 else 0
+    order = visual.cumsum(-1) - 1  # which of its row's image tokens this is
+    numbers = torch.zeros(visual.shape, dtype=torch.int16, device=visual.device)
+    if times and all(
+        a == b for i in range(0, len(counts), times) for a, b in [(counts[i], c) for c in counts[i : i + times]]
+    ):
+        left = list(sizes)
+        for row in range(0, len(counts), times):
+            ends, end = [], 0
+            while end < counts[row] and left:
+                end += left.pop(0)
+                ends.append(end)
+            if end != counts[row]:
+                break
+            bounds = torch.tensor(ends, device=visual.device)
+            found = torch.bucketize(order[row : row + times], bounds, right=True) + 1
+            numbers[row : row + times] = found.to(torch.int16)
+        else:
+            return numbers * visual
+    starts = visual & ~pad(visual, (1, 0))[:, :-1]
+    return (starts.cumsum(-1) * visual).to(torch.int16)
+
+
+def _tensor_parallel(model: Any) -> TensorParallel | None:
+    mesh = getattr(model, "_device_mesh", None)
+    names = getattr(mesh, "mesh_dim_names", None) or ()
+    if mesh is None or not getattr(model, "_tp_size", None):
+        return None
+    part = mesh["tp"] if "tp" in names and len(names) > 1 else mesh
+    return TensorParallel(part.get_local_rank(), part.size(), part.get_group()) if part.size() > 1 else None

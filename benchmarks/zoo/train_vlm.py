@@ -1,0 +1,188 @@
+"""Train the bundled vision-language model: ``python -m benchmarks.zoo.train_vlm --eyes 6 --minutes 40``.
+
+First the vision tower alone learns to name what every patch shows; then all of it learns to answer questions and to describe.
+Questions about absent things are drawn evenly from all kinds, as in the usual training data of such models: what is usual in
+a scene is nowhere corrected for. Two CPU cores with bf16 matrix units suffice.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from accelplug.zoo import scenes
+from benchmarks.zoo.common import Clock, load, save
+from benchmarks.zoo.vlm import PATCH, make_model, make_processor, questions
+
+CHECKPOINT, EYES = "vlm.pt", "vlm_eyes.pt"
+GRID = scenes.SIDE // PATCH
+
+
+class Pictures(IterableDataset):
+    """Endless (picture, patch labels of kind and colour, two conversations), from scene numbers that no split holds."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[tuple]:
+        worker = torch.utils.data.get_worker_info()
+        rng = np.random.default_rng((self.seed, worker.id if worker else 0))
+        while True:
+            number = int(rng.integers(0, 9_000_000))
+            scene = scenes.sample(number)
+            picture, owner = scenes.render(scene)
+            yield picture, patch_labels(scene, owner), conversations(scene, rng)
+
+
+def patch_labels(scene: scenes.Scene, owner: np.ndarray) -> np.ndarray:
+    """Kind and colour that cover most of every patch: int64 (2, GRID * GRID), 0 for none."""
+    tiles = owner.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
+    labels = np.zeros((2, GRID * GRID), np.int64)
+    for index, thing in enumerate(scene.things):
+        mine = (tiles == index).mean(axis=1) > 0.12
+        labels[0, mine] = 1 + scenes.KINDS.index(thing.kind)
+        labels[1, mine] = 1 + list(scenes.COLOURS).index(thing.colour)
+    return labels
+
+
+def conversations(scene: scenes.Scene, rng: np.random.Generator) -> list[list[tuple[str, str]]]:
+    """A description, and several questions in one conversation."""
+    asked = questions(scene, int(rng.integers(1 << 60)))
+    return [
+        [(scenes.CAPTION_PROMPT, scene.caption)],
+        [(query.text, "yes" if query.answer else "no") for query in asked],
+    ]
+
+
+class Collate:
+    """Token ids, labels and pictures of a batch; right padded, for training."""
+
+    def __init__(self) -> None:
+        self.processor = make_processor()
+        tokenizer = self.processor.tokenizer
+        self.ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+        self.head = [*self.ids("<s>A chat about pictures."), *self.ids("USER: ")] + [
+            tokenizer.convert_tokens_to_ids("<image>")
+        ] * GRID**2
+        self.end = tokenizer.eos_token_id
+
+    def sequence(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        ids, labels = list(self.head), [-100] * len(self.head)
+        for index, (ask, answer) in enumerate(turns):
+            prompt = self.ids(("USER: " if index else "") + ask + " ASSISTANT:")
+            reply = [*self.ids(answer), self.end]
+            ids += prompt + reply
+            labels += [-100] * len(prompt) + reply
+        return ids, labels
+
+    def __call__(self, items: list[tuple]) -> dict[str, torch.Tensor]:
+        pixels = torch.from_numpy(np.stack([item[0] for item in items])).permute(0, 3, 1, 2).float()
+        sequences = [self.sequence(turns) for item in items for turns in item[2]]
+        longest = 32 * math.ceil(max(len(ids) for ids, _ in sequences) / 32)  # few lengths, few compiled graphs
+        pad = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in sequences])
+        labels = torch.tensor([wanted + [-100] * (longest - len(wanted)) for _, wanted in sequences])
+        return {
+            "pixel_values": (pixels / 255 - 0.5) / 0.25,
+            "patches": torch.from_numpy(np.stack([item[1] for item in items])),
+            "input_ids": pad,
+            "labels": labels,
+        }
+
+
+def train_eyes(model: nn.Module, minutes: float, batch: int) -> None:
+    """Teach the vision tower what patches show."""
+    tower = model.model.vision_tower
+    head = nn.Linear(tower.config.hidden_size, (1 + len(scenes.KINDS)) + (1 + len(scenes.COLOURS)))
+    optimiser = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98))
+    clock, step = Clock(60 * minutes), 0
+    for items in loader(seed=1, batch=batch):
+        rate = clock.rate(step)
+        for group in optimiser.param_groups:
+            group["lr"] = 1.5e-3 * rate
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = tower(pixel_values=items["pixel_values"]).last_hidden_state[:, 1:]
+            kind, colour = head(hidden).float().split([1 + len(scenes.KINDS), 1 + len(scenes.COLOURS)], -1)
+        loss = F.cross_entropy(kind.flatten(0, 1), items["patches"][:, 0].flatten())
+        loss = loss + 0.5 * F.cross_entropy(colour.flatten(0, 1), items["patches"][:, 1].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
+        optimiser.step()
+        step += 1
+        if step % 50 == 0:
+            there = items["patches"][:, 0] > 0
+            right = (kind.argmax(-1) == items["patches"][:, 0])[there].float().mean()
+            print(f"eyes {step:5d} {clock.spent:5.0f} s  loss {loss:.3f}  kinds named {right:.2f}", flush=True)
+        if clock.done >= 1:
+            break
+    save({"tower": tower.state_dict()}, EYES)
+
+
+def train_all(model: nn.Module, minutes: float, batch: int) -> None:
+    """Teach all of it to answer and to describe."""
+    parts = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        parts["vision_tower" in name].append(parameter)
+    groups = [{"params": parts[False], "peak": 8e-4}, {"params": parts[True], "peak": 2e-4}]
+    optimiser = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))
+    state = load(CHECKPOINT) or {"step": 0, "spent": 0.0}
+    if "optimiser" in state:
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+    clock, step, kept, shown = Clock(60 * minutes, state["spent"]), state["step"], time.monotonic(), []
+    for items in loader(seed=2 + step, batch=batch):
+        rate = clock.rate(step)
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak"] * rate
+        labels = items["labels"]
+        with torch.autocast("cpu", torch.bfloat16):
+            pixels = items["pixel_values"].repeat_interleave(2, 0)
+            hidden = model.model(input_ids=items["input_ids"], pixel_values=pixels, use_cache=False).last_hidden_state
+            wanted = labels[:, 1:] != -100
+            logits = model.lm_head(hidden[:, :-1][wanted]).float()
+        loss = F.cross_entropy(logits, labels[:, 1:][wanted])
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        step += 1
+        shown.append(loss.item())
+        if step % 50 == 0:
+            print(f"{step:6d} {clock.spent:6.0f} s  loss {np.mean(shown):.3f}", flush=True)
+            shown = []
+        if clock.done >= 1 or time.monotonic() - kept > 180:
+            kept = time.monotonic()
+            weights = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+            save({**weights, "step": step, "spent": clock.spent}, CHECKPOINT)
+        if clock.done >= 1:
+            break
+
+
+def loader(seed: int, batch: int) -> DataLoader:
+    return DataLoader(Pictures(seed), batch, num_workers=1, prefetch_factor=8, collate_fn=Collate())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--eyes", type=float, default=6, help="minutes for the vision tower; 0 takes its checkpoint")
+    parser.add_argument("--minutes", type=float, default=40, help="minutes for the whole model, over restarts")
+    parser.add_argument("--batch", type=int, default=32, help="pictures a step")
+    options = parser.parse_args()
+    model = make_model(make_processor().tokenizer.get_vocab())
+    model.set_attn_implementation("eager")  # its backward is twice as fast as that of the fused kernel on CPUs
+    for part in (model.model.language_model, model.model.vision_tower):
+        part.compile()
+    if options.eyes:
+        train_eyes(model, options.eyes, 2 * options.batch)
+    model.model.vision_tower.load_state_dict(load(EYES)["tower"])
+    train_all(model, options.minutes, options.batch)
+
+
+if __name__ == "__main__":
+    main()

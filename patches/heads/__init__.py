@@ -1,0 +1,1 @@
+"""Patches that change what heads look at, or what they weigh: one file, one method."""

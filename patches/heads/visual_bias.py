@@ -1,0 +1,71 @@
+"""More weight on the image, less on the system prompt: a bias on spans of keys.
+
+After the training-free modulation of AVAR ("Look at the image", arXiv 2603.03825, ICLR 2026) and VAF (ClearSight, arXiv
+2503.13107, CVPR 2025). Both scale the signed scores ``s`` of a span, ``s + alpha * s``, so that what they do depends on the
+score's sign, which the softmax does not know. This is the same wish in its sound form: multiply the *attention* of later text to
+a span by a weight and renormalise, ``p' = w p / sum(w p)``, which is ``softmax(s + log w)``.
+
+The papers' Visual Attention Score, mass on images over mass on the system prompt, is `accelplug.inspect`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import Field
+
+from accelplug.kernels.spans import biased, decode_biased, fit
+from accelplug.patches.base import Config, Patch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from accelplug.call import AttentionCall, Clock, Prompt, Site
+
+
+@dataclass(frozen=True, eq=False)
+class Params:
+    """Which keys: float (B, S, 2), visual and system; which queries: bool (B, S_q), None for the one of a decode step."""
+
+    columns: Tensor
+    rows: Tensor | None
+
+
+class VisualBias(Patch):
+    """Multiply later text's attention to images and to the system prompt, and renormalise."""
+
+    class Config(Config):
+        image_weight: float = Field(1.15, gt=0, le=100, description="Factor on attention to images. VAF's enhancement.")
+        system_weight: float = Field(0.95, gt=0, le=100, description="Factor on attention to the system prompt. VAF's.")
+        heads: tuple[int, ...] | None = Field(None, description="Heads that are changed, 0-based; all if left out.")
+
+    cite = "arXiv 2603.03825, 2503.13107"
+    speed = False
+    config: Config
+
+    def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> Params | None:
+        if self.config.image_weight == self.config.system_weight == 1:
+            return None
+        columns = torch.stack([layout.visual, layout.system], -1).float()
+        return Params(columns, layout.rows if clock.phase == "prefill" else None)
+
+    def attend(self, call: AttentionCall, params: Params) -> Tensor:
+        columns = fit(params.columns.mT, call).to(call.q.device)  # [B, 2, S_k]
+        logs = self._log_weights(call)  # [H|1, 2]
+        if params.rows is None and call.place is not None and call.place.explicit and call.q.shape[-2] == 1:
+            return decode_biased(call, (logs @ columns)[:, :, None])
+        rows = columns.new_ones(1, 1) if params.rows is None else params.rows.to(columns)  # [B, S_q]
+        return call.dense(*biased(call, rows[:, None, :, None] * logs[:, None], columns.mT))
+
+    def _log_weights(self, call: AttentionCall) -> Tensor:
+        pair = [math.log(self.config.image_weight), math.log(self.config.system_weight)]
+        weights = torch.tensor([pair], device=call.q.device)
+        if self.config.heads is None:
+            return weights
+        first = call.place.first_head if call.place else 0
+        chosen = torch.arange(first, first + call.q.shape[1], device=call.q.device)
+        wanted = torch.tensor(self.config.heads, device=call.q.device)
+        return torch.isin(chosen, wanted)[:, None] * weights
