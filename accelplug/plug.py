@@ -43,6 +43,7 @@ def apply(
     gate: str = "auto",
     backend: str = "auto",
     deterministic: bool = False,
+    processor: Any = None,
 ) -> Plug:
     """Swap the attention of a loaded model as a recipe says.
 
@@ -56,6 +57,7 @@ def apply(
         ``report`` times and tells, but forces the recipe; ``off`` forces it and times nothing.
     backend : kernel for patches that leave the choice open: ``auto``, ``triton``, ``flex``, ``blocked``, ``reference``.
     deterministic : take no choice by timing: the gate is off, and the first kernel that serves is used.
+    processor : a vision-language model's processor, for recipes that write prompts of their own (``carve``).
 
     Returns
     -------
@@ -90,6 +92,7 @@ def apply(
         gate="off" if deterministic else gate,
         backend=backend,
         measure=not deterministic,
+        processor=processor,
     )
     plug._install()
     logger.info("%s", plug.summary())
@@ -160,7 +163,16 @@ class Plug(AbstractContextManager["Plug"]):
     """A recipe on a model. Made by `apply`; `remove` undoes it, as does leaving the context."""
 
     def __init__(
-        self, model: Any, recipe: Recipe, parts: dict[str, Any], *, strict: bool, gate: str, backend: str, measure: bool
+        self,
+        model: Any,
+        recipe: Recipe,
+        parts: dict[str, Any],
+        *,
+        strict: bool,
+        gate: str,
+        backend: str,
+        measure: bool,
+        processor: Any = None,
     ) -> None:
         self.recipe = recipe
         self.active = False
@@ -171,7 +183,7 @@ class Plug(AbstractContextManager["Plug"]):
         self._clock = StepClock(model)
         self._patches: Bounded[tuple[str, str], Patch] = Bounded(256)
         self._hosts: list[DenoiserHost | LanguageHost] = (
-            [LanguageHost(model, self._decide, self._ledger)]
+            [LanguageHost(model, self._decide, self._ledger, generation=self._around(), processor=processor)]
             if is_language_model(model)
             else [
                 DenoiserHost(name, part, self._clock, self._decide, self._ledger, self._gate, measure)
@@ -199,7 +211,13 @@ class Plug(AbstractContextManager["Plug"]):
 
         return self._patches.get((name, repr(sorted(config.items()))), make)
 
+    def _around(self) -> tuple[Any, ...]:
+        """The recipe's patches that stand around ``generate``."""
+        return tuple(self._patch(rule.patch, rule.settings) for rule in self.recipe.around())
+
     def _require_a_match(self) -> None:
+        if self.recipe.around():
+            return
         sites = [record.site for host in self._hosts for record in host.records if record.site]
         if not any(self.recipe.may_touch(site) for site in sites):
             kinds = Counter(site.kind for site in sites)

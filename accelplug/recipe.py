@@ -455,7 +455,7 @@ class Recipe:
         def make() -> tuple[Rule, ...]:
             fitting: list[Rule] = []
             for rule in self.rules:
-                if rule.where.fits(site):
+                if rule.where.fits(site) and rule not in self.around():
                     fitting.append(rule)
                     if rule.where.placed:
                         break
@@ -464,6 +464,10 @@ class Recipe:
             return tuple(fitting)
 
         return self._by_site.get(site, make)
+
+    def around(self) -> tuple[Rule, ...]:
+        """Return the rules whose patches stand around ``generate``, outermost first; they have no site."""
+        return tuple(r for r in self.rules if r.patch != "dense" and patch_entry(r.patch).family == "generation")
 
     def patches(self) -> tuple[str, ...]:
         """Names of the patches that its rules use, each once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -64,6 +65,24 @@ class Patch:
     def inspect(self, call: AttentionCall, params: Any) -> tuple[float | None, BlockPlan | None]:
         """Return what `call` costs as a fraction of dense, and its block plan, where there are such things."""
         return None, None
+
+
+class GenerationPatch(Patch):
+    """A method that needs more than one forward: it stands around ``generate``. Several of them nest, the first outermost."""
+
+    speed = False
+
+    def generate(self, model: Any, call: Callable[..., Any], inputs: dict[str, Any], processor: Any) -> Any:
+        """Return what ``call(**inputs)`` would have returned, the method applied.
+
+        Parameters
+        ----------
+        model : the model, for forwards of the method's own.
+        call : ``generate`` as it is without this patch.
+        inputs : arguments of ``generate``, by name, ``input_ids`` among them.
+        processor : what was given to `accelplug.apply`, or None.
+        """
+        raise UnimplementedHalf(type(self), "generate")
 
 
 class UnimplementedHalf(TypeError):

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
@@ -30,9 +30,13 @@ from accelplug.call import AttentionCall, Clock, Place, Prompt, Site
 from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families.vlm import Vlm, find
 from accelplug.hosts.blind import Blind
+from accelplug.hosts.generation import Generation
 from accelplug.hosts.images import ImageEncoder
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import Choice, Decide
+
+if TYPE_CHECKING:
+    from accelplug.patches.base import GenerationPatch
 
 NAME = "accelplug"
 """Our attention function's name. transformers reads meaning into names with flash, sdpa, flex, a slash or ``paged|``."""
@@ -259,9 +263,19 @@ class LanguageHost:
 
     name = "decoder"
 
-    def __init__(self, model: Any, decide: Decide, ledger: Ledger, watched: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        decide: Decide,
+        ledger: Ledger,
+        *,
+        generation: tuple[GenerationPatch, ...] = (),
+        processor: Any = None,
+        watched: bool = False,
+    ) -> None:
         self.owner: Any = None
-        self.watched = watched
+        self.generation = Generation(self, generation, processor)
+        self.watched = watched or bool(generation)
         self.model, self.ledger = model, ledger
         self.root = self.base = model.base_model
         self.decoder = model.get_decoder()
@@ -323,6 +337,7 @@ class LanguageHost:
                 hook(layer.register_forward_pre_hook(partial(_before_layer, self, layer), with_kwargs=True))
         if self.images is not None:
             self.images.install()
+        self.generation.install()
         self._forget_compiled()
 
     def remove(self) -> None:
@@ -342,6 +357,7 @@ class LanguageHost:
         self.streams.clear()
         if self.images is not None:
             self.images.remove()
+        self.generation.remove()
         if self._registered:
             self._registered = False
             with _lock:
