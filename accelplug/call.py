@@ -112,6 +112,7 @@ class Prompt:
     length : how many of the S tokens were asked; the others were generated.
     past : how many of the S tokens were there before this forward.
     answers : how many of the last tokens have their next token asked for.
+    ids : int64 (B, S) token ids, None where the model was given embeddings.
     """
 
     image: Tensor
@@ -119,6 +120,7 @@ class Prompt:
     length: int
     past: int = 0
     answers: int = 1
+    ids: Tensor | None = None
 
     @cached_property
     def visual(self) -> Tensor:

@@ -77,6 +77,9 @@ def _concrete(variable: Any) -> Any:
 
 # ---------------------------------------------------------------------------------------------------- transformers
 
+ATTENTION = "accelplug"
+"""Our attention function's name. transformers reads meaning into names with flash, sdpa, flex, a slash or ``paged|``."""
+
 ATTENTION_KWARGS = frozenset(
     {
         "scaling", "dropout", "is_causal", "sliding_window", "s_aux", "softcap", "position_bias", "position_ids", "use_cache",

@@ -178,6 +178,7 @@ class Plug(AbstractContextManager["Plug"]):
         self.active = False
         self._model = weakref.ref(model)
         self._backend = backend
+        self._processor = processor
         self._ledger = Ledger(strict)
         self._gate = Gate(gate)
         self._clock = StepClock(model)
@@ -207,7 +208,9 @@ class Plug(AbstractContextManager["Plug"]):
             cls = patch_class(name)
             fields = cls.Config.model_fields
             chosen = {"backend": self._backend} if "backend" in fields and config.get("backend", "auto") == "auto" else {}
-            return cls({**config, **chosen})
+            patch = cls({**config, **chosen})
+            patch.processor = self._processor
+            return patch
 
         return self._patches.get((name, repr(sorted(config.items()))), make)
 

@@ -60,6 +60,46 @@ _PATCHES = {
             summary="Later text attends more to images and less to the system prompt: a bias on spans.",
             cite="arXiv 2603.03825",
         ),
+        PatchEntry(
+            name="var",
+            module="accelplug.patches.heads.var",
+            cls="Var",
+            family="heads",
+            summary="What heads spend on attention sinks goes to the other image tokens.",
+            cite="arXiv 2503.03321",
+        ),
+        PatchEntry(
+            name="vhr",
+            module="accelplug.patches.heads.vhr",
+            cls="Vhr",
+            family="heads",
+            summary="Heads in which the image makes the most difference are made louder.",
+            cite="arXiv 2412.13949",
+        ),
+        PatchEntry(
+            name="gift",
+            module="accelplug.patches.heads.gift",
+            cls="Gift",
+            family="heads",
+            summary="The answer keeps looking at what the question pointed at.",
+            cite="arXiv 2510.22067",
+        ),
+        PatchEntry(
+            name="imbalance",
+            module="accelplug.patches.heads.imbalance",
+            cls="Imbalance",
+            family="heads",
+            summary="Image tokens that the vision tower marks as local or as summaries are raised.",
+            cite="arXiv 2501.12206",
+        ),
+        PatchEntry(
+            name="pai",
+            module="accelplug.patches.heads.pai",
+            cls="Pai",
+            family="heads",
+            summary="Scores of image tokens are raised by a share of their size: the baseline.",
+            cite="arXiv 2407.21771",
+        ),
     )
 }
 

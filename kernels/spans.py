@@ -11,6 +11,7 @@ Notation: ``p`` attention after the softmax, P_c its mass on span c. All masses 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -110,18 +111,42 @@ def keep_rows(call: AttentionCall, rows: int) -> Tensor | None:
     return valid if causal is None else valid & causal
 
 
-def row_scores(call: AttentionCall, rows: int = 1, masked: bool = True) -> Tensor:
+def last(call: AttentionCall, rows: int) -> AttentionCall:
+    """Return a call as if only its last `rows` queries were there, answered by SDPA: rows are few, so their mask is small.
+
+    Where the model adds to its attention what q, k, v and mask do not say, all queries are kept, answered by its own kernel.
+    """
+    if call.place is None or not call.place.explicit or rows >= call.q.shape[2]:
+        return call
+    mask, groups = keep_rows(call, rows), call.q.shape[1] // call.k.shape[1]
+    tail = call.q[:, :, -rows:]
+
+    def dense(q: Tensor = tail, k: Tensor = call.k, v: Tensor = call.v) -> Tensor:
+        bias = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+        k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=call.scale)
+
+    first = call.place.first_query + call.q.shape[2] - rows
+    return replace(call, q=tail, mask=mask, dense=dense, place=replace(call.place, first_query=first))
+
+
+def row_scores(call: AttentionCall, rows: int = 1) -> Tensor:
     """Return the scores of the last queries, before the softmax: float32 (B, H, rows, S_k), -inf where they may not read."""
     q, k = call.q[:, :, -rows:].float(), call.k.float()
     batch, heads, _, dim = q.shape
     q = q.reshape(batch, k.shape[1], -1, dim)  # query heads that share keys side by side
     scores = (q @ k.mT).reshape(batch, heads, rows, -1) * call.scale
-    keep = keep_rows(call, rows) if masked else None
+    keep = keep_rows(call, rows)
     if keep is None:
         return scores
     if keep.dtype == torch.bool:
         return scores.masked_fill(~keep, float("-inf"))
     return scores + keep.float()
+
+
+def row_attention(call: AttentionCall, rows: int = 1) -> Tensor:
+    """Return the attention of the last queries, after the softmax: float32 (B, H, rows, S_k); 0 in rows that are padding."""
+    return row_scores(call, rows).softmax(-1).nan_to_num(0.0)
 
 
 def read_rows(call: AttentionCall, p: Tensor) -> Tensor:

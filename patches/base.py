@@ -39,6 +39,8 @@ class Patch:
     needs: ClassVar[frozenset[str]] = frozenset()
     speed: ClassVar[bool] = True
     """Whether the method exists to be faster: such a patch is left dense where it would not pay (`gate="auto"`)."""
+    processor: Any = None
+    """A vision-language model's processor, where one was given to `accelplug.apply`."""
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config.model_validate(config or {})

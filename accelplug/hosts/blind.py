@@ -20,20 +20,20 @@ class Blind:
 
     Parameters
     ----------
-    base : the base model, which embeds tokens; `decoder` its decoder; `attentions` the decoder's attention modules.
+    base : the base model, which embeds tokens; `decoder` its decoder, which has ``layers``.
     prompt : the sequences with images.
     inputs : arguments of the base model's forward.
     """
 
-    def __init__(self, base: Any, decoder: Any, attentions: list[Any], prompt: Prompt, inputs: dict[str, Any]) -> None:
+    def __init__(self, base: Any, decoder: Any, prompt: Prompt, inputs: dict[str, Any]) -> None:
         from accelplug.hosts.transformers import RUN, Run
 
         self._key, self._run = RUN, Run
-        self._layers = [_layer_of(decoder, module) for module in attentions]
+        self._layers = list(decoder.layers)
         self._calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
         self._hidden: dict[int, Tensor] = {}
         self._heads: dict[int, Tensor] = {}
-        self._front = len(attentions)  # layers before this one have been run with the gains that were set
+        self._front = len(self._layers)  # layers before this one have been run with the gains that were set
         handles = [
             layer.register_forward_pre_hook(self._recorder(index), with_kwargs=True)
             for index, layer in enumerate(self._layers)
@@ -71,7 +71,7 @@ class Blind:
         return record
 
     def _note(self, record: Any, out: Tensor) -> Tensor:
-        self._heads[record.index] = out[:, :, -1]
+        self._heads[record.site.layer] = out[:, :, -1]
         return out
 
     def heads(self, index: int) -> Tensor:
@@ -89,15 +89,10 @@ class Blind:
 
     def _step(self, index: int, gain: Tensor | None) -> None:
         def companion(record: Any, out: Tensor) -> Tensor:
-            self._heads[record.index] = out[:, :, -1]
+            self._heads[record.site.layer] = out[:, :, -1]
             return out if gain is None else out * gain[..., None, None].to(out.dtype)
 
         args, kwargs = self._calls[index]
         out = self._layers[index](self._hidden[index], *args, **kwargs, **{self._key: self._run(companion=companion)})
         self._hidden[index + 1] = out[0] if isinstance(out, tuple) else out
         self._front = index + 1
-
-
-def _layer_of(decoder: nn.Module, attention: nn.Module) -> Any:
-    path = next(path for path, module in decoder.named_modules() if module is attention)
-    return decoder.get_submodule(path.rpartition(".")[0])

@@ -8,7 +8,11 @@ import types
 from contextvars import ContextVar
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from accelplug import compat
+from accelplug.errors import UnsupportedError
 
 METHOD = "get_image_features"
 
@@ -71,3 +75,101 @@ class _Listener:
 
     def __reduce__(self) -> tuple:
         return getattr, (self._base, METHOD)
+
+
+_MAPS: ContextVar[dict[str, Tensor]] = ContextVar("accelplug_vision")
+
+
+class VisionTower:
+    """Reads what a vision tower's class token attends to, in its first layer and in the last but one.
+
+    Raises
+    ------
+    UnsupportedError
+        If the model has no vision tower with a class token whose attention can be entered.
+    """
+
+    def __init__(self, base: Any) -> None:
+        tower = getattr(base, "vision_tower", None)
+        parts = tower if isinstance(tower, nn.Module) else nn.Module()
+        modules = [module for module in parts.modules() if _attends(module)]
+        if len(modules) < 3 or not any(name.endswith("class_embedding") for name, _ in parts.named_parameters()):
+            raise UnsupportedError(
+                f"{type(base).__name__} has no vision tower with a class token and at least three layers, which this recipe reads "
+                "(LLaVA-1.5 has). Take var, vhr or visual_bias."
+            )
+        self._records = [_VisionRecord("first", modules[0]), _VisionRecord("late", modules[-2])]
+
+    def install(self) -> None:
+        """Enter both layers."""
+        for record in self._records:
+            record.module._accelplug = record
+            record.module.config = compat.config_view(record.config, compat.ATTENTION)
+
+    def remove(self) -> None:
+        """Leave them as they were."""
+        for record in self._records:
+            if vars(record.module).get("_accelplug") is record:
+                del record.module._accelplug
+                record.module.config = record.config
+
+    @staticmethod
+    def take(visual: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return both maps of the images encoded last, (B, S) float32, laid on image tokens `visual` (B, S) bool; once."""
+        maps = _MAPS.get({})
+        _MAPS.set({})
+        if set(maps) != {"first", "late"}:
+            return None
+        return scatter(maps["first"], visual), scatter(maps["late"], visual)
+
+
+def scatter(values: Tensor, visual: Tensor) -> Tensor:
+    """Lay values (N, tokens) of a batch's images on its image tokens, (B, S); rows repeated for beams repeat their images.
+
+    Raises
+    ------
+    UnsupportedError
+        If there are not as many values as image tokens.
+    """
+    flat, counts = values.flatten(), visual.sum(-1).tolist()
+    times = sum(counts) // len(flat) if len(flat) else 0
+    if not times or times * len(flat) != sum(counts):
+        raise UnsupportedError(
+            f"{sum(counts)} image tokens for {len(flat)} patches of the vision tower: they must be one to one."
+        )
+    out = torch.zeros(visual.shape, device=visual.device)
+    start = 0
+    for row, count in enumerate(counts):
+        out[row, visual[row]] = flat[start : start + count].to(out)
+        start += count if (row + 1) % times == 0 else 0
+    return out
+
+
+def _attends(module: Any) -> bool:
+    return hasattr(module, "config") and hasattr(module, "is_causal") and compat.looks_kernel_up(type(module))
+
+
+class _VisionRecord:
+    """Stands at one attention module of the tower."""
+
+    def __init__(self, key: str, module: Any) -> None:
+        self.key, self.module, self.config = key, module, module.config
+
+    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, run: Any, kwargs: dict[str, Any]) -> Any:
+        """Run the tower's own attention, and note where the class token looks: (N, tokens), summed over heads."""
+        name = self.config._attn_implementation
+        if not torch.compiler.is_compiling():
+            scores = q[:, :, :1].float() @ k.float().mT * (kwargs.get("scaling") or q.shape[-1] ** -0.5)
+            _MAPS.set({**_MAPS.get({}), self.key: scores.softmax(-1)[:, :, 0, 1:].sum(1)})
+        base = compat.attention_function(name, type(module))
+        return base(compat.seen_by(name, module, self.config), q, k, v, mask, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A deep copy of a patched model is a stock model."""
+
+    def __reduce__(self) -> tuple:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    """What a record becomes in a pickled model."""

@@ -31,15 +31,13 @@ from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families.vlm import Vlm, find
 from accelplug.hosts.blind import Blind
 from accelplug.hosts.generation import Generation
-from accelplug.hosts.images import ImageEncoder
+from accelplug.hosts.images import ImageEncoder, VisionTower
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import Choice, Decide
 
 if TYPE_CHECKING:
     from accelplug.patches.base import GenerationPatch
 
-NAME = "accelplug"
-"""Our attention function's name. transformers reads meaning into names with flash, sdpa, flex, a slash or ``paged|``."""
 RUN = "accelplug_run"
 """The keyword argument that carries a `Run` from the decoder to the attention function."""
 STREAM = "_accelplug"
@@ -94,6 +92,8 @@ class Run:
     clock: Clock = DECODE
     hidden: Tensor | None = None
     companion: Callable[[AttentionRecord, Tensor], Tensor] | None = None
+    inputs: dict[str, Any] | None = None
+    """Arguments of the base model's forward, until the decoder begins: images are encoded in between."""
     parent: Run | None = None
 
 
@@ -285,6 +285,7 @@ class LanguageHost:
         self.tensor_parallel = _tensor_parallel(model)
         self.records = self._records(decide)
         self.images = ImageEncoder(self.base) if self.family else None
+        self.tower = VisionTower(self.base) if "vision_attention" in self.needs else None
         self.streams: WeakSet[Any] = WeakSet()
         self._handles: list[Any] = []
         self._registered = False
@@ -316,13 +317,13 @@ class LanguageHost:
         global _users
         with _lock:
             if _users == 0:
-                compat.register_attention(NAME, _dispatch)
+                compat.register_attention(compat.ATTENTION, _dispatch)
             _users += 1
         self._registered = True
         for record in self.records:
             if self.watched or record.choice.patch is not None or record.choice.reason is not None:
                 setattr(record.module, STREAM, record)
-                record.module.config = compat.config_view(record.config, NAME)
+                record.module.config = compat.config_view(record.config, compat.ATTENTION)
         hook = self._handles.append
         if self.model is not self.base:
             hook(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
@@ -337,6 +338,8 @@ class LanguageHost:
                 hook(layer.register_forward_pre_hook(partial(_before_layer, self, layer), with_kwargs=True))
         if self.images is not None:
             self.images.install()
+        if self.tower is not None:
+            self.tower.install()
         self.generation.install()
         self._forget_compiled()
 
@@ -357,13 +360,15 @@ class LanguageHost:
         self.streams.clear()
         if self.images is not None:
             self.images.remove()
+        if self.tower is not None:
+            self.tower.remove()
         self.generation.remove()
         if self._registered:
             self._registered = False
             with _lock:
                 _users -= 1
                 if _users == 0:
-                    compat.unregister_attention(NAME)
+                    compat.unregister_attention(compat.ATTENTION)
             self._forget_compiled()
 
     def _forget_compiled(self) -> None:
@@ -412,17 +417,18 @@ class LanguageHost:
             run = kwargs.pop(RUN)
         else:
             inputs = self.signature.bind_partial(module, *args, **kwargs).arguments
-            run = self._run({**inputs, **inputs.get("kwargs", {})})
+            run = Run(inputs={**inputs, **inputs.get("kwargs", {})})
         run.parent = _RUN.get()
         _RUN.set(run)
         return args, kwargs
 
-    def _run(self, inputs: dict[str, Any]) -> Run:
+    def _open(self, run: Run, inputs: dict[str, Any]) -> None:
         """Say what a forward is: which sequences, and whether it reads a prompt or decodes."""
         ids, embeds, cache = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
         tokens = ids if ids is not None else embeds
         if tokens is None:
-            return Run()
+            return
+        run.cache = cache
         rows, new = tokens.shape[:2]
         stream = None if cache is None else vars(cache).get(STREAM)
         stream = stream if stream is not None and stream.host is self else None
@@ -430,33 +436,42 @@ class LanguageHost:
         if past and stream is not None and rows % len(stream.prompt.image) == 0 and rows != len(stream.prompt.image):
             self._widen(stream, rows // len(stream.prompt.image))
         if past and (stream is None or rows != len(stream.prompt.image)):
-            return Run(None, cache)
+            return
         if past and new == 1:
-            return Run(stream, cache)
-        image = self._image_numbers(ids, embeds, past)
+            run.stream = stream
+            return
+        prompt = self._prompt(stream.prompt if stream is not None and past else None, ids, embeds, inputs, past)
+        if stream is None or not past:
+            stream = Stream(self, prompt)
+        stream.prompt = prompt
+        if cache is not None:
+            self._keep(stream, cache)
+        self._prepare_blind(stream, inputs)
+        self._prepare_tower(stream)
+        run.stream, run.clock = stream, PREFILL
+
+    def _prompt(
+        self, known: Prompt | None, ids: Tensor | None, embeds: Tensor | None, inputs: dict[str, Any], past: int
+    ) -> Prompt:
+        """Describe the tokens of a sequence, those of this forward at its end."""
+        image = self._image_numbers(ids, embeds)
+        rows, new = image.shape
         valid = inputs.get("attention_mask")
         if not isinstance(valid, Tensor) or valid.ndim != 2:
-            valid = torch.ones(rows, past + new, dtype=torch.bool, device=tokens.device)
+            valid = torch.ones(rows, past + new, dtype=torch.bool, device=image.device)
+        valid = pad(valid[:, : past + new].bool(), (0, max(0, past + new - valid.shape[1])), value=True)
         asked = max(_ASKED.get(), 1)
-        drafts = asked if asked <= new else 1
-        if stream is None or not past:
-            prompt = Prompt(
-                image, pad(valid[:, :new].bool(), (0, max(0, new - valid.shape[1]))), new - drafts + 1, 0, drafts
-            )
-            stream = Stream(self, prompt)
-        else:
-            known = stream.prompt.image
-            known = pad(known[:, :past], (0, past - min(past, known.shape[1])))
-            last = known.amax(-1, keepdim=True) if known.shape[1] else 0
-            image = torch.where(image > 0, image + last, image)
-            length = stream.prompt.length if drafts > 1 else past + new
-            valid = pad(valid[:, : past + new].bool(), (0, max(0, past + new - valid.shape[1])), value=True)
-            stream.prompt = Prompt(torch.cat([known, image], 1), valid, length, past, drafts)
-        if cache is not None:
-            setattr(cache, STREAM, stream)
-            self.streams.add(cache)
-        self._prepare_blind(stream, inputs)
-        return Run(stream, cache, PREFILL)
+        answers = asked if asked <= new else 1
+        if known is None:
+            return Prompt(image, valid, new - answers + 1, 0, answers, ids)
+        before = pad(known.image[:, :past], (0, past - min(past, known.image.shape[1])))
+        image = torch.where(image > 0, image + before.amax(-1, keepdim=True), image)
+        length = known.length if answers > 1 else past + new
+        return Prompt(torch.cat([before, image], 1), valid, length, past, answers, _joined(known.ids, ids, past))
+
+    def _keep(self, stream: Stream, cache: Any) -> None:
+        setattr(cache, STREAM, stream)
+        self.streams.add(cache)
 
     def _widen(self, stream: Stream, times: int) -> None:
         """Follow a cache whose rows were repeated."""
@@ -467,10 +482,11 @@ class LanguageHost:
             )
         prompt = stream.prompt
         image, valid = (x.repeat_interleave(times, 0) for x in (prompt.image, prompt.valid))
-        stream.prompt = Prompt(image, valid, prompt.length, prompt.past, prompt.answers)
+        ids = None if prompt.ids is None else prompt.ids.repeat_interleave(times, 0)
+        stream.prompt = Prompt(image, valid, prompt.length, prompt.past, prompt.answers, ids)
         self._prepare_decode(stream)
 
-    def _image_numbers(self, ids: Tensor | None, embeds: Tensor | None, past: int) -> Tensor:
+    def _image_numbers(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         """Number the images of every row from 1: int16 (B, S_q)."""
         token = getattr(self.base.config, "image_token_id", None) if self.family else None
         if token is None:
@@ -500,8 +516,7 @@ class LanguageHost:
             state.pop("blind", None)
         if cache is not None:
             if run.cache is None:
-                setattr(cache, STREAM, run.stream)
-                self.streams.add(cache)
+                self._keep(run.stream, cache)
             self._prepare_decode(run.stream)
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -513,6 +528,9 @@ class LanguageHost:
             run = Run(stream, cache) if stream is not None else None
         else:
             run = _RUN.get()
+            if run is not None and run.inputs is not None:
+                inputs, run.inputs = run.inputs, None
+                self._open(run, inputs)
         if run is None:
             return None
         return args, {**kwargs, RUN: run}
@@ -541,10 +559,25 @@ class LanguageHost:
             )
         if stream.prompt.past:
             return
-        blind = Blind(self.base, self.decoder, [record.module for record in self.records], stream.prompt, inputs)
+        blind = Blind(self.base, self.decoder, stream.prompt, inputs)
         for record in self.records:
             if record.choice.patch is not None and "blind" in record.choice.patch.needs:
                 stream.states.setdefault(id(record.choice.patch), {})["blind"] = blind
+
+    def _prepare_tower(self, stream: Stream) -> None:
+        """For patches that ask what the vision tower's class token looks at. A prompt in pieces must have its images in one."""
+        prompt = stream.prompt
+        if self.tower is None or prompt.past or not bool(prompt.visual.any()):
+            return
+        maps = self.tower.take(prompt.visual)
+        if maps is None:
+            raise UnsupportedError(
+                f"{self.owner.recipe.name} reads the vision tower's attention, and the images of this prompt were encoded before "
+                "apply() or elsewhere. Pass pixel_values."
+            )
+        for patch in {id(r.choice.patch): r.choice.patch for r in self.records if r.choice.patch}.values():
+            if "vision_attention" in patch.needs:
+                stream.states.setdefault(id(patch), {})["vision_attention"] = maps
 
 
 class _Gone:
@@ -563,6 +596,13 @@ def _before_layer(host: LanguageHost, layer: nn.Module, module: nn.Module, args:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
     return args, {**kwargs, RUN: replace(run, hidden=hidden)}
+
+
+def _joined(known: Tensor | None, new: Tensor | None, past: int) -> Tensor | None:
+    """Token ids of a sequence that goes on; -1 for what was generated one by one and not kept."""
+    if known is None or new is None:
+        return None
+    return torch.cat([pad(known[:, :past], (0, past - min(past, known.shape[1])), value=-1), new], 1)
 
 
 def number_images(visual: Tensor, sizes: list[int]) -> Tensor:

@@ -1,0 +1,61 @@
+"""Pay attention to the image: scores of image tokens raised by a share of their size, in the row that answers.
+
+PAI ("Paying More Attention to Image", arXiv 2407.21771, ECCV 2024): ``s_j += alpha |s_j|`` for image tokens j, before the softmax,
+in the last row only, layers from 2 on. What it does depends on the sign and offset of the scores, which the softmax does not
+know: models with normed queries, biases or other positions answer differently (`visual_bias` does not). It is here as the
+baseline that papers compare with. Its second half, the contrast of logits with a blind reading, is generate's own
+``guidance_scale`` (1.1 in the paper).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from accelplug.kernels.spans import fit, read_rows, replace_last, row_scores
+from accelplug.patches.base import Config, Patch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from accelplug.call import AttentionCall, Clock, Prompt, Site
+
+
+@dataclass(frozen=True, eq=False)
+class Params:
+    """How much each key's score is raised, as a share of its size: (B, S) float32."""
+
+    share: Tensor
+
+
+class Pai(Patch):
+    """Raise the scores of image tokens in the rows that answer."""
+
+    class Config(Config):
+        alpha: float = Field(
+            0.2, ge=0, le=10, description="Share of a score's size that is added. Paper: 0.2; 0.5 captions."
+        )
+
+    cite = "arXiv 2407.21771"
+    speed = False
+    config: Config
+
+    def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> Params | None:
+        return Params(self.config.alpha * layout.visual.float()) if self.config.alpha else None
+
+    def attend(self, call: AttentionCall, params: Params) -> Tensor:
+        return raised(call, params.share)
+
+
+def raised(call: AttentionCall, share: Tensor, heads: Tensor | None = None) -> Tensor:
+    """Attend with ``s + share |s|`` in the rows that answer, share (B, S) by key; in `heads`, bool (B, H), if given."""
+    rows = call.place.answers if call.place else 1
+    scores = row_scores(call, rows)  # [B, H, rows, S_k], -inf where a row may not read
+    more = fit(share, call).to(scores.device)[:, None, None] * scores.masked_fill(scores == float("-inf"), 0).abs()
+    if heads is not None:
+        more = more * heads[..., None, None]
+    p = (scores + more).softmax(-1)
+    new = read_rows(call, p)
+    return new if rows == call.q.shape[2] else replace_last(call.dense(), new)

@@ -1,0 +1,177 @@
+"""Visual attention redistribution: what heads spend on sinks goes to the other image tokens.
+
+VAR ("See What You Are Told: Visual Attention Sink in Large Multimodal Models", arXiv 2503.03321, ICLR 2025). A few tokens with
+huge hidden states, the first one and some of the background, draw attention that means nothing. In heads that do look at the
+image, a fraction of the attention to all sinks is handed to the image tokens that are none, in proportion; rows still sum to 1.
+
+The paper's p and rho stand the other way round in the released code (its p is the fraction that stays), hence other names here.
+No probabilities are stored: with P_c the mass on span c and o_c its part of the output,
+``o' = o - f o_sinks + f P_sinks / P_rest o_rest`` for the fraction f.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field
+
+from accelplug.kernels.spans import fit, last, only, read_rows, replace_last, row_attention, with_masses
+from accelplug.patches.base import Config, Patch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from accelplug.call import AttentionCall, Clock, Prompt, Site
+
+MASSIVE = 100
+"""How many times the median of its own vector a value must be, to be one of the massive ones."""
+
+
+def normalised(hidden: Tensor) -> Tensor:
+    """Hidden states (..., C) over their root mean square, float32: RMSNorm without its weight."""
+    x = hidden.float()
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def massive_dims(first: Tensor, threshold: float) -> Tensor:
+    """Dimensions in which the normalised first token (B, C) is massive: bool (B, C), the largest four at most."""
+    size = first.abs()
+    bound = (MASSIVE * size.median(-1, keepdim=True).values).clamp(min=threshold)
+    fourth = size.topk(min(4, size.shape[-1])).values[:, -1:]
+    return (size >= bound) & (size >= fourth)
+
+
+def sinks_of(hidden: Tensor, dims: Tensor, threshold: float) -> Tensor:
+    """Tokens whose normalised hidden state (B, S, C) reaches the threshold in one of `dims` (B, C): bool (B, S)."""
+    return (normalised(hidden).abs() * dims[:, None]).amax(-1) >= threshold
+
+
+def redistribute(out: Tensor, sinks: Tensor, rest: Tensor, masses: Tensor, fraction: float, chosen: Tensor) -> Tensor:
+    """Move a fraction of the attention to sinks to the rest of the image, in chosen rows.
+
+    Parameters
+    ----------
+    out, sinks, rest : (B, H, S_q, D_v), the output and its parts from sinks and from image tokens that are none.
+    masses : (B, H, S_q, 2), attention to sinks and to the rest.
+    chosen : bool (B, H, S_q).
+    """
+    gain = (masses[..., 0] / masses[..., 1].clamp(min=1e-9))[..., None]
+    moved = out.float() - fraction * sinks.float() + fraction * gain * rest.float()
+    return torch.where(chosen[..., None], moved, out.float()).to(out.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Params:
+    """The image's tokens (B, S) bool; sinks of this layer (B, S) bool while decoding; `memory` and rows while a prompt is read."""
+
+    visual: Tensor
+    sinks: Tensor | None = None
+    prompt: Prompt | None = None
+    memory: dict[str, Any] | None = None
+    layer: int = 0
+
+
+class Var(Patch):
+    """Hand attention that sinks draw to the image tokens that are no sinks."""
+
+    class Config(Config):
+        move_fraction: float = Field(
+            0.6, ge=0, le=1, description="Share of the sinks' attention that moves. Paper: 0.6; code: 0.4."
+        )
+        min_nonsink_ratio: float = Field(
+            0.5,
+            ge=0,
+            le=1,
+            description="Least share of a head's visual attention off sinks. Paper: 0.5 hallucination, 0.8 general.",
+        )
+        min_visual_mass: float = Field(0.2, ge=0, le=1, description="Least attention of a head to the image. Paper.")
+        sink_dims: tuple[int, ...] | Literal["auto"] = Field(
+            "auto",
+            description="Dimensions of the residual stream in which sinks are massive; auto: those of the first token.",
+        )
+        sink_threshold: float = Field(20.0, gt=0, description="Normalised value from which a token is a sink. Paper.")
+
+    cite = "arXiv 2503.03321"
+    needs = frozenset({"hidden_states"})
+    speed = False
+    config: Config
+
+    def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> Params | None:
+        if self.config.move_fraction == 0:
+            return None
+        if clock.phase == "prefill":
+            return Params(layout.visual, None, layout, state, site.layer or 0)
+        sinks = state.get(f"sinks {site.layer}")
+        return None if sinks is None else Params(layout.visual[:, : sinks.shape[1]], sinks)
+
+    def attend(self, call: AttentionCall, params: Params) -> Tensor:
+        if params.sinks is not None:
+            return self._decode(call, params)
+        sinks = self._find(call, params)
+        prompt = params.prompt
+        if prompt is None or sinks is None:
+            return call.dense()
+        rows = prompt.rows.to(call.q.device)
+        number = int(rows.shape[1] - rows.any(0).long().argmax()) if bool(rows.any()) else 0
+        return self._prefill(call, params, sinks, rows, number) if number else call.dense()
+
+    def _find(self, call: AttentionCall, params: Params) -> Tensor | None:
+        """Find the sinks of this layer among the prompt's tokens, as the layer's input shows them; None if the image has none."""
+        prompt, memory, hidden = params.prompt, params.memory, call.hidden
+        if prompt is None or memory is None or hidden is None:
+            return None
+        key, dims_key = f"sinks {params.layer}", f"dims {params.layer}"
+        if prompt.answers == 1 or not prompt.past:  # drafts bring no sinks
+            if not prompt.past:
+                first = prompt.valid.long().argmax(-1).to(hidden.device)
+                memory[dims_key] = self._dims(normalised(hidden[torch.arange(len(first)), first]))
+            valid = prompt.valid[:, prompt.past :].to(hidden.device)
+            new = sinks_of(hidden, memory[dims_key], self.config.sink_threshold) & valid
+            known = memory.get(f"all {params.layer}")
+            memory[f"all {params.layer}"] = new if known is None or not prompt.past else torch.cat([known, new], 1)
+            found = memory[f"all {params.layer}"]
+            visual = params.visual[:, : found.shape[1]].to(found.device)
+            rows = (found & visual).any(-1, keepdim=True)  # text sinks alone change nothing
+            memory[key] = found & rows if bool(rows.any()) else None
+        return memory.get(key)
+
+    def _dims(self, first: Tensor) -> Tensor:
+        if self.config.sink_dims == "auto":
+            return massive_dims(first, self.config.sink_threshold)
+        dims = torch.zeros_like(first, dtype=torch.bool)
+        dims[:, list(self.config.sink_dims)] = True
+        return dims
+
+    def _spans(self, call: AttentionCall, visual: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+        """Sinks, and image tokens that are none: bool (B, S_k) each."""
+        sinks, visual = fit(sinks, call).to(call.q.device), fit(visual, call).to(call.q.device)
+        return sinks, visual & ~sinks
+
+    def _prefill(self, call: AttentionCall, params: Params, sinks: Tensor, rows: Tensor, number: int) -> Tensor:
+        tail = last(call, number)
+        sinks, rest = self._spans(call, params.visual, sinks)
+        visual = fit(params.visual, call).to(rest.device)
+        out, masses = with_masses(tail, torch.stack([sinks, rest, visual], -1))
+        chosen = self._chosen(masses[..., 1], masses[..., 2]) & rows[:, None, -number:]
+        if not bool(chosen.any()):
+            return call.dense()
+        from_sinks, from_rest = (tail.dense(v=only(call.v, span)) for span in (sinks, rest))
+        moved = redistribute(out, from_sinks, from_rest, masses[..., :2], self.config.move_fraction, chosen)
+        return moved if number == call.q.shape[2] else replace_last(call.dense(), moved)
+
+    def _decode(self, call: AttentionCall, params: Params) -> Tensor:
+        assert params.sinks is not None
+        sinks, rest = self._spans(call, params.visual, params.sinks)
+        visual = fit(params.visual, call).to(rest.device)
+        p = row_attention(call)  # [B, H, 1, S_k]
+        on_sinks, on_rest, on_image = ((p * span[:, None, None]).sum(-1, keepdim=True) for span in (sinks, rest, visual))
+        chosen = self._chosen(on_rest, on_image) & sinks.any(-1)[:, None, None, None]
+        f = self.config.move_fraction
+        weight = 1 - f * sinks[:, None, None] + f * rest[:, None, None] * on_sinks / on_rest.clamp(min=1e-9)
+        return read_rows(call, torch.where(chosen, p * weight, p))
+
+    def _chosen(self, on_rest: Tensor, on_image: Tensor) -> Tensor:
+        """Heads and rows that look at the image, and at more of it than its sinks."""
+        return (on_image >= self.config.min_visual_mass) & (on_rest >= self.config.min_nonsink_ratio * on_image)
