@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
+from torch.nn.functional import pad
 
 from accelplug.kernels.spans import fit, last, read_rows, replace_last, row_attention
 from accelplug.patches.base import Config, Patch
@@ -73,7 +74,8 @@ def shifted(p: Tensor, weight: Tensor, visual: Tensor, question: Tensor, head_sh
     lookers = upper(seen.mT, head_share).mT[..., None]
     askers = upper(asked.mT, head_share).mT[..., None]
     new = torch.where(lookers, p * weight[:, None, None], p)
-    grown = (new * visual[:, None, None] * lookers).sum((1, 3)) / (seen[..., None] * lookers).sum((1, 3)).clamp(min=1e-12)
+    old = (seen[..., None] * lookers).sum((1, 3))
+    grown = torch.where(old > 0, (new * visual[:, None, None] * lookers).sum((1, 3)) / old.clamp(min=1e-30), 1.0)  # [B, R]
     boost = 1 + (balance * grown[:, None, :, None] - 1) * question[:, None, None]
     new = torch.where(askers, new * boost, new)
     return new / new.sum(-1, keepdim=True)
@@ -150,7 +152,8 @@ class Gift(Patch):
         p = row_attention(tail, tail.q.shape[2])
         visual = fit(params.visual, call).to(call.q.device)
         gaze = saliency(p, content[:, -(p.shape[2] - 1) :], visual, self.config.head_share)
-        state["weight"] = torch.exp(self.config.alpha * gaze)
+        first = call.place.first_key if call.place else 0  # a sliding window has lost the first keys
+        state["weight"] = torch.exp(self.config.alpha * pad(gaze, (first, 0)))
 
     def _stops(self, prompt: Prompt) -> Tensor:
         """Tokens that carry no content: bool (B, S); none where the patch was given no processor."""
