@@ -216,6 +216,19 @@ def cache_of(output: Any) -> Any:
     return next((item for item in items if isinstance(item, Cache)), None)
 
 
+def valid_tokens(mask: Any) -> Any:
+    """Return which tokens are no padding, bool (B, S), of a mask in any of transformers' forms; None where it does not say."""
+    import torch
+
+    if isinstance(mask, dict):  # by type of layer
+        mask = mask.get("full_attention")
+    if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
+        return None
+    if mask.ndim == 4:  # what the last token reads
+        mask = mask[:, 0, -1]
+    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+
+
 def forget_compiled_call(model: Any) -> None:
     """Drop the decode step that generate() compiled and keeps on the model."""
     vars(model).pop("_compiled_call", None)

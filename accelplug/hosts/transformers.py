@@ -81,6 +81,8 @@ class Stream:
     """By patch, what it must remember: sinks, chosen heads, maps."""
     decode: list[Any] = field(default_factory=list)
     """By record, what its patch needs at a decode step."""
+    step: Run | None = None
+    """A decode step, made ahead for compiled code."""
 
 
 @dataclass(eq=False)
@@ -140,7 +142,7 @@ class AttentionRecord:
         call = AttentionCall(q, k, v, mask, self.scale(q, kwargs), dense, self.place(q, k, run, kwargs), run.hidden)
         if watch is not None:
             watch(self, call, run.stream.prompt, run.clock)
-        decoding = run.clock is DECODE
+        decoding = run.clock.phase == "decode"
         params = run.stream.decode[self.index] if decoding else self.host.prepare(self, run.stream, run.clock)
         if not compiling:
             self.note(params is not None, run.clock, q)
@@ -182,7 +184,10 @@ class AttentionRecord:
             return "the call has dropout"
         if unknown := kwargs.keys() - compat.ATTENTION_KWARGS:
             return f"the model passes {', '.join(sorted(unknown))} to its attention, which is not understood"
-        if not torch.compiler.is_compiling() and self.module.training and torch.is_grad_enabled() and q.requires_grad:
+        if torch.compiler.is_compiling():
+            slides = "sliding_window" in kwargs and kwargs["sliding_window"] is not None
+            return "a compiled sliding window does not say which keys it has lost" if slides else None
+        if self.module.training and torch.is_grad_enabled() and q.requires_grad:
             raise UnsupportedError(
                 f"{type(self.host.model).__name__} is in training mode and gradients are asked for, but accelplug is for "
                 "inference. Call .eval() and run under torch.no_grad(), or remove the plug to train."
@@ -196,17 +201,14 @@ class AttentionRecord:
     def place(self, q: Tensor, k: Tensor, run: Run, kwargs: dict[str, Any]) -> Place:
         """Say where the call stands. In a compiled decode step only the layers that see the whole sequence are known."""
         explicit = kwargs.get("s_aux") is None and kwargs.get("softcap") is None and kwargs.get("position_bias") is None
-        answers = run.stream.prompt.answers if run.stream is not None and run.clock is PREFILL else 1
         tensors = self.host.tensor_parallel
         first_head = tensors.rank * q.shape[1] if tensors else 0
         gather = tensors.gather if tensors else _identity
-        first_query = first_key = 0
-        if run.clock is PREFILL and run.stream is not None:
-            first_query = run.stream.prompt.past
+        reading = run.stream is not None and run.clock.phase == "prefill"
+        first_query, answers = (run.stream.prompt.past, run.stream.prompt.answers) if reading and run.stream else (0, 1)
         layer = compat.cache_layer(run.cache, self.module.layer_idx)
-        if layer is not None and compat.slides(layer):
-            seen = int(compat.tokens_seen(layer))
-            first_key = max(0, seen - k.shape[2])
+        slides = layer is not None and compat.slides(layer)
+        first_key = max(0, int(compat.tokens_seen(layer)) - k.shape[2]) if slides else 0
         return Place(first_query, first_key, answers, explicit, first_head, gather)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -446,6 +448,11 @@ class LanguageHost:
         stream.prompt = prompt
         if cache is not None:
             self._keep(stream, cache)
+        if past and prompt.answers == 1 and "whole_prompt" in self.needs:
+            raise UnsupportedError(
+                f"{self.owner.recipe.name} reads the whole prompt at once, and this one comes in pieces. Leave out "
+                "prefill_chunk_size, or start a new cache for a new turn."
+            )
         self._prepare_blind(stream, inputs)
         self._prepare_tower(stream)
         run.stream, run.clock = stream, PREFILL
@@ -456,10 +463,10 @@ class LanguageHost:
         """Describe the tokens of a sequence, those of this forward at its end."""
         image = self._image_numbers(ids, embeds)
         rows, new = image.shape
-        valid = inputs.get("attention_mask")
-        if not isinstance(valid, Tensor) or valid.ndim != 2:
+        valid = compat.valid_tokens(inputs.get("attention_mask"))
+        if valid is None:
             valid = torch.ones(rows, past + new, dtype=torch.bool, device=image.device)
-        valid = pad(valid[:, : past + new].bool(), (0, max(0, past + new - valid.shape[1])), value=True)
+        valid = pad(valid[:, : past + new], (0, max(0, past + new - valid.shape[1])), value=True)
         asked = max(_ASKED.get(), 1)
         answers = asked if asked <= new else 1
         if known is None:
@@ -525,7 +532,7 @@ class LanguageHost:
         if torch.compiler.is_compiling():
             cache = kwargs.get("past_key_values")
             stream = getattr(cache, STREAM, None)
-            run = Run(stream, cache) if stream is not None else None
+            run = stream.step if stream is not None else None
         else:
             run = _RUN.get()
             if run is not None and run.inputs is not None:
@@ -547,17 +554,11 @@ class LanguageHost:
     def _prepare_decode(self, stream: Stream) -> None:
         """Have everything ready that decode steps need, outside of their graph."""
         stream.decode = [self.prepare(record, stream, DECODE) for record in self.records]
+        stream.step = Run(stream)
 
     def _prepare_blind(self, stream: Stream, inputs: dict[str, Any]) -> None:
         """For patches that ask what the model would do without the images: read the text alone."""
-        if "blind" not in self.needs:
-            return
-        if stream.prompt.past and stream.prompt.answers == 1:
-            raise UnsupportedError(
-                f"{self.owner.recipe.name} chooses heads by the last token of the prompt, and this prompt comes in pieces. "
-                "Leave out prefill_chunk_size, or start a new cache for a new turn."
-            )
-        if stream.prompt.past:
+        if "blind" not in self.needs or stream.prompt.past:
             return
         blind = Blind(self.base, self.decoder, stream.prompt, inputs)
         for record in self.records:

@@ -63,7 +63,7 @@ class Vhr(Patch):
         drop_outliers: bool = Field(True, description="Whether heads that fire without the image are left out. Paper.")
 
     cite = "arXiv 2412.13949"
-    needs = frozenset({"blind"})
+    needs = frozenset({"blind", "whole_prompt"})
     speed = False
     config: Config
 

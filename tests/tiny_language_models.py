@@ -1,0 +1,286 @@
+"""Tiny language and vision-language models with random weights, and inputs for them: rows of text and images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers as hf
+
+IMAGE, VIDEO, OPEN, CLOSE = 500, 501, 502, 503
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": OPEN, "vision_end_token_id": CLOSE}
+PINPOINTS = [[32, 64], [64, 32], [64, 64]]
+Rows = Sequence[Sequence[int | str]]
+"""Per row, how many text tokens, and "I" for an image."""
+
+
+def _llama() -> Any:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT))
+
+
+def _mistral() -> Any:
+    return hf.MistralForCausalLM(hf.MistralConfig(**TEXT, sliding_window=16))
+
+
+def _qwen3() -> Any:
+    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**TEXT, head_dim=16))
+
+
+def _gpt_oss() -> Any:
+    config = hf.GptOssConfig(
+        **TEXT,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    model = hf.GptOssForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "sinks" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def _deepseek_v3() -> Any:
+    config = hf.DeepseekV3Config(
+        **{**TEXT, "num_key_value_heads": 4},
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=2,
+        moe_intermediate_size=32,
+        n_shared_experts=1,
+    )
+    return hf.DeepseekV3ForCausalLM(config)
+
+
+def _qwen3_next() -> Any:
+    config = hf.Qwen3NextConfig(
+        **TEXT,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )
+    return hf.Qwen3NextForCausalLM(config)
+
+
+def _llava() -> Any:
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**CLIP, projection_dim=32),
+        text_config=hf.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=16,
+    )
+    return hf.LlavaForConditionalGeneration(config)
+
+
+def _llava_next() -> Any:
+    config = hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(**CLIP, projection_dim=32),
+        text_config=hf.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        vision_feature_layer=-2,
+        image_grid_pinpoints=PINPOINTS,
+    )
+    return hf.LlavaNextForConditionalGeneration(config)
+
+
+def _llava_onevision() -> Any:
+    config = hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(**CLIP, vision_use_head=False),
+        text_config=hf.Qwen2Config(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=PINPOINTS,
+        vision_aspect_ratio="anyres_max_9",
+    )
+    return hf.LlavaOnevisionForConditionalGeneration(config)
+
+
+def _qwen2_vl() -> Any:
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2}
+    config = hf.Qwen2VLConfig(
+        text_config={**TEXT, "rope_parameters": MROPE}, vision_config={**vision, "spatial_merge_size": 2}, **QWEN_IDS
+    )
+    return hf.Qwen2VLForConditionalGeneration(config)
+
+
+def _qwen2_5_vl() -> Any:
+    vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 8, "intermediate_size": 64}
+    config = hf.Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": MROPE},
+        vision_config={**vision, "spatial_merge_size": 2, "window_size": 32, "fullatt_block_indexes": [1]},
+        **QWEN_IDS,
+    )
+    return hf.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _qwen3_vl() -> Any:
+    vision = {"depth": 3, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 8, "intermediate_size": 64}
+    config = hf.Qwen3VLConfig(
+        text_config={**TEXT, "head_dim": 16, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
+        vision_config={**vision, "spatial_merge_size": 2, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
+        **QWEN_IDS,
+    )
+    return hf.Qwen3VLForConditionalGeneration(config)
+
+
+def _internvl() -> Any:
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = hf.InternVLConfig(
+        vision_config={**vision, "image_size": [32, 32], "patch_size": [4, 4]},
+        text_config={"model_type": "qwen2", **TEXT},
+        image_token_id=IMAGE,
+        image_seq_length=16,
+        downsample_ratio=0.5,
+    )
+    return hf.InternVLForConditionalGeneration(config)
+
+
+def _gemma3() -> Any:
+    text = {**TEXT, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = hf.Gemma3Config(
+        text_config={**text, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        vision_config={**vision, "image_size": 32, "patch_size": 8},
+        image_token_index=IMAGE,
+        mm_tokens_per_image=4,
+        boi_token_index=OPEN,
+        eoi_token_index=CLOSE,
+    )
+    return hf.Gemma3ForConditionalGeneration(config)
+
+
+def _smolvlm() -> Any:
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = hf.SmolVLMConfig(
+        vision_config={**vision, "image_size": 32, "patch_size": 8},
+        text_config={"model_type": "llama", **TEXT},
+        image_token_id=IMAGE,
+        scale_factor=2,
+        pad_token_id=0,
+    )
+    return hf.SmolVLMForConditionalGeneration(config)
+
+
+VLM: dict[str, Callable[[], Any]] = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "internvl": _internvl,
+    "gemma3": _gemma3,
+    "smolvlm": _smolvlm,
+}
+LLM: dict[str, Callable[[], Any]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen3": _qwen3,
+    "gpt_oss": _gpt_oss,
+    "deepseek_v3": _deepseek_v3,
+    "qwen3_next": _qwen3_next,
+}
+PER_IMAGE = {"llava": 16, "internvl": 16, "gemma3": 4, "smolvlm": 4, "llava_next": 52, "llava_onevision": 52}
+GRIDS = ((1, 4, 6), (1, 8, 4), (1, 4, 4))
+TWO_ROWS: Rows = ((3, "I", 6), (4, "I", 5, "I", 7))
+
+
+def build(name: str) -> Any:
+    """A tiny model, always with the same weights."""
+    torch.manual_seed(0)
+    return {**VLM, **LLM}[name]().eval().requires_grad_(False)
+
+
+def inputs(name: str, rows: Rows = TWO_ROWS) -> dict[str, torch.Tensor]:
+    """Left-padded inputs of a tiny model."""
+    generator = torch.Generator().manual_seed(3)
+    images = sum(part == "I" for row in rows for part in row)
+    extra: dict[str, torch.Tensor] = {}
+    if name.startswith("qwen") and name in VLM:
+        grids = [GRIDS[i % len(GRIDS)] for i in range(images)]
+        tokens = [t * h * w // 4 for t, h, w in grids]
+        extra["image_grid_thw"] = torch.tensor(grids)
+        extra["pixel_values"] = torch.randn(4 * sum(tokens), 3 * 2 * 8 * 8, generator=generator)
+    else:
+        tokens = [PER_IMAGE.get(name, 5)] * images
+        if name in ("llava_next", "llava_onevision"):
+            extra["image_sizes"] = torch.tensor([[32, 64]] * images)
+            extra["pixel_values"] = torch.randn(images, 3, 3, 32, 32, generator=generator)
+        elif name == "smolvlm":
+            most = max(sum(part == "I" for part in row) for row in rows)
+            extra["pixel_values"] = torch.randn(len(rows), most, 3, 32, 32, generator=generator)
+            for i, row in enumerate(rows):  # rows with fewer images are filled up with zeros, which the model leaves out
+                extra["pixel_values"][i, sum(part == "I" for part in row) :] = 0
+        elif name in VLM:
+            extra["pixel_values"] = torch.randn(images, 3, 32, 32, generator=generator)
+    left = iter(tokens)
+    sequences = []
+    for row in rows:
+        ids: list[int] = []
+        for part in row:
+            if isinstance(part, int):
+                ids += torch.randint(3, 490, (part,), generator=generator).tolist()
+            else:
+                ids += [OPEN, *[IMAGE] * next(left), CLOSE]
+        sequences.append(ids)
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in sequences])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in sequences])
+    if name.startswith("qwen") and name in VLM:
+        extra["mm_token_type_ids"] = (ids == IMAGE).int()
+    if name == "gemma3":
+        extra["token_type_ids"] = (ids == IMAGE).int()
+    return {"input_ids": ids, "attention_mask": mask, **extra}
+
+
+def forward(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of a plain forward. Qwen models remember an offset from call to call, which is cleared."""
+    if hasattr(model.base_model, "rope_deltas"):
+        model.base_model.rope_deltas = None
+    with torch.no_grad():
+        return model(**given).logits
+
+
+def generate(model: Any, given: dict[str, torch.Tensor], tokens: int = 6, **more: Any) -> torch.Tensor:
+    """Greedy tokens that never stop early."""
+    plain = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(**given, **{**plain, **more})
