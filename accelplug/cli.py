@@ -40,7 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_show)
 
     command = commands.add_parser("inspect", help="attention sites, matching recipes, and what there is to gain")
-    command.add_argument("model_dir", type=Path, help="a pipeline saved on disk")
+    command.add_argument("model_dir", type=Path, help="a pipeline or a vision-language model saved on disk")
+    command.add_argument("--image", type=Path, help="vision-language models: say where it looks in this picture")
+    command.add_argument(
+        "--prompt", default="Please describe this image in detail.", help="the question asked about --image"
+    )
+    command.add_argument("--report", type=Path, help="write a page (.html), the drawings (.png) or the figures (.json)")
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser("compare", help="run a model dense and with recipes; report speed and quality")
@@ -105,7 +110,20 @@ def _show(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from accelplug.inspection import inspect
 
-    _console().print(inspect(_load(options.model_dir, "auto", "cpu")))
+    if not (options.model_dir / "config.json").is_file():
+        _console().print(inspect(_load(options.model_dir, "auto", "cpu")))
+        return 0
+    from accelplug.inspection_vlm import ask, load
+
+    model, processor = load(options.model_dir)
+    if options.image is None:
+        _console().print(inspect(model))
+        return 0
+    found: Any = inspect(model, ask(processor, options.image, options.prompt))
+    _console().print(found)
+    if options.report is not None:
+        {".json": found.to_json, ".png": found.to_png}.get(options.report.suffix, found.to_html)(options.report)
+        print(f"wrote {options.report}")
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,14 @@ from accelplug.errors import AccelplugError
 from accelplug.families import find
 from accelplug.families.base import site_kinds
 from accelplug.hosts.diffusers import PATCHABLE, denoisers, processor_owners
+from accelplug.hosts.transformers import is_language_model
 from accelplug.plug import as_html, model_facts
-from accelplug.recipe import matching_files
+from accelplug.recipe import ModelFacts, matching_files
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+
+    from accelplug.inspection_vlm import LanguageInspection, VlmInspection
 
 TOKENS = (4_096, 8_192, 16_384, 32_768, 75_600, 118_800)
 """Sequence lengths that the Amdahl ceiling is computed for: from a 1024 x 1024 image to 129 frames of 720p video."""
@@ -86,29 +89,47 @@ class Inspection:
         return as_html(self)
 
 
-def inspect(model: Any) -> Inspection:
+def inspect(model: Any, inputs: Mapping[str, Any] | None = None) -> Inspection | LanguageInspection | VlmInspection:
     """Say what accelplug sees in a model: attention sites, recipes that match and what they touch, and what there is to gain.
 
     Parameters
     ----------
-    model : a diffusers pipeline or a bare denoiser; it is not changed.
+    model : a diffusers pipeline or a bare denoiser, or a transformers language or vision-language model; it is not changed.
+    inputs : vision-language models: what the processor makes of text and images. They are read once, with the images and without,
+        and `VlmInspection` says where the model looks, layer by layer.
 
     Raises
     ------
     NoMatchError
-        If it has no denoiser.
+        If it has no denoiser; with inputs, if it is no known vision-language model or they show no image.
+    AccelplugError
+        If it has a denoiser and inputs are given.
     """
+    if is_language_model(model):
+        from accelplug.inspection_vlm import inspect_vlm, summary
+
+        return summary(model) if inputs is None else inspect_vlm(model, inputs)
+    if inputs is not None:
+        raise AccelplugError(
+            f"{type(model).__name__} is no language model: expected inputs for none but those, got {type(inputs).__name__}. "
+            "Leave the inputs out."
+        )
     parts = tuple(_facts(name, denoiser) for name, denoiser in denoisers(model).items())
-    facts = model_facts(model)
-    sites: Sequence[Site] = [site for part in parts for site in part.sites]
+    sites = [site for part in parts for site in part.sites]
+    return Inspection(type(model).__name__, parts, recipes_for(model_facts(model), sites))
+
+
+def recipes_for(facts: ModelFacts, sites: Sequence[Site]) -> dict[str, str]:
+    """Return the shipped recipes that match a model, by full name, with what each would touch of its `sites`."""
     recipes = {}
     for file in matching_files(facts):
         for name, recipe in file.recipes.items():
             touched = sum(recipe.may_touch(site) for site in sites)
-            recipes[f"{file.model}/{name}"] = f"{touched} of {len(sites)} sites" + (
+            around = "around generate(), " if recipe.around() else ""
+            recipes[f"{file.model}/{name}"] = f"{around}{touched} of {len(sites)} sites" + (
                 ", default" if name == file.default else ""
             )
-    return Inspection(type(model).__name__, parts, recipes)
+    return recipes
 
 
 def _facts(name: str, denoiser: Any) -> DenoiserFacts:

@@ -100,6 +100,22 @@ _PATCHES = {
             summary="Scores of image tokens are raised by a share of their size: the baseline.",
             cite="arXiv 2407.21771",
         ),
+        PatchEntry(
+            name="carve",
+            module="accelplug.patches.guidance.carve",
+            cls="Carve",
+            family="generation",
+            summary="The answer is given on what the question, unlike a description, makes the model look at: the rest is cut away.",
+            cite="arXiv 2509.06461",
+        ),
+        PatchEntry(
+            name="agla",
+            module="accelplug.patches.guidance.agla",
+            cls="Agla",
+            family="generation",
+            summary="Logits are added to those on the image with all but what the question is about masked.",
+            cite="arXiv 2406.12718",
+        ),
     )
 }
 

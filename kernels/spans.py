@@ -58,7 +58,7 @@ def biased(call: AttentionCall, rows: Tensor, columns: Tensor) -> tuple[Tensor, 
     q, k = call.q, call.k
     rows = rows / call.scale
     high = rows.to(q.dtype)
-    low = (rows - high.float()).to(q.dtype)
+    low = (rows - high.to(rows.dtype)).to(q.dtype)
     extra = torch.cat([high, low], -1).expand(*q.shape[:-1], -1)
     both = torch.cat([columns, columns], -1)[:, None].expand(*k.shape[:-1], -1)
     return _aligned(q, extra), _aligned(k, both)

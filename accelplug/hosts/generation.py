@@ -5,8 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from accelplug.errors import AccelplugError, UnsupportedError
+from accelplug.families import pixels
+from accelplug.families.vlm import Vlm, token_grid
+from accelplug.patches.base import Tools
 
 if TYPE_CHECKING:
     from accelplug.hosts.transformers import LanguageHost
@@ -21,6 +31,24 @@ class Generation:
     def __init__(self, host: LanguageHost, patches: tuple[GenerationPatch, ...], processor: Any) -> None:
         self.host, self.patches, self.processor = host, patches, processor
         self._wrapped: _Generate | None = None
+
+    def tools(self) -> Tools:
+        """Return what patches are lent."""
+        from accelplug.hosts.transformers import watching
+
+        prompts = _Prompts(self.host, self.processor)
+        return Tools(
+            self.processor,
+            self.host.family,
+            watching,
+            prompts.images,
+            prompts.grids,
+            prompts.pictures,
+            prompts.replace,
+            prompts.prompt_like,
+            prompts.questions,
+            _matcher,
+        )
 
     def install(self) -> None:
         """Put the wrapper in place, if there is anything to wrap with."""
@@ -68,4 +96,134 @@ class _Generate:
 
 def _through(patch: GenerationPatch, generation: Generation, call: Any, **inputs: Any) -> Any:
     generation.host.ledger.served[type(patch).__name__.lower()] += 1
-    return patch.generate(generation.host.model, call, inputs, generation.processor)
+    return patch.generate(generation.host.model, call, inputs, generation.tools())
+
+
+# ---------------------------------------------------------------------------------------------------- what patches are lent
+
+
+class _Prompts:
+    """Pictures and prompts in the arguments of ``generate``."""
+
+    def __init__(self, host: LanguageHost, processor: Any) -> None:
+        self.host, self.processor = host, processor
+        self.vision = getattr(host.model.config, "vision_config", None)
+
+    def images(self, inputs: Mapping[str, Any]) -> Tensor:
+        from accelplug.hosts.transformers import number_images
+
+        ids = inputs["input_ids"]
+        if self.host.family is None:
+            return torch.zeros_like(ids, dtype=torch.int16)
+        visual = ids == self.host.model.config.image_token_id
+        return number_images(visual, self._sizes(inputs, int(visual.sum())))
+
+    def _sizes(self, inputs: Mapping[str, Any], tokens: int) -> list[int]:
+        """How many tokens each picture takes."""
+        if (grids := inputs.get("image_grid_thw")) is not None:
+            return (grids.prod(-1) // self.vision.spatial_merge_size**2).tolist()
+        pixels = inputs.get("pixel_values")
+        return [] if pixels is None else [tokens // len(pixels)] * len(pixels)
+
+    def grids(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        assert self.host.family is not None
+        sizes = self._sizes(inputs, int((self.images(inputs) > 0).sum()))
+        patches = inputs.get("image_grid_thw")
+        merge = getattr(self.vision, "spatial_merge_size", 1)
+        found = []
+        for i, size in enumerate(sizes):
+            grid = token_grid(self.host.family, size, None if patches is None else patches[i].tolist(), merge)
+            if grid is None:
+                raise UnsupportedError(
+                    f"{size} tokens of {self.host.family.name}'s picture {i + 1} lie on no single grid, so what they show has "
+                    "no place on it. Take a model that sees whole pictures: LLaVA-1.5, Qwen-VL, Gemma 3."
+                )
+            found.append(grid)
+        return found
+
+    def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        return pixels.pictures(self._family(), inputs, self.vision)
+
+    def replace(self, inputs: Mapping[str, Any], pictures: Sequence[Tensor]) -> dict[str, Any]:
+        return pixels.replace(self._family(), inputs, pictures, self.vision)
+
+    def _family(self) -> Vlm:
+        if self.host.family is None:
+            raise UnsupportedError(f"How the pixels of {type(self.host.model).__name__} lie is not known; see families/vlm.py.")
+        return self.host.family
+
+    def prompt_like(self, inputs: Mapping[str, Any], text: str) -> dict[str, Any]:
+        old, numbers = inputs["input_ids"], self.images(inputs)
+        token = self.host.model.config.image_token_id
+        rows = []
+        for row in numbers:
+            size = int((row > 0).sum())
+            ids = torch.tensor(self._tokenized(self._expanded(self._rendered(text, size > 0), size)))
+            if int((ids == token).sum()) != size:
+                raise AccelplugError(
+                    f"The chat template of {type(self.processor).__name__} gave {int((ids == token).sum())} image tokens, expected "
+                    f"{size}. Pass the processor that belongs to the model."
+                )
+            rows.append(ids)
+        tokenizer = self.processor.tokenizer
+        fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        flags = [torch.ones_like(ids) for ids in rows]
+        ids = pad_sequence(rows, batch_first=True, padding_value=fill or 0, padding_side="left").to(old)
+        mask = pad_sequence(flags, batch_first=True, padding_side="left").to(old.device)
+        kinds = {name: (ids == token).int() for name in ("token_type_ids", "mm_token_type_ids") if name in inputs}
+        rest = {name: value for name, value in inputs.items() if name != "position_ids"}
+        return {**rest, "input_ids": ids, "attention_mask": mask, **kinds}
+
+    def _rendered(self, text: str, image: bool) -> str:
+        """One turn of the user's, and the opening of the answer, by the chat template."""
+        if not hasattr(self.processor, "tokenizer"):
+            raise AccelplugError(
+                f"This recipe writes a prompt of its own, and needs the model's processor, got {type(self.processor).__name__}. "
+                "Pass it: accelplug.apply(model, recipe, processor=processor)."
+            )
+        content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
+        try:
+            return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        except ValueError as error:
+            raise AccelplugError(
+                f"{type(self.processor).__name__} has no chat template that can be used: {error} Set processor.chat_template."
+            ) from error
+
+    def _expanded(self, text: str, size: int) -> str:
+        """Put as many image tokens as the image has where the template has one."""
+        processor = self.processor
+        if whole := getattr(processor, "full_image_sequence", None):  # Gemma 3
+            return text.replace(processor.boi_token, whole)
+        opening, closing = (getattr(processor, name, "") for name in ("start_image_token", "end_image_token"))  # InternVL
+        return text.replace(processor.image_token, opening + processor.image_token * size + closing)
+
+    def _tokenized(self, text: str) -> list[int]:
+        tokenizer = self.processor.tokenizer
+        begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+        return list(tokenizer(text, add_special_tokens=not begun)["input_ids"])
+
+    def questions(self, inputs: Mapping[str, Any]) -> list[str]:
+        mark = "accelplug"
+        closing = self._plain(self._tokenized(self._rendered(mark, False).rpartition(mark)[2]))
+        behind = (self.images(inputs) > 0).cumsum(-1)
+        ids, last = inputs["input_ids"], behind.amax(-1, keepdim=True)
+        return [
+            self._plain(row[kept].tolist()).removesuffix(closing).strip()
+            for row, kept in zip(ids, (behind == last) & (ids != self.host.model.config.image_token_id), strict=True)
+        ]
+
+    def _plain(self, ids: list[int]) -> str:
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def _matcher(folder: str) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer, BlipForImageTextRetrieval
+
+    try:
+        with torch.random.fork_rng(devices=[]):  # loading may draw weights that the folder then overwrites
+            model = BlipForImageTextRetrieval.from_pretrained(folder, local_files_only=True)
+        return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise AccelplugError(
+            f"blip_dir: expected a local folder with a BlipForImageTextRetrieval and its tokenizer, got {folder!r}: {error}"
+        ) from error

@@ -52,12 +52,21 @@ def patch_labels(scene: scenes.Scene, owner: np.ndarray) -> np.ndarray:
 
 
 def conversations(scene: scenes.Scene, rng: np.random.Generator) -> list[list[tuple[str, str]]]:
-    """A description, and several questions in one conversation."""
-    asked = questions(scene, int(rng.integers(1 << 60)))
-    return [
-        [(scenes.CAPTION_PROMPT, scene.caption)],
-        [(query.text, "yes" if query.answer else "no") for query in asked],
-    ]
+    """Two conversations: several questions, and a description or other questions."""
+
+    def asked() -> list[tuple[str, str]]:
+        turns = [(query.text, "yes" if query.answer else "no") for query in questions(scene, int(rng.integers(1 << 60)), 5)]
+        turns += [about(scene, scenes.KINDS[rng.integers(len(scenes.KINDS))]) for _ in range(1)]
+        turns += [about(scene, scene.kinds[rng.integers(len(scene.kinds))]) for _ in range(2)]
+        return [turns[i] for i in rng.permutation(len(turns))]
+
+    return [[(scenes.CAPTION_PROMPT, scene.caption)] if rng.random() < 0.3 else asked(), asked()]
+
+
+def about(scene: scenes.Scene, kind: str) -> tuple[str, str]:
+    """A question about one kind, to learn to look for what is asked: many words to learn from where yes or no is one."""
+    found = next((thing for thing in scene.things if thing.kind == kind), None)
+    return f"Please describe the {kind}.", f"{found}." if found else f"There is no {kind} in the image."
 
 
 class Collate:
@@ -131,6 +140,8 @@ def train_all(model: nn.Module, minutes: float, batch: int) -> None:
         parts["vision_tower" in name].append(parameter)
     groups = [{"params": parts[False], "peak": 8e-4}, {"params": parts[True], "peak": 2e-4}]
     optimiser = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))
+    tokenizer = make_processor().tokenizer
+    verdicts = torch.tensor(tokenizer.convert_tokens_to_ids(["yes", "no"]))
     state = load(CHECKPOINT) or {"step": 0, "spent": 0.0}
     if "optimiser" in state:
         model.load_state_dict(state["model"])
@@ -146,15 +157,21 @@ def train_all(model: nn.Module, minutes: float, batch: int) -> None:
             hidden = model.model(input_ids=items["input_ids"], pixel_values=pixels, use_cache=False).last_hidden_state
             wanted = labels[:, 1:] != -100
             logits = model.lm_head(hidden[:, :-1][wanted]).float()
-        loss = F.cross_entropy(logits, labels[:, 1:][wanted])
+        targets = labels[:, 1:][wanted]
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        verdict = torch.isin(targets, verdicts)  # a description has many words, an answer one: each kind counts by itself
+        loss = losses[~verdict].mean() + losses[verdict].mean()
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         step += 1
-        shown.append(loss.item())
+        right = (logits.argmax(-1) == targets)[verdict].float().mean()
+        shown.append((losses[~verdict].mean().item(), losses[verdict].mean().item(), right.item()))
         if step % 50 == 0:
-            print(f"{step:6d} {clock.spent:6.0f} s  loss {np.mean(shown):.3f}", flush=True)
+            words, answers, share = np.mean(shown, 0)
+            line = f"loss {words:.3f} in descriptions, {answers:.3f} in answers, {share:.2f} of which are right"
+            print(f"{step:6d} {clock.spent:6.0f} s  {line}", flush=True)
             shown = []
         if clock.done >= 1 or time.monotonic() - kept > 180:
             kept = time.monotonic()
