@@ -110,7 +110,9 @@ def _show(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from accelplug.inspection import inspect
 
-    if not (options.model_dir / "config.json").is_file():
+    if options.report is not None and options.image is None:
+        raise AccelplugError("--report shows where a model looks in a picture: expected --image too. Add --image FILE.")
+    if options.image is None and not (options.model_dir / "config.json").is_file():
         _console().print(inspect(_load(options.model_dir, "auto", "cpu")))
         return 0
     from accelplug.inspection_vlm import ask, load

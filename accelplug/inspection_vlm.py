@@ -92,8 +92,6 @@ class LanguageInspection:
 
 def summary(model: Any) -> LanguageInspection:
     """Say what accelplug sees in a language model; nothing is run."""
-    from accelplug import compat
-
     decoder, config = model.get_decoder(), model.config.get_text_config()
     family, layers = find(model), compat.number_of_layers(decoder)
     modules, sites = {}, []
@@ -203,6 +201,8 @@ class VlmInspection:
     grids: list[tuple[int, int] | None] = field(default_factory=list)
     notes: tuple[str, ...] = ()
 
+    HEADINGS = ("layer", "image", "system", "question", "VAS", "V / (V + Q)", "sinks", "aligned", "vision-aware heads")
+
     @property
     def vas_mean(self) -> float:
         """Mean of `vas` over layers; NaN without system text."""
@@ -245,8 +245,6 @@ class VlmInspection:
             sinks = (str(len(found[i])) for found in (self.visual_sinks, self.cosine_sinks))
             out.append((str(layer), *masses, vas, share, *sinks, heads))
         return out
-
-    HEADINGS = ("layer", "image", "system", "question", "VAS", "V / (V + Q)", "sinks", "aligned", "vision-aware heads")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.table import Table
@@ -315,7 +313,6 @@ def inspect_vlm(model: Any, inputs: Mapping[str, Any]) -> VlmInspection:
     UnsupportedError
         If the attention cannot be recomputed, or the model's heads are spread over processes.
     """
-
     name = type(model).__name__
     if (on := plug_of(model.base_model)) is not None:
         raise AlreadyAppliedError(f"{on.recipe.name} is on this {name}, and inspect() reads a stock model. Remove it first.")
@@ -370,13 +367,14 @@ class _Watch:
         self.closed: list[int] = []
 
     def __call__(self, record: AttentionRecord, call: AttentionCall, prompt: Prompt, clock: Clock) -> None:
-
         self.prompt = prompt
         layer = record.site.layer
         assert layer is not None and call.hidden is not None and call.place is not None  # noqa: PT018
         if not bool(prompt.visual.any()):
             return
-        if not call.place.explicit:
+        window = getattr(record.module, "sliding_window", None)  # flash kernels are told it beside the mask
+        beside = window is not None and call.k.shape[2] > window and (call.mask is None or call.mask.ndim < 4)
+        if beside or not call.place.explicit:
             self.closed.append(layer)
             return
         device = call.q.device
@@ -433,8 +431,8 @@ class _Watch:
             raise ShapeError(f"A row of the inputs of {name} is all image: expected a question. Add text to the prompt.")
         if not self.layers:
             raise UnsupportedError(
-                f"Every layer of this {name} adds sink logits or a soft cap to its attention, which cannot be recomputed from "
-                "queries and keys. Leave the inputs out for a summary."
+                f"Every layer of this {name} adds sink logits, a soft cap or a window beside its mask, and cannot be recomputed from "
+                "queries, keys and mask. Load it with sdpa or eager attention, or leave the inputs out for a summary."
             )
         return prompt
 
@@ -442,13 +440,14 @@ class _Watch:
         self, name: str, attention: str, family: Vlm, blind: Any, inputs: Mapping[str, Any], config: Any
     ) -> VlmInspection:
         """Put the layers together."""
-
         prompt = self.prompt
         assert prompt is not None
         numbers = tuple(sorted(self.layers))
         layers = [self.layers[n] for n in numbers]
-        notes = [f"layers {', '.join(map(str, sorted(self.closed)))} add sink logits or a soft cap, and are left out"]
-        notes = notes if self.closed else []
+        notes = []
+        if self.closed:
+            closed = ", ".join(map(str, sorted(self.closed)))
+            notes.append(f"layers {closed} add sink logits, a soft cap or a window beside their mask, and are left out")
         visual, system, question = torch.stack([x.masses for x in layers], 1).numpy()
         if not bool(prompt.system.any()):
             notes.append("no text stands ahead of the first image, so that there is no VAS")
@@ -632,6 +631,7 @@ def _image_figure(inspection: VlmInspection, index: int) -> Image.Image:
     """The picture and its heat maps, side by side."""
     attention = inspection.image_attention[0][index]
     picture, grid = inspection.pictures[index], inspection.grids[index]
+    lie = f"{attention.shape[1]} tokens, reading order" if grid is None else f"{grid[1]} x {grid[0]} tokens"
     if grid is None:
         columns = math.ceil(math.sqrt(attention.shape[1]))
         grid, picture = (-(-attention.shape[1] // columns), columns), None
@@ -644,12 +644,13 @@ def _image_figure(inspection: VlmInspection, index: int) -> Image.Image:
     if picture is not None:
         ground = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
 
-    rule = "phi of at least 20" if inspection.sink_dims else "aligned with the first token"
+    rule = f"phi of at least {SINK:g}" if inspection.sink_dims else "aligned with the first token"
+    marks = f"Squares: sinks, {rule}." if any(map(len, inspection.sinks)) else "No sinks were found on it."
     count = len(inspection.image_attention[0])
     sheet, draw = _sheet(
         118 + size[1] + 66,
         "What the last token looks at" + (f": image {index + 1} of {count}" if count > 1 else ""),
-        f"Attention to image tokens, mean over heads; each map has its own peak. Squares: sinks, {rule}.",
+        f"Attention to image tokens, mean over heads; each map has its own peak. {marks}",
     )
     _scale(sheet, draw, WIDTH - MARGIN, 38, "peak")
     before = sum(maps.shape[1] for maps in inspection.image_attention[0][:index])
@@ -658,7 +659,7 @@ def _image_figure(inspection: VlmInspection, index: int) -> Image.Image:
         if layer is None:
             sheet.paste(ground, (left, top))
             _text(draw, (left, top + size[1] + 8), "picture" if picture is not None else "picture not shown", 20)
-            _text(draw, (left, top + size[1] + 34), f"{grid[1]} x {grid[0]} tokens", 17, SOFT)
+            _text(draw, (left, top + size[1] + 34), lie, 17, SOFT)
             continue
         heat = attention[layer]
         sheet.paste(_overlay(ground, heat, grid), (left, top))
@@ -682,7 +683,7 @@ def _overlay(ground: Image.Image, heat: np.ndarray, grid: tuple[int, int]) -> Im
 def _mark(draw: ImageDraw.ImageDraw, left: int, top: int, size: tuple[int, int], grid: tuple[int, int], token: int) -> None:
     row, column = divmod(token, grid[1])
     height, width = size[1] / grid[0], size[0] / grid[1]
-    x, y, half = left + (column + 0.5) * width, top + (row + 0.5) * height, max(2.0, min(5.0, min(height, width) / 4))
+    x, y, half = left + (column + 0.5) * width, top + (row + 0.5) * height, max(3.0, min(5.0, min(height, width) / 4))
     draw.rectangle((x - half, y - half, x + half, y + half), outline=(90, 240, 250), width=2)
 
 
@@ -691,14 +692,14 @@ def _layer_figure(inspection: VlmInspection) -> Image.Image:
     layers, heads = inspection.vhd.shape
     high, wide, top, gutter = 330, 680, 118, 60
     vas = "" if math.isnan(inspection.vas_mean) else f"; VAS {inspection.vas_mean:.2f}"
-    sheet, draw = _sheet(top + high + 80, "Where its attention goes, by layer", f"Last token, mean over heads{vas}.")
+    sheet, draw = _sheet(top + high + 80, "Attention by layer", f"Last token, mean over heads{vas}.")
     left = MARGIN + gutter
-    right = left
-    for name, ink in SPANS.items():
-        at = MARGIN + 470 + (right - left)
-        draw.rectangle((at, 40, at + 16, 56), fill=ink)
-        _text(draw, (at + 24, 48), name, 18, SOFT, "lm")
-        right += 24 + round(draw.textlength(name, _font(18))) + 22
+    at = left + wide
+    for name, ink in reversed(SPANS.items()):
+        at -= round(draw.textlength(name, _font(18)))
+        _text(draw, (at, 48), name, 18, SOFT, "lm")
+        draw.rectangle((at - 24, 40, at - 8, 56), fill=ink)
+        at -= 46
     for part in (0, 0.5, 1):
         y = top + high * (1 - part)
         draw.line((left - 6, y, left + wide, y), fill=LINE)
@@ -731,7 +732,7 @@ def _layer_figure(inspection: VlmInspection) -> Image.Image:
                 draw.ellipse((x - r, y - r, x + r, y + r), fill=INK if value > 0.6 else PAPER)
     for h in range(0, heads, max(1, -(-heads // 16))):
         _text(draw, (left - 10, top + (h + 0.5) * tall), str(h), 17, SOFT, "rm")
-    _text(draw, (left - gutter, top - 6), "head", 17, SOFT, "lb")
+    _text(draw, (left - 10, top + high + 8), "head", 17, SOFT, "ra")
     _layer_ticks(draw, inspection.layers, left, top + high, pitch)
     return sheet
 

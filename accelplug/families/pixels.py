@@ -35,9 +35,7 @@ def pictures(family: Vlm, inputs: Mapping[str, Any], vision: Any = None) -> list
     if family.pixels == "images":
         return [picture.float() for picture in pixels]
     parts = pixels.split([rows * columns for rows, columns in _grids(inputs, pixels)])
-    return [
-        _joined(part, grid, vision).float() for part, grid in zip(parts, _grids(inputs, pixels), strict=True)
-    ]
+    return [_joined(part, grid, vision).float() for part, grid in zip(parts, _grids(inputs, pixels), strict=True)]
 
 
 def replace(family: Vlm, inputs: Mapping[str, Any], pictures: Sequence[Tensor], vision: Any = None) -> dict[str, Any]:

@@ -19,12 +19,14 @@ class Vlm:
         ``patches`` (sum of T*H*W, C * T_p * P * P) with ``image_grid_thw``.
     grid : how an image's tokens lie: ``square``, row by row; ``thw``, by ``image_grid_thw`` over the merge size; ``tiles``, square
         tiles one after the other; ``anyres``, a square base, then rows of tiles with a newline each.
+    told_apart : whether the image encoder returns features image by image; where it does not, each run of image tokens is one.
     """
 
     name: str
     classes: tuple[str, ...]
     pixels: Literal["images", "tiles", "patches"] = "images"
     grid: Literal["square", "thw", "tiles", "anyres"] = "square"
+    told_apart: bool = True
 
 
 VLMS: tuple[Vlm, ...] = (
@@ -36,7 +38,7 @@ VLMS: tuple[Vlm, ...] = (
     Vlm("qwen3-vl", ("Qwen3VLForConditionalGeneration",), "patches", "thw"),
     Vlm("internvl", ("InternVLForConditionalGeneration",), "images", "tiles"),
     Vlm("gemma3", ("Gemma3ForConditionalGeneration",)),
-    Vlm("smolvlm", ("SmolVLMForConditionalGeneration", "Idefics3ForConditionalGeneration"), "tiles", "tiles"),
+    Vlm("smolvlm", ("SmolVLMForConditionalGeneration", "Idefics3ForConditionalGeneration"), "tiles", "tiles", False),
 )
 
 _BY_CLASS = {name: family for family in VLMS for name in family.classes}

@@ -107,7 +107,7 @@ class _Prompts:
 
     def __init__(self, host: LanguageHost, processor: Any) -> None:
         self.host, self.processor = host, processor
-        self.vision = getattr(host.model.config, "vision_config", None)
+        self.vision: Any = getattr(host.model.config, "vision_config", None)
 
     def images(self, inputs: Mapping[str, Any]) -> Tensor:
         from accelplug.hosts.transformers import number_images
@@ -149,7 +149,9 @@ class _Prompts:
 
     def _family(self) -> Vlm:
         if self.host.family is None:
-            raise UnsupportedError(f"How the pixels of {type(self.host.model).__name__} lie is not known; see families/vlm.py.")
+            raise UnsupportedError(
+                f"How the pixels of {type(self.host.model).__name__} lie is not known; see families/vlm.py."
+            )
         return self.host.family
 
     def prompt_like(self, inputs: Mapping[str, Any], text: str) -> dict[str, Any]:

@@ -507,6 +507,7 @@ class LanguageHost:
             marker = self.base.get_input_embeddings()(torch.tensor(token, device=embeds.device))
             visual = (embeds == marker).all(-1)
         sizes = self.images.take() if self.images is not None and bool(visual.any()) else []
+        sizes = sizes if self.family is not None and self.family.told_apart else []
         return number_images(visual, sizes)
 
     def _after_base(self, module: nn.Module, args: tuple, output: Any) -> None:

@@ -6,7 +6,6 @@ a scene is nowhere corrected for. Two CPU cores with bf16 matrix units suffice.
 """
 
 import argparse
-import math
 import time
 from collections.abc import Iterator
 
@@ -22,6 +21,10 @@ from benchmarks.zoo.vlm import PATCH, make_model, make_processor, questions
 
 CHECKPOINT, EYES = "vlm.pt", "vlm_eyes.pt"
 GRID = scenes.SIDE // PATCH
+SEQUENCES = 4
+"""Conversations about each picture."""
+LENGTH = 176
+"""Tokens of every sequence, padding included: one length, one compiled graph."""
 
 
 class Pictures(IterableDataset):
@@ -52,15 +55,16 @@ def patch_labels(scene: scenes.Scene, owner: np.ndarray) -> np.ndarray:
 
 
 def conversations(scene: scenes.Scene, rng: np.random.Generator) -> list[list[tuple[str, str]]]:
-    """Two conversations: several questions, and a description or other questions."""
+    """SEQUENCES conversations: several questions each, and now and then a description."""
 
     def asked() -> list[tuple[str, str]]:
-        turns = [(query.text, "yes" if query.answer else "no") for query in questions(scene, int(rng.integers(1 << 60)), 5)]
-        turns += [about(scene, scenes.KINDS[rng.integers(len(scenes.KINDS))]) for _ in range(1)]
-        turns += [about(scene, scene.kinds[rng.integers(len(scene.kinds))]) for _ in range(2)]
+        turns = [(query.text, "yes" if query.answer else "no") for query in questions(scene, int(rng.integers(1 << 60)), 3)]
+        pool = scene.kinds if rng.random() < 0.7 else scenes.KINDS
+        turns.append(about(scene, pool[rng.integers(len(pool))]))
         return [turns[i] for i in rng.permutation(len(turns))]
 
-    return [[(scenes.CAPTION_PROMPT, scene.caption)] if rng.random() < 0.3 else asked(), asked()]
+    described = [(scenes.CAPTION_PROMPT, scene.caption)]
+    return [described if i == 0 and rng.random() < 0.5 else asked() for i in range(SEQUENCES)]
 
 
 def about(scene: scenes.Scene, kind: str) -> tuple[str, str]:
@@ -93,9 +97,8 @@ class Collate:
     def __call__(self, items: list[tuple]) -> dict[str, torch.Tensor]:
         pixels = torch.from_numpy(np.stack([item[0] for item in items])).permute(0, 3, 1, 2).float()
         sequences = [self.sequence(turns) for item in items for turns in item[2]]
-        longest = 32 * math.ceil(max(len(ids) for ids, _ in sequences) / 32)  # few lengths, few compiled graphs
-        pad = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in sequences])
-        labels = torch.tensor([wanted + [-100] * (longest - len(wanted)) for _, wanted in sequences])
+        pad = torch.tensor([(ids + [0] * LENGTH)[:LENGTH] for ids, _ in sequences])
+        labels = torch.tensor([(wanted + [-100] * LENGTH)[:LENGTH] for _, wanted in sequences])
         return {
             "pixel_values": (pixels / 255 - 0.5) / 0.25,
             "patches": torch.from_numpy(np.stack([item[1] for item in items])),
@@ -138,7 +141,7 @@ def train_all(model: nn.Module, minutes: float, batch: int) -> None:
     parts = {True: [], False: []}
     for name, parameter in model.named_parameters():
         parts["vision_tower" in name].append(parameter)
-    groups = [{"params": parts[False], "peak": 8e-4}, {"params": parts[True], "peak": 2e-4}]
+    groups = [{"params": parts[False], "peak": 1e-3}, {"params": parts[True], "peak": 2e-4}]
     optimiser = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))
     tokenizer = make_processor().tokenizer
     verdicts = torch.tensor(tokenizer.convert_tokens_to_ids(["yes", "no"]))
@@ -153,7 +156,7 @@ def train_all(model: nn.Module, minutes: float, batch: int) -> None:
             group["lr"] = group["peak"] * rate
         labels = items["labels"]
         with torch.autocast("cpu", torch.bfloat16):
-            pixels = items["pixel_values"].repeat_interleave(2, 0)
+            pixels = items["pixel_values"].repeat_interleave(SEQUENCES, 0)
             hidden = model.model(input_ids=items["input_ids"], pixel_values=pixels, use_cache=False).last_hidden_state
             wanted = labels[:, 1:] != -100
             logits = model.lm_head(hidden[:, :-1][wanted]).float()
@@ -189,14 +192,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--eyes", type=float, default=6, help="minutes for the vision tower; 0 takes its checkpoint")
     parser.add_argument("--minutes", type=float, default=40, help="minutes for the whole model, over restarts")
-    parser.add_argument("--batch", type=int, default=32, help="pictures a step")
+    parser.add_argument("--batch", type=int, default=16, help="pictures a step")
     options = parser.parse_args()
     model = make_model(make_processor().tokenizer.get_vocab())
     model.set_attn_implementation("eager")  # its backward is twice as fast as that of the fused kernel on CPUs
     for part in (model.model.language_model, model.model.vision_tower):
         part.compile()
     if options.eyes:
-        train_eyes(model, options.eyes, 2 * options.batch)
+        train_eyes(model, options.eyes, 4 * options.batch)
     model.model.vision_tower.load_state_dict(load(EYES)["tower"])
     train_all(model, options.minutes, options.batch)
 

@@ -1,0 +1,282 @@
+"""Global and local: logits on the picture, plus those on the picture with all but what the question is about masked.
+
+AGLA (arXiv 2406.12718, CVPR 2025), from the paper's formulas. A matcher says how much each pixel has to do with the question, and
+how well picture and question match, c in [0, 1]. The share ``1 - c / 2`` of pixels is kept, the highest ones; a second branch
+reads that picture, and ``z + alpha * z_masked`` decides, among tokens with ``z >= log(beta) + max z``.
+
+The paper's matcher is a BLIP with an image-text matching head, its map a GradCAM of one layer's cross-attention. It masks in black
+and blurs the map; here masked pixels are the mean pixel and the map is bilinear.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch.nn.functional import interpolate, pad
+
+from accelplug.errors import AccelplugError, UnsupportedError
+from accelplug.patches.base import Config, GenerationPatch
+from accelplug.patches.guidance.carve import GENERAL
+from accelplug.patches.guidance.gaze import (
+    Layers,
+    contrast,
+    highest,
+    look,
+    model_inputs,
+    option,
+    rows_with_a_picture,
+    upsampled,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from accelplug.patches.base import Tools
+
+BLIP_MEAN, BLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""What BLIP's pictures are normalised with, by channel, of values from 0 to 1."""
+
+
+# --------------------------------------------------------------------------------------------------------------- maths
+
+
+def concentration(values: Tensor) -> float:
+    """One minus the normalised entropy of values (V,), none negative: 0 where all are equal, 1 where one has everything."""
+    total = values.double().sum()
+    if len(values) == 1 or total == 0:
+        return 0.0
+    return 1 - float(torch.special.entr(values.double() / total).sum()) / math.log(len(values))
+
+
+def kept_pixels(values: Tensor, score: float) -> Tensor:
+    """Pixels that the second branch sees: the share ``1 - score / 2`` of (H, W) with the largest values, bool."""
+    return highest(values, min(1 - score / 2, 1 - 1e-5))
+
+
+def mixed(z: Tensor, z_masked: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """Return ``z + alpha * z_masked``, -inf where ``z < log(beta) + max z``; all (B, vocabulary), None for no second branch."""
+    out = z if z_masked is None else z + alpha * z_masked
+    if beta == 0:
+        return out
+    return out.masked_fill(z < math.log(beta) + z.amax(-1, keepdim=True), float("-inf"))
+
+
+def grad_cam(blip: Any, pixels: Tensor, ids: Tensor, layer: int) -> tuple[Tensor, float]:
+    """Return what a question points at in a picture, (rows, columns) float32, and how well they match, from 0 to 1.
+
+    The map is the cross-attention of one layer times its gradient where that is positive, mean over heads and over words.
+
+    Parameters
+    ----------
+    blip : a ``BlipForImageTextRetrieval``; neither its parameters nor their gradients change.
+    pixels : (1, 3, H, W), normalised for it.
+    ids : int64 (1, words + 2), the question between the tokenizer's two special tokens.
+    layer : text block, 0-based.
+    """
+    probabilities: list[Tensor] = []
+    cross = blip.text_encoder.encoder.layer[layer].crossattention.self
+    handle = cross.register_forward_hook(lambda module, args, out: probabilities.append(out[1]))
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            with torch.no_grad():
+                seen = blip.vision_model(pixels.clone()).last_hidden_state
+            seen.requires_grad_()  # so that the gradient stops here
+            flags = torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device)
+            hidden = blip.text_encoder(
+                input_ids=ids.clone(),
+                attention_mask=torch.ones_like(ids),
+                encoder_hidden_states=seen,
+                encoder_attention_mask=flags,
+            ).last_hidden_state
+            logits = blip.itm_head(hidden[:, 0])
+            (gradient,) = torch.autograd.grad(logits[:, 1].sum(), probabilities)
+    finally:
+        handle.remove()
+    cam = (probabilities[0] * gradient.clamp(min=0)).detach()[0, :, 1:-1, 1:].mean((0, 1))  # without class token
+    side = math.isqrt(len(cam))
+    return cam.float().reshape(side, side), float(logits.detach().softmax(-1)[0, 1])
+
+
+# -------------------------------------------------------------------------------------------------------- second branch
+
+
+class Branch:
+    """The model on other pictures, in step with a generation: same tokens, and a cache of its own."""
+
+    def __init__(self, model: Any, inputs: Mapping[str, Any]) -> None:
+        self._model = model
+        self._inputs = model_inputs(inputs)
+        ids = inputs["input_ids"]
+        given = self._inputs.pop("attention_mask", None)
+        self._mask = torch.ones_like(ids) if given is None else given
+        self._cache: Any = None
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Return the logits behind the last of `ids` (B, S), float32 (B, vocabulary); S grows by 1 a call."""
+        given = self._inputs if self._cache is None else {"input_ids": ids[:, -1:], "past_key_values": self._cache}
+        if self._cache is not None:
+            self._mask = pad(self._mask, (0, 1), value=1)
+        out = self._model(
+            **given, attention_mask=self._mask, position_ids=self._positions(), use_cache=True, logits_to_keep=1
+        )
+        self._cache = out.past_key_values
+        return out.logits[:, -1].float()
+
+    def _positions(self) -> Tensor | None:
+        """Positions as ``generate`` counts them; None for the model to lay out pictures in three dimensions."""
+        text = (self._mask.cumsum(-1) - 1).clamp(min=0)
+        offset = getattr(self._model.base_model, "rope_deltas", None)
+        if self._cache is None:
+            return None if offset is not None and "mm_token_type_ids" in self._inputs else text
+        return text[:, -1:] if offset is None else (text[:, -1:] + offset).expand(3, -1, -1)
+
+
+class Mixer:
+    """A logits processor that adds the second branch; rows repeated for several answers have a branch each.
+
+    Parameters
+    ----------
+    rows : bool (B, 1), rows with a picture; the others are left alone.
+    branch : makes a second branch of all B rows; None for none.
+    """
+
+    def __init__(self, rows: Tensor, branch: Callable[[], Branch] | None, alpha: float, beta: float) -> None:
+        self._rows, self._alpha, self._beta = rows, alpha, beta
+        self._make, self._branches = branch, list[Branch]()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        times = len(scores) // len(self._rows)
+        z_masked = None if self._make is None else torch.empty_like(scores)
+        if z_masked is not None and self._make is not None:
+            self._branches = self._branches or [self._make() for _ in range(times)]
+            for copy, branch in enumerate(self._branches):
+                z_masked[copy::times] = branch.logits(input_ids[copy::times]).to(z_masked)
+        rows = self._rows.repeat_interleave(times, 0).to(scores.device)
+        return torch.where(rows, mixed(scores, z_masked, self._alpha, self._beta), scores)
+
+
+class Agla(GenerationPatch):
+    """Add the logits on a picture that is masked down to what the question is about.
+
+    Attention patches of the same recipe apply to both branches. Greedy decoding and sampling stay with ``generate``. Rows without
+    a picture are answered as ever.
+
+    ``matcher: own`` is an experiment of ours, not the paper's, and measured nowhere: where the model itself looks, at the prompt's
+    end, stands in for the matcher's map (against a general prompt, as in `carve`, where a processor was given), and how far that
+    map is from flat, 1 minus its normalised entropy, for its score.
+    """
+
+    class Config(Config):
+        alpha: float = Field(2.0, ge=0, le=10, description="Weight of the second branch's logits; 0 for none. Paper: 2.")
+        beta: float = Field(0.5, ge=0, le=1, description="Tokens less likely than this times the best are out. Paper: 0.5.")
+        matcher: Literal["own", "blip"] = Field("own", description="Who says what the question is about. Paper: blip.")
+        blip_dir: str | None = Field(None, description="Local folder of a BlipForImageTextRetrieval. Paper: ITM large.")
+        blip_layer: int = Field(6, ge=0, description="Text block whose cross-attention is read, 0-based. Paper: 6.")
+        layers: Layers = Field(
+            (0.625, 0.8125), description="Layers that own reads, from and up to a share of the depth. As in carve."
+        )
+        floor: float = Field(1e-8, gt=0, description="Added to attention under the general prompt. As in carve.")
+
+        @model_validator(mode="after")
+        def _fits(self) -> Agla.Config:
+            if self.matcher == "blip" and not self.blip_dir:
+                raise ValueError("matcher: blip needs blip_dir, a local folder of a BlipForImageTextRetrieval")
+            if not 0 <= self.layers[0] < self.layers[1] <= 1:
+                raise ValueError(f"layers: expected two shares of the depth, 0 <= from < to <= 1, got {self.layers}")
+            return self
+
+    cite = "arXiv 2406.12718"
+    config: Config
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self._blip: tuple[Any, Any] | None = None
+
+    def generate(self, model: Any, call: Callable[..., Any], inputs: dict[str, Any], tools: Tools) -> Any:
+        alpha, beta = self.config.alpha, self.config.beta
+        if alpha == beta == 0:
+            return call(**inputs)
+        _refuse(model, inputs)
+        if not (rows := rows_with_a_picture(inputs, tools, "agla")):
+            return call(**inputs)
+        branch = None
+        if alpha:
+            masked = tools.replace(inputs, self._masked(model, inputs, rows, tools))
+
+            def branch() -> Branch:
+                return Branch(model, masked)
+
+        shown = torch.zeros(len(inputs["input_ids"]), 1, dtype=torch.bool)
+        shown[rows] = True
+        processors = [*(inputs.get("logits_processor") or ()), Mixer(shown, branch, alpha, beta)]
+        return call(**{**inputs, "logits_processor": processors})
+
+    def _masked(self, model: Any, inputs: dict[str, Any], rows: list[int], tools: Tools) -> list[Tensor]:
+        """The pictures with everything else at the mean pixel."""
+        pictures = tools.pictures(inputs)
+        match = self._by_blip if self.config.matcher == "blip" else self._by_gaze
+        masked = []
+        for picture, (values, score) in zip(pictures, match(model, inputs, rows, pictures, tools), strict=True):
+            masked.append(picture * kept_pixels(values.to(picture.device), score).to(picture))
+        return masked
+
+    def _by_gaze(
+        self, model: Any, inputs: dict[str, Any], rows: list[int], pictures: list[Tensor], tools: Tools
+    ) -> list[tuple[Tensor, float]]:
+        asked = look(model, tools, inputs, self.config.layers, 1)
+        described = None
+        if tools.processor is not None:
+            described = look(model, tools, tools.prompt_like(inputs, GENERAL), self.config.layers, 1)
+        found = []
+        for row, picture, grid in zip(rows, pictures, tools.grids(inputs), strict=True):
+            tokens = asked[row].mean((0, 1))
+            if described is not None:
+                tokens = contrast(asked[row], described[row], self.config.floor)
+            found.append((upsampled(tokens, grid, picture.shape[-2:]), concentration(tokens)))
+        return found
+
+    def _by_blip(
+        self, model: Any, inputs: dict[str, Any], rows: list[int], pictures: list[Tensor], tools: Tools
+    ) -> list[tuple[Tensor, float]]:
+        if not hasattr(tools.processor, "image_processor"):
+            raise AccelplugError(
+                f"matcher: blip reads the question and undoes the picture's normalisation, and needs the model's processor, got "
+                f"{type(tools.processor).__name__}. Pass it: accelplug.apply(model, recipe, processor=processor)."
+            )
+        if self._blip is None:
+            self._blip = tools.matcher(str(self.config.blip_dir))
+        blip, tokenizer = self._blip
+        blip = blip.to(pictures[0].device)
+        side, questions = blip.config.vision_config.image_size, tools.questions(inputs)
+        own, theirs = tools.processor.image_processor, (BLIP_MEAN, BLIP_STD)
+        found = []
+        for row, picture in zip(rows, pictures, strict=True):
+            mean, std = (picture.new_tensor(x)[:, None, None] for x in (own.image_mean, own.image_std))
+            new_mean, new_std = (picture.new_tensor(x)[:, None, None] for x in theirs)
+            colours = interpolate((picture * std + mean)[None], size=(side, side), mode="bicubic", antialias=True)
+            pixels = (colours.clamp(0, 1) - new_mean) / new_std
+            ids = torch.tensor([tokenizer(questions[row], truncation=True)["input_ids"]], device=picture.device)
+            cam, score = grad_cam(blip, pixels, ids, self.config.blip_layer)
+            found.append((upsampled(cam.flatten(), cam.shape, picture.shape[-2:]), score))
+        return found
+
+
+def _refuse(model: Any, inputs: Mapping[str, Any]) -> None:
+    """Refuse ways to decode that do not tell a second branch what becomes of its rows."""
+    reason = None
+    if (option(model, inputs, "num_beams") or 1) > 1:
+        reason = "beams are reordered, which no logits processor is told"
+    elif inputs.get("assistant_model") is not None or option(model, inputs, "prompt_lookup_num_tokens"):
+        reason = "drafts are taken back, which no logits processor is told"
+    elif inputs.get("custom_generate") is not None:
+        reason = "what custom_generate does is not known"
+    if reason is not None:
+        raise UnsupportedError(
+            f"agla keeps a second branch in step with the generation, and cannot here: {reason}. Decode greedily or by sampling."
+        )

@@ -1,0 +1,517 @@
+"""Patches around generate: their maths by hand, their neutral settings, their second branches, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny_language_models as tiny
+import tokenizers
+import torch
+import transformers as hf
+from PIL import Image
+
+import accelplug
+from accelplug.errors import AccelplugError, RecipeError, ShapeError, UnsupportedError
+from accelplug.families import pixels
+from accelplug.families.vlm import find
+from accelplug.patches.guidance import agla, carve, gaze
+
+ONE_EACH: tiny.Rows = ((3, "I", 6), (2, "I", 4))
+WITHOUT: tiny.Rows = ((3, "I", 6), (5,))
+MODELS = ("llava", "qwen2_5_vl")
+WHOLE = ("llava", "gemma3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+TEMPLATE = (
+    "{% for m in messages %}w1 {% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}{{ c.text }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %} w2{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    """LLaVA's own processor on a vocabulary of words w0, w1, ...; its prompts suit both tiny models."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(496)), "<image>"]
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    square = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    return hf.LlavaProcessor(
+        hf.CLIPImageProcessorPil(**square),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+
+
+def inputs(name: str, rows: tiny.Rows = ONE_EACH) -> dict[str, torch.Tensor]:
+    """Inputs whose still pictures are the same in both frames, as a processor makes them."""
+    given = tiny.inputs(name, rows)
+    if "image_grid_thw" in given:
+        frames = given["pixel_values"].reshape(-1, 3, 2, 8, 8)
+        given["pixel_values"] = frames[:, :, :1].expand_as(frames).reshape(len(frames), -1)
+    return given
+
+
+def rules(*patches: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    return {"rules": [{"patch": name, "with": settings} for name, settings in patches]}
+
+
+CARVE = ("carve", {"keep_area": 0.3, "regions": 1, "max_tokens": 3, "layers": (0.5, 1.0)})
+AGLA = ("agla", {"layers": (0.5, 1.0)})
+
+
+# --------------------------------------------------------------------------------------------------------------- maths
+
+
+def test_contrast_weighs_later_steps_more():
+    asked = torch.tensor([[[2.0, 1.0], [3.0, 4.0], [9.0, 9.0]]])  # [1, 3, 2]
+    described = torch.tensor([[[1.0, 1.0], [1.0, 2.0]]])
+    assert torch.equal(gaze.contrast(asked, described, 0.0), torch.tensor([(2 + 2 * 3) / 3, (1 + 2 * 2) / 3]))
+    assert torch.equal(gaze.contrast(asked, described, 1.0, "first"), torch.tensor([1.0, 0.5]))
+    assert torch.equal(gaze.contrast(asked, described, 0.0, "last"), torch.tensor([9.0, 4.5]))
+
+
+def test_highest_keeps_a_share_and_all_that_tie():
+    values = torch.tensor([[4.0, 1.0], [3.0, 2.0]])
+    assert gaze.highest(values, 0.5).tolist() == [[True, False], [True, False]]
+    assert gaze.highest(values, 1e-9).sum() == 1
+    assert gaze.highest(values, 1.0).all()
+    assert gaze.highest(torch.ones(3, 3), 0.2).all()
+
+
+def test_components_by_hand():
+    mask = torch.tensor([[1, 0, 1, 1], [1, 0, 0, 1], [0, 1, 0, 1], [1, 1, 1, 1]]).bool()
+    expected = [[1, 0, 2, 2], [1, 0, 0, 2], [0, 2, 0, 2], [2, 2, 2, 2]]  # a corner does not connect, the way round does
+    assert carve.components(mask).tolist() == expected
+    assert carve.components(torch.zeros(2, 3).bool()).tolist() == [[0] * 3] * 2
+
+
+def test_components_against_flooding():
+    mask = torch.rand(17, 23) < 0.55
+    labels = carve.components(mask)
+    flooded = torch.arange(1.0, mask.numel() + 1).reshape(mask.shape) * mask
+    for _ in range(mask.numel()):
+        padded = torch.nn.functional.pad(flooded, (1, 1, 1, 1))
+        sides = torch.stack([padded[1:-1, 2:], padded[1:-1, :-2], padded[2:, 1:-1], padded[:-2, 1:-1], flooded])
+        flooded = sides.amax(0) * mask
+    assert torch.equal(labels > 0, mask)
+    pairs = set(zip(labels[mask].tolist(), flooded[mask].tolist(), strict=True))
+    assert len(pairs) == labels.max() == len(flooded[mask].unique())
+
+
+def test_heaviest_regions_and_their_box():
+    labels = torch.tensor([[1, 1, 0, 2], [0, 0, 0, 0], [3, 0, 0, 0]])
+    values = torch.tensor([[1.0, 1.0, 9.0, 5.0], [0.0] * 4, [3.0, 0.0, 0.0, 0.0]])
+    kept = carve.heaviest(values, labels, 2)
+    assert kept.nonzero().tolist() == [[0, 3], [2, 0]]
+    assert carve.bounding_box(kept) == (0, 3, 0, 4)
+    assert carve.bounding_box(carve.heaviest(values, labels, 1)) == (0, 1, 3, 4)
+    assert carve.heaviest(values, labels, 9).sum() == 4
+
+
+def test_refined_enlarges_what_is_looked_at():
+    picture = torch.randn(3, 8, 8)
+    values = torch.zeros(8, 8)
+    values[2:4, 4:8] = 1
+    new = carve.refined(picture, values, 8 / 64, 1)
+    expected = torch.nn.functional.interpolate(picture[None, :, 2:4, 4:8], (8, 8), mode="bicubic", antialias=True)[0]
+    assert torch.equal(new, expected)
+    assert torch.equal(carve.refined(picture, torch.ones(8, 8), 0.2, 1), picture)  # nothing stands out
+
+
+def test_agla_by_hand():
+    z, other = torch.tensor([[2.0, 1.5, 0.0]]), torch.tensor([[0.0, 1.0, 5.0]])
+    assert agla.mixed(z, other, 2.0, 0.5).tolist() == [[2.0, 3.5, -math.inf]]
+    assert agla.mixed(z, other, 2.0, 0.0).tolist() == [[2.0, 3.5, 10.0]]
+    assert agla.mixed(z, None, 0.0, 1.0).tolist() == [[2.0, -math.inf, -math.inf]]
+    assert agla.kept_pixels(torch.arange(8.0).reshape(2, 4), 1.0).tolist() == [[False] * 4, [True] * 4]
+    assert agla.concentration(torch.ones(7)) == pytest.approx(0)
+    assert agla.concentration(torch.tensor([0.0, 3.0])) == 1
+    assert agla.concentration(torch.tensor([1.0])) == agla.concentration(torch.zeros(3)) == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- pixels
+
+
+def test_qwen_patches_are_the_picture_that_its_processor_saw():
+    image = Image.effect_noise((64, 48), 40).convert("RGB")
+    made = hf.Qwen2VLImageProcessorPil(patch_size=8, size={"shortest_edge": 256, "longest_edge": 9999})
+    given = made(image, return_tensors="pt")
+    model = tiny.build("qwen2_5_vl")
+    (picture,) = pixels.pictures(find(model), given, model.config.vision_config)
+    colours = torch.tensor(list(image.tobytes())).reshape(48, 64, 3).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(x)[:, None, None] for x in (made.image_mean, made.image_std))
+    assert torch.allclose(picture, (colours - mean) / std, atol=1e-5)
+    back = pixels.replace(find(model), given, [picture], model.config.vision_config)
+    assert torch.equal(back["pixel_values"], given["pixel_values"])
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_there_and_back(name: str, dtype: torch.dtype):
+    model, given = tiny.build(name), inputs(name, tiny.TWO_ROWS)
+    given["pixel_values"] = given["pixel_values"].to(dtype)
+    shown = pixels.pictures(find(model), given, model.config.vision_config)
+    back = pixels.replace(find(model), given, shown, model.config.vision_config)["pixel_values"]
+    assert len(shown) == 3
+    assert all(picture.ndim == 3 and len(picture) == 3 and picture.dtype == torch.float32 for picture in shown)
+    assert torch.equal(back, given["pixel_values"])
+    assert back.dtype == dtype
+
+
+def test_pixels_refuse():
+    model, given = tiny.build("qwen2_vl"), inputs("qwen2_vl")
+    family, vision = find(model), model.config.vision_config
+    shown = pixels.pictures(family, given, vision)
+    with pytest.raises(ShapeError, match="new pictures"):
+        pixels.replace(family, given, shown[:1], vision)
+    with pytest.raises(ShapeError, match="do not fit"):
+        pixels.pictures(family, {**given, "pixel_values": given["pixel_values"][:-1]}, vision)
+    with pytest.raises(UnsupportedError, match="one frame"):
+        pixels.pictures(family, {**given, "image_grid_thw": torch.tensor([[2, 4, 6]])}, vision)
+    with pytest.raises(UnsupportedError, match="tiles"):
+        pixels.pictures(find(tiny.build("llava_next")), tiny.inputs("llava_next", ONE_EACH))
+    with pytest.raises(ShapeError, match="pixel_values"):
+        pixels.pictures(find(tiny.build("llava")), {})
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_like_another(name: str, processor: Any):
+    model, given = tiny.build(name), inputs(name, WITHOUT)
+    with accelplug.apply(model, rules(CARVE), processor=processor) as plug:
+        tools = plug._hosts[0].generation.tools()
+        new = tools.prompt_like(given, "w9 w8")
+        token = model.config.image_token_id
+        pictures = [tiny.IMAGE] * int((given["input_ids"][0] == token).sum())
+        whole = processor.tokenizer("w1 <image> w9 w8 w2")["input_ids"]
+        assert new["input_ids"][0].tolist() == [whole[0], *pictures, *whole[2:]]
+        assert new["input_ids"][1].tolist() == [0] * (len(pictures)) + whole[:1] + whole[2:]
+        assert torch.equal(new["attention_mask"], (new["input_ids"] != 0).int().to(new["attention_mask"]))
+        assert ("mm_token_type_ids" in new) == (name == "qwen2_5_vl")
+        assert new["pixel_values"] is given["pixel_values"]
+        assert tools.questions(new) == ["w9 w8", "w1 w9 w8"]
+
+
+def test_prompts_of_processors_with_marks_around_a_picture(processor: Any):
+    shared = {"tokenizer": processor.tokenizer, "apply_chat_template": processor.apply_chat_template}
+    gemma = SimpleNamespace(**shared, boi_token="<image>", full_image_sequence="w3" + " <image>" * 4 + " w4")
+    intern = SimpleNamespace(**shared, image_token="<image>", start_image_token="w3 ", end_image_token=" w4")
+    for name, theirs, size in (("gemma3", gemma, 4), ("internvl", intern, 16)):
+        model, given = tiny.build(name), inputs(name)
+        with accelplug.apply(model, rules(CARVE), processor=theirs) as plug:
+            new = plug._hosts[0].generation.tools().prompt_like(given, "w9")
+            before, behind = (
+                [processor.tokenizer.convert_tokens_to_ids(w) for w in x] for x in (("w1", "w3"), ("w4", "w9"))
+            )
+            expected = [*before, *[tiny.IMAGE] * size, *behind, processor.tokenizer.convert_tokens_to_ids("w2")]
+            assert new["input_ids"].tolist() == [expected] * 2
+            assert tiny.generate(model, given).shape[0] == 2
+    wrong = SimpleNamespace(**shared, image_token="<picture>")
+    with accelplug.apply(model, rules(CARVE), processor=wrong), pytest.raises(AccelplugError, match="belongs to the model"):
+        tiny.generate(model, given)
+
+
+def test_gaze_reads_what_eager_attention_reads():
+    model, given = tiny.build("llava"), inputs("llava")
+    model.set_attn_implementation("eager")
+    out = tiny.generate(model, given, 3, return_dict_in_generate=True, output_attentions=True)
+    with accelplug.apply(model, rules(("carve", {"keep_area": 1}))) as plug:
+        maps = gaze.look(model, plug._hosts[0].generation.tools(), given, (0.5, 1.0), 3)
+    for row, seen in enumerate(maps):
+        visual = given["input_ids"][row] == tiny.IMAGE
+        for step, layers in enumerate(out.attentions[: seen.shape[1]]):
+            expected = torch.stack([layer[row, :, -1, : len(visual)].mean(0)[visual] for layer in layers[2:]])
+            assert torch.allclose(seen[:, step], expected, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ the laws
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("neutral", [("carve", {"keep_area": 1}), ("agla", {"alpha": 0, "beta": 0})])
+def test_neutral_is_the_plain_generate(name: str, neutral: tuple[str, dict], monkeypatch: pytest.MonkeyPatch):
+    model, given = tiny.build(name), inputs(name, tiny.TWO_ROWS)
+    plain = tiny.generate(model, given, return_dict_in_generate=True, output_scores=True)
+    monkeypatch.setattr(gaze, "look", lambda *_: pytest.fail("a neutral patch has no pass of its own"))
+    with accelplug.apply(model, rules(neutral)):
+        out = tiny.generate(model, given, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(out.scores, plain.scores, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("patch", [CARVE, AGLA])
+def test_it_does_something_and_undo_is_exact(name: str, patch: tuple[str, dict], processor: Any):
+    model, given = tiny.build(name), inputs(name)
+    ask = {"return_dict_in_generate": True, "output_scores": True}
+    before = tiny.generate(model, given, **ask)
+    own = [{k: id(v) for k, v in vars(part).items() if k != "rope_deltas"} for part in (model, model.model)]
+    state = torch.get_rng_state()
+    plug = accelplug.apply(model, rules(patch), processor=processor)
+    during = tiny.generate(model, given, **ask)
+    plug.remove()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert own == [{k: id(v) for k, v in vars(part).items() if k != "rope_deltas"} for part in (model, model.model)]
+    after = tiny.generate(model, given, **ask)
+    assert torch.equal(before.sequences, after.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(before.scores, after.scores, strict=True))
+    assert not torch.equal(before.scores[0], during.scores[0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("patch", [CARVE, AGLA])
+def test_rows_without_a_picture_are_answered_as_ever(name: str, patch: tuple[str, dict], processor: Any):
+    model, given = tiny.build(name), inputs(name, WITHOUT)
+    text = {k: v for k, v in tiny.inputs(name, ((5,), (3,))).items() if k not in ("pixel_values", "image_grid_thw")}
+    ask = {"return_dict_in_generate": True, "output_scores": True}
+    plain, plain_text = tiny.generate(model, given, **ask), tiny.generate(model, text, **ask)
+    with accelplug.apply(model, rules(patch), processor=processor):
+        out = tiny.generate(model, given, **ask)
+        out_text = tiny.generate(model, text, **ask)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(plain.scores, out.scores, strict=True))
+    assert not torch.equal(plain.scores[0][0], out.scores[0][0])
+    assert all(torch.equal(a, b) for a, b in zip(plain_text.scores, out_text.scores, strict=True))
+
+
+@pytest.mark.parametrize("steps", ["first", "last", "all"])
+def test_carve_answers_on_the_refined_picture(steps: str, processor: Any, monkeypatch: pytest.MonkeyPatch):
+    model, given = tiny.build("llava"), inputs("llava")
+    seen: list[torch.Tensor] = []
+    real = carve.refined
+    monkeypatch.setattr(carve, "refined", lambda *args: seen.append(real(*args)) or seen[-1])
+    with accelplug.apply(model, rules((CARVE[0], {**CARVE[1], "steps": steps})), processor=processor):
+        out = tiny.generate(model, given, num_beams=2)
+    plain = tiny.generate(model, {**given, "pixel_values": torch.stack(seen)}, num_beams=2)
+    assert torch.equal(out, plain)
+
+
+def test_a_batch_is_its_rows(processor: Any):
+    model, given = tiny.build("llava"), inputs("llava")
+    with accelplug.apply(model, rules(CARVE), processor=processor):
+        both = tiny.generate(model, given, return_dict_in_generate=True, output_scores=True).scores[0]
+        for row in range(2):
+            kept = given["attention_mask"][row].bool()
+            one = {k: given[k][row : row + 1, kept] for k in ("input_ids", "attention_mask")}
+            one["pixel_values"] = given["pixel_values"][row : row + 1]
+            alone = tiny.generate(model, one, return_dict_in_generate=True, output_scores=True).scores[0]
+            assert torch.allclose(alone[0], both[row], atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- two branches
+
+
+def by_hand(model: Any, given: dict[str, Any], masked: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Mix both branches greedily, reading the whole sequence anew for every token."""
+    given = dict(given)
+    for _ in range(tokens):
+        mask = given["attention_mask"]
+        positions = {} if "image_grid_thw" in given else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        z = tiny.forward(model, {**given, **positions})[:, -1]
+        other = tiny.forward(model, {**given, **positions, "pixel_values": masked})[:, -1]
+        new = agla.mixed(z, other, 2.0, 0.5).argmax(-1, keepdim=True)
+        given["input_ids"] = torch.cat([given["input_ids"], new], 1)
+        given["attention_mask"] = torch.nn.functional.pad(mask, (0, 1), value=1)
+        for kinds in {"token_type_ids", "mm_token_type_ids"} & given.keys():
+            given[kinds] = torch.nn.functional.pad(given[kinds], (0, 1))
+    return given["input_ids"]
+
+
+@pytest.fixture
+def branches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The second branches that are made."""
+    made: list[Any] = []
+
+    class Noted(agla.Branch):
+        def __init__(self, model: Any, given: Any) -> None:
+            super().__init__(model, given)
+            made.append(self)
+
+    monkeypatch.setattr(agla, "Branch", Noted)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "with_processor"), [*((name, False) for name in WHOLE), *((name, True) for name in MODELS)]
+)
+def test_agla_is_two_branches(
+    name: str, with_processor: bool, processor: Any, branches: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    model, given = tiny.build(name), inputs(name)
+    monkeypatch.setattr(agla, "concentration", lambda values: 0.8)  # random weights look everywhere alike
+    with accelplug.apply(model, rules(AGLA), processor=processor if with_processor else None):
+        out = tiny.generate(model, given)
+    (branch,) = branches
+    masked = branch._inputs["pixel_values"]
+    assert float((masked == 0).float().mean()) == pytest.approx(0.4, abs=0.02)
+    assert torch.equal(masked[masked != 0], given["pixel_values"][masked != 0])
+    assert torch.equal(out, by_hand(model, given, masked, 6))
+
+
+def test_agla_samples_several_answers(processor: Any, branches: list[Any]):
+    model, given = tiny.build("llava"), inputs("llava")
+    ask = {"do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
+    with accelplug.apply(model, rules(AGLA), processor=processor):
+        out = tiny.generate(model, given, **ask)
+        assert len(branches) == 2
+        for copy in range(2):  # each answer's scores are those of a greedy run that is made to say the same
+            said = out.sequences[copy::2]
+            done = {**given, "input_ids": said[:, :-1]}
+            more = said.shape[1] - 1 - given["input_ids"].shape[1]
+            done["attention_mask"] = torch.nn.functional.pad(given["attention_mask"], (0, more), value=1)
+            position_ids = (done["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+            z = tiny.forward(model, {**done, "position_ids": position_ids})[:, -1]
+            masked = {**done, "position_ids": position_ids, "pixel_values": branches[copy]._inputs["pixel_values"]}
+            expected = agla.mixed(z, tiny.forward(model, masked)[:, -1], 2.0, 0.5)
+            kept = out.scores[-1][copy::2] > -math.inf  # generate has taken the top 50
+            assert torch.allclose(out.scores[-1][copy::2][kept], expected[kept], atol=1e-4)
+
+
+def test_agla_without_second_branch_only_cuts(branches: list[Any]):
+    model, given = tiny.build("llava"), inputs("llava")
+    ask = {"return_dict_in_generate": True, "output_scores": True}
+    plain = tiny.generate(model, given, **ask)
+    with accelplug.apply(model, rules(("agla", {"alpha": 0, "beta": 0.5}))):
+        out = tiny.generate(model, given, **ask)
+    assert not branches
+    assert torch.equal(out.sequences, plain.sequences)
+    assert torch.equal(out.scores[0], agla.mixed(plain.scores[0], None, 0.0, 0.5))
+
+
+def test_the_users_logits_processors_come_first(processor: Any):
+    model, given = tiny.build("llava"), inputs("llava")
+    calls: list[int] = []
+
+    def forbid(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        calls.append(ids.shape[1])
+        return scores.index_fill(1, torch.arange(256), -math.inf)
+
+    with accelplug.apply(model, rules(AGLA), processor=processor):
+        out = tiny.generate(model, given, logits_processor=[forbid])
+    assert int(out[:, given["input_ids"].shape[1] :].min()) >= 256
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_together_with_attention_patches(name: str, processor: Any):
+    model, given = tiny.build(name), inputs(name)
+    plain = tiny.generate(model, given)
+    bias = ("visual_bias", {"image_weight": 3.0})
+    outs = []
+    for recipe in (rules(CARVE, AGLA, bias), rules(CARVE, AGLA)):
+        with accelplug.apply(model, recipe, processor=processor) as plug:
+            ask = {"return_dict_in_generate": True, "output_scores": True}
+            outs.append(tiny.generate(model, given, **ask).scores[0])
+            served = plug._ledger.served
+            assert served["carve"] == served["agla"] == 1
+    assert not torch.equal(*outs)
+    assert torch.equal(tiny.generate(model, given), plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------- BLIP
+
+
+def blip() -> Any:
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = hf.BlipConfig(
+        vision_config={**size, "image_size": 32, "patch_size": 8},
+        text_config={**size, "vocab_size": 600, "encoder_hidden_size": 16, "bos_token_id": 1, "eos_token_id": 2},
+        image_text_hidden_size=16,
+    )
+    return hf.BlipForImageTextRetrieval(config).eval()
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_grad_cam_leaves_the_matcher_alone(trainable: bool, mode: Any):
+    matcher = blip().requires_grad_(trainable)
+    with mode():
+        cam, score = agla.grad_cam(matcher, torch.randn(1, 3, 32, 32), torch.tensor([[1, 7, 8, 9, 2]]), 1)
+    assert cam.shape == (4, 4)
+    assert bool(cam.isfinite().all())
+    assert float(cam.max()) > 0
+    assert 0 < score < 1
+    assert not cam.requires_grad
+    assert all(p.requires_grad == trainable and p.grad is None for p in matcher.parameters())
+    assert not any(module._forward_hooks for module in matcher.modules())
+
+
+def test_agla_with_a_matcher_from_a_folder(tmp_path: Any, processor: Any, branches: list[Any]):
+    blip().save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
+    model, given = tiny.build("llava"), inputs("llava")
+    state = torch.get_rng_state()
+    recipe = rules(("agla", {"matcher": "blip", "blip_dir": str(tmp_path), "blip_layer": 1}))
+    with accelplug.apply(model, recipe, processor=processor):
+        out = tiny.generate(model, given)
+    assert torch.equal(torch.get_rng_state(), state)
+    masked = branches[0]._inputs["pixel_values"]
+    assert 0 < float((masked == 0).float().mean()) < 0.5
+    assert torch.equal(out, by_hand(model, given, masked, 6))
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize("patch", [CARVE, AGLA])
+def test_several_pictures_in_a_row_are_refused(patch: tuple[str, dict], processor: Any):
+    model = tiny.build("llava")
+    with (
+        accelplug.apply(model, rules(patch), processor=processor),
+        pytest.raises(UnsupportedError, match="row 1 has 2"),
+    ):
+        tiny.generate(model, inputs("llava", tiny.TWO_ROWS))
+
+
+def test_tiles_are_refused(processor: Any):
+    model = tiny.build("llava_next")
+    with accelplug.apply(model, rules(CARVE), processor=processor), pytest.raises(UnsupportedError, match="tiles"):
+        tiny.generate(model, tiny.inputs("llava_next", ONE_EACH))
+
+
+def test_missing_pixels_and_missing_starts_are_refused(processor: Any):
+    model, given = tiny.build("llava"), inputs("llava")
+    with accelplug.apply(model, rules(CARVE), processor=processor):
+        with pytest.raises(UnsupportedError, match="pixel_values"):
+            tiny.generate(model, {k: v for k, v in given.items() if k != "pixel_values"})
+        with pytest.raises(UnsupportedError, match="whole prompt"):
+            tiny.generate(model, given, past_key_values=hf.DynamicCache())
+
+
+def test_carve_asks_for_a_processor(processor: Any):
+    model, given = tiny.build("llava"), inputs("llava")
+    with accelplug.apply(model, rules(CARVE)), pytest.raises(AccelplugError, match="processor=processor"):
+        tiny.generate(model, given)
+    blipped = rules(("agla", {"matcher": "blip", "blip_dir": "/nowhere"}))
+    with accelplug.apply(model, blipped), pytest.raises(AccelplugError, match="processor=processor"):
+        tiny.generate(model, given)
+    with accelplug.apply(model, blipped, processor=processor), pytest.raises(AccelplugError, match="blip_dir"):
+        tiny.generate(model, given)
+
+
+@pytest.mark.parametrize("more", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"assistant_model": "another"}])
+def test_agla_refuses_what_its_branch_cannot_follow(more: dict[str, Any]):
+    model, given = tiny.build("llava"), inputs("llava")
+    with accelplug.apply(model, rules(AGLA)):
+        with pytest.raises(UnsupportedError, match="second branch"):
+            tiny.generate(model, given, **more)
+        if "num_beams" in more:
+            config = hf.GenerationConfig(num_beams=2, max_new_tokens=2)
+            with pytest.raises(UnsupportedError, match="second branch"):
+                model.generate(**given, generation_config=config)
+
+
+@pytest.mark.parametrize(
+    "wrong", [("agla", {"matcher": "blip"}), ("carve", {"layers": (0.5, 0.5)}), ("carve", {"keep_area": 0})]
+)
+def test_wrong_settings_are_refused(wrong: tuple[str, dict]):
+    with pytest.raises(RecipeError):
+        accelplug.apply(tiny.build("llava"), rules(wrong))

@@ -1,0 +1,403 @@
+"""The transformers host: every family, every way to generate, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+from transformers import CompileConfig, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import accelplug
+from accelplug.errors import AlreadyAppliedError, FallbackError, NoMatchError, UnsupportedError
+from accelplug.hosts.transformers import number_images
+from tests.tiny_language_models import LLM, VLM, build, forward, generate, inputs
+
+LOUD = {"patch": "visual_bias", "with": {"image_weight": 6.0, "system_weight": 0.3}}
+NEUTRAL = {
+    "visual_bias": {"image_weight": 1.0, "system_weight": 1.0},
+    "var": {"move_fraction": 0.0},
+    "vhr": {"gain": 1.0},
+    "gift": {"alpha": 0.0},
+    "pai": {"alpha": 0.0},
+    "imbalance": {"local_alpha": 0.0, "summary_alpha": 0.0},
+}
+WORKING: dict[str, dict[str, Any]] = {
+    "visual_bias": LOUD["with"],
+    "var": {"sink_dims": [3, 7], "sink_threshold": 1.5, "min_visual_mass": 0.01, "min_nonsink_ratio": 0.0},
+    "vhr": {"gain": 2.0},
+    "gift": {"saliency_layer": 1, "enhance": [1, 4]},
+    "pai": {"alpha": 4.0},
+    "imbalance": {"local_alpha": 4.0},
+}
+TOWER = {"llava"}
+"""Families whose vision tower has a class token and one image token a patch, which imbalance needs."""
+PAIRS = [(patch, name) for patch in WORKING for name in VLM if patch != "imbalance" or name in TOWER]
+
+
+def recipe(patch: str, config: dict[str, Any] | None = None, **where: Any) -> dict[str, Any]:
+    return {"patch": patch, "with": WORKING[patch] if config is None else config, "where": where}
+
+
+def fingerprint(model: Any) -> list:
+    """Everything that a plug could leave behind; transformers' own output capture comes and goes."""
+    return [
+        (
+            name,
+            sorted(key for key in vars(module) if not key.startswith("_output_capturing")),
+            id(vars(module).get("config")),
+            len(module._forward_pre_hooks),
+            len(module._forward_hooks),
+            type(module),
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------- laws
+
+
+@pytest.mark.parametrize(("patch", "name"), PAIRS)
+def test_neutral_is_exact_working_works_and_undo_is_exact(patch, name):
+    model, given = build(name), inputs(name)
+    logits, tokens, before = forward(model, given), generate(model, given), fingerprint(model)
+    valid = given["attention_mask"].bool()
+    with accelplug.apply(model, recipe(patch, NEUTRAL[patch])):
+        assert torch.equal(forward(model, given), logits)
+        assert torch.equal(generate(model, given), tokens)
+    with accelplug.apply(model, recipe(patch), strict=True) as plug:
+        changed = forward(model, given)
+        generate(model, given)
+        assert plug.report().served[patch]
+        assert not plug.report().unrouted
+    assert changed[valid].isfinite().all()
+    assert not torch.equal(changed[valid], logits[valid])
+    assert fingerprint(model) == before
+    assert "accelplug" not in ALL_ATTENTION_FUNCTIONS
+    assert torch.equal(forward(model, given), logits)
+    assert torch.equal(generate(model, given), tokens)
+
+
+@pytest.mark.parametrize("name", LLM)
+def test_text_models_are_entered_and_left_as_they_were(name):
+    model, given = build(name), inputs(name, ((24,), (21,)))
+    logits, tokens, before = forward(model, given), generate(model, given), fingerprint(model)
+    with accelplug.apply(model, LOUD) as plug:  # no image: nothing to weigh, whatever it does runs through all of it
+        torch.testing.assert_close(forward(model, given), logits, atol=1e-5, rtol=1e-4)
+        assert torch.equal(generate(model, given), tokens)
+        assert plug.report().served["visual_bias"]
+    assert fingerprint(model) == before
+    assert torch.equal(forward(model, given), logits)
+
+
+@pytest.mark.parametrize("name", VLM)
+def test_images_are_found_in_every_family(name):
+    model, given = build(name), inputs(name)
+    expected = given["input_ids"] == 500
+    with accelplug.apply(model, LOUD) as plug:
+        cache = model(**given, use_cache=True).past_key_values
+        image = cache._accelplug.prompt.image
+        assert torch.equal(image > 0, expected)
+        assert image.amax(1).tolist() == [1, 2]
+        generate(model, given)
+        plug.remove()
+    assert not hasattr(cache, "_accelplug")
+
+
+def test_images_side_by_side_are_told_apart():
+    visual = torch.tensor([[0, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0]], dtype=torch.bool)
+    assert number_images(visual, [2, 3, 3]).tolist() == [[0, 1, 1, 2, 2, 2, 0], [0, 0, 1, 1, 1, 0, 0]]
+    beams = visual.repeat_interleave(2, 0)
+    assert number_images(beams, [2, 3, 3]).tolist() == [[0, 1, 1, 2, 2, 2, 0]] * 2 + [[0, 0, 1, 1, 1, 0, 0]] * 2
+    assert number_images(visual, []).tolist() == [[0, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0]]
+    assert number_images(visual, [4]).amax() == 1  # told nothing that adds up: each run is an image
+
+
+@pytest.mark.parametrize("patch", [patch for patch in WORKING if patch != "imbalance"])
+def test_a_padded_batch_is_its_rows(patch):
+    model = build("llava")
+    rows = ((3, "I", 6), (4, "I", 5, "I", 7))
+    both = inputs("llava", rows)
+    with accelplug.apply(model, recipe(patch)):
+        together = forward(model, both)[:, -1]
+        for i, pixels in enumerate((both["pixel_values"][:1], both["pixel_values"][1:])):
+            ids = both["input_ids"][i][both["attention_mask"][i].bool()][None]
+            alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+            torch.testing.assert_close(forward(model, alone)[:, -1], together[i : i + 1], atol=2e-5, rtol=1e-4)
+
+
+def test_a_row_without_an_image_is_left_alone():
+    model, given = build("llava"), inputs("llava", ((3, "I", 6), (25,)))
+    for patch in WORKING:
+        plain = forward(model, given)
+        with accelplug.apply(model, recipe(patch)):
+            changed = forward(model, given)
+        valid = given["attention_mask"].bool()
+        torch.testing.assert_close(changed[1][valid[1]], plain[1][valid[1]], atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(changed[0, -1], plain[0, -1])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_models_own_kernel_is_used(implementation):
+    model, given = build("qwen2_5_vl"), inputs("qwen2_5_vl")
+    with accelplug.apply(model, LOUD):
+        reference = forward(model, given)
+    model.set_attn_implementation(implementation)
+    plain = forward(model, given)
+    with accelplug.apply(model, recipe("visual_bias", NEUTRAL["visual_bias"])):
+        assert torch.equal(forward(model, given), plain)
+    with accelplug.apply(model, LOUD):
+        valid = given["attention_mask"].bool()
+        torch.testing.assert_close(forward(model, given)[valid], reference[valid], atol=2e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- ways to generate
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("patch", [patch for patch in WORKING if patch != "imbalance"])
+def test_every_way_to_generate_gives_the_same(patch, name):
+    model, given, one = build(name), inputs(name), inputs(name, ((3, "I", 6),))
+    with accelplug.apply(model, recipe(patch)):
+        tokens = generate(model, given)
+        assert torch.equal(generate(model, given, cache_implementation="static", disable_compile=True), tokens)
+        assert torch.equal(generate(model, one, prompt_lookup_num_tokens=3), generate(model, one))
+        if "past" not in patch and patch in ("visual_bias", "var"):
+            assert torch.equal(generate(model, given, prefill_chunk_size=9), tokens)
+            assert torch.equal(generate(model, given, use_cache=False), tokens)
+        several = generate(model, given, num_beams=3, num_return_sequences=3)
+        assert len(several) == 6
+
+
+@pytest.mark.parametrize("patch", ["vhr", "gift"])
+def test_a_prompt_in_pieces_is_refused_where_it_must_be_whole(patch):
+    model, given = build("llava"), inputs("llava")
+    before = fingerprint(model)
+    with pytest.raises(UnsupportedError, match="prefill_chunk_size"), accelplug.apply(model, recipe(patch)):
+        generate(model, given, prefill_chunk_size=9)
+    assert fingerprint(model) == before
+
+
+def test_one_beam_is_greedy():
+    model, given = build("llava"), inputs("llava")
+    with accelplug.apply(model, LOUD):
+        first = model.generate(**given, max_new_tokens=1, num_beams=3, do_sample=False, pad_token_id=0)
+        assert torch.equal(first, generate(model, given, tokens=1))
+
+
+@pytest.mark.parametrize("patch", ["visual_bias", "var", "vhr", "gift", "pai"])
+def test_the_decode_step_compiles_whole(patch):
+    torch._dynamo.reset()
+    config = CompileConfig(backend="eager", fullgraph=True)
+    config._compile_all_devices = True
+    model, given = build("llava"), inputs("llava")
+    compiled = {"cache_implementation": "static", "compile_config": config}
+    stock = generate(model, given, **compiled)
+    with accelplug.apply(model, recipe(patch)) as plug:
+        tokens = generate(model, given)
+        assert torch.equal(generate(model, given, **compiled), tokens)
+        assert not plug.report().fallbacks
+    assert torch.equal(generate(model, given, **compiled), stock)
+    torch._dynamo.reset()
+
+
+def test_a_compiled_sliding_window_is_counted():
+    torch._dynamo.reset()
+    config = CompileConfig(backend="eager", fullgraph=True)
+    config._compile_all_devices = True
+    model, given = build("gemma3"), inputs("gemma3")
+    with accelplug.apply(model, LOUD) as plug:
+        generate(model, given, cache_implementation="static", compile_config=config)
+        assert any("compiled" in reason for reason in plug.report().fallbacks)
+    torch._dynamo.reset()
+
+
+def test_guidance_has_a_stream_of_its_own():
+    model, given = build("llava"), inputs("llava")
+    with accelplug.apply(model, LOUD):
+        tokens = generate(model, given, guidance_scale=1.5)
+    with accelplug.apply(model, recipe("visual_bias", NEUTRAL["visual_bias"])):
+        plain = generate(model, given, guidance_scale=1.5)
+    assert torch.equal(plain, generate(model, given, guidance_scale=1.5))
+    assert tokens.shape == plain.shape
+
+
+def test_two_threads_on_one_model():
+    model = build("llava")
+    cases = [inputs("llava", ((3, "I", 6),)), inputs("llava", ((9, "I", 2, "I", 4),))]
+    with accelplug.apply(model, LOUD):
+        expected = [generate(model, case, tokens=12) for case in cases]
+        found: list[list[torch.Tensor]] = [[], []]
+
+        def work(i: int) -> None:
+            for _ in range(5):
+                found[i].append(generate(model, cases[i], tokens=12))
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(tokens, expected[i]) for i in range(2) for tokens in found[i])
+    assert [len(tokens) for tokens in found] == [5, 5]
+
+
+def test_a_second_turn_on_the_same_cache():
+    model, first = build("llava"), inputs("llava", ((3, "I", 6),))
+    more = torch.tensor([[11, 12, 13, 14]])
+    ids = torch.cat([first["input_ids"], more], 1)
+    whole = {**first, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with accelplug.apply(model, LOUD), torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(**first, past_key_values=cache)
+        branch = copy.deepcopy(cache)  # as when many questions share a prompt
+        for turn in (cache, branch):
+            logits = model(input_ids=more, past_key_values=turn).logits
+            torch.testing.assert_close(logits, forward(model, whole)[:, -4:], atol=1e-5, rtol=1e-4)
+        cache.crop(-4)
+        again = model(input_ids=more, past_key_values=cache).logits
+        torch.testing.assert_close(again, logits)
+
+
+def test_embeddings_instead_of_ids():
+    model, given = build("llava"), inputs("llava")
+    embeds = model.get_input_embeddings()(given["input_ids"])
+    others = {key: value for key, value in given.items() if key != "input_ids"}
+    with accelplug.apply(model, LOUD):
+        torch.testing.assert_close(forward(model, {**others, "inputs_embeds": embeds}), forward(model, given))
+
+
+# --------------------------------------------------------------------------------------------------------- errors, copies
+
+
+def test_continuous_batching_is_refused():
+    model = build("llama")
+    plug = accelplug.apply(model, LOUD)
+    record = plug._hosts[0].records[0]
+    q = torch.zeros(1, 4, 3, 16)
+    with pytest.raises(UnsupportedError, match="generate_batch"):
+        record.attend(record.module, q, q[:, :2], q[:, :2], None, None, {"cache": object()})
+    plug.remove()
+
+
+def test_a_cache_from_before_is_counted_and_an_error_under_strict():
+    model, given = build("llava"), inputs("llava")
+    with torch.no_grad():
+        cache = model(**given).past_key_values
+        step = {"input_ids": torch.tensor([[5], [6]]), "past_key_values": cache}
+        plain = model(**{**step, "past_key_values": copy.deepcopy(cache)}).logits
+        with accelplug.apply(model, LOUD) as plug:
+            assert torch.equal(model(**{**step, "past_key_values": copy.deepcopy(cache)}).logits, plain)
+            assert any("before apply" in reason for reason in plug.report().fallbacks)
+        with pytest.raises(FallbackError), accelplug.apply(model, LOUD, strict=True):
+            model(**{**step, "past_key_values": copy.deepcopy(cache)})
+
+
+def test_apply_twice_remove_twice_and_a_rule_that_fits_nothing():
+    model = build("llava")
+    plug = accelplug.apply(model, LOUD)
+    with pytest.raises(AlreadyAppliedError):
+        accelplug.apply(model, LOUD)
+    accelplug.remove(model)
+    plug.remove()
+    with pytest.raises(NoMatchError):
+        accelplug.remove(model)
+    with pytest.raises(NoMatchError):
+        accelplug.apply(model, {**LOUD, "where": {"layers": "90:"}})
+
+
+def test_an_error_inside_a_forward_leaves_nothing():
+    model, given = build("llava"), inputs("llava")
+    plain, before = forward(model, given), fingerprint(model)
+    broken = {**given, "pixel_values": given["pixel_values"][:, :, :16]}
+    with pytest.raises(Exception), accelplug.apply(model, LOUD):  # noqa: B017, PT011
+        forward(model, broken)
+    assert fingerprint(model) == before
+    with accelplug.apply(model, LOUD):
+        changed = forward(model, given)
+    assert not torch.equal(changed, plain)
+    assert torch.equal(forward(model, given), plain)
+
+
+def test_layers_are_chosen_by_rules():
+    model, given = build("llava"), inputs("llava")
+    with accelplug.apply(model, {**LOUD, "where": {"layers": [1, "-1:"]}}) as plug:
+        forward(model, given)
+        assert plug.report().served["visual_bias"] == 2
+        views = [type(layer.self_attn.config) is not type(model.config.text_config) for layer in model.model.language_model.layers]
+    assert views == [False, True, False, True]
+
+
+def test_copies_are_stock_and_another_model_never_notices(tmp_path):
+    model, other, given = build("llava"), build("llava"), inputs("llava")
+    plain, tokens, before = forward(model, given), generate(model, given), fingerprint(model)
+    keys = list(model.state_dict())
+    with accelplug.apply(model, recipe("imbalance")) as plug:
+        twin = copy.deepcopy(model)
+        assert torch.equal(forward(other, given), plain)
+        assert torch.equal(forward(twin, given), plain)
+        assert torch.equal(generate(twin, given), tokens)
+        assert not torch.equal(forward(model, given), plain)
+        assert list(model.state_dict()) == keys
+        pickle.loads(pickle.dumps(model.model.language_model.layers[0].self_attn.config))
+        model.save_pretrained(tmp_path)
+        assert "accelplug" not in (tmp_path / "config.json").read_text()
+        plug.remove()
+    assert fingerprint(model) == before
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(forward(again, given), plain)
+
+
+def test_switching_the_implementation_while_on():
+    model, given = build("llava"), inputs("llava")
+    with accelplug.apply(model, recipe("visual_bias", NEUTRAL["visual_bias"])):
+        model.set_attn_implementation("eager")
+        on = forward(model, given)
+    assert torch.equal(on, forward(model, given))
+
+
+@pytest.mark.parametrize("first", ["hooks", "plug"])
+def test_accelerate_offload_in_both_orders(first):
+    accelerate = pytest.importorskip("accelerate")
+    model, given = build("llava"), inputs("llava")
+    with accelplug.apply(model, recipe("vhr")):
+        expected = forward(model, given)
+    plain = forward(model, given)
+    if first == "hooks":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        plug = accelplug.apply(model, recipe("vhr"))
+    else:
+        plug = accelplug.apply(model, recipe("vhr"))
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(forward(model, given), expected)
+    plug.remove()
+    assert torch.equal(forward(model, given), plain)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(forward(model, given), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    model, given = build("llava").to(dtype), inputs("llava")
+    given["pixel_values"] = given["pixel_values"].to(dtype)
+    for patch in WORKING:
+        with accelplug.apply(model, recipe(patch)):
+            assert forward(model, given)[given["attention_mask"].bool()].isfinite().all()
+
+
+def test_training_is_refused():
+    model, given = build("llava").train().requires_grad_(True), inputs("llava")
+    with accelplug.apply(model, LOUD), pytest.raises(UnsupportedError, match="training mode"):
+        model(**given)
+
+
+def test_memory_does_not_grow():
+    model, given = build("llava"), inputs("llava")
+    with accelplug.apply(model, LOUD) as plug:
+        for _ in range(20):
+            forward(model, given)
+        assert len(plug._hosts[0].streams) <= 1
