@@ -234,7 +234,9 @@ def test_var_finds_dimensions_and_leaves_layers_alone_whose_image_has_no_sink():
 def test_vhr_takes_the_upper_half_without_outliers():
     vhd = torch.tensor([[1.0, 2.0, 3.0, 4.0, 50.0, 2.5]])
     ta = torch.tensor([[1.0, 1.0, 1.0, 1.0, 90.0, 1.0]])
-    assert vhr.vision_aware(vhd, ta).tolist() == [[False, False, True, True, False, True]]  # without the outlier: 2 is the median
+    assert vhr.vision_aware(vhd, ta).tolist() == [
+        [False, False, True, True, False, True]
+    ]  # without the outlier: 2 is the median
     assert vhr.vision_aware(vhd, ta, drop_outliers=False).tolist() == [[False, False, True, True, True, False]]
     seeing, blind = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
     d, t = vhr.divergence(seeing, blind)

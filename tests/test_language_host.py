@@ -328,7 +328,9 @@ def test_layers_are_chosen_by_rules():
     with accelplug.apply(model, {**LOUD, "where": {"layers": [1, "-1:"]}}) as plug:
         forward(model, given)
         assert plug.report().served["visual_bias"] == 2
-        views = [type(layer.self_attn.config) is not type(model.config.text_config) for layer in model.model.language_model.layers]
+        views = [
+            type(layer.self_attn.config) is not type(model.config.text_config) for layer in model.model.language_model.layers
+        ]
     assert views == [False, True, False, True]
 
 

@@ -1,0 +1,119 @@
+"""What a vision-language model is examined on: pictures with their truth, questions about them, and a prompt to describe them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accelplug.comparison.evaluators import coco, pope
+from accelplug.comparison.evaluators.chair import Vocabulary
+from accelplug.comparison.evaluators.pope import Question
+
+SPLITS = ("random", "popular", "adversarial")
+DESCRIBE = "Please describe this image in detail."
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Pictures, their truth, and what is asked about them.
+
+    Attributes
+    ----------
+    pictures : by key, PIL images or paths of files.
+    truth : by key, the classes that are there.
+    questions : POPE questions of all splits.
+    pairs : (task, key, question whose truth is yes, question whose truth is no), scored as MME does.
+    vocabulary : words for classes, to read descriptions with.
+    likely : by key, classes that are not there and that one would expect (AMBER's Cog).
+    source : where the truth comes from, for the report.
+    max_new_tokens : of a description.
+    """
+
+    name: str
+    pictures: Mapping[Any, Any]
+    truth: Mapping[Any, frozenset[str]]
+    questions: tuple[Question, ...]
+    vocabulary: Vocabulary
+    pairs: tuple[tuple[str, Any, str, str], ...] = ()
+    likely: Mapping[Any, frozenset[str]] = field(default_factory=dict)
+    describe: str = DESCRIBE
+    source: str = ""
+    max_new_tokens: int = 512
+
+    def picture(self, key: Any) -> Any:
+        """Return a picture as an RGB PIL image."""
+        from PIL import Image
+
+        held = self.pictures[key]
+        return Image.open(held).convert("RGB") if isinstance(held, str | Path) else held
+
+    @classmethod
+    def scenes(cls, pictures: int = 200, split: str = "test") -> Exam:
+        """Generated scenes of coloured shapes, for the bundled model: 6 questions a split and a pair a task on each picture."""
+        from PIL import Image
+
+        from accelplug.zoo import scenes
+
+        drawn = [scene for scene in map(scenes.sample, scenes.SPLITS[split]) if len(scene.kinds) >= 3][:pictures]
+        by_key = {scene.number: scene for scene in drawn}
+        things = {key: scene.kinds for key, scene in by_key.items()}
+        asked = [question for name in SPLITS for question in pope.build(things, name, images=len(things))]
+        pairs = []
+        for key, scene in by_key.items():
+            rng = np.random.default_rng(key)
+            for task in ("colour", "count", "position"):
+                if pair := scenes.attribute_pair(scene, task, rng):
+                    pairs.append(("color" if task == "colour" else task, key, pair[0].text, pair[1].text))
+        usual = {kind: set(kinds) for kinds in scenes.THEMES.values() for kind in kinds}
+        likely = {key: frozenset().union(*(usual[kind] for kind in kinds)) - set(kinds) for key, kinds in things.items()}
+        return cls(
+            name=f"scenes, {split} split",
+            pictures={key: Image.fromarray(scenes.render(scene)[0]) for key, scene in by_key.items()},
+            truth={key: frozenset(kinds) for key, kinds in things.items()},
+            questions=tuple(asked),
+            vocabulary=Vocabulary({kind: [scenes.plural(kind)] for kind in scenes.KINDS}, None),
+            pairs=tuple(pairs),
+            likely=likely,
+            source="generated",
+            max_new_tokens=100,
+        )
+
+    @classmethod
+    def coco(cls, folder: str | Path, pictures: int = 500, seed: int = 0, words: str | Path | None = None) -> Exam:
+        """A COCO folder on disk: POPE questions by its builder, and descriptions read with CHAIR's method.
+
+        Parameters
+        ----------
+        folder : holds ``annotations/`` and the images.
+        words : a list of synonyms, a class a line; without it our own is used, and figures are CHAIR-like.
+
+        Raises
+        ------
+        AccelplugError
+            If something is not there.
+        """
+        held = coco.read(folder)
+        vocabulary = Vocabulary.read(words) if words else Vocabulary.coco()
+        keys = [key for key in held.sample(10 * pictures, seed) if len(set(held.things[key])) >= 3][:pictures]
+        things = {key: held.things[key] for key in keys}
+        asked = [question for name in SPLITS for question in pope.build(things, name, images=len(keys), seed=seed)]
+        truth = held.truth(vocabulary, keys)
+        files = {key: _found(Path(folder), held.files[key]) for key in keys}
+        return cls(
+            name=f"COCO, {len(keys)} images, seed {seed}",
+            pictures=files,
+            truth={key: frozenset(truth[key]) for key in keys},
+            questions=tuple(asked),
+            vocabulary=vocabulary,
+            source=held.source,
+        )
+
+
+def _found(folder: Path, name: str) -> Path:
+    """Return where an image lies: in the folder, or in one of its folders."""
+    direct = folder / name
+    return direct if direct.is_file() else next(folder.glob(f"*/{name}"), direct)

@@ -1,0 +1,430 @@
+"""Before and after on questions and descriptions: what recipes do to a vision-language model's truth, length and speed."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from accelplug.comparison.environment import environment
+from accelplug.comparison.evaluators import amber, chair, mme, pope
+from accelplug.comparison.evaluators.pope import YesNo
+from accelplug.comparison.evaluators.statistics import Health, collapsed, holm, mcnemar, paired_bootstrap, wilson
+from accelplug.comparison.exam import SPLITS, Exam
+from accelplug.errors import AccelplugError
+from accelplug.hosts.gate import synchronise
+from accelplug.plug import apply
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
+
+DENSE = "dense"
+HARDEST = "adversarial"
+"""The split whose hallucination rate is reported first."""
+
+
+@dataclass
+class Variant:
+    """What one row runs.
+
+    Attributes
+    ----------
+    recipe : None for the stock model.
+    kind : ``dense``, ``recipe`` or ``control``: what a real effect must beat.
+    picture : what becomes of every picture before it is shown, for the blind control.
+    """
+
+    name: str
+    recipe: Any = None
+    kind: str = "recipe"
+    picture: Callable[[Any], Any] | None = None
+
+
+@dataclass
+class Delta:
+    """A difference to dense with its 95 % interval, resampled over pictures."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass
+class Outcome:
+    """One row: what was answered, and what it is worth.
+
+    Attributes
+    ----------
+    replies : by split, the answers as text; margins : logit of yes over that of no, at the first answered token.
+    pope : by split; interval : of the hallucination rate on the hardest split.
+    hallucination, chair_i : differences to dense; p : McNemar on all questions, holm : corrected over all recipes.
+    matched : dense with a constant added to its yes-logit so that its share of yes is this row's, on the hardest split.
+    tokens_per_s : over all descriptions, prompts included.
+    alarms : signs that fewer errors come from saying less.
+    """
+
+    name: str
+    kind: str
+    replies: dict[str, list[str]] = field(default_factory=dict)
+    margins: dict[str, list[float]] = field(default_factory=dict)
+    descriptions: dict[Any, str] = field(default_factory=dict)
+    pope: dict[str, YesNo] = field(default_factory=dict)
+    interval: tuple[float, float] = (math.nan, math.nan)
+    mme_hallucination: float = math.nan
+    chair: chair.Chair | None = None
+    amber: dict[str, float] = field(default_factory=dict)
+    hallucination: Delta | None = None
+    chair_i: Delta | None = None
+    p: float = math.nan
+    holm: float = math.nan
+    matched: YesNo | None = None
+    tokens_per_s: float = math.nan
+    alarms: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def right(self, exam: Exam, split: str) -> list[bool]:
+        """Whether each question of a split was answered as it should be."""
+        asked = [question for question in exam.questions if question.split == split]
+        return [pope.parse(said) is question.answer for said, question in zip(self.replies[split], asked, strict=True)]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures as plain data, without the texts."""
+        caption = self.chair
+        shown = ("chair_s", "chair_i", "recall", "precision", "f1", "mean_words", "n_mentions", "n_captions", "singulariser")
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "pope": {split: asdict(figures) for split, figures in self.pope.items()},
+            "hallucination_rate_interval": self.interval,
+            "hallucination_delta": asdict(self.hallucination) if self.hallucination else None,
+            "mcnemar_p": self.p,
+            "holm_p": self.holm,
+            "matched_offset": asdict(self.matched) if self.matched else None,
+            "mme_hallucination": self.mme_hallucination,
+            "chair": {name: getattr(caption, name) for name in shown} if caption else None,
+            "chair_i_delta": asdict(self.chair_i) if self.chair_i else None,
+            "amber": self.amber,
+            "tokens_per_s": self.tokens_per_s,
+            "alarms": self.alarms,
+            "notes": self.notes,
+        }
+
+
+@dataclass
+class VlmComparison:
+    """What `compare` found on a vision-language model. Prints as a table; writes JSON or a page."""
+
+    model: str
+    exam: Exam
+    rows: list[Outcome]
+    environment: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Outcome:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise AccelplugError(f"There is no row {name!r}; there are {', '.join(row.name for row in self.rows)}.")
+
+    def table(self) -> Table:
+        """Return the rows side by side."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.model} on {self.exam.name}", title_justify="left")
+        heads = ("", "hallucinates, adversarial", "to dense", "p (Holm)", "F1", "MCC", "yes", "offset MCC", "CHAIR_I", "recall")
+        for head in (*heads, "words", "tokens/s"):
+            table.add_column(head)
+        for row in self.rows:
+            hard = row.pope[HARDEST]
+            low, high = row.interval
+            caption = row.chair
+            table.add_row(
+                row.name if row.kind != "control" else f"[dim]{row.name}",
+                f"{hard.hallucination_rate:.1%} ({low:.1%} to {high:.1%})",
+                _delta(row.hallucination),
+                "" if math.isnan(row.holm) else f"{row.holm:.2g}",
+                f"{hard.f1:.3f}",
+                f"{hard.mcc:.3f}",
+                f"{hard.yes_ratio:.2f}",
+                f"{row.matched.mcc:.3f}" if row.matched else "",
+                f"{caption.chair_i:.1%} {_delta(row.chair_i)}" if caption else "",
+                f"{caption.recall:.2f}" if caption else "",
+                f"{caption.mean_words:.1f}" if caption else "",
+                f"{row.tokens_per_s:.0f}",
+            )
+        return table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.table()
+        for row in self.rows:
+            for alarm in row.alarms:
+                yield f"[bold red]{row.name}:[/] {alarm}"
+            for note in row.notes:
+                yield f"{row.name}: {note}"
+
+    def _repr_html_(self) -> str:
+        from accelplug.plug import as_html
+
+        return as_html(self)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write all figures, the settings of the exam and the environment."""
+        exam = {
+            "name": self.exam.name,
+            "truth": self.exam.source,
+            "pictures": len(self.exam.pictures),
+            "questions": len(self.exam.questions),
+            "questions_sha256": pope.digest(list(self.exam.questions)),
+            "describe": self.exam.describe,
+            "max_new_tokens": self.exam.max_new_tokens,
+        }
+        data = {"model": self.model, "exam": exam, "environment": self.environment, "rows": [r.summary() for r in self.rows]}
+        Path(path).write_text(json.dumps(_finite(data), indent=1) + "\n")
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one self-contained page."""
+        from accelplug.plug import as_html
+
+        Path(path).write_text(f"<!doctype html><meta charset=utf-8><title>{self.model}</title>{as_html(self)}")
+
+
+def _delta(delta: Delta | None) -> str:
+    return "" if delta is None else f"{delta.value:+.1%} ({delta.low:+.1%} to {delta.high:+.1%})"
+
+
+def _finite(data: Any) -> Any:
+    """Replace NaN, which JSON does not have, by null."""
+    if isinstance(data, Mapping):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and math.isnan(data) else data
+
+
+def compare_vlm(
+    model: Any,
+    recipes: Mapping[str, Any] | Sequence[Variant],
+    exam: Exam,
+    processor: Any,
+    *,
+    batch: int = 32,
+    descriptions: bool = True,
+    progress: bool = True,
+) -> VlmComparison:
+    """Examine a model stock and with recipes, on the same pictures, greedily, with the same attention kernel.
+
+    Parameters
+    ----------
+    model : a transformers vision-language model; it is left as it was.
+    recipes : by name, anything that `accelplug.apply` takes; or variants, controls among them.
+    exam : what is asked.
+    processor : the model's.
+    batch : prompts at a time.
+    descriptions : whether pictures are described too, for CHAIR, AMBER, length and speed.
+
+    Raises
+    ------
+    AccelplugError
+        If the exam has no question.
+    """
+    if not exam.questions:
+        raise AccelplugError("The exam has no questions; Exam.scenes() and Exam.coco(folder) make some.")
+    named = [Variant(name, recipe) for name, recipe in recipes.items()] if isinstance(recipes, Mapping) else list(recipes)
+    examiner = Examiner(model, processor, exam, batch)
+    rows = []
+    for variant in [Variant(DENSE, kind="dense"), *named]:
+        if progress:
+            print(f"examining {variant.name} ...", flush=True)
+        rows.append(examiner.examine(variant, descriptions))
+    _judge(rows, exam)
+    return VlmComparison(type(model).__name__, exam, rows, environment(model))
+
+
+@dataclass
+class Examiner:
+    """Asks a model everything in an exam."""
+
+    model: Any
+    processor: Any
+    exam: Exam
+    batch: int
+
+    def examine(self, variant: Variant, descriptions: bool = True) -> Outcome:
+        """Ask, score, and take the recipe off again."""
+        row = Outcome(variant.name, variant.kind)
+        stock = variant.recipe is None
+        plug: Any = nullcontext() if stock else apply(self.model, variant.recipe, gate="off", processor=self.processor)
+        with plug as on:
+            for split in SPLITS:
+                asked = [question for question in self.exam.questions if question.split == split]
+                if asked:
+                    texts = [(question.image, question.text) for question in asked]
+                    row.replies[split], row.margins[split] = self.ask(texts, variant.picture)
+            if self.exam.pairs:
+                row.mme_hallucination = self._pairs(variant)
+            if descriptions:
+                row.descriptions, row.tokens_per_s = self.describe(variant.picture)
+            if on is not None:
+                row.notes = [f"fell back to dense: {what} ({n} calls)" for what, n in on.report().fallbacks.items()]
+        self._score(row)
+        return row
+
+    def ask(self, asked: Sequence[tuple[Any, str]], picture: Any = None) -> tuple[list[str], list[float]]:
+        """Return answers of a few tokens, and margins of yes over no."""
+        replies, margins = [], []
+        yes, no = (self._first_tokens(word) for word in ("yes", "no"))
+        for chunk in _chunks(asked, self.batch):
+            out, given = self._generate(chunk, picture, 4, output_logits=True, return_dict_in_generate=True)
+            replies += self._text(out.sequences, given)
+            logits = out.logits[0].float()
+            margins += (logits[:, yes].amax(-1) - logits[:, no].amax(-1)).tolist()
+        return replies, margins
+
+    def describe(self, picture: Any = None) -> tuple[dict[Any, str], float]:
+        """Return a description of every picture, and tokens a second."""
+        texts: dict[Any, str] = {}
+        tokens, seconds = 0, 0.0
+        for keys in _chunks(list(self.exam.pictures), self.batch):
+            start = time.perf_counter()
+            out, given = self._generate([(key, self.exam.describe) for key in keys], picture, self.exam.max_new_tokens)
+            synchronise(out.device)
+            seconds += time.perf_counter() - start
+            new = out[:, given:]
+            tokens += int((new != self._padding()).sum())
+            texts |= dict(zip(keys, self._text(out, given), strict=True))
+        return texts, tokens / seconds
+
+    def _generate(self, asked: Sequence[tuple[Any, str]], picture: Any, tokens: int, **more: Any) -> tuple[Any, int]:
+        shown = [self.exam.picture(key) for key, _ in asked]
+        shown = [picture(item) for item in shown] if picture else shown
+        prompts = [self._prompt(text) for _, text in asked]
+        inputs = self.processor(text=prompts, images=[[item] for item in shown], padding=True, return_tensors="pt")
+        inputs = inputs.to(self.model.device)
+        for name, value in inputs.items():
+            if value.is_floating_point():
+                inputs[name] = value.to(self.model.dtype)
+        out = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=self._padding(), **more)
+        return out, inputs["input_ids"].shape[1]
+
+    def _prompt(self, text: str) -> str:
+        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        return self.processor.apply_chat_template(turn, add_generation_prompt=True)
+
+    def _text(self, sequences: torch.Tensor, given: int) -> list[str]:
+        return [text.strip() for text in self.processor.tokenizer.batch_decode(sequences[:, given:], skip_special_tokens=True)]
+
+    def _padding(self) -> int:
+        tokenizer = self.processor.tokenizer
+        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def _first_tokens(self, word: str) -> list[int]:
+        """Tokens by which an answer may begin, in any spelling."""
+        forms = {form for base in (word, word.capitalize(), word.upper()) for form in (base, f" {base}")}
+        ids = (self.processor.tokenizer(form, add_special_tokens=False).input_ids for form in forms)
+        return sorted({found[0] for found in ids if found})
+
+    def _pairs(self, variant: Variant) -> float:
+        texts = [(key, text) for _, key, *both in self.exam.pairs for text in both]
+        said, _ = self.ask(texts, variant.picture)
+        answered = [
+            mme.Pair(task, f"{key} {i}", said[2 * i], said[2 * i + 1]) for i, (task, key, *_) in enumerate(self.exam.pairs)
+        ]
+        scored = mme.score(answered)
+        return sum(task.score for task in scored.tasks.values())
+
+    def _score(self, row: Outcome) -> None:
+        for split, said in row.replies.items():
+            truth = [question.answer for question in self.exam.questions if question.split == split]
+            row.pope[split] = pope.score(truth, [pope.parse(answer) for answer in said])
+        if HARDEST in row.replies:
+            asked = [question for question in self.exam.questions if question.split == HARDEST]
+            said_yes = [pope.parse(s) is True for s, q in zip(row.replies[HARDEST], asked, strict=True) if not q.answer]
+            row.interval = wilson(sum(said_yes), len(said_yes))
+        if row.descriptions:
+            truth = {key: set(self.exam.truth[key]) for key in row.descriptions}
+            row.chair = chair.score(row.descriptions, truth, self.exam.vocabulary)
+            likely = {key: set(words) for key, words in self.exam.likely.items()} or None
+            counts = amber.score(row.descriptions, truth, self.exam.vocabulary, likely=likely)
+            row.amber = {name: getattr(counts, name) for name in ("chair", "cover", "hal", "cog")}
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def _judge(rows: list[Outcome], exam: Exam) -> None:
+    """Hold every row against the dense one."""
+    dense = rows[0]
+    before = Health.of(list(dense.descriptions.values()), _pooled(dense, exam))
+    for row in rows[1:]:
+        splits = list(row.replies)
+        row.p = mcnemar(*([x for s in splits for x in r.right(exam, s)] for r in (dense, row)))
+        row.hallucination = _rate_difference(dense, row, exam)
+        row.chair_i = _chair_difference(dense, row)
+        row.matched = matched_offset(dense, row, exam)
+        row.alarms = collapsed(before, Health.of(list(row.descriptions.values()), _pooled(row, exam)))
+    tested = [row for row in rows if row.kind == "recipe"]
+    for row, p in zip(tested, holm([row.p for row in tested]), strict=True):
+        row.holm = p
+
+
+def _pooled(row: Outcome, exam: Exam) -> YesNo:
+    """All splits together."""
+    truth = [question.answer for split in row.replies for question in exam.questions if question.split == split]
+    return pope.score(truth, [pope.parse(said) for replies in row.replies.values() for said in replies])
+
+
+def _rate_difference(dense: Outcome, row: Outcome, exam: Exam) -> Delta:
+    """Difference of hallucination rates on the hardest split, resampled over pictures."""
+    asked = [question for question in exam.questions if question.split == HARDEST]
+    by_image: dict[Any, list[tuple[bool, bool]]] = {}
+    for question, first, second in zip(asked, dense.replies[HARDEST], row.replies[HARDEST], strict=True):
+        if not question.answer:
+            pair = pope.parse(first) is True, pope.parse(second) is True
+            by_image.setdefault(question.image, []).append(pair)
+
+    def difference(items: Sequence[list[tuple[bool, bool]]]) -> float:
+        pairs = np.array([pair for item in items for pair in item], dtype=float)
+        return float((pairs[:, 1] - pairs[:, 0]).mean()) if len(pairs) else math.nan
+
+    return Delta(*paired_bootstrap(difference, list(by_image.values())))
+
+
+def _chair_difference(dense: Outcome, row: Outcome) -> Delta | None:
+    if dense.chair is None or row.chair is None:
+        return None
+    counts = [
+        [(len(r.hallucinated), len(r.mentions)) for r in pair] for pair in zip(dense.chair.rows, row.chair.rows, strict=True)
+    ]
+
+    def difference(items: Sequence[list[tuple[int, int]]]) -> float:
+        sums = np.array(items, dtype=float).sum(0)
+        return float(sums[1, 0] / sums[1, 1] - sums[0, 0] / sums[0, 1]) if (sums[:, 1] > 0).all() else math.nan
+
+    return Delta(*paired_bootstrap(difference, counts))
+
+
+def matched_offset(dense: Outcome, row: Outcome, exam: Exam) -> YesNo | None:
+    """Score the dense model with its yes-logit shifted by one constant, so that it says yes as often as a row does.
+
+    A patch that does no better than this has moved a threshold.
+    """
+    if HARDEST not in dense.margins or HARDEST not in row.margins:
+        return None
+    wanted = sum(pope.parse(said) is True for said in row.replies[HARDEST])
+    margins = np.array(dense.margins[HARDEST])
+    said_yes = np.zeros(len(margins), dtype=bool)
+    said_yes[np.argsort(-margins, kind="stable")[:wanted]] = True
+    truth = [question.answer for question in exam.questions if question.split == HARDEST]
+    return pope.score(truth, said_yes.tolist())
