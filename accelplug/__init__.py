@@ -3,6 +3,7 @@
 >>> plug = accelplug.apply(pipe)              # the model's default recipe
 >>> accelplug.compare(pipe, "radial", {"prompt": "..."}, seeds=[0, 1])
 >>> plug.remove()                             # the very same model, bit for bit
+>>> accelplug.apply(vlm, "llava-1.5-7b/vhr")  # a vision-language model that looks at the image
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from accelplug.errors import AccelplugError
 from accelplug.version import __version__
 
 if TYPE_CHECKING:
-    from accelplug.comparison import Comparison, compare
+    from accelplug.comparison import Comparison, Exam, compare
     from accelplug.inspection import inspect
     from accelplug.plug import Plug, apply, remove
     from accelplug.recipe import Recipe, list_recipes
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AccelplugError",
     "Comparison",
+    "Exam",
     "Plug",
     "Recipe",
     "__version__",
@@ -39,6 +41,7 @@ logging.getLogger("accelplug").addHandler(logging.NullHandler())
 
 _HOMES = {
     "Comparison": "comparison",
+    "Exam": "comparison",
     "Plug": "plug",
     "Recipe": "recipe",
     "apply": "plug",

@@ -49,11 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser("compare", help="run a model dense and with recipes; report speed and quality")
-    command.add_argument("model_dir", type=Path, help="a pipeline saved on disk")
+    command.add_argument("model_dir", type=Path, help="a pipeline or a vision-language model saved on disk")
     command.add_argument(
         "--recipe", action="append", help="name or file; repeat for several; the model's default if left out"
     )
-    command.add_argument("--prompt", action="append", required=True, help="repeat for several")
+    command.add_argument("--prompt", action="append", help="repeat for several; pipelines need one")
+    command.add_argument(
+        "--coco", type=Path, help="examine a vision-language model on this COCO folder, not generated scenes"
+    )
+    command.add_argument("--pictures", type=int, default=200, help="how many of them (default 200)")
     command.add_argument("--seed", action="append", type=int, help="repeat for several (default 0)")
     command.add_argument("--frames", type=int, help="frames to generate, for video")
     command.add_argument("--height", type=int, help="pixels")
@@ -132,6 +136,10 @@ def _inspect(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from accelplug.comparison import compare
 
+    if (options.model_dir / "config.json").is_file():
+        return _examine(options)
+    if not options.prompt:
+        raise AccelplugError("compare runs a pipeline on prompts; add --prompt '...'.")
     pipe = _load(options.model_dir, options.dtype, options.device)
     settings = {
         "num_frames": options.frames,
@@ -147,6 +155,23 @@ def _compare(options: argparse.Namespace) -> int:
     if options.record:
         for path in result.record():
             print(f"recorded in {path}")
+    return 0
+
+
+def _examine(options: argparse.Namespace) -> int:
+    """Compare a vision-language model on questions and descriptions."""
+    from accelplug.comparison import Exam, compare
+    from accelplug.inspection_vlm import load
+
+    model, processor = load(options.model_dir)
+    if options.device:
+        model.to(options.device)
+    exam = Exam.coco(options.coco, options.pictures) if options.coco else Exam.scenes(options.pictures)
+    result = compare(model, options.recipe, exam, processor=processor)
+    _console().print(result)
+    if options.report is not None:
+        result.to_json(options.report) if options.report.suffix == ".json" else result.to_html(options.report)
+        print(f"wrote {options.report}")
     return 0
 
 

@@ -269,6 +269,8 @@ def contracts() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "diffusers: cache_context reaches StateManager.set_context of stateful hooks", _cache_context
     yield "diffusers: layer skipping looks processors up by exact class", _processor_registry
     yield "diffusers: processors reach attention by the two known names", _processor_entry_points
+    yield "transformers: attention modules look their function up by config at every call, and take extra arguments", _lookup
+    yield "transformers: a cache has layers, takes attributes, and is empty before the first token", _cache_contract
     yield "torch: Dynamo traces re-bound globals as they are", _dynamo_globals
     yield "torch: function modes can be listed", _function_modes
 
@@ -340,6 +342,41 @@ def _processor_entry_points() -> None:
     for processor in (AttnProcessor2_0, WanAttnProcessor):
         names = set(inspect.getattr_static(processor, "__call__").__code__.co_names)
         _expect(names & ENTRY_POINTS, f"{processor.__name__}.__call__ uses none of {sorted(ENTRY_POINTS)}")
+
+
+def _lookup() -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    attention = model.model.layers[0].self_attn
+    seen: list[dict[str, Any]] = []
+
+    def spy(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs)
+        return q.transpose(1, 2), None
+
+    name = f"{ATTENTION}_contract"
+    register_attention(name, spy)
+    try:
+        attention.config = config_view(attention.config, name)
+        with torch.no_grad():
+            model(torch.tensor([[1, 2, 3]]), accelplug_contract=1)
+    finally:
+        unregister_attention(name)
+    _expect(seen, "the registered function was not called")
+    _expect(seen[0].get("accelplug_contract") == 1, "an extra argument does not reach the attention function")
+    _expect(model.config._attn_implementation != name, "a view of a module's config changed the model's")
+
+
+def _cache_contract() -> None:
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    _expect(cache.get_seq_length() == 0, "an empty cache does not say that it is empty")
+    _expect(hasattr(cache, "layers"), "a cache has no layers")
+    cache._accelplug_contract = 1
 
 
 def _function_modes() -> None:

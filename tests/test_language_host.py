@@ -166,9 +166,12 @@ def test_every_way_to_generate_gives_the_same(patch, name):
         tokens = generate(model, given)
         assert torch.equal(generate(model, given, cache_implementation="static", disable_compile=True), tokens)
         assert torch.equal(generate(model, one, prompt_lookup_num_tokens=3), generate(model, one))
-        if "past" not in patch and patch in ("visual_bias", "var"):
-            assert torch.equal(generate(model, given, prefill_chunk_size=9), tokens)
+        if patch in ("visual_bias", "var"):  # the others act on the prompt's last token
             assert torch.equal(generate(model, given, use_cache=False), tokens)
+            if (
+                name != "gemma3"
+            ):  # whose images read themselves both ways, so that pieces of one differ in the stock model too
+                assert torch.equal(generate(model, given, prefill_chunk_size=9), tokens)
         several = generate(model, given, num_beams=3, num_return_sequences=3)
         assert len(several) == 6
 
@@ -176,6 +179,7 @@ def test_every_way_to_generate_gives_the_same(patch, name):
 @pytest.mark.parametrize("patch", ["vhr", "gift"])
 def test_a_prompt_in_pieces_is_refused_where_it_must_be_whole(patch):
     model, given = build("llava"), inputs("llava")
+    generate(model, given)
     before = fingerprint(model)
     with pytest.raises(UnsupportedError, match="prefill_chunk_size"), accelplug.apply(model, recipe(patch)):
         generate(model, given, prefill_chunk_size=9)
@@ -312,7 +316,7 @@ def test_apply_twice_remove_twice_and_a_rule_that_fits_nothing():
 
 def test_an_error_inside_a_forward_leaves_nothing():
     model, given = build("llava"), inputs("llava")
-    plain, before = forward(model, given), fingerprint(model)
+    plain, _, before = forward(model, given), generate(model, given), fingerprint(model)
     broken = {**given, "pixel_values": given["pixel_values"][:, :, :16]}
     with pytest.raises(Exception), accelplug.apply(model, LOUD):  # noqa: B017, PT011
         forward(model, broken)

@@ -20,6 +20,7 @@ from accelplug.errors import AccelplugError
 from accelplug.hosts.diffusers import DENOISERS, denoisers
 from accelplug.hosts.gate import synchronise
 from accelplug.hosts.ledger import Event
+from accelplug.hosts.transformers import is_language_model
 from accelplug.plug import apply, model_facts
 from accelplug.recipe import Recipe, load, record_measurement
 
@@ -39,23 +40,29 @@ def compare(
     floors: bool = True,
     foreground: Callable[[np.ndarray], np.ndarray] | None = None,
     detect: Callable[[np.ndarray, str], float] | None = None,
+    processor: Any = None,
     progress: bool = True,
-) -> Comparison:
-    """Run a pipeline dense and with recipes, at the same prompts and seeds, and measure speed and quality.
+) -> Any:
+    """Run a model dense and with recipes, on the same inputs, and measure speed and quality.
+
+    A vision-language model is examined on an `Exam` and gives a `VlmComparison` (see `accelplug.comparison.vlm`); the rest of
+    this is about pipelines, which give a `Comparison`.
 
     For each recipe one traced run comes first (attention time, density, plans, kernels chosen; it also compiles what there is to
     compile), then the timed runs, interleaved: dense, every recipe, dense, ... The pipeline is left as it was.
 
     Parameters
     ----------
-    pipe : a diffusers pipeline.
+    pipe : a diffusers pipeline, or a transformers vision-language model.
     recipe : one recipe or several: anything that `accelplug.apply` takes, a list of such, or a mapping name -> recipe.
-    inputs : arguments of the pipeline's call; one mapping, or one per prompt. `output_type` is set here, to arrays.
+    inputs : arguments of the pipeline's call; one mapping, or one per prompt. `output_type` is set here, to arrays. For a
+        vision-language model an `Exam`; generated scenes if left out.
     seeds : one run of everything per seed and prompt.
     caches : add FirstBlockCache alone, and with each recipe.
     floors : add the two floors: dense in another attention kernel or dtype, and dense at another seed.
     foreground : uint8 (F, H, W, 3) -> bool (F, H, W), the objects, for the foreground PSNR.
     detect : (uint8 clip, prompt) -> agreement in [0, 1].
+    processor : a vision-language model's.
     progress : show a progress bar.
 
     Raises
@@ -63,6 +70,8 @@ def compare(
     AccelplugError
         If there is nothing to run.
     """
+    if is_language_model(pipe):
+        return _examine(pipe, recipe, inputs, processor, progress)
     prompts = [dict(inputs)] if isinstance(inputs, Mapping) else [dict(item) for item in inputs or ()]
     if not prompts or not seeds:
         raise AccelplugError("compare needs inputs (arguments of the pipeline's call) and at least one seed.")
@@ -92,6 +101,22 @@ def compare(
             tick("floor: dense at another seed")
             study.floor_of_seeds()
     return study.finish(recipes)
+
+
+def _examine(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool) -> Any:
+    """Examine a vision-language model."""
+    from accelplug.comparison.exam import Exam
+    from accelplug.comparison.vlm import compare_vlm
+
+    if processor is None:
+        raise AccelplugError(
+            "compare examines a vision-language model through its processor; pass processor=AutoProcessor..."
+        )
+    if exam is not None and not isinstance(exam, Exam):
+        raise AccelplugError(
+            f"A vision-language model is examined on an Exam, got {type(exam).__name__}; see Exam.scenes() and Exam.coco(folder)."
+        )
+    return compare_vlm(model, _named(model, recipe), exam or Exam.scenes(), processor, progress=progress)
 
 
 def _named(pipe: Any, recipe: Any) -> dict[str, Recipe]:

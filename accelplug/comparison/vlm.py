@@ -139,7 +139,18 @@ class VlmComparison:
         from rich.table import Table
 
         table = Table(title=f"{self.model} on {self.exam.name}", title_justify="left")
-        heads = ("", "hallucinates, adversarial", "to dense", "p (Holm)", "F1", "MCC", "yes", "offset MCC", "CHAIR_I", "recall")
+        heads = (
+            "",
+            "hallucinates, adversarial",
+            "to dense",
+            "p (Holm)",
+            "F1",
+            "MCC",
+            "yes",
+            "offset MCC",
+            "CHAIR_I",
+            "recall",
+        )
         for head in (*heads, "words", "tokens/s"):
             table.add_column(head)
         for row in self.rows:
@@ -319,7 +330,9 @@ class Examiner:
         return self.processor.apply_chat_template(turn, add_generation_prompt=True)
 
     def _text(self, sequences: torch.Tensor, given: int) -> list[str]:
-        return [text.strip() for text in self.processor.tokenizer.batch_decode(sequences[:, given:], skip_special_tokens=True)]
+        return [
+            text.strip() for text in self.processor.tokenizer.batch_decode(sequences[:, given:], skip_special_tokens=True)
+        ]
 
     def _padding(self) -> int:
         tokenizer = self.processor.tokenizer

@@ -1,4 +1,4 @@
-"""Small models that come with the package, trained from scratch on clips of moving shapes (see `shapes`)."""
+"""Small models that come with the package, trained from scratch on what `shapes` and `scenes` draw."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ SMALL = {"num_frames": 9, "height": 64, "width": 80, "num_inference_steps": 12, 
 
 
 def path(name: str = "wan-shapes") -> Path:
-    """The folder of a bundled pipeline, for `from_pretrained`."""
+    """The folder of a bundled model, for `from_pretrained`: ``wan-shapes``, a pipeline, or ``llava-scenes``."""
     folder = Path(__file__).parent / name
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"no bundled model {name!r}; there is 'wan-shapes'")
+    if not (folder / "README.md").is_file():
+        raise ValueError(f"no bundled model {name!r}; there are 'wan-shapes' and 'llava-scenes'")
     return folder

@@ -11,6 +11,7 @@ No probabilities are stored: with P_c the mass on span c and o_c its part of the
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from accelplug.call import AttentionCall, Clock, Prompt, Site
+
+logger = logging.getLogger("accelplug")
 
 MASSIVE = 100
 """How many times the median of its own vector a value must be, to be one of the massive ones."""
@@ -71,6 +74,7 @@ class Params:
     prompt: Prompt | None = None
     memory: dict[str, Any] | None = None
     layer: int = 0
+    layers: int = 1
 
 
 class Var(Patch):
@@ -97,12 +101,13 @@ class Var(Patch):
     needs = frozenset({"hidden_states"})
     speed = False
     config: Config
+    _warned = False
 
     def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> Params | None:
         if self.config.move_fraction == 0:
             return None
         if clock.phase == "prefill":
-            return Params(layout.visual, None, layout, state, site.layer or 0)
+            return Params(layout.visual, None, layout, state, site.layer or 0, site.layers)
         sinks = state.get(f"sinks {site.layer}")
         return None if sinks is None else Params(layout.visual[:, : sinks.shape[1]], sinks)
 
@@ -126,7 +131,9 @@ class Var(Patch):
         if prompt.answers == 1 or not prompt.past:  # drafts bring no sinks
             if not prompt.past:
                 first = prompt.valid.long().argmax(-1).to(hidden.device)
-                memory[dims_key] = self._dims(normalised(hidden[torch.arange(len(first)), first]))
+                memory[dims_key] = self._dims(
+                    normalised(hidden[torch.arange(len(first)), first]), params.layer, params.layers
+                )
             valid = prompt.valid[:, prompt.past :].to(hidden.device)
             new = sinks_of(hidden, memory[dims_key], self.config.sink_threshold) & valid
             known = memory.get(f"all {params.layer}")
@@ -137,11 +144,20 @@ class Var(Patch):
             memory[key] = found & rows if bool(rows.any()) else None
         return memory.get(key)
 
-    def _dims(self, first: Tensor) -> Tensor:
+    def _dims(self, first: Tensor, layer: int, layers: int) -> Tensor:
         if self.config.sink_dims == "auto":
             return massive_dims(first, self.config.sink_threshold)
         dims = torch.zeros_like(first, dtype=torch.bool)
         dims[:, list(self.config.sink_dims)] = True
+        middle = layers // 4 <= layer < 3 * layers // 4
+        if middle and not self._warned and not bool((first.abs() * dims >= self.config.sink_threshold).any()):
+            self._warned = True
+            logger.warning(
+                "var: the first token is no sink in dimensions %s at layer %d; the list may be another model's. Try "
+                "sink_dims: auto, and accelplug.inspect(model, inputs).sink_dims",
+                list(self.config.sink_dims),
+                layer,
+            )
         return dims
 
     def _spans(self, call: AttentionCall, visual: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,13 @@ def vision_aware(vhd: Tensor, ta: Tensor, drop_outliers: bool = True) -> Tensor:
     return vhd > vhd.median(-1, keepdim=True).values
 
 
+def shuffled(chosen: Tensor, seed: int) -> Tensor:
+    """As many as are chosen, bool (B, N), but drawn at random: the control that a choice must beat."""
+    draws = torch.rand(chosen.shape, generator=torch.Generator().manual_seed(seed)).to(chosen.device)
+    order = draws.argsort(-1).argsort(-1)
+    return order < chosen.sum(-1, keepdim=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Params:
     """The heads' gains (B, H) once they are known; before, what they are found with."""
@@ -61,6 +68,7 @@ class Vhr(Patch):
             2.0, ge=0, le=10, description="Factor on chosen heads. Paper: 2; 3 is stronger, 4 breaks the text."
         )
         drop_outliers: bool = Field(True, description="Whether heads that fire without the image are left out. Paper.")
+        control_seed: int | None = Field(None, description="Control: as many heads, drawn with this seed. Ours.")
 
     cite = "arXiv 2412.13949"
     needs = frozenset({"blind", "whole_prompt"})
@@ -88,6 +96,8 @@ class Vhr(Patch):
         mine = divergence(out[:, :, -prompt.answers], blind.heads(params.layer).to(out.device))
         vhd, ta = (place.gather_heads(x) for x in mine) if place else mine
         heads = vision_aware(vhd, ta, self.config.drop_outliers)
+        if self.config.control_seed is not None:
+            heads = shuffled(heads, self.config.control_seed + params.layer)
         first = place.first_head if place else 0
         heads = heads[:, first : first + out.shape[1]] & prompt.visual.any(-1, keepdim=True).to(heads.device)
         gain = torch.where(heads, self.config.gain, 1.0)

@@ -41,6 +41,7 @@ class VisualBias(Patch):
         image_weight: float = Field(1.15, gt=0, le=100, description="Factor on attention to images. VAF's enhancement.")
         system_weight: float = Field(0.95, gt=0, le=100, description="Factor on attention to the system prompt. VAF's.")
         heads: tuple[int, ...] | None = Field(None, description="Heads that are changed, 0-based; all if left out.")
+        control_seed: int | None = Field(None, description="Control: as many tokens, drawn with this seed. Ours.")
 
     cite = "arXiv 2603.03825, 2503.13107"
     speed = False
@@ -49,7 +50,10 @@ class VisualBias(Patch):
     def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> Params | None:
         if self.config.image_weight == self.config.system_weight == 1:
             return None
-        columns = torch.stack([layout.visual, layout.system], -1).float()
+        spans = [layout.visual, layout.system]
+        if self.config.control_seed is not None:
+            spans = [_shuffled(span, layout.valid, self.config.control_seed) for span in spans]
+        columns = torch.stack(spans, -1).float()
         return Params(columns, layout.rows if clock.phase == "prefill" else None)
 
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
@@ -69,3 +73,10 @@ class VisualBias(Patch):
         chosen = torch.arange(first, first + call.q.shape[1], device=call.q.device)
         wanted = torch.tensor(self.config.heads, device=call.q.device)
         return torch.isin(chosen, wanted)[:, None] * weights
+
+
+def _shuffled(span: Tensor, valid: Tensor, seed: int) -> Tensor:
+    """As many tokens as a span has, bool (B, S), drawn at random among those that are no padding."""
+    draws = torch.rand(span.shape, generator=torch.Generator().manual_seed(seed)).to(span.device)
+    order = draws.masked_fill(~valid, 2.0).argsort(-1).argsort(-1)
+    return order < span.sum(-1, keepdim=True)

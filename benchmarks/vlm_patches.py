@@ -1,0 +1,142 @@
+"""What every patch does to the bundled vision-language model, beside the controls that a real effect must beat.
+
+``python -m benchmarks.vlm_patches``: about 20 minutes on two cores. First it is checked whether what a patch treats is there at all
+(sinks in the image, heads that the image makes a difference to, visual mass that decays); a patch without its phenomenon gets no
+figure. The controls: a blind picture, equally many heads at random (vhr), the same bias on equally many tokens at random
+(visual_bias), and, in the column "offset", the stock model with its yes-logit shifted to the same share of yes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import accelplug
+from accelplug.comparison.exam import Exam
+from accelplug.comparison.vlm import Variant, compare_vlm
+from accelplug.recipe import named
+from accelplug.zoo import path, scenes
+from benchmarks.common import RESULTS
+
+MODEL = "llava-scenes"
+PATCHES = ("vhr", "var", "gift", "visual_bias", "pai", "imbalance", "carve", "agla")
+
+
+def load() -> tuple[Any, Any]:
+    """The bundled model, in float32, and its processor."""
+    folder = path(MODEL)
+    return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+
+
+def phenomena(model: Any, processor: Any, pictures: int = 64) -> dict[str, Any]:
+    """Whether what the patches treat is there, on scenes of the dev split."""
+    drawn = [scenes.sample(number) for number in scenes.SPLITS["dev"][:pictures]]
+    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": scenes.CAPTION_PROMPT}]}]
+    prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
+    shown = [[Image.fromarray(scenes.render(scene)[0])] for scene in drawn]
+    given = processor(text=[prompt] * len(drawn), images=shown, padding=True, return_tensors="pt")
+    seen = accelplug.inspect(model, given)
+    mass = seen.visual_mass
+    vhd = seen.vhd
+    ratio = np.median(vhd.max(1) / np.median(vhd, 1).clip(1e-9))
+    return {
+        "visual_mass_by_layer": mass.mean(1).round(3).tolist(),
+        "visual_attention_score": float(seen.vas_mean),
+        "sinks_by_cosine_with_the_first_token": [len(x) for x in seen.cosine_sinks],
+        "sinks_by_massive_dimensions": [len(x) for x in seen.visual_sinks],
+        "vhd_largest_over_median_head": float(ratio),
+        "visual_mass_while_describing": decay(model, processor, shown[:32], prompt),
+    }
+
+
+def decay(model: Any, processor: Any, shown: list, prompt: str) -> list[float]:
+    """Mean attention to the image over layers and heads, at answer tokens 1 to 8, 9 to 16, 17 to 24 ..."""
+    from accelplug.hosts.ledger import Ledger
+    from accelplug.hosts.record import DENSE
+    from accelplug.hosts.transformers import LanguageHost, watching
+    from accelplug.kernels.spans import fit, row_attention
+
+    given = processor(text=[prompt] * len(shown), images=shown, padding=True, return_tensors="pt")
+    masses: list[list[float]] = [[] for _ in range(200)]
+    host = LanguageHost(model, lambda *_: DENSE, Ledger(), watched=True)
+    step = -1
+
+    def watch(record: Any, call: Any, prompt: Any, clock: Any) -> None:
+        nonlocal step
+        step += record.index == 0
+        p = row_attention(call)[:, :, -1]
+        masses[step].append(float((p * fit(prompt.visual, call)[:, None]).sum(-1).mean()))
+
+    host.install()
+    try:
+        with watching(watch), torch.no_grad():
+            model.generate(**given, max_new_tokens=48, do_sample=False)
+    finally:
+        host.remove()
+    by_step = [np.mean(found) for found in masses if found]
+    return [round(float(np.mean(by_step[i : i + 8])), 3) for i in range(0, len(by_step), 8)]
+
+
+def testable(found: dict[str, Any]) -> dict[str, str]:
+    """Patches whose phenomenon is not there, with the reason."""
+    missing = {}
+    if not any(found["sinks_by_massive_dimensions"]) and not any(found["sinks_by_cosine_with_the_first_token"]):
+        missing["var"] = "no image token is a sink"
+    if found["vhd_largest_over_median_head"] < 1.5:
+        missing["vhr"] = "heads do not differ in what the image does to them"
+    return missing
+
+
+def blind(picture: Image.Image) -> Image.Image:
+    """A picture that shows nothing."""
+    return Image.new("RGB", picture.size, (115, 115, 115))
+
+
+def recipe(name: str, **more: Any) -> dict[str, Any]:
+    """A shipped recipe, with more settings."""
+    rule = named(f"{MODEL}/{name}").rules[0]
+    where = {} if rule.where.layers is None else {"layers": [span.text for span in rule.where.layers]}
+    return {"rules": [{"where": where, "patch": rule.patch, "with": {**rule.settings, **more}}]}
+
+
+def variants(missing: dict[str, str]) -> list[Variant]:
+    """All patches that can be tested here, and the controls."""
+    rows = [Variant(name, recipe(name)) for name in PATCHES if name not in missing]
+    if "vhr" not in missing:
+        rows.append(Variant("vhr, gain 3", recipe("vhr", gain=3.0)))
+        rows += [Variant(f"vhr, random heads {s}", recipe("vhr", control_seed=s), "control") for s in (0, 1)]
+    rows.append(Variant("visual_bias, x 2", recipe("visual_bias", image_weight=2.0)))
+    rows += [Variant("visual_bias, x 2, random tokens", recipe("visual_bias", image_weight=2.0, control_seed=0), "control")]
+    return [*rows, Variant("blind picture", None, "control", blind)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--only", nargs="*", help="rows to run")
+    options = parser.parse_args()
+    model, processor = load()
+    found = phenomena(model, processor)
+    missing = testable(found)
+    print(json.dumps(found, indent=1), missing, flush=True)
+    rows = [row for row in variants(missing) if not options.only or row.name in options.only]
+    result = compare_vlm(model, rows, Exam.scenes(options.pictures), processor, batch=100)
+    print(result.table())
+    file = RESULTS / "vlm_patches.json"
+    result.to_json(file)
+    data = json.loads(file.read_text())
+    data = {"phenomena": found, "not_testable_here": missing, **data}
+    file.write_text(json.dumps(data, indent=1) + "\n")
+    from accelplug.cli import _console
+
+    _console().print(result)
+
+
+if __name__ == "__main__":
+    main()
