@@ -23,6 +23,8 @@ CHECKPOINT, EYES = "vlm.pt", "vlm_eyes.pt"
 GRID = scenes.SIDE // PATCH
 SEQUENCES = 4
 """Conversations about each picture."""
+MATCHERS = (0, 1)
+"""Layers in which a head starts out as a matcher."""
 LENGTH = 176
 """Tokens of every sequence, padding included: one length, one compiled graph."""
 
@@ -150,6 +152,9 @@ def train_all(model: nn.Module, minutes: float, batch: int) -> None:
     if "optimiser" in state:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
+    if state.get("matchers") != 2:
+        for layer in MATCHERS:
+            make_matcher(model, layer, words[0])
     clock, step, kept, shown = Clock(60 * minutes, state["spent"]), state["step"], time.monotonic(), []
     for items in loader(seed=2 + step, batch=batch):
         rate = clock.rate(step)
@@ -184,9 +189,41 @@ def train_all(model: nn.Module, minutes: float, batch: int) -> None:
         if clock.done >= 1 or time.monotonic() - kept > 180:
             kept = time.monotonic()
             weights = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
-            save({**weights, "step": step, "spent": clock.spent}, CHECKPOINT)
+            save({**weights, "step": step, "spent": clock.spent, "matchers": 2}, CHECKPOINT)
         if clock.done >= 1:
             break
+
+
+@torch.no_grad()
+def make_matcher(model: nn.Module, layer: int, words: torch.Tensor) -> None:
+    """Have a layer's last head start out as one that looks for image tokens like its own word, among the words for kinds.
+
+    Found by training alone, such a head takes many thousand steps. Only slow rotary dimensions are used, so that distance hardly
+    matters; one of them turns the head from words, which are like themselves, to the image.
+    """
+    drawn = [scenes.sample(number) for number in range(32)]
+    rendered = [scenes.render(scene) for scene in drawn]
+    pixels = torch.from_numpy(np.stack([picture for picture, _ in rendered])).permute(0, 3, 1, 2).float()
+    features = torch.cat(list(model.model.get_image_features((pixels / 255 - 0.5) / 0.25).pooler_output))
+    labels = [patch_labels(scene, owner)[0] for scene, (_, owner) in zip(drawn, rendered, strict=True)]
+    thing = torch.from_numpy(np.concatenate(labels)) > 0
+    names = model.get_input_embeddings().weight[words]
+    asked = F.normalize(F.normalize(names, dim=-1).mean(0), dim=0)
+    shown = F.normalize(features[thing], dim=-1).mean(0) - F.normalize(features[~thing], dim=-1).mean(0)
+    shown = F.normalize(shown - (shown @ asked) * asked, dim=0)
+    length = names.shape[1] ** 0.5  # of a normalised state
+    gain = 14 * 32**0.5 / length**2  # raises the score of things by 14
+    gain /= float((F.normalize(names, dim=-1) @ asked).mean() * (F.normalize(features[thing], dim=-1) @ shown).mean())
+    attention = model.model.language_model.layers[layer].self_attn
+    size = attention.head_dim
+    slow = [i for pair in range(10, size // 2) for i in (pair, pair + size // 2)]
+    directions = torch.linalg.svd(names - names.mean(0), full_matrices=False).Vh[: len(slow) - 1]
+    directions = directions - (directions @ shown)[:, None] * shown
+    rows = slice((attention.config.num_attention_heads - 1) * size, None)
+    for projection, last in ((attention.q_proj, gain * asked), (attention.k_proj, shown)):
+        block = torch.zeros_like(projection.weight[rows])
+        block[slow] = torch.cat([directions, last[None]])
+        projection.weight[rows] = block
 
 
 def likeness(features: torch.Tensor, patches: torch.Tensor, names: list[torch.Tensor]) -> torch.Tensor:
