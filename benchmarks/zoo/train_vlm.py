@@ -152,7 +152,7 @@ def train_all(model: nn.Module, minutes: float, batch: int) -> None:
     if "optimiser" in state:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-    if state.get("matchers") != 2:
+    if state.get("matchers") != 3:
         for layer in MATCHERS:
             make_matcher(model, layer, words[0])
     clock, step, kept, shown = Clock(60 * minutes, state["spent"]), state["step"], time.monotonic(), []
@@ -189,7 +189,7 @@ def train_all(model: nn.Module, minutes: float, batch: int) -> None:
         if clock.done >= 1 or time.monotonic() - kept > 180:
             kept = time.monotonic()
             weights = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
-            save({**weights, "step": step, "spent": clock.spent, "matchers": 2}, CHECKPOINT)
+            save({**weights, "step": step, "spent": clock.spent, "matchers": 3}, CHECKPOINT)
         if clock.done >= 1:
             break
 
@@ -222,8 +222,11 @@ def make_matcher(model: nn.Module, layer: int, words: torch.Tensor) -> None:
     rows = slice((attention.config.num_attention_heads - 1) * size, None)
     for projection, last in ((attention.q_proj, gain * asked), (attention.k_proj, shown)):
         block = torch.zeros_like(projection.weight[rows])
-        block[slow] = torch.cat([directions, last[None]])
+        block[slow] = torch.cat([1.4 * directions, last[None]])
         projection.weight[rows] = block
+    # What it has found shows as a mark that later layers may read.
+    attention.v_proj.weight[rows.start] = shown
+    attention.o_proj.weight[:, rows.start] = 0.1 * F.normalize(torch.randn(names.shape[1]), dim=0)
 
 
 def likeness(features: torch.Tensor, patches: torch.Tensor, names: list[torch.Tensor]) -> torch.Tensor:
