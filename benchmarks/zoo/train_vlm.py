@@ -25,7 +25,7 @@ SEQUENCES = 4
 """Conversations about each picture."""
 MATCHERS = (0, 1)
 """Layers in which a head starts out as a matcher."""
-LENGTH = 176
+LENGTH = 208
 """Tokens of every sequence, padding included: one length, one compiled graph."""
 
 
@@ -57,16 +57,19 @@ def patch_labels(scene: scenes.Scene, owner: np.ndarray) -> np.ndarray:
 
 
 def conversations(scene: scenes.Scene, rng: np.random.Generator) -> list[list[tuple[str, str]]]:
-    """SEQUENCES conversations: several questions each, and now and then a description."""
+    """SEQUENCES conversations: questions, some of them behind a description, where the answers can be read.
 
-    def asked() -> list[tuple[str, str]]:
-        turns = [(query.text, "yes" if query.answer else "no") for query in questions(scene, int(rng.integers(1 << 60)), 3)]
-        pool = scene.kinds if rng.random() < 0.7 else scenes.KINDS
-        turns.append(about(scene, pool[rng.integers(len(pool))]))
-        return [turns[i] for i in rng.permutation(len(turns))]
+    To find a word among words is learned soon, and image tokens are like words (see `likeness`).
+    """
 
-    described = [(scenes.CAPTION_PROMPT, scene.caption)]
-    return [described if i == 0 and rng.random() < 0.5 else asked() for i in range(SEQUENCES)]
+    def asked(number: int) -> list[tuple[str, str]]:
+        found = questions(scene, int(rng.integers(1 << 60)), number)
+        return [(query.text, "yes" if query.answer else "no") for query in found]
+
+    pool = scene.kinds if rng.random() < 0.7 else scenes.KINDS
+    looked = about(scene, pool[rng.integers(len(pool))])
+    described = (scenes.CAPTION_PROMPT, scene.caption)
+    return [[described, *asked(4)] if i < SEQUENCES // 2 else [looked, *asked(9)] for i in range(SEQUENCES)]
 
 
 def about(scene: scenes.Scene, kind: str) -> tuple[str, str]:
@@ -152,12 +155,12 @@ def train_all(model: nn.Module, minutes: float, batch: int) -> None:
     if "optimiser" in state:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-    if state.get("matchers") != 3:
+    if state.get("matchers") != 4:
         for layer in MATCHERS:
             make_matcher(model, layer, words[0])
     clock, step, kept, shown = Clock(60 * minutes, state["spent"]), state["step"], time.monotonic(), []
     for items in loader(seed=2 + step, batch=batch):
-        rate = clock.rate(step)
+        rate = min(1.0, (1 - clock.done) / 0.12)
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * rate
         labels = items["labels"]
@@ -189,7 +192,7 @@ def train_all(model: nn.Module, minutes: float, batch: int) -> None:
         if clock.done >= 1 or time.monotonic() - kept > 180:
             kept = time.monotonic()
             weights = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
-            save({**weights, "step": step, "spent": clock.spent, "matchers": 3}, CHECKPOINT)
+            save({**weights, "step": step, "spent": clock.spent, "matchers": 4}, CHECKPOINT)
         if clock.done >= 1:
             break
 
@@ -226,7 +229,7 @@ def make_matcher(model: nn.Module, layer: int, words: torch.Tensor) -> None:
         projection.weight[rows] = block
     # What it has found shows as a mark that later layers may read.
     attention.v_proj.weight[rows.start] = shown
-    attention.o_proj.weight[:, rows.start] = 0.1 * F.normalize(torch.randn(names.shape[1]), dim=0)
+    attention.o_proj.weight[:, rows.start] = 0.5 * F.normalize(torch.randn(names.shape[1]), dim=0)
 
 
 def likeness(features: torch.Tensor, patches: torch.Tensor, names: list[torch.Tensor]) -> torch.Tensor:

@@ -20,6 +20,8 @@ from accelplug.zoo import scenes
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 PATCH = 12
+EXISTENCE = 0.95
+"""Share of questions whether something is there."""
 SYSTEM = "A chat about pictures."
 TEMPLATE = (
     "{{ '<s>" + SYSTEM + "' }}{% for message in messages %}{{ ' USER: ' if message.role == 'user' else ' ASSISTANT: ' }}"
@@ -48,7 +50,7 @@ def questions(scene: scenes.Scene, seed: int, number: int = 8) -> list[scenes.Qu
     asked = []
     absent = [kind for kind in scenes.KINDS if kind not in scene.kinds]
     while len(asked) < number:
-        if rng.random() < 0.7:
+        if rng.random() < EXISTENCE:
             pool = scene.kinds if rng.random() < 0.5 else absent
             asked.append(scenes.existence(scene, pool[rng.integers(len(pool))]))
         else:
