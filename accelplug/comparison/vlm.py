@@ -68,6 +68,8 @@ class Outcome:
     pope : by split; interval : of the hallucination rate on the hardest split.
     hallucination, chair_i : differences to dense; p : McNemar on all questions, holm : corrected over all recipes.
     matched : dense with a constant added to its yes-logit so that its share of yes is this row's, on the hardest split.
+    described : the hardest split answered by the descriptions, yes for what they mention (offline POPE), with McNemar's p and its
+        correction, and the difference of hallucination rates.
     tokens_per_s : over all descriptions, prompts included.
     alarms : signs that fewer errors come from saying less.
     """
@@ -87,6 +89,10 @@ class Outcome:
     p: float = math.nan
     holm: float = math.nan
     matched: YesNo | None = None
+    described: YesNo | None = None
+    described_hallucination: Delta | None = None
+    described_p: float = math.nan
+    described_holm: float = math.nan
     tokens_per_s: float = math.nan
     alarms: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -95,6 +101,15 @@ class Outcome:
         """Whether each question of a split was answered as it should be."""
         asked = [question for question in exam.questions if question.split == split]
         return [pope.parse(said) is question.answer for said, question in zip(self.replies[split], asked, strict=True)]
+
+    def said_yes(self) -> list[bool]:
+        """Whether each question of the hardest split was answered with yes."""
+        return [pope.parse(said) is True for said in self.replies.get(HARDEST, [])]
+
+    def mentioned(self, exam: Exam) -> list[bool]:
+        """Whether the description mentions what each question of the hardest split asks for."""
+        said = {key: set(exam.vocabulary.mentions(text)) for key, text in self.descriptions.items()}
+        return [question.thing in said[question.image] for question in exam.questions if question.split == HARDEST]
 
     def summary(self) -> dict[str, Any]:
         """Return the figures as plain data, without the texts."""
@@ -109,6 +124,10 @@ class Outcome:
             "mcnemar_p": self.p,
             "holm_p": self.holm,
             "matched_offset": asdict(self.matched) if self.matched else None,
+            "described": asdict(self.described) if self.described else None,
+            "described_hallucination_delta": asdict(self.described_hallucination) if self.described_hallucination else None,
+            "described_mcnemar_p": self.described_p,
+            "described_holm_p": self.described_holm,
             "mme_hallucination": self.mme_hallucination,
             "chair": {name: getattr(caption, name) for name in shown} if caption else None,
             "chair_i_delta": asdict(self.chair_i) if self.chair_i else None,
@@ -366,6 +385,8 @@ class Examiner:
             row.chair = chair.score(row.descriptions, truth, self.exam.vocabulary)
             likely = {key: set(words) for key, words in self.exam.likely.items()} or None
             counts = amber.score(row.descriptions, truth, self.exam.vocabulary, likely=likely)
+            truth_of = [question.answer for question in self.exam.questions if question.split == HARDEST]
+            row.described = pope.score(truth_of, row.mentioned(self.exam))
             row.amber = {name: getattr(counts, name) for name in ("chair", "cover", "hal", "cog")}
 
 
@@ -383,13 +404,20 @@ def _judge(rows: list[Outcome], exam: Exam) -> None:
     for row in rows[1:]:
         splits = list(row.replies)
         row.p = mcnemar(*([x for s in splits for x in r.right(exam, s)] for r in (dense, row)))
-        row.hallucination = _rate_difference(dense, row, exam)
+        row.hallucination = _rate_difference(dense.said_yes(), row.said_yes(), exam)
+        if dense.descriptions and row.descriptions:
+            first, second = dense.mentioned(exam), row.mentioned(exam)
+            truth = [question.answer for question in exam.questions if question.split == HARDEST]
+            row.described_p = mcnemar(*([a == b for a, b in zip(said, truth, strict=True)] for said in (first, second)))
+            row.described_hallucination = _rate_difference(first, second, exam)
         row.chair_i = _chair_difference(dense, row)
         row.matched = matched_offset(dense, row, exam)
         row.alarms = collapsed(before, Health.of(list(row.descriptions.values()), _pooled(row, exam)))
     tested = [row for row in rows if row.kind == "recipe"]
-    for row, p in zip(tested, holm([row.p for row in tested]), strict=True):
-        row.holm = p
+    for name in ("p", "described_p"):
+        made = [row for row in tested if not math.isnan(getattr(row, name))]
+        for row, p in zip(made, holm([getattr(row, name) for row in made]), strict=True):
+            setattr(row, "holm" if name == "p" else "described_holm", p)
 
 
 def _pooled(row: Outcome, exam: Exam) -> YesNo:
@@ -398,14 +426,13 @@ def _pooled(row: Outcome, exam: Exam) -> YesNo:
     return pope.score(truth, [pope.parse(said) for replies in row.replies.values() for said in replies])
 
 
-def _rate_difference(dense: Outcome, row: Outcome, exam: Exam) -> Delta:
-    """Difference of hallucination rates on the hardest split, resampled over pictures."""
+def _rate_difference(first: Sequence[bool], second: Sequence[bool], exam: Exam) -> Delta:
+    """Difference of hallucination rates on the hardest split, from who said yes, resampled over pictures."""
     asked = [question for question in exam.questions if question.split == HARDEST]
     by_image: dict[Any, list[tuple[bool, bool]]] = {}
-    for question, first, second in zip(asked, dense.replies[HARDEST], row.replies[HARDEST], strict=True):
+    for question, *pair in zip(asked, first, second, strict=True):
         if not question.answer:
-            pair = pope.parse(first) is True, pope.parse(second) is True
-            by_image.setdefault(question.image, []).append(pair)
+            by_image.setdefault(question.image, []).append((pair[0], pair[1]))
 
     def difference(items: Sequence[list[tuple[bool, bool]]]) -> float:
         pairs = np.array([pair for item in items for pair in item], dtype=float)

@@ -25,7 +25,7 @@ SEQUENCES = 4
 """Conversations about each picture."""
 MATCHERS = (0, 1)
 """Layers in which a head starts out as a matcher."""
-LENGTH = 208
+LENGTH = 184
 """Tokens of every sequence, padding included: one length, one compiled graph."""
 
 
@@ -57,19 +57,16 @@ def patch_labels(scene: scenes.Scene, owner: np.ndarray) -> np.ndarray:
 
 
 def conversations(scene: scenes.Scene, rng: np.random.Generator) -> list[list[tuple[str, str]]]:
-    """SEQUENCES conversations: questions, some of them behind a description, where the answers can be read.
+    """SEQUENCES conversations: questions, and now and then a description."""
 
-    To find a word among words is learned soon, and image tokens are like words (see `likeness`).
-    """
+    def asked() -> list[tuple[str, str]]:
+        found = questions(scene, int(rng.integers(1 << 60)), 7)
+        pool = scene.kinds if rng.random() < 0.7 else scenes.KINDS
+        looked = about(scene, pool[rng.integers(len(pool))])
+        return [looked, *((query.text, "yes" if query.answer else "no") for query in found)]
 
-    def asked(number: int) -> list[tuple[str, str]]:
-        found = questions(scene, int(rng.integers(1 << 60)), number)
-        return [(query.text, "yes" if query.answer else "no") for query in found]
-
-    pool = scene.kinds if rng.random() < 0.7 else scenes.KINDS
-    looked = about(scene, pool[rng.integers(len(pool))])
-    described = (scenes.CAPTION_PROMPT, scene.caption)
-    return [[described, *asked(4)] if i < SEQUENCES // 2 else [looked, *asked(9)] for i in range(SEQUENCES)]
+    described = [(scenes.CAPTION_PROMPT, scene.caption)]
+    return [described if i == 0 and rng.random() < 0.5 else asked() for i in range(SEQUENCES)]
 
 
 def about(scene: scenes.Scene, kind: str) -> tuple[str, str]:
@@ -89,26 +86,36 @@ class Collate:
             tokenizer.convert_tokens_to_ids("<image>")
         ] * GRID**2
         self.end = tokenizer.eos_token_id
+        self.kinds = set(tokenizer.convert_tokens_to_ids(list(scenes.KINDS)))
 
-    def sequence(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        ids, labels = list(self.head), [-100] * len(self.head)
+    def sequence(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int], list[int]]:
+        """Token ids, labels, and hints: the answer, wanted from the word that is asked for on, not only behind the question.
+
+        What is there is seen where the word stands; to carry it to the question's end is learned far sooner this way.
+        """
+        ids, labels, hints = list(self.head), [-100] * len(self.head), [-100] * len(self.head)
         for index, (ask, answer) in enumerate(turns):
             prompt = self.ids(("USER: " if index else "") + ask + " ASSISTANT:")
             reply = [*self.ids(answer), self.end]
             ids += prompt + reply
             labels += [-100] * len(prompt) + reply
-        return ids, labels
+            word = next((i for i, token in enumerate(prompt) if token in self.kinds), len(prompt))
+            known = len(reply) == 2 and ask.startswith("Is there a")
+            hints += [reply[0] if known and i > word else -100 for i in range(len(prompt))] + [-100] * len(reply)
+        return ids, labels, hints
 
     def __call__(self, items: list[tuple]) -> dict[str, torch.Tensor]:
         pixels = torch.from_numpy(np.stack([item[0] for item in items])).permute(0, 3, 1, 2).float()
         sequences = [self.sequence(turns) for item in items for turns in item[2]]
-        pad = torch.tensor([(ids + [0] * LENGTH)[:LENGTH] for ids, _ in sequences])
-        labels = torch.tensor([(wanted + [-100] * LENGTH)[:LENGTH] for _, wanted in sequences])
+        ids, labels, hints = zip(*sequences, strict=True)
+        cut = [
+            torch.tensor([(row + [fill] * LENGTH)[:LENGTH] for row in rows])
+            for rows, fill in ((ids, 0), (labels, -100), (hints, -100))
+        ]
         return {
             "pixel_values": (pixels / 255 - 0.5) / 0.25,
             "patches": torch.from_numpy(np.stack([item[1] for item in items])),
-            "input_ids": pad,
-            "labels": labels,
+            **dict(zip(("input_ids", "labels", "hints"), cut, strict=True)),
         }
 
 
@@ -173,20 +180,23 @@ def train_all(model: nn.Module, minutes: float, batch: int) -> None:
             hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
             wanted = labels[:, 1:] != -100
             logits = model.lm_head(hidden[:, :-1][wanted]).float()
+            hinted = items["hints"][:, 1:] != -100
+            hints = model.lm_head(hidden[:, :-1][hinted]).float()
         targets = labels[:, 1:][wanted]
         losses = F.cross_entropy(logits, targets, reduction="none")
         verdict = torch.isin(targets, verdicts)  # a description has many words, an answer one: each kind counts by itself
-        loss = losses[~verdict].mean() + losses[verdict].mean() + 0.3 * likeness(features, items["patches"], names)
+        hint = F.cross_entropy(hints, items["hints"][:, 1:][hinted])
+        loss = losses[~verdict].mean() + losses[verdict].mean() + hint + 0.3 * likeness(features, items["patches"], names)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         step += 1
         right = (logits.argmax(-1) == targets)[verdict].float().mean()
-        shown.append((losses[~verdict].mean().item(), losses[verdict].mean().item(), right.item()))
+        shown.append((losses[~verdict].mean().item(), losses[verdict].mean().item(), right.item(), hint.item()))
         if step % 50 == 0:
-            spoken, answers, share = np.mean(shown, 0)
-            line = f"loss {spoken:.3f} in descriptions, {answers:.3f} in answers, {share:.2f} of which are right"
+            spoken, answers, share, hint = np.mean(shown, 0)
+            line = f"loss {spoken:.3f} in descriptions, {answers:.3f} in answers, {share:.2f} of which are right, {hint:.3f} in hints"
             print(f"{step:6d} {clock.spent:6.0f} s  {line}", flush=True)
             shown = []
         if clock.done >= 1 or time.monotonic() - kept > 180:
