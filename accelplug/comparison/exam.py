@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from accelplug.comparison.evaluators import coco, pope
 from accelplug.comparison.evaluators.chair import Vocabulary
 from accelplug.comparison.evaluators.pope import Question
 
-SPLITS = ("random", "popular", "adversarial")
+SPLITS: tuple[Literal["random", "popular", "adversarial"], ...] = ("random", "popular", "adversarial")
 DESCRIBE = "Please describe this image in detail."
 
 

@@ -33,7 +33,7 @@ CACHE_THRESHOLD = 0.2
 def compare(
     pipe: Any,
     recipe: Any = None,
-    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    inputs: Any = None,
     seeds: Sequence[int] = (0,),
     *,
     caches: bool = False,

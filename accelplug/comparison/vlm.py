@@ -381,13 +381,13 @@ class Examiner:
             said_yes = [pope.parse(s) is True for s, q in zip(row.replies[HARDEST], asked, strict=True) if not q.answer]
             row.interval = wilson(sum(said_yes), len(said_yes))
         if row.descriptions:
-            truth = {key: set(self.exam.truth[key]) for key in row.descriptions}
-            row.chair = chair.score(row.descriptions, truth, self.exam.vocabulary)
+            there = {key: set(self.exam.truth[key]) for key in row.descriptions}
+            row.chair = chair.score(row.descriptions, there, self.exam.vocabulary)
             likely = {key: set(words) for key, words in self.exam.likely.items()} or None
-            counts = amber.score(row.descriptions, truth, self.exam.vocabulary, likely=likely)
-            truth_of = [question.answer for question in self.exam.questions if question.split == HARDEST]
-            row.described = pope.score(truth_of, row.mentioned(self.exam))
+            counts = amber.score(row.descriptions, there, self.exam.vocabulary, likely=likely)
             row.amber = {name: getattr(counts, name) for name in ("chair", "cover", "hal", "cog")}
+            hardest = [question.answer for question in self.exam.questions if question.split == HARDEST]
+            row.described = pope.score(hardest, row.mentioned(self.exam))
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
