@@ -120,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--only", nargs="*", help="rows to run")
+    parser.add_argument("--name", default="vlm_patches", help="of the result file")
     options = parser.parse_args()
     model, processor = load()
     found = phenomena(model, processor)
@@ -127,8 +128,7 @@ def main() -> None:
     print(json.dumps(found, indent=1), missing, flush=True)
     rows = [row for row in variants(missing) if not options.only or row.name in options.only]
     result = compare_vlm(model, rows, Exam.scenes(options.pictures), processor, batch=100)
-    print(result.table())
-    file = RESULTS / "vlm_patches.json"
+    file = RESULTS / f"{options.name}.json"
     result.to_json(file)
     data = json.loads(file.read_text())
     data = {"phenomena": found, "not_testable_here": missing, **data}

@@ -124,8 +124,8 @@ def train_eyes(model: nn.Module, minutes: float, batch: int) -> None:
     tower = model.model.vision_tower
     head = nn.Linear(tower.config.hidden_size, (1 + len(scenes.KINDS)) + (1 + len(scenes.COLOURS)))
     optimiser = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98))
-    clock, step = Clock(60 * minutes), 0
-    for items in loader(seed=1, batch=batch):
+    clock = Clock(60 * minutes)
+    for step, items in enumerate(loader(seed=1, batch=batch)):
         rate = clock.rate(step)
         for group in optimiser.param_groups:
             group["lr"] = 1.5e-3 * rate
@@ -138,8 +138,7 @@ def train_eyes(model: nn.Module, minutes: float, batch: int) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
         optimiser.step()
-        step += 1
-        if step % 50 == 0:
+        if step % 50 == 49:
             there = items["patches"][:, 0] > 0
             right = (kind.argmax(-1) == items["patches"][:, 0])[there].float().mean()
             print(f"eyes {step:5d} {clock.spent:5.0f} s  loss {loss:.3f}  kinds named {right:.2f}", flush=True)
