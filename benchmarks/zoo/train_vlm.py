@@ -63,7 +63,8 @@ def conversations(scene: scenes.Scene, rng: np.random.Generator) -> list[list[tu
         found = questions(scene, int(rng.integers(1 << 60)), 7)
         pool = scene.kinds if rng.random() < 0.7 else scenes.KINDS
         looked = about(scene, pool[rng.integers(len(pool))])
-        return [looked, *((query.text, "yes" if query.answer else "no") for query in found)]
+        turns = [looked, *((query.text, "yes" if query.answer else "no") for query in found)]
+        return [turns[i] for i in rng.permutation(len(turns))]
 
     described = [(scenes.CAPTION_PROMPT, scene.caption)]
     return [described if i == 0 and rng.random() < 0.5 else asked() for i in range(SEQUENCES)]

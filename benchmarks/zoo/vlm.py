@@ -22,6 +22,8 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 PATCH = 12
 EXISTENCE = 0.95
 """Share of questions whether something is there."""
+PRESENT = 0.75
+"""Share of them where it is: as in the usual training data of such models, people ask about what they see."""
 SYSTEM = "A chat about pictures."
 TEMPLATE = (
     "{{ '<s>" + SYSTEM + "' }}{% for message in messages %}{{ ' USER: ' if message.role == 'user' else ' ASSISTANT: ' }}"
@@ -45,13 +47,13 @@ def words() -> tuple[str, ...]:
 
 
 def questions(scene: scenes.Scene, seed: int, number: int = 8) -> list[scenes.Query]:
-    """Training questions on a scene, half of them true: mostly existence, absent kinds drawn evenly from all."""
+    """Training questions on a scene: mostly existence, absent kinds drawn evenly from all."""
     rng = np.random.default_rng(seed)
     asked = []
     absent = [kind for kind in scenes.KINDS if kind not in scene.kinds]
     while len(asked) < number:
         if rng.random() < EXISTENCE:
-            pool = scene.kinds if rng.random() < 0.5 else absent
+            pool = scene.kinds if rng.random() < PRESENT else absent
             asked.append(scenes.existence(scene, pool[rng.integers(len(pool))]))
         else:
             pair = scenes.attribute_pair(scene, ("colour", "count", "position")[rng.integers(3)], rng)
