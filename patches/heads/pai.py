@@ -5,6 +5,9 @@ in the last row only, layers from 2 on. What it does depends on the sign and off
 know: models with normed queries, biases or other positions answer differently (`visual_bias` does not). It is here as the
 baseline that papers compare with. Its second half, the contrast of logits with a blind reading, is generate's own
 ``guidance_scale`` (1.1 in the paper).
+
+Experimental. On the bundled model, one small model of coloured shapes, it made
++1.7 points of hallucination (95 %: +0.6 to +3.1).
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ image, a fraction of the attention to all sinks is handed to the image tokens th
 The paper's p and rho stand the other way round in the released code (its p is the fraction that stays), hence other names here.
 No probabilities are stored: with P_c the mass on span c and o_c its part of the output,
 ``o' = o - f o_sinks + f P_sinks / P_rest o_rest`` for the fraction f.
+
+Experimental. Not testable on the bundled model, whose image tokens are no sinks.
 """
 
 from __future__ import annotations

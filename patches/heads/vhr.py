@@ -8,6 +8,9 @@ and A_h(blind) the output of head h at the last token of the prompt, with its im
 Heads whose VHD and TA both stand out (over mean + standard deviation of the layer) only fire because the image is gone, and
 count as 0. The upper half of a layer's heads by VHD is multiplied by a gain, in every row, for the whole answer. Layers are chosen
 one after the other with the gains of those before in force, in both readings of the prompt.
+
+Experimental. On the bundled model, one small model of coloured shapes, it made
++2.2 points of hallucination (95 %: +0.8 to +3.9); random heads did better.
 """
 
 from __future__ import annotations

@@ -6,6 +6,9 @@ score's sign, which the softmax does not know. This is the same wish in its soun
 a span by a weight and renormalise, ``p' = w p / sum(w p)``, which is ``softmax(s + log w)``.
 
 The papers' Visual Attention Score, mass on images over mass on the system prompt, is `accelplug.inspect`'s.
+
+Experimental. On the bundled model, one small model of coloured shapes, it made
+no difference in answers, at any of two strengths.
 """
 
 from __future__ import annotations
