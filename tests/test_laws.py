@@ -197,7 +197,7 @@ def test_nothing_matched_says_what_is_there():
     before = snapshot(model)
     with pytest.raises(NoMatchError, match=r"No rule .* fits any attention .* 3 of kind self|No rule"):
         accelplug.apply(model, ROWS[0].recipe(ROWS[0].working, layers="90:"))
-    with pytest.raises(NoMatchError, match="no denoiser"):
+    with pytest.raises(NoMatchError, match="neither denoiser nor decoder"):
         accelplug.apply(object(), DENSE)
     assert snapshot(model) == before
 
