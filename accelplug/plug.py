@@ -17,7 +17,7 @@ import torch
 from accelplug import compat
 from accelplug.bounded import Bounded
 from accelplug.call import Clock, Site
-from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError
+from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, UnsupportedError
 from accelplug.hosts.clock import StepClock
 from accelplug.hosts.diffusers import DenoiserHost, denoisers
 from accelplug.hosts.gate import Gate
@@ -25,7 +25,7 @@ from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import DENSE, Choice
 from accelplug.hosts.transformers import LanguageHost, is_language_model
 from accelplug.recipe import ModelFacts, Recipe, load
-from accelplug.registry import patch_class
+from accelplug.registry import patch_class, patch_entry
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -72,7 +72,7 @@ def apply(
     RecipeError
         If the recipe cannot be read or was made for another model.
     UnsupportedError
-        If the model's attention cannot be swapped (linear attention).
+        If the model's attention cannot be swapped (linear attention), or a patch of the recipe is for other models.
     """
     if gate not in ("auto", "report", "off"):
         raise AccelplugError(f"gate must be 'auto', 'report' or 'off', got {gate!r}.")
@@ -193,6 +193,7 @@ class Plug(AbstractContextManager["Plug"]):
         )
         for host in self._hosts:
             host.owner = self
+        self._require_patches_of_its_kind()
         self._require_a_match()
 
     def _decide(self, site: Site, layout: Any, clock: Clock) -> Choice:
@@ -217,6 +218,16 @@ class Plug(AbstractContextManager["Plug"]):
     def _around(self) -> tuple[Any, ...]:
         """The recipe's patches that stand around ``generate``."""
         return tuple(self._patch(rule.patch, rule.settings) for rule in self.recipe.around())
+
+    def _require_patches_of_its_kind(self) -> None:
+        host = self._hosts[0]
+        for name in self.recipe.patches():
+            family = patch_entry(name).family
+            if family not in host.serves:
+                raise UnsupportedError(
+                    f"{self.recipe.name} uses {name}, a patch of the family {family}; {type(host.root).__name__} takes "
+                    f"{' and '.join(sorted(host.serves))}. `accelplug list` shows which recipes there are for which model."
+                )
 
     def _require_a_match(self) -> None:
         if self.recipe.around():

@@ -231,10 +231,7 @@ def _one_patch(value: Any) -> str:
     if len(names) > 1:
         if len(entries) < len(names):
             raise ValueError(f"dense stands alone, got {list(names)}")
-        # One family exists today, so a list of two is always two of a kind.
-        raise ValueError(
-            f"a rule takes one {entries[0].family} patch, got {len(names)}: {', '.join(names)}; write one rule each"
-        )
+        raise ValueError(f"a rule takes one patch, got {len(names)}: {', '.join(names)}; write one rule each")
     return names[0]
 
 

@@ -112,11 +112,8 @@ def keep_rows(call: AttentionCall, rows: int) -> Tensor | None:
 
 
 def last(call: AttentionCall, rows: int) -> AttentionCall:
-    """Return a call as if only its last `rows` queries were there, answered by SDPA: rows are few, so their mask is small.
-
-    Where the model adds to its attention what q, k, v and mask do not say, all queries are kept, answered by its own kernel.
-    """
-    if call.place is None or not call.place.explicit or rows >= call.q.shape[2]:
+    """Return a call as if only its last `rows` queries were there, answered by SDPA: rows are few, so their mask is small."""
+    if call.place is None or rows >= call.q.shape[2]:
         return call
     mask, groups = keep_rows(call, rows), call.q.shape[1] // call.k.shape[1]
     tail = call.q[:, :, -rows:]

@@ -39,6 +39,10 @@ class Patch:
     Config: ClassVar[type[Config]] = Config
     cite: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
+    """What the host must supply or refuse. Language models: ``hidden_states``, what enters the layer; ``blind``, a reading without the
+    images; ``vision_attention``, the vision tower's; ``whole_prompt``, no prompt in pieces; ``probabilities``, scores that q, k and the
+    mask say in full.
+    """
     speed: ClassVar[bool] = True
     """Whether the method exists to be faster: such a patch is left dense where it would not pay (`gate="auto"`)."""
     processor: Any = None

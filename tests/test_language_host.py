@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import accelplug
 from accelplug.errors import AlreadyAppliedError, FallbackError, NoMatchError, UnsupportedError
 from accelplug.hosts.transformers import number_images
+from tests import tiny_models
 from tests.tiny_language_models import LLM, VLM, build, forward, generate, inputs
 
 LOUD = {"patch": "visual_bias", "with": {"image_weight": 6.0, "system_weight": 0.3}}
@@ -312,6 +313,31 @@ def test_apply_twice_remove_twice_and_a_rule_that_fits_nothing():
         accelplug.remove(model)
     with pytest.raises(NoMatchError):
         accelplug.apply(model, {**LOUD, "where": {"layers": "90:"}})
+
+
+def test_a_patch_for_other_models_is_refused_on_both_sides():
+    with pytest.raises(UnsupportedError, match="family sparse"):
+        accelplug.apply(build("llava"), {"patch": "radial"})
+    denoiser, _ = tiny_models.build("wan")
+    for patch in ("visual_bias", "carve"):
+        with pytest.raises(UnsupportedError, match="takes sparse"):
+            accelplug.apply(denoiser, {"patch": patch})
+
+
+def test_sink_logits_are_counted_where_probabilities_are_needed():
+    model, given = build("gpt_oss"), inputs("gpt_oss", ((24,),))
+    plain = forward(model, given)
+    with accelplug.apply(model, recipe("pai")) as plug:
+        assert torch.equal(forward(model, given), plain)
+        assert any("sink logits" in reason for reason in plug.report().fallbacks)
+
+
+def test_images_of_a_family_nobody_listed_are_found(monkeypatch):
+    monkeypatch.setattr("accelplug.hosts.transformers.find", lambda model: None)
+    model, given = build("llava"), inputs("llava")
+    plain = forward(model, given)
+    with accelplug.apply(model, LOUD):
+        assert not torch.equal(forward(model, given), plain)
 
 
 def test_an_error_inside_a_forward_leaves_nothing():

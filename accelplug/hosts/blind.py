@@ -40,7 +40,7 @@ class Blind:
         ]
         rope_deltas = getattr(base, "rope_deltas", None)
         try:
-            base(**self._inputs(base, prompt, inputs), use_cache=False, **{RUN: Run(companion=self._note)})
+            base(**self._inputs(prompt, inputs), use_cache=False, **{RUN: Run(companion=self._note)})
         finally:
             for handle in handles:
                 handle.remove()
@@ -48,7 +48,7 @@ class Blind:
                 base.rope_deltas = rope_deltas
 
     @staticmethod
-    def _inputs(base: Any, prompt: Prompt, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _inputs(prompt: Prompt, inputs: dict[str, Any]) -> dict[str, Any]:
         """The tokens that show no image, left padded, with positions of their own."""
         keep = prompt.valid & ~prompt.visual
         flags = [torch.ones(int(row.sum()), dtype=torch.long, device=row.device) for row in keep]

@@ -115,6 +115,9 @@ class Region:
 class DenoiserHost:
     """One denoiser with its attention re-bound."""
 
+    serves = frozenset({"sparse"})
+    """Families of patches that can answer here."""
+
     def __init__(
         self, name: str, denoiser: nn.Module, clock: StepClock, decide: Decide, ledger: Ledger, gate: Gate, measure: bool
     ) -> None:

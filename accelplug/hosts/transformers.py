@@ -167,6 +167,7 @@ class AttentionRecord:
 
     def obstacle(self, q: Tensor, mask: Any, run: Run | None, kwargs: dict[str, Any]) -> str | None:
         """Why a call that a patch is there for must run dense, or None."""
+        patch = self.choice.patch
         if "cache" in kwargs:
             raise UnsupportedError(
                 f"{self.choice.name} keeps what it knows of a sequence on that sequence's cache, and continuous batching packs "
@@ -182,6 +183,10 @@ class AttentionRecord:
             return f"a mask of type {type(mask).__name__} is not understood; use sdpa, eager or flash attention"
         if kwargs.get("dropout"):
             return "the call has dropout"
+        if patch is not None and "probabilities" in patch.needs and not self.explicit(kwargs):
+            return (
+                "the model adds sink logits, a soft cap or a position bias to its scores, which this patch does not know of"
+            )
         if unknown := kwargs.keys() - compat.ATTENTION_KWARGS:
             return f"the model passes {', '.join(sorted(unknown))} to its attention, which is not understood"
         if torch.compiler.is_compiling():
@@ -200,7 +205,6 @@ class AttentionRecord:
 
     def place(self, q: Tensor, k: Tensor, run: Run, kwargs: dict[str, Any]) -> Place:
         """Say where the call stands. In a compiled decode step only the layers that see the whole sequence are known."""
-        explicit = kwargs.get("s_aux") is None and kwargs.get("softcap") is None and kwargs.get("position_bias") is None
         tensors = self.host.tensor_parallel
         first_head = tensors.rank * q.shape[1] if tensors else 0
         gather = tensors.gather if tensors else _identity
@@ -209,7 +213,12 @@ class AttentionRecord:
         layer = compat.cache_layer(run.cache, self.module.layer_idx)
         slides = layer is not None and compat.slides(layer)
         first_key = max(0, int(compat.tokens_seen(layer)) - k.shape[2]) if slides else 0
-        return Place(first_query, first_key, answers, explicit, first_head, gather)
+        return Place(first_query, first_key, answers, self.explicit(kwargs), first_head, gather)
+
+    @staticmethod
+    def explicit(kwargs: dict[str, Any]) -> bool:
+        """Whether the model adds nothing of its own to the scores."""
+        return all(kwargs.get(name) is None for name in ("s_aux", "softcap", "position_bias"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A deep copy of a patched model is a stock model."""
@@ -264,6 +273,8 @@ class LanguageHost:
     """One language model with the attention of some layers answered by patches."""
 
     name = "decoder"
+    serves = frozenset({"heads", "generation"})
+    """Families of patches that can answer here."""
 
     def __init__(
         self,
@@ -286,7 +297,7 @@ class LanguageHost:
         self.skipped: dict[str, str] = {}
         self.tensor_parallel = _tensor_parallel(model)
         self.records = self._records(decide)
-        self.images = ImageEncoder(self.base) if self.family else None
+        self.images = ImageEncoder(self.base)
         self.tower = VisionTower(self.base) if "vision_attention" in self.needs else None
         self.streams: WeakSet[Any] = WeakSet()
         self._handles: list[Any] = []
@@ -338,8 +349,7 @@ class LanguageHost:
             for path in {module.rpartition(".")[0] for module in watched}:
                 layer = self.decoder.get_submodule(path)
                 hook(layer.register_forward_pre_hook(partial(_before_layer, self, layer), with_kwargs=True))
-        if self.images is not None:
-            self.images.install()
+        self.images.install()
         if self.tower is not None:
             self.tower.install()
         self.generation.install()
@@ -360,8 +370,7 @@ class LanguageHost:
             if getattr(vars(cache).get(STREAM), "host", None) is self:
                 delattr(cache, STREAM)
         self.streams.clear()
-        if self.images is not None:
-            self.images.remove()
+        self.images.remove()
         if self.tower is not None:
             self.tower.remove()
         self.generation.remove()
@@ -495,7 +504,7 @@ class LanguageHost:
 
     def _image_numbers(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         """Number the images of every row from 1: int16 (B, S_q)."""
-        token = getattr(self.base.config, "image_token_id", None) if self.family else None
+        token = getattr(self.base.config, "image_token_id", None)
         if token is None:
             tokens = ids if ids is not None else embeds
             assert tokens is not None
@@ -506,9 +515,8 @@ class LanguageHost:
             assert embeds is not None
             marker = self.base.get_input_embeddings()(torch.tensor(token, device=embeds.device))
             visual = (embeds == marker).all(-1)
-        sizes = self.images.take() if self.images is not None and bool(visual.any()) else []
-        sizes = sizes if self.family is not None and self.family.told_apart else []
-        return number_images(visual, sizes)
+        sizes = self.images.take() if bool(visual.any()) else []
+        return number_images(visual, sizes if self.family is not None and self.family.told_apart else [])
 
     def _after_base(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module is not self.base or torch.compiler.is_compiling():

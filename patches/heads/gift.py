@@ -112,7 +112,7 @@ class Gift(Patch):
         head_share: float = Field(0.5, gt=0, le=1, description="Share of heads, by mass. Paper: 0.5.")
 
     cite = "arXiv 2510.22067"
-    needs = frozenset({"whole_prompt"})
+    needs = frozenset({"whole_prompt", "probabilities"})
     speed = False
     config: Config
 

@@ -42,6 +42,7 @@ class Pai(Patch):
         )
 
     cite = "arXiv 2407.21771"
+    needs = frozenset({"probabilities"})
     speed = False
     config: Config
 

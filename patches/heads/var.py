@@ -100,7 +100,7 @@ class Var(Patch):
         sink_threshold: float = Field(20.0, gt=0, description="Normalised value from which a token is a sink. Paper.")
 
     cite = "arXiv 2503.03321"
-    needs = frozenset({"hidden_states"})
+    needs = frozenset({"hidden_states", "probabilities"})
     speed = False
     config: Config
     _warned = False
