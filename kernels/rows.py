@@ -1,0 +1,85 @@
+"""Row rules: which entries of each row of scores are kept. The selectors' common last step; rows are the last axis."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Rule = Literal["reach", "within", "tail"]
+
+
+def top_p(
+    probability: Tensor,
+    p: float | Tensor,
+    k_min: int | Tensor = 1,
+    *,
+    rule: Rule = "reach",
+    candidates: Tensor | None = None,
+) -> Tensor:
+    """Keep the likeliest entries of each row, up to a mass of p. Three rules stand in the field:
+
+    * ``reach``: the shortest prefix, likeliest first, whose sum reaches p; the entry that crosses it is kept (Twilight, SVG2).
+    * ``within``: entries whose sum with all likelier ones is at most p (Jenga, Rectified SpaAttn).
+    * ``tail``: entries whose sum with all less likely ones is at least ``1 - p`` (NABLA); ``reach``, but for exact ties.
+
+    Parameters
+    ----------
+    probability : Tensor (..., N), at least 0; each row sums to 1 over its candidates.
+    p : mass, 0 to 1; a float, or Tensor (...) with one for each row. From 1 on, every candidate is kept.
+    k_min : entries that a row keeps at least, as far as it has candidates; an int or Tensor (...).
+    candidates : bool, broadcast to (..., N), the entries that may be kept; None for all.
+
+    Returns
+    -------
+    members : bool (..., N). Of equally likely entries the first is kept first. A row without candidates keeps nothing.
+    """
+    sorted_probability, entry, candidate = _sorted(probability, candidates)
+    mass = torch.where(candidate, sorted_probability, 0.0)
+    p = _per_row(p, probability)
+    if rule == "tail":
+        keep = mass.flip(-1).cumsum(-1).flip(-1) >= 1 - p
+    else:
+        up_to = mass.cumsum(-1)
+        before = torch.cat([torch.zeros_like(up_to[..., :1]), up_to[..., :-1]], -1)
+        keep = before < p if rule == "reach" else up_to <= p
+    keep = keep | (p >= 1) | (_ranks(probability) < _per_row(k_min, probability))
+    return torch.zeros_like(keep).scatter(-1, entry, keep & candidate)
+
+
+def top_k(scores: Tensor, k: int | Tensor, *, candidates: Tensor | None = None) -> Tensor:
+    """Keep the k entries of each row that score highest.
+
+    Parameters
+    ----------
+    scores : Tensor (..., N), any finite numbers.
+    k : entries to keep, as far as a row has candidates; an int or Tensor (...) with one for each row.
+    candidates : bool, broadcast to (..., N), the entries that may be kept; None for all.
+
+    Returns
+    -------
+    members : bool (..., N). Of equal scores the first is kept first.
+    """
+    _, entry, candidate = _sorted(scores, candidates)
+    keep = _ranks(scores) < _per_row(k, scores)
+    return torch.zeros_like(candidate).scatter(-1, entry, keep & candidate)
+
+
+def _sorted(scores: Tensor, candidates: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, entries and candidacy, each (..., N), best first and candidates before all others."""
+    if candidates is None:
+        ordered, entry = scores.sort(dim=-1, descending=True, stable=True)
+        return ordered, entry, torch.ones_like(ordered, dtype=torch.bool)
+    candidates = candidates.expand(scores.shape)
+    ordered, entry = scores.masked_fill(~candidates, -torch.inf).sort(dim=-1, descending=True, stable=True)
+    return ordered, entry, candidates.gather(-1, entry)
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    return torch.arange(scores.shape[-1], device=scores.device)
+
+
+def _per_row(value: float | Tensor, scores: Tensor) -> Tensor:
+    """A number, or one for each row, beside the rows' entries: (..., 1)."""
+    return torch.as_tensor(value, device=scores.device)[..., None]
