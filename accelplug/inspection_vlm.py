@@ -161,8 +161,11 @@ class VlmInspection:
     layers : (L,) numbers of the layers.
     visual_mass, system_mass, question_mass : (L, H) attention of the last token to the images, to the text ahead of the first
         image, and to the text behind it; each in [0, 1].
-    vas : (L,) Visual Attention Score: attention to images over attention to the system text, mean over heads and question
-        tokens; NaN without system text. `vas_mean` is its mean over layers.
+    vas : (L,) Visual Attention Score as a share, P_V / (P_V + P_S) in [0, 1]: attention to images beside that to the system
+        text, mean over heads and question tokens; 0.5 is equal attention. A head that reads neither is left out; NaN without
+        system text. `vas_mean` is its mean over layers.
+    vas_ratio : (L,) the score as published, mean over heads and question tokens of P_V / P_S. It has no bound: one head that
+        does not read the system text sets it (inf where its P_S underflows), which is why `vas` comes first.
     visual_share : (L,) P_V / (P_V + P_Q) in [0, 1], attention to images beside that to the question, meant likewise.
     image_attention : by row, by image: (L, tokens), attention of the last token, mean over heads.
     sink_dims : dimensions of the residual stream in which the first token is massive, the largest first; at most four.
@@ -187,6 +190,7 @@ class VlmInspection:
     system_mass: np.ndarray
     question_mass: np.ndarray
     vas: np.ndarray
+    vas_ratio: np.ndarray
     visual_share: np.ndarray
     image_attention: list[list[np.ndarray]]
     sink_dims: tuple[int, ...]
@@ -201,7 +205,18 @@ class VlmInspection:
     grids: list[tuple[int, int] | None] = field(default_factory=list)
     notes: tuple[str, ...] = ()
 
-    HEADINGS = ("layer", "image", "system", "question", "VAS", "V / (V + Q)", "sinks", "aligned", "vision-aware heads")
+    HEADINGS = (
+        "layer",
+        "image",
+        "system",
+        "question",
+        "VAS",
+        "V / S",
+        "V / (V + Q)",
+        "sinks",
+        "aligned",
+        "vision-aware heads",
+    )
 
     @property
     def vas_mean(self) -> float:
@@ -227,23 +242,25 @@ class VlmInspection:
         return {
             "model": f"{self.model} ({self.family}, {self.attention} attention)",
             "seen": f"{len(self.layers)} layers of {heads} heads; tokens of the first row: {counts}",
-            "VAS": "unknown" if math.isnan(self.vas_mean) else f"{self.vas_mean:.2f}, mean over layers",
+            "VAS": "unknown"
+            if math.isnan(self.vas_mean)
+            else f"{self.vas_mean:.2f}, image / (image + system), mean over layers",
             "attention to images": f"{self.visual_mass.mean():.1%}, mean over layers and heads",
             "sink dimensions": ", ".join(map(str, self.sink_dims)) or "none found",
             **{f"note {number}": note for number, note in enumerate(self.notes, 1)},
         }
 
     def rows(self) -> list[tuple[str, ...]]:
-        """By layer: its number, masses, VAS, share, sinks by phi and by cosine, and the three heads with the largest VHD."""
+        """By layer: its number, masses, VAS and its ratio, share, sinks by phi and by cosine, and the three heads with the largest VHD."""
         out = []
         for i, layer in enumerate(self.layers):
             masses = (f"{x[i].mean():.1%}" for x in (self.visual_mass, self.system_mass, self.question_mass))
-            vas = f"{self.vas[i]:.2f}" if math.isfinite(self.vas[i]) else "-"
-            share = f"{self.visual_share[i]:.2f}" if math.isfinite(self.visual_share[i]) else "-"
+            vas, share = ("-" if math.isnan(x[i]) else f"{x[i]:.2f}" for x in (self.vas, self.visual_share))
+            ratio = "-" if math.isnan(self.vas_ratio[i]) else f"{self.vas_ratio[i]:.3g}"
             ranked = np.argsort(-np.where(self.vision_heads[i], self.vhd[i], -1))[: min(3, int(self.vision_heads[i].sum()))]
             heads = ", ".join(map(str, ranked))
             sinks = (str(len(found[i])) for found in (self.visual_sinks, self.cosine_sinks))
-            out.append((str(layer), *masses, vas, share, *sinks, heads))
+            out.append((str(layer), *masses, vas, ratio, share, *sinks, heads))
         return out
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -346,10 +363,11 @@ def inspect_vlm(model: Any, inputs: Mapping[str, Any]) -> VlmInspection:
 
 @dataclass
 class _Layer:
-    """What one layer's call tells: masses (3, H), VAS and share, maps by row and image, heads (B, H, D), residual stream."""
+    """What one layer's call tells: masses (3, H), VAS, its ratio and share, maps by row and image, heads (B, H, D), residual stream."""
 
     masses: Tensor
     vas: Tensor
+    ratio: Tensor
     share: Tensor
     maps: list[list[np.ndarray]]
     heads: Tensor
@@ -386,9 +404,12 @@ class _Watch:
         masses = p @ spans[:, None]  # [B, H, rows, 3]
         asked = question[:, None, -number:].expand(masses.shape[:3])
         on_image, on_system, on_question = masses.unbind(-1)
-        nan = float("nan")
-        vas = (on_image / on_system).masked_fill(~asked | (on_system == 0), nan).nanmean((1, 2))
-        share = (on_image / (on_image + on_question)).masked_fill(~asked, nan).nanmean((1, 2))
+        nan, told = float("nan"), asked & prompt.system.any(-1).to(device)[:, None, None]
+
+        def mean(x: Tensor, rows: Tensor) -> Tensor:
+            """Over heads and question tokens, of the rows of the batch that show an image; 0 / 0 is left out."""
+            return x.masked_fill(~rows, nan).nanmean((1, 2))[shown].nanmean().cpu()
+
         last = p[:, :, -1].mean(1)
         maps = [
             [row[numbers == i].cpu().numpy() for i in range(1, int(numbers.max()) + 1)]
@@ -400,8 +421,9 @@ class _Watch:
         cosine = torch.cosine_similarity(hidden[0, image[0] > 0].float(), start[None], dim=-1)
         self.layers[layer] = _Layer(
             masses[shown, :, -1].mean(0).T.cpu(),
-            vas[shown].nanmean().cpu(),
-            share[shown].nanmean().cpu(),
+            mean(on_image / (on_image + on_system), told),
+            mean(on_image / on_system, told),
+            mean(on_image / (on_image + on_question), asked),
             maps,
             read_rows(call, p[:, :, -1:])[:, :, -1],
             normalised(hidden[rows, begin])[shown].cpu(),
@@ -486,6 +508,7 @@ class _Watch:
             system_mass=system,
             question_mass=question,
             vas=torch.stack([x.vas for x in layers]).numpy(),
+            vas_ratio=torch.stack([x.ratio for x in layers]).numpy(),
             visual_share=torch.stack([x.share for x in layers]).numpy(),
             image_attention=[
                 [np.stack([x.maps[row][i] for x in layers]) for i in range(len(layers[0].maps[row]))]
@@ -776,8 +799,9 @@ th { color: var(--soft); font-weight: 500; }
 <dl><!--FACTS--></dl>
 <!--FIGURES-->
 <h2>By layer</h2>
-<p>Image, system and question: attention of the last token, mean over heads. VAS: attention to images over attention to the
-system text, mean over heads and question tokens; V / (V + Q) is its bounded sister, beside the question. Sinks: image tokens
+<p>Image, system and question: attention of the last token, mean over heads. VAS, the Visual Attention
+Score: attention to images / (images + system text), mean over heads and question tokens; V / S is the ratio as published, which one
+head that does not read the system text can blow up; V / (V + Q) has the question in its place. Sinks: image tokens
 of the first row with a phi of at least 20; aligned: those with a cosine of over 0.9 with the first token. Vision-aware heads:
 the largest three of the upper half by divergence.</p>
 <div class="scroll"><!--TABLE--></div>

@@ -47,7 +47,7 @@ def phenomena(model: Any, processor: Any, pictures: int = 64) -> dict[str, Any]:
     ratio = np.median(vhd.max(1) / np.median(vhd, 1).clip(1e-9))
     return {
         "visual_mass_by_layer": mass.mean(1).round(3).tolist(),
-        "visual_attention_score": float(seen.vas_mean),
+        "visual_attention_score": round(seen.vas_mean, 3),
         "sinks_by_cosine_with_the_first_token": [len(x) for x in seen.cosine_sinks],
         "sinks_by_massive_dimensions": [len(x) for x in seen.visual_sinks],
         "vhd_largest_over_median_head": float(ratio),

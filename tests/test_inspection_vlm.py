@@ -169,12 +169,32 @@ def test_masses_vas_and_maps_are_those_of_eager_attention(kind, model):
         assert mass.dtype == np.float32
         np.testing.assert_allclose(mass, p[:, :, -1, span].sum(-1), atol=1e-5)
     on_image, on_system, on_question = (p[:, :, question][..., span].sum(-1) for span in (image, system, question))
-    np.testing.assert_allclose(found.vas, (on_image / on_system).mean((1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(found.vas, (on_image / (on_image + on_system)).mean((1, 2)), atol=1e-5)
+    np.testing.assert_allclose(found.vas_ratio, (on_image / on_system).mean((1, 2)), rtol=1e-4)
     np.testing.assert_allclose(found.visual_share, (on_image / (on_image + on_question)).mean((1, 2)), atol=1e-5)
     assert found.vas_mean == pytest.approx(found.vas.mean())
     [[maps]] = found.image_attention
     np.testing.assert_allclose(maps, p[:, :, -1][..., image].mean(1), atol=1e-5)
     assert found.tokens == {"image": image.sum(), "system": system.sum(), "question": question.sum()}
+
+
+@pytest.mark.parametrize("bias", [-60.0, -400.0])
+def test_a_head_that_does_not_read_the_system_text_has_a_bounded_score(bias, tmp_path):
+    """exp(-60) is a mass of 1e-26, exp(-400) underflows: the ratio as published is of no use then, the share is."""
+    inputs = prompt("llava", [[4, "I", 6]])
+    _, system, _ = spans(inputs)
+    model = llava()
+    mask = torch.full((1, 1, len(system), len(system)), -torch.inf).triu(1)
+    mask[..., torch.from_numpy(system)] += bias
+    mask[..., :4, :4] = torch.full((4, 4), -torch.inf).triu(1)  # the system text itself must read something
+    found = accelplug.inspect(model, {**inputs, "attention_mask": mask})
+    assert (found.vas_ratio > 1e20).all()
+    assert (found.vas > 0.999).all()
+    assert (found.vas <= 1).all()
+    assert found.vas_mean == pytest.approx(1)
+    found.to_json(tmp_path / "a.json")
+    assert "Infinity" not in (tmp_path / "a.json").read_text()
+    assert len(found.rows()) == 4
 
 
 def head_outputs(model, **inputs):
@@ -209,7 +229,7 @@ def test_a_padded_batch_is_its_rows_one_by_one(kind, model):
     inputs = prompt(kind, BATCH)
     both = accelplug.inspect(model, inputs)
     first, second = (accelplug.inspect(model, row_of(inputs, row)) for row in (0, 1))
-    for name in ("visual_mass", "system_mass", "question_mass", "vas", "visual_share", "vhd", "ta"):
+    for name in ("visual_mass", "system_mass", "question_mass", "vas", "vas_ratio", "visual_share", "vhd", "ta"):
         mean = (getattr(first, name) + getattr(second, name)) / 2
         np.testing.assert_allclose(getattr(both, name), mean, rtol=2e-4, atol=1e-5, err_msg=name)
     for row, alone in enumerate((first, second)):

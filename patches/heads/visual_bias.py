@@ -5,7 +5,7 @@ After the training-free modulation of AVAR ("Look at the image", arXiv 2603.0382
 score's sign, which the softmax does not know. This is the same wish in its sound form: multiply the *attention* of later text to
 a span by a weight and renormalise, ``p' = w p / sum(w p)``, which is ``softmax(s + log w)``.
 
-The papers' Visual Attention Score, mass on images over mass on the system prompt, is `accelplug.inspect`'s.
+The papers' Visual Attention Score, mass on images beside mass on the system prompt, is `accelplug.inspect`'s.
 
 Experimental. On the bundled model, one small model of coloured shapes, it made
 no difference in answers, at any of two strengths.
