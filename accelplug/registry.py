@@ -53,6 +53,14 @@ _PATCHES = {
             cite="arXiv 2607.24027",
         ),
         PatchEntry(
+            name="bias",
+            module="accelplug.patches.heads.bias",
+            cls="Bias",
+            family="bias",
+            summary="An additive bias by distance on the token grid, in extra head dimensions of the model's own kernel.",
+            cite="arXiv 2505.12044",
+        ),
+        PatchEntry(
             name="visual_bias",
             module="accelplug.patches.heads.visual_bias",
             cls="VisualBias",

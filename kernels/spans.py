@@ -64,6 +64,36 @@ def biased(call: AttentionCall, rows: Tensor, columns: Tensor) -> tuple[Tensor, 
     return _aligned(q, extra), _aligned(k, both)
 
 
+def with_low_rank(call: AttentionCall, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """As `biased`, for columns of any values: ``scale * q.k + sum_c rows_c * columns_c`` (FlashBias, arXiv 2505.12044).
+
+    Parameters
+    ----------
+    rows : (B|1, H|1, S_q, C) float32.
+    columns : (B|1, H_kv|1, S_k, C) float32.
+
+    Returns
+    -------
+    q (B, H, S_q, D') and k (B, H_kv, S_k, D'), D' a multiple of 8. In low precision both factors ride as rounding and remainder;
+    of their four products the one of the remainders is left out, which is as far below the others as they are below one.
+    """
+    q, k, rows = call.q, call.k, rows / call.scale
+    extra, both = [rows], [columns]
+    if q.dtype in (torch.bfloat16, torch.float16):
+        high, key_high = rows.to(q.dtype), columns.to(k.dtype)
+        low, key_low = rows - high.to(rows.dtype), columns - key_high.to(columns.dtype)
+        extra, both = [high, low, high], [key_high, key_high, key_low]
+    parts = ((q, extra), (k, both))
+    q, k = (_aligned(x, torch.cat([p.to(x.dtype) for p in more], -1).expand(*x.shape[:-1], -1)) for x, more in parts)
+    return q, k
+
+
+def dense_at_one_width(call: AttentionCall, q: Tensor, k: Tensor) -> Tensor:
+    """Attend with longer q and k, the values filled up with zeros: flash kernels want one head dimension for all."""
+    dim = call.v.shape[-1]
+    return call.dense(q, k, pad(call.v, (0, q.shape[-1] - dim)))[..., :dim]
+
+
 def with_masses(
     call: AttentionCall, spans: Tensor, q: Tensor | None = None, k: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,7 @@ class Region:
 class DenoiserHost:
     """One denoiser with its attention re-bound."""
 
-    serves = frozenset({"sparse"})
+    serves = frozenset({"sparse", "bias"})
     """Families of patches that can answer here."""
 
     def __init__(

@@ -117,20 +117,20 @@ def _dispatch(
         attn_mask=attn_mask,
         dropout_p=dropout_p,
         is_causal=is_causal,
-        scale=scale,
         enable_gqa=enable_gqa,
         attention_kwargs=attention_kwargs,
         **others,
     )
     record = _slot.record
     if record is None:
-        return call(query, key, value)
+        return call(query, key, value, scale=scale)
 
     def dense(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         return call(
             query if q is None else q.transpose(1, 2),
             key if k is None else k.transpose(1, 2),
             value if v is None else v.transpose(1, 2),
+            scale=_scale_for(q, query, scale),
         ).transpose(1, 2)
 
     blocked = bool(dropout_p) or is_causal or others.get("parallel_config") is not None
@@ -158,7 +158,7 @@ def _sdpa(
             attn_mask=attn_mask,
             dropout_p=dropout_p,
             is_causal=is_causal,
-            scale=scale,
+            scale=_scale_for(q, query, scale),
             enable_gqa=enable_gqa,
         )
 
@@ -166,6 +166,11 @@ def _sdpa(
     if record is None:
         return dense()
     return record.attend(query, key, value, attn_mask, scale, dense, bool(dropout_p) or is_causal)
+
+
+def _scale_for(q: Tensor | None, query: Tensor, scale: float | None) -> float | None:
+    """The call's factor on q.k, for other queries than its own: the default follows the head dimension, which they may extend."""
+    return query.shape[-1] ** -0.5 if scale is None and q is not None and q.shape[-1] != query.shape[-1] else scale
 
 
 class _Functional(types.ModuleType):
