@@ -25,7 +25,7 @@ from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.comparison.environment import environment
 from accelplug.kernels.orders import Tiles
 from accelplug.kernels.plan import BlockPlan
-from accelplug.patches.base import BlockConfig, BlockSparse, Patch, Scores
+from accelplug.patches.base import BlockConfig, BlockSparse, Patch
 from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, agreement, foreground
 from benchmarks.common import random_members, write_json
 from benchmarks.zoo.evaluate import filmstrip
@@ -58,10 +58,8 @@ class Random(BlockSparse):
     Config = RandomConfig
     config: RandomConfig
 
-    def select(self, tiles: Tiles, scores: Scores | None = None) -> BlockPlan:
-        lengths = tiles.lengths(self.config.block)
-        members = random_members(len(lengths), self.config.density, self.config.seed)
-        return BlockPlan.from_members(members, lengths, lengths, self.config.block, self.config.block)
+    def select(self, tiles: Tiles) -> BlockPlan:
+        return self.plan(random_members(tiles.slots // self.config.unit, self.config.density, self.config.seed), tiles)
 
 
 @dataclass(frozen=True)

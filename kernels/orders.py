@@ -1,20 +1,27 @@
 """Orders: how the tokens of a layout line up in blocks.
 
 An order is a list of runs of visual tokens; each run starts a new block, so that a run never shares a block with another.
-Text follows in blocks of its own. The permutation is applied to q, k and v after RoPE, and undone on the output.
+Text follows in blocks of its own. The permutation is applied to q, k and v after RoPE, and undone on the output. It may
+differ by head, or by head and batch row: then blocks hold equally many tokens all the same.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from accelplug.call import Layout
+from accelplug.errors import ShapeError
+
+Order = Literal["raster", "tile", "morton", "thw", "twh", "hwt", "htw", "wht", "wth"]
+"""Names of orders. Six say which of frame, row and column counts slowest, then next; ``thw`` is the raster."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +30,9 @@ class Tiles:
 
     Attributes
     ----------
-    gather : int64 (P,), token in each slot; a slot without a token repeats its block's first one. None: raster, tail only.
-    scatter : int64 (S,), slot of each token. None with `gather`.
+    gather : int64 (P,), or (H, P) or (B, H, P) where the order differs by head; the token in each slot. A slot without a
+        token repeats its block's first one. None: tokens are in order already, only the tail is padded.
+    scatter : int64 (S,), (H, S) or (B, H, S), slot of each token. None with `gather`.
     slots : P, a multiple of the unit it was made for.
     tokens : S.
     held : bool (P,), slots that hold a token. They stand at the front of each run.
@@ -49,22 +57,73 @@ class Tiles:
         return torch.arange(0, self.slots, block, device=self.held.device) >= self.visual_slots
 
     def permute(self, x: Tensor) -> Tensor:
-        """Put tokens (B, H, S, D) into slots (B, H, P, D), or leave them where they are already in order."""
-        return x if self.gather is None else x.index_select(-2, self.gather)
+        """Put tokens (B, H, S, D) into slots (B, H, P, D), or leave them where they are already in order.
+
+        Fewer heads than the order has (grouped-query attention) are repeated.
+        """
+        return x if self.gather is None else _take(x, self.gather)
 
     def unpermute(self, x: Tensor) -> Tensor:
         """Put slots (B, H, P, D) back to tokens (B, H, S, D)."""
-        return x[..., : self.tokens, :] if self.scatter is None else x.index_select(-2, self.scatter)
+        return x[..., : self.tokens, :] if self.scatter is None else _take(x, self.scatter)
+
+    def permute_mask(self, mask: Tensor) -> Tensor:
+        """Put flags of tokens, bool (B, S), into slots: (B, P), or (B, H, P) where the order differs by head."""
+        if self.gather is None:
+            return mask
+        if self.gather.ndim == 1:
+            return mask.index_select(-1, self.gather)
+        gather = self.gather.expand(len(mask), -1, -1)
+        return mask[:, None].expand(-1, gather.shape[1], -1).gather(-1, gather)
+
+    def coordinates(self) -> Tensor:
+        """Frame, row and column of the token in each slot, int64 (..., P, 3); -1 for text."""
+        _, rows, columns = self.layout.grid_thw
+        token = torch.arange(self.slots, device=self.held.device) if self.gather is None else self.gather
+        visual = token - self.layout.text_before
+        places = torch.stack([visual // (rows * columns), visual // columns % rows, visual % columns], -1)
+        return places.masked_fill(((visual < 0) | (visual >= self.layout.visual))[..., None], -1)
 
     def to(self, device: torch.device | str) -> Tiles:
         """Return the tiles with their tensors on `device`."""
         gather, scatter = (x if x is None else x.to(device) for x in (self.gather, self.scatter))
-        return Tiles(gather, scatter, self.slots, self.tokens, self.held.to(device), self.visual_slots, self.layout)
+        return replace(self, gather=gather, scatter=scatter, held=self.held.to(device))
+
+    @staticmethod
+    def per_head(choices: Sequence[Tiles]) -> Tiles:
+        """Stack one choice per head.
+
+        Raises
+        ------
+        ShapeError
+            If their blocks do not hold equally many tokens: the kernel knows one length per block, not per head.
+        """
+        first = choices[0]
+        if any(not torch.equal(tiles.held, first.held) or tiles.layout != first.layout for tiles in choices):
+            raise ShapeError(
+                "Orders of several heads must fill equally many slots of each block, got blocks of other lengths. Stack "
+                "orders of one run (raster, curves, axis orders) of the same layout and unit."
+            )
+        if all(tiles.gather is None for tiles in choices):
+            return first
+        in_order = torch.arange(first.slots).clamp(max=first.tokens - 1), torch.arange(first.tokens)
+        gathers = [in_order[0] if tiles.gather is None else tiles.gather for tiles in choices]
+        scatters = [in_order[1] if tiles.scatter is None else tiles.scatter for tiles in choices]
+        return replace(first, gather=torch.stack(gathers), scatter=torch.stack(scatters))
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Pick along the sequence of x (B, H, S, D) by an index (P,), (H, P) or (B, H, P)."""
+    if index.ndim == 1:
+        return x.index_select(-2, index)
+    if x.shape[1] != index.shape[-2]:
+        x = x.repeat_interleave(index.shape[-2] // x.shape[1], 1)
+    return x.gather(-2, index[..., None].expand(len(x), -1, -1, x.shape[-1]))
 
 
 def tiles(
     layout: Layout,
-    order: str = "raster",
+    order: Order = "raster",
     unit: int = 128,
     tile_thw: tuple[int, int, int] | None = None,
     dilation_thw: tuple[int, int, int] = (1, 1, 1),
@@ -73,12 +132,25 @@ def tiles(
 
     Parameters
     ----------
-    order : ``raster``, ``morton`` or ``tile``.
+    order : one of `Order`.
     unit : slots per block, or the larger of the two where query and key blocks differ.
-    tile_thw : frames, rows and columns of a tile, for ``tile``; their product is at most `unit`.
+    tile_thw : frames, rows and columns of a tile, for ``tile``; their product is at most `unit`. None: `compact_tile`.
     dilation_thw : steps between the frames, rows and columns of a tile, for ``tile``.
     """
+    if order == "tile" and tile_thw is None:
+        tile_thw = compact_tile(layout.grid_thw, unit)
     return _tiles(layout, order, unit, tile_thw, dilation_thw)
+
+
+def compact_tile(grid_thw: tuple[int, int, int], unit: int) -> tuple[int, int, int]:
+    """Return the tile of at most `unit` tokens that cuts the grid into fewest tiles, the most compact of equals."""
+    frames, rows, columns = grid_thw
+    shapes = [
+        (t, h, min(unit // (t * h), columns))
+        for t in range(1, min(frames, unit) + 1)
+        for h in range(1, min(rows, unit // t) + 1)
+    ]
+    return min(shapes, key=lambda tile: (math.prod(-(-n // m) for n, m in zip(grid_thw, tile, strict=True)), sum(tile)))
 
 
 @lru_cache(maxsize=64)
@@ -89,7 +161,10 @@ def _tiles(
     tile_thw: tuple[int, int, int] | None,
     dilation_thw: tuple[int, int, int],
 ) -> Tiles:
-    runs = _tile_runs(layout.grid_thw, tile_thw, dilation_thw) if order == "tile" else [_CURVES[order](layout.grid_thw)]
+    if order == "tile":
+        runs = _tile_runs(layout.grid_thw, tile_thw or layout.grid_thw, dilation_thw)
+    else:
+        runs = [_CURVES[order](layout.grid_thw) if order in _CURVES else axis_order(layout.grid_thw, order)]
     runs = [run + layout.text_before for run in runs]
     visual_slots = sum(-(-len(run) // unit) * unit for run in runs)
     text = torch.cat([torch.arange(layout.text_before), torch.arange(layout.length - layout.text_after, layout.length)])
@@ -114,6 +189,11 @@ def raster(grid_thw: tuple[int, int, int]) -> Tensor:
     return torch.arange(math.prod(grid_thw))
 
 
+def axis_order(grid_thw: tuple[int, int, int], axes: str) -> Tensor:
+    """Tokens with the axes counting in the order named, the slowest first: int64 (T * H * W,). ``thw`` is the raster."""
+    return raster(grid_thw).view(grid_thw).permute(*("thw".index(axis) for axis in axes)).flatten()
+
+
 def morton(grid_thw: tuple[int, int, int]) -> Tensor:
     """Z-order: the bits of column, row and frame interleaved, column lowest; any grid size. int64 (T * H * W,)."""
     t, h, w = torch.meshgrid(*(torch.arange(n) for n in grid_thw), indexing="ij")
@@ -130,11 +210,9 @@ def axis_tiles(length: int, tile: int, dilation: int = 1) -> list[Tensor]:
 
 
 def _tile_runs(
-    grid_thw: tuple[int, int, int], tile_thw: tuple[int, int, int] | None, dilation_thw: tuple[int, int, int]
+    grid_thw: tuple[int, int, int], tile_thw: tuple[int, int, int], dilation_thw: tuple[int, int, int]
 ) -> list[Tensor]:
     """One run per tile: the product of the three axes' tiles, columns fastest."""
-    if tile_thw is None:
-        raise ValueError("order='tile' needs tile_thw.")
     token = raster(grid_thw).view(grid_thw)
     axes = (axis_tiles(*axis) for axis in zip(grid_thw, tile_thw, dilation_thw, strict=True))
     return [token[frames[:, None, None], rows[:, None], columns].flatten() for frames, rows, columns in product(*axes)]

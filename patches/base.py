@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from accelplug.bounded import Bounded
 from accelplug.kernels.attention import Backend, block_attention, measure_choice
-from accelplug.kernels.orders import Tiles, tiles
-from accelplug.kernels.plan import BlockPlan, Threshold, pool
+from accelplug.kernels.orders import Order, Tiles, tiles
+from accelplug.kernels.plan import BlockPlan, Box, Threshold, counted, pool
 from accelplug.kernels.rest import Drop, Pool
 
 if TYPE_CHECKING:
@@ -133,87 +134,121 @@ class UnimplementedHalf(TypeError):
 class BlockConfig(Config):
     """The keys that all block-sparse methods share."""
 
-    block: int = Field(128, ge=8, le=1024, multiple_of=8, description="Slots per query and key block.")
+    block: int = Field(128, ge=8, le=1024, multiple_of=8, description="Slots per query block.")
+    block_k: int | None = Field(None, ge=8, le=1024, multiple_of=8, description="Slots per key block; as `block` if none.")
     rest: Literal["drop", "pool"] = Field("drop", description="What becomes of the key blocks that are not selected.")
     rest_weight: float = Field(1.0, ge=0.0, le=1.0, description="Factor on log(length) of a pooled block (rest: pool).")
     backend: Backend = Field("auto", description="Kernel that runs the plan: auto, triton, flex, blocked or reference.")
 
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> Self:
+        if self.block % self.key_block and self.key_block % self.block:
+            raise ValueError(f"one of block {self.block} and block_k {self.block_k} must divide the other")
+        return self
+
+    @property
+    def key_block(self) -> int:
+        """Slots per key block."""
+        return self.block_k or self.block
+
+    @property
+    def unit(self) -> int:
+        """Slots that hold whole query blocks and whole key blocks."""
+        return max(self.block, self.key_block)
+
+
+class ScoredConfig(BlockConfig):
+    """The keys that all methods share that select by scores: they take tokens in any order."""
+
+    order: Order = Field("raster", description="How visual tokens line up in blocks.")
+    tile_thw: tuple[int, int, int] | None = Field(
+        None, description="Frames, rows and columns of a tile (order: tile); none: the one that cuts the grid into fewest."
+    )
+
+    @model_validator(mode="after")
+    def _tile_fits(self) -> Self:
+        if self.tile_thw and (min(self.tile_thw) < 1 or math.prod(self.tile_thw) > self.unit):
+            raise ValueError(f"tile_thw {self.tile_thw} must hold 1 to {self.unit} tokens, the larger of the two blocks")
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class BlockParams:
-    """What a block-sparse `attend` needs: the tiles, and the plan where it does not depend on the scores."""
+    """What a block-sparse `attend` needs.
+
+    Attributes
+    ----------
+    tiles : how tokens line up.
+    plan : which key blocks are read, or None where that depends on the scores.
+    where : what else `route` is told: plain values that the plan depends on beside the layout.
+    """
 
     tiles: Tiles
     plan: BlockPlan | None
+    where: Mapping[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> BlockParams:
         """Return the params with their tensors on `device`."""
-        return BlockParams(self.tiles.to(device), self.plan and self.plan.to(device))
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """What a selector by scores sees: pooled queries (B, H, M, D) and keys (B, H, N, D), float32, and the scale.
-
-    `k_number`, float32 (B|1, 1, N), is how many keys each pooled key is the mean of; 0 where all are masked.
-    """
-
-    q_pool: Tensor
-    k_pool: Tensor
-    k_number: Tensor
-    scale: float
+        return replace(self, tiles=self.tiles.to(device), plan=self.plan and self.plan.to(device))
 
 
 class BlockSparse(Patch):
     """Template of the block-sparse methods: order, select, run the kernel, un-order.
 
-    A subclass writes `select`, and `order` where tokens do not lie in raster order. With ``static = True`` the plan depends on
-    the layout alone and is made once in `prepare`; otherwise `select` is called with pooled scores, inside the graph.
+    A subclass writes `select`, and `order` where tokens do not lie in raster order. The plan depends on the layout alone and
+    is made once. A method whose plan also depends on the site or the clock overrides `prepare` to end in
+    ``self.params(layout, axis=site.layer % 3)``: `order` and `select` are then told ``axis``. Methods that look at queries
+    and keys are `Scored`.
     """
 
     Config: ClassVar[type[Config]] = BlockConfig
-    static: ClassVar[bool] = True
     config: BlockConfig
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
-        self._prepared: Bounded[Layout, BlockParams] = Bounded(16)
+        self._prepared: Bounded[tuple, BlockParams] = Bounded(16)
 
     def neutral(self, layout: Layout) -> bool:
         """Whether this config reads every key of `layout`: then the call runs dense, bit for bit."""
         return False
 
-    def order(self, layout: Layout) -> Tiles:
+    def order(self, layout: Layout, **where: Any) -> Tiles:
         """Return how tokens line up in blocks; raster by default."""
-        return tiles(layout, "raster", self.config.block)
+        return tiles(layout, "raster", self.config.unit)
 
-    def select(self, tiles: Tiles, scores: Scores | None = None) -> BlockPlan | Threshold:
-        """Return the key blocks that each query block reads; text rows and text columns must be among them."""
+    def select(self, tiles: Tiles, **where: Any) -> BlockPlan:
+        """Return the blocks, of ``config.unit`` slots, that each reads: `plan` turns membership into what this returns."""
         raise UnimplementedHalf(type(self), "select")
 
-    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> BlockParams | None:
-        if self.neutral(layout):
-            return None
-        return self._prepared.get(layout, lambda: self._params(layout))
+    def plan(self, members: Tensor, tiles: Tiles, box: Box | None = None) -> BlockPlan:
+        """Make a plan from membership of units, bool (..., U, U): text is read by all rows, and reads all."""
+        block, block_k, unit = self.config.block, self.config.key_block, self.config.unit
+        members = members.repeat_interleave(unit // block, -2).repeat_interleave(unit // block_k, -1)
+        return _text_dense(members, tiles, tiles, block, block_k, box)
 
-    def _params(self, layout: Layout) -> BlockParams:
-        tiles = self.order(layout)
-        plan = self.select(tiles) if self.static else None
-        return BlockParams(tiles, plan)  # type: ignore[arg-type]  # a static selector has no scores to set a threshold on
+    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> BlockParams | None:
+        return None if self.neutral(layout) else self.params(layout)
+
+    def params(self, layout: Layout, **where: Any) -> BlockParams:
+        """Return the params of a layout, made once for each ``where``, whose values must be hashable."""
+        return self._prepared.get((layout, *where.items()), lambda: self._params(layout, where))
+
+    def _params(self, layout: Layout, where: dict[str, Any]) -> BlockParams:
+        tiles = self.order(layout, **where)
+        return BlockParams(tiles, self.select(tiles, **where), where)
 
     def attend(self, call: AttentionCall, params: BlockParams) -> Tensor:
-        return params.tiles.unpermute(block_attention(**self._arguments(call, params)))
+        blocks, plan = self._laid_out(call, params)
+        return blocks.q_tiles.unpermute(block_attention(**self._arguments(blocks, plan)))
 
     def choose_backend(self, call: AttentionCall, params: BlockParams) -> None:
         if self.config.backend == "auto":
-            measure_choice(**self._arguments(call, params))
+            measure_choice(**self._arguments(*self._laid_out(call, params)))
 
     def inspect(self, call: AttentionCall, params: BlockParams) -> tuple[float, BlockPlan]:
-        arguments = self._arguments(call, params)
-        plan = arguments["plan"]
+        blocks, plan = self._laid_out(call, params)
         if isinstance(plan, Threshold):
-            scores = self._scores(arguments["q"], arguments["k"], params.tiles, arguments["key_mask"], call.scale)
-            plan = plan.lower(scores.q_pool, scores.k_pool, call.scale)
+            plan = plan.lower(blocks.q_pool, blocks.k_pool, call.scale)
         exact = float(plan.density().mean())
         if self.config.rest == "drop":
             return exact, plan
@@ -221,35 +256,143 @@ class BlockSparse(Patch):
         pooled_keys = (~plan.members & (plan.k_len > 0)).double().sum(-1) @ plan.q_len.double()
         return exact + float((pooled_keys / (plan.q_len.sum() * plan.k_len.sum())).mean()), plan
 
-    def _arguments(self, call: AttentionCall, params: BlockParams) -> dict[str, Any]:
-        """Everything that `block_attention` takes, in block order."""
-        tiles = params.tiles
-        q, k, v = (tiles.permute(x) for x in (call.q, call.k, call.v))
-        key_mask = call.mask
-        if key_mask is not None and tiles.gather is not None:
-            key_mask = key_mask.index_select(-1, tiles.gather)
-        plan: BlockPlan | Threshold | None = params.plan
-        if plan is None:
-            plan = self.select(tiles, self._scores(q, k, tiles, key_mask, call.scale))
-        rest = Drop() if self.config.rest == "drop" else Pool(self._pool_weight(q))
-        return {
-            "q": q,
-            "k": k,
-            "v": v,
-            "plan": plan,
-            "rest": rest,
-            "scale": call.scale,
-            "key_mask": key_mask,
-            "backend": self.config.backend,
-        }
+    def arrange(self, call: AttentionCall, params: BlockParams) -> tuple[Tiles, Tiles]:
+        """Return how queries and how keys line up in this call."""
+        return params.tiles, params.tiles
 
-    def _scores(self, q: Tensor, k: Tensor, tiles: Tiles, key_mask: Tensor | None, scale: float) -> Scores:
-        lengths = tiles.lengths(self.config.block)
-        q_pool, _ = pool(q, lengths, self.config.block)
-        k_pool, k_number = pool(k, lengths, self.config.block, key_mask)
-        return Scores(q_pool, k_pool.repeat_interleave(q.shape[1] // k.shape[1], 1), k_number, scale)
+    def _laid_out(self, call: AttentionCall, params: BlockParams) -> tuple[Blocks, BlockPlan | Threshold]:
+        """The call in block order, and what is read of it."""
+        q_tiles, k_tiles = self.arrange(call, params)
+        blocks = Blocks.of(call, q_tiles, k_tiles, self.config.block, self.config.key_block)
+        return blocks, params.plan if params.plan is not None else self._route(blocks, params)
+
+    def _route(self, blocks: Blocks, params: BlockParams) -> BlockPlan | Threshold:
+        raise UnimplementedHalf(type(self), "select")
+
+    def _arguments(self, blocks: Blocks, plan: BlockPlan | Threshold) -> dict[str, Any]:
+        """Everything that `block_attention` takes."""
+        rest = Drop() if self.config.rest == "drop" else Pool(self._pool_weight(blocks.q))
+        tensors = {"q": blocks.q, "k": blocks.k, "v": blocks.v, "key_mask": blocks.key_mask, "scale": blocks.scale}
+        return {**tensors, "plan": plan, "rest": rest, "backend": self.config.backend}
 
     def _pool_weight(self, q: Tensor) -> Tensor | None:
         if self.config.rest_weight == 1.0:
             return None
         return torch.full((q.shape[1],), self.config.rest_weight, device=q.device)
+
+
+class Scored(BlockSparse):
+    """Template of the block-sparse methods that look at queries and keys: `route` is called at every call, inside the graph.
+
+    It takes the place of `select`. What it does must not depend on values in Python: tensors in, a plan out.
+    """
+
+    Config: ClassVar[type[Config]] = ScoredConfig
+    config: ScoredConfig
+
+    def order(self, layout: Layout, **where: Any) -> Tiles:
+        return tiles(layout, self.config.order, self.config.unit, self.config.tile_thw)
+
+    def route(self, blocks: Blocks, **where: Any) -> BlockPlan | Threshold:
+        """Return the key blocks that each query block reads: ``blocks.plan`` turns membership into what this returns."""
+        raise UnimplementedHalf(type(self), "route")
+
+    def _params(self, layout: Layout, where: dict[str, Any]) -> BlockParams:
+        return BlockParams(self.order(layout, **where), None, where)
+
+    def _route(self, blocks: Blocks, params: BlockParams) -> BlockPlan | Threshold:
+        return self.route(blocks, **params.where)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A call in block order: what a selector by scores sees.
+
+    Attributes
+    ----------
+    q, k, v : (B, H, P, D), (B, H_kv, P, D) and (B, H_kv, P, D_v), tokens in slots; H_kv is H where orders differ by head.
+    key_mask : bool (B, P), or (B, H, P) where orders differ by head, keys that may be read; None for all.
+    scale : factor on q.k.
+    q_tiles, k_tiles : how queries and keys line up.
+    block, block_k : slots per query and key block, M and N of them.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None
+    scale: float
+    q_tiles: Tiles
+    k_tiles: Tiles
+    block: int
+    block_k: int
+    _means: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, call: AttentionCall, q_tiles: Tiles, k_tiles: Tiles, block: int, block_k: int) -> Blocks:
+        """Lay a call out in block order."""
+        key_mask = call.mask if call.mask is None else k_tiles.permute_mask(call.mask)
+        q, k, v = q_tiles.permute(call.q), k_tiles.permute(call.k), k_tiles.permute(call.v)
+        return cls(q, k, v, key_mask, call.scale, q_tiles, k_tiles, block, block_k)
+
+    @property
+    def q_pool(self) -> Tensor:
+        """Mean query of each block, float32 (B, H, M, D); 0 where it has none."""
+        return self._mean("q", self.q, self.query_lengths, self.block, None)
+
+    @property
+    def k_pool(self) -> Tensor:
+        """Mean key of each block, over those that may be read, float32 (B, H, N, D); 0 where it has none."""
+        return self._mean("k", self.k, self.key_lengths, self.block_k, self.key_mask)
+
+    @property
+    def v_pool(self) -> Tensor:
+        """Mean value of each block, over those that may be read, float32 (B, H, N, D_v); 0 where it has none."""
+        return self._mean("v", self.v, self.key_lengths, self.block_k, self.key_mask)
+
+    def _mean(self, name: str, x: Tensor, lengths: Tensor, block: int, valid: Tensor | None) -> Tensor:
+        if name not in self._means:  # a functools.cached_property takes a lock, which Dynamo does not trace
+            mean, _ = pool(x, lengths, block, valid)
+            self._means[name] = mean.repeat_interleave(self.q.shape[1] // x.shape[1], 1)
+        return self._means[name]
+
+    @property
+    def k_number(self) -> Tensor:
+        """How many keys of each block may be read, float32 (B|1, 1, N)."""
+        return counted(self.key_lengths, self.block_k, self.key_mask)
+
+    @property
+    def query_lengths(self) -> Tensor:
+        """Tokens per query block, int32 (M,)."""
+        return self.q_tiles.lengths(self.block)
+
+    @property
+    def key_lengths(self) -> Tensor:
+        """Tokens per key block, int32 (N,)."""
+        return self.k_tiles.lengths(self.block_k)
+
+    @property
+    def query_text(self) -> Tensor:
+        """Which query blocks hold text, bool (M,)."""
+        return self.q_tiles.is_text(self.block)
+
+    @property
+    def key_text(self) -> Tensor:
+        """Which key blocks hold text, bool (N,)."""
+        return self.k_tiles.is_text(self.block_k)
+
+    @property
+    def candidates(self) -> Tensor:
+        """Key blocks that a selector has the choice of: visual, with a key that may be read. Bool (B|1, 1, N)."""
+        return (self.k_number > 0) & ~self.key_text
+
+    def plan(self, members: Tensor) -> BlockPlan:
+        """Make a plan from block membership, bool (B|1, H|1, M, N): text is read by all rows, and reads all."""
+        return _text_dense(members, self.q_tiles, self.k_tiles, self.block, self.block_k)
+
+
+def _text_dense(
+    members: Tensor, q_tiles: Tiles, k_tiles: Tiles, block: int, block_k: int, box: Box | None = None
+) -> BlockPlan:
+    members = members | q_tiles.is_text(block)[:, None] | k_tiles.is_text(block_k)
+    return BlockPlan.from_members(members, q_tiles.lengths(block), k_tiles.lengths(block_k), block, block_k, box)

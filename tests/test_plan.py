@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from accelplug.call import Layout
 from accelplug.errors import ShapeError
-from accelplug.kernels.orders import morton, tiles
+from accelplug.kernels.orders import Tiles, axis_order, compact_tile, morton, tiles
 from accelplug.kernels.plan import BlockPlan, pack_bits, pool, unpack_bits
 
 
@@ -81,7 +83,10 @@ def test_pool_divides_by_true_length_and_heeds_the_mask():
 
 
 @pytest.mark.parametrize("text", [(0, 0), (5, 0), (0, 7), (3, 4)])
-@pytest.mark.parametrize(("order", "tile"), [("raster", None), ("morton", None), ("tile", (2, 2, 4))])
+@pytest.mark.parametrize(
+    ("order", "tile"),
+    [("raster", None), ("morton", None), ("tile", (2, 2, 4)), ("tile", None), ("wht", None), ("hwt", None)],
+)
 def test_tiles_round_trip(order, tile, text):
     layout = Layout((3, 5, 7), *text)
     laid = tiles(layout, order, 16, tile)
@@ -103,3 +108,52 @@ def test_morton_is_a_permutation_that_keeps_neighbours_near():
     for run in blocks:
         place = torch.stack(torch.unravel_index(run, grid))
         assert ((place.max(1).values - place.min(1).values) <= 1).all()
+
+
+def test_axis_orders_count_as_their_names_say():
+    grid = (2, 3, 5)
+    assert torch.equal(axis_order(grid, "thw"), torch.arange(30))
+    frame, row, column = torch.unravel_index(axis_order(grid, "wht"), grid)
+    assert torch.equal(column * 6 + row * 2 + frame, torch.arange(30))  # columns slowest, frames fastest
+    there = axis_order(grid, "hwt")
+    back = axis_order((3, 5, 2), "wth")  # each is the other's inverse, on the turned grid
+    assert torch.equal(there[back], torch.arange(30))
+
+
+@pytest.mark.parametrize("text", [(0, 0), (3, 5)])
+def test_orders_per_head_are_each_heads_own(text):
+    layout = Layout((3, 4, 5), *text)
+    names = ("raster", "wht", "morton")
+    choices = [tiles(layout, name, 16) for name in names]
+    laid = Tiles.per_head(choices)
+    x = torch.randn(2, 3, layout.length, 4)
+    slots = laid.permute(x)
+    held = laid.held
+    for head, one in enumerate(choices):
+        alone = one.permute(x[:, head : head + 1])
+        assert torch.equal(
+            slots[:, head : head + 1][..., held, :],
+            torch.nn.functional.pad(alone, (0, 0, 0, len(held)))[..., : len(held), :][..., held, :],
+        )
+        assert torch.equal(laid.coordinates()[head][held], one.coordinates()[held])
+    assert torch.equal(laid.unpermute(slots), x)
+    shared = x[:, :1]
+    assert torch.equal(laid.permute(shared), laid.permute(shared.expand(-1, 3, -1, -1)))
+    flags = torch.rand(2, layout.length) < 0.5
+    assert torch.equal(laid.permute_mask(flags), laid.permute(flags[:, None, :, None].float()).bool()[..., 0])
+
+
+def test_orders_with_other_blocks_do_not_stack():
+    layout = Layout((3, 4, 5))
+    with pytest.raises(ShapeError, match="equally many slots"):
+        Tiles.per_head([tiles(layout, "raster", 16), tiles(layout, "tile", 16, (1, 2, 2))])
+
+
+@pytest.mark.parametrize("grid", [(1, 7, 9), (4, 6, 6), (3, 16, 1)], ids=str)
+def test_the_compact_tile_cuts_into_fewest(grid):
+    tile = compact_tile(grid, 16)
+    assert math.prod(tile) <= 16
+    assert all(side <= length for side, length in zip(tile, grid, strict=True))
+    pieces = math.prod(-(-n // m) for n, m in zip(grid, tile, strict=True))
+    assert pieces >= -(-math.prod(grid) // 16)
+    assert pieces <= math.prod(-(-n // m) for n, m in zip(grid, (1, 4, 4), strict=True))

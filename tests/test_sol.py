@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from accelplug.call import Clock, Layout, Site
-from accelplug.kernels.orders import morton
+from accelplug.call import AttentionCall, Clock, Layout, Site
+from accelplug.kernels.orders import Tiles, morton, tiles
 from accelplug.kernels.plan import BlockPlan
-from accelplug.patches.base import Scores
+from accelplug.patches.base import Blocks
 from accelplug.patches.sparse.sol import Sol
 
 SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
@@ -19,9 +19,12 @@ SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
 def plan_of(layout: Layout, q: torch.Tensor, k: torch.Tensor, key_mask=None, scale=0.25, **config) -> BlockPlan:
     """Select on q (B, H, S, D) and k (B, H_kv, S, D), tokens in raster order."""
     sol = Sol({"block": 8, **config})
-    tiles = sol.order(layout)
-    scores = sol._scores(tiles.permute(q), tiles.permute(k), tiles, key_mask, scale)
-    return sol.select(tiles, scores).lower(scores.q_pool, scores.k_pool, scale)
+    blocks = blocks_of(q, k, sol.order(layout), key_mask, scale)
+    return sol.route(blocks).lower(blocks.q_pool, blocks.k_pool, scale)
+
+
+def blocks_of(q, k, laid: Tiles, key_mask=None, scale=0.25, block=8) -> Blocks:
+    return Blocks.of(AttentionCall(q, k, k, key_mask, scale, lambda: q), laid, laid, block, block)
 
 
 def members_by_blocks(layout, q, k, tau, statistic, scale=0.25, band=1, block=8) -> torch.Tensor:
@@ -84,9 +87,9 @@ def test_a_low_tau_reads_everything_and_dense_is_neutral():
 
 def test_both_statistics_agree_where_channels_are_uncorrelated():
     keys = torch.cat([torch.eye(8), -torch.eye(8)]) * torch.arange(1, 9).repeat(2)[:, None]  # diagonal covariance, mean 0
-    scores = Scores(torch.randn(1, 2, 16, 8), keys.expand(1, 2, 16, 8), torch.full((1, 1, 16), 8.0), 0.3)
-    every = torch.ones(1, 1, 16, dtype=torch.bool)
-    diag, exact = (Sol({"statistic": statistic}).theta(scores, every) for statistic in ("diag", "exact"))
+    laid = tiles(Layout((1, 4, 4)), "raster", 1)
+    blocks = blocks_of(torch.randn(1, 2, 16, 8), keys.expand(1, 2, 16, 8), laid, scale=0.3, block=1)
+    diag, exact = (Sol({"statistic": statistic}).theta(blocks) for statistic in ("diag", "exact"))
     torch.testing.assert_close(diag, exact)
 
 
@@ -148,11 +151,11 @@ def test_morton_is_a_permutation_that_keeps_neighbours_close(grid_thw):
 
 def test_theta_is_traced_without_a_graph_break():
     layout, sol = Layout((3, 5, 7), 0, 4), Sol({"block": 8, "statistic": "exact"})
-    tiles = sol.order(layout)
+    laid = sol.order(layout)
     q, k = torch.randn(2, 1, 2, layout.length, 16)
 
     def theta(q, k):
-        return sol.select(tiles, sol._scores(tiles.permute(q), tiles.permute(k), tiles, None, 0.25)).theta
+        return sol.route(blocks_of(q, k, laid)).theta
 
     compiled = torch.compile(theta, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k), theta(q, k))

@@ -14,7 +14,7 @@ from torch import Tensor
 from accelplug.call import Layout
 from accelplug.kernels.orders import Tiles, axis_tiles, tiles
 from accelplug.kernels.plan import BlockPlan, Box
-from accelplug.patches.base import BlockConfig, BlockSparse, Scores
+from accelplug.patches.base import BlockConfig, BlockSparse
 
 FAR = 1 << 30
 """Beyond every coordinate."""
@@ -46,9 +46,9 @@ class NeighborhoodConfig(BlockConfig):
                 raise ValueError(
                     f"stride {stride} is more than window {window}: keys between two windows would never be read"
                 )
-        if self.tile_thw and math.prod(self.tile_thw) > self.block:
+        if self.tile_thw and math.prod(self.tile_thw) > self.unit:
             raise ValueError(
-                f"tile_thw {self.tile_thw} holds {math.prod(self.tile_thw)} tokens, more than block {self.block}"
+                f"tile_thw {self.tile_thw} holds {math.prod(self.tile_thw)} tokens, more than a block of {self.unit}"
             )
         return self
 
@@ -147,22 +147,20 @@ class Neighborhood(BlockSparse):
 
     def tile_thw(self, layout: Layout) -> tuple[int, int, int]:
         """Return the tile: the config's, or the one that reads fewest blocks; the most compact of equals."""
-        return self.config.tile_thw or _best_tile(self.axes(layout), self.config.block)
+        return self.config.tile_thw or _best_tile(self.axes(layout), self.config.unit)
 
     def order(self, layout: Layout) -> Tiles:
         frames, rows, columns = (axis.dilation for axis in self.axes(layout))
-        return tiles(layout, "tile", self.config.block, self.tile_thw(layout), (frames, rows, columns))
+        return tiles(layout, "tile", self.config.unit, self.tile_thw(layout), (frames, rows, columns))
 
-    def select(self, tiles: Tiles, scores: Scores | None = None) -> BlockPlan:
-        block, axes = self.config.block, self.axes(tiles.layout)
+    def select(self, tiles: Tiles) -> BlockPlan:
+        axes = self.axes(tiles.layout)
         visits = [axis.visits(tile) for axis, tile in zip(axes, self.tile_thw(tiles.layout), strict=True)]
-        text = tiles.is_text(block)
-        members = text[:, None] | text
-        number = int((~text).sum())
+        units, number = (slots // self.config.unit for slots in (tiles.slots, tiles.visual_slots))
+        members = torch.zeros(units, units, dtype=torch.bool)
         members[:number, :number] = torch.einsum("ad,be,cf->abcdef", *(v.int() for v in visits)).reshape(number, number)
-        lengths = tiles.lengths(block)
         box = self.box(tiles) if self.config.mask == "token" and not self.neutral(tiles.layout) else None
-        return BlockPlan.from_members(members, lengths, lengths, block, block, box)
+        return self.plan(members, tiles, box)
 
     def box(self, tiles: Tiles) -> Box:
         """Return the token-level windows, one axis of coordinates per axis that is not read whole."""

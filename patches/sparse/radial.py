@@ -11,7 +11,7 @@ from torch import Tensor
 from accelplug.call import Layout
 from accelplug.kernels.orders import Tiles
 from accelplug.kernels.plan import BlockPlan
-from accelplug.patches.base import BlockConfig, BlockSparse, Scores
+from accelplug.patches.base import BlockConfig, BlockSparse
 
 
 class RadialConfig(BlockConfig):
@@ -51,8 +51,8 @@ class Radial(BlockSparse):
     def neutral(self, layout: Layout) -> bool:
         return self.config.window == "full" or layout.grid_thw[0] <= 2  # frames next to each other read each other whole
 
-    def select(self, tiles: Tiles, scores: Scores | None = None) -> BlockPlan:
-        block = self.config.block
+    def select(self, tiles: Tiles) -> BlockPlan:
+        block = self.config.unit
         frames, rows, columns = tiles.layout.grid_thw
         per_frame = rows * columns
         windows = torch.tensor([self.window_tokens(distance, per_frame) for distance in range(frames)])
@@ -66,12 +66,10 @@ class Radial(BlockSparse):
             window[:, piece_frame == 0] = per_frame
         keep = self.keeps(start, end, window)
 
-        text = tiles.is_text(block)
-        members = text[:, None] | text
+        members = torch.zeros(2 * (tiles.slots // block,), dtype=torch.bool)
         query_piece, key_piece = keep.nonzero(as_tuple=True)
         members[piece_block[query_piece], piece_block[key_piece]] = True
-        lengths = tiles.lengths(block)
-        return BlockPlan.from_members(members, lengths, lengths, block, block)
+        return self.plan(members, tiles)
 
     def window_tokens(self, distance: int, per_frame: int) -> int:
         """Return w for frames `distance` apart, in tokens; -1 where they do not read each other."""
@@ -81,7 +79,7 @@ class Radial(BlockSparse):
             halvings = 1 << (distance.bit_length() - 1)
             every = -(-halvings // per_frame)
             return max(per_frame // halvings - 1, 0) if distance % every == 0 else -1
-        block = self.config.block
+        block = self.config.unit
         length = (1 << per_frame.bit_length()) / (1 << distance.bit_length())
         if length < block and distance % int(block / length):
             return -1

@@ -9,12 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from accelplug.call import Layout
-from accelplug.kernels.orders import Tiles, tiles
 from accelplug.kernels.plan import Threshold
-from accelplug.patches.base import BlockConfig, BlockSparse, Scores
+from accelplug.patches.base import Blocks, Scored, ScoredConfig
 
 
-class SolConfig(BlockConfig):
+class SolConfig(ScoredConfig):
     """Knobs of `Sol`."""
 
     block: int = Field(64, ge=8, le=1024, multiple_of=8, description="Slots per query and key block.")
@@ -26,10 +25,9 @@ class SolConfig(BlockConfig):
         "diag", description="Spread of the scores by channel variances or covariance."
     )
     band: int = Field(1, ge=0, description="Blocks on either side of its own that a query block always reads.")
-    order: Literal["raster", "morton"] = Field("raster", description="How visual tokens line up in blocks.")
 
 
-class Sol(BlockSparse):
+class Sol(Scored):
     """Sol-Attn (arXiv 2607.24027): a threshold on pooled scores, set per query block from statistics of the pooled keys.
 
     With pooled queries q_m and keys k_j (the mean of each block), ``a = scale * log2(e)``, and mean mu and variance var of
@@ -49,30 +47,22 @@ class Sol(BlockSparse):
     Config = SolConfig
     config: SolConfig
     cite = "arXiv 2607.24027"
-    static = False
 
     def neutral(self, layout: Layout) -> bool:
         return self.config.tau == "dense"
 
-    def order(self, layout: Layout) -> Tiles:
-        return tiles(layout, self.config.order, self.config.block)
+    def route(self, blocks: Blocks) -> Threshold:
+        shape = blocks.query_lengths, blocks.key_lengths, blocks.block, blocks.block_k
+        return Threshold(self.theta(blocks), self.config.band, blocks.key_text, blocks.query_text, *shape)
 
-    def select(self, tiles: Tiles, scores: Scores | None = None) -> Threshold:
-        if scores is None:
-            raise TypeError("Sol selects by scores: pass those of the call.")
-        block = self.config.block
-        text, lengths = tiles.is_text(block), tiles.lengths(block)
-        candidates = (scores.k_number > 0) & ~text  # [B|1, 1, N]
-        return Threshold(self.theta(scores, candidates), self.config.band, text, text, lengths, lengths, block, block)
-
-    def theta(self, scores: Scores, candidates: Tensor) -> Tensor:
-        """Return the threshold of each query block, float32 (B, H, M), log2 domain, from the pooled keys in `candidates`."""
+    def theta(self, blocks: Blocks) -> Tensor:
+        """Return the threshold of each query block, float32 (B, H, M), log2 domain."""
         tau = -math.inf if self.config.tau == "dense" else float(self.config.tau)
-        weight = candidates[..., None].float()
+        weight = blocks.candidates[..., None].float()
         weight = weight / weight.sum(-2, keepdim=True).clamp(min=1)  # [B|1, 1, N, 1]
-        mean = (weight * scores.k_pool).sum(-2, keepdim=True)
-        centred = scores.k_pool - mean
-        query = scores.q_pool * (scores.scale * math.log2(math.e))
+        mean = (weight * blocks.k_pool).sum(-2, keepdim=True)
+        centred = blocks.k_pool - mean
+        query = blocks.q_pool * (blocks.scale * math.log2(math.e))
         if self.config.statistic == "diag":
             variance = query.square() @ (weight * centred.square()).sum(-2)[..., None]  # [B, H, M, 1]
         else:
