@@ -122,6 +122,65 @@ def test_stride_equal_to_window_is_blocked_attention():
     assert torch.equal(mask, (cell[:, None] == cell).all(-1))
 
 
+def separable(layout: Layout, *rules) -> torch.Tensor:
+    """Bool (S, S): whether every axis's rule (query, key) -> bool holds; no text."""
+    masks = [
+        torch.tensor([[bool(rule(i, j)) for j in range(n)] for i in range(n)])
+        for n, rule in zip(layout.grid_thw, rules, strict=True)
+    ]
+    return torch.einsum("ad,be,cf->abcdef", *(m.int() for m in masks)).bool().reshape(layout.visual, layout.visual)
+
+
+def always(i: int, j: int) -> bool:
+    return True
+
+
+@pytest.mark.parametrize("grid_thw", [(2, 8, 12), (1, 9, 13), (3, 7, 5)])
+@pytest.mark.parametrize(("size", "halo"), [(4, 1), (4, 2), (3, 1), (4, 3), (5, 0)])
+def test_halo_attention_reads_a_block_and_its_halo_and_nothing_beyond_the_border(grid_thw, size, halo):
+    def rule(i: int, j: int) -> bool:
+        return i // size * size - halo <= j < (i // size + 1) * size + halo
+
+    layout, wide = Layout(grid_thw), size + 2 * halo
+    settings = {"window": ("full", wide, wide), "stride": (1, size, size), "border": "cut"}
+    assert torch.equal(token_mask(layout, block=16, **settings), separable(layout, always, rule, rule))
+
+
+@pytest.mark.parametrize(("grid_thw", "cells"), [((1, 8, 12), 4), ((2, 9, 13), 4), ((1, 7, 10), 3)])
+def test_grid_attention_reads_what_lies_at_the_same_place_of_every_cell(grid_thw, cells):
+    steps = [-(-n // cells) for n in grid_thw[1:]]
+    settings = {"window": ("full",) * 3, "dilation": (1, *steps)}
+    same_place = [lambda i, j, d=d: (i - j) % d == 0 for d in steps]
+    assert torch.equal(token_mask(Layout(grid_thw), block=16, **settings), separable(Layout(grid_thw), always, *same_place))
+
+
+def test_a_dilated_whole_axis_is_not_neutral():
+    method = Neighborhood({"window": ("full",) * 3, "dilation": (1, 2, 1), "block": 8})
+    assert method.prepare(SITE, Layout((3, 6, 7)), Clock(), {}) is not None
+    assert method.prepare(SITE, Layout((3, 1, 7)), Clock(), {}) is None
+
+
+@pytest.mark.parametrize("tile_thw", [(1, 2, 4), (2, 2, 2), None])
+@pytest.mark.parametrize("text", [(0, 0), (3, 2)], ids=["no-text", "text"])
+def test_grid_beside_blocks_visits_the_union_of_both_key_sets(tile_thw, text):
+    layout = Layout((2, 9, 13), *text)
+    config = {"window": (1, 4, 4), "stride": (1, 4, 4), "border": "cut", "grid": (1, 4, 6), "mask": "tile", "block": 8}
+    method = Neighborhood({**config, "tile_thw": tile_thw})
+    tiles = method.order(layout)
+    plan = method.select(tiles)
+    in_block = separable(layout, int.__eq__, *[lambda i, j: i // 4 == j // 4] * 2)
+    in_grid = separable(layout, always, lambda i, j: (i - j) % 4 == 0, lambda i, j: (i - j) % 6 == 0)
+    exact = torch.ones(layout.length, layout.length, dtype=torch.bool)
+    inside = slice(layout.text_before, layout.text_before + layout.visual)
+    exact[inside, inside] = in_block | in_grid
+    in_slots = exact[tiles.gather][:, tiles.gather]
+    visited = in_slots.unflatten(1, (-1, 8)).any(-1).unflatten(0, (-1, 8)).any(1)
+    assert torch.equal(plan.members[0, 0], visited)
+    text_blocks = tiles.is_text(8)
+    number = visited_tiles(method.axes(layout), method.tile_thw(layout), (1, 4, 6))
+    assert int(visited[~text_blocks][:, ~text_blocks].sum()) == number
+
+
 @pytest.mark.parametrize(
     ("window", "stride", "tile_thw", "block", "density"),
     [
@@ -176,8 +235,10 @@ def test_a_causal_axis_is_not_neutral():
         {"window": (0, 3, 3)},
         {"window": (3, 3)},
         {"dilation": (0, 1, 1)},
+        {"grid": (1, 4, 4)},
+        {"grid": (1, 4, 4), "mask": "tile", "dilation": (1, 2, 2)},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(config):
-    with pytest.raises(ValueError, match=r"stride|tile_thw|window|dilation"):
+    with pytest.raises(ValueError, match=r"stride|tile_thw|window|dilation|grid"):
         Neighborhood(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal
@@ -27,13 +28,21 @@ class NeighborhoodConfig(BlockConfig):
     """Knobs of `Neighborhood`; triples are frames, rows, columns."""
 
     window: tuple[Extent, Extent, Extent] = Field(
-        ("full", 24, 24), description="Keys that a query reads on each axis; full for the whole axis; more is cut to it."
+        ("full", 24, 24),
+        description="Keys that a query reads on each axis; full for the whole axis (its residue, if dilated); more is cut to it.",
     )
     stride: tuple[Positive, Positive, Positive] = Field(
         (1, 1, 1), description="Neighbours that share one window on each axis; 1 slides, the window's size partitions."
     )
     dilation: tuple[Positive, Positive, Positive] = Field((1, 1, 1), description="Steps between the keys of a window.")
     causal: tuple[bool, bool, bool] = Field((False, False, False), description="Axes on which nothing ahead is read.")
+    border: Literal["shift", "cut"] = Field(
+        "shift", description="Windows across a border: shift moves them inside, cut loses what lies beyond (halo attention)."
+    )
+    grid: tuple[Positive, Positive, Positive] | None = Field(
+        None,
+        description="Also read the keys that lie this many steps, or a multiple, away on each axis (MaxViT); mask: tile.",
+    )
     tile_thw: tuple[Positive, Positive, Positive] | None = Field(
         None, description="Tokens per block on each axis, at most `block` in all; none: the tile that reads fewest blocks."
     )
@@ -50,6 +59,11 @@ class NeighborhoodConfig(BlockConfig):
             raise ValueError(
                 f"tile_thw {self.tile_thw} holds {math.prod(self.tile_thw)} tokens, more than a block of {self.unit}"
             )
+        if self.grid and (self.mask != "tile" or self.dilation != (1, 1, 1)):
+            raise ValueError(
+                f"grid {self.grid} is read by whole tiles beside an undilated window: give mask: tile and no dilation, "
+                f"got mask: {self.mask}, dilation: {self.dilation}"
+            )
         return self
 
 
@@ -58,7 +72,7 @@ class Axis:
     """Windows along one axis.
 
     Positions that are `dilation` apart form a group, and windows stay inside groups. The *coordinate* of a position counts
-    group by group, so that every window is an interval of coordinates.
+    group by group, so that every window is an interval of coordinates. `cut` windows lose what lies beyond a border.
     """
 
     length: int
@@ -66,18 +80,31 @@ class Axis:
     stride: int
     dilation: int
     causal: bool
+    cut: bool = False
 
     @classmethod
-    def fit(cls, length: int, window: int | str, stride: int = 1, dilation: int = 1, causal: bool = False) -> Axis:
-        """Cut settings to the axis: every group must hold a whole window."""
-        dilation = 1 if window == "full" else min(dilation, length)
-        window = length if window == "full" else min(int(window), length // dilation)
-        return cls(length, window, min(stride, window), dilation, causal)
+    def fit(
+        cls,
+        length: int,
+        window: int | str,
+        stride: int = 1,
+        dilation: int = 1,
+        causal: bool = False,
+        cut: bool = False,
+    ) -> Axis:
+        """Fit settings to the axis. Windows that do not cross borders must lie in every group, unless they are whole groups."""
+        dilation = min(dilation, length)
+        if window == "full":
+            window, cut = -(-length // dilation), False
+        elif not cut:
+            window = min(int(window), length // dilation)
+        return cls(length, int(window), min(stride, int(window)), dilation, causal, cut)
 
     @property
     def full(self) -> bool:
         """Whether every position reads the whole axis."""
-        return self.window == self.length and (self.length == 1 or not self.causal)
+        first, last = self.reads()
+        return self.dilation == 1 and bool((first == 0).all() and (last == self.length).all())
 
     def coordinate(self) -> Tensor:
         """Coordinate of each position, int64 (length,)."""
@@ -93,10 +120,14 @@ class Axis:
         if self.causal:
             leader = torch.minimum(leader + self.stride - 1, group - 1)
             first, last = (leader - self.window + 1).clamp(min=0), place + 1
+        elif self.cut:
+            first = leader + self.stride // 2 - self.window // 2
+            first, last = first.clamp(min=0), torch.minimum(first + self.window, group)
         else:
             leader = torch.minimum(leader + self.stride // 2, group - 1)
-            first = torch.minimum((leader - self.window // 2).clamp(min=0), group - self.window)  # shifted inside
-            last = first + self.window
+            # Shifted inside. A whole group may be shorter than the window.
+            first = torch.minimum(leader - self.window // 2, group - self.window).clamp(min=0)
+            last = torch.minimum(first + self.window, group)
         return self._base(position) + first, self._base(position) + last
 
     def _base(self, position: Tensor) -> Tensor:
@@ -113,10 +144,28 @@ class Axis:
         key_low, key_high = (torch.stack([coordinate[part[end]] for part in parts]) for end in (0, -1))
         return (low[:, None] <= key_high) & (key_low < high[:, None])
 
+    def meets(self, tile: int, steps: int) -> Tensor:
+        """Which tiles hold positions a multiple of `steps` from one of each tile's, bool (tiles, tiles)."""
+        tiles = axis_tiles(self.length, tile, self.dilation)
+        residue = torch.stack([torch.bincount(part % steps, minlength=steps) for part in tiles])
+        return residue @ residue.mT > 0
 
-def visited_tiles(axes_thw: tuple[Axis, ...], tile_thw: tuple[int, ...]) -> int:
+
+def visited_tiles(axes_thw: tuple[Axis, ...], tile_thw: tuple[int, ...], grid: tuple[int, ...] | None = None) -> int:
     """Count the (query tile, key tile) pairs that are read: what attention costs, in tiles."""
-    return math.prod(int(axis.visits(tile).sum()) for axis, tile in zip(axes_thw, tile_thw, strict=True))
+    near = [axis.visits(tile) for axis, tile in zip(axes_thw, tile_thw, strict=True)]
+    number = math.prod(int(axis.sum()) for axis in near)
+    if grid is not None:
+        far = [axis.meets(tile, steps) for axis, tile, steps in zip(axes_thw, tile_thw, grid, strict=True)]
+        both = math.prod(int((a & b).sum()) for a, b in zip(near, far, strict=True))
+        number += math.prod(int(axis.sum()) for axis in far) - both
+    return number
+
+
+def product(axes: Sequence[Tensor]) -> Tensor:
+    """Combine what each axis says of its tiles, bool (T, T), (H, H), (W, W), for all tiles: bool (T * H * W, T * H * W)."""
+    number = math.prod(len(axis) for axis in axes)
+    return torch.einsum("ad,be,cf->abcdef", *(axis.int() for axis in axes)).bool().reshape(number, number)
 
 
 class Neighborhood(BlockSparse):
@@ -127,10 +176,17 @@ class Neighborhood(BlockSparse):
     On a causal axis ``leader = min(i // s * s + s - 1, L - 1)``, and i reads ``[max(leader - w + 1, 0), i]``. With dilation
     d, all this happens among the positions of one residue mod d.
 
-    Settings give the family: stride 1 is neighbourhood attention, dilation its dilated form (arXiv 2209.15001), stride =
-    window blocked attention, and window and stride in multiples of the tile the sliding tiles of arXiv 2502.04507 (an odd
-    number of them), where tiles are read whole or not at all. Tiles are cut, not padded, at the far border. ``mask: tile``
-    reads a superset: every tile that a window touches, whole.
+    Settings give the family, b a block's size on an axis:
+
+    * neighbourhood attention: stride 1; dilated (arXiv 2209.15001): dilation;
+    * sliding tiles (arXiv 2502.04507): window and stride in multiples of the tile, an odd number of them; then tiles are read
+      whole or not at all;
+    * halo attention (HaloNet, arXiv 2103.12731): stride b, window b + 2 * halo, border cut;
+    * window attention (Swin, arXiv 2103.14030, unshifted): window = stride = b, border cut;
+    * MaxViT (arXiv 2204.01697): its blocks are window attention; its grid of G positions an axis is window full, dilation L / G.
+      The published model has them in layers by turns. To read both key sets in one softmax, give the first and ``grid`` L / G.
+
+    Tiles are cut, not padded, at the far border. ``mask: tile`` reads a superset: every tile that a window touches, whole.
     """
 
     Config = NeighborhoodConfig
@@ -140,25 +196,29 @@ class Neighborhood(BlockSparse):
     def axes(self, layout: Layout) -> tuple[Axis, ...]:
         """Return the axes of `layout`: frames, rows, columns."""
         config = self.config
-        return tuple(map(Axis.fit, layout.grid_thw, config.window, config.stride, config.dilation, config.causal))
+        cut = [config.border == "cut"] * 3
+        return tuple(map(Axis.fit, layout.grid_thw, config.window, config.stride, config.dilation, config.causal, cut))
 
     def neutral(self, layout: Layout) -> bool:
-        return all(axis.full for axis in self.axes(layout))
+        return self.config.grid == (1, 1, 1) or all(axis.full for axis in self.axes(layout))
 
     def tile_thw(self, layout: Layout) -> tuple[int, int, int]:
         """Return the tile: the config's, or the one that reads fewest blocks; the most compact of equals."""
-        return self.config.tile_thw or _best_tile(self.axes(layout), self.config.unit)
+        return self.config.tile_thw or _best_tile(self.axes(layout), self.config.unit, self.config.grid)
 
     def order(self, layout: Layout) -> Tiles:
         frames, rows, columns = (axis.dilation for axis in self.axes(layout))
         return tiles(layout, "tile", self.config.unit, self.tile_thw(layout), (frames, rows, columns))
 
     def select(self, tiles: Tiles) -> BlockPlan:
-        axes = self.axes(tiles.layout)
-        visits = [axis.visits(tile) for axis, tile in zip(axes, self.tile_thw(tiles.layout), strict=True)]
-        units, number = (slots // self.config.unit for slots in (tiles.slots, tiles.visual_slots))
+        axes, tile_thw = self.axes(tiles.layout), self.tile_thw(tiles.layout)
+        visual = product([axis.visits(tile) for axis, tile in zip(axes, tile_thw, strict=True)])
+        if self.config.grid is not None:
+            far = zip(axes, tile_thw, self.config.grid, strict=True)
+            visual |= product([axis.meets(tile, steps) for axis, tile, steps in far])
+        units, number = tiles.slots // self.config.unit, len(visual)
         members = torch.zeros(units, units, dtype=torch.bool)
-        members[:number, :number] = torch.einsum("ad,be,cf->abcdef", *(v.int() for v in visits)).reshape(number, number)
+        members[:number, :number] = visual
         box = self.box(tiles) if self.config.mask == "token" and not self.neutral(tiles.layout) else None
         return self.plan(members, tiles, box)
 
@@ -191,7 +251,7 @@ class Neighborhood(BlockSparse):
 
 
 @lru_cache(maxsize=64)
-def _best_tile(axes_thw: tuple[Axis, ...], block: int) -> tuple[int, int, int]:
+def _best_tile(axes_thw: tuple[Axis, ...], block: int, grid: tuple[int, ...] | None) -> tuple[int, int, int]:
     divisors = [n for n in range(1, block + 1) if block % n == 0]
     shapes = [(t, h, block // t // h) for t in divisors for h in divisors if block % (t * h) == 0]
-    return min(shapes, key=lambda tile_thw: (visited_tiles(axes_thw, tile_thw), sum(tile_thw)))
+    return min(shapes, key=lambda tile_thw: (visited_tiles(axes_thw, tile_thw, grid), sum(tile_thw)))
