@@ -19,9 +19,10 @@ from torch import Tensor
 
 from accelplug.call import Layout
 from accelplug.errors import ShapeError
+from accelplug.kernels import curves
 
-Order = Literal["raster", "tile", "morton", "thw", "twh", "hwt", "htw", "wht", "wth"]
-"""Names of orders. Six say which of frame, row and column counts slowest, then next; ``thw`` is the raster."""
+Order = Literal["raster", "tile", "morton", "hilbert", "gilbert", "thw", "twh", "hwt", "htw", "wht", "wth"]
+"""Names of orders. Three are curves. Six say which of frame, row and column counts slowest, then next; ``thw`` is the raster."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,16 +195,6 @@ def axis_order(grid_thw: tuple[int, int, int], axes: str) -> Tensor:
     return raster(grid_thw).view(grid_thw).permute(*("thw".index(axis) for axis in axes)).flatten()
 
 
-def morton(grid_thw: tuple[int, int, int]) -> Tensor:
-    """Z-order: the bits of column, row and frame interleaved, column lowest; any grid size. int64 (T * H * W,)."""
-    t, h, w = torch.meshgrid(*(torch.arange(n) for n in grid_thw), indexing="ij")
-    code = torch.zeros_like(t)
-    for bit in range(max(grid_thw).bit_length()):
-        for place, axis in enumerate((w, h, t)):
-            code |= ((axis >> bit) & 1) << (3 * bit + place)
-    return code.flatten().argsort()
-
-
 def axis_tiles(length: int, tile: int, dilation: int = 1) -> list[Tensor]:
     """Cut one axis into tiles of every `dilation`-th position, residue by residue; the last tile of a residue may be short."""
     return [part for residue in range(min(dilation, length)) for part in torch.arange(residue, length, dilation).split(tile)]
@@ -218,4 +209,4 @@ def _tile_runs(
     return [token[frames[:, None, None], rows[:, None], columns].flatten() for frames, rows, columns in product(*axes)]
 
 
-_CURVES = {"raster": raster, "morton": morton}
+_CURVES = {"raster": raster, "morton": curves.morton, "hilbert": curves.hilbert, "gilbert": curves.gilbert}

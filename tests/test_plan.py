@@ -9,7 +9,8 @@ import torch
 
 from accelplug.call import Layout
 from accelplug.errors import ShapeError
-from accelplug.kernels.orders import Tiles, axis_order, compact_tile, morton, tiles
+from accelplug.kernels.curves import morton
+from accelplug.kernels.orders import Tiles, axis_order, compact_tile, tiles
 from accelplug.kernels.plan import BlockPlan, pack_bits, pool, unpack_bits
 
 
@@ -85,7 +86,16 @@ def test_pool_divides_by_true_length_and_heeds_the_mask():
 @pytest.mark.parametrize("text", [(0, 0), (5, 0), (0, 7), (3, 4)])
 @pytest.mark.parametrize(
     ("order", "tile"),
-    [("raster", None), ("morton", None), ("tile", (2, 2, 4)), ("tile", None), ("wht", None), ("hwt", None)],
+    [
+        ("raster", None),
+        ("morton", None),
+        ("hilbert", None),
+        ("gilbert", None),
+        ("tile", (2, 2, 4)),
+        ("tile", None),
+        ("wht", None),
+        ("hwt", None),
+    ],
 )
 def test_tiles_round_trip(order, tile, text):
     layout = Layout((3, 5, 7), *text)
@@ -123,7 +133,7 @@ def test_axis_orders_count_as_their_names_say():
 @pytest.mark.parametrize("text", [(0, 0), (3, 5)])
 def test_orders_per_head_are_each_heads_own(text):
     layout = Layout((3, 4, 5), *text)
-    names = ("raster", "wht", "morton")
+    names = ("raster", "wht", "gilbert")
     choices = [tiles(layout, name, 16) for name in names]
     laid = Tiles.per_head(choices)
     x = torch.randn(2, 3, layout.length, 4)

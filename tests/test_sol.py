@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
-from accelplug.kernels.orders import Tiles, morton, tiles
+from accelplug.kernels.curves import morton
+from accelplug.kernels.orders import Tiles, tiles
 from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.base import Blocks
 from accelplug.patches.sparse.sol import Sol
