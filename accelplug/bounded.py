@@ -34,6 +34,15 @@ class Bounded(Generic[K, V]):
         """Return the value of `key`, or None if it is not there."""
         return self._table.get(key)
 
+    def put(self, key: K, value: V) -> None:
+        """Set the value of `key`."""
+        self._table.pop(key, None)
+        self.get(key, lambda: value)
+
+    def items(self) -> list[tuple[K, V]]:
+        """Return keys with their values, least recently used first."""
+        return list(self._table.items())
+
     def values(self) -> list[V]:
         """Return the values, least recently used first."""
         return list(self._table.values())

@@ -20,7 +20,8 @@ from accelplug.call import Clock, Site
 from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, UnsupportedError
 from accelplug.hosts.clock import StepClock
 from accelplug.hosts.diffusers import DenoiserHost, denoisers
-from accelplug.hosts.gate import Gate
+from accelplug.hosts.forecast import Forecast, amdahl
+from accelplug.hosts.gate import Gate, Verdict
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import DENSE, Choice
 from accelplug.hosts.transformers import LanguageHost, is_language_model
@@ -43,6 +44,7 @@ def apply(
     gate: str = "auto",
     backend: str = "auto",
     deterministic: bool = False,
+    choices: Mapping[str, Any] | None = None,
     processor: Any = None,
 ) -> Plug:
     """Swap the attention of a loaded model as a recipe says.
@@ -55,8 +57,11 @@ def apply(
     strict : raise `FallbackError` where an attention call that a rule names would run dense.
     gate : ``auto`` times dense against sparse at the first call of each shape and leaves dense what would not pay;
         ``report`` times and tells, but forces the recipe; ``off`` forces it and times nothing.
-    backend : kernel for patches that leave the choice open: ``auto``, ``triton``, ``flex``, ``blocked``, ``reference``.
-    deterministic : take no choice by timing: the gate is off, and the first kernel that serves is used.
+    backend : kernel for patches that leave the choice open: ``auto``, ``first``, ``triton``, ``flex``, ``blocked``, ``reference``.
+    deterministic : take no choice by timing: the gate is off, and the first kernel that serves is used. With `choices`: time nothing
+        beside them.
+    choices : what ``plug.choices`` was in an earlier run of this recipe, from its JSON too. Its gate, backend, verdicts and kernels
+        stand, untimed, in place of those arguments; a shape it does not know is timed as usual.
     processor : a vision-language model's processor, for recipes that write prompts of their own (``carve``).
 
     Returns
@@ -74,6 +79,11 @@ def apply(
     UnsupportedError
         If the model's attention cannot be swapped (linear attention), or a patch of the recipe is for other models.
     """
+    if choices is not None:
+        gate, backend = _replayed(choices)
+    elif deterministic:
+        gate = "off"
+        backend = "first" if backend == "auto" else backend  # not what another plug of this process has measured either
     if gate not in ("auto", "report", "off"):
         raise AccelplugError(f"gate must be 'auto', 'report' or 'off', got {gate!r}.")
     parts = _parts(model)
@@ -89,14 +99,24 @@ def apply(
         loaded,
         parts,
         strict=strict,
-        gate="off" if deterministic else gate,
+        gate=gate,
         backend=backend,
         measure=not deterministic,
+        choices=choices,
         processor=processor,
     )
     plug._install()
     logger.info("%s", plug.summary())
     return plug
+
+
+def _replayed(choices: Mapping[str, Any]) -> tuple[str, str]:
+    """The gate and the backend of stored choices."""
+    expected = {"recipe", "gate", "backend", "verdicts", "kernels"}
+    if not isinstance(choices, Mapping) or not expected <= set(choices):
+        found = sorted(choices) if isinstance(choices, Mapping) else type(choices).__name__
+        raise AccelplugError(f"choices must be what plug.choices gave, with {sorted(expected)}, got {found}.")
+    return choices["gate"], choices["backend"]
 
 
 def remove(model: Any) -> None:
@@ -172,6 +192,7 @@ class Plug(AbstractContextManager["Plug"]):
         gate: str,
         backend: str,
         measure: bool,
+        choices: Mapping[str, Any] | None = None,
         processor: Any = None,
     ) -> None:
         self.recipe = recipe
@@ -180,7 +201,7 @@ class Plug(AbstractContextManager["Plug"]):
         self._backend = backend
         self._processor = processor
         self._ledger = Ledger(strict)
-        self._gate = Gate(gate)
+        self._gate = Gate(gate, times=measure)
         self._clock = StepClock(model)
         self._patches: Bounded[tuple[str, str], Patch] = Bounded(256)
         self._hosts: list[DenoiserHost | LanguageHost] = (
@@ -193,8 +214,24 @@ class Plug(AbstractContextManager["Plug"]):
         )
         for host in self._hosts:
             host.owner = self
+        for host in self._denoisers:
+            host.takes_turns = len(self._hosts) > 1
+        if choices is not None:
+            self._recall(choices)
         self._require_patches_of_its_kind()
         self._require_a_match()
+
+    def _recall(self, choices: Mapping[str, Any]) -> None:
+        from accelplug.kernels.attention import recall
+
+        if choices["recipe"] != self.recipe.name:
+            raise AccelplugError(f"These choices were made for {choices['recipe']}; expected those of {self.recipe.name}.")
+        self._gate.recall(choices["verdicts"])
+        recall(choices["kernels"])
+
+    @property
+    def _denoisers(self) -> list[DenoiserHost]:
+        return [host for host in self._hosts if isinstance(host, DenoiserHost)]
 
     def _decide(self, site: Site, layout: Any, clock: Clock) -> Choice:
         decision = self.recipe.decide(site, layout, clock)
@@ -307,29 +344,54 @@ class Plug(AbstractContextManager["Plug"]):
 
     @property
     def choices(self) -> dict[str, Any]:
-        """What was chosen by measurement: the gate's verdicts and the kernels, as plain data to be stored with results."""
+        """What was chosen by measurement, and what that foretells, as plain data: store it with results.
+
+        ``apply(model, recipe, choices=...)`` takes it again: the same verdicts and kernels, nothing timed anew.
+        """
         from accelplug.kernels.attention import choices
 
         return {
+            "recipe": self.recipe.name,
             "gate": self._gate.mode,
             "backend": self._backend,
             "verdicts": [verdict.to_dict() for verdict in self._gate.verdicts],
             "kernels": choices(),
+            "forecasts": [forecast.to_dict() for forecast in self.forecasts],
         }
 
+    @property
+    def forecasts(self) -> list[Forecast]:
+        """What the gate's timings foretell end to end, a `Forecast` for each denoiser and size of the latents seen so far.
+
+        The attention share is measured in the first two eager forwards of a size (`warmup` runs some); nothing is timed in compiled
+        or captured code, nor with ``gate="off"``.
+        """
+        return [forecast for host in self._denoisers for forecast in host.forecasts()]
+
     def report(self) -> Report:
-        """Say what ran how since `apply`: calls by patch, fallbacks with their reasons, what the gate left dense."""
+        """Say what ran how since `apply`: calls by patch, fallbacks with their reasons, what the gate left dense, what can be gained."""
         for host in self._hosts:
             host.collect()
+        gated = [verdict for verdict in self._gate.verdicts if not verdict.pays and self._gate.mode == "auto"]
         return Report(
             recipe=self.recipe.name,
             served=dict(self._ledger.served),
             fallbacks={f"{module}: {reason}": n for (module, reason), n in self._ledger.fallbacks.items()},
-            gated=[verdict.reason for verdict in self._gate.verdicts if not verdict.pays and self._gate.mode == "auto"],
+            gated=[verdict.reason + self._end_to_end(verdict) for verdict in gated],
+            unjudged=sorted(self._gate.unjudged),
             gains={v.patch: v.dense_ms / v.sparse_ms for v in self._gate.verdicts if v.pays},
+            forecasts={f"{f.denoiser} at {_by(f.shape)}": str(f) for f in self.forecasts},
             unrouted=[module for host in self._hosts for module in host.unrouted()],
             skipped={f"{host.name}.{path}": why for host in self._hosts for path, why in host.skipped.items()},
         )
+
+    def _end_to_end(self, verdict: Verdict) -> str:
+        """What a verdict means for a forward, where the share of its calls in one is known."""
+        shares = [share for host in self._denoisers if (share := host.share_of(verdict)) is not None]
+        if not shares:
+            return ""
+        gain = amdahl(shares[0], verdict.dense_ms / verdict.sparse_ms)
+        return f"; such calls are {shares[0]:.0%} of a forward, which would be {gain:.2f}x as fast with it"
 
     def summary(self) -> str:
         """One line: which recipe, how many attention modules of how many it may touch, in which denoisers."""
@@ -358,7 +420,9 @@ class Report:
     served: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
     gated: list[str] = field(default_factory=list)
+    unjudged: list[str] = field(default_factory=list)
     gains: dict[str, float] = field(default_factory=dict)
+    forecasts: dict[str, str] = field(default_factory=dict)
     unrouted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -367,10 +431,14 @@ class Report:
         for name, calls in self.served.items():
             gain = f", each {self.gains[name]:.2f}x faster than dense" if name in self.gains else ""
             yield f"answered by {name}", f"{calls} calls{gain}"
+        for what, foretold in self.forecasts.items():
+            yield f"foretold for {what}", foretold
         for what, calls in self.fallbacks.items():
             yield f"fell back to dense: {what}", f"{calls} calls"
         for reason in self.gated:
             yield "left dense by the gate", reason
+        for reason in self.unjudged:
+            yield "not judged by the gate", reason
         for module in self.unrouted:
             yield "named by a rule, never seen", module
         for module, why in self.skipped.items():
@@ -400,3 +468,7 @@ def as_html(renderable: Any) -> str:
     console = Console(record=True, width=110, file=io.StringIO())
     console.print(renderable)
     return console.export_html(inline_styles=True, code_format="<pre style='font-family:monospace'>{code}</pre>")
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

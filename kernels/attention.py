@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from accelplug.kernels import blocked, flex, reference
 from accelplug.kernels.plan import BlockPlan, Box, Threshold, pool
 from accelplug.kernels.rest import Drop, Pool, Rest
 
-Backend = Literal["auto", "triton", "flex", "blocked", "reference"]
+Backend = Literal["auto", "first", "triton", "flex", "blocked", "reference"]
 
 FLEX_MIN_SLOTS = 4096
 """Below this many key slots, compiling FlexAttention on a CPU costs more than it brings."""
@@ -44,7 +45,7 @@ def block_attention(
     rest : `Drop` (default) or `Pool`.
     scale : factor on q.k; 1 / sqrt(D) by default.
     key_mask : bool (B, P_k), keys that may be read. Pooled blocks are means over these alone.
-    backend : ``auto`` takes what `measure_choice` found for this shape, or the first that serves.
+    backend : ``auto`` takes what `measure_choice` found for this shape, or the first that serves; ``first`` asks no measurement.
     return_lse : also return the natural log-sum-exp of each row.
 
     Returns
@@ -62,8 +63,8 @@ def block_attention(
     _check(q, k, v, plan, key_mask)
     rest = Drop() if rest is None else rest
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "auto":
-        backend = _chosen(q, k, v, plan, rest, key_mask, return_lse)
+    if backend in ("auto", "first"):
+        backend = _chosen(q, k, v, plan, rest, key_mask, return_lse, backend == "auto")
     lists, rule = (plan, None) if isinstance(plan, BlockPlan) else (None, plan)
     box = lists.box if lists else None
     out, lse = _op(
@@ -224,8 +225,36 @@ def measure_choice(
 
 
 def choices() -> list[dict[str, Any]]:
-    """Return what was chosen by measurement, as plain data."""
-    return [{"backend": name, "ms": times} for name, times in _choices.values()]
+    """Return what this process chose by measurement, as plain data that `recall` takes."""
+    return [{"call": _plain(key), "backend": name, "ms": times} for key, (name, times) in _choices.items()]
+
+
+def recall(chosen: Iterable[Mapping[str, Any]]) -> None:
+    """Choose, for calls like those, what `choices` says; they are not timed again in this process.
+
+    Raises
+    ------
+    UnsupportedError
+        If `chosen` is not what `choices` gave.
+    """
+    try:
+        for entry in chosen:
+            device, dtype, *shape = entry["call"]
+            key = (torch.device(device), getattr(torch, dtype), *(_as_tuple(part) for part in shape))
+            _choices.put(key, (entry["backend"], dict(entry["ms"])))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UnsupportedError(f"These are no choices of kernels: expected what plug.choices gave, got {error}.") from error
+
+
+def _plain(key: Any) -> Any:
+    """A key of `_choices` as JSON has it."""
+    if isinstance(key, tuple):
+        return [_plain(part) for part in key]
+    return str(key).removeprefix("torch.") if isinstance(key, torch.device | torch.dtype) else key
+
+
+def _as_tuple(part: Any) -> Any:
+    return tuple(_as_tuple(item) for item in part) if isinstance(part, list | tuple) else part
 
 
 def forget_choices() -> None:
@@ -251,9 +280,11 @@ def _key(q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Rest, key_mask: Tenso
     return (q.device, q.dtype, *shapes, *kind, type(rest).__name__, key_mask is not None)
 
 
-def _chosen(q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Rest, key_mask: Tensor | None, return_lse: bool) -> Any:
+def _chosen(
+    q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Rest, key_mask: Tensor | None, return_lse: bool, by_time: bool
+) -> Any:
     candidates = _candidates(q, plan, rest, key_mask, return_lse)
-    measured = _choices.peek(_key(q, k, v, plan, rest, key_mask))
+    measured = _choices.peek(_key(q, k, v, plan, rest, key_mask)) if by_time else None
     return measured[0] if measured is not None and measured[0] in candidates else candidates[0]
 
 

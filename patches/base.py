@@ -138,7 +138,9 @@ class BlockConfig(Config):
     block_k: int | None = Field(None, ge=8, le=1024, multiple_of=8, description="Slots per key block; as `block` if none.")
     rest: Literal["drop", "pool"] = Field("drop", description="What becomes of the key blocks that are not selected.")
     rest_weight: float = Field(1.0, ge=0.0, le=1.0, description="Factor on log(length) of a pooled block (rest: pool).")
-    backend: Backend = Field("auto", description="Kernel that runs the plan: auto, triton, flex, blocked or reference.")
+    backend: Backend = Field(
+        "auto", description="Kernel that runs the plan: auto, first, triton, flex, blocked or reference."
+    )
 
     @model_validator(mode="after")
     def _blocks_fit(self) -> Self:

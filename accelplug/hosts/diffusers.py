@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from accelplug.families import find
 from accelplug.families.base import Geometry, site_kinds
 from accelplug.hosts import rebind
 from accelplug.hosts.clock import Ear, StepClock
-from accelplug.hosts.gate import Gate, timed_ms
+from accelplug.hosts.forecast import Cost, Forecast, Meter
+from accelplug.hosts.gate import Gate, Verdict, timed_ms
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import DENSE, Choice, Decide
 
@@ -134,6 +136,11 @@ class DenoiserHost:
         self.clock, self.decide, self.ledger, self.gate, self.measure = clock, decide, ledger, gate, measure
         self.state: dict[tuple[str, str | None], dict[str, Any]] = {}
         self.now = Clock()
+        self.meter = Meter()
+        self.takes_turns = False
+        """Whether another denoiser of the pipeline runs some of the steps."""
+        self._branches: set[str | None] = set()
+        self._steps: set[int] = set()
         self.skipped: dict[str, str] = {}
         self._moved: Bounded[tuple[int, torch.device], tuple[Any, Any]] = Bounded(64)
         self._ahead: Bounded[tuple, str | None] = Bounded(64)
@@ -184,6 +191,7 @@ class DenoiserHost:
         for record in self.records:
             record.original = rebind.rebind(record.module, record)
         self._handles.append(self.denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        self._handles.append(self.denoiser.register_forward_hook(self._after_forward))
         if self.family.level:
             for region in (region for region in self.regions if region.path):
                 hook = _RegionHook(self, region)
@@ -218,7 +226,7 @@ class DenoiserHost:
     def _hear(self, context: Any) -> None:
         self.clock.hear(context)
         if context is not None:  # a compiled denoiser does not run the pre-hook: settle with the last geometry
-            self.now = self.clock.now()
+            self._tell(self.clock.now())
             for region in self.regions:
                 self._settle(region)
 
@@ -229,10 +237,26 @@ class DenoiserHost:
         if module is not self.denoiser:  # a deep copy of it
             return
         inputs = self.signature.bind_partial(module, *args, **kwargs).arguments
-        self.now = self.clock.now(inputs.get("timestep", inputs.get("t")))
+        self._tell(self.clock.now(inputs.get("timestep", inputs.get("t"))))
         self._check_processors()
         self._check_routes()
         self.enter_root(inputs)
+        latents = _latents(inputs)
+        if latents is not None and self.gate.mode != "off" and self.gate.may_time(latents.device):
+            self.meter.begin(tuple(latents.shape), latents.dtype, latents.device)
+
+    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not torch.compiler.is_compiling() and module is self.denoiser:
+            self.meter.end()
+
+    def _tell(self, now: Clock) -> None:
+        """Take note of the time, and of the steps and branches that this denoiser is run at."""
+        if now.steps != self.now.steps:
+            self._steps.clear()
+        self.now = now
+        self._branches.add(now.branch)
+        if now.step is not None:
+            self._steps.add(now.step)
 
     def enter_root(self, inputs: Mapping[str, Any]) -> None:
         """Settle what does not wait for the input of a level."""
@@ -243,7 +267,7 @@ class DenoiserHost:
     def enter(self, region: Region, inputs: Mapping[str, Any]) -> None:
         """Take the geometry of a region from its inputs, and settle what runs there."""
         region.geometry = self.family.geometry(getattr(region.module, "config", None), inputs)
-        latents = next((x for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point()), None)
+        latents = _latents(inputs)
         if latents is not None:
             region.device, region.dtype, region.batch = latents.device, latents.dtype, len(latents)
         self.settle_and_count(region)
@@ -351,6 +375,7 @@ class DenoiserHost:
         record.routed = True
         if record.site is None:
             return dense()
+        entered = self.meter.clock(q.device)
         if record.patch is not None and q.shape[-2] != record.length and q.shape[-2] == k.shape[-2]:
             self._settle_for_length(record, q.shape[-2])
         call, reason = None, record.reason
@@ -367,7 +392,22 @@ class DenoiserHost:
         self.ledger.served[name] += 1
         patch, params = record.patch, record.params
         run = dense if call is None or patch is None else lambda: patch.attend(call, params)
-        return run() if self.ledger.events is None else self._record(record, call, name, reason, q, run)
+        if self.ledger.events is None and entered is None:
+            return run()
+        out, ms = timed_ms(run, q.device) if self.ledger.timed or entered is not None else (run(), None)
+        if self.ledger.events is not None:
+            self._note(record, call, name, reason, q, ms if self.ledger.timed else None)
+        if entered is not None:
+            dense_ms = ms if call is None else self._judged_dense_ms(record, q)
+            self.meter.call(record.site.module, q, dense_ms, entered)
+        return out
+
+    def _judged_dense_ms(self, record: SiteRecord, q: Tensor) -> float | None:
+        """What dense attention takes where a patch answered, if the gate has timed it."""
+        if record.patch is None:
+            return None
+        verdict = self.gate.known(record.choice.name, record.patch, tuple(q.shape), q.dtype, q.device)
+        return None if verdict is None else verdict.dense_ms
 
     def _settle_for_length(self, record: SiteRecord, length: int) -> None:
         """Text of another length than the inputs foretold (Mochi drops padded text per sample)."""
@@ -400,31 +440,84 @@ class DenoiserHost:
         patch, params = record.patch, record.params
         if patch is None or not patch.speed or self.gate.mode == "off":
             return None
-        if self.measure:
+        if self.measure and self.gate.may_time(call.q.device):
             patch.choose_backend(call, params)
         verdict = self.gate.verdict(record.choice.name, patch, call.q, call.dense, lambda: patch.attend(call, params))
         return verdict.reason if verdict is not None and not verdict.pays and self.gate.mode == "auto" else None
 
-    def _record(
-        self,
-        record: SiteRecord,
-        call: AttentionCall | None,
-        name: str,
-        reason: str | None,
-        q: Tensor,
-        run: Callable[[], Tensor],
-    ) -> Tensor:
+    def _note(
+        self, record: SiteRecord, call: AttentionCall | None, name: str, reason: str | None, q: Tensor, ms: float | None
+    ) -> None:
         density: float | None = 1.0
         plan = None
         if call is not None and record.patch is not None:
             density, plan = record.patch.inspect(call, record.params)
-        out, ms = timed_ms(run, q.device) if self.ledger.timed else (run(), None)
         # Plans of a whole run would fill the memory of a large model: those of the last step are kept.
         last = self.now.step is None or self.now.step + 1 == self.now.steps
         kept = plan if self.ledger.keep_plans and last else None
         if record.site is not None:
             self.ledger.note(Event(record.site, self.now, name, reason, density, q.shape[-2], ms, kept))
-        return out
+
+    # ----------------------------------------------------------------------------------------------- what it can gain
+
+    def forecasts(self) -> list[Forecast]:
+        """What the timings so far foretell, by size of the latents."""
+        return [self._forecast(cost) for cost in self.meter.costs]
+
+    def _forecast(self, cost: Cost) -> Forecast:
+        missing = [r.site.module for r in self.records if r.site and r.routed and r.site.module not in cost.dense_ms]
+        if missing or not cost.calls:
+            some = f", among them that of {missing[0]}" if missing and cost.calls else ""
+            return Forecast(self.name, cost.shape, f"attention that ran in compiled code or untimed{some}")
+        known = Forecast(self.name, cost.shape, None, cost.total_ms, cost.share)
+        total = self.now.steps
+        steps = sorted(self._steps) if total is None or self.takes_turns else range(total)
+        forwards = []
+        for step in steps or (None,):
+            for branch in self._branches:
+                spent = self._foretold_ms(cost, Clock(step, total, branch))
+                if spent is None:
+                    return replace(known, unknown="a patch has not come by yet (plug.warmup(...) runs the model once)")
+                forwards.append((step, *spent))
+        patched = [ms for _, ms, answers in forwards if answers]
+        forward_gain = cost.total_ms / statistics.fmean(patched) if patched else 1.0
+        if total is None:
+            return replace(known, forward_gain=forward_gain)
+        return replace(
+            known,
+            forward_gain=forward_gain,
+            run_gain=cost.total_ms / statistics.fmean(ms for _, ms, _ in forwards),
+            sparse_steps=len({step for step, _, answers in forwards if answers}),
+            steps=len(steps),
+        )
+
+    def share_of(self, verdict: Verdict) -> float | None:
+        """Share in a forward of the calls that a verdict is about; None where none was measured."""
+        for cost in self.meter.costs:
+            of_them = [cost.dense_ms[module] for module, call in cost.calls.items() if verdict.covers(*call)]
+            if of_them:
+                return sum(of_them) / cost.total_ms
+        return None
+
+    def _foretold_ms(self, cost: Cost, clock: Clock) -> tuple[float, bool] | None:
+        """Milliseconds of a forward at `clock`, and whether a patch answers in it; None where one has no verdict."""
+        spent, answers = cost.other_ms, False
+        for record in self.records:
+            if record.site is None or record.site.module not in cost.dense_ms:
+                continue
+            dense_ms = cost.dense_ms[record.site.module]
+            choice = self.decide(record.site, record.layout, clock)
+            neutral = choice.patch is record.choice.patch and record.params is None
+            if choice.patch is None or record.layout is None or neutral or not choice.patch.speed:
+                spent += dense_ms
+                continue
+            verdict = self.gate.known(choice.name, choice.patch, *cost.calls[record.site.module])
+            if verdict is None:
+                return None
+            used = verdict.pays or self.gate.mode == "report"
+            spent += dense_ms * (verdict.sparse_ms / verdict.dense_ms if used else 1.0)
+            answers |= used
+        return spent, answers
 
     def unrouted(self) -> list[str]:
         """Modules that a rule names, whose attention never came by."""
@@ -455,6 +548,11 @@ def _settle_at_trace(ctx: Any) -> None:
     for region in host.regions:
         if region.path:  # the input of a level is not known yet: its last eager forward has to do
             host.settle_and_count(region)
+
+
+def _latents(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor of numbers among a forward's inputs."""
+    return next((x for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point()), None)
 
 
 def key_validity(mask: Any, length: int, outer: bool) -> tuple[Tensor | None, bool]:

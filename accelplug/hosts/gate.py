@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from accelplug.bounded import Bounded
+from accelplug.errors import AccelplugError
+
+if TYPE_CHECKING:
+    from accelplug.patches.base import Patch
 
 MARGIN = 0.9
 """Sparse must take at most this share of dense's time: below it the gain drowns in noise."""
@@ -19,7 +24,7 @@ MARGIN = 0.9
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate saw for one (patch, shape, dtype, device); times in milliseconds per call."""
+    """What the gate saw for one (patch, config, shape, dtype, device); times in milliseconds per call."""
 
     patch: str
     shape_bhsd: tuple[int, ...]
@@ -27,6 +32,7 @@ class Verdict:
     device: str
     dense_ms: float
     sparse_ms: float
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def pays(self) -> bool:
@@ -38,38 +44,116 @@ class Verdict:
         """The verdict in words."""
         return (
             f"{self.patch} would not pay at (B, H, S, D) = {self.shape_bhsd}, {self.dtype} on {self.device}: "
-            f"dense {self.dense_ms:.1f} ms, sparse {self.sparse_ms:.1f} ms"
+            f"dense {self.dense_ms:.1f} ms, sparse {self.sparse_ms:.1f} ms a call"
         )
 
+    def covers(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether it is about calls of this shape, dtype and device."""
+        return (self.shape_bhsd, self.dtype, self.device) == (shape, _plain(dtype), str(device))
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the verdict as plain data, for reports."""
-        return {**asdict(self), "shape_bhsd": list(self.shape_bhsd), "pays": self.pays}
+        """Return the verdict as plain data, for reports and for `Gate.recall`."""
+        return {**asdict(self), "shape_bhsd": list(self.shape_bhsd), "config": dict(self.config), "pays": self.pays}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Verdict:
+        """Read what `to_dict` gave."""
+        known = {entry.name: data[entry.name] for entry in fields(cls) if entry.name in data}
+        return cls(**{**known, "shape_bhsd": tuple(data["shape_bhsd"])})
 
 
 class Gate:
-    """Times dense against sparse once per (patch, shape, dtype, device) and remembers."""
+    """Times dense against sparse once per (patch, config, shape, dtype, device) and remembers.
 
-    def __init__(self, mode: str) -> None:
-        self.mode = mode
+    Parameters
+    ----------
+    mode : ``auto``, ``report`` or ``off``.
+    times : whether it may time at all; where it may not, it knows what it was told by `recall`, and judges nothing else.
+    """
+
+    def __init__(self, mode: str, times: bool = True) -> None:
+        self.mode, self.times = mode, times
+        self.unjudged: set[str] = set()
+        """Calls that could not be timed when they came, in words."""
         self._verdicts: Bounded[tuple, Verdict] = Bounded(128)
+        self._told: dict[tuple, Verdict] = {}
 
     @property
     def verdicts(self) -> list[Verdict]:
         """All verdicts so far."""
         return self._verdicts.values()
 
-    def verdict(
-        self, name: str, key: object, q: Tensor, dense: Callable[[], Any], sparse: Callable[[], Any]
+    def recall(self, verdicts: Iterable[Mapping[str, Any]]) -> None:
+        """Take verdicts that an earlier gate gave, as plain data; they stand, untimed.
+
+        Raises
+        ------
+        AccelplugError
+            If they are no such data.
+        """
+        try:
+            told = [Verdict.from_dict(data) for data in verdicts]
+        except (KeyError, TypeError) as error:
+            raise AccelplugError(
+                f"choices hold no verdicts of a gate: expected what plug.choices gave, got {error}."
+            ) from error
+        self._told |= {_identity(v.patch, v.config, v.shape_bhsd, v.dtype, v.device): v for v in told}
+
+    def may_time(self, device: torch.device) -> bool:
+        """Whether calls on `device` can be timed now: not while a graph is captured."""
+        return self.times and not capturing(device)
+
+    def known(
+        self, name: str, patch: Patch, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Verdict | None:
-        """Return the verdict for a call, timing both ways if it is new; None where the gate is off."""
+        """Return the verdict for such calls, or None if there is none yet."""
+        found = self._verdicts.peek((patch, shape, dtype, device))
+        if found is not None or not self._told:
+            return found
+        return self._told.get(_identity(name, settings(patch), shape, _plain(dtype), str(device)))
+
+    def verdict(
+        self, name: str, patch: Patch, q: Tensor, dense: Callable[[], Any], sparse: Callable[[], Any]
+    ) -> Verdict | None:
+        """Return the verdict for a call, timing both ways if it is new; None where the gate is off or may not time."""
         if self.mode == "off":
             return None
-        shape, dtype, device = tuple(q.shape), str(q.dtype).removeprefix("torch."), str(q.device)
+        shape = tuple(q.shape)
+        known = self.known(name, patch, shape, q.dtype, q.device)
+        if known is None and not self.may_time(q.device):
+            why = (
+                "a graph was being captured; call plug.warmup(...) first"
+                if self.times
+                else "its choices hold no verdict on it"
+            )
+            self.unjudged.add(f"{name} at (B, H, S, D) = {shape}: {why}")
+            return None
 
         def measure() -> Verdict:
-            return Verdict(name, shape, dtype, device, median_ms(dense, q.device), median_ms(sparse, q.device))
+            if known is not None:
+                return known
+            times = median_ms(dense, q.device), median_ms(sparse, q.device)
+            return Verdict(name, shape, _plain(q.dtype), str(q.device), *times, config=settings(patch))
 
-        return self._verdicts.get((key, shape, dtype, device), measure)
+        return self._verdicts.get((patch, shape, q.dtype, q.device), measure)
+
+
+def settings(patch: Patch) -> dict[str, Any]:
+    """A patch's config as plain data."""
+    return patch.config.model_dump(mode="json")
+
+
+def _identity(name: str, config: Mapping[str, Any], shape: tuple[int, ...], dtype: str, device: str) -> tuple:
+    return name, json.dumps(config, sort_keys=True), tuple(shape), dtype, device
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: then nothing may be timed."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def median_ms(run: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:

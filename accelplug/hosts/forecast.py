@@ -1,0 +1,168 @@
+"""What a recipe can gain end to end: the share of attention in a forward, and Amdahl's law over the recipe's steps and layers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from accelplug.bounded import Bounded
+from accelplug.hosts.gate import synchronise
+
+FORWARDS = 2
+"""Forwards of a shape that are measured. The last one stands: the first warms kernels and allocators up."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Where the time of one eager forward of a denoiser would go if all of its attention were dense, in milliseconds.
+
+    Attributes
+    ----------
+    shape : of the latents.
+    other_ms : all but self- and joint attention.
+    dense_ms : self- and joint attention, by module.
+    calls : (B, H, S, D) of the queries, dtype and device, by module.
+    """
+
+    shape: tuple[int, ...]
+    other_ms: float = 0.0
+    dense_ms: Mapping[str, float] = field(default_factory=dict)
+    calls: Mapping[str, tuple[tuple[int, ...], torch.dtype, torch.device]] = field(default_factory=dict)
+
+    @property
+    def total_ms(self) -> float:
+        """The forward."""
+        return self.other_ms + sum(self.dense_ms.values())
+
+    @property
+    def share(self) -> float:
+        """Share of self- and joint attention in the forward, in [0, 1]."""
+        return 1 - self.other_ms / self.total_ms
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the gate's timings foretell for one denoiser at one size.
+
+    Attributes
+    ----------
+    shape : of the latents.
+    unknown : why nothing is foretold, or None.
+    forward_ms : a dense forward.
+    attention_share : share of self- and joint attention in it, in [0, 1].
+    forward_gain : a dense forward's time over that of a forward in which patches answer, on average over those; None while
+        a patch has no verdict.
+    run_gain : the same over all forwards of a run; None where also the number of steps is unknown.
+    sparse_steps, steps : steps in which a patch answers, and all that the denoiser takes.
+    """
+
+    denoiser: str
+    shape: tuple[int, ...]
+    unknown: str | None = None
+    forward_ms: float | None = None
+    attention_share: float | None = None
+    forward_gain: float | None = None
+    run_gain: float | None = None
+    sparse_steps: int | None = None
+    steps: int | None = None
+
+    @property
+    def ceiling(self) -> float | None:
+        """Gain of a forward if its self- and joint attention took no time."""
+        return None if self.attention_share is None else amdahl(self.attention_share, math.inf)
+
+    def __str__(self) -> str:
+        if self.attention_share is None:
+            return f"share of attention unknown: {self.unknown}"
+        said = f"attention is {self.attention_share:.0%} of a dense forward of {self.forward_ms:.0f} ms (at most {self.ceiling:.2f}x)"
+        if self.forward_gain is None:
+            return f"{said}; gain unknown: {self.unknown}"
+        said += f"; {self.forward_gain:.2f}x for a forward with patches"
+        if self.run_gain is None:
+            return f"{said}; number of steps unknown"
+        return f"{said}, {self.run_gain:.2f}x for the run, {self.sparse_steps} of whose {self.steps} steps have them"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the forecast as plain data."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+
+def amdahl(share: float, gain: float) -> float:
+    """Gain of the whole if a part that is `share` of its time gets `gain` times faster."""
+    left = 1 - share + share / gain
+    return 1 / left if left else math.inf
+
+
+def denoising_gain(forecasts: Iterable[Mapping[str, Any]]) -> float | None:
+    """Gain of a run's denoising from forecasts as plain data, one a denoiser; None where one of them is not known."""
+    dense = sparse = 0.0
+    for forecast in forecasts:
+        if forecast["run_gain"] is None:
+            return None
+        dense += forecast["forward_ms"] * forecast["steps"]
+        sparse += forecast["forward_ms"] * forecast["steps"] / forecast["run_gain"]
+    return dense / sparse if sparse else None
+
+
+class Meter:
+    """Times the first eager forwards of each shape of a denoiser: all of it, and what it spends inside attention."""
+
+    def __init__(self) -> None:
+        self._costs: Bounded[tuple, list[Cost]] = Bounded(16)
+        self._open: _Open | None = None
+
+    @property
+    def costs(self) -> list[Cost]:
+        """The cost of a forward, by shape. One without calls was seen, and none of its attention."""
+        return [max(reversed(seen), key=lambda cost: len(cost.calls)) for seen in self._costs.values() if seen]
+
+    def begin(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        """Start on a forward, if its shape was not measured often enough."""
+        seen = self._costs.get((shape, dtype, device), list)
+        self._open = _Open(shape, device, seen) if len(seen) < FORWARDS else None
+        if self._open is not None:
+            synchronise(device)
+            self._open.start = time.perf_counter()
+
+    def clock(self, device: torch.device) -> float | None:
+        """Return the time on entering attention, in seconds; None where no forward is measured."""
+        if self._open is None:
+            return None
+        synchronise(device)
+        return time.perf_counter()
+
+    def call(self, module: str, q: torch.Tensor, dense_ms: float | None, entered: float) -> None:
+        """Note an attention call: what dense attention takes, if that is known, and since when we were at it, timings included."""
+        if (run := self._open) is None:
+            return
+        run.inside_ms += 1e3 * (time.perf_counter() - entered)
+        if dense_ms is not None:
+            run.dense_ms[module] = run.dense_ms.get(module, 0.0) + dense_ms
+            run.calls[module] = tuple(q.shape), q.dtype, q.device
+
+    def end(self) -> None:
+        """End a forward that was begun."""
+        if (run := self._open) is None:
+            return
+        self._open = None
+        synchronise(run.device)
+        whole_ms = 1e3 * (time.perf_counter() - run.start)
+        run.seen.append(Cost(run.shape, max(whole_ms - run.inside_ms, 0.0), run.dense_ms, run.calls))
+
+
+@dataclass
+class _Open:
+    """A forward that is being measured."""
+
+    shape: tuple[int, ...]
+    device: torch.device
+    seen: list[Cost]
+    start: float = 0.0
+    inside_ms: float = 0.0
+    dense_ms: dict[str, float] = field(default_factory=dict)
+    calls: dict[str, tuple[tuple[int, ...], torch.dtype, torch.device]] = field(default_factory=dict)
