@@ -17,7 +17,8 @@ import torch
 from accelplug import compat
 from accelplug.bounded import Bounded
 from accelplug.call import Clock, Site
-from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, UnsupportedError
+from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, RecipeError, UnsupportedError
+from accelplug.hosts.caches import StepCaches
 from accelplug.hosts.clock import StepClock
 from accelplug.hosts.diffusers import DenoiserHost, denoisers
 from accelplug.hosts.forecast import Forecast, amdahl
@@ -75,7 +76,7 @@ def apply(
     NoMatchError
         If the model has no denoiser, decoder or attention that is known, or no rule of the recipe can fit any of it.
     RecipeError
-        If the recipe cannot be read or was made for another model.
+        If the recipe cannot be read, was made for another model, or puts a patch where its step cache looks.
     UnsupportedError
         If the model's attention cannot be swapped (linear attention), or a patch of the recipe is for other models.
     """
@@ -218,6 +219,7 @@ class Plug(AbstractContextManager["Plug"]):
             host.takes_turns = len(self._hosts) > 1
         if choices is not None:
             self._recall(choices)
+        self._caches = self._step_caches(parts)
         self._require_patches_of_its_kind()
         self._require_a_match()
 
@@ -256,6 +258,22 @@ class Plug(AbstractContextManager["Plug"]):
         """The recipe's patches that stand around ``generate``."""
         return tuple(self._patch(rule.patch, rule.settings) for rule in self.recipe.around())
 
+    def _step_caches(self, parts: dict[str, Any]) -> StepCaches | None:
+        """The recipe's step cache. The block from which it foretells the others must be dense."""
+        cache = self.recipe.cache
+        if cache is None:
+            return None
+        if not self._denoisers:
+            raise UnsupportedError(f"{self.recipe.name} asks for the step cache {cache.kind}, and only denoisers take one.")
+        first = [record.site for host in self._hosts for record in host.records if record.site and record.site.layer == 0]
+        patched = self.recipe.patches() and any(self.recipe.may_touch(site) for site in first)
+        if cache.kind == "first_block" and patched:
+            raise RecipeError(
+                f"{self.recipe.name}: the cache first_block foretells a step from its first block, but a rule puts a patch "
+                "there, and its error would pass for change. Keep it dense: {where: {layers: 0}, patch: dense} as first rule."
+            )
+        return StepCaches(parts, cache.kind, cache.settings)
+
     def _require_patches_of_its_kind(self) -> None:
         host = self._hosts[0]
         for name in self.recipe.patches():
@@ -282,6 +300,8 @@ class Plug(AbstractContextManager["Plug"]):
         try:
             for host in self._hosts:
                 host.install()
+            if self._caches is not None:
+                self._caches.install()
         except BaseException:
             self.remove()
             raise
@@ -291,6 +311,8 @@ class Plug(AbstractContextManager["Plug"]):
 
     def remove(self) -> None:
         """Give the model back as it was. A second call does nothing."""
+        if self._caches is not None:
+            self._caches.remove()
         for host in self._hosts:
             host.remove()
         self.active = False

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -263,6 +263,36 @@ class Rule(_Strict):
         return config
 
 
+CACHE_SETTINGS = {
+    "first_block": ("threshold",),
+    "mag": ("threshold", "max_skip_steps", "retention_ratio", "num_inference_steps", "mag_ratios"),
+    "taylorseer": (
+        "cache_interval",
+        "disable_cache_before_step",
+        "disable_cache_after_step",
+        "max_order",
+        "skip_predict_identifiers",
+        "cache_identifiers",
+        "use_lite_mode",
+    ),
+}
+"""Step caches of diffusers that a recipe may put on, and the arguments of their configs."""
+
+
+class StepCache(_Strict):
+    """A step cache of diffusers beside the rules: ``cache: {kind: first_block, with: {threshold: 0.1}}``."""
+
+    kind: Literal["first_block", "mag", "taylorseer"]
+    settings: dict[str, Any] = Field({}, alias="with")
+
+    @model_validator(mode="after")
+    def _settings_are_its_own(self) -> StepCache:
+        for key in self.settings:
+            if key not in (known := CACHE_SETTINGS[self.kind]):
+                raise ValueError(f"the cache {self.kind} has no {key!r}{nearest(key, known)}; it has {', '.join(known)}")
+        return self
+
+
 def _ramp(key: str, value: Mapping[str, Any]) -> Ramp:
     try:
         return Ramp.model_validate(dict(value))
@@ -336,6 +366,7 @@ class _Entry(_Strict):
     cite: str = ""
     summary: str = ""
     rules: tuple[Rule, ...] = Field(min_length=1)
+    cache: StepCache | None = None
     measured: tuple[Measured, ...] = ()
 
 
@@ -419,6 +450,8 @@ class Recipe:
     cite: str = ""
     summary: str = ""
     measured: tuple[Measured, ...] = ()
+    cache: StepCache | None = None
+    """The step cache that goes on with the rules."""
     match: Match | None = None
     """None: for any model."""
     path: Path | None = None
@@ -492,6 +525,13 @@ class Recipe:
                     loc = (*self.loc, "rules", i, "with")
                     raise RecipeError(_explain(error, self.source, loc, lambda _, model=model: model)) from error
 
+    def with_cache(self, kind: str, **settings: Any) -> Recipe:
+        """Return the recipe with a step cache beside its rules, the first layer dense where the cache looks at it."""
+        cache = StepCache.model_validate({"kind": kind, "with": settings})
+        dense_first = Rule.model_validate({"where": {"layers": 0}, "patch": "dense"})
+        rules = (dense_first, *self.rules) if kind == "first_block" else self.rules
+        return replace(self, rules=rules, cache=cache, measured=())
+
     def describe(self) -> str:
         """Return the recipe as text for people."""
         lines = [f"{self.name}  {self.cite}".rstrip(), *([f"  {self.summary}"] if self.summary else [])]
@@ -500,6 +540,9 @@ class Recipe:
             settings = ", ".join(f"{key}: {_shown(value)}" for key, value in rule.settings.items())
             lines.append(f"  {where}: {rule.patch}" + (f" ({settings})" if settings else ""))
         lines.append("  elsewhere: dense")
+        if self.cache is not None:
+            settings = ", ".join(f"{key}: {value}" for key, value in self.cache.settings.items())
+            lines.append(f"  step cache: {self.cache.kind}" + (f" ({settings})" if settings else ""))
         for row in self.measured:
             speedup = row.dense_ms.p50 / row.ms.p50 if row.ms.p50 else float("inf")
             psnr = f", PSNR {row.psnr_db.mean:.1f} dB (worst {row.psnr_db.worst:.1f})" if row.psnr_db else ""
@@ -578,6 +621,7 @@ def _file(data: Any, source: Source, path: Path | None = None) -> RecipeFile:
             entry.cite,
             entry.summary,
             entry.measured,
+            entry.cache,
             match,
             path,
             source,
@@ -604,7 +648,7 @@ def _match(keys: Mapping[str, Any], source: Source) -> Match:
 
 
 _MODELS = {"rules": Rule, "where": Where, "pipeline": _Pipeline, "measured": Measured, "recipes": _Entry}
-_MODELS |= dict.fromkeys(("dense_ms", "ms"), Spread)
+_MODELS |= dict.fromkeys(("dense_ms", "ms"), Spread) | {"cache": StepCache}
 
 
 def _validated(model: Any, data: Any, source: Source, loc: Loc = ()) -> Any:
@@ -776,7 +820,8 @@ def _inline(data: Mapping[str, Any]) -> Recipe:
         return _file(data, source).recipe()
     if "rules" in data:
         entry, loc = _validated(_Entry, dict(data), source), ()
-        return Recipe("custom", "custom", entry.rules, entry.cite, entry.summary, entry.measured, source=source, loc=loc)
+        about = entry.cite, entry.summary, entry.measured, entry.cache
+        return Recipe("custom", "custom", entry.rules, *about, source=source, loc=loc)
     if "patch" in data:
         return Recipe("custom", "custom", (_validated(Rule, dict(data), source),), source=source)
     raise RecipeError(

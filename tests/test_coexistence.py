@@ -15,6 +15,7 @@ from diffusers import (
 from diffusers.hooks import apply_group_offloading
 
 import accelplug
+from accelplug.errors import RecipeError, UnsupportedError
 from tests import tiny_models
 from tests.patch_rows import ROWS
 from tests.test_laws import run, snapshot
@@ -237,3 +238,46 @@ def test_save_and_load_give_a_stock_pipe(tmp_path):
     assert type(processor).__name__ == "WanAttnProcessor"
     assert not hasattr(type(processor), "stock")
     assert torch.equal(run(type(model).from_pretrained(tmp_path).eval(), inputs), dense)
+
+
+CACHES = {
+    "first_block": {"threshold": 0.5},
+    "mag": {"threshold": 0.5, "num_inference_steps": 4, "mag_ratios": [1.0] * 4, "retention_ratio": 0.0},
+    "taylorseer": {"cache_interval": 2, "disable_cache_before_step": 1, "use_lite_mode": True},
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_recipe_brings_its_step_cache_and_takes_it_away(kind):
+    pipe, inputs = tiny_models.pipeline("wan")
+    inputs["num_inference_steps"] = 4
+    stock, before = generate(pipe, inputs), snapshot(pipe.transformer)
+    rules = [{"where": {"layers": "1:"}, "patch": "neighborhood", "with": {"block": 8, "window": [1, 3, 3]}}]
+    with accelplug.apply(pipe, {"rules": rules}, gate="off") as plug:
+        alone, calls = generate(pipe, inputs), sum(plug.report().served.values())
+    with accelplug.apply(pipe, {"rules": rules, "cache": {"kind": kind, "with": CACHES[kind]}}, gate="off") as plug:
+        both, fewer = generate(pipe, inputs), sum(plug.report().served.values())
+    assert fewer < calls, "the cache skipped nothing"
+    assert not torch.equal(both, alone)
+    assert snapshot(pipe.transformer) == before
+    assert torch.equal(generate(pipe, inputs), stock)
+
+
+def test_a_step_cache_that_cannot_be_had_is_refused_and_leaves_nothing():
+    pipe, _ = tiny_models.pipeline("wan")
+    before = snapshot(pipe.transformer)
+    cached = {"rules": [{"patch": "dense"}], "cache": {"kind": "taylorseer"}}
+    pipe.transformer.enable_cache(caches(pipe)["first_block"])
+    with pytest.raises(UnsupportedError, match="FirstBlockCacheConfig on already"):
+        accelplug.apply(pipe, cached)
+    pipe.transformer.disable_cache()
+    sparse_everywhere = {"rules": [{"patch": "radial"}], "cache": {"kind": "first_block"}}
+    with pytest.raises(RecipeError, match="foretells a step from its first block"):
+        accelplug.apply(pipe, sparse_everywhere)
+    with pytest.raises(UnsupportedError, match="diffusers refuses the cache mag"):
+        accelplug.apply(pipe, {"rules": [{"patch": "dense"}], "cache": {"kind": "mag"}})
+    with pytest.raises(UnsupportedError, match="no module of transformer to hook"):  # its patterns do not fit Wan's names
+        accelplug.apply(pipe, cached)
+    with pytest.raises(RecipeError, match="has no 'treshold'"):
+        accelplug.apply(pipe, {"rules": [{"patch": "dense"}], "cache": {"kind": "first_block", "with": {"treshold": 1}}})
+    assert snapshot(pipe.transformer)["processors"] == before["processors"]

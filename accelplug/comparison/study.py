@@ -82,8 +82,12 @@ def compare(
     variants = [Variant(DENSE, "dense"), *(Variant(name, "recipe", loaded) for name, loaded in recipes.items())]
     if caches:
         _require_caches(pipe)
-        variants += [Variant("FirstBlockCache", "cache", cache=True)]
-        variants += [Variant(f"FirstBlockCache + {name}", "cache", loaded, cache=True) for name, loaded in recipes.items()]
+        cached = {"FirstBlockCache": load(OBSERVED, model_facts(pipe))}
+        cached |= {f"FirstBlockCache + {name}": loaded for name, loaded in recipes.items()}
+        variants += [
+            Variant(name, "cache", loaded.with_cache("first_block", threshold=CACHE_THRESHOLD))
+            for name, loaded in cached.items()
+        ]
     runs = len(prompts) * len(study.seeds)
     total = len(variants) * (1 + runs) + (2 if floors else 0)
     with _progress(progress, total) as tick, _quiet(pipe):
@@ -139,7 +143,6 @@ class Variant:
     name: str
     kind: str
     recipe: Recipe | None = None
-    cache: bool = False
 
 
 @dataclass
@@ -292,14 +295,11 @@ class Study:
 
     @contextlib.contextmanager
     def _on(self, variant: Variant, gate: str) -> Iterator[Any]:
-        with contextlib.ExitStack() as stack:
-            if variant.cache:
-                stack.enter_context(_first_block_cache(self.pipe))
-            observed: Any = OBSERVED if variant.recipe is None else variant.recipe
-            if variant.recipe is None and gate == "off":
-                yield None  # timed dense runs are the stock pipeline
-            else:
-                yield stack.enter_context(apply(self.pipe, observed, gate=gate))
+        if variant.recipe is None and gate == "off":
+            yield None  # timed dense runs are the stock pipeline
+        else:
+            with apply(self.pipe, OBSERVED if variant.recipe is None else variant.recipe, gate=gate) as plug:
+                yield plug
 
 
 def _recorder(recipe: Recipe) -> Callable[[dict[str, Any]], Any]:
@@ -322,27 +322,6 @@ def _require_caches(pipe: Any) -> None:
     for part in denoisers(pipe).values():
         if not hasattr(part, "enable_cache"):
             raise AccelplugError(f"{type(part).__name__} takes no FirstBlockCache; compare with caches=False.")
-
-
-@contextlib.contextmanager
-def _first_block_cache(pipe: Any) -> Iterator[None]:
-    from diffusers import FirstBlockCacheConfig
-
-    parts: list[Any] = list(denoisers(pipe).values())
-    # Disabling a cache leaves wrapped forwards and empty registries behind; attributes go back to what they were.
-    before = {module: dict(vars(module)) for part in parts for module in part.modules()}
-    try:
-        for part in parts:
-            part.enable_cache(FirstBlockCacheConfig(threshold=CACHE_THRESHOLD))
-        yield
-    finally:
-        for part in parts:
-            if part.is_cache_enabled:
-                part.disable_cache()
-        for module, attributes in before.items():
-            for name in ("forward", "_diffusers_hook", "_cache_config"):
-                if name not in attributes:
-                    vars(module).pop(name, None)
 
 
 def _by_layer_and_step(events: list[Event]) -> list[list[float | None]]:
