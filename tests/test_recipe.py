@@ -151,7 +151,7 @@ def test_ramps(unchecked):
         ("default: a", "default: a\ndefault: b", "line 6.*twice, first in line 5"),
         ("decay: 0.5", "decay: !!python/name:os.system x", "tags"),
         ("layers:", "heads:", "line 10.*heads is not built"),
-        ("patch: radial", "patch: [radial, sol]", "line 11.*one sparse patch"),
+        ("patch: radial", "patch: [radial, sol]", "line 11.*takes one patch, got 2"),
         ("[]  #", "[{device: x}]  #", "line 13.*'date' is missing"),
         ("{decay: 0.5}", "&x {decay: 0.5, y: *x}", "line 12.*alias"),
         ("default: a", "[" * 5000, "nested|valid YAML"),
