@@ -26,6 +26,7 @@ class AttentionCall:
         (B, 1|H, S_q, S_k), as the model made it; with None and several queries, attention is causal.
     scale : factor on q.k, never None.
     dense : ``dense(q=None, k=None, v=None) -> (B, H, S_q, D_v)``, the user's own backend; a tensor left out is the call's.
+        Denoisers also take ``attn_mask``, None or bool (B, 1, 1, S_k), for keys of another number.
     place : where the call stands in its sequence; None for denoisers.
     hidden : (B, S_q, C), what enters the layer (the residual stream), for patches that need ``hidden_states``; else None.
     """

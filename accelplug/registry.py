@@ -53,6 +53,14 @@ _PATCHES = {
             cite="arXiv 2607.24027",
         ),
         PatchEntry(
+            name="tome",
+            module="accelplug.patches.tokens.tome",
+            cls="Tome",
+            family="tokens",
+            summary="Tokens that look alike are merged before attention; each key counts as often as it has tokens.",
+            cite="arXiv 2303.17604",
+        ),
+        PatchEntry(
             name="bias",
             module="accelplug.patches.heads.bias",
             cls="Bias",

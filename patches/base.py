@@ -58,9 +58,12 @@ class Patch:
     def prepare(self, site: Site, layout: Any, clock: Clock, state: dict[str, Any]) -> Any:
         """Return what `attend` needs here and now (tensors and floats), or None to run dense.
 
-        `layout` is a `Layout` for denoisers and a `Prompt` for language models. There it is called at every layer of a forward
-        that reads a prompt, and once, ahead of time, for all decode steps that follow; `state` is the sequence's own, shared by
-        all layers, and `attend` may write to it while the prompt is read, which is never compiled.
+        `layout` is a `Layout` for denoisers and a `Prompt` for language models. `state` lives until the end of a run.
+
+        A denoiser has one for each site and guidance branch; its key "shared" holds one that all sites of the branch share. In
+        language models it is the sequence's own, shared by all layers, and `attend` may write to it while the prompt is read, which
+        is never compiled; there `prepare` is called at every layer of a forward that reads a prompt, and once, ahead of time, for
+        all decode steps that follow.
         """
         raise UnimplementedHalf(type(self), "prepare")
 

@@ -16,10 +16,13 @@ class Row:
     everything: dict[str, Any]
     video_only: bool = False
     """Whether it reads every key of images and of two frames."""
+    blocks: bool = True
+    """Whether it is block-sparse: takes the keys of all such methods, and has a plan."""
 
     def recipe(self, config: dict[str, Any], **where: Any) -> dict[str, Any]:
         """A recipe with one rule."""
-        rule = {"patch": self.patch, "with": {"block": 8, "backend": "reference", **config}}
+        common = {"block": 8, "backend": "reference"} if self.blocks else {}
+        rule = {"patch": self.patch, "with": {**common, **config}}
         return {"rules": [{"where": where, **rule} if where else rule]}
 
 
@@ -32,4 +35,5 @@ ROWS = (
         {},
     ),
     Row("sol", {"tau": "dense"}, {"tau": 0.5, "band": 0}, {"tau": -1e9}),
+    Row("tome", {"ratio": 0.0}, {"ratio": 0.5}, {}, blocks=False),
 )

@@ -76,7 +76,7 @@ def test_it_does_something_and_undoes_it(row: Row, name: str):
         plug.remove()
         return
     assert ran, f"{row.patch} ran nowhere: {plug.report()}"
-    for event in ran:
+    for event in ran if row.blocks else ():
         assert event.plan.members.any(-1).all(), "a query block without a key block"
         assert event.density == pytest.approx(float(event.plan.density().mean()), abs=1e-6) or row.patch == "sol"
     if any(event.density < 0.999 for event in ran):
@@ -105,7 +105,8 @@ def test_the_kernel_at_density_one_is_dense(name: str):
 def test_batch_two_is_two_batches_of_one(row: Row, name: str, rest: str):
     model, inputs = tiny_models.build(name)
     both, singles = tiny_models.batch_of_two(name, inputs)
-    with accelplug.apply(model, row.recipe({**row.working, "rest": rest}), gate="off"):
+    config = {**row.working, "rest": rest} if row.blocks else row.working
+    with accelplug.apply(model, row.recipe(config), gate="off"):
         together = run(model, both)
         apart = torch.cat([run(model, single) for single in singles])
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,7 +116,7 @@ class Region:
 class DenoiserHost:
     """One denoiser with its attention re-bound."""
 
-    serves = frozenset({"sparse", "bias"})
+    serves = frozenset({"sparse", "tokens", "bias"})
     """Families of patches that can answer here."""
 
     def __init__(
@@ -134,7 +133,7 @@ class DenoiserHost:
         self.name, self.denoiser, self.family = name, denoiser, family
         self.root = denoiser
         self.clock, self.decide, self.ledger, self.gate, self.measure = clock, decide, ledger, gate, measure
-        self.state: dict[tuple[str, str | None], dict[str, Any]] = {}
+        self.state: dict[tuple[str | None, str | None], dict[str, Any]] = {}
         self.now = Clock()
         self.meter = Meter()
         self.takes_turns = False
@@ -335,8 +334,7 @@ class DenoiserHost:
         def judge() -> str | None:
             generator = torch.Generator(region.device or "cpu").manual_seed(0)  # the global generator stays untouched
             q, k, v = (torch.randn(shape, generator=generator, dtype=region.dtype, device=region.device) for _ in range(3))
-            dense = partial(torch.nn.functional.scaled_dot_product_attention, q, k, v)
-            return self._not_worth_it(record, AttentionCall(q, k, v, None, scale_of(q, None), dense))
+            return self._not_worth_it(record, AttentionCall(q, k, v, None, scale_of(q, None), rebind.dense_sdpa(q, k, v)))
 
         if self._ahead.get((record.patch, shape, region.dtype, region.device), judge) is not None:
             record.patch = None
@@ -351,7 +349,8 @@ class DenoiserHost:
         choice = self.decide(site, layout, self.now)
         if choice.patch is None or layout is None:
             return choice, layout, None
-        state = self.state.setdefault((site.module, self.now.branch), {})
+        shared = self.state.setdefault((None, self.now.branch), {})
+        state = self.state.setdefault((site.module, self.now.branch), {"shared": shared})
         params = choice.patch.prepare(site, layout, self.now, state)
         if params is None or device is None or device.type == "cpu":
             return choice, layout, params

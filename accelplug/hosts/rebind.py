@@ -125,12 +125,13 @@ def _dispatch(
     if record is None:
         return call(query, key, value, scale=scale)
 
-    def dense(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+    def dense(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None, **changed: Any) -> Tensor:
         return call(
             query if q is None else q.transpose(1, 2),
             key if k is None else k.transpose(1, 2),
             value if v is None else v.transpose(1, 2),
             scale=_scale_for(q, query, scale),
+            **changed,
         ).transpose(1, 2)
 
     blocked = bool(dropout_p) or is_causal or others.get("parallel_config") is not None
@@ -149,19 +150,9 @@ def _sdpa(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Stand in for ``F.scaled_dot_product_attention``, whose tensors are (B, H, S, D)."""
-
-    def dense(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
-        return F.scaled_dot_product_attention(
-            query if q is None else q,
-            key if k is None else k,
-            value if v is None else v,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=_scale_for(q, query, scale),
-            enable_gqa=enable_gqa,
-        )
-
+    dense = dense_sdpa(
+        query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
     record = _slot.record
     if record is None:
         return dense()
@@ -171,6 +162,18 @@ def _sdpa(
 def _scale_for(q: Tensor | None, query: Tensor, scale: float | None) -> float | None:
     """The call's factor on q.k, for other queries than its own: the default follows the head dimension, which they may extend."""
     return query.shape[-1] ** -0.5 if scale is None and q is not None and q.shape[-1] != query.shape[-1] else scale
+
+
+def dense_sdpa(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Callable[..., Tensor]:
+    """Return torch's attention as patches call it: what they leave out is as it was given here."""
+
+    def dense(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None, **changed: Any) -> Tensor:
+        arguments = {**given, **changed, "scale": _scale_for(q, query, given.get("scale"))}
+        return F.scaled_dot_product_attention(
+            query if q is None else q, key if k is None else k, value if v is None else v, **arguments
+        )
+
+    return dense
 
 
 class _Functional(types.ModuleType):

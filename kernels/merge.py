@@ -1,0 +1,166 @@
+"""Token merging: which tokens of a grid are alike enough to be averaged, the averages, and the way back.
+
+Pure functions of tensors. A *partition* says who may merge into whom and knows no scores; a match, int64 (B, N), says into which
+slot each of N tokens goes. Slots keep the order of the tokens that own them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise, product
+
+import torch
+from torch import Tensor
+
+from accelplug.errors import ShapeError
+
+Grid = tuple[int, int, int]
+"""Frames, rows, columns."""
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Sources, which may be merged, and the destinations of their tile, which they may be merged into.
+
+    Attributes
+    ----------
+    source : int64 (G, A), tokens of the sources of each of G tiles; behind the last one, any.
+    destination : int64 (G, E), tokens of its destinations, likewise.
+    is_source, is_destination : bool (G, A) and (G, E), False behind the last one.
+    sources, tokens : how many there are in all.
+    """
+
+    source: Tensor
+    destination: Tensor
+    is_source: Tensor
+    is_destination: Tensor
+    sources: int
+    tokens: int
+
+
+@lru_cache(maxsize=64)
+def partition(
+    grid_thw: Grid,
+    cell_thw: Grid = (1, 2, 2),
+    tile_thw: Grid = (1, 16, 16),
+    seed: int | None = 0,
+    protected: frozenset[int] = frozenset(),
+    device: torch.device | str = "cpu",
+) -> Partition:
+    """Choose one destination in each whole cell of a grid; all other tokens are sources.
+
+    Parameters
+    ----------
+    grid_thw : frames, rows, columns of tokens, in raster order.
+    cell_thw : tokens of a cell on each axis, cut to the grid. What is left over at the far borders are sources.
+    tile_thw : tokens of a tile, in which sources look for a destination: rounded to whole cells, of about equal tiles, so that none
+        is without a destination.
+    seed : of the draw of destinations, which is this alone (no global generator); None takes the first token of each cell.
+    protected : tokens that are not merged. One may still be a destination.
+    """
+    cell = tuple(min(c, n) for c, n in zip(cell_thw, grid_thw, strict=True))
+    cells = tuple(n // c for n, c in zip(grid_thw, cell, strict=True))
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    offset = [  # place of the destination in its cell, on each axis: [cells_t, cells_h, cells_w]
+        torch.zeros(cells, dtype=torch.int64) if generator is None else torch.randint(c, cells, generator=generator)
+        for c in cell
+    ]
+    corner = torch.meshgrid(*(torch.arange(n) * c for n, c in zip(cells, cell, strict=True)), indexing="ij")
+    frame, row, column = (c + o for c, o in zip(corner, offset, strict=True))
+    token = torch.arange(grid_thw[0] * grid_thw[1] * grid_thw[2]).view(grid_thw)
+    chosen = torch.zeros(grid_thw, dtype=torch.bool)
+    chosen[frame, row, column] = True
+    mergeable = ~chosen
+    mergeable.view(-1)[list(protected)] = False
+
+    cuts = [_cuts(*axis) for axis in zip(grid_thw, cell, tile_thw, strict=True)]
+    tiles = [tuple(slice(*ends) for ends in place) for place in product(*(pairwise(cut) for cut in cuts))]
+    source, is_source = _padded([token[tile][mergeable[tile]] for tile in tiles])
+    destination, is_destination = _padded([token[tile][chosen[tile]] for tile in tiles])
+    source, destination, is_source, is_destination = (x.to(device) for x in (source, destination, is_source, is_destination))
+    return Partition(source, destination, is_source, is_destination, int(mergeable.sum()), token.numel())
+
+
+def _cuts(length: int, cell: int, tile: int) -> list[int]:
+    """Where tiles begin and end on an axis: at whole cells, the last at the border."""
+    cells = length // cell
+    tiles = -(-cells // max(tile // cell, 1))
+    return [cells * i // tiles * cell for i in range(tiles)] + [length]
+
+
+def _padded(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Lists of tokens as rows of equal length, and which entries are real."""
+    length = torch.tensor([len(part) for part in parts])
+    rows = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+    return rows, torch.arange(rows.shape[1]) < length[:, None]
+
+
+def match(metric: Tensor, partition: Partition, merged: int) -> Tensor:
+    """Merge the sources that are most like their best destination: bipartite soft matching (arXiv 2210.09461), in tiles.
+
+    Likeness is the cosine of the metric. Each sample has a match of its own.
+
+    Parameters
+    ----------
+    metric : Tensor (B, N, C).
+    partition : of N tokens.
+    merged : how many tokens go, at most ``partition.sources``.
+
+    Returns
+    -------
+    slot : int64 (B, N), slot of each token, below N - `merged`. Kept tokens have their own, in order.
+
+    Raises
+    ------
+    ShapeError
+        If `metric` is of another number of tokens, or more are to be merged than are sources.
+    """
+    if metric.ndim != 3 or metric.shape[1] != partition.tokens or merged > partition.sources:
+        raise ShapeError(
+            f"match takes a metric (B, {partition.tokens}, C) and merges at most {partition.sources} tokens for this partition, "
+            f"got {tuple(metric.shape)} and {merged}."
+        )
+    unit = torch.nn.functional.normalize(metric.float(), dim=-1, eps=1e-6)
+    score = unit[:, partition.source] @ unit[:, partition.destination].transpose(-1, -2)  # [B, G, A, E]
+    best, which = score.masked_fill(~partition.is_destination[:, None], -torch.inf).max(-1)  # [B, G, A]
+    target = partition.destination.expand(len(unit), -1, -1).gather(-1, which).flatten(1)  # [B, G * A], tokens
+    picked = best.masked_fill(~partition.is_source, -torch.inf).flatten(1).topk(merged, sorted=False).indices  # [B, merged]
+    source, target = partition.source.flatten()[picked], target.gather(1, picked)
+    kept = torch.ones_like(metric[..., 0], dtype=torch.int64).scatter(1, source, 0)
+    slot = kept.cumsum(1) - 1
+    return slot.scatter(1, source, slot.gather(1, target))
+
+
+def merge(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
+    """Average the tokens of each slot, in float32.
+
+    Parameters
+    ----------
+    x : Tensor (B, H, N, D).
+    slot : int64 (B, N), as from `match`, below `slots`.
+    weight : float32 (B, N), 0 for tokens that do not count; None for all 1.
+
+    Returns
+    -------
+    mean : (B, H, slots, D) in x's dtype; 0 where nothing counts.
+    """
+    number = sizes(slot, slots, weight).clamp(min=1)[:, None, :, None]
+    x32 = x.float() if weight is None else x.float() * weight[:, None, :, None]
+    total = x32.new_zeros((*x.shape[:2], slots, x.shape[-1]))
+    return (total.scatter_add(2, _expand(slot, x), x32) / number).to(x.dtype)
+
+
+def sizes(slot: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
+    """How many tokens each slot stands for: float32 (B, slots)."""
+    ones = torch.ones_like(slot, dtype=torch.float32) if weight is None else weight
+    return ones.new_zeros((len(slot), slots)).scatter_add(1, slot, ones)
+
+
+def unmerge(x: Tensor, slot: Tensor) -> Tensor:
+    """Give every token what its slot has: (B, H, slots, D) -> (B, H, N, D)."""
+    return x.gather(2, _expand(slot, x))
+
+
+def _expand(slot: Tensor, like: Tensor) -> Tensor:
+    return slot[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[-1])

@@ -1,0 +1,320 @@
+"""Token merging: the maths against loops and against tomesd, what attention does with it, and who shares a match."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import tomesd.merge
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import accelplug
+from accelplug.call import AttentionCall, Clock, Layout, Site
+from accelplug.errors import ShapeError
+from accelplug.hosts.rebind import dense_sdpa
+from accelplug.kernels.merge import match, merge, partition, sizes, unmerge
+from accelplug.patches.tokens import tome
+from accelplug.patches.tokens.tome import Tome
+from tests import tiny_models
+from tests.test_laws import run
+
+GRIDS = [(1, 7, 9), (3, 5, 6), (2, 1, 11), (1, 1, 1)]
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def site(layer: int = 0) -> Site:
+    return Site(f"blocks.{layer}.attn1", "transformer", "self", layer, 8)
+
+
+def call_on(layout: Layout, seed: int = 0, batch: int = 1, mask: torch.Tensor | None = None) -> AttentionCall:
+    q, k, v = (noise(batch, 2, layout.length, 16, seed=seed + i) for i in range(3))
+    dense = dense_sdpa(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
+    return AttentionCall(q, k, v, mask, 16**-0.5, dense)
+
+
+def attend(config: dict, layout: Layout, call: AttentionCall) -> torch.Tensor:
+    patch = Tome(config)
+    return patch.attend(call, patch.prepare(site(), layout, Clock(), {}))
+
+
+# ------------------------------------------------------------------------------------------------------------ the maths
+
+
+@pytest.mark.parametrize("cell", [(1, 2, 2), (2, 2, 3)])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_each_whole_cell_has_one_destination_and_all_else_are_sources(grid, cell):
+    drawn = partition(grid, cell, (2, 4, 4), seed=3)
+    sources, destinations = drawn.source[drawn.is_source], drawn.destination[drawn.is_destination]
+    assert torch.cat([sources, destinations]).sort().values.tolist() == list(range(drawn.tokens))
+    assert drawn.sources == len(sources)
+    assert drawn.is_destination.any(-1).all(), "a tile without a destination"
+    cell = [min(c, n) for c, n in zip(cell, grid, strict=True)]
+    counts: dict[tuple[int, ...], int] = {}
+    for token in destinations.tolist():
+        place = (token // (grid[1] * grid[2]), token // grid[2] % grid[1], token % grid[2])
+        corner = tuple(p // c for p, c in zip(place, cell, strict=True))
+        counts[corner] = counts.get(corner, 0) + 1
+    assert counts == dict.fromkeys(product(*(range(n // c) for n, c in zip(grid, cell, strict=True))), 1)
+
+
+def test_destinations_come_from_the_seed_alone():
+    state = torch.get_rng_state()
+    one, other = (partition((1, 16, 16), seed=seed) for seed in (1, 2))
+    partition.cache_clear()
+    torch.rand(5)
+    again = partition((1, 16, 16), seed=1)
+    assert torch.equal(again.destination, one.destination)
+    assert not torch.equal(other.destination, one.destination)
+    torch.set_rng_state(state)
+    partition((1, 16, 15), seed=9)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("grid", GRIDS[:3])
+def test_match_and_merge_against_loops(grid):
+    drawn = partition(grid, (1, 2, 2), (2, 4, 4), seed=5)
+    metric, x = noise(2, drawn.tokens, 6), noise(2, 3, drawn.tokens, 4, seed=1)
+    merged = drawn.sources // 2
+    slot = match(metric, drawn, merged)
+    unit = metric / metric.norm(dim=-1, keepdim=True)
+    for sample in range(2):
+        best = []
+        for tile in range(len(drawn.source)):
+            ends = drawn.destination[tile][drawn.is_destination[tile]].tolist()
+            for token in drawn.source[tile][drawn.is_source[tile]].tolist():
+                best.append(max((float(unit[sample, token] @ unit[sample, end]), token, end) for end in ends))
+        into = {token: end for _, token, end in sorted(best, reverse=True)[:merged]}
+        kept = [token for token in range(drawn.tokens) if token not in into]
+        assert slot[sample].tolist() == [kept.index(into.get(token, token)) for token in range(drawn.tokens)]
+        for place, owner in enumerate(kept):
+            members = [owner, *(token for token, end in into.items() if end == owner)]
+            mean = merge(x, slot, len(kept))[sample, :, place]
+            torch.testing.assert_close(mean, x[sample, :, members].mean(1))
+            assert sizes(slot, len(kept))[sample, place] == len(members)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8, 12), (7, 9)])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_tomesd_merges_and_unmerges_alike(rows, columns, ratio):
+    """Its search is not local, so one tile holds the grid; its draw is its own, so both take the first token of a cell."""
+    metric, x = noise(2, rows * columns, 32), noise(2, rows * columns, 8, seed=1)
+    drawn = partition((1, rows, columns), tile_thw=(1, rows, columns), seed=None)
+    merged = min(int(rows * columns * ratio), drawn.sources)
+    fewer, back = tomesd.merge.bipartite_soft_matching_random2d(metric, columns, rows, 2, 2, merged, no_rand=True)
+    slot = match(metric, drawn, merged)
+    ours = merge(x[:, None], slot, rows * columns - merged)
+    torch.testing.assert_close(unmerge(ours, slot)[:, 0], back(fewer(x)))
+    assert fewer(x).shape == ours[:, 0].shape
+
+
+def test_equal_tokens_survive_merging_and_sizes_add_up():
+    drawn = partition((2, 5, 7), seed=0)
+    for merged in (0, 1, drawn.sources):
+        slot = match(noise(2, drawn.tokens, 8), drawn, merged)
+        slots = drawn.tokens - merged
+        constant = torch.full((2, 1, drawn.tokens, 3), 0.7)
+        assert torch.allclose(unmerge(merge(constant, slot, slots), slot), constant)
+        assert (sizes(slot, slots).sum(-1) == drawn.tokens).all()
+        assert (sizes(slot, slots) >= 1).all()
+
+
+def test_protected_tokens_and_zero_vectors():
+    protected = frozenset(range(0, 60, 3))
+    drawn = partition((1, 6, 10), seed=4, protected=protected)
+    slot = match(torch.zeros(1, 60, 8), drawn, drawn.sources)
+    owners = [int(slot[0, token]) for token in sorted(protected)]
+    assert len(set(owners)) == len(owners)
+    assert not protected & set(drawn.source[drawn.is_source].tolist())
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    drawn = partition((1, 4, 4))
+    with pytest.raises(ShapeError, match="merges at most 12"):
+        match(noise(1, 16, 4), drawn, 13)
+    with pytest.raises(ShapeError, match=r"\(B, 16, C\)"):
+        match(noise(1, 15, 4), drawn, 3)
+
+
+# --------------------------------------------------------------------------------------------------------- as attention
+
+
+@pytest.mark.parametrize("mode", ["kv", "qkv"])
+@pytest.mark.parametrize("text", [(0, 0), (5, 0), (0, 5), (2, 3)])
+def test_tokens_equal_within_cells_give_dense(mode, text):
+    """Then merging loses nothing, and counting each key as often as it has tokens is exact."""
+    layout = Layout((1, 6, 8), *text)
+    call = call_on(layout, batch=2)
+    for x in (call.q, call.k, call.v):
+        visual = x[..., text[0] : text[0] + 48, :].unflatten(-2, (3, 2, 4, 2))
+        visual.copy_(visual[..., :1, :, :1, :].clone())
+    out = attend({"mode": mode}, layout, call)
+    torch.testing.assert_close(out, call.dense())
+    unweighed = attend({"mode": mode, "proportional": False, "ratio": 0.4}, layout, call)
+    assert not torch.allclose(unweighed, call.dense(), atol=1e-3)
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+def test_against_attention_with_bias_and_mask(proportional):
+    layout = Layout((1, 6, 8), 4, 3)
+    valid = torch.ones(2, layout.length, dtype=torch.bool)
+    valid[1, [1, 20, 21, 53]] = False
+    call = call_on(layout, batch=2, mask=valid)
+    out = attend({"ratio": 0.5, "proportional": proportional}, layout, call)
+    drawn = partition((1, 6, 8), seed=0)
+    slot = match(call.k[..., 4:52, :].mean(1), drawn, 24)
+    weight = valid[:, 4:52].float()
+    bias = sizes(slot, 24, weight).log() if proportional else torch.zeros(2, 24)
+    bias = bias.masked_fill(sizes(slot, 24, weight) == 0, -torch.inf)
+    ends = torch.zeros(2, layout.length).masked_fill(~valid, -torch.inf)
+    bias = torch.cat([ends[:, :4], bias, ends[:, 52:]], -1)[:, None, None]
+    k, v = (
+        torch.cat([x[..., :4, :], merge(x[..., 4:52, :], slot, 24, weight), x[..., 52:, :]], -2) for x in (call.k, call.v)
+    )
+    expected = sdpa(call.q, k, v, attn_mask=bias)
+    torch.testing.assert_close(out[..., 4:52, :], expected[..., 4:52, :])
+    exact = call.dense()
+    for rows in (slice(0, 4), slice(52, None)):
+        torch.testing.assert_close(out[..., rows, :], exact[..., rows, :])
+
+
+def test_half_precision_does_not_round_the_count():
+    layout = Layout((1, 16, 16))
+    q, k, v = (noise(1, 2, 256, 64, seed=i) for i in range(3))
+    k[:] = 0.0  # every score is its count alone
+    exact = attend({"ratio": 0.7}, layout, AttentionCall(q, k, v, None, 1.0, dense_sdpa(q, k, v, scale=1.0)))
+    q, k, v = (x.half() for x in (q, k, v))
+    half = attend({"ratio": 0.7}, layout, AttentionCall(q, k, v, None, 1.0, dense_sdpa(q, k, v, scale=1.0)))
+    torch.testing.assert_close(half.float(), exact, rtol=0, atol=2e-4)
+
+
+def test_cost_is_what_is_merged():
+    layout = Layout((1, 8, 8), 16)
+    call = call_on(layout)
+    for mode, pairs in (("kv", 64 * 48 + 16 * 80), ("qkv", 32 * 48 + 16 * 80)):
+        patch = Tome({"mode": mode, "ratio": 0.5})
+        assert patch.inspect(call, patch.prepare(site(), layout, Clock(), {})) == (pairs / 80**2, None)
+    assert Tome({"ratio": 0.99}).merged(layout) == 48, "more than all sources"
+
+
+# --------------------------------------------------------------------------------------------------------- one match, many
+
+
+class Matches(list):
+    """Matches that were made: their metrics."""
+
+
+@pytest.fixture
+def made(monkeypatch) -> Matches:
+    made = Matches()
+
+    def counting(metric, *others):
+        made.append(metric)
+        return match(metric, *others)
+
+    monkeypatch.setattr(tome, "match", counting)
+    return made
+
+
+def recipe(**config) -> dict:
+    return {"patch": "tome", "with": config}
+
+
+def test_layers_and_steps_share_a_match(made):
+    model, inputs = tiny_models.build("wan")  # 3 layers
+    with accelplug.apply(model, recipe(interval=2, reuse_layers=2), gate="off") as plug:
+        for step, matches in enumerate([2, 2, 4, 4]):
+            plug.step(step, 4)
+            run(model, inputs)
+            assert len(made) == matches, f"step {step}"
+        plug.step(0, 4)  # the next run begins
+        run(model, inputs)
+        assert len(made) == 6
+
+
+def test_an_unknown_step_never_sees_an_older_forward(made):
+    model, inputs = tiny_models.build("wan")
+    other = {key: value.flip(-1) if value.is_floating_point() else value for key, value in inputs.items()}
+    with accelplug.apply(model, recipe(interval=5, reuse_layers=3), gate="off"):
+        run(model, inputs)
+        second = run(model, other)
+        assert len(made) == 2
+    with accelplug.apply(model, recipe(interval=5, reuse_layers=3), gate="off"):
+        assert torch.equal(run(model, other), second)
+
+
+def test_branches_have_matches_of_their_own_and_the_same_destinations(made):
+    """Two calls with named branches are what one call with both halves is."""
+    model, inputs = tiny_models.build("wan")
+    both, halves = tiny_models.batch_of_two("wan", inputs)
+    with accelplug.apply(model, recipe(interval=2), gate="off") as plug:
+        apart = []
+        for step in range(2):
+            plug.step(step, 4)
+            for branch, half in zip(("cond", "uncond"), halves, strict=True):
+                with model.cache_context(branch):
+                    apart.append(run(model, half))
+        assert len(made) == 6
+    with accelplug.apply(model, recipe(interval=2), gate="off") as plug:
+        for step in range(2):
+            plug.step(step, 4)
+            together = run(model, both)
+            torch.testing.assert_close(together, torch.cat(apart[2 * step : 2 * step + 2]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_whose_leader_was_skipped_matches_itself(made):
+    """As under a cache that skips blocks."""
+    layout, state = Layout((1, 6, 8)), {}
+    patch = Tome({"interval": 2, "reuse_layers": 4})
+    first, second = (patch.prepare(site(layer), layout, Clock(0, 4), state) for layer in (0, 1))
+    out = patch.attend(call_on(layout), second)
+    assert len(made) == 1
+    assert torch.equal(out, patch.attend(call_on(layout), first))
+    assert len(made) == 2, "the first call of a leader makes the match"
+    leader = patch.prepare(site(0), layout, Clock(1, 4), state)
+    patch.attend(call_on(layout), leader)
+    assert len(made) == 2, "the match of step 0 serves step 1"
+    patch.attend(call_on(layout, batch=2), leader)
+    assert len(made) == 3, "a batch of another size needs its own"
+
+
+def test_a_reset_forgets_matches(made):
+    model, inputs = tiny_models.build("wan")
+    with accelplug.apply(model, recipe(interval=4), gate="off") as plug:
+        plug.step(1, 4)
+        run(model, inputs)
+        for host in plug._hosts:
+            host.reset()
+        plug.step(2, 4)
+        run(model, inputs)
+        assert len(made) == 6
+
+
+@pytest.mark.parametrize("kind", ["regional", "whole"])
+def test_a_shared_match_crosses_compiled_graphs(kind):
+    model, inputs = tiny_models.build("wan")
+    rule = recipe(interval=2, reuse_layers=2, mode="qkv")
+    eager = []
+    with accelplug.apply(model, rule, gate="off") as plug:
+        for step in range(4):
+            plug.step(step, 4)
+            eager.append(run(model, {**inputs, "hidden_states": inputs["hidden_states"] + step}))
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    forward = model
+    with accelplug.apply(model, rule, gate="off") as plug:
+        if kind == "regional":
+            model.compile_repeated_blocks(fullgraph=True, backend=counter)
+        else:
+            forward = torch.compile(model, fullgraph=True, backend=counter)
+        for step in range(4):
+            plug.step(step, 4)
+            with model.cache_context("cond"):
+                out = run(forward, {**inputs, "hidden_states": inputs["hidden_states"] + step})
+            torch.testing.assert_close(out, eager[step], rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 2, "graphs that make a match, and graphs that take one"
+    torch._dynamo.reset()
