@@ -53,6 +53,14 @@ _PATCHES = {
             cite="arXiv 2607.24027",
         ),
         PatchEntry(
+            name="proxy",
+            module="accelplug.patches.sparse.proxy",
+            cls="Proxy",
+            family="sparse",
+            summary="Near windows are read exactly, each far window through one key that stands for it.",
+            cite="arXiv 2409.04005",
+        ),
+        PatchEntry(
             name="tome",
             module="accelplug.patches.tokens.tome",
             cls="Tome",

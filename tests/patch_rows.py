@@ -18,6 +18,8 @@ class Row:
     """Whether it reads every key of images and of two frames."""
     blocks: bool = True
     """Whether it is block-sparse: takes the keys of all such methods, and has a plan."""
+    pools: bool = False
+    """Whether blocks that are not read exactly cost one key."""
 
     def recipe(self, config: dict[str, Any], **where: Any) -> dict[str, Any]:
         """A recipe with one rule."""
@@ -34,6 +36,7 @@ ROWS = (
         {"window": [1, 3, 3], "tile_thw": [1, 2, 4]},
         {},
     ),
-    Row("sol", {"tau": "dense"}, {"tau": 0.5, "band": 0}, {"tau": -1e9}),
+    Row("sol", {"tau": "dense"}, {"tau": 0.5, "band": 0}, {"tau": -1e9}, pools=True),
+    Row("proxy", {"halo_thw": [99, 99, 99]}, {"window_thw": [1, 2, 4], "halo_thw": [0, 0, 0]}, {}, pools=True),
     Row("tome", {"ratio": 0.0}, {"ratio": 0.5}, {}, blocks=False),
 )

@@ -78,7 +78,8 @@ def test_it_does_something_and_undoes_it(row: Row, name: str):
     assert ran, f"{row.patch} ran nowhere: {plug.report()}"
     for event in ran if row.blocks else ():
         assert event.plan.members.any(-1).all(), "a query block without a key block"
-        assert event.density == pytest.approx(float(event.plan.density().mean()), abs=1e-6) or row.patch == "sol"
+        exact = float(event.plan.density().mean())
+        assert event.density > exact if row.pools and exact < 1 else event.density == pytest.approx(exact, abs=1e-6)
     if any(event.density < 0.999 for event in ran):
         assert not torch.equal(patched, dense)
     else:  # a grid on which this window reads everything
