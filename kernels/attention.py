@@ -78,7 +78,8 @@ def block_attention(
         if isinstance(rest, Rectified):
             return rectified(rest, block_attention(q, k, v, plan, **arguments), v, plan, key_mask)
         plan = plan if isinstance(plan, BlockPlan) else lower(plan, q, k, scale, key_mask)
-        return tied(*block_attention(q, k, v, plan, **arguments, return_lse=True), q, k, v, plan, scale, key_mask)
+        out, lse = block_attention(q, k, v, plan, **arguments, return_lse=True)
+        return tied(out, lse, q, k, v, plan, scale, key_mask)
     weight, kind = (rest.weight, rest.representative) if isinstance(rest, Pool) else (None, "drop")
     band = plan.band if isinstance(plan, Threshold) else None
     tensors, sizes = plan.tensors(), (plan.block_q, plan.block_k, band)
@@ -104,11 +105,8 @@ def _op(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """One opaque node in compiled graphs, whatever the backend. `rest` is ``drop`` or the representative of a `Pool`."""
-    made: BlockPlan | Threshold
-    if band is None:
-        made = BlockPlan.of_tensors(plan, block_q, block_k)
-    else:
-        made = Threshold.of_tensors(plan, band, block_q, block_k)
+    sizes = (block_q, block_k)
+    made = BlockPlan.of_tensors(plan, *sizes) if band is None else Threshold.of_tensors(plan, band, *sizes)
     kept = Drop() if rest == "drop" else Pool(weight, rest)  # type: ignore[arg-type]
     out, lse = _run(backend, q, k, v, made, kept, scale, precision, key_mask, return_lse)
     return out, out.new_empty(0, dtype=torch.float32) if lse is None else lse

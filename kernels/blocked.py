@@ -47,7 +47,7 @@ def attend(
     levels = () if coarse is None else coarse.levels
     key = (plan.bits.data_ptr(), plan.bits._version, levels)
     groups = _grouped.get(key, lambda: (plan, _groups(plan, levels)))[1]
-    bias = _bias(coarse, key_mask, plan.key_slots)
+    bias = _bias(coarse, key_mask, plan.key_slots, q.device)
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     lse = torch.full(q.shape[:-1], -torch.inf, device=q.device) if return_lse else None
     ratio = q.shape[1] // k.shape[1]
@@ -67,7 +67,9 @@ def attend(
                     mask = bias[of_bias].index_select(-1, group.keys)[:, :, None]  # [B|1, H|1, 1, C]
                 if plan.box is not None:
                     slots = torch.arange(q.shape[-2], device=q.device)[rows]
-                    inside = F.pad(plan.box.allows(slots, group.keys[: group.exact]), (0, len(group.keys) - group.exact), value=True)
+                    inside = F.pad(
+                        plan.box.allows(slots, group.keys[: group.exact]), (0, len(group.keys) - group.exact), value=True
+                    )
                     mask = torch.where(inside, 0.0 if mask is None else mask, -torch.inf)  # [B|1, H|1, R, C]
                     mask = mask if mask.ndim == 4 else mask[None, None]
                 part, part_lse = _dense(q[batch, head][:, :, rows], keys, values, mask, scale, return_lse)
@@ -77,15 +79,13 @@ def attend(
     return out, lse
 
 
-def _bias(coarse: Coarse | None, key_mask: Tensor | None, slots: int) -> Tensor | None:
+def _bias(coarse: Coarse | None, key_mask: Tensor | None, slots: int, device: torch.device) -> Tensor | None:
     """What is added to the logits of each key, float32 (B|1, H|1, slots, or slots + E); None for nothing."""
-    if coarse is None and key_mask is None:
-        return None
-    exact = torch.zeros(1, 1, slots, device=(coarse.bias if coarse is not None else key_mask).device)
+    exact = torch.zeros(1, 1, slots, device=device)
     if key_mask is not None:
         exact = exact.masked_fill(~F.pad(key_mask, (0, slots - key_mask.shape[-1]))[:, None], -torch.inf)
     if coarse is None:
-        return exact
+        return None if key_mask is None else exact
     shape = torch.broadcast_shapes(exact.shape[:2], coarse.bias.shape[:2])
     return torch.cat([exact.expand(*shape, -1), coarse.bias.expand(*shape, -1)], -1)
 
@@ -109,7 +109,10 @@ def _groups(plan: BlockPlan, levels: tuple[int, ...]) -> list[list[list[_Group]]
     if levels:
         reads = torch.cat([reads, plan.coarse_reads(levels)], -1)
     words = torch.cat([plan.bits, plan.taken] if plan.level is None else [plan.bits, plan.taken, plan.level], -1)
-    return [[_groups_of(plan, *rows, exact) for rows in zip(*of_batch, strict=True)] for of_batch in zip(words, reads, strict=True)]
+    return [
+        [_groups_of(plan, *rows, exact) for rows in zip(*of_batch, strict=True)]
+        for of_batch in zip(words, reads, strict=True)
+    ]
 
 
 def _groups_of(plan: BlockPlan, words: Tensor, reads: Tensor, exact: int) -> list[_Group]:

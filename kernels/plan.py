@@ -103,7 +103,8 @@ class BlockPlan:
             If `members` or `level` do not fit `q_len` and `k_len`, a level is none of 0, 2, 4 and 8 or does not divide
             `block_k`, or a row that holds queries reads no block in a head that is not skipped.
         """
-        members, level = (x[None, None] if x is not None and x.ndim == 2 else x for x in (members, level))
+        members = members[None, None] if members.ndim == 2 else members
+        level = level[None, None] if level is not None and level.ndim == 2 else level
         for what, x in (("membership", members), ("levels", level)):
             if x is not None and (x.ndim != 4 or x.shape[2:] != (len(q_len), len(k_len))):
                 raise ShapeError(
@@ -137,13 +138,13 @@ class BlockPlan:
             width = blocks
         else:
             widest, without, wrong = torch.stack([listed.max(), empty.int(), unknown.int()]).tolist()
+            if wrong:
+                raise ShapeError(f"Levels must be 0, {', '.join(map(str, LEVELS))}. Got others among them.")
             if without:
                 raise ShapeError(
                     "A query block that holds tokens reads no key block. Select at least one block for each, or name the "
                     "head in `skipped`."
                 )
-            if wrong:
-                raise ShapeError(f"Levels must be 0, {', '.join(map(str, LEVELS))}. Got others among them.")
             width = min(blocks, 1 << (max(widest, 1) - 1).bit_length())
         end = (2 + len(LEVELS)) * blocks
         order = torch.arange(blocks, device=members.device, dtype=torch.int32)
@@ -195,8 +196,9 @@ class BlockPlan:
     @classmethod
     def of_tensors(cls, tensors: Sequence[Any], block_q: int, block_k: int) -> BlockPlan:
         """Inverse of `tensors`."""
-        *lists, level, level_count, lo, hi, coord = tensors
-        return cls(*lists, block_q, block_k, level, level_count, None if lo is None else Box(lo, hi, coord))
+        index, count, whole, bits, taken, q_len, k_len, level, level_count, lo, hi, coord = tensors
+        box = None if lo is None else Box(lo, hi, coord)
+        return cls(index, count, whole, bits, taken, q_len, k_len, block_q, block_k, level, level_count, box)
 
     def density(self, rest: bool = False) -> Tensor:
         """Keys read as a fraction of all (query, key) pairs, float64 (B|1, H|1). The box is not counted: blocks cost.
@@ -257,7 +259,9 @@ class BlockPlan:
             seq_lengths=(len(self.q_len) * self.block_q, full.shape[-1] * self.block_k),
         )
 
-    def _mask_mod(self, key_mask: Tensor | None, coarse: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def _mask_mod(
+        self, key_mask: Tensor | None, coarse: Tensor | None
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         k_len, block_q, block_k, slots, box = self.k_len, self.block_q, self.block_k, self.key_slots, self.box
         one_batch, one_head = coarse is None or coarse.shape[0] == 1, coarse is None or coarse.shape[1] == 1
 
@@ -311,8 +315,8 @@ class Threshold:
     @classmethod
     def of_tensors(cls, tensors: Sequence[Any], band: int, block_q: int, block_k: int) -> Threshold:
         """Inverse of `tensors`."""
-        theta, *others = tensors
-        return cls(theta, band, *others, block_q, block_k)
+        theta, sink, dense_rows, q_len, k_len = tensors
+        return cls(theta, band, sink, dense_rows, q_len, k_len, block_q, block_k)
 
     def lower(self, q_pool: Tensor, k_pool: Tensor, scale: float) -> BlockPlan:
         """Evaluate the rule on pooled queries (B, H, M, D) and keys (B, H, N, D), both float32."""

@@ -113,10 +113,9 @@ def coarse(
         values.append(mean(v, runs, h, key_mask))
         biases.append(counted(runs, h, key_mask).log())  # [B|1, 1, E]
     if isinstance(rest, Pool):
-        centre = None if rest.representative == "mean" else _centre(plan.k_len, plan.block_k, key_mask)
-        keys.append(mean(k, plan.k_len, plan.block_k, key_mask) if centre is None else _take(k, centre))
-        by_mean = centre is None or rest.representative == "centre_k_mean_v"
-        values.append(mean(v, plan.k_len, plan.block_k, key_mask) if by_mean else _take(v, centre))
+        for x, out, by_centre in ((k, keys, rest.representative != "mean"), (v, values, rest.representative == "centre")):
+            block = (plan.k_len, plan.block_k, key_mask)
+            out.append(_take(x, _centre(*block)) if by_centre else mean(x, *block))
         biases.append(_log_number(plan, rest.weight, key_mask))
     heads = max(x.shape[1] for x in biases)
     bias = torch.cat([x.expand(-1, heads, -1) for x in biases], -1)
@@ -145,9 +144,7 @@ def _take(x: Tensor, slots: Tensor) -> Tensor:
     return x.take_along_dim(slots[:, None, :, None], -2)
 
 
-def rectified(
-    rest: Rectified, out: Tensor, v: Tensor, plan: Any, key_mask: Tensor | None
-) -> Tensor:
+def rectified(rest: Rectified, out: Tensor, v: Tensor, plan: Any, key_mask: Tensor | None) -> Tensor:
     """Return ``share * out + weights @ v_C`` from the exact output (B, H, P_q, D_v)."""
     v_pool = pool(v, plan.k_len, plan.block_k, key_mask)[0].repeat_interleave(out.shape[1] // v.shape[1], 1)
     return _blend(out, rest.share, rest.weights @ v_pool, plan.block_q)

@@ -7,7 +7,6 @@ materialised. Imported only where triton is installed; under ``TRITON_INTERPRET=
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
