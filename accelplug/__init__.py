@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from accelplug.plug import Plug, apply, remove
     from accelplug.recipe import Recipe, list_recipes
     from accelplug.registry import list_patches
+    from accelplug.tuning import Bound, Tuned, tune, verify
 
 __all__ = [
     "AccelplugError",
+    "Bound",
     "Comparison",
     "Exam",
     "Plug",
     "Recipe",
+    "Tuned",
     "__version__",
     "apply",
     "compare",
@@ -35,11 +38,17 @@ __all__ = [
     "list_patches",
     "list_recipes",
     "remove",
+    "tune",
+    "verify",
 ]
 
 logging.getLogger("accelplug").addHandler(logging.NullHandler())
 
 _HOMES = {
+    "Bound": "tuning",
+    "Tuned": "tuning",
+    "tune": "tuning",
+    "verify": "tuning",
     "Comparison": "comparison",
     "Exam": "comparison",
     "Plug": "plug",

@@ -1,4 +1,4 @@
-"""The command line: ``accelplug list | show | inspect | compare | demo | doctor``."""
+"""The command line: ``accelplug list | show | inspect | compare | tune | verify | demo | doctor``."""
 
 from __future__ import annotations
 
@@ -59,17 +59,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--pictures", type=int, default=200, help="how many of them (default 200)")
     command.add_argument("--seed", action="append", type=int, help="repeat for several (default 0)")
-    command.add_argument("--frames", type=int, help="frames to generate, for video")
-    command.add_argument("--height", type=int, help="pixels")
-    command.add_argument("--width", type=int, help="pixels")
-    command.add_argument("--steps", type=int, help="diffusion steps")
-    command.add_argument("--guidance", type=float, help="guidance scale")
-    command.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    command.add_argument("--device", help="cuda, cpu, mps ... (default: the accelerator that is there)")
+    _takes_pipeline_settings(command)
     command.add_argument("--caches", action="store_true", help="add FirstBlockCache, alone and with each recipe")
     command.add_argument("--report", type=Path, help="write a page (.html) or the figures (.json)")
     command.add_argument("--record", action="store_true", help="append the result to the recipe's file as a measured row")
     command.set_defaults(run=_compare)
+
+    command = commands.add_parser("tune", help="search for the fastest recipe within a quality budget, and prove it")
+    command.add_argument("model_dir", type=Path, help="a pipeline saved on disk")
+    command.add_argument("--prompts", type=Path, required=True, help="a text file, one prompt a line; the last is held out")
+    command.add_argument("--budget", default="psnr>=26", help="bounds, such as 'psnr>=26, ssim>=.9' (default psnr>=26)")
+    command.add_argument("--time", type=float, default=600.0, help="seconds to spend, about (default 600)")
+    command.add_argument("--seeds", type=int, default=4, help="number of seeds; half are held out (default 4)")
+    command.add_argument("--patch", action="append", help="try only this patch; repeat for several")
+    command.add_argument("--no-caches", action="store_true", help="try no step caches")
+    command.add_argument("--resume", type=Path, help="keep measurements in this file, and go on from it")
+    command.add_argument("-o", "--output", type=Path, required=True, help="the recipe file to write (.yaml)")
+    command.add_argument(
+        "--report", type=Path, help="write a page (.html) with the front and its clips, or the figures (.json)"
+    )
+    _takes_pipeline_settings(command)
+    command.set_defaults(run=_tune)
+
+    command = commands.add_parser("verify", help="run what a recipe file says was measured once more")
+    command.add_argument("recipe", type=Path, help="a recipe file")
+    command.add_argument("model_dir", type=Path, help="the pipeline that it was measured on")
+    command.add_argument("--prompt", help="for rows that name no prompt")
+    command.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    command.add_argument("--device", help="cuda, cpu, mps ... (default: the accelerator that is there)")
+    command.set_defaults(run=_verify)
 
     command = commands.add_parser("demo", help="compare the bundled video model before and after")
     command.add_argument("--report", type=Path, default=Path("demo.html"), help="where the page goes (default demo.html)")
@@ -79,6 +97,27 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("doctor", help="check versions, device, kernels, and what is relied on in host libraries")
     command.set_defaults(run=_doctor)
     return parser
+
+
+def _takes_pipeline_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--frames", type=int, help="frames to generate, for video")
+    command.add_argument("--height", type=int, help="pixels")
+    command.add_argument("--width", type=int, help="pixels")
+    command.add_argument("--steps", type=int, help="diffusion steps")
+    command.add_argument("--guidance", type=float, help="guidance scale")
+    command.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    command.add_argument("--device", help="cuda, cpu, mps ... (default: the accelerator that is there)")
+
+
+def _pipeline_settings(options: argparse.Namespace) -> dict[str, Any]:
+    settings = {
+        "num_frames": options.frames,
+        "height": options.height,
+        "width": options.width,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _console() -> Any:
@@ -141,14 +180,7 @@ def _compare(options: argparse.Namespace) -> int:
     if not options.prompt:
         raise AccelplugError("compare runs a pipeline on prompts; add --prompt '...'.")
     pipe = _load(options.model_dir, options.dtype, options.device)
-    settings = {
-        "num_frames": options.frames,
-        "height": options.height,
-        "width": options.width,
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance,
-    }
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = _pipeline_settings(options)
     inputs = [{"prompt": prompt, **given} for prompt in options.prompt]
     result = compare(pipe, options.recipe, inputs, options.seed or [0], caches=options.caches)
     _publish(result, options.report)
@@ -173,6 +205,54 @@ def _examine(options: argparse.Namespace) -> int:
         result.to_json(options.report) if options.report.suffix == ".json" else result.to_html(options.report)
         print(f"wrote {options.report}")
     return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from accelplug.plug import model_facts
+    from accelplug.tuning import tune
+
+    if options.output.suffix not in (".yaml", ".yml"):
+        raise AccelplugError(f"{options.output} must end in .yaml, so that apply() knows it for a recipe file.")
+    prompts = [line.strip() for line in _text(options.prompts).splitlines() if line.strip()]
+    pipe = _load(options.model_dir, options.dtype, options.device)
+    inputs = [{"prompt": prompt, **_pipeline_settings(options)} for prompt in prompts]
+    found = tune(
+        pipe,
+        inputs,
+        options.budget,
+        time_budget_s=options.time,
+        seeds=options.seeds,
+        patches=options.patch,
+        caches=not options.no_caches,
+        resume=options.resume,
+    )
+    _console().print(found)
+    print(f"wrote {found.to_yaml(options.output, model_facts(pipe))}")
+    if options.report is not None:
+        found.to_json(options.report) if options.report.suffix == ".json" else found.to_html(options.report)
+        print(f"wrote {options.report}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from accelplug.tuning import verify
+
+    inputs = None if options.prompt is None else {"prompt": options.prompt}
+    verdicts = verify(_load(options.model_dir, options.dtype, options.device), options.recipe, inputs)
+    table = Table("recipe", "measured", "verdict", "", title=str(options.recipe), title_justify="left")
+    for verdict in verdicts:
+        table.add_row(verdict.recipe, verdict.date, verdict.outcome, verdict.why)
+    _console().print(table)
+    return 0 if all(verdict.outcome == "confirmed" for verdict in verdicts) else 1
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise AccelplugError(f"{path} cannot be read: {error.strerror}. Give a text file with one prompt a line.") from None
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -215,7 +215,7 @@ class Plug(AbstractContextManager["Plug"]):
         )
         for host in self._hosts:
             host.owner = self
-        for host in self._denoisers:
+        for host in self.denoiser_hosts:
             host.takes_turns = len(self._hosts) > 1
         if choices is not None:
             self._recall(choices)
@@ -232,7 +232,8 @@ class Plug(AbstractContextManager["Plug"]):
         recall(choices["kernels"])
 
     @property
-    def _denoisers(self) -> list[DenoiserHost]:
+    def denoiser_hosts(self) -> list[DenoiserHost]:
+        """The hosts of its denoisers."""
         return [host for host in self._hosts if isinstance(host, DenoiserHost)]
 
     def _decide(self, site: Site, layout: Any, clock: Clock) -> Choice:
@@ -263,7 +264,7 @@ class Plug(AbstractContextManager["Plug"]):
         cache = self.recipe.cache
         if cache is None:
             return None
-        if not self._denoisers:
+        if not self.denoiser_hosts:
             raise UnsupportedError(f"{self.recipe.name} asks for the step cache {cache.kind}, and only denoisers take one.")
         first = [record.site for host in self._hosts for record in host.records if record.site and record.site.layer == 0]
         patched = self.recipe.patches() and any(self.recipe.may_touch(site) for site in first)
@@ -388,7 +389,7 @@ class Plug(AbstractContextManager["Plug"]):
         The attention share is measured in the first two eager forwards of a size (`warmup` runs some); nothing is timed in compiled
         or captured code, nor with ``gate="off"``.
         """
-        return [forecast for host in self._denoisers for forecast in host.forecasts()]
+        return [forecast for host in self.denoiser_hosts for forecast in host.forecasts()]
 
     def report(self) -> Report:
         """Say what ran how since `apply`: calls by patch, fallbacks with their reasons, what the gate left dense, what can be gained."""
@@ -409,7 +410,7 @@ class Plug(AbstractContextManager["Plug"]):
 
     def _end_to_end(self, verdict: Verdict) -> str:
         """What a verdict means for a forward, where the share of its calls in one is known."""
-        shares = [share for host in self._denoisers if (share := host.share_of(verdict)) is not None]
+        shares = [share for host in self.denoiser_hosts if (share := host.share_of(verdict)) is not None]
         if not shares:
             return ""
         gain = amdahl(shares[0], verdict.dense_ms / verdict.sparse_ms)

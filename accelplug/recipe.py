@@ -344,6 +344,7 @@ class Measured(_Strict):
     """Which checkpoint, name and revision."""
     inputs: dict[str, str | int | float | bool] = {}
     """height, width, num_frames, num_inference_steps, ..."""
+    prompts: list[str] = []
     dtype: str | None = None
     seeds: list[int] = Field(min_length=1)
     baseline: str | None = None

@@ -252,9 +252,11 @@ class Comparison:
 
     def record(self) -> list[Path]:
         """Append a `measured` row to the file of each recipe that came from one; return the files."""
-        return [self.recorders[row.name](self._measured(row)) for row in self.rows if row.name in self.recorders]
+        return [self.recorders[row.name](self.measured(row)) for row in self.rows if row.name in self.recorders]
 
-    def _measured(self, row: Row) -> dict[str, Any]:
+    def measured(self, row: Row) -> dict[str, Any]:
+        """Return a row as a recipe's `measured` entry."""
+
         def quality(of: Row, metric: str) -> dict[str, float] | None:
             mean, worst = of.mean(metric), of.worst(metric)
             return None if mean is None or worst is None or math.isinf(mean) else {"mean": mean, "worst": worst}
@@ -267,6 +269,7 @@ class Comparison:
             "versions": env["versions"],
             "git": env.get("git"),
             "inputs": {key: value for key, value in self.settings.items() if isinstance(value, str | int | float | bool)},
+            "prompts": [text for i, text in enumerate(self.prompts) if text != f"inputs {i}"],
             "dtype": env.get("dtype"),
             "seeds": self.seeds,
             "baseline": env.get("baseline"),

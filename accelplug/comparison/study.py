@@ -90,7 +90,7 @@ def compare(
         ]
     runs = len(prompts) * len(study.seeds)
     total = len(variants) * (1 + runs) + (2 if floors else 0)
-    with _progress(progress, total) as tick, _quiet(pipe):
+    with _progress(progress, total) as tick, quiet(pipe):
         for variant in variants:
             tick(f"tracing {variant.name}")
             study.trace(variant)
@@ -169,9 +169,14 @@ class Study:
     dense_runs: dict[tuple[int, int], Run] = field(default_factory=dict)
     clips: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict)
 
+    @staticmethod
+    def new_row(variant: Variant) -> Row:
+        """An empty row of the table."""
+        return Row(variant.name, variant.kind, variant.recipe.name if variant.recipe else "")
+
     def trace(self, variant: Variant) -> None:
         """Run once, observing every attention call; this is also the warm-up."""
-        row = self.rows[variant.name] = Row(variant.name, variant.kind, variant.recipe.name if variant.recipe else "")
+        row = self.rows[variant.name] = self.new_row(variant)
         with self._on(variant, gate="report") as plug, plug.trace(timed=True, plans=True) as events:
             self.run(0, self.seeds[0])
         row.attention_ms = sum(event.ms or 0.0 for event in events)
@@ -358,7 +363,7 @@ def _drawn(events: list[Event]) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
+def quiet(pipe: Any) -> Iterator[None]:
     """Silence the pipeline's own progress bar, and give it back as it was."""
     before = getattr(pipe, "_progress_bar_config", None)
     try:

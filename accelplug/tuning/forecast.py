@@ -1,0 +1,210 @@
+"""Cheap before dear: what a candidate will cost and spoil, from a few denoiser calls of a real dense run.
+
+A candidate is first seen at a few *moments*: calls of the denoiser that a dense run made, repeated with a patch on. Their outputs
+differ from dense ones by a relative error e(s) at step s, and in time. From that a whole run is foretold:
+
+* time: the dense run's, with the steps and layers that a candidate patches shrunk by the ratio that was seen;
+* spoil: ``sum over patched steps of w(s) e(s)``, where ``w(s) = |sigma(s) - sigma(s + 1)| exp(-kappa s / steps)`` is how far a step
+  moves the latents, and how much of an error made there is left in the end. Errors of one patch at neighbouring steps point the
+  same way, so they add; those of layers do not, so dense layers take away their share of the square. kappa and the line from
+  log(spoil) to a metric are fitted to the full runs seen so far: attention errors alone do not say what a clip looks like.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from accelplug.comparison.study import Study
+from accelplug.hosts.gate import timed_ms
+from accelplug.plug import apply
+from accelplug.tuning.budget import Bound
+from accelplug.tuning.space import Arm, Candidate
+
+OBSERVED = {"rules": [{"patch": "dense"}]}
+KAPPAS = (0.0, 1.0, 2.0, 4.0, 8.0)
+DECIBEL_SLOPE = -20.0
+"""dB that a PSNR falls where an error grows tenfold."""
+
+
+@dataclass
+class Moment:
+    """One denoiser call of a dense run: its step, arguments, output and time."""
+
+    part: Any
+    step: int
+    steps: int
+    args: tuple
+    kwargs: dict[str, Any]
+    output: torch.Tensor
+    ms: float = math.nan
+
+
+@dataclass
+class Trajectory:
+    """Moments of a dense run, and how far each step moves the latents.
+
+    Attributes
+    ----------
+    moments : the first denoiser call of a few steps.
+    moves : |sigma(s) - sigma(s + 1)| of all steps, adding up to 1; equal where the scheduler has no sigmas.
+    layouts : token layouts that were seen.
+    layers : number of attention layers.
+    """
+
+    moments: list[Moment]
+    moves: list[float]
+    layouts: list[Any]
+    layers: int
+
+    @classmethod
+    def record(cls, study: Study, prompt: int, seed: int, at: Sequence[float] = (0.1, 0.4, 0.7, 0.95)) -> Trajectory:
+        """Run dense once, and keep the moments at these shares of the steps."""
+        moments: dict[int, Moment] = {}
+        with apply(study.pipe, OBSERVED, gate="off") as plug:
+            hosts = {host.root: host for host in plug.denoiser_hosts}
+
+            def keep(part: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+                now = hosts[part].now
+                if now.step is None or now.steps is None or now.step in moments:
+                    return
+                if now.step in {min(round(share * now.steps), now.steps - 1) for share in at}:
+                    tensor = (output[0] if isinstance(output, tuple) else output.sample).clone()
+                    moments[now.step] = Moment(part, now.step, now.steps, _cloned(args), _cloned(kwargs), tensor)
+
+            handles = [part.register_forward_hook(keep, with_kwargs=True) for part in hosts]
+            try:
+                study.run(prompt, seed)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            layouts = list({r.layout for host in hosts.values() for r in host.records if r.layout is not None})
+            layers = max((site.layers for site in plug.sites), default=0)
+        trajectory = cls(list(moments.values()), _moves(study.pipe), layouts, layers)
+        for moment in trajectory.moments:
+            moment.ms = min(timed_ms(lambda m=moment: _call(m), moment.output.device)[1] for _ in range(2))  # type: ignore[misc]
+        return trajectory
+
+    def probe(self, pipe: Any, recipe: Mapping[str, Any], moments: Sequence[Moment] | None = None) -> Probe:
+        """Repeat moments with a recipe on; the first call, which may compile, is not timed."""
+        moments = self.moments if moments is None else moments
+        errors, ratios = {}, []
+        with apply(pipe, recipe, gate="report") as plug:
+            for number, moment in enumerate(moments):
+                plug.step(moment.step, moment.steps)
+                if number == 0:
+                    _call(moment)
+                output, ms = timed_ms(lambda m=moment: _call(m), moment.output.device)  # type: ignore[misc]
+                errors[moment.step] = float((output.float() - moment.output.float()).norm() / moment.output.float().norm())
+                ratios.append(ms / moment.ms)
+        return Probe(errors, float(np.median(ratios)))
+
+
+@dataclass
+class Probe:
+    """What a recipe did to the moments: relative error of the output by step, and time over dense time."""
+
+    errors: dict[int, float]
+    ratio: float
+
+    def error(self, step: int) -> float:
+        """The error at a step, in a straight line between those seen."""
+        steps = sorted(self.errors)
+        return float(np.interp(step, steps, [self.errors[s] for s in steps]))
+
+
+@dataclass
+class Forecast:
+    """What is known of arms, layers and full runs, and what it foretells of candidates."""
+
+    trajectory: Trajectory
+    bounds: Sequence[Bound]
+    denoise_ms: float
+    other_ms: float
+    probes: dict[Arm, Probe] = field(default_factory=dict)
+    layer_share: dict[int, float] = field(default_factory=dict)
+    """Share of the squared error that a layer makes."""
+    cache_ratio: dict[Any, float] = field(default_factory=dict)
+    """Denoising time with a cache alone over dense."""
+    runs: list[tuple[Candidate, dict[str, float]]] = field(default_factory=list)
+    """Full runs: the worst value of each bound."""
+
+    def steps_patched(self, candidate: Candidate) -> range:
+        """The steps in which the arm is on."""
+        steps = len(self.trajectory.moves)
+        return range(round(candidate.dense_steps * steps / 100), steps)
+
+    def latency_ms(self, candidate: Candidate) -> float:
+        """Foretell the time of a run."""
+        ratio, steps = 1.0, len(self.trajectory.moves)
+        if candidate.arm is not None:
+            kept = 1 - len(candidate.dense_layers) / max(self.trajectory.layers, 1)
+            saved = (1 - self.probes[candidate.arm].ratio) * kept
+            ratio -= saved * len(self.steps_patched(candidate)) / steps
+        return self.other_ms + self.denoise_ms * ratio * self.cache_ratio.get(candidate.cache, 1.0)
+
+    def spoil(self, candidate: Candidate, kappa: float) -> float:
+        """Foretell how much of the arm's error is left in the end; caches are not in it."""
+        if candidate.arm is None:
+            return 0.0
+        probe, steps = self.probes[candidate.arm], len(self.trajectory.moves)
+        left = 1 - sum(self.layer_share.get(layer, 0.0) for layer in candidate.dense_layers)
+        moved = sum(
+            self.trajectory.moves[s] * math.exp(-kappa * s / steps) * probe.error(s) for s in self.steps_patched(candidate)
+        )
+        return moved * math.sqrt(max(left, 1e-3))
+
+    def margin(self, candidate: Candidate) -> float | None:
+        """Foretell the smallest margin over the bounds, in the bound's own unit; None before a full run with the same cache."""
+        seen = [(other, values) for other, values in self.runs if other.arm is not None and other.cache == candidate.cache]
+        if not seen or candidate.arm is None:
+            return None
+        margins = []
+        for bound in self.bounds:
+            points = [(other, values[bound.name]) for other, values in seen if math.isfinite(values[bound.name])]
+            if points:
+                margins.append(bound.margin(self._line(candidate, points)))
+        return min(margins, default=None)
+
+    def _line(self, candidate: Candidate, points: list[tuple[Candidate, float]]) -> float:
+        """The value on the best line from log10(spoil), over all kappas; with under three runs, on a line of known slope."""
+        y = np.array([value for _, value in points])
+        best: tuple[float, float] = (math.inf, float(y.mean()))
+        for kappa in KAPPAS if len(points) > 2 else KAPPAS[2:3]:
+            x = np.log10([max(self.spoil(other, kappa), 1e-9) for other, _ in points])
+            at = math.log10(max(self.spoil(candidate, kappa), 1e-9))
+            slope = DECIBEL_SLOPE
+            if len(points) > 2 and x.std() > 1e-6:
+                slope = min(float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()), 0.0)
+            foretold = y.mean() + slope * (x - x.mean())
+            best = min(best, (float(((y - foretold) ** 2).mean()), float(y.mean() + slope * (at - x.mean()))))
+        return best[1]
+
+
+def _call(moment: Moment) -> torch.Tensor:
+    with torch.no_grad():
+        output = moment.part(*moment.args, **moment.kwargs)
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _cloned(item) for key, item in value.items()}
+    return type(value)(_cloned(item) for item in value) if type(value) in (list, tuple) else value
+
+
+def _moves(pipe: Any) -> list[float]:
+    scheduler = pipe.scheduler
+    steps = len(scheduler.timesteps)
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None or len(sigmas) != steps + 1:
+        return [1 / steps] * steps
+    moves = (sigmas[:-1] - sigmas[1:]).abs().double()
+    return (moves / moves.sum()).tolist()

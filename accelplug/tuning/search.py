@@ -1,0 +1,427 @@
+"""tune(): search for the fastest recipe within a quality budget, and prove it on runs that the search never saw."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from accelplug.comparison.result import DENSE
+from accelplug.comparison.study import Study, Variant, quiet
+from accelplug.errors import AccelplugError, UnsupportedError
+from accelplug.plug import model_facts
+from accelplug.recipe import Measured, Recipe, load
+from accelplug.tuning.budget import Bound, parse
+from accelplug.tuning.forecast import OBSERVED, Forecast, Trajectory
+from accelplug.tuning.result import Point, Tuned
+from accelplug.tuning.space import CACHES, Arm, Candidate, arms, cached, variants
+
+logger = logging.getLogger("accelplug")
+
+WORTH = 1.03
+"""A gain below this is not worth a recipe."""
+FINALISTS = 4
+"""Candidates that are proven at most, the fastest first."""
+PROBE_SHARE = 0.35
+"""Share of the time that probing may take."""
+
+
+def tune(
+    pipe: Any,
+    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    budget: str | Bound | Sequence[str | Bound] = "psnr>=26",
+    *,
+    time_budget_s: float = 600.0,
+    seeds: int | Sequence[int] = 4,
+    patches: Sequence[str] | None = None,
+    caches: bool = True,
+    foreground: Callable[[np.ndarray], np.ndarray] | None = None,
+    detect: Callable[[np.ndarray, str], float] | None = None,
+    resume: str | Path | None = None,
+    progress: bool = True,
+) -> Tuned:
+    """Find the fastest recipe that keeps a diffusers pipeline within a quality budget.
+
+    Cheap before dear. A dense run is recorded; every patch and setting is tried on a few of its denoiser calls, which foretells
+    time and spoil of whole runs (`accelplug.tuning.forecast`). The fastest that promise to stay within the budget are run whole
+    on one prompt and seed, and each run corrects the forecast; those that hold go on to more seeds. The winner is proven on
+    prompts and seeds that the search never saw, its worst run within every bound; if it fails there, the next one is.
+
+    Parameters
+    ----------
+    pipe : a diffusers pipeline. It is left as it was.
+    inputs : arguments of its call, one mapping or several. The last of several prompts is held out for the proof.
+    budget : bounds that every run must keep against dense at the same seed: ``"fg_psnr>=26"``, ``"ssim>=.9, agreement>=1"``,
+        a `Bound` with a function of yours, or a list of such.
+    time_budget_s : seconds to spend, about; the proof is kept time for. Ctrl-C ends the search and keeps the best so far.
+    seeds : number of seeds, or the seeds. The second half is held out for the proof.
+    patches : names of patches to try; all that have a ladder in `accelplug.tuning.space`.
+    caches : also try step caches, alone and with patches.
+    foreground, detect : as for `accelplug.compare`, for the bounds ``fg_psnr`` and ``agreement``.
+    resume : a file that keeps what was measured; a second call goes on from there.
+    progress : show a progress bar with the best so far.
+
+    Returns
+    -------
+    `Tuned`: a recipe for `accelplug.apply`, with the front, all that was tried, and why; a dense one if nothing pays.
+
+    Raises
+    ------
+    AccelplugError
+        If inputs, seeds or the budget cannot be used.
+    """
+    prompts = [dict(inputs)] if isinstance(inputs, Mapping) else [dict(item) for item in inputs]
+    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not prompts or len(numbers) < 2:
+        raise AccelplugError(
+            f"tune needs inputs and at least two seeds, one to search and one to prove with; got {len(prompts)} inputs and "
+            f"{len(numbers)} seeds."
+        )
+    bounds = parse(budget)
+    half = len(numbers) // 2
+    seen = list(itertools.product(range(max(len(prompts) - 1, 1)), numbers[:half]))
+    unseen = list(itertools.product([len(prompts) - 1], numbers[half:]))
+    study = Study(pipe, prompts, numbers, foreground, detect)
+    search = Search(study, bounds, seen, unseen, time_budget_s, Journal(resume, _fingerprint(pipe, prompts, numbers)))
+    with quiet(pipe), _bar(progress, time_budget_s) as search.tell:
+        try:
+            search.prepare(patches, caches)
+            search.explore()
+        except KeyboardInterrupt:
+            logger.warning("tune: interrupted; the best so far is proven now. Interrupt again to stop at once.")
+        search.prove()
+    return search.result()
+
+
+class Journal:
+    """Measurements by key, kept in a file, so that a search can go on after it was stopped."""
+
+    def __init__(self, path: str | Path | None, fingerprint: str) -> None:
+        self.path = Path(path) if path is not None else None
+        self.entries: dict[str, Any] = {}
+        if self.path is not None and self.path.exists():
+            lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.strip()]
+            if lines and lines[0] != {"fingerprint": fingerprint}:
+                raise AccelplugError(
+                    f"{self.path} holds a search for another model, prompts or seeds. Give another file, or delete it."
+                )
+            self.entries = {line["key"]: line["value"] for line in lines[1:]}
+        elif self.path is not None:
+            self.path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+
+    def get(self, key: str, make: Callable[[], Any]) -> Any:
+        """Return what is known under `key`, or make it and keep it."""
+        if key not in self.entries:
+            self.entries[key] = make()
+            if self.path is not None:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"key": key, "value": self.entries[key]}) + "\n")
+        return self.entries[key]
+
+
+@dataclass
+class Search:
+    """A search under way."""
+
+    study: Study
+    bounds: tuple[Bound, ...]
+    seen: list[tuple[int, int]]
+    unseen: list[tuple[int, int]]
+    time_budget_s: float
+    journal: Journal
+    tell: Callable[[str, float], None] = lambda what, spent: None
+    started: float = field(default_factory=time.monotonic)
+    forecast: Forecast | None = None
+    candidates: list[Candidate] = field(default_factory=list)
+    points: dict[Candidate, Point] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    caches: bool = True
+
+    # ---------------------------------------------------------------------------------------------------- time
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    @property
+    def run_s(self) -> float:
+        """Seconds of a dense run."""
+        return self.study.rows[DENSE].latency.p50 / 1e3
+
+    def _affords(self, runs: float) -> bool:
+        """Whether time is left for so many more runs and for the proof of one recipe."""
+        proof = 2 * len(self.unseen)
+        return self.spent_s + (runs + proof) * self.run_s < self.time_budget_s
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
+
+    # ------------------------------------------------------------------------------------------------- phases
+
+    def prepare(self, patches: Sequence[str] | None, caches: bool) -> None:
+        """Run dense, record its moments, and probe all arms on them, then layers, then caches on a whole run each."""
+        self.caches = caches
+        with self._phase("dense"):
+            self.tell("dense run", self.spent_s)
+            trajectory = Trajectory.record(self.study, *self.seen[0])
+            self._dense(self.seen[0])
+        if not trajectory.layouts or not trajectory.moments:
+            raise AccelplugError(
+                f"{type(self.study.pipe).__name__} has no self-attention on a known token grid: nothing to tune. "
+                "`accelplug inspect` says what is known of the model."
+            )
+        sample = self.study.rows[DENSE].samples[0]
+        self.forecast = Forecast(trajectory, self.bounds, sample.denoise_ms, sample.latency_ms - sample.denoise_ms)
+        with self._phase("probing"):
+            found = arms(max(trajectory.layouts, key=lambda layout: layout.visual), patches)
+            for arm in found:
+                if self.spent_s > PROBE_SHARE * self.time_budget_s:
+                    break
+                self.tell(f"probing {arm}", self.spent_s)
+                self._probe(arm)
+            self._probe_layers()
+        order = sorted(self.forecast.layer_share, key=lambda layer: -self.forecast.layer_share[layer])  # type: ignore[union-attr]
+        paying = [arm for arm, probe in self.forecast.probes.items() if probe.ratio < 1 / WORTH]
+        self.candidates = [candidate for arm in paying for candidate in variants(arm, order)]
+
+    def explore(self) -> None:
+        """Run the most promising candidate whole, learn, and go on until time is up or nothing faster can hold."""
+        with self._phase("whole runs"):
+            if self.caches and self._takes_caches():
+                self._run_caches()
+            while self._affords(1) and (candidate := self._next()) is not None:
+                self._run(candidate, self.seen[:1])
+            for candidate in self._holding()[: 2 * FINALISTS]:  # the survivors, on all pairs of the search
+                if len(self.seen) > 1 and self._affords(len(self.seen) - 1):
+                    self._run(candidate, self.seen[1:])
+
+    def prove(self) -> None:
+        """Run the fastest that holds where the search never looked; if it fails there, the next."""
+        with self._phase("proof"):
+            for candidate in self._holding()[:FINALISTS]:
+                point = self.points[candidate]
+                if point.speedup < WORTH:
+                    break
+                self._run(candidate, self.unseen)
+                point.verdict = "proven" if point.margin >= 0 else "overturned"
+                if point.verdict == "proven" and point.speedup >= WORTH:
+                    break
+
+    def result(self) -> Tuned:
+        """Put the recipe, its measurement and the front together."""
+        points = sorted(self.points.values(), key=lambda p: -p.speedup)
+        proven = next((c for c, p in self.points.items() if p.verdict == "proven" and p.speedup >= WORTH), None)
+        mapping = proven.rules() if proven is not None else OBSERVED
+        recipe = load(mapping, model_facts(self.study.pipe))
+        comparison = self.study.finish({})
+        measured: tuple[Measured, ...] = ()
+        if proven is not None:
+            row = comparison.measured(comparison.row(self.points[proven].name))
+            measured = (Measured.model_validate(row),)
+        budget = ", ".join(map(str, self.bounds))
+        fields = {name: getattr(recipe, name) for name in ("rules", "cache", "match", "source", "loc")}
+        why = self._why(proven, budget)
+        return Tuned(
+            name="tuned",
+            model="tuned",
+            summary=why,
+            measured=measured,
+            why=why,
+            budget=budget,
+            points=tuple(points),
+            comparison=comparison,
+            seconds={**self.seconds, "all": round(self.spent_s, 1)},
+            **fields,
+        )
+
+    def _why(self, proven: Candidate | None, budget: str) -> str:
+        if proven is not None:
+            point = self.points[proven]
+            worst = ", ".join(f"{name} {value:.2f}" for name, value in point.worst.items())
+            return f"{point.name}: {point.speedup:.2f}x within {budget}, worst of {point.runs} runs {worst}"
+        if self.forecast is None or not self.forecast.probes:
+            return (
+                f"Stay dense: {self.time_budget_s:.0f} s were over before a patch could be probed, a dense run takes "
+                f"{self.run_s:.0f} s. Give time_budget_s of at least {30 * self.run_s:.0f}."
+            )
+        if not self.candidates and not self.points:
+            return "Stay dense: no patch was faster than dense attention at this shape on this device."
+        held = [point for point in self.points.values() if point.margin >= 0]
+        if any(point.verdict == "overturned" for point in self.points.values()):
+            return f"Stay dense: what held {budget} in the search did not on unseen prompts and seeds."
+        if held:
+            return (
+                f"Stay dense: what keeps {budget} gains less than {WORTH:.2f}x, at best {max(p.speedup for p in held):.2f}x."
+            )
+        return f"Stay dense: none of {len(self.points)} candidates that were run keeps {budget}."
+
+    # ------------------------------------------------------------------------------------------------ measuring
+
+    def _dense(self, pair: tuple[int, int]) -> None:
+        if pair not in self.study.dense_runs:
+            self.study.rows.setdefault(DENSE, self.study.new_row(Variant(DENSE, "dense")))
+            self.study.time(Variant(DENSE, "dense"), *pair)
+
+    def _probe(self, arm: Arm) -> None:
+        from accelplug.tuning.forecast import Probe
+
+        assert self.forecast is not None
+        trajectory, pipe = self.forecast.trajectory, self.study.pipe
+
+        def measure() -> dict[str, Any]:
+            probe = trajectory.probe(pipe, Candidate(arm).rules())
+            return {"errors": {str(step): error for step, error in probe.errors.items()}, "ratio": probe.ratio}
+
+        found = self.journal.get(f"probe {arm}", measure)
+        self.forecast.probes[arm] = Probe({int(s): e for s, e in found["errors"].items()}, found["ratio"])
+
+    def _probe_layers(self) -> None:
+        """Share of the squared error that each layer makes, by a bold arm on that layer alone, at one moment."""
+        assert self.forecast is not None
+        trajectory, layers = self.forecast.trajectory, self.forecast.trajectory.layers
+        calls = layers * 2 * trajectory.moments[0].ms / 1e3
+        if not self.forecast.probes or self.spent_s + calls > PROBE_SHARE * self.time_budget_s:
+            return
+        arm = max(self.forecast.probes, key=lambda arm: self.forecast.probes[arm].error(0))  # type: ignore[union-attr]
+        moment = trajectory.moments[len(trajectory.moments) // 2]
+
+        def measure() -> list[float]:
+            squares = []
+            for layer in range(layers):
+                self.tell(f"probing layer {layer}", self.spent_s)
+                only = {"rules": [{"where": {"layers": layer}, "patch": arm.patch, "with": dict(arm.settings)}]}
+                squares.append(trajectory.probe(self.study.pipe, only, [moment]).errors[moment.step] ** 2)
+            return squares
+
+        squares = self.journal.get(f"layers {arm}", measure)
+        self.forecast.layer_share = {layer: square / (sum(squares) or 1.0) for layer, square in enumerate(squares)}
+
+    def _run_caches(self) -> None:
+        """Each cache alone, on one whole run: what it saves, it also saves beside a patch."""
+        assert self.forecast is not None
+        for kind, settings in CACHES:
+            if not self._affords(1):
+                return
+            candidate = Candidate(None, cache=(kind, tuple(settings.items())))
+            try:
+                self._run(candidate, self.seen[:1])
+            except UnsupportedError as error:
+                logger.info("tune: %s", error)
+                continue
+            self.forecast.cache_ratio[candidate.cache] = 1 / self.points[candidate].speedup
+
+    def _run(self, candidate: Candidate, pairs: Sequence[tuple[int, int]]) -> None:
+        """Run a candidate whole on some prompts and seeds, dense beside it, and learn from it."""
+        assert self.forecast is not None
+        name = str(candidate)
+        recipe = load(candidate.rules(), model_facts(self.study.pipe))
+        variant = Variant(name, "cache" if candidate.arm is None else "recipe", recipe)
+        if candidate not in self.points:
+            foretold: dict[str, float | None] = {"margin": self.forecast.margin(candidate)}
+            total = self.forecast.denoise_ms + self.forecast.other_ms
+            known = candidate.cache is None or candidate.cache in self.forecast.cache_ratio
+            foretold["speedup"] = total / self.forecast.latency_ms(candidate) if known else None
+            self.points[candidate] = Point(name, candidate.rules(), 0, 0.0, {}, 0.0, foretold=foretold)
+        point, row = self.points[candidate], self.study.rows.setdefault(name, self.study.new_row(variant))
+        values: dict[str, list[float]] = {
+            bound.name: [point.worst[bound.name]] if point.worst else [] for bound in self.bounds
+        }
+        for pair in pairs:
+            self.tell(f"{name}, seed {pair[1]}; best so far {self._best()}", self.spent_s)
+            self._dense(pair)
+            self.study.time(variant, *pair)
+            clips = self.study.clips[DENSE, *pair], self.study.clips[name, *pair]
+            for bound in self.bounds:
+                values[bound.name].append(bound.value(row.samples[-1], *clips))
+        dense = {(s.prompt, s.seed): s.latency_ms for s in self.study.rows[DENSE].samples}
+        point.runs = len(row.samples)
+        point.speedup = float(np.median([dense[s.prompt, s.seed] / s.latency_ms for s in row.samples]))
+        point.worst = {b.name: (min if b.higher_is_better else max)(values[b.name]) for b in self.bounds}
+        point.margin = min(b.margin(point.worst[b.name]) for b in self.bounds)
+        self.forecast.runs = [(c, p.worst) for c, p in self.points.items() if p.runs]
+
+    # ------------------------------------------------------------------------------------------------- choosing
+
+    def _holding(self) -> list[Candidate]:
+        """Candidates within the budget so far, the fastest first."""
+        held = [(c, p) for c, p in self.points.items() if p.runs and p.margin >= 0 and p.verdict == "tried"]
+        return [candidate for candidate, _ in sorted(held, key=lambda item: -item[1].speedup)]
+
+    def _best(self) -> str:
+        held = self._holding()
+        return f"{self.points[held[0]].speedup:.2f}x" if held else "dense"
+
+    def _next(self) -> Candidate | None:
+        """The fastest that promises to hold, with or without the cache that held best; None if none could be the best."""
+        assert self.forecast is not None
+        forecast = self.forecast
+        fastest = max((self.points[c].speedup for c in self._holding()), default=WORTH)
+        total = forecast.denoise_ms + forecast.other_ms
+        pool = list(self.candidates)
+        for base in [c for c in self._holding() if c.arm is not None and c.cache is None][:2]:
+            pool += [c for c in cached(base) if c.cache in forecast.cache_ratio]
+        open_ = [c for c in pool if c not in self.points and total / forecast.latency_ms(c) > fastest]
+        if not open_:
+            return None
+        margins = {candidate: forecast.margin(candidate) for candidate in open_}
+        promising = [c for c in open_ if (m := margins[c]) is not None and m >= 0]
+        if promising:
+            return min(promising, key=forecast.latency_ms)
+        unknown = [c for c in open_ if margins[c] is None]
+        if unknown:  # nothing was run yet: one in the middle teaches most
+            spoils = sorted(unknown, key=lambda c: forecast.spoil(c, 2.0))
+            return spoils[len(spoils) // 3]
+        closest = max(open_, key=lambda c: margins[c] or 0.0)
+        # A forecast is off by some decibels: what misses by less than that is worth a run while there is time.
+        scale = max(abs(bound.limit) for bound in self.bounds)
+        return closest if (margins[closest] or 0.0) > -0.1 * scale else None
+
+    def _takes_caches(self) -> bool:
+        return all(hasattr(host_part, "enable_cache") for host_part in _denoisers(self.study.pipe))
+
+
+def _denoisers(pipe: Any) -> list[Any]:
+    from accelplug.hosts.diffusers import denoisers
+
+    return list(denoisers(pipe).values())
+
+
+def _fingerprint(pipe: Any, prompts: list[dict[str, Any]], seeds: list[int]) -> str:
+    """What measurements hang on: the model, its weights in part, the prompts and their settings."""
+    import hashlib
+
+    digest = hashlib.sha256(repr((sorted(model_facts(pipe).config.items(), key=str), seeds)).encode())
+    digest.update(repr([{k: v for k, v in p.items() if not isinstance(v, torch.Tensor)} for p in prompts]).encode())
+    for part in _denoisers(pipe):
+        first = next(part.parameters())
+        digest.update(f"{first.device} {first.dtype} {first.double().sum().item():.9g}".encode())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _bar(show: bool, seconds: float) -> Iterator[Callable[[str, float], None]]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), disable=not show, transient=True
+    ) as bar:
+        task = bar.add_task("tuning", total=seconds)
+        yield lambda what, spent: bar.update(task, description=what, completed=min(spent, seconds))
+
+
+__all__ = ["Recipe", "tune"]

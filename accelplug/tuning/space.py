@@ -1,0 +1,128 @@
+"""What tune() chooses from: patches with their knobs, dense steps and layers, and step caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from accelplug.call import Layout
+from accelplug.errors import AccelplugError
+from accelplug.registry import patch_class, patch_entry
+
+DENSE_STEPS = (0, 10, 25, 40)
+"""Shares of the first steps that may stay dense, in percent."""
+
+CACHES: tuple[tuple[str, dict[str, Any]], ...] = tuple(("first_block", {"threshold": t}) for t in (0.03, 0.08, 0.15))
+
+LADDERS: dict[str, list[dict[str, Any]]] = {
+    "sol": [{"tau": tau, "order": "morton"} for tau in (0.0, 0.5, 1.0, 1.5)],
+    "radial": [{"decay": decay} for decay in (1.0, 0.5, 0.2)],
+    "neighborhood": [{"share": share} for share in (0.75, 0.5, 0.33)],
+}
+"""Settings by patch, from the most careful to the boldest. ``share`` is a window's share of rows and columns."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A patch with its settings, without when and where."""
+
+    patch: str
+    settings: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        return f"{self.patch} " + " ".join(f"{key}={_short(value)}" for key, value in self.settings if key != "block")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A whole recipe: an arm, which first steps and which layers stay dense, and a step cache.
+
+    Attributes
+    ----------
+    arm : None for no patch, a cache alone.
+    dense_steps : percent of the first steps without the arm.
+    dense_layers : layers without the arm.
+    cache : kind and settings of a step cache, or None.
+    """
+
+    arm: Arm | None
+    dense_steps: int = 0
+    dense_layers: tuple[int, ...] = ()
+    cache: tuple[str, tuple[tuple[str, Any], ...]] | None = None
+
+    def rules(self) -> dict[str, Any]:
+        """Return it as a recipe: rules, and the cache."""
+        rules: list[dict[str, Any]] = []
+        layers = set(self.dense_layers) | ({0} if self.cache and self.cache[0] == "first_block" and self.arm else set())
+        if layers:
+            rules.append({"where": {"layers": sorted(layers)}, "patch": "dense"})
+        if self.arm is None:
+            rules.append({"patch": "dense"})
+        else:
+            if self.dense_steps:
+                rules.append({"where": {"steps": f"0:{self.dense_steps}%"}, "patch": "dense"})
+            rules.append({"patch": self.arm.patch, "with": dict(self.arm.settings)})
+        recipe: dict[str, Any] = {"rules": rules}
+        if self.cache is not None:
+            recipe["cache"] = {"kind": self.cache[0], "with": dict(self.cache[1])}
+        return recipe
+
+    def __str__(self) -> str:
+        parts = [str(self.arm)] if self.arm else []
+        parts += [f"{self.dense_steps} % of steps dense"] if self.arm and self.dense_steps else []
+        parts += [f"layers {', '.join(map(str, self.dense_layers))} dense"] if self.dense_layers else []
+        parts += [f"{self.cache[0]} {' '.join(f'{k}={v:g}' for k, v in self.cache[1])}"] if self.cache else []
+        return " + ".join(parts)
+
+
+def arms(layout: Layout, patches: Sequence[str] | None = None) -> list[Arm]:
+    """Return the arms for a layout, rest dropped and pooled, without those that read everything there.
+
+    Raises
+    ------
+    AccelplugError
+        If a patch has no ladder here.
+    """
+    for name in patches or ():
+        if name not in LADDERS:
+            raise AccelplugError(f"tune knows no settings to try for {name!r}; it knows {', '.join(LADDERS)}.")
+    return list(_arms(layout, patches or tuple(LADDERS)))
+
+
+def _arms(layout: Layout, patches: Sequence[str]) -> Iterator[Arm]:
+    _, rows, columns = layout.grid_thw
+    for name in patches:
+        cls = patch_class(name)
+        for step in LADDERS[name]:
+            settings = {"block": 64, **step}
+            if (share := settings.pop("share", None)) is not None:
+                window = ("full", max(1, round(share * rows)), max(1, round(share * columns)))
+                settings |= {"window": window, "mask": "tile"}
+            if patch_entry(name).family == "sparse" and cls(settings).neutral(layout):  # type: ignore[attr-defined]
+                continue
+            for rest in ("drop", "pool"):
+                yield Arm(name, tuple({**settings, "rest": rest}.items()))
+
+
+def variants(arm: Arm, sensitive_layers: Sequence[int]) -> Iterator[Candidate]:
+    """Yield an arm with every share of dense steps, and with none, one or two of the most sensitive layers dense."""
+    for percent in DENSE_STEPS:
+        for number in range(min(2, len(sensitive_layers)) + 1):
+            yield Candidate(arm, percent, tuple(sorted(sensitive_layers[:number])))
+
+
+def cached(candidate: Candidate) -> Iterator[Candidate]:
+    """Yield a candidate with each step cache."""
+    for kind, settings in CACHES:
+        yield replace(candidate, cache=(kind, tuple(settings.items())))
+
+
+def _short(value: Any) -> str:
+    return (
+        "x".join(map(str, value))
+        if isinstance(value, list | tuple)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )

@@ -1,0 +1,265 @@
+"""tune(): what it decides, with times told to it, and that it leaves the model as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import accelplug
+from accelplug.call import Layout
+from accelplug.comparison.result import DENSE, Comparison, Row, Sample
+from accelplug.comparison.study import Study
+from accelplug.errors import AccelplugError
+from accelplug.plug import model_facts
+from accelplug.recipe import Measured, load, read_file
+from accelplug.tuning import Bound, search, space, verification
+from accelplug.tuning.budget import parse
+from accelplug.tuning.forecast import Forecast, Probe, Trajectory
+from accelplug.tuning.space import Arm, Candidate, arms, variants
+from tests import tiny_models
+from tests.test_laws import snapshot
+
+SIZE = {"height": 48, "width": 64, "num_inference_steps": 2}
+
+
+def pipeline():
+    pipe, inputs = tiny_models.pipeline("wan")
+    return pipe, {**{key: value for key, value in inputs.items() if key != "output_type"}, **SIZE}
+
+
+@pytest.fixture
+def told_times(monkeypatch):
+    """Dense runs take 10 s; a patched run as many seconds less as its arm is bold; a cached one 8 s."""
+
+    def timed(self, variant, prompt, seed):
+        real(self, variant, prompt, seed)
+        sample = self.rows[variant.name].samples[-1]
+        sample.denoise_ms = sample.latency_ms = 10_000.0
+        if variant.recipe is not None:
+            taken = {"sol": 5_000.0, "radial": 7_000.0, "dense": 10_000.0}
+            sample.latency_ms = sample.denoise_ms = min(taken[rule.patch] for rule in variant.recipe.rules)
+
+    real = Study.time
+    probed = Trajectory.probe
+
+    def probe(self, pipe, recipe, moments=None):
+        found = probed(self, pipe, recipe, moments)
+        return Probe(found.errors, {"sol": 0.5, "radial": 0.7}[recipe["rules"][-1]["patch"]])
+
+    monkeypatch.setattr(Study, "time", timed)
+    monkeypatch.setattr(Trajectory, "probe", probe)
+    monkeypatch.setattr(space, "LADDERS", {"sol": [{"tau": 1.0}], "radial": [{"decay": 0.2}]})
+    clock = iter(range(10**9))
+    monkeypatch.setattr(search.time, "monotonic", lambda: next(clock) * 1e-3)
+
+
+def run(pipe, inputs, budget, **more):
+    more = {"seeds": 2, "patches": ["sol", "radial"], "caches": False, "time_budget_s": 400.0, "progress": False, **more}
+    return accelplug.tune(pipe, inputs, budget, **more)
+
+
+def test_the_fastest_that_holds_is_proven_on_another_seed(told_times):
+    pipe, inputs = pipeline()
+    with torch.no_grad():
+        pipe(**inputs)  # a pipeline of diffusers leaves a registry behind at its first run
+    before = snapshot(pipe.transformer)
+    found = run(pipe, inputs, "psnr>=1")
+    assert found.proven is not None
+    assert found.proven.name.startswith("sol")
+    assert found.proven.speedup == 2.0
+    assert found.proven.runs == 2, "one run of the search, one of the proof"
+    assert {(s.prompt, s.seed) for s in found.comparison.row(found.proven.name).samples} == {(0, 0), (0, 1)}
+    assert "2.00x within psnr>=1" in found.why
+    assert [rule.patch for rule in found.rules][-1] == "sol"
+    assert snapshot(pipe.transformer) == before
+    with accelplug.apply(pipe, found, gate="off") as plug, torch.no_grad():
+        pipe(**inputs)
+        assert plug.report().served["sol"] > 0
+
+
+def test_nothing_holds_an_impossible_budget_and_dense_says_why(told_times):
+    pipe, inputs = pipeline()
+    found = run(pipe, inputs, [Bound("never", 1.0, score=lambda dense, candidate: 0.0)])
+    assert found.proven is None
+    assert "Stay dense: none of" in found.why
+    assert [rule.patch for rule in found.rules] == ["dense"]
+    assert all(point.margin == -1.0 for point in found.points)
+
+
+def test_what_fails_on_unseen_seeds_is_overturned_and_the_next_one_tried(told_times):
+    pipe, inputs = pipeline()
+    scored: list[str] = []
+
+    def lucky(dense: np.ndarray, candidate: np.ndarray) -> float:
+        scored.append("")
+        return 1.0 if len(scored) < search_runs else 0.0
+
+    search_runs = 10**6
+    searched = run(pipe, inputs, [Bound("lucky", 0.5, score=lucky)])
+    proof = next(point.runs for point in searched.points if point.verdict == "proven") - 1
+    search_runs = len(scored) - proof + 1
+    scored.clear()
+    found = run(pipe, inputs, [Bound("lucky", 0.5, score=lucky)])
+    assert found.proven is None
+    assert any(point.verdict == "overturned" for point in found.points)
+    assert "unseen" in found.why
+
+
+def test_measurements_are_kept_and_taken_up_again(told_times, tmp_path, monkeypatch):
+    pipe, inputs = pipeline()
+    first = run(pipe, inputs, "psnr>=1", resume=tmp_path / "journal")
+    lines = (tmp_path / "journal").read_text().splitlines()
+    assert any("probe sol" in line for line in lines)
+
+    def never(*_):
+        raise AssertionError("a probe was measured again")
+
+    monkeypatch.setattr(Trajectory, "probe", never)
+    second = run(pipe, inputs, "psnr>=1", resume=tmp_path / "journal")
+    assert second.proven.name == first.proven.name
+    with pytest.raises(AccelplugError, match="another model, prompts or seeds"):
+        run(pipe, {**inputs, "height": 64}, "psnr>=1", resume=tmp_path / "journal")
+
+
+def test_an_interrupt_keeps_the_best_so_far(told_times, monkeypatch):
+    pipe, inputs = pipeline()
+    real, asked = search.Search._next, []
+
+    def interrupted(self):
+        asked.append("")
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(search.Search, "_next", interrupted)
+    found = run(pipe, inputs, "psnr>=1")
+    assert found.proven is not None
+    assert len(found.points) == 1
+
+
+def test_the_recipe_file_is_read_back_with_its_measurement(told_times, tmp_path):
+    pipe, inputs = pipeline()
+    found = run(pipe, inputs, "psnr>=1")
+    file = read_file(found.to_yaml(tmp_path / "mine.yaml", model_facts(pipe)))
+    assert file.recipe().measured[0].seeds == [0, 1]
+    assert file.recipe().measured[0].prompts == [], "prompt embeddings are no words"
+    assert load(tmp_path / "mine.yaml", model_facts(pipe)).rules == found.rules
+    assert json.loads(found.to_json(tmp_path / "mine.json").read_text())["points"]
+    assert "<canvas" in found.to_html(tmp_path / "mine.html").read_text()
+
+
+def test_too_little_time_says_how_much_is_needed(told_times):
+    pipe, inputs = pipeline()
+    found = run(pipe, inputs, "psnr>=1", time_budget_s=0.0)
+    assert "before a patch could be probed" in found.why
+    assert "at least 300" in found.why
+
+
+def test_unusable_requests_say_what_to_do():
+    pipe, inputs = pipeline()
+    with pytest.raises(AccelplugError, match="at least two seeds"):
+        accelplug.tune(pipe, inputs, seeds=1)
+    for budget, says in {
+        "psnr>26": "A bound is a metric",
+        "psrn>=26": "did you mean 'psnr'|There is no metric 'psrn'",
+        "psnr<=26": "other side",
+        "lpips<=.1": "AlexNet",
+    }.items():
+        with pytest.raises(AccelplugError, match=says):
+            parse(budget)
+
+
+def test_margins_are_distances_to_the_good_side():
+    (low,) = parse("psnr>=26")
+    (high,) = parse("latent_distance<=.5")
+    assert low.margin(28.0) == 2.0
+    assert high.margin(0.75) == -0.25
+    assert low.margin(math.nan) == -math.inf
+    assert [str(bound) for bound in parse("psnr >= 26, ssim>=.9")] == ["psnr>=26", "ssim>=0.9"]
+
+
+def test_arms_leave_out_what_reads_everything():
+    names = {str(arm) for arm in arms(Layout((2, 6, 10)))}
+    assert not any(name.startswith("radial") for name in names), "two frames read each other whole"
+    assert any(name.startswith("sol") for name in names)
+    with pytest.raises(AccelplugError, match="no settings to try for 'vhr'"):
+        arms(Layout((2, 6, 10)), ["vhr"])
+
+
+def test_candidates_are_recipes():
+    arm = Arm("sol", (("tau", 1.0),))
+    made = list(variants(arm, [3, 0, 2]))
+    assert made[0].rules() == {"rules": [{"patch": "sol", "with": {"tau": 1.0}}]}
+    assert Candidate(arm, 25, (0, 3), ("first_block", (("threshold", 0.1),))).rules() == {
+        "rules": [
+            {"where": {"layers": [0, 3]}, "patch": "dense"},
+            {"where": {"steps": "0:25%"}, "patch": "dense"},
+            {"patch": "sol", "with": {"tau": 1.0}},
+        ],
+        "cache": {"kind": "first_block", "with": {"threshold": 0.1}},
+    }
+    assert len(set(made)) == len(made) == 12
+
+
+def test_a_forecast_learns_the_line_that_full_runs_draw():
+    """Values made by psnr = 40 - 20 log10(1000 spoil): four runs, one with dense steps, are enough to foretell others."""
+    arms_ = [Arm("sol", (("tau", float(tau)),)) for tau in range(4)]
+    trajectory = Trajectory([], [0.1] * 10, [], 4)
+    forecast = Forecast(trajectory, parse("psnr>=26"), 1000.0, 100.0)
+    forecast.probes = {arm: Probe({0: e, 9: e}, 0.5) for arm, e in zip(arms_, (0.01, 0.02, 0.05, 0.1), strict=True)}
+
+    def true(candidate):
+        return 40 - 20 * math.log10(1000 * forecast.spoil(candidate, 0.0))
+
+    known = [*map(Candidate, arms_[:3]), Candidate(arms_[0], dense_steps=25)]
+    assert forecast.margin(known[0]) is None
+    forecast.runs = [(candidate, {"psnr": true(candidate)}) for candidate in known]
+    for candidate in (Candidate(arms_[3]), Candidate(arms_[3], dense_steps=40)):
+        assert forecast.margin(candidate) == pytest.approx(true(candidate) - 26, abs=0.5)
+    assert forecast.latency_ms(Candidate(arms_[0])) == pytest.approx(600.0)
+    assert forecast.latency_ms(Candidate(arms_[0], dense_steps=40)) == pytest.approx(800.0)
+    assert forecast.latency_ms(Candidate(arms_[0], dense_layers=(0,))) == pytest.approx(725.0)
+
+
+@pytest.mark.parametrize(
+    ("psnr", "seconds", "outcome"),
+    [(30.0, 5.0, "confirmed"), (28.5, 5.0, "drifted"), (30.0, 7.0, "drifted"), (26.0, 5.0, "broken")],
+)
+def test_verify_judges_against_the_record(monkeypatch, psnr, seconds, outcome):
+    monkeypatch.setattr(verification, "device_name", lambda: "here")
+    spread = {"p20": 5e3, "p50": 5e3, "p80": 5e3}
+    dense = {"p20": 1e4, "p50": 1e4, "p80": 1e4}
+    quality = {"mean": 30.0, "worst": 30.0}
+    row = Measured.model_validate(
+        {
+            "date": "2026-01-01",
+            "device": "here",
+            "versions": {},
+            "seeds": [0],
+            "dense_ms": dense,
+            "ms": spread,
+            "psnr_db": quality,
+        }
+    )
+    rows = [
+        Row(DENSE, "dense", samples=[Sample(0, 0, 1e4, 1e4)]),
+        Row("now", "recipe", samples=[Sample(0, 0, 1e3 * seconds, 1e3, psnr_db=psnr)]),
+    ]
+    assert verification.judge(row, Comparison("", [], [0], {}, "", {}, rows))[0] == outcome
+
+
+def test_verify_runs_the_rows_of_a_file(told_times, tmp_path):
+    pipe, inputs = pipeline()
+    found = run(pipe, inputs, "psnr>=1")
+    path = found.to_yaml(tmp_path / "mine.yaml", model_facts(pipe))
+    (verdict,) = accelplug.verify(pipe, path, inputs, progress=False)
+    assert verdict.outcome == "confirmed", verdict.why
+    with pytest.raises(AccelplugError, match="names no prompts"):
+        accelplug.verify(pipe, path, progress=False)
+    dense = {"rules": [{"patch": "dense"}]}
+    with pytest.raises(AccelplugError, match="no measured rows"):
+        accelplug.verify(pipe, load(dense, model_facts(pipe)), progress=False)
