@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 from accelplug.bounded import Bounded
 from accelplug.errors import ShapeError, UnsupportedError
 from accelplug.kernels import blocked, flex, reference
-from accelplug.kernels.plan import BlockPlan, Box, Threshold, pool
-from accelplug.kernels.rest import Drop, Pool, Rest
+from accelplug.kernels.plan import BlockPlan, Threshold, pool
+from accelplug.kernels.precision import DTYPES, Precision, Quantised, quantised, smoothed
+from accelplug.kernels.rest import Drop, Pool, Rectified, Rest, Tied, coarse, rectified, tied
 
 Backend = Literal["auto", "first", "triton", "flex", "blocked", "reference"]
 
@@ -31,6 +32,7 @@ def block_attention(
     *,
     rest: Rest | None = None,
     scale: float | None = None,
+    precision: Precision = "native",
     key_mask: Tensor | None = None,
     backend: Backend = "auto",
     return_lse: bool = False,
@@ -42,8 +44,9 @@ def block_attention(
     q : Tensor (B, H, P_q, D), bf16, fp16 or fp32, tokens in block order; at most ``len(plan.q_len) * plan.block_q`` slots.
     k, v : Tensor (B, H_kv, P_k, D) and (B, H_kv, P_k, D_v); H_kv divides H.
     plan : which blocks are read exactly.
-    rest : `Drop` (default) or `Pool`.
+    rest : `Drop` (default), `Pool`, `Rectified` or `Tied`.
     scale : factor on q.k; 1 / sqrt(D) by default.
+    precision : of q.k in the blocks that are read exactly; see `precision`.
     key_mask : bool (B, P_k), keys that may be read. Pooled blocks are means over these alone.
     backend : ``auto`` takes what `measure_choice` found for this shape, or the first that serves; ``first`` asks no measurement.
     return_lse : also return the natural log-sum-exp of each row.
@@ -58,41 +61,29 @@ def block_attention(
     ShapeError
         If shapes, dtypes or devices do not fit together or the plan.
     UnsupportedError
-        If the backend that was asked for cannot serve here, or gradients are asked for.
+        If the backend that was asked for cannot serve here, gradients are asked for, or the log-sum-exp of `Rectified` or
+        `Tied`, which have none.
     """
-    _check(q, k, v, plan, key_mask)
+    _check(q, k, v, plan, rest, key_mask)
     rest = Drop() if rest is None else rest
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend in ("auto", "first"):
-        backend = _chosen(q, k, v, plan, rest, key_mask, return_lse, backend == "auto")
-    lists, rule = (plan, None) if isinstance(plan, BlockPlan) else (None, plan)
-    box = lists.box if lists else None
-    out, lse = _op(
-        q,
-        k,
-        v,
-        plan.q_len,
-        plan.k_len,
-        lists.index if lists else None,
-        lists.count if lists else None,
-        lists.whole if lists else None,
-        lists.bits if lists else None,
-        box.lo if box else None,
-        box.hi if box else None,
-        box.coord if box else None,
-        rule.theta if rule else None,
-        rule.sink if rule else None,
-        rule.dense_rows if rule else None,
-        key_mask,
-        rest.weight if isinstance(rest, Pool) else None,
-        isinstance(rest, Pool),
-        plan.block_q,
-        plan.block_k,
-        rule.band if rule else 0,
-        scale,
-        backend,
-        return_lse,
-    )
+        measured = _choices.peek(_key(q, k, v, plan, rest, key_mask, precision)) if backend == "auto" else None
+        serve = _candidates(q, v, plan, precision, return_lse or isinstance(rest, Tied))
+        backend = measured[0] if measured is not None and measured[0] in serve else serve[0]  # type: ignore[assignment]
+    if isinstance(rest, Rectified | Tied):
+        if return_lse:
+            raise UnsupportedError(f"rest={type(rest).__name__} has no log-sum-exp. Call without return_lse.")
+        arguments: Any = {"scale": scale, "precision": precision, "key_mask": key_mask, "backend": backend}
+        if isinstance(rest, Rectified):
+            return rectified(rest, block_attention(q, k, v, plan, **arguments), v, plan, key_mask)
+        plan = plan if isinstance(plan, BlockPlan) else lower(plan, q, k, scale, key_mask)
+        out, lse = block_attention(q, k, v, plan, **arguments, return_lse=True)
+        return tied(out, lse, q, k, v, plan, scale, key_mask)
+    weight, kind = (rest.weight, rest.representative) if isinstance(rest, Pool) else (None, "drop")
+    band = plan.band if isinstance(plan, Threshold) else None
+    tensors, sizes = plan.tensors(), (plan.block_q, plan.block_k, band)
+    out, lse = _op(q, k, v, key_mask, weight, tensors, *sizes, kind, scale, precision, backend, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -101,41 +92,23 @@ def _op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_len: Tensor,
-    k_len: Tensor,
-    index: Tensor | None,
-    count: Tensor | None,
-    whole: Tensor | None,
-    bits: Tensor | None,
-    lo: Tensor | None,
-    hi: Tensor | None,
-    coord: Tensor | None,
-    theta: Tensor | None,
-    sink: Tensor | None,
-    dense_rows: Tensor | None,
     key_mask: Tensor | None,
     weight: Tensor | None,
-    pooled: bool,
+    plan: Sequence[Tensor | None],
     block_q: int,
     block_k: int,
-    band: int,
+    band: int | None,
+    rest: str,
     scale: float,
+    precision: str,
     backend: str,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One opaque node in compiled graphs, whatever the backend."""
-    plan: BlockPlan | Threshold
-    if index is None or count is None or whole is None or bits is None:
-        if theta is None or sink is None or dense_rows is None:
-            raise ShapeError(
-                "block_attention needs either the lists of a BlockPlan or the tensors of a Threshold, got neither."
-            )
-        plan = Threshold(theta, band, sink, dense_rows, q_len, k_len, block_q, block_k)
-    else:
-        box = None if lo is None or hi is None or coord is None else Box(lo, hi, coord)
-        plan = BlockPlan(index, count, whole, bits, q_len, k_len, block_q, block_k, box)
-    rest: Rest = Pool(weight) if pooled else Drop()
-    out, lse = _run(backend, q, k, v, plan, rest, scale, key_mask, return_lse)
+    """One opaque node in compiled graphs, whatever the backend. `rest` is ``drop`` or the representative of a `Pool`."""
+    sizes = (block_q, block_k)
+    made = BlockPlan.of_tensors(plan, *sizes) if band is None else Threshold.of_tensors(plan, band, *sizes)
+    kept = Drop() if rest == "drop" else Pool(weight, rest)  # type: ignore[arg-type]
+    out, lse = _run(backend, q, k, v, made, kept, scale, precision, key_mask, return_lse)
     return out, out.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
@@ -151,20 +124,50 @@ def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: Any,
-    rest: Rest,
+    plan: BlockPlan | Threshold,
+    rest: Drop | Pool,
+    scale: float,
+    precision: str,
+    key_mask: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if precision == "native":
+        return _served(backend, q, k, v, plan, rest, scale, key_mask, return_lse, None)
+    if isinstance(plan, Threshold):  # a rule on the scores as they are
+        plan = lower(plan, q, k, scale, key_mask)
+    k, mean = smoothed(k, plan.k_len, plan.block_k, key_mask)
+    eight = quantised(q, k, plan, precision, key_mask)
+    out, lse = _served(backend, q, k, v, plan, rest, scale, key_mask, return_lse, eight)
+    if lse is not None and return_lse:
+        lse = lse + scale * (q.float() @ mean.repeat_interleave(q.shape[1] // k.shape[1], 1).mT)[..., 0]
+    return out, lse
+
+
+def _served(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan | Threshold,
+    rest: Drop | Pool,
     scale: float,
     key_mask: Tensor | None,
     return_lse: bool,
+    eight: Quantised | None,
 ) -> tuple[Tensor, Tensor | None]:
     if backend == "triton":
         from accelplug.kernels import triton_block
 
-        return triton_block.attend(q, k, v, plan, rest, scale, key_mask, return_lse)
+        if isinstance(plan, Threshold) and not triton_block.evaluates(plan, rest):
+            plan = lower(plan, q, k, scale, key_mask)
+        return triton_block.attend(q, k, v, plan, rest, scale, key_mask, return_lse, eight)
     if isinstance(plan, Threshold):
         plan = lower(plan, q, k, scale, key_mask)
     kernels = {"flex": flex.attend, "blocked": blocked.attend, "reference": reference.attend}
-    return kernels[backend](q, k, v, plan, rest, scale, key_mask, return_lse)
+    more = coarse(k, v, plan, rest, key_mask)
+    if eight is not None:
+        q, k = eight.restored(q.dtype)
+    return kernels[backend](q, k, v, plan, more, scale, key_mask, return_lse)
 
 
 def lower(plan: Threshold, q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None) -> BlockPlan:
@@ -199,6 +202,7 @@ def measure_choice(
     *,
     rest: Rest | None = None,
     scale: float | None = None,
+    precision: Precision = "native",
     key_mask: Tensor | None = None,
     backend: Backend = "auto",
     repeats: int = 2,
@@ -213,15 +217,15 @@ def measure_choice(
 
     def measure() -> tuple[str, dict[str, float]]:
         times = {}
-        for name in _candidates(q, plan, rest, key_mask, False):
+        for name in _candidates(q, v, plan, precision, isinstance(rest, Tied)):
             try:
-                arguments = {"rest": rest, "scale": scale, "key_mask": key_mask, "backend": name}
+                arguments = {"rest": rest, "scale": scale, "precision": precision, "key_mask": key_mask, "backend": name}
                 times[name] = min(_timed_ms(q, k, v, plan, arguments) for _ in range(repeats + 1))
             except UnsupportedError:
                 continue
         return min(times, key=times.__getitem__), times
 
-    return _choices.get(_key(q, k, v, plan, rest, key_mask), measure)[1]
+    return _choices.get(_key(q, k, v, plan, rest, key_mask, precision), measure)[1]
 
 
 def choices() -> list[dict[str, Any]]:
@@ -274,37 +278,29 @@ def _timed_ms(q: Tensor, k: Tensor, v: Tensor, plan: Any, arguments: dict[str, A
     return 1e3 * (time.perf_counter() - start)
 
 
-def _key(q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Rest, key_mask: Tensor | None) -> tuple:
+def _key(q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Rest, key_mask: Tensor | None, precision: str) -> tuple:
     shapes = (tuple(q.shape), tuple(k.shape), v.shape[-1], plan.block_q, plan.block_k)
-    kind = (type(plan).__name__, isinstance(plan, BlockPlan) and (plan.box is not None, tuple(plan.index.shape)))
-    return (q.device, q.dtype, *shapes, *kind, type(rest).__name__, key_mask is not None)
+    kind: Any = type(plan).__name__
+    if isinstance(plan, BlockPlan):
+        kind = (plan.box is not None, plan.levels, tuple(plan.index.shape))
+    return (q.device, q.dtype, *shapes, kind, type(rest).__name__, key_mask is not None, precision)
 
 
-def _chosen(
-    q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Rest, key_mask: Tensor | None, return_lse: bool, by_time: bool
-) -> Any:
-    candidates = _candidates(q, plan, rest, key_mask, return_lse)
-    measured = _choices.peek(_key(q, k, v, plan, rest, key_mask)) if by_time else None
-    return measured[0] if measured is not None and measured[0] in candidates else candidates[0]
-
-
-def _candidates(q: Tensor, plan: Any, rest: Rest, key_mask: Tensor | None, return_lse: bool) -> list[str]:
+def _candidates(q: Tensor, v: Tensor, plan: Any, precision: Precision, return_lse: bool) -> list[str]:
     """Backends that can serve, the one that is tried first without a measurement ahead."""
     names = []
-    if (
-        q.device.type != "cpu"
-        and _triton_missing(q.device) is None
-        and q.shape[-1] <= 256
-        and plan.block_q >= 16 <= plan.block_k
-    ):
-        names.append("triton")
+    if q.device.type != "cpu" and _triton_missing(q.device) is None:
+        from accelplug.kernels import triton_block
+
+        if triton_block.unsupported(q, v, plan, DTYPES[precision]) is None:
+            names.append("triton")
     large = q.device.type != "cpu" or len(plan.k_len) * plan.block_k >= FLEX_MIN_SLOTS
     if large and flex.unsupported(q, plan, return_lse) is None:
         names.append("flex")
     return [*names, "blocked"]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | Threshold, key_mask: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | Threshold, rest: Rest | None, key_mask: Tensor | None) -> None:
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise UnsupportedError("block_attention has no backward pass. Call it under torch.no_grad().")
     if q.ndim != 4 or k.ndim != 4 or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
@@ -328,3 +324,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | Threshold, key_mas
     expected = (k.shape[0], k.shape[-2])
     if key_mask is not None and (key_mask.shape != expected or key_mask.dtype != torch.bool):
         raise ShapeError(f"key_mask must be bool (B, P_k) = {expected}, got {key_mask.dtype} {tuple(key_mask.shape)}.")
+    if isinstance(rest, Rectified):
+        blocks = (len(plan.q_len), len(plan.k_len))
+        if rest.share.shape[2:] != blocks[:1] or rest.weights.shape[2:] != blocks:
+            raise ShapeError(
+                f"Rectified takes share (B|1, H|1, M) and weights (B|1, H|1, M, N) with M, N = {blocks}, got "
+                f"{tuple(rest.share.shape)} and {tuple(rest.weights.shape)}."
+            )

@@ -16,8 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from accelplug.bounded import Bounded
 from accelplug.errors import UnsupportedError
-from accelplug.kernels.plan import BlockPlan, Threshold, pool
-from accelplug.kernels.rest import Pool, Rest
+from accelplug.kernels.plan import BlockPlan, Threshold
+from accelplug.kernels.rest import Coarse, extended
 
 logger = logging.getLogger("accelplug")
 
@@ -50,46 +50,41 @@ def unsupported(q: Tensor, plan: BlockPlan | Threshold, return_lse: bool) -> str
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, rest: Rest, scale: float, key_mask: Tensor | None, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    coarse: Coarse | None,
+    scale: float,
+    key_mask: Tensor | None,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return (out, lse); see `attention.block_attention`."""
     if (reason := unsupported(q, plan, return_lse)) is not None:
         raise UnsupportedError(f"backend='flex' cannot serve: {reason}. Use backend='blocked' or 'auto'.")
     slots_q, slots_k = len(plan.q_len) * plan.block_q, plan.key_slots
-    rows = q.shape[-2]
-    q = F.pad(q, (0, 0, 0, slots_q - rows)) if rows < slots_q else q
-    k, v = (F.pad(x, (0, 0, 0, slots_k - x.shape[-2])) if x.shape[-2] < slots_k else x for x in (k, v))
-    if key_mask is not None:
-        key_mask = F.pad(key_mask, (0, slots_k - key_mask.shape[-1]))
-    pooled = isinstance(rest, Pool)
-    if isinstance(rest, Pool):
-        (k_pool, number), (v_pool, _) = (pool(x, plan.k_len, plan.block_k, key_mask) for x in (k, v))
-        bias = _pool_bias(plan, number, rest.weight)
-        more = bias.shape[-1] - len(plan.k_len)
-        k, v = (torch.cat([x, F.pad(p, (0, 0, 0, more)).to(x.dtype)], -2) for x, p in ((k, k_pool), (v, v_pool)))
-        score_mod = _score_mod(bias, plan.block_q, slots_k)
-    else:
-        score_mod = None
-    extra = (k.shape[-2] - slots_k) // plan.block_k
+    rows, ratio = q.shape[-2], q.shape[1] // k.shape[1]
+    k, v = extended(k, v, coarse, slots_k)
+    q, k, v = _padded(q, slots_q), *(_padded(x, -(-x.shape[-2] // plan.block_k) * plan.block_k) for x in (k, v))
+    levels = () if coarse is None else coarse.levels
     if key_mask is None:
-        mask = _masks.get((plan.bits.data_ptr(), plan.bits._version, extra), lambda: (plan, plan.block_mask(extra)))[1]
+        key = (plan.bits.data_ptr(), plan.bits._version, levels)
+        mask = _masks.get(key, lambda: (plan, plan.block_mask(levels)))[1]
     else:
-        mask = plan.block_mask(extra, key_mask)
-    shapes = (tuple(q.shape), tuple(k.shape), v.shape[-1], plan.block_q, plan.block_k)
-    kind = (pooled, bias.shape if pooled else None, plan.box is not None, key_mask is not None, return_lse)
+        key_mask = F.pad(key_mask, (0, slots_k - key_mask.shape[-1]))
+        mask = plan.block_mask(levels, key_mask)
+    score_mod = None if coarse is None else _score_mod(coarse.bias, slots_k)
+    shapes = (tuple(q.shape), tuple(k.shape), v.shape[-1], plan.block_q, plan.block_k, tuple(plan.bits.shape), levels)
+    kind = (coarse and coarse.bias.shape, plan.box is not None, key_mask is not None, return_lse)
     run = _compiled.get((q.device, q.dtype, *shapes, *kind, scale), lambda: _compile(q, k))
-    out = run(
-        q,
-        k,
-        v,
-        score_mod=score_mod,
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-        return_lse=return_lse,
-    )
+    options = {"scale": scale, "enable_gqa": ratio > 1, "return_lse": return_lse}
+    out = run(q, k, v, score_mod=score_mod, block_mask=mask, **options)
     out, lse = out if return_lse else (out, None)
     return out[..., :rows, :], None if lse is None else lse[..., :rows]
+
+
+def _padded(x: Tensor, slots: int) -> Tensor:
+    return F.pad(x, (0, 0, 0, slots - x.shape[-2])) if x.shape[-2] < slots else x
 
 
 def _compile(q: Tensor, k: Tensor) -> Callable[..., Any]:
@@ -103,22 +98,14 @@ def _compile(q: Tensor, k: Tensor) -> Callable[..., Any]:
     return torch.compile(own, dynamic=False, fullgraph=True)
 
 
-def _pool_bias(plan: BlockPlan, number: Tensor, weight: Tensor | None) -> Tensor:
-    """What pooled key j adds to the logits of query block m: float32 (B|1, H|1, M, N padded to whole key blocks)."""
-    logs = number.clamp(min=1).log()[:, :, None]  # [B|1, 1, 1, N]
-    if weight is not None:
-        logs = logs * weight[:, None, None]
-    unread = ~plan.members & (number > 0)[:, :, None]
-    bias = torch.where(unread, logs, -torch.inf)
-    return F.pad(bias, (0, -bias.shape[-1] % plan.block_k), value=-torch.inf).contiguous()
-
-
-def _score_mod(bias: Tensor, block_q: int, exact: int) -> Callable[..., Tensor]:
+def _score_mod(bias: Tensor, slots: int) -> Callable[..., Tensor]:
+    """Add `bias`, float32 (B|1, H|1, E), to the logits of the coarse keys, which stand from `slots` on."""
     one_batch, one_head = bias.shape[0] == 1, bias.shape[1] == 1
+    last = bias.shape[-1] - 1  # behind it stand keys that fill the last block; nobody reads them
 
     def add_bias(score: Tensor, b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        block = torch.where(key >= exact, key - exact, 0)
-        extra = bias[b * 0 if one_batch else b, h * 0 if one_head else h, row // block_q, block]
-        return score + torch.where(key >= exact, extra, 0.0)
+        mean = torch.where(key < slots, 0, torch.where(key - slots < last, key - slots, last))
+        extra = bias[b * 0 if one_batch else b, h * 0 if one_head else h, mean]
+        return score + torch.where(key < slots, 0.0, extra)
 
     return add_bias

@@ -7,9 +7,9 @@ Tokens are assumed to lie in *block order* (see `orders.Tiles`): query block m c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,66 +41,142 @@ class Box:
         return inside.all(-1)
 
 
+LEVELS = (2, 4, 8)
+"""How many keys a mean may stand for where a block is read by means. Level 1 is exact, level 0 is left to the rest."""
+
+
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
     """Lists of key blocks per query block.
 
     Attributes
     ----------
-    index : int32 (B|1, H|1, M, K), selected key blocks: those that tokens fill first, each part ascending, padded with 0
-        behind `count`; K is a power of two or N.
-    count, whole : int32 (B|1, H|1, M), how many entries of `index` hold, and how many of those are filled blocks.
-    bits : int32 (B|1, H|1, M, ceil(N / 32)), packed membership: bit ``j % 32`` of word ``j // 32`` is key block j.
+    index : int32 (B|1, H|1, M, K), listed key blocks: those read exactly that tokens fill, those read exactly that they do
+        not, those of level 2, 4 and 8; each part ascending, padded with 0 behind the last; K is a power of two or N.
+    count, whole : int32 (B|1, H|1, M), how many blocks are read exactly, and how many of those are filled.
+    bits : int32 (B|1, H|1, M, ceil(N / 32)), packed: bit ``j % 32`` of word ``j // 32`` says that block j is read exactly.
+    taken : like `bits`, the blocks that are not left to the rest: read exactly, by means, or skipped.
     q_len, k_len : int32 (M,) and (N,), tokens that each block holds, at its front.
     block_q, block_k : slots per query and key block.
-    box : token-level window inside the selected blocks, or None to read them whole.
+    level : uint8 (B|1, H|1, M, N) or None. At h = 2, 4 or 8 a block is read as the means of h consecutive slots, each with
+        ``log(tokens averaged)`` added to its logit (PSA, arXiv 2512.04025); 0 elsewhere.
+    level_count : int32 (B|1, H|1, M, 3), how many blocks have level 2, 4, 8. None with `level`.
+    box : token-level window inside the blocks that are read exactly, or None to read them whole.
     """
 
     index: Tensor
     count: Tensor
     whole: Tensor
     bits: Tensor
+    taken: Tensor
     q_len: Tensor
     k_len: Tensor
     block_q: int
     block_k: int
+    level: Tensor | None = None
+    level_count: Tensor | None = None
     box: Box | None = None
 
     @classmethod
     def from_members(
-        cls, members: Tensor, q_len: Tensor, k_len: Tensor, block_q: int, block_k: int, box: Box | None = None
+        cls,
+        members: Tensor,
+        q_len: Tensor,
+        k_len: Tensor,
+        block_q: int,
+        block_k: int,
+        box: Box | None = None,
+        *,
+        level: Tensor | None = None,
+        skipped: Tensor | None = None,
     ) -> BlockPlan:
-        """Build a plan from block membership, bool (B|1, H|1, M, N) or (M, N).
+        """Build a plan from block membership, bool (B|1, H|1, M, N) or (M, N): the blocks that are read exactly.
+
+        Parameters
+        ----------
+        level : uint8, shaped like `members`, or None; what `members` has is read exactly whatever its level.
+        skipped : bool (B|1, H|1) or None, heads in which a row without any block gives exactly 0, whatever the rest.
 
         Raises
         ------
         ShapeError
-            If `members` does not fit `q_len` and `k_len`, or a row that holds queries selects no block.
+            If `members` or `level` do not fit `q_len` and `k_len`, a level is none of 0, 2, 4 and 8 or does not divide
+            `block_k`, or a row that holds queries reads no block in a head that is not skipped.
         """
         members = members[None, None] if members.ndim == 2 else members
-        if members.ndim != 4 or members.shape[2:] != (len(q_len), len(k_len)):
-            raise ShapeError(
-                f"Block membership must be (B|1, H|1, M, N) with M={len(q_len)} query and N={len(k_len)} key blocks, "
-                f"got {tuple(members.shape)}. Pass lengths made for the same tiles."
-            )
-        return cls._pack(members & (k_len > 0), q_len, k_len, block_q, block_k, box)
+        level = level[None, None] if level is not None and level.ndim == 2 else level
+        for what, x in (("membership", members), ("levels", level)):
+            if x is not None and (x.ndim != 4 or x.shape[2:] != (len(q_len), len(k_len))):
+                raise ShapeError(
+                    f"Block {what} must be (B|1, H|1, M, N) with M={len(q_len)} query and N={len(k_len)} key blocks, "
+                    f"got {tuple(x.shape)}. Pass lengths made for the same tiles."
+                )
+        if level is not None and block_k % max(LEVELS):
+            raise ShapeError(f"Blocks read by means need a multiple of {max(LEVELS)} slots, got block_k={block_k}.")
+        return cls._pack(members & (k_len > 0), level, skipped, q_len, k_len, block_q, block_k, box)
 
     @classmethod
-    def _pack(cls, members, q_len, k_len, block_q, block_k, box) -> BlockPlan:
-        blocks = members.shape[-1]
-        count = members.sum(-1, dtype=torch.int32)
-        filled = k_len == block_k
-        whole = (members & filled).sum(-1, dtype=torch.int32)
-        width = min(blocks, 1 << (max(int(count.max()), 1) - 1).bit_length())
+    def _pack(cls, members, level, skipped, q_len, k_len, block_q, block_k, box) -> BlockPlan:
+        blocks, filled = members.shape[-1], k_len == block_k
+        count, whole = (part.sum(-1, dtype=torch.int32) for part in (members, members & filled))
+        part = torch.where(members, torch.where(filled, 0, 1), 2 + len(LEVELS))  # [B|1, H|1, M, N], its place in the list
+        taken, listed, level_count, unknown = members, count, None, torch.zeros((), dtype=torch.bool, device=members.device)
+        if level is not None:
+            unknown = ~torch.isin(level, torch.tensor([0, *LEVELS], device=level.device)).all()
+            level = torch.where(members | (k_len == 0), 0, level)  # broadcasts to both
+            members, count, whole = (x.expand(*level.shape[:2], *x.shape[2:]) for x in (members, count, whole))
+            level_count = torch.stack([(level == h).sum(-1, dtype=torch.int32) for h in LEVELS], -1)
+            taken, listed = members | (level > 0), count + level_count.sum(-1, dtype=torch.int32)
+            for place, h in enumerate(LEVELS):
+                part = torch.where(level == h, 2 + place, part)
+        empty = listed == 0  # [B|1, H|1, M]
+        if skipped is not None:
+            taken = taken | (empty & skipped[..., None])[..., None]
+            empty = empty & ~skipped[..., None]
+        empty = (empty & (q_len > 0)).any()
+        if torch.compiler.is_compiling():  # a graph must not wait for a number
+            width = blocks
+        else:
+            widest, without, wrong = torch.stack([listed.max(), empty.int(), unknown.int()]).tolist()
+            if wrong:
+                raise ShapeError(f"Levels must be 0, {', '.join(map(str, LEVELS))}. Got others among them.")
+            if without:
+                raise ShapeError(
+                    "A query block that holds tokens reads no key block. Select at least one block for each, or name the "
+                    "head in `skipped`."
+                )
+            width = min(blocks, 1 << (max(widest, 1) - 1).bit_length())
+        end = (2 + len(LEVELS)) * blocks
         order = torch.arange(blocks, device=members.device, dtype=torch.int32)
-        rank = torch.where(members, order + torch.where(filled, 0, blocks), 2 * blocks).sort(-1).values[..., :width]
-        index = torch.where(rank < 2 * blocks, rank % blocks, 0).int().contiguous()
-        return cls(index, count, whole, pack_bits(members), q_len, k_len, block_q, block_k, box)
+        rank = torch.where(part < 2 + len(LEVELS), order + part.int() * blocks, end).sort(-1).values[..., :width]
+        index = torch.where(rank < end, rank % blocks, 0).int().contiguous()
+        bits = pack_bits(members)
+        packed = bits if taken is members else pack_bits(taken)
+        return cls(index, count, whole, bits, packed, q_len, k_len, block_q, block_k, level, level_count, box)
 
     @property
     def members(self) -> Tensor:
-        """Block membership, bool (B|1, H|1, M, N)."""
+        """Which blocks are read exactly, bool (B|1, H|1, M, N)."""
         return unpack_bits(self.bits, len(self.k_len))
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Levels other than exact that blocks may have here."""
+        return () if self.level is None else LEVELS
+
+    def at(self, level: int) -> Tensor:
+        """Which blocks are read at `level`, bool (B|1, H|1, M, N): 1 exactly, 2, 4, 8 by means, 0 as the rest is."""
+        if level == 1:
+            return self.members
+        if level == 0:
+            return ~unpack_bits(self.taken, len(self.k_len)) & (self.k_len > 0)
+        return torch.zeros_like(self.members) if self.level is None else self.level == level
+
+    def runs(self, level: int) -> Tensor:
+        """Tokens that each mean of `level` stands for, int32 (N * block_k / level,); level 0 has one mean per block."""
+        run = level or self.block_k
+        start = torch.arange(0, self.block_k, run, device=self.k_len.device)
+        return (self.k_len[:, None] - start).clamp(0, run).int().flatten()
 
     @property
     def key_slots(self) -> int:
@@ -109,14 +185,30 @@ class BlockPlan:
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """Return the plan with its tensors on `device`."""
-        box = self.box and Box(self.box.lo.to(device), self.box.hi.to(device), self.box.coord.to(device))
-        names = ("index", "count", "whole", "bits", "q_len", "k_len")
-        return replace(self, box=box, **{name: getattr(self, name).to(device) for name in names})
+        return BlockPlan.of_tensors([x if x is None else x.to(device) for x in self.tensors()], self.block_q, self.block_k)
 
-    def density(self) -> Tensor:
-        """Fraction of (query, key) pairs in the selected blocks, float64 (B|1, H|1). The box is not counted: blocks cost."""
-        pairs = self.members.double() @ self.k_len.double() @ self.q_len.double()
-        return pairs / (self.q_len.double().sum() * self.k_len.double().sum())
+    def tensors(self) -> list[Tensor | None]:
+        """Everything but the block sizes, for `of_tensors`."""
+        box = (None, None, None) if self.box is None else (self.box.lo, self.box.hi, self.box.coord)
+        lists = (self.index, self.count, self.whole, self.bits, self.taken, self.q_len, self.k_len)
+        return [*lists, self.level, self.level_count, *box]
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Any], block_q: int, block_k: int) -> BlockPlan:
+        """Inverse of `tensors`."""
+        index, count, whole, bits, taken, q_len, k_len, level, level_count, lo, hi, coord = tensors
+        box = None if lo is None else Box(lo, hi, coord)
+        return cls(index, count, whole, bits, taken, q_len, k_len, block_q, block_k, level, level_count, box)
+
+    def density(self, rest: bool = False) -> Tensor:
+        """Keys read as a fraction of all (query, key) pairs, float64 (B|1, H|1). The box is not counted: blocks cost.
+
+        A mean counts as one key. With `rest`, so does each block that is left to the rest.
+        """
+        keys = self.members.double() @ self.k_len.double()  # [B|1, H|1, M]
+        for level in (*self.levels, *((0,) if rest else ())):
+            keys = keys + self.at(level).double() @ (self.runs(level) > 0).view(len(self.k_len), -1).sum(-1).double()
+        return keys @ self.q_len.double() / (self.q_len.double().sum() * self.k_len.double().sum())
 
     def dense_mask(self) -> Tensor:
         """Token-level mask, bool (B|1, H|1, M * block_q, N * block_k). For tests and drawings: it holds S x S."""
@@ -127,39 +219,51 @@ class BlockPlan:
             mask = mask & self.box.allows(slots_q, slots_k)
         return mask
 
-    def block_mask(self, extra: int = 0, key_mask: Tensor | None = None) -> BlockMask:
+    def coarse_reads(self, levels: Sequence[int]) -> Tensor:
+        """Which means of `levels`, one level behind the other, each query block reads: bool (B|1, H|1, M, E)."""
+        each = [self.at(h).repeat_interleave(self.block_k // (h or self.block_k), -1) & (self.runs(h) > 0) for h in levels]
+        return torch.cat(each, -1)
+
+    def block_mask(self, levels: Sequence[int] = (), key_mask: Tensor | None = None) -> BlockMask:
         """Convert to FlexAttention: full where the key block is filled and no box applies, partial under one mask_mod else.
 
         Parameters
         ----------
-        extra : key blocks behind those of the plan that every row reads whole.
+        levels : what stands behind the keys: the means of these levels, one level behind the other, padded to whole blocks.
         key_mask : bool (B, N * block_k), keys that may be read; then every block of the plan is partial.
         """
         from torch.nn.attention.flex_attention import BlockMask
 
-        members = torch.nn.functional.pad(self.members, (0, extra), value=True)
-        whole = self.k_len == self.block_k
+        members, whole = self.members, self.k_len == self.block_k
         if self.box is not None or key_mask is not None:
             whole = torch.zeros_like(whole)
-        full = members & torch.nn.functional.pad(whole, (0, extra), value=True)
+        full, partial, coarse = members & whole, members & ~whole, None
+        if levels:
+            coarse = self.coarse_reads(levels)
+            coarse = torch.nn.functional.pad(coarse, (0, -coarse.shape[-1] % self.block_k))  # [B|1, H|1, M, E']
+            some = coarse.unflatten(-1, (-1, self.block_k)).any(-1)
+            partial = torch.cat([partial.expand(*some.shape[:3], -1), some], -1)
+            full = torch.nn.functional.pad(full, (0, some.shape[-1])).expand(partial.shape)
 
         def listed(part: Tensor) -> tuple[Tensor, Tensor]:
             return part.sum(-1, dtype=torch.int32), part.int().argsort(dim=-1, descending=True, stable=True).int()
 
-        (partial_number, partial_index), (full_number, full_index) = listed(members & ~full), listed(full)
-        shape = (len(self.q_len) * self.block_q, members.shape[-1] * self.block_k)
+        (partial_number, partial_index), (full_number, full_index) = listed(partial), listed(full)
         return BlockMask.from_kv_blocks(
             partial_number,
             partial_index,
             full_number,
             full_index,
             BLOCK_SIZE=(self.block_q, self.block_k),
-            mask_mod=self._mask_mod(key_mask),
-            seq_lengths=shape,
+            mask_mod=self._mask_mod(key_mask, coarse),
+            seq_lengths=(len(self.q_len) * self.block_q, full.shape[-1] * self.block_k),
         )
 
-    def _mask_mod(self, key_mask: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        k_len, block_k, slots, box = self.k_len, self.block_k, self.key_slots, self.box
+    def _mask_mod(
+        self, key_mask: Tensor | None, coarse: Tensor | None
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        k_len, block_q, block_k, slots, box = self.k_len, self.block_q, self.block_k, self.key_slots, self.box
+        one_batch, one_head = coarse is None or coarse.shape[0] == 1, coarse is None or coarse.shape[1] == 1
 
         def in_plan(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
             at = torch.where(key < slots, key, 0)
@@ -170,7 +274,11 @@ class BlockPlan:
                 for axis in range(box.coord.shape[1]):
                     coord = box.coord[at, axis]
                     reads = reads & (coord >= box.lo[row, axis]) & (coord < box.hi[row, axis])
-            return reads | (key >= slots)
+            if coarse is None:
+                return reads
+            mean = torch.where(key < slots, 0, key - slots)
+            by_mean = coarse[b * 0 if one_batch else b, h * 0 if one_head else h, row // block_q, mean]
+            return torch.where(key < slots, reads, by_mean)
 
         return in_plan
 
@@ -199,6 +307,16 @@ class Threshold:
     k_len: Tensor
     block_q: int
     block_k: int
+
+    def tensors(self) -> list[Tensor | None]:
+        """Everything that is a tensor, for `of_tensors`."""
+        return [self.theta, self.sink, self.dense_rows, self.q_len, self.k_len]
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Any], band: int, block_q: int, block_k: int) -> Threshold:
+        """Inverse of `tensors`."""
+        theta, sink, dense_rows, q_len, k_len = tensors
+        return cls(theta, band, sink, dense_rows, q_len, k_len, block_q, block_k)
 
     def lower(self, q_pool: Tensor, k_pool: Tensor, scale: float) -> BlockPlan:
         """Evaluate the rule on pooled queries (B, H, M, D) and keys (B, H, N, D), both float32."""
@@ -231,7 +349,7 @@ def pool(x: Tensor, lengths: Tensor, block: int, valid: Tensor | None = None) ->
     number : float32 (B|1, 1, N), tokens averaged.
     """
     blocks = len(lengths)
-    holds = _counted_slots(lengths, block, valid)
+    holds = held_slots(lengths, block, valid)
     x = torch.nn.functional.pad(x.float(), (0, 0, 0, blocks * block - x.shape[-2]))
     x = x.masked_fill(~holds[:, None, :, None], 0.0).unflatten(-2, (blocks, block))
     number = counted(lengths, block, valid)
@@ -240,10 +358,11 @@ def pool(x: Tensor, lengths: Tensor, block: int, valid: Tensor | None = None) ->
 
 def counted(lengths: Tensor, block: int, valid: Tensor | None = None) -> Tensor:
     """How many tokens each block holds, of those that `valid` counts: float32 (B|1, 1, N)."""
-    return _counted_slots(lengths, block, valid).unflatten(-1, (len(lengths), block)).sum(-1)[:, None].float()
+    return held_slots(lengths, block, valid).unflatten(-1, (len(lengths), block)).sum(-1)[:, None].float()
 
 
-def _counted_slots(lengths: Tensor, block: int, valid: Tensor | None) -> Tensor:
+def held_slots(lengths: Tensor, block: int, valid: Tensor | None = None) -> Tensor:
+    """Which slots hold a token, of those that `valid` (B, S) counts: bool (B|1, N * block)."""
     holds = _holds(lengths, block)[None]  # [1, N * block]
     return holds if valid is None else holds & torch.nn.functional.pad(valid, (0, holds.shape[-1] - valid.shape[-1]))
 

@@ -7,7 +7,7 @@ materialised. Imported only where triton is installed; under ``TRITON_INTERPRET=
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
 
 import torch
 import triton
@@ -16,8 +16,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from accelplug.errors import UnsupportedError
-from accelplug.kernels.plan import BlockPlan, Threshold, counted, pack_bits
-from accelplug.kernels.rest import Pool, Rest
+from accelplug.kernels.plan import LEVELS, BlockPlan, Threshold, pack_bits
+from accelplug.kernels.precision import Quantised
+from accelplug.kernels.rest import Drop, Pool, coarse
 
 MIN_BLOCK = 16  # the least that tl.dot takes on a side
 GROUP = 64  # pooled keys per step
@@ -30,23 +31,51 @@ def missing(device: torch.device) -> str | None:
     return None if device.type in ("cuda", "xpu") else f"Triton does not run on {device.type}"
 
 
+def unsupported(q: Tensor, v: Tensor, plan: BlockPlan | Threshold, dtype: torch.dtype | None = None) -> str | None:
+    """Why this call, with q.k in an 8-bit `dtype` or as it is, cannot run here, or None."""
+    if (reason := missing(q.device)) is not None:
+        return reason
+    if plan.block_q < MIN_BLOCK or plan.block_q & (plan.block_q - 1):
+        return f"query blocks must be a power of two of at least {MIN_BLOCK}, got {plan.block_q}"
+    if _spread(plan) and isinstance(plan, BlockPlan) and plan.box is not None:
+        return f"key blocks under a box must be a power of two of at least {MIN_BLOCK}, got {plan.block_k}"
+    if dtype is not None and _spread(plan):
+        return f"8-bit key blocks must be a power of two of at least {MIN_BLOCK}, got {plan.block_k}"
+    if dtype == torch.float8_e4m3fn and q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 9):
+        return "this GPU multiplies no fp8"
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        return f"head dimensions go up to 256, got {q.shape[-1]} and {v.shape[-1]}"
+    return None
+
+
+def evaluates(rule: Threshold, rest: Drop | Pool) -> bool:
+    """Whether the kernel finds this plan as it goes: its scores are those of the pooled keys."""
+    return not _spread(rule) and (isinstance(rest, Drop) or rest.representative == "mean")
+
+
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     plan: BlockPlan | Threshold,
-    rest: Rest,
+    rest: Drop | Pool,
     scale: float,
     key_mask: Tensor | None,
     return_lse: bool,
+    eight: Quantised | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (out, lse); see `attention.block_attention`."""
-    _check(q, v, plan)
+    """Return (out, lse); see `attention.block_attention`. A `Threshold` takes `Drop` or means, and no `eight`.
+
+    With `eight`, blocks are read exactly by its queries and keys, and by means through its queries and `k`.
+    """
+    if (reason := unsupported(q, v, plan, None if eight is None else eight.k.dtype)) is not None:
+        raise UnsupportedError(f"backend='triton' cannot serve: {reason}. Use backend='flex', 'blocked' or 'auto'.")
+    spread = _spread(plan)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # the interpreter's dot takes the bits of bf16 for integers
-        out, lse = attend(q.float(), k.float(), v.float(), plan, rest, scale, key_mask, return_lse)
+        out, lse = attend(q.float(), k.float(), v.float(), plan, rest, scale, key_mask, return_lse, eight)
         return out.bfloat16(), lse
     if scale < 0:  # the kernel takes maxima before it scales
-        q, scale = -q, -scale
+        q, scale, eight = -q, -scale, eight and replace(eight, q=-eight.q)
     batch, heads, rows, dim = q.shape
     dim_v, blocks_k = v.shape[-1], len(plan.k_len)
     threshold, pooled = isinstance(plan, Threshold), isinstance(rest, Pool)
@@ -55,35 +84,40 @@ def attend(
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
     none = q.new_empty(0)
 
-    k_pool, v_pool, bias = none, none, none
-    if pooled or threshold:
-        valid = none if key_mask is None else key_mask.to(torch.uint8).contiguous()
-        k_pool, v_pool = (_pool(x, plan.k_len, plan.block_k, valid) for x in (k, v))
-        number = counted(plan.k_len, plan.block_k, key_mask)  # [B|1, 1, N]
-        weight = rest.weight if isinstance(rest, Pool) and rest.weight is not None else torch.ones(heads, device=q.device)
-        bias = number.clamp(min=1).log2() * weight[:, None] + torch.where(number > 0, 0.0, -torch.inf)
-        bias = bias.expand(batch, heads, blocks_k).contiguous()
+    more = coarse(k, v, plan, Pool() if threshold and not pooled else rest, key_mask, mean=_mean, exact=spread)
+    k_coarse, v_coarse, bias, coarse_keys = none, none, none, 0
+    if more is not None:
+        k_coarse, v_coarse, coarse_keys = more.k, more.v, more.k.shape[-2]
+        bias = (more.bias * math.log2(math.e)).expand(batch, heads, -1).contiguous()
+    if eight is not None:
+        q, k = eight.q, eight.k
+    box, theta, level_count = None, none, none
     if isinstance(plan, Threshold):
         index = count = whole = plan.q_len  # not read
         theta = plan.theta.expand(batch, heads, -1).contiguous()
-        bits, box = pack_bits(plan.always)[None, None], None
+        bits = pack_bits(plan.always)[None, None]
     else:
-        index, count, whole, theta = plan.index, plan.count, plan.whole, none
-        bits, box = plan.bits, plan.box
+        index, count, whole, bits, box = plan.index, plan.count, plan.whole, plan.taken, plan.box
+        counts = [count[..., None]] if spread else []
+        counts += [] if plan.level_count is None else [plan.level_count]
+        level_count = torch.cat(counts, -1).contiguous() if counts else none
     plan_batch, plan_heads = (0 if bits.shape[0] == 1 else 1), (0 if bits.shape[1] == 1 else 1)
     entries = index.shape[-1] if not threshold else 0
 
+    block_d = max(16 if eight is None else 32, triton.next_power_of_2(dim))  # tl.dot takes no fewer
+    block_dv = max(16, triton.next_power_of_2(dim_v))
     grid = (len(plan.q_len), batch * heads)
-    tile, warps, stages = _tuning(q, plan.block_q, plan.block_k)
+    tile, warps, stages = _tuning(out, plan.block_q, MIN_BLOCK if spread else plan.block_k)
     _kernel[grid](
         q,
-        _tiles_of(k, tile),
-        _tiles_of(v, tile),
+        _tiles_of(k, tile, block_d),
+        _tiles_of(v, tile, block_dv),
         out,
         lse,
         index,
         count,
         whole,
+        level_count,
         bits,
         plan.q_len,
         plan.k_len,
@@ -92,8 +126,10 @@ def attend(
         box.hi if box else none,
         box.coord if box else none,
         none if key_mask is None else key_mask.to(torch.uint8).contiguous(),
-        k_pool,
-        v_pool,
+        none if eight is None else eight.q_step,
+        none if eight is None else eight.k_step,
+        k_coarse,
+        v_coarse,
         bias,
         *q.stride()[:3],
         heads,
@@ -102,6 +138,7 @@ def attend(
         k.shape[-2],
         len(plan.q_len),
         blocks_k,
+        coarse_keys,
         entries,
         bits.shape[-1],
         plan_batch * bits.shape[1],
@@ -109,14 +146,18 @@ def attend(
         scale * math.log2(math.e),
         D=dim,
         D_V=dim_v,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        BLOCK_DV=max(16, triton.next_power_of_2(dim_v)),
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
         BLOCK_M=plan.block_q,
         BLOCK_K=plan.block_k,
         TILE_K=tile,
         GROUP_K=GROUP,
         AXES=box.coord.shape[1] if box else 0,
         HAS_MASK=key_mask is not None,
+        EIGHT=eight is not None,
+        LISTED=not spread and not threshold,
+        FIRST_RUN=1 if spread else LEVELS[0],
+        LEVELS=level_count.shape[-1] if level_count is not none else 0,
         POOLED=pooled,
         THRESHOLD=threshold,
         num_warps=warps,
@@ -125,23 +166,34 @@ def attend(
     return out, lse if return_lse else None
 
 
-def _pool(x: Tensor, lengths: Tensor, block: int, valid: Tensor) -> Tensor:
-    """Mean over each block, (B, H, N, D) in x's dtype; `plan.pool` in one pass over x."""
+def _spread(plan: BlockPlan | Threshold) -> bool:
+    """Whether key blocks are too odd for tiles of their own: then tiles are gathered from several, as those of means are."""
+    return plan.block_k < MIN_BLOCK or plan.block_k & (plan.block_k - 1) > 0
+
+
+def _mean(x: Tensor, lengths: Tensor, run: int, key_mask: Tensor | None) -> Tensor:
+    """Mean over each run, (B, H, len(lengths), D) in x's dtype; `plan.pool` in one pass over x."""
     batch, heads, slots, dim = x.shape
     mean = torch.empty(batch, heads, len(lengths), dim, dtype=x.dtype, device=x.device)
-    _pool_kernel[len(lengths), batch * heads](
+    valid = x.new_empty(0) if key_mask is None else key_mask.to(torch.uint8).contiguous()
+    run_slots = triton.next_power_of_2(run)
+    runs = max(1, 32 // run_slots)
+    _pool_kernel[triton.cdiv(len(lengths), runs), batch * heads](
         x, mean, lengths, valid, *x.stride()[:3], heads, slots, len(lengths),
-        D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK=block, HAS_MASK=valid.numel() > 0,
+        D=dim, BLOCK_D=triton.next_power_of_2(dim), RUN=run, RUN_SLOTS=run_slots, RUNS=runs, HAS_MASK=key_mask is not None,
     )  # fmt: skip
     return mean
 
 
-def _tiles_of(x: Tensor, tile: int) -> TensorDescriptor:
-    """x (B, H, S, D) for loads of `tile` tokens: what lies outside reads as 0, and Hopper copies it while it computes."""
+def _tiles_of(x: Tensor, tile: int, dim: int) -> TensorDescriptor:
+    """x (B, H, S, D) for loads of `tile` tokens by `dim` dimensions.
+
+    What lies outside reads as 0, and Hopper copies while it computes.
+    """
     unit = 16 // x.element_size()  # rows must start at multiples of 16 bytes
     if any(stride % unit for stride in x.stride()[:-1]) or x.data_ptr() % 16:
         x = torch.nn.functional.pad(x, (0, -x.shape[-1] % unit)).contiguous()
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tile, max(16, triton.next_power_of_2(x.shape[-1]))])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tile, dim])
 
 
 def _tuning(q: Tensor, block_q: int, block_k: int) -> tuple[int, int, int]:
@@ -159,18 +211,6 @@ def _tuning(q: Tensor, block_q: int, block_k: int) -> tuple[int, int, int]:
     return min(tile, block_k), warps, 2
 
 
-def _check(q: Tensor, v: Tensor, plan: Any) -> None:
-    if (reason := missing(q.device)) is not None:
-        raise UnsupportedError(f"backend='triton' cannot serve: {reason}. Use backend='flex', 'blocked' or 'auto'.")
-    for what, block in (("query", plan.block_q), ("key", plan.block_k)):
-        if block < MIN_BLOCK or block & (block - 1):
-            raise UnsupportedError(
-                f"backend='triton' needs {what} blocks of a power of two of at least {MIN_BLOCK}, got {block}."
-            )
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        raise UnsupportedError(f"backend='triton' takes head dimensions up to 256, got {q.shape[-1]} and {v.shape[-1]}.")
-
-
 @triton.jit
 def _softmax_step(scores, scale, values, top, total, acc):
     """Add keys to the online softmax: `scores` [M, T] times `scale` is in the log2 domain, `values` is [T, DV]."""
@@ -185,20 +225,46 @@ def _softmax_step(scores, scale, values, top, total, acc):
 
 @triton.jit
 def _pool_kernel(
-    x, mean, lengths, valid, stride_b, stride_h, stride_s, heads, slots, blocks,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
+    x, mean, lengths, valid, stride_b, stride_h, stride_s, heads, slots, number,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, RUN: tl.constexpr, RUN_SLOTS: tl.constexpr, RUNS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Mean of each block's tokens; one program per (block, head)."""
-    block, b, h = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
-    at, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    counted = (tl.arange(0, BLOCK) < tl.load(lengths + block)) & (at < slots)  # [BLOCK]
+    """Mean of each run of RUN slots; one program per (RUNS of them, head)."""
+    b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    run, d = tl.program_id(0) * RUNS + tl.arange(0, RUNS), tl.arange(0, BLOCK_D)
+    place = tl.arange(0, RUN_SLOTS)[None, :]
+    at = run[:, None] * RUN + place  # [RUNS, RUN_SLOTS]
+    length = tl.load(lengths + run, mask=run < number, other=0)
+    counted = (place < length[:, None]) & (at < slots)
     if HAS_MASK:
         counted = counted & (tl.load(valid + b.to(tl.int64) * slots + at, mask=counted, other=0) != 0)
-    x += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + at[:, None].to(tl.int64) * stride_s
-    tokens = tl.load(x + d[None, :], mask=counted[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)  # [BLOCK, D]
-    number = tl.maximum(tl.sum(counted.to(tl.float32), 0), 1.0)
-    out = mean + (tl.program_id(1).to(tl.int64) * blocks + block) * D + d
-    tl.store(out, (tl.sum(tokens, 0) / number).to(mean.dtype.element_ty), mask=d < D)
+    x += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+    tokens = tl.load(
+        x + at[:, :, None].to(tl.int64) * stride_s + d[None, None, :],
+        mask=counted[:, :, None] & (d[None, None, :] < D),
+        other=0.0,
+    ).to(tl.float32)  # [RUNS, RUN_SLOTS, D]
+    divisor = tl.maximum(tl.sum(counted.to(tl.float32), 1), 1.0)  # [RUNS]
+    out = mean + (tl.program_id(1).to(tl.int64) * number + run[:, None]) * D + d[None, :]
+    result = tl.sum(tokens, 1) / divisor[:, None]  # [RUNS, D]
+    tl.store(out, result.to(mean.dtype.element_ty), mask=(run[:, None] < number) & (d[None, :] < D))
+
+
+@triton.jit
+def _coarse_scores(q, k_coarse, at, there, scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Logits of the coarse keys `at` [G] without their bias: [M, G], log2 domain."""
+    d = tl.arange(0, BLOCK_D)
+    keys = tl.load(k_coarse + at[None, :] * D + d[:, None], mask=there[None, :] & (d[:, None] < D), other=0.0)  # [D, G]
+    return tl.dot(q, keys, input_precision="ieee") * scale
+
+
+@triton.jit
+def _coarse_step(scores, v_coarse, bias, at, reads, top, total, acc, D_V: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Read the coarse keys `at` [G] where `reads` [G], by their `scores` [M, G]."""
+    dv = tl.arange(0, BLOCK_DV)
+    weight = tl.load(bias + at, mask=reads, other=float("-inf"))  # [G]
+    values = tl.load(v_coarse + at[:, None] * D_V + dv[None, :], mask=reads[:, None] & (dv[None, :] < D_V), other=0.0)
+    return _softmax_step(scores + weight[None, :], 1.0, values, top, total, acc)
 
 
 @triton.jit
@@ -216,6 +282,7 @@ def _key_step(
     hi,
     coord,
     key_mask,
+    k_step,
     slots_k,
     rows_held,
     scale,
@@ -228,6 +295,7 @@ def _key_step(
     TILE_K: tl.constexpr,
     AXES: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    EIGHT: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
     """Read TILE_K keys of a key block exactly, from its slot `start` on."""
@@ -236,7 +304,9 @@ def _key_step(
     held = (start + tile < length) & (first + tile < slots_k)
     keys = k.load([b, kv_head, first, 0]).reshape(TILE_K, BLOCK_D)
     values = v.load([b, kv_head, first, 0]).reshape(TILE_K, BLOCK_DV)
-    scores = tl.dot(q, tl.trans(keys), input_precision="ieee")  # [M, T]
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee").to(tl.float32)  # [M, T]
+    if EIGHT:
+        scale *= tl.load(k_step + block)
     if RAGGED:
         scores = tl.where(held[None, :], scores, float("-inf"))
         values = tl.where(held[:, None], values, 0.0)  # nobody may have written to a slot without a token
@@ -261,6 +331,7 @@ def _kernel(
     index,
     count,
     whole,
+    level_count,
     bits,
     q_len,
     k_len,
@@ -269,8 +340,10 @@ def _kernel(
     hi,
     coord,
     key_mask,
-    k_pool,
-    v_pool,
+    q_step,
+    k_step,
+    k_coarse,
+    v_coarse,
     bias,
     stride_qb,
     stride_qh,
@@ -281,6 +354,7 @@ def _kernel(
     slots_k,
     blocks_q,
     blocks_k,
+    coarse_keys,
     entries,
     words,
     plan_batch,
@@ -296,6 +370,10 @@ def _kernel(
     GROUP_K: tl.constexpr,
     AXES: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    EIGHT: tl.constexpr,
+    LISTED: tl.constexpr,
+    FIRST_RUN: tl.constexpr,
+    LEVELS: tl.constexpr,
     POOLED: tl.constexpr,
     THRESHOLD: tl.constexpr,
 ):
@@ -309,9 +387,9 @@ def _kernel(
     row_of_plan = (b64 * plan_batch + h64 * plan_head) * blocks_q + m
     row_of_bits = m.to(tl.int64) if THRESHOLD else row_of_plan  # what is always read is the same for all heads
     heads_kv = heads // ratio
-    k_pool += (b64 * heads_kv + kv64) * blocks_k * D
-    v_pool += (b64 * heads_kv + kv64) * blocks_k * D_V
-    bias += (b64 * heads + h64) * blocks_k
+    k_coarse += (b64 * heads_kv + kv64) * coarse_keys * D
+    v_coarse += (b64 * heads_kv + kv64) * coarse_keys * D_V
+    bias += (b64 * heads + h64) * coarse_keys
 
     rows = m * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
     d = tl.arange(0, BLOCK_D)
@@ -320,29 +398,49 @@ def _kernel(
     queries = tl.load(
         q + rows[:, None].to(tl.int64) * stride_qs + d[None, :], mask=rows_held[:, None] & (d[None, :] < D), other=0.0
     )  # [M, D]
+    wide, exact_scale = queries, scale  # what coarse keys are read by; what undoes the rounding of exact logits
+    if EIGHT:
+        step = tl.load(q_step + (b64 * heads + h64) * blocks_q + m)
+        wide, exact_scale = (queries.to(tl.float32) * step).to(k_coarse.dtype.element_ty), scale * step
+        k_step += (b64 * heads_kv + kv64) * blocks_k
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    STEPS: tl.constexpr = BLOCK_K // TILE_K
-    if not THRESHOLD:
-        entries_of_row = index + row_of_plan * entries
+    entries_of_row = index + row_of_plan * entries
+    if LISTED:
+        STEPS: tl.constexpr = BLOCK_K // TILE_K
         filled = tl.load(whole + row_of_plan)  # how many blocks at the front of the list have a token in every slot
         # No branch in this loop: loads of the next steps start while this one multiplies.
         for step in range(0, filled * STEPS):
             block = tl.load(entries_of_row + step // STEPS)
             top, total, acc = _key_step(
                 queries, k, v, b, kv_head, block, step % STEPS * TILE_K, BLOCK_K, rows, lo, hi, coord, key_mask,
-                slots_k, rows_held, scale, top, total, acc, BLOCK_D, BLOCK_DV, BLOCK_K, TILE_K, AXES, HAS_MASK,
-                False,
+                k_step, slots_k, rows_held, exact_scale, top, total, acc, BLOCK_D, BLOCK_DV, BLOCK_K, TILE_K, AXES,
+                HAS_MASK, EIGHT, False,
             )  # fmt: skip
         for step in range(filled * STEPS, tl.load(count + row_of_plan) * STEPS):
             block = tl.load(entries_of_row + step // STEPS)
             top, total, acc = _key_step(
                 queries, k, v, b, kv_head, block, step % STEPS * TILE_K, tl.load(k_len + block), rows, lo, hi, coord,
-                key_mask, slots_k, rows_held, scale, top, total, acc, BLOCK_D, BLOCK_DV, BLOCK_K, TILE_K, AXES,
-                HAS_MASK, True,
+                key_mask, k_step, slots_k, rows_held, exact_scale, top, total, acc, BLOCK_D, BLOCK_DV, BLOCK_K, TILE_K,
+                AXES, HAS_MASK, EIGHT, True,
             )  # fmt: skip
+        entries_of_row += tl.load(count + row_of_plan)
+
+    for level in tl.static_range(LEVELS):
+        means = BLOCK_K // (FIRST_RUN << level)  # per block; a tile takes them from as many blocks as it needs
+        number = tl.load(level_count + row_of_plan * LEVELS + level)
+        for start in range(0, number * means, GROUP_K):
+            mean = start + tl.arange(0, GROUP_K)  # [G]
+            there = mean < number * means
+            at = tl.load(entries_of_row + mean // means, mask=there, other=0) * means + mean % means
+            scores = _coarse_scores(wide, k_coarse, at, there, scale, D, BLOCK_D)
+            top, total, acc = _coarse_step(scores, v_coarse, bias, at, there, top, total, acc, D_V, BLOCK_DV)
+        entries_of_row += number
+        k_coarse += blocks_k * means * D
+        v_coarse += blocks_k * means * D_V
+        bias += blocks_k * means
 
     if POOLED or THRESHOLD:
         rows_used = tl.load(q_len + m)
@@ -350,22 +448,15 @@ def _kernel(
         for group in range(0, blocks_k, GROUP_K):
             blocks = group + tl.arange(0, GROUP_K)  # [G]
             there = blocks < blocks_k
-            pooled_keys = tl.load(
-                k_pool + blocks[None, :] * D + d[:, None], mask=there[None, :] & (d[:, None] < D), other=0.0
-            )  # [D, G]
-            scores = tl.dot(queries, pooled_keys, input_precision="ieee") * scale  # [M, G]
+            scores = _coarse_scores(wide, k_coarse, blocks, there, scale, D, BLOCK_D)
             word = tl.load(bits + row_of_bits * words + blocks // 32, mask=there, other=0)  # [G]
             exact = ((word >> (blocks % 32)) & 1) != 0  # [G]
             if THRESHOLD:
                 mean = tl.sum(tl.where(counted[:, None], scores, 0.0), 0) / tl.maximum(rows_used, 1)  # [G]
                 exact = exact | (mean > tl.load(theta + (b64 * heads + h64) * blocks_q + m))
             if POOLED:
-                weight = tl.load(bias + blocks, mask=there, other=float("-inf"))  # [G]
-                pooled_scores = tl.where((there & ~exact)[None, :], scores + weight[None, :], float("-inf"))
-                pooled_values = tl.load(
-                    v_pool + blocks[:, None] * D_V + dv[None, :], mask=there[:, None] & (dv[None, :] < D_V), other=0.0
-                )  # [G, DV]
-                top, total, acc = _softmax_step(pooled_scores, 1.0, pooled_values, top, total, acc)
+                left = there & ~exact
+                top, total, acc = _coarse_step(scores, v_coarse, bias, blocks, left, top, total, acc, D_V, BLOCK_DV)
             if THRESHOLD:
                 for place in range(0, GROUP_K):
                     block = group + place
@@ -375,8 +466,8 @@ def _kernel(
                         for start in tl.static_range(0, BLOCK_K, TILE_K):
                             top, total, acc = _key_step(
                                 queries, k, v, b, kv_head, block, start, length, rows, lo, hi, coord, key_mask,
-                                slots_k, rows_held, scale, top, total, acc, BLOCK_D, BLOCK_DV, BLOCK_K, TILE_K, AXES,
-                                HAS_MASK, True,
+                                k_step, slots_k, rows_held, exact_scale, top, total, acc, BLOCK_D, BLOCK_DV, BLOCK_K,
+                                TILE_K, AXES, HAS_MASK, EIGHT, True,
                             )  # fmt: skip
 
     out_at = out + ((b64 * heads + h64) * slots_q + rows[:, None]) * D_V + dv[None, :]

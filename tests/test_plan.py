@@ -43,6 +43,37 @@ def test_lists_are_complete_and_filled_blocks_stand_in_front():
         assert plan.whole[b, h, m] == sum(int(k_len[block]) == 8 for block in listed)
 
 
+def test_means_stand_behind_what_is_read_exactly():
+    members = torch.rand(1, 2, 7, 9) < 0.3
+    members[..., 4] = True
+    k_len = torch.tensor([8, 3, 8, 8, 8, 0, 8, 7, 8], dtype=torch.int32)
+    level = torch.tensor([0, 2, 4, 8], dtype=torch.uint8)[torch.randint(4, (1, 1, 7, 9))]
+    plan = BlockPlan.from_members(members, torch.full((7,), 8, dtype=torch.int32), k_len, 8, 8, level=level)
+    assert torch.equal(plan.at(0), ~members & (level == 0) & (k_len > 0))
+    for h, m in torch.cartesian_prod(torch.arange(2), torch.arange(7)).tolist():
+        row, start = plan.index[0, h, m].tolist(), int(plan.count[0, h, m])
+        for place, run in enumerate((2, 4, 8)):
+            number = int(plan.level_count[0, h, m, place])
+            held = [j for j in range(9) if level[0, 0, m, j] == run and not members[0, h, m, j] and k_len[j]]
+            assert row[start : start + number] == held
+            start += number
+    keys = sum(plan.at(run).double() @ torch.ceil(k_len.double() / run) for run in (1, 2, 4, 8)).sum(-1) * 8
+    torch.testing.assert_close(plan.density(), keys / (56 * int(k_len.sum())))
+    rest = plan.at(0).double().sum((-1, -2)) * 8
+    torch.testing.assert_close(plan.density(rest=True) - plan.density(), rest / (56 * int(k_len.sum())))
+
+
+def test_rows_without_a_block_are_refused_unless_skipped():
+    members = torch.tensor([[[True, True], [False, False]], [[True, False], [False, True]]])[None]
+    lengths = torch.full((2,), 8, dtype=torch.int32)
+    with pytest.raises(ShapeError, match="reads no key block"):
+        BlockPlan.from_members(members, lengths, lengths, 8, 8)
+    plan = BlockPlan.from_members(members, lengths, lengths, 8, 8, skipped=torch.tensor([[True, False]]))
+    assert plan.at(0).tolist() == [[[[False, False], [False, False]], [[False, True], [True, False]]]]
+    with pytest.raises(ShapeError, match="Levels must be"):
+        BlockPlan.from_members(members, lengths, lengths, 8, 8, level=torch.full((2, 2), 3, dtype=torch.uint8))
+
+
 def test_density_counts_tokens_not_blocks():
     members = torch.tensor([[True, False], [True, True]])
     plan = plan_of(members, 12, 9, 8)  # blocks of 8 and 4 queries, 8 and 1 keys
