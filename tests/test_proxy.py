@@ -180,7 +180,14 @@ def test_a_layout_without_gain_stays_dense_and_says_so(caplog):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"window_thw": [1, 8, 8], "block_k": 32}, {"block": 96}, {"variance": True, "rest": "drop"}, {"window_thw": [0, 8, 8]}],
+    [
+        {"window_thw": [1, 8, 8], "block_k": 32},
+        {"block": 96},
+        {"variance": True, "rest": "drop"},
+        {"window_thw": [0, 8, 8]},
+        {"window_thw": "wide"},
+        {"window_thw": 8},
+    ],
 )
 def test_settings_that_do_not_fit_are_refused(bad):
     with pytest.raises(RecipeError):

@@ -49,7 +49,10 @@ class ProxyConfig(BlockConfig):
     @classmethod
     def _blocks_hold_windows(cls, values: Any) -> Any:
         window = values.get("window_thw", cls.model_fields["window_thw"].default)
-        slots = 1 << max(math.prod(window) - 1, 7).bit_length()  # a power of two, as kernels want it
+        try:
+            slots = 1 << max(math.prod(map(int, window)) - 1, 7).bit_length()  # a power of two, as kernels want it
+        except (TypeError, ValueError):  # the field says what is wrong with it
+            return values
         return {"block": min(slots, 128), "block_k": slots, **values}
 
     @model_validator(mode="after")
