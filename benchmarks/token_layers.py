@@ -32,11 +32,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "tome 0.5, cells along time": ("tome", TIME_CELLS),
     "tome 0.5, qkv": ("tome", {"ratio": 0.5, "mode": "qkv"}),
     **{
-        f"proxy {name}, {what}": ("proxy", {"window_thw": window, **config})
+        f"proxy {name}, {what}": ("proxy", {"window_thw": window, "backend": "blocked", **config})
         for name, window in WINDOWS.items()
         for what, config in {
             "drop": {"rest": "drop"},
             "mean": {},
+            "centre": {"representative": "centre"},
+            "centre_k_mean_v": {"representative": "centre_k_mean_v"},
             "variance": {"variance": True},
         }.items()
     },
@@ -69,7 +71,7 @@ def errors(name: str, patch: str, config: dict[str, Any]) -> list[dict[str, Any]
         row = {"setting": name, "layer": place.layer, "step": place.step, "cost": cost, "error": error}
         blocks = -(-place.layout.length // BLOCK)
         for rest, density in (("drop", cost), ("pool", max(cost - 1 / BLOCK, 1 / blocks))):
-            mask = Random({"block": BLOCK, "density": density, "rest": rest})
+            mask = Random({"block": BLOCK, "density": density, "rest": rest, "backend": "blocked"})
             _, row[f"random_{rest}"] = measured(mask, call, place, exact)
         rows.append(row)
     mean = {key: statistics.fmean(row[key] for row in rows) for key in ("cost", "error", "random_drop", "random_pool")}

@@ -15,7 +15,7 @@ from accelplug.bounded import Bounded
 from accelplug.kernels.attention import Backend, block_attention, measure_choice
 from accelplug.kernels.orders import Order, Tiles, tiles
 from accelplug.kernels.plan import BlockPlan, Box, Threshold, counted, pool
-from accelplug.kernels.rest import Drop, Pool
+from accelplug.kernels.rest import Drop, Pool, Representative
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,6 +141,9 @@ class BlockConfig(Config):
     block_k: int | None = Field(None, ge=8, le=1024, multiple_of=8, description="Slots per key block; as `block` if none.")
     rest: Literal["drop", "pool"] = Field("drop", description="What becomes of the key blocks that are not selected.")
     rest_weight: float = Field(1.0, ge=0.0, le=1.0, description="Factor on log(length) of a pooled block (rest: pool).")
+    representative: Representative = Field(
+        "mean", description="What a pooled block is read as: mean, centre, or centre_k_mean_v (rest: pool)."
+    )
     backend: Backend = Field(
         "auto", description="Kernel that runs the plan: auto, first, triton, flex, blocked or reference."
     )
@@ -276,7 +279,7 @@ class BlockSparse(Patch):
 
     def _arguments(self, blocks: Blocks, plan: BlockPlan | Threshold) -> dict[str, Any]:
         """Everything that `block_attention` takes."""
-        rest = Drop() if self.config.rest == "drop" else Pool(self._pool_weight(blocks.q))
+        rest = Drop() if self.config.rest == "drop" else Pool(self._pool_weight(blocks.q), self.config.representative)
         tensors = {"q": blocks.q, "k": blocks.k, "v": blocks.v, "key_mask": blocks.key_mask, "scale": blocks.scale}
         return {**tensors, "plan": plan, "rest": rest, "backend": self.config.backend}
 

@@ -40,12 +40,16 @@ def windows_of(layout: Layout, window: tuple[int, int, int]) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------- who reads
 
 
-@pytest.mark.parametrize("text", [(0, 0), (5, 0), (0, 5)])
+@pytest.mark.parametrize(
+    ("representative", "text"),
+    [("mean", (0, 0)), ("mean", (5, 0)), ("mean", (0, 5)), ("centre", (5, 0)), ("centre_k_mean_v", (0, 5))],
+)
 @pytest.mark.parametrize(("grid", "window", "halo"), [((1, 9, 14), (1, 4, 4), (0, 1, 1)), ((5, 7, 6), (2, 3, 2), (1, 0, 1))])
-def test_against_loops(grid, window, halo, text):
+def test_against_loops(grid, window, halo, text, representative):
     layout = Layout(grid, *text)
     call = call_on(layout, batch=2)
-    out = attend({"window_thw": window, "halo_thw": halo, "block": 8}, layout, call)
+    config = {"window_thw": window, "halo_thw": halo, "block": 8, "representative": representative}
+    out = attend(config, layout, call)
     number = windows_of(layout, window)
     visual = torch.arange(text[0], text[0] + layout.visual)
     is_text = torch.ones(layout.length, dtype=torch.bool)
@@ -64,8 +68,11 @@ def test_against_loops(grid, window, halo, text):
         bias = [torch.zeros(int(near.sum()))]
         for far in {tuple(place) for place in number[~near[visual]].tolist()}:
             members = visual[(number == torch.tensor(far)).all(-1)]
-            keys.append(call.k[..., members, :].mean(-2, keepdim=True))
-            values.append(call.v[..., members, :].mean(-2, keepdim=True))
+            place = places(layout)[members - text[0]].double()
+            centre = members[(place - place.mean(0)).square().sum(-1).argmin(keepdim=True)]
+            mean_k, mean_v = (x[..., members, :].mean(-2, keepdim=True) for x in (call.k, call.v))
+            keys.append(mean_k if representative == "mean" else call.k[..., centre, :])
+            values.append(call.v[..., centre, :] if representative == "centre" else mean_v)
             bias.append(torch.tensor([math.log(len(members))]))
         pairs += sum(map(len, bias))
         k, v, b = torch.cat(keys, -2), torch.cat(values, -2), torch.cat(bias)
@@ -85,7 +92,7 @@ def test_the_cost_is_what_the_plan_costs():
 # ------------------------------------------------------------------------------------------------------- what far is worth
 
 
-@pytest.mark.parametrize("extra", [{}, {"variance": True}])
+@pytest.mark.parametrize("extra", [{}, {"variance": True}, {"representative": "centre_k_mean_v"}])
 def test_windows_of_one_token_are_dense(extra):
     layout = Layout((2, 5, 6), 3)
     call = call_on(layout)
@@ -93,7 +100,7 @@ def test_windows_of_one_token_are_dense(extra):
     torch.testing.assert_close(attend(config, layout, call), call.dense())
 
 
-@pytest.mark.parametrize("extra", [{}, {"variance": True}])
+@pytest.mark.parametrize("extra", [{}, {"variance": True}, {"representative": "centre_k_mean_v"}])
 def test_windows_of_equal_keys_are_dense(extra):
     layout = Layout((2, 8, 12), 0, 4)
     call = call_on(layout)
@@ -158,6 +165,7 @@ def test_each_part_of_the_far_term_helps_on_smooth_fields(sigma):
 
     errors = [error(rest="drop"), error(rest_weight=0.0), error(), error(variance=True)]
     assert errors == sorted(errors, reverse=True), errors
+    assert error(representative="centre_k_mean_v") < error(rest_weight=0.0)
 
 
 # --------------------------------------------------------------------------------------------------------- what is refused
@@ -184,6 +192,7 @@ def test_a_layout_without_gain_stays_dense_and_says_so(caplog):
         {"window_thw": [1, 8, 8], "block_k": 32},
         {"block": 96},
         {"variance": True, "rest": "drop"},
+        {"variance": True, "representative": "centre"},
         {"window_thw": [0, 8, 8]},
         {"window_thw": "wide"},
         {"window_thw": 8},

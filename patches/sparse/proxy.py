@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -42,7 +43,7 @@ class ProxyConfig(BlockConfig):
     rest: Literal["drop", "pool"] = Field("pool", description="Far windows: pool reads each as one key, drop not at all.")
     variance: bool = Field(
         False,
-        description="Whether a far window's score has the second-order term of its keys' spread (rest: pool).",
+        description="Whether a far window's score has the second-order term of its keys' spread (representative: mean).",
     )
 
     @model_validator(mode="before")
@@ -63,8 +64,8 @@ class ProxyConfig(BlockConfig):
                 f"a key block must hold the {window} tokens of window_thw {self.window_thw}, and query blocks divide it; "
                 f"got block {self.block}, block_k {self.key_block}"
             )
-        if self.variance and self.rest != "pool":
-            raise ValueError("variance is a part of a far window's score: it needs rest: pool")
+        if self.variance and (self.rest, self.representative) != ("pool", "mean"):
+            raise ValueError("variance is that of keys around their mean: it needs rest: pool and representative: mean")
         return self
 
 
@@ -77,8 +78,9 @@ class Proxy(BlockSparse):
 
         ``z_iC = s q_i.k_C + log n  [ + s^2 / 2 * sum_d q_id^2 var_C(k_d) ]``,   value ``v_C``,
 
-    in one softmax with the exact keys. Among all maps that are constant within far windows, and without the bracket, this is the one
-    of least KL divergence from the true softmax. The bracket (`variance`) makes good that a mean of exponentials exceeds the
+    in one softmax with the exact keys. A proxy is the mean of its window's keys and values; or the token at the window's centre is, or
+    lends its key (`representative`). Among all maps that are constant within far windows, and without the bracket, the mean
+    is the one of least KL divergence from the true softmax. The bracket (`variance`) makes good that a mean of exponentials exceeds the
     exponential of the mean, by Gaussian spread and without covariances.
 
     The paper keeps the number of windows: 8 x 8 at all resolutions, of one frame in images and of four in videos, so that a
@@ -118,7 +120,8 @@ class Proxy(BlockSparse):
         return cost > WORTH
 
     def order(self, layout: Layout, **where: Any) -> Tiles:
-        return tiles(layout, "tile", self.config.unit, self.config.window_thw)
+        windows = tiles(layout, "tile", self.config.unit, self.config.window_thw)
+        return windows if self.config.representative == "mean" else centred(windows, self.config.unit)
 
     def select(self, tiles: Tiles, **where: Any) -> BlockPlan:
         axes = zip(tiles.layout.grid_thw, self.config.window_thw, self.config.halo_thw, strict=True)
@@ -145,6 +148,21 @@ def _axis(length: int, tile: int, halo: int) -> tuple[Tensor, Tensor]:
     size = torch.tensor([len(part) for part in axis_tiles(length, tile)])
     place = torch.arange(len(size))
     return size, (place[:, None] - place).abs() <= halo
+
+
+def centred(tiles: Tiles, block: int) -> Tiles:
+    """Let the token nearest to the centroid of each block change places with the middle one, which stands for the block."""
+    held, place = tiles.held.unflatten(0, (-1, block)), tiles.coordinates().double().unflatten(0, (-1, block))
+    number = held.sum(-1)
+    centroid = (place * held[..., None]).sum(1) / number.clamp(min=1)[:, None]  # [N, 3]
+    distance = (place - centroid[:, None]).square().sum(-1).masked_fill(~held, torch.inf)
+    nearest, middle = (slot[:, None] for slot in (distance.argmin(-1), number // 2))
+    gather = torch.arange(tiles.slots).clamp(max=tiles.tokens - 1) if tiles.gather is None else tiles.gather
+    gather = gather.unflatten(0, (-1, block))
+    gather = gather.scatter(1, middle, gather.gather(1, nearest)).scatter(1, nearest, gather.gather(1, middle)).flatten()
+    scatter = torch.empty(tiles.tokens, dtype=torch.int64)
+    scatter[gather[tiles.held]] = tiles.held.nonzero()[:, 0]
+    return replace(tiles, gather=gather, scatter=scatter)
 
 
 def spread_attention(
