@@ -52,7 +52,9 @@ def told_times(monkeypatch):
 
     monkeypatch.setattr(Study, "time", timed)
     monkeypatch.setattr(Trajectory, "probe", probe)
-    monkeypatch.setattr(space, "LADDERS", {"sol": [{"tau": 1.0}], "radial": [{"decay": 0.2}]})
+    monkeypatch.setattr(
+        space, "LADDERS", {"sol": [{"tau": 1.0, "block": 8, "band": 0}], "radial": [{"decay": 0.2, "block": 8}]}
+    )
     clock = iter(range(10**9))
     monkeypatch.setattr(search.time, "monotonic", lambda: next(clock) * 1e-3)
 
@@ -71,6 +73,7 @@ def test_the_fastest_that_holds_is_proven_on_another_seed(told_times):
     assert found.proven is not None
     assert found.proven.name.startswith("sol")
     assert found.proven.speedup == 2.0
+    assert math.isfinite(found.proven.worst["psnr"]), "the patch changed nothing"
     assert found.proven.runs == 2, "one run of the search, one of the proof"
     assert {(s.prompt, s.seed) for s in found.comparison.row(found.proven.name).samples} == {(0, 0), (0, 1)}
     assert "2.00x within psnr>=1" in found.why

@@ -139,7 +139,7 @@ class Search:
     time_budget_s: float
     journal: Journal
     tell: Callable[[str, float], None] = lambda what, spent: None
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
     forecast: Forecast | None = None
     candidates: list[Candidate] = field(default_factory=list)
     points: dict[Candidate, Point] = field(default_factory=dict)
