@@ -64,10 +64,10 @@ def rectify(
     q: Tensor,
     k: Tensor,
     plan: BlockPlan,
-    *,
     visual_slots: int,
     scale: float,
     key_mask: Tensor | None = None,
+    *,
     gain: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Weigh what a plan reads against what it leaves out.
@@ -76,7 +76,7 @@ def rectify(
     ----------
     q : Tensor (B, H, P_q, D), tokens in block order.
     k : Tensor (B, H_kv, P_k, D); H_kv divides H.
-    plan : what is read.
+    plan : what is read, exactly or by means of a few keys.
     visual_slots : key slots before those of text, a multiple of ``plan.block_k``.
     scale : factor on q.k.
     key_mask : bool (B, P_k) or (B, H, P_k), keys that may be read.
@@ -99,7 +99,7 @@ def rectify(
         text_valid = text_valid & masked[..., visual_slots:]
     probability = reallocate(q_pool, k_pool, number[..., :blocks], k_text, text_valid, scale)
 
-    rest = ~plan.members[..., :blocks]
+    rest = plan.at(0)[..., :blocks]
     if gain:
         q_deviation = deviation(q, q_pool, plan.q_len, plan.block_q)
         k_deviation = deviation(k, k_mean, plan.k_len, plan.block_k, key_mask)[..., :blocks, :].repeat_interleave(ratio, 1)

@@ -15,7 +15,8 @@ from accelplug.bounded import Bounded
 from accelplug.kernels.attention import Backend, block_attention, measure_choice
 from accelplug.kernels.orders import Order, Tiles, tiles
 from accelplug.kernels.plan import BlockPlan, Box, Threshold, counted, pool
-from accelplug.kernels.rest import Drop, Pool, Representative
+from accelplug.kernels.rectify import rectify
+from accelplug.kernels.rest import Drop, Pool, Rectified, Representative, Rest, Tied
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,15 +135,22 @@ class UnimplementedHalf(TypeError):
         super().__init__(f"{cls.__name__} must define {half}(); see accelplug/patches/base.py.")
 
 
+RestKind = Literal["drop", "pool", "rectified", "tied"]
+"""Names of what may become of the key blocks that are not selected; see `kernels.rest` and `kernels.rectify`."""
+
+
 class BlockConfig(Config):
     """The keys that all block-sparse methods share."""
 
     block: int = Field(128, ge=8, le=1024, multiple_of=8, description="Slots per query block.")
     block_k: int | None = Field(None, ge=8, le=1024, multiple_of=8, description="Slots per key block; as `block` if none.")
-    rest: Literal["drop", "pool"] = Field("drop", description="What becomes of the key blocks that are not selected.")
+    rest: RestKind = Field("drop", description="What becomes of the key blocks that are not selected.")
     rest_weight: float = Field(1.0, ge=0.0, le=1.0, description="Factor on log(length) of a pooled block (rest: pool).")
     representative: Representative = Field(
         "mean", description="What a pooled block is read as: mean, centre, or centre_k_mean_v (rest: pool)."
+    )
+    rest_gain: bool = Field(
+        True, description="Whether blocks that are not worth a pooled key are left out (rest: rectified)."
     )
     backend: Backend = Field(
         "auto", description="Kernel that runs the plan: auto, first, triton, flex, blocked or reference."
@@ -188,7 +196,7 @@ class BlockParams:
     ----------
     tiles : how tokens line up.
     plan : which key blocks are read, or None where that depends on the scores.
-    where : what else `route` is told: plain values that the plan depends on beside the layout.
+    where : what else `route` is told: plain values that the plan depends on beside the layout, and tensors made of both.
     """
 
     tiles: Tiles
@@ -197,7 +205,8 @@ class BlockParams:
 
     def to(self, device: torch.device | str) -> BlockParams:
         """Return the params with their tensors on `device`."""
-        return replace(self, tiles=self.tiles.to(device), plan=self.plan and self.plan.to(device))
+        where = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in self.where.items()}
+        return replace(self, tiles=self.tiles.to(device), plan=self.plan and self.plan.to(device), where=where)
 
 
 class BlockSparse(Patch):
@@ -257,12 +266,11 @@ class BlockSparse(Patch):
         blocks, plan = self._laid_out(call, params)
         if isinstance(plan, Threshold):
             plan = plan.lower(blocks.q_pool, blocks.k_pool, call.scale)
-        exact = float(plan.density().mean())
-        if self.config.rest == "drop":
-            return exact, plan
-        # A pooled block costs one key.
-        pooled_keys = (~plan.members & (plan.k_len > 0)).double().sum(-1) @ plan.q_len.double()
-        return exact + float((pooled_keys / (plan.q_len.sum() * plan.k_len.sum())).mean()), plan
+        exact, rest = (float(plan.density(rest=too).mean()) for too in (False, True))
+        if self.config.rest == "pool":
+            return rest, plan
+        # Rectified and tied, the rest is read once for all rows of a query block.
+        return exact if self.config.rest == "drop" else exact + (rest - exact) / self.config.block, plan
 
     def arrange(self, call: AttentionCall, params: BlockParams) -> tuple[Tiles, Tiles]:
         """Return how queries and how keys line up in this call."""
@@ -272,16 +280,27 @@ class BlockSparse(Patch):
         """The call in block order, and what is read of it."""
         q_tiles, k_tiles = self.arrange(call, params)
         blocks = Blocks.of(call, q_tiles, k_tiles, self.config.block, self.config.key_block)
-        return blocks, params.plan if params.plan is not None else self._route(blocks, params)
+        plan = params.plan if params.plan is not None else self._route(blocks, params)
+        if isinstance(plan, Threshold) and self.config.rest == "rectified":
+            plan = plan.lower(blocks.q_pool, blocks.k_pool, blocks.scale)
+        return blocks, plan
 
     def _route(self, blocks: Blocks, params: BlockParams) -> BlockPlan | Threshold:
         raise UnimplementedHalf(type(self), "select")
 
     def _arguments(self, blocks: Blocks, plan: BlockPlan | Threshold) -> dict[str, Any]:
         """Everything that `block_attention` takes."""
-        rest = Drop() if self.config.rest == "drop" else Pool(self._pool_weight(blocks.q), self.config.representative)
+        rest = self._rest(blocks, plan)
         tensors = {"q": blocks.q, "k": blocks.k, "v": blocks.v, "key_mask": blocks.key_mask, "scale": blocks.scale}
         return {**tensors, "plan": plan, "rest": rest, "backend": self.config.backend}
+
+    def _rest(self, blocks: Blocks, plan: BlockPlan | Threshold) -> Rest:
+        if self.config.rest == "rectified" and isinstance(plan, BlockPlan):
+            visual_slots, gain = blocks.k_tiles.visual_slots, self.config.rest_gain
+            return Rectified(*rectify(blocks.q, blocks.k, plan, visual_slots, blocks.scale, blocks.key_mask, gain=gain))
+        if self.config.rest == "pool":
+            return Pool(self._pool_weight(blocks.q), self.config.representative)
+        return Tied() if self.config.rest == "tied" else Drop()
 
     def _pool_weight(self, q: Tensor) -> Tensor | None:
         if self.config.rest_weight == 1.0:
@@ -394,13 +413,23 @@ class Blocks:
         """Key blocks that a selector has the choice of: visual, with a key that may be read. Bool (B|1, 1, N)."""
         return (self.k_number > 0) & ~self.key_text
 
-    def plan(self, members: Tensor) -> BlockPlan:
-        """Make a plan from block membership, bool (B|1, H|1, M, N): text is read by all rows, and reads all."""
-        return _text_dense(members, self.q_tiles, self.k_tiles, self.block, self.block_k)
+    def plan(self, members: Tensor, level: Tensor | None = None) -> BlockPlan:
+        """Make a plan from block membership, bool (B|1, H|1, M, N): text is read by all rows, and reads all.
+
+        `level`, uint8 like `members`: what is no member and has level 2, 4 or 8 is read as means of so many slots.
+        """
+        return _text_dense(members, self.q_tiles, self.k_tiles, self.block, self.block_k, level=level)
 
 
 def _text_dense(
-    members: Tensor, q_tiles: Tiles, k_tiles: Tiles, block: int, block_k: int, box: Box | None = None
+    members: Tensor,
+    q_tiles: Tiles,
+    k_tiles: Tiles,
+    block: int,
+    block_k: int,
+    box: Box | None = None,
+    level: Tensor | None = None,
 ) -> BlockPlan:
     members = members | q_tiles.is_text(block)[:, None] | k_tiles.is_text(block_k)
-    return BlockPlan.from_members(members, q_tiles.lengths(block), k_tiles.lengths(block_k), block, block_k, box)
+    lengths = q_tiles.lengths(block), k_tiles.lengths(block_k)
+    return BlockPlan.from_members(members, *lengths, block, block_k, box, level=level)

@@ -38,5 +38,8 @@ ROWS = (
     ),
     Row("sol", {"tau": "dense"}, {"tau": 0.5, "band": 0}, {"tau": -1e9}, pools=True),
     Row("proxy", {"halo_thw": [99, 99, 99]}, {"window_thw": [1, 2, 4], "halo_thw": [0, 0, 0]}, {}, pools=True),
+    Row("rectified", {"drop_rate": 0.0}, {"drop_rate": 0.9, "adjacent": False, "order": "morton"}, {"p": 1.0}, pools=True),
+    Row("psa", {"bounds": [1.0, 1.0, 1.0, 1.0]}, {"bounds": [0.2, 0.3, 0.5, 0.8]}, {"least_exact": 1.0}),
+    Row("hierarchical", {"band": "full"}, {"band": 0}, {"band": 1000}, pools=True),
     Row("tome", {"ratio": 0.0}, {"ratio": 0.5}, {}, blocks=False),
 )

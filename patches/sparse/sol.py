@@ -10,14 +10,14 @@ from torch import Tensor
 
 from accelplug.call import Layout
 from accelplug.kernels.plan import Threshold
-from accelplug.patches.base import Blocks, Scored, ScoredConfig
+from accelplug.patches.base import Blocks, RestKind, Scored, ScoredConfig
 
 
 class SolConfig(ScoredConfig):
     """Knobs of `Sol`."""
 
     block: int = Field(64, ge=8, le=1024, multiple_of=8, description="Slots per query and key block.")
-    rest: Literal["drop", "pool"] = Field("pool", description="What becomes of the key blocks that are not read exactly.")
+    rest: RestKind = Field("pool", description="What becomes of the key blocks that are not read exactly.")
     tau: float | Literal["dense"] = Field(
         1.0, description="Standard deviations above the mean score from which a block is read exactly; dense reads all."
     )

@@ -1,0 +1,89 @@
+"""How much each key block matters to each query block, judged by a quarter of the tokens of both."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+SHARE = 4
+"""One in so many tokens of a block is looked at."""
+
+BUDGET = 1 << 25
+"""Logits held at a time."""
+
+
+def sampled_slots(lengths: Tensor, block: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Draw a quarter of each block's tokens, at least one, by one permutation of a block's slots for all blocks.
+
+    Returns
+    -------
+    slots : int64 (N, ceil(block / 4)), slots drawn; where a short block has fewer, its first slot.
+    drawn : bool (N, ceil(block / 4)), False there and where a block is empty.
+    """
+    permutation = _permutation(block, seed, lengths.device)
+    held = permutation < lengths[:, None]  # [N, block]
+    turn = held.cumsum(-1)
+    turn = torch.where(held & (turn <= -(-lengths // SHARE)[:, None]), turn, 2 * block)
+    turn, place = turn.sort(dim=-1, stable=True)
+    width = -(-block // SHARE)
+    drawn = turn[:, :width] <= block
+    first = torch.arange(len(lengths), device=lengths.device)[:, None] * block
+    return first + torch.where(drawn, permutation[place[:, :width]], 0), drawn
+
+
+@torch.library.custom_op("accelplug::sampled_importance", mutates_args=())
+def sampled_importance(
+    q: Tensor,
+    k: Tensor,
+    q_len: Tensor,
+    k_len: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    key_mask: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Return the largest attention probability in each pair of blocks, among sampled queries and sampled keys.
+
+    Logits are computed in the dtype of q, a few query blocks at a time; a sixteenth of all of them.
+
+    Parameters
+    ----------
+    q, k : Tensor (B, H, P_q, D) and (B, H_kv, P_k, D), tokens in block order; H_kv divides H.
+    q_len, k_len : int32 (M,) and (N,), tokens at the front of each block.
+    block_q, block_k : slots per query and key block.
+    scale : factor on q.k.
+    key_mask : bool (B, P_k) or (B, H, P_k), keys that may be read; the others take no part.
+    seed : of the permutation.
+
+    Returns
+    -------
+    importance : float32 (B, H, M, N) in [0, 1]; a row of probabilities sums to 1 over the sampled keys.
+    """
+    (q_slots, q_drawn), (k_slots, k_drawn) = sampled_slots(q_len, block_q, seed), sampled_slots(k_len, block_k, seed)
+    keys = k[..., k_slots.clamp(max=k.shape[-2] - 1).flatten(), :].repeat_interleave(q.shape[1] // k.shape[1], 1)
+    seen = k_drawn.flatten()[None, None]  # [B|1, H|1, N * s]
+    if key_mask is not None:
+        key_mask = key_mask[:, None] if key_mask.ndim == 2 else key_mask
+        seen = seen & key_mask[..., k_slots.clamp(max=k.shape[-2] - 1).flatten()]
+    per_block = q_slots.shape[1] * keys[..., 0].numel()
+    parts = []
+    for slots, drawn in zip(*(x.split(max(1, BUDGET // per_block)) for x in (q_slots, q_drawn)), strict=True):
+        queries = q[..., slots.clamp(max=q.shape[-2] - 1).flatten(), :]
+        logits = ((queries * scale) @ keys.transpose(-1, -2)).float().masked_fill(~seen[..., None, :], -torch.inf)
+        largest = logits.unflatten(-1, k_slots.shape).amax(-1) - logits.logsumexp(-1, keepdim=True)  # [B, H, m * s, N]
+        largest = largest.unflatten(-2, slots.shape).masked_fill(~drawn[..., None], -torch.inf)
+        parts.append(largest.amax(-2).exp().nan_to_num(nan=0.0))  # NaN: no key may be read
+    return torch.cat(parts, -2)
+
+
+@sampled_importance.register_fake
+def _(q, k, q_len, k_len, block_q, block_k, scale, key_mask=None, seed=0):
+    return q.new_empty(*q.shape[:2], len(q_len), len(k_len), dtype=torch.float32)
+
+
+@lru_cache(maxsize=64)
+def _permutation(block: int, seed: int, device: torch.device) -> Tensor:
+    return torch.randperm(block, generator=torch.Generator().manual_seed(seed)).to(device)

@@ -1,0 +1,60 @@
+"""Hierarchical attention in two levels: a block's own keys one by one, every other block as one, weighed once for all rows."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt
+
+from accelplug.call import Layout
+from accelplug.kernels.orders import Tiles, tiles
+from accelplug.kernels.plan import BlockPlan
+from accelplug.patches.base import BlockSparse, RestKind, ScoredConfig
+
+
+class HierarchicalConfig(ScoredConfig):
+    """Knobs of `Hierarchical`."""
+
+    rest: RestKind = Field(
+        "tied", description="What becomes of the blocks beyond; tied is the method, pool weighs them row by row."
+    )
+    band: NonNegativeInt | Literal["full"] = Field(
+        0,
+        description="Blocks on either side of its own that a query block reads exactly too; full: all, the call runs dense.",
+    )
+
+
+class Hierarchical(BlockSparse):
+    """Hierarchical Self-Attention (arXiv 2509.15448, theorem 3.2) over a tree of two levels: blocks, and their tokens.
+
+    A query block B reads its own keys E exactly. Any other block C is read through the means of its keys and values, and
+    what it weighs is settled between blocks, once for all rows of B:
+
+        ``a_B  = mean_i logsumexp_{j in E} (scale q_i.k_j)``                     i over the rows of B
+        ``b_BC = log |C| + scale mean(q_B).mean(k_C)``
+        ``(mu_B, w_BC) = softmax(a_B, b_BC)``
+        ``out_i = mu_B out_exact_i + sum_C w_BC mean(v_C)``
+
+    Of all attention maps that are constant on each pair (B, C), this one has the least KL divergence to the softmax, summed
+    over rows. ``rest: pool`` is the same without the tie, so never further from it, and reads every pooled key with every
+    row; the tied far part costs ``1 / block`` of that. Text is in E, and text rows read everything.
+
+    The paper derives ``b`` from distances of normalised queries and keys; with the RMS norms on q and k that most denoisers
+    have, lengths are nearly constant, and the inner product above says the same.
+    """
+
+    Config = HierarchicalConfig
+    config: HierarchicalConfig
+    cite = "arXiv 2509.15448"
+
+    def neutral(self, layout: Layout) -> bool:
+        return self.config.band == "full" or layout.visual <= self.config.unit
+
+    def order(self, layout: Layout, **where: Any) -> Tiles:
+        return tiles(layout, self.config.order, self.config.unit, self.config.tile_thw)
+
+    def select(self, tiles: Tiles, **where: Any) -> BlockPlan:
+        place = torch.arange(tiles.slots // self.config.unit)
+        band = len(place) if self.config.band == "full" else self.config.band
+        return self.plan((place[:, None] - place).abs() <= band, tiles)

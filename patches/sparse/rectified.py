@@ -1,0 +1,108 @@
+"""Rectified sparse attention: pooled scores select, neighbours in space and time are read too, and the rest is compensated."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from accelplug.call import Layout
+from accelplug.kernels.orders import Tiles
+from accelplug.kernels.plan import BlockPlan
+from accelplug.kernels.rows import top_p
+from accelplug.patches.base import BlockParams, Blocks, RestKind, Scored, ScoredConfig
+
+
+class RectifiedConfig(ScoredConfig):
+    """Knobs of `Rectified`. The release has Gilbert order, block 128, p 0.3, and a drop_rate of 0.75 to 0.9 by model."""
+
+    rest: RestKind = Field(
+        "rectified", description="What becomes of the key blocks that are not read; rectified is the method."
+    )
+    drop_rate: float = Field(
+        0.75,
+        ge=0.0,
+        le=1.0,
+        description="Share of the visual blocks that a row need not read; 0 reads all: the call runs dense.",
+    )
+    p: float = Field(
+        0.3, ge=0.0, le=1.0, description="Probability up to which a row reads its likeliest blocks in any case."
+    )
+    adjacent: bool = Field(True, description="Whether a block reads all blocks that it touches in time and space.")
+    first_frame: bool = Field(False, description="Whether the first blocks, a frame's worth, read each other.")
+
+
+class Rectified(Scored):
+    """Rectified SpaAttn (arXiv 2511.19835): Jenga's selection, its output weighed against what it leaves out.
+
+    With pooled queries and keys (the mean of each block) and ``P = softmax(scale q_m.k_j)`` over visual blocks j, a row of
+    blocks m reads
+
+    * its likeliest blocks while their sum is at most p, and at least ``floor((1 - drop_rate) * blocks)`` of them;
+    * every block that holds a token within one step of one of its own, on all three axes (26 neighbours; `adjacent`);
+    * with `first_frame`, if it is one of the first ``ceil(blocks / frames)`` blocks, the others of these. In raster order
+      they are the first frame; along a curve, where it begins;
+    * all text; text rows read everything.
+
+    What it does not read is compensated by ``rest: rectified`` (reallocation and gain, see `kernels.rectify`), which every
+    other selector may have as well.
+    """
+
+    Config = RectifiedConfig
+    config: RectifiedConfig
+    cite = "arXiv 2511.19835"
+
+    def neutral(self, layout: Layout) -> bool:
+        return self.config.drop_rate == 0.0
+
+    def _params(self, layout: Layout, where: dict[str, Any]) -> BlockParams:
+        tiles = self.order(layout, **where)
+        return BlockParams(tiles, None, {"always": self.always(tiles, tiles)})
+
+    def always(self, q_tiles: Tiles, k_tiles: Tiles) -> Tensor:
+        """Return what is read whatever the scores say, bool (M, N), or (..., M, N) where the order differs by head."""
+        block, block_k = self.config.block, self.config.key_block
+        read = adjacency(q_tiles, k_tiles, block, block_k) & self.config.adjacent
+        if self.config.first_frame:
+            frames = k_tiles.layout.grid_thw[0]
+            first = [-(-tiles.visual_slots // (size * frames)) for tiles, size in ((q_tiles, block), (k_tiles, block_k))]
+            read[..., : first[0], : first[1]] = True
+        return read
+
+    def route(self, blocks: Blocks, always: Tensor) -> BlockPlan:
+        logits = (blocks.q_pool * blocks.scale) @ blocks.k_pool.transpose(-1, -2)
+        candidates = blocks.candidates[..., None, :]  # [B|1, H|1, 1, N]
+        probability = logits.masked_fill(~candidates, -torch.inf).softmax(-1)
+        k_min = ((1 - self.config.drop_rate) * candidates.sum(-1) + 1e-4).long().clamp(min=1)  # 30 * (1 - 0.8) is 6
+        members = top_p(probability, self.config.p, k_min, rule="within", candidates=candidates)
+        return blocks.plan(members | always)
+
+
+def _block_of_token(tiles: Tiles, block: int) -> Tensor:
+    """Block of each visual token, int64 (T, H, W), or (..., T, H, W) where the order differs by head."""
+    slot = torch.arange(tiles.tokens, device=tiles.held.device) if tiles.scatter is None else tiles.scatter
+    first = tiles.layout.text_before
+    return (slot[..., first : first + tiles.layout.visual] // block).unflatten(-1, tiles.layout.grid_thw)
+
+
+def adjacency(q_tiles: Tiles, k_tiles: Tiles, block: int, block_k: int) -> Tensor:
+    """Which key blocks hold a token within one step, on all three axes, of a token of each query block.
+
+    Returns
+    -------
+    touches : bool (M, N), or (..., M, N) where the order differs by head. Text touches nothing.
+    """
+    grid_thw = k_tiles.layout.grid_thw
+    query_block, key_block = (_block_of_token(tiles, size) for tiles, size in ((q_tiles, block), (k_tiles, block_k)))
+    queries, keys = q_tiles.slots // block, k_tiles.slots // block_k
+    pairs = []
+    for step in product((-1, 0, 1), repeat=3):
+        t, h, w = (slice(max(0, -d), n - max(0, d)) for d, n in zip(step, grid_thw, strict=True))
+        to_t, to_h, to_w = (slice(max(0, d), n - max(0, -d)) for d, n in zip(step, grid_thw, strict=True))
+        pairs.append((query_block[..., t, h, w] * keys + key_block[..., to_t, to_h, to_w]).flatten(-3))
+    pair = torch.cat(pairs, -1)
+    touches = torch.zeros(*pair.shape[:-1], queries * keys, dtype=torch.bool, device=pair.device)
+    return touches.scatter(-1, pair, True).unflatten(-1, (queries, keys))
