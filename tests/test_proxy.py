@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
+import accelplug
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.errors import RecipeError
 from accelplug.hosts.rebind import dense_sdpa
 from accelplug.patches.sparse.proxy import Proxy
 from accelplug.recipe import ModelFacts, load
+from tests import tiny_models
+from tests.test_laws import run
 from tests.test_tome import noise
 
 SITE = Site("blocks.0.attn1", "transformer", "self", 0, 8)
@@ -128,6 +131,40 @@ def test_weights_sum_to_one_and_far_windows_have_no_order(extra):
     before, after = (attend(config, layout, x)[..., far, :] for x in (call, moved))
     torch.testing.assert_close(before, after)
     assert not torch.allclose(call.dense()[..., 0, :], before[..., 0, :], atol=1e-3)
+
+
+@pytest.mark.parametrize("extra", [{}, {"variance": True}])
+def test_masked_keys_weigh_nothing(extra):
+    """Masked text is as if it were not there, and a masked far key neither moves its window's proxy nor counts."""
+    layout, config = Layout((1, 8, 12), 0, 3), {"window_thw": (1, 4, 4), "halo_thw": (0, 0, 0), **extra}
+    call = call_on(layout)
+    mask = torch.ones(1, layout.length, dtype=torch.bool)
+    mask[:, -3:] = False
+    q, k, v = (x[..., :96, :] for x in (call.q, call.k, call.v))
+    masked = attend(config, layout, AttentionCall(call.q, call.k, call.v, mask, call.scale, call.dense))
+    bare = attend(config, Layout((1, 8, 12)), AttentionCall(q, k, v, None, call.scale, call.dense))
+    torch.testing.assert_close(masked[..., :96, :], bare)
+
+    mask = torch.ones(1, 96, dtype=torch.bool)
+    mask[:, 95] = False  # of the last window
+    before = attend(config, Layout((1, 8, 12)), AttentionCall(q, k, v, mask, call.scale, call.dense))
+    k, v = k.clone(), v.clone()
+    k[..., 95, :], v[..., 95, :] = 7.0, -7.0
+    after = attend(config, Layout((1, 8, 12)), AttentionCall(q, k, v, mask, call.scale, call.dense))
+    torch.testing.assert_close(before, after)
+    assert not torch.allclose(before, bare, atol=1e-4)
+
+
+def test_the_variance_term_compiles():
+    model, inputs = tiny_models.build("wan")
+    recipe = {"patch": "proxy", "with": {"window_thw": [1, 2, 4], "halo_thw": [0, 0, 0], "variance": True}}
+    with accelplug.apply(model, recipe, gate="off"):
+        eager = run(model, inputs)
+    torch._dynamo.reset()
+    with accelplug.apply(model, recipe, gate="off"):
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        torch.testing.assert_close(run(model, inputs), eager, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
 
 
 def smooth(*shape: int, sigma: float, seed: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
+import diffusers
 import pytest
 import tomesd.merge
 import torch
@@ -318,3 +319,52 @@ def test_a_shared_match_crosses_compiled_graphs(kind):
             torch.testing.assert_close(out, eager[step], rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 2, "graphs that make a match, and graphs that take one"
     torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------------------------ its recipes
+
+SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
+SDXL = {
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "channels", "touched"), [(SD15, "stable-diffusion-1.5", 320, 5), (SDXL, "sdxl", 640, 10)]
+)
+def test_unets_are_merged_at_their_finest_attention_alone(config, name, channels, touched):
+    """As the release's max_downsample asks for, whatever the size of the image."""
+    with torch.device("meta"):
+        model = diffusers.UNet2DConditionModel(**config)
+    with accelplug.apply(model) as plug:
+        assert plug.recipe.name == f"{name}/tome"
+        merged = [site for site in plug.sites if plug.recipe.may_touch(site)]
+        assert len(merged) == touched
+        assert {model.get_submodule(site.module).to_q.in_features for site in merged} == {channels}
+        for grid, patch in (((1, 64, 64), "tome"), ((1, 56, 64), None)):
+            assert {plug.recipe.decide(site, Layout(grid), Clock()).patch for site in merged} == {patch}
+
+
+@pytest.mark.parametrize("recipe", ["tome", "proxy"])
+def test_flux_is_merged_from_2048_on(recipe):
+    with torch.device("meta"):
+        model = diffusers.FluxTransformer2DModel(guidance_embeds=True)
+    with accelplug.apply(model, recipe) as plug:
+        decisions = {
+            rows: [plug.recipe.decide(site, Layout((1, rows, rows), 512), Clock(14, 28)) for site in plug.sites]
+            for rows in (64, 128, 256)
+        }
+    served = {rows: sum(decision.patch == recipe for decision in of) for rows, of in decisions.items()}
+    assert served == {64: 0, **dict.fromkeys((128, 256), 14 + 33 if recipe == "tome" else 57)}
+    if recipe == "proxy":  # 8 x 8 windows at both sizes
+        assert {tuple(decision.config["window_thw"]) for decision in decisions[128]} == {(1, 16, 16)}
+        assert {tuple(decision.config["window_thw"]) for decision in decisions[256]} == {(1, 32, 32)}
