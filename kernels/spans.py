@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ALIGN = 8
 """Fused kernels want head dimensions that are multiples of this."""
+ROOM = 512
+"""Zeros kept behind what is known of a prompt's keys, so that as many decode steps cut it to length and do not pad it."""
 
 
 def fit(columns: Tensor, call: AttentionCall) -> Tensor:
@@ -34,6 +36,11 @@ def fit(columns: Tensor, call: AttentionCall) -> Tensor:
     first, keys = call.place.first_key if call.place else 0, call.k.shape[-2]
     columns = columns[..., first : first + keys]
     return pad(columns, (0, keys - columns.shape[-1])) if columns.shape[-1] < keys else columns
+
+
+def roomy(columns: Tensor) -> Tensor:
+    """Append `ROOM` zeros, for tokens to come, to what is known of a prompt's positions (..., S)."""
+    return pad(columns, (0, ROOM))
 
 
 def _aligned(x: Tensor, extra: Tensor) -> Tensor:
@@ -205,6 +212,7 @@ def decode_biased(call: AttentionCall, bias: Tensor) -> Tensor:
     if groups > 1:  # query heads that share keys become queries of one head
         batch, heads, _, dim = q.shape
         q = q.reshape(batch, heads // groups, groups, dim)
-        bias = bias.expand(-1, heads, -1, -1).reshape(-1, heads // groups, groups, bias.shape[-1])
+        if bias.shape[1] > 1:
+            bias = bias.reshape(-1, heads // groups, groups, bias.shape[-1])
     out = scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=call.scale)
     return out.reshape(*call.q.shape[:3], v.shape[-1])

@@ -75,12 +75,18 @@ def test_neutral_changes_no_answer_and_the_model_is_left_as_it_was(bundled, tmp_
     assert result["loud"].margins != dense.margins
     assert result["blind"].descriptions != dense.descriptions
     assert dense.chair.n_captions == 6
+    assert set(dense.mme.tasks) == {"existence", "color", "count", "position"}
+    assert dense.mme.tasks["existence"].n == 6
+    assert 0 < dense.mme.hallucination <= 800
+    assert neutral.mme == dense.mme
+    assert result["blind"].mme != dense.mme
     assert {name: [k for k in vars(m) if not k.startswith("_output_capturing")] for name, m in model.named_modules()} == {
         name: [k for k in keys if not k.startswith("_output_capturing")] for name, keys in before.items()
     }
     result.to_json(tmp_path / "a.json")
     data = json.loads((tmp_path / "a.json").read_text())
     assert data["exam"]["questions"] == len(exam.questions)
+    assert data["rows"][0]["mme"]["existence"]["n"] == 6
     result.to_html(tmp_path / "a.html")
     assert "neutral" in (tmp_path / "a.html").read_text()
     with pytest.raises(AccelplugError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +54,7 @@ class Exam:
 
     @classmethod
     def scenes(cls, pictures: int = 200, split: str = "test") -> Exam:
-        """Generated scenes of coloured shapes, for the bundled model: 6 questions a split and a pair a task on each picture."""
+        """Generated scenes of coloured shapes, for the bundled model: 6 questions a split on each picture, and a pair a task."""
         from PIL import Image
 
         from accelplug.zoo import scenes
@@ -63,7 +63,7 @@ class Exam:
         by_key = {scene.number: scene for scene in drawn}
         things = {key: scene.kinds for key, scene in by_key.items()}
         asked = [question for name in SPLITS for question in pope.build(things, name, images=len(things))]
-        pairs = []
+        pairs = _existence(asked)
         for key, scene in by_key.items():
             rng = np.random.default_rng(key)
             for task in ("colour", "count", "position"):
@@ -115,8 +115,15 @@ class Exam:
             truth={key: frozenset(truth[key]) for key in keys},
             questions=tuple(asked),
             vocabulary=vocabulary,
+            pairs=tuple(_existence(asked)),
             source=held.source,
         )
+
+
+def _existence(asked: Sequence[Question]) -> list[tuple[str, Any, str, str]]:
+    """MME's pair on each picture, what is there and what is not: the last two of its random split."""
+    last = {(question.image, question.answer): question.text for question in asked if question.split == "random"}
+    return [("existence", key, text, last[key, False]) for (key, answer), text in last.items() if answer]
 
 
 def _found(folder: Path, name: str) -> Path:

@@ -65,6 +65,7 @@ class Outcome:
     Attributes
     ----------
     replies : by split, the answers as text; margins : logit of yes over that of no, at the first answered token.
+    mme : by task, where the exam has pairs of questions.
     pope : by split; interval : of the hallucination rate on the hardest split.
     hallucination, chair_i : differences to dense; p : McNemar on all questions, holm : corrected over all recipes.
     matched : dense with a constant added to its yes-logit so that its share of yes is this row's, on the hardest split.
@@ -81,7 +82,7 @@ class Outcome:
     descriptions: dict[Any, str] = field(default_factory=dict)
     pope: dict[str, YesNo] = field(default_factory=dict)
     interval: tuple[float, float] = (math.nan, math.nan)
-    mme_hallucination: float = math.nan
+    mme: mme.Mme | None = None
     chair: chair.Chair | None = None
     amber: dict[str, float] = field(default_factory=dict)
     hallucination: Delta | None = None
@@ -128,7 +129,8 @@ class Outcome:
             "described_hallucination_delta": asdict(self.described_hallucination) if self.described_hallucination else None,
             "described_mcnemar_p": self.described_p,
             "described_holm_p": self.described_holm,
-            "mme_hallucination": self.mme_hallucination,
+            "mme": {task: asdict(figures) for task, figures in self.mme.tasks.items()} if self.mme else None,
+            "mme_hallucination": self.mme.hallucination if self.mme else None,
             "chair": {name: getattr(caption, name) for name in shown} if caption else None,
             "chair_i_delta": asdict(self.chair_i) if self.chair_i else None,
             "amber": self.amber,
@@ -170,7 +172,7 @@ class VlmComparison:
             "CHAIR_I",
             "recall",
         )
-        for head in (*heads, "words", "tokens/s"):
+        for head in (*heads, "words", "MME", "tokens/s"):
             table.add_column(head)
         for row in self.rows:
             hard = row.pope[HARDEST]
@@ -188,6 +190,7 @@ class VlmComparison:
                 f"{caption.chair_i:.1%} {_delta(row.chair_i)}" if caption else "",
                 f"{caption.recall:.2f}" if caption else "",
                 f"{caption.mean_words:.1f}" if caption else "",
+                f"{sum(task.score for task in row.mme.tasks.values()):.0f} of {200 * len(row.mme.tasks)}" if row.mme else "",
                 f"{row.tokens_per_s:.0f}",
             )
         return table
@@ -299,7 +302,7 @@ class Examiner:
                     texts = [(question.image, question.text) for question in asked]
                     row.replies[split], row.margins[split] = self.ask(texts, variant.picture)
             if self.exam.pairs:
-                row.mme_hallucination = self._pairs(variant)
+                row.mme = self._pairs(variant)
             if descriptions:
                 row.descriptions, row.tokens_per_s = self.describe(variant.picture)
             if on is not None:
@@ -363,14 +366,13 @@ class Examiner:
         ids = (self.processor.tokenizer(form, add_special_tokens=False).input_ids for form in forms)
         return sorted({found[0] for found in ids if found})
 
-    def _pairs(self, variant: Variant) -> float:
+    def _pairs(self, variant: Variant) -> mme.Mme:
         texts = [(key, text) for _, key, *both in self.exam.pairs for text in both]
         said, _ = self.ask(texts, variant.picture)
         answered = [
             mme.Pair(task, f"{key} {i}", said[2 * i], said[2 * i + 1]) for i, (task, key, *_) in enumerate(self.exam.pairs)
         ]
-        scored = mme.score(answered)
-        return sum(task.score for task in scored.tasks.values())
+        return mme.score(answered)
 
     def _score(self, row: Outcome) -> None:
         for split, said in row.replies.items():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from accelplug.kernels.spans import fit, read_rows, replace_last, row_scores
+from accelplug.kernels.spans import fit, read_rows, replace_last, roomy, row_scores
 from accelplug.patches.base import Config, Patch
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Pai(Patch):
     config: Config
 
     def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> Params | None:
-        return Params(self.config.alpha * layout.visual.float()) if self.config.alpha else None
+        return Params(roomy(self.config.alpha * layout.visual.float())) if self.config.alpha else None
 
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
         return raised(call, params.share)
@@ -57,9 +57,9 @@ def raised(call: AttentionCall, share: Tensor, heads: Tensor | None = None) -> T
     """Attend with ``s + share |s|`` in the rows that answer, share (B, S) by key; in `heads`, bool (B, H), if given."""
     rows = call.place.answers if call.place else 1
     scores = row_scores(call, rows)  # [B, H, rows, S_k], -inf where a row may not read
-    more = fit(share, call).to(scores.device)[:, None, None] * scores.masked_fill(scores == float("-inf"), 0).abs()
+    share = fit(share, call).to(scores.device)[:, None, None]
     if heads is not None:
-        more = more * heads[..., None, None]
-    p = (scores + more).softmax(-1)
+        share = share * heads[..., None, None]
+    p = scores.addcmul(share, scores.nan_to_num(neginf=0.0).abs()).softmax(-1)
     new = read_rows(call, p)
     return new if rows == call.q.shape[2] else replace_last(call.dense(), new)

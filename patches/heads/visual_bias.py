@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import Field
 
-from accelplug.kernels.spans import biased, decode_biased, fit
+from accelplug.kernels.spans import biased, decode_biased, fit, roomy
 from accelplug.patches.base import Config, Patch
 
 if TYPE_CHECKING:
@@ -31,10 +31,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Params:
-    """Which keys: float (B, S, 2), visual and system; which queries: bool (B, S_q), None for the one of a decode step."""
+    """Which keys: float32 (B, 2, S), visual and system; which queries: bool (B, S_q), None for the one of a decode step.
+
+    `logs`, float32 (1, 2), are the logarithms of their weights; `bias`, float32 (B, 1, 1, S), is both together for a decode step in
+    which every head is changed.
+    """
 
     columns: Tensor
+    logs: Tensor
     rows: Tensor | None
+    bias: Tensor | None = None
 
 
 class VisualBias(Patch):
@@ -56,20 +62,27 @@ class VisualBias(Patch):
         spans = [layout.visual, layout.system]
         if self.config.control_seed is not None:
             spans = [_shuffled(span, layout.valid, self.config.control_seed) for span in spans]
-        columns = torch.stack(spans, -1).float()
-        return Params(columns, layout.rows if clock.phase == "prefill" else None)
+        columns = torch.stack(spans, 1).float()
+        logs = columns.new_tensor([[math.log(self.config.image_weight), math.log(self.config.system_weight)]])
+        if clock.phase == "prefill":
+            return Params(columns, logs, layout.rows)
+        columns = roomy(columns)
+        return Params(columns, logs, None, (logs @ columns)[:, :, None] if self.config.heads is None else None)
 
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
-        columns = fit(params.columns.mT, call).to(call.q.device)  # [B, 2, S_k]
-        logs = self._log_weights(call)  # [H|1, 2]
-        if params.rows is None and call.place is not None and call.place.explicit and call.q.shape[-2] == 1:
+        here = call.q.device
+        single = params.rows is None and call.place is not None and call.place.explicit and call.q.shape[-2] == 1
+        if single and params.bias is not None:
+            return decode_biased(call, fit(params.bias, call).to(here))
+        columns = fit(params.columns, call).to(here)  # [B, 2, S_k]
+        logs = self._by_head(params.logs.to(here), call)  # [H|1, 2]
+        if single:
             return decode_biased(call, (logs @ columns)[:, :, None])
         rows = columns.new_ones(1, 1) if params.rows is None else params.rows.to(columns)  # [B, S_q]
         return call.dense(*biased(call, rows[:, None, :, None] * logs[:, None], columns.mT))
 
-    def _log_weights(self, call: AttentionCall) -> Tensor:
-        pair = [math.log(self.config.image_weight), math.log(self.config.system_weight)]
-        weights = torch.tensor([pair], device=call.q.device)
+    def _by_head(self, weights: Tensor, call: AttentionCall) -> Tensor:
+        """Log-weights (1, 2) of all heads alike, or (H, 2) where some heads are left alone."""
         if self.config.heads is None:
             return weights
         first = call.place.first_head if call.place else 0
