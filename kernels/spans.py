@@ -101,6 +101,14 @@ def dense_at_one_width(call: AttentionCall, q: Tensor, k: Tensor) -> Tensor:
     return call.dense(q, k, pad(call.v, (0, q.shape[-1] - dim)))[..., :dim]
 
 
+def attend_biased(call: AttentionCall, rows: Tensor, columns: Tensor) -> Tensor:
+    """Attend with the bias of `biased`: (B, H, S_q, D_v)."""
+    q, k = biased(call, rows, columns)
+    dim = call.v.shape[-1]
+    v = pad(call.v, (0, max(0, q.shape[-1] - dim)))  # flash kernels want one head dimension for all
+    return call.dense(q, k, v)[..., :dim]
+
+
 def with_masses(
     call: AttentionCall, spans: Tensor, q: Tensor | None = None, k: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,9 @@ class Flash:
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
         assert max_seqlen_k == int(cu_seqlens_k.diff().max())
         self.varlen += 1
-        cut = zip(q.split(cu_seqlens_q.diff().tolist()), *(x.split(cu_seqlens_k.diff().tolist()) for x in (k, v)), strict=True)
+        cut = zip(
+            q.split(cu_seqlens_q.diff().tolist()), *(x.split(cu_seqlens_k.diff().tolist()) for x in (k, v)), strict=True
+        )
         return torch.cat([self._attend(*row, softmax_scale, causal, window_size) for row in cut]).to(q.dtype)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import Field
 
-from accelplug.kernels.spans import biased, decode_biased, fit, roomy
+from accelplug.kernels.spans import attend_biased, decode_biased, fit, roomy
 from accelplug.patches.base import Config, Patch
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class VisualBias(Patch):
         if single:
             return decode_biased(call, (logs @ columns)[:, :, None])
         rows = columns.new_ones(1, 1) if params.rows is None else params.rows.to(columns)  # [B, S_q]
-        return call.dense(*biased(call, rows[:, None, :, None] * logs[:, None], columns.mT))
+        return attend_biased(call, rows[:, None, :, None] * logs[:, None], columns.mT)
 
     def _by_head(self, weights: Tensor, call: AttentionCall) -> Tensor:
         """Log-weights (1, 2) of all heads alike, or (H, 2) where some heads are left alone."""
