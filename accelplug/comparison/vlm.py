@@ -173,7 +173,7 @@ class VlmComparison:
             "recall",
         )
         for head in (*heads, "words", "MME", "tokens/s"):
-            table.add_column(head)
+            table.add_column(head, no_wrap=not head)  # names stay whole
         for row in self.rows:
             hard = row.pope[HARDEST]
             low, high = row.interval
