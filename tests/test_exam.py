@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -156,3 +157,133 @@ def test_a_coco_folder_becomes_an_exam(tmp_path):
     assert exam.picture(next(iter(exam.pictures))).size == (8, 8)
     assert len(exam.questions) == 3 * 8 * 6
     assert exam.source == "instances"
+
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data" / "images"
+PHOTOGRAPHS = {
+    785: ("coco_val2017_000000000785.jpg", ("person", "skis")),
+    1: ("astronaut.png", ("person", "tie", "chair")),
+    2: ("coffee.png", ("cup", "spoon", "dining table")),
+    3: ("rocket.jpg", ("airplane", "truck", "person")),
+}
+"""What the test writes down for each; two things are too few to be asked for."""
+IDS = {
+    "person": 1,
+    "airplane": 5,
+    "truck": 8,
+    "tie": 32,
+    "skis": 35,
+    "cup": 47,
+    "spoon": 50,
+    "chair": 62,
+    "dining table": 67,
+}
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no photographs beside the project (shared/data/images)")
+def test_photographs_in_a_coco_folder_are_examined_whole(bundled, tmp_path):
+    """Annotations in COCO's own form, with everything that its files carry, and pictures of many sizes."""
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val2017").mkdir()
+    images, annotations, captions = [], [], []
+    for number, (file, things) in PHOTOGRAPHS.items():
+        name = f"{number:012d}.jpg"
+        picture = Image.open(DATA / file).convert("RGB")
+        picture.save(tmp_path / "val2017" / name)
+        images.append(
+            {
+                "license": 4,
+                "file_name": name,
+                "coco_url": f"http://images.cocodataset.org/val2017/{name}",
+                "height": picture.height,
+                "width": picture.width,
+                "date_captured": "2013-11-19 21:22:42",
+                "id": number,
+            }
+        )
+        for i, thing in enumerate((*things, things[0])):  # an instance more of the first, as a crowd
+            box = [10.0, 20.0, 30.5, 40.25]
+            crowd = int(i == len(things))
+            outline = (
+                {"counts": [272, 2, 4], "size": [picture.height, picture.width]} if crowd else [[10.0, 20.0, 40.5, 60.25]]
+            )
+            annotations.append(
+                {
+                    "segmentation": outline,
+                    "area": 702.1,
+                    "iscrowd": crowd,
+                    "image_id": number,
+                    "bbox": box,
+                    "category_id": IDS[thing],
+                    "id": 1000 * number + i,
+                }
+            )
+        captions += [
+            {"image_id": number, "id": 10 * number + i, "caption": f"A photo with a {things[0]} and two {things[1]}s."}
+            for i in range(5)
+        ]
+    head = {"info": {"year": 2017}, "licenses": [{"id": 4, "name": "Attribution License"}], "images": images}
+    categories = [{"supercategory": "thing", "id": number, "name": name} for name, number in IDS.items()]
+    instances = {**head, "annotations": annotations, "categories": categories}
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(instances))
+    (tmp_path / "annotations" / "captions_val2017.json").write_text(json.dumps({**head, "annotations": captions}))
+    with pytest.raises(AccelplugError, match="there are 3"):
+        Exam.coco(tmp_path, pictures=4)
+    exam = Exam.coco(tmp_path, pictures=3)
+    assert set(exam.pictures) == {1, 2, 3}
+    assert exam.source == "instances+captions"
+    assert {q.thing for q in exam.questions if q.answer and q.image == 2} == {"cup", "spoon", "dining table"}
+    assert exam.picture(1).size == Image.open(DATA / "astronaut.png").size
+    model, processor = bundled
+    result = compare_vlm(model, {"vhr": {"patch": "vhr"}}, exam, processor, progress=False)
+    for row in result.rows:
+        assert row.pope["adversarial"].n == 18
+        assert row.mme.tasks["existence"].n == 3
+        assert row.chair.n_captions == 3
+        assert set(row.amber) == {"chair", "cover", "hal", "cog"}
+
+
+def gemma_3():
+    """A tiny Gemma 3 with its own processor, around words of one's own: its image text is not LLaVA's."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import Gemma3ImageProcessorPil, Gemma3Processor, PreTrainedTokenizerFast
+
+    from tests.tiny_language_models import build
+
+    special = ("<pad>", "<s>", "</s>", "<unk>", "<img>", "<boi>", "<eoi>")
+    places = dict(zip(special, (0, 1, 2, 3, 500, 502, 503), strict=True))
+    words = ("is", "there", "a", "an", "in", "the", "image", "yes", "no", "user", "model", "star", "tree", "?", ".", ":")
+    vocabulary = {**{f"w{i}": i for i in range(4, 512) if i not in places.values()}, **places}
+    for i, word in enumerate(words, 10):
+        del vocabulary[f"w{i}"]
+        vocabulary[word] = i
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<img>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        padding_side="left",
+        extra_special_tokens=names,
+    )
+    template = (
+        "{% for m in messages %}{{ m.role + ' : ' }}{% for p in m.content %}"
+        "{{ '<boi>' if p.type == 'image' else ' ' + p.text }}{% endfor %}{% endfor %}{{ ' model : ' if add_generation_prompt else '' }}"
+    )
+    pictures = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
+    return build("gemma3"), Gemma3Processor(pictures, tokenizer, chat_template=template, image_seq_length=4)
+
+
+def test_another_familys_processor():
+    model, processor = gemma_3()
+    exam = Exam.scenes(4)
+    result = compare_vlm(
+        model, {"loud": {"patch": "visual_bias", "with": {"image_weight": 50.0}}}, exam, processor, progress=False
+    )
+    assert result[DENSE].margins != result["loud"].margins
+    assert all(len(row.descriptions) == 4 for row in result.rows)
+    assert not result["loud"].notes

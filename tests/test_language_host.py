@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from transformers import CompileConfig, DynamicCache, QuantizedCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import accelplug
@@ -177,6 +179,63 @@ def test_every_way_to_generate_gives_the_same(patch, name):
         assert len(several) == 6
 
 
+BACKENDS = {"fp8": "torch", "quanto": "optimum.quanto", "hqq": "hqq"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("patch", [patch for patch in WORKING if patch != "imbalance"])
+def test_a_quantised_cache(patch, backend):
+    """What a patch does at a decode step is what it does with an exact cache, but for what the cache has rounded away."""
+    pytest.importorskip(BACKENDS[backend], reason=f"the {backend} cache needs a package that is not installed")
+    model, given = build("llava"), inputs("llava")
+    quantised = {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
+    stock = generate(model, given, **quantised)
+    with accelplug.apply(model, recipe(patch, NEUTRAL[patch])):
+        assert torch.equal(generate(model, given, **quantised), stock)
+    text = model.config.get_text_config()
+    step = torch.tensor([[11], [12]])
+
+    def steps(cache: Any) -> torch.Tensor:
+        with torch.no_grad():
+            model(**given, past_key_values=cache)
+            return torch.stack([model(input_ids=step, past_key_values=cache).logits for _ in range(3)])
+
+    plain = steps(DynamicCache(config=text))
+    with accelplug.apply(model, recipe(patch), strict=True) as plug:
+        exact, rounded = steps(DynamicCache(config=text)), steps(QuantizedCache(backend, text))
+        assert plug.report().served[patch]
+        several = generate(model, given, num_beams=3, num_return_sequences=3, **quantised)
+    assert not torch.equal(exact, rounded)
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
+    assert (rounded - exact).norm() < (rounded - plain).norm()
+    assert len(several) == 6
+
+
+class _Stream:
+    """A stream on a machine whose work is done when it is asked for."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_stream(self, other: Any) -> None: ...
+
+
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+@pytest.mark.parametrize("patch", ["visual_bias", "var", "vhr", "gift", "pai"])
+def test_an_offloaded_cache(patch, implementation, monkeypatch):
+    """transformers asks for a CUDA stream even on a CPU; with stand-ins for it the offloading itself runs."""
+    monkeypatch.setattr(torch, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: _Stream())
+    model, given = build("llava"), inputs("llava")
+    more = {"disable_compile": True} if "static" in implementation else {}
+    stock = generate(model, given, cache_implementation=implementation, **more)
+    assert torch.equal(stock, generate(model, given))
+    with accelplug.apply(model, recipe(patch), strict=True):
+        tokens = generate(model, given)
+        assert torch.equal(generate(model, given, cache_implementation=implementation, **more), tokens)
+
+
 @pytest.mark.parametrize("patch", ["vhr", "gift"])
 def test_a_prompt_in_pieces_is_refused_where_it_must_be_whole(patch):
     model, given = build("llava"), inputs("llava")
@@ -208,6 +267,36 @@ def test_the_decode_step_compiles_whole(patch):
         assert not plug.report().fallbacks
     assert torch.equal(generate(model, given, **compiled), stock)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_many_recipes_compiled_in_one_process(isolated):
+    """Dynamo counts what it compiled by code object, and every plug's decode step is transformers' own: the limit is one for all.
+
+    A compile config that isolates them gives each a count of its own.
+    """
+    torch._dynamo.reset()
+    model, given = build("llava"), inputs("llava")
+
+    def compiled(weight: float) -> None:
+        config = CompileConfig(backend="eager", fullgraph=True)
+        config._compile_all_devices = True
+        config.isolate_recompiles = isolated
+        with accelplug.apply(model, {"patch": "visual_bias", "with": {"image_weight": weight}}, strict=True):
+            tokens = generate(model, given, cache_implementation="static", compile_config=config)
+            assert torch.equal(tokens, generate(model, given))
+
+    try:
+        with torch._dynamo.config.patch(recompile_limit=2):
+            compiled(2.0)
+            compiled(3.0)
+            with nullcontext() if isolated else pytest.raises(FailOnRecompileLimitHit):
+                compiled(4.0)
+            if not isolated:
+                torch._dynamo.reset()
+                compiled(4.0)
+    finally:
+        torch._dynamo.reset()
 
 
 def test_a_compiled_sliding_window_is_counted():
