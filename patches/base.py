@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from accelplug.bounded import Bounded
 from accelplug.kernels.attention import Backend, block_attention, measure_choice
+from accelplug.kernels.clusters import COLD, Memory, cluster_tiles
 from accelplug.kernels.orders import Order, Tiles, tiles
 from accelplug.kernels.plan import BlockPlan, Box, Threshold, counted, pool
 from accelplug.kernels.rectify import rectify
@@ -176,7 +177,19 @@ class BlockConfig(Config):
 class ScoredConfig(BlockConfig):
     """The keys that all methods share that select by scores: they take tokens in any order."""
 
-    order: Order = Field("raster", description="How visual tokens line up in blocks.")
+    order: Order | Literal["kmeans"] = Field(
+        "raster", description="How visual tokens line up in blocks; kmeans: by what they are alike, found in every call."
+    )
+    query_clusters: int | None = Field(
+        None, ge=2, description="Clusters of queries (order: kmeans); none: 300 for 75,600 tokens, and in proportion. SVG2."
+    )
+    key_clusters: int | None = Field(
+        None, ge=2, description="Clusters of keys (order: kmeans); none: 1,000 for 75,600 tokens, and in proportion. SVG2."
+    )
+    cluster_iterations: int = Field(50, ge=0, description="Iterations of k-means in the first step (order: kmeans). SVG2.")
+    cluster_iterations_warm: int = Field(
+        2, ge=0, description="Iterations of k-means in a later step, from the centres of the last one (order: kmeans). SVG2."
+    )
     tile_thw: tuple[int, int, int] | None = Field(
         None, description="Frames, rows and columns of a tile (order: tile); none: the one that cuts the grid into fewest."
     )
@@ -197,11 +210,13 @@ class BlockParams:
     tiles : how tokens line up.
     plan : which key blocks are read, or None where that depends on the scores.
     where : what else `route` is told: plain values that the plan depends on beside the layout, and tensors made of both.
+    tickets : of the `Memory` of query and of key clusters (order: kmeans), int64 () on the CPU.
     """
 
     tiles: Tiles
     plan: BlockPlan | None
     where: Mapping[str, Any] = field(default_factory=dict)
+    tickets: tuple[Tensor, Tensor] = (COLD, COLD)
 
     def to(self, device: torch.device | str) -> BlockParams:
         """Return the params with their tensors on `device`."""
@@ -318,7 +333,34 @@ class Scored(BlockSparse):
     config: ScoredConfig
 
     def order(self, layout: Layout, **where: Any) -> Tiles:
-        return tiles(layout, self.config.order, self.config.unit, self.config.tile_thw)
+        order = "raster" if self.config.order == "kmeans" else self.config.order  # clusters wait for queries and keys
+        return tiles(layout, order, self.config.unit, self.config.tile_thw)
+
+    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> BlockParams | None:
+        params = super().prepare(site, layout, clock, state)
+        return params and self.remember(params, clock, state)
+
+    def remember(self, params: BlockParams, clock: Clock, state: dict[str, Any]) -> BlockParams:
+        """Return params whose clusters start from those of the last step: for an own `prepare` to end in."""
+        if self.config.order != "kmeans":
+            return params
+        memories: tuple[Memory, Memory] = state.setdefault("clusters", (Memory(), Memory()))
+        for memory in memories:
+            memory.advance(clock.step)
+        return replace(params, tickets=(memories[0].ticket, memories[1].ticket))
+
+    def arrange(self, call: AttentionCall, params: BlockParams) -> tuple[Tiles, Tiles]:
+        config, visual = self.config, params.tiles.layout.visual
+        if config.order != "kmeans":
+            return super().arrange(call, params)
+        queries = config.query_clusters or max(round(visual / 252), 2)
+        keys = config.key_clusters or max(round(visual / 75.6), 2)
+
+        def clustered(x: Tensor, valid: Tensor | None, clusters: int, ticket: Tensor) -> Tiles:
+            rounds = config.cluster_iterations, config.cluster_iterations_warm
+            return cluster_tiles(params.tiles, config.unit, x, valid, clusters, *rounds, ticket)
+
+        return clustered(call.q, None, queries, params.tickets[0]), clustered(call.k, call.mask, keys, params.tickets[1])
 
     def route(self, blocks: Blocks, **where: Any) -> BlockPlan | Threshold:
         """Return the key blocks that each query block reads: ``blocks.plan`` turns membership into what this returns."""
