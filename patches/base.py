@@ -174,11 +174,26 @@ class BlockConfig(Config):
         return max(self.block, self.key_block)
 
 
-class ScoredConfig(BlockConfig):
-    """The keys that all methods share that select by scores: they take tokens in any order."""
+class OrderedConfig(BlockConfig):
+    """The keys of methods that take tokens in any order of the grid."""
 
-    order: Order | Literal["kmeans"] = Field(
-        "raster", description="How visual tokens line up in blocks; kmeans: by what they are alike, found in every call."
+    order: Order = Field("raster", description="How visual tokens line up in blocks.")
+    tile_thw: tuple[int, int, int] | None = Field(
+        None, description="Frames, rows and columns of a tile (order: tile); none: the one that cuts the grid into fewest."
+    )
+
+    @model_validator(mode="after")
+    def _tile_fits(self) -> Self:
+        if self.tile_thw and (min(self.tile_thw) < 1 or math.prod(self.tile_thw) > self.unit):
+            raise ValueError(f"tile_thw {self.tile_thw} must hold 1 to {self.unit} tokens, the larger of the two blocks")
+        return self
+
+
+class ScoredConfig(OrderedConfig):
+    """The keys that all methods share that select by scores: the order may be found in queries and keys too."""
+
+    order: Order | Literal["kmeans"] = Field(  # type: ignore[assignment]  # a wider choice of a value that is only read
+        "raster", description="How visual tokens line up in blocks; kmeans: alike ones together, found in every call."
     )
     query_clusters: int | None = Field(
         None, ge=2, description="Clusters of queries (order: kmeans); none: 300 for 75,600 tokens, and in proportion. SVG2."
@@ -190,15 +205,6 @@ class ScoredConfig(BlockConfig):
     cluster_iterations_warm: int = Field(
         2, ge=0, description="Iterations of k-means in a later step, from the centres of the last one (order: kmeans). SVG2."
     )
-    tile_thw: tuple[int, int, int] | None = Field(
-        None, description="Frames, rows and columns of a tile (order: tile); none: the one that cuts the grid into fewest."
-    )
-
-    @model_validator(mode="after")
-    def _tile_fits(self) -> Self:
-        if self.tile_thw and (min(self.tile_thw) < 1 or math.prod(self.tile_thw) > self.unit):
-            raise ValueError(f"tile_thw {self.tile_thw} must hold 1 to {self.unit} tokens, the larger of the two blocks")
-        return self
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,10 +10,10 @@ from pydantic import Field, NonNegativeInt
 from accelplug.call import Layout
 from accelplug.kernels.orders import Tiles, tiles
 from accelplug.kernels.plan import BlockPlan
-from accelplug.patches.base import BlockSparse, RestKind, ScoredConfig
+from accelplug.patches.base import BlockSparse, OrderedConfig, RestKind
 
 
-class HierarchicalConfig(ScoredConfig):
+class HierarchicalConfig(OrderedConfig):
     """Knobs of `Hierarchical`."""
 
     rest: RestKind = Field(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from accelplug.call import Layout
@@ -33,6 +33,12 @@ class RectifiedConfig(ScoredConfig):
     )
     adjacent: bool = Field(True, description="Whether a block reads all blocks that it touches in time and space.")
     first_frame: bool = Field(False, description="Whether the first blocks, a frame's worth, read each other.")
+
+    @model_validator(mode="after")
+    def _clusters_have_no_neighbours(self) -> Self:
+        if self.order == "kmeans" and (self.adjacent or self.first_frame):
+            raise ValueError("blocks of order: kmeans have no place on the grid: set adjacent and first_frame to false")
+        return self
 
 
 class Rectified(Scored):
