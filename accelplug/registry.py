@@ -93,6 +93,14 @@ _PATCHES = {
             cite="arXiv 2512.04025",
         ),
         PatchEntry(
+            name="svg_ear",
+            module="accelplug.patches.sparse.svg_ear",
+            cls="SvgEar",
+            family="sparse",
+            summary="Alike tokens share blocks; what pooling would get most wrong is read exactly, the rest is pooled.",
+            cite="arXiv 2603.08982",
+        ),
+        PatchEntry(
             name="hierarchical",
             module="accelplug.patches.sparse.hierarchical",
             cls="Hierarchical",

@@ -41,5 +41,12 @@ ROWS = (
     Row("rectified", {"drop_rate": 0.0}, {"drop_rate": 0.9, "adjacent": False, "order": "morton"}, {"p": 1.0}, pools=True),
     Row("psa", {"bounds": [1.0, 1.0, 1.0, 1.0]}, {"bounds": [0.2, 0.3, 0.5, 0.8]}, {"least_exact": 1.0}),
     Row("hierarchical", {"band": "full"}, {"band": 0}, {"band": 1000}, pools=True),
+    Row(
+        "svg_ear",
+        {"top_p": 1.0},
+        {"block_k": 8, "top_p": 0.5, "cluster_iterations": 5},
+        {"block_k": 8, "min_ratio": 1.0},
+        pools=True,
+    ),
     Row("tome", {"ratio": 0.0}, {"ratio": 0.5}, {}, blocks=False),
 )

@@ -1,0 +1,88 @@
+"""SVG-EAR: tokens by cluster, the rest pooled, and read exactly what pooling would get most wrong."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from accelplug.call import Layout
+from accelplug.kernels.compensation import compensation_error
+from accelplug.kernels.orders import Order
+from accelplug.kernels.plan import BlockPlan
+from accelplug.kernels.rows import top_k, top_p
+from accelplug.patches.base import Blocks, RestKind, Scored, ScoredConfig
+
+
+class SvgEarConfig(ScoredConfig):
+    """Knobs of `SvgEar`."""
+
+    block_k: int | None = Field(
+        64, ge=8, le=1024, multiple_of=8, description="Slots per key block; 64 is near SVG2's 76 keys a cluster. Ours."
+    )
+    order: Order | Literal["kmeans"] = Field("kmeans", description="How visual tokens line up in blocks; kmeans: published.")
+    rest: RestKind = Field("pool", description="What becomes of the key blocks that are not read; pool is the method.")
+    top_p: float = Field(
+        0.9, ge=0.0, le=1.0, description="Share of a row's error that the blocks it reads carry; 1: dense. Published 0.9."
+    )
+    min_ratio: float = Field(
+        0.1, ge=0.0, le=1.0, description="Share of the visual key blocks that a row reads at least. Published 0.05 to 0.1."
+    )
+    density: float | None = Field(
+        None, gt=0.0, le=1.0, description="Share of its visual pairs of blocks that a head reads, in place of top_p. Ours."
+    )
+
+
+class SvgEar(Scored):
+    """SVG-EAR (arXiv 2603.08982): error-aware routing over clusters of queries and keys.
+
+    What is not read exactly is read as one key a block (``rest: pool``), so a block is worth reading by the error that its
+    mean would make, not by its score: a block of equal keys and values may score high and be pooled for nothing. For query
+    block m with mean query q, and key block n with means k' and v',
+
+        ``error_mn = mean_j |exp(scale q.k') v' - exp(scale q.k_j) v_j|^2``    over the keys j of n
+
+    (`kernels.compensation`), here over the squared softmax sum of q, so that rows compare. It is the error per key, hence
+    per cost. Each row reads the blocks of largest error until they carry `top_p` of the row's; or, with `density`, each head
+    the pairs of largest error until the budget is spent. Every row reads at least `min_ratio` of the visual blocks, and one.
+    Text is read by all, and reads all.
+
+    The paper routes whole clusters of uneven length; here clusters are sorted and cut into blocks of equal length, which
+    every kernel takes, and each block is judged by itself.
+    """
+
+    Config = SvgEarConfig
+    config: SvgEarConfig
+    cite = "arXiv 2603.08982"
+
+    def neutral(self, layout: Layout) -> bool:
+        return self.config.density == 1.0 if self.config.density is not None else self.config.top_p == 1.0
+
+    def route(self, blocks: Blocks) -> BlockPlan:
+        error = compensation_error(
+            blocks.q_pool, blocks.k, blocks.v, blocks.key_lengths, blocks.block_k, blocks.scale, blocks.key_mask
+        )
+        return blocks.plan(self.worst(error, blocks.candidates[..., None, :], blocks.query_text))
+
+    def worst(self, error: Tensor, candidates: Tensor, query_text: Tensor) -> Tensor:
+        """Return which blocks are read exactly, bool (B, H, M, N).
+
+        Parameters
+        ----------
+        error : float32 (B, H, M, N), at least 0.
+        candidates : bool (B|1, H|1, 1, N), key blocks that may be chosen.
+        query_text : bool (M,), rows that read everything in any case, and spend no budget.
+        """
+        number = candidates.sum(-1)  # [B|1, H|1, 1]
+        least = (self.config.min_ratio * number - 1e-4).ceil().long().clamp(min=1)  # 0.1 * 30 is 3
+        if self.config.density is None:
+            mass = error.masked_fill(~candidates, 0.0)
+            share = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            return top_p(share, self.config.top_p, least, candidates=candidates)
+        pairs = (candidates & ~query_text[:, None]).expand(error.shape)
+        first = top_k(error, least, candidates=pairs)
+        budget = (self.config.density * pairs.sum((-2, -1)) + 1e-4).long()  # [B, H]
+        ranked = error.masked_fill(first, torch.inf).flatten(-2)  # what rows read at least is spent first
+        return first | top_k(ranked, budget, candidates=pairs.flatten(-2)).unflatten(-1, error.shape[-2:])

@@ -1,0 +1,138 @@
+"""SVG-EAR: the error of pooling stated a second time key by key in float64, and the routing by it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from accelplug.call import AttentionCall, Clock, Layout, Site
+from accelplug.kernels import compensation
+from accelplug.kernels.compensation import compensation_error
+from accelplug.patches.base import Blocks
+from accelplug.patches.sparse.svg_ear import SvgEar
+
+SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
+
+
+def error_by_keys(q_pool, k, v, lengths, block, scale, valid) -> torch.Tensor:
+    """One head, float64, one key at a time; rows over their squared softmax sum."""
+    q_pool, k, v = q_pool.double(), k.double(), v.double()
+    keys = [[i for i in range(n * block, n * block + int(size)) if valid[i]] for n, size in enumerate(lengths)]
+    error = torch.zeros(len(q_pool), len(lengths), dtype=torch.float64)
+    for m, q in enumerate(q_pool):
+        weight = [float((scale * q @ k[i]).exp()) for i in range(len(k))]
+        total = sum(weight[i] for own in keys for i in own)
+        for n, own in ((n, own) for n, own in enumerate(keys) if own):
+            mean = (scale * q @ k[own].mean(0)).exp() * v[own].mean(0)
+            error[m, n] = sum(float((mean - weight[i] * v[i]).square().sum()) for i in own) / len(own) / total**2
+    return error
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("chunk", [compensation.CHUNK, 1])
+@pytest.mark.parametrize("shift", [0.0, 60.0])  # logits that overflow exp in float32
+def test_the_error_is_the_formula_stated_key_by_key(masked, chunk, shift, monkeypatch):
+    monkeypatch.setattr(compensation, "CHUNK", chunk)
+    lengths = torch.tensor([8, 8, 5, 8, 3], dtype=torch.int32)
+    q_pool, k, v = torch.randn(2, 4, 3, 6), torch.randn(2, 2, 40, 6), torch.randn(2, 2, 40, 4)
+    q_pool[..., 0], k[..., 0] = 1.0, k[..., 0] * 0.1 + shift * 2
+    valid = torch.rand(2, 40) < 0.7 if masked else torch.ones(2, 40, dtype=torch.bool)
+    valid[:, 24:32] &= not masked  # a block without a key
+    error = compensation_error(q_pool, k, v, lengths, 8, 0.7, valid if masked else None)
+    for b in range(2):
+        for h in range(4):
+            expected = error_by_keys(q_pool[b, h], k[b, h // 2], v[b, h // 2], lengths, 8, 0.7, valid[b])
+            torch.testing.assert_close(error[b, h].double(), expected, rtol=1e-3, atol=1e-8)
+    assert (error >= 0).all()
+
+
+def test_equal_keys_and_values_cost_nothing_to_pool():
+    key, value = torch.randn(2, 1, 2, 5, 1, 4)
+    k, v = (x.expand(1, 2, 5, 8, 4).flatten(2, 3).clone() for x in (key, value))
+    k[:, :, 16:24] += torch.randn(1, 2, 8, 4)
+    lengths = torch.full((5,), 8, dtype=torch.int32)
+    error = compensation_error(torch.randn(1, 2, 3, 4), k, v, lengths, 8, 0.5, None)
+    others = [0, 1, 3, 4]
+    assert (error[..., 2] > 1e-5).all()
+    assert (error[..., others] < 1e-9).all()
+
+
+def blocks_of(layout, q, k, v, **config) -> tuple[SvgEar, Blocks]:
+    patch = SvgEar({"block": 8, "block_k": 8, "order": "raster", "backend": "reference", **config})
+    call = AttentionCall(q, k, v, None, 0.5, dense=None)
+    params = patch.prepare(SITE, layout, Clock(0, 2), {})
+    return patch, Blocks.of(call, *patch.arrange(call, params), 8, 8)
+
+
+def test_a_row_reads_the_fewest_blocks_that_carry_its_share():
+    layout = Layout((3, 5, 7), 0, 4)
+    q, k, v = 2 * torch.randn(3, 2, 2, layout.length, 8)
+    patch, blocks = blocks_of(layout, q, k, v, top_p=0.6, min_ratio=0.0)
+    members = patch.route(blocks).members[..., :14, :14]  # 105 visual tokens in 14 blocks, text in one
+    error = compensation_error(blocks.q_pool, blocks.k, blocks.v, blocks.key_lengths, 8, 0.5, None)[..., :14, :14]
+    share = error / error.sum(-1, keepdim=True)
+    carried = (share * members).sum(-1)
+    least_read = share.masked_fill(~members, 2).amin(-1)
+    assert (carried >= 0.6 - 1e-6).all()
+    assert (carried - least_read < 0.6).all()
+    assert (share.masked_fill(members, -1).amax(-1) <= least_read).all()
+
+
+@pytest.mark.parametrize("min_ratio", [0.0, 0.1, 0.5, 1.0])
+def test_every_row_reads_its_least_and_text(min_ratio):
+    layout = Layout((3, 5, 7), 3, 4)
+    q, k, v = torch.randn(3, 1, 2, layout.length, 8)
+    patch, blocks = blocks_of(layout, q, k, v, top_p=0.0, min_ratio=min_ratio)
+    members = patch.route(blocks).members
+    assert members[..., 14:, :].all()
+    assert members[..., 14:].all()
+    assert (members[..., :14, :14].sum(-1) == {0.0: 1, 0.1: 2, 0.5: 7, 1.0: 14}[min_ratio]).all()
+
+
+def test_a_budget_goes_to_the_worst_pairs_of_a_head():
+    layout = Layout((4, 8, 8))
+    q, k, v = 2 * torch.randn(3, 1, 2, 256, 8)
+    patch, blocks = blocks_of(layout, q, k, v, density=0.25, min_ratio=0.05)
+    members = patch.route(blocks).members
+    error = compensation_error(blocks.q_pool, blocks.k, blocks.v, blocks.key_lengths, 8, 0.5, None)
+    assert (members.sum((-2, -1)) == 256).all()  # a quarter of 32 x 32
+    forced = torch.zeros_like(members).scatter(-1, error.topk(2, -1).indices, True)
+    assert (members & forced).sum() == forced.sum()
+    chosen, left = error.masked_fill(~members | forced, torch.inf), error.masked_fill(members, -1)
+    assert (chosen.amin((-2, -1)) >= left.amax((-2, -1))).all()
+
+
+def test_reading_the_worst_beats_reading_the_likeliest():
+    """Blocks of equal keys score highest here, and cost nothing to pool."""
+    torch.manual_seed(1)
+    layout = Layout((4, 8, 8))
+    q, k, v = torch.randn(3, 1, 2, 256, 8)
+    k[..., :128, :] = q.mean(-2, keepdim=True) * 30
+    v[..., :128, :] = v[..., :1, :]
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5)
+    patch, blocks = blocks_of(layout, q, k, v, density=0.25)
+    out = patch.attend(AttentionCall(q, k, v, None, 0.5, dense=None), patch.prepare(SITE, layout, Clock(0, 2), {}))
+    members = patch.route(blocks).members
+    assert members[..., 16:].float().mean() > 0.3
+    score = (blocks.q_pool @ blocks.k_pool.transpose(-1, -2)).topk(8, -1).indices
+    likeliest = blocks.plan(torch.zeros_like(members).scatter(-1, score, True))
+    from accelplug.kernels.attention import block_attention
+    from accelplug.kernels.rest import Pool
+
+    other = block_attention(q, k, v, likeliest, rest=Pool(), scale=0.5, backend="reference")
+    assert (out - exact).square().mean() < 0.8 * (other - exact).square().mean()
+
+
+def test_neutral_and_batches():
+    layout = Layout((3, 5, 7))
+    assert SvgEar({"top_p": 1.0}).prepare(SITE, layout, Clock(), {}) is None
+    assert SvgEar({"density": 1.0}).prepare(SITE, layout, Clock(), {}) is None
+    q, k, v = torch.randn(3, 3, 2, layout.length, 8)
+    patch = SvgEar({"block": 8, "block_k": 8, "backend": "reference", "top_p": 0.5})
+
+    def run(rows: slice) -> torch.Tensor:
+        call = AttentionCall(q[rows], k[rows], v[rows], None, 0.5, dense=None)
+        return patch.attend(call, patch.prepare(SITE, layout, Clock(0, 2), {}))
+
+    apart = torch.cat([run(slice(b, b + 1)) for b in range(3)])
+    torch.testing.assert_close(run(slice(None)), apart)
