@@ -741,7 +741,13 @@ def _layer_figure(inspection: VlmInspection) -> Image.Image:
 
     left = WIDTH - MARGIN - wide
     _text(draw, (left - gutter, 30), "Vision-aware head divergence", 28)
-    _text(draw, (left - gutter, 70), "What the image changes in each head; dots: the upper half of a layer.", 18, SOFT)
+    _text(
+        draw,
+        (left - gutter, 70),
+        "What the image changes in each head; dots: upper half of a layer, outliers left out.",
+        18,
+        SOFT,
+    )
     largest = max(float(inspection.vhd.max()), 1e-12)
     _scale(sheet, draw, WIDTH - MARGIN, 38, f"{largest:.2g}")
     tall = high / heads

@@ -6,6 +6,9 @@ reads that picture, and ``z + alpha * z_masked`` decides, among tokens with ``z 
 
 The paper's matcher is a BLIP with an image-text matching head, its map a GradCAM of one layer's cross-attention. It masks in black
 and blurs the map; here masked pixels are the mean pixel and the map is bilinear.
+
+Experimental. On the bundled model, one small model of coloured shapes, with its own attention as the matcher, it made no difference that
+shows: +1.4 points of hallucination (95 %: -0.8 to +3.9), at 0.29 of the speed. BLIP's matcher was not measured.
 """
 
 from __future__ import annotations
