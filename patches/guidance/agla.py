@@ -170,7 +170,7 @@ class Agla(GenerationPatch):
     Attention patches of the same recipe apply to both branches. Greedy decoding and sampling stay with ``generate``. Rows without
     a picture are answered as ever.
 
-    ``matcher: own`` is an experiment of ours, not the paper's, and measured nowhere: where the model itself looks, at the prompt's
+    ``matcher: own`` is an experiment of ours, not the paper's: where the model itself looks, at the prompt's
     end, stands in for the matcher's map (against a general prompt, as in `carve`, where a processor was given), and how far that
     map is from flat, 1 minus its normalised entropy, for its score.
     """

@@ -8,8 +8,8 @@ everything else is blanked, and the regions' bounding box is cut out and enlarge
 The paper's figures cap Qwen-VL at 448 x 448 pixels, where enlarging brings back what the cap has lost, and its released code
 shows the model both pictures. Here it sees the refined one alone. Resizing is bicubic, the paper's Lanczos.
 
-Experimental. On the bundled model, which knows whole pictures of one scale, it made +9.4 points of hallucination (95 %: +2.5 to +16.4) and +40
-points of CHAIR_I: answers no longer depend on what is asked for.
+Experimental. On the bundled model, which knows whole pictures of one scale, it made +9.4 points of hallucination
+(95 %: +2.5 to +16.4) and +40 points of CHAIR_I: answers no longer depend on what is asked for.
 """
 
 from __future__ import annotations
