@@ -112,7 +112,9 @@ def test_density_and_plans(compared):
     assert {len(line) for line in plan["blocks"]} == {len(plan["blocks"])}
     assert set("".join(plan["blocks"])) == {"0", "1"}
     assert radial.attention_ms > 0
-    assert radial.predicted > 0
+    assert radial.forward_predicted > 0
+    assert result.row("same").forward_predicted is None
+    assert result.row("same").denoising_predicted == pytest.approx(1.0)
 
 
 def test_the_pipe_is_left_as_it_was(compared):
@@ -191,6 +193,16 @@ def test_speedup_is_paired_by_prompt_and_seed():
     fast = Row("fast", "recipe", samples=[Sample(0, 0, 50.0, 40.0), Sample(0, 1, 200.0, 190.0)])
     result = Comparison("", [""], [0, 1], {}, "", {}, [dense, fast])
     assert result.speedup(fast) == Spread(2.0, 2.0, 2.0)
+
+
+def test_gains_are_measured_in_the_steps_that_were_foretold():
+    dense = Row("dense", "dense", samples=[Sample(0, 0, 100.0, 60.0, [10.0, 20.0, 30.0])])
+    half = Row(
+        "half", "recipe", samples=[Sample(0, 0, 80.0, 40.0, [10.0, 10.0, 20.0])], density=[[1.0, 0.3, 0.3], [1.0, 1.0, 0.5]]
+    )
+    result = Comparison("", [""], [0], {}, "", {}, [dense, half])
+    assert result.step_gain(half) == Spread(50 / 30, 50 / 30, 50 / 30)
+    assert result.step_gain(dense) is None
 
 
 def test_a_recipe_that_ran_dense_is_no_headline():

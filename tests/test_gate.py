@@ -14,7 +14,7 @@ from torch import nn
 import accelplug
 from accelplug.errors import AccelplugError
 from accelplug.hosts import diffusers, forecast, gate
-from accelplug.hosts.forecast import amdahl, denoising_gain
+from accelplug.hosts.forecast import Forecast, amdahl, joined
 from accelplug.kernels import attention
 from tests import tiny_models
 from tests.patch_rows import ROWS
@@ -196,15 +196,15 @@ def test_two_denoisers_are_foretold_over_the_steps_each_takes(monkeypatch):
         found = plug.forecasts
     assert {each.denoiser for each in found} == {"transformer", "transformer_2"}
     assert sum(each.steps for each in found) == inputs["num_inference_steps"]
-    assert denoising_gain([each.to_dict() for each in found]) == pytest.approx(1.0)
+    assert joined(found, "run_gain", "steps") == pytest.approx(1.0)
 
 
 def test_gains_of_denoisers_are_weighed_by_their_time():
-    slow = {"forward_ms": 30.0, "steps": 2, "run_gain": 3.0}
-    fast = {"forward_ms": 10.0, "steps": 4, "run_gain": 1.0}
-    assert denoising_gain([slow, fast]) == pytest.approx(100 / (20 + 40))
-    assert denoising_gain([slow, {**fast, "run_gain": None}]) is None
-    assert denoising_gain([]) is None
+    slow = Forecast("a", (1,), forward_ms=30.0, run_gain=3.0, steps=2)
+    fast = Forecast("b", (1,), forward_ms=10.0, run_gain=1.0, steps=4)
+    assert joined([slow, fast], "run_gain", "steps") == pytest.approx(100 / (20 + 40))
+    assert joined([slow, Forecast("b", (1,))], "run_gain", "steps") is None
+    assert joined([], "run_gain", "steps") is None
 
 
 # ------------------------------------------------------------------------------------------------------------ replaying

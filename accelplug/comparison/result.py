@@ -69,8 +69,9 @@ class Row:
     attention_ms : self- and joint-attention of one traced run, in all.
     density : by layer and step, fraction of (query, key) pairs computed, pooled keys counted; None where it did not run.
     plans : a few block plans: layer -> {step, blocks (M, N) as rows of "0" and "1", density}.
-    predicted : end-to-end gain over dense that the attention gain foretells (Amdahl over the denoising time).
-    ideal : the same if attention time went with density.
+    predicted : end-to-end gain over dense that the gate foretold (see `Forecast`), text encoder and decoding counted.
+    denoising_predicted, forward_predicted : the same for denoising alone, and for a forward in which patches answer.
+    ideal : end-to-end gain if attention time went with density.
     """
 
     name: str
@@ -81,6 +82,8 @@ class Row:
     density: list[list[float | None]] = field(default_factory=list)
     plans: list[dict[str, Any]] = field(default_factory=list)
     predicted: float | None = None
+    denoising_predicted: float | None = None
+    forward_predicted: float | None = None
     ideal: float | None = None
     peak_mib: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -152,6 +155,19 @@ class Comparison:
         ratios = [dense[s.prompt, s.seed] / s.latency_ms for s in row.samples if (s.prompt, s.seed) in dense]
         return Spread.of(ratios) if ratios else Spread(math.nan, math.nan, math.nan)
 
+    def step_gain(self, row: Row) -> Spread | None:
+        """Gain over dense in the steps in which patches answered, paired by prompt and seed; None where there were none."""
+        steps = [
+            step for step, read in enumerate(zip(*row.density, strict=True)) if any(d is not None and d < 1 for d in read)
+        ]
+        dense = {(sample.prompt, sample.seed): sample.step_ms for sample in self.dense.samples}
+        ratios = [
+            sum(dense[s.prompt, s.seed][i] for i in steps) / sum(s.step_ms[i] for i in steps)
+            for s in row.samples
+            if steps and len(s.step_ms) > steps[-1]
+        ]
+        return Spread.of(ratios) if ratios else None
+
     @property
     def verdict(self) -> str:
         """The result in a sentence: the fastest recipe at `GOOD_DB` or better, or the best one if none is, and its quality."""
@@ -176,11 +192,14 @@ class Comparison:
 
     def table(self) -> Table:
         """Return the figures as a rich table."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        table = Table(title=self.verdict, caption=self.timed, title_justify="left", caption_justify="left")
+        left: Any = {"title_justify": "left", "caption_justify": "left"}
+        table = Table(title=self.verdict, caption=self.timed, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), **left)
         for heading in self.headings():
-            table.add_column(heading, justify="left" if heading == "run" else "right")
+            run = heading == "run"
+            table.add_column(heading, justify="left" if run else "right", no_wrap=run)
         for row in self.rows:
             table.add_row(*self.cells(row), style="dim" if row.kind == "floor" else None)
         return table
@@ -192,6 +211,7 @@ class Comparison:
             "seconds",
             "speed-up",
             "predicted",
+            "sparse steps (pred.)",
             "density",
             "peak MiB",
             "PSNR dB",
@@ -207,11 +227,13 @@ class Comparison:
         gain = self.speedup(row)
         spread = f" ({gain.p20:.2f}-{gain.p80:.2f})" if len(row.samples) > 1 else ""
         timed = row.kind != "floor"
+        step = self.step_gain(row) if row.kind == "recipe" else None
         return [
             row.name,
             f"{row.latency.p50 / 1e3:.2f}" if timed else "",
             f"{gain.p50:.2f}x{spread}" if timed else "",
             f"{row.predicted:.2f}x" if row.predicted else "",
+            (f"{step.p50:.2f}x" + (f" ({row.forward_predicted:.2f}x)" if row.forward_predicted else "")) if step else "",
             f"{row.mean_density:.3f}" if row.mean_density is not None else "",
             f"{row.peak_mib:.0f}" if row.peak_mib else "",
             *(_number(value, 1) for m in ("psnr_db", "fg_psnr_db") for value in (row.mean(m), row.worst(m))),

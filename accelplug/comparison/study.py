@@ -18,6 +18,7 @@ from accelplug.comparison.environment import environment, forget_peak, peak_mib
 from accelplug.comparison.result import DENSE, Comparison, Row, Sample
 from accelplug.errors import AccelplugError
 from accelplug.hosts.diffusers import DENOISERS, denoisers
+from accelplug.hosts.forecast import amdahl, joined
 from accelplug.hosts.gate import synchronise
 from accelplug.hosts.ledger import Event
 from accelplug.hosts.transformers import is_language_model
@@ -183,6 +184,8 @@ class Study:
         row.density = _by_layer_and_step(events)
         row.plans = _drawn(events)
         row.choices = plug.choices
+        row.forward_predicted = joined(plug.forecasts, "forward_gain", "sparse_steps")
+        row.denoising_predicted = joined(plug.forecasts, "run_gain", "steps")
         report = plug.report()
         row.notes = [f"fell back to dense: {what} ({times} calls)" for what, times in report.fallbacks.items()]
         row.notes += [
@@ -275,14 +278,16 @@ class Study:
         return sample
 
     def finish(self, recipes: Mapping[str, Recipe]) -> Comparison:
-        """Predict gains from the traced runs, and put everything together."""
+        """Carry what was foretold for denoising over to whole runs, and put everything together."""
         dense = self.rows[DENSE]
-        denoise_ms = np.median([sample.denoise_ms for sample in dense.samples])
+        denoise_ms = float(np.median([sample.denoise_ms for sample in dense.samples]))
         share = min((dense.attention_ms or 0.0) / denoise_ms, 1.0) if denoise_ms else 0.0
+        denoising = denoise_ms / dense.latency.p50
         for row in self.rows.values():
-            if row.kind == "recipe" and row.attention_ms and dense.attention_ms:
-                row.predicted = 1 / (1 - share + share * row.attention_ms / dense.attention_ms)
-                row.ideal = 1 / (1 - share + share * (row.mean_density or 1.0))
+            if row.kind == "recipe" and row.denoising_predicted:
+                row.predicted = amdahl(denoising, row.denoising_predicted)
+            if row.kind == "recipe" and row.mean_density:
+                row.ideal = amdahl(denoising * share, 1 / row.mean_density)
         settings = {
             key: value for key, value in self.prompts[0].items() if key != "prompt" and not isinstance(value, torch.Tensor)
         }

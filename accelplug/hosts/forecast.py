@@ -98,14 +98,18 @@ def amdahl(share: float, gain: float) -> float:
     return 1 / left if left else math.inf
 
 
-def denoising_gain(forecasts: Iterable[Mapping[str, Any]]) -> float | None:
-    """Gain of a run's denoising from forecasts as plain data, one a denoiser; None where one of them is not known."""
+def joined(forecasts: Iterable[Forecast], gain: str, steps: str) -> float | None:
+    """Gain over all denoisers, each weighed by its time: ``run_gain`` over ``steps``, or ``forward_gain`` over ``sparse_steps``.
+
+    None where one of them is not known.
+    """
     dense = sparse = 0.0
     for forecast in forecasts:
-        if forecast["run_gain"] is None:
+        if getattr(forecast, gain) is None or forecast.forward_ms is None:
             return None
-        dense += forecast["forward_ms"] * forecast["steps"]
-        sparse += forecast["forward_ms"] * forecast["steps"] / forecast["run_gain"]
+        spent_ms = forecast.forward_ms * getattr(forecast, steps)
+        dense += spent_ms
+        sparse += spent_ms / getattr(forecast, gain)
     return dense / sparse if sparse else None
 
 
