@@ -357,6 +357,24 @@ def test_a_second_turn_on_the_same_cache():
         torch.testing.assert_close(again, logits)
 
 
+@pytest.mark.parametrize("patch", ["visual_bias", "pai", "vhr"])
+def test_a_cache_whose_rows_are_repeated(patch):
+    """Patches that remember nothing follow; one that remembers heads by row refuses."""
+    model, one = build("llava"), inputs("llava", ((3, "I", 6),))
+    step = torch.tensor([[11], [11]])
+    with accelplug.apply(model, recipe(patch), strict=True), torch.no_grad():
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(**one, past_key_values=cache)
+        alone = model(input_ids=step[:1], past_key_values=copy.deepcopy(cache)).logits
+        cache.batch_repeat_interleave(2)
+        if patch == "vhr":
+            with pytest.raises(UnsupportedError, match="rows of a cache were repeated"):
+                model(input_ids=step, past_key_values=cache)
+        else:
+            both = model(input_ids=step, past_key_values=cache).logits
+            torch.testing.assert_close(both, alone.expand(2, -1, -1), atol=1e-5, rtol=1e-4)
+
+
 def test_embeddings_instead_of_ids():
     model, given = build("llava"), inputs("llava")
     embeds = model.get_input_embeddings()(given["input_ids"])

@@ -491,7 +491,7 @@ class LanguageHost:
 
     def _widen(self, stream: Stream, times: int) -> None:
         """Follow a cache whose rows were repeated."""
-        if stream.states:
+        if any(stream.states.values()):
             raise UnsupportedError(
                 "The rows of a cache were repeated after its prompt was read, and a patch remembers its rows one by one. "
                 "Repeat the inputs instead, as generate(num_return_sequences=...) does."
