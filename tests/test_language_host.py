@@ -427,7 +427,7 @@ def test_a_patch_for_other_models_is_refused_on_both_sides():
         accelplug.apply(build("llava"), {"patch": "radial"})
     denoiser, _ = tiny_models.build("wan")
     for patch in ("visual_bias", "carve"):
-        with pytest.raises(UnsupportedError, match="takes .*sparse"):
+        with pytest.raises(UnsupportedError, match=r"takes .*sparse"):
             accelplug.apply(denoiser, {"patch": patch})
 
 
