@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from accelplug.call import Site
+from accelplug.call import Clock, Layout, Site
 from accelplug.errors import AccelplugError
 from accelplug.families import find
 from accelplug.families.base import site_kinds
 from accelplug.hosts.diffusers import PATCHABLE, denoisers, processor_owners
+from accelplug.hosts.forecast import amdahl
 from accelplug.hosts.transformers import is_language_model
 from accelplug.plug import as_html, model_facts
-from accelplug.recipe import ModelFacts, matching_files
+from accelplug.recipe import ModelFacts, Recipe, matching_files
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
     from accelplug.inspection_vlm import LanguageInspection, VlmInspection
 
+STEPS = 50
+"""Steps of the run that ceilings of recipes are computed for."""
 TOKENS = (4_096, 8_192, 16_384, 32_768, 75_600, 118_800)
 """Sequence lengths that the Amdahl ceiling is computed for: from a 1024 x 1024 image to 129 frames of 720p video."""
 
@@ -65,6 +69,8 @@ class Inspection:
     denoisers: tuple[DenoiserFacts, ...]
     recipes: dict[str, str] = field(default_factory=dict)
     """Recipes that match, with what each would touch."""
+    ceilings: dict[str, list[float]] = field(default_factory=dict)
+    """By recipe, at each of `TOKENS`: gain of denoising if the attention it patches took no time, its dense steps and layers counted."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.table import Table
@@ -78,9 +84,11 @@ class Inspection:
                 share, ceiling = part.attention_share(tokens), part.ceiling(tokens)
                 table.add_row(f"at {tokens:,} tokens", f"self-attention is {share:.0%} of the work: at most {ceiling:.1f}x")
             yield table
-        recipes = Table("recipe", "touches", title="recipes that match this model", title_justify="left")
+        columns = [f"at {tokens:,} tokens" for tokens in TOKENS]
+        recipes = Table("recipe", "touches", *columns, title="recipes that match this model", title_justify="left")
+        recipes.caption = "at most so much faster, dense steps and layers counted; plug.report() foretells it from timings"
         for name, touches in self.recipes.items():
-            recipes.add_row(name, touches)
+            recipes.add_row(name, touches, *(f"{gain:.1f}x" for gain in self.ceilings.get(name, ())))
         yield (
             recipes if self.recipes else "No shipped recipe matches this model; apply() takes a mapping or a file of yours."
         )
@@ -116,7 +124,25 @@ def inspect(model: Any, inputs: Mapping[str, Any] | None = None) -> Inspection |
         )
     parts = tuple(_facts(name, denoiser) for name, denoiser in denoisers(model).items())
     sites = [site for part in parts for site in part.sites]
-    return Inspection(type(model).__name__, parts, recipes_for(model_facts(model), sites))
+    facts = model_facts(model)
+    return Inspection(type(model).__name__, parts, recipes_for(facts, sites), _ceilings(facts, parts))
+
+
+def _ceilings(facts: ModelFacts, parts: Sequence[DenoiserFacts]) -> dict[str, list[float]]:
+    """Of the denoiser with most to gain, by full name of the recipe."""
+    return {
+        f"{file.model}/{name}": [max(_ceiling(recipe, part, tokens) for part in parts) for tokens in TOKENS]
+        for file in matching_files(facts)
+        for name, recipe in file.recipes.items()
+    }
+
+
+def _ceiling(recipe: Recipe, part: DenoiserFacts, tokens: int) -> float:
+    clocks = [Clock(step, STEPS, "cond") for step in range(STEPS)]
+    # Rules that ask for a grid are decided on one of so many tokens in a row: only their number is known.
+    layout = Layout((1, 1, tokens))
+    patched = [recipe.decide(site, layout, clock).patch is not None for clock in clocks for site in part.sites]
+    return amdahl(part.attention_share(tokens) * sum(patched) / max(len(patched), 1), math.inf)
 
 
 def recipes_for(facts: ModelFacts, sites: Sequence[Site]) -> dict[str, str]:

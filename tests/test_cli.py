@@ -6,9 +6,11 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
+import accelplug
 from accelplug import zoo
 from accelplug.cli import main
 from accelplug.comparison import Comparison
+from accelplug.inspection import STEPS, TOKENS
 
 
 def test_list_and_show(capsys):
@@ -31,6 +33,16 @@ def test_inspect_tells_sites_recipes_and_ceiling(capsys):
     assert "6 self" in out
     assert "wan-shapes/sol" in out
     assert "at most" in out
+
+
+def test_the_ceiling_of_a_recipe_counts_its_dense_steps():
+    pipe = WanPipeline.from_pretrained(zoo.path())
+    found = accelplug.inspect(pipe)
+    (part,) = found.denoisers
+    share = part.attention_share(TOKENS[0])
+    steps = sum(step >= round(0.25 * STEPS) for step in range(STEPS)) / STEPS
+    assert found.ceilings["wan-shapes/radial"][0] == pytest.approx(1 / (1 - share * steps))
+    assert part.ceiling(TOKENS[0]) > found.ceilings["wan-shapes/radial"][0] > 1
 
 
 def test_doctor_finds_all_contracts_holding(capsys):

@@ -1,0 +1,227 @@
+"""Quality over density for every sparse patch on the bundled video model, beside random and local block masks.
+
+usage: python -m benchmarks.density_curve [--only layers|runs]
+
+Density counts pooled keys, so that a pooled rest and a dropped one stand at equal cost. `layers`: relative L2 error of attention
+outputs on the q, k, v of a dense run, mean over layers and steps. `runs`: PSNR and foreground PSNR of whole runs against the dense
+one, and caption agreement. A small grid of few steps: 17 frames of 64 x 96, 864 tokens, 8 steps, blocks of 16. Each part writes its
+rows and a picture. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import WanPipeline
+from pydantic import Field
+from torch.nn.functional import scaled_dot_product_attention
+
+import accelplug
+from accelplug import registry, zoo
+from accelplug.comparison import metrics
+from accelplug.comparison.environment import environment
+from accelplug.kernels.orders import Tiles
+from accelplug.kernels.plan import BlockPlan
+from accelplug.patches.base import BlockConfig, BlockSparse
+from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, agreement, foreground
+from benchmarks.common import write_json
+from benchmarks.demo_pareto import Capture, measured, own_patches
+
+GRID = {"num_frames": 17, "height": 64, "width": 96, "num_inference_steps": 8, "guidance_scale": 3.0}
+PROMPTS = HELD_OUT_CAPTIONS[:2]
+"""One seed each, its number."""
+DENSE_STEPS = 2
+PICTURES = Path(__file__).parents[1] / "docs"
+BLOCK = {"block": 16, "backend": "blocked"}
+DROP_AND_POOL = ("drop", "pool")
+
+# (patch, rests, the knob's values, what else is set). A method takes part by one line.
+CURVES: tuple[tuple[str, tuple[str, ...], str, tuple[Any, ...], dict[str, Any]], ...] = (
+    ("random", DROP_AND_POOL, "density", (0.1, 0.2, 0.3, 0.45), {}),
+    ("local", DROP_AND_POOL, "width", (2, 5, 9, 14), {}),
+    ("radial", DROP_AND_POOL, "decay", (0.1, 0.2, 0.5, 1.0), {}),
+    ("neighborhood", DROP_AND_POOL, "window", ((3, 5, 5), (5, 5, 7), (9, 5, 5), (9, 7, 9)), {"mask": "tile"}),
+    ("sol", DROP_AND_POOL, "tau", (1.5, 1.0, 0.5, 0.0), {"order": "morton", "band": 0}),
+    ("psa", ("drop",), "bounds", ((0.1, 0.2, 0.3, 0.5), (0.3, 0.5, 0.7, 0.8), (0.5, 0.7, 0.8, 0.9)), {"order": "morton"}),
+    ("rectified", ("drop", "pool", "rectified"), "drop_rate", (0.9, 0.8, 0.7, 0.55), {"order": "morton", "adjacent": False}),
+    ("svg_ear", DROP_AND_POOL, "density", (0.1, 0.2, 0.3, 0.45), {"block_k": 16, "order": "morton"}),
+    ("hierarchical", ("tied",), "band", (0, 1, 3, 6), {}),
+    (
+        "proxy",
+        DROP_AND_POOL,
+        "window_thw",
+        ((1, 2, 3), (1, 4, 4), (3, 4, 4), (3, 8, 6)),
+        {"block": 8, "halo_thw": (1, 1, 1)},
+    ),
+    ("tome", ("merged",), "ratio", (0.7, 0.5, 0.25), {}),
+)
+
+
+class LocalConfig(BlockConfig):
+    """Knobs of `Local`."""
+
+    width: int = Field(4, ge=1, description="Key blocks to read, those nearest along the sequence.")
+
+
+class Local(BlockSparse):
+    """A window along the sequence: what costs no thought and is no lottery."""
+
+    Config = LocalConfig
+    config: LocalConfig
+
+    def select(self, tiles: Tiles, **where: Any) -> BlockPlan:
+        blocks = torch.arange(len(tiles.lengths(self.config.unit)))
+        distance = (blocks[:, None] - blocks).abs()
+        return self.plan(distance.argsort(dim=-1, stable=True).argsort(dim=-1) < self.config.width, tiles)
+
+
+def settings() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+    """Yield (patch, rest, the knob's value, config)."""
+    for patch, rests, knob, values, others in CURVES:
+        for rest in rests:
+            for value in values:
+                blocks = {} if patch == "tome" else {**BLOCK, "rest": rest}
+                yield patch, rest, value, {**blocks, **others, knob: value}
+
+
+def layers(pipe: Any) -> list[dict[str, Any]]:
+    """One row a setting: density and error of attention outputs, mean over the captured calls, and by layer."""
+    Capture.steps = (3, 5, 7)
+    with accelplug.apply(pipe, {"patch": "capture"}, gate="off"):
+        pipe(prompt=PROMPTS[0], **GRID, generator=torch.Generator().manual_seed(0), output_type="latent")
+    exact = {p: scaled_dot_product_attention(c.q, c.k, c.v) for p, c in Capture.calls.items()}
+    rows = []
+    for patch, rest, value, config in settings():
+        method = registry.patch_class(patch)(config)
+        found = [(place.layer, *measured(method, call, place, exact[place])) for place, call in Capture.calls.items()]
+        by_layer = {n: statistics.fmean(e for layer, _, e in found if layer == n) for n in sorted({f[0] for f in found})}
+        row = {"patch": patch, "rest": rest, "knob": value, "config": config}
+        row |= {"density": statistics.fmean(d for _, d, _ in found), "error": statistics.fmean(e for *_, e in found)}
+        rows.append({**row, "error_by_layer": list(by_layer.values())})
+        print(f"{patch:13s} {rest:9s} {value!s:22s} density {row['density']:.3f}  error {row['error']:.3f}", flush=True)
+    return rows
+
+
+def runs(pipe: Any, seconds: float) -> list[dict[str, Any]]:
+    """One row a setting: density of the steps with patches, PSNR against the dense run, mean and worst over prompts, agreement.
+
+    After `seconds` no further setting is begun; what was left out is said.
+    """
+    dense = clips(pipe)
+    rows = [{"patch": "dense", "rest": "", "knob": None, "density": 1.0, "agreement": agreeing(dense)}]
+    other = clips(pipe, 100)
+    rows.append({"patch": "dense, another seed", "rest": "", "knob": None, **quality(other, dense)})
+    start = time.monotonic()
+    # The middle of each curve first, so that a run cut short has all of them.
+    todo = sorted(settings(), key=lambda s: next(abs(c[3].index(s[2]) - 1) for c in CURVES if c[0] == s[0]))
+    for patch, rest, value, config in todo:
+        if time.monotonic() - start > seconds:
+            print(f"out of time: {patch} {rest} {value} and what follows it were left out")
+            break
+        rules = [{"where": {"steps": f"0:{DENSE_STEPS}"}, "patch": "dense"}, {"patch": patch, "with": config}]
+        with accelplug.apply(pipe, {"rules": rules}, gate="off") as plug, plug.trace() as events:
+            found = clips(pipe)
+        density = statistics.fmean(e.density for e in events if e.patch == patch and e.density is not None)
+        rows.append(
+            {"patch": patch, "rest": rest, "knob": value, "config": config, "density": density, **quality(found, dense)}
+        )
+        print({k: v for k, v in rows[-1].items() if k != "config"}, flush=True)
+    return rows
+
+
+def clips(pipe: Any, first_seed: int = 0) -> np.ndarray:
+    """Clips of all prompts in one batch, float32 (prompt, frame, height, width, 3)."""
+    seeds = [torch.Generator().manual_seed(first_seed + i) for i in range(len(PROMPTS))]
+    return np.asarray(pipe(prompt=list(PROMPTS), **GRID, generator=seeds, output_type="np").frames, dtype=np.float32)
+
+
+def agreeing(found: np.ndarray) -> float:
+    """Share of clips that show what their caption says."""
+    pairs = zip(found, PROMPTS, strict=True)
+    return statistics.fmean(float(agreement(metrics.to_uint8(clip), text)) for clip, text in pairs)
+
+
+def quality(found: np.ndarray, dense: np.ndarray) -> dict[str, float]:
+    """PSNR and foreground PSNR, mean and worst, in dB; agreement."""
+    pairs = list(zip(found, dense, strict=True))
+    psnr = [metrics.psnr_db(a, b) for a, b in pairs]
+    objects = [metrics.foreground_psnr_db(a, b, foreground) for a, b in pairs]
+    return {
+        "psnr_db": statistics.fmean(psnr),
+        "worst_psnr_db": min(psnr),
+        "fg_psnr_db": statistics.fmean(objects),
+        "worst_fg_psnr_db": min(objects),
+        "agreement": agreeing(found),
+    }
+
+
+COLOURS = {"drop": "#c2571a", "pool": "#2d6cdf", "rectified": "#2a8f5b", "tied": "#8a3fb8", "merged": "#6b6f76"}
+
+
+def draw(rows: list[dict[str, Any]], metric: str, label: str, file: Path) -> None:
+    """A panel a patch: its curves over density, the random masks' in grey behind."""
+    import matplotlib.pyplot as plt  # the bench extra
+
+    patches = [curve[0] for curve in CURVES if curve[0] != "random" and any(row["patch"] == curve[0] for row in rows)]
+    columns = 5
+    figure, axes = plt.subplots(
+        -(-len(patches) // columns), columns, figsize=(13, 5.4), sharex=True, sharey=True, layout="constrained"
+    )
+    for axis in axes.flat[len(patches) :]:
+        axis.axis("off")
+    for axis, patch in zip(axes.flat, patches, strict=False):
+        for rest, style in (("drop", "-"), ("pool", "--")):
+            axis.plot(
+                *_curve(rows, "random", rest, metric), style, color="#a9adb3", lw=1.6, label=f"random, {rest}", zorder=1
+            )
+        for rest, colour in COLOURS.items():
+            x, y = _curve(rows, patch, rest, metric)
+            if x:
+                axis.plot(x, y, "o-", color=colour, lw=1.8, ms=4.5, label=rest, zorder=2)
+        axis.set_title(patch, fontsize=11, loc="left", fontweight="bold")
+        axis.grid(color="#ececec")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlim(0, 1)
+    handles = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.supxlabel("density: (query, key) pairs computed, pooled keys counted", fontsize=10)
+    figure.supylabel(label, fontsize=10)
+    file.parent.mkdir(exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+def _curve(rows: list[dict[str, Any]], patch: str, rest: str, metric: str) -> tuple[list[float], list[float]]:
+    points = sorted((r["density"], r[metric]) for r in rows if (r["patch"], r["rest"]) == (patch, rest))
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("layers", "runs"))
+    parser.add_argument("--seconds", type=float, default=900, help="begin no run after so many (default 900)")
+    options = parser.parse_args()
+    own_patches()
+    registry._PATCHES["local"] = registry.PatchEntry("local", __name__, Local.__name__, "sparse", "", "")
+    pipe = WanPipeline.from_pretrained(zoo.path(), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    facts = {**environment(pipe), "grid": GRID, "prompts": list(PROMPTS), "dense_steps": DENSE_STEPS}
+    if options.only != "runs":
+        rows = layers(pipe)
+        write_json("density_layers", {**facts, "rows": rows})
+        draw(rows, "error", "relative L2 error of the attention output", PICTURES / "density_layers.png")
+    if options.only != "layers":
+        rows = runs(pipe, options.seconds)
+        write_json("density_runs", {**facts, "rows": rows})
+        draw(rows, "fg_psnr_db", "foreground PSNR to the dense run, dB", PICTURES / "density_runs.png")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
