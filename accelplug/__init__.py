@@ -2,6 +2,7 @@
 
 >>> plug = accelplug.apply(pipe)              # the model's default recipe
 >>> accelplug.compare(pipe, "radial", {"prompt": "..."}, seeds=[0, 1])
+>>> accelplug.calibrate(pipe, "sparse_vdit", prompts, path="my.yaml")
 >>> plug.remove()                             # the very same model, bit for bit
 >>> accelplug.apply(vlm, "llava-1.5-7b/vhr")  # a vision-language model that looks at the image
 """
@@ -16,6 +17,7 @@ from accelplug.errors import AccelplugError
 from accelplug.version import __version__
 
 if TYPE_CHECKING:
+    from accelplug.calibration import calibrate
     from accelplug.comparison import Comparison, Exam, compare
     from accelplug.inspection import inspect
     from accelplug.plug import Plug, apply, remove
@@ -33,6 +35,7 @@ __all__ = [
     "Tuned",
     "__version__",
     "apply",
+    "calibrate",
     "compare",
     "inspect",
     "list_patches",
@@ -54,6 +57,7 @@ _HOMES = {
     "Plug": "plug",
     "Recipe": "recipe",
     "apply": "plug",
+    "calibrate": "calibration",
     "compare": "comparison",
     "inspect": "inspection",
     "list_patches": "registry",

@@ -1,4 +1,4 @@
-"""The command line: ``accelplug list | show | inspect | compare | tune | verify | demo | doctor``."""
+"""The command line: ``accelplug list | show | inspect | compare | tune | calibrate | verify | demo | doctor``."""
 
 from __future__ import annotations
 
@@ -88,6 +88,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     command.add_argument("--device", help="cuda, cpu, mps ... (default: the accelerator that is there)")
     command.set_defaults(run=_verify)
+
+    command = commands.add_parser("calibrate", help="measure a method's tables on dense runs; write a recipe that uses them")
+    command.add_argument("model_dir", type=Path, help="a pipeline saved on disk")
+    command.add_argument(
+        "--patch", required=True, help="sparse_vdit, paro or sta; rest: weights of pooled blocks, for --recipe"
+    )
+    command.add_argument("--prompts", type=Path, required=True, help="a text file, one prompt a line")
+    command.add_argument("-o", "--output", type=Path, required=True, help="where the recipe goes: my.yaml")
+    command.add_argument("--recipe", help="rest: name or file of the recipe whose pooled blocks are weighed")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the patch or a knob")
+    command.add_argument("--buckets", type=int, default=4, help="spans of steps, each looked at once a run (default 4)")
+    command.add_argument("--dense-steps", default="0:25%", help="steps that the recipe leaves dense (default 0:25%%)")
+    command.add_argument("--seed", type=int, default=0, help="of the first prompt; the next take the next (default 0)")
+    _takes_pipeline_settings(command)
+    command.set_defaults(run=_calibrate)
 
     command = commands.add_parser("demo", help="compare the bundled video model before and after")
     command.add_argument("--report", type=Path, default=Path("demo.html"), help="where the page goes (default demo.html)")
@@ -253,6 +268,32 @@ def _text(path: Path) -> str:
         return path.read_text()
     except OSError as error:
         raise AccelplugError(f"{path} cannot be read: {error.strerror}. Give a text file with one prompt a line.") from None
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from accelplug.calibration import calibrate, split_settings
+
+    try:
+        lines = options.prompts.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise AccelplugError(f"{options.prompts}: no file of prompts: {error}") from error
+    config, knobs = split_settings(options.patch, options.set)
+    recipe = calibrate(
+        _load(options.model_dir, options.dtype, options.device),
+        options.patch,
+        [line.strip() for line in lines if line.strip()],
+        path=options.output,
+        config=config,
+        options=knobs,
+        recipe=options.recipe,
+        inputs=_pipeline_settings(options),
+        seed=options.seed,
+        buckets=options.buckets,
+        dense_steps=options.dense_steps,
+    )
+    _console().print(recipe.describe(), highlight=False)
+    print(f"wrote {options.output} and the tables beside it")
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:

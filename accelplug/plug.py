@@ -26,7 +26,7 @@ from accelplug.hosts.gate import Gate, Verdict
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import DENSE, Choice
 from accelplug.hosts.transformers import LanguageHost, is_language_model
-from accelplug.recipe import ModelFacts, Recipe, load
+from accelplug.recipe import ModelFacts, Recipe, Rule, load
 from accelplug.registry import patch_class, patch_entry
 
 if TYPE_CHECKING:
@@ -87,12 +87,7 @@ def apply(
         backend = "first" if backend == "auto" else backend  # not what another plug of this process has measured either
     if gate not in ("auto", "report", "off"):
         raise AccelplugError(f"gate must be 'auto', 'report' or 'off', got {gate!r}.")
-    parts = _parts(model)
-    for name, part in parts.items():
-        if (on := plug_of(part)) is not None:
-            raise AlreadyAppliedError(
-                f"{on.recipe.name} is on this model's {name} already. Remove it first: accelplug.remove(model) or plug.remove()."
-            )
+    parts = _free_parts(model)
     compat.warn_untested("transformers" if is_language_model(model) else "diffusers")
     loaded = load(recipe, model_facts(model))
     plug = Plug(
@@ -118,6 +113,19 @@ def _replayed(choices: Mapping[str, Any]) -> tuple[str, str]:
         found = sorted(choices) if isinstance(choices, Mapping) else type(choices).__name__
         raise AccelplugError(f"choices must be what plug.choices gave, with {sorted(expected)}, got {found}.")
     return choices["gate"], choices["backend"]
+
+
+def watch(model: Any, patch: Patch) -> Plug:
+    """Have `patch` answer every self- and joint-attention call of a model, whatever recipes there are; for calibration.
+
+    Raises
+    ------
+    AlreadyAppliedError
+        If a recipe is on one of the model's denoisers.
+    """
+    watching = _Watch(model, _free_parts(model), patch)
+    watching._install()
+    return watching
 
 
 def remove(model: Any) -> None:
@@ -177,6 +185,17 @@ def _parts(model: Any) -> dict[str, Any]:
             "that is loaded, such a module itself, or a transformers model with get_decoder(). For a modular pipeline call "
             "load_components() first."
         )
+    return parts
+
+
+def _free_parts(model: Any) -> dict[str, Any]:
+    """The modules that a recipe goes on, if none is on them."""
+    parts = _parts(model)
+    for name, part in parts.items():
+        if (on := plug_of(part)) is not None:
+            raise AlreadyAppliedError(
+                f"{on.recipe.name} is on this model's {name} already. Remove it first: accelplug.remove(model) or plug.remove()."
+            )
     return parts
 
 
@@ -433,6 +452,20 @@ class Plug(AbstractContextManager["Plug"]):
 
     def _repr_html_(self) -> str:
         return as_html(self)
+
+
+class _Watch(Plug):
+    """One patch everywhere, without a recipe."""
+
+    def __init__(self, model: Any, parts: dict[str, Any], patch: Patch) -> None:
+        self._patch_everywhere = Choice(patch, "watch")
+        rules = (Rule.model_validate({"patch": "dense"}),)
+        super().__init__(
+            model, Recipe("watch", "any", rules), parts, strict=False, gate="off", backend="auto", measure=False
+        )
+
+    def _decide(self, site: Site, layout: Any, clock: Clock) -> Choice:
+        return self._patch_everywhere
 
 
 @dataclass(frozen=True)

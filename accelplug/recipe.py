@@ -21,6 +21,7 @@ from accelplug.call import Clock, Kind, Layout, Site
 from accelplug.errors import NoMatchError, RecipeError, nearest
 from accelplug.registry import patch_class, patch_entry
 from accelplug.strict_yaml import Loc, Source
+from accelplug.table import Table
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -201,6 +202,22 @@ _COMPARE = {">=": int.__ge__, "<=": int.__le__, ">": int.__gt__, "<": int.__lt__
 # --------------------------------------------------------------------------------------------------------------- rules
 
 
+class TableRef(_Strict):
+    """A table that a calibration made: which file beside the recipe, which bytes, which tensor of it."""
+
+    file: str = Field(min_length=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    key: str = Field(min_length=1)
+
+    def path(self, folder: Path | None) -> Path:
+        """Where the file is: beside the recipe's; for recipes that are no file, wherever `file` says. ValueError outside."""
+        if folder is None:
+            return Path(self.file)
+        if self.file != Path(self.file).name or self.file == "..":
+            raise ValueError(f"tables stand beside the recipe's file: expected a name without folders, got {self.file!r}")
+        return folder / self.file
+
+
 class Ramp(_Strict):
     """A value that moves in a straight line over all steps of a run, or over all layers."""
 
@@ -248,15 +265,19 @@ class Rule(_Strict):
             raise ValueError(f"dense takes no settings; remove with: {{{', '.join(self.settings)}}}")
         for key, value in self.settings.items():
             if isinstance(value, Mapping):
-                _ramp(key, value)
+                _varying(key, value)
         return self
 
-    def config(self, site: Site, clock: Clock) -> dict[str, Any] | str:
-        """Return the settings with ramps resolved, or the reason why they are not known."""
+    def config(self, site: Site, layout: Layout | None, clock: Clock) -> dict[str, Any] | str:
+        """Return the settings with ramps resolved, or the reason why they are not known. Tables stay whole: patches read rows."""
         config = dict(self.settings)
         for key, value in config.items():
-            if isinstance(value, Mapping):
-                resolved = _ramp(key, value).at(site, clock)
+            if isinstance(value, Table):
+                value.require(site, layout)
+                if (reason := value.missing(site, clock)) is not None:
+                    return reason
+            elif isinstance(value, Mapping) and isinstance(ramp := _varying(key, value), Ramp):
+                resolved = ramp.at(site, clock)
                 if isinstance(resolved, str):
                     return resolved
                 config[key] = resolved
@@ -293,12 +314,15 @@ class StepCache(_Strict):
         return self
 
 
-def _ramp(key: str, value: Mapping[str, Any]) -> Ramp:
+def _varying(key: str, value: Mapping[str, Any]) -> Ramp | TableRef:
+    """Read a value that is not the same everywhere."""
+    is_table = set(value) == {"table"} and isinstance(value["table"], Mapping)
     try:
-        return Ramp.model_validate(dict(value))
+        return TableRef.model_validate(dict(value["table"])) if is_table else Ramp.model_validate(dict(value))
     except ValidationError:
         raise ValueError(
-            f"with.{key}: expected a value, or a ramp {{from: number, to: number, over: steps or layers}}, got {dict(value)!r}"
+            f"with.{key}: expected a value, a ramp {{from: number, to: number, over: steps or layers}}, or a table "
+            f"{{table: {{file: name, sha256: 64 digits, key: name}}}}, got {dict(value)!r}"
         ) from None
 
 
@@ -472,7 +496,7 @@ class Recipe:
                 continue
             if rule.patch == "dense":
                 return DENSE
-            config = rule.config(site, clock)
+            config = rule.config(site, layout, clock)
             return Decision(reason=config) if isinstance(config, str) else Decision(rule.patch, config)
         return DENSE
 
@@ -504,18 +528,41 @@ class Recipe:
         """Names of the patches that its rules use, each once."""
         return tuple(dict.fromkeys(rule.patch for rule in self.rules if rule.patch != "dense"))
 
+    def with_tables(self, facts: ModelFacts | None = None) -> Recipe:
+        """Return the recipe with the tables that it names read from their files, and fit for a model, where one is given.
+
+        Raises
+        ------
+        RecipeError
+            If a table cannot be read, or was made for another model.
+        """
+        if not any(isinstance(value, Mapping | Table) for rule in self.rules for value in rule.settings.values()):
+            return self
+        rules = []
+        for i, rule in enumerate(self.rules):
+            settings = {}
+            for key, value in rule.settings.items():
+                where = self.source.at((*self.loc, "rules", i, "with", key))
+                try:
+                    settings[key] = _read_table(key, value, self.path and self.path.parent, facts)
+                except ValueError as error:
+                    raise RecipeError(f"{where}: {error}") from error
+            rules.append(rule.model_copy(update={"settings": settings}))
+        return replace(self, rules=tuple(rules))
+
     def check(self) -> None:
-        """Validate every rule's settings against its patch. Imports the patches, and torch with them.
+        """Validate every rule's settings against its patch. Imports the patches, and torch with them; see `with_tables`.
 
         Raises
         ------
         RecipeError
             If a setting is unknown or has a value that the patch refuses.
         """
-        for i, rule in enumerate(self.rules):
+        for i, rule in enumerate(self.with_tables().rules):
             if rule.patch == "dense":
                 continue
-            ramps = {key: _ramp(key, value) for key, value in rule.settings.items() if isinstance(value, Mapping)}
+            varying = {key: _varying(key, value) for key, value in rule.settings.items() if isinstance(value, Mapping)}
+            ramps = {key: value for key, value in varying.items() if isinstance(value, Ramp)}
             ends = ("first", "last") if ramps else ("first",)
             for end in ends:  # the ends of a straight line are its extremes
                 config = {**rule.settings, **{key: getattr(ramp, end) for key, ramp in ramps.items()}}
@@ -556,7 +603,33 @@ def _any(value: str | tuple[str | Span, ...]) -> str:
     return " or ".join(item.text if isinstance(item, Span) else item for item in items)
 
 
+def _read_table(key: str, value: Any, folder: Path | None, facts: ModelFacts | None) -> Any:
+    """Return the table that a setting refers to, or the setting as it is."""
+    if isinstance(value, Mapping) and isinstance(ref := _varying(key, value), TableRef):
+        value = Table.read(ref.path(folder), ref.sha256, ref.key)
+    if isinstance(value, Table) and facts is not None:
+        differs = [
+            f"{name} {facts.value(name)!r} where the table has {wanted!r}"
+            for name, wanted in value.origin.model.items()
+            if (wanted not in facts.class_names if name == "class" else _plainly(facts.value(name)) != wanted)
+        ]
+        if differs:
+            raise ValueError(
+                f"{value!r} was made for another model: this one has {', '.join(differs)}. Calibrate for this one."
+            )
+    return value
+
+
+def _plainly(value: Any) -> Any:
+    """A config's value as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _shown(value: Any) -> str:
+    if isinstance(value, Table):
+        return repr(value)
+    if isinstance(value, Mapping) and "table" in value:
+        return f"table {value['table']['key']} of {value['table']['file']}"
     if isinstance(value, Mapping):
         return f"{value['from']} to {value['to']} over {value['over']}"
     return "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
@@ -760,6 +833,7 @@ def load(recipe: str | Path | Mapping[str, Any] | Recipe | None, facts: ModelFac
             f"{found.name} is for {found.match}; this model has {is_there}{with_parts}. "
             "Take a recipe for this model, or copy the rules into a mapping {rules: [...]} to try them on it."
         )
+    found = found.with_tables(facts)
     found.check()
     return found
 

@@ -90,6 +90,15 @@ class Tiles:
         gather, scatter = (x if x is None else x.to(device) for x in (self.gather, self.scatter))
         return replace(self, gather=gather, scatter=scatter, held=self.held.to(device))
 
+    def of_heads(self, choice: Tensor) -> Tiles:
+        """Return tiles whose heads are, one after the other, those that `choice`, int64 (H',), names here; one is for all."""
+        if self.gather is None or self.scatter is None or self.gather.ndim == 1:
+            return self
+        gather, scatter = (x.index_select(-2, choice) for x in (self.gather, self.scatter))
+        if choice.shape[0] == 1:
+            gather, scatter = gather[..., 0, :], scatter[..., 0, :]
+        return replace(self, gather=gather, scatter=scatter)
+
     @staticmethod
     def per_head(choices: Sequence[Tiles]) -> Tiles:
         """Stack one choice per head.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -199,6 +199,12 @@ class BlockPlan:
         index, count, whole, bits, taken, q_len, k_len, level, level_count, lo, hi, coord = tensors
         box = None if lo is None else Box(lo, hi, coord)
         return cls(index, count, whole, bits, taken, q_len, k_len, block_q, block_k, level, level_count, box)
+
+    def of_heads(self, choice: Tensor) -> BlockPlan:
+        """Return a plan whose heads are, one after the other, those that `choice`, int64 (H',), names here."""
+        names = ("index", "count", "whole", "bits", "taken", "level", "level_count")
+        picked = {name: x.index_select(1, choice) for name in names if (x := getattr(self, name)) is not None}
+        return replace(self, **picked)
 
     def density(self, rest: bool = False) -> Tensor:
         """Keys read as a fraction of all (query, key) pairs, float64 (B|1, H|1). The box is not counted: blocks cost.

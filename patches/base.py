@@ -6,24 +6,27 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from accelplug.bounded import Bounded
+from accelplug.errors import ShapeError
 from accelplug.kernels.attention import Backend, block_attention, measure_choice
 from accelplug.kernels.clusters import COLD, Memory, cluster_tiles
 from accelplug.kernels.orders import Order, Tiles, tiles
 from accelplug.kernels.plan import BlockPlan, Box, Threshold, counted, pool
 from accelplug.kernels.rectify import rectify
 from accelplug.kernels.rest import Drop, Pool, Rectified, Representative, Rest, Tied
+from accelplug.table import Table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from accelplug.call import AttentionCall, Clock, Layout, Site
     from accelplug.families.vlm import Vlm
+    from accelplug.patches.calibration import Calibration
 
 
 class Config(BaseModel):
@@ -41,6 +44,8 @@ class Patch:
 
     Config: ClassVar[type[Config]] = Config
     cite: ClassVar[str] = ""
+    Calibration: ClassVar[type[Calibration] | None] = None
+    """What `accelplug.calibrate` measures for the method, where it takes tables."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """What the host must supply or refuse. Language models: ``hidden_states``, what enters the layer; ``blind``, a reading without the
     images; ``vision_attention``, the vision tower's; ``whole_prompt``, no prompt in pieces; ``probabilities``, scores that q, k and the
@@ -146,7 +151,9 @@ class BlockConfig(Config):
     block: int = Field(128, ge=8, le=1024, multiple_of=8, description="Slots per query block.")
     block_k: int | None = Field(None, ge=8, le=1024, multiple_of=8, description="Slots per key block; as `block` if none.")
     rest: RestKind = Field("drop", description="What becomes of the key blocks that are not selected.")
-    rest_weight: float = Field(1.0, ge=0.0, le=1.0, description="Factor on log(length) of a pooled block (rest: pool).")
+    rest_weight: Annotated[float, Field(ge=0.0, le=1.0)] | Table = Field(
+        1.0, description="Factor on log(length) of a pooled block (rest: pool), or a table (layers, heads) of them."
+    )
     representative: Representative = Field(
         "mean", description="What a pooled block is read as: mean, centre, or centre_k_mean_v (rest: pool)."
     )
@@ -217,17 +224,21 @@ class BlockParams:
     plan : which key blocks are read, or None where that depends on the scores.
     where : what else `route` is told: plain values that the plan depends on beside the layout, and tensors made of both.
     tickets : of the `Memory` of query and of key clusters (order: kmeans), int64 () on the CPU.
+    rest_weight : float32 (H,), factors on log(length) of pooled blocks, where they stand in a table.
     """
 
     tiles: Tiles
     plan: BlockPlan | None
     where: Mapping[str, Any] = field(default_factory=dict)
     tickets: tuple[Tensor, Tensor] = (COLD, COLD)
+    rest_weight: Tensor | None = None
 
     def to(self, device: torch.device | str) -> BlockParams:
         """Return the params with their tensors on `device`."""
         where = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in self.where.items()}
-        return replace(self, tiles=self.tiles.to(device), plan=self.plan and self.plan.to(device), where=where)
+        weight = None if self.rest_weight is None else self.rest_weight.to(device)
+        plan = self.plan and self.plan.to(device)
+        return replace(self, tiles=self.tiles.to(device), plan=plan, where=where, rest_weight=weight)
 
 
 class BlockSparse(Patch):
@@ -235,8 +246,8 @@ class BlockSparse(Patch):
 
     A subclass writes `select`, and `order` where tokens do not lie in raster order. The plan depends on the layout alone and
     is made once. A method whose plan also depends on the site or the clock overrides `prepare` to end in
-    ``self.params(layout, axis=site.layer % 3)``: `order` and `select` are then told ``axis``. Methods that look at queries
-    and keys are `Scored`.
+    ``self.weighted(self.params(layout, axis=site.layer % 3), site, clock)``: `order` and `select` are then told ``axis``.
+    Methods that look at queries and keys are `Scored`.
     """
 
     Config: ClassVar[type[Config]] = BlockConfig
@@ -245,6 +256,7 @@ class BlockSparse(Patch):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self._prepared: Bounded[tuple, BlockParams] = Bounded(16)
+        self._weighted: Bounded[tuple, tuple[BlockParams, BlockParams]] = Bounded(256)
 
     def neutral(self, layout: Layout) -> bool:
         """Whether this config reads every key of `layout`: then the call runs dense, bit for bit."""
@@ -258,14 +270,17 @@ class BlockSparse(Patch):
         """Return the blocks, of ``config.unit`` slots, that each reads: `plan` turns membership into what this returns."""
         raise UnimplementedHalf(type(self), "select")
 
-    def plan(self, members: Tensor, tiles: Tiles, box: Box | None = None) -> BlockPlan:
-        """Make a plan from membership of units, bool (..., U, U): text is read by all rows, and reads all."""
+    def plan(self, members: Tensor, tiles: Tiles, box: Box | None = None, skipped: Tensor | None = None) -> BlockPlan:
+        """Make a plan from membership of units, bool (..., U, U): text is read by all rows, and reads all.
+
+        `skipped`, bool (B|1, H|1): heads whose visual rows read nothing and give 0, text neither.
+        """
         block, block_k, unit = self.config.block, self.config.key_block, self.config.unit
         members = members.repeat_interleave(unit // block, -2).repeat_interleave(unit // block_k, -1)
-        return _text_dense(members, tiles, tiles, block, block_k, box)
+        return _text_dense(members, tiles, tiles, block, block_k, box, skipped=skipped)
 
     def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> BlockParams | None:
-        return None if self.neutral(layout) else self.params(layout)
+        return None if self.neutral(layout) else self.weighted(self.params(layout), site, clock)
 
     def params(self, layout: Layout, **where: Any) -> BlockParams:
         """Return the params of a layout, made once for each ``where``, whose values must be hashable."""
@@ -275,13 +290,26 @@ class BlockSparse(Patch):
         tiles = self.order(layout, **where)
         return BlockParams(tiles, self.select(tiles, **where), where)
 
+    def weighted(self, params: BlockParams, site: Site, clock: Clock) -> BlockParams:
+        """Return the params with the factors that a table has for a layer's pooled blocks, if there is one."""
+        if (weight := self.rest_weights(site, clock)) is None:
+            return params
+        # The originals are kept beside the weighted ones, so that an id stays theirs.
+        key = (id(params), *weight.tolist())
+        return self._weighted.get(key, lambda: (params, replace(params, rest_weight=weight)))[1]
+
+    def rest_weights(self, site: Site, clock: Clock) -> Tensor | None:
+        """Return what a table of weights says here and now, float32 (H,), or None without one."""
+        table = self.config.rest_weight
+        return table.at(site, clock).float() if isinstance(table, Table) and self.config.rest == "pool" else None
+
     def attend(self, call: AttentionCall, params: BlockParams) -> Tensor:
         blocks, plan = self._laid_out(call, params)
-        return blocks.q_tiles.unpermute(block_attention(**self._arguments(blocks, plan)))
+        return blocks.q_tiles.unpermute(block_attention(**self._arguments(blocks, plan, params)))
 
     def choose_backend(self, call: AttentionCall, params: BlockParams) -> None:
         if self.config.backend == "auto":
-            measure_choice(**self._arguments(*self._laid_out(call, params)))
+            measure_choice(**self._arguments(*self._laid_out(call, params), params))
 
     def inspect(self, call: AttentionCall, params: BlockParams) -> tuple[float, BlockPlan]:
         blocks, plan = self._laid_out(call, params)
@@ -309,22 +337,26 @@ class BlockSparse(Patch):
     def _route(self, blocks: Blocks, params: BlockParams) -> BlockPlan | Threshold:
         raise UnimplementedHalf(type(self), "select")
 
-    def _arguments(self, blocks: Blocks, plan: BlockPlan | Threshold) -> dict[str, Any]:
+    def _arguments(self, blocks: Blocks, plan: BlockPlan | Threshold, params: BlockParams) -> dict[str, Any]:
         """Everything that `block_attention` takes."""
-        rest = self._rest(blocks, plan)
+        rest = self._rest(blocks, plan, params)
         tensors = {"q": blocks.q, "k": blocks.k, "v": blocks.v, "key_mask": blocks.key_mask, "scale": blocks.scale}
         return {**tensors, "plan": plan, "rest": rest, "backend": self.config.backend}
 
-    def _rest(self, blocks: Blocks, plan: BlockPlan | Threshold) -> Rest:
+    def _rest(self, blocks: Blocks, plan: BlockPlan | Threshold, params: BlockParams) -> Rest:
         if self.config.rest == "rectified" and isinstance(plan, BlockPlan):
             visual_slots, gain = blocks.k_tiles.visual_slots, self.config.rest_gain
             return Rectified(*rectify(blocks.q, blocks.k, plan, visual_slots, blocks.scale, blocks.key_mask, gain=gain))
         if self.config.rest == "pool":
-            return Pool(self._pool_weight(blocks.q), self.config.representative)
+            return Pool(self._pool_weight(blocks.q, params.rest_weight), self.config.representative)
         return Tied() if self.config.rest == "tied" else Drop()
 
-    def _pool_weight(self, q: Tensor) -> Tensor | None:
-        if self.config.rest_weight == 1.0:
+    def _pool_weight(self, q: Tensor, table: Tensor | None) -> Tensor | None:
+        if table is not None:
+            if table.shape != (q.shape[1],):
+                raise ShapeError(f"The table of rest_weight is for {table.shape[0]} heads, this call has {q.shape[1]}.")
+            return table
+        if isinstance(self.config.rest_weight, Table) or self.config.rest_weight == 1.0:
             return None
         return torch.full((q.shape[1],), self.config.rest_weight, device=q.device)
 
@@ -477,7 +509,9 @@ def _text_dense(
     block_k: int,
     box: Box | None = None,
     level: Tensor | None = None,
+    skipped: Tensor | None = None,
 ) -> BlockPlan:
-    members = members | q_tiles.is_text(block)[:, None] | k_tiles.is_text(block_k)
+    columns = k_tiles.is_text(block_k) if skipped is None else k_tiles.is_text(block_k) & ~skipped[..., None, None]
+    members = members | q_tiles.is_text(block)[:, None] | columns
     lengths = q_tiles.lengths(block), k_tiles.lengths(block_k)
-    return BlockPlan.from_members(members, *lengths, block, block_k, box, level=level)
+    return BlockPlan.from_members(members, *lengths, block, block_k, box, level=level, skipped=skipped)

@@ -49,4 +49,7 @@ ROWS = (
         pools=True,
     ),
     Row("tome", {"ratio": 0.0}, {"ratio": 0.5}, {}, blocks=False),
+    Row("sparse_vdit", {"modes": "full"}, {"modes": "multi_diagonal", "multi_diagonal": 0.4}, {"diagonal": 1.0}),
+    Row("paro", {"masks": "all"}, {"order": "wht", "density": 0.4}, {"density": 1.0}),
+    Row("sta", {"windows": [["full", "full", "full"]]}, {"windows": [["full", 3, 1]]}, {}),
 )

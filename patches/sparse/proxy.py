@@ -138,7 +138,7 @@ class Proxy(BlockSparse):
             return super().attend(call, params)
         blocks, plan = self._laid_out(call, params)
         plan = cast(BlockPlan, plan)  # `select` makes no threshold
-        near = block_attention(**{**self._arguments(blocks, plan), "rest": Drop()}, return_lse=True)
+        near = block_attention(**{**self._arguments(blocks, plan, params), "rest": Drop()}, return_lse=True)
         far = spread_attention(blocks.q, blocks.k, blocks.v, plan, call.scale, blocks.key_mask)
         return blocks.q_tiles.unpermute(joined(near, far))
 

@@ -1,0 +1,489 @@
+"""calibrate(): a method's tables, measured on dense runs of a pipeline, and a recipe that uses them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from accelplug import strict_yaml
+from accelplug.bounded import Bounded
+from accelplug.call import AttentionCall, Clock, Layout, Site
+from accelplug.comparison.environment import environment
+from accelplug.comparison.study import quiet
+from accelplug.errors import AccelplugError, NoMatchError, UnsupportedError, nearest
+from accelplug.hosts.transformers import is_language_model
+from accelplug.patches.base import BlockSparse, Patch
+from accelplug.patches.calibration import Calibration, Seen
+from accelplug.patches.rest_weights import RestWeights
+from accelplug.plug import model_facts, watch
+from accelplug.recipe import DENSE, ModelFacts, Recipe, load, matching_files, read_file
+from accelplug.registry import list_patches, patch_class, patch_entry
+from accelplug.table import Origin, Table, bucket
+
+MATCHED = ("num_layers", "num_attention_heads", "attention_head_dim", "num_single_layers", "in_channels")
+"""Config keys that a written recipe matches by, as far as the denoiser has them and no shipped file says others."""
+
+
+def calibrate(
+    pipe: Any,
+    patch: str,
+    prompts: str | Sequence[str | Mapping[str, Any]],
+    *,
+    path: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    recipe: Any = None,
+    inputs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    buckets: int = 4,
+    dense_steps: str | None = "0:25%",
+    progress: bool = True,
+) -> Recipe:
+    """Run a pipeline dense on some prompts, measure what a method's tables hold, and return a recipe that uses them.
+
+    One attention call per layer, guidance branch and bucket is looked at, at the step in the bucket's middle, on sampled
+    queries; everything else runs as it always does. The pipeline is left as it was. Sums are kept on the CPU.
+
+    Parameters
+    ----------
+    pipe : a diffusers pipeline.
+    patch : ``sparse_vdit``, ``paro``, ``sta``: what is calibrated; or ``rest``, the weights of pooled blocks for the selectors
+        of `recipe`.
+    prompts : one or several, or arguments of the pipeline's call each; one run of `seed` plus its index each.
+    path : where the recipe goes, ``my.yaml``; tables go to ``my.safetensors`` beside it. Until then ``my.partial.safetensors`` is
+        written after every run, and taken up again by a call with the same arguments. None: nothing is written.
+    config : settings of the patch, as in a recipe.
+    options : knobs of the calibration; see the patch's ``Calibration.Config``.
+    recipe : what ``rest`` is for; anything that `accelplug.apply` takes.
+    inputs : further arguments of the pipeline's call: size, frames, steps, guidance.
+    buckets : spans of equal length that a run's steps fall into; tables with an axis of steps have one row each.
+    dense_steps : steps that the written recipe leaves dense; None for none. They are measured all the same.
+    progress : show a progress bar.
+
+    Raises
+    ------
+    NoMatchError
+        If there is no such patch, or it has nothing to calibrate, or no attention was seen.
+    AccelplugError
+        If `path` is there already, a partial file holds something else, or a knob is unknown.
+    UnsupportedError
+        If the model is no pipeline, or its attention runs on several grids.
+    """
+    runs = [
+        {"prompt": item} if isinstance(item, str) else dict(item)
+        for item in ([prompts] if isinstance(prompts, str) else prompts)
+    ]
+    if is_language_model(pipe) or isinstance(pipe, torch.nn.Module):
+        raise UnsupportedError(f"calibrate runs a diffusers pipeline on prompts, got {type(pipe).__name__}.")
+    if not runs or buckets < 1:
+        raise AccelplugError(f"calibrate needs at least one prompt and one bucket, got {len(runs)} and {buckets}.")
+    facts = model_facts(pipe)
+    base = load(recipe, facts) if patch == "rest" else None
+    task = Task(patch, dict(config or {}), dict(options or {}), base)
+    task.make()  # so that a wrong knob is told before anything runs
+    files = None if path is None else Files(Path(path))
+    if files is not None and files.recipe.exists():
+        raise AccelplugError(f"{files.recipe} is there already. Give another name, or move it away.")
+    settings = {
+        "patch": patch,
+        "config": task.config,
+        "options": task.options,
+        "recipe": base.describe() if base else None,
+        "runs": [{key: repr(value) for key, value in {**run, **(inputs or {})}.items()} for run in runs],
+        "seed": seed,
+        "buckets": buckets,
+        "model": task.model(facts),
+    }
+    study = Study(task, len(runs), buckets, seed, json.dumps(settings, sort_keys=True))
+    done = study.resume(files.partial) if files is not None else 0
+    with watch(pipe, study.watcher) as plug, _bar(progress, study.turns) as tell, quiet(pipe), torch.no_grad():
+        for turn in range(done, study.turns):
+            index = study.start(turn, tell)
+            generator = torch.Generator("cpu").manual_seed(seed + index)
+            pipe(**{"output_type": "latent", **runs[index], **(inputs or {}), "generator": generator})
+            if files is not None:
+                study.save(files.partial, turn + 1)
+        why_not = "; ".join(plug.report().fallbacks)
+    if not study.calibrations:
+        raise NoMatchError(f"No attention of {type(pipe).__name__} was observed. {why_not or 'Does a rule fit any?'}")
+    origin = Origin(
+        model=task.model(facts),
+        grid_thw=study.grid_thw,
+        steps=study.steps,
+        patch=patch,
+        versions=environment(pipe)["versions"],
+        git=environment(pipe)["git"],
+        notes={"prompts": len(runs), "seed": seed, "buckets": buckets, **task.options},
+    )
+    tables, axes = study.tables()
+    origin = replace(origin, axes=axes)
+    if files is None:
+        made = {key: Table(values, axes[key], key=key, origin=origin) for key, values in tables.items()}
+        return load({"rules": task.rules(study, made, dense_steps)}, facts)
+    files.tables.parent.mkdir(parents=True, exist_ok=True)
+    data = save(tables, origin.to_header())
+    _write(files.tables, data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    refs = {key: {"table": {"file": files.tables.name, "sha256": sha256, "key": key}} for key in tables}
+    summary = f"Calibrated on {len(runs)} prompts, {study.steps} steps, {'x'.join(map(str, study.grid_thw or ()))} tokens."
+    _write(
+        files.recipe, _yaml(files.recipe.stem, facts, patch, task, summary, task.rules(study, refs, dense_steps)).encode()
+    )
+    found = load(read_file(files.recipe).recipe(), facts)
+    files.partial.unlink(missing_ok=True)
+    return found
+
+
+def split_settings(patch: str, settings: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what ``key=value`` texts set of the patch, and what of its calibration; a key that both have sets both."""
+    cls = RestWeights if patch == "rest" else _calibration(patch)
+    knobs, fields = cls.Config.model_fields, {} if patch == "rest" else patch_class(patch).Config.model_fields
+    config, options = {}, {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not {key} & (set(fields) | set(knobs)):
+            raise AccelplugError(
+                f"--set takes key=value, of {', '.join(sorted({*fields, *knobs}))}{nearest(key, [*fields, *knobs])}."
+            )
+        parsed, _ = strict_yaml.parse(f"value: {value}", f"--set {text}")
+        if key in fields:
+            config[key] = parsed["value"]
+        if key in knobs:
+            options[key] = parsed["value"]
+    return config, options
+
+
+def _calibration(patch: str) -> type[Calibration]:
+    if (found := patch_class(patch).Calibration) is not None:
+        return found
+    known = [entry.name for entry in list_patches() if entry.family == "sparse" and patch_class(entry.name).Calibration]
+    raise NoMatchError(f"{patch} has nothing to calibrate. These have: rest, {', '.join(known)}.")
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a calibration writes."""
+
+    recipe: Path
+
+    @property
+    def tables(self) -> Path:
+        return self.recipe.with_suffix(".safetensors")
+
+    @property
+    def partial(self) -> Path:
+        return self.recipe.with_suffix(".partial.safetensors")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is calibrated: a method, or the weights of pooled blocks for the selectors of a recipe."""
+
+    patch: str
+    config: dict[str, Any]
+    options: dict[str, Any]
+    base: Recipe | None
+    selectors: Bounded[tuple[str, str], Any] = field(default_factory=lambda: Bounded(64))
+
+    def make(self) -> Calibration:
+        """Return a fresh calibration.
+
+        Raises
+        ------
+        NoMatchError, AccelplugError
+            If there is none, or a knob is unknown or out of range.
+        """
+        if self.patch == "rest":
+            return self._checked(lambda: RestWeights(self.selector, self.options))
+        cls = patch_class(self.patch)
+        return self._checked(lambda: _calibration(self.patch)(cls(self.config), self.options))
+
+    def selector(self, site: Site, layout: Layout, clock: Clock) -> Any:
+        """Return the block-sparse patch that the base recipe has answer there and then, or None."""
+        decision = self.base.decide(site, layout, clock) if self.base is not None else DENSE
+        if decision.patch is None:
+            return None
+        name, config = decision.patch, decision.config
+        patch = self.selectors.get((name, repr(sorted(config.items()))), lambda: patch_class(name)(config))
+        return patch if isinstance(patch, BlockSparse) else None
+
+    def _checked(self, make: Callable[[], Calibration]) -> Calibration:
+        try:
+            return make()
+        except ValidationError as error:
+            what = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
+            raise AccelplugError(f"Calibrating {self.patch}: {what}.") from error
+
+    @staticmethod
+    def model(facts: ModelFacts) -> dict[str, Any]:
+        """What the tables are for, as JSON gives it back."""
+        plain = json.loads(json.dumps({k: v for k, v in facts.config.items() if not k.startswith("_")}, default=str))
+        return {"class": facts.class_names[0], **plain}
+
+    def rules(self, study: Study, tables: Mapping[str, Any], dense_steps: str | None) -> list[dict[str, Any]]:
+        """Return the rules of the recipe, as plain data but for the tables."""
+        if self.base is not None:
+            return [rule for found in self.base.rules for rule in self._weighted(found, study, tables)]
+        rules: list[dict[str, Any]] = [{"where": {"steps": dense_steps}, "patch": "dense"}] if dense_steps else []
+        for denoiser, calibration in study.calibrations.items():
+            where = {"denoiser": denoiser} if len(study.calibrations) > 1 else {}
+            mine = {key: tables[study.key(denoiser, key)] for key in calibration.axes}
+            rules.append(
+                {"where": {"kind": sorted(study.kinds), **where}, "patch": self.patch, "with": {**self.config, **mine}}
+            )
+        return rules
+
+    def _weighted(self, rule: Any, study: Study, tables: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """A rule of the base recipe; where its patch pools, one per denoiser, with the weights."""
+        plain = {
+            "where": _plain_where(rule.where),
+            "patch": rule.patch,
+            **({"with": dict(rule.settings)} if rule.settings else {}),
+        }
+        pools = (
+            rule.patch != "dense"
+            and getattr(patch_class(rule.patch)(_constants(rule.settings)).config, "rest", "") == "pool"
+        )
+        if not pools:
+            yield plain
+            return
+        for denoiser in study.calibrations:
+            where = {"denoiser": denoiser} if len(study.calibrations) > 1 else {}
+            weights = {"rest_weight": tables[study.key(denoiser, "rest_weight")]}
+            yield {**plain, "where": {**plain["where"], **where}, "with": {**plain.get("with", {}), **weights}}
+
+
+def _constants(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings but for ramps, whose values do not matter here."""
+    return {key: value for key, value in settings.items() if not isinstance(value, Mapping)}
+
+
+def _plain_where(where: Any) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        return [getattr(item, "text", item) for item in value] if isinstance(value, tuple) else value
+
+    return {key: plain(value) for key, value in where if value is not None}
+
+
+@dataclass
+class Study:
+    """The runs of one calibration, and what they gave so far."""
+
+    task: Task
+    prompts: int
+    buckets: int
+    seed: int
+    settings: str
+    """All that the result depends on, as JSON: a partial file must agree."""
+    calibrations: dict[str, Calibration] = field(default_factory=dict)
+    """By denoiser, those that saw a call."""
+    grid_thw: tuple[int, int, int] | None = None
+    steps: int | None = None
+    kinds: set[str] = field(default_factory=set)
+    turn: int = 0
+
+    def __post_init__(self) -> None:
+        self.watcher = Watcher(self)
+        self.turns = self.task.make().parts * self.prompts
+        self._tell: Callable[[float, str], None] = lambda done, what: None
+
+    def start(self, turn: int, tell: Callable[[float, str], None]) -> int:
+        """Begin a run of the pipeline; return which prompt it is for."""
+        self.turn, self._tell = turn, tell
+        return turn % self.prompts
+
+    def due(self, site: Site, layout: Layout, clock: Clock) -> int | None:
+        """Which bucket a call is looked at for, if at all: the step in its middle stands for it."""
+        if clock.step is None or clock.steps is None:
+            raise UnsupportedError("calibrate must know the diffusion step, and this pipeline's scheduler does not say it.")
+        self._tell(self.turn + (clock.step + 1) / clock.steps, f"run {self.turn + 1} of {self.turns}")
+        found = bucket(clock, buckets := min(self.buckets, clock.steps))
+        steps = [step for step in range(clock.steps) if bucket(Clock(step, clock.steps), buckets) == found]
+        return found if site.layer is not None and clock.step == steps[len(steps) // 2] else None
+
+    def observe(self, place: Place, call: AttentionCall, out: Tensor) -> None:
+        """Hand a dense call to the denoiser's calibration."""
+        site, layout, clock = place.site, place.layout, place.clock
+        if self.grid_thw not in (None, layout.grid_thw):
+            raise UnsupportedError(
+                f"calibrate knows one grid per model, {site.denoiser} attends on {self.grid_thw} and {layout.grid_thw} tokens."
+            )
+        self.grid_thw, self.steps = layout.grid_thw, clock.steps
+        self.kinds.add(site.kind)
+        text = f"{self.seed} {self.turn} {site.denoiser} {site.module} {clock.step} {clock.branch}"
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+        generator = torch.Generator().manual_seed(number)
+        if site.denoiser not in self.calibrations:
+            self.calibrations[site.denoiser] = self.task.make()
+        buckets = min(self.buckets, clock.steps or 1)
+        seen = Seen(call, out, site, layout, clock, place.bucket, buckets, generator)
+        self.calibrations[site.denoiser].observe(seen, self.turn // self.prompts)
+
+    # --------------------------------------------------------------------------------------------------- results
+
+    def key(self, denoiser: str, key: str) -> str:
+        """Name of a table in the file."""
+        return f"{denoiser}.{key}" if len(self.calibrations) > 1 else key
+
+    def tables(self) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+        """Return all tables and their axes."""
+        tables, axes = {}, {}
+        for denoiser, calibration in self.calibrations.items():
+            for key, values in calibration.tables().items():
+                tables[self.key(denoiser, key)] = values.contiguous()
+                axes[self.key(denoiser, key)] = calibration.axes[key]
+        return tables, axes
+
+    def save(self, path: Path, turns: int) -> None:
+        """Write the state after `turns` runs."""
+        facts = {
+            "settings": self.settings,
+            "turns": turns,
+            "grid_thw": self.grid_thw,
+            "steps": self.steps,
+            "kinds": sorted(self.kinds),
+        }
+        tensors = {f"{name}/{key}": x for name, one in self.calibrations.items() for key, x in one.state.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, save(tensors, {"partial": json.dumps(facts)}))
+
+    def resume(self, path: Path) -> int:
+        """Take up what `path` holds, if it is there; return how many runs it holds."""
+        if not path.exists():
+            return 0
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads((file.metadata() or {})["partial"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise AccelplugError(f"{path}: no partial calibration: {error}. Delete it to start anew.") from error
+        if facts["settings"] != self.settings:
+            raise AccelplugError(
+                f"{path} holds a calibration with other prompts, knobs or sizes, or of another model. "
+                "Delete it to start anew, or give another path."
+            )
+        for key, value in tensors.items():
+            denoiser, name = key.split("/", 1)
+            self.calibrations.setdefault(denoiser, self.task.make()).state[name] = value
+        self.grid_thw, self.steps = facts["grid_thw"] and tuple(facts["grid_thw"]), facts["steps"]
+        self.kinds = set(facts["kinds"])
+        return facts["turns"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and when a call is that is looked at."""
+
+    site: Site
+    layout: Layout
+    clock: Clock
+    bucket: int
+
+    def to(self, device: Any) -> Place:
+        """Nothing here lies on a device."""
+        return self
+
+
+class Watcher(Patch):
+    """Runs dense, and shows what is due to a study."""
+
+    speed = False
+
+    def __init__(self, study: Study) -> None:
+        super().__init__()
+        self._study = study
+
+    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Place | None:
+        due = self._study.due(site, layout, clock) if site.kind in ("self", "joint") else None
+        return None if due is None else Place(site, layout, clock, due)
+
+    def attend(self, call: AttentionCall, params: Place) -> Tensor:
+        out = call.dense()
+        self._show(params, call, out)
+        return out
+
+    @torch.compiler.disable
+    def _show(self, place: Place, call: AttentionCall, out: Tensor) -> None:
+        self._study.observe(place, call, out)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def _yaml(name: str, facts: ModelFacts, patch: str, task: Task, summary: str, rules: list[dict[str, Any]]) -> str:
+    """Write a recipe file with one recipe."""
+    model = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "calibrated"
+    shipped = matching_files(facts)
+    if len(shipped) == 1:
+        match = dict(shipped[0].match.keys)
+        if shipped[0].match.pipeline:
+            match["pipeline"] = {"has": list(shipped[0].match.pipeline)}
+    else:
+        match = {"class": facts.class_names[0], **{key: facts.config[key] for key in MATCHED if key in facts.config}}
+    cite = task.base.cite if task.base is not None else patch_entry(patch).cite
+    lines = [
+        "# Written by accelplug calibrate.",
+        "schema: 1",
+        f"model: {model}",
+        f"match: {_flow(match)}",
+        f"default: {patch}",
+        "recipes:",
+        f"  {patch}:",
+        f"    cite: {_flow(cite)}",
+        f"    summary: {_flow(summary)}",
+        "    rules:",
+    ]
+    for rule in rules:
+        lines += [f"      - where: {_flow(rule['where'])}", f"        patch: {rule['patch']}"]
+        if rule.get("with"):
+            lines += ["        with:", *(f"          {key}: {_flow(value)}" for key, value in rule["with"].items())]
+    return "\n".join([*lines, "    measured: []", ""])
+
+
+def _flow(value: Any) -> str:
+    """One value in YAML's flow style: JSON, with the keys unquoted."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write beside the file and move, so that it is never half written."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        try:
+            with open(handle, "wb") as file:
+                file.write(data)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise AccelplugError(f"{path}: cannot be written: {error}") from error
+
+
+@contextlib.contextmanager
+def _bar(show: bool, total: int) -> Iterator[Callable[[float, str], None]]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not show, transient=True) as bar:
+        running = bar.add_task("calibrating", total=total)
+        yield lambda done, what: bar.update(running, completed=done, description=f"calibrating, {what}")

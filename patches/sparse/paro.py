@@ -1,0 +1,190 @@
+"""PAROAttention: for every head the order of axes in which its attention falls into blocks, and a static mask of those blocks."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from accelplug.bounded import Bounded
+from accelplug.call import Clock, Layout, Site
+from accelplug.errors import RecipeError
+from accelplug.kernels.orders import Tiles, tiles
+from accelplug.kernels.plan import BlockPlan, pack_bits, unpack_bits
+from accelplug.patches.base import BlockConfig, BlockParams, BlockSparse
+from accelplug.patches.calibration import Calibration, CalibrationConfig, Seen
+from accelplug.patches.sparse.sparse_vdit import band_tokens
+from accelplug.table import Table, bucket
+
+AxisOrder = Literal["thw", "twh", "hwt", "htw", "wht", "wth"]
+ORDERS = get_args(AxisOrder)
+CHUNK = 1 << 24
+"""Entries of the attention map that are there at a time."""
+
+
+class ParoConfig(BlockConfig):
+    """Knobs of `Paro`. Released: blocks of 64, density 0.2 to 0.5, 4 (Wan) or 10 (CogVideoX) masks over the steps."""
+
+    block: int = Field(64, ge=8, le=1024, multiple_of=8, description="Slots per query and key block.")
+    order: AxisOrder | Table = Field(
+        "thw",
+        description="Which axis counts slowest, then next, for all heads, or a table (layers, heads) of their numbers.",
+    )
+    masks: Literal["all", "diagonal"] | Table = Field(
+        "diagonal",
+        description="A table (steps, layers, heads) of packed masks; uncalibrated, all blocks, or a band of `density`.",
+    )
+    density: float = Field(0.3, gt=0.0, le=1.0, description="Share of the blocks that are read (masks: diagonal).")
+
+
+def mask_row(clock: Clock, rows: int) -> int:
+    """Which mask holds now: all but the last share the first half of the steps evenly, the last has the second half."""
+    return min(bucket(clock, 2 * (rows - 1)), rows - 1) if rows > 1 else 0
+
+
+class ParoSearchConfig(CalibrationConfig):
+    """Knobs of the calibration. The thresholds are not published: small and sparse are ours."""
+
+    rows: int = Field(16, ge=1, description="Queries sampled per block, for the sums.")
+    blocks: int = Field(4, ge=1, description="Query blocks sampled per call and order, for the metrics.")
+    alpha: float = Field(
+        0.5, ge=0.0, le=1.0, description="Weight of sparsity against incoherence in the choice of an order."
+    )
+    small: float = Field(0.5, gt=0.0, description="Below which a probability is small, in units of 1 / S.")
+    sparse: float = Field(0.9, gt=0.0, le=1.0, description="Share of small entries from which a block is sparse.")
+    density: float = Field(0.3, gt=0.0, le=1.0, description="Share of each head's blocks that the masks keep.")
+
+
+class ParoSearch(Calibration):
+    """The calibration of PAROAttention: first an order for every head, then, in that order, the masks.
+
+    Both terms of an order's cost are to be small, and are divided by their sums over the six orders:
+
+        ``cost = alpha * (1 - M_sp) / sum(1 - M_sp) + (1 - alpha) * M_q / sum(M_q)``
+
+    M_sp is the share of blocks of the attention map that are sparse; M_q the mean over blocks of ``max / mean``, which is what
+    quantisation suffers from. The map is never made: query blocks are sampled for the metrics, rows of each for the masks.
+
+    A mask keeps the blocks with the largest sums, over all prompts, until the density is reached, and each row's largest.
+    """
+
+    Config = ParoSearchConfig
+    config: ParoSearchConfig
+    patch: Paro
+    parts = 2
+    axes = {"order": ("layers", "heads"), "masks": ("steps", "layers", "heads")}  # noqa: RUF012
+
+    def observe(self, seen: Seen, part: int) -> None:
+        self._observe_orders(seen) if part == 0 else self._observe_blocks(seen)
+
+    def _observe_orders(self, seen: Seen) -> None:
+        block, grid = self.patch.config.block, seen.layout
+        costs = torch.zeros(seen.call.q.shape[1], len(ORDERS), 2, dtype=torch.float64)
+        for number, order in enumerate(ORDERS):
+            visual = self._visual(grid, order).to(seen.call.q.device)  # [V] tokens in this order
+            whole = visual[: len(visual) // block * block].view(-1, block)  # blocks that tokens fill
+            for rows in whole[seen.sample(self.config.blocks, len(whole))]:
+                for row, head in seen.heads():
+                    map_ = (
+                        seen.logits(rows, row, head).softmax(-1)[:, whole.flatten()].unflatten(-1, (-1, block))
+                    )  # [b, N, b]
+                    small = (map_ < self.config.small / seen.call.k.shape[-2]).float().mean((0, 2))
+                    incoherence = map_.amax((0, 2)) / map_.mean((0, 2)).clamp(min=torch.finfo(torch.float32).tiny)
+                    dense = 1 - (small >= self.config.sparse).float().mean()
+                    costs[head, number] += torch.stack([dense, incoherence.mean()]).cpu()
+        self.add(seen, "cost", costs / (seen.call.q.shape[0] * self.config.blocks))
+
+    def _observe_blocks(self, seen: Seen) -> None:
+        block, heads = self.patch.config.block, seen.call.q.shape[1]
+        number = -(-seen.layout.visual // block)
+        sums = torch.zeros(heads, number, number)
+        pick = seen.sample(self.config.rows * number, block).view(number, -1)  # slots, in a short block from its start again
+        chunk = max(CHUNK // (self.config.rows * seen.call.k.shape[-2]), 1)
+        for row, head in seen.heads():
+            order = self._visual(seen.layout, ORDERS[int(self.orders()[seen.site.layer or 0, head])]).to(pick.device)
+            starts = torch.arange(number, device=pick.device)[:, None] * block
+            rows = order[starts + pick % (len(order) - starts).clamp(max=block)]  # [M, rows]
+            for first in range(0, number, chunk):
+                part = rows[first : first + chunk]
+                map_ = seen.logits(part.flatten(), row, head).softmax(-1)[:, order].unflatten(0, part.shape).mean(1)
+                blocks = torch.nn.functional.pad(map_, (0, number * block - len(order))).unflatten(-1, (number, block))
+                sums[head, first : first + chunk] += blocks.sum(-1).cpu()
+        masks = seen.buckets // 2 + 1
+        self.add(seen, "sums", sums, (mask_row(seen.clock, masks), masks))
+
+    def _visual(self, layout: Layout, order: AxisOrder) -> Tensor:
+        """Visual tokens in an order, int64 (V,)."""
+        laid = tiles(layout, order, self.patch.config.block)
+        gather = torch.arange(laid.slots) if laid.gather is None else laid.gather
+        return gather[: laid.visual_slots][laid.held[: laid.visual_slots]]
+
+    def orders(self) -> Tensor:
+        """The order with the least cost for each head, by its number, int64 (layers, H)."""
+        cost = self.state["cost"].sum(0) / self.state["cost calls"].sum(0)[:, None, None, None]  # [layers, H, 6, 2]
+        share = cost / cost.sum(-2, keepdim=True).clamp(min=1e-12)
+        return (self.config.alpha * share[..., 0] + (1 - self.config.alpha) * share[..., 1]).nan_to_num(nan=1.0).argmin(-1)
+
+    def tables(self) -> dict[str, Tensor]:
+        sums = self.mean("sums")  # [rows, layers, H, M, M]
+        number = sums.shape[-1]
+        kept = max(round(self.config.density * number * number), 1)
+        masks = torch.zeros_like(sums, dtype=torch.bool)
+        masks.flatten(-2).scatter_(-1, sums.flatten(-2).topk(kept, -1).indices, True)
+        masks.scatter_(-1, sums.argmax(-1, keepdim=True), True)
+        masks |= sums.isnan()
+        return {"order": self.orders().to(torch.uint8), "masks": pack_bits(masks)}
+
+
+class Paro(BlockSparse):
+    """PAROAttention (arXiv 2506.16054): each head's tokens in that order of frames, rows and columns that makes its map blocky.
+
+    Locality in time, rows and columns turns into blocks on the diagonal when that axis counts fastest. One of the six orders
+    per head, for all steps and prompts; static masks per head over blocks in that order, one for each of several spans of the
+    first half of the steps, one for the second half. Both come from a calibration (`ParoSearch`).
+
+    Not taken over: heads whose output is left out, and the last row and column of blocks, which the release always reads since
+    they hold its text and padding. Text stands in blocks of its own here, is read by all rows, and reads all.
+    """
+
+    Config = ParoConfig
+    Calibration = ParoSearch
+    config: ParoConfig
+    cite = "arXiv 2506.16054"
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self._prepared = Bounded(256)  # a plan for each layer
+
+    def neutral(self, layout: Layout) -> bool:
+        return self.config.masks == "all"
+
+    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> BlockParams | None:
+        if self.neutral(layout):
+            return None
+        order, masks = self.config.order, self.config.masks
+        orders = tuple(ORDERS[i] for i in order.at(site, clock).tolist()) if isinstance(order, Table) else (order,)
+        row = mask_row(clock, masks.values.shape[0]) if isinstance(masks, Table) and "steps" in masks.axes else 0
+        layer = site.layer if isinstance(masks, Table) else None
+        return self.weighted(self.params(layout, orders=orders, layer=layer, row=row), site, clock)
+
+    def order(self, layout: Layout, **where: Any) -> Tiles:
+        laid = [tiles(layout, order, self.config.unit) for order in where["orders"]]
+        return laid[0] if len(laid) == 1 else Tiles.per_head(laid)
+
+    def select(self, tiles: Tiles, **where: Any) -> BlockPlan:
+        masks, unit = self.config.masks, self.config.unit
+        visual, number = tiles.visual_slots // unit, tiles.slots // unit
+        if not isinstance(masks, Table):
+            block = torch.arange(number)
+            width = band_tokens(tiles.layout.visual, self.config.density)
+            return self.plan((block[:, None] - block).abs() * unit <= width, tiles)
+        row = masks.rows(where["row"], where["layer"])  # [H, M, words]
+        if row.shape[-2:] != (visual, -(-visual // 32)):
+            raise RecipeError(
+                f"{masks!r} holds masks of other blocks: this layout has {visual} of {unit} slots. Calibrate for them."
+            )
+        members = torch.zeros(1, len(row), number, number, dtype=torch.bool)
+        members[..., :visual, :visual] = unpack_bits(row, visual)
+        return self.plan(members, tiles)
