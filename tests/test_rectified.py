@@ -99,6 +99,7 @@ def test_equals_the_rule_stated_block_by_block(layout, config, masked):
     expected = members_by_hand(layout, blocks, patch.config, key_mask)
     held = blocks.query_lengths > 0
     assert torch.equal(members[held], expected[held])
+    assert torch.equal(patch.route(blocks).members[0, 0], members)  # neighbours found in the call itself
     assert 0.1 < float(members[held].float().mean()) < 1
 
 

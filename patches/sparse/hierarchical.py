@@ -42,6 +42,10 @@ class Hierarchical(BlockSparse):
 
     The paper derives ``b`` from distances of normalised queries and keys; with the RMS norms on q and k that most denoisers
     have, lengths are nearly constant, and the inner product above says the same.
+
+    Experimental: no result on denoisers is published. On the bundled model (blocks of 64, twelve calls) attention outputs err
+    by 35 % with a block alone and 25 % with two neighbours on either side (32 % with as many random blocks); ``rest: pool``,
+    with one more key per block and row, by 29 and 22 %. Selectors by scores err by 10 to 16 % at two to four times the density.
     """
 
     Config = HierarchicalConfig

@@ -69,6 +69,9 @@ class Psa(Scored):
 
     Text blocks are no candidates: they are read exactly, and read all. A row reads at least one visual block exactly (ours:
     a small share of few blocks may be none).
+
+    On the bundled model (blocks of 64 by 32, twelve calls) attention outputs err by 13.4 % at density 0.135, random blocks of
+    equal density by 29.6 %; ``rest: pool`` brings 9.3 and 21.8 %. Rectification of the blocks of level 0 made it worse (14.0 %).
     """
 
     Config = PsaConfig

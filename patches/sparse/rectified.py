@@ -55,6 +55,10 @@ class Rectified(Scored):
 
     What it does not read is compensated by ``rest: rectified`` (reallocation and gain, see `kernels.rectify`), which every
     other selector may have as well.
+
+    On the bundled model (blocks of 64, twelve calls) the selection errs less than random blocks of equal density with every
+    rest. Attention outputs err by 14.6 % with this rest at density 0.19 (19.4 % dropped, 16.9 % without gain), yet by 10.9 %
+    with ``rest: pool``, which weighs the blocks row by row: there, and for all selectors tried, pool was the better one.
     """
 
     Config = RectifiedConfig
@@ -66,7 +70,8 @@ class Rectified(Scored):
 
     def _params(self, layout: Layout, where: dict[str, Any]) -> BlockParams:
         tiles = self.order(layout, **where)
-        return BlockParams(tiles, None, {"always": self.always(tiles, tiles)})
+        clustered = self.config.order == "kmeans"  # then only a call's own tiles say who is whose neighbour
+        return BlockParams(tiles, None, {"always": None if clustered else self.always(tiles, tiles)})
 
     def always(self, q_tiles: Tiles, k_tiles: Tiles) -> Tensor:
         """Return what is read whatever the scores say, bool (M, N), or (..., M, N) where the order differs by head."""
@@ -78,7 +83,9 @@ class Rectified(Scored):
             read[..., : first[0], : first[1]] = True
         return read
 
-    def route(self, blocks: Blocks, always: Tensor) -> BlockPlan:
+    def route(self, blocks: Blocks, always: Tensor | None = None) -> BlockPlan:
+        if always is None:
+            always = self.always(blocks.q_tiles, blocks.k_tiles)
         logits = (blocks.q_pool * blocks.scale) @ blocks.k_pool.transpose(-1, -2)
         candidates = blocks.candidates[..., None, :]  # [B|1, H|1, 1, N]
         probability = logits.masked_fill(~candidates, -torch.inf).softmax(-1)

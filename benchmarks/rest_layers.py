@@ -1,0 +1,140 @@
+"""What becomes of unread blocks, five ways, on the q, k, v of a real run of the bundled model, beside random blocks.
+
+usage: python -m benchmarks.rest_layers [--steps 5 13] [--setting NAME ...]
+
+Relative L2 error of the attention output, mean over layers and steps (conditional branch), for each selector and each rest.
+Random blocks have the selector's order, block sizes, density and rest. One exact pass serves all rests of a plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers import WanPipeline
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import accelplug
+from accelplug import registry, zoo
+from accelplug.call import AttentionCall, Clock, Site
+from accelplug.comparison.environment import environment
+from accelplug.kernels.attention import block_attention
+from accelplug.kernels.plan import BlockPlan, Threshold, counted, pool
+from accelplug.kernels.rectify import rectify
+from accelplug.kernels.rest import Rectified, rectified, tied
+from accelplug.patches.base import Blocks, Scored, ScoredConfig
+from benchmarks.common import write_json
+from benchmarks.demo_pareto import PROMPT, Capture, Place, own_patches
+
+COMMON = {"block": 64, "order": "gilbert", "rest": "drop"}
+NARROW = {**COMMON, "block_k": 32}
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rectified 0.75": ("rectified", {**COMMON, "drop_rate": 0.75}),
+    "rectified 0.9": ("rectified", {**COMMON, "drop_rate": 0.9}),
+    "rectified 0.9, no neighbours": ("rectified", {**COMMON, "drop_rate": 0.9, "adjacent": False}),
+    "psa": ("psa", NARROW),
+    "psa, more exact": ("psa", {**NARROW, "bounds": [0.5, 0.6, 0.6, 0.8]}),
+    "psa, topk 0.05": ("psa", {**NARROW, "rule": "topk", "bounds": [0.05, 0.1, 0.15, 0.25]}),
+    "psa, topk 0.1": ("psa", {**NARROW, "rule": "topk", "bounds": [0.1, 0.15, 0.15, 0.35]}),
+    "hierarchical": ("hierarchical", COMMON),
+    "hierarchical, band 2": ("hierarchical", {**COMMON, "band": 2}),
+    "sol": ("sol", COMMON),
+}
+
+
+class RandomConfig(ScoredConfig):
+    """Knobs of `Random`."""
+
+    density: float = 0.3
+
+
+class Random(Scored):
+    """Its own block and as many random ones as the density asks for, drawn for each head."""
+
+    Config = RandomConfig
+    config: RandomConfig
+
+    def route(self, blocks: Blocks) -> BlockPlan:
+        rows, keys = len(blocks.query_lengths), len(blocks.key_lengths)
+        row = torch.arange(rows)[:, None] * blocks.block
+        key = torch.arange(keys) * blocks.block_k
+        own = (key < row + blocks.block) & (key + blocks.block_k > row)
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.rand(1, blocks.q.shape[1], rows, keys, generator=generator).masked_fill(own, 2.0)
+        rank = drawn.argsort(-1, descending=True).argsort(-1)
+        # A whole number of blocks for each row, right on average.
+        number = torch.rand(1, blocks.q.shape[1], rows, 1, generator=generator) + self.config.density * keys
+        return blocks.plan((rank < number.floor()) | own)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 13], help="diffusion steps, of 16")
+    parser.add_argument("--setting", action="append", choices=SETTINGS, help="only these; repeat for several")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    own_patches()
+    Capture.steps = tuple(options.steps)
+    pipe = WanPipeline.from_pretrained(zoo.path(), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        with accelplug.apply(pipe, {"patch": "capture"}, gate="off"):
+            pipe(prompt=PROMPT, **zoo.DEMO, generator=torch.Generator().manual_seed(0), output_type="latent")
+        rows = [row for name in options.setting or SETTINGS for row in errors(name, *SETTINGS[name])]
+    write_json("rest_layers", {**environment(pipe), "prompt": PROMPT, "grid": "demo", "rows": rows})
+
+
+def errors(name: str, patch: str, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a captured call and rest, and a printed line for each rest."""
+    method = registry.patch_class(patch)(config)
+    sizes = {key: config[key] for key in ("block", "block_k", "order") if key in config}
+    rows = []
+    for place, call in Capture.calls.items():
+        exact = scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale)
+        density, mine = measured(method, call, place, exact)
+        _, theirs = measured(Random({**sizes, "density": density}), call, place, exact)
+        where = {"setting": name, "layer": place.layer, "step": place.step, "density": density}
+        rows += [{**where, "rest": rest, "error": mine[rest], "random_error": theirs[rest]} for rest in mine]
+    print(f"{name}: density {statistics.fmean(row['density'] for row in rows):.3f}")
+    for rest in dict.fromkeys(row["rest"] for row in rows):
+        part = [row for row in rows if row["rest"] == rest]
+        error, random = (statistics.fmean(row[key] for row in part) for key in ("error", "random_error"))
+        better = sum(row["error"] < row["random_error"] for row in part)
+        print(f"  {rest:20s} error {error:.3f}  random {random:.3f}  better in {better} of {len(part)} calls", flush=True)
+    return rows
+
+
+def measured(patch: Any, call: AttentionCall, place: Place, exact: Tensor) -> tuple[float, dict[str, float]]:
+    """Density of what is read, a mean counted as one key, and the relative L2 error with each rest."""
+    params = patch.prepare(Site("", "transformer", "self", place.layer, 6), place.layout, Clock(place.step), {})
+    blocks, plan = patch._laid_out(call, params)
+    if isinstance(plan, Threshold):
+        plan = plan.lower(blocks.q_pool, blocks.k_pool, blocks.scale)
+    found = {
+        rest: float((blocks.q_tiles.unpermute(out) - exact).norm() / exact.norm()) for rest, out in outputs(blocks, plan)
+    }
+    return float(plan.density().mean()), found
+
+
+def outputs(blocks: Blocks, plan: BlockPlan) -> Iterator[tuple[str, Tensor]]:
+    """Attention with each rest, by name, from one exact pass."""
+    q, k, v, scale = blocks.q, blocks.k, blocks.v, blocks.scale
+    out, lse = block_attention(q, k, v, plan, scale=scale, backend="reference", return_lse=True)
+    yield "drop", out
+    (k_pool, _), (v_pool, _) = (pool(x, plan.k_len, plan.block_k) for x in (k, v))
+    far = scale * q @ k_pool.mT + counted(plan.k_len, plan.block_k).log()[:, :, None]
+    far = far.masked_fill(~plan.at(0).repeat_interleave(plan.block_q, -2)[..., : q.shape[-2], :], -torch.inf)
+    total = torch.logaddexp(lse, far.logsumexp(-1))[..., None]
+    yield "pool", (lse[..., None] - total).exp() * out + (far - total).exp() @ v_pool
+    for rest, gain in (("rectified", True), ("rectified, no gain", False)):
+        weighed = Rectified(*rectify(q, k, plan, blocks.k_tiles.visual_slots, scale, gain=gain))
+        yield rest, rectified(weighed, out, v, plan, None)
+    yield "tied", tied(out, lse, q, k, v, plan, scale, None)
+
+
+if __name__ == "__main__":
+    main()
