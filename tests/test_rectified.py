@@ -179,3 +179,15 @@ def test_every_selector_may_have_this_rest():
         change = patch.attend(call, params) - dropped.attend(call, dropped.prepare(SITE, layout, Clock(), {}))
         assert float(change[..., :96, :].abs().max()) > 1e-3
         torch.testing.assert_close(change[..., 96:, :], torch.zeros(1, 2, 5, 16), atol=1e-6, rtol=0)  # text rows read all
+
+
+@pytest.mark.parametrize("rest", ["rectified", "pool"])
+def test_clusters_are_laid_out_in_the_call_and_have_no_neighbours(rest):
+    layout = Layout((3, 6, 8), 0, 9)
+    q, k, v = torch.randn(3, 2, 2, layout.length, 16)
+    clusters = {"order": "kmeans", "query_clusters": 4, "key_clusters": 6, "rest": rest}
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5)
+    torch.testing.assert_close(attend(layout, q, k, v, **clusters, p=1.0), dense, rtol=1e-4, atol=1e-5)
+    sparse = attend(layout, q, k, v, **clusters)
+    assert torch.isfinite(sparse).all()
+    assert float((sparse - dense)[..., : layout.visual, :].abs().max()) > 0.05

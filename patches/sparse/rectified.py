@@ -70,13 +70,15 @@ class Rectified(Scored):
 
     def _params(self, layout: Layout, where: dict[str, Any]) -> BlockParams:
         tiles = self.order(layout, **where)
-        clustered = self.config.order == "kmeans"  # then only a call's own tiles say who is whose neighbour
+        clustered = self.config.order == "kmeans"  # then only a call's own tiles say how many blocks there are
         return BlockParams(tiles, None, {"always": None if clustered else self.always(tiles, tiles)})
 
     def always(self, q_tiles: Tiles, k_tiles: Tiles) -> Tensor:
         """Return what is read whatever the scores say, bool (M, N), or (..., M, N) where the order differs by head."""
         block, block_k = self.config.block, self.config.key_block
-        read = adjacency(q_tiles, k_tiles, block, block_k) & self.config.adjacent
+        read = torch.zeros(q_tiles.slots // block, k_tiles.slots // block_k, dtype=torch.bool, device=k_tiles.held.device)
+        if self.config.adjacent:
+            read = adjacency(q_tiles, k_tiles, block, block_k)
         if self.config.first_frame:
             frames = k_tiles.layout.grid_thw[0]
             first = [-(-tiles.visual_slots // (size * frames)) for tiles, size in ((q_tiles, block), (k_tiles, block_k))]
