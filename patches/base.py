@@ -17,6 +17,7 @@ from accelplug.kernels.attention import Backend, block_attention, measure_choice
 from accelplug.kernels.clusters import COLD, Memory, cluster_tiles
 from accelplug.kernels.orders import Order, Tiles, tiles
 from accelplug.kernels.plan import BlockPlan, Box, Threshold, counted, pool
+from accelplug.kernels.precision import Precision
 from accelplug.kernels.rectify import rectify
 from accelplug.kernels.rest import Drop, Pool, Rectified, Representative, Rest, Tied
 from accelplug.table import Table
@@ -159,6 +160,9 @@ class BlockConfig(Config):
     )
     rest_gain: bool = Field(
         True, description="Whether blocks that are not worth a pooled key are left out (rest: rectified)."
+    )
+    precision: Precision = Field(
+        "native", description="Of q.k where it is exact: native, int8 or fp8, keys smoothed. Only Triton is faster for it."
     )
     backend: Backend = Field(
         "auto", description="Kernel that runs the plan: auto, first, triton, flex, blocked or reference."
@@ -341,7 +345,13 @@ class BlockSparse(Patch):
         """Everything that `block_attention` takes."""
         rest = self._rest(blocks, plan, params)
         tensors = {"q": blocks.q, "k": blocks.k, "v": blocks.v, "key_mask": blocks.key_mask, "scale": blocks.scale}
-        return {**tensors, "plan": plan, "rest": rest, "backend": self.config.backend}
+        return {
+            **tensors,
+            "plan": plan,
+            "rest": rest,
+            "precision": self.config.precision,
+            "backend": self.config.backend,
+        }
 
     def _rest(self, blocks: Blocks, plan: BlockPlan | Threshold, params: BlockParams) -> Rest:
         if self.config.rest == "rectified" and isinstance(plan, BlockPlan):

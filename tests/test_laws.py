@@ -351,3 +351,15 @@ def test_every_error_is_ours():
         with pytest.raises(AccelplugError):
             accelplug.apply(model, recipe)
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_recipe_may_ask_for_eight_bits(precision: str):
+    model, inputs = tiny_models.build("wan")
+    row = next(row for row in ROWS if row.patch == "sol")
+    with accelplug.apply(model, row.recipe(row.working), gate="off"):
+        native = run(model, inputs)
+    with accelplug.apply(model, row.recipe({**row.working, "precision": precision}), gate="off"):
+        rounded = run(model, inputs)
+    assert not torch.equal(rounded, native)
+    torch.testing.assert_close(rounded, native, rtol=0.05, atol=0.05 * float(native.abs().max()))
