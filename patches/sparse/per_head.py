@@ -13,7 +13,7 @@ from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.errors import ShapeError
 from accelplug.kernels.orders import Tiles
 from accelplug.kernels.plan import BlockPlan
-from accelplug.patches.base import BlockParams, BlockSparse, UnimplementedHalf
+from accelplug.patches.base import Blocks, BlockSparse, UnimplementedHalf
 from accelplug.patches.calibration import Calibration, Seen, attended, relative_error
 
 
@@ -83,14 +83,13 @@ class PerHead(BlockSparse):
         key = (layout, *choice.tolist(), None if weight is None else (site.layer, *weight.tolist()))
         return self._chosen.get(key, lambda: HeadParams(self.laid(layout), choice, weight))
 
-    def _laid_out(self, call: AttentionCall, params: HeadParams) -> Any:
+    def _laid_out(self, call: AttentionCall, params: HeadParams) -> tuple[Blocks, BlockPlan]:
         choice, heads = params.choice, call.q.shape[1]
         if choice.shape[0] not in (1, heads):
             raise ShapeError(f"{type(self).__name__} has a choice for {choice.shape[0]} heads, this call has {heads}.")
-        ways = params.ways
-        return super()._laid_out(
-            call, BlockParams(ways.tiles.of_heads(choice), ways.plan.of_heads(choice), rest_weight=params.rest_weight)
-        )
+        tiles = params.ways.tiles.of_heads(choice)
+        blocks = Blocks.of(call, tiles, tiles, self.config.block, self.config.key_block)
+        return blocks, params.ways.plan.of_heads(choice)
 
 
 class WayErrors(Calibration):
