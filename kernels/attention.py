@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -47,7 +48,8 @@ def block_attention(
     rest : `Drop` (default), `Pool`, `Rectified` or `Tied`.
     scale : factor on q.k; 1 / sqrt(D) by default.
     precision : of q.k in the blocks that are read exactly; see `precision`.
-    key_mask : bool (B, P_k), keys that may be read. Pooled blocks are means over these alone.
+    key_mask : bool (B, P_k), keys that may be read, or (B, H, P_k) where that differs by head, as orders may; the kernels know
+        one mask, so that heads then go one after the other. Pooled blocks are means over these alone.
     backend : ``auto`` takes what `measure_choice` found for this shape, or the first that serves; ``first`` asks no measurement.
     return_lse : also return the natural log-sum-exp of each row.
 
@@ -64,6 +66,7 @@ def block_attention(
         If the backend that was asked for cannot serve here, gradients are asked for, or the log-sum-exp of `Rectified` or
         `Tied`, which have none.
     """
+    arguments: Any
     _check(q, k, v, plan, rest, key_mask)
     rest = Drop() if rest is None else rest
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -71,10 +74,13 @@ def block_attention(
         measured = _choices.peek(_key(q, k, v, plan, rest, key_mask, precision)) if backend == "auto" else None
         serve = _candidates(q, v, plan, precision, return_lse or isinstance(rest, Tied))
         backend = measured[0] if measured is not None and measured[0] in serve else serve[0]  # type: ignore[assignment]
+    if key_mask is not None and key_mask.ndim == 3:
+        arguments = {"scale": scale, "precision": precision, "backend": backend, "return_lse": return_lse}
+        return _by_head(q, k, v, plan, rest, key_mask, arguments)
     if isinstance(rest, Rectified | Tied):
         if return_lse:
             raise UnsupportedError(f"rest={type(rest).__name__} has no log-sum-exp. Call without return_lse.")
-        arguments: Any = {"scale": scale, "precision": precision, "key_mask": key_mask, "backend": backend}
+        arguments = {"scale": scale, "precision": precision, "key_mask": key_mask, "backend": backend}
         if isinstance(rest, Rectified):
             return rectified(rest, block_attention(q, k, v, plan, **arguments), v, plan, key_mask)
         plan = plan if isinstance(plan, BlockPlan) else lower(plan, q, k, scale, key_mask)
@@ -85,6 +91,29 @@ def block_attention(
     tensors, sizes = plan.tensors(), (plan.block_q, plan.block_k, band)
     out, lse = _op(q, k, v, key_mask, weight, tensors, *sizes, kind, scale, precision, backend, return_lse)
     return (out, lse) if return_lse else out
+
+
+def _by_head(q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Any, key_mask: Tensor, arguments: dict[str, Any]) -> Any:
+    """Serve one head after the other, each with its own mask."""
+    pairs = []
+    for head in range(q.shape[1]):
+        one = slice(head, head + 1)
+
+        def own(x: Any, names: Sequence[str], one: slice = one) -> Any:
+            parts = {name: part for name in names if (part := getattr(x, name)) is not None and part.shape[1] > 1}
+            return replace(x, **{name: part[:, one] for name, part in parts.items()})
+
+        their_rest = rest
+        if isinstance(rest, Pool) and rest.weight is not None:
+            their_rest = replace(rest, weight=rest.weight[one])
+        elif isinstance(rest, Rectified):
+            their_rest = own(rest, ("share", "weights"))
+        theirs = own(plan, BlockPlan.BY_HEAD if isinstance(plan, BlockPlan) else ("theta",))
+        tensors = q[:, one], k[:, one], v[:, one]
+        pairs.append(block_attention(*tensors, theirs, rest=their_rest, key_mask=key_mask[:, head], **arguments))
+    if arguments["return_lse"]:
+        return tuple(torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
+    return torch.cat(pairs, 1)
 
 
 @torch.library.custom_op("accelplug::block_attention", mutates_args=())
@@ -321,9 +350,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | Threshold, rest: R
                 f"The plan has {len(lengths)} {what} blocks of {block} slots, got {x.shape[-2]} {what} slots. "
                 "Lay the tokens out with the tiles that the plan was made for."
             )
-    expected = (k.shape[0], k.shape[-2])
-    if key_mask is not None and (key_mask.shape != expected or key_mask.dtype != torch.bool):
-        raise ShapeError(f"key_mask must be bool (B, P_k) = {expected}, got {key_mask.dtype} {tuple(key_mask.shape)}.")
+    expected, by_head = (k.shape[0], k.shape[-2]), (k.shape[0], q.shape[1], k.shape[-2])
+    fits = key_mask is None or key_mask.shape == expected or (key_mask.shape == by_head and k.shape[1] == q.shape[1])
+    if key_mask is not None and not (fits and key_mask.dtype == torch.bool):
+        raise ShapeError(
+            f"key_mask must be bool (B, P_k) = {expected}, or {by_head} with as many heads in k, got {key_mask.dtype} "
+            f"{tuple(key_mask.shape)} and {k.shape[1]} heads in k."
+        )
     if isinstance(rest, Rectified):
         blocks = (len(plan.q_len), len(plan.k_len))
         if rest.share.shape[2:] != blocks[:1] or rest.weights.shape[2:] != blocks:

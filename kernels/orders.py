@@ -85,6 +85,16 @@ class Tiles:
         places = torch.stack([visual // (rows * columns), visual // columns % rows, visual % columns], -1)
         return places.masked_fill(((visual < 0) | (visual >= self.layout.visual))[..., None], -1)
 
+    def slot_of_token(self) -> Tensor:
+        """`scatter`, written out where tokens are in order: int64 (..., S)."""
+        return torch.arange(self.tokens, device=self.held.device) if self.scatter is None else self.scatter
+
+    def pick(self, choice: Tensor) -> Tiles:
+        """Return for every batch row and head one of the orders that `per_head` stacked: choice int64 (B, H)."""
+        if self.gather is None or self.scatter is None:  # all are the same
+            return self
+        return replace(self, gather=self.gather[choice], scatter=self.scatter[choice])
+
     def to(self, device: torch.device | str) -> Tiles:
         """Return the tiles with their tensors on `device`."""
         gather, scatter = (x if x is None else x.to(device) for x in (self.gather, self.scatter))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -76,6 +76,9 @@ class BlockPlan:
     level: Tensor | None = None
     level_count: Tensor | None = None
     box: Box | None = None
+
+    BY_HEAD: ClassVar = ("index", "count", "whole", "bits", "taken", "level", "level_count")
+    """Tensors of the shape (B|1, H|1, ...)."""
 
     @classmethod
     def from_members(
@@ -202,8 +205,7 @@ class BlockPlan:
 
     def of_heads(self, choice: Tensor) -> BlockPlan:
         """Return a plan whose heads are, one after the other, those that `choice`, int64 (H',), names here."""
-        names = ("index", "count", "whole", "bits", "taken", "level", "level_count")
-        picked = {name: x.index_select(1, choice) for name in names if (x := getattr(self, name)) is not None}
+        picked = {name: x.index_select(1, choice) for name in self.BY_HEAD if (x := getattr(self, name)) is not None}
         return replace(self, **picked)
 
     def density(self, rest: bool = False) -> Tensor:
@@ -347,28 +349,33 @@ def pool(x: Tensor, lengths: Tensor, block: int, valid: Tensor | None = None) ->
     ----------
     x : Tensor (B, H, S, D), S at most ``len(lengths) * block``.
     lengths : int32 (N,), tokens at the front of each block.
-    valid : bool (B, S) or None, slots that count.
+    valid : bool (B, S), or (B, H, S) where it differs by head, slots that count; None for all.
 
     Returns
     -------
     mean : float32 (B, H, N, D), 0 where a block is empty.
-    number : float32 (B|1, 1, N), tokens averaged.
+    number : float32 (B|1, 1, N), or (B, H, N) as `valid` is, tokens averaged.
     """
     blocks = len(lengths)
-    holds = held_slots(lengths, block, valid)
+    holds = _with_heads(held_slots(lengths, block, valid))
     x = torch.nn.functional.pad(x.float(), (0, 0, 0, blocks * block - x.shape[-2]))
-    x = x.masked_fill(~holds[:, None, :, None], 0.0).unflatten(-2, (blocks, block))
+    x = x.masked_fill(~holds[..., None], 0.0).unflatten(-2, (blocks, block))
     number = counted(lengths, block, valid)
     return x.sum(-2) / number.clamp(min=1)[..., None], number
 
 
 def counted(lengths: Tensor, block: int, valid: Tensor | None = None) -> Tensor:
-    """How many tokens each block holds, of those that `valid` counts: float32 (B|1, 1, N)."""
-    return held_slots(lengths, block, valid).unflatten(-1, (len(lengths), block)).sum(-1)[:, None].float()
+    """How many tokens each block holds, of those that `valid` counts: float32 (B|1, 1, N), or (B, H, N) as `valid` is."""
+    return _with_heads(held_slots(lengths, block, valid).unflatten(-1, (len(lengths), block)).sum(-1)).float()
+
+
+def _with_heads(x: Tensor) -> Tensor:
+    """(B, S) as (B, 1, S), unless it has heads already."""
+    return x if x.ndim == 3 else x[:, None]
 
 
 def held_slots(lengths: Tensor, block: int, valid: Tensor | None = None) -> Tensor:
-    """Which slots hold a token, of those that `valid` (B, S) counts: bool (B|1, N * block)."""
+    """Which slots hold a token, of those that `valid`, (B, S) or (B, H, S), counts: bool (B|1, N * block) or (B, H, N * block)."""
     holds = _holds(lengths, block)[None]  # [1, N * block]
     return holds if valid is None else holds & torch.nn.functional.pad(valid, (0, holds.shape[-1] - valid.shape[-1]))
 

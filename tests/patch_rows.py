@@ -20,6 +20,8 @@ class Row:
     """Whether it is block-sparse: takes the keys of all such methods, and has a plan."""
     pools: bool = False
     """Whether blocks that are not read exactly cost one key."""
+    graphs: int = 1
+    """Graphs that layers of one policy take at most: as many as there are ways of lining tokens up by layer."""
 
     def recipe(self, config: dict[str, Any], **where: Any) -> dict[str, Any]:
         """A recipe with one rule."""
@@ -52,4 +54,8 @@ ROWS = (
     Row("sparse_vdit", {"modes": "full"}, {"modes": "multi_diagonal", "multi_diagonal": 0.4}, {"diagonal": 1.0}),
     Row("paro", {"masks": "all"}, {"order": "wht", "density": 0.4}, {"density": 1.0}),
     Row("sta", {"windows": [["full", "full", "full"]]}, {"windows": [["full", 3, 1]]}, {}),
+    Row("freeswim", {"native_hw": [512, 512]}, {"native_hw": [2, 3], "tile_thw": [1, 2, 4]}, {}),
+    Row("svg", {"density": 1.0}, {"density": 0.3, "sink": False}, {}, video_only=True),
+    Row("vmoba", {"tau": 1.0}, {"tau": 0.25, "parts": [[4, 1, 1], [1, 2, 3], [2, 2, 2]]}, {}, graphs=3),
+    Row("bilevel", {"p": 1.0}, {"k": 1, "halo": 0}, {}),
 )

@@ -512,3 +512,51 @@ def test_wrong_arguments_say_what_is_wrong():
 def test_flex_gives_no_lse_on_a_cpu():
     with pytest.raises(UnsupportedError, match="log-sum-exp"):
         block_attention(*make((1, 1, 1, 64, 16, 16, 32, 32)), backend="flex", return_lse=True)
+
+
+@pytest.mark.parametrize("rest", ["drop", "weighted", "rectified", "tied", "threshold"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_a_mask_by_head_is_each_head_with_its_own(per_head, rest):
+    """Orders that differ by head put masked keys into different slots."""
+    shape = (2, 3, 3, 97, 16, 24, 16, 16)
+    q, k, v, plan = make(shape, per_head=per_head)
+    mask = torch.rand(2, 3, 97) < 0.7
+    share, weights = torch.rand(2, 3, 7), torch.rand(2, 3, 7, 7)
+    kept = {
+        "drop": lambda one: Drop(),
+        "weighted": lambda one: Pool(torch.tensor([0.2, 0.6, 1.0])[one]),
+        "rectified": lambda one: Rectified(share[:, one], weights[:, one]),
+        "tied": lambda one: Tied(),
+        "threshold": lambda one: Pool(),
+    }[rest]
+    theta = torch.randn(2, 3, 7)
+    none = torch.zeros(7, dtype=torch.bool)
+
+    def read(one: slice):
+        if rest == "threshold":
+            return Threshold(theta[:, one], 0, none, none, plan.q_len, plan.k_len, 16, 16)
+        members = plan.members[:, one] if per_head else plan.members
+        return BlockPlan.from_members(members, plan.q_len, plan.k_len, 16, 16)
+
+    every = slice(0, 3)
+    got = block_attention(q, k, v, read(every), rest=kept(every), key_mask=mask, backend="reference")
+    for head in range(3):
+        one = slice(head, head + 1)
+        alone = block_attention(
+            q[:, one], k[:, one], v[:, one], read(one), rest=kept(one), key_mask=mask[:, head], backend="reference"
+        )
+        torch.testing.assert_close(got[:, one], alone)
+    if rest in ("drop", "weighted"):
+        _, lse = block_attention(q, k, v, read(every), rest=kept(every), key_mask=mask, backend="reference", return_lse=True)
+        assert lse.shape == (2, 3, 97)
+    with pytest.raises(ShapeError, match="key_mask"):
+        block_attention(q, k[:, :1], v[:, :1], plan, key_mask=mask, backend="reference")
+
+
+def test_means_follow_a_mask_by_head():
+    x, mask = torch.randn(2, 3, 40, 8), torch.rand(2, 3, 40) < 0.6
+    mean, number = pool(x, lengths(40, 16), 16, mask)
+    for head in range(3):
+        alone, count = pool(x[:, head : head + 1], lengths(40, 16), 16, mask[:, head])
+        torch.testing.assert_close(mean[:, head : head + 1], alone)
+        assert torch.equal(number[:, head : head + 1], count)

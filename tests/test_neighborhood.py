@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from accelplug.call import Clock, Layout, Site
+from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.plan import BlockPlan
+from accelplug.patches.sparse.freeswim import FreeSwim
 from accelplug.patches.sparse.neighborhood import Axis, Neighborhood, visited_tiles
 
 SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
@@ -242,3 +243,48 @@ def test_a_causal_axis_is_not_neutral():
 def test_settings_that_make_no_sense_are_refused(config):
     with pytest.raises(ValueError, match=r"stride|tile_thw|window|dilation|grid"):
         Neighborhood(config)
+
+
+@pytest.mark.parametrize("native", [(4, 6), (3, 5), (5, 12), (1, 2)])
+@pytest.mark.parametrize("grid_thw", [(2, 8, 11), (1, 9, 13)])
+def test_freeswim_follows_the_published_bounds(native, grid_thw):
+    layout, method = Layout(grid_thw), FreeSwim({"native_hw": native, "block": 16})
+
+    def bounds(length: int, native: int):
+        d = native // 2
+
+        def reads(i: int, j: int) -> bool:
+            return i - d - max(0, d + i - length + 1) <= j <= i + d + max(0, d - i)
+
+        return reads
+
+    rules = [bounds(length, size) for length, size in zip(grid_thw[1:], native, strict=True)]
+    expected = separable(layout, always, *rules)
+    tiles = method.order(layout)
+    slot = torch.arange(layout.length) if tiles.scatter is None else tiles.scatter
+    assert torch.equal(method.select(tiles).dense_mask()[0, 0][slot][:, slot], expected)
+    rows, columns = (min(2 * (size // 2) + 1, length) for size, length in zip(native, grid_thw[1:], strict=True))
+    assert (expected.sum(-1) == grid_thw[0] * rows * columns).all()
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+def test_freeswim_sharpens_by_the_logarithm_to_the_native_tokens(entropy):
+    layout = Layout((2, 8, 11), text_after=3)
+    method = FreeSwim({"native_hw": (4, 6), "block": 16, "backend": "reference", "entropy": entropy})
+    assert FreeSwim({}).sharpening == pytest.approx(1.0461, abs=1e-4)
+    q, k, v = (torch.randn(1, 2, layout.length, 16) for _ in range(3))
+    call = AttentionCall(q, k, v, None, 0.25, lambda: None)
+    tiles = method.order(layout)
+    mask = method.select(tiles).dense_mask()[0, 0][tiles.scatter][:, tiles.scatter]
+    scale = 0.25 * (math.log(48) / math.log(24)) ** 0.5 if entropy else 0.25
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    params = method.prepare(SITE, layout, Clock(), {})
+    torch.testing.assert_close(method.attend(call, params), expected)
+
+
+def test_freeswim_leaves_the_native_size_dense():
+    method = FreeSwim({"native_hw": (8, 11)})
+    assert method.prepare(SITE, Layout((5, 8, 11)), Clock(), {}) is None
+    assert method.prepare(SITE, Layout((5, 8, 12)), Clock(), {}) is not None
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        FreeSwim({"native_hw": (1, 1)})

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -15,7 +15,7 @@ from torch import Tensor
 from accelplug.call import Layout
 from accelplug.kernels.orders import Tiles, axis_tiles, tiles
 from accelplug.kernels.plan import BlockPlan, Box
-from accelplug.patches.base import BlockConfig, BlockSparse
+from accelplug.patches.base import BlockConfig, BlockSparse, Config, UnimplementedHalf
 
 FAR = 1 << 30
 """Beyond every coordinate."""
@@ -24,7 +24,24 @@ Positive = Annotated[int, Field(ge=1)]
 Extent = Positive | Literal["full"]
 
 
-class NeighborhoodConfig(BlockConfig):
+class WindowConfig(BlockConfig):
+    """The keys that all methods share whose queries read windows of the token grid."""
+
+    tile_thw: tuple[Positive, Positive, Positive] | None = Field(
+        None, description="Tokens per block on each axis, at most `block` in all; none: the tile that reads fewest blocks."
+    )
+    mask: Literal["token", "tile"] = Field("token", description="token is exact; tile reads every block it visits whole.")
+
+    @model_validator(mode="after")
+    def _tile_fits(self) -> Self:
+        if self.tile_thw and math.prod(self.tile_thw) > self.unit:
+            raise ValueError(
+                f"tile_thw {self.tile_thw} holds {math.prod(self.tile_thw)} tokens, more than a block of {self.unit}"
+            )
+        return self
+
+
+class NeighborhoodConfig(WindowConfig):
     """Knobs of `Neighborhood`; triples are frames, rows, columns."""
 
     window: tuple[Extent, Extent, Extent] = Field(
@@ -43,22 +60,14 @@ class NeighborhoodConfig(BlockConfig):
         None,
         description="Also read the keys that lie this many steps, or a multiple, away on each axis (MaxViT); mask: tile.",
     )
-    tile_thw: tuple[Positive, Positive, Positive] | None = Field(
-        None, description="Tokens per block on each axis, at most `block` in all; none: the tile that reads fewest blocks."
-    )
-    mask: Literal["token", "tile"] = Field("token", description="token is exact; tile reads every block it visits whole.")
 
     @model_validator(mode="after")
-    def _fits(self) -> NeighborhoodConfig:
+    def _windows_fit(self) -> Self:
         for window, stride in zip(self.window, self.stride, strict=True):
             if window != "full" and stride > window:
                 raise ValueError(
                     f"stride {stride} is more than window {window}: keys between two windows would never be read"
                 )
-        if self.tile_thw and math.prod(self.tile_thw) > self.unit:
-            raise ValueError(
-                f"tile_thw {self.tile_thw} holds {math.prod(self.tile_thw)} tokens, more than a block of {self.unit}"
-            )
         if self.grid and (self.mask != "tile" or self.dilation != (1, 1, 1)):
             raise ValueError(
                 f"grid {self.grid} is read by whole tiles beside an undilated window: give mask: tile and no dilation, "
@@ -168,43 +177,27 @@ def product(axes: Sequence[Tensor]) -> Tensor:
     return torch.einsum("ad,be,cf->abcdef", *(axis.int() for axis in axes)).bool().reshape(number, number)
 
 
-class Neighborhood(BlockSparse):
-    """Generalized neighbourhood attention (arXiv 2504.16922), a product of windows over frames, rows and columns.
+class Windowed(BlockSparse):
+    """Template of the methods whose queries read a product of windows; a subclass writes `axes`."""
 
-    On an axis of L positions with window w and stride s, position i follows ``leader = min(i // s * s + s // 2, L - 1)``
-    and reads the w positions from ``leader - w // 2``, shifted inside at the borders, so that every query keeps exactly w.
-    On a causal axis ``leader = min(i // s * s + s - 1, L - 1)``, and i reads ``[max(leader - w + 1, 0), i]``. With dilation
-    d, all this happens among the positions of one residue mod d.
-
-    Settings give the family, b a block's size on an axis:
-
-    * neighbourhood attention: stride 1; dilated (arXiv 2209.15001): dilation;
-    * sliding tiles (arXiv 2502.04507): window and stride in multiples of the tile, an odd number of them; then tiles are read
-      whole or not at all;
-    * halo attention (HaloNet, arXiv 2103.12731): stride b, window b + 2 * halo, border cut;
-    * window attention (Swin, arXiv 2103.14030, unshifted): window = stride = b, border cut;
-    * MaxViT (arXiv 2204.01697): its blocks are window attention; its grid of G positions an axis is window full, dilation L / G.
-      The published model has them in layers by turns. To read both key sets in one softmax, give the first and ``grid`` L / G.
-
-    Tiles are cut, not padded, at the far border. ``mask: tile`` reads a superset: every tile that a window touches, whole.
-    """
-
-    Config = NeighborhoodConfig
-    config: NeighborhoodConfig
-    cite = "arXiv 2504.16922"
+    Config: ClassVar[type[Config]] = WindowConfig
+    config: WindowConfig
 
     def axes(self, layout: Layout) -> tuple[Axis, ...]:
         """Return the axes of `layout`: frames, rows, columns."""
-        config = self.config
-        cut = [config.border == "cut"] * 3
-        return tuple(map(Axis.fit, layout.grid_thw, config.window, config.stride, config.dilation, config.causal, cut))
+        raise UnimplementedHalf(type(self), "axes")
+
+    @property
+    def grid(self) -> tuple[int, ...] | None:
+        """Steps on each axis at which keys are read beside the window, by whole tiles."""
+        return None
 
     def neutral(self, layout: Layout) -> bool:
-        return self.config.grid == (1, 1, 1) or all(axis.full for axis in self.axes(layout))
+        return all(axis.full for axis in self.axes(layout))
 
     def tile_thw(self, layout: Layout) -> tuple[int, int, int]:
         """Return the tile: the config's, or the one that reads fewest blocks; the most compact of equals."""
-        return self.config.tile_thw or _best_tile(self.axes(layout), self.config.unit, self.config.grid)
+        return self.config.tile_thw or _best_tile(self.axes(layout), self.config.unit, self.grid)
 
     def order(self, layout: Layout) -> Tiles:
         frames, rows, columns = (axis.dilation for axis in self.axes(layout))
@@ -213,8 +206,8 @@ class Neighborhood(BlockSparse):
     def select(self, tiles: Tiles) -> BlockPlan:
         axes, tile_thw = self.axes(tiles.layout), self.tile_thw(tiles.layout)
         visual = product([axis.visits(tile) for axis, tile in zip(axes, tile_thw, strict=True)])
-        if self.config.grid is not None:
-            far = zip(axes, tile_thw, self.config.grid, strict=True)
+        if self.grid is not None:
+            far = zip(axes, tile_thw, self.grid, strict=True)
             visual |= product([axis.meets(tile, steps) for axis, tile, steps in far])
         units, number = tiles.slots // self.config.unit, len(visual)
         members = torch.zeros(units, units, dtype=torch.bool)
@@ -248,6 +241,44 @@ class Neighborhood(BlockSparse):
             torch.cat([torch.full_like(high, FAR), high], -1),
             torch.cat([above, below], -1),
         )
+
+
+class Neighborhood(Windowed):
+    """Generalized neighbourhood attention (arXiv 2504.16922), a product of windows over frames, rows and columns.
+
+    On an axis of L positions with window w and stride s, position i follows ``leader = min(i // s * s + s // 2, L - 1)``
+    and reads the w positions from ``leader - w // 2``, shifted inside at the borders, so that every query keeps exactly w.
+    On a causal axis ``leader = min(i // s * s + s - 1, L - 1)``, and i reads ``[max(leader - w + 1, 0), i]``. With dilation
+    d, all this happens among the positions of one residue mod d.
+
+    Settings give the family, b a block's size on an axis:
+
+    * neighbourhood attention: stride 1; dilated (arXiv 2209.15001): dilation;
+    * sliding tiles (arXiv 2502.04507): window and stride in multiples of the tile, an odd number of them; then tiles are read
+      whole or not at all;
+    * halo attention (HaloNet, arXiv 2103.12731): stride b, window b + 2 * halo, border cut;
+    * window attention (Swin, arXiv 2103.14030, unshifted): window = stride = b, border cut;
+    * MaxViT (arXiv 2204.01697): its blocks are window attention; its grid of G positions an axis is window full, dilation L / G.
+      The published model has them in layers by turns. To read both key sets in one softmax, give the first and ``grid`` L / G.
+
+    Tiles are cut, not padded, at the far border. ``mask: tile`` reads a superset: every tile that a window touches, whole.
+    """
+
+    Config = NeighborhoodConfig
+    config: NeighborhoodConfig
+    cite = "arXiv 2504.16922"
+
+    def axes(self, layout: Layout) -> tuple[Axis, ...]:
+        config = self.config
+        cut = [config.border == "cut"] * 3
+        return tuple(map(Axis.fit, layout.grid_thw, config.window, config.stride, config.dilation, config.causal, cut))
+
+    @property
+    def grid(self) -> tuple[int, ...] | None:
+        return self.config.grid
+
+    def neutral(self, layout: Layout) -> bool:
+        return self.config.grid == (1, 1, 1) or super().neutral(layout)
 
 
 @lru_cache(maxsize=64)
