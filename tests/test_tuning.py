@@ -23,6 +23,10 @@ from accelplug.tuning.space import Arm, Candidate, arms, variants
 from tests import tiny_models
 from tests.test_laws import snapshot
 
+LADDERS = {
+    "sol": ([{"tau": 1.0, "block": 8, "band": 0}], ("pool", "drop")),
+    "radial": ([{"decay": 0.2, "block": 8}], ("pool", "drop")),
+}
 SIZE = {"height": 48, "width": 64, "num_inference_steps": 2}
 
 
@@ -52,9 +56,7 @@ def told_times(monkeypatch):
 
     monkeypatch.setattr(Study, "time", timed)
     monkeypatch.setattr(Trajectory, "probe", probe)
-    monkeypatch.setattr(
-        space, "LADDERS", {"sol": [{"tau": 1.0, "block": 8, "band": 0}], "radial": [{"decay": 0.2, "block": 8}]}
-    )
+    monkeypatch.setattr(space, "LADDERS", LADDERS)
     clock = iter(range(10**9))
     monkeypatch.setattr(search.time, "monotonic", lambda: next(clock) * 1e-3)
 
@@ -189,6 +191,8 @@ def test_arms_leave_out_what_reads_everything():
     names = {str(arm) for arm in arms(Layout((2, 6, 10)))}
     assert not any(name.startswith("radial") for name in names), "two frames read each other whole"
     assert any(name.startswith("sol") for name in names)
+    seen = [arm.patch for arm in arms(Layout((5, 6, 10)))]
+    assert len(set(seen[: len(set(seen))])) == len(set(seen)), "one of each patch comes first"
     with pytest.raises(AccelplugError, match="no settings to try for 'vhr'"):
         arms(Layout((2, 6, 10)), ["vhr"])
 

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product, zip_longest
 from typing import Any
 
 from accelplug.call import Layout
 from accelplug.errors import AccelplugError
-from accelplug.registry import patch_class, patch_entry
+from accelplug.registry import patch_class
 
 DENSE_STEPS = (0, 10, 25, 40)
 """Shares of the first steps that may stay dense, in percent."""
 
+PYRAMIDS = ((0.4, 0.5, 0.6, 0.8), (0.6, 0.7, 0.8, 0.9))
+"""Bounds of levels 1, 2, 4 and 8: the preset of Wan 2.1, and a more careful one."""
+
 CACHES: tuple[tuple[str, dict[str, Any]], ...] = tuple(("first_block", {"threshold": t}) for t in (0.03, 0.08, 0.15))
 
-LADDERS: dict[str, list[dict[str, Any]]] = {
-    "sol": [{"tau": tau, "order": "morton"} for tau in (0.0, 0.5, 1.0, 1.5)],
-    "radial": [{"decay": decay} for decay in (1.0, 0.5, 0.2)],
-    "neighborhood": [{"share": share} for share in (0.75, 0.5, 0.33)],
+BOTH = ("pool", "drop")
+
+LADDERS: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
+    "sol": ([{"tau": tau, "order": "morton"} for tau in (0.5, 1.0, 0.0, 1.5)], BOTH),
+    "svg_ear": ([{"density": density, "order": "morton"} for density in (0.35, 0.25, 0.5)], ("pool",)),
+    "psa": ([{"bounds": bounds, "order": "gilbert", "block_k": 32} for bounds in PYRAMIDS], ("pool",)),
+    "rectified": ([{"drop_rate": rate, "order": "gilbert"} for rate in (0.75, 0.9, 0.6)], ("pool",)),
+    "neighborhood": ([{"share": share} for share in (0.5, 0.75, 0.33)], BOTH),
+    "radial": ([{"decay": decay} for decay in (0.2, 1.0)], BOTH),
+    "tome": ([{"ratio": ratio} for ratio in (0.5, 0.25)], ()),
 }
-"""Settings by patch, from the most careful to the boldest. ``share`` is a window's share of rows and columns."""
+"""By patch: settings, the likeliest first, and what may become of the rest. ``share`` is a window's share of rows and columns."""
 
 
 @dataclass(frozen=True)
@@ -87,22 +97,23 @@ def arms(layout: Layout, patches: Sequence[str] | None = None) -> list[Arm]:
     for name in patches or ():
         if name not in LADDERS:
             raise AccelplugError(f"tune knows no settings to try for {name!r}; it knows {', '.join(LADDERS)}.")
-    return list(_arms(layout, patches or tuple(LADDERS)))
+    ladders = [list(_ladder(name, layout)) for name in patches or LADDERS]
+    # One of each patch before the second of any: where time for probing is short, each has been seen.
+    return [arm for rung in zip_longest(*ladders) for arm in rung if arm is not None]
 
 
-def _arms(layout: Layout, patches: Sequence[str]) -> Iterator[Arm]:
+def _ladder(name: str, layout: Layout) -> Iterator[Arm]:
+    """Yield the arms of one patch, rest by rest."""
     _, rows, columns = layout.grid_thw
-    for name in patches:
-        cls = patch_class(name)
-        for step in LADDERS[name]:
-            settings = {"block": 64, **step}
-            if (share := settings.pop("share", None)) is not None:
-                window = ("full", max(1, round(share * rows)), max(1, round(share * columns)))
-                settings |= {"window": window, "mask": "tile"}
-            if patch_entry(name).family == "sparse" and cls(settings).neutral(layout):  # type: ignore[attr-defined]
-                continue
-            for rest in ("drop", "pool"):
-                yield Arm(name, tuple({**settings, "rest": rest}.items()))
+    cls, (steps, rests) = patch_class(name), LADDERS[name]
+    for rest, step in product(rests or (None,), steps):
+        settings = step if rest is None else {"block": 64, **step, "rest": rest}
+        if "share" in settings:
+            share, settings = settings["share"], {key: value for key, value in settings.items() if key != "share"}
+            window = ("full", max(1, round(share * rows)), max(1, round(share * columns)))
+            settings |= {"window": window, "mask": "tile"}
+        if not (rest and cls(settings).neutral(layout)):  # type: ignore[attr-defined]
+            yield Arm(name, tuple(settings.items()))
 
 
 def variants(arm: Arm, sensitive_layers: Sequence[int]) -> Iterator[Candidate]:
