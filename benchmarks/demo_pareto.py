@@ -133,9 +133,11 @@ def layer_errors(pipe: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def measured(patch: BlockSparse, call: AttentionCall, place: Place, exact: torch.Tensor) -> tuple[float, float]:
-    """Return (density, relative L2 error) of a patch on a captured call."""
-    params = patch.prepare(Site("", "transformer", "self", place.layer, 6), place.layout, Clock(place.step), {})
+def measured(
+    patch: BlockSparse, call: AttentionCall, place: Place, exact: torch.Tensor, steps: int | None = None
+) -> tuple[float, float]:
+    """Return (density, relative L2 error) of a patch on a captured call; tables may ask how many steps there were."""
+    params = patch.prepare(Site("", "transformer", "self", place.layer, 6), place.layout, Clock(place.step, steps), {})
     if params is None:
         return 1.0, 0.0
     density, _ = patch.inspect(call, params)
