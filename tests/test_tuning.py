@@ -199,7 +199,8 @@ def test_arms_leave_out_what_reads_everything():
 
 def test_candidates_are_recipes():
     arm = Arm("sol", (("tau", 1.0),))
-    made = list(variants(arm, [3, 0, 2]))
+    made = list(variants(arm, [3, 0, 2], 20))
+    assert {c.dense_steps for c in variants(arm, [], 4)} == {0, 25, 40}, "10 % of four steps is none"
     assert made[0].rules() == {"rules": [{"patch": "sol", "with": {"tau": 1.0}}]}
     assert Candidate(arm, 25, (0, 3), ("first_block", (("threshold", 0.1),))).rules() == {
         "rules": [
@@ -224,10 +225,12 @@ def test_a_forecast_learns_the_line_that_full_runs_draw():
 
     known = [*map(Candidate, arms_[:3]), Candidate(arms_[0], dense_steps=25)]
     assert forecast.margin(known[0]) is None
-    forecast.runs = [(candidate, {"psnr": true(candidate)}) for candidate in known]
+    forecast.runs = [(candidate, {"psnr": true(candidate)}, 1100 / forecast.latency_ms(candidate)) for candidate in known]
     for candidate in (Candidate(arms_[3]), Candidate(arms_[3], dense_steps=40)):
         assert forecast.margin(candidate) == pytest.approx(true(candidate) - 26, abs=0.5)
     assert forecast.latency_ms(Candidate(arms_[0])) == pytest.approx(600.0)
+    forecast.runs.append((Candidate(arms_[3]), {"psnr": 0.0}, 1100 / 1200))
+    assert forecast.latency_ms(Candidate(arms_[3], dense_steps=40)) == pytest.approx(1600.0), "twice what probes foretold"
     assert forecast.latency_ms(Candidate(arms_[0], dense_steps=40)) == pytest.approx(800.0)
     assert forecast.latency_ms(Candidate(arms_[0], dense_layers=(0,))) == pytest.approx(725.0)
 

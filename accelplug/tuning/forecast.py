@@ -131,16 +131,29 @@ class Forecast:
     """Share of the squared error that a layer makes."""
     cache_ratio: dict[Any, float] = field(default_factory=dict)
     """Denoising time with a cache alone over dense."""
-    runs: list[tuple[Candidate, dict[str, float]]] = field(default_factory=list)
-    """Full runs: the worst value of each bound."""
+    runs: list[tuple[Candidate, dict[str, float], float]] = field(default_factory=list)
+    """Full runs: the worst value of each bound, and the speed-up."""
 
     def steps_patched(self, candidate: Candidate) -> range:
         """The steps in which the arm is on."""
         steps = len(self.trajectory.moves)
         return range(round(candidate.dense_steps * steps / 100), steps)
 
+    @property
+    def dense_ms(self) -> float:
+        """Time of a dense run."""
+        return self.denoise_ms + self.other_ms
+
     def latency_ms(self, candidate: Candidate) -> float:
-        """Foretell the time of a run."""
+        """Foretell the time of a run. Where whole runs with an arm took other times than probes foretold, so will this one."""
+        taken = [
+            self.dense_ms / gain / self._probed_ms(other)
+            for other, _, gain in self.runs
+            if other.arm == candidate.arm is not None
+        ]
+        return self._probed_ms(candidate) * (float(np.median(taken)) if taken else 1.0)
+
+    def _probed_ms(self, candidate: Candidate) -> float:
         ratio, steps = 1.0, len(self.trajectory.moves)
         if candidate.arm is not None:
             kept = 1 - len(candidate.dense_layers) / max(self.trajectory.layers, 1)
@@ -161,7 +174,9 @@ class Forecast:
 
     def margin(self, candidate: Candidate) -> float | None:
         """Foretell the smallest margin over the bounds, in the bound's own unit; None before a full run with the same cache."""
-        seen = [(other, values) for other, values in self.runs if other.arm is not None and other.cache == candidate.cache]
+        seen = [
+            (other, values) for other, values, _ in self.runs if other.arm is not None and other.cache == candidate.cache
+        ]
         if not seen or candidate.arm is None:
             return None
         margins = []

@@ -197,7 +197,7 @@ class Search:
             self._probe_layers()
         order = sorted(self.forecast.layer_share, key=lambda layer: -self.forecast.layer_share[layer])  # type: ignore[union-attr]
         paying = [arm for arm, probe in self.forecast.probes.items() if probe.ratio < 1 / WORTH]
-        self.candidates = [candidate for arm in paying for candidate in variants(arm, order)]
+        self.candidates = [candidate for arm in paying for candidate in variants(arm, order, len(trajectory.moves))]
 
     def explore(self) -> None:
         """Run the most promising candidate whole, learn, and go on until time is up or nothing faster can hold."""
@@ -333,9 +333,8 @@ class Search:
         variant = Variant(name, "cache" if candidate.arm is None else "recipe", recipe)
         if candidate not in self.points:
             foretold: dict[str, float | None] = {"margin": self.forecast.margin(candidate)}
-            total = self.forecast.denoise_ms + self.forecast.other_ms
             known = candidate.cache is None or candidate.cache in self.forecast.cache_ratio
-            foretold["speedup"] = total / self.forecast.latency_ms(candidate) if known else None
+            foretold["speedup"] = self.forecast.dense_ms / self.forecast.latency_ms(candidate) if known else None
             self.points[candidate] = Point(name, candidate.rules(), 0, 0.0, {}, 0.0, foretold=foretold)
         point, row = self.points[candidate], self.study.rows.setdefault(name, self.study.new_row(variant))
         values: dict[str, list[float]] = {
@@ -353,7 +352,7 @@ class Search:
         point.speedup = float(np.median([dense[s.prompt, s.seed] / s.latency_ms for s in row.samples]))
         point.worst = {b.name: (min if b.higher_is_better else max)(values[b.name]) for b in self.bounds}
         point.margin = min(b.margin(point.worst[b.name]) for b in self.bounds)
-        self.forecast.runs = [(c, p.worst) for c, p in self.points.items() if p.runs]
+        self.forecast.runs = [(c, p.worst, p.speedup) for c, p in self.points.items() if p.runs]
 
     # ------------------------------------------------------------------------------------------------- choosing
 
@@ -371,11 +370,10 @@ class Search:
         assert self.forecast is not None
         forecast = self.forecast
         fastest = max((self.points[c].speedup for c in self._holding()), default=WORTH)
-        total = forecast.denoise_ms + forecast.other_ms
         pool = list(self.candidates)
         for base in [c for c in self._holding() if c.arm is not None and c.cache is None][:2]:
             pool += [c for c in cached(base) if c.cache in forecast.cache_ratio]
-        open_ = [c for c in pool if c not in self.points and total / forecast.latency_ms(c) > fastest]
+        open_ = [c for c in pool if c not in self.points and forecast.dense_ms / forecast.latency_ms(c) > fastest]
         if not open_:
             return None
         margins = {candidate: forecast.margin(candidate) for candidate in open_}

@@ -116,9 +116,10 @@ def _ladder(name: str, layout: Layout) -> Iterator[Arm]:
             yield Arm(name, tuple(settings.items()))
 
 
-def variants(arm: Arm, sensitive_layers: Sequence[int]) -> Iterator[Candidate]:
-    """Yield an arm with every share of dense steps, and with none, one or two of the most sensitive layers dense."""
-    for percent in DENSE_STEPS:
+def variants(arm: Arm, sensitive_layers: Sequence[int], steps: int) -> Iterator[Candidate]:
+    """Yield an arm with every share of `steps` dense, and with none, one or two of the most sensitive layers dense."""
+    by_steps = {round(percent * steps / 100): percent for percent in reversed(DENSE_STEPS)}  # few steps make shares equal
+    for percent in sorted(by_steps.values()):
         for number in range(min(2, len(sensitive_layers)) + 1):
             yield Candidate(arm, percent, tuple(sorted(sensitive_layers[:number])))
 
