@@ -419,6 +419,7 @@ class Plug(AbstractContextManager["Plug"]):
             recipe=self.recipe.name,
             served=dict(self._ledger.served),
             fallbacks={f"{module}: {reason}": n for (module, reason), n in self._ledger.fallbacks.items()},
+            hoisted=dict(self._ledger.hoisted),
             gated=[verdict.reason + self._end_to_end(verdict) for verdict in gated],
             unjudged=sorted(self._gate.unjudged),
             gains={v.patch: v.dense_ms / v.sparse_ms for v in self._gate.verdicts if v.pays},
@@ -475,6 +476,7 @@ class Report:
     recipe: str
     served: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
+    hoisted: dict[str, int] = field(default_factory=dict)
     gated: list[str] = field(default_factory=list)
     unjudged: list[str] = field(default_factory=list)
     gains: dict[str, float] = field(default_factory=dict)
@@ -491,6 +493,8 @@ class Report:
             yield f"foretold for {what}", foretold
         for what, calls in self.fallbacks.items():
             yield f"fell back to dense: {what}", f"{calls} calls"
+        for where, forwards in self.hoisted.items():
+            yield f"order of tokens applied {where}", f"{forwards} forwards"
         for reason in self.gated:
             yield "left dense by the gate", reason
         for reason in self.unjudged:

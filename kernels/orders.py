@@ -39,6 +39,7 @@ class Tiles:
     held : bool (P,), slots that hold a token. They stand at the front of each run.
     visual_slots : slots of the visual runs; text slots follow.
     layout : what was laid out.
+    applied : whether tokens come in this order already: then nothing is left to permute, and `gather` only says who is where.
     """
 
     gather: Tensor | None
@@ -48,6 +49,12 @@ class Tiles:
     held: Tensor
     visual_slots: int
     layout: Layout
+    applied: bool = False
+
+    @property
+    def can_be_applied(self) -> bool:
+        """Whether tokens can come in this order: one for all heads, in which slots without a token stand behind all others."""
+        return self.gather is not None and self.gather.ndim == 1 and bool(self.held[: self.tokens].all())
 
     def lengths(self, block: int) -> Tensor:
         """Tokens per block of `block` slots, int32 (P / block,)."""
@@ -62,15 +69,15 @@ class Tiles:
 
         Fewer heads than the order has (grouped-query attention) are repeated.
         """
-        return x if self.gather is None else _take(x, self.gather)
+        return x if self.gather is None or self.applied else _take(x, self.gather)
 
     def unpermute(self, x: Tensor) -> Tensor:
         """Put slots (B, H, P, D) back to tokens (B, H, S, D)."""
-        return x[..., : self.tokens, :] if self.scatter is None else _take(x, self.scatter)
+        return x[..., : self.tokens, :] if self.scatter is None or self.applied else _take(x, self.scatter)
 
     def permute_mask(self, mask: Tensor) -> Tensor:
         """Put flags of tokens, bool (B, S), into slots: (B, P), or (B, H, P) where the order differs by head."""
-        if self.gather is None:
+        if self.gather is None or self.applied:
             return mask
         if self.gather.ndim == 1:
             return mask.index_select(-1, self.gather)

@@ -86,6 +86,14 @@ class Patch:
         """Return what `call` costs as a fraction of dense, and its block plan, where there are such things."""
         return None, None
 
+    def shared_order(self, params: Any) -> Tiles | None:
+        """Return the order into which every call with these params puts its tokens, where they could come in it; None if not."""
+        return None
+
+    def in_order(self, params: Any) -> Any:
+        """Return the params of a call whose tokens come in the order that `shared_order` gave."""
+        return params
+
 
 @dataclass(frozen=True, eq=False)
 class Tools:
@@ -328,6 +336,12 @@ class BlockSparse(Patch):
     def arrange(self, call: AttentionCall, params: BlockParams) -> tuple[Tiles, Tiles]:
         """Return how queries and how keys line up in this call."""
         return params.tiles, params.tiles
+
+    def shared_order(self, params: Any) -> Tiles | None:
+        return params.tiles if type(params) is BlockParams and params.tiles.can_be_applied else None
+
+    def in_order(self, params: BlockParams) -> BlockParams:
+        return replace(params, tiles=replace(params.tiles, applied=True))
 
     def _laid_out(self, call: AttentionCall, params: BlockParams) -> tuple[Blocks, BlockPlan | Threshold]:
         """The call in block order, and what is read of it."""

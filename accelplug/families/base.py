@@ -50,6 +50,31 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class AnyOrder:
+    """Blocks that take their tokens in any order and give them back in it: an order shared by many is then applied once.
+
+    Position reaches them by arguments alone, and nothing but attention mixes tokens: self-attention without a mask, sparse or dense,
+    which permutes with its tokens, and cross-attention to text, whose queries do not know each other. Between two blocks nothing
+    happens to the tokens. Classes are named exactly: a class that derives from one of them may do more.
+
+    Attributes
+    ----------
+    denoiser : class of the denoiser.
+    blocks : name of its list of blocks.
+    block : class of these.
+    processor : class of every attention processor in them.
+    arguments : (name, dimensions) of the blocks' arguments that hold one entry per token, along axis 1, where they have that many
+        dimensions; tensors or tuples of them. The first is what a block returns.
+    """
+
+    denoiser: str
+    blocks: str
+    block: str
+    processor: str
+    arguments: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
 class Family:
     """Data about one family of denoisers.
 
@@ -64,6 +89,7 @@ class Family:
         `geometry` gets that sub-module's config and inputs.
     outer_mask : masks (B, 1, S, S) of this family are outer products of one key validity; their first row is that.
     refuse : why this family's self-attention cannot be patched (linear attention), or None.
+    any_order : blocks that take their tokens in any order, or None where that is not known of them.
     status : how well it is known: ``verified`` (a real pipeline run), ``layout`` (tiny model), or ``dense``.
     """
 
@@ -74,6 +100,7 @@ class Family:
     level: tuple[str, ...] = ()
     outer_mask: bool = False
     refuse: str | None = None
+    any_order: AnyOrder | None = None
     status: Literal["verified", "layout", "dense"] = "layout"
 
 

@@ -6,7 +6,7 @@ reference image as one more latent frame; neither adds tokens beside the grid. T
 modulation only.
 """
 
-from accelplug.families.base import Family, Sites, latents
+from accelplug.families.base import AnyOrder, Family, Sites, latents
 
 _SITES: Sites = (("blocks.*.attn1", "self"), ("blocks.*.attn2", "cross"))
 
@@ -15,6 +15,15 @@ WAN = Family(
     classes=("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel"),
     sites=_SITES,  # the blocks of VACE's control branch, vace_blocks, are left alone
     geometry=latents("bcthw"),
+    # Not VACE and Animate, which add hints and faces to the tokens between blocks; nor SkyReels-V2, which may pass a mask.
+    any_order=AnyOrder(
+        denoiser="WanTransformer3DModel",
+        blocks="blocks",
+        block="WanTransformerBlock",
+        processor="WanAttnProcessor",
+        # Cosines and sines (1, S, 1, D); modulation is (B, 6, C), or (B, S, 6, C) with a timestep per token.
+        arguments=(("hidden_states", 3), ("rotary_emb", 4), ("temb", 4)),
+    ),
     status="verified",
 )
 

@@ -22,10 +22,12 @@ from accelplug.hosts import rebind
 from accelplug.hosts.clock import Ear, StepClock
 from accelplug.hosts.forecast import Cost, Forecast, Meter
 from accelplug.hosts.gate import Gate, Verdict, timed_ms
+from accelplug.hosts.hoist import Hoist
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import DENSE, Choice, Decide
 
 if TYPE_CHECKING:
+    from accelplug.kernels.orders import Tiles
     from accelplug.patches.base import Patch
 
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")
@@ -66,6 +68,8 @@ class SiteRecord:
     patch: Patch | None = None
     params: Any = None
     layout: Layout | None = None
+    order: Tiles | None = None
+    """The order that every call here puts its tokens in; the same object where others share it."""
     length: int = -1
     routed: bool = False
     missed: bool = False
@@ -86,9 +90,9 @@ class SiteRecord:
             return dense()
         return patch.attend(AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense), self.params)
 
-    def settle(self, choice: Choice, layout: Layout | None, params: Any) -> None:
+    def settle(self, choice: Choice, layout: Layout | None, params: Any, order: Tiles | None) -> None:
         """Set what runs here from now on."""
-        self.choice, self.layout, self.params = choice, layout, params
+        self.choice, self.layout, self.params, self.order = choice, layout, params, order
         self.reason = choice.reason
         if choice.patch is not None and layout is None:
             self.reason = f"{type(self.host.denoiser).__name__} was given tokens whose layout is not understood"
@@ -146,6 +150,7 @@ class DenoiserHost:
         self.signature = inspect.signature(type(denoiser).forward)
         self.records = self._records()
         self.regions = self._regions()
+        self.hoist = Hoist(denoiser, self.family.any_order, self.records, self._answers, ledger)
         self._handles: list[Any] = []
         self._ear: Ear | None = None
         self._forwards = 0
@@ -191,6 +196,7 @@ class DenoiserHost:
             record.original = rebind.rebind(record.module, record)
         self._handles.append(self.denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self._handles.append(self.denoiser.register_forward_hook(self._after_forward))
+        self._handles.append(self.denoiser.register_forward_hook(self._leave_forward, always_call=True))
         if self.family.level:
             for region in (region for region in self.regions if region.path):
                 hook = _RegionHook(self, region)
@@ -202,6 +208,7 @@ class DenoiserHost:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.hoist.end()
         for record in self.records:
             if record.original is not None:
                 rebind.restore(record.module, record, record.original)
@@ -239,14 +246,21 @@ class DenoiserHost:
         self._tell(self.clock.now(inputs.get("timestep", inputs.get("t"))))
         self._check_processors()
         self._check_routes()
+        self.hoist.end()  # what an interrupted forward left
         self.enter_root(inputs)
         latents = _latents(inputs)
+        if latents is not None:
+            self.hoist.begin(latents.device)
         if latents is not None and self.gate.mode != "off" and self.gate.may_time(latents.device):
             self.meter.begin(tuple(latents.shape), latents.dtype, latents.device)
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not torch.compiler.is_compiling() and module is self.denoiser:
             self.meter.end()
+
+    def _leave_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not torch.compiler.is_compiling() and module is self.denoiser:
+            self.hoist.end()
 
     def _tell(self, now: Clock) -> None:
         """Take note of the time, and of the steps and branches that this denoiser is run at."""
@@ -326,10 +340,9 @@ class DenoiserHost:
 
     def _judge_ahead(self, record: SiteRecord, region: Region) -> None:
         """Let the gate time made-up tensors of the real shape, outside every graph."""
-        heads, to_q = getattr(record.module, "heads", None), getattr(record.module, "to_q", None)
-        if heads is None or to_q is None or region.dtype is None:
+        shape = self._shape_bhsd(record, region)
+        if shape is None or region.dtype is None:
             return
-        shape = (region.batch, heads, record.length, to_q.out_features // heads)
 
         def judge() -> str | None:
             generator = torch.Generator(region.device or "cpu").manual_seed(0)  # the global generator stays untouched
@@ -339,23 +352,46 @@ class DenoiserHost:
         if self._ahead.get((record.patch, shape, region.dtype, region.device), judge) is not None:
             record.patch = None
 
+    def _shape_bhsd(self, record: SiteRecord, region: Region) -> tuple[int, int, int, int] | None:
+        """Shape of the queries to come, where the attention module tells its heads."""
+        heads, to_q = getattr(record.module, "heads", None), getattr(record.module, "to_q", None)
+        if heads is None or to_q is None:
+            return None
+        return region.batch, heads, record.length, to_q.out_features // heads
+
+    def _answers(self, record: SiteRecord) -> bool:
+        """Whether the next calls of `record` will run its patch, as far as can be foretold: the gate has judged, if it is on."""
+        patch, region = record.patch, self.regions[0]
+        if patch is None or record.reason is not None:
+            return False
+        if self.gate.mode == "off" or not patch.speed:
+            return True
+        shape = self._shape_bhsd(record, region)
+        if shape is None or region.dtype is None or region.device is None:
+            return False
+        verdict = self.gate.known(record.choice.name, patch, shape, region.dtype, region.device)
+        return verdict is not None and (verdict.pays or self.gate.mode == "report")
+
     def _expected_layout(self, geometry: Geometry | None, site: Site) -> Layout | None:
         if geometry is None:
             return None
         text = geometry.text[1] if site.kind == "joint" else 0
         return geometry.layout(site.kind, math.prod(geometry.grid_thw) + text)
 
-    def _prepare(self, site: Site, layout: Layout | None, device: torch.device | None) -> tuple[Choice, Layout | None, Any]:
+    def _prepare(
+        self, site: Site, layout: Layout | None, device: torch.device | None
+    ) -> tuple[Choice, Layout | None, Any, Tiles | None]:
         choice = self.decide(site, layout, self.now)
         if choice.patch is None or layout is None:
-            return choice, layout, None
+            return choice, layout, None, None
         shared = self.state.setdefault((None, self.now.branch), {})
         state = self.state.setdefault((site.module, self.now.branch), {"shared": shared})
         params = choice.patch.prepare(site, layout, self.now, state)
+        order = None if params is None or self.hoist.scheme is None else choice.patch.shared_order(params)
         if params is None or device is None or device.type == "cpu":
-            return choice, layout, params
+            return choice, layout, params, order
         # The originals are kept beside the moved ones, so that an id stays theirs.
-        return choice, layout, self._moved.get((id(params), device), lambda: (params, params.to(device)))[1]
+        return choice, layout, self._moved.get((id(params), device), lambda: (params, params.to(device)))[1], order
 
     # --------------------------------------------------------------------------------------------- the call itself
 

@@ -51,6 +51,8 @@ class Ledger:
     """Calls answered, by patch name; ``dense`` counts those that no rule names or that a gate left dense."""
     fallbacks: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Calls that a rule names and that ran dense all the same, by (module, reason)."""
+    hoisted: Counter[str] = field(default_factory=Counter)
+    """Forwards in which an order that blocks share was applied once for them, by where, and in which it was not, by why."""
     events: list[Event] | None = None
     timed: bool = False
     keep_plans: bool = False

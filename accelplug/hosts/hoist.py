@@ -1,0 +1,202 @@
+"""An order of tokens that consecutive blocks share is applied once for all of them, instead of in every attention call.
+
+A block-sparse call permutes q, k and v, and un-permutes its output. Where two or more consecutive blocks use the same order, the
+hidden states and the rotary embedding (and the modulation, where it has a token axis) are permuted ahead of the first, the hidden
+states un-permuted behind the last, and the calls between permute nothing. A call in there that runs dense all the same is right:
+without a mask self-attention permutes with its tokens, and cross-attention to text does so row by row. Results are the unhoisted
+ones to rounding, since matrix products see their rows in another order.
+
+Everything stands for one eager forward and is taken down at its end, by exception too. A block ends a run if it is dense by a rule or
+by the gate, or has an order of its own, or if somebody else might look at its tokens: hooks, a replaced forward (step caches,
+offloading), a processor of another class. Nothing is hoisted in compiled blocks: first, inner and last ones would be graphs of their
+own, and Dynamo does not guard on hooks by default.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from accelplug.bounded import Bounded
+from accelplug.hosts import rebind
+
+if TYPE_CHECKING:
+    from accelplug.families.base import AnyOrder
+    from accelplug.hosts.diffusers import SiteRecord
+    from accelplug.hosts.ledger import Ledger
+    from accelplug.kernels.orders import Tiles
+
+LEAST = 2
+"""Blocks in a row from which an order is applied ahead."""
+
+
+class Hoist:
+    """Applies shared orders ahead of the blocks of one denoiser.
+
+    Parameters
+    ----------
+    denoiser : whose blocks.
+    scheme : what is known of them, None where nothing is.
+    records : of its attention modules.
+    answers : record of an attention module -> whether its next calls run its patch.
+    ledger : counts in how many forwards what was hoisted, or why not.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        scheme: AnyOrder | None,
+        records: list[SiteRecord],
+        answers: Callable[[SiteRecord], bool],
+        ledger: Ledger,
+    ) -> None:
+        self.denoiser, self.records = denoiser, records
+        self.scheme = scheme if scheme is not None and type(denoiser).__name__ == scheme.denoiser else None
+        self.answers, self.ledger = answers, ledger
+        self._moved: Bounded[tuple[int, torch.device], tuple[Tiles, Tensor, Tensor]] = Bounded(16)
+        self._handles: list[Any] = []
+        self._before: list[tuple[SiteRecord, Any]] = []
+
+    def begin(self, device: torch.device) -> None:
+        """Put hooks on the runs of blocks that share an order, for the forward that comes."""
+        if self.scheme is None or sum(record.order is not None for record in self.records) < LEAST:
+            return
+        blocks = [_Block(name, module, *self._found(module)) for name, module in self._children()]
+        for order, group in groupby(blocks, key=lambda block: block.order):  # tiles compare by identity
+            run = list(group)
+            if order is not None and len(run) >= LEAST:
+                self._hoist(run, order, device)
+        for reason in {block.obstacle for block in blocks if block.obstacle}:
+            self.ledger.hoisted[f"by every call, {reason}"] += 1
+
+    def end(self) -> None:
+        """Take the hooks off, and give the calls their own orders back. A second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        for record, params in self._before:
+            record.params = params
+        self._handles.clear()
+        self._before.clear()
+
+    def _children(self) -> Iterator[tuple[str, nn.Module]]:
+        name = self.scheme.blocks if self.scheme else ""
+        for number, block in getattr(self.denoiser, name).named_children():
+            yield f"{name}.{number}", block
+
+    def _found(self, block: nn.Module) -> tuple[list[SiteRecord], Tiles | None, str | None]:
+        """The patched attention of a block, the order that it shares with others, or what stands in the way."""
+        owners = [module for module in block.modules() if "processor" in vars(module) or "processor" in module._modules]
+        records = [vars(module).get(rebind.RECORD) for module in owners]
+        sites = [record for record in records if record is not None and record.site is not None]
+        orders = {record.order for record in sites}
+        order = orders.pop() if len(orders) == 1 else None
+        if order is None or not all(map(self.answers, sites)):
+            return sites, None, None
+        obstacle = self._obstacle(block, records)
+        return sites, None if obstacle else order, obstacle
+
+    def _obstacle(self, block: nn.Module, records: list[SiteRecord | None]) -> str | None:
+        if torch.is_grad_enabled():
+            return "because gradients may be asked for"
+        modules = list(block.modules())
+        if any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in modules):
+            return "because blocks are compiled"
+        looked_at = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
+        stock = type(block).__name__ == (self.scheme and self.scheme.block) and all(map(self._is_stock, records))
+        return "because others look into blocks" if looked_at or not stock else None
+
+    def _is_stock(self, record: SiteRecord | None) -> bool:
+        """Whether attention runs the processor that is known, re-bound."""
+        return (
+            record is not None
+            and rebind.is_rebound(record.module, record)
+            and type(record.original).__name__ == (self.scheme and self.scheme.processor)
+            and record.module.processor._parallel_config is None
+        )
+
+    def _hoist(self, run: list[_Block], order: Tiles, device: torch.device) -> None:
+        there, back = self._indices(order, device)
+        arguments = self.scheme.arguments if self.scheme else ()
+        passage = _Passage(arguments, there, back)
+        for block in run:
+            hook = passage.first if block is run[0] else passage.inner
+            self._handles.append(block.module.register_forward_pre_hook(_Hook(block.module, hook), with_kwargs=True))
+            for record in block.sites:
+                self._before.append((record, record.params))
+                if record.patch is not None:
+                    record.params = record.patch.in_order(record.params)
+        self._handles.append(run[-1].module.register_forward_hook(_Hook(run[-1].module, passage.last)))
+        self.ledger.hoisted[f"once for {run[0].name} to {run[-1].name}"] += 1
+
+    def _indices(self, order: Tiles, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Token of each place, and place of each token, int64 (S,) on `device`."""
+
+        def move() -> tuple[Tiles, Tensor, Tensor]:
+            if order.gather is None or order.scatter is None:
+                raise ValueError("tokens in raster order need no permuting")
+            return order, order.gather[: order.tokens].to(device), order.scatter.to(device)
+
+        return self._moved.get((id(order), device), move)[1:]  # `order` is kept beside, so that its id stays its own
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """One block: what shares its order, None where it has none or something stands in the way."""
+
+    name: str
+    module: nn.Module
+    sites: list[SiteRecord]
+    order: Tiles | None
+    obstacle: str | None
+
+
+class _Passage:
+    """One run of blocks in one forward: what their hooks do."""
+
+    def __init__(self, arguments: tuple[tuple[str, int], ...], there: Tensor, back: Tensor) -> None:
+        self.arguments, self.there, self.back = arguments, there, back
+        self._permuted: dict[str, tuple[Any, Any]] = {}
+
+    def first(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        name, dimensions = self.arguments[0]
+        bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs)
+        bound.arguments[name] = self._permute(bound.arguments[name], dimensions)
+        return self.inner(block, bound.args[1:], bound.kwargs)
+
+    def inner(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs)
+        for name, dimensions in self.arguments[1:]:
+            given = bound.arguments[name]
+            # Blocks are handed the same embedding and modulation one after the other.
+            if name not in self._permuted or self._permuted[name][0] is not given:
+                self._permuted[name] = given, self._permute(given, dimensions)
+            bound.arguments[name] = self._permuted[name][1]
+        return bound.args[1:], bound.kwargs
+
+    def last(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        self._permuted.clear()
+        return output.index_select(1, self.back)
+
+    def _permute(self, x: Any, dimensions: int) -> Any:
+        if isinstance(x, tuple):
+            return tuple(self._permute(part, dimensions) for part in x)
+        return x.index_select(1, self.there) if x.ndim == dimensions else x
+
+
+class _Hook:
+    """Hook of one block. Deep copies of it do nothing."""
+
+    def __init__(self, module: nn.Module | None, run: Callable[..., Any] | None) -> None:
+        self.module, self.run = module, run
+
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        return self.run(module, *given) if self.run is not None and module is self.module else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(None, None)
