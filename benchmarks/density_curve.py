@@ -117,7 +117,8 @@ def with_tables(pipe: Any, patch: str, rest: str, config: dict[str, Any]) -> dic
     runs = {"inputs": GRID, "seed": 100, "dense_steps": None, "progress": False}
     if (own := registry.patch_class(patch).Calibration) is None:
         recipe = {"patch": patch, "with": config}
-        found = accelplug.calibrate(pipe, "rest", CALIBRATION_PROMPT, recipe=recipe, **runs)
+        few = {"options": {"weights": 6}, "buckets": 2}
+        found = accelplug.calibrate(pipe, "rest", CALIBRATION_PROMPT, recipe=recipe, **few, **runs)
     else:
         options = {key: config[key] for key in own.Config.model_fields if key in config}
         found = accelplug.calibrate(pipe, patch, CALIBRATION_PROMPT, config=config, options=options, **runs)
