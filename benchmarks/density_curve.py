@@ -1,14 +1,14 @@
 """Quality over density for every sparse patch on the bundled video model, beside random and local block masks.
 
-usage: python -m benchmarks.density_curve [--only layers|runs|tables] [--patch NAME ...]
+usage: python -m benchmarks.density_curve [--only layers|runs|tables] [--patch NAME ...] [--rest NAME ...]
 
 Density counts pooled keys, so that a pooled rest and a dropped one stand at equal cost. `layers`: relative L2 error of attention
 outputs on the q, k, v of a dense run, mean over layers and steps. `runs`: PSNR and foreground PSNR of whole runs against the dense
 one, and caption agreement. A small grid of few steps: 17 frames of 64 x 96, 864 tokens, 8 steps, blocks of 16. Each part writes its
 rows and a picture. Nothing is timed. Tables are calibrated on one other caption, for each setting anew.
 
-With `--patch`, rows of other patches are kept as the file has them, and its environment goes under "earlier". `tables` prints
-both files as docs/performance.md shows them.
+With `--patch` or `--rest`, rows of settings that were not run are kept as the file has them, and its environment goes under
+"earlier". `tables` prints both files as docs/performance.md shows them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,22 @@ class Local(BlockSparse):
         return self.plan(distance.argsort(dim=-1, stable=True).argsort(dim=-1) < self.config.width, tiles)
 
 
-def settings(patches: list[str] | None) -> Iterator[tuple[int, str, str, Any, dict[str, Any]]]:
+@dataclass(frozen=True)
+class Only:
+    """Which curves are run; None for all."""
+
+    patches: list[str] | None = None
+    rests: list[str] | None = None
+
+    def has(self, patch: str, rest: str) -> bool:
+        """Whether a curve is among them."""
+        return (self.patches is None or patch in self.patches) and (self.rests is None or rest in self.rests)
+
+
+def settings(only: Only) -> Iterator[tuple[int, str, str, Any, dict[str, Any]]]:
     """Yield (place on the curve, patch, rest, the knob's value, config)."""
     for patch, rests, knob, values, others in CURVES:
-        for rest in rests if patches is None or patch in patches else ():
+        for rest in (rest for rest in rests if only.has(patch, rest)):
             for place, value in enumerate(values):
                 blocks = {} if patch == "tome" else {**BLOCK, "rest": rest.partition(", ")[0]}
                 yield place, patch, rest, value, {**blocks, **others, **dict.fromkeys(knob.split(), value)}
@@ -131,14 +144,14 @@ def plain(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, **short}
 
 
-def layers(pipe: Any, patches: list[str] | None) -> list[dict[str, Any]]:
+def layers(pipe: Any, only: Only) -> list[dict[str, Any]]:
     """One row a setting: density and error of attention outputs, mean over the captured calls, and by layer."""
     Capture.steps = (3, 5, 7)
     with accelplug.apply(pipe, {"patch": "capture"}, gate="off"):
         pipe(prompt=PROMPTS[0], **GRID, generator=torch.Generator().manual_seed(0), output_type="latent")
     exact = {p: scaled_dot_product_attention(c.q, c.k, c.v) for p, c in Capture.calls.items()}
     rows = []
-    for _, patch, rest, value, config in settings(patches):
+    for _, patch, rest, value, config in settings(only):
         config = with_tables(pipe, patch, rest, config)
         method = registry.patch_class(patch)(config)
         steps = GRID["num_inference_steps"]
@@ -151,7 +164,7 @@ def layers(pipe: Any, patches: list[str] | None) -> list[dict[str, Any]]:
     return rows
 
 
-def runs(pipe: Any, patches: list[str] | None, seconds: float) -> list[dict[str, Any]]:
+def runs(pipe: Any, only: Only, seconds: float) -> list[dict[str, Any]]:
     """One row a setting: density of the steps with patches, PSNR against the dense run, mean and worst over prompts, agreement.
 
     After `seconds` no further setting is begun; what was left out is said.
@@ -163,7 +176,7 @@ def runs(pipe: Any, patches: list[str] | None, seconds: float) -> list[dict[str,
     print(rows[-1])
     start = time.monotonic()
     # The middle of each curve first, so that a run cut short has all of them.
-    for _, patch, rest, value, config in sorted(settings(patches), key=lambda setting: abs(setting[0] - 1)):
+    for _, patch, rest, value, config in sorted(settings(only), key=lambda setting: abs(setting[0] - 1)):
         if time.monotonic() - start > seconds:
             print(f"out of time: {patch} {rest} {value} and what follows it were left out")
             break
@@ -282,21 +295,25 @@ def _at(rows: list[dict[str, Any]], patch: str, density: float, metric: str) -> 
     return float(np.interp(density, x, y)) if x and x[0] <= density <= x[-1] else None
 
 
-def publish(name: str, rows: list[dict[str, Any]], facts: dict[str, Any], patches: list[str] | None) -> list[dict[str, Any]]:
-    """Write rows; with `patches`, beside the file's rows of other patches. Return all."""
-    if patches is not None:
+def publish(name: str, rows: list[dict[str, Any]], facts: dict[str, Any], only: Only) -> None:
+    """Write rows, and beside them those that the file has of other settings, if not all were run."""
+    if only != Only():
         kept = json.loads((RESULTS / f"{name}.json").read_text())
         facts = {**facts, "earlier": [*kept.pop("earlier", []), {key: kept[key] for key in facts if key in kept}]}
-        others = [row for row in kept["rows"] if row["patch"] not in patches]
-        rows = others + [row for row in rows if row["patch"] in patches]
-    write_json(name, {**facts, "patches": patches, "rows": rows})
-    return rows
+        run = {_setting(row) for row in rows}
+        rows = [row for row in kept["rows"] if _setting(row) not in run] + rows
+    write_json(name, {**facts, "rows": rows})
+
+
+def _setting(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["patch"], row["rest"], json.dumps(row["knob"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("layers", "runs", "tables"))
     parser.add_argument("--patch", action="append", choices=[curve[0] for curve in CURVES], help="only these; see above")
+    parser.add_argument("--rest", action="append", choices=COLOURS, help="only these; see above")
     parser.add_argument("--seconds", type=float, default=900, help="begin no run after so many (default 900)")
     options = parser.parse_args()
     own_patches()
@@ -308,10 +325,11 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     facts = {**environment(pipe), "grid": GRID, "prompts": list(PROMPTS), "calibration_prompt": CALIBRATION_PROMPT}
     facts["dense_steps"] = DENSE_STEPS
+    only = Only(options.patch, options.rest)
     if options.only != "runs":
-        publish("density_layers", layers(pipe, options.patch), facts, options.patch)
+        publish("density_layers", layers(pipe, only), facts, only)
     if options.only != "layers":
-        publish("density_runs", runs(pipe, options.patch, options.seconds), facts, options.patch)
+        publish("density_runs", runs(pipe, only, options.seconds), facts, only)
     show()
 
 
