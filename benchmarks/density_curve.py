@@ -272,8 +272,9 @@ def table(rows: list[dict[str, Any]], metrics: dict[str, str]) -> str:
     first = next(iter(metrics))
     lines = [f"| patch | rest | knob | density | {' | '.join(metrics.values())} | drop there | random there |"]
     lines.append("|---" * (6 + len(metrics)) + "|")
-    order = [curve[0] for curve in CURVES]
-    for row in sorted((row for row in rows if row.get("config")), key=lambda row: order.index(row["patch"])):
+    order, rests = [curve[0] for curve in CURVES], list(COLOURS)
+    found = [row for row in rows if row.get("config")]
+    for row in sorted(found, key=lambda row: (order.index(row["patch"]), rests.index(row["rest"]), row["density"])):
         beside = [_at(rows, patch, row["density"], first) for patch in (row["patch"], "random")]
         if row["rest"] == "drop":
             beside[0] = None
