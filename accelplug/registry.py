@@ -57,7 +57,7 @@ _PATCHES = {
             module="accelplug.patches.sparse.proxy",
             cls="Proxy",
             family="sparse",
-            summary="Near windows are read exactly, each far window through one key that stands for it.",
+            summary="Near windows are read exactly, each far window through one key that stands for it. Experimental.",
             cite="arXiv 2409.04005",
         ),
         PatchEntry(
@@ -89,7 +89,7 @@ _PATCHES = {
             module="accelplug.patches.sparse.vmoba",
             cls="Vmoba",
             family="sparse",
-            summary="Query blocks choose slabs of frames, columns or cuboids, by turns of layers; all pairs of a head compete.",
+            summary="Query blocks choose slabs of frames, columns or cuboids, by turns; all pairs of a head compete. Experimental.",
             cite="arXiv 2506.23858",
         ),
         PatchEntry(

@@ -262,6 +262,9 @@ class Neighborhood(Windowed):
       The published model has them in layers by turns. To read both key sets in one softmax, give the first and ``grid`` L / G.
 
     Tiles are cut, not padded, at the far border. ``mask: tile`` reads a superset: every tile that a window touches, whole.
+
+    Experimental with the rest dropped: whole runs of the bundled model (blocks of 16) then come no nearer to dense than with
+    random blocks, 16.5 and 16.8 dB of foreground PSNR at density .40. With it pooled they do: 19.0 and 17.6 at .44.
     """
 
     Config = NeighborhoodConfig
