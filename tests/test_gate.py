@@ -286,13 +286,24 @@ def test_kernels_are_replayed(monkeypatch):
 def test_deterministic_takes_no_kernel_that_another_plug_measured(monkeypatch):
     recipe = ROWS[0].recipe({"decay": 0.2, "backend": "auto"})
     model, inputs = tiny_models.build("wan")
-    monkeypatch.setattr(attention, "_chosen", lambda *args: asked.append(args[-1]) or "blocked")
-    asked: list[bool] = []
+    ran: list[str] = []
+    kernel = attention._run
+
+    def noted(backend, *arguments):
+        ran.append(backend)
+        return kernel(backend, *arguments)
+
+    monkeypatch.setattr(attention, "_run", noted)
+    monkeypatch.setattr(attention, "_candidates", lambda *_: ["blocked", "reference"])
+    monkeypatch.setattr(attention._choices, "peek", lambda key: ("reference", {"reference": 1.0}))  # measured elsewhere
+    with accelplug.apply(model, recipe, gate="off"):
+        run(model, inputs)
+    assert set(ran) == {"reference"}
+    ran.clear()
     with accelplug.apply(model, recipe, deterministic=True) as plug:
         run(model, inputs)
         assert plug.choices["backend"] == "first"
-    assert asked
-    assert not any(asked)
+    assert set(ran) == {"blocked"}
 
 
 def test_choices_of_something_else_are_refused(wan):
