@@ -58,7 +58,8 @@ def apply(
     strict : raise `FallbackError` where an attention call that a rule names would run dense.
     gate : ``auto`` times dense against sparse at the first call of each shape and leaves dense what would not pay;
         ``report`` times and tells, but forces the recipe; ``off`` forces it and times nothing.
-    backend : kernel for patches that leave the choice open: ``auto``, ``first``, ``triton``, ``flex``, ``blocked``, ``reference``.
+    backend : kernel for patches that leave the choice open: ``auto``, ``first``, ``triton``, ``flex``, ``flash``,
+        ``blocked``, ``reference``.
     deterministic : take no choice by timing: the gate is off, and the first kernel that serves is used. With `choices`: time nothing
         beside them.
     choices : what ``plug.choices`` was in an earlier run of this recipe, from its JSON too. Its gate, backend, verdicts and kernels

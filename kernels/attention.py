@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from accelplug.kernels.plan import BlockPlan, Threshold, pool
 from accelplug.kernels.precision import DTYPES, Precision, Quantised, quantised, smoothed
 from accelplug.kernels.rest import Drop, Pool, Rectified, Rest, Tied, coarse, rectified, tied
 
-Backend = Literal["auto", "first", "triton", "flex", "blocked", "reference"]
+Backend = Literal["auto", "first", "triton", "flex", "flash", "blocked", "reference"]
 
 FLEX_MIN_SLOTS = 4096
 """Below this many key slots, compiling FlexAttention on a CPU costs more than it brings."""
@@ -192,7 +193,8 @@ def _served(
         return triton_block.attend(q, k, v, plan, rest, scale, key_mask, return_lse, eight)
     if isinstance(plan, Threshold):
         plan = lower(plan, q, k, scale, key_mask)
-    kernels = {"flex": flex.attend, "blocked": blocked.attend, "reference": reference.attend}
+    flash = partial(flex.attend, backend="flash")
+    kernels: dict[str, Any] = {"flex": flex.attend, "flash": flash, "blocked": blocked.attend, "reference": reference.attend}
     more = coarse(k, v, plan, rest, key_mask)
     if eight is not None:
         q, k = eight.restored(q.dtype)
@@ -212,7 +214,8 @@ def lower(plan: Threshold, q: Tensor, k: Tensor, scale: float, key_mask: Tensor 
 def available_backends(device: torch.device | str) -> dict[str, str | None]:
     """Return, for every backend, None where it serves on `device`, else why not."""
     device = torch.device(device)
-    return {"triton": _triton_missing(device), "flex": flex.missing(device), "blocked": None, "reference": None}
+    compiled = {"triton": _triton_missing(device), "flex": flex.missing(device), "flash": flex.flash_missing(device)}
+    return {**compiled, "blocked": None, "reference": None}
 
 
 def _triton_missing(device: torch.device) -> str | None:
@@ -326,6 +329,8 @@ def _candidates(q: Tensor, v: Tensor, plan: Any, precision: Precision, return_ls
     large = q.device.type != "cpu" or len(plan.k_len) * plan.block_k >= FLEX_MIN_SLOTS
     if large and flex.unsupported(q, plan, return_lse) is None:
         names.append("flex")
+    if flex.flash_unsupported(q, v, plan) is None:  # behind the others: taken where it was measured to be the fastest
+        names.append("flash")
     return [*names, "blocked"]
 
 

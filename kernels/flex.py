@@ -1,17 +1,23 @@
-"""Block attention by FlexAttention: compiled once per shape, fast on CPU and GPU. On a CPU it needs a C++ compiler."""
+"""Block attention by FlexAttention: compiled once per shape, fast on CPU and GPU. On a CPU it needs a C++ compiler.
+
+Two backends: ``flex`` is torch's own kernel, ``flash`` has torch build it on FlashAttention-4 (package flash-attn-4, Hopper and
+datacentre Blackwell). ``flash`` never ran on a GPU here: only what it refuses and what it asks torch for is tested.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import shutil
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from accelplug.bounded import Bounded
@@ -20,6 +26,9 @@ from accelplug.kernels.plan import BlockPlan, Threshold
 from accelplug.kernels.rest import Coarse, extended
 
 logger = logging.getLogger("accelplug")
+
+FLASH_DIMS = (64, 128)
+"""Head dimensions for which FlashAttention-4 has tiles of 128 keys on every GPU that it runs on."""
 
 _compiled: Bounded[tuple, Callable[..., Any]] = Bounded(32)
 # The plan is kept beside its mask, so that the address in the key stays its own.
@@ -49,6 +58,46 @@ def unsupported(q: Tensor, plan: BlockPlan | Threshold, return_lse: bool) -> str
     return None
 
 
+@functools.cache
+def _flash_importable() -> bool:
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:  # no flash_attn at all
+        return False
+
+
+def flash_missing(device: torch.device) -> str | None:
+    """Why FlexAttention on FlashAttention-4 cannot run on `device`, or None."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"FlashAttention-4 runs on NVIDIA GPUs alone, not on {'ROCm' if device.type == 'cuda' else device.type}"
+    options = getattr(torch_flex, "FlexKernelOptions", None)
+    if "FLASH" not in str(getattr(options, "__annotations__", {}).get("BACKEND")) + str(getattr(torch_flex, "_Backend", "")):
+        return f"torch {torch.__version__} has no FlashAttention-4 under FlexAttention"
+    if not _flash_importable():
+        return "flash-attn-4 is not installed (pip install --pre flash-attn-4)"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major not in (9, 10, 11):
+        return f"FlashAttention-4 skips blocks on compute capability 9, 10 and 11 alone, this GPU has {major}.{minor}"
+    return None
+
+
+def flash_unsupported(q: Tensor, v: Tensor, plan: BlockPlan | Threshold) -> str | None:
+    """Why this call cannot run on FlashAttention-4, or None."""
+    if (reason := flash_missing(q.device)) is not None:
+        return reason
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"FlashAttention-4 takes bfloat16 and float16, got {q.dtype}"
+    if q.shape[-1] != v.shape[-1] or q.shape[-1] not in FLASH_DIMS:
+        return f"FlashAttention-4 is asked for head dimensions 64 and 128 alone, got {q.shape[-1]} and {v.shape[-1]}"
+    rows = 128 if torch.cuda.get_device_capability(q.device)[0] == 9 else 256  # Blackwell has two tiles of queries in flight
+    if plan.block_q % rows or plan.block_k != 128:
+        return (
+            f"FlashAttention-4 takes key blocks of 128 and query blocks of a multiple of {rows} on this GPU, got "
+            f"{plan.block_q} x {plan.block_k}"
+        )
+    return None
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -58,10 +107,14 @@ def attend(
     scale: float,
     key_mask: Tensor | None,
     return_lse: bool,
+    *,
+    backend: Literal["flex", "flash"] = "flex",
 ) -> tuple[Tensor, Tensor | None]:
     """Return (out, lse); see `attention.block_attention`."""
-    if (reason := unsupported(q, plan, return_lse)) is not None:
-        raise UnsupportedError(f"backend='flex' cannot serve: {reason}. Use backend='blocked' or 'auto'.")
+    flash = backend == "flash"
+    if (reason := flash_unsupported(q, v, plan) if flash else unsupported(q, plan, return_lse)) is not None:
+        others = "'flex', 'blocked'" if flash else "'blocked'"
+        raise UnsupportedError(f"backend='{backend}' cannot serve: {reason}. Use backend={others} or 'auto'.")
     slots_q, slots_k = len(plan.q_len) * plan.block_q, plan.key_slots
     rows, ratio = q.shape[-2], q.shape[1] // k.shape[1]
     k, v = extended(k, v, coarse, slots_k)
@@ -76,9 +129,20 @@ def attend(
     score_mod = None if coarse is None else _score_mod(coarse.bias, slots_k)
     shapes = (tuple(q.shape), tuple(k.shape), v.shape[-1], plan.block_q, plan.block_k, tuple(plan.bits.shape), levels)
     kind = (coarse and coarse.bias.shape, plan.box is not None, key_mask is not None, return_lse)
-    run = _compiled.get((q.device, q.dtype, *shapes, *kind, scale), lambda: _compile(q, k))
-    options = {"scale": scale, "enable_gqa": ratio > 1, "return_lse": return_lse}
-    out = run(q, k, v, score_mod=score_mod, block_mask=mask, **options)
+    run = _compiled.get((backend, q.device, q.dtype, *shapes, *kind, scale), lambda: _compile(q, k))
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": ratio > 1, "return_lse": return_lse}
+    if flash:
+        options["kernel_options"] = {"BACKEND": "FLASH"}
+    try:
+        out = run(q, k, v, score_mod=score_mod, block_mask=mask, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a package that changes still: whatever it throws, `auto` goes on without it
+        if not flash:
+            raise
+        raise UnsupportedError(
+            f"backend='flash' failed inside FlashAttention-4 or torch: {error}. Use backend='flex' or 'auto'."
+        ) from error
     out, lse = out if return_lse else (out, None)
     return out[..., :rows, :], None if lse is None else lse[..., :rows]
 

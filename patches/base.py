@@ -173,7 +173,7 @@ class BlockConfig(Config):
         "native", description="Of q.k where it is exact: native, int8 or fp8, keys smoothed. Only Triton is faster for it."
     )
     backend: Backend = Field(
-        "auto", description="Kernel that runs the plan: auto, first, triton, flex, blocked or reference."
+        "auto", description="Kernel that runs the plan: auto, first, triton, flex, flash, blocked or reference."
     )
 
     @model_validator(mode="after")

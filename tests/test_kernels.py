@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from accelplug.bounded import Bounded
 from accelplug.errors import ShapeError, UnsupportedError
 from accelplug.kernels import flex
-from accelplug.kernels.attention import block_attention, choices, forget_choices, measure_choice
+from accelplug.kernels.attention import available_backends, block_attention, choices, forget_choices, measure_choice
 from accelplug.kernels.plan import BlockPlan, Box, Threshold, pool
 from accelplug.kernels.precision import quantised
 from accelplug.kernels.rest import Drop, Pool, Rectified, Tied
@@ -300,10 +301,112 @@ def test_flex_equals_reference(case, rest):
     )
 
 
+def as_if_on_hopper(monkeypatch, capability=(9, 0)):
+    """Let q, k, v on the CPU pass for tensors on a GPU with flash-attn-4; returns what FlexAttention is then asked for.
+
+    This tests what is asked for and refused; FlashAttention-4 itself never ran here.
+    """
+    asked = []
+    monkeypatch.setattr(flex, "_compiled", Bounded(8))
+
+    def run(q, k, v, **options):
+        asked.append(options)
+        out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
+        return (out, torch.zeros(q.shape[:-1])) if options["return_lse"] else out
+
+    monkeypatch.setattr(flex, "_flash_importable", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    true_reason = flex.flash_missing
+    monkeypatch.setattr(flex, "flash_missing", lambda device: true_reason(torch.device("cuda")))
+    monkeypatch.setattr(flex, "_compile", lambda q, k: run)
+    return asked
+
+
+FLASH_SHAPE = (1, 2, 1, 300, 64, 64, 128, 128)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_flash_is_flex_with_an_option(monkeypatch, return_lse):
+    asked = as_if_on_hopper(monkeypatch)
+    q, k, v, plan = make(FLASH_SHAPE, dtype=torch.bfloat16)
+    got = block_attention(q, k, v, plan, rest=Pool(), backend="flash", return_lse=return_lse)
+    assert (got[0] if return_lse else got).shape == q.shape
+    assert [options["kernel_options"] for options in asked] == [{"BACKEND": "FLASH"}]
+    assert (asked[0]["return_lse"], asked[0]["enable_gqa"]) == (return_lse, True)
+    assert asked[0]["block_mask"].BLOCK_SIZE == (128, 128)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "capability", "reason"),
+    [
+        (FLASH_SHAPE, torch.float32, (9, 0), "bfloat16 and float16"),
+        ((1, 2, 1, 300, 96, 96, 128, 128), torch.bfloat16, (9, 0), "head dimensions 64 and 128"),
+        ((1, 2, 1, 300, 64, 128, 128, 128), torch.bfloat16, (9, 0), "head dimensions 64 and 128"),
+        ((1, 2, 1, 300, 64, 64, 64, 128), torch.bfloat16, (9, 0), "multiple of 128 on this GPU, got 64 x 128"),
+        ((1, 2, 1, 300, 64, 64, 128, 64), torch.bfloat16, (9, 0), "key blocks of 128"),
+        (FLASH_SHAPE, torch.bfloat16, (10, 0), "multiple of 256 on this GPU"),
+        (FLASH_SHAPE, torch.bfloat16, (8, 0), "this GPU has 8.0"),
+    ],
+)
+def test_flash_says_what_it_does_not_take(monkeypatch, shape, dtype, capability, reason):
+    asked = as_if_on_hopper(monkeypatch, capability)
+    with pytest.raises(UnsupportedError, match=reason):
+        block_attention(*make(shape, dtype=dtype), backend="flash")
+    assert not asked
+
+
+def test_flash_is_refused_where_it_is_missing(monkeypatch):
+    q, k, v, plan = make(FLASH_SHAPE, dtype=torch.bfloat16)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    if DEVICE == "cpu":
+        with pytest.raises(
+            UnsupportedError, match=r"backend='flash' cannot serve: FlashAttention-4 runs on NVIDIA GPUs alone"
+        ):
+            block_attention(q, k, v, plan, backend="flash")
+    assert "not on cpu" in available_backends(cpu)["flash"]
+    monkeypatch.setattr(flex, "_flash_importable", lambda: False)
+    assert "flash-attn-4 is not installed" in flex.flash_missing(gpu)
+    monkeypatch.setattr(flex.torch_flex, "FlexKernelOptions", None)
+    monkeypatch.setattr(flex.torch_flex, "_Backend", None)
+    assert "has no FlashAttention-4" in flex.flash_missing(gpu)
+
+
+def test_flash_is_measured_beside_the_others_and_left_out_where_it_fails(monkeypatch):
+    asked = as_if_on_hopper(monkeypatch)
+    q, k, v, plan = make(FLASH_SHAPE, dtype=torch.bfloat16)
+    forget_choices()
+    assert set(measure_choice(q, k, v, plan)) >= {"flash", "blocked"}
+    assert asked
+
+    def fail(*args, **options):
+        raise RuntimeError("no kernel image")
+
+    flex._compiled.clear()
+    forget_choices()
+    monkeypatch.setattr(flex, "_compile", lambda q, k: fail)
+    assert "flash" not in measure_choice(q, k, v, plan)
+    with pytest.raises(UnsupportedError, match="failed inside FlashAttention-4 or torch: no kernel image"):
+        block_attention(q, k, v, plan, backend="flash")
+    forget_choices()
+
+
+@pytest.mark.skipif(flex.flash_missing(torch.device(DEVICE)) is not None, reason="needs a GPU with flash-attn-4")
+@pytest.mark.parametrize("rest", ["drop", "pool"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_flash_equals_reference(dtype, dim, rest):
+    q, k, v, plan = make((2, 4, 2, 700, dim, dim, 256, 128), per_head=True, dtype=dtype)
+    arguments = {"rest": RESTS[rest](4), "return_lse": True}
+    expected, expected_lse = block_attention(q, k, v, plan, backend="reference", **arguments)
+    got, lse = block_attention(q, k, v, plan, backend="flash", **arguments)
+    close(got, expected, dtype)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 def test_half_precision(backend, dtype):
-    q, k, v, plan = make(SHAPES["B2-H4kv2-S97-d40-q32k16"], dtype=dtype)
+    q, k, v, plan = make((1, 2, 1, 49, 40, 40, 32, 16), dtype=dtype)
     for rest in (Drop(), Pool()):
         close(
             block_attention(q, k, v, plan, rest=rest, backend=backend),
@@ -377,19 +480,19 @@ def test_a_row_without_a_key_is_zero(backend):
 @pytest.mark.parametrize("rest", ["drop", "pool"])
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
 def test_threshold(backend, rest):
-    tokens, block = 200, 16
-    q, k, v, plan = make((2, 4, 2, tokens, 16, 16, block, block))
+    tokens, block = 90, 16
+    q, k, v, plan = make((2, 2, 1, tokens, 16, 16, block, block))
     n = len(plan.k_len)
 
     def rule(theta: float) -> Threshold:
         sink = torch.zeros(n, dtype=torch.bool)
         sink[2] = True
-        return Threshold(torch.full((2, 4, n), theta), 1, sink, torch.arange(n) == 5, plan.q_len, plan.k_len, block, block)
+        return Threshold(torch.full((2, 2, n), theta), 1, sink, torch.arange(n) == 5, plan.q_len, plan.k_len, block, block)
 
     for theta in (-math.inf, 0.0, 0.4, math.inf):
         q_pool, k_pool = pool(q, plan.q_len, block)[0], pool(k, plan.k_len, block)[0].repeat_interleave(2, 1)
         lowered = rule(theta).lower(q_pool, k_pool, 0.25)
-        arguments = {"rest": RESTS[rest](4), "scale": 0.25}
+        arguments = {"rest": RESTS[rest](2), "scale": 0.25}
         expected = block_attention(q, k, v, lowered, backend="reference", **arguments)
         close(block_attention(q, k, v, rule(theta), backend=backend, **arguments), expected)
         band = (torch.arange(n)[:, None] - torch.arange(n)).abs() <= 1
