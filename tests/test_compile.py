@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -67,6 +68,18 @@ def test_many_layers_share_a_graph(name):
         run(model, inputs)
         assert not plug.report().fallbacks
     assert counter.frame_count <= 2 * stock
+
+
+def test_the_first_patched_call_of_a_thread_may_be_compiled():
+    """What a thread knows of the processor that runs is there before Dynamo guards on it."""
+    model, inputs = tiny_models.build("wan")
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    eager, _ = tiny_models.build("wan")
+    recipe = ROWS[0].recipe(ROWS[0].working)
+    with accelplug.apply(model, recipe, gate="off"), ThreadPoolExecutor(1) as thread:
+        there = thread.submit(run, model, inputs).result()
+    with accelplug.apply(eager, recipe, gate="off"):
+        torch.testing.assert_close(there, run(eager, inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_a_unet_compiled_whole_is_dense_and_counted():

@@ -6,6 +6,7 @@ import json
 import math
 
 import numpy as np
+import peft
 import pytest
 import torch
 
@@ -18,7 +19,9 @@ from accelplug.plug import model_facts
 from accelplug.recipe import Measured, load, read_file
 from accelplug.tuning import Bound, search, space, verification
 from accelplug.tuning.budget import parse
+from accelplug.tuning.fingerprint import adapters, fingerprint
 from accelplug.tuning.forecast import Forecast, Probe, Trajectory
+from accelplug.tuning.journal import Journal
 from accelplug.tuning.space import Arm, Candidate, arms, variants
 from tests import tiny_models
 from tests.test_laws import snapshot
@@ -31,7 +34,9 @@ SIZE = {"height": 48, "width": 64, "num_inference_steps": 2}
 
 
 def pipeline():
+    """A pipeline whose latents are shown as they are: decoding is the half of a run that nothing is tuned in."""
     pipe, inputs = tiny_models.pipeline("wan")
+    pipe.vae.decode = lambda latents, return_dict: (latents[:, :3],)
     return pipe, {**{key: value for key, value in inputs.items() if key != "output_type"}, **SIZE}
 
 
@@ -126,8 +131,40 @@ def test_measurements_are_kept_and_taken_up_again(told_times, tmp_path, monkeypa
     monkeypatch.setattr(Trajectory, "probe", never)
     second = run(pipe, inputs, "psnr>=1", resume=tmp_path / "journal")
     assert second.proven.name == first.proven.name
-    with pytest.raises(AccelplugError, match="another model, prompts or seeds"):
+    with pytest.raises(AccelplugError, match="another model, adapters, prompts"):
         run(pipe, {**inputs, "height": 64}, "psnr>=1", resume=tmp_path / "journal")
+
+
+def test_a_line_that_an_interrupt_left_half_written_is_measured_again(tmp_path):
+    path = tmp_path / "journal"
+    for half in ("", '{"finger'):
+        path.write_text(half)
+        assert Journal(path, "of this").get("a", lambda: 1) == 1
+    path.write_text(path.read_text() + '{"key": "b", "val')
+    kept = Journal(path, "of this")
+    assert kept.entries == {"a": 1}
+    assert kept.get("b", lambda: 2) == 2
+    assert Journal(path, "of this").entries == {"a": 1, "b": 2}
+    path.write_text(path.read_text().replace('"value": 1', "1"))
+    with pytest.raises(AccelplugError, match="is no journal of a search"):
+        Journal(path, "of this")
+
+
+def test_adapters_are_part_of_what_was_measured():
+    pipe, inputs = pipeline()
+    seen = [fingerprint(pipe, [inputs], [0, 1])]
+    lora = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"], init_lora_weights=False)
+    pipe.transformer.add_adapter(lora, adapter_name="style")
+    seen.append(fingerprint(pipe, [inputs], [0, 1]))
+    assert adapters(pipe) == {"style": "2"}
+    pipe.transformer.set_adapters("style", weights=0.25)
+    seen.append(fingerprint(pipe, [inputs], [0, 1]))
+    assert adapters(pipe) == {"style": "0.5"}
+    assert fingerprint(pipe, [inputs], [0, 1]) == seen[-1]
+    pipe.fuse_lora(components=["transformer"])
+    pipe.unload_lora_weights()
+    seen.append(fingerprint(pipe, [inputs], [0, 1]))
+    assert len(set(seen)) == 4, "loaded, at another scale, fused into the weights"
 
 
 def test_an_interrupt_keeps_the_best_so_far(told_times, monkeypatch):

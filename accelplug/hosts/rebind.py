@@ -44,7 +44,8 @@ class Record(Protocol):
 class _Slot(threading.local):
     """The record whose processor runs now, per thread. (A ContextVar cannot be traced by Dynamo.)"""
 
-    record: Record | None = None
+    def __init__(self) -> None:  # in every thread: Dynamo guards on what the instance holds, not on a default of the class
+        self.record: Record | None = None
 
 
 _slot = _Slot()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from accelplug.comparison.result import DENSE
 from accelplug.comparison.study import Study, Variant, quiet
@@ -21,7 +19,9 @@ from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, Recipe, load
 from accelplug.tuning.budget import Bound, parse
+from accelplug.tuning.fingerprint import fingerprint
 from accelplug.tuning.forecast import OBSERVED, Forecast, Trajectory
+from accelplug.tuning.journal import Journal
 from accelplug.tuning.result import Point, Tuned
 from accelplug.tuning.space import CACHES, Arm, Candidate, arms, cached, variants
 
@@ -91,7 +91,7 @@ def tune(
     seen = list(itertools.product(range(max(len(prompts) - 1, 1)), numbers[:half]))
     unseen = list(itertools.product([len(prompts) - 1], numbers[half:]))
     study = Study(pipe, prompts, numbers, foreground, detect)
-    search = Search(study, bounds, seen, unseen, time_budget_s, Journal(resume, _fingerprint(pipe, prompts, numbers)))
+    search = Search(study, bounds, seen, unseen, time_budget_s, Journal(resume, fingerprint(pipe, prompts, numbers)))
     with quiet(pipe), _bar(progress, time_budget_s) as search.tell:
         try:
             search.prepare(patches, caches)
@@ -100,32 +100,6 @@ def tune(
             logger.warning("tune: interrupted; the best so far is proven now. Interrupt again to stop at once.")
         search.prove()
     return search.result()
-
-
-class Journal:
-    """Measurements by key, kept in a file, so that a search can go on after it was stopped."""
-
-    def __init__(self, path: str | Path | None, fingerprint: str) -> None:
-        self.path = Path(path) if path is not None else None
-        self.entries: dict[str, Any] = {}
-        if self.path is not None and self.path.exists():
-            lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.strip()]
-            if lines and lines[0] != {"fingerprint": fingerprint}:
-                raise AccelplugError(
-                    f"{self.path} holds a search for another model, prompts or seeds. Give another file, or delete it."
-                )
-            self.entries = {line["key"]: line["value"] for line in lines[1:]}
-        elif self.path is not None:
-            self.path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
-
-    def get(self, key: str, make: Callable[[], Any]) -> Any:
-        """Return what is known under `key`, or make it and keep it."""
-        if key not in self.entries:
-            self.entries[key] = make()
-            if self.path is not None:
-                with self.path.open("a") as file:
-                    file.write(json.dumps({"key": key, "value": self.entries[key]}) + "\n")
-        return self.entries[key]
 
 
 @dataclass
@@ -397,18 +371,6 @@ def _denoisers(pipe: Any) -> list[Any]:
     from accelplug.hosts.diffusers import denoisers
 
     return list(denoisers(pipe).values())
-
-
-def _fingerprint(pipe: Any, prompts: list[dict[str, Any]], seeds: list[int]) -> str:
-    """What measurements hang on: the model, its weights in part, the prompts and their settings."""
-    import hashlib
-
-    digest = hashlib.sha256(repr((sorted(model_facts(pipe).config.items(), key=str), seeds)).encode())
-    digest.update(repr([{k: v for k, v in p.items() if not isinstance(v, torch.Tensor)} for p in prompts]).encode())
-    for part in _denoisers(pipe):
-        first = next(part.parameters())
-        digest.update(f"{first.device} {first.dtype} {first.double().sum().item():.9g}".encode())
-    return digest.hexdigest()[:16]
 
 
 @contextmanager

@@ -1,0 +1,57 @@
+"""Measurements by key, kept in a file, so that a search can go on after it was stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelplug.errors import AccelplugError
+
+
+class Journal:
+    """A line of JSON for each measurement, the fingerprint of what was measured first.
+
+    A line counts once it is whole: what an interrupt left half-written at the end is cut off, and measured again.
+
+    Parameters
+    ----------
+    path : the file; None keeps measurements for this search only.
+    fingerprint : of the model, prompts and seeds.
+
+    Raises
+    ------
+    AccelplugError
+        If the file holds a search with another fingerprint, or is no journal.
+    """
+
+    def __init__(self, path: str | Path | None, fingerprint: str) -> None:
+        self.path = Path(path) if path is not None else None
+        self.entries: dict[str, Any] = {}
+        if self.path is None:
+            return
+        whole, _, half = (self.path.read_text() if self.path.exists() else "").rpartition("\n")
+        try:
+            first, *others = [json.loads(line) for line in whole.splitlines()] or [{"fingerprint": fingerprint}]
+            self.entries = {line["key"]: line["value"] for line in others}
+        except (ValueError, TypeError, KeyError) as error:
+            raise AccelplugError(
+                f"{self.path} is no journal of a search: {error}. Give another file, or delete it."
+            ) from error
+        if first != {"fingerprint": fingerprint}:
+            raise AccelplugError(
+                f"{self.path} holds a search for another model, adapters, prompts, seeds or device. "
+                "Give another file, or delete it."
+            )
+        if half or not whole:
+            self.path.write_text((whole or json.dumps(first)) + "\n")
+
+    def get(self, key: str, make: Callable[[], Any]) -> Any:
+        """Return what is known under `key`, or make it and keep it. It must be plain data."""
+        if key not in self.entries:
+            self.entries[key] = make()
+            if self.path is not None:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"key": key, "value": self.entries[key]}) + "\n")
+        return self.entries[key]
