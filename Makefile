@@ -15,7 +15,7 @@ demo: .venv/installed
 	$(PY) -m accelplug demo --report demo.html
 
 test: .venv/installed
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal
 
 lint: .venv/installed
 	.venv/bin/ruff check .

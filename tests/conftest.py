@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads, fixed seeds, and memory that nobody wrote to reads as NaN."""
+"""Shared by all tests: two threads (one where tests run side by side), fixed seeds, and memory that nobody wrote to reads as NaN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else int(os.environ.get("OMP_NUM_THREADS", "2")))
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
 
