@@ -35,6 +35,16 @@ def hook_types() -> tuple[type, type, type, type]:
     return HookRegistry, ModelHook, StateManager, BaseState
 
 
+def mag_ratios(denoiser: Any) -> dict[str, list[float]]:
+    """Return what MagCache's calibration wrote down on a denoiser in this run so far, by cache context."""
+    from diffusers.hooks.mag_cache import _MAG_CACHE_LEADER_BLOCK_HOOK
+
+    registries = [vars(module)["_diffusers_hook"] for module in denoiser.modules() if "_diffusers_hook" in vars(module)]
+    leaders = [found for registry in registries if (found := registry.get_hook(_MAG_CACHE_LEADER_BLOCK_HOOK)) is not None]
+    states = leaders[0].state_manager._state_cache if leaders else {}
+    return {context: list(state.calibration_ratios) for context, state in states.items()}
+
+
 def processor_metadata() -> dict[type, Any]:
     """Return diffusers' table of processors that layer skipping knows, keyed by exact class."""
     from diffusers.hooks._helpers import AttentionProcessorRegistry
@@ -267,6 +277,7 @@ def contracts() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "diffusers: dispatch_attention_fn takes query, key, value, attn_mask, scale, backend", _dispatcher_signature
     yield "diffusers: HookRegistry adds and removes hooks by name", _hook_registry
     yield "diffusers: cache_context reaches StateManager.set_context of stateful hooks", _cache_context
+    yield "diffusers: MagCache keeps the ratios of its calibration by cache context", _mag_calibration
     yield "diffusers: layer skipping looks processors up by exact class", _processor_registry
     yield "diffusers: processors reach attention by the two known names", _processor_entry_points
     yield "transformers: attention modules look their function up by config at every call, and take extra arguments", _lookup
@@ -327,6 +338,20 @@ def _cache_context() -> None:
     _expect(
         getattr(seen[0], "name", seen[0]) == "cond" and seen[-1] is None, f"cache_context called set_context with {seen}"
     )
+
+
+def _mag_calibration() -> None:
+    from diffusers.hooks import mag_cache
+    from diffusers.hooks.hooks import CacheContext
+
+    manager = mag_cache.StateManager(mag_cache.MagCacheState)
+    manager.set_context(CacheContext(name="cond"))
+    state = manager.get_state()
+    _expect(manager._state_cache == {"cond": state}, "StateManager._state_cache does not hold states by the context's name")
+    hook = mag_cache.MagCacheHeadHook(manager, mag_cache.MagCacheConfig(calibrate=True))
+    _expect(hook.state_manager is manager, "MagCacheHeadHook.state_manager is not what it was given")
+    _expect(state.calibration_ratios == [], "MagCacheState.calibration_ratios is no list that starts empty")
+    _expect(mag_cache._MAG_CACHE_LEADER_BLOCK_HOOK, "the hook of MagCache's first block has no name")
 
 
 def _processor_registry() -> None:

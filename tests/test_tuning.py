@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -17,8 +19,9 @@ from accelplug.comparison.study import Study
 from accelplug.errors import AccelplugError
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, load, read_file
-from accelplug.tuning import Bound, search, space, verification
+from accelplug.tuning import Bound, caches, search, space, verification
 from accelplug.tuning.budget import parse
+from accelplug.tuning.caches import Cache
 from accelplug.tuning.fingerprint import adapters, fingerprint
 from accelplug.tuning.forecast import Forecast, Probe, Trajectory
 from accelplug.tuning.journal import Journal
@@ -167,20 +170,153 @@ def test_adapters_are_part_of_what_was_measured():
     assert len(set(seen)) == 4, "loaded, at another scale, fused into the weights"
 
 
-def test_an_interrupt_keeps_the_best_so_far(told_times, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "at", "proven", "says"),
+    [
+        ("_probe", 2, False, "interrupted before anything was proven; nothing was seen to hold"),
+        ("_next", 2, True, "within psnr>=1"),
+        ("_halve", 1, True, "within psnr>=1"),
+        ("prove", 1, False, "kept psnr>=1 at 2.00x in 1 runs of the search"),
+    ],
+)
+def test_an_interrupt_in_any_phase_keeps_the_best_so_far(told_times, monkeypatch, where, at, proven, says):
     pipe, inputs = pipeline()
-    real, asked = search.Search._next, []
+    real, asked = getattr(search.Search, where), []
 
-    def interrupted(self):
+    def interrupted(self, *given):
         asked.append("")
-        if len(asked) == 2:
+        if len(asked) == at:
             raise KeyboardInterrupt
-        return real(self)
+        return real(self, *given)
 
-    monkeypatch.setattr(search.Search, "_next", interrupted)
-    found = run(pipe, inputs, "psnr>=1")
-    assert found.proven is not None
-    assert len(found.points) == 1
+    monkeypatch.setattr(search.Search, where, interrupted)
+    found = run(pipe, inputs, "psnr>=1", patches=["sol"])
+    assert (found.proven is not None) == proven
+    assert says in found.why
+    assert "no patch can gain more than" in found.why, "two steps are few"
+    assert accelplug.plug.plug_of(pipe.transformer) is None
+
+
+ARMS = [Arm(name, (("strength", k),)) for k in range(4) for name in ("a", "b")]
+
+
+def offline(seeds, budget="psnr>=26"):
+    """A search among made-up arms, whose whole runs are told: the stronger the faster and the worse, `b` more so than `a`."""
+    row = Row(DENSE, "dense", samples=[Sample(0, 0, 1000.0, 900.0)])
+    study = SimpleNamespace(rows={DENSE: row}, dense_runs={})
+    found = search.Search(study, parse(budget), [(0, seed) for seed in range(seeds)], [(0, 99)], 1e9, Journal(None, ""))
+    found.forecast = Forecast(Trajectory([], [0.1] * 10, [], 4), found.bounds, 900.0, 100.0)
+    strength = {arm: dict(arm.settings)["strength"] + (arm.patch == "b") for arm in ARMS}
+    found.forecast.probes = {arm: Probe({0: 0.01 * 2**k, 9: 0.01 * 2**k}, 0.8 - 0.1 * k) for arm, k in strength.items()}
+    found.candidates = [candidate for arm in ARMS for candidate in variants(arm, [], 10)]
+    runs = []
+
+    def told(candidate, pairs):
+        runs.append((str(candidate), len(pairs)))
+        point = found.points.setdefault(candidate, search.Point(str(candidate), {}, 0, 0.0, {}, 0.0))
+        psnr = 38 - 5 * strength[candidate.arm] + candidate.dense_steps / 10
+        point.runs, point.worst, point.margin = point.runs + len(pairs), {"psnr": psnr}, psnr - 26
+        point.speedup = 1000 / found.forecast._probed_ms(candidate)
+        found.forecast.runs = [(c, p.worst, p.speedup) for c, p in found.points.items()]
+
+    found._run = told
+    return found, runs
+
+
+def test_equal_measurements_lead_to_equal_proposals_in_equal_order():
+    (first, runs), (second, again) = offline(2), offline(2)
+    first.explore()
+    second.explore()
+    assert runs == again
+    assert len(set(runs)) > 4
+
+
+def test_survivors_are_halved_while_the_seeds_they_see_double():
+    found, runs = offline(8)
+    fastest = sorted((c for c in found.candidates if c.arm.patch == "a"), key=lambda c: found.forecast.latency_ms(c))
+    held = [
+        candidate for candidate in fastest if not candidate.dense_layers and dict(candidate.arm.settings)["strength"] < 3
+    ]
+    for candidate in held:
+        found._run(candidate, found.seen[:1])
+    found._halve()
+    assert len(held) > 8
+    assert [pairs for _, pairs in runs[len(held) :]] == [1] * 8 + [2] * 4 + [4] * 2
+    assert runs[-2][0] == str(held[0]), "the fastest has seen all eight pairs"
+
+
+def test_few_steps_leave_little_and_say_how_much():
+    forecast = Forecast(Trajectory([], [0.25] * 4, [], 2, attention=0.6), parse("psnr>=26"), 900.0, 100.0)
+    assert forecast.ceiling(1) == pytest.approx(1 / (1 - 0.9 * 0.6 * 0.75))
+    assert math.isnan(Forecast(Trajectory([], [0.25] * 4, [], 2), parse("psnr>=26"), 900.0, 100.0).ceiling(1))
+
+
+def test_caches_are_set_for_the_model_or_said_not_to_fit():
+    pipe, inputs = pipeline()
+    inputs |= {"num_inference_steps": 9}
+    study, parts = Study(pipe, [inputs], [0], None, None), {"transformer": pipe.transformer}
+    with torch.no_grad():
+        pipe(**inputs)  # a pipeline of diffusers leaves a registry behind at its first run
+    before = snapshot(pipe.transformer)
+    trajectory = Trajectory.record(study, 0, 0)
+    assert snapshot(pipe.transformer) == before
+    assert trajectory.contexts == {"cond", "uncond"}
+    assert 0 < trajectory.attention < 1
+    ladders, why_not = caches.fitting(parts, caches.Seen(9, trajectory.contexts, trajectory.magnitudes))
+    assert [ladder[0].ladder for ladder in ladders] == ["first_block", "mag", "taylorseer lite"]
+    assert why_not[0].startswith("No cache taylorseer: ")
+    assert "no module of transformer to hook" in why_not[0]
+    ratios = dict(ladders[1][0].settings)["mag_ratios"]
+    assert ratios == pytest.approx(measured_ratios(pipe, study), abs=2e-3)
+    static, scored = Candidate(Arm("radial", ())), Candidate(Arm("sol", ()))
+    assert [c.cache.kind for c in space.cached(static, [ladders[0][0], ladders[2][0]])] == ["first_block", "taylorseer"]
+    assert [c.cache.kind for c in space.cached(scored, [ladders[0][0], ladders[2][0]])] == ["first_block"]
+    for ladder in ladders[1:]:
+        with accelplug.apply(pipe, Candidate(None, cache=ladder[-1]).rules(), gate="off") as plug, plug.trace() as events:
+            study.run(0, 0)
+        computed = sorted({event.clock.step for event in events})
+        assert {0, 1, 8} <= set(computed) < set(range(9)), "the first steps and the last are computed, others are not"
+    assert snapshot(pipe.transformer) == before
+    few, why = caches.fitting(parts, caches.Seen(8, trajectory.contexts, trajectory.magnitudes))
+    assert not few
+    assert "too few" in why[0]
+    two = {"transformer": pipe.transformer, "transformer_2": pipe.transformer}
+    assert "share those of a run" in caches._obstacle("mag", two, caches.Seen(9, frozenset(), {}))
+
+
+def measured_ratios(pipe, study):
+    """MagCache's ratios by their definition, from what goes into the first block and comes out of the last; 0 at the last step."""
+    entered, residuals = [], []
+    first, last = pipe.transformer.blocks[0], pipe.transformer.blocks[-1]
+    handles = [
+        first.register_forward_pre_hook(lambda _, args: entered.append(args[0].clone())),
+        last.register_forward_hook(lambda _, args, out: residuals.append((out - entered[-1]).norm(dim=-1))),
+    ]
+    study.run(0, 0)
+    for handle in handles:
+        handle.remove()
+    branches = [residuals[::2], residuals[1::2]]
+    ratios = [[float((new / old).mean()) for old, new in itertools.pairwise(branch)] for branch in branches]
+    means = [sum(pair) / 2 for pair in zip(*ratios, strict=True)]
+    return [1.0, *means[:-1], 0.0]
+
+
+def test_a_compiled_pipeline_warms_each_candidate_up_once(told_times, monkeypatch):
+    pipe, inputs = pipeline()
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    warmed = []
+    real = Study.warm_up
+    monkeypatch.setattr(
+        Study, "warm_up", lambda self, variant, *pair: (warmed.append(variant.name), real(self, variant, *pair))
+    )
+    limit = torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(space, "LADDERS", {"sol": (LADDERS["sol"][0], ("drop",))})
+    monkeypatch.setattr(space, "DENSE_STEPS", (0,))
+    monkeypatch.setattr(search.Search, "_probe_layers", lambda self: None)
+    found = run(pipe, inputs, "psnr>=1", patches=["sol"])
+    assert warmed == ["dense", *(point.name for point in found.points)] == list(dict.fromkeys(warmed))
+    assert found.proven.speedup == 2.0
+    assert torch._dynamo.config.recompile_limit == limit
 
 
 def test_the_recipe_file_is_read_back_with_its_measurement(told_times, tmp_path):
@@ -239,7 +375,7 @@ def test_candidates_are_recipes():
     made = list(variants(arm, [3, 0, 2], 20))
     assert {c.dense_steps for c in variants(arm, [], 4)} == {0, 25, 40}, "10 % of four steps is none"
     assert made[0].rules() == {"rules": [{"patch": "sol", "with": {"tau": 1.0}}]}
-    assert Candidate(arm, 25, (0, 3), ("first_block", (("threshold", 0.1),))).rules() == {
+    assert Candidate(arm, 25, (0, 3), Cache("first_block", (("threshold", 0.1),))).rules() == {
         "rules": [
             {"where": {"layers": [0, 3]}, "patch": "dense"},
             {"where": {"steps": "0:25%"}, "patch": "dense"},

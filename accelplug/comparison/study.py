@@ -192,6 +192,11 @@ class Study:
             f"gate: {v['patch']} {v['dense_ms']:.1f} -> {v['sparse_ms']:.1f} ms a call" for v in plug.choices["verdicts"]
         ]
 
+    def warm_up(self, variant: Variant, prompt: int, seed: int) -> None:
+        """Run once, as `time` does, and drop it: what is compiled is compiled then."""
+        with self._on(variant, gate="off"):
+            self.run(prompt, seed)
+
     def time(self, variant: Variant, prompt: int, seed: int) -> None:
         """Run once, timed, and hold the result against the dense run."""
         device = next(next(iter(denoisers(self.pipe).values())).parameters()).device

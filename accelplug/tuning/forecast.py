@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +22,11 @@ import numpy as np
 import torch
 
 from accelplug.comparison.study import Study
+from accelplug.hosts.forecast import amdahl
 from accelplug.hosts.gate import timed_ms
 from accelplug.plug import apply
 from accelplug.tuning.budget import Bound
+from accelplug.tuning.caches import magnitudes
 from accelplug.tuning.space import Arm, Candidate
 
 OBSERVED = {"rules": [{"patch": "dense"}]}
@@ -55,40 +58,54 @@ class Trajectory:
     moves : |sigma(s) - sigma(s + 1)| of all steps, adding up to 1; equal where the scheduler has no sigmas.
     layouts : token layouts that were seen.
     layers : number of attention layers.
+    attention : share of self- and joint-attention in a denoiser call, None where it could not be seen, as in compiled blocks.
+    contexts : names of the cache contexts that the pipeline opened.
+    magnitudes : see `accelplug.tuning.caches.Seen`.
     """
 
     moments: list[Moment]
     moves: list[float]
     layouts: list[Any]
     layers: int
+    attention: float | None = None
+    contexts: frozenset[str] = frozenset()
+    magnitudes: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     @classmethod
     def record(cls, study: Study, prompt: int, seed: int, at: Sequence[float] = (0.1, 0.4, 0.7, 0.95)) -> Trajectory:
         """Run dense once, and keep the moments at these shares of the steps."""
         moments: dict[int, Moment] = {}
+        contexts: set[str] = set()
         with apply(study.pipe, OBSERVED, gate="off") as plug:
             hosts = {host.root: host for host in plug.denoiser_hosts}
 
             def keep(part: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
                 now = hosts[part].now
+                contexts.update([now.branch] if now.branch else [])
                 if now.step is None or now.steps is None or now.step in moments:
                     return
                 if now.step in {min(round(share * now.steps), now.steps - 1) for share in at}:
                     tensor = (output[0] if isinstance(output, tuple) else output.sample).clone()
                     moments[now.step] = Moment(part, now.step, now.steps, _cloned(args), _cloned(kwargs), tensor)
 
-            handles = [part.register_forward_hook(keep, with_kwargs=True) for part in hosts]
-            try:
+            with ExitStack() as stack:
+                for part in hosts:
+                    stack.callback(part.register_forward_hook(keep, with_kwargs=True).remove)
+                ratios = stack.enter_context(magnitudes({host.name: host.root for host in plug.denoiser_hosts}))
                 study.run(prompt, seed)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            layouts = list({r.layout for host in hosts.values() for r in host.records if r.layout is not None})
+            layouts = list(dict.fromkeys(r.layout for host in hosts.values() for r in host.records if r.layout is not None))
             layers = max((site.layers for site in plug.sites), default=0)
-        trajectory = cls(list(moments.values()), _moves(study.pipe), layouts, layers)
+            attention = _attention_share(plug, list(moments.values()))
+        found = list(moments.values())
+        trajectory = cls(found, _moves(study.pipe), layouts, layers, attention, frozenset(contexts), ratios)
         for moment in trajectory.moments:
             moment.ms = min(timed_ms(lambda m=moment: _call(m), moment.output.device)[1] for _ in range(2))  # type: ignore[misc]
         return trajectory
+
+    @property
+    def steps(self) -> int:
+        """Diffusion steps of a run."""
+        return len(self.moves)
 
     def probe(self, pipe: Any, recipe: Mapping[str, Any], moments: Sequence[Moment] | None = None) -> Probe:
         """Repeat moments with a recipe on; the first call, which may compile, is not timed."""
@@ -136,13 +153,18 @@ class Forecast:
 
     def steps_patched(self, candidate: Candidate) -> range:
         """The steps in which the arm is on."""
-        steps = len(self.trajectory.moves)
+        steps = self.trajectory.steps
         return range(round(candidate.dense_steps * steps / 100), steps)
 
     @property
     def dense_ms(self) -> float:
         """Time of a dense run."""
         return self.denoise_ms + self.other_ms
+
+    def ceiling(self, dense_steps: int) -> float:
+        """Amdahl's bound on any patch with so many dense steps: attention free of cost in all others. NaN if its share is unknown."""
+        share = math.nan if self.trajectory.attention is None else self.trajectory.attention
+        return amdahl(self.denoise_ms / self.dense_ms * share * (1 - dense_steps / self.trajectory.steps), math.inf)
 
     def latency_ms(self, candidate: Candidate) -> float:
         """Foretell the time of a run. Where whole runs with an arm took other times than probes foretold, so will this one."""
@@ -154,7 +176,7 @@ class Forecast:
         return self._probed_ms(candidate) * (float(np.median(taken)) if taken else 1.0)
 
     def _probed_ms(self, candidate: Candidate) -> float:
-        ratio, steps = 1.0, len(self.trajectory.moves)
+        ratio, steps = 1.0, self.trajectory.steps
         if candidate.arm is not None:
             kept = 1 - len(candidate.dense_layers) / max(self.trajectory.layers, 1)
             saved = (1 - self.probes[candidate.arm].ratio) * kept
@@ -165,7 +187,7 @@ class Forecast:
         """Foretell how much of the arm's error is left in the end; caches are not in it."""
         if candidate.arm is None:
             return 0.0
-        probe, steps = self.probes[candidate.arm], len(self.trajectory.moves)
+        probe, steps = self.probes[candidate.arm], self.trajectory.steps
         left = 1 - sum(self.layer_share.get(layer, 0.0) for layer in candidate.dense_layers)
         moved = sum(
             self.trajectory.moves[s] * math.exp(-kappa * s / steps) * probe.error(s) for s in self.steps_patched(candidate)
@@ -199,6 +221,18 @@ class Forecast:
             foretold = y.mean() + slope * (x - x.mean())
             best = min(best, (float(((y - foretold) ** 2).mean()), float(y.mean() + slope * (at - x.mean()))))
         return best[1]
+
+
+def _attention_share(plug: Any, moments: Sequence[Moment]) -> float | None:
+    """Share of the attention that patches may answer in one denoiser call, the second: the first may warm up."""
+    if not moments:
+        return None
+    for moment in [moments[0], moments[0]]:
+        plug.step(moment.step, moment.steps)
+        with plug.trace(timed=True) as events:
+            _, ms = timed_ms(lambda m=moment: _call(m), moment.output.device)  # type: ignore[misc]
+        share = sum(event.ms or 0.0 for event in events) / ms
+    return share if events else None
 
 
 def _call(moment: Moment) -> torch.Tensor:

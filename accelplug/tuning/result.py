@@ -54,6 +54,7 @@ class Tuned(Recipe):
     why : the result in a sentence.
     budget : the bounds, in words.
     points : everything that was run whole, the fastest first.
+    notes : what bounds the search, and what was not tried and why.
     comparison : the front's runs beside dense ones, with clips; its page shows the Pareto plot.
     seconds : how long it took, by phase.
     """
@@ -61,6 +62,7 @@ class Tuned(Recipe):
     why: str = ""
     budget: str = ""
     points: tuple[Point, ...] = ()
+    notes: tuple[str, ...] = ()
     comparison: Comparison | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -82,7 +84,7 @@ class Tuned(Recipe):
         """Write a recipe file for the model, with a `measured` row where the recipe was proven."""
         keys = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels")
         match = {"class": facts.class_names[0], **{k: facts.config[k] for k in keys if k in facts.config}}
-        entry: dict[str, Any] = {"summary": self.why}
+        entry: dict[str, Any] = {"summary": self.summary}
         entry |= self.proven.recipe if self.proven else {"rules": [{"patch": "dense"}]}
         entry["measured"] = [row.model_dump(exclude_defaults=True) for row in self.measured]
         name = Path(path).stem.lower().replace(" ", "-")
@@ -111,7 +113,8 @@ class Tuned(Recipe):
 
     def to_json(self, path: str | Path) -> Path:
         """Write what was tried."""
-        data = {"why": self.why, "budget": self.budget, "seconds": self.seconds, "points": [vars(p) for p in self.points]}
+        data = {key: getattr(self, key) for key in ("why", "budget", "notes", "seconds")}
+        data["points"] = [vars(point) for point in self.points]
         path = Path(path)
         path.write_text(json.dumps(_plain(data), indent=1) + "\n")
         return path
@@ -120,7 +123,8 @@ class Tuned(Recipe):
         """Return what was run as a rich table."""
         from rich.table import Table
 
-        table = Table(title=self.why, caption=f"budget: {self.budget}", title_justify="left", caption_justify="left")
+        caption = "\n".join([f"budget: {self.budget}", *self.notes])
+        table = Table(title=self.why, caption=caption, title_justify="left", caption_justify="left")
         for heading in ("candidate", "runs", "speed-up", "foretold", "worst", "margin", "verdict"):
             table.add_column(heading, justify="left" if heading in ("candidate", "verdict") else "right")
         front = self.front

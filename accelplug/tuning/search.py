@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from accelplug.comparison.result import DENSE
 from accelplug.comparison.study import Study, Variant, quiet
-from accelplug.errors import AccelplugError, UnsupportedError
+from accelplug.errors import AccelplugError
+from accelplug.hosts.diffusers import denoisers
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, Recipe, load
 from accelplug.tuning.budget import Bound, parse
-from accelplug.tuning.fingerprint import fingerprint
+from accelplug.tuning.caches import FEW_STEPS, Cache, Seen, fitting
+from accelplug.tuning.fingerprint import adapters, fingerprint, is_compiled
 from accelplug.tuning.forecast import OBSERVED, Forecast, Trajectory
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.result import Point, Tuned
-from accelplug.tuning.space import CACHES, Arm, Candidate, arms, cached, variants
+from accelplug.tuning.space import Arm, Candidate, arms, cached, variants
 
 logger = logging.getLogger("accelplug")
 
@@ -33,6 +36,10 @@ FINALISTS = 4
 """Candidates that are proven at most, the fastest first."""
 PROBE_SHARE = 0.35
 """Share of the time that probing may take."""
+CACHE_SHARE = 0.25
+"""Share of what is left then that runs of step caches alone may take."""
+GRAPHS = 512
+"""Graphs that a compiled function may have during a search."""
 
 
 def tune(
@@ -56,6 +63,11 @@ def tune(
     on one prompt and seed, and each run corrects the forecast; those that hold go on to more seeds. The winner is proven on
     prompts and seeds that the search never saw, its worst run within every bound; if it fails there, the next one is.
 
+    Nothing is drawn at random: from equal measurements follow equal proposals in equal order. Times are measurements too, and how
+    many proposals are tried hangs on how long they take; `resume` keeps the probes, so that they at least are the same again.
+
+    Where the denoiser goes through torch.compile, each candidate compiles anew, and its first run is not timed.
+
     Parameters
     ----------
     pipe : a diffusers pipeline. It is left as it was.
@@ -65,7 +77,7 @@ def tune(
     time_budget_s : seconds to spend, about; the proof is kept time for. Ctrl-C ends the search and keeps the best so far.
     seeds : number of seeds, or the seeds. The second half is held out for the proof.
     patches : names of patches to try; all that have a ladder in `accelplug.tuning.space`.
-    caches : also try step caches, alone and with patches.
+    caches : also try step caches, alone and with patches. None are tried in runs of few steps; `Tuned.notes` says what does not fit.
     foreground, detect : as for `accelplug.compare`, for the bounds ``fg_psnr`` and ``agreement``.
     resume : a file that keeps what was measured; a second call goes on from there.
     progress : show a progress bar with the best so far.
@@ -92,13 +104,8 @@ def tune(
     unseen = list(itertools.product([len(prompts) - 1], numbers[half:]))
     study = Study(pipe, prompts, numbers, foreground, detect)
     search = Search(study, bounds, seen, unseen, time_budget_s, Journal(resume, fingerprint(pipe, prompts, numbers)))
-    with quiet(pipe), _bar(progress, time_budget_s) as search.tell:
-        try:
-            search.prepare(patches, caches)
-            search.explore()
-        except KeyboardInterrupt:
-            logger.warning("tune: interrupted; the best so far is proven now. Interrupt again to stop at once.")
-        search.prove()
+    with quiet(pipe), room_to_compile(pipe), _bar(progress, time_budget_s) as search.tell:
+        search.run(patches, caches)
     return search.result()
 
 
@@ -117,8 +124,10 @@ class Search:
     forecast: Forecast | None = None
     candidates: list[Candidate] = field(default_factory=list)
     points: dict[Candidate, Point] = field(default_factory=dict)
+    ladders: list[list[Cache]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    caches: bool = True
+    interrupted: bool = False
 
     # ---------------------------------------------------------------------------------------------------- time
 
@@ -132,10 +141,10 @@ class Search:
         """Seconds of a dense run."""
         return self.study.rows[DENSE].latency.p50 / 1e3
 
-    def _affords(self, runs: float) -> bool:
-        """Whether time is left for so many more runs and for the proof of one recipe."""
-        proof = 2 * len(self.unseen)
-        return self.spent_s + (runs + proof) * self.run_s < self.time_budget_s
+    def _affords(self, pairs: Sequence[tuple[int, int]]) -> bool:
+        """Whether time is left to run a candidate there, dense runs included, and for the proof of one recipe."""
+        runs = len(pairs) + sum(pair not in self.study.dense_runs for pair in pairs) + 2 * len(self.unseen)
+        return self.spent_s + runs * self.run_s < self.time_budget_s
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -147,9 +156,24 @@ class Search:
 
     # ------------------------------------------------------------------------------------------------- phases
 
+    def run(self, patches: Sequence[str] | None, caches: bool) -> None:
+        """Go through all phases. An interrupt ends the search, a second one the proof; what was measured is kept."""
+        try:
+            self.prepare(patches, caches)
+            self.explore()
+        except KeyboardInterrupt:
+            if self.forecast is None:
+                raise  # nothing is known yet
+            self.interrupted = True
+            logger.warning("tune: interrupted; the best so far is proven now. Interrupt again to stop at once.")
+        try:
+            self.prove()
+        except KeyboardInterrupt:
+            self.interrupted = True
+            logger.warning("tune: interrupted; what is not proven yet is not recommended.")
+
     def prepare(self, patches: Sequence[str] | None, caches: bool) -> None:
-        """Run dense, record its moments, and probe all arms on them, then layers, then caches on a whole run each."""
-        self.caches = caches
+        """Run dense, record its moments, see which caches fit, and probe all arms on the moments, then layers."""
         with self._phase("dense"):
             self.tell("dense run", self.spent_s)
             trajectory = Trajectory.record(self.study, *self.seen[0])
@@ -161,6 +185,11 @@ class Search:
             )
         sample = self.study.rows[DENSE].samples[0]
         self.forecast = Forecast(trajectory, self.bounds, sample.denoise_ms, sample.latency_ms - sample.denoise_ms)
+        self._note(self._limit())
+        if caches:
+            seen = Seen(trajectory.steps, trajectory.contexts, trajectory.magnitudes)
+            self.ladders, why_not = fitting(denoisers(self.study.pipe), seen)
+            self._note(*why_not)
         with self._phase("probing"):
             found = arms(max(trajectory.layouts, key=lambda layout: layout.visual), patches)
             for arm in found:
@@ -171,18 +200,27 @@ class Search:
             self._probe_layers()
         order = sorted(self.forecast.layer_share, key=lambda layer: -self.forecast.layer_share[layer])  # type: ignore[union-attr]
         paying = [arm for arm, probe in self.forecast.probes.items() if probe.ratio < 1 / WORTH]
-        self.candidates = [candidate for arm in paying for candidate in variants(arm, order, len(trajectory.moves))]
+        self.candidates = [candidate for arm in paying for candidate in variants(arm, order, trajectory.steps)]
 
     def explore(self) -> None:
         """Run the most promising candidate whole, learn, and go on until time is up or nothing faster can hold."""
         with self._phase("whole runs"):
-            if self.caches and self._takes_caches():
-                self._run_caches()
-            while self._affords(1) and (candidate := self._next()) is not None:
+            self._run_caches()
+            while self._affords(self.seen[:1]) and (candidate := self._next()) is not None:
                 self._run(candidate, self.seen[:1])
-            for candidate in self._holding()[: 2 * FINALISTS]:  # the survivors, on all pairs of the search
-                if len(self.seen) > 1 and self._affords(len(self.seen) - 1):
-                    self._run(candidate, self.seen[1:])
+            self._halve()
+
+    def _halve(self) -> None:
+        """Successive halving: the fastest that hold, on as many pairs again as they have seen; half of them go on."""
+        survivors, seen = self._holding()[: 2 * FINALISTS], 1
+        while survivors and seen < len(self.seen):
+            pairs = self.seen[seen : 2 * seen]
+            for candidate in survivors:
+                if self._affords(pairs):
+                    self._run(candidate, pairs)
+            seen += len(pairs)
+            survivors = [candidate for candidate in self._holding() if candidate in survivors]
+            survivors = survivors[: (len(survivors) + 1) // 2]
 
     def prove(self) -> None:
         """Run the fastest that holds where the search never looked; if it fails there, the next."""
@@ -202,6 +240,9 @@ class Search:
         proven = next((c for c, p in self.points.items() if p.verdict == "proven" and p.speedup >= WORTH), None)
         mapping = proven.rules() if proven is not None else OBSERVED
         recipe = load(mapping, model_facts(self.study.pipe))
+        self.study.rows = {
+            name: row for name, row in self.study.rows.items() if row.samples
+        }  # an interrupt leaves empty ones
         comparison = self.study.finish({})
         measured: tuple[Measured, ...] = ()
         if proven is not None:
@@ -210,17 +251,46 @@ class Search:
         budget = ", ".join(map(str, self.bounds))
         fields = {name: getattr(recipe, name) for name in ("rules", "cache", "match", "source", "loc")}
         why = self._why(proven, budget)
+        if self.forecast is not None and self.forecast.trajectory.steps <= FEW_STEPS:
+            why = f"{why}. {self._limit()}"
+        if found := adapters(self.study.pipe):
+            named = ", ".join(f"{name} ({factor})" for name, factor in found.items())
+            self._note(f"Tuned with the LoRA adapters {named}; for others tune again.")
         return Tuned(
             name="tuned",
             model="tuned",
-            summary=why,
+            summary=". ".join([why, *(note for note in self.notes if "LoRA" in note)]),
             measured=measured,
             why=why,
             budget=budget,
             points=tuple(points),
+            notes=tuple(self.notes),
             comparison=comparison,
             seconds={**self.seconds, "all": round(self.spent_s, 1)},
             **fields,
+        )
+
+    def _note(self, *texts: str) -> None:
+        """Say once what the user should know of the search."""
+        for text in texts:
+            if text not in self.notes:
+                self.notes.append(text)
+                logger.info("tune: %s", text)
+
+    def _limit(self) -> str:
+        """What is there to gain at all: Amdahl's law."""
+        assert self.forecast is not None
+        forecast, steps = self.forecast, self.forecast.trajectory.steps
+        if (share := forecast.trajectory.attention) is None:
+            return "What a patch can gain at most is not known: attention could not be timed by itself."
+        shares = (
+            f"attention being {share:.0%} of a step and denoising {forecast.denoise_ms / forecast.dense_ms:.0%} of a run"
+        )
+        if steps > FEW_STEPS:
+            return f"With {shares}, no patch can gain more than {forecast.ceiling(0):.2f}x."
+        return (
+            f"With {steps} steps, one of them dense, {shares}, no patch can gain more than {forecast.ceiling(1):.2f}x; "
+            f"with none dense {forecast.ceiling(0):.2f}x."
         )
 
     def _why(self, proven: Candidate | None, budget: str) -> str:
@@ -228,28 +298,36 @@ class Search:
             point = self.points[proven]
             worst = ", ".join(f"{name} {value:.2f}" for name, value in point.worst.items())
             return f"{point.name}: {point.speedup:.2f}x within {budget}, worst of {point.runs} runs {worst}"
+        held = sorted((point for point in self.points.values() if point.margin >= 0), key=lambda p: -p.speedup)
+        if self.interrupted:
+            best = [f"{p.name} kept {budget} at {p.speedup:.2f}x in {p.runs} runs of the search" for p in held[:1]]
+            return f"Stay dense: interrupted before anything was proven; {best[0] if best else 'nothing was seen to hold'}"
         if self.forecast is None or not self.forecast.probes:
             return (
                 f"Stay dense: {self.time_budget_s:.0f} s were over before a patch could be probed, a dense run takes "
-                f"{self.run_s:.0f} s. Give time_budget_s of at least {30 * self.run_s:.0f}."
+                f"{self.run_s:.0f} s. Give time_budget_s of at least {30 * self.run_s:.0f}"
             )
         if not self.candidates and not self.points:
-            return "Stay dense: no patch was faster than dense attention at this shape on this device."
-        held = [point for point in self.points.values() if point.margin >= 0]
+            return "Stay dense: no patch was faster than dense attention at this shape on this device"
         if any(point.verdict == "overturned" for point in self.points.values()):
-            return f"Stay dense: what held {budget} in the search did not on unseen prompts and seeds."
+            return f"Stay dense: what held {budget} in the search did not on unseen prompts and seeds"
         if held:
-            return (
-                f"Stay dense: what keeps {budget} gains less than {WORTH:.2f}x, at best {max(p.speedup for p in held):.2f}x."
-            )
-        return f"Stay dense: none of {len(self.points)} candidates that were run keeps {budget}."
+            return f"Stay dense: what keeps {budget} gains less than {WORTH:.2f}x, at best {held[0].speedup:.2f}x"
+        return f"Stay dense: none of {len(self.points)} candidates that were run keeps {budget}"
 
     # ------------------------------------------------------------------------------------------------ measuring
 
     def _dense(self, pair: tuple[int, int]) -> None:
         if pair not in self.study.dense_runs:
-            self.study.rows.setdefault(DENSE, self.study.new_row(Variant(DENSE, "dense")))
-            self.study.time(Variant(DENSE, "dense"), *pair)
+            self._time(Variant(DENSE, "dense"), pair)
+
+    def _time(self, variant: Variant, pair: tuple[int, int]) -> None:
+        """Time one run; where it has to be compiled first, after one that is not timed."""
+        if variant.name not in self.study.rows:
+            if is_compiled(self.study.pipe):
+                self.study.warm_up(variant, *pair)
+            self.study.rows[variant.name] = self.study.new_row(variant)
+        self.study.time(variant, *pair)
 
     def _probe(self, arm: Arm) -> None:
         from accelplug.tuning.forecast import Probe
@@ -286,18 +364,19 @@ class Search:
         self.forecast.layer_share = {layer: square / (sum(squares) or 1.0) for layer, square in enumerate(squares)}
 
     def _run_caches(self) -> None:
-        """Each cache alone, on one whole run: what it saves, it also saves beside a patch."""
+        """Caches alone, on one whole run each: what one saves, it also saves beside a patch. Bolder than one that fails is worse."""
         assert self.forecast is not None
-        for kind, settings in CACHES:
-            if not self._affords(1):
-                return
-            candidate = Candidate(None, cache=(kind, tuple(settings.items())))
-            try:
-                self._run(candidate, self.seen[:1])
-            except UnsupportedError as error:
-                logger.info("tune: %s", error)
-                continue
-            self.forecast.cache_ratio[candidate.cache] = 1 / self.points[candidate].speedup
+        until = self.spent_s + CACHE_SHARE * (self.time_budget_s - self.spent_s)
+        failed: set[str] = set()
+        for rung in itertools.zip_longest(*self.ladders):  # one of each kind before the second of any
+            for cache in rung:
+                if cache is None or (ladder := cache.ladder) in failed:
+                    continue
+                if self.spent_s > until or not self._affords(self.seen[:1]):
+                    return
+                self._run(candidate := Candidate(None, cache=cache), self.seen[:1])
+                self.forecast.cache_ratio[cache] = 1 / self.points[candidate].speedup
+                failed |= {ladder} if self.points[candidate].margin < 0 else set()
 
     def _run(self, candidate: Candidate, pairs: Sequence[tuple[int, int]]) -> None:
         """Run a candidate whole on some prompts and seeds, dense beside it, and learn from it."""
@@ -305,34 +384,38 @@ class Search:
         name = str(candidate)
         recipe = load(candidate.rules(), model_facts(self.study.pipe))
         variant = Variant(name, "cache" if candidate.arm is None else "recipe", recipe)
-        if candidate not in self.points:
-            foretold: dict[str, float | None] = {"margin": self.forecast.margin(candidate)}
-            known = candidate.cache is None or candidate.cache in self.forecast.cache_ratio
-            foretold["speedup"] = self.forecast.dense_ms / self.forecast.latency_ms(candidate) if known else None
-            self.points[candidate] = Point(name, candidate.rules(), 0, 0.0, {}, 0.0, foretold=foretold)
-        point, row = self.points[candidate], self.study.rows.setdefault(name, self.study.new_row(variant))
+        point = self.points.get(candidate) or Point(
+            name, candidate.rules(), 0, 0.0, {}, 0.0, foretold=self._foretold(candidate)
+        )
         values: dict[str, list[float]] = {
             bound.name: [point.worst[bound.name]] if point.worst else [] for bound in self.bounds
         }
         for pair in pairs:
             self.tell(f"{name}, seed {pair[1]}; best so far {self._best()}", self.spent_s)
             self._dense(pair)
-            self.study.time(variant, *pair)
+            self._time(variant, pair)
             clips = self.study.clips[DENSE, *pair], self.study.clips[name, *pair]
             for bound in self.bounds:
-                values[bound.name].append(bound.value(row.samples[-1], *clips))
-        dense = {(s.prompt, s.seed): s.latency_ms for s in self.study.rows[DENSE].samples}
+                values[bound.name].append(bound.value(self.study.rows[name].samples[-1], *clips))
+        row, dense = self.study.rows[name], {(s.prompt, s.seed): s.latency_ms for s in self.study.rows[DENSE].samples}
         point.runs = len(row.samples)
         point.speedup = float(np.median([dense[s.prompt, s.seed] / s.latency_ms for s in row.samples]))
         point.worst = {b.name: (min if b.higher_is_better else max)(values[b.name]) for b in self.bounds}
         point.margin = min(b.margin(point.worst[b.name]) for b in self.bounds)
-        self.forecast.runs = [(c, p.worst, p.speedup) for c, p in self.points.items() if p.runs]
+        self.points[candidate] = point
+        self.forecast.runs = [(c, p.worst, p.speedup) for c, p in self.points.items()]
+
+    def _foretold(self, candidate: Candidate) -> dict[str, float | None]:
+        assert self.forecast is not None
+        known = candidate.cache is None or candidate.cache in self.forecast.cache_ratio
+        speedup = self.forecast.dense_ms / self.forecast.latency_ms(candidate) if known else None
+        return {"margin": self.forecast.margin(candidate), "speedup": speedup}
 
     # ------------------------------------------------------------------------------------------------- choosing
 
     def _holding(self) -> list[Candidate]:
         """Candidates within the budget so far, the fastest first."""
-        held = [(c, p) for c, p in self.points.items() if p.runs and p.margin >= 0 and p.verdict == "tried"]
+        held = [(c, p) for c, p in self.points.items() if p.margin >= 0 and p.verdict == "tried"]
         return [candidate for candidate, _ in sorted(held, key=lambda item: -item[1].speedup)]
 
     def _best(self) -> str:
@@ -346,7 +429,7 @@ class Search:
         fastest = max((self.points[c].speedup for c in self._holding()), default=WORTH)
         pool = list(self.candidates)
         for base in [c for c in self._holding() if c.arm is not None and c.cache is None][:2]:
-            pool += [c for c in cached(base) if c.cache in forecast.cache_ratio]
+            pool += cached(base, [c.cache for c in self._holding() if c.arm is None and c.cache is not None])
         open_ = [c for c in pool if c not in self.points and forecast.dense_ms / forecast.latency_ms(c) > fastest]
         if not open_:
             return None
@@ -363,14 +446,18 @@ class Search:
         scale = max(abs(bound.limit) for bound in self.bounds)
         return closest if (margins[closest] or 0.0) > -0.1 * scale else None
 
-    def _takes_caches(self) -> bool:
-        return all(hasattr(host_part, "enable_cache") for host_part in _denoisers(self.study.pipe))
 
-
-def _denoisers(pipe: Any) -> list[Any]:
-    from accelplug.hosts.diffusers import denoisers
-
-    return list(denoisers(pipe).values())
+@contextmanager
+def room_to_compile(pipe: Any) -> Iterator[None]:
+    """Let a compiled denoiser have a graph for each candidate: Dynamo gives a function up after 8. They are dropped at the end."""
+    if not is_compiled(pipe):
+        yield
+        return
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=64 * GRAPHS):
+        try:
+            yield
+        finally:
+            torch._dynamo.reset()
 
 
 @contextmanager

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product, zip_longest
 from typing import Any
 
 from accelplug.call import Layout
 from accelplug.errors import AccelplugError
+from accelplug.patches.base import BlockSparse, Scored
 from accelplug.registry import patch_class
+from accelplug.tuning.caches import Cache
 
 DENSE_STEPS = (0, 10, 25, 40)
 """Shares of the first steps that may stay dense, in percent."""
 
 PYRAMIDS = ((0.4, 0.5, 0.6, 0.8), (0.6, 0.7, 0.8, 0.9))
 """Bounds of levels 1, 2, 4 and 8: the preset of Wan 2.1, and a more careful one."""
-
-CACHES: tuple[tuple[str, dict[str, Any]], ...] = tuple(("first_block", {"threshold": t}) for t in (0.03, 0.08, 0.15))
 
 BOTH = ("pool", "drop")
 
@@ -53,18 +53,18 @@ class Candidate:
     arm : None for no patch, a cache alone.
     dense_steps : percent of the first steps without the arm.
     dense_layers : layers without the arm.
-    cache : kind and settings of a step cache, or None.
+    cache : a step cache, or None.
     """
 
     arm: Arm | None
     dense_steps: int = 0
     dense_layers: tuple[int, ...] = ()
-    cache: tuple[str, tuple[tuple[str, Any], ...]] | None = None
+    cache: Cache | None = None
 
     def rules(self) -> dict[str, Any]:
         """Return it as a recipe: rules, and the cache."""
         rules: list[dict[str, Any]] = []
-        layers = set(self.dense_layers) | ({0} if self.cache and self.cache[0] == "first_block" and self.arm else set())
+        layers = set(self.dense_layers) | ({0} if self.cache and self.cache.kind == "first_block" and self.arm else set())
         if layers:
             rules.append({"where": {"layers": sorted(layers)}, "patch": "dense"})
         if self.arm is None:
@@ -75,14 +75,14 @@ class Candidate:
             rules.append({"patch": self.arm.patch, "with": dict(self.arm.settings)})
         recipe: dict[str, Any] = {"rules": rules}
         if self.cache is not None:
-            recipe["cache"] = {"kind": self.cache[0], "with": dict(self.cache[1])}
+            recipe["cache"] = self.cache.rule()
         return recipe
 
     def __str__(self) -> str:
         parts = [str(self.arm)] if self.arm else []
         parts += [f"{self.dense_steps} % of steps dense"] if self.arm and self.dense_steps else []
         parts += [f"layers {', '.join(map(str, self.dense_layers))} dense"] if self.dense_layers else []
-        parts += [f"{self.cache[0]} {' '.join(f'{k}={v:g}' for k, v in self.cache[1])}"] if self.cache else []
+        parts += [str(self.cache)] if self.cache else []
         return " + ".join(parts)
 
 
@@ -124,10 +124,19 @@ def variants(arm: Arm, sensitive_layers: Sequence[int], steps: int) -> Iterator[
             yield Candidate(arm, percent, tuple(sorted(sensitive_layers[:number])))
 
 
-def cached(candidate: Candidate) -> Iterator[Candidate]:
-    """Yield a candidate with each step cache."""
-    for kind, settings in CACHES:
-        yield replace(candidate, cache=(kind, tuple(settings.items())))
+def cached(candidate: Candidate, caches: Iterable[Cache]) -> Iterator[Candidate]:
+    """Yield a candidate with each step cache that goes with it.
+
+    TaylorSeer reads derivatives off consecutive steps; where a patch reads other blocks at every step, they are of its choice.
+    """
+    for cache in caches:
+        if cache.kind != "taylorseer" or candidate.arm is None or _fixed_in_time(candidate.arm.patch):
+            yield replace(candidate, cache=cache)
+
+
+def _fixed_in_time(patch: str) -> bool:
+    cls = patch_class(patch)
+    return issubclass(cls, BlockSparse) and not issubclass(cls, Scored)
 
 
 def _short(value: Any) -> str:
