@@ -222,7 +222,7 @@ def _triton_missing(device: torch.device) -> str | None:
     try:
         from accelplug.kernels import triton_block
     except ImportError:
-        return "triton is not installed"
+        return "triton 3.4 or newer is not installed"
     return triton_block.missing(device)
 
 

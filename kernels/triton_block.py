@@ -2,12 +2,15 @@
 
 The pooled rest is a second loop in the same softmax. A `Threshold` is evaluated in that loop, so that no plan is ever
 materialised. Imported only where triton is installed; under ``TRITON_INTERPRET=1`` it runs on a CPU.
+
+Tiles go by tensor descriptors or by pointers, see `Tier`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import triton
@@ -22,6 +25,12 @@ from accelplug.kernels.rest import Drop, Pool, coarse
 
 MIN_BLOCK = 16  # the least that tl.dot takes on a side
 GROUP = 64  # pooled keys per step
+
+Tier = Literal["pointers", "keys", "whole"]
+"""What goes by tensor descriptors: nothing; keys and values; queries and the output as well. All give the same numbers.
+
+Only ``keys`` was timed on a GPU, an H100. `benchmarks.gpu_block_attention` times all three.
+"""
 
 
 def missing(device: torch.device) -> str | None:
@@ -48,6 +57,17 @@ def unsupported(q: Tensor, v: Tensor, plan: BlockPlan | Threshold, dtype: torch.
     return None
 
 
+def tier_of(device: torch.device) -> Tier:
+    """The tier that serves on `device` unless another is asked for.
+
+    NVIDIA GPUs have hardware for descriptors (TMA) from compute capability 9.0 on. Elsewhere Triton makes pointers of them whose
+    alignment it does not know: compiled for 8.0, loads of 2 bytes, where ``pointers`` has asynchronous ones of 16.
+    """
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0)):
+        return "pointers"
+    return "keys"
+
+
 def evaluates(rule: Threshold, rest: Drop | Pool) -> bool:
     """Whether the kernel finds this plan as it goes: its scores are those of the pooled keys."""
     return not _spread(rule) and (isinstance(rest, Drop) or rest.representative == "mean")
@@ -63,16 +83,24 @@ def attend(
     key_mask: Tensor | None,
     return_lse: bool,
     eight: Quantised | None = None,
+    tier: Tier | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return (out, lse); see `attention.block_attention`. A `Threshold` takes `Drop` or means, and no `eight`.
 
-    With `eight`, blocks are read exactly by its queries and keys, and by means through its queries and `k`.
+    With `eight`, blocks are read exactly by its queries and keys, and by means through its queries and `k`. `tier`: that of
+    `tier_of`; ``whole`` wants rows of the output that are multiples of 16 bytes, and raises `UnsupportedError` without.
     """
     if (reason := unsupported(q, v, plan, None if eight is None else eight.k.dtype)) is not None:
         raise UnsupportedError(f"backend='triton' cannot serve: {reason}. Use backend='flex', 'blocked' or 'auto'.")
     spread = _spread(plan)
+    tier = tier_of(q.device) if tier is None else tier
+    if tier == "whole" and v.shape[-1] * q.element_size() % 16:
+        raise UnsupportedError(
+            f"tier='whole' cannot serve: rows of the output have {v.shape[-1] * q.element_size()} bytes, expected a multiple of 16. "
+            "Use tier='keys'."
+        )
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # the interpreter's dot takes the bits of bf16 for integers
-        out, lse = attend(q.float(), k.float(), v.float(), plan, rest, scale, key_mask, return_lse, eight)
+        out, lse = attend(q.float(), k.float(), v.float(), plan, rest, scale, key_mask, return_lse, eight, tier)
         return out.bfloat16(), lse
     if scale < 0:  # the kernel takes maxima before it scales
         q, scale, eight = -q, -scale, eight and replace(eight, q=-eight.q)
@@ -108,11 +136,12 @@ def attend(
     block_dv = max(16, triton.next_power_of_2(dim_v))
     grid = (len(plan.q_len), batch * heads)
     tile, warps, stages = _tuning(out, plan.block_q, MIN_BLOCK if spread else plan.block_k)
+    by_tile, whole_tier = tier != "pointers", tier == "whole"
     _kernel[grid](
-        q,
-        _tiles_of(k, tile, block_d),
-        _tiles_of(v, tile, block_dv),
-        out,
+        _tiles_of(q, plan.block_q, block_d) if whole_tier else q,
+        _tiles_of(k, tile, block_d) if by_tile else k,
+        _tiles_of(v, tile, block_dv) if by_tile else v,
+        _tiles_of(out, plan.block_q, block_dv) if whole_tier else out,
         lse,
         index,
         count,
@@ -132,6 +161,8 @@ def attend(
         v_coarse,
         bias,
         *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
         heads,
         heads // k.shape[1],
         rows,
@@ -160,6 +191,8 @@ def attend(
         LEVELS=level_count.shape[-1] if level_count is not none else 0,
         POOLED=pooled,
         THRESHOLD=threshold,
+        KEY_TILES=by_tile,
+        ROW_TILES=whole_tier,
         num_warps=warps,
         num_stages=stages,
     )
@@ -186,9 +219,9 @@ def _mean(x: Tensor, lengths: Tensor, run: int, key_mask: Tensor | None) -> Tens
 
 
 def _tiles_of(x: Tensor, tile: int, dim: int) -> TensorDescriptor:
-    """x (B, H, S, D) for loads of `tile` tokens by `dim` dimensions.
+    """x (B, H, S, D) for loads or stores of `tile` tokens by `dim` dimensions.
 
-    What lies outside reads as 0, and Hopper copies while it computes.
+    What lies outside reads as 0 and is not written, and Hopper copies while it computes.
     """
     unit = 16 // x.element_size()  # rows must start at multiples of 16 bytes
     if any(stride % unit for stride in x.stride()[:-1]) or x.data_ptr() % 16:
@@ -268,10 +301,20 @@ def _coarse_step(scores, v_coarse, bias, at, reads, top, total, acc, D_V: tl.con
 
 
 @triton.jit
+def _rows_at(x, rows, stride, held, D: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr):
+    """The `rows` [T] of one head by pointers, [T, BLOCK_D]; what is not `held` [T] and lies outside reads as 0."""
+    d = tl.arange(0, BLOCK_D)
+    at = x + rows[:, None].to(tl.int64) * stride + d[None, :]
+    return tl.load(at, mask=held[:, None] & (d[None, :] < D), other=0.0) if RAGGED or D < BLOCK_D else tl.load(at)
+
+
+@triton.jit
 def _key_step(
     q,
     k,
     v,
+    stride_ks,
+    stride_vs,
     b,
     kv_head,
     block,
@@ -289,6 +332,8 @@ def _key_step(
     top,
     total,
     acc,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -296,14 +341,19 @@ def _key_step(
     AXES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     EIGHT: tl.constexpr,
+    KEY_TILES: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
     """Read TILE_K keys of a key block exactly, from its slot `start` on."""
     tile = tl.arange(0, TILE_K)  # [T]
     first = block * BLOCK_K + start
     held = (start + tile < length) & (first + tile < slots_k)
-    keys = k.load([b, kv_head, first, 0]).reshape(TILE_K, BLOCK_D)
-    values = v.load([b, kv_head, first, 0]).reshape(TILE_K, BLOCK_DV)
+    if KEY_TILES:
+        keys = k.load([b, kv_head, first, 0]).reshape(TILE_K, BLOCK_D)
+        values = v.load([b, kv_head, first, 0]).reshape(TILE_K, BLOCK_DV)
+    else:
+        keys = _rows_at(k, first + tile, stride_ks, held, D, BLOCK_D, RAGGED)
+        values = _rows_at(v, first + tile, stride_vs, held, D_V, BLOCK_DV, RAGGED)
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee").to(tl.float32)  # [M, T]
     if EIGHT:
         scale *= tl.load(k_step + block)
@@ -348,6 +398,12 @@ def _kernel(
     stride_qb,
     stride_qh,
     stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
     heads,
     ratio,
     slots_q,
@@ -376,13 +432,17 @@ def _kernel(
     LEVELS: tl.constexpr,
     POOLED: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    KEY_TILES: tl.constexpr,
+    ROW_TILES: tl.constexpr,
 ):
     m = tl.program_id(0)
     b = tl.program_id(1) // heads
     h = tl.program_id(1) % heads
     kv_head = h // ratio
     b64, h64, kv64 = b.to(tl.int64), h.to(tl.int64), kv_head.to(tl.int64)
-    q += b64 * stride_qb + h64 * stride_qh
+    if not KEY_TILES:
+        k += b64 * stride_kb + kv64 * stride_kh
+        v += b64 * stride_vb + kv64 * stride_vh
     key_mask += b64 * slots_k
     row_of_plan = (b64 * plan_batch + h64 * plan_head) * blocks_q + m
     row_of_bits = m.to(tl.int64) if THRESHOLD else row_of_plan  # what is always read is the same for all heads
@@ -392,12 +452,11 @@ def _kernel(
     bias += (b64 * heads + h64) * coarse_keys
 
     rows = m * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
-    d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
     rows_held = rows < slots_q
-    queries = tl.load(
-        q + rows[:, None].to(tl.int64) * stride_qs + d[None, :], mask=rows_held[:, None] & (d[None, :] < D), other=0.0
-    )  # [M, D]
+    if ROW_TILES:
+        queries = q.load([b, h, m * BLOCK_M, 0]).reshape(BLOCK_M, BLOCK_D)
+    else:
+        queries = _rows_at(q + b64 * stride_qb + h64 * stride_qh, rows, stride_qs, rows_held, D, BLOCK_D, True)
     wide, exact_scale = queries, scale  # what coarse keys are read by; what undoes the rounding of exact logits
     if EIGHT:
         step = tl.load(q_step + (b64 * heads + h64) * blocks_q + m)
@@ -415,16 +474,16 @@ def _kernel(
         for step in range(0, filled * STEPS):
             block = tl.load(entries_of_row + step // STEPS)
             top, total, acc = _key_step(
-                queries, k, v, b, kv_head, block, step % STEPS * TILE_K, BLOCK_K, rows, lo, hi, coord, key_mask,
-                k_step, slots_k, rows_held, exact_scale, top, total, acc, BLOCK_D, BLOCK_DV, BLOCK_K, TILE_K, AXES,
-                HAS_MASK, EIGHT, False,
+                queries, k, v, stride_ks, stride_vs, b, kv_head, block, step % STEPS * TILE_K, BLOCK_K, rows, lo, hi, coord,
+                key_mask, k_step, slots_k, rows_held, exact_scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_K,
+                TILE_K, AXES, HAS_MASK, EIGHT, KEY_TILES, False,
             )  # fmt: skip
         for step in range(filled * STEPS, tl.load(count + row_of_plan) * STEPS):
             block = tl.load(entries_of_row + step // STEPS)
             top, total, acc = _key_step(
-                queries, k, v, b, kv_head, block, step % STEPS * TILE_K, tl.load(k_len + block), rows, lo, hi, coord,
-                key_mask, k_step, slots_k, rows_held, exact_scale, top, total, acc, BLOCK_D, BLOCK_DV, BLOCK_K, TILE_K,
-                AXES, HAS_MASK, EIGHT, True,
+                queries, k, v, stride_ks, stride_vs, b, kv_head, block, step % STEPS * TILE_K, tl.load(k_len + block), rows,
+                lo, hi, coord, key_mask, k_step, slots_k, rows_held, exact_scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV,
+                BLOCK_K, TILE_K, AXES, HAS_MASK, EIGHT, KEY_TILES, True,
             )  # fmt: skip
         entries_of_row += tl.load(count + row_of_plan)
 
@@ -465,13 +524,17 @@ def _kernel(
                         length = tl.load(k_len + block)
                         for start in tl.static_range(0, BLOCK_K, TILE_K):
                             top, total, acc = _key_step(
-                                queries, k, v, b, kv_head, block, start, length, rows, lo, hi, coord, key_mask,
-                                k_step, slots_k, rows_held, exact_scale, top, total, acc, BLOCK_D, BLOCK_DV, BLOCK_K,
-                                TILE_K, AXES, HAS_MASK, EIGHT, True,
+                                queries, k, v, stride_ks, stride_vs, b, kv_head, block, start, length, rows, lo, hi, coord,
+                                key_mask, k_step, slots_k, rows_held, exact_scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV,
+                                BLOCK_K, TILE_K, AXES, HAS_MASK, EIGHT, KEY_TILES, True,
                             )  # fmt: skip
 
-    out_at = out + ((b64 * heads + h64) * slots_q + rows[:, None]) * D_V + dv[None, :]
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(out_at, result.to(out.dtype.element_ty), mask=rows_held[:, None] & (dv[None, :] < D_V))
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]  # [M, DV]
+    if ROW_TILES:
+        out.store([b, h, m * BLOCK_M, 0], result.to(out.dtype).reshape(1, 1, BLOCK_M, BLOCK_DV))
+    else:
+        dv = tl.arange(0, BLOCK_DV)
+        out_at = out + ((b64 * heads + h64) * slots_q + rows[:, None]) * D_V + dv[None, :]
+        tl.store(out_at, result.to(out.dtype.element_ty), mask=rows_held[:, None] & (dv[None, :] < D_V))
     natural = tl.where(total > 0, (top + tl.log2(tl.where(total > 0, total, 1.0))) * 0.6931471805599453, float("-inf"))
     tl.store(lse + (b64 * heads + h64) * slots_q + rows, natural, mask=rows_held)

@@ -276,6 +276,43 @@ def test_8_bit_errors_are_those_of_rounding(precision):
     assert (unsmoothed - exact).abs().mean() > 5 * (out - exact).abs().mean()
 
 
+@pytest.mark.parametrize("tier", ["pointers", "whole"])  # all other tests have the third
+@pytest.mark.parametrize("case", ["padded", "odd", "means", "int8", "threshold"])
+def test_tiers_of_the_triton_kernel_equal_the_reference(monkeypatch, case, tier):
+    """Keys by descriptor or by pointer, queries and the output too; on a CPU as the interpreter has them."""
+    from accelplug.kernels import triton_block
+
+    described = []
+    true_tiles = triton_block._tiles_of
+    monkeypatch.setattr(triton_block, "_tiles_of", lambda x, *sizes: described.append(sizes) or true_tiles(x, *sizes))
+    shape = (1, 2, 1, 45, 18 if case == "odd" else 40, 24, 32, 16)  # rows of 18 floats are no multiple of 16 bytes
+    q, k, v, plan = levelled(shape) if case == "means" else make(shape, per_head=True, box=case == "int8")
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))  # as models hand them over
+    key_mask = torch.rand(1, 45) < 0.7 if case == "padded" else None
+    if case == "threshold":
+        none = torch.zeros(len(plan.k_len), dtype=torch.bool)
+        plan = Threshold(
+            torch.zeros(1, 2, len(plan.q_len)), 0, none, none[: len(plan.q_len)], plan.q_len, plan.k_len, 32, 16
+        )
+    eight = quantised(q, k, plan, "int8", key_mask) if case == "int8" else None
+    rest = Drop() if case == "int8" else Pool()
+    got, lse = triton_block.attend(q, k, v, plan, rest, 0.2, key_mask, True, eight, tier)
+    assert len(described) == {"pointers": 0, "whole": 4}[tier]
+    q, k = (q, k) if eight is None else eight.restored(q.dtype)
+    arguments = {"rest": rest, "scale": 0.2, "key_mask": key_mask, "return_lse": True}
+    expected, expected_lse = block_attention(q, k, v, plan, backend="reference", **arguments)
+    close(got, expected)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_the_whole_tier_wants_rows_of_16_bytes():
+    from accelplug.kernels import triton_block
+
+    q, k, v, plan = make((1, 1, 1, 33, 16, 18, 16, 16))
+    with pytest.raises(UnsupportedError, match="rows of the output have 72 bytes, expected a multiple of 16"):
+        triton_block.attend(q, k, v, plan, Drop(), 0.2, None, False, tier="whole")
+
+
 def test_tied_and_rectified_have_no_lse():
     q, k, v, plan = make(SHAPES["B1-H2-S100-d16"])
     with pytest.raises(UnsupportedError, match="Tied has no log-sum-exp"):
