@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -564,28 +565,40 @@ def test_plans_made_inside_a_graph(rest):
 
 
 @on_cpu
-def test_triton_kernel_compiles_for_a_gpu_that_is_not_here():
-    """Hopper's 8-bit products, with every part of the kernel in use."""
+def test_triton_kernel_compiles_for_gpus_that_are_not_here():
+    """8-bit products. Hopper: the tier with TMA, for queries once, for keys and values in the loops of whole and of ragged blocks,
+    and for the output. Ampere: the tier of pointers, 16 bytes at a time."""
     script = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from accelplug.kernels.triton_block import _kernel
 
+names = _kernel.arg_names
 numbers = dict(D=64, D_V=64, BLOCK_D=64, BLOCK_DV=64, BLOCK_M=64, BLOCK_K=64, TILE_K=64, GROUP_K=64, AXES=1, HAS_MASK=True,
-               EIGHT=True, LISTED=True, FIRST_RUN=2, LEVELS=3, POOLED=True, THRESHOLD=False)
-types = dict.fromkeys(_kernel.arg_names, "i32") | dict.fromkeys(numbers, "constexpr") | {"scale": "fp32", "key_mask": "*u8"}
+               EIGHT=True, LISTED=True, FIRST_RUN=2, THRESHOLD=False)
+types = dict.fromkeys(names, "i32") | {"scale": "fp32", "key_mask": "*u8", "q_step": "*fp32", "k_step": "*fp32"}
 types |= dict.fromkeys(("index", "count", "whole", "level_count", "bits", "q_len", "k_len", "lo", "hi", "coord"), "*i32")
-types |= dict.fromkeys(("out", "k_coarse", "v_coarse"), "*bf16") | dict.fromkeys(("lse", "theta", "bias"), "*fp32")
-types |= {"q": "*i8", "q_step": "*fp32", "k_step": "*fp32"}
-types |= {"k": "tensordesc<i8[1,1,64,64]>", "v": "tensordesc<bf16[1,1,64,64]>"}
-at = {(_kernel.arg_names.index(name),): value for name, value in numbers.items()}
-made = triton.compile(ASTSource(_kernel, types, at), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-assert "k32.s32.s8.s8" in made.asm["ptx"]
+types |= dict.fromkeys(("k_coarse", "v_coarse"), "*bf16") | dict.fromkeys(("lse", "theta", "bias"), "*fp32")
+for capability, tiles in ((90, True), (80, False)):
+    constants = numbers | dict(LEVELS=2 if tiles else 0, POOLED=tiles, KEY_TILES=tiles, ROW_TILES=tiles)
+    form = "tensordesc<{}[1,1,64,64]>" if tiles else "*{}"
+    mine = types | dict.fromkeys(("q", "k"), form.format("i8")) | dict.fromkeys(("v", "out"), form.format("bf16"))
+    mine |= dict.fromkeys(constants, "constexpr")
+    at = {(names.index(name),): value for name, value in constants.items()}
+    even = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if mine[n][0] == "*" or n.startswith("stride")}
+    target = GPUTarget("cuda", capability, 32)
+    print("=====", triton.compile(ASTSource(_kernel, mine, at, even), target=target, options={"num_warps": 4}).asm["ptx"])
 """
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
+    _, hopper, ampere = ran.stdout.split("=====")
+    assert "k32.s32.s8.s8" in hopper
+    assert len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", hopper)) >= 5
+    assert len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.global", hopper)) == 1
+    assert "cp.async.cg.shared.global" in ampere  # copies of 16 bytes
+    assert "ld.global.b16" not in ampere
 
 
 def test_op_is_well_formed():
