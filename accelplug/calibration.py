@@ -21,7 +21,7 @@ from torch import Tensor
 
 from accelplug import strict_yaml
 from accelplug.bounded import Bounded
-from accelplug.call import AttentionCall, Clock, Layout, Site
+from accelplug.call import ALL_HEADS, AttentionCall, Clock, Layout, Site
 from accelplug.comparison.environment import environment
 from accelplug.comparison.study import quiet
 from accelplug.errors import AccelplugError, NoMatchError, UnsupportedError, nearest
@@ -308,6 +308,11 @@ class Study:
 
     def due(self, site: Site, layout: Layout, clock: Clock) -> int | None:
         """Which bucket a call is looked at for, if at all: the step in its middle stands for it."""
+        if site.heads != ALL_HEADS:
+            raise UnsupportedError(
+                f"calibrate looks at all heads of a layer, and {site.denoiser} has them shared out over {site.heads.ranks} ranks. "
+                "Calibrate without tensor or context parallelism."
+            )
         if clock.step is None or clock.steps is None:
             raise UnsupportedError("calibrate must know the diffusion step, and this pipeline's scheduler does not say it.")
         self._tell(self.turn + (clock.step + 1) / clock.steps, f"run {self.turn + 1} of {self.turns}")

@@ -63,6 +63,22 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Which of a layer's heads are in this process: part `rank` of `ranks`, all of one size but the last."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, heads: int) -> range:
+        """Numbers of these heads, where a layer has `heads` in all."""
+        each = -(-heads // self.ranks)
+        return range(self.rank * each, min((self.rank + 1) * each, heads))
+
+
+ALL_HEADS = Share()
+
+
+@dataclass(frozen=True)
 class Site:
     """Where a call happens: one attention module of one denoiser."""
 
@@ -75,6 +91,8 @@ class Site:
     """0-based over double, then single blocks; None where layers have no order (refiners)."""
     layers: int
     """Number of layers that `layer` counts in."""
+    heads: Share = ALL_HEADS
+    """Which heads the calls have: not all where tensor or context parallelism shares them out."""
 
 
 @dataclass(frozen=True)

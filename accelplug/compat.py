@@ -28,6 +28,22 @@ def dispatch_attention_fn() -> Callable[..., Any]:
     return dispatch_attention_fn
 
 
+def context_parallel_attention() -> Callable[..., Any]:
+    """Return what diffusers' backends run attention through where tokens are shared out over ranks."""
+    from diffusers.models.attention_dispatch import _templated_context_parallel_attention
+
+    return _templated_context_parallel_attention
+
+
+def shares_heads(denoiser: Any) -> tuple[int, int]:
+    """Return which part of how many of each layer's heads attention of a diffusers model has here; (0, 1): all."""
+    config = getattr(denoiser, "_parallel_config", None)
+    tensors, context = (getattr(config, f"{kind}_parallel_config", None) for kind in ("tensor", "context"))
+    if tensors is not None:
+        return tensors._mesh.get_local_rank(), tensors._mesh.size()
+    return (0, 1) if context is None else (context._ulysses_local_rank, context.ulysses_degree)
+
+
 def hook_types() -> tuple[type, type, type, type]:
     """Return diffusers' ``HookRegistry, ModelHook, StateManager, BaseState``."""
     from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
@@ -275,6 +291,7 @@ def _minor(text: str) -> tuple[int, int]:
 def contracts() -> Iterator[tuple[str, Callable[[], None]]]:
     """Yield (what is relied on, check), for tests and for `accelplug doctor`."""
     yield "diffusers: dispatch_attention_fn takes query, key, value, attn_mask, scale, backend", _dispatcher_signature
+    yield "diffusers: context parallelism runs attention through a function that takes another's", _context_parallel
     yield "diffusers: HookRegistry adds and removes hooks by name", _hook_registry
     yield "diffusers: cache_context reaches StateManager.set_context of stateful hooks", _cache_context
     yield "diffusers: MagCache keeps the ratios of its calibration by cache context", _mag_calibration
@@ -295,6 +312,19 @@ def _dispatcher_signature() -> None:
     parameters = inspect.signature(dispatch_attention_fn()).parameters
     missing = {"query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "backend"} - set(parameters)
     _expect(not missing, f"dispatch_attention_fn lacks the parameters {sorted(missing)}")
+
+
+def _context_parallel() -> None:
+    if "parallel_config" not in inspect.signature(dispatch_attention_fn()).parameters:
+        return  # diffusers before context parallelism
+    from diffusers.models._modeling_parallel import ContextParallelConfig
+
+    missing = {"forward_op", "backward_op", "_parallel_config"} - set(
+        inspect.signature(context_parallel_attention()).parameters
+    )
+    _expect(not missing, f"_templated_context_parallel_attention lacks the parameters {sorted(missing)}")
+    missing = {"ulysses_degree", "ring_degree", "_ulysses_local_rank"} - set(ContextParallelConfig.__dataclass_fields__)
+    _expect(not missing, f"ContextParallelConfig lacks {sorted(missing)}")
 
 
 def _hook_registry() -> None:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelplug.call import ALL_HEADS
 from accelplug.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from accelplug.call import Clock, Layout, Site
+    from accelplug.call import Clock, Layout, Share, Site
 
 AXES = ("steps", "layers", "heads")
 """What the leading axes of a table can be, in this order."""
@@ -186,13 +187,17 @@ class Table:
             )
 
     def at(self, site: Site, clock: Clock) -> Tensor:
-        """Return the row of a layer now: [heads, ...]."""
-        return self.rows(bucket(clock, self.values.shape[0]) if "steps" in self.axes else 0, site.layer)
+        """Return the row of a layer now, for the heads that the site's calls have: [heads, ...]."""
+        return self.rows(bucket(clock, self.values.shape[0]) if "steps" in self.axes else 0, site.layer, site.heads)
 
-    def rows(self, step: int, layer: int | None) -> Tensor:
+    def rows(self, step: int, layer: int | None, heads: Share = ALL_HEADS) -> Tensor:
         """Return what stands in a row of the steps' axis and in a layer's, as far as there are such axes: [heads, ...]."""
         index = {"steps": step, "layers": layer or 0}
-        return self.values[tuple(index[axis] for axis in self.axes if axis != "heads")]
+        found = self.values[tuple(index[axis] for axis in self.axes if axis != "heads")]
+        if "heads" not in self.axes:
+            return found
+        here = heads.of(len(found))
+        return found[here.start : here.stop]
 
 
 def bucket(clock: Clock, number: int) -> int:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 import accelplug
 from tests.tiny_language_models import build, forward, inputs
+from tests.two_ranks import together
 
 RECIPES = (
     {"patch": "visual_bias", "with": {"image_weight": 6.0, "heads": [1, 3]}},
@@ -18,19 +15,10 @@ RECIPES = (
 )
 
 
-def work(rank: int, folder: str, port: int) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
+def work(rank: int, folder: str) -> list[torch.Tensor]:
     from transformers import LlavaForConditionalGeneration
     from transformers.distributed import DistributedConfig
 
-    torch.distributed.init_process_group("gloo")
     model = LlavaForConditionalGeneration.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2)).eval()
     given = inputs("llava")
     found = [forward(model, given)]
@@ -41,8 +29,7 @@ def work(rank: int, folder: str, port: int) -> None:
             assert host.tensor_parallel.rank == rank
             found.append(forward(model, given))
     found.append(forward(model, given))
-    torch.save(found, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no distributed package")
@@ -53,13 +40,8 @@ def test_two_ranks_answer_as_one(tmp_path):
         with accelplug.apply(model, recipe):
             expected.append(forward(model, given))
     model.save_pretrained(tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (str(tmp_path), port), nprocs=2)
     valid = given["attention_mask"].bool()
-    for rank in range(2):
-        plain, *changed, after = torch.load(tmp_path / f"rank{rank}.pt")
+    for plain, *changed, after in together(work, tmp_path):
         assert torch.equal(plain, after)
         for found, wanted in zip((plain, *changed), expected, strict=True):
             torch.testing.assert_close(found[valid], wanted[valid], atol=2e-5, rtol=1e-4)

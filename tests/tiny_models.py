@@ -49,7 +49,7 @@ WAN = {
 
 
 def wan(**config: Any) -> Built:
-    model = diffusers.WanTransformer3DModel(**WAN, num_layers=3, **{"in_channels": 4, "out_channels": 4, **config})
+    model = diffusers.WanTransformer3DModel(**{**WAN, "num_layers": 3, "in_channels": 4, "out_channels": 4, **config})
     return model, {"hidden_states": noise(1, 4, 3, 8, 12), "timestep": STEP, "encoder_hidden_states": noise(1, 12, 16)}
 
 

@@ -90,6 +90,7 @@ class Family:
     outer_mask : masks (B, 1, S, S) of this family are outer products of one key validity; their first row is that.
     refuse : why this family's self-attention cannot be patched (linear attention), or None.
     any_order : blocks that take their tokens in any order, or None where that is not known of them.
+    split_apart : whether context parallelism splits text and grid each for itself, so that every rank has a share of both.
     status : how well it is known: ``verified`` (a real pipeline run), ``layout`` (tiny model), or ``dense``.
     """
 
@@ -101,6 +102,7 @@ class Family:
     outer_mask: bool = False
     refuse: str | None = None
     any_order: AnyOrder | None = None
+    split_apart: bool = False
     status: Literal["verified", "layout", "dense"] = "layout"
 
 

@@ -51,6 +51,10 @@ def _without_references(config: Any, inputs: Inputs) -> Geometry | None:
     return _packed(config, inputs) if inputs.get("kv_cache_mode") is None else None
 
 
-FLUX = Family(name="flux", classes=("FluxTransformer2DModel",), sites=_SITES, geometry=_packed, status="verified")
-FLUX2 = Family(name="flux2", classes=("Flux2Transformer2DModel",), sites=_SITES, geometry=_without_references)
+FLUX = Family(
+    name="flux", classes=("FluxTransformer2DModel",), sites=_SITES, geometry=_packed, split_apart=True, status="verified"
+)
+FLUX2 = Family(
+    name="flux2", classes=("Flux2Transformer2DModel",), sites=_SITES, geometry=_without_references, split_apart=True
+)
 CHROMA = Family(name="chroma", classes=("ChromaTransformer2DModel",), sites=_SITES, geometry=_packed, status="dense")

@@ -27,4 +27,5 @@ QWEN_IMAGE = Family(
     classes=("QwenImageTransformer2DModel",),
     sites=(("transformer_blocks.*.attn", "joint"),),
     geometry=_packed,
+    split_apart=True,
 )

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 
 from accelplug import compat
 from accelplug.bounded import Bounded
-from accelplug.call import AttentionCall, Clock, Layout, Site
+from accelplug.call import AttentionCall, Clock, Layout, Share, Site
 from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families import find
 from accelplug.families.base import Geometry, site_kinds
-from accelplug.hosts import rebind
+from accelplug.hosts import rebind, ulysses
 from accelplug.hosts.clock import Ear, StepClock
 from accelplug.hosts.forecast import Cost, Forecast, Meter
 from accelplug.hosts.gate import Gate, Verdict, timed_ms
 from accelplug.hosts.hoist import Hoist
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import DENSE, Choice, Decide
+from accelplug.hosts.ulysses import Gathered
 
 if TYPE_CHECKING:
     from accelplug.kernels.orders import Tiles
@@ -70,12 +71,26 @@ class SiteRecord:
     layout: Layout | None = None
     order: Tiles | None = None
     """The order that every call here puts its tokens in; the same object where others share it."""
+    exchanged: Gathered | None = None
+    """Where tokens lie after an exchange between ranks, if not in order."""
     length: int = -1
     routed: bool = False
     missed: bool = False
 
+    @property
+    def gathered(self) -> Gathered | None:
+        """Where tokens lie that are to be put in order: dense attention takes them in any."""
+        return self.exchanged if self.patch is not None else None
+
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, dense: Callable[..., Tensor], blocked: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Any,
+        scale: float | None,
+        dense: Callable[..., Tensor],
+        blocked: str | None,
     ) -> Tensor:
         """Answer one attention call; all tensors (B, H, S, D)."""
         if not torch.compiler.is_compiling():
@@ -85,7 +100,7 @@ class SiteRecord:
         if patch is None:
             return dense()
         key_mask, understood = key_validity(mask, self.length, self.host.family.outer_mask)
-        if blocked or not understood or not q.shape[-2] == k.shape[-2] == self.length:
+        if blocked is not None or not understood or not q.shape[-2] == k.shape[-2] == self.length:
             self.missed = True  # counted by the host, outside the graph
             return dense()
         return patch.attend(AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense), self.params)
@@ -95,7 +110,8 @@ class SiteRecord:
         self.choice, self.layout, self.params, self.order = choice, layout, params, order
         self.reason = choice.reason
         if choice.patch is not None and layout is None:
-            self.reason = f"{type(self.host.denoiser).__name__} was given tokens whose layout is not understood"
+            where = " under context parallelism" if self.host.exchanging else ""
+            self.reason = f"{type(self.host.denoiser).__name__} was given tokens whose layout is not understood{where}"
         self.patch = choice.patch if params is not None else None
         self.length = layout.length if layout else -1
 
@@ -147,6 +163,7 @@ class DenoiserHost:
         self.skipped: dict[str, str] = {}
         self._moved: Bounded[tuple[int, torch.device], tuple[Any, Any]] = Bounded(64)
         self._ahead: Bounded[tuple, str | None] = Bounded(64)
+        self._gathered: Bounded[tuple, Gathered | None] = Bounded(16)
         self.signature = inspect.signature(type(denoiser).forward)
         self.records = self._records()
         self.regions = self._regions()
@@ -318,7 +335,8 @@ class DenoiserHost:
         self._forwards += 1
 
     def _settle(self, region: Region) -> None:
-        key = (region.geometry, self.now, region.device)
+        share = Share(*compat.shares_heads(self.denoiser))
+        key = (region.geometry, self.now, region.device, share, self.exchanging)
         if key == region.seen:
             return
         region.seen = key
@@ -326,8 +344,11 @@ class DenoiserHost:
         for record in region.records:
             if record.site is None:
                 continue
+            if record.site.heads != share:
+                record.site = replace(record.site, heads=share)
             layout = self._expected_layout(region.geometry, record.site)
             record.settle(*self._prepare(record.site, layout, region.device))
+            record.exchanged = self._exchanged(layout, share, region.device)
             if compiled and record.patch is not None:
                 self._judge_ahead(record, region)
 
@@ -357,7 +378,8 @@ class DenoiserHost:
         heads, to_q = getattr(record.module, "heads", None), getattr(record.module, "to_q", None)
         if heads is None or to_q is None:
             return None
-        return region.batch, heads, record.length, to_q.out_features // heads
+        here = record.site.heads.of(heads) if record.site else range(heads)
+        return region.batch, len(here), record.length, to_q.out_features // heads
 
     def _answers(self, record: SiteRecord) -> bool:
         """Whether the next calls of `record` will run its patch, as far as can be foretold: the gate has judged, if it is on."""
@@ -373,10 +395,25 @@ class DenoiserHost:
         return verdict is not None and (verdict.pays or self.gate.mode == "report")
 
     def _expected_layout(self, geometry: Geometry | None, site: Site) -> Layout | None:
-        if geometry is None:
+        if geometry is None or (site.kind == "joint" and self.exchanging and not self.family.split_apart):
             return None
         text = geometry.text[1] if site.kind == "joint" else 0
         return geometry.layout(site.kind, math.prod(geometry.grid_thw) + text)
+
+    @property
+    def exchanging(self) -> bool:
+        """Whether ranks exchange tokens for heads around attention."""
+        return ulysses.exchanges(getattr(self.denoiser, "_parallel_config", None))
+
+    def _exchanged(self, layout: Layout | None, share: Share, device: torch.device | None) -> Gathered | None:
+        if layout is None or not self.exchanging:
+            return None
+
+        def make() -> Gathered | None:
+            found = Gathered.of(layout, share.ranks)
+            return found.to(device) if found is not None and device is not None else found
+
+        return self._gathered.get((layout, share.ranks, device), make)
 
     def _prepare(
         self, site: Site, layout: Layout | None, device: torch.device | None
@@ -404,7 +441,7 @@ class DenoiserHost:
         mask: Any,
         scale: float | None,
         dense: Callable[..., Tensor],
-        blocked: bool,
+        blocked: str | None,
     ) -> Tensor:
         """Answer one eager attention call of `record`, counting what it does."""
         record.routed = True
@@ -451,12 +488,10 @@ class DenoiserHost:
         if layout is not None and record.site is not None:
             record.settle(*self._prepare(record.site, layout, region.device))
 
-    def _obstacle(self, record: SiteRecord, q: Tensor, k: Tensor, v: Tensor, mask: Any, blocked: bool) -> str | None:
+    def _obstacle(self, record: SiteRecord, q: Tensor, k: Tensor, v: Tensor, mask: Any, blocked: str | None) -> str | None:
         """Why a call that a patch is there for must run dense, or None."""
-        if not q.shape[-2] == k.shape[-2] == record.length:
-            return f"{q.shape[-2]} queries and {k.shape[-2]} keys where the layout has {record.length} tokens"
-        if blocked:
-            return "the call has dropout, is causal, or is sharded over devices"
+        if blocked is not None:
+            return blocked
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             if self.denoiser.training:
                 raise UnsupportedError(
@@ -464,6 +499,8 @@ class DenoiserHost:
                     "inference. Call .eval() and run under torch.no_grad(), or remove the plug to train."
                 )
             return "gradients are asked for; run under torch.no_grad()"
+        if not q.shape[-2] == k.shape[-2] == record.length:
+            return f"{q.shape[-2]} queries and {k.shape[-2]} keys where the layout has {record.length} tokens"
         if not key_validity(mask, record.length, self.family.outer_mask)[1]:
             what = f"mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             return f"a {what} is more than key padding"

@@ -16,10 +16,13 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accelplug import compat
+from accelplug.hosts import ulysses
+from accelplug.hosts.ulysses import Gathered
 
 RECORD = "_accelplug"
 """Attribute of an attention module that holds its `Record` while a plug is on."""
@@ -36,9 +39,13 @@ class Record(Protocol):
         mask: Tensor | None,
         scale: float | None,
         dense: Callable[..., Tensor],
-        blocked: bool,
+        blocked: str | None,
     ) -> Tensor:
-        """Answer one attention call; all tensors (B, H, S, D). `blocked`: only dense can serve (dropout, causal, sharded)."""
+        """Answer one attention call; all tensors (B, H, S, D). `blocked`: why only dense can serve, or None."""
+
+    @property
+    def gathered(self) -> Gathered | None:
+        """Where the tokens lie that ranks have exchanged, if they are to be put in order."""
 
 
 class _Slot(threading.local):
@@ -74,8 +81,9 @@ def is_rebound(attention: Any, record: Record) -> bool:
 
 
 def restore(attention: Any, record: Record, original: Any) -> None:
-    """Undo `rebind`. A processor that somebody else set since is left alone."""
+    """Undo `rebind`. A processor that somebody else set since is left alone; what was set on ours (backend, parallelism) is kept."""
     if is_rebound(attention, record):
+        vars(original).update(vars(attention.processor))
         attention.processor = original
     if attention.__dict__.get(RECORD) is record:
         delattr(attention, RECORD)
@@ -115,7 +123,6 @@ def _dispatch(
     """Stand in for ``dispatch_attention_fn``, whose tensors are (B, S, H, D)."""
     call = functools.partial(
         _stock_dispatch,
-        attn_mask=attn_mask,
         dropout_p=dropout_p,
         is_causal=is_causal,
         enable_gqa=enable_gqa,
@@ -124,7 +131,41 @@ def _dispatch(
     )
     record = _slot.record
     if record is None:
-        return call(query, key, value, scale=scale)
+        return call(query, key, value, attn_mask=attn_mask, scale=scale)
+    blocked, parallel = _only_dense(dropout_p, is_causal), others.get("parallel_config")
+    exchanges = ulysses.exchanges(parallel)
+    if parallel is not None and not exchanges:
+        blocked = blocked or "its tokens are shared out over ranks that do not exchange them"
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if not exchanges or blocked or enable_gqa or gradients:
+        return _answer(record, call, query, key, value, attn_mask, scale, blocked)
+    whole = functools.partial(call, parallel_config=None)
+
+    def answer(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if (gathered := record.gathered) is None:
+            return _answer(record, whole, q, k, v, mask, scale, None)
+        q, k, v = map(gathered.in_order, (q, k, v))
+        mask = None if mask is None else gathered.mask_in_order(mask)
+        return gathered.as_gathered(_answer(record, whole, q, k, v, mask, scale, None))
+
+    return ulysses.attend(query, key, value, attn_mask, scale, parallel, answer)
+
+
+def _only_dense(dropout_p: float, is_causal: bool) -> str | None:
+    return "the call has dropout or is causal" if dropout_p or is_causal else None
+
+
+def _answer(
+    record: Record,
+    call: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scale: float | None,
+    blocked: str | None,
+) -> Tensor:
+    """Have `record` answer for `call`, a dispatcher; tensors (B, S, H, D)."""
 
     def dense(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None, **changed: Any) -> Tensor:
         return call(
@@ -132,12 +173,11 @@ def _dispatch(
             key if k is None else k.transpose(1, 2),
             value if v is None else v.transpose(1, 2),
             scale=_scale_for(q, query, scale),
-            **changed,
+            **{"attn_mask": mask, **changed},
         ).transpose(1, 2)
 
-    blocked = bool(dropout_p) or is_causal or others.get("parallel_config") is not None
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return record.attend(q, k, v, attn_mask, scale, dense, blocked).transpose(1, 2)
+    return record.attend(q, k, v, mask, scale, dense, blocked).transpose(1, 2)
 
 
 def _sdpa(
@@ -157,7 +197,7 @@ def _sdpa(
     record = _slot.record
     if record is None:
         return dense()
-    return record.attend(query, key, value, attn_mask, scale, dense, bool(dropout_p) or is_causal)
+    return record.attend(query, key, value, attn_mask, scale, dense, _only_dense(dropout_p, is_causal))
 
 
 def _scale_for(q: Tensor | None, query: Tensor, scale: float | None) -> float | None:

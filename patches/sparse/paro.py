@@ -167,7 +167,8 @@ class Paro(BlockSparse):
         orders = tuple(ORDERS[i] for i in order.at(site, clock).tolist()) if isinstance(order, Table) else (order,)
         row = mask_row(clock, masks.values.shape[0]) if isinstance(masks, Table) and "steps" in masks.axes else 0
         layer = site.layer if isinstance(masks, Table) else None
-        return self.weighted(self.params(layout, orders=orders, layer=layer, row=row), site, clock)
+        where = {"orders": orders, "layer": layer, "row": row, "heads": site.heads}
+        return self.weighted(self.params(layout, **where), site, clock)
 
     def order(self, layout: Layout, **where: Any) -> Tiles:
         laid = [tiles(layout, order, self.config.unit) for order in where["orders"]]
@@ -180,7 +181,7 @@ class Paro(BlockSparse):
             block = torch.arange(number)
             width = band_tokens(tiles.layout.visual, self.config.density)
             return self.plan((block[:, None] - block).abs() * unit <= width, tiles)
-        row = masks.rows(where["row"], where["layer"])  # [H, M, words]
+        row = masks.rows(where["row"], where["layer"], where["heads"])  # [H, M, words]
         if row.shape[-2:] != (visual, -(-visual // 32)):
             raise RecipeError(
                 f"{masks!r} holds masks of other blocks: this layout has {visual} of {unit} slots. Calibrate for them."
