@@ -28,6 +28,7 @@ from accelplug.tuning.journal import Journal
 from accelplug.tuning.space import Arm, Candidate, arms, variants
 from tests import tiny_models
 from tests.test_laws import snapshot
+from tests.test_report import Page
 
 LADDERS = {
     "sol": ([{"tau": 1.0, "block": 8, "band": 0}], ("pool", "drop")),
@@ -60,7 +61,7 @@ def told_times(monkeypatch):
 
     def probe(self, pipe, recipe, moments=None):
         found = probed(self, pipe, recipe, moments)
-        return Probe(found.errors, {"sol": 0.5, "radial": 0.7}[recipe["rules"][-1]["patch"]])
+        return Probe(found.errors, {"sol": 0.5, "radial": 0.7}[recipe["rules"][-1]["patch"]], found.density)
 
     monkeypatch.setattr(Study, "time", timed)
     monkeypatch.setattr(Trajectory, "probe", probe)
@@ -327,7 +328,9 @@ def test_the_recipe_file_is_read_back_with_its_measurement(told_times, tmp_path)
     assert file.recipe().measured[0].prompts == [], "prompt embeddings are no words"
     assert load(tmp_path / "mine.yaml", model_facts(pipe)).rules == found.rules
     assert json.loads(found.to_json(tmp_path / "mine.json").read_text())["points"]
-    assert "<canvas" in found.to_html(tmp_path / "mine.html").read_text()
+    dots = Page(found.to_html(tmp_path / "mine.html").read_text()).data["dots"]
+    assert [dot["name"] for dot in dots] == [point.name for point in found.points]
+    assert 0 < found.proven.foretold["density"] < 1
 
 
 def test_too_little_time_says_how_much_is_needed(told_times):

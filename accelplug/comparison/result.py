@@ -66,6 +66,7 @@ class Row:
     Attributes
     ----------
     kind : ``dense``, ``recipe``, ``cache`` or ``floor``.
+    rules : the recipe as text for people.
     attention_ms : self- and joint-attention of one traced run, in all.
     density : by layer and step, fraction of (query, key) pairs computed, pooled keys counted; None where it did not run.
     plans : a few block plans: layer -> {step, blocks (M, N) as rows of "0" and "1", density}.
@@ -77,6 +78,7 @@ class Row:
     name: str
     kind: str
     recipe: str = ""
+    rules: str = ""
     samples: list[Sample] = field(default_factory=list)
     attention_ms: float | None = None
     density: list[list[float | None]] = field(default_factory=list)
@@ -169,20 +171,29 @@ class Comparison:
         return Spread.of(ratios) if ratios else None
 
     @property
+    def metric(self) -> str:
+        """The quality that counts: foreground PSNR where it was measured, else PSNR."""
+        return "fg_psnr_db" if any(row.values("fg_psnr_db") for row in self.rows) else "psnr_db"
+
+    @property
+    def best(self) -> Row | None:
+        """The fastest recipe at `GOOD_DB` or better, or the one of best quality if none is; None if none skipped attention."""
+        metric = self.metric
+        at_work = [r for r in self.rows if r.kind == "recipe" and (r.mean_density is None or r.mean_density < 1)]
+        good = [row for row in at_work if (row.mean(metric) or 0.0) >= GOOD_DB]
+        return max(good or at_work, key=lambda row: self.speedup(row).p50 if good else row.mean(metric) or 0.0, default=None)
+
+    @property
     def verdict(self) -> str:
-        """The result in a sentence: the fastest recipe at `GOOD_DB` or better, or the best one if none is, and its quality."""
-        recipes = [row for row in self.rows if row.kind == "recipe"]
+        """The best recipe in a sentence, its gain and its quality."""
+        recipes = [row.name for row in self.rows if row.kind == "recipe"]
         if not recipes:
             return "Dense only: nothing to compare."
-        at_work = [row for row in recipes if row.mean_density is None or row.mean_density < 1]
-        if not at_work:
-            return (
-                f"{', '.join(row.name for row in recipes)}: every attention call ran dense, so nothing was gained or lost."
-            )
-        seen = any(row.values("fg_psnr_db") for row in at_work)
-        metric, what = ("fg_psnr_db", "foreground PSNR") if seen else ("psnr_db", "PSNR")
-        good = [row for row in at_work if (row.mean(metric) or 0.0) >= GOOD_DB]
-        best = max(good or at_work, key=lambda row: self.speedup(row).p50 if good else row.mean(metric) or 0.0)
+        best = self.best
+        if best is None:
+            return f"{', '.join(recipes)}: every attention call ran dense, so nothing was gained or lost."
+        metric = self.metric
+        what = "foreground PSNR" if metric == "fg_psnr_db" else "PSNR"
         gain = self.speedup(best).p50
         pace = f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x slower"
         mean, worst = best.mean(metric), best.worst(metric)
@@ -244,7 +255,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the clips as JSON-safe data; an infinite PSNR is the text "inf"."""
         data = {name: getattr(self, name) for name in ("model", "prompts", "seeds", "settings", "timed", "environment")}
-        return _jsonable({**data, "verdict": self.verdict, "rows": [asdict(row) for row in self.rows]})
+        return jsonable({**data, "verdict": self.verdict, "rows": [asdict(row) for row in self.rows]})
 
     def to_json(self, path: str | Path) -> Path:
         """Write the figures."""
@@ -265,7 +276,7 @@ class Comparison:
         return cls(**data, rows=rows)
 
     def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained page: clips side by side, difference, plans, density, Pareto curve, table."""
+        """Write one self-contained page: Pareto plot, clips side by side, difference, table, densities, plans."""
         from accelplug.comparison.report import page
 
         path = Path(path)
@@ -336,11 +347,12 @@ def _number(value: float | None, digits: int) -> str:
     return "same" if math.isinf(value) else f"{value:.{digits}f}"
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """Plain data for JSON; a float that is not finite is text."""
     if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -173,7 +174,10 @@ class Study:
     @staticmethod
     def new_row(variant: Variant) -> Row:
         """An empty row of the table."""
-        return Row(variant.name, variant.kind, variant.recipe.name if variant.recipe else "")
+        if variant.recipe is None:
+            return Row(variant.name, variant.kind)
+        _, rules = replace(variant.recipe, measured=()).describe().split("\n", 1)
+        return Row(variant.name, variant.kind, variant.recipe.name, textwrap.dedent(rules))
 
     def trace(self, variant: Variant) -> None:
         """Run once, observing every attention call; this is also the warm-up."""

@@ -108,26 +108,31 @@ class Trajectory:
         return len(self.moves)
 
     def probe(self, pipe: Any, recipe: Mapping[str, Any], moments: Sequence[Moment] | None = None) -> Probe:
-        """Repeat moments with a recipe on; the first call, which may compile, is not timed."""
+        """Repeat moments with a recipe on; the first call, which may compile, is not timed but traced."""
         moments = self.moments if moments is None else moments
         errors, ratios = {}, []
+        densities: list[float | None] = []
         with apply(pipe, recipe, gate="report") as plug:
             for number, moment in enumerate(moments):
                 plug.step(moment.step, moment.steps)
                 if number == 0:
-                    _call(moment)
+                    with plug.trace() as events:
+                        _call(moment)
+                    densities = [event.density for event in events]
                 output, ms = timed_ms(lambda m=moment: _call(m), moment.output.device)  # type: ignore[misc]
                 errors[moment.step] = float((output.float() - moment.output.float()).norm() / moment.output.float().norm())
                 ratios.append(ms / moment.ms)
-        return Probe(errors, float(np.median(ratios)))
+        known = [density for density in densities if density is not None]
+        return Probe(errors, float(np.median(ratios)), float(np.mean(known)) if known else None)
 
 
 @dataclass
 class Probe:
-    """What a recipe did to the moments: relative error of the output by step, and time over dense time."""
+    """What a recipe did to the moments: relative error of the output by step, time over dense time, and density at the first."""
 
     errors: dict[int, float]
     ratio: float
+    density: float | None = None
 
     def error(self, step: int) -> float:
         """The error at a step, in a straight line between those seen."""
@@ -176,12 +181,22 @@ class Forecast:
         return self._probed_ms(candidate) * (float(np.median(taken)) if taken else 1.0)
 
     def _probed_ms(self, candidate: Candidate) -> float:
-        ratio, steps = 1.0, self.trajectory.steps
+        ratio = 1.0
         if candidate.arm is not None:
-            kept = 1 - len(candidate.dense_layers) / max(self.trajectory.layers, 1)
-            saved = (1 - self.probes[candidate.arm].ratio) * kept
-            ratio -= saved * len(self.steps_patched(candidate)) / steps
+            ratio -= (1 - self.probes[candidate.arm].ratio) * self._share_patched(candidate)
         return self.other_ms + self.denoise_ms * ratio * self.cache_ratio.get(candidate.cache, 1.0)
+
+    def _share_patched(self, candidate: Candidate) -> float:
+        """Share of the steps and layers in which the arm is on."""
+        kept = 1 - len(candidate.dense_layers) / max(self.trajectory.layers, 1)
+        return kept * len(self.steps_patched(candidate)) / self.trajectory.steps
+
+    def density(self, candidate: Candidate) -> float | None:
+        """Foretell the mean density of attention calls, as if no cache left any out."""
+        if candidate.arm is None:
+            return 1.0
+        density = self.probes[candidate.arm].density
+        return None if density is None else 1 - (1 - density) * self._share_patched(candidate)
 
     def spoil(self, candidate: Candidate, kappa: float) -> float:
         """Foretell how much of the arm's error is left in the end; caches are not in it."""

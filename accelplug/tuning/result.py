@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from accelplug.comparison.result import Comparison
+    from accelplug.tuning.budget import Bound
 
 
 @dataclass
@@ -32,7 +34,8 @@ class Point:
     worst : worst value of each bound's metric over the runs.
     margin : smallest distance to a bound, negative outside of the budget.
     verdict : ``tried``, ``front``, ``proven`` on runs the search never saw, or ``overturned`` there.
-    foretold : what the forecast said before the first run: speed-up, and margin where it could.
+    worst_run : prompt and seed of the run with that margin.
+    foretold : what the forecast said before the first run: density, and speed-up and margin where it could.
     """
 
     name: str
@@ -42,7 +45,18 @@ class Point:
     worst: dict[str, float]
     margin: float
     verdict: str = "tried"
+    worst_run: tuple[int, int] | None = None
     foretold: dict[str, float | None] = field(default_factory=dict)
+
+    def add(self, run: tuple[int, int], values: Mapping[str, float], bounds: Sequence[Bound]) -> None:
+        """Take in what one more run, at a prompt and a seed, scored on each bound."""
+        self.runs += 1
+        for bound in bounds:
+            worse = min if bound.higher_is_better else max
+            self.worst[bound.name] = worse(self.worst.get(bound.name, values[bound.name]), values[bound.name])
+        margin = min(bound.margin(values[bound.name]) for bound in bounds)
+        if self.worst_run is None or margin < self.margin:
+            self.margin, self.worst_run = margin, run
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,19 +66,24 @@ class Tuned(Recipe):
     Attributes
     ----------
     why : the result in a sentence.
-    budget : the bounds, in words.
+    bounds : the budget.
     points : everything that was run whole, the fastest first.
     notes : what bounds the search, and what was not tried and why.
-    comparison : the front's runs beside dense ones, with clips; its page shows the Pareto plot.
+    comparison : all runs beside dense ones, with clips.
     seconds : how long it took, by phase.
     """
 
     why: str = ""
-    budget: str = ""
+    bounds: tuple[Bound, ...] = ()
     points: tuple[Point, ...] = ()
     notes: tuple[str, ...] = ()
     comparison: Comparison | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def budget(self) -> str:
+        """The bounds, in words."""
+        return ", ".join(map(str, self.bounds))
 
     @property
     def proven(self) -> Point | None:
@@ -94,7 +113,7 @@ class Tuned(Recipe):
         return path
 
     def to_html(self, path: str | Path) -> Path:
-        """Write the page of the front: the Pareto plot, and clips side by side.
+        """Write one self-contained page: all points in a Pareto plot, clips of the front beside dense, and the table.
 
         Raises
         ------
@@ -103,13 +122,11 @@ class Tuned(Recipe):
         """
         if self.comparison is None:
             raise AccelplugError("There is no comparison to show: this recipe was not made by tune().")
-        kept = {point.name for point in self.front} | {"dense"}
-        shown = replace(
-            self.comparison,
-            rows=[row for row in self.comparison.rows if row.name in kept],
-            clips={key: clip for key, clip in self.comparison.clips.items() if key[0] in kept},
-        )
-        return shown.to_html(path)
+        from accelplug.comparison.report import page
+
+        path = Path(path)
+        path.write_text(page(self.comparison, self))
+        return path
 
     def to_json(self, path: str | Path) -> Path:
         """Write what was tried."""
@@ -125,22 +142,31 @@ class Tuned(Recipe):
 
         caption = "\n".join([f"budget: {self.budget}", *self.notes])
         table = Table(title=self.why, caption=caption, title_justify="left", caption_justify="left")
-        for heading in ("candidate", "runs", "speed-up", "foretold", "worst", "margin", "verdict"):
+        for heading in self.headings():
             table.add_column(heading, justify="left" if heading in ("candidate", "verdict") else "right")
-        front = self.front
         for point in self.points:
-            worst = ", ".join(f"{name} {value:.2f}" for name, value in point.worst.items())
-            verdict = "front" if point.verdict == "tried" and point in front else point.verdict
-            table.add_row(
-                point.name,
-                str(point.runs),
-                f"{point.speedup:.2f}x",
-                f"{point.foretold['speedup']:.2f}x" if point.foretold.get("speedup") else "",
-                worst,
-                f"{point.margin:+.2f}",
-                verdict,
-            )
+            table.add_row(*self.cells(point))
         return table
+
+    def headings(self) -> list[str]:
+        """Column headings of the table."""
+        return ["candidate", "runs", "speed-up", "foretold", "worst", "margin", "verdict"]
+
+    def cells(self, point: Point) -> list[str]:
+        """One line of the table, as text."""
+        return [
+            point.name,
+            str(point.runs),
+            f"{point.speedup:.2f}x",
+            f"{point.foretold['speedup']:.2f}x" if point.foretold.get("speedup") else "",
+            ", ".join(f"{name} {value:.2f}" for name, value in point.worst.items()),
+            f"{point.margin:+.2f}",
+            self.verdict(point),
+        ]
+
+    def verdict(self, point: Point) -> str:
+        """The point's verdict, ``front`` for what was tried and is on it."""
+        return "front" if point.verdict == "tried" and point in self.front else point.verdict
 
     def __rich__(self) -> Table:
         return self.table()

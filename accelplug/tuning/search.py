@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -262,7 +263,7 @@ class Search:
             summary=". ".join([why, *(note for note in self.notes if "LoRA" in note)]),
             measured=measured,
             why=why,
-            budget=budget,
+            bounds=self.bounds,
             points=tuple(points),
             notes=tuple(self.notes),
             comparison=comparison,
@@ -337,10 +338,13 @@ class Search:
 
         def measure() -> dict[str, Any]:
             probe = trajectory.probe(pipe, Candidate(arm).rules())
-            return {"errors": {str(step): error for step, error in probe.errors.items()}, "ratio": probe.ratio}
+            errors = {str(step): error for step, error in probe.errors.items()}
+            return {"errors": errors, "ratio": probe.ratio, "density": probe.density}
 
         found = self.journal.get(f"probe {arm}", measure)
-        self.forecast.probes[arm] = Probe({int(s): e for s, e in found["errors"].items()}, found["ratio"])
+        self.forecast.probes[arm] = Probe(
+            {int(s): e for s, e in found["errors"].items()}, found["ratio"], found.get("density")
+        )
 
     def _probe_layers(self) -> None:
         """Share of the squared error that each layer makes, by a bold arm on that layer alone, at one moment."""
@@ -385,23 +389,17 @@ class Search:
         recipe = load(candidate.rules(), model_facts(self.study.pipe))
         variant = Variant(name, "cache" if candidate.arm is None else "recipe", recipe)
         point = self.points.get(candidate) or Point(
-            name, candidate.rules(), 0, 0.0, {}, 0.0, foretold=self._foretold(candidate)
+            name, candidate.rules(), 0, 0.0, {}, math.inf, foretold=self._foretold(candidate)
         )
-        values: dict[str, list[float]] = {
-            bound.name: [point.worst[bound.name]] if point.worst else [] for bound in self.bounds
-        }
         for pair in pairs:
             self.tell(f"{name}, seed {pair[1]}; best so far {self._best()}", self.spent_s)
             self._dense(pair)
             self._time(variant, pair)
             clips = self.study.clips[DENSE, *pair], self.study.clips[name, *pair]
-            for bound in self.bounds:
-                values[bound.name].append(bound.value(self.study.rows[name].samples[-1], *clips))
+            values = {bound.name: bound.value(self.study.rows[name].samples[-1], *clips) for bound in self.bounds}
+            point.add(pair, values, self.bounds)
         row, dense = self.study.rows[name], {(s.prompt, s.seed): s.latency_ms for s in self.study.rows[DENSE].samples}
-        point.runs = len(row.samples)
         point.speedup = float(np.median([dense[s.prompt, s.seed] / s.latency_ms for s in row.samples]))
-        point.worst = {b.name: (min if b.higher_is_better else max)(values[b.name]) for b in self.bounds}
-        point.margin = min(b.margin(point.worst[b.name]) for b in self.bounds)
         self.points[candidate] = point
         self.forecast.runs = [(c, p.worst, p.speedup) for c, p in self.points.items()]
 
@@ -409,7 +407,11 @@ class Search:
         assert self.forecast is not None
         known = candidate.cache is None or candidate.cache in self.forecast.cache_ratio
         speedup = self.forecast.dense_ms / self.forecast.latency_ms(candidate) if known else None
-        return {"margin": self.forecast.margin(candidate), "speedup": speedup}
+        return {
+            "margin": self.forecast.margin(candidate),
+            "speedup": speedup,
+            "density": self.forecast.density(candidate),
+        }
 
     # ------------------------------------------------------------------------------------------------- choosing
 
