@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelplug.errors import AccelplugError
+from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.version import __version__
 
 
@@ -65,10 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--record", action="store_true", help="append the result to the recipe's file as a measured row")
     command.set_defaults(run=_compare)
 
-    command = commands.add_parser("tune", help="search for the fastest recipe within a quality budget, and prove it")
-    command.add_argument("model_dir", type=Path, help="a pipeline saved on disk")
-    command.add_argument("--prompts", type=Path, required=True, help="a text file, one prompt a line; the last is held out")
-    command.add_argument("--budget", default="psnr>=26", help="bounds, such as 'psnr>=26, ssim>=.9' (default psnr>=26)")
+    command = commands.add_parser("tune", help="search for the best recipe within a budget, and prove it")
+    command.add_argument("model_dir", type=Path, help="a pipeline or a language model saved on disk")
+    command.add_argument("--prompts", type=Path, help="pipelines: a text file, one prompt a line; the last is held out")
+    _takes_questions(command)
+    command.add_argument(
+        "--budget",
+        help="bounds, such as 'psnr>=26, ssim>=.9' (default psnr>=26); of a language model 'accuracy>=0.8, speed>=0.9' (default none)",
+    )
+    command.add_argument("--objective", choices=["accuracy", "mcc", "nll"], help="what a language model should do better")
     command.add_argument("--time", type=float, default=600.0, help="seconds to spend, about (default 600)")
     command.add_argument("--seeds", type=int, default=4, help="number of seeds; half are held out (default 4)")
     command.add_argument("--patch", action="append", help="try only this patch; repeat for several")
@@ -83,8 +88,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("verify", help="run what a recipe file says was measured once more")
     command.add_argument("recipe", type=Path, help="a recipe file")
-    command.add_argument("model_dir", type=Path, help="the pipeline that it was measured on")
+    command.add_argument("model_dir", type=Path, help="the pipeline or language model that it was measured on")
     command.add_argument("--prompt", help="for rows that name no prompt")
+    _takes_questions(command)
     command.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     command.add_argument("--device", help="cuda, cpu, mps ... (default: the accelerator that is there)")
     command.set_defaults(run=_verify)
@@ -112,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("doctor", help="check versions, device, kernels, and what is relied on in host libraries")
     command.set_defaults(run=_doctor)
     return parser
+
+
+def _takes_questions(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--questions", type=Path, help="language models: JSON lines of text, answer and, optional, image")
+    command.add_argument("--coco", type=Path, help="vision-language models: questions on this COCO folder")
+    command.add_argument("--pictures", type=int, default=200, help="how many of it, or generated scenes if no folder (200)")
 
 
 def _takes_pipeline_settings(command: argparse.ArgumentParser) -> None:
@@ -228,13 +240,21 @@ def _tune(options: argparse.Namespace) -> int:
 
     if options.output.suffix not in (".yaml", ".yml"):
         raise AccelplugError(f"{options.output} must end in .yaml, so that apply() knows it for a recipe file.")
-    prompts = [line.strip() for line in _text(options.prompts).splitlines() if line.strip()]
-    pipe = _load(options.model_dir, options.dtype, options.device)
-    inputs = [{"prompt": prompt, **_pipeline_settings(options)} for prompt in prompts]
+    inputs: Any
+    if (options.model_dir / "config.json").is_file():
+        pipe, processor, inputs = _questioned(options)
+    elif options.prompts is None:
+        raise AccelplugError("tune runs a pipeline on prompts; add --prompts FILE.")
+    else:
+        prompts = [line.strip() for line in _text(options.prompts).splitlines() if line.strip()]
+        pipe, processor = _load(options.model_dir, options.dtype, options.device), None
+        inputs = [{"prompt": prompt, **_pipeline_settings(options)} for prompt in prompts]
     found = tune(
         pipe,
         inputs,
         options.budget,
+        processor=processor,
+        objective=options.objective,
         time_budget_s=options.time,
         seeds=options.seeds,
         patches=options.patch,
@@ -254,13 +274,51 @@ def _verify(options: argparse.Namespace) -> int:
 
     from accelplug.tuning import verify
 
-    inputs = None if options.prompt is None else {"prompt": options.prompt}
-    verdicts = verify(_load(options.model_dir, options.dtype, options.device), options.recipe, inputs)
+    if (options.model_dir / "config.json").is_file():
+        model, processor, questions = _questioned(options)
+        verdicts = verify(model, options.recipe, questions, processor=processor)
+    else:
+        inputs = None if options.prompt is None else {"prompt": options.prompt}
+        verdicts = verify(_load(options.model_dir, options.dtype, options.device), options.recipe, inputs)
     table = Table("recipe", "measured", "verdict", "", title=str(options.recipe), title_justify="left")
     for verdict in verdicts:
         table.add_row(verdict.recipe, verdict.date, verdict.outcome, verdict.why)
     _console().print(table)
     return 0 if all(verdict.outcome == "confirmed" for verdict in verdicts) else 1
+
+
+def _questioned(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Load a language model, its processor or tokenizer, and the questions that are asked of it."""
+    from accelplug.comparison import Exam
+    from accelplug.comparison.questions import read
+    from accelplug.inspection_vlm import load
+
+    try:
+        model, processor = load(options.model_dir)
+    except UnsupportedError:
+        model, processor = _load_text_model(options.model_dir)
+    if options.dtype != "auto":
+        import torch
+
+        model.to(getattr(torch, options.dtype))
+    if options.device:
+        model.to(options.device)
+    if options.questions:
+        return model, processor, read(options.questions)
+    return model, processor, Exam.coco(options.coco, options.pictures) if options.coco else Exam.scenes(options.pictures)
+
+
+def _load_text_model(model_dir: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_dir, local_files_only=True)
+        return model.eval(), AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (ImportError, OSError, ValueError) as error:
+        raise UnsupportedError(
+            f"{model_dir} cannot be loaded as a language model, nor with a processor: {error} Give a folder that the model and its "
+            "tokenizer or processor were saved to with save_pretrained()."
+        ) from error
 
 
 def _text(path: Path) -> str:

@@ -355,6 +355,13 @@ class Quality(_Strict):
     worst: float
 
 
+class Task(_Strict):
+    """A figure of answers, of the stock model and with the recipe, on the same questions."""
+
+    dense: float
+    value: float
+
+
 class Measured(_Strict):
     """One measurement on real weights: what ran, on what, how fast, how far from the dense run at the same seed."""
 
@@ -385,6 +392,10 @@ class Measured(_Strict):
     foreground_psnr_db: Quality | None = None
     floor_psnr_db: Quality | None = None
     """Dense in another backend or dtype against dense."""
+    objective: str | None = None
+    """Language models: the figure of `task` that the recipe was tuned for."""
+    task: dict[str, Task] = {}
+    """Language models: accuracy, hallucination, nll ... on questions that `inputs` names; times are milliseconds a question."""
 
 
 class _Entry(_Strict):
@@ -731,6 +742,8 @@ def _validated(model: Any, data: Any, source: Source, loc: Loc = ()) -> Any:
         if len(part) == 2 and part[0] == "recipes":
             return _Entry
         names = [name for name in part if isinstance(name, str)]
+        if "task" in names[:-1]:
+            return Task
         return _MODELS.get(names[-1], Quality) if names else model
 
     try:

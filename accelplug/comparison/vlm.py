@@ -19,6 +19,7 @@ from accelplug.comparison.evaluators import amber, chair, mme, pope
 from accelplug.comparison.evaluators.pope import YesNo
 from accelplug.comparison.evaluators.statistics import Health, collapsed, holm, mcnemar, paired_bootstrap, wilson
 from accelplug.comparison.exam import SPLITS, Exam
+from accelplug.comparison.questions import first_tokens
 from accelplug.errors import AccelplugError
 from accelplug.hosts.gate import synchronise
 from accelplug.plug import apply
@@ -313,7 +314,7 @@ class Examiner:
     def ask(self, asked: Sequence[tuple[Any, str]], picture: Any = None) -> tuple[list[str], list[float]]:
         """Return answers of a few tokens, and margins of yes over no."""
         replies, margins = [], []
-        yes, no = (self._first_tokens(word) for word in ("yes", "no"))
+        yes, no = (first_tokens(self.processor.tokenizer, word) for word in ("yes", "no"))
         for chunk in _chunks(asked, self.batch):
             out, given = self._generate(chunk, picture, 4, output_logits=True, return_dict_in_generate=True)
             replies += self._text(out.sequences, given)
@@ -359,12 +360,6 @@ class Examiner:
     def _padding(self) -> int:
         tokenizer = self.processor.tokenizer
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-    def _first_tokens(self, word: str) -> list[int]:
-        """Tokens by which an answer may begin, in any spelling."""
-        forms = {form for base in (word, word.capitalize(), word.upper()) for form in (base, f" {base}")}
-        ids = (self.processor.tokenizer(form, add_special_tokens=False).input_ids for form in forms)
-        return sorted({found[0] for found in ids if found})
 
     def _pairs(self, variant: Variant) -> mme.Mme:
         texts = [(key, text) for _, key, *both in self.exam.pairs for text in both]

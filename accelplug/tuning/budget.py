@@ -1,12 +1,12 @@
-"""Quality budgets in the user's terms: ``fg_psnr>=26``, ``ssim>=.9, agreement>=1``, or a function of two clips."""
+"""Quality budgets in the user's terms: ``fg_psnr>=26``, ``ssim>=.9, agreement>=1``, ``accuracy>=stock-0.01``, or a function."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelplug.errors import AccelplugError, nearest
 
@@ -24,23 +24,38 @@ METRICS = {
 }
 """Name in a budget -> attribute of a `Sample`, and the side on which it is good."""
 
+TASK_METRICS = {
+    "accuracy": ("accuracy", ">="),
+    "mcc": ("mcc", ">="),
+    "recall": ("recall", ">="),
+    "hallucination": ("hallucination", "<="),
+    "nll": ("nll", "<="),
+    "speed": ("speed", ">="),
+}
+"""The same for language models: figures of `accelplug.comparison.questions.figures`, and stock seconds over a patch's."""
+
+NUMBER = r"\d*\.?\d+"
+
 
 @dataclass(frozen=True)
 class Bound:
-    """One bound of a budget, on every prompt and seed: the worst one counts.
+    """One bound of a budget. Pipelines must keep it on every prompt and seed, language models over all questions.
 
     Attributes
     ----------
-    name : a metric of `METRICS`, or any name where `score` is given.
+    name : a metric of `METRICS` or `TASK_METRICS`, or any name where `score` is given.
     limit : the worst value that is still good.
     higher_is_better : which side of the limit is good.
-    score : ``(dense, candidate) -> float`` on clips, uint8 (F, H, W, 3); None for a metric of `METRICS`.
+    score : ``(dense, candidate) -> float`` on clips, uint8 (F, H, W, 3), of language models on lists of (`Item`, `Reply`);
+        None for a metric of the tables.
+    to_stock : whether `limit` is a difference to the stock model's value, as in ``accuracy>=stock-0.01``.
     """
 
     name: str
     limit: float
     higher_is_better: bool = True
-    score: Callable[[np.ndarray, np.ndarray], float] | None = None
+    score: Callable[[Any, Any], float] | None = None
+    to_stock: bool = False
 
     def value(self, sample: Sample, dense: np.ndarray, candidate: np.ndarray) -> float:
         """Return what a run scores.
@@ -58,18 +73,22 @@ class Bound:
             raise AccelplugError(f"The budget bounds {self.name}, which needs {needs}. Pass it to tune, or bound psnr.")
         return found
 
-    def margin(self, value: float) -> float:
+    def margin(self, value: float, stock: float = 0.0) -> float:
         """How far a value lies on the good side; negative if it does not. NaN is bad."""
-        if math.isnan(value):
+        limit = self.limit + stock if self.to_stock else self.limit
+        if math.isnan(value) or math.isnan(limit):
             return -math.inf
-        return value - self.limit if self.higher_is_better else self.limit - value
+        return value - limit if self.higher_is_better else limit - value
 
     def __str__(self) -> str:
-        return f"{self.name}{'>=' if self.higher_is_better else '<='}{self.limit:g}"
+        limit = f"stock{self.limit:+g}" if self.to_stock and self.limit else "stock" if self.to_stock else f"{self.limit:g}"
+        return f"{self.name}{'>=' if self.higher_is_better else '<='}{limit}"
 
 
-def parse(budget: str | Bound | Sequence[str | Bound]) -> tuple[Bound, ...]:
-    """Read a budget: bounds split by commas, `Bound` objects, or a list of either.
+def parse(
+    budget: str | Bound | Sequence[str | Bound], metrics: Mapping[str, tuple[str, str]] = METRICS
+) -> tuple[Bound, ...]:
+    """Read a budget: bounds split by commas, `Bound` objects, or a list of either; `metrics` are those it may name.
 
     Raises
     ------
@@ -77,27 +96,31 @@ def parse(budget: str | Bound | Sequence[str | Bound]) -> tuple[Bound, ...]:
         If a bound cannot be read or names no metric.
     """
     items = budget.split(",") if isinstance(budget, str) else [budget] if isinstance(budget, Bound) else list(budget)
-    bounds = tuple(item if isinstance(item, Bound) else _bound(item) for item in items)
+    bounds = tuple(item if isinstance(item, Bound) else _bound(item, metrics) for item in items)
     if not bounds:
         raise AccelplugError("The budget is empty; give at least one bound, such as 'psnr>=26'.")
     return bounds
 
 
-def _bound(text: str) -> Bound:
-    found = re.fullmatch(r"\s*(\w+)\s*(>=|<=)\s*(-?\d*\.?\d+)\s*", text)
-    if found is None:
-        raise AccelplugError(f"A bound is a metric, >= or <=, and a number, such as 'psnr>=26', got {text!r}.")
-    name, side, limit = found.groups()
-    if name == "lpips":
-        return Bound(name, float(limit), side == ">=", _lpips())
-    if name not in METRICS:
+def _bound(text: str, metrics: Mapping[str, tuple[str, str]]) -> Bound:
+    found = re.fullmatch(rf"\s*(\w+)\s*(>=|<=)\s*(?:(-?{NUMBER})|(stock)\s*([+-]\s*{NUMBER})?)\s*", text)
+    if found is None or (found[4] and metrics is METRICS):
+        example = "'psnr>=26'" if metrics is METRICS else "'accuracy>=0.8' or 'nll<=stock-0.01'"
+        raise AccelplugError(f"A bound is a metric, >= or <=, and a number, such as {example}, got {text!r}.")
+    name, side, number, stock, offset = found.groups()
+    limit = float((number or offset or "0").replace(" ", ""))
+    if name == "lpips" and metrics is METRICS:
+        return Bound(name, limit, side == ">=", _lpips())
+    if name not in metrics:
         raise AccelplugError(
-            f"There is no metric {name!r}{nearest(name, METRICS)}. Known: {', '.join(METRICS)}, lpips; for one of your own "
+            f"There is no metric {name!r}{nearest(name, metrics)}. Known: {', '.join(metrics)}"
+            f"{', lpips' if metrics is METRICS else ''}; for one of your own "
             "pass Bound(name, limit, score=(dense, candidate) -> float)."
         )
-    if side != METRICS[name][1]:
-        raise AccelplugError(f"{name} is good on the other side: write {name}{METRICS[name][1]}{limit}.")
-    return Bound(name, float(limit), side == ">=")
+    if side != metrics[name][1]:
+        written = number or f"{stock}{offset or ''}"
+        raise AccelplugError(f"{name} is good on the other side: write {name}{metrics[name][1]}{written}.")
+    return Bound(name, limit, side == ">=", to_stock=stock is not None)
 
 
 def _lpips() -> Callable[[np.ndarray, np.ndarray], float]:

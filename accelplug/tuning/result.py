@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from accelplug.comparison.result import Comparison
     from accelplug.tuning.budget import Bound
 
+LANGUAGE_KEYS = ("text_config.num_hidden_layers", "text_config.hidden_size", "num_hidden_layers", "hidden_size")
+"""What a recipe file matches a language model by, beside its class."""
+
 
 @dataclass
 class Point:
@@ -36,6 +39,10 @@ class Point:
     verdict : ``tried``, ``front``, ``proven`` on runs the search never saw, or ``overturned`` there.
     worst_run : prompt and seed of the run with that margin.
     foretold : what the forecast said before the first run: density, and speed-up and margin where it could.
+    gain, holm : language models, on the proof: the objective's gain over stock with its 95 % interval, and the corrected p-value.
+
+    Of a language model `runs` counts questions, `speedup` is the stock model's time over the candidate's, `worst` holds all figures,
+    the gain over stock is one of the margins, and a verdict may be ``stock``, or ``confirmed`` where a faster one does as well.
     """
 
     name: str
@@ -47,6 +54,8 @@ class Point:
     verdict: str = "tried"
     worst_run: tuple[int, int] | None = None
     foretold: dict[str, float | None] = field(default_factory=dict)
+    gain: tuple[float, float, float] | None = None
+    holm: float | None = None
 
     def add(self, run: tuple[int, int], values: Mapping[str, float], bounds: Sequence[Bound]) -> None:
         """Take in what one more run, at a prompt and a seed, scored on each bound."""
@@ -101,7 +110,7 @@ class Tuned(Recipe):
 
     def to_yaml(self, path: str | Path, facts: ModelFacts) -> Path:
         """Write a recipe file for the model, with a `measured` row where the recipe was proven."""
-        keys = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels")
+        keys = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", *LANGUAGE_KEYS)
         match = {"class": facts.class_names[0], **{k: facts.config[k] for k in keys if k in facts.config}}
         entry: dict[str, Any] = {"summary": self.summary}
         entry |= self.proven.recipe if self.proven else {"rules": [{"patch": "dense"}]}

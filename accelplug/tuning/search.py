@@ -19,6 +19,7 @@ from accelplug.comparison.result import DENSE
 from accelplug.comparison.study import Study, Variant, quiet
 from accelplug.errors import AccelplugError
 from accelplug.hosts.diffusers import denoisers
+from accelplug.hosts.transformers import is_language_model
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, Recipe, load
 from accelplug.tuning.budget import Bound, parse
@@ -45,8 +46,8 @@ GRAPHS = 512
 
 def tune(
     pipe: Any,
-    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-    budget: str | Bound | Sequence[str | Bound] = "psnr>=26",
+    inputs: Any = None,
+    budget: str | Bound | Sequence[str | Bound] | None = None,
     *,
     time_budget_s: float = 600.0,
     seeds: int | Sequence[int] = 4,
@@ -54,10 +55,12 @@ def tune(
     caches: bool = True,
     foreground: Callable[[np.ndarray], np.ndarray] | None = None,
     detect: Callable[[np.ndarray, str], float] | None = None,
+    processor: Any = None,
+    objective: str | None = None,
     resume: str | Path | None = None,
     progress: bool = True,
 ) -> Tuned:
-    """Find the fastest recipe that keeps a diffusers pipeline within a quality budget.
+    """Find the fastest recipe that keeps a diffusers pipeline within a quality budget; of a language model, the most accurate.
 
     Cheap before dear. A dense run is recorded; every patch and setting is tried on a few of its denoiser calls, which foretells
     time and spoil of whole runs (`accelplug.tuning.forecast`). The fastest that promise to stay within the budget are run whole
@@ -69,17 +72,31 @@ def tune(
 
     Where the denoiser goes through torch.compile, each candidate compiles anew, and its first run is not timed.
 
+    Language models: patches aim attention at the picture, and make no model faster. Candidates answer questions, few at first,
+    and the better half goes on to more (successive halving). Those that beat the stock model answer questions about pictures
+    that were held out; the recipe is one that beats it there too (McNemar's test, for likelihoods the sign test, with Holm's
+    correction over the finalists) within the budget: the fastest of those that do equally well. Else: stay stock, and why.
+
     Parameters
     ----------
-    pipe : a diffusers pipeline. It is left as it was.
-    inputs : arguments of its call, one mapping or several. The last of several prompts is held out for the proof.
+    pipe : a diffusers pipeline, or a transformers language or vision-language model. It is left as it was.
+    inputs : arguments of the pipeline's call, one mapping or several. The last of several prompts is held out for the proof.
+        Language models: an `Exam`, or a list of ``{"text", "answer", "image"}``, image a PIL image or a path, and optional;
+        generated scenes if left out. Half of the pictures are held out.
     budget : bounds that every run must keep against dense at the same seed: ``"fg_psnr>=26"``, ``"ssim>=.9, agreement>=1"``,
-        a `Bound` with a function of yours, or a list of such.
+        a `Bound` with a function of yours, or a list of such; ``"psnr>=26"`` if left out. Language models: bounds on figures
+        over all questions, ``"accuracy>=0.8, hallucination<=stock, speed>=0.9"``, none if left out. accuracy: share that is
+        right; mcc, recall, hallucination: of questions of yes and no; nll: nats a token of the reference answers; speed: the
+        stock model's time over the patched one's; each against a number or against ``stock+0.01``.
     time_budget_s : seconds to spend, about; the proof is kept time for. Ctrl-C ends the search and keeps the best so far.
-    seeds : number of seeds, or the seeds. The second half is held out for the proof.
-    patches : names of patches to try; all that have a ladder in `accelplug.tuning.space`.
+    seeds : number of seeds, or the seeds. The second half is held out for the proof. Language models: the first one draws which
+        pictures are.
+    patches : names of patches to try; all that have a ladder in `accelplug.tuning.space`, `accelplug.tuning.aims`.
     caches : also try step caches, alone and with patches. None are tried in runs of few steps; `Tuned.notes` says what does not fit.
     foreground, detect : as for `accelplug.compare`, for the bounds ``fg_psnr`` and ``agreement``.
+    processor : a language model's: its processor, or its tokenizer.
+    objective : what a language model should do better: ``accuracy``, ``mcc`` or ``nll``. Accuracy if left out, or nll where
+        references are not all yes or no.
     resume : a file that keeps what was measured; a second call goes on from there.
     progress : show a progress bar with the best so far.
 
@@ -92,14 +109,33 @@ def tune(
     AccelplugError
         If inputs, seeds or the budget cannot be used.
     """
-    prompts = [dict(inputs)] if isinstance(inputs, Mapping) else [dict(item) for item in inputs]
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if is_language_model(pipe):
+        if foreground is not None or detect is not None:
+            raise AccelplugError(
+                "foreground and detect are about clips; bound a language model's answers, or leave them out."
+            )
+        from accelplug.tuning.language import tune_language
+
+        return tune_language(
+            pipe,
+            inputs,
+            budget,
+            objective=objective,
+            processor=processor,
+            time_budget_s=time_budget_s,
+            seed=numbers[0],
+            patches=patches,
+            resume=resume,
+            progress=progress,
+        )
+    prompts = [dict(inputs)] if isinstance(inputs, Mapping) else [dict(item) for item in inputs or ()]
     if not prompts or len(numbers) < 2:
         raise AccelplugError(
             f"tune needs inputs and at least two seeds, one to search and one to prove with; got {len(prompts)} inputs and "
             f"{len(numbers)} seeds."
         )
-    bounds = parse(budget)
+    bounds = parse("psnr>=26" if budget is None else budget)
     half = len(numbers) // 2
     seen = list(itertools.product(range(max(len(prompts) - 1, 1)), numbers[:half]))
     unseen = list(itertools.product([len(prompts) - 1], numbers[half:]))

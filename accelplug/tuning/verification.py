@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from accelplug.comparison.environment import device_name
+from accelplug.comparison.questions import Asker, digest, figures
 from accelplug.comparison.study import compare
 from accelplug.errors import AccelplugError, RecipeError
 from accelplug.recipe import Measured, Recipe, read_file
+from accelplug.tuning.aims import Aim, plain
+from accelplug.tuning.contest import STOCK, Contest, gain
+from accelplug.tuning.journal import Journal
+from accelplug.tuning.language import questions, split
 
 if TYPE_CHECKING:
     from accelplug.comparison.result import Comparison
@@ -34,15 +40,16 @@ class Verdict:
 
 
 def verify(
-    pipe: Any, recipe: str | Path | Recipe, inputs: Mapping[str, Any] | None = None, progress: bool = True
+    pipe: Any, recipe: str | Path | Recipe, inputs: Any = None, progress: bool = True, processor: Any = None
 ) -> list[Verdict]:
     """Run every `measured` row of a recipe again, with its own inputs and seeds, and hold the figures against it.
 
     Parameters
     ----------
-    pipe : the pipeline that it was measured on.
+    pipe : the pipeline or language model that it was measured on.
     recipe : a recipe file, all of whose recipes are verified; or one `Recipe`.
-    inputs : arguments of the pipeline's call, for rows that name no prompt.
+    inputs : arguments of the pipeline's call, for rows that name no prompt; of a language model, the questions of `tune`.
+    processor : a language model's.
 
     Returns
     -------
@@ -57,10 +64,12 @@ def verify(
     rows = [(found, row) for found in recipes for row in found.measured]
     if not rows:
         raise AccelplugError(f"{recipe} has no measured rows to verify; `accelplug tune` and `compare --record` write them.")
-    return [_verdict(pipe, found, row, inputs, progress) for found, row in rows]
+    return [_verdict(pipe, found, row, inputs, progress, processor) for found, row in rows]
 
 
-def _verdict(pipe: Any, recipe: Recipe, row: Measured, inputs: Mapping[str, Any] | None, progress: bool) -> Verdict:
+def _verdict(pipe: Any, recipe: Recipe, row: Measured, inputs: Any, progress: bool, processor: Any) -> Verdict:
+    if row.task:
+        return Verdict(recipe.name, row.date, *_ask_again(pipe, recipe, row, inputs, processor))
     if not row.prompts and inputs is None:
         raise AccelplugError(
             f"{recipe.name}: the row of {row.date} names no prompts. Give inputs that it was measured with."
@@ -90,5 +99,52 @@ def judge(row: Measured, found: Comparison) -> tuple[Literal["confirmed", "drift
     if lost_db > BROKEN_DB:
         return "broken", said
     if lost_db > DRIFT_DB or (same_device and gain < SLOWER * recorded):
+        return "drifted", said
+    return "confirmed", said
+
+
+def _ask_again(
+    model: Any, recipe: Recipe, row: Measured, given: Any, processor: Any
+) -> tuple[Literal["confirmed", "drifted", "broken"], str]:
+    """Put the questions of a `measured` row again, stock and with the recipe, by turns.
+
+    Raises
+    ------
+    AccelplugError
+        If the questions are not those that it was measured on.
+    """
+    _, held = split(questions(model, given, processor), row.seeds[0])
+    asked = held[: int(row.inputs.get("questions", 0))]
+    if digest(asked) != row.inputs.get("questions_sha256"):
+        raise AccelplugError(
+            f"{recipe.name}: the row of {row.date} was measured on other questions. Give those it was tuned on."
+        )
+    asker = Asker(model, processor, says="accuracy" in row.task, likelihoods="nll" in row.task)
+    aim = Aim(recipe.name, plain(recipe))
+    contest = Contest(asker, [], asked, row.objective or "accuracy", (), math.inf, Journal(None, ""))
+    asker.ask(contest.pages[0])  # warms up
+    contest.answer_all([STOCK, aim], range(len(contest.pages)))
+    if aim.name in contest.refused:
+        return "broken", contest.refused[aim.name]
+    contest.proof = list(range(len(contest.pages)))
+    _, stock, own = contest.answered(aim)
+    speed = contest.standing(aim, contest.proof).figures["speed"]
+    return judge_task(row, figures(asked, stock), figures(asked, own), speed, row.device == device_name())
+
+
+def judge_task(
+    row: Measured, stock: Mapping[str, float], found: Mapping[str, float], speed: float, same_device: bool
+) -> tuple[Literal["confirmed", "drifted", "broken"], str]:
+    """Hold new figures against a row: broken where nothing is gained any more, drifted where less than half of it is, or speed is lost."""
+    name = row.objective or "accuracy"
+    recorded = gain(name, *({name: getattr(row.task[name], side)} for side in ("dense", "value")))
+    now, recorded_speed = gain(name, stock, found), row.dense_ms.p50 / row.ms.p50
+    said = (
+        f"{name} {found[name]:.3f}, stock {stock[name]:.3f}: gain {now:+.3f} (recorded {recorded:+.3f}), "
+        f"{speed:.2f}x the speed (recorded {recorded_speed:.2f}x{'' if same_device else ' on ' + row.device})"
+    )
+    if not now > 0:
+        return "broken", said
+    if now < recorded / 2 or (same_device and speed < SLOWER * recorded_speed):
         return "drifted", said
     return "confirmed", said

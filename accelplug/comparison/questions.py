@@ -1,0 +1,303 @@
+"""Questions with reference answers: what a language or vision-language model says, and how likely it finds the reference."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from accelplug.comparison.evaluators import pope
+from accelplug.comparison.exam import Exam
+from accelplug.errors import AccelplugError
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question and its reference answer.
+
+    Attributes
+    ----------
+    group : what the question is about: a picture's key, or the question's own number. Groups are drawn whole.
+    picture : a PIL image, the path of one, or None for text alone.
+    truth : True or False where the reference is yes or no, else None.
+    """
+
+    group: Any
+    text: str
+    answer: str
+    picture: Any = None
+
+    @property
+    def truth(self) -> bool | None:
+        return {"yes": True, "no": False}.get(self.answer.strip(" .").lower())
+
+    def shown(self) -> Any:
+        """Return the picture as an RGB PIL image."""
+        from PIL import Image
+
+        held = self.picture
+        return Image.open(held).convert("RGB") if isinstance(held, str | Path) else held
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of a question.
+
+    Attributes
+    ----------
+    said : the answer as text; None where only likelihoods were asked for.
+    yes : the answer read as yes or no, None if it is neither; right : whether it is the reference (see `is_right`).
+    margin : best logit of a yes over best of a no, where an answer begins; NaN where the reference is neither.
+    nll : negative log-likelihood of the reference, nats, summed over its `tokens`; NaN where it was not asked for.
+    """
+
+    said: str | None
+    yes: bool | None
+    right: bool
+    margin: float
+    nll: float
+    tokens: int
+
+
+def items(given: Exam | Sequence[Mapping[str, Any]]) -> tuple[Item, ...]:
+    """Return the questions of an exam, or those given as ``{"text": ..., "answer": ..., "image": PIL image or path}``, image optional.
+
+    Raises
+    ------
+    AccelplugError
+        If there are none, a key is missing or unknown, or some show a picture and some do not.
+    """
+    if isinstance(given, Exam):
+        made = [Item(q.image, q.text, "yes" if q.answer else "no", given.pictures[q.image]) for q in given.questions]
+    else:
+        for entry in given:
+            if not {"text", "answer"} <= set(entry) <= {"text", "answer", "image"} or not str(entry["answer"]).strip():
+                raise AccelplugError(
+                    f"A question is a mapping with text, answer and, for a picture, image; got the keys {', '.join(entry)}."
+                )
+        made = [
+            Item(_group(i, entry), entry["text"], str(entry["answer"]), entry.get("image")) for i, entry in enumerate(given)
+        ]
+    if not made or len({item.picture is None for item in made}) > 1:
+        raise AccelplugError(
+            "Expected questions that all show a picture, or none of them, got " + ("a mixture." if made else "none.")
+        )
+    return tuple(made)
+
+
+def _group(number: int, entry: Mapping[str, Any]) -> Any:
+    picture = entry.get("image")
+    return number if picture is None else str(picture) if isinstance(picture, str | Path) else id(picture)
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """Read questions from JSON lines of text, answer and image; paths of images count from the file's folder.
+
+    Raises
+    ------
+    AccelplugError
+        If the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [
+            {**entry, "image": str(path.parent / entry["image"])} if "image" in entry else dict(entry) for entry in entries
+        ]
+    except (OSError, ValueError, TypeError) as error:
+        raise AccelplugError(
+            f'{path}: expected JSON lines like {{"text": "...", "answer": "...", "image": "a.jpg"}}: {error}.'
+        ) from error
+
+
+def digest(asked: Sequence[Item]) -> str:
+    """Return 16 hex digits for questions in their order; of pictures in memory their pixels count."""
+    sha = hashlib.sha256()
+    for item in asked:
+        seen = str(item.picture) if isinstance(item.picture, str | Path | None) else item.picture.tobytes()
+        sha.update(repr((item.text, item.answer)).encode() + (seen.encode() if isinstance(seen, str) else seen))
+    return sha.hexdigest()[:16]
+
+
+def is_right(item: Item, said: str) -> bool:
+    """Whether an answer is the reference: read as POPE does for yes and no, else it begins with the reference's words."""
+    if item.truth is not None:
+        return pope.parse(said) is item.truth
+    wanted = _words(item.answer)
+    return _words(said)[: len(wanted)] == wanted
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def figures(asked: Sequence[Item], replies: Sequence[Reply]) -> dict[str, float]:
+    """Return what replies are worth; NaN where it was not asked for or nothing can be said.
+
+    ``accuracy``: share that is right. Of questions of yes and no: ``mcc``, Matthews correlation; ``recall``, yes where it is so;
+    ``hallucination``, yes where it is not. ``nll``: nats a token of the references.
+    """
+    found = dict.fromkeys(("accuracy", "mcc", "recall", "hallucination", "nll"), math.nan)
+    if replies and replies[0].said is not None:
+        found["accuracy"] = float(np.mean([reply.right for reply in replies]))
+        polar = [(item.truth, reply.yes) for item, reply in zip(asked, replies, strict=True) if item.truth is not None]
+        score = pope.score([bool(truth) for truth, _ in polar], [yes for _, yes in polar])
+        found |= {"mcc": score.mcc, "recall": score.recall, "hallucination": score.hallucination_rate}
+    if tokens := sum(reply.tokens for reply in replies):
+        found["nll"] = sum(reply.nll for reply in replies) / tokens
+    return found
+
+
+def shifted_accuracy(asked: Sequence[Item], stock: Sequence[Reply], replies: Sequence[Reply]) -> float:
+    """Accuracy on yes and no of the stock model with its yes-logit shifted to say yes as often as `replies` do; NaN without such.
+
+    A patch that does no better has moved a threshold.
+    """
+    polar = [(i.truth, s.margin, r.yes) for i, s, r in zip(asked, stock, replies, strict=True) if i.truth is not None]
+    if not polar:
+        return math.nan
+    truth, margins, said = (np.array(column) for column in zip(*polar, strict=True))
+    yes = np.zeros(len(polar), dtype=bool)
+    yes[np.argsort(-margins, kind="stable")[: int((said == True).sum())]] = True  # noqa: E712 (None is no yes)
+    return float((yes == truth).mean())
+
+
+@dataclass
+class Asker:
+    """Puts questions to a model, greedily, as it is: stock or with a recipe on.
+
+    Attributes
+    ----------
+    processor : the model's; a tokenizer for a model of text alone.
+    says, likelihoods : whether answers are generated, and whether references are weighed.
+    """
+
+    model: Any
+    processor: Any
+    says: bool = True
+    likelihoods: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        end = self.model.generation_config.eos_token_id
+        self._end = end[0] if isinstance(end, list) else end
+        pads = (self.tokenizer.pad_token_id, self._end, 0)
+        self._pad = next(token for token in pads if token is not None)
+
+    def ask(self, asked: Sequence[Item]) -> list[Reply]:
+        """Return a reply to each question, all in one batch."""
+        inputs, references = self._inputs(asked), [self.reference(item) for item in asked]
+        said: list[str | None] = [None] * len(asked)
+        margins, nll = [math.nan] * len(asked), [math.nan] * len(asked)
+        if self.says:
+            longest = 0 if all(item.truth is not None for item in asked) else max(map(len, references))
+            said, margins = self._say(inputs, longest + 4)
+        if self.likelihoods:
+            nll = self._weigh(inputs, references)
+        return [
+            Reply(
+                text,
+                None if text is None else pope.parse(text),
+                text is not None and is_right(item, text),
+                margin if item.truth is not None else math.nan,
+                cost,
+                len(reference) if self.likelihoods else 0,
+            )
+            for item, text, margin, cost, reference in zip(asked, said, margins, nll, references, strict=True)
+        ]
+
+    def reference(self, item: Item) -> list[int]:
+        """Tokens of the reference as it stands behind the prompt, without an end."""
+        prompt, whole = self._prompt(item), self._prompt(item, item.answer)
+        stop = whole.find(item.answer, len(prompt))
+        if whole.startswith(prompt) and stop >= 0:
+            behind = whole[len(prompt) : stop + len(item.answer)]
+        else:
+            behind = item.answer if prompt[-1:].isspace() else f" {item.answer}"
+        ids = [self.tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, prompt + behind)]
+        return (
+            ids[1][len(ids[0]) :]
+            if ids[1][: len(ids[0])] == ids[0]
+            else self.tokenizer(behind, add_special_tokens=False).input_ids
+        )
+
+    def _say(self, inputs: dict[str, Any], tokens: int) -> tuple[list[str | None], list[float]]:
+        out = self._generate(inputs, tokens, output_logits=True, return_dict_in_generate=True)
+        new = out.sequences[:, inputs["input_ids"].shape[1] :]
+        yes, no = (first_tokens(self.tokenizer, word) for word in ("yes", "no"))
+        logits = out.logits[0].float()
+        margins = (logits[:, yes].amax(-1) - logits[:, no].amax(-1)).tolist()
+        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)], margins
+
+    def _weigh(self, inputs: dict[str, Any], references: Sequence[Sequence[int]]) -> list[float]:
+        """Have the references generated token by token, since patches tell a prompt from an answer; add up their costs."""
+        forced = Forced(references, self._pad if self._end is None else self._end)
+        # Penalties in a model's generation config are no part of its likelihoods.
+        plain = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        self._generate(inputs, max(map(len, references)), logits_processor=[forced], **plain)
+        return forced.nll
+
+    def _generate(self, inputs: dict[str, Any], tokens: int, **more: Any) -> Any:
+        return self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=self._pad, **more)
+
+    def _inputs(self, asked: Sequence[Item]) -> dict[str, Any]:
+        prompts, device = [self._prompt(item) for item in asked], self.model.device
+        if asked[0].picture is None:
+            templated = bool(getattr(self.tokenizer, "chat_template", None))
+            rows = [self.tokenizer(text, add_special_tokens=not templated).input_ids for text in prompts]
+            width = max(map(len, rows))
+            ids = torch.tensor([[self._pad] * (width - len(row)) + row for row in rows], device=device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+            return {"input_ids": ids, "attention_mask": mask}
+        shown = [[item.shown()] for item in asked]
+        made = self.processor(text=prompts, images=shown, padding=True, return_tensors="pt").to(device)
+        return {name: value.to(self.model.dtype) if value.is_floating_point() else value for name, value in made.items()}
+
+    def _prompt(self, item: Item, answer: str | None = None) -> str:
+        """The question as a chat, by the processor's template where it has one."""
+        if not getattr(self.processor, "chat_template", None):
+            image = "" if item.picture is None else f"{getattr(self.processor, 'image_token', '<image>')}\n"
+            return f"{image}{item.text}" + ("" if answer is None else f" {answer}")
+        as_parts = self.processor is not self.tokenizer
+
+        def turn(role: str, text: str, picture: bool = False) -> dict[str, Any]:
+            parts = [{"type": "image"}] * picture + [{"type": "text", "text": text}]
+            return {"role": role, "content": parts if as_parts else text}
+
+        turns = [turn("user", item.text, item.picture is not None)] + ([] if answer is None else [turn("assistant", answer)])
+        return self.processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False)
+
+
+def first_tokens(tokenizer: Any, word: str) -> list[int]:
+    """Return the tokens by which an answer may begin with a word, in any spelling."""
+    forms = {form for base in (word, word.capitalize(), word.upper()) for form in (base, f" {base}")}
+    ids = (tokenizer(form, add_special_tokens=False).input_ids for form in forms)
+    return sorted({found[0] for found in ids if found})
+
+
+class Forced:
+    """A logits processor that has every row say its reference, and then end; `nll` adds up what the tokens cost, in nats."""
+
+    def __init__(self, references: Sequence[Sequence[int]], end: int) -> None:
+        self.references, self.end, self.step = references, end, 0
+        self.nll = [0.0] * len(references)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Take scores (B, vocabulary), return them -inf but for the next token of each reference."""
+        logs = scores.float().log_softmax(-1)
+        forced = torch.full_like(scores, -math.inf)
+        for row, reference in enumerate(self.references):
+            token = reference[self.step] if self.step < len(reference) else self.end
+            forced[row, token] = 0.0
+            if self.step < len(reference):
+                self.nll[row] -= float(logs[row, token])
+        self.step += 1
+        return forced

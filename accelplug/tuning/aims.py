@@ -1,0 +1,109 @@
+"""What tune() chooses from for vision-language models: patches that aim attention at the picture, where, and how strongly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from accelplug.errors import AccelplugError, nearest
+from accelplug.recipe import ModelFacts, Recipe, Span, matching_files
+from accelplug.registry import patch_class
+
+ALL, NEARLY_ALL, MIDDLE, LATE = (0.0, 1.0), (0.06, 1.0), (0.25, 0.5), (0.5, 1.0)
+"""Shares of the depth, from and to: all but the first two of 32 layers, where text reads the picture, where the answer forms."""
+
+LADDERS: dict[str, list[tuple[tuple[float, float] | None, dict[str, Any]]]] = {
+    "vhr": [(LATE, {"gain": 2.0}), (LATE, {"gain": 3.0}), (ALL, {"gain": 1.5})],
+    "visual_bias": [(MIDDLE, {"image_weight": 1.5}), (NEARLY_ALL, {"image_weight": 1.15}), (MIDDLE, {"image_weight": 3.0})],
+    "pai": [(NEARLY_ALL, {"alpha": 0.2}), (NEARLY_ALL, {"alpha": 0.5}), (MIDDLE, {"alpha": 0.2})],
+    "gift": [((0.34, 0.72), {"alpha": 5.0}), ((0.34, 0.72), {"alpha": 2.0})],
+    "var": [((0.06, 0.97), {"move_fraction": 0.6}), ((0.06, 0.97), {"move_fraction": 0.6, "min_nonsink_ratio": 0.8})],
+    "imbalance": [(NEARLY_ALL, {}), (NEARLY_ALL, {"local_alpha": 0.35, "summary_alpha": 0.15})],
+    "carve": [(None, {"keep_area": 0.2}), (None, {"keep_area": 0.5})],
+    "agla": [(None, {"alpha": 2.0}), (None, {"alpha": 1.0})],
+}
+"""By patch: layers and settings, the paper's first; the layers are those of LLaVA-1.5-7B as shares of its depth. None: not by layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Aim:
+    """A candidate: a name in words, and the recipe mapping that it is."""
+
+    name: str
+    recipe: Mapping[str, Any]
+
+    @property
+    def patches(self) -> set[str]:
+        """The patches that its rules name."""
+        return {rule["patch"] for rule in self.recipe["rules"]} - {"dense"}
+
+
+def aims(facts: ModelFacts, depth: int, patches: Sequence[str] | None = None) -> list[Aim]:
+    """Return candidates for a model of `depth` layers: the recipes shipped for it, then a ladder of each patch, rung by rung.
+
+    Raises
+    ------
+    AccelplugError
+        If a patch has no ladder here.
+    """
+    for name in patches or ():
+        if name not in LADDERS:
+            raise AccelplugError(
+                f"tune knows no settings to try for {name!r} on a language model{nearest(name, LADDERS)}; "
+                f"it knows {', '.join(LADDERS)}."
+            )
+    wanted = set(patches or LADDERS)
+    files = matching_files(facts)
+    shipped = [Aim(r.name, plain(r)) for file in files[:1] for r in file.recipes.values()] if len(files) == 1 else []
+    ladders = [list(_ladder(name, depth)) for name in LADDERS if name in wanted]
+    # One of each patch before the second of any: where time is short, each has been seen.
+    steps = [aim for rung in zip_longest(*ladders) for aim in rung if aim is not None]
+    return _distinct([aim for aim in shipped if aim.patches and aim.patches <= wanted] + steps)
+
+
+def _ladder(name: str, depth: int) -> Iterator[Aim]:
+    for shares, settings in LADDERS[name]:
+        said = " ".join([name, *(f"{key}={value:g}" for key, value in settings.items())])
+        if shares is None:
+            yield Aim(said, {"rules": [{"patch": name, "with": dict(settings)}]})
+            continue
+        first = min(round(shares[0] * depth), depth - 1)
+        stop = max(round(shares[1] * depth), first + 1)
+        # gift is told which layer it reads and which it changes; its rule has both.
+        told = {"saliency_layer": first, "enhance": [min(first + 1, depth - 1), stop]} if name == "gift" else {}
+        layers = f"{first}:{stop}"
+        rule = {"where": {"layers": layers}, "patch": name, "with": {**settings, **told}}
+        yield Aim(f"{said}, layers {layers}", {"rules": [rule]})
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe's rules as a mapping, as they stand in a file."""
+
+    def written(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return [written(item) for item in value]
+        return value.text if isinstance(value, Span) else value
+
+    rules = []
+    for rule in recipe.rules:
+        where = {key: written(value) for key, value in rule.where if value is not None}
+        rules.append(
+            {**({"where": where} if where else {}), "patch": rule.patch}
+            | ({"with": {key: written(value) for key, value in rule.settings.items()}} if rule.settings else {})
+        )
+    return {"rules": rules}
+
+
+def _distinct(found: Iterable[Aim]) -> list[Aim]:
+    """Leave out what only has another name."""
+    kept: dict[str, Aim] = {}
+    for aim in found:
+        rules = [
+            (str(rule.get("where")), rule["patch"], patch_class(rule["patch"])(rule.get("with")).config)
+            for rule in aim.recipe["rules"]
+            if rule["patch"] != "dense"
+        ]
+        kept.setdefault(repr(rules), aim)
+    return list(kept.values())

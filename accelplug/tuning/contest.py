@@ -1,0 +1,293 @@
+"""Successive halving over candidates that answer questions, and the proof of the best on questions that were held out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+
+from accelplug.comparison.evaluators.statistics import holm, mcc, mcnemar, paired_bootstrap
+from accelplug.comparison.questions import Asker, Item, Reply, figures
+from accelplug.errors import AccelplugError
+from accelplug.hosts.gate import synchronise
+from accelplug.plug import apply
+from accelplug.tuning.aims import Aim
+from accelplug.tuning.budget import TASK_METRICS, Bound
+from accelplug.tuning.journal import Journal
+
+STOCK = Aim("stock", {"rules": [{"patch": "dense"}]})
+PAGE = 32
+"""Questions that are put at a time: a page."""
+FINALISTS = 4
+"""Candidates that are put to the proof at most; p-values are corrected for their number."""
+LEVEL = 0.05
+SEARCH_SHARE = 0.6
+"""Share of the time for the search; the rest is for the proof."""
+DEARER = 1.5
+"""What a patched page is reckoned to cost before one was seen, over a stock page."""
+
+
+def rungs(candidates: int, pages: int) -> list[tuple[int, int]]:
+    """Successive halving: (how many candidates are left, up to which page they answer), until `FINALISTS` have seen all pages."""
+    number = 1 + max(0, math.ceil(math.log2(max(candidates, 1) / FINALISTS)))
+    number = max(1, min(number, int(math.log2(max(pages, 1))) + 1))
+    left = [max(math.ceil(candidates / 2**i), min(candidates, FINALISTS)) for i in range(number)]
+    return [(left[i], max(pages // 2 ** (number - 1 - i), 1)) for i in range(number)]
+
+
+def plan(candidates: int, pages: int, asks: float) -> tuple[int, int]:
+    """How many candidates and pages can be afforded, where `asks` stock pages can be asked in all; (0, 0) for none."""
+
+    def cost(few: int, upto: int) -> float:
+        steps = [(0, 0), *rungs(few, upto)]
+        return upto + DEARER * sum(left * (stop - start) for (_, start), (left, stop) in pairwise(steps))
+
+    while pages > 1 and cost(candidates, pages) > asks:
+        pages -= 1
+    while candidates and cost(candidates, pages) > asks:
+        candidates -= 1
+    return (candidates, pages) if candidates else (0, 0)
+
+
+@dataclass
+class Sheet:
+    """A page as it was answered."""
+
+    replies: list[Reply]
+    seconds: float
+
+
+@dataclass
+class Standing:
+    """What a candidate is worth on some pages, beside the stock model on the same."""
+
+    figures: dict[str, float]
+    gain: float
+    """Of the objective over stock, positive where it is better."""
+    slack: float
+    """Smallest distance to a bound, negative outside of the budget."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is better than stock, and within the budget."""
+        return self.gain > 0 and self.slack >= 0
+
+
+@dataclass
+class Contest:
+    """A search under way. Pages are numbered: those of the search, then those held out, from `first_held`.
+
+    Attributes
+    ----------
+    candidates : those that are still in it, in order before the first page.
+    sheets : by candidate and page, what was answered.
+    refused : by candidate, why the model cannot have it.
+    winner : the finalist that beats stock; of several that do equally well, the fastest.
+    """
+
+    asker: Asker
+    seen: list[Item]
+    held: list[Item]
+    objective: str
+    bounds: tuple[Bound, ...]
+    time_budget_s: float
+    journal: Journal
+    tell: Callable[[str, float], None] = lambda what, spent: None
+    started: float = field(default_factory=lambda: time.monotonic())
+    candidates: list[Aim] = field(default_factory=list)
+    all_candidates: list[Aim] = field(default_factory=list)
+    sheets: dict[str, dict[int, Sheet]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    finalists: list[Aim] = field(default_factory=list)
+    holm: dict[str, float] = field(default_factory=dict)
+    """By finalist, the corrected p-value."""
+    winner: Aim | None = None
+    proof: list[int] = field(default_factory=list)
+    """Pages that the finalists were proven on."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.pages = [half[i : i + PAGE] for half in (self.seen, self.held) for i in range(0, len(half), PAGE)]
+        self.first_held = math.ceil(len(self.seen) / PAGE)
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    # ------------------------------------------------------------------------------------------------- phases
+
+    def explore(self) -> None:
+        """Put few questions to all candidates, and more to the better half, as often as it takes."""
+        self.all_candidates = list(self.candidates)
+        if "stock, page 0" not in self.journal.entries:
+            self.asker.ask(self.pages[0])  # warms up
+        self._answer(STOCK, 0)
+        if not self.candidates:  # only the stock model is to be known
+            self.answer_all([STOCK], range(1, self.first_held))
+            return
+        asks = (SEARCH_SHARE * self.time_budget_s - self.spent_s) / self.sheets[STOCK.name][0].seconds
+        number, pages = plan(len(self.candidates), self.first_held, asks)
+        self.candidates, done = self.candidates[:number], 0
+        for left, upto in rungs(number, pages) if number else []:
+            self.candidates = self.ranked()[:left]
+            self.answer_all([STOCK, *self.candidates], range(done, upto))
+            done = upto
+
+    def answer_all(self, variants: Sequence[Aim], pages: Iterable[int]) -> None:
+        """Have pages answered by turns, while there is time."""
+        for page, aim in product(pages, variants):
+            if self.spent_s < SEARCH_SHARE * self.time_budget_s:
+                self._answer(aim, page)
+
+    def prove(self) -> None:
+        """Put the questions that were held out to the best, and see which of them beat the stock model there."""
+        start = self.spent_s
+        self.seconds["search"] = round(start, 1)
+        self.finalists = [aim for aim in self.ranked() if aim.name in self.sheets and self.standing(aim).holds][:FINALISTS]
+        if not self.finalists:
+            return
+        page_s = sum(float(np.mean([s.seconds for s in self.sheets[a.name].values()])) for a in [STOCK, *self.finalists])
+        number = max(1, int((self.time_budget_s - start) / page_s))
+        self.proof = list(range(self.first_held, len(self.pages)))[:number]
+        for page, aim in product(self.proof, [STOCK, *self.finalists]):
+            self._answer(aim, page)
+        self.finalists = [aim for aim in self.finalists if aim.name not in self.refused]
+        corrected = holm([self.test(STOCK, aim) for aim in self.finalists])
+        self.holm = {aim.name: p for aim, p in zip(self.finalists, corrected, strict=True)}
+        if better := [aim for aim in self.finalists if self.beats(aim)]:
+            best = max(better, key=lambda aim: self.standing(aim, self.proof).gain)
+            equal = [aim for aim in better if aim is best or self.test(best, aim) >= LEVEL]
+            self.winner = max(equal, key=lambda aim: self.standing(aim, self.proof).figures["speed"])
+        self.seconds["proof"] = round(self.spent_s - start, 1)
+
+    def beats(self, aim: Aim) -> bool:
+        """Whether a finalist is within the budget and better than stock on the proof, beyond chance."""
+        return self.standing(aim, self.proof).holds and self.holm[aim.name] < LEVEL
+
+    # ------------------------------------------------------------------------------------------------ measuring
+
+    def _answer(self, aim: Aim, page: int) -> None:
+        """Have a page answered, unless it was. A candidate that the model refuses is left out."""
+        if page in self.sheets.get(aim.name, {}) or aim.name in self.refused:
+            return
+        key = f"{aim.name}, page {page}"
+
+        def measure() -> dict[str, Any]:
+            self.tell(f"{key}; best so far {self._best()}", self.spent_s)
+            if "agla" in aim.patches and self.asker.likelihoods:
+                return {"refused": "agla mixes logits behind every other processor, where likelihoods cannot be read"}
+            try:
+                model, processor = self.asker.model, self.asker.processor
+                with nullcontext() if aim is STOCK else apply(model, aim.recipe, gate="off", processor=processor):
+                    start = time.perf_counter()
+                    replies = self.asker.ask(self.pages[page])
+                    synchronise(model.device)
+                    return {"replies": [asdict(reply) for reply in replies], "seconds": time.perf_counter() - start}
+            except AccelplugError as error:
+                if aim is STOCK:
+                    raise
+                return {"refused": str(error)}
+
+        found = self.journal.get(key, measure)
+        if "refused" in found:
+            self.refused[aim.name] = found["refused"]
+            self.candidates = [other for other in self.candidates if other is not aim]
+        else:
+            sheet = Sheet([Reply(**reply) for reply in found["replies"]], found["seconds"])
+            self.sheets.setdefault(aim.name, {})[page] = sheet
+
+    def _replies(self, aim: Aim, pages: Sequence[int]) -> list[Reply]:
+        return [reply for page in pages for reply in self.sheets[aim.name][page].replies]
+
+    def searched(self, aim: Aim) -> list[int]:
+        """The pages of the search that a candidate answered."""
+        return sorted(page for page in self.sheets[aim.name] if page < self.first_held)
+
+    def answered(self, aim: Aim, pages: Sequence[int] | None = None) -> tuple[list[Item], list[Reply], list[Reply]]:
+        """Questions with stock's replies and a candidate's, on pages, by default those of the proof."""
+        pages = self.proof if pages is None else pages
+        asked = [item for page in pages for item in self.pages[page]]
+        return asked, self._replies(STOCK, pages), self._replies(aim, pages)
+
+    def standing(self, aim: Aim, pages: Sequence[int] | None = None) -> Standing:
+        """What a candidate is worth on pages, by default all that it answered in the search."""
+        pages = self.searched(aim) if pages is None else pages
+        asked, stock, own = self.answered(aim, pages)
+        before, found = figures(asked, stock), figures(asked, own)
+        times = [self.sheets[STOCK.name][page].seconds / self.sheets[aim.name][page].seconds for page in pages]
+        before["speed"], found["speed"] = 1.0, float(np.median(times))
+        for bound in self.bounds:
+            if bound.score is not None:
+                found[bound.name] = float(bound.score(*(list(zip(asked, r, strict=True)) for r in (stock, own))))
+        margins = [bound.margin(found[bound.name], before.get(bound.name, 0.0)) for bound in self.bounds]
+        return Standing(found, gain(self.objective, before, found), min(margins, default=math.inf))
+
+    def test(self, first: Aim, second: Aim) -> float:
+        """Exact p-value that both do equally well on the proof: McNemar's, of likelihoods the sign test."""
+        pair = [self._replies(aim, self.proof) for aim in (first, second)]
+        if self.objective == "nll":
+            costs = [(a.nll, b.nll) for a, b in zip(*pair, strict=True)]
+            return mcnemar([a < b for a, b in costs], [b < a for a, b in costs])
+        return mcnemar(*([reply.right for reply in replies] for replies in pair))
+
+    def interval(self, aim: Aim) -> tuple[float, float, float]:
+        """The gain over stock on the proof, with its 95 % interval, resampled over pictures."""
+        by_group: dict[Any, np.ndarray] = {}
+        for item, stock, own in zip(*self.answered(aim), strict=True):
+            row = np.array([_counts(self.objective, item, stock), _counts(self.objective, item, own)], dtype=float)
+            by_group[item.group] = by_group.get(item.group, 0) + row
+
+        def difference(groups: Sequence[np.ndarray]) -> float:
+            before, after = ({self.objective: _figure(self.objective, counts)} for counts in np.sum(groups, 0))
+            return gain(self.objective, before, after)
+
+        return paired_bootstrap(difference, list(by_group.values()))
+
+    # ------------------------------------------------------------------------------------------------- choosing
+
+    def ranked(self) -> list[Aim]:
+        """Candidates, the best first: within the budget, then by gain, then by speed. Before the first page, in their order."""
+
+        def merit(aim: Aim) -> tuple[bool, float, float]:
+            if aim.name not in self.sheets:
+                return False, -math.inf, 0.0
+            standing = self.standing(aim)
+            return standing.slack >= 0, standing.gain, standing.figures["speed"]
+
+        return sorted(self.candidates, key=merit, reverse=True)
+
+    @property
+    def tried(self) -> list[Aim]:
+        """All candidates that answered something."""
+        return [aim for aim in self.all_candidates if aim.name in self.sheets]
+
+    def _best(self) -> str:
+        held = [(s.gain, aim.name) for aim in self.candidates if aim.name in self.sheets and (s := self.standing(aim)).holds]
+        return max(held)[1] if held else STOCK.name
+
+
+def gain(objective: str, stock: Mapping[str, float], found: Mapping[str, float]) -> float:
+    """Return how much better a figure is than stock's. An MCC that is not defined counts as 0: saying always the same is no skill."""
+    before, after = (0.0 if objective == "mcc" and math.isnan(x[objective]) else x[objective] for x in (stock, found))
+    return after - before if TASK_METRICS[objective][1] == ">=" else before - after
+
+
+def _counts(objective: str, item: Item, reply: Reply) -> list[float]:
+    """What adds up to an objective over questions: a share's numerator and denominator; for the MCC right of yes, yes, right of no, no."""
+    if objective == "mcc":
+        return [item.truth is truth and x for truth in (True, False) for x in (reply.right, True)]
+    return [reply.nll, reply.tokens] if objective == "nll" else [reply.right, 1]
+
+
+def _figure(objective: str, counts: np.ndarray) -> float:
+    if objective == "mcc":
+        tp, yes, tn, no = map(int, counts)
+        return mcc(tp, no - tn, yes - tp, tn)
+    return float(counts[0] / counts[1])

@@ -1,0 +1,283 @@
+"""tune() for language models: which patch answers better than the stock model, shown on pictures that the search never saw."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accelplug.comparison.environment import device_name, environment
+from accelplug.comparison.exam import Exam
+from accelplug.comparison.questions import Asker, Item, digest, figures, items, shifted_accuracy
+from accelplug.comparison.result import Spread
+from accelplug.errors import AccelplugError
+from accelplug.plug import as_html, model_facts
+from accelplug.recipe import Measured, load
+from accelplug.tuning.aims import Aim, aims
+from accelplug.tuning.budget import TASK_METRICS, Bound, parse
+from accelplug.tuning.contest import DEARER, FINALISTS, PAGE, SEARCH_SHARE, STOCK, Contest
+from accelplug.tuning.fingerprint import _sample
+from accelplug.tuning.journal import Journal
+from accelplug.tuning.result import Point, Tuned
+from accelplug.tuning.search import _bar
+
+logger = logging.getLogger("accelplug")
+
+OBJECTIVES = ("accuracy", "mcc", "nll")
+
+
+def tune_language(
+    model: Any,
+    given: Any,
+    budget: str | Bound | Sequence[str | Bound] | None,
+    *,
+    objective: str | None,
+    processor: Any,
+    time_budget_s: float,
+    seed: int,
+    patches: Sequence[str] | None,
+    resume: str | Path | None,
+    progress: bool,
+) -> Tuned:
+    """Find a patch that answers better than the stock model within a budget; see `accelplug.tune` for the arguments.
+
+    Raises
+    ------
+    AccelplugError
+        If questions, processor, objective or budget cannot be used.
+    """
+    asked = questions(model, given, processor)
+    bounds = () if budget is None else parse(budget, TASK_METRICS)
+    polar = any(item.truth is not None for item in asked)
+    objective = objective or ("accuracy" if all(item.truth is not None for item in asked) else "nll")
+    named = {objective, *(bound.name for bound in bounds if bound.score is None)}
+    if objective not in OBJECTIVES:
+        raise AccelplugError(
+            f"The objective of a language model is one of {', '.join(OBJECTIVES)}, got {objective!r}. Bound the others."
+        )
+    wanting = sorted(named & {"mcc", "recall", "hallucination"})
+    if wanting and not polar:
+        raise AccelplugError(f"{', '.join(wanting)}: expected questions of yes and no, got none. Bound accuracy or nll.")
+    says = bool(named & {"accuracy", "mcc", "recall", "hallucination"}) or any(bound.score for bound in bounds)
+    asker = Asker(model, processor, says=says, likelihoods="nll" in named)
+    journal = Journal(resume, _fingerprint(model, asked, seed, asker))
+    contest = Contest(asker, *split(asked, seed), objective, bounds, time_budget_s, journal)
+    with _bar(progress, time_budget_s) as contest.tell:
+        try:
+            if asked[0].picture is not None:
+                contest.candidates = aims(model_facts(model), model.config.get_text_config().num_hidden_layers, patches)
+            contest.explore()
+        except KeyboardInterrupt:
+            if STOCK.name not in contest.sheets:
+                raise
+            logger.warning("tune: interrupted; the best so far is proven now. Interrupt again to stop at once.")
+        contest.prove()
+    return _tuned(contest, seed)
+
+
+def questions(model: Any, given: Any, processor: Any) -> tuple[Item, ...]:
+    """Return what is asked: of an `Exam`, of mappings, or on generated scenes where nothing is given."""
+    if processor is None:
+        raise AccelplugError(
+            "tune puts questions to a language model through its processor; pass processor=AutoProcessor..."
+        )
+    if given is None and hasattr(processor, "image_processor"):
+        return items(Exam.scenes())
+    if not isinstance(given, Exam | Sequence) or isinstance(given, str):
+        raise AccelplugError(
+            f"{type(model).__name__} is tuned on an Exam or a list of {{text, answer, image}}, got {type(given).__name__}."
+        )
+    return items(given)
+
+
+def split(asked: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
+    """Return the questions of the search and those held out for the proof: of half of the pictures each, in an order of the seed's."""
+    rng = np.random.default_rng(seed)
+    groups = list(dict.fromkeys(item.group for item in asked))
+    if len(groups) < 2:
+        raise AccelplugError(
+            "tune needs questions about two pictures at least, one to search and one to prove with; got one."
+        )
+    seen = {groups[i] for i in rng.permutation(len(groups))[: len(groups) // 2]}
+    shuffled = [asked[i] for i in rng.permutation(len(asked))]  # so that the first page shows many pictures
+    return [item for item in shuffled if item.group in seen], [item for item in shuffled if item.group not in seen]
+
+
+def _fingerprint(model: Any, asked: Sequence[Item], seed: int, asker: Asker) -> str:
+    """What replies hang on: the model, some of its weights, the questions in their order, and what is asked of each."""
+    config = sorted(model_facts(model).config.items(), key=str)
+    facts = (config, digest(asked), seed, asker.says, asker.likelihoods, PAGE, device_name())
+    sha = hashlib.sha256(repr(facts).encode())
+    for name, weight in model.named_parameters():
+        sha.update(f"{name} {weight.device} {weight.dtype} {'' if weight.is_meta else _sample(weight)}".encode())
+    return sha.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------------- the result
+
+
+@dataclass(frozen=True, eq=False)
+class Answered(Tuned):
+    """What tune() found on a language model; its table has figures of answers, and the gain over stock on the proof.
+
+    Attributes
+    ----------
+    objective : the figure that was to be better than the stock model's.
+    """
+
+    objective: str = ""
+
+    @property
+    def budget(self) -> str:
+        return ", ".join([f"{self.objective} better than stock", *map(str, self.bounds)])
+
+    def headings(self) -> list[str]:
+        return ["candidate", "questions", "speed", "figures", "gain (95 %), proof", "p (Holm)", "verdict"]
+
+    def cells(self, point: Point) -> list[str]:
+        return [
+            point.name,
+            str(point.runs),
+            f"{point.speedup:.2f}x",
+            ", ".join(f"{name} {value:.3f}" for name, value in point.worst.items()),
+            "{:+.3f} ({:+.3f} to {:+.3f})".format(*point.gain) if point.gain else "",
+            f"{point.holm:.2g}" if point.holm is not None else "",
+            point.verdict,
+        ]
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the table as a page."""
+        path = Path(path)
+        path.write_text(f"<!doctype html><meta charset=utf-8><title>tune</title>{as_html(self)}")
+        return path
+
+
+def _tuned(contest: Contest, seed: int) -> Answered:
+    """Put the recipe, its measurement and what was tried together."""
+    winner = contest.winner
+    recipe = load((winner or STOCK).recipe, model_facts(contest.asker.model))
+    stock = _point(contest, STOCK)
+    tried = {aim.name: _point(contest, aim) for aim in contest.tried}
+    why = _why(contest, stock, tried)
+    return Answered(
+        name="tuned",
+        model="tuned",
+        rules=recipe.rules,
+        source=recipe.source,
+        loc=recipe.loc,
+        summary=why,
+        measured=(_measured(contest, winner, seed),) if winner else (),
+        why=why,
+        bounds=contest.bounds,
+        notes=_notes(contest, stock),
+        points=(stock, *sorted(tried.values(), key=lambda p: (p.verdict == "tried", -p.runs, -p.margin))),
+        seconds={**contest.seconds, "all": round(contest.spent_s, 1)},
+        objective=contest.objective,
+    )
+
+
+def _point(contest: Contest, aim: Aim) -> Point:
+    finalist = aim in contest.finalists
+    pages = contest.proof if finalist or (aim is STOCK and contest.proof) else contest.searched(aim)
+    standing = contest.standing(aim, pages)
+    verdict = "stock" if aim is STOCK else "tried"
+    if finalist:
+        verdict = "proven" if aim is contest.winner else "confirmed" if contest.beats(aim) else "overturned"
+    return Point(
+        aim.name,
+        dict(aim.recipe),
+        sum(len(contest.pages[page]) for page in pages),
+        standing.figures["speed"],
+        {name: value for name, value in standing.figures.items() if name != "speed" and not math.isnan(value)},
+        standing.slack if aim is STOCK else min(standing.gain, standing.slack),
+        verdict,
+        gain=contest.interval(aim) if finalist else None,
+        holm=contest.holm.get(aim.name),
+    )
+
+
+def _why(contest: Contest, stock: Point, points: Mapping[str, Point]) -> str:
+    """The result in a sentence."""
+    name, held = contest.objective, sum(len(contest.pages[page]) for page in contest.proof)
+    value = f"{stock.worst.get(name, math.nan):.3f}"
+    if contest.winner is not None:
+        point = points[contest.winner.name]
+        found = f"{name} {point.worst[name]:.3f}, stock {value}, on {held} questions held out"
+        return f"{point.name}: {found} ({_gained(point)}), at {point.speedup:.2f}x the speed"
+    if contest.seen[0].picture is None:
+        return (
+            "Stay stock: every patch for language models moves attention to pictures, and these questions show none. "
+            f"Stock: {name} {value} on {stock.runs} questions."
+        )
+    if not points:
+        page_s = contest.sheets[STOCK.name][0].seconds
+        enough = math.ceil(2 * (1 + DEARER * FINALISTS) * page_s / SEARCH_SHARE)
+        return (
+            f"Stay stock: {contest.time_budget_s:.0f} s are too few to try a patch, {PAGE} questions take {page_s:.1f} s. "
+            f"Give time_budget_s of at least {enough}."
+        )
+    if contest.finalists:
+        said = "; ".join(f"{aim.name}: {_gained(points[aim.name])}" for aim in contest.finalists)
+        return f"Stay stock: what did better in the search is not proven on {held} questions held out. {said}."
+    best = max(points.values(), key=lambda point: point.margin)
+    return (
+        f"Stay stock: of {len(points)} candidates none did better within the budget. "
+        f"Stock: {name} {value} on {stock.runs} questions; nearest: {best.name}, {best.worst[name]:.3f} on {best.runs}."
+    )
+
+
+def _notes(contest: Contest, stock: Point) -> tuple[str, ...]:
+    """What was not tried, what the stock model itself misses, and whether a shifted threshold does as well as the recipe."""
+    notes = [f"Not tried: {name}: {reason}" for name, reason in contest.refused.items()]
+    if left := len(contest.all_candidates) - len(contest.tried) - len(contest.refused):
+        notes.append(f"Not tried for want of time: {left} of {len(contest.all_candidates)} candidates.")
+    own = {**stock.worst, "speed": 1.0}
+    missed = [bound for bound in contest.bounds if bound.name in own and bound.margin(own[bound.name], own[bound.name]) < 0]
+    if missed:
+        notes.append(f"The stock model itself misses {', '.join(map(str, missed))}.")
+    if contest.winner and not math.isnan(shifted := shifted_accuracy(*contest.answered(contest.winner))):
+        notes.append(f"The stock model with its threshold moved to as many yes: accuracy {shifted:.3f}.")
+    return tuple(notes)
+
+
+def _gained(point: Point) -> str:
+    gain, low, high = point.gain or (math.nan,) * 3
+    return f"gain {gain:+.3f}, 95 % by pictures {low:+.3f} to {high:+.3f}, corrected p {point.holm:.2g}"
+
+
+def _measured(contest: Contest, aim: Aim, seed: int) -> Measured:
+    """The proof as a row of a recipe file: figures beside stock's, milliseconds a question."""
+    asked, stock, own = contest.answered(aim)
+    before, found = figures(asked, stock), figures(asked, own)
+    facts = environment(contest.asker.model)
+    ms = {
+        variant.name: Spread.of(
+            [1e3 * s.seconds / len(s.replies) for s in (contest.sheets[variant.name][p] for p in contest.proof)]
+        )
+        for variant in (STOCK, aim)
+    }
+    return Measured.model_validate(
+        {
+            **{
+                key: facts[key]
+                for key in ("date", "device", "versions", "git", "dtype", "baseline")
+                if facts.get(key) is not None
+            },
+            "inputs": {"questions": len(asked), "questions_sha256": digest(asked)},
+            "seeds": [seed],
+            "dense_ms": asdict(ms[STOCK.name]),
+            "ms": asdict(ms[aim.name]),
+            "objective": contest.objective,
+            "task": {
+                name: {"dense": before[name], "value": found[name]}
+                for name in found
+                if not math.isnan(before[name] + found[name])
+            },
+        }
+    )
