@@ -1,9 +1,11 @@
 """What becomes of unread blocks, five ways, on the q, k, v of a real run of the bundled model, beside random blocks.
 
-usage: python -m benchmarks.rest_layers [--steps 5 13] [--setting NAME ...]
+usage: python -m benchmarks.rest_layers [--steps 9] [--setting NAME ...]
 
 Relative L2 error of the attention output, mean over layers and steps (conditional branch), for each selector and each rest.
-Random blocks have the selector's order, block sizes, density and rest. One exact pass serves all rests of a plan.
+Random blocks have the selector's order, block sizes, density and rest. One exact pass serves all rests of a plan. One step is six
+calls, and about four minutes on two idle cores; the figures that patches quote are of steps 5 and 13. The file is written after each
+setting.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ class Random(Scored):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, nargs="+", default=[5, 13], help="diffusion steps, of 16")
+    parser.add_argument("--steps", type=int, nargs="+", default=[9], help="diffusion steps, of 16 (default 9)")
     parser.add_argument("--setting", action="append", choices=SETTINGS, help="only these; repeat for several")
     options = parser.parse_args()
     torch.set_num_threads(2)
@@ -84,8 +86,10 @@ def main() -> None:
     with torch.no_grad():
         with accelplug.apply(pipe, {"patch": "capture"}, gate="off"):
             pipe(prompt=PROMPT, **zoo.DEMO, generator=torch.Generator().manual_seed(0), output_type="latent")
-        rows = [row for name in options.setting or SETTINGS for row in errors(name, *SETTINGS[name])]
-    write_json("rest_layers", {**environment(pipe), "prompt": PROMPT, "grid": "demo", "rows": rows})
+        facts, rows = {**environment(pipe), "prompt": PROMPT, "grid": "demo", "steps": options.steps}, []
+        for name in options.setting or SETTINGS:
+            rows += errors(name, *SETTINGS[name])
+            write_json("rest_layers", {**facts, "rows": rows})
 
 
 def errors(name: str, patch: str, config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -123,7 +127,7 @@ def measured(patch: Any, call: AttentionCall, place: Place, exact: Tensor) -> tu
 def outputs(blocks: Blocks, plan: BlockPlan) -> Iterator[tuple[str, Tensor]]:
     """Attention with each rest, by name, from one exact pass."""
     q, k, v, scale = blocks.q, blocks.k, blocks.v, blocks.scale
-    out, lse = block_attention(q, k, v, plan, scale=scale, backend="reference", return_lse=True)
+    out, lse = block_attention(q, k, v, plan, scale=scale, backend="blocked", return_lse=True)
     yield "drop", out
     (k_pool, _), (v_pool, _) = (pool(x, plan.k_len, plan.block_k) for x in (k, v))
     far = scale * q @ k_pool.mT + counted(plan.k_len, plan.block_k).log()[:, :, None]

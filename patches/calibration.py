@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from accelplug.call import AttentionCall, Clock, Layout, Site
 
-MAX_STATE = 512 << 20
-"""Bytes of sums that a calibration may keep."""
+MAX_STATE = 4 << 30
+"""Bytes of sums that a calibration may keep, on the CPU, beside a model of tens of GB where they are as many."""
 
 
 @dataclass(frozen=True, eq=False)

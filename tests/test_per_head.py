@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import one_hot, scaled_dot_product_attention
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
-from accelplug.errors import RecipeError, ShapeError
+from accelplug.errors import RecipeError, ShapeError, UnsupportedError
 from accelplug.kernels.plan import pack_bits
 from accelplug.patches import base
 from accelplug.patches.calibration import Seen
@@ -272,6 +272,7 @@ def test_the_calibration_finds_the_axis_and_the_density():
     tables = search.tables()
     assert [ORDERS[i][-1] for i in tables["order"][0]] == ["t", "h", "w"]
     assert tables["masks"].shape == (3, 1, 3, 64, 2)
+    assert search.state["sums"].nbytes == 3 * 3 * 64 * 64 * 2
     made = {key: Table(values, search.axes[key], key=key) for key, values in tables.items()}
     calibrated = Paro({"block": 8, "backend": "reference", **made})
     plan = calibrated.prepare(SITE, layout, Clock(0, 4), {}).plan
@@ -282,6 +283,32 @@ def test_the_calibration_finds_the_axis_and_the_density():
         error(calibrated, call, layout)
         < error(Paro({"block": 8, "backend": "reference", "density": 0.25}), call, layout) / 4
     )
+
+
+WAN_14B, HUNYUAN = (40, 40, (21, 45, 80)), (24, 60, (33, 45, 80))  # heads, layers, grid at 720p
+
+
+@pytest.mark.parametrize(
+    ("model", "block", "buckets", "refusal"),
+    [
+        (WAN_14B, 128, 4, None),
+        (WAN_14B, 64, 4, "12791 MiB of sums and 801 MiB of masks, .* What fits: block=128 with buckets=4[.]"),
+        (HUNYUAN, 128, 4, "What fits: block=256 with buckets=4, or block=128 with buckets=1[.]"),
+        ((400, 400, (99, 90, 160)), 1024, 1, "What fits: nothing"),
+    ],
+)
+def test_calibration_refuses_at_once_what_does_not_fit(model, block, buckets, refusal):
+    heads, layers, grid = model
+    layout = Layout(grid)
+    x = torch.zeros(1, 1, 1, 1).expand(1, heads, layout.visual, 1)
+    site = Site("blocks.0.attn1", "transformer", "self", 0, layers)
+    first = Seen(call_of(x, x, x), x, site, layout, Clock(0, 50), 0, buckets, torch.Generator())
+    search = ParoSearch(Paro({"block": block}))
+    if refusal is None:
+        search._require_room(first)
+        return
+    with pytest.raises(UnsupportedError, match=refusal):
+        search.observe(first, 0)
 
 
 def error(patch, call: AttentionCall, layout: Layout) -> float:
