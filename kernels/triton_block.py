@@ -88,17 +88,14 @@ def attend(
     """Return (out, lse); see `attention.block_attention`. A `Threshold` takes `Drop` or means, and no `eight`.
 
     With `eight`, blocks are read exactly by its queries and keys, and by means through its queries and `k`. `tier`: that of
-    `tier_of`; ``whole`` wants rows of the output that are multiples of 16 bytes, and raises `UnsupportedError` without.
+    `tier_of`; ``whole`` wants triton 3.5 and rows of the output that are multiples of 16 bytes, else `UnsupportedError` is raised.
     """
     if (reason := unsupported(q, v, plan, None if eight is None else eight.k.dtype)) is not None:
         raise UnsupportedError(f"backend='triton' cannot serve: {reason}. Use backend='flex', 'blocked' or 'auto'.")
     spread = _spread(plan)
     tier = tier_of(q.device) if tier is None else tier
-    if tier == "whole" and v.shape[-1] * q.element_size() % 16:
-        raise UnsupportedError(
-            f"tier='whole' cannot serve: rows of the output have {v.shape[-1] * q.element_size()} bytes, expected a multiple of 16. "
-            "Use tier='keys'."
-        )
+    if tier == "whole" and (reason := _not_whole(v.shape[-1] * q.element_size())) is not None:
+        raise UnsupportedError(f"tier='whole' cannot serve: {reason}. Use tier='keys'.")
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # the interpreter's dot takes the bits of bf16 for integers
         out, lse = attend(q.float(), k.float(), v.float(), plan, rest, scale, key_mask, return_lse, eight, tier)
         return out.bfloat16(), lse
@@ -197,6 +194,13 @@ def attend(
         num_stages=stages,
     )
     return out, lse if return_lse else None
+
+
+def _not_whole(row_bytes: int) -> str | None:
+    """Why queries and output cannot go by descriptors, or None."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
+        return f"its compiler fails on it before triton 3.5, this is {triton.__version__}"
+    return f"rows of the output have {row_bytes} bytes, expected a multiple of 16" if row_bytes % 16 else None
 
 
 def _spread(plan: BlockPlan | Threshold) -> bool:

@@ -306,11 +306,14 @@ def test_tiers_of_the_triton_kernel_equal_the_reference(monkeypatch, case, tier)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_the_whole_tier_wants_rows_of_16_bytes():
+def test_what_the_whole_tier_wants(monkeypatch):
     from accelplug.kernels import triton_block
 
     q, k, v, plan = make((1, 1, 1, 33, 16, 18, 16, 16))
     with pytest.raises(UnsupportedError, match="rows of the output have 72 bytes, expected a multiple of 16"):
+        triton_block.attend(q, k, v, plan, Drop(), 0.2, None, False, tier="whole")
+    monkeypatch.setattr(triton_block.triton, "__version__", "3.4.0")
+    with pytest.raises(UnsupportedError, match=r"before triton 3\.5, this is 3\.4\.0"):
         triton_block.attend(q, k, v, plan, Drop(), 0.2, None, False, tier="whole")
 
 
