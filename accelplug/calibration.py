@@ -135,10 +135,7 @@ def calibrate(
         made = {key: Table(values, axes[key], key=key, origin=origin) for key, values in tables.items()}
         return load({"rules": task.rules(study, made, dense_steps)}, facts)
     files.tables.parent.mkdir(parents=True, exist_ok=True)
-    data = save(tables, origin.to_header())
-    _write(files.tables, data)
-    sha256 = hashlib.sha256(data).hexdigest()
-    refs = {key: {"table": {"file": files.tables.name, "sha256": sha256, "key": key}} for key in tables}
+    refs = write_tables(files.tables, tables, origin)
     summary = f"Calibrated on {len(runs)} prompts, {study.steps} steps, {'x'.join(map(str, study.grid_thw or ()))} tokens."
     _write(
         files.recipe, _yaml(files.recipe.stem, facts, patch, task, summary, task.rules(study, refs, dense_steps)).encode()
@@ -466,6 +463,14 @@ def _flow(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_flow, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
+
+
+def write_tables(path: Path, tables: Mapping[str, Tensor], origin: Origin) -> dict[str, dict[str, Any]]:
+    """Write tables to a safetensors file; return by key how a recipe beside it refers to them."""
+    data = save(dict(tables), origin.to_header())
+    _write(path, data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return {key: {"table": {"file": path.name, "sha256": sha256, "key": key}} for key in tables}
 
 
 def _write(path: Path, data: bytes) -> None:

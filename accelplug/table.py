@@ -154,7 +154,10 @@ class Table:
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
         from pydantic_core import core_schema
 
-        return core_schema.is_instance_schema(cls, cls_repr="table: {file, sha256, key}")
+        by_name = core_schema.plain_serializer_function_ser_schema(
+            lambda table: {"table": {"sha256": table.sha256, "key": table.key}}, when_used="json"
+        )
+        return core_schema.is_instance_schema(cls, cls_repr="table: {file, sha256, key}", serialization=by_name)
 
     def missing(self, site: Site, clock: Clock) -> str | None:
         """Why no row can be told here and now, or None."""

@@ -214,11 +214,11 @@ def lower(plan: Threshold, q: Tensor, k: Tensor, scale: float, key_mask: Tensor 
 def available_backends(device: torch.device | str) -> dict[str, str | None]:
     """Return, for every backend, None where it serves on `device`, else why not."""
     device = torch.device(device)
-    compiled = {"triton": _triton_missing(device), "flex": flex.missing(device), "flash": flex.flash_missing(device)}
+    compiled = {"triton": triton_missing(device), "flex": flex.missing(device), "flash": flex.flash_missing(device)}
     return {**compiled, "blocked": None, "reference": None}
 
 
-def _triton_missing(device: torch.device) -> str | None:
+def triton_missing(device: torch.device) -> str | None:
     try:
         from accelplug.kernels import triton_block
     except ImportError:
@@ -321,7 +321,7 @@ def _key(q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Rest, key_mask: Tenso
 def _candidates(q: Tensor, v: Tensor, plan: Any, precision: Precision, return_lse: bool) -> list[str]:
     """Backends that can serve, the one that is tried first without a measurement ahead."""
     names = []
-    if q.device.type != "cpu" and _triton_missing(q.device) is None:
+    if q.device.type != "cpu" and triton_missing(q.device) is None:
         from accelplug.kernels import triton_block
 
         if triton_block.unsupported(q, v, plan, DTYPES[precision]) is None:

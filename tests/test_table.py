@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from safetensors.torch import save_file
 from accelplug import table as tables
 from accelplug.call import Clock, Layout, Site
 from accelplug.errors import AccelplugError, RecipeError
+from accelplug.hosts.gate import settings
 from accelplug.patches.base import Config
 from accelplug.recipe import ModelFacts, load, read_file
+from accelplug.registry import patch_class
 from accelplug.table import Origin, Table, bucket
 
 FACTS = ModelFacts(("AnyTransformer", "Base"), {"num_layers": 2, "patch_size": (1, 2, 2)})
@@ -162,3 +165,11 @@ def test_tables_are_values():
         Table(torch.ones(2, 2), ("heads", "layers"))
     with pytest.raises(AccelplugError, match="no more than the tensor has"):
         Table(torch.ones(2))
+
+
+def test_settings_with_a_table_are_plain_data_by_its_name():
+    """The gate keeps its verdicts by them."""
+    table = Table(torch.ones(2, 2), key="weights")
+    kept = settings(patch_class("radial")({"rest": "pool", "rest_weight": table}))
+    assert kept["rest_weight"] == {"table": {"sha256": table.sha256, "key": "weights"}}
+    assert json.loads(json.dumps(kept)) == kept

@@ -17,6 +17,7 @@ from accelplug.call import Layout
 from accelplug.comparison.result import DENSE, Comparison, Row, Sample
 from accelplug.comparison.study import Study
 from accelplug.errors import AccelplugError
+from accelplug.patches.rest_weights import RestWeights
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, load, read_file
 from accelplug.tuning import Bound, caches, search, space, verification
@@ -25,7 +26,10 @@ from accelplug.tuning.caches import Cache
 from accelplug.tuning.fingerprint import adapters, fingerprint
 from accelplug.tuning.forecast import Forecast, Probe, Trajectory
 from accelplug.tuning.journal import Journal
+from accelplug.tuning.probing import Prober
+from accelplug.tuning.refine import in_8_bits, no_8_bits
 from accelplug.tuning.space import Arm, Candidate, arms, variants
+from accelplug.tuning.verdict import limit
 from tests import tiny_models
 from tests.test_laws import snapshot
 from tests.test_report import Page
@@ -174,7 +178,7 @@ def test_adapters_are_part_of_what_was_measured():
 @pytest.mark.parametrize(
     ("where", "at", "proven", "says"),
     [
-        ("_probe", 2, False, "interrupted before anything was proven; nothing was seen to hold"),
+        ("arm", 2, False, "interrupted before anything was proven; nothing was seen to hold"),
         ("_next", 2, True, "within psnr>=1"),
         ("_halve", 1, True, "within psnr>=1"),
         ("prove", 1, False, "kept psnr>=1 at 2.00x in 1 runs of the search"),
@@ -182,7 +186,8 @@ def test_adapters_are_part_of_what_was_measured():
 )
 def test_an_interrupt_in_any_phase_keeps_the_best_so_far(told_times, monkeypatch, where, at, proven, says):
     pipe, inputs = pipeline()
-    real, asked = getattr(search.Search, where), []
+    owner = Prober if where == "arm" else search.Search
+    real, asked = getattr(owner, where), []
 
     def interrupted(self, *given):
         asked.append("")
@@ -190,7 +195,7 @@ def test_an_interrupt_in_any_phase_keeps_the_best_so_far(told_times, monkeypatch
             raise KeyboardInterrupt
         return real(self, *given)
 
-    monkeypatch.setattr(search.Search, where, interrupted)
+    monkeypatch.setattr(owner, where, interrupted)
     found = run(pipe, inputs, "psnr>=1", patches=["sol"])
     assert (found.proven is not None) == proven
     assert says in found.why
@@ -249,7 +254,51 @@ def test_survivors_are_halved_while_the_seeds_they_see_double():
 def test_few_steps_leave_little_and_say_how_much():
     forecast = Forecast(Trajectory([], [0.25] * 4, [], 2, attention=0.6), parse("psnr>=26"), 900.0, 100.0)
     assert forecast.ceiling(1) == pytest.approx(1 / (1 - 0.9 * 0.6 * 0.75))
-    assert math.isnan(Forecast(Trajectory([], [0.25] * 4, [], 2), parse("psnr>=26"), 900.0, 100.0).ceiling(1))
+    assert "4 steps, one of them dense, attention being 60% of a step and denoising 90% of a run" in limit(forecast)
+    assert "more than 1.68x; with none dense 2.17x" in limit(forecast)
+    forecast.trajectory.attention = None
+    assert "is not known" in limit(forecast)
+
+
+def test_8_bits_are_kept_where_they_are_faster(monkeypatch):
+    assert "a CPU gains nothing" in no_8_bits(torch.device("cpu"))
+    arm, found = Arm("sol", (("tau", 1.0),)), Forecast(Trajectory([], [], [], 2), (), 900.0, 100.0)
+    ratios = {str(arm): 0.6, f"{arm} precision=int8": 0.5, f"{arm} precision=fp8": 0.6}
+    monkeypatch.setattr(Prober, "arm", lambda self, arm: found.probes.update({arm: Probe({0: 0.1}, ratios[str(arm)])}))
+    prober = Prober(found, None, Journal(None, ""), print)
+    prober.arm(arm)
+    prober.arm_in_8_bits(arm)
+    assert [str(arm) for arm in found.probes] == ["sol tau=1", "sol tau=1 precision=int8"]
+    assert not in_8_bits(Arm("tome", (("ratio", 0.5),))), "nothing is read in blocks"
+
+
+def test_weights_of_pooled_blocks_are_calibrated_where_they_could_help(told_times, monkeypatch, tmp_path):
+    """The arm keeps the budget with calibrated weights alone. Random models are best off with weights of 1: others are told."""
+    pipe, inputs = pipeline()
+    calibrated = RestWeights.tables
+    monkeypatch.setattr(RestWeights, "tables", lambda self: {k: 0.9 * v for k, v in calibrated(self).items()})
+    monkeypatch.setattr(space, "LADDERS", {"sol": ([{"tau": 4.0, "block": 8, "band": 0}], ("pool",))})
+    monkeypatch.setattr(space, "DENSE_STEPS", (0,))
+    monkeypatch.setattr(Prober, "layers", lambda self: None)
+    real, ran = Study.time, []
+    monkeypatch.setattr(Study, "time", lambda self, variant, *pair: (ran.append(variant.name), real(self, variant, *pair)))
+    budget = Bound("told", 1.0, score=lambda dense, clip: 1.0 if "calibrated" in ran[-1] else 0.99)
+    found = run(pipe, inputs, budget, patches=["sol"], resume=tmp_path / "journal")
+    assert found.proven is not None
+    assert "rest_weight=calibrated" in found.proven.name
+    path = found.to_yaml(tmp_path / "mine.yaml", model_facts(pipe))
+    assert path.with_suffix(".safetensors").exists()
+    read = load(path, model_facts(pipe))
+    weights = [recipe.with_tables().rules[-1].settings["rest_weight"].values for recipe in (found, read)]
+    assert torch.equal(*weights)
+    assert weights[0].shape == (2, 2)
+    with accelplug.apply(pipe, read, gate="off") as plug, torch.no_grad():
+        pipe(**inputs)
+        assert plug.report().served["sol"] > 0
+    assert "Table(rest_weight" in found.to_json(tmp_path / "mine.json").read_text()
+    lines = map(json.loads, (tmp_path / "journal").read_text().splitlines()[1:])
+    (kept,) = (line["value"]["values"] for line in lines if line["key"].startswith("weights"))
+    assert torch.equal(torch.tensor(kept), weights[0])
 
 
 def test_caches_are_set_for_the_model_or_said_not_to_fit():
@@ -313,7 +362,7 @@ def test_a_compiled_pipeline_warms_each_candidate_up_once(told_times, monkeypatc
     limit = torch._dynamo.config.recompile_limit
     monkeypatch.setattr(space, "LADDERS", {"sol": (LADDERS["sol"][0], ("drop",))})
     monkeypatch.setattr(space, "DENSE_STEPS", (0,))
-    monkeypatch.setattr(search.Search, "_probe_layers", lambda self: None)
+    monkeypatch.setattr(Prober, "layers", lambda self: None)
     found = run(pipe, inputs, "psnr>=1", patches=["sol"])
     assert warmed == ["dense", *(point.name for point in found.points)] == list(dict.fromkeys(warmed))
     assert found.proven.speedup == 2.0
@@ -409,6 +458,15 @@ def test_a_forecast_learns_the_line_that_full_runs_draw():
     assert forecast.latency_ms(Candidate(arms_[3], dense_steps=40)) == pytest.approx(1600.0), "twice what probes foretold"
     assert forecast.latency_ms(Candidate(arms_[0], dense_steps=40)) == pytest.approx(800.0)
     assert forecast.latency_ms(Candidate(arms_[0], dense_layers=(0,))) == pytest.approx(725.0)
+
+
+def test_a_metric_that_is_better_low_falls_out_of_the_budget_as_errors_grow():
+    forecast = Forecast(Trajectory([], [0.1] * 10, [], 4), parse("latent_distance<=.4"), 900.0, 100.0)
+    arms_ = [Arm("sol", (("tau", float(tau)),)) for tau in range(5)]
+    forecast.probes = {arm: Probe({0: 10.0 ** (tau - 4)}, 0.5) for tau, arm in enumerate(arms_)}
+    told = {Candidate(arm): 0.1 * tau for tau, arm in enumerate(arms_[:4])}
+    forecast.runs = [(candidate, {"latent_distance": told[candidate]}, 2.0) for candidate in told]
+    assert forecast.margin(Candidate(arms_[4])) == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize(

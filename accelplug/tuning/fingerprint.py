@@ -12,6 +12,7 @@ from torch import nn
 from accelplug.comparison.environment import device_name
 from accelplug.hosts.diffusers import denoisers
 from accelplug.plug import model_facts
+from accelplug.tuning.compiled import is_compiled
 
 SAMPLES = 16
 """Numbers of each tensor that are looked at."""
@@ -50,12 +51,6 @@ def adapters(pipe: Any) -> dict[str, str]:
                 factors.setdefault(name, set()).add(layer.scaling[name])
     found = {name: ", ".join(f"{factor:.4g}" for factor in sorted(known)) for name, known in sorted(factors.items())}
     return found | dict.fromkeys(sorted(getattr(pipe, "fused_loras", ())), "fused")
-
-
-def is_compiled(pipe: Any) -> bool:
-    """Whether a denoiser, or blocks of it, go through torch.compile."""
-    modules = (module for name in denoisers(pipe) for module in getattr(pipe, name).modules())
-    return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in modules)
 
 
 def _sample(tensor: torch.Tensor) -> list[float]:

@@ -32,7 +32,7 @@ from accelplug.tuning.space import Arm, Candidate
 OBSERVED = {"rules": [{"patch": "dense"}]}
 KAPPAS = (0.0, 1.0, 2.0, 4.0, 8.0)
 DECIBEL_SLOPE = -20.0
-"""dB that a PSNR falls where an error grows tenfold."""
+"""dB that a PSNR falls where an error grows tenfold. Other metrics are taken to lose as much as their limit, until runs say better."""
 
 
 @dataclass
@@ -218,19 +218,20 @@ class Forecast:
             return None
         margins = []
         for bound in self.bounds:
-            points = [(other, values[bound.name]) for other, values in seen if math.isfinite(values[bound.name])]
+            points = [(other, bound.margin(v)) for other, values in seen if math.isfinite(v := values[bound.name])]
+            slope = DECIBEL_SLOPE if bound.name in ("psnr", "fg_psnr") else -abs(bound.limit)
             if points:
-                margins.append(bound.margin(self._line(candidate, points)))
+                margins.append(self._line(candidate, points, slope))
         return min(margins, default=None)
 
-    def _line(self, candidate: Candidate, points: list[tuple[Candidate, float]]) -> float:
-        """The value on the best line from log10(spoil), over all kappas; with under three runs, on a line of known slope."""
+    def _line(self, candidate: Candidate, points: list[tuple[Candidate, float]], usual: float) -> float:
+        """The margin on the best line from log10(spoil), over all kappas; with under three runs, on one of the usual slope."""
         y = np.array([value for _, value in points])
         best: tuple[float, float] = (math.inf, float(y.mean()))
         for kappa in KAPPAS if len(points) > 2 else KAPPAS[2:3]:
             x = np.log10([max(self.spoil(other, kappa), 1e-9) for other, _ in points])
             at = math.log10(max(self.spoil(candidate, kappa), 1e-9))
-            slope = DECIBEL_SLOPE
+            slope = usual
             if len(points) > 2 and x.std() > 1e-6:
                 slope = min(float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()), 0.0)
             foretold = y.mean() + slope * (x - x.mean())

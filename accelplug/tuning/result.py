@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import yaml
 
 from accelplug.errors import AccelplugError
 from accelplug.recipe import SCHEMA, ModelFacts, Recipe
+from accelplug.table import Table as Tensors
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -109,11 +110,11 @@ class Tuned(Recipe):
         return kept
 
     def to_yaml(self, path: str | Path, facts: ModelFacts) -> Path:
-        """Write a recipe file for the model, with a `measured` row where the recipe was proven."""
+        """Write a recipe file for the model, with a `measured` row where the recipe was proven, and beside it the table it refers to."""
         keys = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", *LANGUAGE_KEYS)
         match = {"class": facts.class_names[0], **{k: facts.config[k] for k in keys if k in facts.config}}
         entry: dict[str, Any] = {"summary": self.summary}
-        entry |= self.proven.recipe if self.proven else {"rules": [{"patch": "dense"}]}
+        entry |= _referring(self.proven.recipe, Path(path)) if self.proven else {"rules": [{"patch": "dense"}]}
         entry["measured"] = [row.model_dump(exclude_defaults=True) for row in self.measured]
         name = Path(path).stem.lower().replace(" ", "-")
         file = {"schema": SCHEMA, "model": name, "match": match, "default": "tuned", "recipes": {"tuned": entry}}
@@ -186,10 +187,25 @@ class Tuned(Recipe):
         return "".join(_rendered(self.table()))
 
 
+def _referring(recipe: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A recipe mapping whose tables were written beside `path`, and that refers to them."""
+    from accelplug.calibration import write_tables
+
+    rules = []
+    for rule in recipe["rules"]:
+        tables = {key: value for key, value in rule.get("with", {}).items() if isinstance(value, Tensors)}
+        if tables:  # one rule at most has any
+            origin = replace(next(iter(tables.values())).origin, axes={key: table.axes for key, table in tables.items()})
+            refs = write_tables(path.with_suffix(".safetensors"), {key: t.values for key, t in tables.items()}, origin)
+            rule = {**rule, "with": {**rule["with"], **refs}}
+        rules.append(rule)
+    return {**recipe, "rules": rules}
+
+
 def _plain(value: Any) -> Any:
     """YAML- and JSON-safe data."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return str(value) if isinstance(value, Tensors) or (isinstance(value, float) and not math.isfinite(value)) else value

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from accelplug.comparison.result import DENSE
 from accelplug.comparison.study import Study, Variant, quiet
@@ -23,25 +22,25 @@ from accelplug.hosts.transformers import is_language_model
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, Recipe, load
 from accelplug.tuning.budget import Bound, parse
-from accelplug.tuning.caches import FEW_STEPS, Cache, Seen, fitting
-from accelplug.tuning.fingerprint import adapters, fingerprint, is_compiled
+from accelplug.tuning.caches import Cache, Seen, fitting
+from accelplug.tuning.compiled import is_compiled, room_to_compile
+from accelplug.tuning.fingerprint import adapters, fingerprint
 from accelplug.tuning.forecast import OBSERVED, Forecast, Trajectory
 from accelplug.tuning.journal import Journal
+from accelplug.tuning.probing import Prober
+from accelplug.tuning.refine import no_8_bits, no_weights, pools
 from accelplug.tuning.result import Point, Tuned
 from accelplug.tuning.space import Arm, Candidate, arms, cached, variants
+from accelplug.tuning.verdict import WORTH, limit, why
 
 logger = logging.getLogger("accelplug")
 
-WORTH = 1.03
-"""A gain below this is not worth a recipe."""
 FINALISTS = 4
 """Candidates that are proven at most, the fastest first."""
 PROBE_SHARE = 0.35
 """Share of the time that probing may take."""
 CACHE_SHARE = 0.25
 """Share of what is left then that runs of step caches alone may take."""
-GRAPHS = 512
-"""Graphs that a compiled function may have during a search."""
 
 
 def tune(
@@ -174,6 +173,11 @@ class Search:
         return time.monotonic() - self.started
 
     @property
+    def budget(self) -> str:
+        """The bounds in words."""
+        return ", ".join(map(str, self.bounds))
+
+    @property
     def run_s(self) -> float:
         """Seconds of a dense run."""
         return self.study.rows[DENSE].latency.p50 / 1e3
@@ -222,30 +226,48 @@ class Search:
             )
         sample = self.study.rows[DENSE].samples[0]
         self.forecast = Forecast(trajectory, self.bounds, sample.denoise_ms, sample.latency_ms - sample.denoise_ms)
-        self._note(self._limit())
+        self._note(limit(self.forecast))
         if caches:
             seen = Seen(trajectory.steps, trajectory.contexts, trajectory.magnitudes)
             self.ladders, why_not = fitting(denoisers(self.study.pipe), seen)
             self._note(*why_not)
         with self._phase("probing"):
-            found = arms(max(trajectory.layouts, key=lambda layout: layout.visual), patches)
-            for arm in found:
-                if self.spent_s > PROBE_SHARE * self.time_budget_s:
-                    break
-                self.tell(f"probing {arm}", self.spent_s)
-                self._probe(arm)
-            self._probe_layers()
-        order = sorted(self.forecast.layer_share, key=lambda layer: -self.forecast.layer_share[layer])  # type: ignore[union-attr]
+            self._probe(arms(max(trajectory.layouts, key=lambda layout: layout.visual), patches))
         paying = [arm for arm, probe in self.forecast.probes.items() if probe.ratio < 1 / WORTH]
-        self.candidates = [candidate for arm in paying for candidate in variants(arm, order, trajectory.steps)]
+        self.candidates = [candidate for arm in paying for candidate in self._variants(arm)]
 
     def explore(self) -> None:
         """Run the most promising candidate whole, learn, and go on until time is up or nothing faster can hold."""
         with self._phase("whole runs"):
             self._run_caches()
-            while self._affords(self.seen[:1]) and (candidate := self._next()) is not None:
-                self._run(candidate, self.seen[:1])
+            self._climb()
+            if self._weigh():
+                self._climb()
             self._halve()
+
+    def _climb(self) -> None:
+        while self._affords(self.seen[:1]) and (candidate := self._next()) is not None:
+            self._run(candidate, self.seen[:1])
+
+    def _weigh(self) -> bool:
+        """Calibrate the pooled blocks of the arm that is faster than all that hold and misses the budget by least."""
+        assert self.forecast is not None
+        forecast = self.forecast
+        fastest = max((self.points[c].speedup for c in self._holding()), default=WORTH)
+        bare = [c for c in self.candidates if c.arm and pools(c.arm) and not (c.dense_steps or c.dense_layers)]
+        faster = [c for c in bare if forecast.dense_ms / forecast.latency_ms(c) > fastest]
+        # The calibration is a dense run in which a part of the calls is tried at a dozen weights.
+        if not faster or not self._affords(self.seen[:1] * 4):
+            return False
+        if why_not := no_weights(self.study.pipe):
+            self._note(why_not)
+            return False
+        best = min(faster, key=lambda candidate: forecast.spoil(candidate, 2.0))
+        assert best.arm is not None
+        prompt, seed = self.seen[0]
+        arm = self._prober.weighted(best.arm, self.study.prompts[prompt], seed)
+        self.candidates += self._variants(arm) if arm is not None else []
+        return arm is not None
 
     def _halve(self) -> None:
         """Successive halving: the fastest that hold, on as many pairs again as they have seen; half of them go on."""
@@ -277,28 +299,24 @@ class Search:
         proven = next((c for c, p in self.points.items() if p.verdict == "proven" and p.speedup >= WORTH), None)
         mapping = proven.rules() if proven is not None else OBSERVED
         recipe = load(mapping, model_facts(self.study.pipe))
-        self.study.rows = {
-            name: row for name, row in self.study.rows.items() if row.samples
-        }  # an interrupt leaves empty ones
+        # An interrupt leaves rows that are empty.
+        self.study.rows = {name: row for name, row in self.study.rows.items() if row.samples}
         comparison = self.study.finish({})
         measured: tuple[Measured, ...] = ()
         if proven is not None:
             row = comparison.measured(comparison.row(self.points[proven].name))
             measured = (Measured.model_validate(row),)
-        budget = ", ".join(map(str, self.bounds))
         fields = {name: getattr(recipe, name) for name in ("rules", "cache", "match", "source", "loc")}
-        why = self._why(proven, budget)
-        if self.forecast is not None and self.forecast.trajectory.steps <= FEW_STEPS:
-            why = f"{why}. {self._limit()}"
+        said = why(self, self.points[proven] if proven is not None else None)
         if found := adapters(self.study.pipe):
             named = ", ".join(f"{name} ({factor})" for name, factor in found.items())
             self._note(f"Tuned with the LoRA adapters {named}; for others tune again.")
         return Tuned(
             name="tuned",
             model="tuned",
-            summary=". ".join([why, *(note for note in self.notes if "LoRA" in note)]),
+            summary=". ".join([said, *(note for note in self.notes if "LoRA" in note)]),
             measured=measured,
-            why=why,
+            why=said,
             bounds=self.bounds,
             points=tuple(points),
             notes=tuple(self.notes),
@@ -314,44 +332,6 @@ class Search:
                 self.notes.append(text)
                 logger.info("tune: %s", text)
 
-    def _limit(self) -> str:
-        """What is there to gain at all: Amdahl's law."""
-        assert self.forecast is not None
-        forecast, steps = self.forecast, self.forecast.trajectory.steps
-        if (share := forecast.trajectory.attention) is None:
-            return "What a patch can gain at most is not known: attention could not be timed by itself."
-        shares = (
-            f"attention being {share:.0%} of a step and denoising {forecast.denoise_ms / forecast.dense_ms:.0%} of a run"
-        )
-        if steps > FEW_STEPS:
-            return f"With {shares}, no patch can gain more than {forecast.ceiling(0):.2f}x."
-        return (
-            f"With {steps} steps, one of them dense, {shares}, no patch can gain more than {forecast.ceiling(1):.2f}x; "
-            f"with none dense {forecast.ceiling(0):.2f}x."
-        )
-
-    def _why(self, proven: Candidate | None, budget: str) -> str:
-        if proven is not None:
-            point = self.points[proven]
-            worst = ", ".join(f"{name} {value:.2f}" for name, value in point.worst.items())
-            return f"{point.name}: {point.speedup:.2f}x within {budget}, worst of {point.runs} runs {worst}"
-        held = sorted((point for point in self.points.values() if point.margin >= 0), key=lambda p: -p.speedup)
-        if self.interrupted:
-            best = [f"{p.name} kept {budget} at {p.speedup:.2f}x in {p.runs} runs of the search" for p in held[:1]]
-            return f"Stay dense: interrupted before anything was proven; {best[0] if best else 'nothing was seen to hold'}"
-        if self.forecast is None or not self.forecast.probes:
-            return (
-                f"Stay dense: {self.time_budget_s:.0f} s were over before a patch could be probed, a dense run takes "
-                f"{self.run_s:.0f} s. Give time_budget_s of at least {30 * self.run_s:.0f}"
-            )
-        if not self.candidates and not self.points:
-            return "Stay dense: no patch was faster than dense attention at this shape on this device"
-        if any(point.verdict == "overturned" for point in self.points.values()):
-            return f"Stay dense: what held {budget} in the search did not on unseen prompts and seeds"
-        if held:
-            return f"Stay dense: what keeps {budget} gains less than {WORTH:.2f}x, at best {held[0].speedup:.2f}x"
-        return f"Stay dense: none of {len(self.points)} candidates that were run keeps {budget}"
-
     # ------------------------------------------------------------------------------------------------ measuring
 
     def _dense(self, pair: tuple[int, int]) -> None:
@@ -366,42 +346,34 @@ class Search:
             self.study.rows[variant.name] = self.study.new_row(variant)
         self.study.time(variant, *pair)
 
-    def _probe(self, arm: Arm) -> None:
-        from accelplug.tuning.forecast import Probe
-
+    @property
+    def _prober(self) -> Prober:
         assert self.forecast is not None
-        trajectory, pipe = self.forecast.trajectory, self.study.pipe
+        return Prober(self.forecast, self.study.pipe, self.journal, lambda what: self.tell(what, self.spent_s))
 
-        def measure() -> dict[str, Any]:
-            probe = trajectory.probe(pipe, Candidate(arm).rules())
-            errors = {str(step): error for step, error in probe.errors.items()}
-            return {"errors": errors, "ratio": probe.ratio, "density": probe.density}
-
-        found = self.journal.get(f"probe {arm}", measure)
-        self.forecast.probes[arm] = Probe(
-            {int(s): e for s, e in found["errors"].items()}, found["ratio"], found.get("density")
-        )
-
-    def _probe_layers(self) -> None:
-        """Share of the squared error that each layer makes, by a bold arm on that layer alone, at one moment."""
+    def _probe(self, found: Sequence[Arm]) -> None:
+        """Measure arms while there is time for it, the fastest also with q.k in 8 bits, then layers."""
         assert self.forecast is not None
-        trajectory, layers = self.forecast.trajectory, self.forecast.trajectory.layers
-        calls = layers * 2 * trajectory.moments[0].ms / 1e3
-        if not self.forecast.probes or self.spent_s + calls > PROBE_SHARE * self.time_budget_s:
-            return
-        arm = max(self.forecast.probes, key=lambda arm: self.forecast.probes[arm].error(0))  # type: ignore[union-attr]
-        moment = trajectory.moments[len(trajectory.moments) // 2]
+        prober, forecast, until = self._prober, self.forecast, PROBE_SHARE * self.time_budget_s
+        for arm in found:
+            if self.spent_s > until:
+                return
+            prober.arm(arm)
+        if why_not := no_8_bits(forecast.trajectory.moments[0].output.device):
+            self._note(why_not)
+        else:
+            for arm in sorted(forecast.probes, key=lambda arm: forecast.probes[arm].ratio)[:2]:
+                prober.arm_in_8_bits(arm)
+        if (
+            forecast.probes
+            and self.spent_s + 2 * forecast.trajectory.layers * forecast.trajectory.moments[0].ms / 1e3 < until
+        ):
+            prober.layers()
 
-        def measure() -> list[float]:
-            squares = []
-            for layer in range(layers):
-                self.tell(f"probing layer {layer}", self.spent_s)
-                only = {"rules": [{"where": {"layers": layer}, "patch": arm.patch, "with": dict(arm.settings)}]}
-                squares.append(trajectory.probe(self.study.pipe, only, [moment]).errors[moment.step] ** 2)
-            return squares
-
-        squares = self.journal.get(f"layers {arm}", measure)
-        self.forecast.layer_share = {layer: square / (sum(squares) or 1.0) for layer, square in enumerate(squares)}
+    def _variants(self, arm: Arm) -> Iterator[Candidate]:
+        assert self.forecast is not None
+        share = self.forecast.layer_share
+        return variants(arm, sorted(share, key=lambda layer: -share[layer]), self.forecast.trajectory.steps)
 
     def _run_caches(self) -> None:
         """Caches alone, on one whole run each: what one saves, it also saves beside a patch. Bolder than one that fails is worse."""
@@ -483,19 +455,6 @@ class Search:
         # A forecast is off by some decibels: what misses by less than that is worth a run while there is time.
         scale = max(abs(bound.limit) for bound in self.bounds)
         return closest if (margins[closest] or 0.0) > -0.1 * scale else None
-
-
-@contextmanager
-def room_to_compile(pipe: Any) -> Iterator[None]:
-    """Let a compiled denoiser have a graph for each candidate: Dynamo gives a function up after 8. They are dropped at the end."""
-    if not is_compiled(pipe):
-        yield
-        return
-    with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=64 * GRAPHS):
-        try:
-            yield
-        finally:
-            torch._dynamo.reset()
 
 
 @contextmanager

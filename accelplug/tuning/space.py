@@ -11,6 +11,7 @@ from accelplug.call import Layout
 from accelplug.errors import AccelplugError
 from accelplug.patches.base import BlockSparse, Scored
 from accelplug.registry import patch_class
+from accelplug.table import Table
 from accelplug.tuning.caches import Cache
 
 DENSE_STEPS = (0, 10, 25, 40)
@@ -39,6 +40,10 @@ class Arm:
 
     patch: str
     settings: tuple[tuple[str, Any], ...]
+
+    def but(self, **more: Any) -> Arm:
+        """Return it with more settings."""
+        return replace(self, settings=(*self.settings, *more.items()))
 
     def __str__(self) -> str:
         return f"{self.patch} " + " ".join(f"{key}={_short(value)}" for key, value in self.settings if key != "block")
@@ -140,10 +145,8 @@ def _fixed_in_time(patch: str) -> bool:
 
 
 def _short(value: Any) -> str:
-    return (
-        "x".join(map(str, value))
-        if isinstance(value, list | tuple)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, Table):
+        return "calibrated"
+    if isinstance(value, list | tuple):
+        return "x".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

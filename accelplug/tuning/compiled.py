@@ -1,0 +1,33 @@
+"""Denoisers that go through torch.compile: whether, and room for all the graphs of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from accelplug.hosts.diffusers import denoisers
+
+GRAPHS = 512
+"""Graphs that a compiled function may have during a search. Dynamo gives a function up after 8."""
+
+
+def is_compiled(pipe: Any) -> bool:
+    """Whether a denoiser, or blocks of it, go through torch.compile."""
+    modules = (module for name in denoisers(pipe) for module in getattr(pipe, name).modules())
+    return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in modules)
+
+
+@contextmanager
+def room_to_compile(pipe: Any) -> Iterator[None]:
+    """Let a compiled denoiser have a graph for each candidate. All graphs of the process are dropped at the end."""
+    if not is_compiled(pipe):
+        yield
+        return
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=64 * GRAPHS):
+        try:
+            yield
+        finally:
+            torch._dynamo.reset()
