@@ -219,6 +219,8 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _examine(options: argparse.Namespace) -> int:
     """Compare a vision-language model on questions and descriptions."""
+    if options.record:
+        raise AccelplugError("compare records pipelines only; of a language model, `accelplug tune` writes a measured row.")
     from accelplug.comparison import Exam, compare
     from accelplug.inspection_vlm import load
 

@@ -258,7 +258,7 @@ class Asker:
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
             return {"input_ids": ids, "attention_mask": mask}
         shown = [[item.shown()] for item in asked]
-        made = self.processor(text=prompts, images=shown, padding=True, return_tensors="pt").to(device)
+        made = self.processor(text=prompts, images=shown, padding=True, padding_side="left", return_tensors="pt").to(device)
         return {name: value.to(self.model.dtype) if value.is_floating_point() else value for name, value in made.items()}
 
     def _prompt(self, item: Item, answer: str | None = None) -> str:

@@ -340,7 +340,8 @@ class Examiner:
         shown = [self.exam.picture(key) for key, _ in asked]
         shown = [picture(item) for item in shown] if picture else shown
         prompts = [self._prompt(text) for _, text in asked]
-        inputs = self.processor(text=prompts, images=[[item] for item in shown], padding=True, return_tensors="pt")
+        images = [[item] for item in shown]
+        inputs = self.processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt")
         inputs = inputs.to(self.model.device)
         for name, value in inputs.items():
             if value.is_floating_point():

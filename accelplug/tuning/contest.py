@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,6 @@ FINALISTS = 4
 LEVEL = 0.05
 SEARCH_SHARE = 0.6
 """Share of the time for the search; the rest is for the proof."""
-DEARER = 1.5
-"""What a patched page is reckoned to cost before one was seen, over a stock page."""
 
 
 def rungs(candidates: int, pages: int) -> list[tuple[int, int]]:
@@ -39,20 +37,6 @@ def rungs(candidates: int, pages: int) -> list[tuple[int, int]]:
     number = max(1, min(number, int(math.log2(max(pages, 1))) + 1))
     left = [max(math.ceil(candidates / 2**i), min(candidates, FINALISTS)) for i in range(number)]
     return [(left[i], max(pages // 2 ** (number - 1 - i), 1)) for i in range(number)]
-
-
-def plan(candidates: int, pages: int, asks: float) -> tuple[int, int]:
-    """How many candidates and pages can be afforded, where `asks` stock pages can be asked in all; (0, 0) for none."""
-
-    def cost(few: int, upto: int) -> float:
-        steps = [(0, 0), *rungs(few, upto)]
-        return upto + DEARER * sum(left * (stop - start) for (_, start), (left, stop) in pairwise(steps))
-
-    while pages > 1 and cost(candidates, pages) > asks:
-        pages -= 1
-    while candidates and cost(candidates, pages) > asks:
-        candidates -= 1
-    return (candidates, pages) if candidates else (0, 0)
 
 
 @dataclass
@@ -121,29 +105,31 @@ class Contest:
         """Seconds since the start."""
         return time.monotonic() - self.started
 
+    @property
+    def search_s(self) -> float:
+        """When the search ends, in seconds since the start."""
+        return SEARCH_SHARE * self.time_budget_s
+
     # ------------------------------------------------------------------------------------------------- phases
 
     def explore(self) -> None:
-        """Put few questions to all candidates, and more to the better half, as often as it takes."""
+        """Put few questions to all candidates, and more to the better half, as often as it takes; each rung has its share of the time."""
         self.all_candidates = list(self.candidates)
-        if "stock, page 0" not in self.journal.entries:
+        if f"{STOCK.name}, page 0" not in self.journal.entries:
             self.asker.ask(self.pages[0])  # warms up
         self._answer(STOCK, 0)
-        if not self.candidates:  # only the stock model is to be known
-            self.answer_all([STOCK], range(1, self.first_held))
-            return
-        asks = (SEARCH_SHARE * self.time_budget_s - self.spent_s) / self.sheets[STOCK.name][0].seconds
-        number, pages = plan(len(self.candidates), self.first_held, asks)
-        self.candidates, done = self.candidates[:number], 0
-        for left, upto in rungs(number, pages) if number else []:
+        steps, page = rungs(len(self.candidates), self.first_held), 0
+        for number, (left, upto) in enumerate(steps):
             self.candidates = self.ranked()[:left]
-            self.answer_all([STOCK, *self.candidates], range(done, upto))
-            done = upto
+            until = self.spent_s + (self.search_s - self.spent_s) / (len(steps) - number)
+            while page < upto and (page == 0 or self.spent_s < until):
+                self.answer_all([STOCK, *self.candidates], [page])
+                page += 1
 
     def answer_all(self, variants: Sequence[Aim], pages: Iterable[int]) -> None:
         """Have pages answered by turns, while there is time."""
         for page, aim in product(pages, variants):
-            if self.spent_s < SEARCH_SHARE * self.time_budget_s:
+            if self.spent_s < self.search_s:
                 self._answer(aim, page)
 
     def prove(self) -> None:

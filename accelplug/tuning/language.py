@@ -21,7 +21,7 @@ from accelplug.plug import as_html, model_facts
 from accelplug.recipe import Measured, load
 from accelplug.tuning.aims import Aim, aims
 from accelplug.tuning.budget import TASK_METRICS, Bound, parse
-from accelplug.tuning.contest import DEARER, FINALISTS, PAGE, SEARCH_SHARE, STOCK, Contest
+from accelplug.tuning.contest import FINALISTS, PAGE, SEARCH_SHARE, STOCK, Contest
 from accelplug.tuning.fingerprint import _sample
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.result import Point, Tuned
@@ -217,7 +217,7 @@ def _why(contest: Contest, stock: Point, points: Mapping[str, Point]) -> str:
         )
     if not points:
         page_s = contest.sheets[STOCK.name][0].seconds
-        enough = math.ceil(2 * (1 + DEARER * FINALISTS) * page_s / SEARCH_SHARE)
+        enough = math.ceil(2 * (1 + FINALISTS) * page_s / SEARCH_SHARE)
         return (
             f"Stay stock: {contest.time_budget_s:.0f} s are too few to try a patch, {PAGE} questions take {page_s:.1f} s. "
             f"Give time_budget_s of at least {enough}."
