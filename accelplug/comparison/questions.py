@@ -251,7 +251,7 @@ class Asker:
     def _inputs(self, asked: Sequence[Item]) -> dict[str, Any]:
         prompts, device = [self._prompt(item) for item in asked], self.model.device
         if asked[0].picture is None:
-            templated = bool(getattr(self.tokenizer, "chat_template", None))
+            templated = bool(getattr(self.processor, "chat_template", None))
             rows = [self.tokenizer(text, add_special_tokens=not templated).input_ids for text in prompts]
             width = max(map(len, rows))
             ids = torch.tensor([[self._pad] * (width - len(row)) + row for row in rows], device=device)

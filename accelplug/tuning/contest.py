@@ -56,6 +56,8 @@ class Standing:
     """Of the objective over stock, positive where it is better."""
     slack: float
     """Smallest distance to a bound, negative outside of the budget."""
+    hunch: float = 0.0
+    """Mean log-likelihood of the right one of yes and no, in nats: it tells candidates apart that few questions leave equal."""
 
     @property
     def holds(self) -> bool:
@@ -213,7 +215,11 @@ class Contest:
             if bound.score is not None:
                 found[bound.name] = float(bound.score(*(list(zip(asked, r, strict=True)) for r in (stock, own))))
         margins = [bound.margin(found[bound.name], before.get(bound.name, 0.0)) for bound in self.bounds]
-        return Standing(found, gain(self.objective, before, found), min(margins, default=math.inf))
+        odds = [
+            r.margin if item.truth else -r.margin for item, r in zip(asked, own, strict=True) if not math.isnan(r.margin)
+        ]
+        hunch = -float(np.logaddexp(0, -np.array(odds)).mean()) if odds else 0.0
+        return Standing(found, gain(self.objective, before, found), min(margins, default=math.inf), hunch)
 
     def test(self, first: Aim, second: Aim) -> float:
         """Exact p-value that both do equally well on the proof: McNemar's, of likelihoods the sign test."""
@@ -239,13 +245,13 @@ class Contest:
     # ------------------------------------------------------------------------------------------------- choosing
 
     def ranked(self) -> list[Aim]:
-        """Candidates, the best first: within the budget, then by gain, then by speed. Before the first page, in their order."""
+        """Candidates, the best first: within the budget, then by gain, by hunch and by speed. Before the first page, in their order."""
 
-        def merit(aim: Aim) -> tuple[bool, float, float]:
+        def merit(aim: Aim) -> tuple[bool, float, float, float]:
             if aim.name not in self.sheets:
-                return False, -math.inf, 0.0
+                return False, -math.inf, 0.0, 0.0
             standing = self.standing(aim)
-            return standing.slack >= 0, standing.gain, standing.figures["speed"]
+            return standing.slack >= 0, standing.gain, standing.hunch, standing.figures["speed"]
 
         return sorted(self.candidates, key=merit, reverse=True)
 
