@@ -49,7 +49,7 @@ class Dot:
     label : a short name, for the plot.
     verdict : ``front``, ``tried``, ``proven`` or ``overturned``.
     worst, mean : quality over runs, on the plot's axis; mean is None where only the worst run is known.
-    front : whether no other one is both as fast and better.
+    front : whether neither dense nor another one is both as fast and better.
     holds : whether it keeps the budget; True where there is none.
     facts : what, measured, foretold; as text, the last two may be empty.
     rules : the recipe as text for people.
@@ -85,6 +85,7 @@ def page(comparison: Comparison, tuned: Tuned | None = None) -> str:
     data = {
         **comparison.to_dict(),
         "chosen": getattr(tuned.proven if tuned else comparison.best, "name", None),
+        "notes": tuned.notes if tuned else (),
         "axis": asdict(axis),
         "dots": [asdict(dot) for dot in dots],
         "floors": [{"name": row.name, "worst": row.worst(comparison.metric)} for row in floors],
@@ -153,7 +154,7 @@ def _of_comparison(comparison: Comparison) -> tuple[Axis, list[Dot]]:
         )
     best = -math.inf
     for dot in sorted(dots, key=lambda dot: (-dot.speedup, -dot.worst)):
-        if dot.worst > best:
+        if dot.speedup > 1 and dot.worst > best:
             best, dot.front, dot.verdict = dot.worst, True, "front"
     return Axis(METRICS[metric]), dots
 
@@ -201,7 +202,7 @@ def _short(point: Point) -> str:
 def _told(tuned: Tuned) -> str:
     spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in tuned.seconds.items())
     against = "Every speed-up is against a dense run of the same prompt and seed."
-    return " ".join([f"Budget: {tuned.budget}, on every run. {against} Spent: {spent}.", *tuned.notes])
+    return f"Budget: {tuned.budget}, on every run. {against} Spent: {spent}."
 
 
 def _qualities(row: Row) -> list[tuple[str, str, str]]:

@@ -102,10 +102,10 @@ class Tuned(Recipe):
 
     @property
     def front(self) -> list[Point]:
-        """Points that no other one beats in both speed and margin, the fastest first."""
+        """Points that neither dense nor another one beats in both speed and margin, the fastest first."""
         kept: list[Point] = []
         for point in sorted(self.points, key=lambda p: -p.speedup):
-            if not kept or point.margin > kept[-1].margin:
+            if point.speedup > 1 and (not kept or point.margin > kept[-1].margin):
                 kept.append(point)
         return kept
 
