@@ -83,7 +83,9 @@ def test_a_comparison_tells_all_of_every_run(tmp_path):
     assert facts["runs"] == ("2", "")
     assert facts["worst run"] == ("seed 1, prompt " + EVIL, "")
     assert slow["rules"] == "everywhere: slow " + EVIL
-    assert [dot["verdict"] for dot in (slow, beaten, same)] == ["front", "tried", "tried"], "dense is as fast as the last one"
+    assert [dot["verdict"] for dot in (slow, beaten, same)] == ["front", "tried", "tried"], (
+        "dense is as fast as the last one"
+    )
     assert same["worst"] == "inf"
     assert page.data["chosen"] == slow["name"]
     assert page.data["axis"] == {"name": "PSNR, dB", "limit": None, "higher_is_better": True}
