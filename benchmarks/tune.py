@@ -40,8 +40,9 @@ from accelplug.tuning.budget import Bound, parse
 from accelplug.tuning.forecast import Probe
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.result import Point, Tuned
-from accelplug.tuning.search import FINALISTS, WORTH, Search
+from accelplug.tuning.search import FINALISTS, Search
 from accelplug.tuning.space import Arm, Candidate, cached
+from accelplug.tuning.verdict import WORTH
 from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, foreground
 from benchmarks.common import write_json
 
@@ -63,14 +64,14 @@ class RandomSearch(Search):
 
     seed = 0
 
-    def _probe(self, arm: Arm) -> None:
-        assert self.forecast is not None
-        self.forecast.probes[arm] = Probe({0: 0.0}, 0.0)  # every arm is kept, and nothing is known of it
-
-    def _probe_layers(self) -> None:
+    def _probe(self, found: Sequence[Arm]) -> None:
         assert self.forecast is not None
         self.draw = random.Random(self.seed)
+        self.forecast.probes = {arm: Probe({0: 0.0}, 0.0) for arm in found}  # every arm is kept, and nothing is known of it
         self.forecast.layer_share = {layer: self.draw.random() for layer in range(self.forecast.trajectory.layers)}
+
+    def _weigh(self) -> bool:
+        return False
 
     def _run_caches(self) -> None:
         caches = [cache for ladder in self.ladders for cache in ladder]
