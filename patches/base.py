@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch.nn.functional import pad
 
 from accelplug.bounded import Bounded
 from accelplug.errors import ShapeError
@@ -464,6 +465,9 @@ class Blocks:
         """Lay a call out in block order."""
         key_mask = call.mask if call.mask is None else k_tiles.permute_mask(call.mask)
         q, k, v = q_tiles.permute(call.q), k_tiles.permute(call.k), k_tiles.permute(call.v)
+        q, k, v = _filled(q, q_tiles.slots, block), _filled(k, k_tiles.slots, block_k), _filled(v, k_tiles.slots, block_k)
+        if key_mask is not None:
+            key_mask = pad(key_mask, (0, k.shape[-2] - key_mask.shape[-1]))
         return cls(q, k, v, key_mask, call.scale, q_tiles, k_tiles, block, block_k)
 
     @property
@@ -523,6 +527,11 @@ class Blocks:
         `level`, uint8 like `members`: what is no member and has level 2, 4 or 8 is read as means of so many slots.
         """
         return _text_dense(members, self.q_tiles, self.k_tiles, self.block, self.block_k, level=level)
+
+
+def _filled(x: Tensor, slots: int, block: int) -> Tensor:
+    """Add slots without a token (B, H, P, D) where a whole block of them stands at the end: a plan counts it all the same."""
+    return x if x.shape[-2] > slots - block else pad(x, (0, 0, 0, slots - x.shape[-2]))
 
 
 def _text_dense(

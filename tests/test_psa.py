@@ -242,3 +242,21 @@ def test_route_is_traced_without_a_graph_break():
         return patch.route(Blocks.of(call, params.tiles, params.tiles, 8, 8)).level
 
     assert torch.equal(torch.compile(level, backend="eager", fullgraph=True)(q, k, v), level(q, k, v))
+
+
+@pytest.mark.parametrize(("block", "block_k"), [(16, 8), (8, 16)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_block_without_tokens_at_the_end_of_an_order_that_moves_none(block, block_k, masked):
+    """20 tokens in blocks of 16 and 8: a plan counts a fourth block of 8, and raster leaves no slot there."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 20, 4, generator=g) for _ in range(3))
+    mask = torch.rand(1, 20, generator=g) < 0.7 if masked else None
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
+    call = AttentionCall(q, k, v, mask, 0.5, lambda: exact)
+    layout, bounds = Layout((1, 4, 5)), (1.0, 1.0, 1.0, 1.0)
+    outs = []
+    for order in ("raster", "morton"):
+        patch = Psa({"block": block, "block_k": block_k, "order": order, "bounds": bounds, "rest": "drop"})
+        outs.append(patch.attend(call, patch.params(layout)))
+    assert torch.allclose(outs[1], exact, atol=1e-5)
+    assert torch.allclose(outs[0], exact, atol=1e-5)
