@@ -138,7 +138,7 @@ class Answered(Tuned):
         return ", ".join([f"{self.objective} better than stock", *map(str, self.bounds)])
 
     def headings(self) -> list[str]:
-        return ["candidate", "questions", "speed", "figures", "gain (95 %), proof", "p (Holm)", "verdict"]
+        return ["candidate", "questions", "speed", "figures", "gain (95 % on the proof)", "p (Holm)", "verdict"]
 
     def cells(self, point: Point) -> list[str]:
         return [
@@ -146,7 +146,7 @@ class Answered(Tuned):
             str(point.runs),
             f"{point.speedup:.2f}x",
             ", ".join(f"{name} {value:.3f}" for name, value in point.worst.items()),
-            "{:+.3f} ({:+.3f} to {:+.3f})".format(*point.gain) if point.gain else "",
+            _gain(point) if point.gain else "",
             f"{point.holm:.2g}" if point.holm is not None else "",
             point.verdict,
         ]
@@ -197,7 +197,7 @@ def _point(contest: Contest, aim: Aim) -> Point:
         {name: value for name, value in standing.figures.items() if name != "speed" and not math.isnan(value)},
         standing.slack if aim is STOCK else min(standing.gain, standing.slack),
         verdict,
-        gain=contest.interval(aim) if finalist else None,
+        gain=None if aim is STOCK else contest.interval(aim) if finalist else (standing.gain, math.nan, math.nan),
         holm=contest.holm.get(aim.name),
     )
 
@@ -225,10 +225,10 @@ def _why(contest: Contest, stock: Point, points: Mapping[str, Point]) -> str:
     if contest.finalists:
         said = "; ".join(f"{aim.name}: {_gained(points[aim.name])}" for aim in contest.finalists)
         return f"Stay stock: what did better in the search is not proven on {held} questions held out. {said}."
-    best = max(points.values(), key=lambda point: point.margin)
+    best = max(points.values(), key=lambda point: (point.margin, point.runs))
     return (
-        f"Stay stock: of {len(points)} candidates none did better within the budget. "
-        f"Stock: {name} {value} on {stock.runs} questions; nearest: {best.name}, {best.worst[name]:.3f} on {best.runs}."
+        f"Stay stock: of {len(points)} candidates none did better within the budget. Stock: {name} {value} on {stock.runs} questions; "
+        f"nearest: {best.name}, gain {_gain(best)} on {best.runs}."
     )
 
 
@@ -246,9 +246,13 @@ def _notes(contest: Contest, stock: Point) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _gained(point: Point) -> str:
+def _gain(point: Point) -> str:
     gain, low, high = point.gain or (math.nan,) * 3
-    return f"gain {gain:+.3f}, 95 % by pictures {low:+.3f} to {high:+.3f}, corrected p {point.holm:.2g}"
+    return f"{gain:+.3f}" + ("" if math.isnan(low) else f" ({low:+.3f} to {high:+.3f})")
+
+
+def _gained(point: Point) -> str:
+    return f"gain {_gain(point)}, 95 % by pictures, corrected p {point.holm:.2g}"
 
 
 def _measured(contest: Contest, aim: Aim, seed: int) -> Measured:

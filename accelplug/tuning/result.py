@@ -40,7 +40,8 @@ class Point:
     verdict : ``tried``, ``front``, ``proven`` on runs the search never saw, or ``overturned`` there.
     worst_run : prompt and seed of the run with that margin.
     foretold : what the forecast said before the first run: density, and speed-up and margin where it could.
-    gain, holm : language models, on the proof: the objective's gain over stock with its 95 % interval, and the corrected p-value.
+    gain, holm : language models: the objective's gain over stock on the same questions; on the proof with its 95 % interval (else NaN),
+        and the corrected p-value.
 
     Of a language model `runs` counts questions, `speedup` is the stock model's time over the candidate's, `worst` holds all figures,
     the gain over stock is one of the margins, and a verdict may be ``stock``, or ``confirmed`` where a faster one does as well.
