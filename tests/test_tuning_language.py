@@ -265,6 +265,7 @@ def test_a_patch_that_helps_is_proven_written_and_verified(bundled, described, t
     assert verdict.outcome != "broken"
     with pytest.raises(AccelplugError, match="other questions"):
         accelplug.verify(model, tmp_path / "mine.yaml", described[:10], processor=processor)
+    monkeypatch.setattr(model.config, "_name_or_path", "elsewhere")
     monkeypatch.setattr(Asker, "ask", lambda *_: pytest.fail("asked again"))
     again = accelplug.tune(
         model, described, "nll<=stock-0.001", processor=processor, seeds=[3], resume=tmp_path / "journal", progress=False
