@@ -1,13 +1,13 @@
 """What tune() finds on the bundled video model, held against shipped recipes, random search, and other splits of seeds.
 
-usage: python -m benchmarks.tune [--time 600] [--budget "psnr>=26"] [--grid middle|small|demo] [--pairs 6] [--limit 2040] [--smoke]
+usage: python -m benchmarks.tune [--time 600] [--budget "psnr>=26"] [--grid middle] [--pairs 6] [--limit 2040] [--smoke]
 
 Five parts, each written to `benchmarks/results/tune.json` as soon as it is done:
 
 * `tune`: one search: time by phase, probes, whole runs, the winner and its proof, and how far forecasts were off.
 * `random`: candidates drawn at random from the same space for as long, each run whole, with the same proof.
-* `held_out`: on the proof's prompt and seeds, both winners, every recipe shipped for the model, and the best patch alone, the best
-  cache alone, and the two together.
+* `held_out`: on the proof's prompt and seeds, both winners, every recipe shipped for the model, and the best patch alone, the
+  best cache alone, and the two together.
 * `finds`: whether the winner is at least as fast there as the fastest shipped recipe that keeps the budget.
 * `splits`: the search's fastest candidates run on prompts and seeds that no search saw. For every way to choose two of them
   to search on and two to prove with, the fastest that holds on the first two is asked to hold on the others, then the next.
@@ -47,6 +47,7 @@ from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, foreground
 from benchmarks.common import write_json
 
 GRIDS = {  # frames, height, width, steps
+    "tiny": (9, 32, 32, 9),  # 5 x 4 x 4 = 80 tokens
     "small": (9, 64, 80, 9),  # 5 x 8 x 10 = 400 tokens
     "middle": (33, 96, 128, 12),  # 17 x 12 x 16 = 3,264 tokens
     "demo": (33, 128, 192, 16),  # 17 x 16 x 24 = 6,528 tokens
@@ -139,8 +140,8 @@ def beside(
 
     Returns
     -------
-    By name, one run a pair: prompt, seed, gain over the dense neighbour, margin to the nearest bound, and the bounds' values. With
-    `until`, on `time.monotonic`, no pair is begun that would end later, as far as the one before it tells.
+    By name, one run a pair: prompt, seed, gain over the dense neighbour, margin to the nearest bound, and the bounds' values.
+    With `until`, on `time.monotonic`, no pair is begun that would end later, as far as the one before it tells.
     """
     facts, found = model_facts(study.pipe), {name: [] for name in recipes}
     variants = [Variant(name, "recipe", load(recipe, facts)) for name, recipe in recipes.items()]
@@ -179,7 +180,7 @@ def summary(runs: Sequence[Run], bounds: Sequence[Bound]) -> dict[str, Any]:
 
 
 def pieces(search: Search) -> dict[str, Candidate]:
-    """The best patch alone, the best cache that goes with it alone, and both: the fastest that hold, else those closest to it."""
+    """The best patch alone, the best cache alone that goes with it, and both; best: the fastest that holds, else the closest."""
 
     def best(candidates: Sequence[Candidate]) -> Candidate | None:
         known = [(candidate, search.points[candidate]) for candidate in candidates if candidate in search.points]
@@ -199,7 +200,7 @@ def pieces(search: Search) -> dict[str, Candidate]:
 
 
 def pool(points: Sequence[Point], bounds: Sequence[Bound], number: int) -> list[Point]:
-    """What another split might choose: the fastest of those that keep the budget or miss it by less than a tenth of a bound."""
+    """What another split might choose: the fastest that keep the budget or miss it by less than a tenth of a bound."""
     slack = 0.1 * max(abs(bound.limit) for bound in bounds)
     close = [point for point in points if point.speedup >= WORTH and point.margin >= -slack]
     return sorted(close, key=lambda point: -point.speedup)[:number]
@@ -253,7 +254,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.smoke:
-        options.grid, options.seeds, options.pairs, options.pool, options.threads = "small", 2, 4, 2, 1
+        options.grid, options.seeds, options.pairs, options.pool, options.threads = "tiny", 2, 4, 2, 1
         options.name, options.time = "tune_smoke", min(options.time, 10.0)
     until = time.monotonic() + options.limit
     torch.set_num_threads(options.threads)
