@@ -122,10 +122,13 @@ def _ladder(name: str, layout: Layout) -> Iterator[Arm]:
 
 
 def variants(arm: Arm, sensitive_layers: Sequence[int], steps: int) -> Iterator[Candidate]:
-    """Yield an arm with every share of `steps` dense, and with none, one or two of the most sensitive layers dense."""
+    """Yield an arm with every share of `steps` dense, and with none, one or two of the most sensitive layers dense.
+
+    Two layers at least stay patched: a cache may want one of them.
+    """
     by_steps = {round(percent * steps / 100): percent for percent in reversed(DENSE_STEPS)}  # few steps make shares equal
     for percent in sorted(by_steps.values()):
-        for number in range(min(2, len(sensitive_layers)) + 1):
+        for number in range(max(min(2, len(sensitive_layers) - 2), 0) + 1):
             yield Candidate(arm, percent, tuple(sorted(sensitive_layers[:number])))
 
 
