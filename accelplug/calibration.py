@@ -23,6 +23,7 @@ from accelplug import strict_yaml
 from accelplug.bounded import Bounded
 from accelplug.call import ALL_HEADS, AttentionCall, Clock, Layout, Site
 from accelplug.comparison.environment import environment
+from accelplug.comparison.ranks import Ranks, working
 from accelplug.comparison.study import quiet
 from accelplug.errors import AccelplugError, NoMatchError, UnsupportedError, nearest
 from accelplug.hosts.transformers import is_language_model
@@ -54,6 +55,9 @@ def calibrate(
     progress: bool = True,
 ) -> Recipe:
     """Run a pipeline dense on some prompts, measure what a method's tables hold, and return a recipe that uses them.
+
+    Several processes (`accelerate launch`, torchrun) share the prompts, each with a pipeline of its own; all get the recipe, the first
+    one writes files. The tables are the same to the bit, and a calibration that was cut off goes on with any number of processes.
 
     One attention call per layer, guidance branch and bucket is looked at, at the step in the bucket's middle, on sampled
     queries; everything else runs as it always does. The pipeline is left as it was. Sums are kept on the CPU.
@@ -110,13 +114,23 @@ def calibrate(
     }
     study = Study(task, len(runs), buckets, seed, json.dumps(settings, sort_keys=True))
     done = study.resume(files.partial) if files is not None else 0
-    with watch(pipe, study.watcher) as plug, _bar(progress, study.turns) as tell, quiet(pipe), torch.no_grad():
-        for turn in range(done, study.turns):
-            index = study.start(turn, tell)
-            generator = torch.Generator("cpu").manual_seed(seed + index)
-            pipe(**{"output_type": "latent", **runs[index], **(inputs or {}), "generator": generator})
-            if files is not None:
-                study.save(files.partial, turn + 1)
+    with (
+        working(pipe) as ranks,
+        watch(pipe, study.watcher) as plug,
+        _bar(progress and ranks.first, study.turns) as tell,
+        quiet(pipe),
+        torch.no_grad(),
+    ):
+        while done < study.turns:
+            turns = study.round(done, ranks.parts)
+            for turn in ranks.share(turns):
+                index = study.start(turn, tell)
+                generator = torch.Generator("cpu").manual_seed(seed + index)
+                pipe(**{"output_type": "latent", **runs[index], **(inputs or {}), "generator": generator})
+            study.add_up(ranks)
+            done = turns.stop
+            if files is not None and ranks.first:
+                study.save(files.partial, done)
         why_not = "; ".join(plug.report().fallbacks)
     if not study.calibrations:
         raise NoMatchError(f"No attention of {type(pipe).__name__} was observed. {why_not or 'Does a rule fit any?'}")
@@ -134,15 +148,16 @@ def calibrate(
     if files is None:
         made = {key: Table(values, axes[key], key=key, origin=origin) for key, values in tables.items()}
         return load({"rules": task.rules(study, made, dense_steps)}, facts)
-    files.tables.parent.mkdir(parents=True, exist_ok=True)
-    refs = write_tables(files.tables, tables, origin)
     summary = f"Calibrated on {len(runs)} prompts, {study.steps} steps, {'x'.join(map(str, study.grid_thw or ()))} tokens."
-    _write(
-        files.recipe, _yaml(files.recipe.stem, facts, patch, task, summary, task.rules(study, refs, dense_steps)).encode()
-    )
-    found = load(read_file(files.recipe).recipe(), facts)
-    files.partial.unlink(missing_ok=True)
-    return found
+    with working(pipe) as ranks:
+        if ranks.first:
+            files.tables.parent.mkdir(parents=True, exist_ok=True)
+            refs = write_tables(files.tables, tables, origin)
+            rules = task.rules(study, refs, dense_steps)
+            _write(files.recipe, _yaml(files.recipe.stem, facts, patch, task, summary, rules).encode())
+            files.partial.unlink(missing_ok=True)
+        ranks.gather(None)  # it is there for all
+    return load(read_file(files.recipe).recipe(), facts)
 
 
 def split_settings(patch: str, settings: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -292,6 +307,10 @@ class Study:
     steps: int | None = None
     kinds: set[str] = field(default_factory=set)
     turn: int = 0
+    settled: dict[str, list[str]] = field(default_factory=dict)
+    """By denoiser, names of the sums that earlier parts made."""
+    before: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """By denoiser, the sums of this part up to the present round."""
 
     def __post_init__(self) -> None:
         self.watcher = Watcher(self)
@@ -302,6 +321,41 @@ class Study:
         """Begin a run of the pipeline; return which prompt it is for."""
         self.turn, self._tell = turn, tell
         return turn % self.prompts
+
+    def round(self, done: int, number: int) -> range:
+        """Begin a round: the next runs, `number` at most, all of one part. Each is summed for itself."""
+        if done % self.prompts == 0:
+            self.settled = {name: list(one.state) for name, one in self.calibrations.items()}
+        self.before = self._pop_sums()
+        return range(done, min(done + number, (done // self.prompts + 1) * self.prompts))
+
+    def add_up(self, ranks: Ranks) -> None:
+        """End a round: add to the sums, in the order of the runs, what every process saw."""
+        found = ranks.gather((self._pop_sums(), self.grid_thw, self.steps, self.kinds))
+        for sums in (self.before, *(part[0] for part in found)):
+            for name, tensors in sums.items():
+                state = self.calibrations.setdefault(name, self.task.make()).state
+                for key, x in tensors.items():
+                    state[key] = state[key] + x if key in state else x
+        for _, grid_thw, steps, kinds in found:
+            self._on(grid_thw, "the denoiser")
+            self.steps = steps if self.steps is None else self.steps
+            self.kinds |= kinds
+
+    def _pop_sums(self) -> dict[str, dict[str, Tensor]]:
+        """Take this part's sums out of the calibrations."""
+        return {
+            name: {key: one.state.pop(key) for key in list(one.state) if key not in self.settled.get(name, ())}
+            for name, one in self.calibrations.items()
+        }
+
+    def _on(self, grid_thw: tuple[int, int, int] | None, denoiser: str) -> None:
+        """Take note of the grid of a call."""
+        if None not in (self.grid_thw, grid_thw) and self.grid_thw != grid_thw:
+            raise UnsupportedError(
+                f"calibrate knows one grid per model, {denoiser} attends on {self.grid_thw} and {grid_thw} tokens."
+            )
+        self.grid_thw = grid_thw or self.grid_thw
 
     def due(self, site: Site, layout: Layout, clock: Clock) -> int | None:
         """Which bucket a call is looked at for, if at all: the step in its middle stands for it."""
@@ -320,11 +374,8 @@ class Study:
     def observe(self, place: Place, call: AttentionCall, out: Tensor) -> None:
         """Hand a dense call to the denoiser's calibration."""
         site, layout, clock = place.site, place.layout, place.clock
-        if self.grid_thw not in (None, layout.grid_thw):
-            raise UnsupportedError(
-                f"calibrate knows one grid per model, {site.denoiser} attends on {self.grid_thw} and {layout.grid_thw} tokens."
-            )
-        self.grid_thw, self.steps = layout.grid_thw, clock.steps
+        self._on(layout.grid_thw, site.denoiser)
+        self.steps = clock.steps
         self.kinds.add(site.kind)
         text = f"{self.seed} {self.turn} {site.denoiser} {site.module} {clock.step} {clock.branch}"
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
@@ -358,6 +409,7 @@ class Study:
             "grid_thw": self.grid_thw,
             "steps": self.steps,
             "kinds": sorted(self.kinds),
+            "settled": self.settled,
         }
         tensors = {f"{name}/{key}": x for name, one in self.calibrations.items() for key, x in one.state.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -382,7 +434,7 @@ class Study:
             denoiser, name = key.split("/", 1)
             self.calibrations.setdefault(denoiser, self.task.make()).state[name] = value
         self.grid_thw, self.steps = facts["grid_thw"] and tuple(facts["grid_thw"]), facts["steps"]
-        self.kinds = set(facts["kinds"])
+        self.kinds, self.settled = set(facts["kinds"]), facts["settled"]
         return facts["turns"]
 
 

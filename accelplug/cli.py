@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
-        return options.run(options)
+        # Of several processes that were launched together, the first speaks.
+        with (
+            contextlib.nullcontext() if int(os.environ.get("RANK", "0")) == 0 else contextlib.redirect_stdout(io.StringIO())
+        ):
+            return options.run(options)
     except AccelplugError as error:
         print(f"accelplug: {error}", file=sys.stderr)
         return 2
@@ -414,8 +421,12 @@ def _load(model_dir: Path, dtype: str, device: str | None) -> Any:
     import torch
     from diffusers import DiffusionPipeline
 
+    from accelplug.comparison import ranks
+
     wanted = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}
     pipe = DiffusionPipeline.from_pretrained(model_dir, local_files_only=True, **wanted)
+    if device is None and ranks.launched():
+        device = str(ranks.device())
     if device is None:
         device = str(torch.accelerator.current_accelerator() or "cpu")
     return pipe.to(device)

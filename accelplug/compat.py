@@ -44,6 +44,11 @@ def shares_heads(denoiser: Any) -> tuple[int, int]:
     return (0, 1) if context is None else (context._ulysses_local_rank, context.ulysses_degree)
 
 
+def is_parallel(model: Any) -> bool:
+    """Whether several processes hold one diffusers model between them."""
+    return getattr(model, "_parallel_config", None) is not None
+
+
 def hook_types() -> tuple[type, type, type, type]:
     """Return diffusers' ``HookRegistry, ModelHook, StateManager, BaseState``."""
     from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager

@@ -75,8 +75,8 @@ class CalibrationConfig(Config):
 class Calibration:
     """What one method measures. It stands on the method's page, as ``Patch.Calibration``.
 
-    `observe` adds numbers to `state` by `add`, so that a calibration can be put down and taken up again between two runs;
-    everything else must follow from the state and the knobs.
+    `observe` adds numbers to `state` by `add`, so that a calibration can be put down and taken up again between two runs, and several
+    processes can share the runs; everything else must follow from the state and the knobs. Each part has sums of its own.
     """
 
     Config: ClassVar[type[CalibrationConfig]] = CalibrationConfig

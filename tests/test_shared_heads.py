@@ -11,6 +11,7 @@ import torch
 import accelplug
 from accelplug import compat
 from accelplug.call import Layout, Share
+from accelplug.comparison.ranks import working
 from accelplug.hosts import rebind
 from accelplug.hosts.ulysses import Gathered
 from accelplug.kernels.plan import pack_bits
@@ -111,6 +112,8 @@ def work(rank: int, folder: str) -> dict:
     for name, (make, recipes) in CASES.items():
         model, given = make()
         share(model, name.split(", ")[1])
+        with working(model) as ranks:
+            assert (ranks.joined, ranks.gather(rank)) == (True, [0])
         found[name] = answers(model, given, recipes())
     model, given = wan()
     with accelplug.apply(model, wan_recipes()["radial"], gate="off", strict=True) as plug:

@@ -22,20 +22,24 @@ PRELOADED = [
 ]
 
 
-def together(work: Callable[[int, str], Any], folder: Path) -> list[Any]:
-    """Run ``work(rank, folder)`` in two processes; return what each gave, as `torch.save` keeps it."""
+def together(work: Callable[[int, str], Any], folder: Path, meet: bool = True) -> list[Any]:
+    """Run ``work(rank, folder)`` in two processes; return what each gave, as `torch.save` keeps it.
+
+    `meet`: whether they know of each other from the start; else from their environment, as accelerate and torchrun launch them.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     multiprocessing.set_forkserver_preload(PRELOADED)
-    mp.start_processes(_run, (work, str(folder), port), nprocs=2, start_method="forkserver")
+    mp.start_processes(_run, (work, str(folder), port, meet), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
-def _run(rank: int, work: Callable[[int, str], Any], folder: str, port: int) -> None:
+def _run(rank: int, work: Callable[[int, str], Any], folder: str, port: int, meet: bool) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    if meet:
+        torch.distributed.init_process_group("gloo")
     torch.save(work(rank, folder), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from accelplug.comparison.ranks import is_first, write
 from accelplug.errors import AccelplugError
 
 if TYPE_CHECKING:
@@ -259,9 +260,7 @@ class Comparison:
 
     def to_json(self, path: str | Path) -> Path:
         """Write the figures."""
-        path = Path(path)
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        return path
+        return write(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:
@@ -279,13 +278,15 @@ class Comparison:
         """Write one self-contained page: Pareto plot, clips side by side, difference, table, densities, plans."""
         from accelplug.comparison.report import page
 
-        path = Path(path)
-        path.write_text(page(self))
-        return path
+        return write(path, page(self))
 
     def record(self) -> list[Path]:
-        """Append a `measured` row to the file of each recipe that came from one; return the files."""
-        return [self.recorders[row.name](self.measured(row)) for row in self.rows if row.name in self.recorders]
+        """Append a `measured` row to the file of each recipe that came from one; return the files, none in later processes."""
+        return (
+            []
+            if not is_first()
+            else [self.recorders[row.name](self.measured(row)) for row in self.rows if row.name in self.recorders]
+        )
 
     def measured(self, row: Row) -> dict[str, Any]:
         """Return a row as a recipe's `measured` entry."""

@@ -16,6 +16,7 @@ import torch
 
 from accelplug.comparison import metrics
 from accelplug.comparison.environment import environment, forget_peak, peak_mib
+from accelplug.comparison.ranks import Ranks, working
 from accelplug.comparison.result import DENSE, Comparison, Row, Sample
 from accelplug.errors import AccelplugError
 from accelplug.hosts.diffusers import DENOISERS, denoisers
@@ -49,6 +50,9 @@ def compare(
 
     A vision-language model is examined on an `Exam` and gives a `VlmComparison` (see `accelplug.comparison.vlm`); the rest of
     this is about pipelines, which give a `Comparison`.
+
+    Several processes (`accelerate launch`, torchrun) share the prompts and seeds, each with a pipeline of its own: dense and recipes
+    of one prompt and seed are timed in one process. All get all figures, the first one the clips too; it alone writes files.
 
     For each recipe one traced run comes first (attention time, density, plans, kernels chosen; it also compiles what there is to
     compile), then the timed runs, interleaved: dense, every recipe, dense, ... The pipeline is left as it was.
@@ -90,22 +94,24 @@ def compare(
             Variant(name, "cache", loaded.with_cache("first_block", threshold=CACHE_THRESHOLD))
             for name, loaded in cached.items()
         ]
-    runs = len(prompts) * len(study.seeds)
-    total = len(variants) * (1 + runs) + (2 if floors else 0)
-    with _progress(progress, total) as tick, quiet(pipe):
-        for variant in variants:
-            tick(f"tracing {variant.name}")
-            study.trace(variant)
-        for prompt in range(len(prompts)):
-            for seed in study.seeds:
+    with working(pipe) as ranks, quiet(pipe):
+        pairs = ranks.share(study.pairs)
+        floors = floors and (ranks.first or ranks.joined)
+        total = len(variants) * (1 + len(pairs)) + (2 if floors else 0)
+        with _progress(progress and ranks.first, total) as tick:
+            for variant in variants:
+                tick(f"tracing {variant.name}")
+                study.trace(variant)
+            for prompt, seed in pairs:
                 for variant in variants:
                     tick(f"timing {variant.name}, seed {seed}")
                     study.time(variant, prompt, seed)
-        if floors:
-            tick("floor: dense in another kernel")
-            study.floor_of_kernels()
-            tick("floor: dense at another seed")
-            study.floor_of_seeds()
+            if floors:
+                tick("floor: dense in another kernel")
+                study.floor_of_kernels()
+                tick("floor: dense at another seed")
+                study.floor_of_seeds()
+        study.gather(ranks)
     return study.finish(recipes)
 
 
@@ -170,6 +176,13 @@ class Study:
     rows: dict[str, Row] = field(default_factory=dict)
     dense_runs: dict[tuple[int, int], Run] = field(default_factory=dict)
     clips: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict)
+
+    processes: int = 1
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Prompts by seeds: what each variant is run on."""
+        return list(itertools.product(range(len(self.prompts)), self.seeds))
 
     @staticmethod
     def new_row(variant: Variant) -> Row:
@@ -286,6 +299,17 @@ class Study:
             sample.latent_distance = metrics.relative_distance(run.latents, dense.latents)
         return sample
 
+    def gather(self, ranks: Ranks) -> None:
+        """Put together what all processes measured: rows as the first one traced them, with the samples of all."""
+        first, *others = ranks.gather(self.rows)
+        for name, row in ((name, row) for rows in others for name, row in rows.items()):
+            first[name].samples += row.samples
+            first[name].peak_mib = max(filter(None, (first[name].peak_mib, row.peak_mib)), default=None)
+        for row in first.values():
+            row.samples.sort(key=lambda sample: self.pairs.index((sample.prompt, sample.seed)))
+        self.rows, self.processes = first, ranks.parts
+        self.clips = {key: clip for clips in ranks.to_first(self.clips) for key, clip in clips.items()}
+
     def finish(self, recipes: Mapping[str, Recipe]) -> Comparison:
         """Carry what was foretold for denoising over to whole runs, and put everything together."""
         dense = self.rows[DENSE]
@@ -304,6 +328,8 @@ class Study:
             "end to end: text encoder, all steps with guidance as set, VAE; "
             f"self-attention is {share:.0%} of denoising; one traced run per row warms up and is not timed"
         )
+        if self.processes > 1:
+            timed += f"; prompts and seeds shared by {self.processes} processes"
         texts = [str(item.get("prompt", f"inputs {i}")) for i, item in enumerate(self.prompts)]
         comparison = Comparison(type(self.pipe).__name__, texts, self.seeds, settings, timed, environment(self.pipe))
         comparison.rows, comparison.clips = list(self.rows.values()), self.clips

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from accelplug.comparison import ranks
 from accelplug.comparison.result import DENSE
 from accelplug.comparison.study import Study, Variant, quiet
 from accelplug.errors import AccelplugError
@@ -109,6 +110,7 @@ def tune(
         If inputs, seeds or the budget cannot be used.
     """
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    ranks.require_one("tune")
     if is_language_model(pipe):
         if foreground is not None or detect is not None:
             raise AccelplugError(

@@ -1,0 +1,81 @@
+"""Several processes share compare() and calibrate(), as accelerate launch starts them; all know all, one writes."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+import accelplug
+from accelplug.comparison import ranks
+from accelplug.comparison.ranks import Ranks, working
+from accelplug.errors import AccelplugError, UnsupportedError
+from tests import tiny_models
+from tests.two_ranks import together
+
+SPARSE = {"rules": [{"patch": "radial", "with": {"block": 8, "decay": 0.2, "backend": "reference"}}]}
+SEEDS = (0, 1, 2)
+
+
+def small():
+    pipe, inputs = tiny_models.pipeline("wan")
+    return pipe, {key: value for key, value in inputs.items() if key != "output_type"}
+
+
+def compared(pipe, inputs):
+    return accelplug.compare(pipe, {"sparse": SPARSE}, inputs, SEEDS, progress=False)
+
+
+def calibrated(pipe, inputs, path):
+    """In two parts, of three prompts each."""
+    config = {"block": 8, "backend": "reference"}
+    return accelplug.calibrate(pipe, "paro", [inputs] * 3, path=path, config=config, buckets=2, progress=False)
+
+
+def work(rank: int, folder: str) -> dict:
+    pipe, inputs = small()
+    found = compared(pipe, inputs)
+    found.to_json(f"{folder}/written by {rank}.json")
+    recipe = calibrated(pipe, inputs, Path(folder, "shared.yaml"))
+    given = {"figures": found.to_dict(), "clips": len(found.clips), "recipe": recipe.describe()}
+    with pytest.raises(UnsupportedError, match="one process"):
+        accelplug.tune(pipe, inputs)
+    ranks.MEETING = timedelta(seconds=1)
+    if rank == 0:  # last, for the other one goes home
+        with pytest.raises(AccelplugError, match="did not come"), working(pipe):
+            pass
+    return given
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no distributed package")
+def test_two_processes_find_what_one_finds(tmp_path):
+    first, second = together(work, tmp_path, meet=False)
+    pipe, inputs = small()
+    alone, recipe = compared(pipe, inputs), calibrated(pipe, inputs, tmp_path / "alone.yaml")
+    assert first["figures"] == second["figures"]
+    for shared, row in zip(first["figures"]["rows"], alone.to_dict()["rows"], strict=True):
+        assert (shared["name"], shared["density"]) == (row["name"], row["density"])
+        assert [(s["prompt"], s["seed"]) for s in shared["samples"]] == [(s["prompt"], s["seed"]) for s in row["samples"]]
+        for ours, theirs in zip(shared["samples"], row["samples"], strict=True):
+            assert ours["latent_distance"] == pytest.approx(theirs["latent_distance"], abs=1e-6)
+            assert ours["latency_ms"] > 0
+    assert first["figures"]["timed"].endswith("shared by 2 processes")
+    assert (first["clips"], second["clips"]) == (len(alone.clips), 2)  # one pair's, dense and sparse
+    assert first["recipe"] == second["recipe"] == recipe.describe().replace("alone", "shared")
+    assert (tmp_path / "shared.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
+    left = {"written by 0.json", "shared.yaml", "shared.safetensors", "alone.yaml", "alone.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} - {"rank0.pt", "rank1.pt"} == left
+
+
+def test_processes_that_hold_one_model_between_them_run_everything():
+    assert Ranks(1, 2).share([0, 1, 2]) == [1]
+    assert Ranks(1, 2, joined=True).share([0, 1, 2]) == [0, 1, 2]
+    assert (Ranks(1, 2).parts, Ranks(1, 2, joined=True).parts) == (2, 1)
+
+
+def test_a_process_alone_meets_nobody():
+    with working(torch.nn.Linear(1, 1)) as alone:
+        assert alone == Ranks()
+        assert (alone.first, alone.share([1, 2]), alone.gather(3), alone.agreed(4)) == (True, [1, 2], [3], 4)
