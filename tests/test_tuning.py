@@ -424,7 +424,7 @@ def test_arms_leave_out_what_reads_everything():
 
 def test_candidates_are_recipes():
     arm = Arm("sol", (("tau", 1.0),))
-    made = list(variants(arm, [3, 0, 2], 20))
+    made = list(variants(arm, [3, 0, 2, 1], 20))
     assert {c.dense_steps for c in variants(arm, [], 4)} == {0, 25, 40}, "10 % of four steps is none"
     layers = [{c.dense_layers for c in variants(arm, by_share, 4)} for by_share in ([1, 0], [3, 0, 2], [3, 0, 2, 1])]
     assert layers == [{()}, {(), (3,)}, {(), (3,), (0, 3)}], "two stay patched"
