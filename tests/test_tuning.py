@@ -237,6 +237,29 @@ def test_equal_measurements_lead_to_equal_proposals_in_equal_order():
     assert len(set(runs)) > 4
 
 
+def test_a_dense_run_that_was_held_up_flatters_nobody(monkeypatch):
+    """The first dense run takes 2.3 times as long as any later one; a candidate that takes as long as dense gains nothing."""
+    times, clip = {DENSE: iter([2300.0, 1000.0, 1000.0]), "idle": iter([1000.0])}, np.zeros((1, 2, 2, 3), np.uint8)
+    rows = {DENSE: Row(DENSE, "dense")}
+
+    def run(variant, prompt, seed):
+        ms = next(times[variant.name])
+        rows[variant.name].samples.append(Sample(prompt, seed, ms, 0.9 * ms, psnr_db=40.0))
+        study.dense_runs[prompt, seed] = study.clips[variant.name, prompt, seed] = clip
+
+    study = SimpleNamespace(rows=rows, pipe=None, dense_runs={}, clips={}, time=run, new_row=lambda v: Row(v.name, "recipe"))
+    found = search.Search(study, parse("psnr>=26"), [(0, 0)], [(0, 99)], 1e9, Journal(None, ""))
+    found._dense((0, 0))
+    found.forecast = Forecast(Trajectory([], [0.1] * 10, [], 4), found.bounds, 2000.0, 300.0)
+    found.forecast.probes = {Arm("idle", ()): Probe({0: 0.01}, 0.5)}
+    monkeypatch.setattr(search, "load", lambda *_: None)
+    monkeypatch.setattr(search, "model_facts", lambda _: None)
+    monkeypatch.setattr(Arm, "__str__", lambda arm: arm.patch)
+    found._run(Candidate(Arm("idle", ())), [(0, 0)])
+    assert [point.speedup for point in found.points.values()] == [1.0]
+    assert found.forecast.dense_ms == 1000.0
+
+
 def test_survivors_are_halved_while_the_seeds_they_see_double():
     found, runs = offline(8)
     fastest = sorted((c for c in found.candidates if c.arm.patch == "a"), key=lambda c: found.forecast.latency_ms(c))

@@ -119,6 +119,15 @@ class Row:
         return (max if metric == "latent_distance" else min)(values) if values else None
 
 
+def gains(dense: Row, row: Row) -> list[float]:
+    """Return the dense run's time over each run's, at the same prompt and seed; of several dense runs the fastest counts."""
+    dense_ms: dict[tuple[int, int], float] = {}
+    for sample in dense.samples:
+        pair = sample.prompt, sample.seed
+        dense_ms[pair] = min(sample.latency_ms, dense_ms.get(pair, math.inf))
+    return [dense_ms[s.prompt, s.seed] / s.latency_ms for s in row.samples if (s.prompt, s.seed) in dense_ms]
+
+
 @dataclass
 class Comparison:
     """Speed and quality of recipes beside the dense run. Made by `compare`.
@@ -154,8 +163,7 @@ class Comparison:
 
     def speedup(self, row: Row) -> Spread:
         """End-to-end gain over dense, paired by prompt and seed: runs of one pair are neighbours in time."""
-        dense = {(sample.prompt, sample.seed): sample.latency_ms for sample in self.dense.samples}
-        ratios = [dense[s.prompt, s.seed] / s.latency_ms for s in row.samples if (s.prompt, s.seed) in dense]
+        ratios = gains(self.dense, row)
         return Spread.of(ratios) if ratios else Spread(math.nan, math.nan, math.nan)
 
     def step_gain(self, row: Row) -> Spread | None:
