@@ -394,9 +394,11 @@ def test_a_compiled_pipeline_warms_each_candidate_up_once(told_times, monkeypatc
 
 def test_the_recipe_file_is_read_back_with_its_measurement(told_times, tmp_path):
     pipe, inputs = pipeline()
+    pipe.transformer.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"]), adapter_name="style")
     found = run(pipe, inputs, "psnr>=1")
     file = read_file(found.to_yaml(tmp_path / "mine.yaml", model_facts(pipe)))
     assert file.recipe().measured[0].seeds == [0, 1]
+    assert file.recipe().summary.endswith("Tuned with the LoRA adapters style (2); for others tune again")
     assert file.recipe().measured[0].prompts == [], "prompt embeddings are no words"
     assert load(tmp_path / "mine.yaml", model_facts(pipe)).rules == found.rules
     assert json.loads(found.to_json(tmp_path / "mine.json").read_text())["points"]

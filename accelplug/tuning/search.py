@@ -316,7 +316,7 @@ class Search:
         return Tuned(
             name="tuned",
             model="tuned",
-            summary=". ".join([said, *(note for note in self.notes if "LoRA" in note)]),
+            summary=". ".join(text.rstrip(".") for text in (said, *(note for note in self.notes if "LoRA" in note))),
             measured=measured,
             why=said,
             bounds=self.bounds,
