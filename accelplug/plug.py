@@ -293,7 +293,7 @@ class Plug(AbstractContextManager["Plug"]):
                 f"{self.recipe.name}: the cache first_block foretells a step from its first block, but a rule puts a patch "
                 "there, and its error would pass for change. Keep it dense: {where: {layers: 0}, patch: dense} as first rule."
             )
-        return StepCaches(parts, cache.kind, cache.settings)
+        return StepCaches(parts, cache.kind, cache.settings, self._clock)
 
     def _require_patches_of_its_kind(self) -> None:
         host = self._hosts[0]

@@ -263,6 +263,18 @@ def test_a_recipe_brings_its_step_cache_and_takes_it_away(kind):
     assert torch.equal(generate(pipe, inputs), stock)
 
 
+def test_magcache_is_refused_in_runs_of_other_lengths():
+    pipe, inputs = tiny_models.pipeline("wan")
+    generate(pipe, inputs)
+    before = snapshot(pipe.transformer)
+    with (
+        accelplug.apply(pipe, {"rules": [{"patch": "dense"}], "cache": {"kind": "mag", "with": CACHES["mag"]}}),
+        pytest.raises(UnsupportedError, match="for runs of 4 steps, this one has 5"),
+    ):
+        generate(pipe, {**inputs, "num_inference_steps": 5})
+    assert snapshot(pipe.transformer) == before
+
+
 def test_a_step_cache_that_cannot_be_had_is_refused_and_leaves_nothing():
     pipe, _ = tiny_models.pipeline("wan")
     before = snapshot(pipe.transformer)

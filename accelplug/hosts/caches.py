@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelplug.errors import UnsupportedError
+from accelplug.hosts.clock import StepClock
 
 CONFIGS = {"first_block": "FirstBlockCacheConfig", "mag": "MagCacheConfig", "taylorseer": "TaylorSeerCacheConfig"}
 LEFT_BEHIND = ("forward", "_diffusers_hook", "_cache_config")
@@ -25,10 +26,14 @@ class StepCaches:
     parts : denoisers by name.
     kind : ``first_block``, ``mag`` or ``taylorseer``.
     settings : arguments of diffusers' config of that cache.
+    clock : tells how many steps a run has; None leaves it unchecked whether they are those of the settings.
     """
 
-    def __init__(self, parts: Mapping[str, Any], kind: str, settings: Mapping[str, Any]) -> None:
-        self.parts, self.kind, self.settings = dict(parts), kind, dict(settings)
+    def __init__(
+        self, parts: Mapping[str, Any], kind: str, settings: Mapping[str, Any], clock: StepClock | None = None
+    ) -> None:
+        self.parts, self.kind, self.settings, self.clock = dict(parts), kind, dict(settings), clock
+        self._handles: list[Any] = []
         self._before: dict[Any, set[str]] = {}
 
     def install(self) -> None:
@@ -61,6 +66,17 @@ class StepCaches:
         except (TypeError, ValueError) as error:
             self.remove()
             raise UnsupportedError(f"diffusers refuses the cache {self.kind} with {self.settings}: {error}") from error
+        if self.clock is not None and "num_inference_steps" in self.settings:
+            self._handles = [part.register_forward_pre_hook(self._require_its_steps) for part in self.parts.values()]
+
+    def _require_its_steps(self, part: Any, args: Any) -> None:
+        """MagCache counts steps, and starts anew at the number it was told: in a longer run it would skip by the wrong ratios."""
+        steps, expected = self.clock.now().steps if self.clock is not None else None, self.settings["num_inference_steps"]
+        if steps not in (None, expected):
+            raise UnsupportedError(
+                f"The cache {self.kind} was set for runs of {expected} steps, this one has {steps}. Run with {expected} steps, or "
+                "tune again with as many as you need."
+            )
 
     def remove(self) -> None:
         """Disable it, and take away what diffusers leaves behind. A second call does nothing."""
@@ -72,6 +88,8 @@ class StepCaches:
                 if name not in names:
                     vars(module).pop(name, None)
         self._before = {}
+        for handle in self._handles:
+            handle.remove()
 
     def __enter__(self) -> StepCaches:
         self.install()

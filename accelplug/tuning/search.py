@@ -360,7 +360,10 @@ class Search:
         for arm in found:
             if self.spent_s > until:
                 return
-            prober.arm(arm)
+            try:
+                prober.arm(arm)
+            except AccelplugError as error:
+                self._note(f"Not tried, {arm}: {error}")
         if why_not := no_8_bits(forecast.trajectory.moments[0].output.device):
             self._note(why_not)
         else:
