@@ -32,7 +32,7 @@ from diffusers import WanPipeline
 
 from accelplug import zoo
 from accelplug.comparison.environment import environment
-from accelplug.comparison.result import DENSE, jsonable
+from accelplug.comparison.result import DENSE, gains, jsonable
 from accelplug.comparison.study import Study, Variant, quiet
 from accelplug.plug import model_facts
 from accelplug.recipe import load, matching_files
@@ -123,11 +123,11 @@ def told(search: Search, found: Tuned) -> dict[str, Any]:
 def forecast_error(search: Search, candidate: Candidate, point: Point) -> dict[str, float]:
     """How far a forecast was off from the first whole run: speed-up as a share of it, the margin in the bound's unit."""
     sample = search.study.rows[point.name].samples[0]
-    dense = next(s for s in search.study.rows[DENSE].samples if (s.prompt, s.seed) == (sample.prompt, sample.seed))
+    gain = gains(search.study.rows[DENSE], search.study.rows[point.name])[0]
     clips = [search.study.clips[name, sample.prompt, sample.seed] for name in (DENSE, point.name)]
     error = {}
     if (speedup := point.foretold.get("speedup")) is not None and candidate.arm is not None:
-        error["speedup"] = abs(speedup * sample.latency_ms / dense.latency_ms - 1)
+        error["speedup"] = abs(speedup / gain - 1)
     if (margin := point.foretold.get("margin")) is not None:
         error["margin"] = abs(margin - min(bound.margin(bound.value(sample, *clips)) for bound in search.bounds))
     return error

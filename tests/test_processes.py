@@ -11,8 +11,11 @@ import torch
 import accelplug
 from accelplug.comparison import ranks
 from accelplug.comparison.ranks import Ranks, working
-from accelplug.errors import AccelplugError, UnsupportedError
+from accelplug.errors import AccelplugError
+from accelplug.plug import model_facts
+from accelplug.tuning import Bound
 from tests import tiny_models
+from tests.test_tuning import pipeline, run, tell_times
 from tests.two_ranks import together
 
 SPARSE = {"rules": [{"patch": "radial", "with": {"block": 8, "decay": 0.2, "backend": "reference"}}]}
@@ -40,8 +43,6 @@ def work(rank: int, folder: str) -> dict:
     found.to_json(f"{folder}/written by {rank}.json")
     recipe = calibrated(pipe, inputs, Path(folder, "shared.yaml"))
     given = {"figures": found.to_dict(), "clips": len(found.clips), "recipe": recipe.describe()}
-    with pytest.raises(UnsupportedError, match="one process"):
-        accelplug.tune(pipe, inputs)
     ranks.MEETING = timedelta(seconds=1)
     if rank == 0:  # last, for the other one goes home
         with pytest.raises(AccelplugError, match="did not come"), working(pipe):
@@ -79,3 +80,35 @@ def test_a_process_alone_meets_nobody():
     with working(torch.nn.Linear(1, 1)) as alone:
         assert alone == Ranks()
         assert (alone.first, alone.share([1, 2]), alone.gather(3), alone.agreed(4)) == (True, [1, 2], [3], 4)
+
+
+def tune(rank: int, folder: str) -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        tell_times(patch)
+        pipe, inputs = pipeline()
+        found = run(pipe, inputs, "psnr>=1", seeds=4)
+        said = "another process: ZeroDivisionError" if rank == 0 else "first process ended"
+        with pytest.raises(AccelplugError, match=said):
+            run(pipe, inputs, Bound("broken", 1.0, score=lambda *_: 1 / (1 - rank)), seeds=4)
+    found.to_yaml(f"{folder}/written by {rank}.yaml", model_facts(pipe))
+    points = [(point.name, point.runs, point.speedup, point.verdict, point.worst) for point in found.points]
+    ran = [(s.prompt, s.seed) for s in found.comparison.row(found.proven.name).samples]
+    return {"points": points, "rules": found.proven.recipe, "ran": ran, "clips": len(found.comparison.clips)}
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no distributed package")
+def test_two_processes_share_the_runs_of_a_search(tmp_path, monkeypatch):
+    first, second = together(tune, tmp_path, meet=False)
+    assert {**first, "clips": 0} == {**second, "clips": 0}
+    assert (first["clips"] > 0, second["clips"]) == (True, 0)
+    assert [path.name for path in tmp_path.glob("*.yaml")] == ["written by 0.yaml"]
+    name, runs, speedup, verdict, _ = first["points"][0]
+    assert (name.split()[0], runs, speedup, verdict) == ("sol", 4, 2.0, "proven")
+    assert sorted(first["ran"]) == [(0, 0), (0, 1), (0, 2), (0, 3)], (
+        "two seeds searched and two proven, one of each in a process"
+    )
+    tell_times(monkeypatch)
+    alone = run(*pipeline(), "psnr>=1", seeds=4)
+    assert alone.proven.recipe == first["rules"]
+    (shared,) = [worst for point, *_, worst in first["points"] if point == alone.proven.name]
+    assert shared == pytest.approx(alone.proven.worst)

@@ -20,9 +20,10 @@ from accelplug.errors import AccelplugError
 from accelplug.patches.rest_weights import RestWeights
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, load, read_file
-from accelplug.tuning import Bound, caches, search, space, verification
+from accelplug.tuning import Bound, caches, crew, search, space, verification
 from accelplug.tuning.budget import parse
 from accelplug.tuning.caches import Cache
+from accelplug.tuning.crew import Order
 from accelplug.tuning.fingerprint import adapters, fingerprint
 from accelplug.tuning.forecast import Forecast, Probe, Trajectory
 from accelplug.tuning.journal import Journal
@@ -50,6 +51,10 @@ def pipeline():
 
 @pytest.fixture
 def told_times(monkeypatch):
+    tell_times(monkeypatch)
+
+
+def tell_times(monkeypatch):
     """Dense runs take 10 s; a patched run as many seconds less as its arm is bold; a cached one 8 s."""
 
     def timed(self, variant, prompt, seed):
@@ -249,15 +254,45 @@ def test_a_dense_run_that_was_held_up_flatters_nobody(monkeypatch):
 
     study = SimpleNamespace(rows=rows, pipe=None, dense_runs={}, clips={}, time=run, new_row=lambda v: Row(v.name, "recipe"))
     found = search.Search(study, parse("psnr>=26"), [(0, 0)], [(0, 99)], 1e9, Journal(None, ""))
-    found._dense((0, 0))
+    found.crew.run(Order(((0, 0),)))
     found.forecast = Forecast(Trajectory([], [0.1] * 10, [], 4), found.bounds, 2000.0, 300.0)
     found.forecast.probes = {Arm("idle", ()): Probe({0: 0.01}, 0.5)}
-    monkeypatch.setattr(search, "load", lambda *_: None)
-    monkeypatch.setattr(search, "model_facts", lambda _: None)
+    monkeypatch.setattr(crew, "load", lambda *_: None)
+    monkeypatch.setattr(crew, "model_facts", lambda _: None)
+    monkeypatch.setattr(crew, "is_compiled", lambda _: False)
     monkeypatch.setattr(Arm, "__str__", lambda arm: arm.patch)
     found._run(Candidate(Arm("idle", ())), [(0, 0)])
     assert [point.speedup for point in found.points.values()] == [1.0]
     assert found.forecast.dense_ms == 1000.0
+
+
+def test_patches_are_tried_beside_a_cache_that_is_faster_than_all_of_them():
+    found, _ = offline(1)
+    cache = Cache("first_block", (("threshold", 0.1),))
+    found.points[Candidate(None, cache=cache)] = search.Point("cache", {}, 1, 4.0, {"psnr": 40.0}, 14.0)
+    found.forecast.cache_ratio = {cache: 0.15}
+    assert all(found.forecast.latency_ms(candidate) > 1000 / 4 for candidate in found.candidates), "none is faster alone"
+    beside = found._next()
+    assert (beside.cache, beside.arm is None) == (cache, False)
+
+
+def test_the_search_goes_on_where_no_finalist_is_proven(monkeypatch):
+    """What is fastest holds on the seed of the search only; what is slower holds everywhere."""
+    monkeypatch.setattr(search, "FINALISTS", 1)
+    found, _ = offline(1)
+    told = found._run
+
+    def unseen_is_harder(candidate, pairs):
+        told(candidate, pairs)
+        if pairs == found.unseen and found.points[candidate].speedup > 1.35:
+            found.points[candidate].margin = -1.0
+
+    found._run = unseen_is_harder
+    found.explore()
+    found.prove()
+    verdicts = [point.verdict for point in sorted(found.points.values(), key=lambda point: -point.speedup)]
+    assert verdicts.count("proven") == 1
+    assert "overturned" in verdicts[: verdicts.index("proven")]
 
 
 def test_survivors_are_halved_while_the_seeds_they_see_double():

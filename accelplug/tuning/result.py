@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from accelplug.comparison.ranks import is_first, write
 from accelplug.errors import AccelplugError
 from accelplug.recipe import SCHEMA, ModelFacts, Recipe
 from accelplug.table import Table as Tensors
@@ -112,6 +113,8 @@ class Tuned(Recipe):
 
     def to_yaml(self, path: str | Path, facts: ModelFacts) -> Path:
         """Write a recipe file for the model, with a `measured` row where the recipe was proven, and beside it the table it refers to."""
+        if not is_first():
+            return Path(path)
         keys = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", *LANGUAGE_KEYS)
         match = {"class": facts.class_names[0], **{k: facts.config[k] for k in keys if k in facts.config}}
         entry: dict[str, Any] = {"summary": self.summary}
@@ -119,9 +122,7 @@ class Tuned(Recipe):
         entry["measured"] = [row.model_dump(exclude_defaults=True) for row in self.measured]
         name = Path(path).stem.lower().replace(" ", "-")
         file = {"schema": SCHEMA, "model": name, "match": match, "default": "tuned", "recipes": {"tuned": entry}}
-        path = Path(path)
-        path.write_text(yaml.safe_dump(_plain(file), sort_keys=False, width=120))
-        return path
+        return write(path, yaml.safe_dump(_plain(file), sort_keys=False, width=120))
 
     def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page: all points in a Pareto plot, clips of the front beside dense, and the table.
@@ -135,17 +136,17 @@ class Tuned(Recipe):
             raise AccelplugError("There is no comparison to show: this recipe was not made by tune().")
         from accelplug.comparison.report import page
 
-        path = Path(path)
-        path.write_text(page(self.comparison, self))
-        return path
+        return write(path, page(self.comparison, self))
 
     def to_json(self, path: str | Path) -> Path:
         """Write what was tried."""
         data = {key: getattr(self, key) for key in ("why", "budget", "notes", "seconds")}
         data["points"] = [vars(point) for point in self.points]
-        path = Path(path)
-        path.write_text(json.dumps(_plain(data), indent=1) + "\n")
-        return path
+        return write(path, json.dumps(_plain(data), indent=1) + "\n")
+
+    def without_clips(self) -> Tuned:
+        """Return it without the clips, which are most of its size."""
+        return replace(self, comparison=self.comparison and replace(self.comparison, clips={}))
 
     def table(self) -> Table:
         """Return what was run as a rich table."""

@@ -14,17 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from accelplug.comparison import ranks
+from accelplug.comparison.ranks import require_one, working
 from accelplug.comparison.result import DENSE, gains
-from accelplug.comparison.study import Study, Variant, quiet
-from accelplug.errors import AccelplugError
+from accelplug.comparison.study import Study, quiet
+from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.hosts.diffusers import denoisers
 from accelplug.hosts.transformers import is_language_model
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, Recipe, load
 from accelplug.tuning.budget import Bound, parse
 from accelplug.tuning.caches import Cache, Seen, fitting
-from accelplug.tuning.compiled import is_compiled, room_to_compile
+from accelplug.tuning.compiled import room_to_compile
+from accelplug.tuning.crew import Crew, Order, Pair
 from accelplug.tuning.fingerprint import adapters, fingerprint
 from accelplug.tuning.forecast import OBSERVED, Forecast, Trajectory
 from accelplug.tuning.journal import Journal
@@ -37,9 +38,11 @@ from accelplug.tuning.verdict import WORTH, limit, why
 logger = logging.getLogger("accelplug")
 
 FINALISTS = 4
-"""Candidates that are proven at most, the fastest first."""
+"""Candidates that are put to the proof one after the other, the fastest first, before the search goes on."""
 PROBE_SHARE = 0.35
 """Share of the time that probing may take."""
+BESIDE = 2
+"""Step caches that patches are tried beside, the fastest that hold alone."""
 CACHE_SHARE = 0.25
 """Share of what is left then that runs of step caches alone may take."""
 
@@ -69,6 +72,9 @@ def tune(
 
     Nothing is drawn at random: from equal measurements follow equal proposals in equal order. Times are measurements too, and how
     many proposals are tried hangs on how long they take; `resume` keeps the probes, so that they at least are the same again.
+
+    Several processes (`accelerate launch`, torchrun) share the whole runs, each with a pipeline of its own: a candidate's first look is
+    then at as many prompts and seeds as there are processes. The first one decides, writes and keeps the clips; all get the recipe.
 
     Where the denoiser goes through torch.compile, each candidate compiles anew, and its first run is not timed.
 
@@ -108,10 +114,12 @@ def tune(
     ------
     AccelplugError
         If inputs, seeds or the budget cannot be used.
+    UnsupportedError
+        If processes hold one pipeline between them, or several were launched to tune a language model.
     """
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    ranks.require_one("tune")
     if is_language_model(pipe):
+        require_one("tune")
         if foreground is not None or detect is not None:
             raise AccelplugError(
                 "foreground and detect are about clips; bound a language model's answers, or leave them out."
@@ -141,10 +149,24 @@ def tune(
     seen = list(itertools.product(range(max(len(prompts) - 1, 1)), numbers[:half]))
     unseen = list(itertools.product([len(prompts) - 1], numbers[half:]))
     study = Study(pipe, prompts, numbers, foreground, detect)
-    search = Search(study, bounds, seen, unseen, time_budget_s, Journal(resume, fingerprint(pipe, prompts, numbers)))
-    with quiet(pipe), room_to_compile(pipe), _bar(progress, time_budget_s) as search.tell:
-        search.run(patches, caches)
-    return search.result()
+    with working(pipe) as ranks, quiet(pipe), room_to_compile(pipe):
+        if ranks.joined:
+            raise UnsupportedError(
+                "tune runs parts of a model by themselves, and processes share this one. Tune it on one device."
+            )
+        crew = Crew(study, bounds, [*seen, *unseen], ranks)
+        if not ranks.first:
+            return crew.follow()
+        found: Tuned | AccelplugError = AccelplugError("The first process ended before tune was done; it says why.")
+        try:
+            journal = Journal(resume, fingerprint(pipe, prompts, numbers))
+            search = Search(study, bounds, seen, unseen, time_budget_s, journal, crew)
+            with _bar(progress, time_budget_s) as search.tell:
+                search.run(patches, caches)
+            found = search.result()
+        finally:
+            crew.dismiss(found if isinstance(found, AccelplugError) else found.without_clips())
+    return found
 
 
 @dataclass
@@ -157,6 +179,7 @@ class Search:
     unseen: list[tuple[int, int]]
     time_budget_s: float
     journal: Journal
+    crew: Crew = None  # type: ignore[assignment]  # this process alone if none
     tell: Callable[[str, float], None] = lambda what, spent: None
     started: float = field(default_factory=lambda: time.monotonic())
     forecast: Forecast | None = None
@@ -166,6 +189,14 @@ class Search:
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     interrupted: bool = False
+
+    def __post_init__(self) -> None:
+        self.crew = self.crew or Crew(self.study, self.bounds, [*self.seen, *self.unseen])
+
+    @property
+    def first(self) -> list[Pair]:
+        """What a candidate is run on first: a prompt and seed for each process."""
+        return self.seen[: self.crew.ranks.parts]
 
     # ---------------------------------------------------------------------------------------------------- time
 
@@ -186,8 +217,9 @@ class Search:
 
     def _affords(self, pairs: Sequence[tuple[int, int]]) -> bool:
         """Whether time is left to run a candidate there, dense runs included, and for the proof of one recipe."""
-        runs = len(pairs) + sum(pair not in self.study.dense_runs for pair in pairs) + 2 * len(self.unseen)
-        return self.spent_s + runs * self.run_s < self.time_budget_s
+        known = {(sample.prompt, sample.seed) for sample in self.study.rows[DENSE].samples}
+        runs = len(pairs) + sum(pair not in known for pair in pairs) + 2 * len(self.unseen)
+        return self.spent_s + math.ceil(runs / self.crew.ranks.parts) * self.run_s < self.time_budget_s
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -220,7 +252,7 @@ class Search:
         with self._phase("dense"):
             self.tell("dense run", self.spent_s)
             trajectory = Trajectory.record(self.study, *self.seen[0])
-            self._dense(self.seen[0])
+            self.crew.run(Order(tuple(self.first)))
         if not trajectory.layouts or not trajectory.moments:
             raise AccelplugError(
                 f"{type(self.study.pipe).__name__} has no self-attention on a known token grid: nothing to tune. "
@@ -247,9 +279,19 @@ class Search:
                 self._climb()
             self._halve()
 
+    def prove(self) -> None:
+        """Prove the fastest that holds; where none of the finalists does, go on among what is slower, while there is time."""
+        while not self._prove() and not self.interrupted:
+            with self._phase("whole runs"):
+                self._climb()
+                self._halve()
+            best = self._holding()[:1]
+            if not best or self.points[best[0]].speedup < WORTH or not self._affords(()):
+                break
+
     def _climb(self) -> None:
-        while self._affords(self.seen[:1]) and (candidate := self._next()) is not None:
-            self._run(candidate, self.seen[:1])
+        while self._affords(self.first) and (candidate := self._next()) is not None:
+            self._run(candidate, self.first)
 
     def _weigh(self) -> bool:
         """Calibrate the pooled blocks of the arm that is faster than all that hold and misses the budget by least."""
@@ -259,7 +301,7 @@ class Search:
         bare = [c for c in self.candidates if c.arm and pools(c.arm) and not (c.dense_steps or c.dense_layers)]
         faster = [c for c in bare if forecast.dense_ms / forecast.latency_ms(c) > fastest]
         # The calibration is a dense run in which a part of the calls is tried at a dozen weights.
-        if not faster or not self._affords(self.seen[:1] * 4):
+        if not faster or not self._affords(self.first * 4):
             return False
         if why_not := no_weights(self.study.pipe):
             self._note(why_not)
@@ -273,18 +315,18 @@ class Search:
 
     def _halve(self) -> None:
         """Successive halving: the fastest that hold, on as many pairs again as they have seen; half of them go on."""
-        survivors, seen = self._holding()[: 2 * FINALISTS], 1
+        survivors, seen = self._holding()[: 2 * FINALISTS], len(self.first)
         while survivors and seen < len(self.seen):
             pairs = self.seen[seen : 2 * seen]
             for candidate in survivors:
-                if self._affords(pairs):
+                if self.points[candidate].runs <= seen and self._affords(pairs):
                     self._run(candidate, pairs)
             seen += len(pairs)
             survivors = [candidate for candidate in self._holding() if candidate in survivors]
             survivors = survivors[: (len(survivors) + 1) // 2]
 
-    def prove(self) -> None:
-        """Run the fastest that holds where the search never looked; if it fails there, the next."""
+    def _prove(self) -> bool:
+        """Run the fastest that holds where the search never looked; if it fails there, the next. Return whether one holds."""
         with self._phase("proof"):
             for candidate in self._holding()[:FINALISTS]:
                 point = self.points[candidate]
@@ -293,7 +335,8 @@ class Search:
                 self._run(candidate, self.unseen)
                 point.verdict = "proven" if point.margin >= 0 else "overturned"
                 if point.verdict == "proven" and point.speedup >= WORTH:
-                    break
+                    return True
+        return False
 
     def result(self) -> Tuned:
         """Put the recipe, its measurement and the front together."""
@@ -336,18 +379,6 @@ class Search:
 
     # ------------------------------------------------------------------------------------------------ measuring
 
-    def _dense(self, pair: tuple[int, int]) -> None:
-        if pair not in self.study.dense_runs:
-            self._time(Variant(DENSE, "dense"), pair)
-
-    def _time(self, variant: Variant, pair: tuple[int, int]) -> None:
-        """Time one run; where it has to be compiled first, after one that is not timed."""
-        if variant.name not in self.study.rows:
-            if is_compiled(self.study.pipe):
-                self.study.warm_up(variant, *pair)
-            self.study.rows[variant.name] = self.study.new_row(variant)
-        self.study.time(variant, *pair)
-
     @property
     def _prober(self) -> Prober:
         assert self.forecast is not None
@@ -389,34 +420,27 @@ class Search:
             for cache in rung:
                 if cache is None or (ladder := cache.ladder) in failed:
                     continue
-                if self.spent_s > until or not self._affords(self.seen[:1]):
+                if self.spent_s > until or not self._affords(self.first):
                     return
-                self._run(candidate := Candidate(None, cache=cache), self.seen[:1])
+                self._run(candidate := Candidate(None, cache=cache), self.first)
                 failed |= {ladder} if self.points[candidate].margin < 0 else set()
 
     def _run(self, candidate: Candidate, pairs: Sequence[tuple[int, int]]) -> None:
         """Run a candidate whole on some prompts and seeds, dense beside it, and learn from it."""
         assert self.forecast is not None
-        name = str(candidate)
-        recipe = load(candidate.rules(), model_facts(self.study.pipe))
-        variant = Variant(name, "cache" if candidate.arm is None else "recipe", recipe)
+        name, kind = str(candidate), "cache" if candidate.arm is None else "recipe"
         point = self.points.get(candidate) or Point(
             name, candidate.rules(), 0, 0.0, {}, math.inf, foretold=self._foretold(candidate)
         )
-        for pair in pairs:
-            self.tell(f"{name}, seed {pair[1]}; best so far {self._best()}", self.spent_s)
-            self._dense(pair)
-            self._time(variant, pair)
-            clips = self.study.clips[DENSE, *pair], self.study.clips[name, *pair]
-            values = {bound.name: bound.value(self.study.rows[name].samples[-1], *clips) for bound in self.bounds}
+        self.tell(f"{name}, seeds {', '.join(str(seed) for _, seed in pairs)}; best so far {self._best()}", self.spent_s)
+        for pair, values in self.crew.run(Order(tuple(pairs), name, kind, candidate.rules())).items():
             point.add(pair, values, self.bounds)
         self.points[candidate] = point
         self._compare_times()
-        if (
-            candidate in self._holding()[:1] and point.speedup > 1
-        ):  # a new best: a dense run that something held up would flatter it
+        if candidate in self._holding()[:1] and point.speedup > 1:
+            # A new best: a dense run that something held up would flatter it.
             self.tell(f"dense once more, beside {name}", self.spent_s)
-            self._time(Variant(DENSE, "dense"), pairs[-1])
+            self.crew.run(Order(tuple(pairs[-self.crew.ranks.parts :]), again=True))
             self._compare_times()
 
     def _compare_times(self) -> None:
@@ -452,13 +476,14 @@ class Search:
         return f"{self.points[held[0]].speedup:.2f}x" if held else "dense"
 
     def _next(self) -> Candidate | None:
-        """The fastest that promises to hold, with or without the cache that held best; None if none could be the best."""
+        """The fastest that promises to hold, alone or beside a cache that holds alone; None if none could be the best."""
         assert self.forecast is not None
         forecast = self.forecast
         fastest = max((self.points[c].speedup for c in self._holding()), default=WORTH)
-        pool = list(self.candidates)
-        for base in [c for c in self._holding() if c.arm is not None and c.cache is None][:2]:
-            pool += cached(base, [c.cache for c in self._holding() if c.arm is None and c.cache is not None])
+        caches = [
+            c.cache for c in self._holding() if c.arm is None and c.cache is not None and self.points[c].speedup > WORTH
+        ]
+        pool = [candidate for bare in self.candidates for candidate in (bare, *cached(bare, caches[:BESIDE]))]
         open_ = [c for c in pool if c not in self.points and forecast.dense_ms / forecast.latency_ms(c) > fastest]
         if not open_:
             return None

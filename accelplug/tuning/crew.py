@@ -1,0 +1,126 @@
+"""Whole runs of a search, by one process or by several that were launched together: the first decides, all run a share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelplug.comparison.ranks import Ranks
+from accelplug.comparison.result import DENSE, Sample
+from accelplug.comparison.study import Study, Variant
+from accelplug.errors import AccelplugError
+from accelplug.plug import model_facts
+from accelplug.recipe import load
+from accelplug.tuning.budget import Bound
+from accelplug.tuning.compiled import is_compiled
+
+Pair = tuple[int, int]
+"""Numbers of a prompt and of a seed."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the first process wants run: a variant on some pairs, dense where it was not run yet, or everywhere once more."""
+
+    pairs: tuple[Pair, ...]
+    variant: str = DENSE
+    kind: str = "dense"
+    rules: Any = None
+    again: bool = False
+
+
+@dataclass
+class Share:
+    """What a process did of an order."""
+
+    samples: list[tuple[str, Sample]] = field(default_factory=list)
+    values: dict[Pair, dict[str, float]] = field(default_factory=dict)
+    clips: dict[tuple[str, int, int], Any] = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass
+class Crew:
+    """The processes of a search. Dense and candidate of a prompt and seed are always timed in the same one.
+
+    Attributes
+    ----------
+    study : the runs of this process; in the first one, of all.
+    bounds : of the budget, which each process scores its runs on.
+    pairs : all prompts and seeds, in the order in which they are dealt out.
+    """
+
+    study: Study
+    bounds: Sequence[Bound]
+    pairs: Sequence[Pair]
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def run(self, order: Order) -> dict[Pair, dict[str, float]]:
+        """Have an order run, in the first process; return what each bound's metric says of the variant, by pair."""
+        return self._do(self.ranks.agreed(order))
+
+    def follow(self) -> Any:
+        """Run one's share of all orders, in a later process; return what `dismiss` was given.
+
+        Raises
+        ------
+        AccelplugError
+            If the first process failed.
+        """
+        while isinstance(order := self.ranks.agreed(None), Order):
+            with contextlib.suppress(Exception):  # the first process is told of it, and dismisses all
+                self._do(order)
+        if isinstance(order, AccelplugError):
+            raise order
+        return order
+
+    def dismiss(self, result: Any) -> None:
+        """Tell the others, in the first process, that nothing is to be run any more; an `AccelplugError` is raised in them."""
+        self.ranks.agreed(result)
+
+    def _do(self, order: Order) -> dict[Pair, dict[str, float]]:
+        done, failed, variants = Share(), None, self._variants(order)
+        try:
+            self._run(order, variants, done)
+        except BaseException as error:
+            failed, done.error = error, f"{type(error).__name__}: {error}"
+        own, *others = self.ranks.to_first(done)
+        if failed is not None:
+            raise failed
+        for share in others:
+            if share.error:
+                raise AccelplugError(f"{order.variant} failed in another process: {share.error}")
+            for name, sample in share.samples:
+                self._row(variants[name]).samples.append(sample)
+            self.study.clips |= share.clips
+        return {pair: values for share in (own, *others) for pair, values in share.values.items()}
+
+    def _variants(self, order: Order) -> dict[str, Variant]:
+        recipe = None if order.rules is None else load(order.rules, model_facts(self.study.pipe))
+        return {DENSE: Variant(DENSE, "dense"), order.variant: Variant(order.variant, order.kind, recipe)}
+
+    def _run(self, order: Order, variants: dict[str, Variant], done: Share) -> None:
+        for pair in order.pairs:
+            if self.pairs.index(pair) % self.ranks.parts != self.ranks.rank:
+                continue
+            if order.again or pair not in self.study.dense_runs:
+                self._time(variants[DENSE], pair, done)
+            if order.variant != DENSE:
+                self._time(variants[order.variant], pair, done)
+                clips = self.study.clips[DENSE, *pair], self.study.clips[order.variant, *pair]
+                sample = self.study.rows[order.variant].samples[-1]
+                done.values[pair] = {bound.name: bound.value(sample, *clips) for bound in self.bounds}
+
+    def _time(self, variant: Variant, pair: Pair, done: Share) -> None:
+        """Time one run; where it has to be compiled first, after one that is not timed."""
+        if variant.name not in self.study.rows and is_compiled(self.study.pipe):
+            self.study.warm_up(variant, *pair)
+        row = self._row(variant)
+        self.study.time(variant, *pair)
+        done.samples.append((variant.name, row.samples[-1]))
+        done.clips[variant.name, *pair] = self.study.clips[variant.name, *pair]
+
+    def _row(self, variant: Variant) -> Any:
+        return self.study.rows.setdefault(variant.name, self.study.new_row(variant))
