@@ -295,6 +295,22 @@ def test_the_search_goes_on_where_no_finalist_is_proven(monkeypatch):
     assert "overturned" in verdicts[: verdicts.index("proven")]
 
 
+def test_what_an_overturned_finalist_lost_the_next_must_have_to_lose():
+    found, _ = offline(1)
+    for number, margin in enumerate(
+        (1.0, 2.0, 9.0)
+    ):  # the fastest holds by least; each loses 4 where the search never looked
+        point = search.Point(str(number), {}, 1, 3.0 - number / 10, {"psnr": 26 + margin}, margin)
+        found.points[found.candidates[number]] = point
+
+    def told(candidate, pairs):
+        found.points[candidate].margin -= 4.0
+
+    found._run = told
+    found.prove()
+    assert [point.verdict for point in found.points.values()] == ["overturned", "tried", "proven"]
+
+
 def test_survivors_are_halved_while_the_seeds_they_see_double():
     found, runs = offline(8)
     fastest = sorted((c for c in found.candidates if c.arm.patch == "a"), key=lambda c: found.forecast.latency_ms(c))

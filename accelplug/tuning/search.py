@@ -188,6 +188,8 @@ class Search:
     ladders: list[list[Cache]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    lost: float = 0.0
+    """The most that a finalist's margin fell where the search never looked."""
     interrupted: bool = False
 
     def __post_init__(self) -> None:
@@ -326,16 +328,22 @@ class Search:
             survivors = survivors[: (len(survivors) + 1) // 2]
 
     def _prove(self) -> bool:
-        """Run the fastest that holds where the search never looked; if it fails there, the next. Return whether one holds."""
+        """Run the fastest that holds where the search never looked; if it fails there, the next. Return whether one holds.
+
+        What a finalist lost there the others may lose too: those that have as much to lose come next.
+        """
         with self._phase("proof"):
-            for candidate in self._holding()[:FINALISTS]:
-                point = self.points[candidate]
-                if point.speedup < WORTH:
+            for _ in range(FINALISTS):
+                held = [candidate for candidate in self._holding() if self.points[candidate].speedup >= WORTH]
+                if not held:
                     break
+                candidate = next((c for c in held if self.points[c].margin > self.lost), held[0])
+                point, margin = self.points[candidate], self.points[candidate].margin
                 self._run(candidate, self.unseen)
                 point.verdict = "proven" if point.margin >= 0 else "overturned"
                 if point.verdict == "proven" and point.speedup >= WORTH:
                     return True
+                self.lost = max(self.lost, margin - point.margin)
         return False
 
     def result(self) -> Tuned:
