@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from accelplug.errors import AccelplugError, nearest
 from accelplug.recipe import ModelFacts, Recipe, Span, matching_files
 from accelplug.registry import patch_class
+from accelplug.tuning.space import require_ladders
 
 ALL, NEARLY_ALL, MIDDLE, LATE = (0.0, 1.0), (0.06, 1.0), (0.25, 0.5), (0.5, 1.0)
 """Shares of the depth, from and to: all but the first two of 32 layers, where text reads the picture, where the answer forms."""
@@ -48,12 +48,7 @@ def aims(facts: ModelFacts, depth: int, patches: Sequence[str] | None = None) ->
     AccelplugError
         If a patch has no ladder here.
     """
-    for name in patches or ():
-        if name not in LADDERS:
-            raise AccelplugError(
-                f"tune knows no settings to try for {name!r} on a language model{nearest(name, LADDERS)}; "
-                f"it knows {', '.join(LADDERS)}."
-            )
+    require_ladders(patches, LADDERS, "a language model")
     wanted = set(patches or LADDERS)
     files = matching_files(facts)
     shipped = [Aim(r.name, plain(r)) for file in files[:1] for r in file.recipes.values()] if len(files) == 1 else []

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from accelplug.comparison.ranks import require_one, working
+from accelplug.comparison.ranks import Ranks, require_one, working
 from accelplug.comparison.result import DENSE, gains
 from accelplug.comparison.study import Study, quiet
 from accelplug.errors import AccelplugError, UnsupportedError
@@ -154,13 +154,14 @@ def tune(
             raise UnsupportedError(
                 "tune runs parts of a model by themselves, and processes share this one. Tune it on one device."
             )
+        study.processes = ranks.parts
         crew = Crew(study, bounds, [*seen, *unseen], ranks)
         if not ranks.first:
             return crew.follow()
         found: Tuned | AccelplugError = AccelplugError("The first process ended before tune was done; it says why.")
         try:
             journal = Journal(resume, fingerprint(pipe, prompts, numbers))
-            search = Search(study, bounds, seen, unseen, time_budget_s, journal, crew)
+            search = Search(study, bounds, seen, unseen, time_budget_s, journal, ranks)
             with _bar(progress, time_budget_s) as search.tell:
                 search.run(patches, caches)
             found = search.result()
@@ -179,7 +180,7 @@ class Search:
     unseen: list[tuple[int, int]]
     time_budget_s: float
     journal: Journal
-    crew: Crew = None  # type: ignore[assignment]  # this process alone if none
+    ranks: Ranks = field(default_factory=Ranks)
     tell: Callable[[str, float], None] = lambda what, spent: None
     started: float = field(default_factory=lambda: time.monotonic())
     forecast: Forecast | None = None
@@ -193,12 +194,12 @@ class Search:
     interrupted: bool = False
 
     def __post_init__(self) -> None:
-        self.crew = self.crew or Crew(self.study, self.bounds, [*self.seen, *self.unseen])
+        self.crew = Crew(self.study, self.bounds, [*self.seen, *self.unseen], self.ranks)
 
     @property
     def first(self) -> list[Pair]:
         """What a candidate is run on first: a prompt and seed for each process."""
-        return self.seen[: self.crew.ranks.parts]
+        return self.seen[: self.ranks.parts]
 
     # ---------------------------------------------------------------------------------------------------- time
 
@@ -221,7 +222,7 @@ class Search:
         """Whether time is left to run a candidate there, dense runs included, and for the proof of one recipe."""
         known = {(sample.prompt, sample.seed) for sample in self.study.rows[DENSE].samples}
         runs = len(pairs) + sum(pair not in known for pair in pairs) + 2 * len(self.unseen)
-        return self.spent_s + math.ceil(runs / self.crew.ranks.parts) * self.run_s < self.time_budget_s
+        return self.spent_s + math.ceil(runs / self.ranks.parts) * self.run_s < self.time_budget_s
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -448,7 +449,7 @@ class Search:
         if candidate in self._holding()[:1] and point.speedup > 1:
             # A new best: a dense run that something held up would flatter it.
             self.tell(f"dense once more, beside {name}", self.spent_s)
-            self.crew.run(Order(tuple(pairs[-self.crew.ranks.parts :]), again=True))
+            self.crew.run(Order(tuple(pairs[-self.ranks.parts :]), again=True))
             self._compare_times()
 
     def _compare_times(self) -> None:

@@ -8,7 +8,7 @@ from itertools import product, zip_longest
 from typing import Any
 
 from accelplug.call import Layout
-from accelplug.errors import AccelplugError
+from accelplug.errors import AccelplugError, nearest
 from accelplug.patches.base import BlockSparse, Scored
 from accelplug.registry import patch_class
 from accelplug.table import Table
@@ -91,6 +91,21 @@ class Candidate:
         return " + ".join(parts)
 
 
+def require_ladders(patches: Sequence[str] | None, ladders: Iterable[str], what: str) -> None:
+    """Refuse patches that have no ladder for `what`, a kind of model.
+
+    Raises
+    ------
+    AccelplugError
+        If a patch has none.
+    """
+    for name in patches or ():
+        if name not in ladders:
+            raise AccelplugError(
+                f"tune knows no settings to try for {name!r} on {what}{nearest(name, ladders)}; it knows {', '.join(ladders)}."
+            )
+
+
 def arms(layout: Layout, patches: Sequence[str] | None = None) -> list[Arm]:
     """Return the arms for a layout, rest dropped and pooled, without those that read everything there.
 
@@ -99,9 +114,7 @@ def arms(layout: Layout, patches: Sequence[str] | None = None) -> list[Arm]:
     AccelplugError
         If a patch has no ladder here.
     """
-    for name in patches or ():
-        if name not in LADDERS:
-            raise AccelplugError(f"tune knows no settings to try for {name!r}; it knows {', '.join(LADDERS)}.")
+    require_ladders(patches, LADDERS, "a diffusers pipeline")
     ladders = [list(_ladder(name, layout)) for name in patches or LADDERS]
     # One of each patch before the second of any: where time for probing is short, each has been seen.
     return [arm for rung in zip_longest(*ladders) for arm in rung if arm is not None]
