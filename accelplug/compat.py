@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-TESTED = {"torch": "2.13", "diffusers": "0.42", "transformers": "5.23"}
+TESTED = {"torch": "2.13", "diffusers": "0.42", "transformers": "5.24"}
 """Newest minor versions that the suite ran on; a newer one warns and works on."""
 
 ENTRY_POINTS = frozenset({"dispatch_attention_fn", "scaled_dot_product_attention"})
@@ -114,7 +114,7 @@ ATTENTION = "accelplug"
 ATTENTION_KWARGS = frozenset(
     {
         "scaling", "dropout", "is_causal", "sliding_window", "s_aux", "softcap", "position_bias", "position_ids", "use_cache",
-        "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "image_sizes", "past_key_values",
+        "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "image_sizes", "past_key_values", "cache",
         "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "logits_to_keep", "use_kernels",
         "token_type_ids", "mm_token_type_ids", "seq_idx", "attention_mask",
     }
@@ -238,12 +238,33 @@ def tokens_seen(layer: Any) -> int:
     return layer.get_seq_length()
 
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a cache is called in arguments and outputs: from transformers 5.24 on, and before."""
+
+
+def cache_keyword(forward: Callable[..., Any]) -> str:
+    """Return the name under which a model's forward takes a cache."""
+    parameters = inspect.signature(forward).parameters
+    return next(name for name in CACHE_NAMES if name in parameters)
+
+
+def cache_given(arguments: Mapping[str, Any]) -> Any:
+    """Return the cache among the arguments of a forward, under either name, or None."""
+    new, old = CACHE_NAMES
+    found = arguments.get(new)
+    return arguments.get(old) if found is None else found
+
+
+def packs_sequences(arguments: Mapping[str, Any]) -> bool:
+    """Whether a forward or an attention call is continuous batching's, which packs several sequences into one row."""
+    return "read_index" in arguments
+
+
 def cache_of(output: Any) -> Any:
     """Return the cache in a model's output, or None."""
     from transformers import Cache
 
-    found = getattr(output, "past_key_values", None)
-    items = output if isinstance(output, tuple) else (found,)
+    items = output if isinstance(output, tuple) else (cache_given(vars(output)),)
     return next((item for item in items if isinstance(item, Cache)), None)
 
 
@@ -303,7 +324,10 @@ def contracts() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "diffusers: layer skipping looks processors up by exact class", _processor_registry
     yield "diffusers: processors reach attention by the two known names", _processor_entry_points
     yield "transformers: attention modules look their function up by config at every call, and take extra arguments", _lookup
-    yield "transformers: a cache has layers, takes attributes, and is empty before the first token", _cache_contract
+    yield (
+        "transformers: a decode step is handed the cache that read the prompt, and the cache takes attributes",
+        _cache_contract,
+    )
     yield "torch: Dynamo traces re-bound globals as they are", _dynamo_globals
     yield "torch: function modes can be listed", _function_modes
 
@@ -431,12 +455,27 @@ def _lookup() -> None:
 
 
 def _cache_contract() -> None:
-    from transformers import DynamicCache
+    """What reads a prompt and then a token: the decoder is handed the very cache that was given and came back."""
+    import torch
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
     cache = DynamicCache()
     _expect(cache.get_seq_length() == 0, "an empty cache does not say that it is empty")
-    _expect(hasattr(cache, "layers"), "a cache has no layers")
     cache._accelplug_contract = 1
+    seen: list[Any] = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(cache_given(kwargs)), with_kwargs=True
+    )
+    with torch.no_grad():
+        held = {cache_keyword(type(model).forward): cache}
+        output = model(torch.tensor([[1, 2, 3]]), **held)
+        _expect(cache_of(output) is cache, f"a model's output holds its cache under none of {CACHE_NAMES}")
+        model(torch.tensor([[4]]), **held)
+    _expect(all(x is cache for x in seen), f"the decoder is handed its cache under none of {CACHE_NAMES}")
+    _expect(cache.get_seq_length() == 4, "a cache does not count the tokens of a prompt and of the step behind it")
+    _expect(tokens_seen(cache_layer(cache, 0)) == 4, "a layer of a cache does not count its tokens")
 
 
 def _function_modes() -> None:

@@ -23,6 +23,7 @@ import torch
 import transformers
 
 import accelplug
+from accelplug import compat
 from accelplug.comparison.environment import environment
 from accelplug.hosts.gate import synchronise
 from accelplug.zoo import path
@@ -115,7 +116,7 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
 
 def _decode(model: Any, step: torch.Tensor, cache: Any) -> None:
     for _ in range(STEPS):
-        model.base_model(input_ids=step, past_key_values=cache)
+        model.base_model(input_ids=step, **{compat.cache_keyword(model.base_model.forward): cache})
 
 
 @torch.no_grad()
@@ -135,7 +136,8 @@ def measure(model: Any, batch: int, rounds: int = ROUNDS) -> dict[str, dict[str,
         for name in rows:
             with nullcontext() if name == "stock" else accelplug.apply(model, RECIPES[name], strict=True):
                 cache = transformers.DynamicCache(config=model.config.get_text_config())
-                prefill = timed(partial(model.base_model, **given, past_key_values=cache), model.device)
+                held = {compat.cache_keyword(model.base_model.forward): cache}
+                prefill = timed(partial(model.base_model, **given, **held), model.device)
                 token = timed(partial(_decode, model, step, cache), model.device)
             if turn:
                 times[name]["prefill"].append(prefill)

@@ -483,7 +483,7 @@ def test_missing_pixels_and_missing_starts_are_refused(processor: Any):
         with pytest.raises(UnsupportedError, match="pixel_values"):
             tiny.generate(model, {k: v for k, v in given.items() if k != "pixel_values"})
         with pytest.raises(UnsupportedError, match="whole prompt"):
-            tiny.generate(model, given, past_key_values=hf.DynamicCache())
+            tiny.generate(model, given, **tiny.held(hf.DynamicCache()))
 
 
 def test_carve_asks_for_a_processor(processor: Any):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import transformers as hf
 
+from accelplug import compat
+
 IMAGE, VIDEO, OPEN, CLOSE = 500, 501, 502, 503
 TEXT = {
     "hidden_size": 64,
@@ -278,6 +280,11 @@ def forward(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
         model.base_model.rope_deltas = None
     with torch.no_grad():
         return model(**given).logits
+
+
+def held(cache: Any) -> dict[str, Any]:
+    """The argument by which a model is given a cache, whatever this version of transformers calls it."""
+    return {compat.cache_keyword(hf.LlamaForCausalLM.forward): cache}
 
 
 def generate(model: Any, given: dict[str, torch.Tensor], tokens: int = 6, **more: Any) -> torch.Tensor:

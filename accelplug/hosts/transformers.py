@@ -168,7 +168,7 @@ class AttentionRecord:
     def obstacle(self, q: Tensor, mask: Any, run: Run | None, kwargs: dict[str, Any]) -> str | None:
         """Why a call that a patch is there for must run dense, or None."""
         patch = self.choice.patch
-        if "cache" in kwargs:
+        if compat.packs_sequences(kwargs):
             raise UnsupportedError(
                 f"{self.choice.name} keeps what it knows of a sequence on that sequence's cache, and continuous batching packs "
                 "several into one. Use generate() instead of generate_batch(), or remove the plug first."
@@ -435,9 +435,9 @@ class LanguageHost:
 
     def _open(self, run: Run, inputs: dict[str, Any]) -> None:
         """Say what a forward is: which sequences, and whether it reads a prompt or decodes."""
-        ids, embeds, cache = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
+        ids, embeds, cache = inputs.get("input_ids"), inputs.get("inputs_embeds"), compat.cache_given(inputs)
         tokens = ids if ids is not None else embeds
-        if tokens is None:
+        if tokens is None or compat.packs_sequences(inputs):
             return
         run.cache = cache
         rows, new = tokens.shape[:2]
@@ -539,7 +539,7 @@ class LanguageHost:
         if module is not self.decoder:
             return None
         if torch.compiler.is_compiling():
-            cache = kwargs.get("past_key_values")
+            cache = compat.cache_given(kwargs)
             stream = getattr(cache, STREAM, None)
             run = stream.step if stream is not None else None
         else:
