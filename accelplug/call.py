@@ -49,7 +49,9 @@ class Place:
     ----------
     first_query, first_key : positions of ``q[:, :, 0]`` and ``k[:, :, 0]``; a sliding window's first key is not 0.
     answers : how many of the last queries have their next token asked for: 1, or several when drafts are verified.
-    explicit : whether q, k, v, mask and scale say all there is. False where the model adds more (sink logits, a soft cap).
+    causal : whether a query reads no key behind it, where the mask does not say so (it is None or (B, S_k)).
+    window : how many keys a query reads at most, its own the last; None where there is no such bound, or the mask has it.
+    explicit : whether q, k, v, mask, scale and the above say all there is. False where the model adds more (sink logits, a soft cap).
     first_head : number of ``q[:, 0]`` among all heads of the layer; not 0 on later ranks of tensor parallelism.
     gather_heads : (B, H) of this rank -> (B, H of all ranks).
     """
@@ -57,6 +59,8 @@ class Place:
     first_query: int = 0
     first_key: int = 0
     answers: int = 1
+    causal: bool = True
+    window: int | None = None
     explicit: bool = True
     first_head: int = 0
     gather_heads: Callable[[Tensor], Tensor] = lambda x: x

@@ -161,6 +161,21 @@ def seen_by(name: str, module: Any, config: Any) -> Any:
     return _Seen(module, config) if "flash" in name else module
 
 
+def window_beside(name: str, mask: Any, kwargs: dict[str, Any]) -> int | None:
+    """Return the sliding window that an attention function is told beside its mask, None where the mask has it.
+
+    eager, sdpa and flex are told it too and leave it aside: their masks have it, and are None where no key is out of it.
+    """
+    in_mask = name in ("eager", "sdpa", "flex_attention", None) or (mask is not None and mask.ndim == 4)
+    return None if in_mask else kwargs.get("sliding_window")
+
+
+def is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an attention function that is given no mask lets a query read no key behind it."""
+    told = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if told is None else told)
+
+
 _VIEWS: dict[tuple[type, str], type] = {}
 
 

@@ -12,12 +12,15 @@ Notation: ``p`` attention after the softmax, P_c its mass on span c. All masses 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from accelplug.call import AttentionCall
@@ -139,21 +142,54 @@ def only(v: Tensor, span: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ last rows
 
 
+def exactly(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Have a function of a call and more compute outside of autocast, which would do its float32 products in low precision."""
+
+    @wraps(function)
+    def computed(call: AttentionCall, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(call.q.device.type, enabled=False):
+            return function(call, *args, **kwargs)
+
+    return computed
+
+
 def keep_rows(call: AttentionCall, rows: int) -> Tensor | None:
-    """Which keys the last `rows` queries may read: bool or additive, broadcastable to (B, H, rows, S_k); None for all."""
-    queries, keys = call.q.shape[-2], call.k.shape[-2]
+    """Which keys the last `rows` queries may read: bool or additive, broadcastable to (B, H, rows, S_k); None for all.
+
+    An additive mask is -inf where it hides a key, so that nothing that is added to a score brings it back.
+    """
     mask = call.mask
     if mask is not None and mask.ndim == 4:
-        return mask[:, :, -rows:] if mask.shape[2] > 1 else mask
-    causal = None
-    if queries > 1 and call.place is not None:
-        last = call.place.first_query + queries - rows + torch.arange(rows, device=call.q.device)
-        first_key = call.place.first_key
-        causal = (torch.arange(first_key, first_key + keys, device=call.q.device) <= last[:, None])[None, None]
-    if mask is None:
-        return causal
-    valid = mask[:, None, None, -keys:].bool()
-    return valid if causal is None else valid & causal
+        mask = mask[:, :, -rows:] if mask.shape[2] > 1 else mask
+        return mask if mask.dtype == torch.bool else mask.masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))
+    keys = call.k.shape[-2]
+    valid = None
+    if mask is not None:  # a static cache has keys behind the last token
+        valid = pad(mask[:, -keys:].bool(), (0, max(0, keys - mask.shape[-1])))
+    near = _near(call, rows, valid)
+    valid = None if valid is None else valid[:, None, None]
+    return valid if near is None else near if valid is None else near & valid
+
+
+def _near(call: AttentionCall, rows: int, valid: Tensor | None) -> Tensor | None:
+    """Which keys stand where the last `rows` queries look, ahead of them and in their window: bool (B|1, 1, rows, S_k); None for all.
+
+    Distances leave padding out, as kernels do that are told which keys are `valid`, bool (B, S_k).
+    """
+    queries, keys, place = call.q.shape[-2], call.k.shape[-2], call.place
+    ahead = place is not None and place.causal and queries > 1
+    window = None if place is None or place.window is None or place.window >= keys else place.window
+    if place is None or not (ahead or window):
+        return None
+    at = torch.arange(keys, device=call.q.device)[None] if valid is None else valid.cumsum(-1) - 1  # [B|1, S_k]
+    if queries > 1:
+        first = place.first_query - place.first_key + queries - rows
+        own = at[:, first : first + rows]
+    else:  # a decode step's query is the last token there is
+        own = at.amax(-1, keepdim=True)
+    behind = own[:, None, :, None] - at[:, None, None]  # how far back a key lies
+    near = behind >= 0 if ahead else torch.ones_like(behind, dtype=torch.bool)
+    return near & (behind.abs() < window) if window else near
 
 
 def last(call: AttentionCall, rows: int) -> AttentionCall:
@@ -172,25 +208,38 @@ def last(call: AttentionCall, rows: int) -> AttentionCall:
     return replace(call, q=tail, mask=mask, dense=dense, place=replace(call.place, first_query=first))
 
 
-def row_scores(call: AttentionCall, rows: int = 1) -> Tensor:
-    """Return the scores of the last queries, before the softmax: float32 (B, H, rows, S_k), -inf where they may not read."""
+@exactly
+def row_products(call: AttentionCall, rows: int = 1) -> Tensor:
+    """Return ``scale * q.k`` of the last queries with all keys, whatever the mask says: float32 (B, H, rows, S_k)."""
     q, k = call.q[:, :, -rows:].float(), call.k.float()
     batch, heads, _, dim = q.shape
     q = q.reshape(batch, k.shape[1], -1, dim)  # query heads that share keys side by side
-    scores = (q @ k.mT).reshape(batch, heads, rows, -1) * call.scale
-    keep = keep_rows(call, rows)
+    return (q @ k.mT).reshape(batch, heads, rows, -1) * call.scale
+
+
+def masked(scores: Tensor, keep: Tensor | None) -> Tensor:
+    """Return scores with what `keep_rows` says applied: -inf where a row may not read."""
     if keep is None:
         return scores
-    if keep.dtype == torch.bool:
-        return scores.masked_fill(~keep, float("-inf"))
-    return scores + keep.float()
+    return scores.masked_fill(~keep, float("-inf")) if keep.dtype == torch.bool else scores + keep.float()
+
+
+def row_scores(call: AttentionCall, rows: int = 1) -> Tensor:
+    """Return the scores of the last queries, before the softmax: float32 (B, H, rows, S_k), -inf where they may not read."""
+    return masked(row_products(call, rows), keep_rows(call, rows))
+
+
+def probabilities(scores: Tensor) -> Tensor:
+    """Return the softmax of scores (..., S_k), 0 in rows that may read nothing."""
+    return scores.softmax(-1).nan_to_num(0.0)
 
 
 def row_attention(call: AttentionCall, rows: int = 1) -> Tensor:
     """Return the attention of the last queries, after the softmax: float32 (B, H, rows, S_k); 0 in rows that are padding."""
-    return row_scores(call, rows).softmax(-1).nan_to_num(0.0)
+    return probabilities(row_scores(call, rows))
 
 
+@exactly
 def read_rows(call: AttentionCall, p: Tensor) -> Tensor:
     """Return the outputs (B, H, rows, D_v) of probabilities (B, H, rows, S_k)."""
     batch, heads, rows, keys = p.shape
@@ -212,9 +261,7 @@ def decode_biased(call: AttentionCall, bias: Tensor) -> Tensor:
     ----------
     bias : (B|1, H|1, 1, S_k) float32, added to the scores.
     """
-    keep = keep_rows(call, 1)
-    if keep is not None:
-        bias = bias.masked_fill(~keep, float("-inf")) if keep.dtype == torch.bool else bias + keep
+    bias = masked(bias, keep_rows(call, 1))
     q, k, v = call.q, call.k, call.v
     groups = q.shape[1] // k.shape[1]
     if groups > 1:  # query heads that share keys become queries of one head

@@ -139,7 +139,7 @@ class AttentionRecord:
             if patch is not None or self.choice.reason is not None:
                 self.fell_back(str(reason))
             return whole()
-        call = AttentionCall(q, k, v, mask, self.scale(q, kwargs), dense, self.place(q, k, run, kwargs), run.hidden)
+        call = AttentionCall(q, k, v, mask, self.scale(q, kwargs), dense, self.place(q, k, mask, run, kwargs), run.hidden)
         if watch is not None:
             watch(self, call, run.stream.prompt, run.clock)
         decoding = run.clock.phase == "decode"
@@ -203,7 +203,7 @@ class AttentionRecord:
         given = kwargs.get("scaling")
         return q.shape[-1] ** -0.5 if given is None else given
 
-    def place(self, q: Tensor, k: Tensor, run: Run, kwargs: dict[str, Any]) -> Place:
+    def place(self, q: Tensor, k: Tensor, mask: Tensor | None, run: Run, kwargs: dict[str, Any]) -> Place:
         """Say where the call stands. In a compiled decode step only the layers that see the whole sequence are known."""
         tensors = self.host.tensor_parallel
         first_head = tensors.rank * q.shape[1] if tensors else 0
@@ -213,7 +213,16 @@ class AttentionRecord:
         layer = compat.cache_layer(run.cache, self.module.layer_idx)
         slides = layer is not None and compat.slides(layer)
         first_key = max(0, int(compat.tokens_seen(layer)) - k.shape[2]) if slides else 0
-        return Place(first_query, first_key, answers, self.explicit(kwargs), first_head, gather)
+        return Place(
+            first_query=first_query,
+            first_key=first_key,
+            answers=answers,
+            causal=compat.is_causal(self.module, kwargs),
+            window=compat.window_beside(self.config._attn_implementation, mask, kwargs),
+            explicit=self.explicit(kwargs),
+            first_head=first_head,
+            gather_heads=gather,
+        )
 
     @staticmethod
     def explicit(kwargs: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from accelplug.kernels.spans import fit, read_rows, replace_last, roomy, row_scores
+from accelplug.kernels.spans import fit, keep_rows, masked, probabilities, read_rows, replace_last, roomy, row_products
 from accelplug.patches.base import Config, Patch
 
 if TYPE_CHECKING:
@@ -56,10 +56,10 @@ class Pai(Patch):
 def raised(call: AttentionCall, share: Tensor, heads: Tensor | None = None) -> Tensor:
     """Attend with ``s + share |s|`` in the rows that answer, share (B, S) by key; in `heads`, bool (B, H), if given."""
     rows = call.place.answers if call.place else 1
-    scores = row_scores(call, rows)  # [B, H, rows, S_k], -inf where a row may not read
+    scores = row_products(call, rows)  # [B, H, rows, S_k]
     share = fit(share, call).to(scores.device)[:, None, None]
     if heads is not None:
         share = share * heads[..., None, None]
-    p = scores.addcmul(share, scores.nan_to_num(neginf=0.0).abs()).softmax(-1)
-    new = read_rows(call, p)
+    scores = scores.addcmul(share, scores.abs())  # ahead of the mask: no alpha brings back what it hides
+    new = read_rows(call, probabilities(masked(scores, keep_rows(call, rows))))
     return new if rows == call.q.shape[2] else replace_last(call.dense(), new)
