@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from accelplug import strict_yaml
+from accelplug import files, strict_yaml
 from accelplug.bounded import Bounded
 from accelplug.call import ALL_HEADS, AttentionCall, Clock, Layout, Site
 from accelplug.comparison.environment import environment
@@ -99,9 +97,9 @@ def calibrate(
     base = load(recipe, facts) if patch == "rest" else None
     task = Task(patch, dict(config or {}), dict(options or {}), base)
     task.make()  # so that a wrong knob is told before anything runs
-    files = None if path is None else Files(Path(path))
-    if files is not None and files.recipe.exists():
-        raise AccelplugError(f"{files.recipe} is there already. Give another name, or move it away.")
+    place = None if path is None else Files(files.output(path, "calibrate writes a recipe", (".yaml", ".yml")))
+    if place is not None and (there := place.in_the_way()):
+        raise AccelplugError(f"{there} is there already. Give another name, or move it away.")
     settings = {
         "patch": patch,
         "config": task.config,
@@ -113,7 +111,7 @@ def calibrate(
         "model": task.model(facts),
     }
     study = Study(task, len(runs), buckets, seed, json.dumps(settings, sort_keys=True))
-    done = study.resume(files.partial) if files is not None else 0
+    done = study.resume(place.partial) if place is not None else 0
     with (
         working(pipe) as ranks,
         watch(pipe, study.watcher) as plug,
@@ -129,8 +127,8 @@ def calibrate(
                 pipe(**{"output_type": "latent", **runs[index], **(inputs or {}), "generator": generator})
             study.add_up(ranks)
             done = turns.stop
-            if files is not None and ranks.first:
-                study.save(files.partial, done)
+            if place is not None and ranks.first:
+                study.save(place.partial, done)
         why_not = "; ".join(plug.report().fallbacks)
     if not study.calibrations:
         raise NoMatchError(f"No attention of {type(pipe).__name__} was observed. {why_not or 'Does a rule fit any?'}")
@@ -145,19 +143,18 @@ def calibrate(
     )
     tables, axes = study.tables()
     origin = replace(origin, axes=axes)
-    if files is None:
+    if place is None:
         made = {key: Table(values, axes[key], key=key, origin=origin) for key, values in tables.items()}
         return load({"rules": task.rules(study, made, dense_steps)}, facts)
     summary = f"Calibrated on {len(runs)} prompts, {study.steps} steps, {'x'.join(map(str, study.grid_thw or ()))} tokens."
     with working(pipe) as ranks:
         if ranks.first:
-            files.tables.parent.mkdir(parents=True, exist_ok=True)
-            refs = write_tables(files.tables, tables, origin)
+            refs = write_tables(place.tables, tables, origin)
             rules = task.rules(study, refs, dense_steps)
-            _write(files.recipe, _yaml(files.recipe.stem, facts, patch, task, summary, rules).encode())
-            files.partial.unlink(missing_ok=True)
+            files.write(place.recipe, _yaml(place.recipe.stem, facts, patch, task, summary, rules).encode())
+            place.partial.unlink(missing_ok=True)
         ranks.gather(None)  # it is there for all
-    return load(read_file(files.recipe).recipe(), facts)
+    return load(read_file(place.recipe).recipe(), facts)
 
 
 def split_settings(patch: str, settings: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -199,6 +196,11 @@ class Files:
     @property
     def partial(self) -> Path:
         return self.recipe.with_suffix(".partial.safetensors")
+
+    def in_the_way(self) -> Path | None:
+        """A file that would be lost. Tables beside a partial file are this calibration's own, written when it was cut off."""
+        mine = (self.recipe,) if self.partial.exists() else (self.recipe, self.tables)
+        return next((path for path in mine if path.exists()), None)
 
 
 @dataclass(frozen=True)
@@ -412,8 +414,7 @@ class Study:
             "settled": self.settled,
         }
         tensors = {f"{name}/{key}": x for name, one in self.calibrations.items() for key, x in one.state.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, save(tensors, {"partial": json.dumps(facts)}))
+        files.write(path, save(tensors, {"partial": json.dumps(facts)}))
 
     def resume(self, path: Path) -> int:
         """Take up what `path` holds, if it is there; return how many runs it holds."""
@@ -520,25 +521,9 @@ def _flow(value: Any) -> str:
 def write_tables(path: Path, tables: Mapping[str, Tensor], origin: Origin) -> dict[str, dict[str, Any]]:
     """Write tables to a safetensors file; return by key how a recipe beside it refers to them."""
     data = save(dict(tables), origin.to_header())
-    _write(path, data)
+    files.write(path, data)
     sha256 = hashlib.sha256(data).hexdigest()
     return {key: {"table": {"file": path.name, "sha256": sha256, "key": key}} for key in tables}
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write beside the file and move, so that it is never half written."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with open(handle, "wb") as file:
-                file.write(data)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise AccelplugError(f"{path}: cannot be written: {error}") from error
 
 
 @contextlib.contextmanager

@@ -15,8 +15,9 @@ from accelplug.families.base import site_kinds
 from accelplug.hosts.diffusers import PATCHABLE, denoisers, processor_owners
 from accelplug.hosts.forecast import amdahl
 from accelplug.hosts.transformers import is_language_model
-from accelplug.plug import as_html, model_facts
+from accelplug.plug import model_facts
 from accelplug.recipe import ModelFacts, Recipe, matching_files
+from accelplug.show import Shown
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -61,8 +62,8 @@ class DenoiserFacts:
         return 1 / (1 - self.attention_share(tokens))
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
     """What `inspect` found. Prints as tables."""
 
     model: str
@@ -92,9 +93,6 @@ class Inspection:
         yield (
             recipes if self.recipes else "No shipped recipe matches this model; apply() takes a mapping or a file of yours."
         )
-
-    def _repr_html_(self) -> str:
-        return as_html(self)
 
 
 def inspect(model: Any, inputs: Mapping[str, Any] | None = None) -> Inspection | LanguageInspection | VlmInspection:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from accelplug import compat
+from accelplug import compat, files
 from accelplug.call import AttentionCall, Clock, Prompt, Site
 from accelplug.errors import AlreadyAppliedError, NoMatchError, ShapeError, UnsupportedError
 from accelplug.families.vlm import Vlm, find, token_grid
@@ -28,7 +28,8 @@ from accelplug.inspection import recipes_for
 from accelplug.kernels.spans import read_rows, row_scores
 from accelplug.patches.heads.var import MASSIVE, normalised
 from accelplug.patches.heads.vhr import divergence, vision_aware
-from accelplug.plug import as_html, model_facts, plug_of
+from accelplug.plug import model_facts, plug_of
+from accelplug.show import Shown
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -44,8 +45,8 @@ MAPS = 6
 # ------------------------------------------------------------------------------------------------------------ without inputs
 
 
-@dataclass(frozen=True)
-class LanguageInspection:
+@dataclass(frozen=True, repr=False)
+class LanguageInspection(Shown):
     """What `inspect` sees in a language model before it runs. Prints as tables.
 
     Attributes
@@ -85,9 +86,6 @@ class LanguageInspection:
         yield (
             recipes if self.recipes else "No shipped recipe matches this model; apply() takes a mapping or a file of yours."
         )
-
-    def _repr_html_(self) -> str:
-        return as_html(self)
 
 
 def summary(model: Any) -> LanguageInspection:
@@ -148,8 +146,8 @@ def ask(processor: Any, picture: Path, prompt: str) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------- with inputs
 
 
-@dataclass(frozen=True, eq=False)
-class VlmInspection:
+@dataclass(frozen=True, eq=False, repr=False)
+class VlmInspection(Shown):
     """Where a vision-language model looks when it is about to answer. Prints as tables; draws itself.
 
     Means are over the rows of the batch that show an image. L counts the layers whose attention can be entered, H query heads.
@@ -278,7 +276,9 @@ class VlmInspection:
         yield layers
 
     def _repr_html_(self) -> str:
-        return as_html(self) + "".join(f'<img style="max-width:100%" src="{_inline(figure)}">' for figure in _figures(self))
+        return super()._repr_html_() + "".join(
+            f'<img style="max-width:100%" src="{_inline(figure)}">' for figure in _figures(self)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but pictures as plain data; what is not finite is None."""
@@ -287,7 +287,7 @@ class VlmInspection:
 
     def to_json(self, path: str | Path) -> None:
         """Write `to_dict` to a file."""
-        Path(path).write_text(json.dumps(self.to_dict(), allow_nan=False))
+        files.write(path, json.dumps(self.to_dict(), allow_nan=False))
 
     def to_png(self, path: str | Path) -> None:
         """Draw where the last token looks: heat maps on each image of the first row, masses by layer, VHD by layer and head."""
@@ -298,7 +298,9 @@ class VlmInspection:
         for figure in figures:
             sheet.paste(figure, (0, top))
             top += figure.height
-        sheet.save(path, "PNG")
+        data = io.BytesIO()
+        sheet.save(data, "PNG")
+        files.write(path, data.getvalue())
 
     def to_html(self, path: str | Path) -> None:
         """Write one self-contained page with the drawings and the tables."""
@@ -308,7 +310,7 @@ class VlmInspection:
         body = "".join("<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in row) + "</tr>" for row in self.rows())
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         page = PAGE.replace("<!--FACTS-->", facts).replace("<!--FIGURES-->", drawn).replace("<!--TABLE-->", table)
-        Path(path).write_text(page.replace("<!--TITLE-->", html.escape(f"Where {self.model} looks")), encoding="utf-8")
+        files.write(path, page.replace("<!--TITLE-->", html.escape(f"Where {self.model} looks")))
 
 
 def inspect_vlm(model: Any, inputs: Mapping[str, Any]) -> VlmInspection:

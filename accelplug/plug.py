@@ -28,6 +28,7 @@ from accelplug.hosts.record import DENSE, Choice
 from accelplug.hosts.transformers import LanguageHost, is_language_model
 from accelplug.recipe import ModelFacts, Recipe, Rule, load
 from accelplug.registry import patch_class, patch_entry
+from accelplug.show import Shown, as_html
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -471,7 +472,7 @@ class _Watch(Plug):
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """What a plug did since it was applied. Prints as a table."""
 
     recipe: str
@@ -515,20 +516,6 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join(f"{what}: {much}" for what, much in self.rows()) or "nothing ran yet"
-
-    def _repr_html_(self) -> str:
-        return as_html(self)
-
-
-def as_html(renderable: Any) -> str:
-    """Render for a notebook."""
-    import io
-
-    from rich.console import Console
-
-    console = Console(record=True, width=110, file=io.StringIO())
-    console.print(renderable)
-    return console.export_html(inline_styles=True, code_format="<pre style='font-family:monospace'>{code}</pre>")
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from accelplug import strict_yaml
+from accelplug import files, strict_yaml
 from accelplug.bounded import Bounded
 from accelplug.call import Clock, Kind, Layout, Site
 from accelplug.errors import NoMatchError, RecipeError, nearest
@@ -958,7 +956,7 @@ def record_measurement(path: Path, recipe: str, row: Mapping[str, Any]) -> None:
     old["recipes"][recipe]["measured"] = [*(old["recipes"][recipe].get("measured") or []), plain]
     if new != old:
         raise RecipeError(f"{path}: the row cannot be added without changing the rest; write measured: as a block list.")
-    _replace(path, after)
+    files.write(path, after)
 
 
 def _with_row(text: str, name: str, recipe: str, row: Mapping[str, Any]) -> str:
@@ -999,22 +997,3 @@ def _line_end(text: str, index: int) -> int:
     end = text.find("\n", index)
     end = len(text) if end < 0 else end
     return end - 1 if text[:end].endswith("\r") else end
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside the file and move, so that it is never half written."""
-    path = path.resolve()
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with open(handle, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-            os.chmod(temporary, path.stat().st_mode & 0o777)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise RecipeError(
-            f"{path}: cannot be written: {error}. Copy the file to a folder of yours and record there."
-        ) from error

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed, nn
 
-from accelplug import compat
+from accelplug import compat, files
 from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.hosts.diffusers import denoisers
 
@@ -109,10 +109,7 @@ def is_first() -> bool:
 
 def write(path: str | Path, text: str) -> Path:
     """Write a file, in the first of several processes alone."""
-    path = Path(path)
-    if is_first():
-        path.write_text(text)
-    return path
+    return files.write(path, text) if is_first() else Path(path)
 
 
 @contextmanager

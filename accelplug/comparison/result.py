@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from accelplug.comparison.ranks import is_first, write
 from accelplug.errors import AccelplugError
+from accelplug.show import Shown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -128,8 +129,8 @@ def gains(dense: Row, row: Row) -> list[float]:
     return [dense_ms[s.prompt, s.seed] / s.latency_ms for s in row.samples if (s.prompt, s.seed) in dense_ms]
 
 
-@dataclass
-class Comparison:
+@dataclass(repr=False)
+class Comparison(Shown):
     """Speed and quality of recipes beside the dense run. Made by `compare`.
 
     Attributes
@@ -327,27 +328,8 @@ class Comparison:
         }
         return {key: value for key, value in entry.items() if value is not None}
 
-    def __str__(self) -> str:
-        return "".join(_rendered(self.table()))
-
     def __rich__(self) -> Table:
         return self.table()
-
-    def _repr_html_(self) -> str:
-        from accelplug.plug import as_html
-
-        return as_html(self.table())
-
-
-def _rendered(renderable: Any) -> Iterator[str]:
-    import io
-
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=150)
-    with console.capture() as capture:
-        console.print(renderable)
-    yield capture.get()
 
 
 def _number(value: float | None, digits: int) -> str:

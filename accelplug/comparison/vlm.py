@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from accelplug import files
 from accelplug.comparison.environment import environment
 from accelplug.comparison.evaluators import amber, chair, mme, pope
 from accelplug.comparison.evaluators.pope import YesNo
@@ -23,6 +24,7 @@ from accelplug.comparison.questions import first_tokens
 from accelplug.errors import AccelplugError
 from accelplug.hosts.gate import synchronise
 from accelplug.plug import apply
+from accelplug.show import Shown, as_html
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -141,8 +143,8 @@ class Outcome:
         }
 
 
-@dataclass
-class VlmComparison:
+@dataclass(repr=False)
+class VlmComparison(Shown):
     """What `compare` found on a vision-language model. Prints as a table; writes JSON or a page."""
 
     model: str
@@ -204,11 +206,6 @@ class VlmComparison:
             for note in row.notes:
                 yield f"{row.name}: {note}"
 
-    def _repr_html_(self) -> str:
-        from accelplug.plug import as_html
-
-        return as_html(self)
-
     def to_json(self, path: str | Path) -> None:
         """Write all figures, the settings of the exam and the environment."""
         exam = {
@@ -221,13 +218,11 @@ class VlmComparison:
             "max_new_tokens": self.exam.max_new_tokens,
         }
         data = {"model": self.model, "exam": exam, "environment": self.environment, "rows": [r.summary() for r in self.rows]}
-        Path(path).write_text(json.dumps(_finite(data), indent=1) + "\n")
+        files.write(path, json.dumps(_finite(data), indent=1) + "\n")
 
     def to_html(self, path: str | Path) -> None:
         """Write one self-contained page."""
-        from accelplug.plug import as_html
-
-        Path(path).write_text(f"<!doctype html><meta charset=utf-8><title>{self.model}</title>{as_html(self)}")
+        files.write(path, f"<!doctype html><meta charset=utf-8><title>{self.model}</title>{as_html(self)}")
 
 
 def _delta(delta: Delta | None) -> str:

@@ -15,10 +15,12 @@ import numpy as np
 from accelplug.comparison.environment import device_name, environment
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.questions import Asker, Item, digest, figures, items, shifted_accuracy
+from accelplug.comparison.ranks import write
 from accelplug.comparison.result import Spread
 from accelplug.errors import AccelplugError
-from accelplug.plug import as_html, model_facts
+from accelplug.plug import model_facts
 from accelplug.recipe import Measured, load
+from accelplug.show import as_html
 from accelplug.tuning.aims import Aim, aims
 from accelplug.tuning.budget import TASK_METRICS, Bound, parse
 from accelplug.tuning.contest import FINALISTS, PAGE, SEARCH_SHARE, STOCK, Contest
@@ -122,7 +124,7 @@ def _fingerprint(model: Any, asked: Sequence[Item], seed: int, asker: Asker) -> 
 # ------------------------------------------------------------------------------------------------------------- the result
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Answered(Tuned):
     """What tune() found on a language model; its table has figures of answers, and the gain over stock on the proof.
 
@@ -153,9 +155,7 @@ class Answered(Tuned):
 
     def to_html(self, path: str | Path) -> Path:
         """Write the table as a page."""
-        path = Path(path)
-        path.write_text(f"<!doctype html><meta charset=utf-8><title>tune</title>{as_html(self)}")
-        return path
+        return write(path, f"<!doctype html><meta charset=utf-8><title>tune</title>{as_html(self)}")
 
 
 def _tuned(contest: Contest, seed: int) -> Answered:

@@ -14,6 +14,7 @@ import yaml
 from accelplug.comparison.ranks import is_first, write
 from accelplug.errors import AccelplugError
 from accelplug.recipe import SCHEMA, ModelFacts, Recipe
+from accelplug.show import Shown
 from accelplug.table import Table as Tensors
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ class Point:
             self.margin, self.worst_run = margin, run
 
 
-@dataclass(frozen=True, eq=False)
-class Tuned(Recipe):
+@dataclass(frozen=True, eq=False, repr=False)
+class Tuned(Shown, Recipe):
     """The fastest recipe within the budget, or dense. A `Recipe` like others, that also knows how it was found.
 
     Attributes
@@ -182,11 +183,6 @@ class Tuned(Recipe):
 
     def __rich__(self) -> Table:
         return self.table()
-
-    def __str__(self) -> str:
-        from accelplug.comparison.result import _rendered
-
-        return "".join(_rendered(self.table()))
 
 
 def _referring(recipe: dict[str, Any], path: Path) -> dict[str, Any]:

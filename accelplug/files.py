@@ -1,0 +1,121 @@
+"""A user's files: places that are checked before the work, text that is UTF-8 or refused, and writing whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import Any
+
+from accelplug.errors import AccelplugError
+
+
+def path_of(given: Any, what: str) -> Path:
+    """Return a path that a user gave, as text or as a `Path`.
+
+    Raises
+    ------
+    AccelplugError
+        If it is neither, or names nothing that a file system can hold.
+    """
+    if not isinstance(given, str | os.PathLike) or isinstance(os.fspath(given), bytes):
+        raise AccelplugError(f"{what}: expected a path, as text or as a Path, got {type(given).__name__}.")
+    path = Path(given)
+    if "\0" in str(path) or not str(given).strip():
+        raise AccelplugError(f"{what}: expected a path, got {str(given)!r}.")
+    return path
+
+
+def output(given: Any, what: str = "The file to write", suffixes: tuple[str, ...] = ()) -> Path:
+    """Return the path of a file that can be written, ahead of the work whose result goes there.
+
+    Parameters
+    ----------
+    given : the path.
+    what : what the file is, for the message.
+    suffixes : ends of the name of which it must have one, ``.yaml``; any if there are none.
+
+    Raises
+    ------
+    AccelplugError
+        If it is no path, has another end, is a folder, or its folder is not there or cannot be written to.
+    """
+    path = path_of(given, what)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise AccelplugError(f"{what}: expected a name that ends in {' or '.join(suffixes)}, got {path}.")
+    try:
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            raise AccelplugError(f"{what}: {path} is a folder; give the name of a file in it.")
+        if not target.parent.is_dir():
+            raise AccelplugError(f"{what}: {path} cannot be written, there is no folder {target.parent}. Make it first.")
+        if not os.access(target if target.exists() else target.parent, os.W_OK):
+            raise AccelplugError(f"{what}: {path} must not be written to. Give a place of yours.")
+    except OSError as error:
+        raise AccelplugError(f"{what}: {path} cannot be written: {error.strerror or error}.") from error
+    return path
+
+
+def read(given: Any, what: str = "The file", limit: int | None = None) -> str:
+    """Return the text of a file, line ends as they are, without a byte order mark.
+
+    Parameters
+    ----------
+    given : the path.
+    what : what the file is, for the message.
+    limit : bytes that it may have; a larger file is refused before it is read.
+
+    Raises
+    ------
+    AccelplugError
+        If it is no path, not there, a folder, too large, or not UTF-8.
+    """
+    path = path_of(given, what)
+    try:
+        if limit is not None and (size := path.stat().st_size) > limit:
+            raise AccelplugError(f"{what}: {path} has {size} bytes, more than {limit}. Is it the right file?")
+        with path.open("rb") as file:
+            data = file.read() if limit is None else file.read(limit + 1)
+    except OSError as error:
+        raise AccelplugError(f"{what}: {path} cannot be read: {error.strerror or error}.") from error
+    if limit is not None and len(data) > limit:
+        raise AccelplugError(f"{what}: {path} has more than {limit} bytes. Is it the right file?")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise AccelplugError(
+            f"{what}: {path} is no UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8."
+        ) from error
+
+
+def write(given: Any, data: str | bytes) -> Path:
+    """Write a file whole or not at all: beside it, then moved over it. Links are followed, a file's mode is kept.
+
+    Raises
+    ------
+    AccelplugError
+        If it cannot be written; what was there is then as before.
+    """
+    path = path_of(given, "The file to write")
+    data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
+    target = Path(os.path.realpath(path))
+    try:
+        mode = target.stat().st_mode if target.exists() else None
+        if mode is not None and not stat.S_ISREG(mode):  # a device or a pipe; a folder refuses by itself
+            target.write_bytes(data)
+            return path
+        beside = target.with_name(f".{secrets.token_hex(8)}.tmp")
+        try:
+            with beside.open("xb") as file:
+                file.write(data)
+            if mode is not None:
+                beside.chmod(stat.S_IMODE(mode))
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise AccelplugError(
+            f"{path} cannot be written: {error.strerror or error}. What was there is as before; give another place, or make room."
+        ) from error
+    return path
