@@ -1,0 +1,338 @@
+"""What the head patches do to a whole model, said a second time: plain float64 probabilities, no cache, no kernel, no host.
+
+A stock model is read once over the prompt and the tokens that were answered, with its attention replaced by a softmax over all
+keys that its own mask lets a row read. A method is written from its paper's formulas, as what it makes of those probabilities.
+Attention is causal, so that row ``n - 1 + t`` of the result is the logits of step t of an answer to a prompt of n tokens, and no
+bookkeeping of a cache can be wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from tests.tiny_language_models import IMAGE, VIDEO, forward
+
+NAME = "plain_probabilities"
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the tokens of a batch are: bool (B, S) each."""
+
+    valid: Tensor
+    prompt: Tensor
+    """Asked, not answered."""
+    visual: Tensor
+    """Shown by images and videos."""
+    system: Tensor
+    """Text ahead of the images."""
+    question: Tensor
+    """Text of the prompt behind the first image."""
+    later: Tensor
+    """Text behind the first image, asked or answered."""
+    answering: Tensor
+    """Each row's last token of the prompt, and what was answered."""
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor, asked: int) -> Tokens:
+        """Read them off (B, S) ids, of which `asked` columns are the prompt, and the mask of what is no padding."""
+        at, valid = torch.arange(ids.shape[1]), mask.bool()
+        prompt = valid & (at < asked)
+        visual = prompt & ((ids == IMAGE) | (ids == VIDEO))
+        behind = visual.cumsum(-1) > 0
+        later = valid & behind & ~visual
+        system = prompt & ~behind & visual.any(-1, keepdim=True)
+        last = (prompt * at).amax(-1, keepdim=True)
+        return cls(valid, prompt, visual, system, later & prompt, later, valid & (at >= last))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One layer's attention: scores (B, H, S, S), -inf where a row may not read; values (B, H, S, D); what entered the layer (B, S, C)."""
+
+    layer: int
+    scores: Tensor
+    v: Tensor
+    hidden: Tensor
+    tokens: Tokens
+
+    @property
+    def p(self) -> Tensor:
+        """Probabilities (B, H, S, S): exactly 0 where a row may not read, and in rows that may read nothing."""
+        return self.scores.softmax(-1).nan_to_num(0.0)
+
+    def rows(self, where: Tensor, new: Tensor) -> Tensor:
+        """Probabilities `new` in some rows, bool (B, S), of those texts that show an image; the model's own elsewhere."""
+        return torch.where((where & self.tokens.visual.any(-1, keepdim=True))[:, None, :, None], new, self.p)
+
+
+class Method:
+    """The model's own attention."""
+
+    def prepare(self, oracle: Oracle, given: Inputs) -> None:
+        """Find out what must be known of a prompt before it is answered."""
+
+    def attend(self, call: Call) -> Tensor:
+        """Outputs of all heads (B, H, S, D)."""
+        return call.p @ call.v
+
+
+class Oracle:
+    """A float64 copy of a stock model, read by way of `Method`."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = copy.deepcopy(model).double()
+        self.model.config.get_text_config()._attn_implementation = NAME
+        self.layers = self.model.get_decoder().layers
+        self._hidden: Tensor = torch.empty(0)
+        self._method, self._layers = Method(), set[int]()
+        self._outputs: dict[int, Tensor] = {}
+        for layer in self.layers:
+            layer.register_forward_pre_hook(self._enter, with_kwargs=True)
+
+    def _enter(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._hidden = args[0] if args else kwargs["hidden_states"]
+
+    def _attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, **kwargs: Any) -> Any:
+        assert kwargs.get("softcap") is kwargs.get("s_aux") is None
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = (q @ k.mT * scaling).masked_fill(mask < 0, -torch.inf)
+        call = Call(module.layer_idx, scores, v, self._hidden, self._tokens)
+        self._outputs[call.layer] = call.p @ v
+        out = self._method.attend(call) if call.layer in self._layers else call.p @ v
+        return out.transpose(1, 2).contiguous(), None
+
+    def read(self, given: Inputs, asked: int, method: Method, layers: Iterable[int]) -> Tensor:
+        """Logits (B, S, V) of all rows, with a method in some layers."""
+        self._tokens = Tokens.of(given["input_ids"], given["attention_mask"], asked)
+        self._method, self._layers, self._outputs = method, set(layers), {}
+        with _registered(self._attend):
+            return forward(self.model, {**given, "use_cache": False})
+
+    def outputs(self, given: Inputs, method: Method, layers: Iterable[int]) -> dict[int, Tensor]:
+        """By layer, what the heads bring of each row of a prompt before the method has its say there: (B, H, S, D)."""
+        self.read(given, given["input_ids"].shape[1], method, layers)
+        return self._outputs
+
+    def answer(self, method: Method, given: Inputs, ids: Tensor | None = None, layers: Iterable[int] | None = None) -> Tensor:
+        """Logits (B, S, V) of a prompt and of what was answered to it, `ids` (B, S) being both."""
+        layers = range(len(self.layers)) if layers is None else layers
+        given = {key: x.double() if x.is_floating_point() else x for key, x in given.items()}
+        self.of_method = list(layers)
+        method.prepare(self, given)
+        asked = given["input_ids"].shape[1]
+        return self.read(given if ids is None else extended(given, ids), asked, method, layers)
+
+
+@contextmanager
+def _registered(attend: Any) -> Iterator[None]:
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, eager_mask)
+    try:
+        yield
+    finally:
+        for table in (AttentionInterface, AttentionMaskInterface):
+            table._global_mapping.pop(NAME)
+
+
+def extended(given: Inputs, ids: Tensor) -> Inputs:
+    """Inputs of a prompt with the answer behind it: text, and no padding."""
+    more = ids.shape[1] - given["input_ids"].shape[1]
+    fill = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
+    longer = {key: torch.nn.functional.pad(given[key], (0, more), value=x) for key, x in fill.items() if key in given}
+    return {**given, **longer, "input_ids": ids}
+
+
+def normalised(p: Tensor) -> Tensor:
+    """Attention whose rows sum to 1."""
+    return p / p.sum(-1, keepdim=True)
+
+
+def mass(p: Tensor, span: Tensor) -> Tensor:
+    """Attention of every head and row to a span of keys, bool (B, S): (B, H, S)."""
+    return (p * span[:, None, None]).sum(-1)
+
+
+def strongest(x: Tensor, share: float) -> Tensor:
+    """The share of heads with the largest values, bool; x (H,)."""
+    order = sorted(range(len(x)), key=lambda h: -float(x[h]))
+    return torch.tensor([h in order[: round(share * len(x))] for h in range(len(x))])
+
+
+# ------------------------------------------------------------------------------------------------------------- the methods
+
+
+@dataclass
+class VisualBias(Method):
+    """Attention of later text times a weight on images and one on the system prompt, renormalised."""
+
+    image_weight: float
+    system_weight: float
+
+    def attend(self, call: Call) -> Tensor:
+        tokens = call.tokens
+        weight = 1 + (self.image_weight - 1) * tokens.visual + (self.system_weight - 1) * tokens.system
+        return call.rows(tokens.later, normalised(call.p * weight[:, None, None])) @ call.v
+
+
+@dataclass
+class Pai(Method):
+    """``s + alpha |s|`` on images in rows that answer (2407.21771)."""
+
+    alpha: float
+
+    def attend(self, call: Call) -> Tensor:
+        return raised(call, self.alpha * call.tokens.visual.double()) @ call.v
+
+
+def raised(call: Call, share: Tensor) -> Tensor:
+    """Attention of rows that answer with scores raised by a share of their size, (B, S) by key."""
+    scores = torch.where(call.scores.isfinite(), call.scores + share[:, None, None] * call.scores.abs(), -torch.inf)
+    return call.rows(call.tokens.answering, scores.softmax(-1).nan_to_num(0.0))
+
+
+@dataclass
+class Imbalance(Method):
+    """As PAI, on what the class token of the vision tower looks at early (local), and late by far the most (summary) (2501.12206)."""
+
+    local_alpha: float
+    summary_alpha: float
+    local_share: float = 0.25
+
+    def prepare(self, oracle: Oracle, given: Inputs) -> None:
+        tower = oracle.model.base_model.vision_tower
+        tower.set_attn_implementation("eager")
+        maps = tower(given["pixel_values"], output_attentions=True).attentions
+        first, late = (maps[i][:, :, 0, 1:].sum(1) for i in (0, -2))  # [images, patches]
+        share = torch.zeros_like(first)
+        for i in range(len(share)):
+            low, high = (late[i].quantile(q) for q in (0.25, 0.75))
+            summary = late[i] > high + 1.5 * (high - low)
+            share[i] = torch.where(strongest(first[i], self.local_share), self.local_alpha, 0.0)
+            share[i][summary] = self.summary_alpha
+        self.share = share.flatten()
+
+    def attend(self, call: Call) -> Tensor:
+        share = torch.zeros_like(call.hidden[..., 0])
+        share[call.tokens.visual] = self.share
+        return raised(call, share) @ call.v
+
+
+@dataclass
+class Var(Method):
+    """A fraction of what heads spend on sinks goes to the image's other tokens (2503.03321)."""
+
+    move_fraction: float
+    min_nonsink_ratio: float
+    min_visual_mass: float
+    sink_dims: list[int]
+    sink_threshold: float
+
+    def attend(self, call: Call) -> Tensor:
+        x = call.hidden
+        phi = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())[..., self.sink_dims].abs().amax(-1)
+        sinks = call.tokens.prompt & (phi >= self.sink_threshold)
+        rest = call.tokens.visual & ~sinks
+        sinks &= (sinks & call.tokens.visual).any(-1, keepdim=True)
+        p, seen = call.p, mass(call.p, call.tokens.visual)
+        chosen = (seen >= self.min_visual_mass) & (mass(p, rest) / seen >= self.min_nonsink_ratio)
+        moved = self.move_fraction * mass(p, sinks) / mass(p, rest)
+        factor = 1 - self.move_fraction * sinks[:, None, None] + rest[:, None, None] * moved[..., None]
+        return call.rows(call.tokens.later, torch.where(chosen[..., None], p * factor, p)) @ call.v
+
+
+@dataclass
+class Vhr(Method):
+    """The heads that differ most from what they are without the image count more, in all rows (2412.13949)."""
+
+    gain: float
+
+    def prepare(self, oracle: Oracle, given: Inputs) -> None:
+        ids, valid = given["input_ids"], given["attention_mask"].bool()
+        tokens = Tokens.of(ids, valid, ids.shape[1])
+        self.gains: dict[int, Tensor] = {}
+        for layer in oracle.of_method:  # each chosen with the gains of those before in force
+            seeing, gains = oracle.outputs(given, self, self.gains)[layer], dict(self.gains)
+            chosen = torch.zeros(seeing.shape[:2], dtype=torch.bool)
+            for b in tokens.visual.any(-1).nonzero().flatten().tolist():
+                text = ids[b, valid[b] & ~tokens.visual[b]][None]
+                self.gains = {at: x[b : b + 1] for at, x in gains.items()}
+                blind = oracle.outputs({"input_ids": text, "attention_mask": torch.ones_like(text)}, self, gains)[layer]
+                last = int(valid[b].nonzero().max())
+                vhd, ta = (seeing[b, :, last] - blind[0, :, -1]).norm(dim=-1), blind[0, :, -1].square().sum(-1)
+                only_blind = (vhd > vhd.mean() + vhd.std(correction=0)) & (ta > ta.mean() + ta.std(correction=0))
+                vhd[only_blind] = 0
+                chosen[b] = vhd > vhd.quantile(0.5)
+            self.gains = {**gains, layer: torch.where(chosen, self.gain, 1.0).double()}
+
+    def attend(self, call: Call) -> Tensor:
+        return call.p @ call.v * self.gains[call.layer][..., None, None]
+
+
+@dataclass
+class Gift(Method):
+    """What the question made the model look at, rows that answer look at more; the question does not lose by it (2510.22067)."""
+
+    saliency_layer: int
+    enhance: list[int]
+    alpha: float
+    balance: float = 1.0
+    head_share: float = 0.5
+
+    def prepare(self, oracle: Oracle, given: Inputs) -> None:
+        self.weight: Tensor | None = None
+        oracle.read(given, given["input_ids"].shape[1], self, [self.saliency_layer])
+
+    def _read(self, call: Call) -> None:
+        """The map of weights, (B, S), of a plain pass."""
+        self.weight = torch.ones_like(call.hidden[..., 0])
+        for b in call.tokens.visual.any(-1).nonzero().flatten().tolist():
+            p, visual = call.p[b], call.tokens.visual[b]
+            moves = torch.zeros_like(p[:, 0])  # [H, S]
+            for i in call.tokens.question[b].nonzero().flatten().tolist():
+                moves += (p[:, i] - p[:, i - 1]).clamp(min=0)
+            heads = strongest(moves[:, visual].sum(-1), self.head_share)
+            gaze = moves[heads].mean(0)[visual]
+            mean, spread = gaze.mean(), gaze.std(correction=0)
+            gaze = gaze.clamp(mean - 3 * spread, mean + 3 * spread)
+            self.weight[b, visual] = torch.exp(self.alpha * (gaze - gaze.min()) / (gaze.max() - gaze.min()))
+
+    def attend(self, call: Call) -> Tensor:
+        if self.weight is None:
+            self._read(call)
+        elif self.enhance[0] <= call.layer < self.enhance[1]:
+            return self._shifted(call, self.weight) @ call.v
+        return call.p @ call.v
+
+    def _shifted(self, call: Call, weight: Tensor) -> Tensor:
+        tokens, new = call.tokens, call.p.clone()
+        for b, i in (tokens.answering & tokens.visual.any(-1, keepdim=True)).nonzero().tolist():
+            visual, question = (span[b].nonzero().flatten() for span in (tokens.visual, tokens.question))
+            row = new[b, :, i]  # [H, S]
+            seen, asked = row[:, visual].sum(-1), row[:, question].sum(-1)
+            lookers, askers = strongest(seen, self.head_share), strongest(asked, self.head_share)
+            row[:, visual] *= torch.where(lookers[:, None], weight[b, visual], 1.0)
+            grown = row[lookers][:, visual].sum() / seen[lookers].sum()
+            row[:, question] *= torch.where(askers, self.balance * grown, 1.0)[:, None]
+            new[b, :, i] = normalised(row)
+        return new
+
+
+METHODS: dict[str, type[Method]] = {
+    "visual_bias": VisualBias,
+    "var": Var,
+    "vhr": Vhr,
+    "gift": Gift,
+    "pai": Pai,
+    "imbalance": Imbalance,
+}
