@@ -124,7 +124,9 @@ class Oracle:
         self.read(given, given["input_ids"].shape[1], method, layers)
         return self._outputs
 
-    def answer(self, method: Method, given: Inputs, ids: Tensor | None = None, layers: Iterable[int] | None = None) -> Tensor:
+    def answer(
+        self, method: Method, given: Inputs, ids: Tensor | None = None, layers: Iterable[int] | None = None
+    ) -> Tensor:
         """Logits (B, S, V) of a prompt and of what was answered to it, `ids` (B, S) being both."""
         layers = range(len(self.layers)) if layers is None else layers
         given = {key: x.double() if x.is_floating_point() else x for key, x in given.items()}
@@ -271,7 +273,7 @@ class Vhr(Method):
                 last = int(valid[b].nonzero().max())
                 vhd, ta = (seeing[b, :, last] - blind[0, :, -1]).norm(dim=-1), blind[0, :, -1].square().sum(-1)
                 only_blind = (vhd > vhd.mean() + vhd.std(correction=0)) & (ta > ta.mean() + ta.std(correction=0))
-                vhd[only_blind] = 0
+                vhd[only_blind | (vhd < 1e-5)] = 0  # where a window holds no image, what is left is rounding
                 chosen[b] = vhd > vhd.quantile(0.5)
             self.gains = {**gains, layer: torch.where(chosen, self.gain, 1.0).double()}
 
@@ -322,7 +324,7 @@ class Gift(Method):
             seen, asked = row[:, visual].sum(-1), row[:, question].sum(-1)
             lookers, askers = strongest(seen, self.head_share), strongest(asked, self.head_share)
             row[:, visual] *= torch.where(lookers[:, None], weight[b, visual], 1.0)
-            grown = row[lookers][:, visual].sum() / seen[lookers].sum()
+            grown = row[lookers][:, visual].sum() / seen[lookers].sum() if seen.any() else 1.0  # no image in the window
             row[:, question] *= torch.where(askers, self.balance * grown, 1.0)[:, None]
             new[b, :, i] = normalised(row)
         return new

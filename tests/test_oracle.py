@@ -16,10 +16,10 @@ WORKING: dict[str, dict[str, Any]] = {
     "visual_bias": {"image_weight": 6.0, "system_weight": 0.3},
     "var": {
         "move_fraction": 0.6,
-        "sink_dims": [3, 7],
-        "sink_threshold": 1.5,
-        "min_visual_mass": 0.2,
-        "min_nonsink_ratio": 0.5,
+        "sink_dims": [5, 9],
+        "sink_threshold": 1.2,
+        "min_visual_mass": 0.1,
+        "min_nonsink_ratio": 0.4,
     },
     "vhr": {"gain": 2.0},
     "gift": {"saliency_layer": 1, "enhance": [2, 4], "alpha": 3.0},
@@ -29,7 +29,7 @@ WORKING: dict[str, dict[str, Any]] = {
 TOWER = {"llava"}
 """Families whose vision tower has a class token and one image token a patch, which imbalance needs."""
 STEPS = 4
-CLOSE = {"atol": 1e-6, "rtol": 0.0}
+CLOSE = {"atol": 5e-6, "rtol": 0.0}
 
 
 def sharp(name: str) -> Any:
@@ -74,10 +74,10 @@ def hold(name: str, patch: str, given: Inputs, **how: Any) -> None:
     assert ((expected - stock)[:, asked - 1 :].abs().amax((1, 2)) > 1e-2).all()
 
 
-@pytest.mark.parametrize("patch", WORKING)
-@pytest.mark.parametrize("name", VLM)
+PAIRS = [(patch, name) for patch in WORKING for name in VLM if patch != "imbalance" or name in TOWER]
+
+
+@pytest.mark.parametrize(("patch", "name"), PAIRS)
 def test_every_patch_on_every_family(patch, name):
     """A batch padded on the left, whose second row shows two images; grouped heads; Gemma 3's windows of 8."""
-    if patch == "imbalance" and name not in TOWER:
-        pytest.skip("imbalance needs a vision tower with a class token")
     hold(name, patch, inputs(name))

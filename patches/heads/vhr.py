@@ -29,10 +29,17 @@ if TYPE_CHECKING:
     from accelplug.call import AttentionCall, Clock, Prompt, Site
 
 
+UNMOVED = 1e-3
+"""A head whose output moves by less than this share of its size, or by rounding, has not seen that the image is gone: a window
+that holds no image, in a layer ahead of all that do."""
+
+
 def divergence(seeing: Tensor, blind: Tensor) -> tuple[Tensor, Tensor]:
     """VHD and TA of heads, (B, H) float32 each, from their outputs (B, H, D_v) with and without the image."""
+    rounding = max(UNMOVED, 2 * torch.finfo(seeing.dtype).eps)
     seeing, blind = seeing.float(), blind.float()
-    return (seeing - blind).norm(dim=-1), blind.square().sum(-1)
+    vhd, ta = (seeing - blind).norm(dim=-1), blind.square().sum(-1)
+    return vhd.where(vhd > rounding * ta.sqrt(), 0.0), ta
 
 
 def vision_aware(vhd: Tensor, ta: Tensor, drop_outliers: bool = True) -> Tensor:
