@@ -48,6 +48,22 @@ def reallocate(q_pool: Tensor, k_pool: Tensor, number: Tensor, k_text: Tensor, t
     return torch.cat([pooled, text], -1).softmax(-1)[..., :blocks].nan_to_num(nan=0.0)  # NaN: nothing may be read
 
 
+def text_keys(k: Tensor, k_len: Tensor, block_k: int, visual_slots: int, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the keys that are not pooled, float32 (B, H_kv, T, D), and those of them that may be read, bool (B|1, H|1, T).
+
+    Parameters
+    ----------
+    k : Tensor (B, H_kv, P, D), tokens in block order; slots from `visual_slots` on are text.
+    k_len : int32 (N,), keys at the front of each block of `block_k` slots.
+    key_mask : bool (B, P) or (B, H, P), keys that may be read; None for all.
+    """
+    slot = torch.arange(visual_slots, k.shape[-2], device=k.device)
+    valid = (slot % block_k < k_len[slot // block_k])[None, None]
+    if key_mask is not None:
+        valid = valid & (key_mask[:, None] if key_mask.ndim == 2 else key_mask)[..., visual_slots:]
+    return k[..., visual_slots:, :].float(), valid
+
+
 def gains(q_pool: Tensor, k_pool: Tensor, q_deviation: Tensor, k_deviation: Tensor) -> Tensor:
     """Return which pairs of blocks are worth a pooled key, bool (B, H, M, N): means (B, H, M|N, D) and their deviations."""
     keys, key_deviation = k_pool.transpose(-1, -2), k_deviation.transpose(-1, -2)
@@ -91,13 +107,8 @@ def rectify(
     q_pool, _ = pool(q, plan.q_len, plan.block_q)
     k_mean, number = pool(k, plan.k_len, plan.block_k, key_mask)
     k_pool = k_mean[..., :blocks, :].repeat_interleave(ratio, 1)
-    k_text = k[..., visual_slots:, :].float().repeat_interleave(ratio, 1)
-    text_valid = torch.arange(plan.key_slots, device=k.device) % plan.block_k < plan.k_len.repeat_interleave(plan.block_k)
-    text_valid = text_valid[None, None, visual_slots : k.shape[-2]]
-    if key_mask is not None:
-        masked = key_mask[:, None] if key_mask.ndim == 2 else key_mask
-        text_valid = text_valid & masked[..., visual_slots:]
-    probability = reallocate(q_pool, k_pool, number[..., :blocks], k_text, text_valid, scale)
+    k_text, text_valid = text_keys(k, plan.k_len, plan.block_k, visual_slots, key_mask)
+    probability = reallocate(q_pool, k_pool, number[..., :blocks], k_text.repeat_interleave(ratio, 1), text_valid, scale)
 
     rest = plan.at(0)[..., :blocks]
     if gain:

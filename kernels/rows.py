@@ -66,6 +66,26 @@ def top_k(scores: Tensor, k: int | Tensor, *, candidates: Tensor | None = None) 
     return torch.zeros_like(candidate).scatter(-1, entry, keep & candidate)
 
 
+def within_budget(scores: Tensor, cost: Tensor, budget: Tensor, *, candidates: Tensor | None = None) -> Tensor:
+    """Keep the entries of each row that score highest while the row has budget left; the entry that uses it up is kept.
+
+    Parameters
+    ----------
+    scores : Tensor (..., N), any finite numbers.
+    cost : what an entry takes of the budget, at least 0, broadcast to (..., N).
+    budget : Tensor (...), one for each row.
+    candidates : bool, broadcast to (..., N), the entries that may be kept; None for all.
+
+    Returns
+    -------
+    members : bool (..., N). Of equal scores the first is kept first.
+    """
+    _, entry, candidate = _sorted(scores, candidates)
+    ordered_cost = torch.where(candidate, cost.expand(scores.shape).gather(-1, entry), 0.0)
+    keep = ordered_cost.cumsum(-1) - ordered_cost < budget[..., None]
+    return torch.zeros_like(candidate).scatter(-1, entry, keep & candidate)
+
+
 def _sorted(scores: Tensor, candidates: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, entries and candidacy, each (..., N), best first and candidates before all others."""
     if candidates is None:

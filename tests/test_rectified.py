@@ -70,17 +70,23 @@ def members_by_hand(layout, blocks, config, key_mask=None) -> torch.Tensor:
             continue
         if not rows:
             continue
-        weight = {j: math.exp(blocks.scale * q[rows].mean(0) @ k[read[j]].mean(0)) for j in candidates}
-        ranked = sorted(candidates, key=lambda j: -weight[j])
+        query = q[rows].mean(0)
+        weight = {j: math.exp(blocks.scale * query @ k[read[j]].mean(0)) for j in candidates}
+        if any(text):  # a pooled key counts as often as it has keys, and all text together is one candidate
+            weight = {j: w * len(read[j]) for j, w in weight.items()}
+            words = [t for j, part in enumerate(read) if text[j] for t in part]
+            weight[-1] = sum(math.exp(blocks.scale * query @ k[t]) for t in words)
+        ranked = sorted(weight, key=lambda j: -weight[j])
         least = max(1, math.floor((1 - config.drop_rate) * len(candidates) + 1e-9))
         for rank, j in enumerate(ranked):
-            mass = sum(weight[i] for i in ranked[: rank + 1]) / sum(weight.values())
-            members[m, j] = rank < least or mass <= config.p
+            mass_before = sum(weight[i] for i in ranked[:rank]) / sum(weight.values())
+            if j >= 0:
+                members[m, j] = rank < least or mass_before < config.p
         for j, part in enumerate(keys):
             near = config.adjacent and touches(rows, part, layout)
             frames = layout.grid_thw[0]
             visual = blocks.q_tiles.visual_slots
-            start = m < math.ceil(visual / blocks.block / frames) and j < math.ceil(visual / blocks.block_k / frames)
+            start = m < visual // blocks.block // frames and j < visual // blocks.block_k // frames
             members[m, j] |= bool(part) and (text[j] or near or (config.first_frame and start))
     return members
 

@@ -50,8 +50,8 @@ def mask_of(method: Svg, layout: Layout, mode: int) -> torch.Tensor:
     width = band_width(config.density, layout.length, layout.length - layout.visual)
     at = slot // config.block
     visual = (at[:, None] - at).abs() * config.block <= width
-    if config.sink and mode == SPATIAL:
-        visual[:, at <= at[: math.prod(layout.grid_thw[1:])].max()] = True
+    if config.sink:  # as many tokens as a frame has, the first ones of the order
+        visual[:, at <= (math.prod(layout.grid_thw[1:]) - 1) // config.block] = True
     reads = torch.ones(layout.length, layout.length, dtype=torch.bool)
     inside = slice(layout.text_before, layout.text_before + layout.visual)
     reads[inside, inside] = visual

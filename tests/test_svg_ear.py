@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -64,29 +66,47 @@ def blocks_of(layout, q, k, v, **config) -> tuple[SvgEar, Blocks]:
     return patch, Blocks.of(call, *patch.arrange(call, params), 8, 8)
 
 
-def test_a_row_reads_the_fewest_blocks_that_carry_its_share():
+def members_by_hand(blocks, top_p, min_ratio) -> torch.Tensor:
+    """The released rule, one row of 14 visual blocks at a time, float64: attention to means says how much, error says what."""
+    error = compensation_error(blocks.q_pool, blocks.k, blocks.v, blocks.key_lengths, 8, 0.5, None)[..., :14, :14].double()
+    keys = blocks.key_lengths[:14].double()
+    logits = 0.5 * blocks.q_pool.double()[..., :14, :] @ blocks.k_pool.double()[..., :14, :].mT
+    mass = (logits + keys.log()).softmax(-1)
+    members = torch.zeros(error.shape, dtype=torch.bool)
+    for row in itertools.product(*map(range, error.shape[:-1])):
+        ranked = mass[row].argsort(descending=True).tolist()
+        likeliest = [j for n, j in enumerate(ranked) if n < int(28 * min_ratio) or sum(mass[row][ranked[:n]]) < top_p]
+        read = ranked[: max(1, int(14 * min_ratio))] if min_ratio else []
+        budget = sum(keys[likeliest]) - sum(keys[read])
+        for j in error[row].argsort(descending=True).tolist():
+            if j not in read and budget > 0:
+                read.append(j)
+                budget -= keys[j]
+        members[(*row, read)] = True
+    return members
+
+
+@pytest.mark.parametrize(("top_p", "min_ratio"), [(0.6, 0.0), (0.9, 0.1), (0.3, 0.2), (0.0, 0.25)])
+def test_attention_to_means_says_how_much_a_row_reads_and_the_error_says_what(top_p, min_ratio):
     layout = Layout((3, 5, 7), 0, 4)
     q, k, v = 2 * torch.randn(3, 2, 2, layout.length, 8)
-    patch, blocks = blocks_of(layout, q, k, v, top_p=0.6, min_ratio=0.0)
+    patch, blocks = blocks_of(layout, q, k, v, top_p=top_p, min_ratio=min_ratio)
     members = patch.route(blocks).members[..., :14, :14]  # 105 visual tokens in 14 blocks, text in one
-    error = compensation_error(blocks.q_pool, blocks.k, blocks.v, blocks.key_lengths, 8, 0.5, None)[..., :14, :14]
-    share = error / error.sum(-1, keepdim=True)
-    carried = (share * members).sum(-1)
-    least_read = share.masked_fill(~members, 2).amin(-1)
-    assert (carried >= 0.6 - 1e-6).all()
-    assert (carried - least_read < 0.6).all()
-    assert (share.masked_fill(members, -1).amax(-1) <= least_read).all()
+    assert torch.equal(members, members_by_hand(blocks, top_p, min_ratio))
+    assert 0.05 < float(members.float().mean()) < 1
 
 
-@pytest.mark.parametrize("min_ratio", [0.0, 0.1, 0.5, 1.0])
-def test_every_row_reads_its_least_and_text(min_ratio):
+@pytest.mark.parametrize("min_ratio", [0.0, 0.1, 0.25, 0.5])
+def test_every_row_reads_twice_its_least_and_text(min_ratio):
     layout = Layout((3, 5, 7), 3, 4)
     q, k, v = torch.randn(3, 1, 2, layout.length, 8)
     patch, blocks = blocks_of(layout, q, k, v, top_p=0.0, min_ratio=min_ratio)
     members = patch.route(blocks).members
     assert members[..., 14:, :].all()
     assert members[..., 14:].all()
-    assert (members[..., :14, :14].sum(-1) == {0.0: 1, 0.1: 2, 0.5: 7, 1.0: 14}[min_ratio]).all()
+    read, short = members[..., :14, :14].sum(-1), members[..., :14, 13]  # the last block has one key: it buys no other
+    wanted = {0.0: 1, 0.1: 2, 0.25: 7, 0.5: 14}[min_ratio]
+    assert ((read == wanted) | (short & (read == min(wanted + 1, 14)))).all()
 
 
 def test_a_budget_goes_to_the_worst_pairs_of_a_head():
@@ -96,7 +116,8 @@ def test_a_budget_goes_to_the_worst_pairs_of_a_head():
     members = patch.route(blocks).members
     error = compensation_error(blocks.q_pool, blocks.k, blocks.v, blocks.key_lengths, 8, 0.5, None)
     assert (members.sum((-2, -1)) == 256).all()  # a quarter of 32 x 32
-    forced = torch.zeros_like(members).scatter(-1, error.topk(2, -1).indices, True)
+    likeliest = (blocks.q_pool @ blocks.k_pool.mT).topk(1, -1).indices  # one in 32: blocks of equal length
+    forced = torch.zeros_like(members).scatter(-1, likeliest, True)
     assert (members & forced).sum() == forced.sum()
     chosen, left = error.masked_fill(~members | forced, torch.inf), error.masked_fill(members, -1)
     assert (chosen.amin((-2, -1)) >= left.amax((-2, -1))).all()

@@ -8,10 +8,12 @@ from typing import Any, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn.functional import pad
 
 from accelplug.call import Layout
 from accelplug.kernels.orders import Tiles
 from accelplug.kernels.plan import BlockPlan
+from accelplug.kernels.rectify import reallocate, text_keys
 from accelplug.kernels.rows import top_p
 from accelplug.patches.base import BlockParams, Blocks, RestKind, Scored, ScoredConfig
 
@@ -28,9 +30,7 @@ class RectifiedConfig(ScoredConfig):
         le=1.0,
         description="Share of the visual blocks that a row need not read; 0 reads all: the call runs dense.",
     )
-    p: float = Field(
-        0.3, ge=0.0, le=1.0, description="Probability up to which a row reads its likeliest blocks in any case."
-    )
+    p: float = Field(0.3, ge=0.0, le=1.0, description="Probability that a row's likeliest blocks reach together, at least.")
     adjacent: bool = Field(True, description="Whether a block reads all blocks that it touches in time and space.")
     first_frame: bool = Field(False, description="Whether the first blocks, a frame's worth, read each other.")
 
@@ -47,9 +47,11 @@ class Rectified(Scored):
     With pooled queries and keys (the mean of each block) and ``P = softmax(scale q_m.k_j)`` over visual blocks j, a row of
     blocks m reads
 
-    * its likeliest blocks while their sum is at most p, and at least ``floor((1 - drop_rate) * blocks)`` of them;
+    * its likeliest blocks until their sum exceeds p, and at least ``floor((1 - drop_rate) * blocks)`` of them. In joint
+      attention P is the reallocated one (`kernels.rectify`), and all text together is one candidate more, as released: where
+      it ranks high, a row reads fewer visual blocks;
     * every block that holds a token within one step of one of its own, on all three axes (26 neighbours; `adjacent`);
-    * with `first_frame`, if it is one of the first ``ceil(blocks / frames)`` blocks, the others of these. In raster order
+    * with `first_frame`, if it is one of the first ``floor(blocks / frames)`` blocks, the others of these. In raster order
       they are the first frame; along a curve, where it begins;
     * all text; text rows read everything.
 
@@ -81,19 +83,39 @@ class Rectified(Scored):
             read = adjacency(q_tiles, k_tiles, block, block_k)
         if self.config.first_frame:
             frames = k_tiles.layout.grid_thw[0]
-            first = [-(-tiles.visual_slots // (size * frames)) for tiles, size in ((q_tiles, block), (k_tiles, block_k))]
+            first = [tiles.visual_slots // (size * frames) for tiles, size in ((q_tiles, block), (k_tiles, block_k))]
             read[..., : first[0], : first[1]] = True
         return read
 
     def route(self, blocks: Blocks, always: Tensor | None = None) -> BlockPlan:
         if always is None:
             always = self.always(blocks.q_tiles, blocks.k_tiles)
-        logits = (blocks.q_pool * blocks.scale) @ blocks.k_pool.transpose(-1, -2)
         candidates = blocks.candidates[..., None, :]  # [B|1, H|1, 1, N]
-        probability = logits.masked_fill(~candidates, -torch.inf).softmax(-1)
         k_min = ((1 - self.config.drop_rate) * candidates.sum(-1) + 1e-4).long().clamp(min=1)  # 30 * (1 - 0.8) is 6
-        members = top_p(probability, self.config.p, k_min, rule="within", candidates=candidates)
+        if blocks.k_tiles.visual_slots == blocks.k_tiles.slots:
+            logits = (blocks.q_pool * blocks.scale) @ blocks.k_pool.transpose(-1, -2)
+            probability = logits.masked_fill(~candidates, -torch.inf).softmax(-1)
+            return blocks.plan(top_p(probability, self.config.p, k_min, candidates=candidates) | always)
+        probability = self.beside_text(blocks)
+        text = torch.ones_like(candidates[..., :1])
+        members = top_p(probability, self.config.p, k_min, candidates=torch.cat([candidates, text], -1))[..., :-1]
         return blocks.plan(members | always)
+
+    def beside_text(self, blocks: Blocks) -> Tensor:
+        """Reallocated probability of each key block, 0 for blocks of text, then that of all text: float32 (B, H, M, N + 1)."""
+        visual_slots, ratio = blocks.k_tiles.visual_slots, blocks.q.shape[1] // blocks.k.shape[1]
+        visual = visual_slots // blocks.block_k
+        text, valid = text_keys(blocks.k, blocks.key_lengths, blocks.block_k, visual_slots, blocks.key_mask)
+        probability = reallocate(
+            blocks.q_pool,
+            blocks.k_pool[..., :visual, :],
+            blocks.k_number[..., :visual],
+            text.repeat_interleave(ratio, 1),
+            valid,
+            blocks.scale,
+        )
+        rest = pad(probability, (0, len(blocks.key_lengths) - visual))
+        return torch.cat([rest, (1 - probability.sum(-1, keepdim=True)).clamp(min=0)], -1)
 
 
 def _block_of_token(tiles: Tiles, block: int) -> Tensor:

@@ -29,7 +29,10 @@ class SvgConfig(BlockConfig):
     density: float = Field(
         0.3, gt=0.0, le=1.0, description="Share of all pairs that the band and the text read. Wan 0.3, HunyuanVideo 0.25."
     )
-    sink: bool = Field(True, description="Spatial heads read the whole first frame besides. Released code: Wan only.")
+    sink: bool = Field(
+        True,
+        description="Heads read as many tokens as a frame has, the first ones in their order, besides. Released: Wan only.",
+    )
     rows: int = Field(64, ge=1, description="Queries that the two masks are tried on. Released code.")
     seed: int = Field(0, description="Draws these queries.")
     profile_interval: int = Field(
@@ -106,6 +109,9 @@ class Svg(BlockSparse):
 
     away: the share of a band of that half-width. Here a block reads the blocks whose middles are within w of its own, whole.
 
+    With `sink`, all read the first ``H W`` tokens besides, in the head's own order, as the released code does: the first frame
+    for spatial heads, the first places at all times for temporal ones.
+
     Which of the two a head is, its queries say at every step: for `rows` of them, drawn from all visual ones, the output
     under either mask is compared with the exact one, and the head takes the order with the smaller squared error. Published
     masks for that are fixed at two frames; here they are those that will run. The choice is the batch row's own.
@@ -160,7 +166,7 @@ class Svg(BlockSparse):
         members = torch.stack([members, members])
         if self.config.sink:
             per_frame = math.prod(layout.grid_thw[1:])
-            members[SPATIAL, :, : -(-per_frame // block_k)] = True
+            members[..., : -(-per_frame // block_k)] = True
         return members
 
     def modes(self, call: AttentionCall, masks: Masks) -> Tensor:

@@ -12,7 +12,7 @@ from accelplug.call import Layout
 from accelplug.kernels.compensation import compensation_error
 from accelplug.kernels.orders import Order
 from accelplug.kernels.plan import BlockPlan
-from accelplug.kernels.rows import top_k, top_p
+from accelplug.kernels.rows import top_k, top_p, within_budget
 from accelplug.patches.base import Blocks, RestKind, Scored, ScoredConfig
 
 
@@ -25,10 +25,16 @@ class SvgEarConfig(ScoredConfig):
     order: Order | Literal["kmeans"] = Field("kmeans", description="How visual tokens line up in blocks; kmeans: published.")
     rest: RestKind = Field("pool", description="What becomes of the key blocks that are not read; pool is the method.")
     top_p: float = Field(
-        0.9, ge=0.0, le=1.0, description="Share of a row's error that the blocks it reads carry; 1: dense. Published 0.9."
+        0.9,
+        ge=0.0,
+        le=1.0,
+        description="Share of its attention that a row's likeliest blocks hold: their size is what it may read. 1: dense. Released.",
     )
     min_ratio: float = Field(
-        0.1, ge=0.0, le=1.0, description="Share of the visual key blocks that a row reads at least. Published 0.05 to 0.1."
+        0.1,
+        ge=0.0,
+        le=1.0,
+        description="Share of the visual key blocks that a row reads as its likeliest; it reads twice as many at least. Released.",
     )
     density: float | None = Field(
         None, gt=0.0, le=1.0, description="Share of its visual pairs of blocks that a head reads, in place of top_p. Ours."
@@ -45,12 +51,17 @@ class SvgEar(Scored):
         ``error_mn = mean_j |exp(scale q.k') v' - exp(scale q.k_j) v_j|^2``    over the keys j of n
 
     (`kernels.compensation`), here over the squared softmax sum of q, so that rows compare. It is the error per key, hence
-    per cost. Each row reads the blocks of largest error until they carry `top_p` of the row's; or, with `density`, each head
-    the pairs of largest error until the budget is spent. Every row reads at least `min_ratio` of the visual blocks, and one.
+    per cost. How much a row reads, its attention to the means says, ``P = softmax(scale q.k' + log n)`` for blocks of n keys:
+
+    * its budget is the keys of its likeliest blocks, up to a mass of `top_p`, and of ``floor(2 min_ratio N)`` at least;
+    * the ``floor(min_ratio N)`` likeliest blocks are read in any case;
+    * what is left of the budget goes to the blocks of largest error per key.
+
+    With `density` (ours), in place of the first, each head spends that share of its pairs of blocks where the error is largest.
     Text is read by all, and reads all.
 
     The paper routes whole clusters of uneven length; here clusters are sorted and cut into blocks of equal length, which
-    every kernel takes, and each block is judged by itself. That the published 0.9 is a share of squared error is our reading.
+    every kernel takes, and each block is judged by itself.
     """
 
     Config = SvgEarConfig
@@ -64,25 +75,36 @@ class SvgEar(Scored):
         error = compensation_error(
             blocks.q_pool, blocks.k, blocks.v, blocks.key_lengths, blocks.block_k, blocks.scale, blocks.key_mask
         )
-        return blocks.plan(self.worst(error, blocks.candidates[..., None, :], blocks.query_text))
+        number = blocks.k_number[..., None, :]  # [B|1, 1, 1, N]
+        candidates = blocks.candidates[..., None, :]
+        logits = (blocks.q_pool * blocks.scale) @ blocks.k_pool.transpose(-1, -2) + number.log()
+        mass = logits.masked_fill(~candidates, -torch.inf).softmax(-1)
+        return blocks.plan(self.worst(error, mass, number, candidates, blocks.query_text))
 
-    def worst(self, error: Tensor, candidates: Tensor, query_text: Tensor) -> Tensor:
+    def worst(self, error: Tensor, mass: Tensor, keys: Tensor, candidates: Tensor, query_text: Tensor) -> Tensor:
         """Return which blocks are read exactly, bool (B, H, M, N).
 
         Parameters
         ----------
-        error : float32 (B, H, M, N), at least 0.
+        error : float32 (B, H, M, N), at least 0, per key.
+        mass : float32 (B, H, M, N), share of a row's attention to the means; a row sums to 1 over its candidates.
+        keys : float32 (B|1, 1, 1, N), keys of each block: what it costs to read.
         candidates : bool (B|1, H|1, 1, N), key blocks that may be chosen.
         query_text : bool (M,), rows that read everything in any case, and spend no budget.
         """
         number = candidates.sum(-1)  # [B|1, H|1, 1]
-        least = (self.config.min_ratio * number - 1e-4).ceil().long().clamp(min=1)  # 0.1 * 30 is 3
+
+        def share(ratio: float) -> Tensor:
+            return (ratio * number + 1e-4).long().clamp(min=1 if ratio else 0)  # 30 * 0.1 is 3
+
+        least = share(self.config.min_ratio)
         if self.config.density is None:
-            mass = error.masked_fill(~candidates, 0.0)
-            share = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-            return top_p(share, self.config.top_p, least, candidates=candidates)
+            first = top_k(mass, least, candidates=candidates)
+            likeliest = top_p(mass, self.config.top_p, share(2 * self.config.min_ratio).clamp(min=1), candidates=candidates)
+            left = (likeliest * keys).sum(-1) - (first * keys).sum(-1)
+            return first | within_budget(error, keys, left, candidates=candidates & ~first)
         pairs = (candidates & ~query_text[:, None]).expand(error.shape)
-        first = top_k(error, least, candidates=pairs)
+        first = top_k(mass, least.clamp(min=1), candidates=pairs)
         budget = (self.config.density * pairs.sum((-2, -1)) + 1e-4).long()  # [B, H]
         ranked = error.masked_fill(first, torch.inf).flatten(-2)  # what rows read at least is spent first
         return first | top_k(ranked, budget, candidates=pairs.flatten(-2)).unflatten(-1, error.shape[-2:])
