@@ -207,11 +207,12 @@ def test_the_mask_search_finds_the_axis():
     code = [along(axis, layout) for axis in (0, 1, 2)]
     q, k = (torch.stack([pair[i] for pair in code])[None] for i in (0, 1))
     search = StaSearch(patch, {"rows": 32})
-    for step in range(2):
-        search.observe(seen(call_of(q, k, torch.randn(1, 3, layout.visual, 8)), layout, step, 2), 0)
+    for step, heads in enumerate(([0, 1, 2], [1, 2, 0])):
+        search.observe(seen(call_of(q[:, heads], k[:, heads], torch.randn(1, 3, layout.visual, 8)), layout, step, 2), 0)
     choice = search.tables()["choice"]
-    assert choice.tolist() == [[0, 1, 2]]
-    found = answer(Sta({**patch.config.model_dump(), "choice": Table(choice)}), call_of(q, k, torch.randn_like(q)), layout)
+    assert choice.tolist() == [[[0, 1, 2]], [[1, 2, 0]]]  # a window for each step, layer and head
+    table = Table(choice, StaSearch.axes["choice"])
+    found = answer(Sta({**patch.config.model_dump(), "choice": table}), call_of(q, k, torch.randn_like(q)), layout)
     assert torch.isfinite(found).all()
 
 

@@ -110,3 +110,53 @@ def test_a_region_s_mean_key_is_that_of_its_tokens():
 
 def test_tau_one_is_dense():
     assert Vmoba({"tau": 1.0, "block": 8}).prepare(site(0), LAYOUT, Clock(), {}) is None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_gates_by_token_are_the_paper_s_rule_one_query_at_a_time(layer, masked):
+    method = Vmoba({"parts": PARTS, "gates": "token", "tau": 0.35})
+    params = method.prepare(site(layer), LAYOUT, Clock(), {})
+    q, k, v = torch.randn(2, 4, LAYOUT.length, 8), *torch.randn(2, 2, 2, LAYOUT.length, 8)
+    valid = torch.rand(2, LAYOUT.length) < 0.8 if masked else torch.ones(2, LAYOUT.length, dtype=torch.bool)
+    out = method.attend(AttentionCall(q, k, v, valid if masked else None, 0.3, lambda: None), params)
+    assert out.shape == q.shape
+    region_thw = method.region_thw(LAYOUT, params.where["turn"])
+    place = torch.stack(torch.meshgrid(*(torch.arange(n) for n in LAYOUT.grid_thw), indexing="ij"), -1).view(-1, 3)
+    cell = [tuple(p) for p in (place // torch.tensor(region_thw)).tolist()]
+    cell = [None] * LAYOUT.text_before + cell + [None] * LAYOUT.text_after
+    regions = sorted({c for c in cell if c is not None})
+    for batch, head in ((0, 0), (1, 3)):
+        keys, values = k[batch, head // 2].double(), v[batch, head // 2].double()
+        readable = {c: [s for s in range(LAYOUT.length) if cell[s] == c and valid[batch, s]] for c in regions}
+        means = {c: keys[members].mean(0) for c, members in readable.items() if members}
+        gate = {(s, c): float(q[batch, head, s].double() @ m) for s in range(len(cell)) if cell[s] for c, m in means.items()}
+        low, high = min(gate.values()), max(gate.values())
+        share = {pair: (g - low) / (high - low) for pair, g in gate.items()}
+        goal, read = 0.35 * sum(share.values()), {(s, cell[s]) for s in range(len(cell)) if cell[s] in means}
+        spent = sum(share[pair] for pair in read)
+        for pair in sorted(set(gate) - read, key=lambda pair: -share[pair]):
+            if spent >= goal:
+                break
+            read.add(pair)
+            spent += share[pair]
+        for s in range(LAYOUT.length):
+            allowed = [t for t in range(len(cell)) if valid[batch, t]]
+            if cell[s] is not None:
+                allowed = [t for t in allowed if cell[t] is None or (s, cell[t]) in read]
+            logits = 0.3 * keys[allowed] @ q[batch, head, s].double()
+            torch.testing.assert_close(
+                out[batch, head, s].double(), logits.softmax(0) @ values[allowed], rtol=1e-4, atol=1e-5
+            )
+
+
+def test_gates_by_token_take_what_fits_them_and_compile():
+    with pytest.raises(ValueError, match="gates: token has no blocks"):
+        Vmoba({"gates": "token", "rest": "pool"})
+    method = Vmoba({"parts": PARTS, "gates": "token", "tau": 0.35})
+    params, call = method.prepare(site(2), LAYOUT, Clock(), {}), random_call(LAYOUT)
+    density, plan = method.inspect(call, params)
+    assert plan is None
+    assert 0.2 < density < 0.9
+    compiled = torch.compile(method.attend, backend="eager")(call, params)
+    torch.testing.assert_close(compiled, method.attend(call, params))

@@ -31,23 +31,22 @@ class StaConfig(BlockConfig):
     )
     density: float = Field(0.3, gt=0.0, le=1.0, description="Share of the tiles that a maximal window reads at most.")
     choice: Annotated[int, Field(ge=0)] | Table = Field(
-        0, description="Which of the windows, for all heads, or a table (layers, heads)."
+        0, description="Which of the windows, for all heads, or a table (steps, layers, heads)."
     )
 
 
 class StaSearch(WayErrors):
-    """The mask search of STA (algorithm 1): per layer and head, the window with the least error, over all steps observed.
+    """The mask search of STA (algorithm 1): per step, layer and head, the window with the least error, over all prompts.
 
-    The least error alone prefers large windows, so that those on the list should cost alike; the maximal windows of one
-    density do. Steps ahead of T0, which the method runs dense, count only if they are observed.
+    Steps count by spans of equal length (`buckets`); as many as steps are the published search. The least error alone prefers
+    large windows, so that those on the list should cost alike; the maximal windows of one density do.
     """
 
     Config = CalibrationConfig
-    axes = {"choice": ("layers", "heads")}  # noqa: RUF012
+    axes = {"choice": ("steps", "layers", "heads")}  # noqa: RUF012
 
     def tables(self) -> dict[str, Tensor]:
-        calls = self.state["error calls"][..., None, None]
-        error = self.state["error"].sum(0) / calls.sum(0)  # [layers, H, W]
+        error = self.mean("error")  # [buckets, layers, H, W]
         return {"choice": error.nan_to_num(nan=math.inf).argmin(-1).to(torch.uint8)}
 
 

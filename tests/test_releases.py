@@ -1,0 +1,199 @@
+"""Recipes "as released" are held against the releases: which layers and steps are sparse, and with which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from accelplug.call import Clock, Layout, Site
+from accelplug.families.vlm import VLMS
+from accelplug.recipe import named, read_file, shipped_files
+from accelplug.registry import list_patches, patch_class
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a release does. Layers count over double, then single blocks; steps are those of its own script.
+
+    Attributes
+    ----------
+    layers, steps : how many there are.
+    sparse_layers, sparse_steps : those whose attention is not dense.
+    grid_thw : latent frames, patch rows, patch columns of its script.
+    settings : of the method.
+    """
+
+    layers: int
+    sparse_layers: Iterable[int]
+    steps: int
+    sparse_steps: Iterable[int]
+    grid_thw: tuple[int, int, int]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+WAN_14B, WAN_1B, HUNYUAN, COG, FLUX_4K = (18, 48, 80), (21, 45, 80), (30, 48, 80), (11, 48, 85), (1, 256, 256)
+PSA = {"block": 128, "tile": 32}
+SVG_EAR = {"top_p": 0.9, "min_ratio": 0.1, "cluster_iterations": 50, "cluster_iterations_warm": 2, "order": "kmeans"}
+RECTIFIED = {"p": 0.3, "block": 128, "order": "gilbert", "adjacent": True, "rest": "rectified"}
+TOMA = {"ratio": 0.5, "interval": 3}
+
+RELEASES = {
+    # mit-han-lab/radial-attention, inference scripts
+    "wan2.1-t2v-14b/radial": Release(
+        40, range(1, 40), 50, range(12, 50), WAN_14B, {"decay": 0.2, "block": 128, "sink": True}
+    ),
+    "wan2.2-t2v-a14b/radial": Release(
+        40, range(1, 40), 40, range(11, 40), (20, 48, 80), {"decay": 0.8, "block": 64, "sink": True}
+    ),
+    "hunyuanvideo/radial": Release(60, range(60), 50, range(12, 50), HUNYUAN, {"decay": 0.95, "block": 128, "sink": False}),
+    # BienLuky/Rectified-SpaAttn, attention processors and main scripts
+    "flux.1-dev/rectified": Release(57, range(37), 50, range(50), FLUX_4K, {**RECTIFIED, "drop_rate": 0.9}),
+    "hunyuanvideo/rectified": Release(60, range(60), 50, range(50), HUNYUAN, {**RECTIFIED, "drop_rate": 0.8}),
+    "cogvideox1.5-5b/rectified": Release(42, range(42), 50, range(5, 50), COG, {**RECTIFIED, "drop_rate": 0.85}),
+    "wan2.1-t2v-14b/rectified": Release(
+        40, range(2, 40), 50, range(5, 50), WAN_1B, {**RECTIFIED, "drop_rate": 0.75, "first_frame": True}
+    ),
+    "wan2.2-t2v-a14b/rectified": Release(  # of the expert for high noise; the other one's own first step is sparse here
+        40, range(2, 40), 40, range(3, 40), WAN_1B, {**RECTIFIED, "drop_rate": 0.85, "first_frame": True}
+    ),
+    # ziplab/Pyramid-Sparse-Attention, attention_config.yaml
+    "wan2.1-t2v-14b/psa": Release(
+        40,
+        range(40),
+        50,
+        range(15, 50),
+        WAN_14B,
+        {**PSA, "bounds": (0.4, 0.5, 0.6, 0.8), "block_k": 128, "similarity": None},
+    ),
+    "wan2.1-t2v-1.3b/psa": Release(
+        30,
+        range(30),
+        50,
+        range(15, 50),
+        WAN_14B,
+        {**PSA, "bounds": (0.5, 0.6, 0.7, 0.8), "block_k": 128, "similarity": (0.7, 0.65, 0.6), "rule": "thresholdbound"},
+    ),
+    "wan2.1-t2v-1.3b/psa-topk": Release(
+        30,
+        range(30),
+        50,
+        range(15, 50),
+        WAN_14B,
+        {**PSA, "bounds": (0.05, 0.1, 0.15, 0.25), "block_k": 32, "similarity": None, "rule": "topk"},
+    ),
+    "wan2.2-t2v-a14b/psa": Release(
+        40, range(40), 40, range(12, 40), WAN_14B, {**PSA, "bounds": (0.5, 0.6, 0.6, 0.8), "block_k": 32, "similarity": None}
+    ),
+    "cogvideox-5b/psa": Release(
+        42, range(42), 50, range(15, 50), (13, 30, 45), {**PSA, "bounds": (0.1, 0.15, 0.15, 0.35), "order": "raster"}
+    ),
+    "cogvideox-5b/psa-4-steps": Release(
+        42, range(42), 4, range(4), (13, 30, 45), {**PSA, "bounds": (0.05, 0.15, 0.25, 0.5), "order": "raster"}
+    ),
+    "cogvideox1.5-5b/psa": Release(
+        42, range(42), 50, range(15, 50), COG, {**PSA, "bounds": (0.1, 0.15, 0.15, 0.35), "block_k": 32, "order": "gilbert"}
+    ),
+    # svg-project/Sparse-VideoGen, inference scripts; shares of layers and steps are rounded down, but for CogVideoX
+    "wan2.1-t2v-14b/svg": Release(40, range(1, 40), 50, range(10, 50), WAN_1B, {"density": 0.3, "sink": True, "rows": 64}),
+    "hunyuanvideo/svg": Release(
+        60, range(1, 60), 50, range(5, 50), (33, 45, 80), {"density": 0.25, "sink": False, "rows": 64}
+    ),
+    "cogvideox1.5-5b/svg": Release(42, range(2, 42), 50, range(10, 50), COG, {"density": 0.25, "sink": False, "rows": 32}),
+    "wan2.1-t2v-14b/svg_ear": Release(40, range(1, 40), 50, range(10, 50), WAN_1B, SVG_EAR),
+    "wan2.2-t2v-a14b/svg_ear": Release(40, range(1, 40), 40, range(8, 40), WAN_1B, SVG_EAR),
+    "hunyuanvideo/svg_ear": Release(60, range(1, 60), 50, range(5, 50), (33, 45, 80), {**SVG_EAR, "query_clusters": 400}),
+    # hao-ai-lab/FastVideo, branch sta_do_not_delete; its windows by step, layer and head are not shipped
+    "wan2.1-t2v-14b/sta": Release(40, range(40), 50, range(12, 50), WAN_14B, {"block": 384}),
+    # WenboLuu/ToMA, for FLUX: 256 tiles at either size
+    "flux.1-dev/tome": Release(
+        57, [*range(5, 19), *range(24, 57)], 28, range(28), FLUX_4K, {**TOMA, "tile_thw": (1, 16, 16)}
+    ),
+    # SHI-Labs/NATTEN and arXiv 2504.16922, table of end-to-end settings
+    "hunyuanvideo/neighborhood": Release(
+        60, range(60), 50, range(15, 50), HUNYUAN, {"window": (18, 24, 24), "stride": (16, 8, 8)}
+    ),
+    "hunyuanvideo/neighborhood-wide": Release(
+        60, range(60), 50, range(15, 50), HUNYUAN, {"window": ("full", 40, 40), "stride": (1, 32, 8)}
+    ),
+    "flux.1-dev/neighborhood": Release(
+        57, range(57), 28, range(9, 28), FLUX_4K, {"window": ("full", 80, 80), "stride": (1, 16, 16)}
+    ),
+    # WillWu111/FreeSwim and KwaiVGI/VMoBA
+    "wan2.1-t2v-1.3b/freeswim": Release(30, range(30), 50, range(50), (21, 68, 120), {"native_hw": (30, 52)}),
+    "wan2.1-t2v-1.3b/vmoba": Release(30, range(30), 50, range(12, 50), WAN_1B, {"tau": 0.25, "gates": "token"}),
+    # dbolya/tomesd: the finest level alone, every step
+    "stable-diffusion-1.5/tome-qkv": Release(
+        16, range(16), 50, range(50), (1, 64, 64), {"ratio": 0.5, "mode": "qkv", "proportional": False}
+    ),
+}
+
+NOT_RELEASED = {
+    "derived from another size or model": {
+        "wan2.1-t2v-1.3b": ("radial", "neighborhood", "rectified"),
+        "wan2.1-t2v-14b": ("neighborhood",),
+        "wan2.2-t2v-a14b": ("neighborhood",),
+        "cogvideox-5b": ("radial", "neighborhood"),
+        "cogvideox1.5-5b": ("radial", "neighborhood"),
+    },
+    "published without settings of its own for the model": {
+        "flux.1-dev": ("sol", "proxy"),
+        "hunyuanvideo": ("sol",),
+        "wan2.1-t2v-1.3b": ("sol", "proxy"),
+        "wan2.1-t2v-14b": ("sol", "proxy"),
+        "wan2.2-t2v-a14b": ("sol",),
+        "cogvideox-5b": ("sol",),
+        "cogvideox1.5-5b": ("sol",),
+    },
+    "changed on purpose": {"stable-diffusion-1.5": ("tome",), "sdxl": ("tome",)},
+}
+
+
+def site(layer: int, layers: int, kind: str, module: str | None = None) -> Site:
+    return Site(module or f"blocks.{layer}.attn1", "transformer", kind, layer, layers)
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_recipes_are_sparse_where_their_releases_are(name):
+    recipe, release = named(name), RELEASES[name]
+    model, _, _ = name.partition("/")
+    kind = "joint" if model.startswith(("flux", "hunyuan", "cog")) else "self"
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1" if model.startswith("stable") else None
+    layout = Layout(release.grid_thw, text_after=226 if kind == "joint" else 0)
+    found: dict[str, Any] = {}
+    for step in range(release.steps):
+        for layer in range(release.layers):
+            decision = recipe.decide(site(layer, release.layers, kind, module), layout, Clock(step, release.steps))
+            wanted = layer in release.sparse_layers and step in release.sparse_steps
+            assert (decision.patch is not None) == wanted, (
+                f"layer {layer} of {release.layers}, step {step} of {release.steps}"
+            )
+            if decision.patch is not None:
+                found = patch_class(decision.patch)(decision.config).config.model_dump()
+    assert found.items() >= release.settings.items()
+
+
+def test_the_table_has_every_recipe_of_a_denoiser():
+    """A recipe is in the table of releases, or it is named beside, with why it is not."""
+    language = {path.stem for path in shipped_files().values() if _is_for_language(path)} | {"wan-shapes"}
+    shipped = {f"{path.stem}/{name}" for path in shipped_files().values() for name in read_file(path).recipes}
+    shipped = {name for name in shipped if name.partition("/")[0] not in language}
+    named_beside = [f"{m}/{r}" for models in NOT_RELEASED.values() for m, recipes in models.items() for r in recipes]
+    assert len(set(named_beside)) == len(named_beside)
+    assert shipped == RELEASES.keys() | set(named_beside)
+    assert not RELEASES.keys() & set(named_beside)
+
+
+def _is_for_language(path: Any) -> bool:
+    classes = {cls for family in VLMS for cls in family.classes}
+    return bool(classes & set(str(read_file(path).match).replace(",", " ").replace("=", " ").split()))
+
+
+def test_the_notice_names_every_patch_and_what_it_was_made_from():
+    notice = (shipped_files()["flux.1-dev"].resolve().parents[1] / "NOTICE").read_text(encoding="utf-8")
+    entries = {line.split(maxsplit=1)[0]: line for line in notice.splitlines() if line and not line.startswith(" ")}
+    for entry in list_patches():
+        assert entry.name in entries, f"NOTICE does not name {entry.name}"
+        assert entry.cite.split(",")[0] in notice
