@@ -57,7 +57,7 @@ def text_keys(k: Tensor, k_len: Tensor, block_k: int, visual_slots: int, key_mas
     k_len : int32 (N,), keys at the front of each block of `block_k` slots.
     key_mask : bool (B, P) or (B, H, P), keys that may be read; None for all.
     """
-    slot = torch.arange(visual_slots, k.shape[-2], device=k.device)
+    slot = torch.arange(k.shape[-2], device=k.device)[visual_slots:]
     valid = (slot % block_k < k_len[slot // block_k])[None, None]
     if key_mask is not None:
         valid = valid & (key_mask[:, None] if key_mask.ndim == 2 else key_mask)[..., visual_slots:]
