@@ -72,7 +72,7 @@ class Call:
         return self.scores.softmax(-1).nan_to_num(0.0)
 
     def rows(self, where: Tensor, new: Tensor) -> Tensor:
-        """Probabilities `new` in some rows, bool (B, S), of those texts that show an image; the model's own elsewhere."""
+        """Probabilities `new` in some rows, bool (B, S), of sequences that show an image; the model's own elsewhere."""
         return torch.where((where & self.tokens.visual.any(-1, keepdim=True))[:, None, :, None], new, self.p)
 
 
@@ -180,11 +180,14 @@ class VisualBias(Method):
 
     image_weight: float
     system_weight: float
+    heads: list[int] | None = None
 
     def attend(self, call: Call) -> Tensor:
-        tokens = call.tokens
+        tokens, p = call.tokens, call.p
         weight = 1 + (self.image_weight - 1) * tokens.visual + (self.system_weight - 1) * tokens.system
-        return call.rows(tokens.later, normalised(call.p * weight[:, None, None])) @ call.v
+        new = call.rows(tokens.later, normalised(p * weight[:, None, None]))
+        changed = [h for h in range(p.shape[1]) if self.heads is None or h in self.heads]
+        return p.index_copy(1, torch.tensor(changed), new[:, changed]) @ call.v
 
 
 @dataclass
@@ -210,6 +213,7 @@ class Imbalance(Method):
     local_alpha: float
     summary_alpha: float
     local_share: float = 0.25
+    head_share: float = 1.0
 
     def prepare(self, oracle: Oracle, given: Inputs) -> None:
         tower = oracle.model.base_model.vision_tower
@@ -227,7 +231,11 @@ class Imbalance(Method):
     def attend(self, call: Call) -> Tensor:
         share = torch.zeros_like(call.hidden[..., 0])
         share[call.tokens.visual] = self.share
-        return raised(call, share) @ call.v
+        new = raised(call, share)
+        for b, i in call.tokens.answering.nonzero().tolist():
+            lookers = strongest(mass(call.p, call.tokens.visual)[b, :, i], self.head_share)
+            new[b, ~lookers, i] = call.p[b, ~lookers, i]
+        return new @ call.v
 
 
 @dataclass
@@ -258,6 +266,7 @@ class Vhr(Method):
     """The heads that differ most from what they are without the image count more, in all rows (2412.13949)."""
 
     gain: float
+    drop_outliers: bool = True
 
     def prepare(self, oracle: Oracle, given: Inputs) -> None:
         ids, valid = given["input_ids"], given["attention_mask"].bool()
@@ -273,7 +282,7 @@ class Vhr(Method):
                 last = int(valid[b].nonzero().max())
                 vhd, ta = (seeing[b, :, last] - blind[0, :, -1]).norm(dim=-1), blind[0, :, -1].square().sum(-1)
                 only_blind = (vhd > vhd.mean() + vhd.std(correction=0)) & (ta > ta.mean() + ta.std(correction=0))
-                vhd[only_blind | (vhd < 1e-5)] = 0  # where a window holds no image, what is left is rounding
+                vhd[(only_blind & self.drop_outliers) | (vhd < 1e-5)] = 0  # where a window holds no image, rounding is left
                 chosen[b] = vhd > vhd.quantile(0.5)
             self.gains = {**gains, layer: torch.where(chosen, self.gain, 1.0).double()}
 

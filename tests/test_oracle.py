@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor
 
 import accelplug
 from tests.eager_oracle import METHODS, Inputs, Method, Oracle
-from tests.tiny_language_models import IMAGE, VIDEO, VLM, build, forward, inputs
+from tests.test_flash_attention import kernel  # noqa: F401
+from tests.tiny_language_models import CLIP, IMAGE, TEXT, VIDEO, VLM, build, forward, inputs
 
 WORKING: dict[str, dict[str, Any]] = {
     "visual_bias": {"image_weight": 6.0, "system_weight": 0.3},
@@ -32,9 +34,23 @@ STEPS = 4
 CLOSE = {"atol": 5e-6, "rtol": 0.0}
 
 
+def llava_mistral() -> Any:
+    """LLaVA on a decoder with windows of 12 in all layers."""
+    torch.manual_seed(0)
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**CLIP, projection_dim=32),
+        text_config=hf.MistralConfig(**TEXT, sliding_window=12),
+        image_token_index=IMAGE,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=16,
+    )
+    return hf.LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+
+
 def sharp(name: str) -> Any:
     """A tiny model in float64 whose heads look at some tokens and not at others."""
-    model = build(name).double()
+    model = (llava_mistral() if name == "llava_mistral" else build(name)).double()
     for path, parameter in model.get_decoder().named_parameters():
         if path.endswith(("q_proj.weight", "k_proj.weight")):
             parameter.mul_(8)
@@ -59,19 +75,41 @@ def answered(model: Any, given: Inputs, **how: Any) -> tuple[Tensor, Tensor]:
     return out.sequences, logits.double()
 
 
-def hold(name: str, patch: str, given: Inputs, **how: Any) -> None:
-    """Assert that a patched model says of a prompt, and at every step of its answer, what the oracle says."""
-    model, given = sharp(name), double(given)
-    with accelplug.apply(model, {"patch": patch, "with": WORKING[patch]}, strict=True) as plug:
+def hold(
+    model: Any,
+    patch: str,
+    given: Inputs,
+    config: dict[str, Any] | None = None,
+    layers: tuple[int, int] = (0, 4),
+    attention: str = "sdpa",
+    **how: Any,
+) -> None:
+    """Assert that a patched model says of a prompt, and at every step of its answer, what the oracle says.
+
+    Parameters
+    ----------
+    config, layers : the patch's, if not those of `WORKING`, and where it is, half-open.
+    attention : the model's own, which the patch rides on. transformers' eager one has a softmax in float32 that cannot read a mask of
+        float64, so that a model runs in float32 there.
+    how : how the answer is generated.
+    """
+    config, eager, oracle = WORKING[patch] | (config or {}), attention == "eager", Oracle(model)
+    model, given = (model.float(), given) if eager else (model, double(given))
+    close = {"atol": 2e-5, "rtol": 0.0} if eager else CLOSE
+    model.config.get_text_config()._attn_implementation = attention
+    where = {"layers": f"{layers[0]}:{layers[1]}"}
+    with accelplug.apply(model, {"patch": patch, "with": config, "where": where}, strict=True) as plug:
         prompt = forward(model, given)
         ids, steps = answered(model, given, **how)
         assert not plug.report().fallbacks
-    oracle = Oracle(model)
-    expected, stock = (oracle.answer(method, given, ids) for method in (METHODS[patch](**WORKING[patch]), Method()))
+    method = METHODS[patch](**config)
+    expected, stock = oracle.answer(method, given, ids, range(*layers)), oracle.answer(Method(), given, ids)
     asked, valid = given["input_ids"].shape[1], given["attention_mask"].bool()
-    torch.testing.assert_close(prompt[valid], expected[:, :asked][valid], **CLOSE)
-    torch.testing.assert_close(steps, expected[:, asked - 1 : -1], **CLOSE)
-    assert ((expected - stock)[:, asked - 1 :].abs().amax((1, 2)) > 1e-2).all()
+    torch.testing.assert_close(prompt[valid].double(), expected[:, :asked][valid], **close)
+    torch.testing.assert_close(steps, expected[:, asked - 1 : -1], **close)
+    effect = (expected - stock)[:, asked - 1 :].abs().amax((1, 2))
+    shown = ((given["input_ids"] == IMAGE) | (given["input_ids"] == VIDEO)).any(-1)
+    assert torch.equal(effect > 1e-3, shown), effect
 
 
 PAIRS = [(patch, name) for patch in WORKING for name in VLM if patch != "imbalance" or name in TOWER]
@@ -80,4 +118,62 @@ PAIRS = [(patch, name) for patch in WORKING for name in VLM if patch != "imbalan
 @pytest.mark.parametrize(("patch", "name"), PAIRS)
 def test_every_patch_on_every_family(patch, name):
     """A batch padded on the left, whose second row shows two images; grouped heads; Gemma 3's windows of 8."""
-    hold(name, patch, inputs(name))
+    hold(sharp(name), patch, inputs(name))
+
+
+@pytest.mark.parametrize("patch", WORKING)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"num_beams": 2},
+        {"cache_implementation": "static", "disable_compile": True},
+    ],
+    ids=["beams", "static"],
+)
+def test_every_way_to_generate(patch, how):
+    for name in ("llava",) if patch == "imbalance" else ("llava", "qwen2_5_vl", "gemma3"):
+        hold(sharp(name), patch, inputs(name), **how)
+
+
+@pytest.mark.parametrize("patch", WORKING)
+def test_drafts_that_are_verified(patch):
+    hold(sharp("llava"), patch, inputs("llava", ((3, "I", 6),)), prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("patch", WORKING)
+@pytest.mark.parametrize("attention", ["eager", "flash_attention_2"])
+@pytest.mark.usefixtures("kernel")
+def test_every_attention_of_the_models_own(patch, attention):
+    for name in ("llava",) if patch == "imbalance" else ("llava", "qwen2_5_vl"):
+        hold(sharp(name), patch, inputs(name), attention=attention)
+
+
+@pytest.mark.parametrize("patch", WORKING)
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+@pytest.mark.usefixtures("kernel")
+def test_windows_shorter_than_the_prompt(patch, attention):
+    hold(sharp("llava_mistral"), patch, inputs("llava", ((3, "I", 5), (4, "I", 2, "I", 3))), attention=attention)
+
+
+@pytest.mark.parametrize("patch", WORKING)
+def test_a_row_without_an_image(patch):
+    hold(sharp("llava"), patch, inputs("llava", ((3, "I", 6), (25,))))
+
+
+@pytest.mark.parametrize("patch", WORKING)
+def test_some_layers_alone(patch):
+    hold(sharp("llava"), patch, inputs("llava"), layers=(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("patch", "config"),
+    [
+        ("vhr", {"gain": 0.5, "drop_outliers": False}),
+        ("gift", {"balance": 0.5, "head_share": 0.25}),
+        ("imbalance", {"local_share": 0.5, "head_share": 0.5}),
+        ("visual_bias", {"heads": [1, 2]}),
+        ("var", {"move_fraction": 1.0, "min_nonsink_ratio": 0.7}),
+    ],
+)
+def test_every_knob(patch, config):
+    hold(sharp("llava"), patch, inputs("llava"), config)
