@@ -119,10 +119,47 @@ def test_refined_enlarges_what_is_looked_at():
     picture = torch.randn(3, 8, 8)
     values = torch.zeros(8, 8)
     values[2:4, 4:8] = 1
-    new = carve.refined(picture, values, 8 / 64, 1)
-    expected = torch.nn.functional.interpolate(picture[None, :, 2:4, 4:8], (8, 8), mode="bicubic", antialias=True)[0]
-    assert torch.equal(new, expected)
-    assert torch.equal(carve.refined(picture, torch.ones(8, 8), 0.2, 1), picture)  # nothing stands out
+    new = carve.refined(picture, values, 8 / 64, 1, 0.0)
+    expected = torch.nn.functional.interpolate(picture[None, :, 2:4, 4:8], (4, 8), mode="bicubic", antialias=True)[0]
+    assert torch.equal(new[:, 2:6], expected)  # twice as high, twice as wide, and in the middle
+    assert new[:, :2].count_nonzero() == new[:, 6:].count_nonzero() == 0
+    assert torch.equal(carve.refined(picture, torch.ones(8, 8), 0.2, 1, 0.0), picture)  # nothing stands out
+
+
+@pytest.mark.parametrize(("height", "width", "inner"), [(15, 15, (336, 336)), (90, 23, (336, 86)), (1, 300, (1, 336))])
+def test_a_cut_keeps_its_ratio_of_sides(height: int, width: int, inner: tuple[int, int]):
+    filled = carve.enlarged(torch.ones(1, height, width), (336, 336))[0] > 0.5
+    assert filled.shape == (336, 336)
+    top, bottom, left, right = carve.bounding_box(filled)
+    assert (bottom - top, right - left) == inner
+    assert max(abs(top - (336 - bottom)), abs(left - (336 - right))) <= 1
+
+
+def test_a_share_of_many_regions_is_kept():
+    values = torch.zeros(9, 20)
+    values[::2, ::2] = torch.arange(1.0, 51).reshape(5, 10)  # 50 regions of one pixel
+    picture, area = torch.ones(1, 9, 20), 50 / 180
+    assert carve.refined(picture, values, area, 3, 0.0).count_nonzero() >= 3
+    for regions, share, kept in ((3, 0.2, 10), (3, 0.0, 3), (20, 0.2, 20)):
+        labels = carve.components(gaze.highest(values, area))
+        chosen = carve.heaviest(values, labels, kept)
+        expected = carve.enlarged((picture * chosen)[:, *box(chosen)], (9, 20))
+        assert torch.equal(carve.refined(picture, values, area, regions, share), expected)
+
+
+def box(mask: torch.Tensor) -> tuple[slice, slice]:
+    top, bottom, left, right = carve.bounding_box(mask)
+    return slice(top, bottom), slice(left, right)
+
+
+def test_layers_are_numbers_or_shares():
+    assert [*gaze.numbers(None, 28)] == [*gaze.numbers(None, 64)] == [*range(20, 26)]  # as released, in every model
+    assert [*gaze.numbers(None, 8)] == [5]
+    assert [*gaze.numbers((0.5, 1.0), 4)] == [2, 3]
+    assert [*gaze.numbers(carve.Carve({"layers": [1, 4]}).config.layers, 4)] == [1, 2, 3]
+    assert [*gaze.numbers(carve.Carve({"layers": [0.5, 1]}).config.layers, 4)] == [2, 3]
+    with pytest.raises(UnsupportedError, match="has 4"):
+        gaze.numbers((1, 5), 4)
 
 
 def test_agla_by_hand():
@@ -434,11 +471,13 @@ def blip() -> Any:
 def test_grad_cam_leaves_the_matcher_alone(trainable: bool, mode: Any):
     matcher = blip().requires_grad_(trainable)
     with mode():
-        cam, score = agla.grad_cam(matcher, torch.randn(1, 3, 32, 32), torch.tensor([[1, 7, 8, 9, 2]]), 1)
+        pixels, ids = torch.randn(1, 3, 32, 32), torch.tensor([[1, 7, 8, 9, 2]])
+        cam, score = agla.grad_cam(matcher, pixels, ids, 1)
+        cosine = matcher(input_ids=ids, pixel_values=pixels, use_itm_head=False).itm_score
     assert cam.shape == (4, 4)
     assert bool(cam.isfinite().all())
     assert float(cam.max()) > 0
-    assert 0 < score < 1
+    assert score == pytest.approx(float(cosine), abs=1e-6)  # not how likely a match is
     assert not cam.requires_grad
     assert all(p.requires_grad == trainable and p.grad is None for p in matcher.parameters())
     assert not any(module._forward_hooks for module in matcher.modules())
@@ -510,7 +549,14 @@ def test_agla_refuses_what_its_branch_cannot_follow(more: dict[str, Any]):
 
 
 @pytest.mark.parametrize(
-    "wrong", [("agla", {"matcher": "blip"}), ("carve", {"layers": (0.5, 0.5)}), ("carve", {"keep_area": 0})]
+    "wrong",
+    [
+        ("agla", {"matcher": "blip"}),
+        ("carve", {"layers": (0.5, 0.5)}),
+        ("carve", {"layers": (0.5, 2.5)}),
+        ("agla", {"layers": (-1, 2)}),
+        ("carve", {"keep_area": 0}),
+    ],
 )
 def test_wrong_settings_are_refused(wrong: tuple[str, dict]):
     with pytest.raises(RecipeError):

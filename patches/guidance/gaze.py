@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.nn.functional import interpolate, pad
 
+from accelplug.compat import cache_given
 from accelplug.errors import UnsupportedError
 from accelplug.kernels.spans import row_attention
 
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from accelplug.call import AttentionCall, Clock, Prompt
     from accelplug.patches.base import Tools
 
-Layers = tuple[float, float]
-"""From where to where in the depth of the model, shares of the number of layers; the end is not included."""
+Layers = tuple[int, int] | tuple[float, float]
+"""From where to where in the model, the end not included: whole numbers count layers from 0, fractions are shares of the depth."""
+RELEASED, OF = (20, 26), 32
+"""The layers that CARVE's released code reads in every model, and how many the model has that they were chosen in."""
 Steps = Literal["first", "last", "all"]
 
 _GREEDY = {
@@ -37,6 +40,34 @@ _GREEDY = {
 _NOT_THE_MODELS = frozenset(
     {"negative_prompt_ids", "negative_prompt_attention_mask", "position_ids", "eos_token_id", "pad_token_id", "bos_token_id"}
 )
+
+
+def in_order(layers: Layers | None) -> None:
+    """Refuse layers that are none.
+
+    Raises
+    ------
+    ValueError
+        If they do not begin before they end, or are shares that are not in [0, 1].
+    """
+    if layers is not None and not (0 <= layers[0] < layers[1] and (isinstance(layers[0], int) or layers[1] <= 1)):
+        raise ValueError(f"layers: expected two layers or two shares of the depth, 0 <= from < to (<= 1), got {layers}")
+
+
+def numbers(layers: Layers | None, count: int) -> range:
+    """Numbers of `layers` in a model of `count`; None: as released, and their share of the depth where there are fewer.
+
+    Raises
+    ------
+    UnsupportedError
+        If the model has not that many.
+    """
+    if layers is None:
+        layers = RELEASED if count >= RELEASED[1] else (RELEASED[0] / OF, RELEASED[1] / OF)
+    first, stop = layers if isinstance(layers[0], int) else (round(share * count) for share in layers)
+    if isinstance(layers[0], int) and stop > count:
+        raise UnsupportedError(f"Layers {first} to {stop - 1} are to be read, and the model has {count}. Set other layers.")
+    return range(int(first), int(max(stop, first + 1)))
 
 
 # --------------------------------------------------------------------------------------------------------------- maths
@@ -56,7 +87,7 @@ def contrast(asked: Tensor, described: Tensor, floor: float, steps: Steps = "all
     pick = {"first": slice(0, 1), "last": slice(-1, None), "all": slice(0, common)}[steps]
     ratio = (asked[:, pick] / (described[:, pick] + floor)).mean(0)  # [T, V]
     weights = torch.arange(1.0, len(ratio) + 1, device=ratio.device)
-    return weights @ ratio / weights.sum()
+    return (weights[:, None] * ratio).sum(0) / weights.sum()
 
 
 def upsampled(values: Tensor, grid: Sequence[int], size: Sequence[int]) -> Tensor:
@@ -76,14 +107,13 @@ def highest(values: Tensor, share: float) -> Tensor:
 class Gaze:
     """Watches attention calls and keeps the last query's row, mean over heads: by layer, a (B, S) for every step."""
 
-    def __init__(self, layers: Layers) -> None:
+    def __init__(self, layers: Layers | None) -> None:
         self.layers = layers
         self.rows: dict[int, list[Tensor]] = {}
 
     def __call__(self, record: Any, call: AttentionCall, prompt: Prompt, clock: Clock) -> None:
-        layer, count = record.site.layer, record.site.layers
-        first, stop = (round(share * count) for share in self.layers)
-        if call.place is None or not first <= layer < max(stop, first + 1):
+        layer = record.site.layer
+        if call.place is None or not call.place.explicit or layer not in numbers(self.layers, record.site.layers):
             return
         p = call.place.gather_heads(row_attention(call)[:, :, 0]).mean(1)  # [B, S_k]
         p = pad(p, (call.place.first_key, 0))  # a sliding window has lost the first keys
@@ -93,7 +123,7 @@ class Gaze:
         self.rows[layer].append(p)
 
 
-def look(model: Any, tools: Tools, inputs: Mapping[str, Any], layers: Layers, tokens: int) -> list[Tensor]:
+def look(model: Any, tools: Tools, inputs: Mapping[str, Any], layers: Layers | None, tokens: int) -> list[Tensor]:
     """Answer greedily and return what every row's answer looked at: (L, T, V) float32 each, T at most `tokens`.
 
     Raises
@@ -112,8 +142,8 @@ def look(model: Any, tools: Tools, inputs: Mapping[str, Any], layers: Layers, to
         ids = model.generate(**given, max_new_tokens=tokens)[:, inputs["input_ids"].shape[1] :]
     if not gaze.rows:
         raise UnsupportedError(
-            f"No attention of {type(model).__name__} between {layers[0]:.0%} and {layers[1]:.0%} of its depth could be read. "
-            "Set other layers, or take a recipe that does not look."
+            f"No attention of {type(model).__name__} in the layers {layers or 'that were asked for'} could be read: they are none of "
+            "transformers', or add sink logits or a soft cap. Set other layers, or take a recipe that does not look."
         )
     maps = torch.stack([torch.stack(steps, 1) for steps in gaze.rows.values()])  # [L, B, T, S]
     visual = tools.images(inputs) > 0
@@ -150,9 +180,9 @@ def rows_with_a_picture(inputs: Mapping[str, Any], tools: Tools, name: str) -> l
     UnsupportedError
         If a row shows several, or tokens and pixels are not both there, from the start of the conversation.
     """
-    if "input_ids" not in inputs or inputs.get("past_key_values") is not None:
+    if "input_ids" not in inputs or cache_given(inputs) is not None:
         raise UnsupportedError(
-            f"{name} needs a whole prompt: expected input_ids and no past_key_values, got {', '.join(inputs)}. Pass the "
+            f"{name} needs a whole prompt: expected input_ids and no cache, got {', '.join(inputs)}. Pass the "
             "conversation from its start."
         )
     number = tools.images(inputs).amax(-1).tolist()
