@@ -12,7 +12,7 @@ from torch import Tensor
 import accelplug
 from tests.eager_oracle import METHODS, Inputs, Method, Oracle
 from tests.test_flash_attention import kernel  # noqa: F401
-from tests.tiny_language_models import CLIP, IMAGE, TEXT, VIDEO, VLM, build, forward, inputs
+from tests.tiny_language_models import CLIP, IMAGE, TEXT, TWO_ROWS, VIDEO, VIDEOS, VLM, build, forward, inputs
 
 WORKING: dict[str, dict[str, Any]] = {
     "visual_bias": {"image_weight": 6.0, "system_weight": 0.3},
@@ -110,6 +110,18 @@ def hold(
     effect = (expected - stock)[:, asked - 1 :].abs().amax((1, 2))
     shown = ((given["input_ids"] == IMAGE) | (given["input_ids"] == VIDEO)).any(-1)
     assert torch.equal(effect > 1e-3, shown), effect
+
+
+@pytest.mark.parametrize("name", VLM)
+def test_without_a_method_it_is_the_stock_model(name):
+    model = sharp(name)
+    for rows in (TWO_ROWS, ((3, "V", 6), (2, "I", 3, "V", 5))) if name in VIDEOS else (TWO_ROWS,):
+        given = double(inputs(name, rows))
+        asked, valid = given["input_ids"].shape[1], given["attention_mask"].bool()
+        ids, steps = answered(model, given)
+        expected = Oracle(model).answer(Method(), given, ids)
+        torch.testing.assert_close(forward(model, given)[valid], expected[:, :asked][valid], **CLOSE)
+        torch.testing.assert_close(steps, expected[:, asked - 1 : -1], **CLOSE)
 
 
 PAIRS = [(patch, name) for patch in WORKING for name in VLM if patch != "imbalance" or name in TOWER]

@@ -35,7 +35,7 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 
 QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": OPEN, "vision_end_token_id": CLOSE}
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 Rows = Sequence[Sequence[int | str]]
-"""Per row, how many text tokens, and "I" for an image."""
+"""Per row, how many text tokens, "I" for an image, "V" for a video (families of `VIDEOS`)."""
 
 
 def _llama() -> Any:
@@ -223,6 +223,9 @@ LLM: dict[str, Callable[[], Any]] = {
 }
 PER_IMAGE = {"llava": 16, "internvl": 16, "gemma3": 4, "smolvlm": 4, "llava_next": 52, "llava_onevision": 52}
 GRIDS = ((1, 4, 6), (1, 8, 4), (1, 4, 4))
+FRAMES = (2, 4, 4)
+"""Frames, patch rows and patch columns of every video; four patches make a token."""
+VIDEOS = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 TWO_ROWS: Rows = ((3, "I", 6), (4, "I", 5, "I", 7))
 
 
@@ -230,6 +233,22 @@ def build(name: str) -> Any:
     """A tiny model, always with the same weights."""
     torch.manual_seed(0)
     return {**VLM, **LLM}[name]().eval().requires_grad_(False)
+
+
+def _video_ids(name: str) -> list[int]:
+    frames, tokens = FRAMES[0], FRAMES[1] * FRAMES[2] // 4
+    if name == "qwen3_vl":  # a time stamp ahead of every frame, and marks around it
+        return [x for frame in range(frames) for x in (20 + frame, OPEN, *[VIDEO] * tokens, CLOSE)]
+    newline = name == "llava_onevision"
+    return [OPEN, *[VIDEO] * (frames * tokens + newline), CLOSE]
+
+
+def _videos(name: str, number: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    if name == "llava_onevision":
+        return {"pixel_values_videos": torch.randn(number, FRAMES[0], 3, 32, 32, generator=generator)}
+    patches = torch.randn(number * FRAMES[0] * FRAMES[1] * FRAMES[2], 3 * 2 * 8 * 8, generator=generator)
+    return {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([FRAMES] * number)}
 
 
 def inputs(name: str, rows: Rows = TWO_ROWS) -> dict[str, torch.Tensor]:
@@ -240,11 +259,14 @@ def inputs(name: str, rows: Rows = TWO_ROWS) -> dict[str, torch.Tensor]:
     if name.startswith("qwen") and name in VLM:
         grids = [GRIDS[i % len(GRIDS)] for i in range(images)]
         tokens = [t * h * w // 4 for t, h, w in grids]
-        extra["image_grid_thw"] = torch.tensor(grids)
-        extra["pixel_values"] = torch.randn(4 * sum(tokens), 3 * 2 * 8 * 8, generator=generator)
+        if images:
+            extra["image_grid_thw"] = torch.tensor(grids)
+            extra["pixel_values"] = torch.randn(4 * sum(tokens), 3 * 2 * 8 * 8, generator=generator)
     else:
         tokens = [PER_IMAGE.get(name, 5)] * images
-        if name in ("llava_next", "llava_onevision"):
+        if not images:
+            pass
+        elif name in ("llava_next", "llava_onevision"):
             extra["image_sizes"] = torch.tensor([[32, 64]] * images)
             extra["pixel_values"] = torch.randn(images, 3, 3, 32, 32, generator=generator)
         elif name == "smolvlm":
@@ -261,14 +283,18 @@ def inputs(name: str, rows: Rows = TWO_ROWS) -> dict[str, torch.Tensor]:
         for part in row:
             if isinstance(part, int):
                 ids += torch.randint(3, 490, (part,), generator=generator).tolist()
+            elif part == "V":
+                ids += _video_ids(name)
             else:
                 ids += [OPEN, *[IMAGE] * next(left), CLOSE]
         sequences.append(ids)
     longest = max(map(len, sequences))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in sequences])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in sequences])
+    if videos := sum(part == "V" for row in rows for part in row):
+        extra |= _videos(name, videos)
     if name.startswith("qwen") and name in VLM:
-        extra["mm_token_type_ids"] = (ids == IMAGE).int()
+        extra["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     if name == "gemma3":
         extra["token_type_ids"] = (ids == IMAGE).int()
     return {"input_ids": ids, "attention_mask": mask, **extra}
