@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Kind = Literal["self", "joint", "cross", "temporal", "frame", "global"]
+Rows: TypeAlias = "int | Tensor"
+"""Some of a forward's queries: the last so many, or their places, int64 (B, n), of which some may be named twice."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Place:
     Attributes
     ----------
     first_query, first_key : positions of ``q[:, :, 0]`` and ``k[:, :, 0]``; a sliding window's first key is not 0.
-    answers : how many of the last queries have their next token asked for: 1, or several when drafts are verified.
+    answers : queries whose next token is asked for: the last one, several when drafts are verified, or the places of every row's
+        where padding stands behind them or labels say so.
     causal : whether a query reads no key behind it, where the mask does not say so (it is None or (B, S_k)).
     window : how many keys a query reads at most, its own the last; None where there is no such bound, or the mask has it.
     explicit : whether q, k, v, mask, scale and the above say all there is. False where the model adds more (sink logits, a soft cap).
@@ -58,7 +61,7 @@ class Place:
 
     first_query: int = 0
     first_key: int = 0
-    answers: int = 1
+    answers: Rows = 1
     causal: bool = True
     window: int | None = None
     explicit: bool = True
@@ -132,23 +135,28 @@ class Prompt:
     ----------
     image : int16 (B, S), which image of its row a token shows, from 1; 0 for text and padding.
     valid : bool (B, S), False for padding.
-    length : how many of the S tokens were asked; the others were generated.
+    length : how many of the S tokens were asked, int64 (B, 1) where rows differ; the others were generated.
     past : how many of the S tokens were there before this forward.
-    answers : how many of the last tokens have their next token asked for.
+    answers : which tokens of this forward have their next token asked for, as in `Place`; the first of them ends the prompt.
     ids : int64 (B, S) token ids, None where the model was given embeddings.
     """
 
     image: Tensor
     valid: Tensor
-    length: int
+    length: int | Tensor
     past: int = 0
-    answers: int = 1
+    answers: Rows = 1
     ids: Tensor | None = None
 
     @cached_property
     def visual(self) -> Tensor:
         """Bool (B, S): tokens of images."""
         return self.image > 0
+
+    @cached_property
+    def asked(self) -> Tensor:
+        """Bool (B, S): tokens that were asked, not generated."""
+        return _positions(self.image)[None] < self.length
 
     @cached_property
     def later(self) -> Tensor:
@@ -164,8 +172,12 @@ class Prompt:
     @cached_property
     def question(self) -> Tensor:
         """Bool (B, S): text behind the first image that was asked, not generated."""
-        asked = _positions(self.image) < self.length
-        return self.later & asked
+        return self.later & self.asked
+
+    @property
+    def drafts(self) -> bool:
+        """Whether this forward verifies tokens that were guessed, behind a prompt that was read."""
+        return self.past > 0 and (self.answers if isinstance(self.answers, int) else self.answers.shape[1]) > 1
 
     @property
     def rows(self) -> Tensor:

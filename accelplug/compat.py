@@ -122,6 +122,10 @@ ATTENTION_KWARGS = frozenset(
 """What transformers' models pass on to the attention function. What is not here might change what attention is."""
 
 
+NO_LABEL = -100
+"""What stands in ``labels`` where there is none."""
+
+
 def register_attention(name: str, function: Callable[..., Any]) -> None:
     """Add an attention function to transformers' table."""
     from transformers import AttentionInterface

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from accelplug.call import AttentionCall
+    from accelplug.call import AttentionCall, Rows
 
 ALIGN = 8
 """Fused kernels want head dimensions that are multiples of this."""
@@ -139,7 +139,7 @@ def only(v: Tensor, span: Tensor) -> Tensor:
     return v * span[:, None, :, None].to(v.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------ last rows
+# ----------------------------------------------------------------------------------------------------------- a few rows
 
 
 def exactly(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -153,14 +153,19 @@ def exactly(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return computed
 
 
-def keep_rows(call: AttentionCall, rows: int) -> Tensor | None:
-    """Which keys the last `rows` queries may read: bool or additive, broadcastable to (B, H, rows, S_k); None for all.
+def take_rows(x: Tensor, rows: Rows) -> Tensor:
+    """Return rows (B, H, n, D) of a tensor (B, H, S_q, D)."""
+    return x[:, :, -rows:] if isinstance(rows, int) else x.take_along_dim(rows[:, None, :, None].to(x.device), 2)
+
+
+def keep_rows(call: AttentionCall, rows: Rows) -> Tensor | None:
+    """Which keys some queries may read: bool or additive, broadcastable to (B, H, n, S_k); None for all.
 
     An additive mask is -inf where it hides a key, so that nothing that is added to a score brings it back.
     """
     mask = call.mask
     if mask is not None and mask.ndim == 4:
-        mask = mask[:, :, -rows:] if mask.shape[2] > 1 else mask
+        mask = take_rows(mask, rows) if mask.shape[2] > 1 else mask
         return mask if mask.dtype == torch.bool else mask.masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))
     keys = call.k.shape[-2]
     valid = None
@@ -171,8 +176,8 @@ def keep_rows(call: AttentionCall, rows: int) -> Tensor | None:
     return valid if near is None else near if valid is None else near & valid
 
 
-def _near(call: AttentionCall, rows: int, valid: Tensor | None) -> Tensor | None:
-    """Which keys stand where the last `rows` queries look, ahead of them and in their window: bool (B|1, 1, rows, S_k); None for all.
+def _near(call: AttentionCall, rows: Rows, valid: Tensor | None) -> Tensor | None:
+    """Which keys stand where some queries look, ahead of them and in their window: bool (B|1, 1, n, S_k); None for all.
 
     Distances leave padding out, as kernels do that are told which keys are `valid`, bool (B, S_k).
     """
@@ -183,8 +188,9 @@ def _near(call: AttentionCall, rows: int, valid: Tensor | None) -> Tensor | None
         return None
     at = torch.arange(keys, device=call.q.device)[None] if valid is None else valid.cumsum(-1) - 1  # [B|1, S_k]
     if queries > 1:
-        first = place.first_query - place.first_key + queries - rows
-        own = at[:, first : first + rows]
+        first = place.first_query - place.first_key
+        own = at[:, first : first + queries]
+        own = own[:, -rows:] if isinstance(rows, int) else own.take_along_dim(rows.to(own.device), 1)
     else:  # a decode step's query is the last token there is
         own = at.amax(-1, keepdim=True)
     behind = own[:, None, :, None] - at[:, None, None]  # how far back a key lies
@@ -209,12 +215,12 @@ def last(call: AttentionCall, rows: int) -> AttentionCall:
 
 
 @exactly
-def row_products(call: AttentionCall, rows: int = 1) -> Tensor:
-    """Return ``scale * q.k`` of the last queries with all keys, whatever the mask says: float32 (B, H, rows, S_k)."""
-    q, k = call.q[:, :, -rows:].float(), call.k.float()
-    batch, heads, _, dim = q.shape
+def row_products(call: AttentionCall, rows: Rows = 1) -> Tensor:
+    """Return ``scale * q.k`` of some queries with all keys, whatever the mask says: float32 (B, H, n, S_k)."""
+    q, k = take_rows(call.q, rows).float(), call.k.float()
+    batch, heads, number, dim = q.shape
     q = q.reshape(batch, k.shape[1], -1, dim)  # query heads that share keys side by side
-    return (q @ k.mT).reshape(batch, heads, rows, -1) * call.scale
+    return (q @ k.mT).reshape(batch, heads, number, -1) * call.scale
 
 
 def masked(scores: Tensor, keep: Tensor | None) -> Tensor:
@@ -224,8 +230,8 @@ def masked(scores: Tensor, keep: Tensor | None) -> Tensor:
     return scores.masked_fill(~keep, float("-inf")) if keep.dtype == torch.bool else scores + keep.float()
 
 
-def row_scores(call: AttentionCall, rows: int = 1) -> Tensor:
-    """Return the scores of the last queries, before the softmax: float32 (B, H, rows, S_k), -inf where they may not read."""
+def row_scores(call: AttentionCall, rows: Rows = 1) -> Tensor:
+    """Return the scores of some queries, before the softmax: float32 (B, H, n, S_k), -inf where they may not read."""
     return masked(row_products(call, rows), keep_rows(call, rows))
 
 
@@ -234,8 +240,8 @@ def probabilities(scores: Tensor) -> Tensor:
     return scores.softmax(-1).nan_to_num(0.0)
 
 
-def row_attention(call: AttentionCall, rows: int = 1) -> Tensor:
-    """Return the attention of the last queries, after the softmax: float32 (B, H, rows, S_k); 0 in rows that are padding."""
+def row_attention(call: AttentionCall, rows: Rows = 1) -> Tensor:
+    """Return the attention of some queries, after the softmax: float32 (B, H, n, S_k); 0 in rows that are padding."""
     return probabilities(row_scores(call, rows))
 
 
@@ -248,10 +254,12 @@ def read_rows(call: AttentionCall, p: Tensor) -> Tensor:
     return out.reshape(batch, heads, rows, -1).to(call.v.dtype)
 
 
-def replace_last(out: Tensor, rows: Tensor) -> Tensor:
-    """Return outputs (B, H, S_q, D_v) with the last rows replaced by (B, H, rows, D_v)."""
-    n = rows.shape[2]
-    return rows if n == out.shape[2] else torch.cat([out[:, :, :-n], rows.to(out.dtype)], 2)
+def replace_rows(call: AttentionCall, new: Tensor, rows: Rows) -> Tensor:
+    """Return the dense outputs of a call, (B, H, S_q, D_v), with some rows replaced by `new` (B, H, n, D_v)."""
+    if isinstance(rows, int):
+        return new if rows == call.q.shape[2] else torch.cat([(out := call.dense())[:, :, :-rows], new.to(out.dtype)], 2)
+    out = call.dense()
+    return out.scatter(2, rows[:, None, :, None].to(out.device).expand_as(new), new.to(out.dtype))
 
 
 def decode_biased(call: AttentionCall, bias: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def test_last_rows(rows):
     torch.testing.assert_close(read, (p @ v)[:, :, -rows:], atol=1e-5, rtol=0)
     tail = spans.last(call, rows)
     torch.testing.assert_close(tail.dense(), call.dense()[:, :, -rows:], **TIGHT)
-    torch.testing.assert_close(spans.replace_last(call.dense(), tail.dense()), call.dense(), **TIGHT)
+    torch.testing.assert_close(spans.replace_rows(call, tail.dense(), rows), call.dense(), **TIGHT)
 
 
 @pytest.mark.parametrize("form", ["none", "flash", "bool", "additive"])

@@ -17,9 +17,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import accelplug
 from accelplug import compat
 from accelplug.errors import AlreadyAppliedError, FallbackError, NoMatchError, UnsupportedError
-from accelplug.hosts.transformers import number_images
+from accelplug.hosts.transformers import answering, number_images
 from tests import tiny_models
-from tests.tiny_language_models import LLM, VLM, build, forward, generate, held, inputs
+from tests.tiny_language_models import LLM, VLM, build, forward, generate, held, inputs, right_padded
 
 LOUD = {"patch": "visual_bias", "with": {"image_weight": 6.0, "system_weight": 0.3}}
 NEUTRAL = {
@@ -132,6 +132,30 @@ def test_a_padded_batch_is_its_rows(patch):
             ids = both["input_ids"][i][both["attention_mask"][i].bool()][None]
             alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
             torch.testing.assert_close(forward(model, alone)[:, -1], together[i : i + 1], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("patch", "name"), PAIRS)
+def test_padding_on_either_side_gives_the_same(patch, name):
+    """Every row's last valid token answers; the short row's padding is longer than Gemma 3's window."""
+    model, left = build(name), inputs(name, ((3, "I", 6), (4, "I", 5, "I", 17)))
+    right = right_padded(left)
+    on_left, on_right = (given["attention_mask"].bool() for given in (left, right))
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with accelplug.apply(model, recipe(patch), strict=True):
+            expected, found = forward(model, left), forward(model, right)
+        torch.testing.assert_close(found[on_right], expected[on_left], atol=2e-5, rtol=1e-4)
+
+
+def test_the_rows_that_answer():
+    valid = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    assert answering(valid[:1], 3) == 3
+    assert answering(valid[:3], 1).tolist() == [[4], [2], [0]]
+    assert answering(valid, 2).tolist() == [[3, 4], [1, 2], [0, 0], [4, 4]]
+    assert answering(valid[:1], 9) == 1  # more than there are: the last one
+    asked = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    assert answering(valid[:2], asked).tolist() == [[3, 4], [2, 2]]
+    assert answering(valid[:2], asked[:, :3]).tolist() == [[4], [2]]  # of other tokens than these
 
 
 def test_a_row_without_an_image_is_left_alone():

@@ -300,6 +300,16 @@ def inputs(name: str, rows: Rows = TWO_ROWS) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, **extra}
 
 
+def right_padded(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Left-padded inputs with their padding on the right."""
+    mask = given["attention_mask"].bool()
+    last = {
+        name: given[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids") if name in given
+    }
+    moved = {name: torch.zeros_like(x).masked_scatter(mask.flip(-1), x[mask]) for name, x in last.items()}
+    return {**given, **moved}
+
+
 def forward(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits of a plain forward. Qwen models remember an offset from call to call, which is cleared."""
     if hasattr(model.base_model, "rope_deltas"):

@@ -49,8 +49,8 @@ class Blind:
 
     @staticmethod
     def _inputs(prompt: Prompt, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The tokens that show no image, left padded, with positions of their own."""
-        keep = prompt.valid & ~prompt.visual
+        """The tokens of the prompt that show no image, left padded, with positions of their own."""
+        keep = prompt.valid & prompt.asked & ~prompt.visual
         flags = [torch.ones(int(row.sum()), dtype=torch.long, device=row.device) for row in keep]
         mask = pad_sequence(flags, batch_first=True, padding_side="left")
         tokens = {}

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from accelplug import compat
-from accelplug.call import AttentionCall, Clock, Place, Prompt, Site
+from accelplug.call import AttentionCall, Clock, Place, Prompt, Rows, Site
 from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families.vlm import Vlm, find
 from accelplug.hosts.blind import Blind
@@ -50,7 +50,8 @@ Watch = Callable[["AttentionRecord", AttentionCall, Prompt, Clock], None]
 """Looks at an attention call: (record, call, tokens of its sequence up to the prompt's end, clock)."""
 
 _RUN: ContextVar[Run | None] = ContextVar("accelplug_run", default=None)
-_ASKED: ContextVar[int] = ContextVar("accelplug_asked", default=0)
+_ASKED: ContextVar[Rows] = ContextVar("accelplug_asked", default=1)
+"""What the model was asked for: logits of the last so many tokens, or of those in a bool (1|B, S)."""
 _WATCH: ContextVar[Watch | None] = ContextVar("accelplug_watch", default=None)
 _users = 0
 _lock = threading.Lock()
@@ -302,7 +303,7 @@ class LanguageHost:
         self.root = self.base = model.base_model
         self.decoder = model.get_decoder()
         self.family: Vlm | None = find(model)
-        self.signature = inspect.signature(type(self.base).forward)
+        self.signature, self.outer = (inspect.signature(type(m).forward) for m in (self.base, model))
         self.skipped: dict[str, str] = {}
         self.tensor_parallel = _tensor_parallel(model)
         self.records = self._records(decide)
@@ -423,12 +424,12 @@ class LanguageHost:
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module is self.model and not torch.compiler.is_compiling():
-            asked = kwargs.get("logits_to_keep")
-            _ASKED.set(asked if isinstance(asked, int) else 0)
+            inputs = self.outer.bind_partial(module, *args, **kwargs).arguments
+            _ASKED.set(asked_of({**inputs, **inputs.get("kwargs", {})}))
 
     def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module is self.model and not torch.compiler.is_compiling():
-            _ASKED.set(0)
+            _ASKED.set(1)
 
     def _before_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if module is not self.base or torch.compiler.is_compiling():
@@ -466,7 +467,7 @@ class LanguageHost:
         stream.prompt = prompt
         if cache is not None:
             self._keep(stream, cache)
-        if past and prompt.answers == 1 and "whole_prompt" in self.needs:
+        if past and not prompt.drafts and "whole_prompt" in self.needs:
             raise UnsupportedError(
                 f"{self.owner.recipe.name} reads the whole prompt at once, and this one comes in pieces. Leave out "
                 "prefill_chunk_size, or start a new cache for a new turn."
@@ -485,14 +486,14 @@ class LanguageHost:
         if valid is None:
             valid = torch.ones(rows, past + new, dtype=torch.bool, device=image.device)
         valid = pad(valid[:, : past + new], (0, max(0, past + new - valid.shape[1])), value=True)
-        asked = max(_ASKED.get(), 1)
-        answers = asked if asked <= new else 1
+        answers = answering(valid[:, past:], _ASKED.get())
         if known is None:
-            return Prompt(image, valid, new - answers + 1, 0, answers, ids)
+            length = new - answers + 1 if isinstance(answers, int) else answers[:, :1] + 1
+            return Prompt(image, valid, length, 0, answers, ids)
         before = pad(known.image[:, :past], (0, past - min(past, known.image.shape[1])))
         image = torch.where(image > 0, image + before.amax(-1, keepdim=True), image)
-        length = known.length if answers > 1 else past + new
-        return Prompt(torch.cat([before, image], 1), valid, length, past, answers, _joined(known.ids, ids, past))
+        prompt = Prompt(torch.cat([before, image], 1), valid, past + new, past, answers, _joined(known.ids, ids, past))
+        return replace(prompt, length=known.length) if prompt.drafts else prompt
 
     def _keep(self, stream: Stream, cache: Any) -> None:
         setattr(cache, STREAM, stream)
@@ -505,10 +506,9 @@ class LanguageHost:
                 "The rows of a cache were repeated after its prompt was read, and a patch remembers its rows one by one. "
                 "Repeat the inputs instead, as generate(num_return_sequences=...) does."
             )
-        prompt = stream.prompt
-        image, valid = (x.repeat_interleave(times, 0) for x in (prompt.image, prompt.valid))
-        ids = None if prompt.ids is None else prompt.ids.repeat_interleave(times, 0)
-        stream.prompt = Prompt(image, valid, prompt.length, prompt.past, prompt.answers, ids)
+        known: dict[str, Any] = {f.name: getattr(stream.prompt, f.name) for f in fields(Prompt)}
+        repeated = {name: x.repeat_interleave(times, 0) for name, x in known.items() if isinstance(x, Tensor)}
+        stream.prompt = Prompt(**{**known, **repeated})
         self._prepare_decode(stream)
 
     def _image_numbers(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
@@ -622,6 +622,46 @@ def _joined(known: Tensor | None, new: Tensor | None, past: int) -> Tensor | Non
     if known is None or new is None:
         return None
     return torch.cat([pad(known[:, :past], (0, past - min(past, known.shape[1])), value=-1), new], 1)
+
+
+def asked_of(inputs: dict[str, Any]) -> Rows:
+    """Return which logits a model's forward is asked for, by its arguments: of the last so many tokens, or bool (1|B, S).
+
+    Tokens with a label have the logits of the token ahead of them asked for. Where all logits are, the last one is the answer's.
+    """
+    labels, kept = inputs.get("labels"), inputs.get("logits_to_keep")
+    if isinstance(shifted := inputs.get("shift_labels"), Tensor):
+        return shifted != compat.NO_LABEL
+    if isinstance(labels, Tensor) and labels.ndim == 2:
+        return pad(labels[:, 1:] != compat.NO_LABEL, (0, 1))
+    if isinstance(kept, Tensor):
+        tokens = next(x for name in ("input_ids", "inputs_embeds") if (x := inputs.get(name)) is not None)
+        asked = torch.zeros(1, tokens.shape[1], dtype=torch.bool, device=kept.device)
+        asked[:, kept] = True
+        return asked
+    return max(kept or 0, 1)
+
+
+def answering(valid: Tensor, asked: Rows) -> Rows:
+    """Return which tokens of a forward have their next one asked for, as in `Place`.
+
+    Parameters
+    ----------
+    valid : bool (B, S_q), False for padding.
+    asked : so many at the end of every row, or bool (1|B, S_q); the last valid token where these are none.
+    """
+    if isinstance(asked, int):
+        number, chosen = asked if asked <= valid.shape[1] else 1, valid
+        if bool(valid[:, -number:].all()):
+            return number
+    else:
+        asked = asked.to(valid.device)
+        chosen = valid & asked if asked.shape[1] == valid.shape[1] else torch.zeros_like(valid)
+        chosen = torch.where(chosen.any(-1, keepdim=True), chosen, pad(valid, (0, 1)).diff(dim=-1) & valid)
+        number = int(chosen.sum(-1).max())
+    order = chosen.cumsum(-1)
+    wanted = order[:, -1:] - torch.arange(number - 1, -1, -1, device=valid.device)
+    return torch.searchsorted(order, wanted.clamp(min=1)).clamp(max=valid.shape[1] - 1)
 
 
 def number_images(visual: Tensor, sizes: list[int]) -> Tensor:

@@ -115,7 +115,8 @@ class Gaze:
         layer = record.site.layer
         if call.place is None or not call.place.explicit or layer not in numbers(self.layers, record.site.layers):
             return
-        p = call.place.gather_heads(row_attention(call)[:, :, 0]).mean(1)  # [B, S_k]
+        p = row_attention(call, call.place.answers)[:, :, -1]
+        p = call.place.gather_heads(p).mean(1)  # [B, S_k]
         p = pad(p, (call.place.first_key, 0))  # a sliding window has lost the first keys
         p = pad(p, (0, max(0, prompt.image.shape[1] - p.shape[1])))[:, : prompt.image.shape[1]]
         if clock.phase == "prefill":  # a prompt in pieces ends with the last one

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch.nn.functional import pad
 
-from accelplug.kernels.spans import fit, last, read_rows, replace_last, row_attention
+from accelplug.kernels.spans import fit, last, read_rows, replace_rows, row_attention
 from accelplug.patches.base import Config, Patch
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Gift(Patch):
             return None
         first, stop = self.config.enhance
         enhance = first <= (site.layer or 0) < stop
-        watch = site.layer == self.config.saliency_layer and clock.phase == "prefill" and layout.answers == 1
+        watch = site.layer == self.config.saliency_layer and clock.phase == "prefill" and not layout.past
         weight = state.get("weight")
         if not watch and (not enhance or weight is None):
             return None
@@ -139,8 +139,7 @@ class Gift(Patch):
         p = row_attention(call, rows)
         new = shifted(p, weight, visual, question, self.config.head_share, self.config.balance)
         new = torch.where(visual.any(-1)[:, None, None, None], new, p)
-        out = read_rows(call, new)
-        return out if rows == call.q.shape[2] else replace_last(call.dense(), out)
+        return replace_rows(call, read_rows(call, new), rows)
 
     def _read_gaze(self, call: AttentionCall, params: Params) -> None:
         """Read the saliency of image tokens off the question's rows, and keep it for the answer."""

@@ -81,6 +81,6 @@ class Imbalance(Patch):
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
         heads = None
         if self.config.head_share < 1:
-            p = row_attention(call)
+            p = row_attention(call, call.place.answers if call.place else 1)
             heads = upper((p * fit(params.visual, call).to(p.device)[:, None, None]).sum((2, 3)), self.config.head_share)
         return raised(call, params.share, heads)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field
 
-from accelplug.kernels.spans import fit, last, only, read_rows, replace_last, row_attention, with_masses
+from accelplug.kernels.spans import fit, last, only, read_rows, replace_rows, row_attention, with_masses
 from accelplug.patches.base import Config, Patch
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Var(Patch):
         if prompt is None or memory is None or hidden is None:
             return None
         key, dims_key = f"sinks {params.layer}", f"dims {params.layer}"
-        if prompt.answers == 1 or not prompt.past:  # drafts bring no sinks
+        if not prompt.drafts:  # which bring no sinks
             if not prompt.past:
                 first = prompt.valid.long().argmax(-1).to(hidden.device)
                 memory[dims_key] = self._dims(
@@ -177,7 +177,7 @@ class Var(Patch):
             return call.dense()
         from_sinks, from_rest = (tail.dense(v=only(call.v, span)) for span in (sinks, rest))
         moved = redistribute(out, from_sinks, from_rest, masses[..., :2], self.config.move_fraction, chosen)
-        return moved if number == call.q.shape[2] else replace_last(call.dense(), moved)
+        return replace_rows(call, moved, number)
 
     def _decode(self, call: AttentionCall, params: Params) -> Tensor:
         assert params.sinks is not None

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import Field
 
+from accelplug.kernels.spans import take_rows
 from accelplug.patches.base import Config, Patch
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ class Vhr(Patch):
         prompt, state = params.prompt, params.state
         assert prompt is not None and state is not None  # noqa: PT018
         place, blind = call.place, state["blind"]
-        mine = divergence(out[:, :, -prompt.answers], blind.heads(params.layer).to(out.device))
+        seeing = take_rows(out, prompt.answers)[:, :, 0]  # where the prompt ends
+        mine = divergence(seeing, blind.heads(params.layer).to(out.device))
         vhd, ta = (place.gather_heads(x) for x in mine) if place else mine
         heads = vision_aware(vhd, ta, self.config.drop_outliers)
         if self.config.control_seed is not None:
