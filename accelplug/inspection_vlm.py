@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from accelplug import compat, files
+from accelplug import chat, compat, files
 from accelplug.call import AttentionCall, Clock, Prompt, Site
 from accelplug.errors import AlreadyAppliedError, NoMatchError, ShapeError, UnsupportedError
 from accelplug.families.vlm import Vlm, find, token_grid
@@ -132,15 +132,7 @@ def load(model_dir: Path) -> tuple[Any, Any]:
 
 def ask(processor: Any, picture: Path, prompt: str) -> dict[str, Any]:
     """Return the inputs for a question about a picture, by the processor's chat template where it has one."""
-    try:
-        image = Image.open(picture).convert("RGB")
-    except OSError as error:
-        raise UnsupportedError(f"{picture} cannot be read as a picture: {error}. Give a PNG or JPEG file.") from error
-    text = f"{getattr(processor, 'image_token', '<image>')}\n{prompt}"
-    if getattr(processor, "chat_template", None):
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-        text = processor.apply_chat_template([turn], add_generation_prompt=True)
-    return dict(processor(images=[image], text=[text], return_tensors="pt"))
+    return chat.tokenized(processor, [chat.prompt(processor, prompt, picture=True)], [chat.open_picture(picture)])
 
 
 # --------------------------------------------------------------------------------------------------------------- with inputs

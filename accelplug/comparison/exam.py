@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from accelplug.chat import open_picture
 from accelplug.comparison.evaluators import coco, pope
 from accelplug.comparison.evaluators.chair import Vocabulary
 from accelplug.comparison.evaluators.pope import Question
@@ -46,11 +47,8 @@ class Exam:
     max_new_tokens: int = 512
 
     def picture(self, key: Any) -> Any:
-        """Return a picture as an RGB PIL image."""
-        from PIL import Image
-
-        held = self.pictures[key]
-        return Image.open(held).convert("RGB") if isinstance(held, str | Path) else held
+        """Return a picture as an upright RGB image of PIL's."""
+        return open_picture(self.pictures[key])
 
     @classmethod
     def scenes(cls, pictures: int = 200, split: str = "test") -> Exam:

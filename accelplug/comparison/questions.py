@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from accelplug.chat import Chat, open_picture, prompt
 from accelplug.comparison.evaluators import pope
 from accelplug.comparison.exam import Exam
 from accelplug.errors import AccelplugError
@@ -40,11 +41,8 @@ class Item:
         return {"yes": True, "no": False}.get(self.answer.strip(" .").lower())
 
     def shown(self) -> Any:
-        """Return the picture as an RGB PIL image."""
-        from PIL import Image
-
-        held = self.picture
-        return Image.open(held).convert("RGB") if isinstance(held, str | Path) else held
+        """Return the picture as an upright RGB image of PIL's."""
+        return open_picture(self.picture)
 
 
 @dataclass(frozen=True)
@@ -186,20 +184,18 @@ class Asker:
     likelihoods: bool = False
 
     def __post_init__(self) -> None:
-        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        end = self.model.generation_config.eos_token_id
-        self._end = end[0] if isinstance(end, list) else end
-        pads = (self.tokenizer.pad_token_id, self._end, 0)
-        self._pad = next(token for token in pads if token is not None)
+        self.chat = Chat(self.model, self.processor)
 
     def ask(self, asked: Sequence[Item]) -> list[Reply]:
         """Return a reply to each question, all in one batch."""
-        inputs, references = self._inputs(asked), [self.reference(item) for item in asked]
-        said: list[str | None] = [None] * len(asked)
+        prompts = [self._prompt(item) for item in asked]
+        pictures = None if asked[0].picture is None else [item.shown() for item in asked]
+        inputs, references = self.chat.inputs(prompts, pictures), [self.reference(item) for item in asked]
+        said: list[str] | list[None] = [None] * len(asked)
         margins, nll = [math.nan] * len(asked), [math.nan] * len(asked)
         if self.says:
             longest = 0 if all(item.truth is not None for item in asked) else max(map(len, references))
-            said, margins = self._say(inputs, longest + 4)
+            said, margins = self.chat.say(inputs, longest + 4)
         if self.likelihoods:
             nll = self._weigh(inputs, references)
         return [
@@ -216,71 +212,27 @@ class Asker:
 
     def reference(self, item: Item) -> list[int]:
         """Tokens of the reference as it stands behind the prompt, without an end."""
-        prompt, whole = self._prompt(item), self._prompt(item, item.answer)
-        stop = whole.find(item.answer, len(prompt))
-        if whole.startswith(prompt) and stop >= 0:
-            behind = whole[len(prompt) : stop + len(item.answer)]
+        asked, whole = self._prompt(item), self._prompt(item, item.answer)
+        stop = whole.find(item.answer, len(asked))
+        if whole.startswith(asked) and stop >= 0:
+            behind = whole[len(asked) : stop + len(item.answer)]
         else:
-            behind = item.answer if prompt[-1:].isspace() else f" {item.answer}"
-        ids = [self.tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, prompt + behind)]
+            behind = item.answer if asked[-1:].isspace() else f" {item.answer}"
+        ids = [self.chat.tokenizer(text, add_special_tokens=False).input_ids for text in (asked, asked + behind)]
         return (
             ids[1][len(ids[0]) :]
             if ids[1][: len(ids[0])] == ids[0]
-            else self.tokenizer(behind, add_special_tokens=False).input_ids
+            else self.chat.tokenizer(behind, add_special_tokens=False).input_ids
         )
-
-    def _say(self, inputs: dict[str, Any], tokens: int) -> tuple[list[str | None], list[float]]:
-        out = self._generate(inputs, tokens, output_logits=True, return_dict_in_generate=True)
-        new = out.sequences[:, inputs["input_ids"].shape[1] :]
-        yes, no = (first_tokens(self.tokenizer, word) for word in ("yes", "no"))
-        logits = out.logits[0].float()
-        margins = (logits[:, yes].amax(-1) - logits[:, no].amax(-1)).tolist()
-        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)], margins
 
     def _weigh(self, inputs: dict[str, Any], references: Sequence[Sequence[int]]) -> list[float]:
         """Have the references generated token by token, since patches tell a prompt from an answer; add up their costs."""
-        forced = Forced(references, self._pad if self._end is None else self._end)
-        # Penalties in a model's generation config are no part of its likelihoods.
-        plain = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-        self._generate(inputs, max(map(len, references)), logits_processor=[forced], **plain)
+        forced = Forced(references, self.chat.pad if self.chat.end is None else self.chat.end)
+        self.chat.generate(inputs, max(map(len, references)), logits_processor=[forced])
         return forced.nll
 
-    def _generate(self, inputs: dict[str, Any], tokens: int, **more: Any) -> Any:
-        return self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=self._pad, **more)
-
-    def _inputs(self, asked: Sequence[Item]) -> dict[str, Any]:
-        prompts, device = [self._prompt(item) for item in asked], self.model.device
-        if asked[0].picture is None:
-            templated = bool(getattr(self.processor, "chat_template", None))
-            rows = [self.tokenizer(text, add_special_tokens=not templated).input_ids for text in prompts]
-            width = max(map(len, rows))
-            ids = torch.tensor([[self._pad] * (width - len(row)) + row for row in rows], device=device)
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-            return {"input_ids": ids, "attention_mask": mask}
-        shown = [[item.shown()] for item in asked]
-        made = self.processor(text=prompts, images=shown, padding=True, padding_side="left", return_tensors="pt").to(device)
-        return {name: value.to(self.model.dtype) if value.is_floating_point() else value for name, value in made.items()}
-
     def _prompt(self, item: Item, answer: str | None = None) -> str:
-        """The question as a chat, by the processor's template where it has one."""
-        if not getattr(self.processor, "chat_template", None):
-            image = "" if item.picture is None else f"{getattr(self.processor, 'image_token', '<image>')}\n"
-            return f"{image}{item.text}" + ("" if answer is None else f" {answer}")
-        as_parts = self.processor is not self.tokenizer
-
-        def turn(role: str, text: str, picture: bool = False) -> dict[str, Any]:
-            parts = [{"type": "image"}] * picture + [{"type": "text", "text": text}]
-            return {"role": role, "content": parts if as_parts else text}
-
-        turns = [turn("user", item.text, item.picture is not None)] + ([] if answer is None else [turn("assistant", answer)])
-        return self.processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False)
-
-
-def first_tokens(tokenizer: Any, word: str) -> list[int]:
-    """Return the tokens by which an answer may begin with a word, in any spelling."""
-    forms = {form for base in (word, word.capitalize(), word.upper()) for form in (base, f" {base}")}
-    ids = (tokenizer(form, add_special_tokens=False).input_ids for form in forms)
-    return sorted({found[0] for found in ids if found})
+        return prompt(self.processor, item.text, item.picture is not None, answer)
 
 
 class Forced:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -12,15 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from accelplug import files
+from accelplug.chat import Chat, prompt
 from accelplug.comparison.environment import environment
 from accelplug.comparison.evaluators import amber, chair, mme, pope
 from accelplug.comparison.evaluators.pope import YesNo
 from accelplug.comparison.evaluators.statistics import Health, collapsed, holm, mcnemar, paired_bootstrap, wilson
 from accelplug.comparison.exam import SPLITS, Exam
-from accelplug.comparison.questions import first_tokens
 from accelplug.errors import AccelplugError
 from accelplug.hosts.gate import synchronise
 from accelplug.plug import apply
@@ -306,15 +306,18 @@ class Examiner:
         self._score(row)
         return row
 
+    @functools.cached_property
+    def chat(self) -> Chat:
+        """The model as one that is put questions to."""
+        return Chat(self.model, self.processor)
+
     def ask(self, asked: Sequence[tuple[Any, str]], picture: Any = None) -> tuple[list[str], list[float]]:
         """Return answers of a few tokens, and margins of yes over no."""
         replies, margins = [], []
-        yes, no = (first_tokens(self.processor.tokenizer, word) for word in ("yes", "no"))
         for chunk in _chunks(asked, self.batch):
-            out, given = self._generate(chunk, picture, 4, output_logits=True, return_dict_in_generate=True)
-            replies += self._text(out.sequences, given)
-            logits = out.logits[0].float()
-            margins += (logits[:, yes].amax(-1) - logits[:, no].amax(-1)).tolist()
+            said, by = self.chat.say(self._inputs(chunk, picture), 4)
+            replies += said
+            margins += by
         return replies, margins
 
     def describe(self, picture: Any = None) -> tuple[dict[Any, str], float]:
@@ -323,39 +326,18 @@ class Examiner:
         tokens, seconds = 0, 0.0
         for keys in _chunks(list(self.exam.pictures), self.batch):
             start = time.perf_counter()
-            out, given = self._generate([(key, self.exam.describe) for key in keys], picture, self.exam.max_new_tokens)
+            inputs = self._inputs([(key, self.exam.describe) for key in keys], picture)
+            out = self.chat.generate(inputs, self.exam.max_new_tokens)
             synchronise(out.device)
             seconds += time.perf_counter() - start
-            new = out[:, given:]
-            tokens += int((new != self._padding()).sum())
-            texts |= dict(zip(keys, self._text(out, given), strict=True))
+            tokens += int((out[:, inputs["input_ids"].shape[1] :] != self.chat.pad).sum())
+            texts |= dict(zip(keys, self.chat.texts(inputs, out), strict=True))
         return texts, tokens / seconds
 
-    def _generate(self, asked: Sequence[tuple[Any, str]], picture: Any, tokens: int, **more: Any) -> tuple[Any, int]:
+    def _inputs(self, asked: Sequence[tuple[Any, str]], picture: Any) -> dict[str, Any]:
         shown = [self.exam.picture(key) for key, _ in asked]
-        shown = [picture(item) for item in shown] if picture else shown
-        prompts = [self._prompt(text) for _, text in asked]
-        images = [[item] for item in shown]
-        inputs = self.processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt")
-        inputs = inputs.to(self.model.device)
-        for name, value in inputs.items():
-            if value.is_floating_point():
-                inputs[name] = value.to(self.model.dtype)
-        out = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=self._padding(), **more)
-        return out, inputs["input_ids"].shape[1]
-
-    def _prompt(self, text: str) -> str:
-        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-        return self.processor.apply_chat_template(turn, add_generation_prompt=True)
-
-    def _text(self, sequences: torch.Tensor, given: int) -> list[str]:
-        return [
-            text.strip() for text in self.processor.tokenizer.batch_decode(sequences[:, given:], skip_special_tokens=True)
-        ]
-
-    def _padding(self) -> int:
-        tokenizer = self.processor.tokenizer
-        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        prompts = [prompt(self.processor, text, picture=True) for _, text in asked]
+        return self.chat.inputs(prompts, [picture(item) for item in shown] if picture else shown)
 
     def _pairs(self, variant: Variant) -> mme.Mme:
         texts = [(key, text) for _, key, *both in self.exam.pairs for text in both]
