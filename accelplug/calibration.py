@@ -17,12 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from accelplug import files, strict_yaml
+from accelplug import compat, files, strict_yaml
 from accelplug.bounded import Bounded
 from accelplug.call import ALL_HEADS, AttentionCall, Clock, Layout, Site
 from accelplug.comparison.environment import environment
 from accelplug.comparison.ranks import Ranks, working
-from accelplug.comparison.study import quiet
 from accelplug.errors import AccelplugError, NoMatchError, UnsupportedError, nearest
 from accelplug.hosts.transformers import is_language_model
 from accelplug.patches.base import BlockSparse, Patch
@@ -116,7 +115,7 @@ def calibrate(
         working(pipe) as ranks,
         watch(pipe, study.watcher) as plug,
         _bar(progress and ranks.first, study.turns) as tell,
-        quiet(pipe),
+        compat.quiet(pipe),
         torch.no_grad(),
     ):
         while done < study.turns:

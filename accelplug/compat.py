@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -35,18 +36,23 @@ def context_parallel_attention() -> Callable[..., Any]:
     return _templated_context_parallel_attention
 
 
+def parallel_config(part: Any) -> Any:
+    """Return how a diffusers model or processor is spread over processes, or None."""
+    return getattr(part, "_parallel_config", None)
+
+
 def shares_heads(denoiser: Any) -> tuple[int, int]:
     """Return which part of how many of each layer's heads attention of a diffusers model has here; (0, 1): all."""
-    config = getattr(denoiser, "_parallel_config", None)
+    config = parallel_config(denoiser)
     tensors, context = (getattr(config, f"{kind}_parallel_config", None) for kind in ("tensor", "context"))
     if tensors is not None:
         return tensors._mesh.get_local_rank(), tensors._mesh.size()
     return (0, 1) if context is None else (context._ulysses_local_rank, context.ulysses_degree)
 
 
-def is_parallel(model: Any) -> bool:
+def is_parallel(part: Any) -> bool:
     """Whether several processes hold one diffusers model between them."""
-    return getattr(model, "_parallel_config", None) is not None
+    return parallel_config(part) is not None
 
 
 def hook_types() -> tuple[type, type, type, type]:
@@ -56,11 +62,74 @@ def hook_types() -> tuple[type, type, type, type]:
     return HookRegistry, ModelHook, StateManager, BaseState
 
 
+REGISTRY = "_diffusers_hook"
+"""Attribute of a module that holds its hook registry."""
+
+LEFT_BEHIND = ("forward", REGISTRY, "_cache_config")
+"""Attributes that diffusers leaves on modules when a cache is disabled."""
+
+
+def listen(denoiser: Any, name: str, hook: Any) -> Callable[[], None]:
+    """Put a hook first in a denoiser's registry, without wrapping ``forward``; return what takes it away again.
+
+    First, since removing another hook relinks only what stands behind that one. A registry that was brought goes with it.
+    """
+    registry_type, *_ = hook_types()
+    brought = REGISTRY not in vars(denoiser)
+    registry: Any = registry_type.check_if_exists_or_initialize(denoiser)  # type: ignore[attr-defined]
+    order, references = registry._hook_order, registry._fn_refs
+    hook.fn_ref = None
+    registry.hooks[name] = hook
+    order.insert(0, name)
+    references.insert(0, None)
+
+    def leave() -> None:
+        if registry.hooks.get(name) is hook:
+            index = registry._hook_order.index(name)
+            del registry.hooks[name], registry._hook_order[index], registry._fn_refs[index]
+        if brought and not registry.hooks and vars(denoiser).get(REGISTRY) is registry:
+            delattr(denoiser, REGISTRY)
+
+    return leave
+
+
+def hooks_on(denoiser: Any) -> int:
+    """Return how many hooks of diffusers are on the modules of a denoiser."""
+    return sum(len(vars(module)[REGISTRY].hooks) for module in denoiser.modules() if REGISTRY in vars(module))
+
+
+def step_cache(denoiser: Any) -> Any:
+    """Return the config of the step cache that is on a denoiser, or None."""
+    return getattr(denoiser, "_cache_config", None)
+
+
+def guider_step(guider: Any) -> tuple[int, int] | None:
+    """Return (step, steps) as the guider of a modular pipeline was told them, or None."""
+    step, steps = (getattr(guider, name, None) for name in ("_step", "_num_inference_steps"))
+    return None if step is None or not steps else (step, steps)
+
+
+@contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """Silence a pipeline's own progress bar, and give it back as it was."""
+    name = "_progress_bar_config"
+    before = getattr(pipe, name, None)
+    try:
+        if hasattr(pipe, "set_progress_bar_config"):
+            pipe.set_progress_bar_config(disable=True)
+        yield
+    finally:
+        if before is not None:
+            setattr(pipe, name, before)
+        elif hasattr(pipe, name):
+            delattr(pipe, name)
+
+
 def mag_ratios(denoiser: Any) -> dict[str, list[float]]:
     """Return what MagCache's calibration wrote down on a denoiser in this run so far, by cache context."""
     from diffusers.hooks.mag_cache import _MAG_CACHE_LEADER_BLOCK_HOOK
 
-    registries = [vars(module)["_diffusers_hook"] for module in denoiser.modules() if "_diffusers_hook" in vars(module)]
+    registries = [vars(module)[REGISTRY] for module in denoiser.modules() if REGISTRY in vars(module)]
     leaders = [found for registry in registries if (found := registry.get_hook(_MAG_CACHE_LEADER_BLOCK_HOOK)) is not None]
     states = leaders[0].state_manager._state_cache if leaders else {}
     return {context: list(state.calibration_ratios) for context, state in states.items()}
@@ -74,6 +143,9 @@ def processor_metadata() -> dict[type, Any]:
     return AttentionProcessorRegistry._registry
 
 
+# ----------------------------------------------------------------------------------------------------------- torch
+
+
 def attention_is_skipped() -> bool:
     """Whether diffusers' PAG mode is on, which replaces scaled_dot_product_attention by its values."""
     from torch.overrides import _get_current_function_mode_stack
@@ -81,9 +153,64 @@ def attention_is_skipped() -> bool:
     return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in _get_current_function_mode_stack())
 
 
+def held(module: Any, name: str) -> Any:
+    """Return what a module itself holds under a name, as an attribute or as a submodule, or None."""
+    return vars(module).get(name, vars(module).get("_modules", {}).get(name))
+
+
+def pre_hooks(module: Any) -> list[Any]:
+    """Return the functions that are called ahead of a module's forward."""
+    return list(module._forward_pre_hooks.values())
+
+
+def is_looked_into(module: Any) -> bool:
+    """Whether somebody has hooks on a module, or a forward of their own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def unwrap_compiled(module: Any) -> Any:
     """Return the module inside what ``torch.compile(module)`` returned, or the module itself."""
-    return module.__dict__.get("_modules", {}).get("_orig_mod", module)
+    inner = held(module, "_orig_mod")
+    return module if inner is None else inner
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether a module, or one in it, goes through torch.compile."""
+    return any(
+        held(part, "_orig_mod") is not None or getattr(part, "_compiled_call_impl", None) is not None
+        for part in module.modules()
+    )
+
+
+@contextmanager
+def room_for_graphs(graphs: int) -> Iterator[None]:
+    """Let Dynamo keep as many graphs of one function, where it gives up after 8. All graphs are dropped at the end."""
+    import torch
+
+    with torch._dynamo.config.patch(recompile_limit=graphs, accumulated_recompile_limit=64 * graphs):
+        try:
+            yield
+        finally:
+            torch._dynamo.reset()
+
+
+def comptime() -> Callable[[Callable[[Any], None]], None]:
+    """Return what, called in traced code, has Dynamo call a function while it traces."""
+    import torch
+
+    return torch._dynamo.comptime.comptime
+
+
+def is_fake(x: Any) -> bool:
+    """Whether a tensor has a shape alone, as under tracing."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(x, FakeTensor)
+
+
+def times_written(x: Any) -> int:
+    """Return a number that every write into a tensor raises."""
+    return x._version
 
 
 def traced_value(ctx: Any, name: str) -> Any:
@@ -234,6 +361,36 @@ def looks_kernel_up(cls: type) -> bool:
     forward = inspect.getattr_static(cls, "forward")
     code = getattr(inspect.unwrap(forward), "__code__", None)
     return code is not None and "get_interface" in code.co_names
+
+
+def attention_name(config: Any) -> str:
+    """Return which attention function a model is set to use."""
+    return config._attn_implementation or "eager"
+
+
+def tensor_mesh(model: Any) -> Any:
+    """Return the mesh of the processes that share each layer's heads of a model, or None."""
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None or not getattr(model, "_tp_size", None):
+        return None
+    names = mesh.mesh_dim_names or ()
+    return mesh["tp"] if "tp" in names and len(names) > 1 else mesh
+
+
+def position_offset(base: Any) -> Any:
+    """Return by how much positions in three dimensions run behind the count of tokens, (B, 1), where a model keeps that; or None."""
+    return getattr(base, "rope_deltas", None)
+
+
+@contextmanager
+def positions_kept(base: Any) -> Iterator[None]:
+    """Leave a base model's own `position_offset`, which its forward writes, as it was."""
+    before = position_offset(base)
+    try:
+        yield
+    finally:
+        if hasattr(base, "rope_deltas"):
+            base.rope_deltas = before
 
 
 def number_of_layers(decoder: Any) -> int:

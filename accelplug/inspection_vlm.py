@@ -104,7 +104,7 @@ def summary(model: Any) -> LanguageInspection:
         layers=layers,
         heads=config.num_attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        attention=config._attn_implementation or "eager",
+        attention=compat.attention_name(config),
         modules=modules,
         recipes=recipes_for(model_facts(model), sites),
     )
@@ -339,19 +339,16 @@ def inspect_vlm(model: Any, inputs: Mapping[str, Any]) -> VlmInspection:
         )
     base, watch = host.base, _Watch()
     inputs = {key: x.to(model.device) if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
-    kept = {key: x for key, x in vars(base).items() if key == "rope_deltas"}  # Qwen's forward writes it
-    try:
-        host.install()
-        with torch.no_grad(), watching(watch):
-            base(**inputs, use_cache=False)
-        prompt = watch.checked(name)
-        with torch.no_grad():
+    with compat.positions_kept(base), torch.no_grad():
+        try:
+            host.install()
+            with watching(watch):
+                base(**inputs, use_cache=False)
+            prompt = watch.checked(name)
             blind = Blind(base, host.decoder, prompt, dict(inputs))
-    finally:
-        host.remove()
-        vars(base).pop("rope_deltas", None)
-        vars(base).update(kept)
-    attention = host.records[0].config._attn_implementation or "eager"
+        finally:
+            host.remove()
+    attention = compat.attention_name(host.records[0].config)
     return watch.result(name, attention, host.family, blind, inputs, base.config)
 
 

@@ -150,7 +150,7 @@ def remove(model: Any) -> None:
 
 def plug_of(part: Any) -> Plug | None:
     """Return the plug that is on a denoiser, or on the base model of a language model, or None."""
-    for hook in part._forward_pre_hooks.values():
+    for hook in compat.pre_hooks(part):
         host = getattr(hook, "__self__", None)
         if isinstance(host, DenoiserHost | LanguageHost) and host.root is part:
             return host.owner

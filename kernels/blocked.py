@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accelplug import compat
 from accelplug.bounded import Bounded
 from accelplug.kernels.plan import BlockPlan, held_slots
 from accelplug.kernels.rest import Coarse, extended
@@ -45,7 +46,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Return (out, lse); see `attention.block_attention`."""
     levels = () if coarse is None else coarse.levels
-    key = (plan.bits.data_ptr(), plan.bits._version, levels)
+    key = (plan.bits.data_ptr(), compat.times_written(plan.bits), levels)
     groups = _grouped.get(key, lambda: (plan, _groups(plan, levels)))[1]
     bias = _bias(coarse, key_mask, plan.key_slots, q.device)
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from accelplug import compat
 from accelplug.comparison import metrics
 from accelplug.comparison.environment import environment, forget_peak, peak_mib
 from accelplug.comparison.ranks import Ranks, working
@@ -94,7 +95,7 @@ def compare(
             Variant(name, "cache", loaded.with_cache("first_block", threshold=CACHE_THRESHOLD))
             for name, loaded in cached.items()
         ]
-    with working(pipe) as ranks, quiet(pipe):
+    with working(pipe) as ranks, compat.quiet(pipe):
         pairs = ranks.share(study.pairs)
         floors = floors and (ranks.first or ranks.joined)
         total = len(variants) * (1 + len(pairs)) + (2 if floors else 0)
@@ -400,21 +401,6 @@ def _drawn(events: list[Event]) -> list[dict[str, Any]]:
             rows = ["".join("1" if read else "0" for read in row) for row in blocks]
             drawn.append({"layer": layer, "step": event.clock.step, "density": event.density, "blocks": rows})
     return drawn
-
-
-@contextlib.contextmanager
-def quiet(pipe: Any) -> Iterator[None]:
-    """Silence the pipeline's own progress bar, and give it back as it was."""
-    before = getattr(pipe, "_progress_bar_config", None)
-    try:
-        if hasattr(pipe, "set_progress_bar_config"):
-            pipe.set_progress_bar_config(disable=True)
-        yield
-    finally:
-        if before is not None:
-            pipe._progress_bar_config = before
-        elif hasattr(pipe, "_progress_bar_config"):
-            del pipe._progress_bar_config
 
 
 @contextlib.contextmanager

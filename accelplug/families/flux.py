@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelplug import compat
 from accelplug.families.base import Family, Geometry, Grid, Inputs, Sites, shape_of
 
 _SITES: Sites = (("transformer_blocks.*.attn", "joint"), ("single_transformer_blocks.*.attn", "joint"))
@@ -21,7 +22,7 @@ def raster_grid(ids: Any) -> Grid | None:
     """
     import torch
 
-    if type(ids).__name__ == "FakeTensor" or ids.ndim not in (2, 3) or ids.shape[-2] == 0:
+    if compat.is_fake(ids) or ids.ndim not in (2, 3) or ids.shape[-2] == 0:
         return None  # shapes alone, as under tracing, do not tell
     ids = ids.detach().cpu()
     if ids.ndim == 3:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from accelplug import compat
 from accelplug.call import Prompt
 
 
@@ -38,14 +39,12 @@ class Blind:
             layer.register_forward_pre_hook(self._recorder(index), with_kwargs=True)
             for index, layer in enumerate(self._layers)
         ]
-        rope_deltas = getattr(base, "rope_deltas", None)
         try:
-            base(**self._inputs(prompt, inputs), use_cache=False, **{RUN: Run(companion=self._note)})
+            with compat.positions_kept(base):
+                base(**self._inputs(prompt, inputs), use_cache=False, **{RUN: Run(companion=self._note)})
         finally:
             for handle in handles:
                 handle.remove()
-            if hasattr(base, "rope_deltas"):
-                base.rope_deltas = rope_deltas
 
     @staticmethod
     def _inputs(prompt: Prompt, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from accelplug import compat
 from accelplug.errors import UnsupportedError
 from accelplug.hosts.clock import StepClock
 
 CONFIGS = {"first_block": "FirstBlockCacheConfig", "mag": "MagCacheConfig", "taylorseer": "TaylorSeerCacheConfig"}
-LEFT_BEHIND = ("forward", "_diffusers_hook", "_cache_config")
-"""Attributes that diffusers leaves on modules when a cache is disabled."""
 
 
 class StepCaches:
@@ -53,15 +52,15 @@ class StepCaches:
                 )
             if part.is_cache_enabled:
                 raise UnsupportedError(
-                    f"{name} has {type(part._cache_config).__name__} on already, and diffusers allows one cache a model. "
+                    f"{name} has {type(compat.step_cache(part)).__name__} on already, and diffusers allows one cache a model. "
                     "Disable it first: pipe.transformer.disable_cache()."
                 )
         self._before = {module: set(vars(module)) for part in self.parts.values() for module in part.modules()}
         try:
             for name, part in self.parts.items():
-                hooked = _hooks(part)
+                hooked = compat.hooks_on(part)
                 part.enable_cache(getattr(diffusers, CONFIGS[self.kind])(**self.settings))
-                if _hooks(part) == hooked:
+                if compat.hooks_on(part) == hooked:
                     raise ValueError(f"it finds no module of {name} to hook")
         except (TypeError, ValueError) as error:
             self.remove()
@@ -84,7 +83,7 @@ class StepCaches:
             if self._before and part.is_cache_enabled:
                 part.disable_cache()
         for module, names in self._before.items():
-            for name in LEFT_BEHIND:
+            for name in compat.LEFT_BEHIND:
                 if name not in names:
                     vars(module).pop(name, None)
         self._before = {}
@@ -97,8 +96,3 @@ class StepCaches:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
-
-
-def _hooks(part: Any) -> int:
-    """How many hooks of diffusers are on the modules of a denoiser."""
-    return sum(len(module._diffusers_hook.hooks) for module in part.modules() if hasattr(module, "_diffusers_hook"))

@@ -57,8 +57,8 @@ class StepClock:
             step = scheduler.step_index
             return (step if step is not None else scheduler.begin_index or 0), steps
         guider: Any = getattr(pipe, "guider", None)
-        if getattr(guider, "_step", None) is not None and getattr(guider, "_num_inference_steps", None):
-            return guider._step, guider._num_inference_steps
+        if (told := compat.guider_step(guider)) is not None:
+            return told
         if timestep is None or steps is None:
             return None
         value = float(timestep.flatten()[0]) if hasattr(timestep, "flatten") else float(timestep)
@@ -72,13 +72,10 @@ class StepClock:
 
 
 class Ear:
-    """Listens for cache contexts and for the end of a run, in the denoiser's own hook registry, without wrapping ``forward``.
-
-    It stands first in the registry's lists: removing another hook there relinks only what stands behind that one.
-    """
+    """Listens for cache contexts and for the end of a run, in the denoiser's own hook registry, without wrapping ``forward``."""
 
     def __init__(self, denoiser: Any, on_context: Any, on_reset: Any) -> None:
-        registry_type, hook_type, manager_type, state_type = compat.hook_types()
+        _, hook_type, manager_type, state_type = compat.hook_types()
 
         class Manager(manager_type):  # type: ignore[misc, valid-type]
             def set_context(self, context: Any) -> None:
@@ -101,23 +98,5 @@ class Ear:
             def __deepcopy__(self, memo: dict[int, Any]) -> Any:
                 return hook_type()
 
-        self._denoiser = denoiser
-        self._brought_registry = "_diffusers_hook" not in vars(denoiser)
-        self._registry = registry_type.check_if_exists_or_initialize(denoiser)  # type: ignore[attr-defined]
-        self._hook = Hook()
-        self._hook.fn_ref = None
-        self._registry.hooks[HOOK] = self._hook
-        self._registry._hook_order.insert(0, HOOK)
-        self._registry._fn_refs.insert(0, None)
-
-    def remove(self) -> None:
+        self.remove = compat.listen(denoiser, HOOK, Hook())
         """Leave the registry as it was."""
-        if self._registry.hooks.get(HOOK) is self._hook:
-            index = self._registry._hook_order.index(HOOK)
-            del self._registry.hooks[HOOK], self._registry._hook_order[index], self._registry._fn_refs[index]
-        if (
-            self._brought_registry
-            and not self._registry.hooks
-            and vars(self._denoiser).get("_diffusers_hook") is self._registry
-        ):
-            del self._denoiser._diffusers_hook

@@ -50,7 +50,7 @@ def denoisers(model: Any) -> dict[str, nn.Module]:
 def processor_owners(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (path, module) for every module of `denoiser` that owns a callable processor."""
     for path, module in denoiser.named_modules():
-        processor = module.__dict__.get("processor", module._modules.get("processor"))
+        processor = compat.held(module, "processor")
         if callable(processor):
             yield path, module
 
@@ -255,7 +255,7 @@ class DenoiserHost:
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
-            torch._dynamo.comptime.comptime(_settle_at_trace)
+            compat.comptime()(_settle_at_trace)
             return
         if module is not self.denoiser:  # a deep copy of it
             return
@@ -354,10 +354,7 @@ class DenoiserHost:
 
     def _is_compiled(self) -> bool:
         """Whether blocks are compiled: then their attention never comes by in eager mode, where the gate would time it."""
-        modules = self.denoiser.modules()
-        return self.gate.mode != "off" and any(
-            getattr(module, "_compiled_call_impl", None) is not None for module in modules
-        )
+        return self.gate.mode != "off" and compat.is_compiled(self.denoiser)
 
     def _judge_ahead(self, record: SiteRecord, region: Region) -> None:
         """Let the gate time made-up tensors of the real shape, outside every graph."""
@@ -403,7 +400,7 @@ class DenoiserHost:
     @property
     def exchanging(self) -> bool:
         """Whether ranks exchange tokens for heads around attention."""
-        return ulysses.exchanges(getattr(self.denoiser, "_parallel_config", None))
+        return ulysses.exchanges(compat.parallel_config(self.denoiser))
 
     def _exchanged(self, layout: Layout | None, share: Share, device: torch.device | None) -> Gathered | None:
         if layout is None or not self.exchanging:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from accelplug import compat
 from accelplug.bounded import Bounded
 from accelplug.hosts import rebind
 
@@ -91,7 +92,7 @@ class Hoist:
 
     def _found(self, block: nn.Module) -> tuple[list[SiteRecord], Tiles | None, str | None]:
         """The patched attention of a block, the order that it shares with others, or what stands in the way."""
-        owners = [module for module in block.modules() if "processor" in vars(module) or "processor" in module._modules]
+        owners = [module for module in block.modules() if compat.held(module, "processor") is not None]
         records = [vars(module).get(rebind.RECORD) for module in owners]
         sites = [record for record in records if record is not None and record.site is not None]
         orders = {record.order for record in sites}
@@ -104,10 +105,9 @@ class Hoist:
     def _obstacle(self, block: nn.Module, records: list[SiteRecord | None]) -> str | None:
         if torch.is_grad_enabled():
             return "because gradients may be asked for"
-        modules = list(block.modules())
-        if any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in modules):
+        if compat.is_compiled(block):
             return "because blocks are compiled"
-        looked_at = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
+        looked_at = any(map(compat.is_looked_into, block.modules()))
         stock = type(block).__name__ == (self.scheme and self.scheme.block) and all(map(self._is_stock, records))
         return "because others look into blocks" if looked_at or not stock else None
 
@@ -117,7 +117,7 @@ class Hoist:
             record is not None
             and rebind.is_rebound(record.module, record)
             and type(record.original).__name__ == (self.scheme and self.scheme.processor)
-            and record.module.processor._parallel_config is None
+            and not compat.is_parallel(record.module.processor)
         )
 
     def _hoist(self, run: list[_Block], order: Tiles, device: torch.device) -> None:

@@ -157,7 +157,7 @@ class _VisionRecord:
 
     def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, run: Any, kwargs: dict[str, Any]) -> Any:
         """Run the tower's own attention, and note where the class token looks: (N, tokens), summed over heads."""
-        name = self.config._attn_implementation
+        name = compat.attention_name(self.config)
         if not torch.compiler.is_compiling():
             scores = q[:, :, :1].float() @ k.float().mT * (kwargs.get("scaling") or q.shape[-1] ** -0.5)
             _MAPS.set({**_MAPS.get({}), self.key: scores.softmax(-1)[:, :, 0, 1:].sum(1)})

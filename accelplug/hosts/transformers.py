@@ -118,8 +118,8 @@ class AttentionRecord:
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, run: Run | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """Answer one attention call as transformers asks it: (B, H, S, D) in, ((B, S_q, H, D_v), probabilities or None) out."""
-        base = compat.attention_function(self.config._attn_implementation, type(module))
-        asked = compat.seen_by(self.config._attn_implementation, module, self.config)
+        name = compat.attention_name(self.config)
+        base, asked = compat.attention_function(name, type(module)), compat.seen_by(name, module, self.config)
 
         def whole() -> tuple[Tensor, Tensor | None]:
             return base(asked, q, k, v, mask, **kwargs)
@@ -703,9 +703,6 @@ def number_images(visual: Tensor, sizes: list[int]) -> Tensor:
 
 
 def _tensor_parallel(model: Any) -> TensorParallel | None:
-    mesh = getattr(model, "_device_mesh", None)
-    names = getattr(mesh, "mesh_dim_names", None) or ()
-    if mesh is None or not getattr(model, "_tp_size", None):
-        return None
-    part = mesh["tp"] if "tp" in names and len(names) > 1 else mesh
-    return TensorParallel(part.get_local_rank(), part.size(), part.get_group()) if part.size() > 1 else None
+    part = compat.tensor_mesh(model)
+    shared = part is not None and part.size() > 1
+    return TensorParallel(part.get_local_rank(), part.size(), part.get_group()) if shared else None

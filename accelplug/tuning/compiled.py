@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
+from accelplug import compat
 from accelplug.hosts.diffusers import denoisers
 
 GRAPHS = 512
@@ -16,8 +15,7 @@ GRAPHS = 512
 
 def is_compiled(pipe: Any) -> bool:
     """Whether a denoiser, or blocks of it, go through torch.compile."""
-    modules = (module for name in denoisers(pipe) for module in getattr(pipe, name).modules())
-    return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in modules)
+    return any(compat.is_compiled(getattr(pipe, name)) for name in denoisers(pipe))
 
 
 @contextmanager
@@ -26,8 +24,5 @@ def room_to_compile(pipe: Any) -> Iterator[None]:
     if not is_compiled(pipe):
         yield
         return
-    with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=64 * GRAPHS):
-        try:
-            yield
-        finally:
-            torch._dynamo.reset()
+    with compat.room_for_graphs(GRAPHS):
+        yield

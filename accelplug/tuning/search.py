@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from accelplug import compat
 from accelplug.comparison.ranks import Ranks, require_one, working
 from accelplug.comparison.result import DENSE, gains
-from accelplug.comparison.study import Study, quiet
+from accelplug.comparison.study import Study
 from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.hosts.diffusers import denoisers
 from accelplug.hosts.transformers import is_language_model
@@ -149,7 +150,7 @@ def tune(
     seen = list(itertools.product(range(max(len(prompts) - 1, 1)), numbers[:half]))
     unseen = list(itertools.product([len(prompts) - 1], numbers[half:]))
     study = Study(pipe, prompts, numbers, foreground, detect)
-    with working(pipe) as ranks, quiet(pipe), room_to_compile(pipe):
+    with working(pipe) as ranks, compat.quiet(pipe), room_to_compile(pipe):
         if ranks.joined:
             raise UnsupportedError(
                 "tune runs parts of a model by themselves, and processes share this one. Tune it on one device."

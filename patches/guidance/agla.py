@@ -137,7 +137,7 @@ class Branch:
     def _positions(self) -> Tensor | None:
         """Positions as ``generate`` counts them; None for the model to lay out pictures in three dimensions."""
         text = (self._mask.cumsum(-1) - 1).clamp(min=0)
-        offset = getattr(self._model.base_model, "rope_deltas", None)
+        offset = compat.position_offset(self._model.base_model)
         if self._cache is None:
             return None if offset is not None and "mm_token_type_ids" in self._inputs else text
         return text[:, -1:] if offset is None else (text[:, -1:] + offset).expand(3, -1, -1)
