@@ -219,7 +219,7 @@ class AttentionRecord:
             first_key=first_key,
             answers=answers,
             causal=compat.is_causal(self.module, kwargs),
-            window=compat.window_beside(self.config._attn_implementation, mask, kwargs),
+            window=compat.window_beside(compat.attention_name(self.config), mask, kwargs),
             explicit=self.explicit(kwargs),
             first_head=first_head,
             gather_heads=gather,
