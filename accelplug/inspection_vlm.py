@@ -25,7 +25,7 @@ from accelplug.hosts.ledger import Ledger
 from accelplug.hosts.record import DENSE
 from accelplug.hosts.transformers import AttentionRecord, LanguageHost, attention_modules, watching
 from accelplug.inspection import recipes_for
-from accelplug.kernels.spans import read_rows, row_scores
+from accelplug.kernels.spans import on_spans, probabilities, read_rows, row_scores
 from accelplug.patches.heads.var import MASSIVE, normalised
 from accelplug.patches.heads.vhr import divergence, vision_aware
 from accelplug.plug import model_facts, plug_of
@@ -152,8 +152,8 @@ class VlmInspection(Shown):
     visual_mass, system_mass, question_mass : (L, H) attention of the last token to the images, to the text ahead of the first
         image, and to the text behind it; each in [0, 1].
     vas : (L,) Visual Attention Score as a share, P_V / (P_V + P_S) in [0, 1]: attention to images beside that to the system
-        text, mean over heads and question tokens; 0.5 is equal attention. A head that reads neither is left out; NaN without
-        system text. `vas_mean` is its mean over layers.
+        text, mean over heads and question tokens; 0.5 is equal attention. A head that reads neither is left out, and so is a token
+        whose window has not both; NaN where none is left. `vas_mean` is its mean over layers.
     vas_ratio : (L,) the score as published, mean over heads and question tokens of P_V / P_S. It has no bound: one head that
         does not read the system text sets it (inf where its P_S underflows), which is why `vas` comes first.
     visual_share : (L,) P_V / (P_V + P_Q) in [0, 1], attention to images beside that to the question, meant likewise.
@@ -381,9 +381,7 @@ class _Watch:
         assert layer is not None and call.hidden is not None and call.place is not None  # noqa: PT018
         if not bool(prompt.visual.any()):
             return
-        window = getattr(record.module, "sliding_window", None)  # flash kernels are told it beside the mask
-        beside = window is not None and call.k.shape[2] > window and (call.mask is None or call.mask.ndim < 4)
-        if beside or not call.place.explicit:
+        if not call.place.explicit:
             self.closed.append(layer)
             return
         device = call.q.device
@@ -391,11 +389,13 @@ class _Watch:
         spans = torch.stack([prompt.visual, prompt.system, prompt.question], -1).to(device, torch.float32)
         shown = (image > 0).any(-1)
         number = max(1, image.shape[1] - int(question.any(0).long().argmax())) if bool(question.any()) else 1
-        p = row_scores(call, number).softmax(-1)  # [B, H, rows, S]
-        masses = p @ spans[:, None]  # [B, H, rows, 3]
+        scores = row_scores(call, number)  # [B, H, rows, S]
+        p = probabilities(scores)
+        masses = on_spans(call, p, spans)  # [B, H, rows, 3]
+        in_reach = on_spans(call, scores.isfinite().float(), spans) > 0
         asked = question[:, None, -number:].expand(masses.shape[:3])
         on_image, on_system, on_question = masses.unbind(-1)
-        nan, told = float("nan"), asked & prompt.system.any(-1).to(device)[:, None, None]
+        nan, told = float("nan"), asked & in_reach[..., :2].all(-1)
 
         def mean(x: Tensor, rows: Tensor) -> Tensor:
             """Over heads and question tokens, of the rows of the batch that show an image; 0 / 0 is left out."""
@@ -444,8 +444,8 @@ class _Watch:
             raise ShapeError(f"A row of the inputs of {name} is all image: expected a question. Add text to the prompt.")
         if not self.layers:
             raise UnsupportedError(
-                f"Every layer of this {name} adds sink logits, a soft cap or a window beside its mask, and cannot be recomputed from "
-                "queries, keys and mask. Load it with sdpa or eager attention, or leave the inputs out for a summary."
+                f"Every layer of this {name} adds sink logits or a soft cap, and cannot be recomputed from queries, keys and mask. "
+                "Load it with sdpa or eager attention, or leave the inputs out for a summary."
             )
         return prompt
 
@@ -460,10 +460,15 @@ class _Watch:
         notes = []
         if self.closed:
             closed = ", ".join(map(str, sorted(self.closed)))
-            notes.append(f"layers {closed} add sink logits, a soft cap or a window beside their mask, and are left out")
+            notes.append(f"layers {closed} add sink logits or a soft cap, and are left out")
         visual, system, question = torch.stack([x.masses for x in layers], 1).numpy()
         if not bool(prompt.system.any()):
             notes.append("no text stands ahead of the first image, so that there is no VAS")
+        elif short := [n for n, x in zip(numbers, layers, strict=True) if math.isnan(x.vas)]:
+            closed = ", ".join(map(str, short))
+            notes.append(
+                f"no question token of layers {closed} has both image and system text in its window: they have no VAS"
+            )
 
         first = torch.stack([x.first for x in layers])  # [L, rows, C]
         dims = sink_dimensions(first)

@@ -254,6 +254,12 @@ def read_rows(call: AttentionCall, p: Tensor) -> Tensor:
     return out.reshape(batch, heads, rows, -1).to(call.v.dtype)
 
 
+@exactly
+def on_spans(call: AttentionCall, p: Tensor, spans: Tensor) -> Tensor:
+    """Return the masses (B, H, rows, C) of probabilities (B, H, rows, S_k) on spans, float32 (B, S_k, C)."""
+    return p @ spans[:, None]
+
+
 def replace_rows(call: AttentionCall, new: Tensor, rows: Rows) -> Tensor:
     """Return the dense outputs of a call, (B, H, S_q, D_v), with some rows replaced by `new` (B, H, n, D_v)."""
     if isinstance(rows, int):

@@ -37,6 +37,12 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""Of random draws."""
+Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+"""Of heads or dimensions, 0-based."""
+
+
 class Patch:
     """One method. Subclasses set `Config`, and write `prepare` and `attend`.
 
@@ -50,8 +56,8 @@ class Patch:
     """What `accelplug.calibrate` measures for the method, where it takes tables."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """What the host must supply or refuse. Language models: ``hidden_states``, what enters the layer; ``blind``, a reading without the
-    images; ``vision_attention``, the vision tower's; ``whole_prompt``, no prompt in pieces; ``probabilities``, scores that q, k and the
-    mask say in full.
+    images; ``vision_attention``, the vision tower's; ``whole_prompt``, no prompt in pieces; ``scores``, that what is added to q.k is
+    added to what the softmax takes; ``probabilities``, that q, k and the mask say that in full.
     """
     speed: ClassVar[bool] = True
     """Whether the method exists to be faster: such a patch is left dense where it would not pay (`gate="auto"`)."""
@@ -63,6 +69,16 @@ class Patch:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config!r})"
+
+    def check(self, sites: Sequence[Site], heads: int, width: int) -> None:
+        """Refuse a config that cannot work at the sites that a language model's rules give it, of `heads` heads and `width` channels.
+
+        Called at apply.
+
+        Raises
+        ------
+        AccelplugError
+        """
 
     def prepare(self, site: Site, layout: Any, clock: Clock, state: dict[str, Any]) -> Any:
         """Return what `attend` needs here and now (tensors and floats), or None to run dense.

@@ -159,7 +159,8 @@ class _VisionRecord:
         """Run the tower's own attention, and note where the class token looks: (N, tokens), summed over heads."""
         name = compat.attention_name(self.config)
         if not torch.compiler.is_compiling():
-            scores = q[:, :, :1].float() @ k.float().mT * (kwargs.get("scaling") or q.shape[-1] ** -0.5)
+            with torch.autocast(q.device.type, enabled=False):
+                scores = q[:, :, :1].float() @ k.float().mT * (kwargs.get("scaling") or q.shape[-1] ** -0.5)
             _MAPS.set({**_MAPS.get({}), self.key: scores.softmax(-1)[:, :, 0, 1:].sum(1)})
         base = compat.attention_function(name, type(module))
         return base(compat.seen_by(name, module, self.config), q, k, v, mask, **kwargs)

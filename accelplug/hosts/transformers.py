@@ -188,6 +188,8 @@ class AttentionRecord:
             return (
                 "the model adds sink logits, a soft cap or a position bias to its scores, which this patch does not know of"
             )
+        if patch is not None and "scores" in patch.needs and kwargs.get("softcap") is not None:
+            return "the model caps its scores, and what this patch adds to them would land inside of the cap"
         if unknown := kwargs.keys() - compat.ATTENTION_KWARGS:
             return f"the model passes {', '.join(sorted(unknown))} to its attention, which is not understood"
         if torch.compiler.is_compiling():
@@ -325,6 +327,10 @@ class LanguageHost:
             records.append(
                 AttentionRecord(self, len(records), module, site, module.config, decide(site, None, Clock(phase="prefill")))
             )
+        text = self.model.config.get_text_config()
+        for patch in {id(r.choice.patch): r.choice.patch for r in records if r.choice.patch is not None}.values():
+            sites = [record.site for record in records if record.choice.patch is patch]
+            patch.check(sites, text.num_attention_heads, text.hidden_size)
         if not records:
             raise NoMatchError(
                 f"{type(self.model).__name__} has no attention that can be entered: expected modules with layer_idx, config and "
@@ -576,7 +582,7 @@ class LanguageHost:
 
     def _prepare_blind(self, stream: Stream, inputs: dict[str, Any]) -> None:
         """For patches that ask what the model would do without the images: read the text alone."""
-        if "blind" not in self.needs or stream.prompt.past:
+        if "blind" not in self.needs or stream.prompt.past or not bool(stream.prompt.visual.any()):
             return
         blind = Blind(self.base, self.decoder, stream.prompt, inputs)
         for record in self.records:

@@ -31,7 +31,9 @@ class BiasConfig(Config):
     form: Literal["linear", "square", "absolute"] = Field(
         "absolute", description="Of the distance: signed as in ALiBi, its negative square, or its negative size."
     )
-    strength: float = Field(description="Of the bias per token of distance, in nats; 0 is dense, below 0 favours the far.")
+    strength: float = Field(
+        ge=-100, le=100, description="Of the bias per token of distance, in nats; 0 is dense, below 0 favours the far."
+    )
     axes: tuple[float, float, float] | Literal["token"] = Field(
         (1.0, 1.0, 1.0), description="Weight of the distance in frames, rows, columns; token: along the sequence instead."
     )
@@ -44,6 +46,8 @@ class BiasConfig(Config):
 
     @model_validator(mode="after")
     def _factors_are_at_hand(self) -> BiasConfig:
+        if self.axes != "token" and max(map(abs, self.axes)) > 100:
+            raise ValueError(f"axes: expected weights from -100 to 100, got {self.axes}")
         if self.form == "absolute" and self.axes == "token":
             raise ValueError(
                 "form absolute takes the distance on axes of the grid: its table over all tokens is too large to factor. "

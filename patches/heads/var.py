@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field
 
+from accelplug.errors import RecipeError
 from accelplug.kernels.spans import fit, last, only, read_rows, replace_rows, row_attention, with_masses
-from accelplug.patches.base import Config, Patch
+from accelplug.patches.base import Config, Numbers, Patch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from accelplug.call import AttentionCall, Clock, Prompt, Site
@@ -93,7 +96,7 @@ class Var(Patch):
             description="Least share of a head's visual attention off sinks. Paper: 0.5 hallucination, 0.8 general.",
         )
         min_visual_mass: float = Field(0.2, ge=0, le=1, description="Least attention of a head to the image. Paper.")
-        sink_dims: tuple[int, ...] | Literal["auto"] = Field(
+        sink_dims: Numbers | Literal["auto"] = Field(
             "auto",
             description="Dimensions of the residual stream in which sinks are massive; auto: those of the first token.",
         )
@@ -104,6 +107,11 @@ class Var(Patch):
     speed = False
     config: Config
     _warned = False
+
+    def check(self, sites: Sequence[Site], heads: int, width: int) -> None:
+        dims = self.config.sink_dims
+        if dims != "auto" and max(dims) >= width:
+            raise RecipeError(f"var: sink_dims: the model has dimensions 0 to {width - 1}, got {max(dims)}.")
 
     def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> Params | None:
         if self.config.move_fraction == 0:

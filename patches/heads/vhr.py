@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 
 from accelplug.kernels.spans import take_rows
-from accelplug.patches.base import Config, Patch
+from accelplug.patches.base import Config, Patch, Seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +79,7 @@ class Vhr(Patch):
             2.0, ge=0, le=10, description="Factor on chosen heads. Paper: 2; 3 is stronger, 4 breaks the text."
         )
         drop_outliers: bool = Field(True, description="Whether heads that fire without the image are left out. Paper.")
-        control_seed: int | None = Field(None, description="Control: as many heads, drawn with this seed. Ours.")
+        control_seed: Seed | None = Field(None, description="Control: as many heads, drawn with this seed. Ours.")
 
     cite = "arXiv 2412.13949"
     needs = frozenset({"blind", "whole_prompt"})
@@ -90,7 +90,7 @@ class Vhr(Patch):
         if self.config.gain == 1:
             return None
         gain = state.get(f"gain {site.layer}")
-        if clock.phase == "prefill" and not layout.past:
+        if clock.phase == "prefill" and not layout.past and "blind" in state:
             return Params(None, layout, state, site.layer or 0)
         return None if gain is None else Params(gain)
 

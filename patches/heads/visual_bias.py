@@ -3,7 +3,8 @@
 After the training-free modulation of AVAR ("Look at the image", arXiv 2603.03825, ICLR 2026) and VAF (ClearSight, arXiv
 2503.13107, CVPR 2025). Both scale the signed scores ``s`` of a span, ``s + alpha * s``, so that what they do depends on the
 score's sign, which the softmax does not know. This is the same wish in its sound form: multiply the *attention* of later text to
-a span by a weight and renormalise, ``p' = w p / sum(w p)``, which is ``softmax(s + log w)``.
+a span by a weight and renormalise, ``p' = w p / sum(w p)``, which is ``softmax(s + log w)``. Where a model caps its scores (Gemma 2)
+the bias would land inside of the cap: its calls run dense, and are counted.
 
 The papers' Visual Attention Score, mass on images beside mass on the system prompt, is `accelplug.inspect`'s.
 
@@ -20,10 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import Field
 
+from accelplug.errors import RecipeError
 from accelplug.kernels.spans import attend_biased, decode_biased, fit, roomy
-from accelplug.patches.base import Config, Patch
+from accelplug.patches.base import Config, Numbers, Patch, Seed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from accelplug.call import AttentionCall, Clock, Prompt, Site
@@ -47,14 +51,19 @@ class VisualBias(Patch):
     """Multiply later text's attention to images and to the system prompt, and renormalise."""
 
     class Config(Config):
-        image_weight: float = Field(1.15, gt=0, le=100, description="Factor on attention to images. VAF's enhancement.")
-        system_weight: float = Field(0.95, gt=0, le=100, description="Factor on attention to the system prompt. VAF's.")
-        heads: tuple[int, ...] | None = Field(None, description="Heads that are changed, 0-based; all if left out.")
-        control_seed: int | None = Field(None, description="Control: as many tokens, drawn with this seed. Ours.")
+        image_weight: float = Field(1.15, ge=1e-6, le=100, description="Factor on attention to images. VAF's enhancement.")
+        system_weight: float = Field(0.95, ge=1e-6, le=100, description="Factor on attention to the system prompt. VAF's.")
+        heads: Numbers | None = Field(None, description="Heads that are changed, 0-based; all if left out.")
+        control_seed: Seed | None = Field(None, description="Control: as many tokens, drawn with this seed. Ours.")
 
     cite = "arXiv 2603.03825, 2503.13107"
+    needs = frozenset({"scores"})
     speed = False
     config: Config
+
+    def check(self, sites: Sequence[Site], heads: int, width: int) -> None:
+        if self.config.heads and max(self.config.heads) >= heads:
+            raise RecipeError(f"visual_bias: heads: the model has heads 0 to {heads - 1}, got {max(self.config.heads)}.")
 
     def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> Params | None:
         if self.config.image_weight == self.config.system_weight == 1:
@@ -67,7 +76,7 @@ class VisualBias(Patch):
         if clock.phase == "prefill":
             return Params(columns, logs, layout.rows)
         columns = roomy(columns)
-        return Params(columns, logs, None, (logs @ columns)[:, :, None] if self.config.heads is None else None)
+        return Params(columns, logs, None, _bias(logs, columns) if self.config.heads is None else None)
 
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
         here = call.q.device
@@ -77,7 +86,7 @@ class VisualBias(Patch):
         columns = fit(params.columns, call).to(here)  # [B, 2, S_k]
         logs = self._by_head(params.logs.to(here), call)  # [H|1, 2]
         if single:
-            return decode_biased(call, (logs @ columns)[:, :, None])
+            return decode_biased(call, _bias(logs, columns))
         rows = columns.new_ones(1, 1) if params.rows is None else params.rows.to(columns)  # [B, S_q]
         return attend_biased(call, rows[:, None, :, None] * logs[:, None], columns.mT)
 
@@ -89,6 +98,11 @@ class VisualBias(Patch):
         chosen = torch.arange(first, first + call.q.shape[1], device=call.q.device)
         wanted = torch.tensor(self.config.heads, device=call.q.device)
         return torch.isin(chosen, wanted)[:, None] * weights
+
+
+def _bias(logs: Tensor, columns: Tensor) -> Tensor:
+    """Log-weights (H|1, 2) laid on both kinds of keys (B, 2, S): (B, H|1, 1, S)."""
+    return (logs[:, :, None, None] * columns[:, None, :, None]).sum(2)
 
 
 def _shuffled(span: Tensor, valid: Tensor, seed: int) -> Tensor:
