@@ -339,7 +339,7 @@ DENSE = Decision()
 
 
 class Spread(_Strict):
-    """Quantiles over repeated timings, in milliseconds."""
+    """Quantiles over repeated timings, in milliseconds, or over gains."""
 
     p20: float = Field(ge=0)
     p50: float = Field(ge=0)
@@ -382,6 +382,8 @@ class Measured(_Strict):
     """Kernel, gate: what was chosen by timing."""
     dense_ms: Spread
     ms: Spread
+    speedup: Spread | None = None
+    """Gain over dense: of each prompt and seed the fastest dense run's time over the recipe's; of older rows `dense_ms` over `ms`."""
     density: float | None = Field(None, ge=0, le=1)
     """Keys read over all keys, pooled ones counted."""
     peak_mib: float | None = Field(None, ge=0)
@@ -394,6 +396,13 @@ class Measured(_Strict):
     """Language models: the figure of `task` that the recipe was tuned for."""
     task: dict[str, Task] = {}
     """Language models: accuracy, hallucination, nll ... on questions that `inputs` names; times are milliseconds a question."""
+
+    @property
+    def gain(self) -> float:
+        """The median gain over dense."""
+        if self.speedup is not None:
+            return self.speedup.p50
+        return self.dense_ms.p50 / self.ms.p50 if self.ms.p50 else float("inf")
 
 
 class _Entry(_Strict):
@@ -601,9 +610,8 @@ class Recipe:
             settings = ", ".join(f"{key}: {value}" for key, value in self.cache.settings.items())
             lines.append(f"  step cache: {self.cache.kind}" + (f" ({settings})" if settings else ""))
         for row in self.measured:
-            speedup = row.dense_ms.p50 / row.ms.p50 if row.ms.p50 else float("inf")
             psnr = f", PSNR {row.psnr_db.mean:.1f} dB (worst {row.psnr_db.worst:.1f})" if row.psnr_db else ""
-            lines.append(f"  measured {row.date} on {row.device}: {speedup:.2f}x{psnr}, {len(row.seeds)} seeds")
+            lines.append(f"  measured {row.date} on {row.device}: {row.gain:.2f}x{psnr}, {len(row.seeds)} seeds")
         return "\n".join(lines)
 
 
@@ -731,7 +739,7 @@ def _match(keys: Mapping[str, Any], source: Source) -> Match:
 
 
 _MODELS = {"rules": Rule, "where": Where, "pipeline": _Pipeline, "measured": Measured, "recipes": _Entry}
-_MODELS |= dict.fromkeys(("dense_ms", "ms"), Spread) | {"cache": StepCache}
+_MODELS |= dict.fromkeys(("dense_ms", "ms", "speedup"), Spread) | {"cache": StepCache}
 
 
 def _validated(model: Any, data: Any, source: Source, loc: Loc = ()) -> Any:

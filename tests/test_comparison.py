@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from PIL import Image
 
 import accelplug
 from accelplug.comparison import metrics
-from accelplug.comparison.report import sprite
+from accelplug.comparison.report import page, sprite
 from accelplug.comparison.result import Comparison, Row, Sample, Spread
 from accelplug.errors import AccelplugError
-from accelplug.recipe import read_file
+from accelplug.recipe import Measured, read_file
 from tests import tiny_models
 from tests.patch_rows import ROWS
 from tests.test_laws import snapshot
@@ -212,8 +213,62 @@ def test_a_recipe_that_ran_dense_is_no_headline():
     dense = Row("dense", "dense", samples=[Sample(0, 0, 100.0, 90.0)])
     idle = Row("idle", "recipe", samples=[Sample(0, 0, 80.0, 70.0, psnr_db=math.inf)], density=[[1.0]])
     busy = Row("busy", "recipe", samples=[Sample(0, 0, 90.0, 80.0, psnr_db=30.0)], density=[[0.5]])
-    assert "ran dense" in Comparison("", [""], [0], {}, "", {}, [dense, idle]).verdict
+    assert "ran dense" in Comparison("", [""], [0], {}, "", {}, [replace(dense, density=[[1.0]]), idle]).verdict
     assert Comparison("", [""], [0], {}, "", {}, [dense, idle, busy]).verdict.startswith("busy: 1.11x")
+
+
+@pytest.mark.parametrize(
+    ("row", "gain"),
+    [
+        (Row("skipped nothing", "cache", samples=[Sample(0, 0, 80.0, 70.0, psnr_db=math.inf, latent_distance=0.0)]), 1.0),
+        (Row("answered nothing", "recipe", samples=[Sample(0, 0, 80.0, 70.0, psnr_db=60.0)], answered=0), 1.0),
+        (
+            Row(
+                "at one seed only",
+                "cache",
+                samples=[Sample(0, s, 80.0, 1.0, psnr_db=db) for s, db in ((0, math.inf), (1, 30.0))],
+            ),
+            1.25,
+        ),
+        (Row("clipped", "recipe", samples=[Sample(0, 0, 80.0, 70.0, psnr_db=math.inf, latent_distance=0.1)]), 1.25),
+        (Row("undefined", "recipe", samples=[Sample(0, 0, 80.0, 70.0, psnr_db=math.nan)], answered=3), 1.25),
+    ],
+    ids=lambda x: getattr(x, "name", None),
+)
+def test_what_is_dense_to_the_last_bit_gained_nothing(row, gain):
+    dense = Row("dense", "dense", samples=[Sample(0, seed, 100.0, 90.0) for seed in (0, 1)], density=[[1.0]])
+    result = Comparison("", [""], [0, 1], {}, "", {}, [dense, row])
+    assert result.speedup(row).p50 == gain
+    assert (result.best is None) == (gain == 1.0 or row.kind == "cache")
+    (dot,) = Page(page(result)).data["dots"] or [None] if row.mean("psnr_db") is not None else [None]
+    if dot is not None:
+        assert (dot["speedup"], dot["front"]) == (gain, gain > 1)
+
+
+def test_no_steps_are_no_gain():
+    pipe, inputs = small()
+    row = ROWS[0]
+    inputs |= {"num_inference_steps": 0}
+    result = accelplug.compare(pipe, {"radial": row.recipe(row.working)}, inputs, floors=False, caches=True, progress=False)
+    assert [result.speedup(row).p50 for row in result.rows] == [1.0] * 4
+    assert result.verdict == "radial: no attention call was answered, so nothing was gained or lost."
+
+
+def test_a_row_is_recorded_with_the_gain_that_was_told():
+    """Two dense runs at one seed, of which one was held up, and a third where the recipe never ran."""
+    times = [(0, 0, 900.0), (0, 0, 200.0), (0, 1, 600.0), (1, 0, 50.0)]
+    dense = Row("dense", "dense", samples=[Sample(p, s, ms, ms) for p, s, ms in times])
+    fast = Row(
+        "fast", "recipe", samples=[Sample(0, 0, 100.0, 90.0, psnr_db=30.0), Sample(0, 1, 200.0, 90.0, psnr_db=math.inf)]
+    )
+    environment = {"date": "2026-01-01", "device": "here", "versions": {}}
+    result = Comparison("", ["a", "b"], [0, 1], {}, "", environment, [dense, fast])
+    row = Measured.model_validate(result.measured(fast))
+    assert row.gain == result.speedup(fast).p50 == 2.5  # twice at one seed, three times at the other
+    assert (row.dense_ms.p50, row.ms.p50) == (400.0, 150.0)
+    assert (row.prompts, row.seeds) == (["a"], [0, 1])
+    assert (row.psnr_db.mean, row.psnr_db.worst) == (30.0, 30.0)
+    assert row.model_copy(update={"speedup": None}).gain == pytest.approx(400 / 150), "older rows have times alone"
 
 
 def test_any_text_is_a_prompt(tmp_path):

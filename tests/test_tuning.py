@@ -574,6 +574,55 @@ def test_verify_judges_against_the_record(monkeypatch, psnr, seconds, outcome):
     assert verification.judge(row, Comparison("", [], [0], {}, "", {}, rows))[0] == outcome
 
 
+def test_one_gain_is_told_everywhere(told_times, monkeypatch, tmp_path):
+    """Dense runs that something holds up now and then: headline, point, row, page and verify say the same."""
+    pipe, inputs = pipeline()
+    timed, slow = Study.time, itertools.cycle([2.3, 1.0, 1.1, 1.7])
+
+    def held_up(self, variant, prompt, seed):
+        timed(self, variant, prompt, seed)
+        if variant.name == DENSE:
+            self.rows[DENSE].samples[-1].latency_ms *= next(slow)
+
+    monkeypatch.setattr(Study, "time", held_up)
+    found = run(pipe, inputs, "psnr>=1", seeds=4)
+    row, gain = found.measured[0], found.proven.speedup
+    assert gain > 1.0
+    assert row.gain == gain
+    assert f"{gain:.2f}x within" in found.why
+    assert row.seeds == [0, 1, 2, 3]
+    data = Page(found.to_html(tmp_path / "a.html").read_text()).data
+    assert [dot["speedup"] for dot in data["dots"] if dot["verdict"] == "proven"] == [gain]
+    assert data["verdict"] == found.why
+    path = found.to_yaml(tmp_path / "mine.yaml", model_facts(pipe))
+    assert read_file(path).recipe().measured[0].gain == pytest.approx(gain)
+    (verdict,) = accelplug.verify(pipe, path, inputs, progress=False)
+    assert f"(recorded {gain:.2f}x" in verdict.why
+    assert f"{gain:.2f}x" in load(path, model_facts(pipe)).describe()
+
+
+def test_a_cache_that_skips_nothing_is_not_on_the_front(told_times, monkeypatch):
+    """It takes half the time, says the clock; its clips are dense's."""
+    pipe, inputs = pipeline()
+    timed = Study.time
+
+    def noisy(self, variant, prompt, seed):
+        timed(self, variant, prompt, seed)
+        if variant.kind == "cache":
+            self.rows[variant.name].samples[-1].latency_ms = 5_000.0
+
+    monkeypatch.setattr(Study, "time", noisy)
+    idle = Cache("first_block", (("threshold", 1e-9),))
+    monkeypatch.setattr(search, "fitting", lambda *_: ([[idle]], []))
+    found = run(pipe, inputs, "psnr>=1", patches=["sol"], caches=True)
+    (point,) = [point for point in found.points if point.name == str(Candidate(None, cache=idle))]
+    assert math.isinf(point.worst["psnr"])
+    assert point.speedup == 1.0
+    assert point not in found.front
+    assert found.proven.name.startswith("sol")
+    assert any("Dense to the last bit" in note and point.name in note for note in found.notes)
+
+
 def test_verify_runs_the_rows_of_a_file(told_times, tmp_path):
     pipe, inputs = pipeline()
     found = run(pipe, inputs, "psnr>=1")

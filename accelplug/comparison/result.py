@@ -75,6 +75,7 @@ class Row:
     predicted : end-to-end gain over dense that the gate foretold (see `Forecast`), text encoder and decoding counted.
     denoising_predicted, forward_predicted : the same for denoising alone, and for a forward in which patches answer.
     ideal : end-to-end gain if attention time went with density.
+    answered : calls that patches answered in the traced run; None where none was traced, or a step cache is on too.
     """
 
     name: str
@@ -92,11 +93,27 @@ class Row:
     peak_mib: float | None = None
     notes: list[str] = field(default_factory=list)
     choices: dict[str, Any] = field(default_factory=dict)
+    answered: int | None = None
+
+    @property
+    def fastest_ms(self) -> dict[tuple[int, int], float]:
+        """End-to-end milliseconds of the fastest run at each prompt and seed: what else a machine does only slows down."""
+        found: dict[tuple[int, int], float] = {}
+        for sample in self.samples:
+            pair = sample.prompt, sample.seed
+            found[pair] = min(sample.latency_ms, found.get(pair, math.inf))
+        return found
 
     @property
     def latency(self) -> Spread:
-        """End-to-end milliseconds over samples."""
-        return Spread.of([sample.latency_ms for sample in self.samples])
+        """End-to-end milliseconds, the fastest run at each prompt and seed."""
+        return Spread.of(list(self.fastest_ms.values()))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is dense under another name: patches answered no call, or every run gave what dense gave, to the last bit."""
+        same = [s.psnr_db == math.inf and s.latent_distance in (None, 0.0) for s in self.samples]
+        return self.kind == "dense" or self.answered == 0 or (bool(same) and all(same))
 
     @property
     def mean_density(self) -> float | None:
@@ -121,12 +138,12 @@ class Row:
 
 
 def gains(dense: Row, row: Row) -> list[float]:
-    """Return the dense run's time over each run's, at the same prompt and seed; of several dense runs the fastest counts."""
-    dense_ms: dict[tuple[int, int], float] = {}
-    for sample in dense.samples:
-        pair = sample.prompt, sample.seed
-        dense_ms[pair] = min(sample.latency_ms, dense_ms.get(pair, math.inf))
-    return [dense_ms[s.prompt, s.seed] / s.latency_ms for s in row.samples if (s.prompt, s.seed) in dense_ms]
+    """Return how much faster than dense a row ran at each prompt and seed that both ran, 1 where the row is dense itself.
+
+    All that is said of speed, in tables, pages, searches and `measured` rows, is the median of these.
+    """
+    dense_ms = dense.fastest_ms
+    return [1.0 if row.is_dense else dense_ms[pair] / ms for pair, ms in row.fastest_ms.items() if pair in dense_ms]
 
 
 @dataclass(repr=False)
@@ -169,6 +186,8 @@ class Comparison(Shown):
 
     def step_gain(self, row: Row) -> Spread | None:
         """Gain over dense in the steps in which patches answered, paired by prompt and seed; None where there were none."""
+        if row.is_dense:
+            return None
         steps = [
             step for step, read in enumerate(zip(*row.density, strict=True)) if any(d is not None and d < 1 for d in read)
         ]
@@ -187,9 +206,10 @@ class Comparison(Shown):
 
     @property
     def best(self) -> Row | None:
-        """The fastest recipe at `GOOD_DB` or better, or the one of best quality if none is; None if none skipped attention."""
+        """The fastest recipe at `GOOD_DB` or better, or the one of best quality if none is; None if all are dense."""
         metric = self.metric
-        at_work = [r for r in self.rows if r.kind == "recipe" and (r.mean_density is None or r.mean_density < 1)]
+        recipes = [row for row in self.rows if row.kind == "recipe" and not row.is_dense]
+        at_work = [row for row in recipes if row.mean_density is None or row.mean_density < 1]
         good = [row for row in at_work if (row.mean(metric) or 0.0) >= GOOD_DB]
         return max(good or at_work, key=lambda row: self.speedup(row).p50 if good else row.mean(metric) or 0.0, default=None)
 
@@ -201,14 +221,16 @@ class Comparison(Shown):
             return "Dense only: nothing to compare."
         best = self.best
         if best is None:
-            return f"{', '.join(recipes)}: every attention call ran dense, so nothing was gained or lost."
+            ran = any(row.mean_density for row in self.rows)
+            what = "every attention call ran dense" if ran else "no attention call was answered"
+            return f"{', '.join(recipes)}: {what}, so nothing was gained or lost."
         metric = self.metric
         what = "foreground PSNR" if metric == "fg_psnr_db" else "PSNR"
         gain = self.speedup(best).p50
         pace = f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x slower"
         mean, worst = best.mean(metric), best.worst(metric)
-        if mean is None or math.isinf(mean):
-            return f"{best.name}: {pace} end to end, the same to the last bit"
+        if mean is None:
+            return f"{best.name}: {pace} end to end"
         return f"{best.name}: {pace} end to end, {what} {_number(mean, 1)} dB (worst {_number(worst, 1)} dB)"
 
     def table(self) -> Table:
@@ -301,10 +323,12 @@ class Comparison(Shown):
         """Return a row as a recipe's `measured` entry."""
 
         def quality(of: Row, metric: str) -> dict[str, float] | None:
-            mean, worst = of.mean(metric), of.worst(metric)
-            return None if mean is None or worst is None or math.isinf(mean) else {"mean": mean, "worst": worst}
+            worst = of.worst(metric)
+            finite = [value for value in of.values(metric) if math.isfinite(value)]  # some runs may be as dense
+            return {"mean": statistics.fmean(finite), "worst": worst} if finite and worst is not None else None
 
         env = self.environment
+        prompts, seeds = ({pair[i] for pair in row.fastest_ms} for i in (0, 1))
         floor = next((r for r in self.rows if r.kind == "floor"), None)
         entry = {
             "date": env["date"],
@@ -312,13 +336,14 @@ class Comparison(Shown):
             "versions": env["versions"],
             "git": env.get("git"),
             "inputs": {key: value for key, value in self.settings.items() if isinstance(value, str | int | float | bool)},
-            "prompts": [text for i, text in enumerate(self.prompts) if text != f"inputs {i}"],
+            "prompts": [text for i, text in enumerate(self.prompts) if i in prompts and text != f"inputs {i}"],
             "dtype": env.get("dtype"),
-            "seeds": self.seeds,
+            "seeds": [seed for seed in self.seeds if seed in seeds],
             "baseline": env.get("baseline"),
             "choices": {key: str(value) for key, value in row.choices.items() if key in ("gate", "backend")},
-            "dense_ms": asdict(self.dense.latency),
+            "dense_ms": asdict(Spread.of([ms for pair, ms in self.dense.fastest_ms.items() if pair in row.fastest_ms])),
             "ms": asdict(row.latency),
+            "speedup": asdict(self.speedup(row)),
             "density": row.mean_density,
             "peak_mib": row.peak_mib,
             "psnr_db": quality(row, "psnr_db"),

@@ -205,6 +205,8 @@ class Study:
         row.forward_predicted = joined(plug.forecasts, "forward_gain", "sparse_steps")
         row.denoising_predicted = joined(plug.forecasts, "run_gain", "steps")
         report = plug.report()
+        if events and variant.recipe is not None and variant.recipe.cache is None:
+            row.answered = sum(report.served.values())
         row.notes = [f"fell back to dense: {what} ({times} calls)" for what, times in report.fallbacks.items()]
         row.notes += [
             f"gate: {v['patch']} {v['dense_ms']:.1f} -> {v['sparse_ms']:.1f} ms a call" for v in plug.choices["verdicts"]

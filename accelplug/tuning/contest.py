@@ -209,8 +209,7 @@ class Contest:
         pages = self.searched(aim) if pages is None else pages
         asked, stock, own = self.answered(aim, pages)
         before, found = figures(asked, stock), figures(asked, own)
-        times = [self.sheets[STOCK.name][page].seconds / self.sheets[aim.name][page].seconds for page in pages]
-        before["speed"], found["speed"] = 1.0, float(np.median(times))
+        before["speed"], found["speed"] = 1.0, float(np.median(self.speeds(aim, pages)))
         for bound in self.bounds:
             if bound.score is not None:
                 found[bound.name] = float(bound.score(*(list(zip(asked, r, strict=True)) for r in (stock, own))))
@@ -220,6 +219,10 @@ class Contest:
         ]
         hunch = -float(np.logaddexp(0, -np.array(odds)).mean()) if odds else 0.0
         return Standing(found, gain(self.objective, before, found), min(margins, default=math.inf), hunch)
+
+    def speeds(self, aim: Aim, pages: Sequence[int]) -> list[float]:
+        """Stock's time over a candidate's, page by page."""
+        return [self.sheets[STOCK.name][page].seconds / self.sheets[aim.name][page].seconds for page in pages]
 
     def test(self, first: Aim, second: Aim) -> float:
         """Exact p-value that both do equally well on the proof: McNemar's, of likelihoods the sign test."""

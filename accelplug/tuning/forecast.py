@@ -212,7 +212,9 @@ class Forecast:
     def margin(self, candidate: Candidate) -> float | None:
         """Foretell the smallest margin over the bounds, in the bound's own unit; None before a full run with the same cache."""
         seen = [
-            (other, values) for other, values, _ in self.runs if other.arm is not None and other.cache == candidate.cache
+            (other, values)
+            for other, values, _ in self.runs
+            if other.arm is not None and other.cache == candidate.cache and self.spoil(other, 0.0) > 0
         ]
         if not seen or candidate.arm is None:
             return None

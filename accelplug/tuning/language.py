@@ -266,6 +266,7 @@ def _measured(contest: Contest, aim: Aim, seed: int) -> Measured:
         )
         for variant in (STOCK, aim)
     }
+    speed = Spread.of(contest.speeds(aim, contest.proof))
     return Measured.model_validate(
         {
             **{
@@ -277,6 +278,7 @@ def _measured(contest: Contest, aim: Aim, seed: int) -> Measured:
             "seeds": [seed],
             "dense_ms": asdict(ms[STOCK.name]),
             "ms": asdict(ms[aim.name]),
+            "speedup": asdict(speed),
             "objective": contest.objective,
             "task": {
                 name: {"dense": before[name], "value": found[name]}

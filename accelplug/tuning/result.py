@@ -36,7 +36,7 @@ class Point:
     name : what it is, in words.
     recipe : rules and cache, as a recipe mapping.
     runs : number of whole runs.
-    speedup : median over runs, each against the dense run beside it.
+    speedup : gain over dense, by `accelplug.comparison.result.gains`: the median over runs.
     worst : worst value of each bound's metric over the runs.
     margin : smallest distance to a bound, negative outside of the budget.
     verdict : ``tried``, ``front``, ``proven`` on runs the search never saw, or ``overturned`` there.

@@ -271,7 +271,10 @@ class Search:
             self._note(*why_not)
         with self._phase("probing"):
             self._probe(arms(max(trajectory.layouts, key=lambda layout: layout.visual), patches))
-        paying = [arm for arm, probe in self.forecast.probes.items() if probe.ratio < 1 / WORTH]
+        # What changes no moment reads everything here: it is dense, whatever the clock said.
+        paying = [
+            arm for arm, probe in self.forecast.probes.items() if probe.ratio < 1 / WORTH and any(probe.errors.values())
+        ]
         self.candidates = [candidate for arm in paying for candidate in self._variants(arm)]
 
     def explore(self) -> None:
@@ -357,6 +360,8 @@ class Search:
         # An interrupt leaves rows that are empty.
         self.study.rows = {name: row for name, row in self.study.rows.items() if row.samples}
         comparison = self.study.finish({})
+        if idle := [point.name for point in points if comparison.row(point.name).is_dense]:
+            self._note(f"Dense to the last bit, whatever was measured: {', '.join(idle)}.")
         measured: tuple[Measured, ...] = ()
         if proven is not None:
             row = comparison.measured(comparison.row(self.points[proven].name))

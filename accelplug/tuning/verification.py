@@ -89,11 +89,13 @@ def judge(row: Measured, found: Comparison) -> tuple[Literal["confirmed", "drift
     lost_db = 0.0
     if row.psnr_db is not None and (worst := now.worst("psnr_db")) is not None:
         lost_db = row.psnr_db.worst - worst
-    gain, recorded = found.speedup(now).p50, row.dense_ms.p50 / row.ms.p50
+    gain, recorded = found.speedup(now).p50, row.gain
     same_device = row.device == device_name()
     said = f"{gain:.2f}x (recorded {recorded:.2f}x" + ("" if same_device else f" on {row.device}") + ")"
     if row.psnr_db is not None:
         said += f", worst PSNR {row.psnr_db.worst - lost_db:.1f} dB (recorded {row.psnr_db.worst:.1f} dB)"
+    if row.psnr_db is not None and now.is_dense:
+        return "broken", f"it is dense now: {'; '.join(now.notes) or 'its output is the same to the last bit'}"
     if any("fell back" in note for note in now.notes) and now.mean_density == 1:
         return "broken", f"every call fell back to dense: {now.notes[0]}"
     if lost_db > BROKEN_DB:
@@ -138,7 +140,7 @@ def judge_task(
     """Hold new figures against a row: broken where nothing is gained any more, drifted where less than half of it is, or speed is lost."""
     name = row.objective or "accuracy"
     recorded = gain(name, *({name: getattr(row.task[name], side)} for side in ("dense", "value")))
-    now, recorded_speed = gain(name, stock, found), row.dense_ms.p50 / row.ms.p50
+    now, recorded_speed = gain(name, stock, found), row.gain
     said = (
         f"{name} {found[name]:.3f}, stock {stock[name]:.3f}: gain {now:+.3f} (recorded {recorded:+.3f}), "
         f"{speed:.2f}x the speed (recorded {recorded_speed:.2f}x{'' if same_device else ' on ' + row.device})"
