@@ -41,19 +41,23 @@ class Tokens:
     later: Tensor
     """Text behind the first image, asked or answered."""
     answering: Tensor
-    """Each row's last token of the prompt, and what was answered."""
+    """Tokens behind which an answer stands, or nothing."""
 
     @classmethod
-    def of(cls, ids: Tensor, mask: Tensor, asked: int) -> Tokens:
-        """Read them off (B, S) ids, of which `asked` columns are the prompt, and the mask of what is no padding."""
-        at, valid = torch.arange(ids.shape[1]), mask.bool()
-        prompt = valid & (at < asked)
+    def of(cls, ids: Tensor, mask: Tensor, asked: Tensor) -> Tokens:
+        """Read them off ids (B, S), the mask of what is no padding, and bool (S,) columns that were asked, not answered."""
+        valid = mask.bool()
+        prompt = valid & asked
         visual = prompt & ((ids == IMAGE) | (ids == VIDEO))
         behind = visual.cumsum(-1) > 0
         later = valid & behind & ~visual
         system = prompt & ~behind & visual.any(-1, keepdim=True)
-        last = (prompt * at).amax(-1, keepdim=True)
-        return cls(valid, prompt, visual, system, later & prompt, later, valid & (at >= last))
+        answering = torch.zeros_like(valid)
+        for row, here in zip(answering, valid, strict=True):
+            columns = here.nonzero().flatten().tolist()
+            for column, following in zip(columns, [*columns[1:], None], strict=True):
+                row[column] = following is None or not (asked[column] and asked[following])
+        return cls(valid, prompt, visual, system, later & prompt, later, answering)
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,9 @@ class Oracle:
         out = self._method.attend(call) if call.layer in self._layers else call.p @ v
         return out.transpose(1, 2).contiguous(), None
 
-    def read(self, given: Inputs, asked: int, method: Method, layers: Iterable[int]) -> Tensor:
-        """Logits (B, S, V) of all rows, with a method in some layers."""
+    def read(self, given: Inputs, method: Method, layers: Iterable[int], asked: Tensor | None = None) -> Tensor:
+        """Logits (B, S, V) of all rows, with a method in some layers; all columns were asked, or those that are bool (S,) `asked`."""
+        asked = torch.ones(given["input_ids"].shape[1], dtype=torch.bool) if asked is None else asked
         self._tokens = Tokens.of(given["input_ids"], given["attention_mask"], asked)
         self._method, self._layers, self._outputs = method, set(layers), {}
         with _registered(self._attend):
@@ -121,19 +126,32 @@ class Oracle:
 
     def outputs(self, given: Inputs, method: Method, layers: Iterable[int]) -> dict[int, Tensor]:
         """By layer, what the heads bring of each row of a prompt before the method has its say there: (B, H, S, D)."""
-        self.read(given, given["input_ids"].shape[1], method, layers)
+        self.read(given, method, layers)
         return self._outputs
 
     def answer(
-        self, method: Method, given: Inputs, ids: Tensor | None = None, layers: Iterable[int] | None = None
+        self,
+        method: Method,
+        given: Inputs,
+        ids: Tensor | None = None,
+        layers: Iterable[int] | None = None,
+        asked: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, S, V) of a prompt and of what was answered to it, `ids` (B, S) being both."""
-        layers = range(len(self.layers)) if layers is None else layers
+        """Logits (B, S, V) of a prompt and of what follows it.
+
+        Parameters
+        ----------
+        given : the prompt.
+        ids : (B, S), the prompt and what follows.
+        layers : where the method is, all if left out.
+        asked : bool (S,), columns that were asked; the prompt if left out.
+        """
         given = {key: x.double() if x.is_floating_point() else x for key, x in given.items()}
-        self.of_method = list(layers)
+        ids = given["input_ids"] if ids is None else ids
+        self.of_method = list(range(len(self.layers)) if layers is None else layers)
         method.prepare(self, given)
-        asked = given["input_ids"].shape[1]
-        return self.read(given if ids is None else extended(given, ids), asked, method, layers)
+        asked = torch.arange(ids.shape[1]) < given["input_ids"].shape[1] if asked is None else asked
+        return self.read(extended(given, ids), method, self.of_method, asked)
 
 
 @contextmanager
@@ -270,7 +288,7 @@ class Vhr(Method):
 
     def prepare(self, oracle: Oracle, given: Inputs) -> None:
         ids, valid = given["input_ids"], given["attention_mask"].bool()
-        tokens = Tokens.of(ids, valid, ids.shape[1])
+        tokens = Tokens.of(ids, valid, torch.ones(ids.shape[1], dtype=torch.bool))
         self.gains: dict[int, Tensor] = {}
         for layer in oracle.of_method:  # each chosen with the gains of those before in force
             seeing, gains = oracle.outputs(given, self, self.gains)[layer], dict(self.gains)
@@ -302,7 +320,7 @@ class Gift(Method):
 
     def prepare(self, oracle: Oracle, given: Inputs) -> None:
         self.weight: Tensor | None = None
-        oracle.read(given, given["input_ids"].shape[1], self, [self.saliency_layer])
+        oracle.read(given, self, [self.saliency_layer])
 
     def _read(self, call: Call) -> None:
         """The map of weights, (B, S), of a plain pass."""

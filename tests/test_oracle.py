@@ -75,6 +75,18 @@ def answered(model: Any, given: Inputs, **how: Any) -> tuple[Tensor, Tensor]:
     return out.sequences, logits.double()
 
 
+def stepwise(model: Any, given: Inputs, pieces: list[Tensor]) -> Tensor:
+    """Logits (B, S, V) of a prompt, and of pieces (B, n) of ids that follow it, one after the other on its cache."""
+    cache, mask = hf.DynamicCache(config=model.config.get_text_config()), given["attention_mask"]
+    if hasattr(model.base_model, "rope_deltas"):
+        model.base_model.rope_deltas = None
+    logits = [model(**given, cache=cache).logits]
+    for ids in pieces:
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        logits.append(model(input_ids=ids, attention_mask=mask, cache=cache).logits)
+    return torch.cat(logits, 1).double()
+
+
 def hold(
     model: Any,
     patch: str,
