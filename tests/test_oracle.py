@@ -10,9 +10,10 @@ import transformers as hf
 from torch import Tensor
 
 import accelplug
-from tests.eager_oracle import METHODS, Inputs, Method, Oracle
+from accelplug.errors import UnsupportedError
+from tests.eager_oracle import METHODS, Inputs, Method, Oracle, extended
 from tests.test_flash_attention import kernel  # noqa: F401
-from tests.tiny_language_models import CLIP, IMAGE, TEXT, TWO_ROWS, VIDEO, VIDEOS, VLM, build, forward, inputs
+from tests.tiny_language_models import CLIP, IMAGE, TEXT, TWO_ROWS, VIDEO, VIDEOS, VLM, build, forward, inputs, right_padded
 
 WORKING: dict[str, dict[str, Any]] = {
     "visual_bias": {"image_weight": 6.0, "system_weight": 0.3},
@@ -75,6 +76,19 @@ def answered(model: Any, given: Inputs, **how: Any) -> tuple[Tensor, Tensor]:
     return out.sequences, logits.double()
 
 
+def patched(
+    model: Any, patch: str, config: dict[str, Any] | None = None, layers: tuple[int, int] = (0, 4)
+) -> accelplug.Plug:
+    """A plug with a patch in some layers, half-open, that counts every fallback as an error."""
+    rule = {"patch": patch, "with": WORKING[patch] | (config or {}), "where": {"layers": f"{layers[0]}:{layers[1]}"}}
+    return accelplug.apply(model, rule, strict=True)
+
+
+def method(patch: str, config: dict[str, Any] | None = None) -> Method:
+    """What the oracle has for a patch."""
+    return METHODS[patch](**WORKING[patch] | (config or {}))
+
+
 def stepwise(model: Any, given: Inputs, pieces: list[Tensor]) -> Tensor:
     """Logits (B, S, V) of a prompt, and of pieces (B, n) of ids that follow it, one after the other on its cache."""
     cache, mask = hf.DynamicCache(config=model.config.get_text_config()), given["attention_mask"]
@@ -82,8 +96,11 @@ def stepwise(model: Any, given: Inputs, pieces: list[Tensor]) -> Tensor:
         model.base_model.rope_deltas = None
     logits = [model(**given, cache=cache).logits]
     for ids in pieces:
-        mask = torch.cat([mask, torch.ones_like(ids)], 1)
-        logits.append(model(input_ids=ids, attention_mask=mask, cache=cache).logits)
+        mask, more = torch.cat([mask, torch.ones_like(ids)], 1), {}
+        if hasattr(model.base_model, "rope_deltas"):  # which these models do not add by themselves where there is padding
+            at = (mask.cumsum(-1) - 1)[:, -ids.shape[1] :] + model.base_model.rope_deltas
+            more["position_ids"] = at.expand(3, -1, -1)
+        logits.append(model(input_ids=ids, attention_mask=mask, cache=cache, **more).logits)
     return torch.cat(logits, 1).double()
 
 
@@ -105,17 +122,14 @@ def hold(
         float64, so that a model runs in float32 there.
     how : how the answer is generated.
     """
-    config, eager, oracle = WORKING[patch] | (config or {}), attention == "eager", Oracle(model)
+    eager, oracle = attention == "eager", Oracle(model)
     model, given = (model.float(), given) if eager else (model, double(given))
     close = {"atol": 2e-5, "rtol": 0.0} if eager else CLOSE
     model.config.get_text_config()._attn_implementation = attention
-    where = {"layers": f"{layers[0]}:{layers[1]}"}
-    with accelplug.apply(model, {"patch": patch, "with": config, "where": where}, strict=True) as plug:
+    with patched(model, patch, config, layers):
         prompt = forward(model, given)
         ids, steps = answered(model, given, **how)
-        assert not plug.report().fallbacks
-    method = METHODS[patch](**config)
-    expected, stock = oracle.answer(method, given, ids, range(*layers)), oracle.answer(Method(), given, ids)
+    expected, stock = oracle.answer(method(patch, config), given, ids, range(*layers)), oracle.answer(Method(), given, ids)
     asked, valid = given["input_ids"].shape[1], given["attention_mask"].bool()
     torch.testing.assert_close(prompt[valid].double(), expected[:, :asked][valid], **close)
     torch.testing.assert_close(steps, expected[:, asked - 1 : -1], **close)
@@ -201,3 +215,56 @@ def test_some_layers_alone(patch):
 )
 def test_every_knob(patch, config):
     hold(sharp("llava"), patch, inputs("llava"), config)
+
+
+@pytest.mark.parametrize("patch", WORKING)
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pieces_one_after_the_other_on_a_cache(patch, name, side):
+    """Padding on both sides; an answer token by token, and a second turn, which is refused where a prompt must be whole."""
+    if patch == "imbalance" and name not in TOWER:
+        pytest.skip("imbalance needs a vision tower with a class token")
+    model, given, whole = sharp(name), double(inputs(name)), patch in ("vhr", "gift")
+    given = right_padded(given) if side == "right" else given
+    pieces = [torch.randint(3, 490, (2, n)) for n in ((1, 1) if whole else (1, 1, 4, 1, 1))]
+    oracle, ids = Oracle(model), torch.cat([given["input_ids"], *pieces], 1)
+    asked = torch.cat(
+        [given["input_ids"].new_full((x.shape[1],), x.shape[1] > 1) for x in (given["input_ids"], *pieces)]
+    ).bool()
+    valid = extended(given, ids)["attention_mask"].bool()
+    with patched(model, patch):
+        found = stepwise(model, given, pieces)
+        if whole:
+            with pytest.raises(UnsupportedError, match="whole prompt"):
+                stepwise(model, given, [pieces[0].repeat(1, 4)])
+    torch.testing.assert_close(found[valid], oracle.answer(method(patch), given, ids, asked=asked)[valid], **CLOSE)
+
+
+@pytest.mark.parametrize("patch", WORKING)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_answers_that_labels_name(patch, side):
+    """A prompt and its answer in one forward: rows ahead of a label answer."""
+    model, given = sharp("llava"), double(inputs("llava"))
+    asked = given["input_ids"].shape[1]
+    whole = extended(given, torch.cat([given["input_ids"], torch.randint(3, 490, (2, 4))], 1))
+    whole["labels"] = whole["input_ids"].masked_fill(torch.arange(asked + 4) < asked, -100)
+    oracle, valid = Oracle(model), whole["attention_mask"].bool()
+    expected = oracle.answer(method(patch), given, whole["input_ids"])
+    moved = right_padded(whole) if side == "right" else whole
+    with patched(model, patch):
+        found = forward(model, moved)
+    for row in range(2):  # but for the last token, whose next one nobody asks for
+        here, there = moved["attention_mask"][row].bool(), valid[row]
+        torch.testing.assert_close(found[row, here][:-1], expected[row, there][:-1], **CLOSE)
+
+
+@pytest.mark.parametrize("patch", ["visual_bias", "var"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_prompt_in_chunks(patch, name):
+    """The first of them is all padding in the shorter row."""
+    hold(sharp(name), patch, inputs(name), prefill_chunk_size=9)
+
+
+def test_heads_by_row_where_drafts_are_verified():
+    given = inputs("llava", ((3, "I", 6),))
+    hold(sharp("llava"), "imbalance", given, {"head_share": 0.5}, prompt_lookup_num_tokens=3)

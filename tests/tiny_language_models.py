@@ -303,10 +303,10 @@ def inputs(name: str, rows: Rows = TWO_ROWS) -> dict[str, torch.Tensor]:
 def right_padded(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Left-padded inputs with their padding on the right."""
     mask = given["attention_mask"].bool()
-    last = {
-        name: given[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids") if name in given
-    }
-    moved = {name: torch.zeros_like(x).masked_scatter(mask.flip(-1), x[mask]) for name, x in last.items()}
+    names = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "labels")
+    last = {name: given[name] for name in names if name in given}
+    empty = {name: torch.full_like(x, -100 if name == "labels" else 0) for name, x in last.items()}
+    moved = {name: x.masked_scatter(mask.flip(-1), last[name][mask]) for name, x in empty.items()}
     return {**given, **moved}
 
 

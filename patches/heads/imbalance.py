@@ -82,5 +82,6 @@ class Imbalance(Patch):
         heads = None
         if self.config.head_share < 1:
             p = row_attention(call, call.place.answers if call.place else 1)
-            heads = upper((p * fit(params.visual, call).to(p.device)[:, None, None]).sum((2, 3)), self.config.head_share)
+            mass = (p * fit(params.visual, call).to(p.device)[:, None, None]).sum(-1)  # [B, H, n]
+            heads = upper(mass.mT, self.config.head_share).mT
         return raised(call, params.share, heads)

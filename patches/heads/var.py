@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
+from torch.nn.functional import pad
 
 from accelplug.errors import RecipeError
 from accelplug.kernels.spans import fit, last, only, read_rows, replace_rows, row_attention, with_masses
@@ -137,22 +138,28 @@ class Var(Patch):
         prompt, memory, hidden = params.prompt, params.memory, call.hidden
         if prompt is None or memory is None or hidden is None:
             return None
-        key, dims_key = f"sinks {params.layer}", f"dims {params.layer}"
+        key, whole = f"sinks {params.layer}", f"all {params.layer}"
         if not prompt.drafts:  # which bring no sinks
-            if not prompt.past:
-                first = prompt.valid.long().argmax(-1).to(hidden.device)
-                memory[dims_key] = self._dims(
-                    normalised(hidden[torch.arange(len(first)), first]), params.layer, params.layers
-                )
-            valid = prompt.valid[:, prompt.past :].to(hidden.device)
-            new = sinks_of(hidden, memory[dims_key], self.config.sink_threshold) & valid
-            known = memory.get(f"all {params.layer}")
-            memory[f"all {params.layer}"] = new if known is None or not prompt.past else torch.cat([known, new], 1)
-            found = memory[f"all {params.layer}"]
+            here = (prompt.valid & prompt.asked)[:, prompt.past :].to(hidden.device)
+            dims = self._dims_by_row(prompt, memory, hidden, here, params.layer, params.layers)
+            found = sinks_of(hidden, dims, self.config.sink_threshold) & here
+            if prompt.past:  # answers in between bring none, and what was cropped off the cache is gone
+                found = torch.cat([pad(memory[whole], (0, prompt.past - memory[whole].shape[1])), found], 1)
             visual = params.visual[:, : found.shape[1]].to(found.device)
             rows = (found & visual).any(-1, keepdim=True)  # text sinks alone change nothing
-            memory[key] = found & rows if bool(rows.any()) else None
+            memory[whole], memory[key] = found, found & rows if bool(rows.any()) else None
         return memory.get(key)
+
+    def _dims_by_row(
+        self, prompt: Prompt, memory: dict[str, Any], hidden: Tensor, here: Tensor, layer: int, layers: int
+    ) -> Tensor:
+        """Dimensions in which sinks are massive, bool (B, C), of rows that have begun; `here` is bool (B, S_q), tokens that were asked."""
+        key, starts = f"dims {layer}", here.any(-1) & ~prompt.valid[:, : prompt.past].any(-1).to(here.device)
+        dims = memory[key].clone() if prompt.past else torch.zeros_like(hidden[:, 0], dtype=torch.bool)
+        if bool(starts.any()):
+            dims[starts] = self._dims(normalised(hidden[starts, here[starts].long().argmax(-1)]), layer, layers)
+        memory[key] = dims
+        return dims
 
     def _dims(self, first: Tensor, layer: int, layers: int) -> Tensor:
         if self.config.sink_dims == "auto":
