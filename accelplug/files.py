@@ -58,13 +58,13 @@ def output(given: Any, what: str = "The file to write", suffixes: tuple[str, ...
 
 
 def read(given: Any, what: str = "The file", limit: int | None = None) -> str:
-    """Return the text of a file, line ends as they are, without a byte order mark.
+    """Return the text of a file as it stands there.
 
     Parameters
     ----------
     given : the path.
     what : what the file is, for the message.
-    limit : bytes that it may have; a larger file is refused before it is read.
+    limit : bytes that it may have; a larger file, or what is no regular one, is refused before it is read.
 
     Raises
     ------
@@ -73,20 +73,24 @@ def read(given: Any, what: str = "The file", limit: int | None = None) -> str:
     """
     path = path_of(given, what)
     try:
-        if limit is not None and (size := path.stat().st_size) > limit:
-            raise AccelplugError(f"{what}: {path} has {size} bytes, more than {limit}. Is it the right file?")
-        with path.open("rb") as file:
-            data = file.read() if limit is None else file.read(limit + 1)
+        found = path.stat()
+        if limit is not None and not (stat.S_ISREG(found.st_mode) and found.st_size <= limit):
+            raise AccelplugError(f"{what}: expected a file of at most {limit} bytes, {path} is none. Is it the right file?")
+        data = path.read_bytes()
     except OSError as error:
         raise AccelplugError(f"{what}: {path} cannot be read: {error.strerror or error}.") from error
-    if limit is not None and len(data) > limit:
-        raise AccelplugError(f"{what}: {path} has more than {limit} bytes. Is it the right file?")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode()
     except UnicodeDecodeError as error:
         raise AccelplugError(
             f"{what}: {path} is no UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8."
         ) from error
+
+
+def lines(given: Any, what: str = "The file") -> list[str]:
+    """Return the lines of a text file that hold something, without the space around them; see `read` for what it raises."""
+    text = read(given, what).removeprefix("\ufeff")
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def write(given: Any, data: str | bytes) -> Path:

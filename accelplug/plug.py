@@ -10,14 +10,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from accelplug import compat
 from accelplug.bounded import Bounded
 from accelplug.call import Clock, Site
-from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, RecipeError, UnsupportedError
+from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, RecipeError, UnsupportedError, nearest
 from accelplug.hosts.caches import StepCaches
 from accelplug.hosts.clock import StepClock
 from accelplug.hosts.diffusers import DenoiserHost, denoisers
@@ -26,6 +26,7 @@ from accelplug.hosts.gate import Gate, Verdict
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import DENSE, Choice
 from accelplug.hosts.transformers import LanguageHost, is_language_model
+from accelplug.kernels.attention import Backend
 from accelplug.recipe import ModelFacts, Recipe, Rule, load
 from accelplug.registry import patch_class, patch_entry
 from accelplug.show import Shown, as_html
@@ -87,8 +88,8 @@ def apply(
     elif deterministic:
         gate = "off"
         backend = "first" if backend == "auto" else backend  # not what another plug of this process has measured either
-    if gate not in ("auto", "report", "off"):
-        raise AccelplugError(f"gate must be 'auto', 'report' or 'off', got {gate!r}.")
+    _require_one_of("gate", gate, ("auto", "report", "off"))
+    _require_one_of("backend", backend, get_args(Backend))
     parts = _free_parts(model)
     compat.warn_untested("transformers" if is_language_model(model) else "diffusers")
     loaded = load(recipe, model_facts(model))
@@ -106,6 +107,11 @@ def apply(
     plug._install()
     logger.info("%s", plug.summary())
     return plug
+
+
+def _require_one_of(name: str, given: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(given, str) or given not in known:
+        raise AccelplugError(f"{name} must be one of {', '.join(known)}, got {given!r}{nearest(str(given), known)}.")
 
 
 def _replayed(choices: Mapping[str, Any]) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from accelplug import files, strict_yaml
 from accelplug.bounded import Bounded
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 SCHEMA = 1
+MAX_RULES = 256
+MAX_LIST = 1024
+"""Items that a list of conditions, names or numbers may have."""
+MAX_NAME = 256
+"""Characters of a name or a pattern of names."""
 SHIPPED = Path(__file__).parent / "recipes"
 
 # ---------------------------------------------------------------------------------------------------------- conditions
@@ -42,13 +47,13 @@ class Span:
     @classmethod
     def parse(cls, value: Any) -> Span:
         """Read an index or a slice of whole numbers and percents; negatives count from the end."""
-        text = str(value).strip()
-        if not isinstance(value, bool) and re.fullmatch(r"-?\d+", text):
+        text = str(value).strip() if isinstance(value, int | str) and not isinstance(value, bool) else ""
+        if re.fullmatch(r"-?[0-9]{1,9}", text):
             return cls(text, text, None)
-        bound = r"(-?\d+|-?\d+(?:\.\d+)?%|)"
-        found = None if isinstance(value, bool) else re.fullmatch(rf"{bound}:{bound}", text)
+        bound = r"(-?[0-9]{1,9}|-?[0-9]{1,9}(?:\.[0-9]{1,9})?%|)"
+        found = re.fullmatch(rf"{bound}:{bound}", text)
         if found is None:
-            raise ValueError(f"expected an index like 3 or -1, or a slice like '0:25%', '1:', '-2:', got {value!r}")
+            raise ValueError(f"expected an index like 3 or -1, or a slice like '0:25%', '1:', '-2:', got {_cut(value)}")
         start, stop = found.groups()
         if any(abs(float(end[:-1])) > 100 for end in (start, stop) if end.endswith("%")):
             raise ValueError(f"percents go from 0% to 100%, got {value!r}")
@@ -83,16 +88,23 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+def _few(value: Any) -> list[Any]:
+    """A value or a list of values as a list, which must not be endless."""
+    if len(items := _listed(value)) > MAX_LIST:
+        raise ValueError(f"a list here has at most {MAX_LIST} items, this one has {len(items)}; write spans, '0:20'")
+    return items
+
+
 def _spans(value: Any) -> tuple[Span, ...]:
-    if not (items := _listed(value)):
+    if not (items := _few(value)):
         raise ValueError("the list is empty; leave the key out to mean all")
     return tuple(item if isinstance(item, Span) else Span.parse(item) for item in items)
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    items = _listed(value)
-    if not items or not all(isinstance(item, str) for item in items):
-        raise ValueError(f"expected a name or a list of names, got {value!r}")
+    items = _few(value)
+    if not items or not all(isinstance(item, str) and 0 < len(item) <= MAX_NAME for item in items):
+        raise ValueError(f"expected a name or a list of names, of 1 to {MAX_NAME} characters each, got {_cut(value)}")
     return tuple(items)
 
 
@@ -104,14 +116,16 @@ def _kinds(value: Any) -> tuple[str, ...]:
 
 
 def _tokens(value: Any) -> str:
-    if not (isinstance(value, str) and re.fullmatch(r"(>=|<=|>|<)\s*\d+", value.strip())):
-        raise ValueError(f"expected a bound like '>=8192' or '<65536', got {value!r}")
-    return value.replace(" ", "")
+    found = re.fullmatch(r"\s*(>=|<=|>|<)\s*([0-9]{1,12})\s*", value) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError(f"expected a bound like '>=8192' or '<65536', got {_cut(value)}")
+    return found[1] + found[2]
 
 
 def _grid(value: Any) -> str:
-    if not (isinstance(value, str) and re.fullmatch(r"(\d+|\*)x(\d+|\*)x(\d+|\*)", value)):
-        raise ValueError(f"expected frames x rows x columns of tokens like '21x45x80' or '*x64x64', got {value!r}")
+    axis = r"([1-9][0-9]{0,8}|\*)"
+    if not (isinstance(value, str) and re.fullmatch(rf"{axis}x{axis}x{axis}", value)):
+        raise ValueError(f"expected frames x rows x columns of tokens like '21x45x80' or '*x64x64', got {_cut(value)}")
     return value
 
 
@@ -229,8 +243,11 @@ class Ramp(_Strict):
         if index is None or count is None:
             cure = "; tell it by plug.step(index, steps)" if self.over == "steps" else ""
             return f"a value ramps over {self.over}, and which of how many this is is not known{cure}"
-        way = min(index / (count - 1), 1.0) if count > 1 else 0.0
-        return round(self.first + (self.last - self.first) * way, 6)  # few digits: equal configs share plans and graphs
+        return self.value(min(index / (count - 1), 1.0) if count > 1 else 0.0)
+
+    def value(self, way: float) -> float:
+        """Return the value at a share of the way, from 0 to 1, in few digits: equal configs share plans and graphs."""
+        return float(f"{self.first + (self.last - self.first) * way:.6g}")
 
 
 def _one_patch(value: Any) -> str:
@@ -282,20 +299,48 @@ class Rule(_Strict):
         return config
 
 
-CACHE_SETTINGS = {
-    "first_block": ("threshold",),
-    "mag": ("threshold", "max_skip_steps", "retention_ratio", "num_inference_steps", "mag_ratios"),
-    "taylorseer": (
-        "cache_interval",
-        "disable_cache_before_step",
-        "disable_cache_after_step",
-        "max_order",
-        "skip_predict_identifiers",
-        "cache_identifiers",
-        "use_lite_mode",
-    ),
-}
-"""Step caches of diffusers that a recipe may put on, and the arguments of their configs."""
+def _pattern(text: str) -> str:
+    """Refuse a regular expression that is none, or could take forever to be held against the name of a module."""
+    if "(" in text or len(re.findall(r"[*+{]", text)) > 3 or text.count("?") > 8:
+        raise ValueError(f"expected a pattern without groups and with at most three repeats, got {_cut(text)}; list several")
+    try:
+        re.compile(text)
+    except (re.error, OverflowError) as error:
+        raise ValueError(f"{_cut(text)} is no regular expression: {error}") from None
+    return text
+
+
+Patterns = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(_pattern)]],
+    Field(min_length=1, max_length=64),
+]
+Steps = Annotated[int, Field(ge=0, le=10_000)]
+
+
+class _FirstBlock(_Strict):
+    threshold: float = Field(0.05, ge=0, le=1e6)
+
+
+class _Mag(_Strict):
+    threshold: float = Field(0.06, ge=0, le=1e6)
+    max_skip_steps: Steps = 3
+    retention_ratio: float = Field(0.2, ge=0, le=1)
+    num_inference_steps: int = Field(28, ge=1, le=10_000)
+    mag_ratios: tuple[Annotated[float, Field(ge=0, le=1e6)], ...] = Field(min_length=1, max_length=10_000)
+
+
+class _TaylorSeer(_Strict):
+    cache_interval: int = Field(5, ge=1, le=10_000)
+    disable_cache_before_step: Steps = 3
+    disable_cache_after_step: Steps | None = None
+    max_order: int = Field(1, ge=0, le=16)
+    skip_predict_identifiers: Patterns | None = None
+    cache_identifiers: Patterns | None = None
+    use_lite_mode: bool = False
+
+
+CACHES: dict[str, type[_Strict]] = {"first_block": _FirstBlock, "mag": _Mag, "taylorseer": _TaylorSeer}
+"""Step caches of diffusers that a recipe may put on, and the settings of each, with diffusers' own defaults."""
 
 
 class StepCache(_Strict):
@@ -306,9 +351,15 @@ class StepCache(_Strict):
 
     @model_validator(mode="after")
     def _settings_are_its_own(self) -> StepCache:
-        for key in self.settings:
-            if key not in (known := CACHE_SETTINGS[self.kind]):
-                raise ValueError(f"the cache {self.kind} has no {key!r}{nearest(key, known)}; it has {', '.join(known)}")
+        known = CACHES[self.kind].model_fields
+        if unknown := [key for key in self.settings if key not in known]:
+            raise ValueError(
+                f"the cache {self.kind} has no {unknown[0]!r}{nearest(unknown[0], known)}; it has {', '.join(known)}"
+            )
+        try:
+            CACHES[self.kind].model_validate(self.settings)
+        except ValidationError as error:
+            raise ValueError(_explain(error, Source(f"cache {self.kind}"), (), lambda _: StepCache)) from None
         return self
 
 
@@ -320,7 +371,7 @@ def _varying(key: str, value: Mapping[str, Any]) -> Ramp | TableRef:
     except ValidationError:
         raise ValueError(
             f"with.{key}: expected a value, a ramp {{from: number, to: number, over: steps or layers}}, or a table "
-            f"{{table: {{file: name, sha256: 64 digits, key: name}}}}, got {dict(value)!r}"
+            f"{{table: {{file: name, sha256: 64 digits, key: name}}}}, got {_cut(dict(value))}"
         ) from None
 
 
@@ -341,9 +392,9 @@ DENSE = Decision()
 class Spread(_Strict):
     """Quantiles over repeated timings, in milliseconds, or over gains."""
 
-    p20: float = Field(ge=0)
-    p50: float = Field(ge=0)
-    p80: float = Field(ge=0)
+    p20: float = Field(gt=0)
+    p50: float = Field(gt=0)
+    p80: float = Field(gt=0)
 
 
 class Quality(_Strict):
@@ -408,9 +459,9 @@ class Measured(_Strict):
 class _Entry(_Strict):
     cite: str = ""
     summary: str = ""
-    rules: tuple[Rule, ...] = Field(min_length=1)
+    rules: tuple[Rule, ...] = Field(min_length=1, max_length=MAX_RULES)
     cache: StepCache | None = None
-    measured: tuple[Measured, ...] = ()
+    measured: tuple[Measured, ...] = Field((), max_length=MAX_LIST)
 
 
 class _Pipeline(_Strict):
@@ -429,7 +480,7 @@ class _File(_Strict):
     @model_validator(mode="after")
     def _default_is_there(self) -> _File:
         if self.default not in self.recipes:
-            raise ValueError(f"default: {self.default!r} is no recipe of this file; recipes: {', '.join(self.recipes)}")
+            raise ValueError(f"default: {_cut(self.default)} is no recipe of this file; recipes: {', '.join(self.recipes)}")
         return self
 
 
@@ -581,10 +632,16 @@ class Recipe:
                 continue
             varying = {key: _varying(key, value) for key, value in rule.settings.items() if isinstance(value, Mapping)}
             ramps = {key: value for key, value in varying.items() if isinstance(value, Ramp)}
-            ends = ("first", "last") if ramps else ("first",)
-            for end in ends:  # the ends of a straight line are its extremes
-                config = {**rule.settings, **{key: getattr(ramp, end) for key, ramp in ramps.items()}}
-                model = patch_class(rule.patch).Config
+            model = patch_class(rule.patch).Config
+            for key in ramps:
+                if key in model.model_fields and float not in model.kinds(key):
+                    where = self.source.at((*self.loc, "rules", i, "with", key))
+                    raise RecipeError(
+                        f"{where}: only real numbers ramp, and {key} of {rule.patch} is none; write a rule for each value, with "
+                        "where: {steps: ...} or {layers: ...}."
+                    )
+            for way in (0.0, 1.0) if ramps else (0.0,):  # the ends of a straight line are its extremes
+                config = {**rule.settings, **{key: ramp.value(way) for key, ramp in ramps.items()}}
                 try:
                     model.model_validate(config)
                 except ValidationError as error:
@@ -733,8 +790,8 @@ def _match(keys: Mapping[str, Any], source: Source) -> Match:
             f"{source.at(('match',))}: expected the key class, the denoiser's class name, got {', '.join(keys)}."
         )
     for key, value in keys.items():
-        if any(isinstance(item, Mapping | list) for item in _listed(value)):
-            raise RecipeError(f"{source.at(('match', key))}: expected a value or a list of values, got {value!r}.")
+        if any(isinstance(item, Mapping | list | tuple) for item in _listed(value)):
+            raise RecipeError(f"{source.at(('match', key))}: expected a value or a list of values, got {_cut(value)}.")
     return Match(keys, pipeline)
 
 
@@ -910,6 +967,7 @@ def _matching_file(facts: ModelFacts, name: str | None = None) -> RecipeFile:
 
 def _inline(data: Mapping[str, Any]) -> Recipe:
     source = Source("<mapping>")
+    data = strict_yaml.plain(data, source)
     if "recipes" in data or "schema" in data:
         return _file(data, source).recipe()
     if "rules" in data:
@@ -953,7 +1011,8 @@ def record_measurement(path: Path, recipe: str, row: Mapping[str, Any]) -> None:
     NoMatchError
         If the file has no such recipe.
     """
-    measured = _validated(Measured, dict(row), Source("<measured row>"))
+    source = Source("<measured row>")
+    measured = _validated(Measured, strict_yaml.plain(row, source), source)
     plain = measured.model_dump(exclude_defaults=True)
     text = strict_yaml.read(path)
     before = read_file(path)

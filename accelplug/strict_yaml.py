@@ -11,10 +11,21 @@ from typing import Any
 
 import yaml
 
-from accelplug.errors import RecipeError
+from accelplug import files
+from accelplug.errors import AccelplugError, RecipeError
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 128 << 10
 """Largest file that is read at all; a shipped recipe file has a few KiB."""
+MAX_VALUES = 20_000
+"""Keys, values and list items that a recipe may have."""
+MAX_DEPTH = 32
+"""Lists and mappings that may stand in each other."""
+MAX_KEY = 256
+"""Characters of a key."""
+MAX_INTEGER = (1 << 63) - 1
+"""Largest size of a whole number: what tensors hold."""
+
+TOO_MUCH = f"it has more than {MAX_VALUES} values, or is nested more than {MAX_DEPTH} deep"
 
 Loc = tuple[str | int, ...]
 """Where a value stands: keys and list indices from the root."""
@@ -42,8 +53,12 @@ class _Loader(yaml.SafeLoader):
     """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+    values = depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.values += 1
+        if self.values > MAX_VALUES or self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=TOO_MUCH, problem_mark=self.peek_event().start_mark)
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise yaml.MarkedYAMLError(
@@ -51,7 +66,10 @@ class _Loader(yaml.SafeLoader):
                 "write the value out",
                 problem_mark=event.start_mark,
             )
-        return super().compose_node(parent, index)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 for _tag, _pattern, _first in (
@@ -74,20 +92,9 @@ def read(path: Path) -> str:
         If it is missing, no regular file, too large, or not UTF-8.
     """
     try:
-        if not path.is_file():
-            raise RecipeError(
-                f"{path}: there is no such file. Give the path of a recipe file, or the name of a shipped recipe."
-            )
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise RecipeError(
-                f"{path}: a recipe file has at most {MAX_BYTES} bytes, this one has {size}. Is it the right file?"
-            )
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read(MAX_BYTES + 1)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, RecipeError):
-            raise
-        raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+        return files.read(path, "A recipe file", MAX_BYTES)
+    except AccelplugError as error:
+        raise RecipeError(f"{error} Give the path of a recipe file, or the name of a shipped recipe.") from error
 
 
 def compose(text: str, name: str) -> yaml.Node:
@@ -103,7 +110,9 @@ def compose(text: str, name: str) -> yaml.Node:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{name}{line}: not valid YAML: {error.problem or error}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except RecursionError as error:
+        raise RecipeError(f"{name}: not valid YAML: lists and mappings are nested too deeply.") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{name}: not valid YAML: {type(error).__name__}: {error}") from error
     if node is None:
         raise RecipeError(f"{name}: the file is empty; expected a mapping that starts with schema: 1.")
@@ -120,11 +129,51 @@ def parse(text: str, name: str) -> tuple[Any, Source]:
     """
     lines: dict[Loc, int] = {}
     source = Source(name, lines)
-    root = compose(text, name)
-    try:
-        return _build(root, (), source, lines), source
-    except RecursionError as error:
-        raise RecipeError(f"{name}: lists and mappings are nested too deeply.") from error
+    return _build(compose(text, name), (), source, lines), source
+
+
+def plain(data: Any, source: Source) -> Any:
+    """Return the copy of a recipe that is no file, held to a file's bounds: keys that are text, size, depth, numbers.
+
+    Raises
+    ------
+    RecipeError
+        If it is not within them.
+    """
+    left = MAX_VALUES
+
+    def copy(value: Any, loc: Loc) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or len(loc) > MAX_DEPTH:
+            raise RecipeError(f"{source.at(loc[:3])}: {TOO_MUCH}.")
+        if isinstance(value, Mapping):
+            for key in value:
+                _require_key(key, source, loc)
+            return {key: copy(item, (*loc, key)) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            items = [copy(item, (*loc, i)) for i, item in enumerate(value)]
+            return tuple(items) if isinstance(value, tuple) else items
+        return _within(value, source, loc)
+
+    return copy(data, ())
+
+
+def _require_key(key: Any, source: Source, loc: Loc) -> None:
+    if not isinstance(key, str) or len(key) > MAX_KEY:
+        got = f"{len(key)} characters" if isinstance(key, str) else type(key).__name__
+        raise RecipeError(f"{source.at(loc)}: a key is text of at most {MAX_KEY} characters, got {got}.")
+
+
+def _within(value: Any, source: Source, loc: Loc) -> Any:
+    """Return a value if it is no number beyond all bounds and no text longer than a file."""
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise RecipeError(f"{source.at(loc)}: whole numbers go to {MAX_INTEGER}, this one has {value.bit_length()} bits.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{source.at(loc)}: numbers must be finite, got {value}.")
+    if isinstance(value, str) and len(value) > MAX_BYTES:
+        raise RecipeError(f"{source.at(loc)}: a text has at most {MAX_BYTES} characters, this one has {len(value)}.")
+    return value
 
 
 def _build(node: yaml.Node, loc: Loc, source: Source, lines: dict[Loc, int]) -> Any:
@@ -136,7 +185,8 @@ def _build(node: yaml.Node, loc: Loc, source: Source, lines: dict[Loc, int]) -> 
             key = key_node.value
             line = key_node.start_mark.line + 1
             if key_node.tag != "tag:yaml.org,2002:str":
-                raise RecipeError(f"{source.at(loc)}: keys are text; quote the one in line {line}: {key!r}.")
+                raise RecipeError(f"{source.at(loc)}: keys are text; quote the one in line {line}: {str(key)[:40]!r}.")
+            _require_key(key, source, loc)
             if key in mapping:
                 raise RecipeError(
                     f"{source.name}, line {line}: key {key!r} is there twice, first in line {lines[(*loc, key)]}."
@@ -150,10 +200,8 @@ def _build(node: yaml.Node, loc: Loc, source: Source, lines: dict[Loc, int]) -> 
         try:
             value = _SCALARS[kind](node.value)
         except (ValueError, KeyError) as error:
-            raise RecipeError(f"{source.at(loc)}: {node.value!r} is no {kind}.") from error
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RecipeError(f"{source.at(loc)}: numbers must be finite, got {node.value}.")
-        return value
+            raise RecipeError(f"{source.at(loc)}: {node.value[:40]!r} is no {kind}, or has too many digits.") from error
+        return _within(value, source, loc)
     raise RecipeError(f"{source.at(loc)}: tags such as {node.tag} are not allowed; recipes are plain data.")
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from accelplug.call import ALL_HEADS
 from accelplug.errors import RecipeError, nearest
@@ -25,6 +25,18 @@ MAX_BYTES = 512 << 20
 
 HEADER = "accelplug"
 """The key of the safetensors header under which `Origin` is kept, as JSON."""
+
+
+NUMBERS = ("uint8", "int8", "int16", "int32", "int64")
+REALS = ("float16", "bfloat16", "float32", "float64")
+"""Types that entries may have: where whole numbers are meant, the first."""
+
+
+@dataclass(frozen=True)
+class Bits:
+    """What a table has for each head in place of one value: packed bits, int32, along so many axes of their own."""
+
+    axes: int
 
 
 @dataclass(frozen=True)
@@ -60,14 +72,14 @@ class Origin:
     @classmethod
     def from_header(cls, header: Mapping[str, str] | None) -> Origin:
         """Read it from the metadata of a safetensors file; what is not there is left open. ValueError where it makes no sense."""
+        from pydantic import TypeAdapter
+
         data = json.loads((header or {}).get(HEADER, "{}"))
         if not isinstance(data, dict) or (unknown := sorted(set(data) - set(cls.__dataclass_fields__))):
             raise ValueError(
                 f"its header has unknown entries: {unknown}" if isinstance(data, dict) else "its header is no mapping"
             )
-        if data.get("grid_thw") is not None:
-            data["grid_thw"] = tuple(map(int, data["grid_thw"]))
-        return cls(**data)
+        return TypeAdapter(cls).validate_python(data)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,9 +147,9 @@ class Table:
                         f"{path}: there is no table {key!r}{nearest(key, keys)}. It has: {', '.join(sorted(keys))}."
                     )
                 return cls(tables.get_tensor(key), tuple(origin.axes.get(key, AXES[1:])), sha256, key, origin)
-        except (SafetensorError, ValueError, TypeError) as error:
-            if isinstance(error, RecipeError):
-                raise
+        except RecipeError:
+            raise
+        except (SafetensorError, ValueError, LookupError, AttributeError, OSError, RuntimeError) as error:
             raise RecipeError(f"{path}: no file of tables: {error}") from error
 
     def __eq__(self, other: object) -> bool:
@@ -158,6 +170,45 @@ class Table:
             lambda table: {"table": {"sha256": table.sha256, "key": table.key}}, when_used="json"
         )
         return core_schema.is_instance_schema(cls, cls_repr="table: {file, sha256, key}", serialization=by_name)
+
+    def require_entries(self, one: Any, table: Any = None) -> None:
+        """Refuse entries that could not stand as one value for all heads.
+
+        Parameters
+        ----------
+        one : type of that value, with its bounds; of a ``Literal`` the entries are places in it, from 0.
+        table : type of the table, ``Annotated[Table, Bits(2)]`` where a head has more than one entry.
+
+        Raises
+        ------
+        ValueError
+            If an entry is out of bounds, no number, or of another kind, or the tensor has other axes than it says.
+        """
+        from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+        bits = next((mark for mark in getattr(table, "__metadata__", ()) if isinstance(mark, Bits)), None)
+        shape, own = tuple(self.values.shape), bits.axes if bits else 0
+        if "heads" not in self.axes or len(shape) != len(self.axes) + own or 0 in shape:
+            raise ValueError(
+                f"table {self.key!r}: expected the axes {', '.join(self.axes)} with heads among them"
+                f"{f', {own} of packed bits' if own else ''} and none of length 0, got a tensor of shape {shape}"
+            )
+        places = get_args(one) if get_origin(one) is Literal else ()
+        kind = get_args(one)[0] if get_origin(one) is Annotated else one
+        dtypes = ("int32",) if bits else NUMBERS if places or kind is int else NUMBERS + REALS
+        if (dtype := str(self.values.dtype).removeprefix("torch.")) not in dtypes:
+            raise ValueError(f"table {self.key!r}: expected entries of type {', '.join(dtypes)}, got {dtype}")
+        if bits:
+            return
+        bounds: Any = Annotated[int, Field(ge=0, lt=len(places))] if places else one
+        for extreme in (self.values.min(), self.values.max()):  # bounds hold for all if they hold for both; NaN is both
+            try:
+                TypeAdapter(bounds, config=ConfigDict(allow_inf_nan=False)).validate_python(extreme.item())
+            except ValidationError as error:
+                there = self.values.isnan() if extreme.isnan() else self.values == extreme
+                at = ", ".join(map(str, there.nonzero()[0].tolist()))
+                why = error.errors(include_url=False)[0]["msg"].removeprefix("Input ")
+                raise ValueError(f"table {self.key!r}: entry [{at}] is {extreme.item():g}, and {why}") from None
 
     def missing(self, site: Site, clock: Clock) -> str | None:
         """Why no row can be told here and now, or None."""

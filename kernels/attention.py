@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -277,6 +277,8 @@ def recall(chosen: Iterable[Mapping[str, Any]]) -> None:
         for entry in chosen:
             device, dtype, *shape = entry["call"]
             key = (torch.device(device), getattr(torch, dtype), *(_as_tuple(part) for part in shape))
+            if entry["backend"] not in get_args(Backend):
+                raise ValueError(f"no kernel is called {entry['backend']!r}")
             _choices.put(key, (entry["backend"], dict(entry["ms"])))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UnsupportedError(f"These are no choices of kernels: expected what plug.choices gave, got {error}.") from error

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from torch.nn.functional import pad
 
 from accelplug.bounded import Bounded
@@ -31,10 +32,44 @@ if TYPE_CHECKING:
     from accelplug.patches.calibration import Calibration
 
 
+MAX_NUMBER = (1 << 31) - 1
+"""Largest size of any number in a config: beyond it nothing has a meaning, and kernels count in 32 bits."""
+
+
 class Config(BaseModel):
-    """Base of all configs: unknown keys, infinities and NaN are errors; values do not change."""
+    """Base of all configs: unknown keys, infinities, NaN and numbers beyond `MAX_NUMBER` are errors; values do not change.
+
+    A field that takes a `Table` holds every entry of it against what it would take as one value for all.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def kinds(cls, field: str) -> tuple[Any, ...]:
+        """Return the types that a field may have, without their bounds: ``float``, ``Table``, a ``Literal`` ..."""
+        return tuple(get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in cls._choices(field))
+
+    @classmethod
+    def _choices(cls, field: str) -> tuple[Any, ...]:
+        annotation = cls.model_fields[field].annotation
+        return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+    @field_validator("*")
+    @classmethod
+    def _values_are_sound(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, Table):
+            value.require_entries(*cls._choices(info.field_name or "")[:2])
+        elif any(abs(number) > MAX_NUMBER for number in _numbers(value)):
+            raise ValueError(f"numbers go to {MAX_NUMBER} in size")
+        return value
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float):
+        yield value
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from accelplug.bounded import Bounded
@@ -59,7 +60,7 @@ class Verdict:
     def from_dict(cls, data: Mapping[str, Any]) -> Verdict:
         """Read what `to_dict` gave."""
         known = {entry.name: data[entry.name] for entry in fields(cls) if entry.name in data}
-        return cls(**{**known, "shape_bhsd": tuple(data["shape_bhsd"])})
+        return TypeAdapter(cls).validate_python({**known, "shape_bhsd": tuple(data["shape_bhsd"])})
 
 
 class Gate:
@@ -93,7 +94,7 @@ class Gate:
         """
         try:
             told = [Verdict.from_dict(data) for data in verdicts]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise AccelplugError(
                 f"choices hold no verdicts of a gate: expected what plug.choices gave, got {error}."
             ) from error

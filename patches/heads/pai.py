@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from accelplug.kernels.spans import fit, keep_rows, masked, probabilities, read_rows, replace_rows, roomy, row_products
-from accelplug.patches.base import Config, Patch
+from accelplug.patches import base
+from accelplug.patches.base import Patch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,7 @@ class Params:
 class Pai(Patch):
     """Raise the scores of image tokens in the rows that answer."""
 
-    class Config(Config):
+    class Config(base.Config):
         alpha: float = Field(
             0.2, ge=0, le=10, description="Share of a score's size that is added. Paper: 0.2; 0.5 captions."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from accelplug.kernels.plan import BlockPlan, pack_bits, unpack_bits
 from accelplug.patches.base import BlockConfig, BlockParams, BlockSparse
 from accelplug.patches.calibration import MAX_STATE, Calibration, CalibrationConfig, Seen
 from accelplug.patches.sparse.sparse_vdit import band_tokens
-from accelplug.table import MAX_BYTES, Table, bucket
+from accelplug.table import MAX_BYTES, Bits, Table, bucket
 
 AxisOrder = Literal["thw", "twh", "hwt", "htw", "wht", "wth"]
 ORDERS = get_args(AxisOrder)
@@ -32,7 +32,7 @@ class ParoConfig(BlockConfig):
         "thw",
         description="Which axis counts slowest, then next, for all heads, or a table (layers, heads) of their numbers.",
     )
-    masks: Literal["all", "diagonal"] | Table = Field(
+    masks: Literal["all", "diagonal"] | Annotated[Table, Bits(2)] = Field(
         "diagonal",
         description="A table (steps, layers, heads) of packed masks; uncalibrated, all blocks, or a band of `density`.",
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from accelplug.call import Clock, Layout, Site
@@ -30,12 +30,6 @@ class SparseVditConfig(BlockConfig):
     diagonal: float = Field(0.3, gt=0.0, le=1.0, description="Share of the keys that diagonal heads read.")
     multi_diagonal: float = Field(0.3, gt=0.0, le=1.0, description="Share of the keys that multi-diagonal heads read.")
     stripe: float = Field(0.3, gt=0.0, le=1.0, description="Share of the keys that stripe heads read.")
-
-    @model_validator(mode="after")
-    def _modes_are_there(self) -> Self:
-        if isinstance(self.modes, Table) and not set(self.modes.values.unique().tolist()) <= set(range(len(MODES))):
-            raise ValueError(f"the table of modes holds other numbers than 0 to {len(MODES) - 1}")
-        return self
 
 
 class SearchConfig(CalibrationConfig):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from accelplug.call import Clock, Layout, Site
@@ -27,12 +27,20 @@ class StaConfig(BlockConfig):
     windows: tuple[Triple, ...] | Literal["maximal"] = Field(
         ((3, 3, 3),),
         min_length=1,
+        max_length=256,
         description="Windows that heads choose from, in tiles; maximal: all of `density`, no larger one.",
     )
     density: float = Field(0.3, gt=0.0, le=1.0, description="Share of the tiles that a maximal window reads at most.")
     choice: Annotated[int, Field(ge=0)] | Table = Field(
         0, description="Which of the windows, for all heads, or a table (steps, layers, heads)."
     )
+
+    @model_validator(mode="after")
+    def _windows_are_there(self) -> Self:
+        most = int(self.choice.values.max()) if isinstance(self.choice, Table) else self.choice
+        if self.windows != "maximal" and most >= len(self.windows):
+            raise ValueError(f"choice {most} is none of the {len(self.windows)} windows, which count from 0")
+        return self
 
 
 class StaSearch(WayErrors):
