@@ -217,8 +217,10 @@ def test_the_mask_search_finds_the_axis():
 
 
 def test_a_choice_beyond_the_windows_is_an_error():
-    with pytest.raises(ShapeError, match="way 2, and Sta has 1"):
-        Sta({"block": 8, "choice": 2}).prepare(SITE, VIDEO, Clock(), {})
+    with pytest.raises(ValueError, match="choice 2 is none of the 1 windows"):
+        Sta({"block": 8, "choice": 2})
+    with pytest.raises(ShapeError, match="way 99, and Sta has"):
+        Sta({"block": 8, "windows": "maximal", "choice": 99}).prepare(SITE, VIDEO, Clock(), {})
 
 
 # -------------------------------------------------------------------------------------------------------------------- paro
