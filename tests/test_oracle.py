@@ -13,7 +13,20 @@ import accelplug
 from accelplug.errors import UnsupportedError
 from tests.eager_oracle import METHODS, Inputs, Method, Oracle, extended
 from tests.test_flash_attention import kernel  # noqa: F401
-from tests.tiny_language_models import CLIP, IMAGE, TEXT, TWO_ROWS, VIDEO, VIDEOS, VLM, build, forward, inputs, right_padded
+from tests.tiny_language_models import (
+    CLIP,
+    IMAGE,
+    OPEN,
+    TEXT,
+    TWO_ROWS,
+    VIDEO,
+    VIDEOS,
+    VLM,
+    build,
+    forward,
+    inputs,
+    right_padded,
+)
 
 WORKING: dict[str, dict[str, Any]] = {
     "visual_bias": {"image_weight": 6.0, "system_weight": 0.3},
@@ -260,3 +273,25 @@ def test_answers_that_labels_name(patch, config, side):
 def test_a_prompt_in_chunks(patch, name):
     """The first of them is all padding in the shorter row."""
     hold(sharp(name), patch, inputs(name), prefill_chunk_size=9)
+
+
+@pytest.mark.parametrize("patch", ["visual_bias", "var", "pai", "imbalance"])
+def test_an_image_in_a_second_turn(patch):
+    model, whole = sharp("llava"), double(inputs("llava", ((3, "I", 6, "I", 5),)))
+    said, cut = torch.randint(3, 490, (1, 2)), int((whole["input_ids"][0] == OPEN).nonzero().max())
+    first, second = whole["input_ids"].tensor_split([cut], 1)
+    ids = torch.cat([first, said, second], 1)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": whole["pixel_values"]}
+    asked = torch.ones(ids.shape[1], dtype=torch.bool)
+    asked[cut : cut + 2] = False
+    expected = Oracle(model).answer(method(patch), given, asked=asked)
+    cache = hf.DynamicCache(config=model.config.get_text_config())
+    pieces = [
+        (first, whole["pixel_values"][:1]),
+        (said[:, :1], None),
+        (said[:, 1:], None),
+        (second, whole["pixel_values"][1:]),
+    ]
+    with patched(model, patch):
+        found = [model(input_ids=ids, pixel_values=pixels, cache=cache).logits for ids, pixels in pieces]
+    torch.testing.assert_close(torch.cat(found, 1), expected, **CLOSE)

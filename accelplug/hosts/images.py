@@ -135,7 +135,8 @@ def scatter(values: Tensor, visual: Tensor) -> Tensor:
     times = sum(counts) // len(flat) if len(flat) else 0
     if not times or times * len(flat) != sum(counts):
         raise UnsupportedError(
-            f"{sum(counts)} image tokens for {len(flat)} patches of the vision tower: they must be one to one."
+            f"{sum(counts)} image tokens for {len(flat)} patches of the vision tower: they must be one to one. Take a model that has "
+            "one for each (LLaVA-1.5), and leave out prefill_chunk_size, which takes images apart."
         )
     out = torch.zeros(visual.shape, device=visual.device)
     start = 0

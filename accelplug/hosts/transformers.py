@@ -590,11 +590,11 @@ class LanguageHost:
                 stream.states.setdefault(id(record.choice.patch), {})["blind"] = blind
 
     def _prepare_tower(self, stream: Stream) -> None:
-        """For patches that ask what the vision tower's class token looks at. A prompt in pieces must have its images in one."""
-        prompt = stream.prompt
-        if self.tower is None or prompt.past or not bool(prompt.visual.any()):
+        """For patches that ask what the vision tower's class token looks at, in the images of this forward."""
+        past, new = stream.prompt.past, stream.prompt.visual[:, stream.prompt.past :]
+        if self.tower is None or not bool(new.any()):
             return
-        maps = self.tower.take(prompt.visual)
+        maps = self.tower.take(new)
         if maps is None:
             raise UnsupportedError(
                 f"{self.owner.recipe.name} reads the vision tower's attention, and the images of this prompt were encoded before "
@@ -602,7 +602,7 @@ class LanguageHost:
             )
         for patch in {id(r.choice.patch): r.choice.patch for r in self.records if r.choice.patch}.values():
             if "vision_attention" in patch.needs:
-                stream.states.setdefault(id(patch), {})["vision_attention"] = maps
+                stream.states.setdefault(id(patch), {})["vision_attention"] = tuple(pad(x, (past, 0)) for x in maps)
 
 
 class _Gone:

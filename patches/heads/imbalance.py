@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
+from torch.nn.functional import pad
 
 from accelplug.kernels.spans import fit, row_attention
 from accelplug.patches.base import Config, Patch
@@ -64,15 +65,18 @@ class Imbalance(Patch):
     def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> Params | None:
         if self.config.local_alpha == self.config.summary_alpha == 0:
             return None
-        if "share" not in state and "vision_attention" in state:
-            state["share"] = self._share(layout, *state["vision_attention"])
+        if maps := state.pop("vision_attention", None):
+            share = self._share(layout, *maps)
+            known = state.get("share", share[:, :0])  # of images of earlier turns
+            state["share"] = share + pad(known, (0, share.shape[1] - known.shape[1]))
         return Params(state["share"], layout.visual[:, : state["share"].shape[1]]) if "share" in state else None
 
     def _share(self, prompt: Prompt, first: Tensor, late: Tensor) -> Tensor:
-        """Scatter each image's streams to its tokens; `first` and `late` are (B, S), 0 off the images."""
+        """Scatter each new image's streams to its tokens; `first` and `late` are (B, S), 0 off the new images."""
         share = torch.zeros_like(first)
         for row in range(len(share)):
-            for number in range(1, int(prompt.image[row].max()) + 1):
+            new = prompt.image[row, prompt.past :]
+            for number in new[new > 0].unique().tolist():
                 here = prompt.image[row] == number
                 local, summary = streams(first[row, here], late[row, here], self.config.local_share)
                 share[row, here] = self.config.local_alpha * local.float() + self.config.summary_alpha * summary.float()
