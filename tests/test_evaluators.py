@@ -90,6 +90,41 @@ def test_pope_parses_strictly(answer, expected):
     assert pope.parse(answer) is expected
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("No, there is not.", False),
+        ("There is no dog. Yes.", False),
+        ("Yes. There is no cat.", True),
+        ("There is not, a dog", False),
+        ("NO", True),
+        ("Nope", True),
+        ("no!", True),
+        ("There isn't a dog.", True),
+        ("a knot", True),
+        ("", True),
+        ("Ja", True),
+    ],
+)
+def test_pope_parses_as_its_release(answer, expected):
+    assert pope.parse(answer, "official") is expected
+    assert pope.parse(answer, parse="official") is expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("Yes,", True), ("NO.", False), ("yes it is", True), ("yes\n", True), ("Yes\uff0cthere is", True)]
+    + [(answer, None) for answer in ("Oui.", "Nein", "S\u00ed", "\u662f\u3002", "\u3044\u3044\u3048", " ", "Y", "n/a")],
+)
+def test_answers_in_other_forms_are_read_or_counted_as_neither(answer, expected):
+    assert pope.parse(answer) is expected
+
+
+def test_unknown_parsers_are_refused():
+    with pytest.raises(AccelplugError, match="strict, official, got 'loose'"):
+        pope.parse("yes", "loose")
+
+
 def test_pope_articles_go_by_sound():
     for thing in ("apple", "oven", "umbrella", "elephant", "orange", "hour glass"):
         assert pope.article(thing) == "an", thing
@@ -283,12 +318,38 @@ def test_mme_by_hand():
         ("The toilet has its seat up.", ["toilet"]),
         ("a seat", ["chair"]),
         ("the dog's bowl", ["dog", "bowl"]),
+        ("the dogs\u2019 bowls and the men's ties", ["dog", "bowl", "person", "tie"]),
+        ("It's five o'clock, or six o\u2019clock by the clock", ["clock"]),
+        ("a dog-shaped kite", ["kite"]),
+        ("a horse-drawn carriage, a bus-stop and a cat\u2011like grin", []),
+        ("teddy-bears and a hot-dog", ["teddy bear", "hot dog"]),
+        ("a man-made lake with dog/cat food", ["dog", "cat"]),
+        ("a stove top oven", ["oven", "oven"]),
+        ("They're at the bench; she'd a cup, he isn't a person", ["bench", "cup", "person"]),
         ("A quiet evening.", []),
         ("", []),
     ],
 )
 def test_mentions(words, text, expected):
     assert words.mentions(text) == expected
+
+
+def test_the_published_list_has_terms_of_two_words_at_most(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("oven, stovetop, stove, stove top oven\ndining table, table\n")
+    read = Vocabulary.read(path)
+    assert read.mentions("a stove top oven on the dining table") == ["oven", "oven", "dining table"]
+
+
+def test_compounds_are_chairs_own():
+    """AMBER's words stand by themselves; in CHAIR a baby elephant is no baby, and a toilet's seat is no chair."""
+    pytest.importorskip("inflect", reason="plurals are undone by inflect")
+    synonyms = dict.fromkeys(("baby", "elephant", "seat", "toilet", "tie", "bow", "track", "train", "passenger"), ())
+    text = "a baby elephant, the seat of a toilet, a bow tie, a train track and a passenger train"
+    assert amber.vocabulary(synonyms).mentions(text) == (
+        ["baby", "elephant", "seat", "toilet", "bow", "tie", "train", "track", "passenger", "train"]
+    )
+    assert Vocabulary(synonyms, None, chair.COCO_COMPOUNDS).mentions(text) == ["elephant", "toilet", "tie", "track", "train"]
 
 
 def test_vocabulary_without_a_singulariser():
@@ -391,6 +452,112 @@ def test_amber_by_hand():
     assert result.cog == pytest.approx(1 / 3)
     assert (result.n_nouns, result.n_responses) == (7, 3)
     assert result.rows[0].hallucinated == ("boat", "kite")
+
+
+def test_amber_credits_words_as_the_release_does():
+    """Grass may be called ground. Where both are there, "ground" is credited to the grass; a thing named twice counts twice."""
+    nouns = Vocabulary(dict.fromkeys(("grass", "ground", "ship", "boat", "cloud", "sky"), ()), None)
+    associations = {"grass": ["ground"], "ship": ["boat"], "cloud": ["sky"], "sky": []}
+
+    def of(text, *there, likely=()):
+        return amber.score({1: text}, {1: there}, nouns, likely={1: likely}, associations=associations)
+
+    assert of("the ground", "ground", "grass").cover == 1 / 2
+    assert of("the ground and grass", "ground", "grass").cover == 1 / 2, "both words are the grass"
+    assert of("the grass", "ground", "grass").cover == 1 / 2
+    assert of("a ship and a boat", "ship", "ship").cover == 1 / 2, "the second ship is never credited"
+    assert of("a sky", likely=("sky", "cloud")).cog == 1 / 2, "a sky stands for the cloud"
+    assert of("a sky and a cloud", likely=("sky", "cloud")).cog == 1 / 2
+    assert amber.score({1: "ground"}, {1: {"grass", "ground"}}, nouns, associations=associations).cover == 1 / 2
+
+
+def amber_question(truth, split):
+    return Question("AMBER_1.jpg", "?", truth, "", split)
+
+
+def test_amber_questions_by_hand():
+    asked = [amber_question(truth, split) for truth, split in AMBER]
+    said = ["Yes", "No", "No.", "Yes", "no", "No", "Maybe"]
+    strict = amber.discriminate(asked, said)
+    # Truth no: existence 3, of which no, no, yes; state 1, no. Truth yes: state, said yes; number, said no; relation, unparsed.
+    assert strict.all == amber.NoClass(n=7, unparsed=1, accuracy=4 / 7, precision=3 / 4, recall=3 / 4, f1=3 / 4)
+    assert strict.dimensions["existence"] == amber.NoClass(3, 0, 2 / 3, 1, 2 / 3, 4 / 5)
+    assert strict.dimensions["attribute"] == amber.NoClass(3, 0, 2 / 3, 1 / 2, 1, 2 / 3)
+    assert list(strict.dimensions) == ["state", "existence", "number", "relation", "attribute"]
+    official = amber.discriminate(asked, said, "official")
+    assert official.all == amber.NoClass(n=7, unparsed=3, accuracy=2 / 7, precision=1 / 2, recall=1 / 4, f1=1 / 3)
+    assert amber.amber_score(chair=0.078, f1=0.747) == pytest.approx((100 - 7.8 + 74.7) / 2)
+    with pytest.raises(AccelplugError, match="got 7 and 1"):
+        amber.discriminate(asked, ["Yes"])
+    assert math.isnan(amber.discriminate(asked[:1], ["Yes"]).all.f1)
+
+
+AMBER = [
+    (True, "state"),
+    (False, "existence"),
+    (False, "existence"),
+    (False, "existence"),
+    (False, "state"),
+    (True, "number"),
+    (True, "relation"),
+]
+
+
+@pytest.fixture
+def benchmark_files(tmp_path):
+    """AMBER's folder data in its own form: a picture, a description and six questions."""
+    kinds = [
+        ("generative", ["grass", "person", "ground"]),
+        ("discriminative-attribute-state", "yes"),
+        ("discriminative-attribute-number", "no"),
+        ("discriminative-attribute-action", "yes"),
+        ("discriminative-hallucination", "no"),
+        ("discriminative-relation", "yes"),
+        ("relation", "no"),
+    ]
+    notes = [{"id": i, "type": kind, "truth": truth} for i, (kind, truth) in enumerate(kinds, 1)]
+    notes[0]["hallu"] = ["sky"]
+    queries = [
+        {"id": i, "image": "AMBER_1.jpg", "query": "Describe this image." if i == 1 else f"Is it {i}?"} for i in range(1, 8)
+    ]
+    (tmp_path / "query").mkdir()
+    (tmp_path / "annotations.json").write_text(json.dumps(notes))
+    (tmp_path / "query" / "query_all.json").write_text(json.dumps(queries))
+    (tmp_path / "relation.json").write_text(
+        json.dumps({"grass": ["ground"], "person": ["man"], "sky": [], "ground": ["floor"]})
+    )
+    (tmp_path / "safe_words.txt").write_text("orange\nlight")
+    return tmp_path
+
+
+def test_amber_reads_its_files(benchmark_files):
+    held = amber.read(benchmark_files)
+    assert held.truth == {"AMBER_1.jpg": ["grass", "person", "ground"]}
+    assert held.likely == {"AMBER_1.jpg": ["sky"]}
+    assert held.associations["grass"] == ["ground"]
+    assert (held.safe, held.describe) == ({"orange", "light"}, "Describe this image.")
+    assert [question.answer for question in held.questions] == [True, False, True, False, True, False]
+    assert [question.split for question in held.questions] == [
+        "state",
+        "number",
+        "action",
+        "existence",
+        "relation",
+        "relation",
+    ]
+    assert held.questions[0].text == "Is it 2?"
+
+
+@pytest.mark.parametrize("file", ["annotations.json", "relation.json", "safe_words.txt", "query/query_all.json"])
+@pytest.mark.parametrize("bad", [None, b"\xff", b"[{}]"])
+def test_amber_says_which_file_is_wrong(benchmark_files, file, bad):
+    path = benchmark_files / file
+    path.unlink() if bad is None else path.write_bytes(bad)
+    if file == "safe_words.txt" and bad == b"[{}]":
+        assert amber.read(benchmark_files).safe == {"[{}]"}, "any text is a list of words"
+        return
+    with pytest.raises(AccelplugError, match=path.name):
+        amber.read(benchmark_files)
 
 
 def test_amber_is_nan_where_undefined():

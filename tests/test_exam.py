@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,79 @@ def test_rows_are_held_against_dense():
     assert control.holm != control.holm  # controls are not tested
     assert not better.alarms
     assert control.alarms
+
+
+def judged(replies, asked, **more):
+    """Rows of made-up replies to questions, the first one dense."""
+    rows = [Outcome(DENSE if i == 0 else f"row {i}", "recipe", said, {}) for i, said in enumerate(replies)]
+    exam = replace(exam_of(asked), **more)
+    for row in rows:
+        Examiner(None, None, exam, 1)._score(row)
+    _judge(rows, exam)
+    return rows
+
+
+def test_the_stock_model_is_alarming_too():
+    asked = [Question(i, "?", i % 2 == 0, "x", "adversarial") for i in range(20)]
+    right = ["yes" if question.answer else "no" for question in asked]
+    dense, better = judged([{"adversarial": ["Oui.", "", *right[2:]]}, {"adversarial": right}], asked)
+    assert dense.alarms == ["10.0% of the answers are neither yes nor no."]
+    assert not better.alarms
+
+
+def test_a_question_that_several_splits_ask_counts_once():
+    """Splits share the questions whose answer is yes; five answers that differ are five, not fifteen."""
+    asked = [Question(i, "?", True, "x", split) for split in SPLITS for i in range(5)]
+    wrong, right = ({split: [word] * 5 for split in SPLITS} for word in ("no", "yes"))
+    _, row = judged([wrong, right], asked)
+    assert row.p == 2 / 2**5
+
+
+def test_answers_are_read_as_the_exam_says():
+    asked = [Question(0, "?", True, "x", "adversarial"), Question(1, "?", False, "x", "adversarial")]
+    said = {"adversarial": ["There is a dog.", "NO"]}
+    (strict,), (official,) = judged([said], asked), judged([said], asked, parse="official")
+    assert (strict.pope["adversarial"].accuracy, strict.pope["adversarial"].unparsed) == (0.5, 1)
+    assert (official.pope["adversarial"].accuracy, official.pope["adversarial"].unparsed) == (0.5, 0)
+    assert (strict.hallucination, official.pope["adversarial"].hallucination_rate) == (None, 1.0)
+    assert (strict.interval[0], official.interval[1]) == (0.0, 1.0)
+
+
+def test_ambers_files_become_an_exam(bundled, tmp_path):
+    """Two pictures, a question of each dimension about either, its words and its score, stock and with a recipe."""
+    data, dimensions = tmp_path / "data", ("state", "number", "action")
+    (data / "query").mkdir(parents=True)
+    (tmp_path / "image").mkdir()
+    notes, queries = [], []
+    kinds = [*(f"discriminative-attribute-{name}" for name in dimensions), "discriminative-hallucination", "relation"]
+    for number in (1, 2):
+        Image.fromarray(scenes.render(scenes.sample(number))[0]).save(tmp_path / "image" / f"AMBER_{number}.jpg")
+        notes.append({"id": number, "type": "generative", "truth": ["star", "tree"], "hallu": ["boat"]})
+        queries.append({"id": number, "image": f"AMBER_{number}.jpg", "query": "Please describe this image in detail."})
+    for i, kind in enumerate(kinds * 2):
+        notes.append({"id": 3 + i, "type": kind, "truth": "no" if i % 2 else "yes"})
+        image = f"AMBER_{1 + i // 5}.jpg"
+        queries.append({"id": 3 + i, "image": image, "query": f"Is there a {scenes.KINDS[i]} in the image?"})
+    (data / "annotations.json").write_text(json.dumps(notes))
+    (data / "query" / "query_all.json").write_text(json.dumps(queries))
+    (data / "relation.json").write_text(json.dumps({kind: [] for kind in [*scenes.KINDS, "boat"]}))
+    (data / "safe_words.txt").write_text("light")
+    exam = replace(Exam.amber(tmp_path), max_new_tokens=12)
+    assert exam.splits == [*dimensions, "existence", "relation"]
+    assert len(exam.questions) == 10
+    model, processor = bundled
+    result = compare_vlm(model, {"vhr": {"patch": "vhr", "with": {"gain": 1.0}}}, exam, processor, progress=False)
+    for row in result.rows:
+        assert set(row.amber) == {"chair", "cover", "hal", "cog", "accuracy", "precision", "recall", "f1", "score"}
+        assert row.amber["score"] == pytest.approx(50 * (1 - row.amber["chair"] + row.amber["f1"]), nan_ok=True)
+        assert row.dimensions["attribute"]["n"] == 6
+    assert result["vhr"].p == 1.0
+    assert "AMBER" in str(result.table().columns[-2].header)
+    result.to_json(tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["amber_dimensions"]["existence"]["n"] == 2
+    assert len(Exam.amber(tmp_path, 1).pictures) == 1
+    with pytest.raises(AccelplugError, match="there are 2"):
+        Exam.amber(tmp_path, 3)
 
 
 def test_a_coco_folder_becomes_an_exam(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from accelplug.chat import open_picture
-from accelplug.comparison.evaluators import coco, pope
+from accelplug.comparison.evaluators import amber, coco, pope
 from accelplug.comparison.evaluators.chair import Vocabulary
-from accelplug.comparison.evaluators.pope import Question
+from accelplug.comparison.evaluators.pope import Parse, Question
 from accelplug.errors import AccelplugError
 
 SPLITS: tuple[Literal["random", "popular", "adversarial"], ...] = ("random", "popular", "adversarial")
@@ -27,24 +27,42 @@ class Exam:
     ----------
     pictures : by key, PIL images or paths of files.
     truth : by key, the classes that are there.
-    questions : POPE questions of all splits.
+    questions : of yes and no: POPE's in all splits, AMBER's in all dimensions.
     pairs : (task, key, question whose truth is yes, question whose truth is no), scored as MME does.
     vocabulary : words for classes, to read descriptions with.
     likely : by key, classes that are not there and that one would expect (AMBER's Cog).
+    associations, safe : AMBER's words that stand for others, and those that are never hallucinated.
     source : where the truth comes from, for the report.
     max_new_tokens : of a description.
+    parse : how answers of yes and no are read: ``strict``, or ``official`` as POPE's release does (see `pope.parse`).
     """
 
     name: str
     pictures: Mapping[Any, Any]
-    truth: Mapping[Any, frozenset[str]]
+    truth: Mapping[Any, Collection[str]]
     questions: tuple[Question, ...]
     vocabulary: Vocabulary
     pairs: tuple[tuple[str, Any, str, str], ...] = ()
-    likely: Mapping[Any, frozenset[str]] = field(default_factory=dict)
+    likely: Mapping[Any, Collection[str]] = field(default_factory=dict)
     describe: str = DESCRIBE
     source: str = ""
     max_new_tokens: int = 512
+    parse: Parse = "strict"
+    associations: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    safe: frozenset[str] = frozenset()
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits of its questions, in their order."""
+        return list(dict.fromkeys(question.split for question in self.questions))
+
+    def of(self, split: str) -> list[Question]:
+        """The questions of a split."""
+        return [question for question in self.questions if question.split == split]
+
+    def read(self, answer: str) -> bool | None:
+        """Read an answer: True for yes, False for no, None for neither."""
+        return pope.parse(answer, self.parse)
 
     def picture(self, key: Any) -> Any:
         """Return a picture as an upright RGB image of PIL's."""
@@ -82,13 +100,16 @@ class Exam:
         )
 
     @classmethod
-    def coco(cls, folder: str | Path, pictures: int = 500, seed: int = 0, words: str | Path | None = None) -> Exam:
+    def coco(
+        cls, folder: str | Path, pictures: int = 500, seed: int = 0, words: str | Path | None = None, parse: Parse = "strict"
+    ) -> Exam:
         """A COCO folder on disk: POPE questions by its builder, and descriptions read with CHAIR's method.
 
         Parameters
         ----------
         folder : holds ``annotations/`` and the images.
         words : a list of synonyms, a class a line; without it our own is used, and figures are CHAIR-like.
+        parse : how answers are read: ``strict`` or ``official``.
 
         Raises
         ------
@@ -115,6 +136,43 @@ class Exam:
             vocabulary=vocabulary,
             pairs=tuple(_existence(asked)),
             source=held.source,
+            parse=parse,
+        )
+
+    @classmethod
+    def amber(cls, folder: str | Path, pictures: int | None = None, seed: int = 0, parse: Parse = "strict") -> Exam:
+        """AMBER's own pictures, questions and words: its folder ``data``, and the pictures in a folder beside it.
+
+        Parameters
+        ----------
+        folder : holds ``data/`` of github.com/junyangwang0410/AMBER, and ``image/``.
+        pictures : how many are drawn; all 1,004 if left out.
+        parse : how answers are read: ``strict`` or ``official``.
+
+        Raises
+        ------
+        AccelplugError
+            If something is not there.
+        """
+        held = amber.read(Path(folder) / "data")
+        names = sorted(held.truth)
+        if pictures is not None:
+            if not 0 < pictures <= len(names):
+                raise AccelplugError(f"{folder}: {pictures} pictures were asked for, there are {len(names)}.")
+            names = sorted(names[i] for i in np.random.default_rng(seed).permutation(len(names))[:pictures])
+        shown = set(names)
+        return cls(
+            name=f"AMBER, {len(names)} images" + ("" if pictures is None else f", seed {seed}"),
+            pictures={name: _found(Path(folder), name) for name in names},
+            truth={name: held.truth[name] for name in names},
+            questions=tuple(question for question in held.questions if question.image in shown),
+            vocabulary=amber.vocabulary(held.associations),
+            likely={name: held.likely[name] for name in names},
+            describe=held.describe,
+            source="AMBER's annotations",
+            parse=parse,
+            associations=held.associations,
+            safe=held.safe,
         )
 
 

@@ -16,6 +16,7 @@ import torch
 
 from accelplug.chat import Chat, open_picture, prompt
 from accelplug.comparison.evaluators import pope
+from accelplug.comparison.evaluators.pope import Parse
 from accelplug.comparison.exam import Exam
 from accelplug.errors import AccelplugError
 
@@ -125,10 +126,10 @@ def digest(asked: Sequence[Item]) -> str:
     return sha.hexdigest()[:16]
 
 
-def is_right(item: Item, said: str) -> bool:
+def is_right(item: Item, said: str, parse: Parse = "strict") -> bool:
     """Whether an answer is the reference: read as POPE does for yes and no, else it begins with the reference's words."""
     if item.truth is not None:
-        return pope.parse(said) is item.truth
+        return pope.parse(said, parse) is item.truth
     wanted = _words(item.answer)
     return _words(said)[: len(wanted)] == wanted
 
@@ -176,12 +177,14 @@ class Asker:
     ----------
     processor : the model's; a tokenizer for a model of text alone.
     says, likelihoods : whether answers are generated, and whether references are weighed.
+    parse : how answers of yes and no are read (see `pope.parse`).
     """
 
     model: Any
     processor: Any
     says: bool = True
     likelihoods: bool = False
+    parse: Parse = "strict"
 
     def __post_init__(self) -> None:
         self.chat = Chat(self.model, self.processor)
@@ -201,8 +204,8 @@ class Asker:
         return [
             Reply(
                 text,
-                None if text is None else pope.parse(text),
-                text is not None and is_right(item, text),
+                None if text is None else pope.parse(text, self.parse),
+                text is not None and is_right(item, text, self.parse),
                 margin if item.truth is not None else math.nan,
                 cost,
                 len(reference) if self.likelihoods else 0,

@@ -20,7 +20,7 @@ from accelplug.comparison.environment import environment
 from accelplug.comparison.evaluators import amber, chair, mme, pope
 from accelplug.comparison.evaluators.pope import YesNo
 from accelplug.comparison.evaluators.statistics import Health, collapsed, holm, mcnemar, paired_bootstrap, wilson
-from accelplug.comparison.exam import SPLITS, Exam
+from accelplug.comparison.exam import Exam
 from accelplug.errors import AccelplugError
 from accelplug.hosts.gate import synchronise
 from accelplug.plug import apply
@@ -69,8 +69,9 @@ class Outcome:
     ----------
     replies : by split, the answers as text; margins : logit of yes over that of no, at the first answered token.
     mme : by task, where the exam has pairs of questions.
+    amber : AMBER's counts of descriptions and, of its questions, accuracy and figures of the class no; dimensions : those by dimension.
     pope : by split; interval : of the hallucination rate on the hardest split.
-    hallucination, chair_i : differences to dense; p : McNemar on all questions, holm : corrected over all recipes.
+    hallucination, chair_i : differences to dense; p : McNemar on all questions, each once, holm : corrected over all recipes.
     matched : dense with a constant added to its yes-logit so that its share of yes is this row's, on the hardest split.
     described : the hardest split answered by the descriptions, yes for what they mention (offline POPE), with McNemar's p and its
         correction, and the difference of hallucination rates.
@@ -88,6 +89,7 @@ class Outcome:
     mme: mme.Mme | None = None
     chair: chair.Chair | None = None
     amber: dict[str, float] = field(default_factory=dict)
+    dimensions: dict[str, dict[str, float]] = field(default_factory=dict)
     hallucination: Delta | None = None
     chair_i: Delta | None = None
     p: float = math.nan
@@ -103,17 +105,17 @@ class Outcome:
 
     def right(self, exam: Exam, split: str) -> list[bool]:
         """Whether each question of a split was answered as it should be."""
-        asked = [question for question in exam.questions if question.split == split]
-        return [pope.parse(said) is question.answer for said, question in zip(self.replies[split], asked, strict=True)]
+        asked = exam.of(split)
+        return [exam.read(said) is question.answer for said, question in zip(self.replies[split], asked, strict=True)]
 
-    def said_yes(self) -> list[bool]:
+    def said_yes(self, exam: Exam) -> list[bool]:
         """Whether each question of the hardest split was answered with yes."""
-        return [pope.parse(said) is True for said in self.replies.get(HARDEST, [])]
+        return [exam.read(said) is True for said in self.replies.get(HARDEST, [])]
 
     def mentioned(self, exam: Exam) -> list[bool]:
         """Whether the description mentions what each question of the hardest split asks for."""
         said = {key: set(exam.vocabulary.mentions(text)) for key, text in self.descriptions.items()}
-        return [question.thing in said[question.image] for question in exam.questions if question.split == HARDEST]
+        return [question.thing in said[question.image] for question in exam.of(HARDEST)]
 
     def summary(self) -> dict[str, Any]:
         """Return the figures as plain data, without the texts."""
@@ -137,6 +139,7 @@ class Outcome:
             "chair": {name: getattr(caption, name) for name in shown} if caption else None,
             "chair_i_delta": asdict(self.chair_i) if self.chair_i else None,
             "amber": self.amber,
+            "amber_dimensions": self.dimensions,
             "tokens_per_s": self.tokens_per_s,
             "alarms": self.alarms,
             "notes": self.notes,
@@ -163,40 +166,41 @@ class VlmComparison(Shown):
         from rich.table import Table
 
         table = Table(title=f"{self.model} on {self.exam.name}", title_justify="left")
-        heads = (
-            "",
-            "hallucinates, adversarial",
-            "to dense",
-            "p (Holm)",
-            "F1",
-            "MCC",
-            "yes",
-            "offset MCC",
-            "CHAIR_I",
-            "recall",
-        )
-        for head in (*heads, "words", "MME", "tokens/s"):
+        lines = [self._cells(row) for row in self.rows]
+        heads = [head for head in lines[0] if any(line[head] for line in lines)]
+        for head in heads:
             table.add_column(head, no_wrap=not head)  # names stay whole
-        for row in self.rows:
-            hard = row.pope[HARDEST]
-            low, high = row.interval
-            caption = row.chair
-            table.add_row(
-                row.name if row.kind != "control" else f"[dim]{row.name}",
-                f"{hard.hallucination_rate:.1%} ({low:.1%} to {high:.1%})",
-                _delta(row.hallucination),
-                "" if math.isnan(row.holm) else f"{row.holm:.2g}",
-                f"{hard.f1:.3f}",
-                f"{hard.mcc:.3f}",
-                f"{hard.yes_ratio:.2f}",
-                f"{row.matched.mcc:.3f}" if row.matched else "",
-                f"{caption.chair_i:.1%} {_delta(row.chair_i)}" if caption else "",
-                f"{caption.recall:.2f}" if caption else "",
-                f"{caption.mean_words:.1f}" if caption else "",
-                f"{sum(task.score for task in row.mme.tasks.values()):.0f} of {200 * len(row.mme.tasks)}" if row.mme else "",
-                f"{row.tokens_per_s:.0f}",
-            )
+        for line in lines:
+            table.add_row(*(line[head] for head in heads))
         return table
+
+    @staticmethod
+    def _cells(row: Outcome) -> dict[str, str]:
+        """One line of the table by its headings; empty where something was not asked."""
+        hard, caption, counts = row.pope.get(HARDEST), row.chair, row.amber
+        low, high = row.interval
+        return {
+            "": row.name if row.kind != "control" else f"[dim]{row.name}",
+            "hallucinates, adversarial": f"{hard.hallucination_rate:.1%} ({low:.1%} to {high:.1%})" if hard else "",
+            "to dense": _delta(row.hallucination) if hard else "",
+            "p (Holm)": "" if math.isnan(row.holm) else f"{row.holm:.2g}",
+            "F1": f"{hard.f1:.3f}" if hard else "",
+            "MCC": f"{hard.mcc:.3f}" if hard else "",
+            "yes": f"{hard.yes_ratio:.2f}" if hard else "",
+            "offset MCC": f"{row.matched.mcc:.3f}" if row.matched else "",
+            "CHAIR_I": f"{caption.chair_i:.1%} {_delta(row.chair_i)}" if caption else "",
+            "recall": f"{caption.recall:.2f}" if caption else "",
+            "words": f"{caption.mean_words:.1f}" if caption else "",
+            "MME": f"{sum(task.score for task in row.mme.tasks.values()):.0f} of {200 * len(row.mme.tasks)}"
+            if row.mme
+            else "",
+            **{
+                f"AMBER {name}": f"{counts[name]:.1%}" if "score" in counts else ""
+                for name in ("chair", "cover", "hal", "cog", "f1")
+            },
+            "AMBER": f"{counts['score']:.1f}" if "score" in counts else "",
+            "tokens/s": "" if math.isnan(row.tokens_per_s) else f"{row.tokens_per_s:.0f}",
+        }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.table()
@@ -213,6 +217,7 @@ class VlmComparison(Shown):
             "truth": self.exam.source,
             "pictures": len(self.exam.pictures),
             "questions": len(self.exam.questions),
+            "parse": self.exam.parse,
             "questions_sha256": pope.digest(list(self.exam.questions)),
             "describe": self.exam.describe,
             "max_new_tokens": self.exam.max_new_tokens,
@@ -265,7 +270,7 @@ def compare_vlm(
         If the exam has no question.
     """
     if not exam.questions:
-        raise AccelplugError("The exam has no questions; Exam.scenes() and Exam.coco(folder) make some.")
+        raise AccelplugError("The exam has no questions; Exam.scenes(), Exam.coco(folder) and Exam.amber(folder) make some.")
     named = [Variant(name, recipe) for name, recipe in recipes.items()] if isinstance(recipes, Mapping) else list(recipes)
     examiner = Examiner(model, processor, exam, batch)
     rows = []
@@ -292,11 +297,9 @@ class Examiner:
         stock = variant.recipe is None
         plug: Any = nullcontext() if stock else apply(self.model, variant.recipe, gate="off", processor=self.processor)
         with plug as on:
-            for split in SPLITS:
-                asked = [question for question in self.exam.questions if question.split == split]
-                if asked:
-                    texts = [(question.image, question.text) for question in asked]
-                    row.replies[split], row.margins[split] = self.ask(texts, variant.picture)
+            for split in self.exam.splits:
+                texts = [(question.image, question.text) for question in self.exam.of(split)]
+                row.replies[split], row.margins[split] = self.ask(texts, variant.picture)
             if self.exam.pairs:
                 row.mme = self._pairs(variant)
             if descriptions:
@@ -349,20 +352,35 @@ class Examiner:
 
     def _score(self, row: Outcome) -> None:
         for split, said in row.replies.items():
-            truth = [question.answer for question in self.exam.questions if question.split == split]
-            row.pope[split] = pope.score(truth, [pope.parse(answer) for answer in said])
+            truth = [question.answer for question in self.exam.of(split)]
+            row.pope[split] = pope.score(truth, [self.exam.read(answer) for answer in said])
         if HARDEST in row.replies:
-            asked = [question for question in self.exam.questions if question.split == HARDEST]
-            said_yes = [pope.parse(s) is True for s, q in zip(row.replies[HARDEST], asked, strict=True) if not q.answer]
+            asked = self.exam.of(HARDEST)
+            said_yes = [yes for yes, q in zip(row.said_yes(self.exam), asked, strict=True) if not q.answer]
             row.interval = wilson(sum(said_yes), len(said_yes))
+        exam, dimensions = self.exam, [split for split in row.replies if split in amber.DIMENSIONS.values()]
+        if dimensions:
+            asked = [question for split in dimensions for question in exam.of(split)]
+            found = amber.discriminate(asked, [said for split in dimensions for said in row.replies[split]], exam.parse)
+            row.amber |= {name: getattr(found.all, name) for name in ("accuracy", "precision", "recall", "f1")}
+            row.dimensions = {name: asdict(figures) for name, figures in found.dimensions.items()}
         if row.descriptions:
-            there = {key: set(self.exam.truth[key]) for key in row.descriptions}
-            row.chair = chair.score(row.descriptions, there, self.exam.vocabulary)
-            likely = {key: set(words) for key, words in self.exam.likely.items()} or None
-            counts = amber.score(row.descriptions, there, self.exam.vocabulary, likely=likely)
-            row.amber = {name: getattr(counts, name) for name in ("chair", "cover", "hal", "cog")}
-            hardest = [question.answer for question in self.exam.questions if question.split == HARDEST]
-            row.described = pope.score(hardest, row.mentioned(self.exam))
+            counts = amber.score(
+                row.descriptions,
+                exam.truth,
+                exam.vocabulary,
+                likely=exam.likely or None,
+                associations=exam.associations,
+                safe=exam.safe,
+            )
+            row.amber |= {name: getattr(counts, name) for name in ("chair", "cover", "hal", "cog")}
+            if dimensions:
+                row.amber["score"] = amber.amber_score(counts.chair, found.all.f1)
+        if row.descriptions and not exam.associations:  # CHAIR knows classes and their synonyms alone
+            row.chair = chair.score(row.descriptions, exam.truth, exam.vocabulary)
+        if row.descriptions and HARDEST in row.replies:
+            hardest = [question.answer for question in exam.of(HARDEST)]
+            row.described = pope.score(hardest, row.mentioned(exam))
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
@@ -375,19 +393,19 @@ def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
 def _judge(rows: list[Outcome], exam: Exam) -> None:
     """Hold every row against the dense one."""
     dense = rows[0]
-    before = Health.of(list(dense.descriptions.values()), _pooled(dense, exam))
+    before = _health(dense, exam)
+    dense.alarms = collapsed(before, before)  # what is neither yes nor no is so without a recipe, too
     for row in rows[1:]:
-        splits = list(row.replies)
-        row.p = mcnemar(*([x for s in splits for x in r.right(exam, s)] for r in (dense, row)))
-        row.hallucination = _rate_difference(dense.said_yes(), row.said_yes(), exam)
-        if dense.descriptions and row.descriptions:
+        row.p = mcnemar(*(list(_right(r, exam).values()) for r in (dense, row)))
+        row.hallucination = _rate_difference(dense.said_yes(exam), row.said_yes(exam), exam)
+        if dense.described and row.described:
             first, second = dense.mentioned(exam), row.mentioned(exam)
-            truth = [question.answer for question in exam.questions if question.split == HARDEST]
+            truth = [question.answer for question in exam.of(HARDEST)]
             row.described_p = mcnemar(*([a == b for a, b in zip(said, truth, strict=True)] for said in (first, second)))
             row.described_hallucination = _rate_difference(first, second, exam)
         row.chair_i = _chair_difference(dense, row)
         row.matched = matched_offset(dense, row, exam)
-        row.alarms = collapsed(before, Health.of(list(row.descriptions.values()), _pooled(row, exam)))
+        row.alarms = collapsed(before, _health(row, exam))
     tested = [row for row in rows if row.kind == "recipe"]
     for name in ("p", "described_p"):
         made = [row for row in tested if not math.isnan(getattr(row, name))]
@@ -395,15 +413,29 @@ def _judge(rows: list[Outcome], exam: Exam) -> None:
             setattr(row, "holm" if name == "p" else "described_holm", p)
 
 
+def _right(row: Outcome, exam: Exam) -> dict[tuple[Any, str], bool]:
+    """Whether each question was answered as it should be; splits ask for the same things that are there, and those count once."""
+    found: dict[tuple[Any, str], bool] = {}
+    for split in row.replies:
+        asked = exam.of(split)
+        for question, right in zip(asked, row.right(exam, split), strict=True):
+            found.setdefault((question.image, question.text), right)
+    return found
+
+
+def _health(row: Outcome, exam: Exam) -> Health:
+    return Health.of(list(row.descriptions.values()), _pooled(row, exam))
+
+
 def _pooled(row: Outcome, exam: Exam) -> YesNo:
     """All splits together."""
-    truth = [question.answer for split in row.replies for question in exam.questions if question.split == split]
-    return pope.score(truth, [pope.parse(said) for replies in row.replies.values() for said in replies])
+    truth = [question.answer for split in row.replies for question in exam.of(split)]
+    return pope.score(truth, [exam.read(said) for replies in row.replies.values() for said in replies])
 
 
 def _rate_difference(first: Sequence[bool], second: Sequence[bool], exam: Exam) -> Delta:
     """Difference of hallucination rates on the hardest split, from who said yes, resampled over pictures."""
-    asked = [question for question in exam.questions if question.split == HARDEST]
+    asked = exam.of(HARDEST)
     by_image: dict[Any, list[tuple[bool, bool]]] = {}
     for question, *pair in zip(asked, first, second, strict=True):
         if not question.answer:
@@ -437,9 +469,9 @@ def matched_offset(dense: Outcome, row: Outcome, exam: Exam) -> YesNo | None:
     """
     if HARDEST not in dense.margins or HARDEST not in row.margins:
         return None
-    wanted = sum(pope.parse(said) is True for said in row.replies[HARDEST])
+    wanted = sum(row.said_yes(exam))
     margins = np.array(dense.margins[HARDEST])
     said_yes = np.zeros(len(margins), dtype=bool)
     said_yes[np.argsort(-margins, kind="stable")[:wanted]] = True
-    truth = [question.answer for question in exam.questions if question.split == HARDEST]
+    truth = [question.answer for question in exam.of(HARDEST)]
     return pope.score(truth, said_yes.tolist())

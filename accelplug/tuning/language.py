@@ -67,7 +67,7 @@ def tune_language(
     if wanting and not polar:
         raise AccelplugError(f"{', '.join(wanting)}: expected questions of yes and no, got none. Bound accuracy or nll.")
     says = bool(named & {"accuracy", "mcc", "recall", "hallucination"}) or any(bound.score for bound in bounds)
-    asker = Asker(model, processor, says=says, likelihoods="nll" in named)
+    asker = Asker(model, processor, says=says, likelihoods="nll" in named, parse=getattr(given, "parse", "strict"))
     journal = Journal(resume, _fingerprint(model, asked, seed, asker))
     contest = Contest(asker, *split(asked, seed), objective, bounds, time_budget_s, journal)
     with _bar(progress, time_budget_s) as contest.tell:
@@ -114,7 +114,7 @@ def split(asked: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
 def _fingerprint(model: Any, asked: Sequence[Item], seed: int, asker: Asker) -> str:
     """What replies hang on: the model, some of its weights, the questions in their order, and what is asked of each."""
     config = sorted((key, str(value)) for key, value in model_facts(model).config.items() if "_name_or_path" not in key)
-    facts = (config, digest(asked), seed, asker.says, asker.likelihoods, PAGE, device_name())
+    facts = (config, digest(asked), seed, asker.says, asker.likelihoods, asker.parse, PAGE, device_name())
     sha = hashlib.sha256(repr(facts).encode())
     for name, weight in model.named_parameters():
         sha.update(f"{name} {weight.device} {weight.dtype} {'' if weight.is_meta else _sample(weight)}".encode())
@@ -274,7 +274,7 @@ def _measured(contest: Contest, aim: Aim, seed: int) -> Measured:
                 for key in ("date", "device", "versions", "git", "dtype", "baseline")
                 if facts.get(key) is not None
             },
-            "inputs": {"questions": len(asked), "questions_sha256": digest(asked)},
+            "inputs": {"questions": len(asked), "questions_sha256": digest(asked), "parse": contest.asker.parse},
             "seeds": [seed],
             "dense_ms": asdict(ms[STOCK.name]),
             "ms": asdict(ms[aim.name]),

@@ -121,7 +121,8 @@ def _ask_again(
         raise AccelplugError(
             f"{recipe.name}: the row of {row.date} was measured on other questions. Give those it was tuned on."
         )
-    asker = Asker(model, processor, says="accuracy" in row.task, likelihoods="nll" in row.task)
+    parse: Any = row.inputs.get("parse", "strict")
+    asker = Asker(model, processor, says="accuracy" in row.task, likelihoods="nll" in row.task, parse=parse)
     aim = Aim(recipe.name, plain(recipe))
     contest = Contest(asker, [], asked, row.objective or "accuracy", (), math.inf, Journal(None, ""))
     asker.ask(contest.pages[0])  # warms up

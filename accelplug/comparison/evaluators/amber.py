@@ -1,7 +1,9 @@
-"""AMBER-like counts of generated descriptions: CHAIR, Cover, Hal and Cog (arXiv 2311.07397).
+"""AMBER (arXiv 2311.07397): counts of generated descriptions, CHAIR, Cover, Hal and Cog, and questions of yes and no.
 
-AMBER also forgives a noun that spaCy's word vectors find similar to one in the image, and finds nouns with a tagger. Neither is
-done here, so CHAIR and Hal tend to be higher than published, Cover and Cog lower: compare before with after only.
+The questions are scored as published. The counts are AMBER-like: AMBER also forgives a noun that spaCy's word vectors find similar
+to one in the image, and finds nouns with a tagger. Neither is done here, so CHAIR and Hal tend to be higher than published, Cover and
+Cog lower: compare before with after only. All else is as in the release: each word stands by itself ("baby" in "a baby elephant"
+too), and is credited to the first thing that it is an association of before it is credited to the thing of its own name.
 """
 
 from __future__ import annotations
@@ -10,13 +12,26 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from accelplug.comparison.evaluators import pope
 from accelplug.comparison.evaluators.chair import Vocabulary, check_truth, inflect
-from accelplug.comparison.evaluators.statistics import ratio
+from accelplug.comparison.evaluators.pope import Parse, Question
+from accelplug.comparison.evaluators.statistics import ratio, same_length
 from accelplug.errors import AccelplugError
 
 Image = TypeVar("Image", str, int)
+
+DIMENSIONS = {
+    "discriminative-hallucination": "existence",
+    "discriminative-attribute-state": "state",
+    "discriminative-attribute-number": "number",
+    "discriminative-attribute-action": "action",
+    "discriminative-relation": "relation",
+    "relation": "relation",
+}
+"""The split of a question, what it is about, by the type that AMBER's annotations give it; state, number and action are attributes."""
+ATTRIBUTE = ("state", "number", "action")
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,148 @@ class Amber:
         )
 
 
+@dataclass(frozen=True)
+class NoClass:
+    """Figures of answers where no is the class that is looked for; shares, NaN where undefined.
+
+    Attributes
+    ----------
+    n : questions.
+    unparsed : answers that are neither yes nor no; they are wrong.
+    precision : right ones among the answers no; recall : answers no among the questions whose truth is no.
+    """
+
+    n: int
+    unparsed: int
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+
+    @classmethod
+    def of(cls, truth: Sequence[bool], answers: Sequence[bool | None]) -> NoClass:
+        """Compare answers with the truth, question by question."""
+        pairs = list(zip(truth, answers, strict=True))
+        right = sum(answer is true for true, answer in pairs)
+        found = sum(answer is False and not true for true, answer in pairs)
+        said, there = sum(answer is False for answer in answers), sum(not true for true in truth)
+        return cls(
+            n=len(pairs),
+            unparsed=sum(answer is None for answer in answers),
+            accuracy=ratio(right, len(pairs)),
+            precision=ratio(found, said),
+            recall=ratio(found, there),
+            f1=ratio(2 * found, said + there),
+        )
+
+
+@dataclass(frozen=True)
+class Discriminative:
+    """Figures of all questions, and by dimension, with ``attribute`` for state, number and action together."""
+
+    all: NoClass
+    dimensions: dict[str, NoClass]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """AMBER's own files, as far as they were asked for; images go by the names of their files.
+
+    Attributes
+    ----------
+    truth, likely : image -> the things in it, and those that a model is likely to hallucinate there.
+    questions : of yes and no; their split is the dimension.
+    describe : what is asked for a description.
+    """
+
+    truth: dict[str, list[str]]
+    likely: dict[str, list[str]]
+    questions: tuple[Question, ...]
+    associations: dict[str, list[str]]
+    safe: frozenset[str]
+    describe: str
+
+
+def read(folder: str | Path) -> Benchmark:
+    """Read the folder ``data`` of junyangwang0410/AMBER: annotations, queries, associations and safe words.
+
+    Raises
+    ------
+    AccelplugError
+        A file is missing, or holds something else.
+    """
+    folder = Path(folder)
+    annotations = {entry["id"]: entry for entry in _entries(folder / "annotations.json", "id", "type", "truth")}
+    truth, likely, questions, describe = {}, {}, [], "Describe this image."
+    path = folder / "query" / "query_all.json"
+    for query in _entries(path, "id", "image", "query"):
+        number, image, text = query["id"], query["image"], query["query"]
+        found = annotations.get(number, {})
+        kind, answer = found.get("type"), found.get("truth")
+        if kind == "generative" and isinstance(answer, list):
+            truth[image], likely[image], describe = answer, list(found.get("hallu", ())), text
+        elif kind in DIMENSIONS and answer in ("yes", "no"):
+            questions.append(Question(image, text, answer == "yes", "", DIMENSIONS[kind]))
+        else:
+            raise AccelplugError(
+                f"{path}: expected annotations of query {number}, with the things in the image or yes or no, got {found!r}; "
+                "are both files of one release?"
+            )
+    try:
+        safe = frozenset((folder / "safe_words.txt").read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise AccelplugError(f"AMBER: expected {folder / 'safe_words.txt'}, a word a line: {error}.") from error
+    return Benchmark(truth, likely, tuple(questions), read_associations(folder / "relation.json"), safe, describe)
+
+
+def _entries(path: Path, *keys: str) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if not all(set(keys) <= set(entry) for entry in entries):
+            raise ValueError(f"an entry lacks one of {', '.join(keys)}")
+    except (OSError, ValueError, TypeError) as error:
+        raise AccelplugError(
+            f"{path}: expected AMBER's list of objects with {', '.join(keys)}: {error}; take the folder data of "
+            "github.com/junyangwang0410/AMBER."
+        ) from error
+    return entries
+
+
+def read_answer(answer: str, parse: Parse = "strict") -> bool | None:
+    """Read an answer: ``strict`` as `pope.parse` does; ``official`` as AMBER's release, which takes "Yes" and "No" alone."""
+    return {"Yes": True, "No": False}.get(answer) if parse == "official" else pope.parse(answer, parse)
+
+
+def discriminate(questions: Sequence[Question], answers: Sequence[str], parse: Parse = "strict") -> Discriminative:
+    """Score answers to AMBER's questions of yes and no.
+
+    Parameters
+    ----------
+    answers : what was said to each question.
+    parse : how it is read; see `read_answer`.
+
+    Raises
+    ------
+    AccelplugError
+        There are not as many answers as questions.
+    """
+    same_length("A score of AMBER's questions", questions, answers)
+    said = list(zip(questions, (read_answer(answer, parse) for answer in answers), strict=True))
+
+    def of(dimensions: Collection[str]) -> NoClass:
+        kept = [(question.answer, answer) for question, answer in said if question.split in dimensions]
+        return NoClass.of([truth for truth, _ in kept], [answer for _, answer in kept])
+
+    there = list(dict.fromkeys(question.split for question in questions))
+    groups = {name: (name,) for name in there} | ({"attribute": ATTRIBUTE} if set(ATTRIBUTE) & set(there) else {})
+    return Discriminative(of(there), {name: of(dimensions) for name, dimensions in groups.items()})
+
+
+def amber_score(chair: float, f1: float) -> float:
+    """Return the AMBER score, at most 100, from shares: the mean of what CHAIR leaves and of F1 of the class no on all questions."""
+    return 100 * (1 - chair + f1) / 2
+
+
 def read_associations(path: str | Path) -> dict[str, list[str]]:
     """Read AMBER's ``relation.json``: a word -> the words that may stand for it.
 
@@ -117,7 +274,8 @@ def score(
     responses : image -> what was said of it.
     truth : image -> the things in it.
     likely : image -> the things a model is likely to hallucinate there.
-    associations : a thing -> other words that stand for it; a noun stands for the first thing of an image that it fits.
+    associations : a thing -> other words that stand for it. A noun stands for the first thing of an image whose associations have it,
+        else for the first of its own name; a thing that is named twice in the truth counts twice.
     safe : nouns that are never hallucinated and cover nothing.
 
     Raises
@@ -134,12 +292,13 @@ def score(
         others = tuple(noun for noun in nouns if noun not in there and noun not in safe)
         covered = {there[noun] for noun in nouns if noun in there and noun not in safe}
         foreseen = {expected[noun] for noun in others if noun in expected}
-        counts = len(covered), len(set(there.values())), len(foreseen), len(set(expected.values()))
+        counts = len(covered), len(truth[image]), len(foreseen), len((likely or {}).get(image, ()))
         rows.append(ResponseRow(image, nouns, others, *counts))
     return Amber.of(rows, vocabulary.singulariser)
 
 
-def _stands_for(things: Collection[str], associations: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Return word -> the thing it stands for; a thing stands for itself before others do."""
-    others = {word: thing for thing in reversed(list(things)) for word in associations.get(thing, ())}
-    return others | {thing: thing for thing in things}
+def _stands_for(things: Collection[str], associations: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Return word -> the place of the thing that it stands for; sets, which have no order, go by name."""
+    placed = list(enumerate(things if isinstance(things, Sequence) else sorted(things)))[::-1]
+    own = {thing: place for place, thing in placed}
+    return own | {word: place for place, thing in placed for word in associations.get(thing, ())}

@@ -1,6 +1,10 @@
 """CHAIR: which of the objects that a caption mentions are not in the image (arXiv 1809.02156).
 
-The figures depend on the list of words and on how plurals are undone; a result names the latter.
+The figures depend on the list of words and on how plurals are undone; a result names the latter. Words are told apart as in the
+release: "o'clock" is one word, and so is a hyphenated one, whose parts mention nothing ("a dog-shaped cloud"); terms have one word or
+two, so that a stove top oven is a stove and an oven. Three things differ. A hyphenated word that is a term written with a blank is
+that term ("teddy-bear"). Punctuation of any kind parts words, a slash or an asterisk too. Nothing is left out that a tagger or
+lemmatiser would take for another word.
 """
 
 from __future__ import annotations
@@ -18,16 +22,22 @@ from accelplug.errors import AccelplugError, UnsupportedError
 
 Image = TypeVar("Image", str, int)
 
+_TOKEN = re.compile(r"\w+(?:[-\u2010\u2011'\u2019]\w+)*|[^\w\s]")
+"""A word with the hyphens and apostrophes in it, or a mark, which no term reaches across."""
+_ENDING = re.compile(r"(?:n['\u2019]t|['\u2019](?:s|re|ve|ll|d|m))$")
+"""What a contraction or a possessive adds."""
+_HYPHEN = re.compile("[-\u2010\u2011]")
+
 # The animals that a caption calls baby or adult, which alone would be persons.
 _ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
-_COMPOUNDS = {
+COCO_COMPOUNDS = {
     **{f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS},
     **{f"passenger {vehicle}": vehicle for vehicle in ("jet", "train")},
     "bow tie": "tie",
     "toilet seat": "toilet",
     "train track": "track",
 }
-"""Two words -> the one that they count as, whatever the vocabulary; nothing is mentioned if that is no word of it."""
+"""CHAIR's two words -> the one that they count as; nothing is mentioned if that is no word of the vocabulary."""
 
 
 def inflect(word: str) -> str:
@@ -48,6 +58,7 @@ class Vocabulary:
     ----------
     synonyms : class -> its other words, each of one word or more; the class is a word of its own.
     singular : undoes plurals of words that are not in the vocabulary as they are; None if it lists all forms.
+    compounds : two words -> the one that they count as, such as `COCO_COMPOUNDS`; beside "toilet seat" a seat is none of its own.
 
     Raises
     ------
@@ -55,11 +66,16 @@ class Vocabulary:
         A word stands for two classes.
     """
 
-    def __init__(self, synonyms: Mapping[str, Sequence[str]], singular: Callable[[str], str] | None) -> None:
+    def __init__(
+        self,
+        synonyms: Mapping[str, Sequence[str]],
+        singular: Callable[[str], str] | None,
+        compounds: Mapping[str, str] | None = None,
+    ) -> None:
         self.classes = tuple(synonyms)
         self.singulariser = getattr(singular, "__name__", type(singular).__name__) if singular else "none"
         own = _classes_of_terms(synonyms)
-        self._class_of: dict[str, str | None] = {term: own.get(word) for term, word in _COMPOUNDS.items()}
+        self._class_of: dict[str, str | None] = {term: own.get(word) for term, word in (compounds or {}).items()}
         self._class_of.update(own)
         self._words = {word for term in own for word in term.split()}
         self._longest = max((term.count(" ") + 1 for term in self._class_of), default=1)
@@ -74,11 +90,13 @@ class Vocabulary:
         """
         from accelplug.comparison.evaluators.coco_words import COCO_WORDS
 
-        return cls({name: _split(words) for name, words in COCO_WORDS.items()}, inflect)
+        return cls({name: _split(words) for name, words in COCO_WORDS.items()}, inflect, COCO_COMPOUNDS)
 
     @classmethod
     def read(cls, path: str | Path, singular: Callable[[str], str] | None = inflect) -> Vocabulary:
-        """Read a list of words: a class a line, words separated by commas, the class first.
+        """Read a list of words for CHAIR: a class a line, words separated by commas, the class first.
+
+        As in the release a term of three words or more is none: its words count by themselves.
 
         Raises
         ------
@@ -91,27 +109,26 @@ class Vocabulary:
                 f"A vocabulary is a file with a class a line, {path} is none; Vocabulary.coco() needs no file."
             )
         lines = [words for line in path.read_text(encoding="utf-8").splitlines() if (words := _split(line))]
-        synonyms = {name: words for name, *words in lines}
+        synonyms = {name: [word for word in words if len(word.split()) <= 2] for name, *words in lines}
         if len(synonyms) < len(lines):
             raise AccelplugError(
                 f"{path}: expected each class on one line, got {len(lines)} lines of {len(synonyms)} classes."
             )
-        return cls(synonyms, singular)
+        return cls(synonyms, singular, COCO_COMPOUNDS)
 
     def mentions(self, text: str) -> list[str]:
         """Return the classes that a text mentions, in its order and with repetitions.
 
-        The longest term wins ("hot dog" is no dog), a baby elephant is an elephant only, and a seat beside a toilet is none.
-        Words are taken as nouns, whatever they are in the sentence.
+        The longest term wins ("hot dog" is no dog); with COCO's compounds a baby elephant is an elephant only, and a seat beside a
+        toilet is none. Words are taken as nouns, whatever they are in the sentence.
         """
         found = list(self._terms(text))
-        if "toilet" in found:
+        if "toilet" in found and "toilet seat" in self._class_of:
             found = [term for term in found if term != "seat"]
         return [name for term in found if (name := self._class_of[term]) is not None]
 
     def _terms(self, text: str) -> Iterator[str]:
-        # Punctuation stays as a token of its own, so that no term reaches across it.
-        tokens = [self._normal(token) for token in re.findall(r"\w+|[^\w\s]", text.lower().replace("-", " "))]
+        tokens = [self._normal(token) for token in _TOKEN.findall(text.lower())]
         at = 0
         while at < len(tokens):
             candidates = ((size, " ".join(tokens[at : at + size])) for size in range(self._longest, 0, -1))
@@ -120,9 +137,13 @@ class Vocabulary:
                 yield term
             at += size
 
-    def _normal(self, word: str) -> str:
+    def _normal(self, token: str) -> str:
+        """A token in the form of terms: in the singular, its hyphens as blanks."""
         # Known words first: a singulariser may take "bus" for a plural.
-        return word if word in self._words or not word.isalpha() else self._singular(word)
+        return " ".join(
+            word if word in self._words or not word.isalpha() else self._singular(word)
+            for word in _HYPHEN.split(_ENDING.sub("", token))
+        )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from accelplug.errors import AccelplugError
 
 Image = TypeVar("Image", str, int)
 Split = Literal["random", "popular", "adversarial"]
+Parse = Literal["strict", "official"]
+"""How answers are read; see `parse`."""
 
 # Copies of the data set misspell "image" and continue after the question mark.
 _QUESTION = re.compile(r"is there an? (?P<thing>.+?) in the im\w+\?", re.IGNORECASE)
@@ -118,12 +120,23 @@ def read(path: str | Path) -> list[Question]:
     return [_read_line(line, split, f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
-def parse(answer: str) -> bool | None:
-    """Read an answer strictly: True for yes, False for no, None if it is unparsed.
+def parse(answer: str, parse: Parse = "strict") -> bool | None:
+    """Read an answer: True for yes, False for no, None if it is unparsed.
 
-    The first word decides if it is yes or no, in any case and behind any punctuation. Otherwise the words yes, no and not of
-    the first sentence do, unless they contradict each other. "Nope", "isn't" and a sentence that merely affirms are unparsed.
+    ``strict``: the first word decides if it is yes or no, in any case and behind any punctuation. Otherwise the words yes, no and not
+    of the first sentence do, unless they contradict each other. "Nope", "isn't" and a sentence that merely affirms are unparsed.
+    ``official``: as the release does, for published figures. Up to the first full stop, without commas, one of the words No, no and
+    not between blanks makes it a no; all else is a yes, "NO", "Nope" and an empty answer too.
+
+    Raises
+    ------
+    AccelplugError
+        If there is no such way to read it.
     """
+    if parse not in get_args(Parse):
+        raise AccelplugError(f"Answers are read in one of the ways {', '.join(get_args(Parse))}, got {parse!r}.")
+    if parse == "official":
+        return {"No", "no", "not"}.isdisjoint(answer.partition(".")[0].replace(",", "").split(" "))
     sentences = (_WORD.findall(sentence.lower()) for sentence in re.split(r"[.!?\n]", answer))
     words = next(filter(None, sentences), [""])
     said = {"yes": {True}, "no": {False}}.get(words[0]) or {word == "yes" for word in words if word in ("yes", "no", "not")}
