@@ -198,5 +198,6 @@ class Clock:
     steps: int | None = None
     branch: str | None = None
     """Name of the guidance branch: ``cond``, ``uncond``, ..., None where the pipeline does not say."""
-    phase: Literal["prefill", "decode"] | None = None
-    """Language models: whether the forward reads a prompt (or verifies drafts), or makes one token. None for denoisers."""
+    phase: Literal["ahead", "prefill", "decode"] | None = None
+    """Language models: whether the forward reads a prompt (or verifies drafts), or makes one token; ahead: a plain reading of the
+    prompt before that. None for denoisers."""

@@ -101,6 +101,32 @@ def tokenized(processor: Any, prompts: Sequence[str], pictures: Sequence[Any] | 
     return dict(processor(text=list(prompts), images=images, return_tensors="pt", **several, **more))
 
 
+MARK = "\x00"
+"""What stands for a special token in a text that is spelled token by token."""
+
+
+def spelled(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[slice]]:
+    """Return the text of tokens, special ones as `MARK`, and which of its characters each of them stands for.
+
+    A character that several tokens make together is each one's.
+    """
+    special = {*getattr(tokenizer, "all_special_ids", ()), *getattr(tokenizer, "added_tokens_decoder", ())}
+    text, spans, begin, shown, waiting = "", list[slice](), 0, 0, 0
+    for i, token in enumerate(ids):
+        if token in special:
+            piece, begin, shown = MARK, i + 1, 0
+        else:
+            whole = tokenizer.decode(list(ids[begin : i + 1]))
+            if whole.endswith("\ufffd"):  # the first bytes of a character
+                waiting += 1
+                continue
+            piece = whole[shown:]
+            begin, shown = (i, len(tokenizer.decode([token]))) if i - begin >= 16 else (begin, len(whole))
+        spans += [slice(len(text), len(text) + len(piece))] * (waiting + 1)
+        text, waiting = text + piece, 0
+    return text, spans + [slice(len(text), len(text))] * waiting
+
+
 def padding(tokenizer: Any) -> int | None:
     """Return the token that a tokenizer pads with, or the one that it ends with, or None."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

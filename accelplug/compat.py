@@ -457,6 +457,15 @@ def valid_tokens(mask: Any) -> Any:
     return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
 
 
+def without_room(mask: Any, tokens: int) -> Any:
+    """Return a decoder's mask for keys of `tokens` alone: a static cache has room for more. A block mask, which no patch reads, is None."""
+    import torch
+
+    if isinstance(mask, dict):  # by type of layer
+        return {kind: without_room(one, tokens) for kind, one in mask.items()}
+    return mask[..., :tokens] if isinstance(mask, torch.Tensor) else None
+
+
 def forget_compiled_call(model: Any) -> None:
     """Drop the decode step that generate() compiled and keeps on the model."""
     vars(model).pop("_compiled_call", None)

@@ -89,10 +89,11 @@ class Patch:
     cite: ClassVar[str] = ""
     Calibration: ClassVar[type[Calibration] | None] = None
     """What `accelplug.calibrate` measures for the method, where it takes tables."""
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """What the host must supply or refuse. Language models: ``hidden_states``, what enters the layer; ``blind``, a reading without the
-    images; ``vision_attention``, the vision tower's; ``whole_prompt``, no prompt in pieces; ``scores``, that what is added to q.k is
-    added to what the softmax takes; ``probabilities``, that q, k and the mask say that in full.
+    needs: frozenset[str] = frozenset()
+    """What the host must supply or refuse. Language models: ``hidden_states``, what enters the layer; ``blind``, a reading without
+    the images; ``ahead``, a plain reading of a prompt before the one that is answered, in which it is asked with that phase;
+    ``vision_attention``, the vision tower's; ``whole_prompt``, no prompt in pieces; ``scores``, that what is added to q.k is added to
+    what the softmax takes; ``probabilities``, that q, k and the mask say that in full.
     """
     speed: ClassVar[bool] = True
     """Whether the method exists to be faster: such a patch is left dense where it would not pay (`gate="auto"`)."""
@@ -116,7 +117,7 @@ class Patch:
         """
 
     def prepare(self, site: Site, layout: Any, clock: Clock, state: dict[str, Any]) -> Any:
-        """Return what `attend` needs here and now (tensors and floats), or None to run dense.
+        """Return what `attend` needs here and now (tensors and floats), None to run dense, or why it must, which is counted.
 
         `layout` is a `Layout` for denoisers and a `Prompt` for language models. `state` lives until the end of a run.
 

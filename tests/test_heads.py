@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import tokenizers
 import torch
+import transformers as hf
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -261,7 +264,7 @@ def test_gift_reads_the_gaze_and_shifts_the_answer():
     patch = gift.Gift({"saliency_layer": 0, "enhance": [1, 4], "alpha": 2.0})
     assert torch.equal(patch.attend(call, patch.prepare(SITE, layout, PREFILL, state)), call.dense())
     p, v = probabilities(call)
-    weight = state["weight"].double()
+    weight = state["gaze"].weight.double()
     assert weight.shape == (B, S)
     assert (weight[~layout.visual] == 1).all()
     for b in range(B):
@@ -291,16 +294,62 @@ def test_gift_reads_the_gaze_and_shifts_the_answer():
     torch.testing.assert_close(out, new @ v, atol=1e-5, rtol=0)
 
 
-def test_gift_leaves_stop_words_out():
-    class Words:
-        def decode(self, ids):
-            return {0: "the", 1: "star", 2: "?"}[ids[0]]
+TEMPLATES = {
+    "vicuna": "<s>USER: <image>\n{} ASSISTANT:",
+    "chatml": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>{}<|im_end|>\n<|im_start|>assistant\n",
+    "mistral": "<s>[INST] <image>\n{} [/INST]",
+    "gemma": "<s><|im_start|>user\n\n<image>\n\n{}<|im_end|>\n<|im_start|>model\n",
+}
 
-    ids = torch.tensor([[0, 1, 2, 1]])
-    layout = Prompt(torch.zeros(1, 4, dtype=torch.int16), torch.ones(1, 4, dtype=torch.bool), 4, ids=ids)
-    patch = gift.Gift()
-    patch.processor = Words()
-    assert patch._stops(layout).tolist() == [[True, False, True, False]]
+
+def of_bytes() -> Any:
+    """A tokenizer whose tokens are bytes: nothing is shorter."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=inner)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "<image>", "<|im_start|>", "<|im_end|>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_gift_tells_words_that_carry_content_from_others_and_from_the_template(template):
+    tokenizer, asked = (
+        of_bytes(),
+        "Isn't there a tyrannosaurus\u2019s tail, caf\u00e9 \u65e5\u672c or model_2 beside the User's house?",
+    )
+    whole = TEMPLATES[template].format(asked)
+    ids = tokenizer(whole)["input_ids"]
+    written, content = gift.words(tokenizer, ids)
+    behind = ids.index(tokenizer.convert_tokens_to_ids("<image>"))
+
+    def of(flags: list[bool]) -> str:
+        """The bytes of marked tokens behind the image, others as blanks."""
+        kept = [i if flag else tokenizer(" ")["input_ids"][0] for i, flag in zip(ids, flags, strict=True)]
+        return " ".join(tokenizer.decode(kept[behind:]).split())
+
+    assert of(written) == asked
+    assert of(content) == "tyrannosaurus\u2019s tail caf\u00e9 \u65e5\u672c model 2 beside User's house"
+
+
+def test_gift_counts_words_of_the_question_alone():
+    """With a tokenizer, neither the template nor a stop word moves the map; without one, all text does."""
+    tokenizer, (call, layout) = of_bytes(), (make(), prompt())
+    ids = torch.zeros(B, S, dtype=torch.long)
+    ids[:, 13:] = torch.tensor(tokenizer("of red  ux")["input_ids"])
+    layout, state = replace(layout, ids=ids), {}
+    patch = gift.Gift({"saliency_layer": 0, "enhance": [1, 4]})
+    assert torch.equal(patch._words(layout)[1], layout.question)
+    patch.processor = tokenizer
+    question, content = patch._words(layout)
+    assert question[0].nonzero().flatten().tolist() == [13, 14, 16, 17, 18, 21, 22]
+    assert content[0].nonzero().flatten().tolist() == [16, 17, 18, 21, 22]
+    assert not content[1, 15:18].any()  # of the second image
+    site, params = replace(SITE, layer=2), patch.prepare(SITE, replace(layout, ids=None), PREFILL, state)
+    patch.attend(call, params)
+    assert "embeddings" in patch.prepare(site, layout, PREFILL, state)
+    assert patch.prepare(site, layout, DECODE, state) is None
 
 
 def test_imbalance_tells_local_patches_from_summaries():

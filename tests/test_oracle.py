@@ -221,6 +221,8 @@ def test_some_layers_alone(patch):
     [
         ("vhr", {"gain": 0.5, "drop_outliers": False}),
         ("gift", {"balance": 0.5, "head_share": 0.25}),
+        ("gift", {"saliency_layer": 3, "enhance": [0, 4]}),
+        ("gift", {"saliency_layer": 2, "enhance": [2, 3]}),
         ("imbalance", {"local_share": 0.5, "head_share": 0.5}),
         ("visual_bias", {"heads": [1, 2]}),
         ("var", {"move_fraction": 1.0, "min_nonsink_ratio": 0.7}),
@@ -295,3 +297,19 @@ def test_an_image_in_a_second_turn(patch):
     with patched(model, patch):
         found = [model(input_ids=ids, pixel_values=pixels, cache=cache).logits for ids, pixels in pieces]
     torch.testing.assert_close(torch.cat(found, 1), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("qwen3_vl", {}),  # whose first layers are given more of the image
+        ("gemma3", {"cache_implementation": "static", "disable_compile": True}),
+        ("llava", {"num_beams": 2}),
+        ("llava_mistral", {}),
+    ],
+)
+def test_a_gaze_that_is_read_ahead(name, how):
+    """The layer that is read stands behind those that are enhanced: the first token of the answer is enhanced all the same."""
+    hold(
+        sharp(name), "gift", inputs("llava" if "mistral" in name else name), {"saliency_layer": 3, "enhance": [0, 3]}, **how
+    )

@@ -45,6 +45,7 @@ STREAM = "_accelplug"
 
 DECODE = Clock(phase="decode")
 PREFILL = Clock(phase="prefill")
+AHEAD = Clock(phase="ahead")
 
 Watch = Callable[["AttentionRecord", AttentionCall, Prompt, Clock], None]
 """Looks at an attention call: (record, call, tokens of its sequence up to the prompt's end, clock)."""
@@ -135,17 +136,21 @@ class AttentionRecord:
         def dense(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
             return base(asked, q, k, v, mask, **kwargs)[0].transpose(1, 2)
 
+        ahead = run is not None and run.clock is AHEAD
         reason = self.obstacle(q, mask, run, kwargs)
         if reason is not None or run is None or run.stream is None:
-            if patch is not None or self.choice.reason is not None:
+            if not ahead and (patch is not None or self.choice.reason is not None):
                 self.fell_back(str(reason))
             return whole()
         call = AttentionCall(q, k, v, mask, self.scale(q, kwargs), dense, self.place(q, k, mask, run, kwargs), run.hidden)
-        if watch is not None:
+        if watch is not None and not ahead:
             watch(self, call, run.stream.prompt, run.clock)
         decoding = run.clock.phase == "decode"
         params = run.stream.decode[self.index] if decoding else self.host.prepare(self, run.stream, run.clock)
-        if not compiling:
+        if isinstance(params, str):
+            self.fell_back(params)
+            return whole()
+        if not compiling and not ahead:
             self.note(params is not None, run.clock, q)
         if patch is None or params is None:
             return whole()
@@ -211,7 +216,7 @@ class AttentionRecord:
         tensors = self.host.tensor_parallel
         first_head = tensors.rank * q.shape[1] if tensors else 0
         gather = tensors.gather if tensors else _identity
-        reading = run.stream is not None and run.clock.phase == "prefill"
+        reading = run.stream is not None and run.clock.phase != "decode"
         first_query, answers = (run.stream.prompt.past, run.stream.prompt.answers) if reading and run.stream else (0, 1)
         layer = compat.cache_layer(run.cache, self.module.layer_idx)
         slides = layer is not None and compat.slides(layer)
@@ -551,7 +556,7 @@ class LanguageHost:
             self._prepare_decode(run.stream)
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if module is not self.decoder:
+        if module is not self.decoder or RUN in kwargs:
             return None
         if torch.compiler.is_compiling():
             cache = compat.cache_given(kwargs)
@@ -562,6 +567,7 @@ class LanguageHost:
             if run is not None and run.inputs is not None:
                 inputs, run.inputs = run.inputs, None
                 self._open(run, inputs)
+                self._read_ahead(run, args, kwargs)
         if run is None:
             return None
         return args, {**kwargs, RUN: run}
@@ -571,7 +577,7 @@ class LanguageHost:
     def prepare(self, record: AttentionRecord, stream: Stream, clock: Clock) -> Any:
         """Ask a record's patch what it needs, None to run dense."""
         patch = record.choice.patch
-        if patch is None:
+        if patch is None or (clock is AHEAD and "ahead" not in patch.needs):
             return None
         return patch.prepare(record.site, stream.prompt, clock, stream.states.setdefault(id(patch), {}))
 
@@ -579,6 +585,19 @@ class LanguageHost:
         """Have everything ready that decode steps need, outside of their graph."""
         stream.decode = [self.prepare(record, stream, DECODE) for record in self.records]
         stream.step = Run(stream)
+
+    def _read_ahead(self, run: Run, args: tuple, kwargs: dict[str, Any]) -> None:
+        """For patches that ask what the model makes of a prompt before they change it: read it once, without a cache."""
+        stream = run.stream
+        if "ahead" not in self.needs or stream is None or run.clock is not PREFILL or stream.prompt.past:
+            return
+        if not bool(stream.prompt.visual.any()):
+            return
+        tokens = stream.prompt.image.shape[1]
+        plain = {name: x for name, x in kwargs.items() if name not in compat.CACHE_NAMES}
+        plain |= {name: False for name in ("use_cache", "output_attentions", "output_hidden_states") if name in kwargs}
+        masks = compat.without_room(kwargs.get("attention_mask"), tokens)
+        self.decoder(*args, **{**plain, "attention_mask": masks, RUN: Run(stream, clock=AHEAD)})
 
     def _prepare_blind(self, stream: Stream, inputs: dict[str, Any]) -> None:
         """For patches that ask what the model would do without the images: read the text alone."""

@@ -67,7 +67,7 @@ def _ladder(name: str, depth: int) -> Iterator[Aim]:
         first = min(round(shares[0] * depth), depth - 1)
         stop = max(round(shares[1] * depth), first + 1)
         # gift is told which layer it reads and which it changes; its rule has both.
-        told = {"saliency_layer": first, "enhance": [min(first + 1, depth - 1), stop]} if name == "gift" else {}
+        told = {"saliency_layer": first, "enhance": [first + (first + 1 < stop), stop]} if name == "gift" else {}
         layers = f"{first}:{stop}"
         rule = {"where": {"layers": layers}, "patch": name, "with": {**settings, **told}}
         yield Aim(f"{said}, layers {layers}", {"rules": [rule]})

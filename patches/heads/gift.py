@@ -12,26 +12,51 @@ Experimental. On the bundled model, one small model of coloured shapes, it made
 
 from __future__ import annotations
 
+import logging
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.nn.functional import pad
 
+from accelplug.chat import MARK, spelled, tokenizer_of
+from accelplug.errors import RecipeError
 from accelplug.kernels.spans import fit, last, read_rows, replace_rows, row_attention
 from accelplug.patches.base import Config, Patch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from accelplug.call import AttentionCall, Clock, Prompt, Site
+
+logger = logging.getLogger("accelplug")
 
 _STOP = """a an the this that these those is are was were be been do does did have has had can could will would shall should may
     might must there here it its he she they them his her their we you i me my your our what which who whom whose where when why
     how and or but if not no of in on at to for from with by as about into over under than then so very please"""
 STOP_WORDS = frozenset(_STOP.split())
 """Words that carry no content, in place of the paper's part-of-speech tagger."""
+_WORD = re.compile(r"([^\W_]+?)(n?['\u2019][^\W_]+)?(?![^\W_])")
+_TEMPLATE = re.compile(
+    rf"{MARK}\s*(?:user|assistant|human|model|system)(?=\s*\n|{MARK})"  # of a turn that a special token opens
+    r"|\b(?i:user|assistant|human|system|gpt)\s*:"
+    rf"|\[/?INST\]|\#\#\#|{MARK}"
+)
+
+
+def words(tokenizer: Any, ids: list[int]) -> tuple[list[bool], list[bool]]:
+    """Say of every token whether it is of what somebody wrote, not of the chat template; and whether of a word that carries content."""
+    text, spans = spelled(tokenizer, ids)
+    text = _TEMPLATE.sub(lambda found: " " * len(found[0]), text)
+    content = [False] * len(text)
+    for found in _WORD.finditer(text):
+        idle = found[1].lower() in STOP_WORDS or (found[2] or "").startswith("n")  # isn't, won't
+        content[slice(*found.span())] = [not idle] * len(found[0])
+    return [bool(text[span].strip()) for span in spans], [any(content[span]) for span in spans]
 
 
 def saliency(p: Tensor, content: Tensor, visual: Tensor, head_share: float) -> Tensor:
@@ -86,19 +111,25 @@ def shifted(p: Tensor, weight: Tensor, visual: Tensor, question: Tensor, head_sh
 
 @dataclass(frozen=True, eq=False)
 class Params:
-    """The prompt's spans; what to do in this layer; the map where it is known."""
+    """What is known of the gaze; or, where it is to be read, the prompt that it is read from, and where to keep it.
+
+    `visual` and `question` are bool (B, S), `weight` float32 (B, S), the factor on image tokens, 1 elsewhere.
+    """
 
     visual: Tensor
     question: Tensor
     weight: Tensor | None
     prompt: Prompt | None = None
     state: dict[str, Any] | None = None
-    watch: bool = False
-    enhance: bool = False
 
 
 class Gift(Patch):
-    """Keep the answer's gaze on what the question pointed at."""
+    """Keep the answer's gaze on what the question pointed at.
+
+    The gaze is read in a plain pass, as the released code does: in the pass that answers where the layer that is read stands before
+    all that are enhanced, and else in one ahead of it. Which tokens are words of the question, and which of them carry content, the
+    tokenizer says; without a processor all text of the question counts, the chat template's too, and a warning says so.
+    """
 
     class Config(Config):
         saliency_layer: int = Field(
@@ -111,28 +142,59 @@ class Gift(Patch):
         balance: float = Field(1.0, gt=0, le=10, description="Share of the growth that the question is given too. Paper: 1.")
         head_share: float = Field(0.5, gt=0, le=1, description="Share of heads, by mass. Paper: 0.5.")
 
+        @model_validator(mode="after")
+        def _layers_in_order(self) -> Gift.Config:
+            if not 0 <= self.enhance[0] < self.enhance[1]:
+                raise ValueError(f"enhance: expected layers from and up to, 0 <= from < to, got {list(self.enhance)}")
+            return self
+
     cite = "arXiv 2510.22067"
     needs = frozenset({"whole_prompt", "probabilities"})
     speed = False
     config: Config
 
-    def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> Params | None:
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        if self.config.saliency_layer >= self.config.enhance[0]:
+            self.needs = self.needs | {"ahead"}
+
+    def check(self, sites: Sequence[Site], heads: int, width: int) -> None:
         if self.config.alpha == 0:
+            return
+        layers, depth, (first, stop) = {site.layer for site in sites}, sites[0].layers, self.config.enhance
+        if self.config.saliency_layer not in layers:
+            raise RecipeError(
+                f"gift: saliency_layer: the gaze is read in layer {self.config.saliency_layer}, and its rule has none of that "
+                f"number, of a model of {depth} layers. Have the rule name it: where: {{layers: ...}}."
+            )
+        if stop > depth or layers.isdisjoint(range(first, stop)):
+            raise RecipeError(
+                f"gift: enhance: layers {first} to {stop - 1} are to be enhanced, and its rule has none of them, or the model, of "
+                f"{depth} layers, has not all. Give the rule the layer that is read and those that are enhanced."
+            )
+        if self.processor is None:
+            logger.warning(
+                "gift was given no processor, and cannot tell words that carry content from others, nor the question from the chat "
+                "template: all text of the question counts. Pass it: accelplug.apply(model, recipe, processor=processor)"
+            )
+
+    def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> Params | str | None:
+        config, reading = self.config, "ahead" if "ahead" in self.needs else "prefill"
+        if config.alpha == 0:
             return None
-        first, stop = self.config.enhance
-        enhance = first <= (site.layer or 0) < stop
-        watch = site.layer == self.config.saliency_layer and clock.phase == "prefill" and not layout.past
-        weight = state.get("weight")
-        if not watch and (not enhance or weight is None):
+        if site.layer == config.saliency_layer and clock.phase == reading and not layout.past:
+            return Params(layout.visual, layout.question, None, layout, state)
+        known: Params | str | None = state.get("gaze")
+        first, stop = config.enhance
+        if clock.phase == "ahead" or not first <= (site.layer or 0) < stop:
             return None
-        prompt = layout if clock.phase == "prefill" else None
-        return Params(layout.visual, layout.question, weight, prompt, state, watch, enhance)
+        return None if isinstance(known, str) and clock.phase == "decode" else known
 
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
-        if params.watch:
-            self._read_gaze(call, params)
-        if not params.enhance or params.weight is None:
+        if params.prompt is not None and params.state is not None:
+            params.state["gaze"] = self._read(call, params.prompt)
             return call.dense()
+        assert params.weight is not None
         rows = call.place.answers if call.place else 1
         visual, question = (fit(span, call).to(call.q.device) for span in (params.visual, params.question))
         weight = 1 + fit(params.weight - 1, call).to(call.q.device)
@@ -141,28 +203,29 @@ class Gift(Patch):
         new = torch.where(visual.any(-1)[:, None, None, None], new, p)
         return replace_rows(call, read_rows(call, new), rows)
 
-    def _read_gaze(self, call: AttentionCall, params: Params) -> None:
-        """Read the saliency of image tokens off the question's rows, and keep it for the answer."""
-        prompt, state = params.prompt, params.state
-        assert prompt is not None and state is not None  # noqa: PT018
-        content = prompt.question[:, prompt.past :].to(call.q.device) & ~self._stops(prompt)[:, prompt.past :].to(
-            call.q.device
-        )
+    def _read(self, call: AttentionCall, prompt: Prompt) -> Params | str | None:
+        """Read the saliency of image tokens off the question's rows; return what the answer needs of it, or why there is none."""
+        if not bool(prompt.visual.any()):
+            return None
+        if self.processor is not None and prompt.ids is None:
+            return "the prompt came as embeddings: which of its words carry content is not known"
+        question, content = (x.to(call.q.device) for x in self._words(prompt))
+        content = content & prompt.later.to(call.q.device)  # what stands ahead of the image cannot look at it
         if not bool(content.any()):
-            return
+            return "no word that carries content stands behind the image: there is no gaze to read"
         rows = content.shape[1] - int(content.any(0).long().argmax())
         tail = last(call, min(rows + 1, call.q.shape[2]))
         p = row_attention(tail, tail.q.shape[2])
-        visual = fit(params.visual, call).to(call.q.device)
-        gaze = saliency(p, content[:, -(p.shape[2] - 1) :], visual, self.config.head_share)
+        gaze = saliency(p, content[:, -(p.shape[2] - 1) :], fit(prompt.visual, call).to(p.device), self.config.head_share)
         first = call.place.first_key if call.place else 0  # a sliding window has lost the first keys
-        state["weight"] = torch.exp(self.config.alpha * pad(gaze, (first, 0)))
+        return Params(prompt.visual, question, torch.exp(self.config.alpha * pad(gaze, (first, 0))))
 
-    def _stops(self, prompt: Prompt) -> Tensor:
-        """Tokens that carry no content: bool (B, S); none where the patch was given no processor."""
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        if tokenizer is None or prompt.ids is None:
-            return torch.zeros_like(prompt.valid)
-        known = {int(i) for i in prompt.ids.unique().tolist()}
-        idle = [i for i in known if not (word := tokenizer.decode([i]).strip().lower()).isalnum() or word in STOP_WORDS]
-        return torch.isin(prompt.ids, torch.tensor(idle, device=prompt.ids.device))
+    def _words(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        """Words of the question, and those of them that carry content: bool (B, S) each."""
+        if self.processor is None or prompt.ids is None:
+            return prompt.question, prompt.question
+        told = torch.zeros(2, *prompt.ids.shape, dtype=torch.bool)
+        for row, (ids, valid) in enumerate(zip(prompt.ids.cpu(), prompt.valid.cpu(), strict=True)):
+            told[:, row, valid] = torch.tensor(words(tokenizer_of(self.processor), ids[valid].tolist()))
+        question = prompt.question & told[0].to(prompt.valid.device)
+        return question, question & told[1].to(prompt.valid.device)
