@@ -86,7 +86,7 @@ def answered(name: str, call: AttentionCall, queries: int) -> Tensor:
     clock = PREFILL if queries > 1 else DECODE
     if name == "gift":
         patch.attend(whole, patch.prepare(replace(SITE, layer=1), prompt(S), PREFILL, state))
-    if name == "var" and queries < S:
+    elif queries < S:
         patch.attend(replace(whole, hidden=hidden), patch.prepare(SITE, prompt(S), PREFILL, state))
     call = replace(call, hidden=hidden[:, -queries:])
     out = patch.attend(call, patch.prepare(SITE, layout, clock, state))
