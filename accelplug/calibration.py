@@ -20,10 +20,10 @@ from torch import Tensor
 from accelplug import compat, files, strict_yaml
 from accelplug.bounded import Bounded
 from accelplug.call import ALL_HEADS, AttentionCall, Clock, Layout, Site
+from accelplug.comparison import arguments
 from accelplug.comparison.environment import environment
 from accelplug.comparison.ranks import Ranks, working
 from accelplug.errors import AccelplugError, NoMatchError, UnsupportedError, nearest
-from accelplug.hosts.transformers import is_language_model
 from accelplug.patches.base import BlockSparse, Patch
 from accelplug.patches.calibration import Calibration, Seen
 from accelplug.patches.rest_weights import RestWeights
@@ -84,18 +84,20 @@ def calibrate(
     UnsupportedError
         If the model is no pipeline, or its attention runs on several grids.
     """
-    runs = [
-        {"prompt": item} if isinstance(item, str) else dict(item)
-        for item in ([prompts] if isinstance(prompts, str) else prompts)
-    ]
-    if is_language_model(pipe) or isinstance(pipe, torch.nn.Module):
-        raise UnsupportedError(f"calibrate runs a diffusers pipeline on prompts, got {type(pipe).__name__}.")
-    if not runs or buckets < 1:
-        raise AccelplugError(f"calibrate needs at least one prompt and one bucket, got {len(runs)} and {buckets}.")
+    arguments.require_pipeline(pipe, "calibrate")
+    arguments.require_whole(buckets, "calibrate, buckets", 1)
+    arguments.require_whole(seed, "calibrate, seed", 0, 2**62)
+    given = [prompts] if isinstance(prompts, str | Mapping) else prompts
+    if isinstance(given, Sequence):
+        given = [{"prompt": item} if isinstance(item, str) else item for item in given]
+    runs = arguments.calls(pipe, given, "calibrate")
+    arguments.calls(pipe, [inputs or {}], "calibrate")
     facts = model_facts(pipe)
     base = load(recipe, facts) if patch == "rest" else None
     task = Task(patch, dict(config or {}), dict(options or {}), base)
     task.make()  # so that a wrong knob is told before anything runs
+    if dense_steps:
+        load({"rules": [{"where": {"steps": dense_steps}, "patch": "dense"}]}, facts)
     place = None if path is None else Files(files.output(path, "calibrate writes a recipe", (".yaml", ".yml")))
     if place is not None and (there := place.in_the_way()):
         raise AccelplugError(f"{there} is there already. Give another name, or move it away.")
@@ -123,7 +125,8 @@ def calibrate(
             for turn in ranks.share(turns):
                 index = study.start(turn, tell)
                 generator = torch.Generator("cpu").manual_seed(seed + index)
-                pipe(**{"output_type": "latent", **runs[index], **(inputs or {}), "generator": generator})
+                with arguments.refusals(pipe, started=lambda: study.steps):
+                    pipe(**{"output_type": "latent", **runs[index], **(inputs or {}), "generator": generator})
             study.add_up(ranks)
             done = turns.stop
             if place is not None and ranks.first:

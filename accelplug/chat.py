@@ -38,6 +38,14 @@ def open_picture(held: Any) -> Any:
         raise AccelplugError(f"{named} cannot be read as a picture: {error}. Give a PNG or JPEG file.") from error
 
 
+def require_files(pictures: Sequence[str | Path]) -> None:
+    """Raise AccelplugError unless all files of pictures are there, ahead of the work with them."""
+    if missing := [path for path in pictures if not Path(path).is_file()]:
+        raise AccelplugError(
+            f"{missing[0]} is no file, one of {len(missing)} pictures of {len(pictures)} that are not there."
+        )
+
+
 def _eight_bits(image: Any) -> Any:
     """Grey of 16 bits as 8 bits, which PIL would clip to white."""
     import numpy as np

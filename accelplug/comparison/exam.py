@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from accelplug.chat import open_picture
+from accelplug.chat import open_picture, require_files
+from accelplug.comparison.arguments import require_whole
 from accelplug.comparison.evaluators import amber, coco, pope
 from accelplug.comparison.evaluators.chair import Vocabulary
 from accelplug.comparison.evaluators.pope import Parse, Question
@@ -68,6 +69,14 @@ class Exam:
         """Return a picture as an upright RGB image of PIL's."""
         return open_picture(self.pictures[key])
 
+    def require_pictures(self) -> None:
+        """Raise AccelplugError unless all pictures that are asked about are there."""
+        if missing := {question.image for question in self.questions} - set(self.pictures):
+            raise AccelplugError(
+                f"{self.name}: there are questions about {len(missing)} pictures that it has not: {min(missing)!r}."
+            )
+        require_files([held for held in self.pictures.values() if isinstance(held, str | Path)])
+
     @classmethod
     def scenes(cls, pictures: int = 200, split: str = "test") -> Exam:
         """Generated scenes of coloured shapes, for the bundled model: 6 questions a split on each picture, and a pair a task."""
@@ -75,6 +84,9 @@ class Exam:
 
         from accelplug.zoo import scenes
 
+        require_whole(pictures, "Exam.scenes, pictures", 1)
+        if split not in scenes.SPLITS:
+            raise AccelplugError(f"Exam.scenes: expected a split of {', '.join(scenes.SPLITS)}, got {split!r}.")
         drawn = [scene for scene in map(scenes.sample, scenes.SPLITS[split]) if len(scene.kinds) >= 3][:pictures]
         by_key = {scene.number: scene for scene in drawn}
         things = {key: scene.kinds for key, scene in by_key.items()}
@@ -116,6 +128,7 @@ class Exam:
         AccelplugError
             If something is not there.
         """
+        require_whole(pictures, "Exam.coco, pictures", 1)
         held = coco.read(folder)
         vocabulary = Vocabulary.read(words) if words else Vocabulary.coco()
         rich = sorted(key for key in held.files if len(set(held.things.get(key, ()))) >= 3)
@@ -154,10 +167,12 @@ class Exam:
         AccelplugError
             If something is not there.
         """
+        if pictures is not None:
+            require_whole(pictures, "Exam.amber, pictures", 1)
         held = amber.read(Path(folder) / "data")
         names = sorted(held.truth)
         if pictures is not None:
-            if not 0 < pictures <= len(names):
+            if pictures > len(names):
                 raise AccelplugError(f"{folder}: {pictures} pictures were asked for, there are {len(names)}.")
             names = sorted(names[i] for i in np.random.default_rng(seed).permutation(len(names))[:pictures])
         shown = set(names)

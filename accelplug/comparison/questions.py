@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from accelplug.chat import Chat, open_picture, prompt
+from accelplug.chat import Chat, open_picture, prompt, require_files
 from accelplug.comparison.evaluators import pope
 from accelplug.comparison.evaluators.pope import Parse
 from accelplug.comparison.exam import Exam
@@ -78,10 +78,14 @@ def items(given: Exam | Sequence[Mapping[str, Any]]) -> tuple[Item, ...]:
         made = [Item(q.image, q.text, "yes" if q.answer else "no", given.pictures[q.image]) for q in given.questions]
     else:
         for entry in given:
-            if not {"text", "answer"} <= set(entry) <= {"text", "answer", "image"} or not str(entry["answer"]).strip():
+            fits = isinstance(entry, Mapping) and {"text", "answer"} <= set(entry) <= {"text", "answer", "image"}
+            if not fits or not str(entry["answer"]).strip() or not isinstance(entry["text"], str):
+                got = f"the keys {', '.join(map(str, entry))}" if isinstance(entry, Mapping) else type(entry).__name__
                 raise AccelplugError(
-                    f"A question is a mapping with text, answer and, for a picture, image; got the keys {', '.join(entry)}."
+                    f"A question is a mapping with text, answer and, for a picture, image, neither text empty; got {got}."
                 )
+            if not isinstance(entry.get("image"), str | Path | None) and not hasattr(entry["image"], "tobytes"):
+                raise AccelplugError(f"image: expected a PIL image or the path of one, got {type(entry['image']).__name__}.")
         made = [
             Item(_group(i, entry), entry["text"], str(entry["answer"]), entry.get("image")) for i, entry in enumerate(given)
         ]
@@ -90,6 +94,11 @@ def items(given: Exam | Sequence[Mapping[str, Any]]) -> tuple[Item, ...]:
             "Expected questions that all show a picture, or none of them, got " + ("a mixture." if made else "none.")
         )
     return tuple(made)
+
+
+def require_pictures(asked: Sequence[Item]) -> None:
+    """Raise AccelplugError unless the pictures of all questions are there."""
+    require_files([item.picture for item in asked if isinstance(item.picture, str | Path)])
 
 
 def _group(number: int, entry: Mapping[str, Any]) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from accelplug import compat
-from accelplug.comparison import metrics
+from accelplug.comparison import arguments, metrics
 from accelplug.comparison.environment import environment, forget_peak, peak_mib
 from accelplug.comparison.ranks import Ranks, working
 from accelplug.comparison.result import DENSE, Comparison, Row, Sample
@@ -78,14 +78,13 @@ def compare(
         If there is nothing to run.
     """
     if is_language_model(pipe):
+        if caches or foreground is not None or detect is not None:
+            raise AccelplugError("caches, foreground and detect are about pipelines; leave them out for a language model.")
         return _examine(pipe, recipe, inputs, processor, progress)
-    prompts = [dict(inputs)] if isinstance(inputs, Mapping) else [dict(item) for item in inputs or ()]
-    if not prompts or not seeds:
-        raise AccelplugError("compare needs inputs (arguments of the pipeline's call) and at least one seed.")
-    if any("generator" in item for item in prompts):
-        raise AccelplugError("inputs hold a generator, but compare makes one per seed. Leave it out and pass seeds=[...].")
+    arguments.require_pipeline(pipe, "compare")
+    prompts, seeds = arguments.calls(pipe, inputs, "compare"), arguments.seeds_of(seeds, "compare")
     recipes = _named(pipe, recipe)
-    study = Study(pipe, prompts, list(seeds), foreground, detect)
+    study = Study(pipe, prompts, seeds, foreground, detect)
     variants = [Variant(DENSE, "dense"), *(Variant(name, "recipe", loaded) for name, loaded in recipes.items())]
     if caches:
         _require_caches(pipe)
@@ -124,6 +123,11 @@ def _examine(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool)
     if processor is None:
         raise AccelplugError(
             "compare examines a vision-language model through its processor; pass processor=AutoProcessor..."
+        )
+    if not hasattr(processor, "image_processor"):
+        raise AccelplugError(
+            f"compare asks about pictures, and {type(processor).__name__} takes none. Pass a vision-language model's processor; "
+            "models of text alone are asked by tune."
         )
     if exam is not None and not isinstance(exam, Exam):
         raise AccelplugError(
@@ -250,8 +254,8 @@ class Study:
 
     def run(self, prompt: int, seed: int) -> Run:
         """Call the pipeline once."""
-        arguments = {**self.prompts[prompt], "output_type": "np", "generator": torch.Generator("cpu").manual_seed(seed)}
-        users_callback = arguments.get("callback_on_step_end")
+        given = {**self.prompts[prompt], "output_type": "np", "generator": torch.Generator("cpu").manual_seed(seed)}
+        users_callback = given.get("callback_on_step_end")
         ends: list[float] = []
         latents: list[torch.Tensor] = []
         device = next(next(iter(denoisers(self.pipe).values())).parameters()).device
@@ -263,7 +267,7 @@ class Study:
             return users_callback(pipe, step, timestep, tensors) if users_callback else tensors
 
         if "callback_on_step_end" in inspect.signature(type(self.pipe).__call__).parameters:
-            arguments["callback_on_step_end"] = on_step_end
+            given["callback_on_step_end"] = on_step_end
         begins: list[float] = []
 
         def on_forward(module: Any, args: Any) -> None:
@@ -274,7 +278,8 @@ class Study:
         try:
             synchronise(device)
             start = time.perf_counter()
-            out = self.pipe(**arguments)
+            with arguments.refusals(self.pipe, started=lambda: begins):
+                out = self.pipe(**given)
             synchronise(device)
             end = time.perf_counter()
         finally:

@@ -16,6 +16,7 @@ import numpy as np
 
 from accelplug import files
 from accelplug.chat import Chat, prompt
+from accelplug.comparison import arguments
 from accelplug.comparison.environment import environment
 from accelplug.comparison.evaluators import amber, chair, mme, pope
 from accelplug.comparison.evaluators.pope import YesNo
@@ -271,6 +272,8 @@ def compare_vlm(
     """
     if not exam.questions:
         raise AccelplugError("The exam has no questions; Exam.scenes(), Exam.coco(folder) and Exam.amber(folder) make some.")
+    arguments.require_whole(batch, "compare, prompts at a time", 1)
+    exam.require_pictures()
     named = [Variant(name, recipe) for name, recipe in recipes.items()] if isinstance(recipes, Mapping) else list(recipes)
     examiner = Examiner(model, processor, exam, batch)
     rows = []

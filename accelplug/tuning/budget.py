@@ -69,9 +69,13 @@ class Bound:
             return float(self.score(dense, candidate))
         found = getattr(sample, METRICS[self.name][0])
         if found is None:
-            needs = {"fg_psnr": "foreground=", "agreement": "detect="}.get(self.name, "latents of the pipeline")
-            raise AccelplugError(f"The budget bounds {self.name}, which needs {needs}. Pass it to tune, or bound psnr.")
+            raise self.unmeasured()
         return found
+
+    def unmeasured(self) -> AccelplugError:
+        """Return the error for a metric that needs what was not given."""
+        needs = {"fg_psnr": "foreground=", "agreement": "detect="}.get(self.name, "latents of the pipeline")
+        return AccelplugError(f"The budget bounds {self.name}, which needs {needs}. Pass it to tune, or bound psnr.")
 
     def margin(self, value: float, stock: float = 0.0) -> float:
         """How far a value lies on the good side; negative if it does not. NaN is bad."""
@@ -95,11 +99,32 @@ def parse(
     AccelplugError
         If a bound cannot be read or names no metric.
     """
-    items = budget.split(",") if isinstance(budget, str) else [budget] if isinstance(budget, Bound) else list(budget)
+    items = budget.split(",") if isinstance(budget, str) else [budget] if isinstance(budget, Bound) else budget
+    if not isinstance(items, Sequence) or not all(isinstance(item, str | Bound) for item in items):
+        raise AccelplugError(f"A budget is text such as 'psnr>=26', a Bound, or a list of either, got {budget!r}.")
+    for item in items:
+        if isinstance(item, Bound) and (not isinstance(item.limit, int | float) or not math.isfinite(item.limit)):
+            raise AccelplugError(f"The limit of bound {item.name!r}: expected a number, got {item.limit!r}.")
     bounds = tuple(item if isinstance(item, Bound) else _bound(item, metrics) for item in items)
     if not bounds:
         raise AccelplugError("The budget is empty; give at least one bound, such as 'psnr>=26'.")
     return bounds
+
+
+def require_measured(bounds: Sequence[Bound], given: Mapping[str, Any]) -> None:
+    """Refuse bounds whose metric needs a function that was not given, and functions that cannot be called.
+
+    Raises
+    ------
+    AccelplugError
+        If there is one.
+    """
+    for name, function in given.items():
+        if function is not None and not callable(function):
+            raise AccelplugError(f"{name} is measured by a function, got {function!r}.")
+    for bound in bounds:
+        if bound.score is None and given.get(bound.name, True) is None:
+            raise bound.unmeasured()
 
 
 def _bound(text: str, metrics: Mapping[str, tuple[str, str]]) -> Bound:

@@ -14,20 +14,22 @@ import numpy as np
 
 from accelplug.comparison.environment import device_name, environment
 from accelplug.comparison.exam import Exam
-from accelplug.comparison.questions import Asker, Item, digest, figures, items, shifted_accuracy
+from accelplug.comparison.questions import Asker, Item, digest, figures, items, require_pictures, shifted_accuracy
 from accelplug.comparison.ranks import write
 from accelplug.comparison.result import Spread
 from accelplug.errors import AccelplugError
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, load
 from accelplug.show import as_html
-from accelplug.tuning.aims import Aim, aims
+from accelplug.tuning import aims
+from accelplug.tuning.aims import Aim
 from accelplug.tuning.budget import TASK_METRICS, Bound, parse
 from accelplug.tuning.contest import FINALISTS, PAGE, SEARCH_SHARE, STOCK, Contest
 from accelplug.tuning.fingerprint import _sample
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.result import Point, Tuned
 from accelplug.tuning.search import _bar
+from accelplug.tuning.space import require_ladders
 
 logger = logging.getLogger("accelplug")
 
@@ -66,6 +68,8 @@ def tune_language(
     wanting = sorted(named & {"mcc", "recall", "hallucination"})
     if wanting and not polar:
         raise AccelplugError(f"{', '.join(wanting)}: expected questions of yes and no, got none. Bound accuracy or nll.")
+    require_ladders(patches, aims.LADDERS, "a language model")
+    require_pictures(asked)
     says = bool(named & {"accuracy", "mcc", "recall", "hallucination"}) or any(bound.score for bound in bounds)
     asker = Asker(model, processor, says=says, likelihoods="nll" in named, parse=getattr(given, "parse", "strict"))
     journal = Journal(resume, _fingerprint(model, asked, seed, asker))
@@ -73,7 +77,7 @@ def tune_language(
     with _bar(progress, time_budget_s) as contest.tell:
         try:
             if asked[0].picture is not None:
-                contest.candidates = aims(model_facts(model), model.config.get_text_config().num_hidden_layers, patches)
+                contest.candidates = aims.aims(model_facts(model), model.config.get_text_config().num_hidden_layers, patches)
             contest.explore()
         except KeyboardInterrupt:
             if STOCK.name not in contest.sheets:

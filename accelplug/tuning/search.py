@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from accelplug import compat
+from accelplug.comparison import arguments
 from accelplug.comparison.ranks import Ranks, require_one, working
 from accelplug.comparison.result import DENSE, gains
 from accelplug.comparison.study import Study
@@ -23,7 +24,8 @@ from accelplug.hosts.diffusers import denoisers
 from accelplug.hosts.transformers import is_language_model
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, Recipe, load
-from accelplug.tuning.budget import Bound, parse
+from accelplug.tuning import space
+from accelplug.tuning.budget import Bound, parse, require_measured
 from accelplug.tuning.caches import Cache, Seen, fitting
 from accelplug.tuning.compiled import room_to_compile
 from accelplug.tuning.crew import Crew, Order, Pair
@@ -33,7 +35,7 @@ from accelplug.tuning.journal import Journal
 from accelplug.tuning.probing import Prober
 from accelplug.tuning.refine import no_8_bits, no_weights, pools
 from accelplug.tuning.result import Point, Tuned
-from accelplug.tuning.space import Arm, Candidate, arms, cached, variants
+from accelplug.tuning.space import Arm, Candidate, arms, cached, require_ladders, variants
 from accelplug.tuning.verdict import WORTH, limit, why
 
 logger = logging.getLogger("accelplug")
@@ -118,7 +120,10 @@ def tune(
     UnsupportedError
         If processes hold one pipeline between them, or several were launched to tune a language model.
     """
-    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    numbers = arguments.seeds_of(list(range(seeds)) if isinstance(seeds, int) else seeds, "tune")
+    arguments.require_seconds(time_budget_s, "tune, time_budget_s")
+    if isinstance(patches, str):
+        raise AccelplugError(f"tune, patches: expected a list of names, got {patches!r}.")
     if is_language_model(pipe):
         require_one("tune")
         if foreground is not None or detect is not None:
@@ -139,13 +144,17 @@ def tune(
             resume=resume,
             progress=progress,
         )
-    prompts = [dict(inputs)] if isinstance(inputs, Mapping) else [dict(item) for item in inputs or ()]
-    if not prompts or len(numbers) < 2:
+    arguments.require_pipeline(pipe, "tune")
+    prompts = arguments.calls(pipe, inputs, "tune")
+    if len(numbers) < 2:
+        raise AccelplugError(f"tune needs at least two seeds, one to search and one to prove with; got {len(numbers)}.")
+    if objective is not None:
         raise AccelplugError(
-            f"tune needs inputs and at least two seeds, one to search and one to prove with; got {len(prompts)} inputs and "
-            f"{len(numbers)} seeds."
+            f"objective={objective!r} is a language model's. A pipeline gets faster; bound what it may lose."
         )
     bounds = parse("psnr>=26" if budget is None else budget)
+    require_measured(bounds, {"fg_psnr": foreground, "agreement": detect})
+    require_ladders(patches, space.LADDERS, "a diffusers pipeline")
     half = len(numbers) // 2
     seen = list(itertools.product(range(max(len(prompts) - 1, 1)), numbers[:half]))
     unseen = list(itertools.product([len(prompts) - 1], numbers[half:]))

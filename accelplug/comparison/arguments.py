@@ -1,0 +1,108 @@
+"""What compare, tune and calibrate are asked for, checked ahead of the first run."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Integral
+from typing import Any
+
+import torch
+
+from accelplug.errors import AccelplugError, UnsupportedError, nearest
+
+
+def require_pipeline(pipe: Any, what: str) -> None:
+    """Refuse what is no diffusers pipeline, a bare denoiser above all.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is none.
+    """
+    if isinstance(pipe, torch.nn.Module) or not callable(pipe):
+        raise UnsupportedError(f"{what} runs a whole diffusers pipeline, got {type(pipe).__name__}. Pass the pipeline.")
+
+
+def calls(pipe: Any, inputs: Any, what: str) -> list[dict[str, Any]]:
+    """Return the arguments of a pipeline's calls, of which `inputs` is one mapping or several.
+
+    Raises
+    ------
+    AccelplugError
+        If there are none, or the pipeline takes no argument of that name.
+    """
+    if isinstance(inputs, str) or not isinstance(inputs, Mapping | Sequence | None):
+        raise AccelplugError(f"{what}: expected a mapping of the pipeline's arguments or a list of such, got {inputs!r}.")
+    made = [inputs] if isinstance(inputs, Mapping) else list(inputs or ())
+    if not made:
+        raise AccelplugError(f"{what} needs inputs: arguments of the pipeline's call, such as {{'prompt': '...'}}.")
+    taken = inspect.signature(type(pipe).__call__).parameters
+    known = None if any(p.kind is p.VAR_KEYWORD for p in taken.values()) else [name for name in taken if name != "self"]
+    for item in made:
+        if not isinstance(item, Mapping):
+            raise AccelplugError(f"{what}: expected a mapping of the pipeline's arguments, got {item!r}.")
+        for name in item:
+            if name == "generator":
+                raise AccelplugError(f"inputs hold a generator, but {what} makes one per seed. Leave it out and pass seeds.")
+            if known is not None and name not in known:
+                raise AccelplugError(
+                    f"{what}: {type(pipe).__name__} takes no argument {name!r}{nearest(str(name), known)}; "
+                    f"it takes {', '.join(known)}."
+                )
+    return [dict(item) for item in made]
+
+
+def seeds_of(given: Any, what: str) -> list[int]:
+    """Return seeds, each once.
+
+    Raises
+    ------
+    AccelplugError
+        If they are no list of different whole numbers that a generator takes.
+    """
+    if isinstance(given, str) or not isinstance(given, Sequence | range) or not given:
+        raise AccelplugError(f"{what}: expected at least one seed, such as seeds=[0, 1], got {given!r}.")
+    for seed in given:
+        require_whole(seed, f"{what}, a seed", 0, 2**63 - 1)
+    if len(set(given)) < len(given):
+        raise AccelplugError(f"{what}: expected different seeds, got {list(given)}; a seed run twice proves nothing.")
+    return [int(seed) for seed in given]
+
+
+def require_whole(given: Any, what: str, least: int, most: float = math.inf) -> None:
+    """Refuse what is no whole number in a range.
+
+    Raises
+    ------
+    AccelplugError
+        If it is none.
+    """
+    if isinstance(given, bool) or not isinstance(given, Integral) or not least <= int(given) <= most:
+        within = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
+        raise AccelplugError(f"{what}: expected a whole number {within}, got {given!r}.")
+
+
+def require_seconds(given: Any, what: str) -> None:
+    """Refuse what is no time to spend.
+
+    Raises
+    ------
+    AccelplugError
+        If it is no number of seconds, 0 or more.
+    """
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < math.inf:
+        raise AccelplugError(f"{what}: expected seconds, 0 or more, got {given!r}.")
+
+
+@contextmanager
+def refusals(pipe: Any, started: Callable[[], Any]) -> Iterator[None]:
+    """Tell what a pipeline says of its arguments, before its denoiser is called for the first time, as an error of ours."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        if started() or isinstance(error, AccelplugError):
+            raise
+        raise AccelplugError(f"{type(pipe).__name__} does not take these inputs: {error}") from error
