@@ -123,3 +123,20 @@ def write(given: Any, data: str | bytes) -> Path:
             f"{path} cannot be written: {error.strerror or error}. What was there is as before; give another place, or make room."
         ) from error
     return path
+
+
+def append(path: Path, line: str) -> None:
+    """Add a line to a file.
+
+    Raises
+    ------
+    AccelplugError
+        If it cannot be written, or not whole.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        raise AccelplugError(
+            f"{path} cannot be written: {error.strerror or error}. Give another place, or make room."
+        ) from error

@@ -323,6 +323,7 @@ class Plug(AbstractContextManager["Plug"]):
                 f"{', '.join(f'{n} of kind {kind}' for kind, n in kinds.items())} in {sites[0].layers} layers. "
                 "Check the rules' where: layers, kind, module, denoiser."
             )
+        self.recipe.require_tables_for(sites)
 
     def _install(self) -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -618,6 +618,20 @@ class Recipe:
                     raise RecipeError(f"{where}: {error}") from error
             rules.append(rule.model_copy(update={"settings": settings}))
         return replace(self, rules=tuple(rules))
+
+    def require_tables_for(self, sites: Sequence[Site]) -> None:
+        """Refuse tables that have no row for a layer that they are to serve.
+
+        Raises
+        ------
+        RecipeError
+            If one has as many layers as another model.
+        """
+        for site in sites:
+            for rule in self._rules_at(site):
+                for table in rule.settings.values():
+                    if isinstance(table, Table) and site.layer is not None:
+                        table.require(site, None)
 
     def check(self) -> None:
         """Validate every rule's settings against its patch. Imports the patches, and torch with them; see `with_tables`.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelplug import files
 from accelplug.errors import AccelplugError
 
 
@@ -23,19 +24,19 @@ class Journal:
     Raises
     ------
     AccelplugError
-        If the file holds a search with another fingerprint, or is no journal.
+        If the file holds a search with another fingerprint, is no journal, or cannot be read or written.
     """
 
     def __init__(self, path: str | Path | None, fingerprint: str) -> None:
-        self.path = Path(path) if path is not None else None
+        self.path = None if path is None else files.output(path, "A journal")
         self.entries: dict[str, Any] = {}
         if self.path is None:
             return
-        whole, _, half = (self.path.read_text() if self.path.exists() else "").rpartition("\n")
+        whole, _, half = (files.read(self.path, "A journal") if self.path.exists() else "").rpartition("\n")
         try:
-            first, *others = [json.loads(line) for line in whole.splitlines()] or [{"fingerprint": fingerprint}]
+            first, *others = [json.loads(line) for line in whole.split("\n") if line] or [{"fingerprint": fingerprint}]
             self.entries = {line["key"]: line["value"] for line in others}
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise AccelplugError(
                 f"{self.path} is no journal of a search: {error}. Give another file, or delete it."
             ) from error
@@ -45,13 +46,12 @@ class Journal:
                 "Give another file, or delete it."
             )
         if half or not whole:
-            self.path.write_text((whole or json.dumps(first)) + "\n")
+            files.write(self.path, (whole or json.dumps(first)) + "\n")
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
         """Return what is known under `key`, or make it and keep it. It must be plain data."""
         if key not in self.entries:
             self.entries[key] = make()
             if self.path is not None:
-                with self.path.open("a") as file:
-                    file.write(json.dumps({"key": key, "value": self.entries[key]}) + "\n")
+                files.append(self.path, json.dumps({"key": key, "value": self.entries[key]}) + "\n")
         return self.entries[key]

@@ -1,0 +1,380 @@
+"""Strangers' files and slips of the hand: everything works or raises AccelplugError, soon, before the first run.
+
+Mutated recipes, tables and journals come from a generator with a fixed seed. The suite runs a share of them;
+``STRANGERS=1000 python -m pytest tests/test_strangers.py`` runs more, ``STRANGERS_SEED=7`` others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import time
+
+import pytest
+import tiny_models
+import torch
+import yaml
+from patch_rows import ROWS
+from safetensors.torch import save
+
+import accelplug
+from accelplug.errors import AccelplugError
+from accelplug.recipe import CACHES, ModelFacts, describe, load, read_file, shipped_files
+from accelplug.registry import list_patches, patch_class
+from accelplug.table import Origin
+from accelplug.tuning.journal import Journal
+
+NUMBER = int(os.environ.get("STRANGERS", "150"))
+SEED = int(os.environ.get("STRANGERS_SEED", "0"))
+SOON_S = 2.0
+"""Seconds of this process's time in which a file must be read or refused."""
+
+NASTY = [
+    *(None, True, False, 0, 1, -1, 2, 7, 10**9, -(10**9), 2**31, 2**63, 10**30, 10**5000),
+    *(0.5, -0.5, 1e-30, 1e308, -1e308, float("nan"), float("inf"), float("-inf"), 1.5),
+    *(
+        "",
+        " ",
+        "x",
+        "1",
+        "0:25%",
+        ":",
+        "::",
+        "-",
+        "5:3",
+        "0:101%",
+        "-9:",
+        "9" * 5000,
+        ">=\t8",
+        ">= 8\n",
+        "٣",
+        ">=٣",
+        "*x*x*",
+        "0x0x0",
+    ),
+    *("on", "no", "1:30", "2001-01-01", "~", "auto", "full", "dense", "kmeans", "token", "condd", "\0", "\ud800", "é" * 300),
+    *("(a+)+$", "[", "*" * 500, "a" * 300_000, "../x", "/etc/passwd", "!!python/object:os.system", "{{7*7}}"),
+    *([], {}, [[]], [None], [1, 2, 3], [0.5, 2.0, 1.0], ["a", 1], [1] * 5000, ["0:5"] * 3000, {"a": {"b": {"c": 1}}}),
+    *(
+        {"from": 0, "to": 3, "over": "steps"},
+        {"from": 0.0, "to": 1.0, "over": "layers"},
+        {"from": 1e308, "to": -1e308, "over": "steps"},
+    ),
+    *(
+        {"from": 1, "to": 2, "over": "hours"},
+        {"table": {"file": "t.safetensors", "sha256": "0" * 64, "key": "x"}},
+        {"table": 3},
+    ),
+]
+WORDS = [
+    "schema",
+    "rules",
+    "where",
+    "patch",
+    "with",
+    "cache",
+    "kind",
+    "steps",
+    "layers",
+    "tokens",
+    "grid",
+    "branch",
+    "module",
+    "match",
+    "heads",
+]
+
+
+def nasty(rng):
+    value = rng.choice(NASTY)
+    if rng.random() < 0.02:
+        for _ in range(rng.choice([40, 3000])):
+            value = [value] if rng.random() < 0.5 else {"a": value}
+    return value
+
+
+def places(data, depth=8):
+    """Every container of a recipe with one of its keys."""
+    keys = data.keys() if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()
+    for key in keys if depth else ():
+        yield data, key
+        yield from places(data[key], depth - 1)
+
+
+def mutated(rng, data):
+    """A recipe's data with one to three slips."""
+    data = json.loads(json.dumps(data))
+    for _ in range(rng.randint(1, 3)):
+        found = list(places(data))
+        if not found:
+            return data
+        container, key = rng.choice(found)
+        slip = rng.choice(["replace", "replace", "replace", "delete", "rename", "add", "wrap", "repeat"])
+        if slip == "replace":
+            container[key] = nasty(rng)
+        elif slip == "delete":
+            del container[key]
+        elif slip == "wrap":
+            container[key] = rng.choice([[container[key]], {"x": container[key]}])
+        elif slip == "repeat":
+            container[key] = [container[key]] * rng.choice([2, 300, 40_000])
+        elif isinstance(container, dict):
+            name = rng.choice([*WORDS, "x" * 400, "1", str(key)[:-1]])
+            container[name] = container.pop(key) if slip == "rename" else nasty(rng)
+        else:
+            container.append(nasty(rng))
+    return data
+
+
+def rule_of(rng):
+    """A rule with a patch's own settings, one or two of them nasty, and perhaps a cache."""
+    entry = rng.choice(list_patches())
+    row = next((row for row in ROWS if row.patch == entry.name), None)
+    settings = dict(row.working) if row else {"strength": 0.5} if entry.name == "bias" else {}
+    fields = list(patch_class(entry.name).Config.model_fields)
+    settings |= {"block": 8, "backend": "reference"} if "block" in fields else {}
+    for key in rng.sample(fields, min(len(fields), rng.randint(0, 2))):
+        settings[key] = nasty(rng)
+    where = {key: nasty(rng) for key in WORDS[7:13] if rng.random() < 0.1}
+    recipe = {"rules": [{"where": where, "patch": entry.name, "with": settings}]}
+    if rng.random() < 0.2:
+        kind = rng.choice(list(CACHES))
+        recipe["cache"] = {
+            "kind": kind,
+            "with": {key: nasty(rng) for key in CACHES[kind].model_fields if rng.random() < 0.5},
+        }
+    return recipe
+
+
+def bytes_of(rng, text):
+    """A file's bytes with a few of them wrong."""
+    raw = bytearray(text.encode())
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(raw) + 1)
+        raw[at:at] = rng.choice(
+            [
+                b"\0",
+                b"\xff",
+                b"\xef\xbb\xbf",
+                b"\t",
+                b"*a ",
+                b"&a ",
+                b"!!x ",
+                b"[" * 2000,
+                b"{",
+                b"}",
+                b": ",
+                b"- ",
+                b"\r",
+                b"'",
+                b"#",
+            ]
+        )
+        if rng.random() < 0.3:
+            del raw[at : at + rng.randrange(1, 200)]
+        if rng.random() < 0.1:
+            raw = raw * rng.choice([2, 50])
+    return bytes(raw)
+
+
+def facts_of(data):
+    """A model that the file is for, as far as the file says one."""
+    match = data.get("match") if isinstance(data, dict) else None
+    match = {key: value for key, value in match.items() if isinstance(key, str)} if isinstance(match, dict) else {}
+    name = match.pop("class", None)
+    return ModelFacts((name if isinstance(name, str) else "WanTransformer3DModel",), match)
+
+
+@pytest.fixture(scope="module")
+def wan():
+    return tiny_models.build("wan")
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return [(path.read_text(), yaml.safe_load(path.read_text())) for path in shipped_files().values()]
+
+
+def soon(do):
+    """Do it; AccelplugError is an answer, another error is none, nor is a long wait."""
+    start, said = time.process_time(), None
+    try:
+        return do()
+    except AccelplugError as error:
+        said = str(error)
+        return None
+    finally:
+        assert time.process_time() - start < SOON_S
+        assert said is None or 0 < len(said.strip()) < 20_000
+
+
+@pytest.mark.parametrize("number", range(NUMBER))
+def test_a_strangers_recipe_works_or_is_refused(number, wan, shipped, tmp_path):
+    rng = random.Random(f"{SEED} {number}")
+    text, data = rng.choice(shipped)
+    form = number % 4
+    if form == 0:
+        (tmp_path / "r.yaml").write_bytes(bytes_of(rng, text))
+        soon(lambda: load(tmp_path / "r.yaml", facts_of(data)))
+        soon(lambda: describe(tmp_path / "r.yaml"))
+    elif form == 1:
+        data = mutated(rng, data)
+        try:
+            written = yaml.safe_dump(data, allow_unicode=rng.random() < 0.5)
+        except (RecursionError, ValueError):  # too deep for the writer, or too many digits
+            written = "a: " + "[" * 3000
+        (tmp_path / "r.yml").write_text(written, encoding="utf-8", errors="replace")
+        soon(lambda: load(tmp_path / "r.yml", facts_of(data)))
+    elif form == 2:
+        data = mutated(rng, data)
+        soon(lambda: load(data, facts_of(data)))
+    else:
+        recipe = rule_of(rng)
+        model, inputs = wan
+        with soon(lambda: accelplug.apply(model, recipe, gate="off")) or _Nothing() as plug, torch.no_grad():
+            if plug is not None:
+                soon(lambda: model(**inputs))
+                assert str(plug.report())
+        assert not any(
+            "accelplug" in type(hook).__module__ for part in model.modules() for hook in part._forward_pre_hooks.values()
+        )
+
+
+class _Nothing:
+    def __enter__(self):
+        return None
+
+    def __exit__(self, *_):
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------- tables
+
+TABLED = dict.fromkeys(("radial", "sol"), "rest_weight") | {"sta": "choice", "paro": "order", "sparse_vdit": "modes"}
+
+
+def table_file(folder, values, key="x", header=None):
+    raw = save({key: values}, Origin(axes={key: ("layers", "heads")}).to_header() if header is None else header)
+    (folder / "t.safetensors").write_bytes(raw)
+    return {"table": {"file": str(folder / "t.safetensors"), "sha256": hashlib.sha256(raw).hexdigest(), "key": key}}
+
+
+@pytest.mark.parametrize("patch", TABLED)
+@pytest.mark.parametrize("bad", [float("nan"), -50.0, 1e30, float("inf"), -1, 99])
+def test_entries_of_tables_have_the_range_of_the_value_they_replace(patch, bad, wan, tmp_path):
+    values = torch.zeros(3, 2)
+    values[2, 1] = bad
+    if patch in ("sta", "paro", "sparse_vdit"):
+        values = values.nan_to_num(nan=-7).clamp(-1000, 1000).to(torch.int64)
+    setting = {TABLED[patch]: table_file(tmp_path, values)}
+    recipe = {"patch": patch, "with": {"block": 8, "backend": "reference", "rest": "pool", **setting}}
+    with pytest.raises(AccelplugError, match=rf"with\.{TABLED[patch]}.*table 'x'.*\[2, 1\]|choice 99|choice 1000"):
+        accelplug.apply(wan[0], recipe, gate="off")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.zeros(3, 2, 2),
+        torch.zeros(3, 0),
+        torch.zeros(3, 2, dtype=torch.bool),
+        torch.zeros(3, 2, dtype=torch.complex64),
+        torch.zeros(2),
+        torch.zeros(4, 2),
+        torch.zeros(3, 2).to(torch.float8_e4m3fn),
+    ],
+    ids=lambda x: f"{tuple(x.shape)} {x.dtype}",
+)
+def test_tables_have_the_axes_and_types_that_they_say(values, wan, tmp_path):
+    rest = {"rest": "pool", "rest_weight": table_file(tmp_path, values)}
+    with pytest.raises(AccelplugError):
+        accelplug.apply(wan[0], {"patch": "radial", "with": {"block": 8, **rest}}, gate="off")
+
+
+HEADERS = [
+    *(
+        "[]",
+        "3",
+        "nonsense",
+        '{"axes": 3}',
+        '{"axes": {"x": "layers"}}',
+        '{"axes": {"x": ["heads", "layers"]}}',
+        '{"axes": {"x": [1]}}',
+    ),
+    *(
+        '{"grid_thw": [1, 2]}',
+        '{"grid_thw": "abc"}',
+        '{"grid_thw": [1e999, 2, 3]}',
+        '{"steps": "x"}',
+        '{"model": [1]}',
+        '{"notes": 7}',
+    ),
+    *(
+        '{"unknown": 1}',
+        "[" * 100_000,
+        '{"steps": ' + "9" * 5000 + "}",
+        '{"axes": {"x": ["layers", "heads", "heads"]}}',
+        '{"patch": null}',
+    ),
+]
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=lambda text: text[:30])
+def test_headers_of_tables(header, wan, tmp_path):
+    setting = table_file(tmp_path, torch.ones(3, 2), header={"accelplug": header})
+    recipe = {"patch": "radial", "with": {"block": 8, "rest": "pool", "rest_weight": setting}}
+    with pytest.raises(AccelplugError):
+        accelplug.apply(wan[0], recipe, gate="off")
+
+
+@pytest.mark.parametrize("number", range(NUMBER // 5))
+def test_a_strangers_table_works_or_is_refused(number, wan, tmp_path):
+    rng = random.Random(f"{SEED} table {number}")
+    values = torch.full(rng.choice([(3, 2), (2, 3), (3,), (3, 2, 1), (1, 3, 2)]), rng.choice([0.5, 1.0, 0.0, 2.0]))
+    setting = table_file(tmp_path, values.to(rng.choice([torch.float32, torch.float16, torch.int32, torch.uint8])))
+    path = tmp_path / "t.safetensors"
+    if rng.random() < 0.7:
+        raw = bytearray(path.read_bytes())
+        for _ in range(rng.randint(1, 3)):
+            raw[rng.randrange(len(raw))] = rng.randrange(256)
+        raw = raw[: rng.randrange(len(raw))] if rng.random() < 0.2 else raw
+        path.write_bytes(raw)
+        setting["table"]["sha256"] = hashlib.sha256(raw).hexdigest()
+    model, inputs = wan
+    recipe = {"patch": "radial", "with": {"block": 8, "backend": "reference", "rest": "pool", "rest_weight": setting}}
+    with soon(lambda: accelplug.apply(model, recipe, gate="off")) or _Nothing() as plug, torch.no_grad():
+        if plug is not None:
+            soon(lambda: model(**inputs))
+
+
+# -------------------------------------------------------------------------------------------------------------- journals
+
+
+@pytest.mark.parametrize("number", range(NUMBER // 5))
+def test_a_strangers_journal_works_or_is_refused(number, tmp_path):
+    rng = random.Random(f"{SEED} journal {number}")
+    path = tmp_path / "j.jsonl"
+    journal = Journal(path, "f")
+    for key in "abc":
+        journal.get(key, lambda: [1.0, {"x": 2}])
+    path.write_bytes(bytes_of(rng, path.read_text()))
+    again = soon(lambda: Journal(path, "f"))
+    if again is not None:
+        assert again.get("d", lambda: 7) == 7
+        assert Journal(path, "f").entries["d"] == 7
+
+
+def test_journals_in_wrong_places(tmp_path):
+    for bad in (tmp_path, tmp_path / "missing" / "j", "", "\0", 3):
+        with pytest.raises(AccelplugError):
+            Journal(bad, "f")
+    (tmp_path / "j").write_text(json.dumps({"fingerprint": "other"}) + "\n")
+    with pytest.raises(AccelplugError, match="another model"):
+        Journal(tmp_path / "j", "f")
+
+
+def test_every_file_of_the_package_is_read_soon():
+    for path in shipped_files().values():
+        soon(lambda path=path: read_file(path))
