@@ -444,17 +444,23 @@ def cache_of(output: Any) -> Any:
     return next((item for item in items if isinstance(item, Cache)), None)
 
 
-def valid_tokens(mask: Any) -> Any:
-    """Return which tokens are no padding, bool (B, S), of a mask in any of transformers' forms; None where it does not say."""
+def valid_tokens(mask: Any, past: int) -> Any:
+    """Return which tokens are no padding, bool (B, S), of a mask in any of transformers' forms; None where it does not say.
+
+    A mask of (B, 1, S_q, S_k) says it of this forward's tokens, which stand behind `past` others: padding may not read itself.
+    """
     import torch
 
     if isinstance(mask, dict):  # by type of layer
-        mask = mask.get("full_attention")
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
     if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
         return None
-    if mask.ndim == 4:  # what the last token reads
-        mask = mask[:, 0, -1]
-    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+    keep = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+    if keep.ndim == 2:
+        return keep
+    new, keys = keep.shape[2:]
+    own = keep[:, 0].diagonal(past if keys >= past + new else keys - new, -2, -1)  # a window has lost its first keys
+    return torch.nn.functional.pad(own, (past, 0), value=True)
 
 
 def without_room(mask: Any, tokens: int) -> Any:

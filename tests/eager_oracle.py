@@ -291,7 +291,9 @@ class Vhr(Method):
         tokens = Tokens.of(ids, valid, torch.ones(ids.shape[1], dtype=torch.bool))
         self.gains: dict[int, Tensor] = {}
         for layer in oracle.of_method:  # each chosen with the gains of those before in force
-            seeing, gains = oracle.outputs(given, self, self.gains)[layer], dict(self.gains)
+            seeing, gains = oracle.outputs(given, self, self.gains).get(layer), dict(self.gains)
+            if seeing is None:  # a layer of another kind
+                continue
             chosen = torch.zeros(seeing.shape[:2], dtype=torch.bool)
             for b in tokens.visual.any(-1).nonzero().flatten().tolist():
                 text = ids[b, valid[b] & ~tokens.visual[b]][None]

@@ -200,10 +200,13 @@ def test_every_attention_of_the_models_own(patch, attention):
 
 
 @pytest.mark.parametrize("patch", WORKING)
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+@pytest.mark.parametrize("way", ["sdpa", "eager", "flash_attention_2", "static"])
 @pytest.mark.usefixtures("kernel")
-def test_windows_shorter_than_the_prompt(patch, attention):
-    hold(sharp("llava_mistral"), patch, inputs("llava", ((3, "I", 5), (4, "I", 2, "I", 3))), attention=attention)
+def test_windows_shorter_than_prompts_and_answers(patch, way):
+    """The image leaves the window while the answer goes on."""
+    given = inputs("llava", ((3, "I", 5), (4, "I", 2, "I", 3)))
+    how = {"cache_implementation": "static", "disable_compile": True} if way == "static" else {"attention": way}
+    hold(sharp("llava_mistral"), patch, given, max_new_tokens=14, **how)
 
 
 @pytest.mark.parametrize("patch", WORKING)

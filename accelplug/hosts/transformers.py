@@ -493,7 +493,7 @@ class LanguageHost:
         """Describe the tokens of a sequence, those of this forward at its end."""
         image = self._image_numbers(ids, embeds)
         rows, new = image.shape
-        valid = compat.valid_tokens(inputs.get("attention_mask"))
+        valid = compat.valid_tokens(inputs.get("attention_mask"), past)
         if valid is None:
             valid = torch.ones(rows, past + new, dtype=torch.bool, device=image.device)
         valid = pad(valid[:, : past + new], (0, max(0, past + new - valid.shape[1])), value=True)
@@ -502,6 +502,8 @@ class LanguageHost:
             length = new - answers + 1 if isinstance(answers, int) else answers[:, :1] + 1
             return Prompt(image, valid, length, 0, answers, ids)
         before = pad(known.image[:, :past], (0, past - min(past, known.image.shape[1])))
+        was_valid = pad(known.valid[:, :past], (0, past - min(past, known.valid.shape[1])), value=True)
+        valid = torch.cat([was_valid, valid[:, past:]], 1)
         image = torch.where(image > 0, image + before.amax(-1, keepdim=True), image)
         prompt = Prompt(torch.cat([before, image], 1), valid, past + new, past, answers, _joined(known.ids, ids, past))
         return replace(prompt, length=known.length) if prompt.drafts else prompt
