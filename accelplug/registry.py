@@ -213,6 +213,14 @@ _PATCHES = {
             cite="arXiv 2407.21771",
         ),
         PatchEntry(
+            name="contrast",
+            module="accelplug.patches.guidance.contrast",
+            cls="Contrast",
+            family="generation",
+            summary="What pictures add to the logits of the text alone counts more, among likely tokens.",
+            cite="arXiv 2407.21771",
+        ),
+        PatchEntry(
             name="carve",
             module="accelplug.patches.guidance.carve",
             cls="Carve",

@@ -164,6 +164,7 @@ class Tools:
     prompt_like : (inputs, text) -> inputs with the same images and another question, by the processor's chat template.
     questions : inputs -> the text that each row asks behind its image.
     matcher : folder -> a ``BlipForImageTextRetrieval`` and its tokenizer, read from there.
+    stock : ``with stock():`` has forwards of this thread be the stock model's.
     """
 
     processor: Any
@@ -176,6 +177,7 @@ class Tools:
     prompt_like: Callable[[Mapping[str, Any], str], dict[str, Any]]
     questions: Callable[[Mapping[str, Any]], list[str]]
     matcher: Callable[[str], tuple[Any, Any]]
+    stock: Callable[[], AbstractContextManager[None]]
 
 
 class GenerationPatch(Patch):

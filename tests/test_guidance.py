@@ -12,12 +12,13 @@ import tokenizers
 import torch
 import transformers as hf
 from PIL import Image
+from torch.nn.functional import pad
 
 import accelplug
 from accelplug.errors import AccelplugError, RecipeError, ShapeError, UnsupportedError
 from accelplug.families import pixels
 from accelplug.families.vlm import find
-from accelplug.patches.guidance import agla, carve, gaze
+from accelplug.patches.guidance import agla, branch, carve, contrast, gaze
 
 ONE_EACH: tiny.Rows = ((3, "I", 6), (2, "I", 4))
 WITHOUT: tiny.Rows = ((3, "I", 6), (5,))
@@ -64,6 +65,7 @@ def rules(*patches: tuple[str, dict[str, Any]]) -> dict[str, Any]:
 
 CARVE = ("carve", {"keep_area": 0.3, "regions": 1, "max_tokens": 3, "layers": (0.5, 1.0)})
 AGLA = ("agla", {"layers": (0.5, 1.0)})
+CONTRAST = ("contrast", {"gamma": 3.0})
 
 
 # --------------------------------------------------------------------------------------------------------------- maths
@@ -274,7 +276,9 @@ def test_gaze_reads_what_eager_attention_reads():
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("neutral", [("carve", {"keep_area": 1}), ("agla", {"alpha": 0, "beta": 0})])
+@pytest.mark.parametrize(
+    "neutral", [("carve", {"keep_area": 1}), ("agla", {"alpha": 0, "beta": 0}), ("contrast", {"gamma": 1, "cutoff": 0})]
+)
 def test_neutral_is_the_plain_generate(name: str, neutral: tuple[str, dict], monkeypatch: pytest.MonkeyPatch):
     model, given = tiny.build(name), inputs(name, tiny.TWO_ROWS)
     plain = tiny.generate(model, given, return_dict_in_generate=True, output_scores=True)
@@ -286,7 +290,7 @@ def test_neutral_is_the_plain_generate(name: str, neutral: tuple[str, dict], mon
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("patch", [CARVE, AGLA])
+@pytest.mark.parametrize("patch", [CARVE, AGLA, CONTRAST])
 def test_it_does_something_and_undo_is_exact(name: str, patch: tuple[str, dict], processor: Any):
     model, given = tiny.build(name), inputs(name)
     ask = {"return_dict_in_generate": True, "output_scores": True}
@@ -305,7 +309,7 @@ def test_it_does_something_and_undo_is_exact(name: str, patch: tuple[str, dict],
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("patch", [CARVE, AGLA])
+@pytest.mark.parametrize("patch", [CARVE, AGLA, CONTRAST])
 def test_rows_without_a_picture_are_answered_as_ever(name: str, patch: tuple[str, dict], processor: Any):
     model, given = tiny.build(name), inputs(name, WITHOUT)
     text = {k: v for k, v in tiny.inputs(name, ((5,), (3,))).items() if k not in ("pixel_values", "image_grid_thw")}
@@ -367,12 +371,13 @@ def branches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The second branches that are made."""
     made: list[Any] = []
 
-    class Noted(agla.Branch):
-        def __init__(self, model: Any, given: Any) -> None:
-            super().__init__(model, given)
+    class Noted(branch.Branch):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
             made.append(self)
 
     monkeypatch.setattr(agla, "Branch", Noted)
+    monkeypatch.setattr(contrast, "Branch", Noted)
     return made
 
 
@@ -451,6 +456,56 @@ def test_together_with_attention_patches(name: str, processor: Any):
             assert served["carve"] == served["agla"] == 1
     assert not torch.equal(*outs)
     assert torch.equal(tiny.generate(model, given), plain)
+
+
+def test_contrast_by_hand():
+    z, text = torch.tensor([[0.7, 0.2, 0.1]]).log(), torch.tensor([[0.2, 0.2, 0.6]]).log()
+    out = contrast.contrasted(z + 5, text - 2, 2.0, 0.25)  # what is added to all logits of a branch is no matter
+    assert out.exp().tolist() == [[pytest.approx(0.7**2 / 0.2), pytest.approx(0.2**2 / 0.2), 0.0]]
+    assert torch.allclose(contrast.contrasted(z, text, 1.0, 0.0), z)
+    ids, mask = torch.tensor([[0, 0, 7, 500, 500, 8], [5, 500, 500, 500, 6, 9]]), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    new = contrast.without_pictures({"input_ids": ids, "attention_mask": mask, "pixel_values": ids}, ids == 500)
+    assert {name: x.tolist() for name, x in new.items()} == {
+        "input_ids": [[0, 7, 8], [5, 6, 9]],
+        "attention_mask": [[0, 1, 1], [1, 1, 1]],
+    }
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_contrast_is_with_the_stock_model_on_the_text_alone(name: str):
+    """Beside a patch that changes the first branch; both branches read anew for every token."""
+    model, stock, given = tiny.build(name), tiny.build(name), inputs(name)
+    with accelplug.apply(
+        model, rules(("contrast", {"gamma": 2.5, "cutoff": 0.01}), ("visual_bias", {"image_weight": 8.0}))
+    ) as plug:
+        out = tiny.generate(model, given, return_dict_in_generate=True, output_scores=True, output_logits=True)
+        assert plug.report().served["contrast"] == 1
+        assert not plug.report().fallbacks
+    for step, (scores, logits) in enumerate(zip(out.scores, out.logits, strict=True)):
+        for row in range(2):
+            ids = out.sequences[row, : given["input_ids"].shape[1] + step]
+            text = ids[(ids != tiny.IMAGE) & (torch.arange(len(ids)) >= (given["attention_mask"][row] == 0).sum())][None]
+            alone = tiny.forward(stock, {"input_ids": text, "attention_mask": torch.ones_like(text)})[:, -1]
+            expected = contrast.contrasted(logits[row : row + 1], alone, 2.5, 0.01)
+            torch.testing.assert_close(scores[row : row + 1], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_contrast_samples_several_answers(branches: list[Any]):
+    model, given = tiny.build("qwen2_5_vl"), inputs("qwen2_5_vl")
+    ask = {"do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
+    with accelplug.apply(model, rules(CONTRAST)):
+        out = tiny.generate(model, given, **ask, output_logits=True)
+    assert len(branches) == 2
+    visual = given["input_ids"] == tiny.IMAGE
+    for copy in range(2):
+        said = out.sequences[copy::2, :-1]
+        new = pad(visual, (0, said.shape[1] - visual.shape[1]))
+        mask = pad(given["attention_mask"], (0, said.shape[1] - visual.shape[1]), value=1)
+        text = contrast.without_pictures({"input_ids": said, "attention_mask": mask}, new)
+        alone = tiny.forward(tiny.build("qwen2_5_vl"), text)[:, -1]
+        expected = contrast.contrasted(out.logits[-1][copy::2], alone, 3.0, 0.1)
+        kept = out.scores[-1][copy::2] > -math.inf  # generate has taken the top 50
+        assert torch.allclose(out.scores[-1][copy::2][kept], expected[kept], atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------- BLIP
@@ -537,9 +592,10 @@ def test_carve_asks_for_a_processor(processor: Any):
 
 
 @pytest.mark.parametrize("more", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"assistant_model": "another"}])
-def test_agla_refuses_what_its_branch_cannot_follow(more: dict[str, Any]):
+@pytest.mark.parametrize("patch", [AGLA, CONTRAST])
+def test_what_a_branch_cannot_follow_is_refused(more: dict[str, Any], patch: tuple[str, dict]):
     model, given = tiny.build("llava"), inputs("llava")
-    with accelplug.apply(model, rules(AGLA)):
+    with accelplug.apply(model, rules(patch)):
         with pytest.raises(UnsupportedError, match="second branch"):
             tiny.generate(model, given, **more)
         if "num_beams" in more:

@@ -34,7 +34,7 @@ class Generation:
 
     def tools(self) -> Tools:
         """Return what patches are lent."""
-        from accelplug.hosts.transformers import watching
+        from accelplug.hosts.transformers import stock, watching
 
         prompts = _Prompts(self.host, self.processor)
         return Tools(
@@ -48,6 +48,7 @@ class Generation:
             prompts.prompt_like,
             prompts.questions,
             _matcher,
+            stock,
         )
 
     def install(self) -> None:
@@ -112,10 +113,10 @@ class _Prompts:
     def images(self, inputs: Mapping[str, Any]) -> Tensor:
         from accelplug.hosts.transformers import number_images
 
-        ids = inputs["input_ids"]
-        if self.host.family is None:
+        ids, token = inputs["input_ids"], getattr(self.host.model.config, "image_token_id", None)
+        if token is None:
             return torch.zeros_like(ids, dtype=torch.int16)
-        visual = ids == self.host.model.config.image_token_id
+        visual = ids == token
         return number_images(visual, self._sizes(inputs, int(visual.sum())))
 
     def _sizes(self, inputs: Mapping[str, Any], tokens: int) -> list[int]:

@@ -54,6 +54,7 @@ _RUN: ContextVar[Run | None] = ContextVar("accelplug_run", default=None)
 _ASKED: ContextVar[Rows] = ContextVar("accelplug_asked", default=1)
 """What the model was asked for: logits of the last so many tokens, or of those in a bool (1|B, S)."""
 _WATCH: ContextVar[Watch | None] = ContextVar("accelplug_watch", default=None)
+_STOCK: ContextVar[bool] = ContextVar("accelplug_stock", default=False)
 _users = 0
 _lock = threading.Lock()
 
@@ -254,6 +255,21 @@ def watching(watch: Watch) -> Iterator[None]:
         _WATCH.reset(token)
 
 
+@contextmanager
+def stock() -> Iterator[None]:
+    """Have this thread's forwards be the stock model's, past all patches."""
+    token = _STOCK.set(True)
+    try:
+        yield
+    finally:
+        _STOCK.reset(token)
+
+
+def _as_it_is(record: AttentionRecord, out: Tensor) -> Tensor:
+    """What stands in for patches in the stock model's forwards."""
+    return out
+
+
 def _nothing(*_: Any) -> None:
     """What records and hooks become in a pickled model."""
 
@@ -447,6 +463,8 @@ class LanguageHost:
             return None
         if RUN in kwargs:  # a forward of our own
             run = kwargs.pop(RUN)
+        elif _STOCK.get():
+            run = Run(companion=_as_it_is)
         else:
             inputs = self.signature.bind_partial(module, *args, **kwargs).arguments
             run = Run(inputs={**inputs, **inputs.get("kwargs", {})})

@@ -169,8 +169,9 @@ class Contest:
 
         def measure() -> dict[str, Any]:
             self.tell(f"{key}; best so far {self._best()}", self.spent_s)
-            if "agla" in aim.patches and self.asker.likelihoods:
-                return {"refused": "agla mixes logits behind every other processor, where likelihoods cannot be read"}
+            if (mixing := {"agla", "contrast"} & set(aim.patches)) and self.asker.likelihoods:
+                said = f"{' and '.join(sorted(mixing))} mix logits behind every other processor, where likelihoods cannot be read"
+                return {"refused": said}
             try:
                 model, processor = self.asker.model, self.asker.processor
                 with nullcontext() if aim is STOCK else apply(model, aim.recipe, gate="off", processor=processor):

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch.nn.functional import cosine_similarity, interpolate, pad
+from torch.nn.functional import cosine_similarity, interpolate
 
-from accelplug import compat
-from accelplug.errors import AccelplugError, UnsupportedError
+from accelplug.errors import AccelplugError
 from accelplug.patches.base import Config, GenerationPatch
+from accelplug.patches.guidance.branch import Branch, Mixer, likely, refuse
 from accelplug.patches.guidance.carve import GENERAL
 from accelplug.patches.guidance.gaze import (
     Layers,
@@ -32,15 +32,11 @@ from accelplug.patches.guidance.gaze import (
     highest,
     in_order,
     look,
-    model_inputs,
-    option,
     rows_with_a_picture,
     upsampled,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from accelplug.patches.base import Tools
@@ -67,10 +63,7 @@ def kept_pixels(values: Tensor, score: float) -> Tensor:
 
 def mixed(z: Tensor, z_masked: Tensor | None, alpha: float, beta: float) -> Tensor:
     """Return ``z + alpha * z_masked``, -inf where ``z < log(beta) + max z``; all (B, vocabulary), None for no second branch."""
-    out = z if z_masked is None else z + alpha * z_masked
-    if beta == 0:
-        return out
-    return out.masked_fill(z < math.log(beta) + z.amax(-1, keepdim=True), float("-inf"))
+    return likely(z if z_masked is None else z + alpha * z_masked, z, beta)
 
 
 def grad_cam(blip: Any, pixels: Tensor, ids: Tensor, layer: int) -> tuple[Tensor, float]:
@@ -106,65 +99,6 @@ def grad_cam(blip: Any, pixels: Tensor, ids: Tensor, layer: int) -> tuple[Tensor
     cam = (probabilities[0] * gradient.clamp(min=0)).detach()[0, :, 1:-1, 1:].mean((0, 1))  # without class token
     side = math.isqrt(len(cam))
     return cam.float().reshape(side, side), float(match[0])
-
-
-# -------------------------------------------------------------------------------------------------------- second branch
-
-
-class Branch:
-    """The model on other pictures, in step with a generation: same tokens, and a cache of its own."""
-
-    def __init__(self, model: Any, inputs: Mapping[str, Any]) -> None:
-        self._model = model
-        self._inputs = model_inputs(inputs)
-        ids = inputs["input_ids"]
-        given = self._inputs.pop("attention_mask", None)
-        self._mask = torch.ones_like(ids) if given is None else given
-        self._cache: Any = None
-
-    def logits(self, ids: Tensor) -> Tensor:
-        """Return the logits behind the last of `ids` (B, S), float32 (B, vocabulary); S grows by 1 a call."""
-        held = {compat.cache_keyword(self._model.forward): self._cache}
-        given = self._inputs if self._cache is None else {"input_ids": ids[:, -1:], **held}
-        if self._cache is not None:
-            self._mask = pad(self._mask, (0, 1), value=1)
-        out = self._model(
-            **given, attention_mask=self._mask, position_ids=self._positions(), use_cache=True, logits_to_keep=1
-        )
-        self._cache = compat.cache_of(out)
-        return out.logits[:, -1].float()
-
-    def _positions(self) -> Tensor | None:
-        """Positions as ``generate`` counts them; None for the model to lay out pictures in three dimensions."""
-        text = (self._mask.cumsum(-1) - 1).clamp(min=0)
-        offset = compat.position_offset(self._model.base_model)
-        if self._cache is None:
-            return None if offset is not None and "mm_token_type_ids" in self._inputs else text
-        return text[:, -1:] if offset is None else (text[:, -1:] + offset).expand(3, -1, -1)
-
-
-class Mixer:
-    """A logits processor that adds the second branch; rows repeated for several answers have a branch each.
-
-    Parameters
-    ----------
-    rows : bool (B, 1), rows with a picture; the others are left alone.
-    branch : makes a second branch of all B rows; None for none.
-    """
-
-    def __init__(self, rows: Tensor, branch: Callable[[], Branch] | None, alpha: float, beta: float) -> None:
-        self._rows, self._alpha, self._beta = rows, alpha, beta
-        self._make, self._branches = branch, list[Branch]()
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        times = len(scores) // len(self._rows)
-        z_masked = None if self._make is None else torch.empty_like(scores)
-        if z_masked is not None and self._make is not None:
-            self._branches = self._branches or [self._make() for _ in range(times)]
-            for copy, branch in enumerate(self._branches):
-                z_masked[copy::times] = branch.logits(input_ids[copy::times]).to(z_masked)
-        rows = self._rows.repeat_interleave(times, 0).to(scores.device)
-        return torch.where(rows, mixed(scores, z_masked, self._alpha, self._beta), scores)
 
 
 class Agla(GenerationPatch):
@@ -207,7 +141,7 @@ class Agla(GenerationPatch):
         alpha, beta = self.config.alpha, self.config.beta
         if alpha == beta == 0:
             return call(**inputs)
-        _refuse(model, inputs)
+        refuse(model, inputs, "agla")
         if not (rows := rows_with_a_picture(inputs, tools, "agla")):
             return call(**inputs)
         branch = None
@@ -219,8 +153,11 @@ class Agla(GenerationPatch):
 
         shown = torch.zeros(len(inputs["input_ids"]), 1, dtype=torch.bool)
         shown[rows] = True
-        processors = [*(inputs.get("logits_processor") or ()), Mixer(shown, branch, alpha, beta)]
-        return call(**{**inputs, "logits_processor": processors})
+
+        def mix(z: Tensor, z_masked: Tensor | None) -> Tensor:
+            return mixed(z, z_masked, alpha, beta)
+
+        return call(**{**inputs, "logits_processor": [*(inputs.get("logits_processor") or ()), Mixer(shown, branch, mix)]})
 
     def _masked(self, model: Any, inputs: dict[str, Any], rows: list[int], tools: Tools) -> list[Tensor]:
         """The pictures with everything else at the mean pixel."""
@@ -272,18 +209,3 @@ class Agla(GenerationPatch):
             cam, score = grad_cam(blip, pixels, ids, self.config.blip_layer)
             found.append((upsampled(cam.flatten(), cam.shape, picture.shape[-2:]), score))
         return found
-
-
-def _refuse(model: Any, inputs: Mapping[str, Any]) -> None:
-    """Refuse ways to decode that do not tell a second branch what becomes of its rows."""
-    reason = None
-    if (option(model, inputs, "num_beams") or 1) > 1:
-        reason = "beams are reordered, which no logits processor is told"
-    elif inputs.get("assistant_model") is not None or option(model, inputs, "prompt_lookup_num_tokens"):
-        reason = "drafts are taken back, which no logits processor is told"
-    elif inputs.get("custom_generate") is not None:
-        reason = "what custom_generate does is not known"
-    if reason is not None:
-        raise UnsupportedError(
-            f"agla keeps a second branch in step with the generation, and cannot here: {reason}. Decode greedily or by sampling."
-        )
