@@ -4,8 +4,8 @@ PAINT ("Fixing Imbalanced Attention to Mitigate In-Context Hallucination", arXiv
 tells two kinds of patches apart: those it attends to in its first layer (local), and the few that stand out of its attention in
 the last layer but one (summaries: registers of the whole scene). In the row that answers, scores of both are raised by a share of
 their size, as in PAI. The abstract's head-specific modulation is not in the released code, which treats all heads alike;
-`head_share` offers it: only the heads with most visual mass are changed. The code's logit contrast (1.1) is generate's own
-``guidance_scale``. Needs a vision tower with a class token and one image token a patch, as in LLaVA-1.5.
+`head_share` offers it: only the heads with most visual mass are changed. The code's contrast of logits with those of the text
+alone is `contrast`. Needs a vision tower with a class token and one image token a patch, as in LLaVA-1.5.
 
 Experimental. On the bundled model, one small model of coloured shapes, it made
 +2.5 points of hallucination (95 %: +1.1 to +3.9).

@@ -3,8 +3,8 @@
 PAI ("Paying More Attention to Image", arXiv 2407.21771, ECCV 2024): ``s_j += alpha |s_j|`` for image tokens j, before the softmax,
 in the last row only, layers from 2 on. What it does depends on the sign and offset of the scores, which the softmax does not
 know: models with normed queries, biases or other positions answer differently (`visual_bias` does not). It is here as the
-baseline that papers compare with. Its second half, the contrast of logits with a blind reading, is generate's own
-``guidance_scale`` (1.1 in the paper).
+baseline that papers compare with. It is half of the method: the other, a contrast of logits with those of the text alone, is
+`contrast`, and the recipes have both as ``pai_contrast``.
 
 Experimental. On the bundled model, one small model of coloured shapes, it made
 +1.7 points of hallucination (95 %: +0.6 to +3.1).
