@@ -187,11 +187,17 @@ def room_for_graphs(graphs: int) -> Iterator[None]:
     """Let Dynamo keep as many graphs of one function, where it gives up after 8. All graphs are dropped at the end."""
     import torch
 
-    with torch._dynamo.config.patch(recompile_limit=graphs, accumulated_recompile_limit=64 * graphs):
+    with _graphs(graphs):
         try:
             yield
         finally:
             torch._dynamo.reset()
+
+
+def _graphs(limit: int) -> Any:
+    import torch
+
+    return torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=64 * limit)
 
 
 def comptime() -> Callable[[Callable[[Any], None]], None]:
@@ -393,6 +399,10 @@ def positions_kept(base: Any) -> Iterator[None]:
             base.rope_deltas = before
 
 
+ORIGIN = "_name_or_path"
+"""Key of a config that says where a model was loaded from."""
+
+
 def number_of_layers(decoder: Any) -> int:
     """Return how many layers a decoder has."""
     return len(decoder.layers) if hasattr(decoder, "layers") else decoder.config.num_hidden_layers
@@ -506,174 +516,54 @@ def _minor(text: str) -> tuple[int, int]:
 
 
 def contracts() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yield (what is relied on, check), for tests and for `accelplug doctor`."""
-    yield "diffusers: dispatch_attention_fn takes query, key, value, attn_mask, scale, backend", _dispatcher_signature
-    yield "diffusers: context parallelism runs attention through a function that takes another's", _context_parallel
-    yield "diffusers: HookRegistry adds and removes hooks by name", _hook_registry
-    yield "diffusers: cache_context reaches StateManager.set_context of stateful hooks", _cache_context
-    yield "diffusers: MagCache keeps the ratios of its calibration by cache context", _mag_calibration
-    yield "diffusers: layer skipping looks processors up by exact class", _processor_registry
+    """Yield (library: what is relied on, check), for tests, for `accelplug doctor` and for `require`."""
+    yield "torch: Dynamo traces re-bound globals as they are", _dynamo_globals
+    yield "torch: Dynamo tells while it traces what local names hold, tensors as fake ones", _traced_values
+    yield "torch: a compiled module is known, and the one inside it", _compiled_modules
+    yield "torch: Dynamo's limit of graphs can be set", _graph_limit
+    yield "torch: hooks on modules and writes into tensors can be seen", _hooks_and_writes
+    yield "diffusers: dispatch_attention_fn attends as asked", _dispatcher
     yield "diffusers: processors reach attention by the two known names", _processor_entry_points
+    yield "diffusers: layer skipping looks processors up by exact class", _processor_registry
+    yield (
+        "diffusers: parallel models and processors say so, and attention runs through a function that takes another's",
+        _parallel,
+    )
+    yield "diffusers: a hook of ours hears contexts and the end of a run, and is taken away", _listening
+    yield "diffusers: a step cache is known while it is on, and what it leaves behind", _step_caches
+    yield "diffusers: MagCache keeps the ratios of its calibration by cache context", _mag_calibration
+    yield "diffusers: a guider says which step it was told", _guider
+    yield "diffusers: a progress bar is silenced and given back", _progress_bar
+    yield "diffusers: PAG's mode is seen while it is on", _skipped_attention
     yield "transformers: attention modules look their function up by config at every call, and take extra arguments", _lookup
     yield (
         "transformers: a decode step is handed the cache that read the prompt, and the cache takes attributes",
         _cache_contract,
     )
-    yield "torch: Dynamo traces re-bound globals as they are", _dynamo_globals
-    yield "torch: function modes can be listed", _function_modes
+    yield "transformers: a layer of a cache says whether it keeps a window only", _windows
+    yield "transformers: continuous batching is known by its arguments", _packed
+    yield "transformers: the decode step that generate() compiled is kept on the model", _compiled_call
+    yield "transformers: models say how their heads are shared out", _shared_heads
+    yield "transformers: a config says under one key where it came from", _origin
+    yield "transformers: Qwen's models keep where positions have got to on the base model", _positions
+
+
+def why_broken(check: Callable[[], None]) -> str | None:
+    """Run a contract apart from what the process is set to; return what no longer holds, or None."""
+    import torch
+
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            check()
+    except Exception as error:  # whatever a library has come to do
+        return str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
+    return None
 
 
 def _expect(condition: object, message: str) -> None:
     if not condition:
         raise RuntimeError(message)
-
-
-def _dispatcher_signature() -> None:
-    parameters = inspect.signature(dispatch_attention_fn()).parameters
-    missing = {"query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "backend"} - set(parameters)
-    _expect(not missing, f"dispatch_attention_fn lacks the parameters {sorted(missing)}")
-
-
-def _context_parallel() -> None:
-    if "parallel_config" not in inspect.signature(dispatch_attention_fn()).parameters:
-        return  # diffusers before context parallelism
-    from diffusers.models._modeling_parallel import ContextParallelConfig
-
-    missing = {"forward_op", "backward_op", "_parallel_config"} - set(
-        inspect.signature(context_parallel_attention()).parameters
-    )
-    _expect(not missing, f"_templated_context_parallel_attention lacks the parameters {sorted(missing)}")
-    missing = {"ulysses_degree", "ring_degree", "_ulysses_local_rank"} - set(ContextParallelConfig.__dataclass_fields__)
-    _expect(not missing, f"ContextParallelConfig lacks {sorted(missing)}")
-
-
-def _hook_registry() -> None:
-    import torch
-
-    registry_type, hook_type, _, _ = hook_types()
-    module = torch.nn.Linear(2, 2)
-    registry = registry_type.check_if_exists_or_initialize(module)  # type: ignore[attr-defined]
-    registry.register_hook(hook_type(), "accelplug_contract")
-    _expect("accelplug_contract" in registry.hooks, "HookRegistry.hooks does not hold a registered hook")
-    registry.remove_hook("accelplug_contract", recurse=False)
-    _expect(not registry.hooks, "HookRegistry.remove_hook leaves the hook behind")
-    _expect(module._diffusers_hook is registry, "the registry is not at module._diffusers_hook")
-
-
-def _cache_context() -> None:
-    import torch
-    from diffusers.models.cache_utils import CacheMixin
-
-    registry_type, hook_type, manager_type, state_type = hook_types()
-    seen: list[Any] = []
-
-    class Manager(manager_type):  # type: ignore[misc, valid-type]
-        def set_context(self, context: Any) -> None:
-            seen.append(context)
-
-    class Hook(hook_type):  # type: ignore[misc, valid-type]
-        _is_stateful = True
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.manager = Manager(state_type)
-
-    class Model(torch.nn.Linear, CacheMixin):
-        pass
-
-    model: Any = Model(2, 2)
-    registry_type.check_if_exists_or_initialize(model).register_hook(Hook(), "accelplug_contract")  # type: ignore[attr-defined]
-    with model.cache_context("cond"):
-        pass
-    _expect(
-        getattr(seen[0], "name", seen[0]) == "cond" and seen[-1] is None, f"cache_context called set_context with {seen}"
-    )
-
-
-def _mag_calibration() -> None:
-    from diffusers.hooks import mag_cache
-    from diffusers.hooks.hooks import CacheContext
-
-    manager = mag_cache.StateManager(mag_cache.MagCacheState)
-    manager.set_context(CacheContext(name="cond"))
-    state = manager.get_state()
-    _expect(manager._state_cache == {"cond": state}, "StateManager._state_cache does not hold states by the context's name")
-    hook = mag_cache.MagCacheHeadHook(manager, mag_cache.MagCacheConfig(calibrate=True))
-    _expect(hook.state_manager is manager, "MagCacheHeadHook.state_manager is not what it was given")
-    _expect(state.calibration_ratios == [], "MagCacheState.calibration_ratios is no list that starts empty")
-    _expect(mag_cache._MAG_CACHE_LEADER_BLOCK_HOOK, "the hook of MagCache's first block has no name")
-
-
-def _processor_registry() -> None:
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
-    _expect(AttnProcessor2_0 in processor_metadata(), "AttentionProcessorRegistry does not hold AttnProcessor2_0")
-
-
-def _processor_entry_points() -> None:
-    from diffusers.models.attention_processor import AttnProcessor2_0
-    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-
-    for processor in (AttnProcessor2_0, WanAttnProcessor):
-        names = set(inspect.getattr_static(processor, "__call__").__code__.co_names)
-        _expect(names & ENTRY_POINTS, f"{processor.__name__}.__call__ uses none of {sorted(ENTRY_POINTS)}")
-
-
-def _lookup() -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
-    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
-    attention = model.model.layers[0].self_attn
-    seen: list[dict[str, Any]] = []
-
-    def spy(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs)
-        return q.transpose(1, 2), None
-
-    name = f"{ATTENTION}_contract"
-    register_attention(name, spy)
-    try:
-        attention.config = config_view(attention.config, name)
-        with torch.no_grad():
-            model(torch.tensor([[1, 2, 3]]), accelplug_contract=1)
-    finally:
-        unregister_attention(name)
-    _expect(seen, "the registered function was not called")
-    _expect(seen[0].get("accelplug_contract") == 1, "an extra argument does not reach the attention function")
-    _expect(model.config._attn_implementation != name, "a view of a module's config changed the model's")
-
-
-def _cache_contract() -> None:
-    """What reads a prompt and then a token: the decoder is handed the very cache that was given and came back."""
-    import torch
-    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
-    model: Any = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
-    cache = DynamicCache()
-    _expect(cache.get_seq_length() == 0, "an empty cache does not say that it is empty")
-    cache._accelplug_contract = 1
-    seen: list[Any] = []
-    model.get_decoder().register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(cache_given(kwargs)), with_kwargs=True
-    )
-    with torch.no_grad():
-        held = {cache_keyword(type(model).forward): cache}
-        output = model(torch.tensor([[1, 2, 3]]), **held)
-        _expect(cache_of(output) is cache, f"a model's output holds its cache under none of {CACHE_NAMES}")
-        model(torch.tensor([[4]]), **held)
-    _expect(all(x is cache for x in seen), f"the decoder is handed its cache under none of {CACHE_NAMES}")
-    _expect(cache.get_seq_length() == 4, "a cache does not count the tokens of a prompt and of the step behind it")
-    _expect(tokens_seen(cache_layer(cache, 0)) == 4, "a layer of a cache does not count its tokens")
-
-
-def _function_modes() -> None:
-    from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode_stack
-
-    with BaseTorchFunctionMode() as mode:
-        _expect(mode in _get_current_function_mode_stack(), "the stack of function modes does not hold an active one")
 
 
 def _dynamo_globals() -> None:
@@ -688,3 +578,372 @@ def _dynamo_globals() -> None:
     rebound = types.FunctionType(body.__code__.replace(co_name="contract"), names)
     compiled = torch.compile(rebound, backend="eager", fullgraph=True)
     _expect(torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0)), "Dynamo did not use the re-bound globals")
+
+
+def _traced_values() -> None:
+    import torch
+
+    seen: dict[str, Any] = {}
+
+    def look(ctx: Any) -> None:
+        seen.update({name: traced_value(ctx, name) for name in ("x", "names", "number")})
+
+    def body(x: Any, names: dict[str, Any], number: int) -> Any:
+        if torch.compiler.is_compiling():
+            comptime()(look)
+        return x * number + names["y"]
+
+    x = torch.ones(2, 3)
+    torch.compile(body, backend="eager", fullgraph=True)(x, {"y": x, "list": [1, None]}, 2)
+    _expect(seen.get("number") == 2, f"comptime does not tell a number: {seen}")
+    for fake in (seen["x"], seen["names"]["y"]):
+        _expect(
+            is_fake(fake) and fake.shape == x.shape, f"comptime tells a tensor as {type(fake).__name__}, not as FakeTensor"
+        )
+    _expect(seen["names"]["list"] == [1, None], "comptime does not tell a list in a dict")
+    _expect(not is_fake(x), "a tensor is taken for a FakeTensor")
+
+
+def _compiled_modules() -> None:
+    import torch
+
+    module: Any = torch.nn.Linear(2, 2)
+    outer: Any = torch.compile(module, backend="eager")
+    _expect(not is_compiled(module), "a module that is not compiled is taken for one")
+    _expect(unwrap_compiled(outer) is module, "torch.compile(module)._orig_mod is not the module")
+    _expect(unwrap_compiled(module) is module, "a module that is not compiled is unwrapped")
+    _expect(is_compiled(torch.nn.Sequential(outer)), "torch.compile(module) has no submodule _orig_mod")
+    module.compile(backend="eager")
+    _expect(is_compiled(torch.nn.Sequential(module)), "module.compile() leaves no _compiled_call_impl")
+
+
+def _graph_limit() -> None:
+    import torch
+
+    before = torch._dynamo.config.recompile_limit
+    with _graphs(before + 1):
+        _expect(torch._dynamo.config.recompile_limit == before + 1, "torch._dynamo.config.recompile_limit was not set")
+    _expect(callable(torch._dynamo.reset), "torch._dynamo.reset is gone")
+
+
+def _hooks_and_writes() -> None:
+    import torch
+
+    x, module = torch.zeros(2), torch.nn.Linear(2, 2)  # type: torch.Tensor, Any
+    _expect(not is_looked_into(module), "a module without hooks is taken for one with")
+    for register in (module.register_forward_hook, module.register_forward_pre_hook):
+        with register(repr):
+            _expect(is_looked_into(module), "a hook on a module is in neither _forward_hooks nor _forward_pre_hooks")
+    with module.register_forward_pre_hook(repr):
+        _expect(pre_hooks(module) == [repr], "_forward_pre_hooks does not hold a hook")
+    _expect(held(torch.nn.ModuleDict({"inner": module}), "inner") is module, "a submodule is not in _modules")
+    before = times_written(x)
+    x += 1
+    _expect(times_written(x) > before, "Tensor._version does not count writes")
+
+
+def _dispatcher() -> None:
+    import torch
+
+    parameters = inspect.signature(dispatch_attention_fn()).parameters
+    missing = {"query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "backend"} - set(parameters)
+    _expect(not missing, f"dispatch_attention_fn lacks the parameters {sorted(missing)}")
+    q, k, v = torch.randn(3, 1, 4, 2, 8)  # (B, S, H, D)
+    mask = torch.tensor([True, True, True, False]).expand(1, 1, 4, 4)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.5
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+    out = dispatch_attention_fn()(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=0.5)
+    _expect(
+        torch.allclose(out, expected, atol=1e-5), "dispatch_attention_fn does not answer (B, S, H, D) as scale and mask say"
+    )
+
+
+def _processor_entry_points() -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    for processor in (AttnProcessor2_0, WanAttnProcessor):
+        names = set(inspect.getattr_static(processor, "__call__").__code__.co_names)
+        _expect(names & ENTRY_POINTS, f"{processor.__name__}.__call__ uses none of {sorted(ENTRY_POINTS)}")
+
+
+def _processor_registry() -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    _expect(AttnProcessor2_0 in processor_metadata(), "AttentionProcessorRegistry._registry does not hold AttnProcessor2_0")
+
+
+def _parallel() -> None:
+    from diffusers.models._modeling_parallel import ContextParallelConfig, TensorParallelConfig
+
+    for part in (_tiny_denoiser(), _tiny_denoiser().blocks[0].attn1.processor):
+        _expect(hasattr(part, "_parallel_config"), f"{type(part).__name__} has no _parallel_config")
+        _expect(not is_parallel(part), f"{type(part).__name__} in one process is taken for a parallel one")
+    missing = {"forward_op", "backward_op", "_parallel_config"} - set(
+        inspect.signature(context_parallel_attention()).parameters
+    )
+    _expect(not missing, f"_templated_context_parallel_attention lacks the parameters {sorted(missing)}")
+    for config, names in (
+        (ContextParallelConfig, {"ulysses_degree", "ring_degree", "_ulysses_local_rank"}),
+        (TensorParallelConfig, {"_mesh"}),
+    ):
+        missing = names - set(config.__dataclass_fields__)
+        _expect(not missing, f"{config.__name__} lacks {sorted(missing)}")
+
+
+def _tiny_denoiser() -> Any:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=1,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=8,
+        ffn_dim=8,
+        num_layers=2,
+        rope_max_seq_len=8,
+    ).eval()
+
+
+def _denoise(denoiser: Any, context: str) -> None:
+    import torch
+
+    with torch.no_grad(), denoiser.cache_context(context):
+        denoiser(torch.zeros(1, 4, 1, 4, 4), torch.tensor([500]), torch.zeros(1, 2, 8))
+
+
+def _pipeline(denoiser: Any = None) -> Any:
+    from diffusers import DiffusionPipeline
+
+    class Pipeline(DiffusionPipeline):
+        def __init__(self, transformer: Any) -> None:
+            super().__init__()
+            self.register_modules(transformer=transformer)
+
+    return Pipeline(denoiser)
+
+
+def _listening() -> None:
+    _, hook_type, manager_type, state_type = hook_types()
+    heard: list[Any] = []
+
+    class Manager(manager_type):  # type: ignore[misc, valid-type]
+        def set_context(self, context: Any) -> None:
+            heard.append(getattr(context, "name", context))
+
+    class Hook(hook_type):  # type: ignore[misc, valid-type]
+        _is_stateful = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.manager = Manager(state_type)
+
+        def reset_state(self, module: Any) -> Any:
+            heard.append("reset")
+            return module
+
+    denoiser = _tiny_denoiser()
+    before = set(vars(denoiser))
+    leave = listen(denoiser, "accelplug_contract", Hook())
+    registry = vars(denoiser).get(REGISTRY)
+    _expect(registry is not None, f"HookRegistry.check_if_exists_or_initialize leaves no {REGISTRY}")
+    registry.register_hook(hook_type(), "accelplug_behind")
+    _denoise(denoiser, "cond")
+    _expect(heard == ["cond", None], f"cache_context is heard as {heard}: stateful hooks are not those with _is_stateful")
+    _pipeline(denoiser).maybe_free_model_hooks()
+    _expect(heard[2:] == ["reset"], "the end of a pipeline's run does not reset the hooks of its denoiser")
+    registry.remove_hook("accelplug_behind", recurse=False)
+    leave()
+    _expect(set(vars(denoiser)) - before <= set(LEFT_BEHIND), f"a hook leaves {sorted(set(vars(denoiser)) - before)} behind")
+    _denoise(denoiser, "cond")
+    _expect(len(heard) == 3, "a hook that was taken out of _hook_order still hears")
+
+
+def _step_caches() -> None:
+    import diffusers
+
+    denoiser = _tiny_denoiser()
+    before = {module: set(vars(module)) for module in denoiser.modules()}
+    for config in (diffusers.FirstBlockCacheConfig(), diffusers.TaylorSeerCacheConfig(use_lite_mode=True)):
+        denoiser.enable_cache(config)
+        _expect(step_cache(denoiser) is config, "the config of a step cache is not at _cache_config")
+        _expect(hooks_on(denoiser) > 0, f"a step cache puts no hooks where {REGISTRY} is")
+        denoiser.disable_cache()
+        _expect(step_cache(denoiser) is None, "_cache_config of a step cache that is off is not None")
+        _expect(hooks_on(denoiser) == 0, "a step cache that is off leaves hooks")
+        left = {name for module, names in before.items() for name in set(vars(module)) - names}
+        _expect(left <= set(LEFT_BEHIND), f"a step cache leaves {sorted(left)} behind, expected no more than {LEFT_BEHIND}")
+
+
+def _mag_calibration() -> None:
+    import contextlib
+    import io
+
+    import diffusers
+
+    denoiser = _tiny_denoiser()
+    denoiser.enable_cache(diffusers.MagCacheConfig(calibrate=True, num_inference_steps=4))
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it finds
+        for _ in range(2):
+            _denoise(denoiser, "cond")
+    found = mag_ratios(denoiser)
+    _expect(list(found) == ["cond"] and len(found["cond"]) == 2, f"two steps of MagCache's calibration are found as {found}")
+
+
+def _guider() -> None:
+    import torch
+    from diffusers import ClassifierFreeGuidance
+
+    guider = ClassifierFreeGuidance()
+    _expect(guider_step(guider) is None, "a guider says which step it is before it was told")
+    guider.set_state(step=3, num_inference_steps=8, timestep=torch.tensor(500))
+    _expect(guider_step(guider) == (3, 8), "a guider does not keep _step and _num_inference_steps")
+
+
+def _progress_bar() -> None:
+    pipe = _pipeline()
+    with quiet(pipe):
+        _expect(pipe.progress_bar(total=1).disable, "a pipeline's progress bar is not silenced")
+    _expect("_progress_bar_config" not in vars(pipe), "silencing leaves _progress_bar_config behind")
+    pipe.set_progress_bar_config(desc="mine")
+    with quiet(pipe):
+        pass
+    _expect(pipe._progress_bar_config == {"desc": "mine"}, "_progress_bar_config is not given back")
+
+
+def _skipped_attention() -> None:
+    from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
+
+    _expect(not attention_is_skipped(), "attention is taken for skipped")
+    with AttentionScoreSkipFunctionMode():
+        _expect(attention_is_skipped(), "_get_current_function_mode_stack does not hold AttentionScoreSkipFunctionMode")
+
+
+def _tiny_decoder() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+
+
+def _lookup() -> None:
+    import torch
+    from transformers import AttentionInterface
+    from transformers.models.llama import modeling_llama
+
+    model = _tiny_decoder()
+    attention = model.model.layers[0].self_attn
+    seen: list[dict[str, Any]] = []
+
+    def spy(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs)
+        return q.transpose(1, 2), None
+
+    name = "accelplug_contract"
+    own = attention_name(attention.config)
+    _expect(own in ("sdpa", "eager"), f"config._attn_implementation is {own!r}, expected sdpa or eager")
+    _expect(looks_kernel_up(type(attention)), "LlamaAttention.forward does not call get_interface")
+    register_attention(name, spy)
+    try:
+        attention.config = config_view(attention.config, name)
+        with torch.no_grad():
+            model(torch.tensor([[1, 2, 3]]), accelplug_contract=1)
+    finally:
+        unregister_attention(name)
+    _expect(seen, "the registered function was not called: it is not looked up by config._attn_implementation")
+    _expect(seen[0].get("accelplug_contract") == 1, "an extra argument does not reach the attention function")
+    _expect(attention_name(model.config) == own, "a view of a module's config changed the model's")
+    _expect(name not in AttentionInterface(), "a function that was taken out of _global_mapping is still there")
+    _expect(
+        attention_function("eager", type(attention)) is modeling_llama.eager_attention_forward,
+        "get_interface does not give a module's own eager_attention_forward",
+    )
+
+
+def _cache_contract() -> None:
+    """What reads a prompt and then a token: the decoder is handed the very cache that was given and came back."""
+    import torch
+    from transformers import DynamicCache
+
+    model, cache = _tiny_decoder(), DynamicCache()
+    _expect(cache.get_seq_length() == 0, "an empty cache does not say that it is empty")
+    cache._accelplug_contract = 1
+    seen: list[Any] = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(cache_given(kwargs)), with_kwargs=True
+    )
+    with torch.no_grad():
+        given = {cache_keyword(type(model).forward): cache}
+        output = model(torch.tensor([[1, 2, 3]]), **given)
+        _expect(cache_of(output) is cache, f"a model's output holds its cache under none of {CACHE_NAMES}")
+        model(torch.tensor([[4]]), **given)
+    _expect(all(x is cache for x in seen), f"the decoder is handed its cache under none of {CACHE_NAMES}")
+    _expect(cache.get_seq_length() == 4, "a cache does not count the tokens of a prompt and of the step behind it")
+    _expect(tokens_seen(cache_layer(cache, 0)) == 4, "a layer of a cache does not count its tokens")
+
+
+def _windows() -> None:
+    from transformers import DynamicCache, MistralConfig
+
+    layers = [cache_layer(DynamicCache(config=MistralConfig(sliding_window=window)), 0) for window in (4, None)]
+    _expect(
+        [slides(layer) for layer in layers] == [True, False], "is_sliding of a cache's layer does not say that it slides"
+    )
+
+
+def _packed() -> None:
+    from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
+
+    arguments = dict.fromkeys(PagedAttentionArgs.__annotations__)
+    _expect(packs_sequences(arguments), "continuous batching passes no read_index to a model")
+
+
+def _compiled_call() -> None:
+    from transformers import CompileConfig
+
+    model = _tiny_decoder()
+    before = set(vars(model))
+    model.get_compiled_call(CompileConfig(backend="eager"))
+    _expect(set(vars(model)) - before, "generate() keeps what it compiled elsewhere than at _compiled_call")
+    forget_compiled_call(model)
+    left = sorted(set(vars(model)) - before)
+    _expect(not left, f"generate() keeps {left} beside _compiled_call and _last_compile_config")
+
+
+def _shared_heads() -> None:
+    model = _tiny_decoder()
+    for name in ("_device_mesh", "_tp_size"):
+        _expect(hasattr(model, name), f"PreTrainedModel has no {name}")
+    _expect(tensor_mesh(model) is None, "a model in one process is taken for a parallel one")
+
+
+def _origin() -> None:
+    _expect(ORIGIN in _tiny_decoder().config.to_dict(), f"a config has no {ORIGIN}")
+
+
+def _positions() -> None:
+    import torch
+    from transformers import Qwen2VLConfig, Qwen2VLModel
+
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        "layer_types": ["full_attention"],
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2}
+    model = Qwen2VLModel(Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=7)).eval()
+    ids = torch.tensor([[1, 2, 7, 3]])
+    with positions_kept(model), torch.no_grad():
+        model(input_ids=ids, mm_token_type_ids=(ids == 7).int(), image_grid_thw=torch.tensor([[1, 2, 2]]))
+        _expect(position_offset(model) is not None, "a forward of Qwen2VLModel does not write rope_deltas")
+    _expect(position_offset(model) is None, "rope_deltas was not given back")

@@ -12,7 +12,7 @@ import logging
 import shutil
 import types
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,7 @@ def flash_missing(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return f"FlashAttention-4 runs on NVIDIA GPUs alone, not on {'ROCm' if device.type == 'cuda' else device.type}"
     options = getattr(torch_flex, "FlexKernelOptions", None)
-    if "FLASH" not in str(getattr(options, "__annotations__", {}).get("BACKEND")) + str(getattr(torch_flex, "_Backend", "")):
+    if options is None or "FLASH" not in get_args(get_type_hints(options).get("BACKEND")):
         return f"torch {torch.__version__} has no FlashAttention-4 under FlexAttention"
     if not _flash_importable():
         return "flash-attn-4 is not installed (pip install --pre flash-attn-4)"

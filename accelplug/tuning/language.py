@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from accelplug import compat
 from accelplug.comparison.environment import device_name, environment
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.questions import Asker, Item, digest, figures, items, require_pictures, shifted_accuracy
@@ -117,7 +118,7 @@ def split(asked: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
 
 def _fingerprint(model: Any, asked: Sequence[Item], seed: int, asker: Asker) -> str:
     """What replies hang on: the model, some of its weights, the questions in their order, and what is asked of each."""
-    config = sorted((key, str(value)) for key, value in model_facts(model).config.items() if "_name_or_path" not in key)
+    config = sorted((key, str(value)) for key, value in model_facts(model).config.items() if compat.ORIGIN not in key)
     facts = (config, digest(asked), seed, asker.says, asker.likelihoods, asker.parse, PAGE, device_name())
     sha = hashlib.sha256(repr(facts).encode())
     for name, weight in model.named_parameters():
