@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--coco", type=Path, help="examine a vision-language model on this COCO folder, not generated scenes"
     )
-    command.add_argument("--pictures", type=int, default=200, help="how many of them (default 200)")
+    command.add_argument("--amber", type=Path, help="or on AMBER: a folder with its data/ and image/")
+    command.add_argument("--pictures", type=int, help="how many of them (default 200, of AMBER all)")
+    command.add_argument(
+        "--parse",
+        default="strict",
+        choices=["strict", "official"],
+        help="how yes and no are read: ours, or as POPE's release does",
+    )
     command.add_argument("--seed", action="append", type=int, help="repeat for several (default 0)")
     _takes_pipeline_settings(command)
     command.add_argument("--caches", action="store_true", help="add FirstBlockCache, alone and with each recipe")
@@ -234,7 +242,14 @@ def _examine(options: argparse.Namespace) -> int:
     model, processor = load(options.model_dir)
     if options.device:
         model.to(options.device)
-    exam = Exam.coco(options.coco, options.pictures) if options.coco else Exam.scenes(options.pictures)
+    if options.coco and options.amber:
+        raise AccelplugError("--coco and --amber are two exams: expected one of them. Compare twice.")
+    pictures = 200 if options.pictures is None else options.pictures
+    if options.amber:
+        exam = Exam.amber(options.amber, options.pictures)
+    else:
+        exam = Exam.coco(options.coco, pictures) if options.coco else Exam.scenes(pictures)
+    exam = replace(exam, parse=options.parse)
     result = compare(model, options.recipe, exam, processor=processor)
     _console().print(result)
     if options.report is not None:

@@ -88,7 +88,8 @@ def test_neutral_changes_no_answer_and_the_model_is_left_as_it_was(bundled, tmp_
     result.to_json(tmp_path / "a.json")
     data = json.loads((tmp_path / "a.json").read_text())
     assert data["exam"]["questions"] == len(exam.questions)
-    assert data["rows"][0]["mme"]["existence"]["n"] == 6
+    existence = data["rows"][0]["mme"]["existence"]
+    assert (existence["n"], existence["score"]) == (6, existence["acc"] + existence["acc_plus"])
     result.to_html(tmp_path / "a.html")
     assert "neutral" in (tmp_path / "a.html").read_text()
     with pytest.raises(AccelplugError):

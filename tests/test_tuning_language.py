@@ -187,6 +187,13 @@ def test_answers_are_read_as_meant():
     assert not is_right(Item(0, "?", "no entry"), "no")
 
 
+def test_a_question_that_is_asked_twice_counts_once():
+    asked = items(Exam.scenes(6))
+    assert len(asked) == len({(item.group, item.text) for item in asked}) < len(Exam.scenes(6).questions)
+    twice = [{"text": "?", "answer": "yes"}, {"text": "?", "answer": "yes"}, {"text": "?", "answer": "no"}]
+    assert [item.answer for item in items(twice)] == ["yes", "no"]
+
+
 def test_text_alone_has_nothing_to_gain():
     found = accelplug.tune(
         build("llama"),

@@ -69,6 +69,8 @@ class Reply:
 def items(given: Exam | Sequence[Mapping[str, Any]]) -> tuple[Item, ...]:
     """Return the questions of an exam, or those given as ``{"text": ..., "answer": ..., "image": PIL image or path}``, image optional.
 
+    Each counts once: POPE's splits share the questions whose answer is yes, and what is asked twice is no more evidence.
+
     Raises
     ------
     AccelplugError
@@ -93,7 +95,7 @@ def items(given: Exam | Sequence[Mapping[str, Any]]) -> tuple[Item, ...]:
         raise AccelplugError(
             "Expected questions that all show a picture, or none of them, got " + ("a mixture." if made else "none.")
         )
-    return tuple(made)
+    return tuple({(_key(item.picture), item.text, item.answer): item for item in made}.values())
 
 
 def require_pictures(asked: Sequence[Item]) -> None:
@@ -102,8 +104,11 @@ def require_pictures(asked: Sequence[Item]) -> None:
 
 
 def _group(number: int, entry: Mapping[str, Any]) -> Any:
-    picture = entry.get("image")
-    return number if picture is None else str(picture) if isinstance(picture, str | Path) else id(picture)
+    return number if (key := _key(entry.get("image"))) is None else key
+
+
+def _key(picture: Any) -> Any:
+    return str(picture) if isinstance(picture, str | Path) else None if picture is None else id(picture)
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:

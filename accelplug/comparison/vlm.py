@@ -135,7 +135,9 @@ class Outcome:
             "described_hallucination_delta": asdict(self.described_hallucination) if self.described_hallucination else None,
             "described_mcnemar_p": self.described_p,
             "described_holm_p": self.described_holm,
-            "mme": {task: asdict(figures) for task, figures in self.mme.tasks.items()} if self.mme else None,
+            "mme": {task: {**asdict(found), "score": found.score} for task, found in self.mme.tasks.items()}
+            if self.mme
+            else None,
             "mme_hallucination": self.mme.hallucination if self.mme else None,
             "chair": {name: getattr(caption, name) for name in shown} if caption else None,
             "chair_i_delta": asdict(self.chair_i) if self.chair_i else None,
@@ -232,7 +234,7 @@ class VlmComparison(Shown):
 
 
 def _delta(delta: Delta | None) -> str:
-    return "" if delta is None else f"{delta.value:+.1%} ({delta.low:+.1%} to {delta.high:+.1%})"
+    return "" if delta is None or math.isnan(delta.value) else f"{delta.value:+.1%} ({delta.low:+.1%} to {delta.high:+.1%})"
 
 
 def _finite(data: Any) -> Any:
@@ -308,7 +310,9 @@ class Examiner:
             if descriptions:
                 row.descriptions, row.tokens_per_s = self.describe(variant.picture)
             if on is not None:
-                row.notes = [f"fell back to dense: {what} ({n} calls)" for what, n in on.report().fallbacks.items()]
+                report = on.report()
+                row.notes = [f"fell back to dense: {what} ({n} calls)" for what, n in report.fallbacks.items()]
+                row.notes += [] if report.served else ["no call was answered: this row is dense"]
         self._score(row)
         return row
 
