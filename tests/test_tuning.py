@@ -593,7 +593,7 @@ def test_one_gain_is_told_everywhere(told_times, monkeypatch, tmp_path):
     assert row.seeds == [0, 1, 2, 3]
     data = Page(found.to_html(tmp_path / "a.html").read_text()).data
     assert [dot["speedup"] for dot in data["dots"] if dot["verdict"] == "proven"] == [gain]
-    assert data["verdict"] == found.why
+    assert data["verdict"] == found.comparison.verdict == found.why
     path = found.to_yaml(tmp_path / "mine.yaml", model_facts(pipe))
     assert read_file(path).recipe().measured[0].gain == pytest.approx(gain)
     (verdict,) = accelplug.verify(pipe, path, inputs, progress=False)

@@ -84,7 +84,6 @@ def page(comparison: Comparison, tuned: Tuned | None = None) -> str:
     floors = [row for row in comparison.rows if row.kind == "floor" and tuned is None]
     data = {
         **comparison.to_dict(),
-        "verdict": tuned.why if tuned else comparison.verdict,
         "chosen": getattr(tuned.proven if tuned else comparison.best, "name", None),
         "notes": tuned.notes if tuned else (),
         "axis": asdict(axis),

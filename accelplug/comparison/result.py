@@ -155,6 +155,7 @@ class Comparison(Shown):
     rows : dense first, then recipes, caches and floors.
     clips : (row name, prompt, seed) -> uint8 (F, H, W, 3), for the page; not part of the JSON.
     timed : what the times include, in words.
+    headline : what a search says of its runs, in place of a verdict on rows of which most miss the budget.
     """
 
     model: str
@@ -166,6 +167,7 @@ class Comparison(Shown):
     rows: list[Row] = field(default_factory=list)
     clips: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict, repr=False)
     recorders: dict[str, Callable[[dict[str, Any]], Path]] = field(default_factory=dict, repr=False)
+    headline: str = ""
 
     @property
     def dense(self) -> Row:
@@ -216,6 +218,8 @@ class Comparison(Shown):
     @property
     def verdict(self) -> str:
         """The best recipe in a sentence, its gain and its quality."""
+        if self.headline:
+            return self.headline
         recipes = [row.name for row in self.rows if row.kind == "recipe"]
         if not recipes:
             return "Dense only: nothing to compare."
@@ -286,7 +290,10 @@ class Comparison(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the clips as JSON-safe data; an infinite PSNR is the text "inf"."""
-        data = {name: getattr(self, name) for name in ("model", "prompts", "seeds", "settings", "timed", "environment")}
+        data = {
+            name: getattr(self, name)
+            for name in ("model", "prompts", "seeds", "settings", "timed", "environment", "headline")
+        }
         return jsonable({**data, "verdict": self.verdict, "rows": [asdict(row) for row in self.rows]})
 
     def to_json(self, path: str | Path) -> Path:

@@ -377,6 +377,7 @@ class Search:
             measured = (Measured.model_validate(row),)
         fields = {name: getattr(recipe, name) for name in ("rules", "cache", "match", "source", "loc")}
         said = why(self, self.points[proven] if proven is not None else None)
+        comparison.headline = said
         if found := adapters(self.study.pipe):
             named = ", ".join(f"{name} ({factor})" for name, factor in found.items())
             self._note(f"Tuned with the LoRA adapters {named}; for others tune again.")
