@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
@@ -169,7 +170,7 @@ def extended(given: Inputs, ids: Tensor) -> Inputs:
     """Inputs of a prompt with the answer behind it: text, and no padding."""
     more = ids.shape[1] - given["input_ids"].shape[1]
     fill = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
-    longer = {key: torch.nn.functional.pad(given[key], (0, more), value=x) for key, x in fill.items() if key in given}
+    longer = {key: pad(given[key], (0, more), value=x) for key, x in fill.items() if key in given}
     return {**given, **longer, "input_ids": ids}
 
 
@@ -244,12 +245,11 @@ class Imbalance(Method):
             summary = late[i] > high + 1.5 * (high - low)
             share[i] = torch.where(strongest(first[i], self.local_share), self.local_alpha, 0.0)
             share[i][summary] = self.summary_alpha
-        self.share = share.flatten()
+        shown = given["input_ids"] == IMAGE
+        self.share = torch.zeros(shown.shape, dtype=share.dtype).masked_scatter(shown, share)
 
     def attend(self, call: Call) -> Tensor:
-        share = torch.zeros_like(call.hidden[..., 0])
-        share[call.tokens.visual] = self.share
-        new = raised(call, share)
+        new = raised(call, pad(self.share, (0, call.hidden.shape[1] - self.share.shape[1])))
         for b, i in call.tokens.answering.nonzero().tolist():
             lookers = strongest(mass(call.p, call.tokens.visual)[b, :, i], self.head_share)
             new[b, ~lookers, i] = call.p[b, ~lookers, i]

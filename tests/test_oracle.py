@@ -236,11 +236,14 @@ def test_every_knob(patch, config):
 
 
 @pytest.mark.parametrize(("patch", "name"), [pair for pair in PAIRS if pair[1] in ("llava", "qwen2_5_vl", "gemma3")])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_pieces_one_after_the_other_on_a_cache(patch, name, side):
-    """Padding on both sides; an answer token by token, and a second turn, which is refused where a prompt must be whole."""
+@pytest.mark.parametrize("hidden", ["left", "right", "inside"])
+def test_pieces_one_after_the_other_on_a_cache(patch, name, hidden):
+    """Padding on both sides, or image tokens that nobody may read; an answer token by token, and a second turn, which is refused
+    where a prompt must be whole."""
     model, given, whole = sharp(name), double(inputs(name)), patch in ("vhr", "gift")
-    given = right_padded(given) if side == "right" else given
+    given = right_padded(given) if hidden == "right" else given
+    if hidden == "inside" and name != "qwen2_5_vl":  # which lays positions over all of an image's tokens
+        given["attention_mask"][:, (given["input_ids"] == IMAGE).all(0).nonzero()[:2]] = 0
     pieces = [torch.randint(3, 490, (2, n)) for n in ((1, 1) if whole else (1, 1, 4, 1, 1))]
     oracle, ids = Oracle(model), torch.cat([given["input_ids"], *pieces], 1)
     asked = torch.cat(

@@ -216,9 +216,10 @@ class Gift(Patch):
         rows = content.shape[1] - int(content.any(0).long().argmax())
         tail = last(call, min(rows + 1, call.q.shape[2]))
         p = row_attention(tail, tail.q.shape[2])
-        gaze = saliency(p, content[:, -(p.shape[2] - 1) :], fit(prompt.visual, call).to(p.device), self.config.head_share)
+        visual = prompt.visual & prompt.valid  # what is hidden has no share in the map
+        gaze = saliency(p, content[:, -(p.shape[2] - 1) :], fit(visual, call).to(p.device), self.config.head_share)
         first = call.place.first_key if call.place else 0  # a sliding window has lost the first keys
-        return Params(prompt.visual, question, torch.exp(self.config.alpha * pad(gaze, (first, 0))))
+        return Params(visual, question, torch.exp(self.config.alpha * pad(gaze, (first, 0))))
 
     def _words(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """Words of the question, and those of them that carry content: bool (B, S) each."""
