@@ -1,9 +1,11 @@
 # `make demo` and `make test` are all a fresh machine needs; both install into .venv first.
 PY := .venv/bin/python
 # A CUDA build where there is an NVIDIA driver, else the pinned build, which is found as a CPU wheel where one is offered.
-TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
+TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.13,torch==2.13.0)
+# What runs on the oldest versions: all that leans on a host library or on torch's compiler.
+OLDEST := compat clock coexistence compile families flash_attention guidance heads hoist inspection_vlm language_host recipe rows
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-oldest lint bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(PY) || python3 -m venv .venv
@@ -17,6 +19,15 @@ demo: .venv/installed
 test: .venv/installed
 	$(PY) -m pytest -n auto --dist worksteal
 
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	test -x .venv-oldest/bin/python || python3 -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[dev]'
+	touch $@
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n auto --dist worksteal $(OLDEST:%=tests/test_%.py)
+
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -26,4 +37,4 @@ bench: .venv/installed
 	$(PY) -m benchmarks.demo_pareto
 
 clean:
-	rm -rf .venv build dist *.egg-info demo.html
+	rm -rf .venv .venv-oldest build dist *.egg-info demo.html

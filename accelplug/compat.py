@@ -5,15 +5,22 @@ A contract is a function that raises when a host library no longer behaves as th
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import os
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+from accelplug.errors import UnsupportedError
+
+OLDEST = {"torch": "2.13", "diffusers": "0.40", "transformers": "5.17"}
 TESTED = {"torch": "2.13", "diffusers": "0.42", "transformers": "5.24"}
-"""Newest minor versions that the suite ran on; a newer one warns and works on."""
+"""The oldest and the newest minor versions that the suite runs on. Others warn, and are checked; see `require`."""
 
 ENTRY_POINTS = frozenset({"dispatch_attention_fn", "scaled_dot_product_attention"})
 """The two names by which every processor of diffusers reaches attention."""
@@ -496,19 +503,64 @@ def installed(package: str) -> str | None:
         return None
 
 
-def warn_untested(package: str) -> None:
-    """Warn when `package` is newer than what the suite ran on."""
-    found = installed(package)
-    if found and _minor(found) > _minor(TESTED[package]):
-        warnings.warn(
-            f"accelplug was tested with {package} up to {TESTED[package]}, found {found}. Run `accelplug doctor` to check "
-            "what it relies on.",
-            stacklevel=3,
+def require(library: str) -> None:
+    """Have torch and a host library keep what is relied on: checked where a version is outside of what the suite ran on.
+
+    They are checked once for each set of versions: what holds is noted in the cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``), or,
+    where that cannot be written, for this process.
+
+    Raises
+    ------
+    UnsupportedError
+        If a contract is broken.
+    """
+    found = {package: installed(package) or "" for package in ("torch", library)}
+    strange = {package: text for package, text in found.items() if text and untested(package)}
+    if not strange:
+        return
+    tested = ", ".join(f"{package} {OLDEST[package]} to {TESTED[package]}" for package in strange)
+    names = ", ".join(f"{package} {text}" for package, text in strange.items())
+    warnings.warn(
+        f"accelplug was tested with {tested}, found {names}. What it relies on is checked once; `accelplug doctor` shows it.",
+        stacklevel=3,
+    )
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    note = "-".join([*(f"{package}-{text}" for package, text in found.items()), source])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "accelplug", "contracts")
+    if note in _HELD:
+        return
+    with suppress(OSError, RuntimeError):  # no home, or no right to look
+        folder = folder.expanduser()
+        if (folder / note).exists():
+            return
+    broken = [
+        f"{promise}: {why}"
+        for promise, check in contracts()
+        if promise.partition(":")[0] in found and (why := why_broken(check)) is not None
+    ]
+    if broken:
+        raise UnsupportedError(
+            f"{names} no longer keeps what accelplug relies on. {'; '.join(broken)}. Install what was tested ({tested}), or a newer "
+            "accelplug."
         )
+    _HELD.add(note)
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / note).touch()
+
+
+_HELD: set[str] = set()
+"""Sets of versions whose contracts hold, as far as this process has seen."""
+
+
+def untested(package: str) -> bool:
+    """Whether the installed version of `package` is none that the suite ran on, by its minor version."""
+    found = installed(package)
+    return found is not None and not _minor(OLDEST[package]) <= _minor(found) <= _minor(TESTED[package])
 
 
 def _minor(text: str) -> tuple[int, int]:
-    major, minor, *_ = text.split(".")
+    major, minor, *_ = [*text.split("."), "0"]
     return int(major), int("".join(filter(str.isdigit, minor)) or 0)
 
 
@@ -567,8 +619,6 @@ def _expect(condition: object, message: str) -> None:
 
 
 def _dynamo_globals() -> None:
-    import types
-
     import torch
 
     def body(x: Any) -> Any:
@@ -594,7 +644,10 @@ def _traced_values() -> None:
         return x * number + names["y"]
 
     x = torch.ones(2, 3)
-    torch.compile(body, backend="eager", fullgraph=True)(x, {"y": x, "list": [1, None]}, 2)
+    anew = types.FunctionType(
+        body.__code__.replace(co_name="contract"), globals(), None, None, body.__closure__
+    )  # never traced
+    torch.compile(anew, backend="eager", fullgraph=True)(x, {"y": x, "list": [1, None]}, 2)
     _expect(seen.get("number") == 2, f"comptime does not tell a number: {seen}")
     for fake in (seen["x"], seen["names"]["y"]):
         _expect(

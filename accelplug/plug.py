@@ -81,7 +81,8 @@ def apply(
     RecipeError
         If the recipe cannot be read, was made for another model, or puts a patch where its step cache looks.
     UnsupportedError
-        If the model's attention cannot be swapped (linear attention), or a patch of the recipe is for other models.
+        If the model's attention cannot be swapped (linear attention), a patch of the recipe is for other models, or a library newer
+        than what accelplug was tested with no longer keeps what it relies on.
     """
     if choices is not None:
         gate, backend = _replayed(choices)
@@ -91,7 +92,7 @@ def apply(
     _require_one_of("gate", gate, ("auto", "report", "off"))
     _require_one_of("backend", backend, get_args(Backend))
     parts = _free_parts(model)
-    compat.warn_untested("transformers" if is_language_model(model) else "diffusers")
+    compat.require("transformers" if is_language_model(model) else "diffusers")
     loaded = load(recipe, model_facts(model))
     plug = Plug(
         model,

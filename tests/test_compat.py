@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import accelplug
 from accelplug import compat
+from accelplug.errors import UnsupportedError
+from tests import tiny_models
 
 CONTRACTS = dict(compat.contracts())
 ROOT = Path(compat.__file__).parents[1]
@@ -102,7 +106,60 @@ def test_a_broken_contract_is_told(monkeypatch):
     assert "lacks the parameters" in str(compat.why_broken(CONTRACTS["diffusers: dispatch_attention_fn attends as asked"]))
 
 
-def test_newer_library_warns(monkeypatch):
-    monkeypatch.setattr(compat, "installed", lambda package: "99.1.0")
-    with pytest.warns(UserWarning, match="tested with diffusers up to"):
-        compat.warn_untested("diffusers")
+@pytest.fixture
+def tomorrow(monkeypatch, tmp_path) -> list[str]:
+    """A diffusers that is newer than all that was tested, and the contracts that were checked since."""
+    checked: list[str] = []
+    of_today, why_broken = compat.installed, compat.why_broken
+    monkeypatch.setattr(compat, "installed", lambda package: "99.1.0" if package == "diffusers" else of_today(package))
+    monkeypatch.setattr(compat, "why_broken", lambda check: (checked.append(check.__name__), why_broken(check))[1])
+    monkeypatch.setattr(compat, "_HELD", set())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return checked
+
+
+def test_an_untested_version_warns_and_is_checked_once(tomorrow, monkeypatch):
+    with pytest.warns(UserWarning, match=r"tested with diffusers 0.40 to .*, found diffusers 99.1.0"):
+        compat.require("diffusers")
+    assert {"_listening", "_dynamo_globals"} <= set(tomorrow)
+    assert "_lookup" not in tomorrow, "nobody asked for transformers"
+    once = len(tomorrow)
+    monkeypatch.setattr(compat, "_HELD", set())  # as in another process
+    with pytest.warns(UserWarning, match="found diffusers 99.1.0"):
+        compat.require("diffusers")
+    assert len(tomorrow) == once
+    compat.require("transformers")  # of a version that was tested: neither warned nor checked
+    assert len(tomorrow) == once
+
+
+def test_where_the_cache_folder_cannot_be_written_a_process_checks_once(tomorrow, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="found diffusers 99.1.0"):
+            compat.require("diffusers")
+    assert len(tomorrow) == len(set(tomorrow)) > 1
+
+
+def test_a_broken_contract_is_refused_at_apply(tomorrow, monkeypatch):
+    promise = "diffusers: a hook of ours hears contexts and the end of a run, and is taken away"
+    monkeypatch.setattr(compat, "listen", lambda denoiser, name, hook: denoiser._hook_list)
+    model, _ = tiny_models.build("wan")
+    before = [set(vars(module)) for module in model.modules()]
+    wrong = pytest.raises(UnsupportedError, match=f"diffusers 99.1.0 no longer keeps.*{promise}: AttributeError.*_hook_list")
+    with pytest.warns(UserWarning, match="found diffusers 99.1.0"), wrong:
+        accelplug.apply(model, {"patch": "radial"}, gate="off")
+    assert [set(vars(module)) for module in model.modules()] == before
+
+
+def test_the_tested_versions_are_those_of_the_suite():
+    """What is promised is what runs: pyproject's bounds are the oldest set, the newest one is what this runs on or the oldest."""
+    bounds = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.M))
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    lower = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", line).groups() for line in dependencies)
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    for package, bound in lower.items():
+        assert bounds[package].startswith(bound), package
+    for package, minor in compat.OLDEST.items():
+        assert lower[package].startswith(minor), package
+        assert pinned[package].startswith(compat.TESTED[package] + "."), package
