@@ -18,7 +18,9 @@ from accelplug.errors import FallbackError, RecipeError
 from accelplug.hosts.blind import Blind
 from accelplug.kernels import spans
 from accelplug.registry import patch_class
-from tests.tiny_language_models import CLIP, IMAGE, TEXT, build, forward, generate, inputs
+from tests.test_flash_attention import kernel  # noqa: F401
+from tests.test_oracle import sharp
+from tests.tiny_language_models import CLIP, IMAGE, TEXT, build, forward, generate, held, inputs, right_padded
 
 B, H, KV, S, D = 2, 4, 2, 24, 16
 WINDOW = 9
@@ -140,6 +142,61 @@ def test_without_causality_a_query_reads_behind_itself():
     near = spans.row_attention(replace(call, place=Place(causal=False, window=3)), S) > 0
     at = torch.arange(S)
     assert torch.equal(near[0, 0], (at - at[:, None]).abs() < 3)
+
+
+VANISHING: dict[str, dict[str, Any]] = {
+    "visual_bias": {"image_weight": 1 + 1e-7, "system_weight": 1 - 1e-7},
+    "var": {
+        "move_fraction": 1e-9,
+        "sink_dims": [5, 9],
+        "sink_threshold": 0.5,
+        "min_visual_mass": 0.0,
+        "min_nonsink_ratio": 0.0,
+    },
+    "vhr": {"gain": 1 + 1e-7},
+    "gift": {"saliency_layer": 2, "enhance": [0, 4], "alpha": 1e-9},
+    "pai": {"alpha": 1e-9},
+    "imbalance": {"local_alpha": 1e-9, "summary_alpha": 1e-9},
+}
+
+
+@pytest.mark.parametrize("held_as", ["dynamic", "whole", "static"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])
+@pytest.mark.parametrize("name", ["llava_mistral", "gemma3"])
+@pytest.mark.usefixtures("kernel")
+def test_at_a_strength_near_nothing_every_patch_is_the_stock_model(name, attention, held_as):
+    """Its way through every call all the same: prompts padded on both sides, windows, and steps on every kind of cache."""
+    if (name, attention) == ("gemma3", "flash_attention_2"):
+        return  # refused by transformers
+    model = sharp(name).float()
+    config = model.config.get_text_config()
+    config._attn_implementation = attention
+    left = inputs("gemma3" if name == "gemma3" else "llava")
+    for given in (left, right_padded(left)):
+        plain = _steps(model, given, held_as)
+        for patch, settings in VANISHING.items():
+            if patch == "imbalance" and name == "gemma3":
+                continue  # whose tower has no class token
+            with accelplug.apply(model, {"patch": patch, "with": settings}, strict=True) as plug:
+                found = _steps(model, given, held_as)
+                assert plug.report().served[patch]
+            torch.testing.assert_close(found, plain, atol=3e-5, rtol=0)
+
+
+def _steps(model: Any, given: dict[str, Tensor], held_as: str) -> Tensor:
+    """Logits of a prompt's tokens and of three more, one by one, on a cache: (tokens that are no padding, vocabulary)."""
+    config, mask = model.config.get_text_config(), given["attention_mask"]
+    cache = {
+        "dynamic": lambda: hf.DynamicCache(config=config),  # which drops what has left a window
+        "whole": hf.DynamicCache,
+        "static": lambda: hf.StaticCache(config=config, max_cache_len=80),
+    }[held_as]()
+    logits = [model(**given, **held(cache)).logits[mask.bool()]]
+    for token in (21, 22, 23):
+        mask = pad(mask, (0, 1), value=1)
+        ids, at = torch.full((len(mask), 1), token), (mask.cumsum(-1) - 1)[:, -1:]
+        logits.append(model(input_ids=ids, attention_mask=mask, position_ids=at, **held(cache)).logits[:, 0])
+    return torch.cat(logits)
 
 
 # ------------------------------------------------------------------------------------------------------------- precision
