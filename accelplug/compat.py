@@ -72,32 +72,21 @@ def hook_types() -> tuple[type, type, type, type]:
 REGISTRY = "_diffusers_hook"
 """Attribute of a module that holds its hook registry."""
 
-LEFT_BEHIND = ("forward", REGISTRY, "_cache_config")
-"""Attributes that diffusers leaves on modules when a cache is disabled."""
 
-
-def listen(denoiser: Any, name: str, hook: Any) -> Callable[[], None]:
-    """Put a hook first in a denoiser's registry, without wrapping ``forward``; return what takes it away again.
-
-    First, since removing another hook relinks only what stands behind that one. A registry that was brought goes with it.
-    """
-    registry_type, *_ = hook_types()
-    brought = REGISTRY not in vars(denoiser)
-    registry: Any = registry_type.check_if_exists_or_initialize(denoiser)  # type: ignore[attr-defined]
-    order, references = registry._hook_order, registry._fn_refs
+def listen_first(registry: Any, name: str, hook: Any) -> None:
+    """Put a hook that does not wrap ``forward`` first in a registry's lists: removing another relinks only what stands behind that one."""
     hook.fn_ref = None
+    registry._hook_order.insert(0, name)
+    registry._fn_refs.insert(0, None)
     registry.hooks[name] = hook
-    order.insert(0, name)
-    references.insert(0, None)
 
-    def leave() -> None:
-        if registry.hooks.get(name) is hook:
-            index = registry._hook_order.index(name)
-            del registry.hooks[name], registry._hook_order[index], registry._fn_refs[index]
-        if brought and not registry.hooks and vars(denoiser).get(REGISTRY) is registry:
-            delattr(denoiser, REGISTRY)
 
-    return leave
+def stop_listening(names: dict[str, Any], name: str) -> None:
+    """Take back what `listen_first` did to the ``__dict__`` of a registry, however far it came."""
+    if name in names["_hook_order"]:
+        index = names["_hook_order"].index(name)
+        del names["_hook_order"][index], names["_fn_refs"][index]
+    names["hooks"].pop(name, None)
 
 
 def hooks_on(denoiser: Any) -> int:
@@ -108,6 +97,20 @@ def hooks_on(denoiser: Any) -> int:
 def step_cache(denoiser: Any) -> Any:
     """Return the config of the step cache that is on a denoiser, or None."""
     return getattr(denoiser, "_cache_config", None)
+
+
+def disable_cache(denoiser: Any, config: Any) -> None:
+    """Disable the step cache that ``enable_cache(config)`` has put on, or would have if nothing had interrupted it."""
+    if denoiser._cache_config is None:
+        denoiser._cache_config = config
+    if denoiser._cache_config is config:
+        denoiser.disable_cache()
+
+
+def left_behind(module: Any) -> tuple[str, ...]:
+    """Return attributes that diffusers leaves on a module when a cache is disabled, but for those that others' hooks need."""
+    registry = vars(module).get(REGISTRY)
+    return ("_cache_config",) if registry is not None and registry.hooks else ("forward", REGISTRY, "_cache_config")
 
 
 def guider_step(guider: Any) -> tuple[int, int] | None:
@@ -165,11 +168,6 @@ def held(module: Any, name: str) -> Any:
     return vars(module).get(name, vars(module).get("_modules", {}).get(name))
 
 
-def pre_hooks(module: Any) -> list[Any]:
-    """Return the functions that are called ahead of a module's forward."""
-    return list(module._forward_pre_hooks.values())
-
-
 def is_looked_into(module: Any) -> bool:
     """Whether somebody has hooks on a module, or a forward of their own."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
@@ -224,6 +222,22 @@ def is_fake(x: Any) -> bool:
 def times_written(x: Any) -> int:
     """Return a number that every write into a tensor raises."""
     return x._version
+
+
+_HOOKS = {
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+}
+"""Where a torch module keeps its forward hooks, and what it knows of them beside."""
+
+
+def drop_hook(names: dict[str, Any], hook: Any) -> None:
+    """Take a forward hook out of the ``__dict__`` of a torch module, if it is there."""
+    for hooks, notes in _HOOKS.items():
+        for key in [key for key, found in names[hooks].items() if found is hook]:
+            for note in notes:
+                names[note].pop(key, None)
+            del names[hooks][key]
 
 
 def traced_value(ctx: Any, name: str) -> Any:
@@ -395,6 +409,12 @@ def position_offset(base: Any) -> Any:
     return getattr(base, "rope_deltas", None)
 
 
+def set_position_offset(base: Any, offset: Any) -> None:
+    """Set a base model's own `position_offset`, where its forward writes one."""
+    if hasattr(base, "rope_deltas"):
+        base.rope_deltas = offset
+
+
 @contextmanager
 def positions_kept(base: Any) -> Iterator[None]:
     """Leave a base model's own `position_offset`, which its forward writes, as it was."""
@@ -402,8 +422,7 @@ def positions_kept(base: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if hasattr(base, "rope_deltas"):
-            base.rope_deltas = before
+        set_position_offset(base, before)
 
 
 ORIGIN = "_name_or_path"
@@ -687,8 +706,13 @@ def _hooks_and_writes() -> None:
     for register in (module.register_forward_hook, module.register_forward_pre_hook):
         with register(repr):
             _expect(is_looked_into(module), "a hook on a module is in neither _forward_hooks nor _forward_pre_hooks")
-    with module.register_forward_pre_hook(repr):
-        _expect(pre_hooks(module) == [repr], "_forward_pre_hooks does not hold a hook")
+    tables = {name for hooks, notes in _HOOKS.items() for name in (hooks, *notes)}
+    module.register_forward_pre_hook(repr, with_kwargs=True)
+    module.register_forward_hook(repr, with_kwargs=True, always_call=True)
+    filled = {name for name, value in vars(module).items() if isinstance(value, dict) and value and "forward" in name}
+    _expect(filled == tables, f"hooks stand in {sorted(filled)}, expected {sorted(tables)}")
+    drop_hook(vars(module), repr)
+    _expect(not any(vars(module)[name] for name in tables), "a dropped hook leaves something behind")
     _expect(held(torch.nn.ModuleDict({"inner": module}), "inner") is module, "a submodule is not in _modules")
     before = times_written(x)
     x += 1
@@ -780,7 +804,7 @@ def _pipeline(denoiser: Any = None) -> Any:
 
 
 def _listening() -> None:
-    _, hook_type, manager_type, state_type = hook_types()
+    registry_type, hook_type, manager_type, state_type = hook_types()
     heard: list[Any] = []
 
     class Manager(manager_type):  # type: ignore[misc, valid-type]
@@ -800,17 +824,21 @@ def _listening() -> None:
 
     denoiser = _tiny_denoiser()
     before = set(vars(denoiser))
-    leave = listen(denoiser, "accelplug_contract", Hook())
-    registry = vars(denoiser).get(REGISTRY)
-    _expect(registry is not None, f"HookRegistry.check_if_exists_or_initialize leaves no {REGISTRY}")
+    registry: Any = registry_type(denoiser)
+    setattr(denoiser, REGISTRY, registry)
+    listen_first(registry, "accelplug_contract", Hook())
+    found = registry_type.check_if_exists_or_initialize(denoiser)  # type: ignore[attr-defined]
+    _expect(found is registry, f"HookRegistry.check_if_exists_or_initialize does not look for {REGISTRY}")
     registry.register_hook(hook_type(), "accelplug_behind")
     _denoise(denoiser, "cond")
     _expect(heard == ["cond", None], f"cache_context is heard as {heard}: stateful hooks are not those with _is_stateful")
     _pipeline(denoiser).maybe_free_model_hooks()
     _expect(heard[2:] == ["reset"], "the end of a pipeline's run does not reset the hooks of its denoiser")
     registry.remove_hook("accelplug_behind", recurse=False)
-    leave()
-    _expect(set(vars(denoiser)) - before <= set(LEFT_BEHIND), f"a hook leaves {sorted(set(vars(denoiser)) - before)} behind")
+    stop_listening(vars(registry), "accelplug_contract")
+    _expect(not registry.hooks, "a hook that was taken away is still in the registry")
+    left = set(vars(denoiser)) - before
+    _expect(left <= set(left_behind(denoiser)), f"a hook leaves {sorted(left)} behind")
     _denoise(denoiser, "cond")
     _expect(len(heard) == 3, "a hook that was taken out of _hook_order still hears")
 
@@ -824,11 +852,12 @@ def _step_caches() -> None:
         denoiser.enable_cache(config)
         _expect(step_cache(denoiser) is config, "the config of a step cache is not at _cache_config")
         _expect(hooks_on(denoiser) > 0, f"a step cache puts no hooks where {REGISTRY} is")
-        denoiser.disable_cache()
+        disable_cache(denoiser, config)
         _expect(step_cache(denoiser) is None, "_cache_config of a step cache that is off is not None")
         _expect(hooks_on(denoiser) == 0, "a step cache that is off leaves hooks")
-        left = {name for module, names in before.items() for name in set(vars(module)) - names}
-        _expect(left <= set(LEFT_BEHIND), f"a step cache leaves {sorted(left)} behind, expected no more than {LEFT_BEHIND}")
+        for module, names in before.items():
+            left = set(vars(module)) - names
+            _expect(left <= set(left_behind(module)), f"a step cache leaves {sorted(left)} behind")
 
 
 def _mag_calibration() -> None:
@@ -996,7 +1025,8 @@ def _positions() -> None:
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2}
     model = Qwen2VLModel(Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=7)).eval()
     ids = torch.tensor([[1, 2, 7, 3]])
-    with positions_kept(model), torch.no_grad():
+    with torch.no_grad():
         model(input_ids=ids, mm_token_type_ids=(ids == 7).int(), image_grid_thw=torch.tensor([[1, 2, 2]]))
-        _expect(position_offset(model) is not None, "a forward of Qwen2VLModel does not write rope_deltas")
+    _expect(position_offset(model) is not None, "a forward of Qwen2VLModel does not write rope_deltas")
+    set_position_offset(model, None)
     _expect(position_offset(model) is None, "rope_deltas was not given back")

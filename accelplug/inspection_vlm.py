@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from accelplug.hosts.blind import Blind
 from accelplug.hosts.ledger import Ledger
 from accelplug.hosts.record import DENSE
 from accelplug.hosts.transformers import AttentionRecord, LanguageHost, attention_modules, watching
+from accelplug.hosts.undo import Undo
 from accelplug.inspection import recipes_for
 from accelplug.kernels.spans import on_spans, probabilities, read_rows, row_scores
 from accelplug.patches.heads.var import MASSIVE, normalised
@@ -339,15 +341,13 @@ def inspect_vlm(model: Any, inputs: Mapping[str, Any]) -> VlmInspection:
         )
     base, watch = host.base, _Watch()
     inputs = {key: x.to(model.device) if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
-    with compat.positions_kept(base), torch.no_grad():
-        try:
-            host.install()
-            with watching(watch):
-                base(**inputs, use_cache=False)
-            prompt = watch.checked(name)
-            blind = Blind(base, host.decoder, prompt, dict(inputs))
-        finally:
-            host.remove()
+    with Undo() as undo, torch.no_grad():
+        undo.add(partial(compat.set_position_offset, base, compat.position_offset(base)))
+        host.install(undo)
+        with watching(watch):
+            base(**inputs, use_cache=False)
+        prompt = watch.checked(name)
+        blind = Blind(base, host.decoder, prompt, dict(inputs), undo)
     attention = compat.attention_name(host.records[0].config)
     return watch.result(name, attention, host.family, blind, inputs, base.config)
 

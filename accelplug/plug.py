@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from accelplug.hosts.gate import Gate, Verdict
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import DENSE, Choice
 from accelplug.hosts.transformers import LanguageHost, is_language_model
+from accelplug.hosts.undo import Undo
 from accelplug.kernels.attention import Backend
 from accelplug.recipe import ModelFacts, Recipe, Rule, load
 from accelplug.registry import patch_class, patch_entry
@@ -37,6 +39,11 @@ if TYPE_CHECKING:
     from accelplug.patches.base import Patch
 
 logger = logging.getLogger("accelplug")
+
+MARK = "_accelplug_on"
+"""Attribute of a model and of its parts that a recipe is on: the `Plug`."""
+_LOCK = threading.RLock()
+"""Held while a recipe goes on or off."""
 
 
 def apply(
@@ -91,22 +98,22 @@ def apply(
         backend = "first" if backend == "auto" else backend  # not what another plug of this process has measured either
     _require_one_of("gate", gate, ("auto", "report", "off"))
     _require_one_of("backend", backend, get_args(Backend))
-    parts = _free_parts(model)
-    compat.require("transformers" if is_language_model(model) else "diffusers")
-    loaded = load(recipe, model_facts(model))
-    plug = Plug(
-        model,
-        loaded,
-        parts,
-        strict=strict,
-        gate=gate,
-        backend=backend,
-        measure=not deterministic,
-        choices=choices,
-        processor=processor,
-    )
-    plug._install()
-    logger.info("%s", plug.summary())
+    with _LOCK:
+        parts = _free_parts(model)
+        compat.require("transformers" if is_language_model(model) else "diffusers")
+        loaded = load(recipe, model_facts(model))
+        plug = Plug(
+            model,
+            loaded,
+            parts,
+            strict=strict,
+            gate=gate,
+            backend=backend,
+            measure=not deterministic,
+            choices=choices,
+            processor=processor,
+        )
+        plug._install()
     return plug
 
 
@@ -132,8 +139,9 @@ def watch(model: Any, patch: Patch) -> Plug:
     AlreadyAppliedError
         If a recipe is on one of the model's denoisers.
     """
-    watching = _Watch(model, _free_parts(model), patch)
-    watching._install()
+    with _LOCK:
+        watching = _Watch(model, _free_parts(model), patch)
+        watching._install()
     return watching
 
 
@@ -148,20 +156,17 @@ def remove(model: Any) -> None:
     if isinstance(model, Plug):
         model.remove()
         return
-    plugs = {id(on): on for part in _parts(model).values() if (on := plug_of(part))}
+    marked = [model, *(() if plug_of(model) else _parts(model).values())]
+    plugs = {id(on): on for place in marked if (on := plug_of(place))}
     if not plugs:
         raise NoMatchError(f"No recipe is on this {type(model).__name__}; nothing to remove.")
     for on in plugs.values():
         on.remove()
 
 
-def plug_of(part: Any) -> Plug | None:
-    """Return the plug that is on a denoiser, or on the base model of a language model, or None."""
-    for hook in compat.pre_hooks(part):
-        host = getattr(hook, "__self__", None)
-        if isinstance(host, DenoiserHost | LanguageHost) and host.root is part:
-            return host.owner
-    return None
+def plug_of(place: Any) -> Plug | None:
+    """Return the plug that is on a model, on a denoiser, or on the base model of a language model, or None."""
+    return getattr(place, "__dict__", {}).get(MARK)
 
 
 def model_facts(model: Any) -> ModelFacts:
@@ -200,8 +205,8 @@ def _parts(model: Any) -> dict[str, Any]:
 def _free_parts(model: Any) -> dict[str, Any]:
     """The modules that a recipe goes on, if none is on them."""
     parts = _parts(model)
-    for name, part in parts.items():
-        if (on := plug_of(part)) is not None:
+    for name, place in {**parts, type(model).__name__: model}.items():
+        if (on := plug_of(place)) is not None:
             raise AlreadyAppliedError(
                 f"{on.recipe.name} is on this model's {name} already. Remove it first: accelplug.remove(model) or plug.remove()."
             )
@@ -225,7 +230,7 @@ class Plug(AbstractContextManager["Plug"]):
         processor: Any = None,
     ) -> None:
         self.recipe = recipe
-        self.active = False
+        self._undo = Undo()
         self._model = weakref.ref(model)
         self._backend = backend
         self._processor = processor
@@ -328,24 +333,29 @@ class Plug(AbstractContextManager["Plug"]):
 
     def _install(self) -> None:
         try:
+            for place in [self._model(), *(host.root for host in self._hosts)]:
+                if plug_of(place) is None:  # first on, last off: whatever happens between, `remove` finds us by it
+                    self._undo.put(place, MARK, self)
             for host in self._hosts:
-                host.install()
+                host.install(self._undo)
             if self._caches is not None:
-                self._caches.install()
+                self._caches.install(self._undo)
+            logger.info("%s", self.summary())
         except BaseException:
             self.remove()
             raise
-        self.active = True
 
     # ------------------------------------------------------------------------------------------------------ public
 
     def remove(self) -> None:
-        """Give the model back as it was. A second call does nothing."""
-        if self._caches is not None:
-            self._caches.remove()
-        for host in self._hosts:
-            host.remove()
-        self.active = False
+        """Give the model back as it was. A second call does nothing, or finishes what an interrupt has cut short."""
+        with _LOCK:
+            self._undo.run()
+
+    @property
+    def active(self) -> bool:
+        """Whether it is on a model."""
+        return bool(self._undo)
 
     def __enter__(self) -> Plug:
         return self

@@ -60,6 +60,7 @@ def decay(model: Any, processor: Any, shown: list, prompt: str) -> list[float]:
     from accelplug.hosts.ledger import Ledger
     from accelplug.hosts.record import DENSE
     from accelplug.hosts.transformers import LanguageHost, watching
+    from accelplug.hosts.undo import Undo
     from accelplug.kernels.spans import fit, row_attention
 
     given = processor(text=[prompt] * len(shown), images=shown, padding=True, return_tensors="pt")
@@ -73,12 +74,9 @@ def decay(model: Any, processor: Any, shown: list, prompt: str) -> list[float]:
         p = row_attention(call)[:, :, -1]
         masses[step].append(float((p * fit(prompt.visual, call)[:, None]).sum(-1).mean()))
 
-    host.install()
-    try:
-        with watching(watch), torch.no_grad():
-            model.generate(**given, max_new_tokens=48, do_sample=False)
-    finally:
-        host.remove()
+    with Undo() as undo, watching(watch), torch.no_grad():
+        host.install(undo)
+        model.generate(**given, max_new_tokens=48, do_sample=False)
     by_step = [np.mean(found) for found in masses if found]
     return [round(float(np.mean(by_step[i : i + 8])), 3) for i in range(0, len(by_step), 8)]
 

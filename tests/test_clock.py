@@ -11,6 +11,7 @@ from diffusers.hooks.hooks import CacheContext
 
 from accelplug.call import Clock
 from accelplug.hosts.clock import HOOK, Ear, StepClock
+from accelplug.hosts.undo import Undo
 
 
 class Pipe(SimpleNamespace):
@@ -98,15 +99,18 @@ def test_the_ear_lives_with_other_hooks_in_any_order(ours_first, remove_ours_fir
     x = torch.ones(1, 2)
     plain, before = module(x), set(vars(module))
     heard = []
-    ear = Ear(module, heard.append, lambda: heard.append("reset")) if ours_first else None
+    undo, ear = Undo(), Ear(module, heard.append, lambda: heard.append("reset"))
+    if ours_first:
+        ear.install(undo)
     registry = HookRegistry.check_if_exists_or_initialize(module)
     registry.register_hook(Double(), "double")
-    ear = ear or Ear(module, heard.append, lambda: heard.append("reset"))
+    if not ours_first:
+        ear.install(undo)
     assert torch.equal(module(x), 2 * plain)
     registry.reset_stateful_hooks()
     assert heard == ["reset"]
     for remove_ours in (True, False) if remove_ours_first else (False, True):
-        ear.remove() if remove_ours else registry.remove_hook("double", recurse=False)
+        undo.run() if remove_ours else registry.remove_hook("double", recurse=False)
     assert torch.equal(module(x), plain)
     assert HOOK not in registry.hooks
     assert set(vars(module)) - before <= {"forward", "_diffusers_hook"}  # diffusers leaves these of its own hook
@@ -115,5 +119,7 @@ def test_the_ear_lives_with_other_hooks_in_any_order(ours_first, remove_ours_fir
 def test_the_ear_alone_leaves_nothing():
     module = torch.nn.Linear(2, 2)
     before = set(vars(module))
-    Ear(module, print, print).remove()
+    with Undo() as undo:
+        Ear(module, print, print).install(undo)
+        assert "_diffusers_hook" in vars(module)
     assert set(vars(module)) == before

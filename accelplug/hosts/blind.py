@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from accelplug import compat
 from accelplug.call import Prompt
+from accelplug.hosts.undo import Undo
 
 
 class Blind:
@@ -24,9 +26,10 @@ class Blind:
     base : the base model, which embeds tokens; `decoder` its decoder, which has ``layers``.
     prompt : the sequences with images.
     inputs : arguments of the base model's forward.
+    undo : journal of the changes of the model, in which those of the reading are noted while it lasts.
     """
 
-    def __init__(self, base: Any, decoder: Any, prompt: Prompt, inputs: dict[str, Any]) -> None:
+    def __init__(self, base: Any, decoder: Any, prompt: Prompt, inputs: dict[str, Any], undo: Undo) -> None:
         from accelplug.hosts.transformers import RUN, Run
 
         self._key, self._run = RUN, Run
@@ -35,16 +38,11 @@ class Blind:
         self._hidden: dict[int, Tensor] = {}
         self._heads: dict[int, Tensor] = {}
         self._front = len(self._layers)  # layers before this one have been run with the gains that were set
-        handles = [
-            layer.register_forward_pre_hook(self._recorder(index), with_kwargs=True)
-            for index, layer in enumerate(self._layers)
-        ]
-        try:
-            with compat.positions_kept(base):
-                base(**self._inputs(prompt, inputs), use_cache=False, **{RUN: Run(companion=self._note)})
-        finally:
-            for handle in handles:
-                handle.remove()
+        with Undo(within=undo) as own:
+            own.add(partial(compat.set_position_offset, base, compat.position_offset(base)))
+            for index, layer in enumerate(self._layers):
+                own.hook(layer, "register_forward_pre_hook", self._recorder(index), with_kwargs=True)
+            base(**self._inputs(prompt, inputs), use_cache=False, **{RUN: Run(companion=self._note)})
 
     @staticmethod
     def _inputs(prompt: Prompt, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,14 @@ others stay dense, or its threshold would judge the patch's error (``Recipe`` re
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from accelplug import compat
 from accelplug.errors import UnsupportedError
 from accelplug.hosts.clock import StepClock
+from accelplug.hosts.undo import Undo
 
 CONFIGS = {"first_block": "FirstBlockCacheConfig", "mag": "MagCacheConfig", "taylorseer": "TaylorSeerCacheConfig"}
 
@@ -32,10 +35,9 @@ class StepCaches:
         self, parts: Mapping[str, Any], kind: str, settings: Mapping[str, Any], clock: StepClock | None = None
     ) -> None:
         self.parts, self.kind, self.settings, self.clock = dict(parts), kind, dict(settings), clock
-        self._handles: list[Any] = []
-        self._before: dict[Any, set[str]] = {}
+        self._own = Undo()
 
-    def install(self) -> None:
+    def install(self, undo: Undo) -> None:
         """Enable the cache on every denoiser.
 
         Raises
@@ -55,18 +57,18 @@ class StepCaches:
                     f"{name} has {type(compat.step_cache(part)).__name__} on already, and diffusers allows one cache a model. "
                     "Disable it first: pipe.transformer.disable_cache()."
                 )
-        self._before = {module: set(vars(module)) for part in self.parts.values() for module in part.modules()}
         try:
             for name, part in self.parts.items():
-                hooked = compat.hooks_on(part)
-                part.enable_cache(getattr(diffusers, CONFIGS[self.kind])(**self.settings))
+                hooked, config = compat.hooks_on(part), getattr(diffusers, CONFIGS[self.kind])(**self.settings)
+                undo.add(partial(_disable, part, config, {module: set(vars(module)) for module in part.modules()}))
+                part.enable_cache(config)
                 if compat.hooks_on(part) == hooked:
                     raise ValueError(f"it finds no module of {name} to hook")
         except (TypeError, ValueError) as error:
-            self.remove()
             raise UnsupportedError(f"diffusers refuses the cache {self.kind} with {self.settings}: {error}") from error
         if self.clock is not None and "num_inference_steps" in self.settings:
-            self._handles = [part.register_forward_pre_hook(self._require_its_steps) for part in self.parts.values()]
+            for part in self.parts.values():
+                undo.hook(part, "register_forward_pre_hook", self._require_its_steps)
 
     def _require_its_steps(self, part: Any, args: Any) -> None:
         """MagCache counts steps, and starts anew at the number it was told: in a longer run it would skip by the wrong ratios."""
@@ -77,22 +79,20 @@ class StepCaches:
                 "tune again with as many as you need."
             )
 
-    def remove(self) -> None:
-        """Disable it, and take away what diffusers leaves behind. A second call does nothing."""
-        for part in self.parts.values():
-            if self._before and part.is_cache_enabled:
-                part.disable_cache()
-        for module, names in self._before.items():
-            for name in compat.LEFT_BEHIND:
-                if name not in names:
-                    vars(module).pop(name, None)
-        self._before = {}
-        for handle in self._handles:
-            handle.remove()
-
     def __enter__(self) -> StepCaches:
-        self.install()
+        with ExitStack() as stack:
+            self.install(stack.enter_context(self._own))
+            stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.remove()
+        self._own.run()
+
+
+def _disable(part: Any, config: Any, before: Mapping[Any, set[str]]) -> None:
+    """Disable a cache that was enabled in full or in part, and take away what diffusers leaves behind."""
+    compat.disable_cache(part, config)
+    for module, names in before.items():
+        for name in compat.left_behind(module):
+            if name not in names:
+                vars(module).pop(name, None)

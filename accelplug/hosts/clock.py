@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 from accelplug import compat
 from accelplug.call import Clock
+from accelplug.hosts.undo import Undo
 
 HOOK = "accelplug"
 """Name of our hook in a denoiser's registry."""
@@ -75,14 +77,11 @@ class Ear:
     """Listens for cache contexts and for the end of a run, in the denoiser's own hook registry, without wrapping ``forward``."""
 
     def __init__(self, denoiser: Any, on_context: Any, on_reset: Any) -> None:
-        _, hook_type, manager_type, state_type = compat.hook_types()
+        self._registry_type, hook_type, manager_type, state_type = compat.hook_types()
 
         class Manager(manager_type):  # type: ignore[misc, valid-type]
             def set_context(self, context: Any) -> None:
                 on_context(context)
-
-            def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-                return manager_type(state_type)
 
         class Hook(hook_type):  # type: ignore[misc, valid-type]
             _is_stateful = True
@@ -95,8 +94,19 @@ class Ear:
                 on_reset()
                 return module
 
-            def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-                return hook_type()
+        self._denoiser, self._hook = denoiser, Hook()
 
-        self.remove = compat.listen(denoiser, HOOK, Hook())
-        """Leave the registry as it was."""
+    def install(self, undo: Undo) -> None:
+        """Begin to listen. A registry that was not there before goes with us, unless others have come to use it."""
+        if compat.REGISTRY not in vars(self._denoiser):
+            brought = self._registry_type(self._denoiser)
+            undo.touch(self._denoiser, partial(_drop_empty, registry=brought))
+            vars(self._denoiser)[compat.REGISTRY] = brought
+        registry = vars(self._denoiser)[compat.REGISTRY]
+        undo.touch(registry, partial(compat.stop_listening, name=HOOK))
+        compat.listen_first(registry, HOOK, self._hook)
+
+
+def _drop_empty(names: dict[str, Any], registry: Any) -> None:
+    if not set(registry.hooks) - {HOOK} and names.get(compat.REGISTRY) is registry:
+        del names[compat.REGISTRY]

@@ -26,6 +26,7 @@ from accelplug.hosts.hoist import Hoist
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import DENSE, Choice, Decide
 from accelplug.hosts.ulysses import Gathered
+from accelplug.hosts.undo import Undo
 
 if TYPE_CHECKING:
     from accelplug.kernels.orders import Tiles
@@ -115,9 +116,6 @@ class SiteRecord:
         self.patch = choice.patch if params is not None else None
         self.length = layout.length if layout else -1
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A deep copy of a patched pipe is a stock pipe."""
-
 
 @dataclass(eq=False)
 class Region:
@@ -168,8 +166,6 @@ class DenoiserHost:
         self.records = self._records()
         self.regions = self._regions()
         self.hoist = Hoist(denoiser, self.family.any_order, self.records, self._answers, ledger)
-        self._handles: list[Any] = []
-        self._ear: Ear | None = None
         self._forwards = 0
 
     # ------------------------------------------------------------------------------------------------- in and out
@@ -207,36 +203,19 @@ class DenoiserHost:
                 regions[owner].records.append(record)
         return [region for region in regions.values() if region.records]
 
-    def install(self) -> None:
-        """Put records, hooks and the ear in place."""
+    def install(self, undo: Undo) -> None:
+        """Put records, the ear and hooks in place; `undo` restores what is then still ours."""
+        undo.add(self.reset)
         for record in self.records:
-            record.original = rebind.rebind(record.module, record)
-        self._handles.append(self.denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-        self._handles.append(self.denoiser.register_forward_hook(self._after_forward))
-        self._handles.append(self.denoiser.register_forward_hook(self._leave_forward, always_call=True))
+            record.original = rebind.rebind(record.module, record, undo)
+        undo.add(self.hoist.end)
+        Ear(self.denoiser, self._hear, self.reset).install(undo)
         if self.family.level:
             for region in (region for region in self.regions if region.path):
-                hook = _RegionHook(self, region)
-                self._handles.append(region.module.register_forward_pre_hook(hook, with_kwargs=True))
-        self._ear = Ear(self.denoiser, self._hear, self.reset)
-
-    def remove(self) -> None:
-        """Undo `install`, restoring only what is still ours."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.hoist.end()
-        for record in self.records:
-            if record.original is not None:
-                rebind.restore(record.module, record, record.original)
-        if self._ear is not None:
-            self._ear.remove()
-            self._ear = None
-        self.reset()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserHost:
-        """Hooks of a deep-copied denoiser still lead here, where they are seen not to be ours."""
-        return self
+                undo.hook(region.module, "register_forward_pre_hook", _RegionHook(self, region), with_kwargs=True)
+        undo.hook(self.denoiser, "register_forward_hook", self._leave_forward, always_call=True)
+        undo.hook(self.denoiser, "register_forward_hook", self._after_forward)
+        undo.hook(self.denoiser, "register_forward_pre_hook", self._before_forward, with_kwargs=True)
 
     def reset(self) -> None:
         """Forget the state of a run."""
@@ -594,19 +573,16 @@ class DenoiserHost:
 
 
 class _RegionHook:
-    """Pre-hook of one resolution of a UNet. Deep copies of it do nothing."""
+    """Pre-hook of one resolution of a UNet."""
 
-    def __init__(self, host: DenoiserHost | None, region: Region | None) -> None:
+    def __init__(self, host: DenoiserHost, region: Region) -> None:
         self.host, self.region = host, region
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.host is None or self.region is None or module is not self.region.module or torch.compiler.is_compiling():
+        if module is not self.region.module or torch.compiler.is_compiling():
             return
         inputs = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
         self.host.enter(self.region, inputs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _RegionHook:
-        return _RegionHook(None, None)
 
 
 def _settle_at_trace(ctx: Any) -> None:

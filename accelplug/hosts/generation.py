@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.families import pixels
 from accelplug.families.vlm import Vlm, token_grid
+from accelplug.hosts.undo import Undo
 from accelplug.patches.base import Tools
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ class Generation:
 
     def __init__(self, host: LanguageHost, patches: tuple[GenerationPatch, ...], processor: Any) -> None:
         self.host, self.patches, self.processor = host, patches, processor
-        self._wrapped: _Generate | None = None
 
     def tools(self) -> Tools:
         """Return what patches are lent."""
@@ -51,20 +50,14 @@ class Generation:
             stock,
         )
 
-    def install(self) -> None:
+    def install(self, undo: Undo) -> None:
         """Put the wrapper in place, if there is anything to wrap with."""
         if self.patches:
-            self._wrapped = vars(self.host.model)["generate"] = _Generate(self, self.host.model.generate)
-
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        if self._wrapped is not None and vars(self.host.model).get("generate") is self._wrapped:
-            del vars(self.host.model)["generate"]
-        self._wrapped = None
+            undo.put(self.host.model, "generate", _Generate(self, self.host.model.generate))
 
 
 class _Generate:
-    """Stands in for ``generate``. A copied or pickled model gets the plain method."""
+    """Stands in for ``generate``."""
 
     def __init__(self, generation: Generation, own: Any) -> None:
         functools.update_wrapper(self, own)
@@ -86,13 +79,6 @@ class _Generate:
             return call(**inputs)
         finally:
             _INSIDE.reset(token)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        model = memo.get(id(self._generation.host.model), self._generation.host.model)
-        return types.MethodType(type(model).generate, model)
-
-    def __reduce__(self) -> tuple:
-        return getattr, (self._generation.host.model, "generate")
 
 
 def _through(patch: GenerationPatch, generation: Generation, call: Any, **inputs: Any) -> Any:

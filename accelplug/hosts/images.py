@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from accelplug import compat
 from accelplug.errors import UnsupportedError
+from accelplug.hosts.undo import Undo
 
 METHOD = "get_image_features"
 
@@ -28,18 +28,11 @@ class ImageEncoder:
     def __init__(self, base: Any) -> None:
         self._base = base
         self._own = getattr(base, METHOD, None)
-        self._listener: _Listener | None = None
 
-    def install(self) -> None:
+    def install(self, undo: Undo) -> None:
         """Begin to listen."""
         if self._own is not None and METHOD not in vars(self._base):
-            self._listener = vars(self._base)[METHOD] = _Listener(self._base, self._own)
-
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        if self._listener is not None and vars(self._base).get(METHOD) is self._listener:
-            del vars(self._base)[METHOD]
-        self._listener = None
+            undo.put(self._base, METHOD, _Listener(self._base, self._own))
 
     @staticmethod
     def take() -> list[int]:
@@ -50,7 +43,7 @@ class ImageEncoder:
 
 
 class _Listener:
-    """Calls the encoder and notes how many tokens came of each image. A copied or pickled model gets the plain method."""
+    """Calls the encoder and notes how many tokens came of each image."""
 
     def __init__(self, base: Any, own: Any) -> None:
         functools.update_wrapper(self, own)
@@ -68,13 +61,6 @@ class _Listener:
             sizes = ()
         _SIZES.set(sizes)
         return out
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        base = memo.get(id(self._base), self._base)
-        return types.MethodType(getattr(type(base), METHOD), base)
-
-    def __reduce__(self) -> tuple:
-        return getattr, (self._base, METHOD)
 
 
 _MAPS: ContextVar[dict[str, Tensor]] = ContextVar("accelplug_vision")
@@ -100,18 +86,11 @@ class VisionTower:
             )
         self._records = [_VisionRecord("first", modules[0]), _VisionRecord("late", modules[-2])]
 
-    def install(self) -> None:
+    def install(self, undo: Undo) -> None:
         """Enter both layers."""
         for record in self._records:
-            record.module._accelplug = record
-            record.module.config = compat.config_view(record.config, compat.ATTENTION)
-
-    def remove(self) -> None:
-        """Leave them as they were."""
-        for record in self._records:
-            if vars(record.module).get("_accelplug") is record:
-                del record.module._accelplug
-                record.module.config = record.config
+            undo.put(record.module, "_accelplug", record)
+            undo.put(record.module, "config", compat.config_view(record.config, compat.ATTENTION))
 
     @staticmethod
     def take(visual: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -165,13 +144,3 @@ class _VisionRecord:
             _MAPS.set({**_MAPS.get({}), self.key: scores.softmax(-1)[:, :, 0, 1:].sum(1)})
         base = compat.attention_function(name, type(module))
         return base(compat.seen_by(name, module, self.config), q, k, v, mask, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A deep copy of a patched model is a stock model."""
-
-    def __reduce__(self) -> tuple:
-        return _nothing, ()
-
-
-def _nothing() -> None:
-    """What a record becomes in a pickled model."""

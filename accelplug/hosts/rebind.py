@@ -12,7 +12,7 @@ import functools
 import inspect
 import threading
 import types
-from collections import Counter
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from accelplug import compat
 from accelplug.hosts import ulysses
 from accelplug.hosts.ulysses import Gathered
+from accelplug.hosts.undo import Undo
 
 RECORD = "_accelplug"
 """Attribute of an attention module that holds its `Record` while a plug is on."""
@@ -64,14 +65,15 @@ def can_rebind(processor: object) -> bool:
     return isinstance(call, types.FunctionType) and bool(_dispatching_names(call))
 
 
-def rebind(attention: Any, record: Record) -> Any:
+def rebind(attention: Any, record: Record, undo: Undo) -> Any:
     """Set a re-bound copy of `attention`'s processor on it, and `record` beside; return the original processor."""
     original = attention.processor
     rebound = copy.copy(original)
     object.__setattr__(rebound, "__class__", _subclass_of(original))
-    setattr(attention, RECORD, record)
+    undo.put(attention, RECORD, record)
+    undo.add(functools.partial(_restore, attention, record, original))
+    _register(type(rebound), type(original), record)
     attention.processor = rebound
-    _register(type(rebound), type(original))
     return original
 
 
@@ -80,32 +82,36 @@ def is_rebound(attention: Any, record: Record) -> bool:
     return attention.__dict__.get(RECORD) is record and hasattr(type(attention.processor), "stock")
 
 
-def restore(attention: Any, record: Record, original: Any) -> None:
+def _restore(attention: Any, record: Record, original: Any) -> None:
     """Undo `rebind`. A processor that somebody else set since is left alone; what was set on ours (backend, parallelism) is kept."""
     if is_rebound(attention, record):
         vars(original).update(vars(attention.processor))
         attention.processor = original
-    if attention.__dict__.get(RECORD) is record:
-        delattr(attention, RECORD)
-        _unregister(_subclass_of(original))
+    _unregister(_subclass_of(original), record)
 
 
-_users: Counter[type] = Counter()
+_users: dict[type, weakref.WeakSet[Any]] = {}
+"""By re-bound class, the records whose modules run it."""
+_lock = threading.Lock()
 
 
-def _register(subclass: type, stock: type) -> None:
+def _register(subclass: type, stock: type, record: Record) -> None:
     """Let layer skipping and PAG, which look processors up by exact class, know a re-bound class while it is in use."""
     metadata = compat.processor_metadata()
-    if stock in metadata:
-        metadata[subclass] = metadata[stock]
-    _users[subclass] += 1
+    with _lock:
+        _users.setdefault(subclass, weakref.WeakSet()).add(record)
+        if stock in metadata:
+            metadata[subclass] = metadata[stock]
 
 
-def _unregister(subclass: type) -> None:
-    _users[subclass] -= 1
-    if not _users[subclass]:
-        del _users[subclass]
-        compat.processor_metadata().pop(subclass, None)
+def _unregister(subclass: type, record: Record) -> None:
+    metadata = compat.processor_metadata()
+    with _lock:
+        users = _users.get(subclass, weakref.WeakSet())
+        users.discard(record)
+        if not users:
+            _users.pop(subclass, None)
+            metadata.pop(subclass, None)
 
 
 def _dispatch(

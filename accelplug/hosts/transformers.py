@@ -34,6 +34,7 @@ from accelplug.hosts.generation import Generation
 from accelplug.hosts.images import ImageEncoder, VisionTower
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import Choice, Decide
+from accelplug.hosts.undo import Undo
 
 if TYPE_CHECKING:
     from accelplug.patches.base import GenerationPatch
@@ -55,7 +56,8 @@ _ASKED: ContextVar[Rows] = ContextVar("accelplug_asked", default=1)
 """What the model was asked for: logits of the last so many tokens, or of those in a bool (1|B, S)."""
 _WATCH: ContextVar[Watch | None] = ContextVar("accelplug_watch", default=None)
 _STOCK: ContextVar[bool] = ContextVar("accelplug_stock", default=False)
-_users = 0
+_users: WeakSet[LanguageHost] = WeakSet()
+"""Hosts for which our attention function stands in transformers' table."""
 _lock = threading.Lock()
 
 
@@ -238,12 +240,6 @@ class AttentionRecord:
         """Whether the model adds nothing of its own to the scores."""
         return all(kwargs.get(name) is None for name in ("s_aux", "softcap", "position_bias"))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A deep copy of a patched model is a stock model."""
-
-    def __reduce__(self) -> tuple:
-        return _nothing, ()
-
 
 @contextmanager
 def watching(watch: Watch) -> Iterator[None]:
@@ -268,10 +264,6 @@ def stock() -> Iterator[None]:
 def _as_it_is(record: AttentionRecord, out: Tensor) -> Tensor:
     """What stands in for patches in the stock model's forwards."""
     return out
-
-
-def _nothing(*_: Any) -> None:
-    """What records and hooks become in a pickled model."""
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -333,8 +325,7 @@ class LanguageHost:
         self.images = ImageEncoder(self.base)
         self.tower = VisionTower(self.base) if "vision_attention" in self.needs else None
         self.streams: WeakSet[Any] = WeakSet()
-        self._handles: list[Any] = []
-        self._registered = False
+        self.undo = Undo()
 
     def _records(self, decide: Decide) -> list[AttentionRecord]:
         modules = list(attention_modules(self.decoder))
@@ -362,73 +353,53 @@ class LanguageHost:
 
     # ------------------------------------------------------------------------------------------------- in and out
 
-    def install(self) -> None:
-        """Put views, hooks and the function in place."""
-        global _users
+    def install(self, undo: Undo) -> None:
+        """Put the function, views and hooks in place; `undo` restores what is then still ours."""
+        self.undo = undo
+        undo.add(self._forget)
         with _lock:
-            if _users == 0:
-                compat.register_attention(compat.ATTENTION, _dispatch)
-            _users += 1
-        self._registered = True
+            _users.add(self)
+            compat.register_attention(compat.ATTENTION, _dispatch)
         for record in self.records:
             if self.watched or record.choice.patch is not None or record.choice.reason is not None:
-                setattr(record.module, STREAM, record)
-                record.module.config = compat.config_view(record.config, compat.ATTENTION)
-        hook = self._handles.append
-        if self.model is not self.base:
-            hook(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-            hook(self.model.register_forward_hook(self._after_model, always_call=True))
-        hook(self.base.register_forward_pre_hook(self._before_base, with_kwargs=True, prepend=True))
-        hook(self.base.register_forward_hook(self._after_base, always_call=True))
-        hook(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+                undo.put(record.module, STREAM, record)
+                undo.put(record.module, "config", compat.config_view(record.config, compat.ATTENTION))
+        self.images.install(undo)
+        if self.tower is not None:
+            self.tower.install(undo)
+        compat.forget_compiled_call(self.model)  # Dynamo does not guard on hooks
         if self.watched or "hidden_states" in self.needs:
             watched = {record.site.module for record in self.records if self.watched or record.choice.patch}
             for path in {module.rpartition(".")[0] for module in watched}:
                 layer = self.decoder.get_submodule(path)
-                hook(layer.register_forward_pre_hook(partial(_before_layer, self, layer), with_kwargs=True))
-        self.images.install()
-        if self.tower is not None:
-            self.tower.install()
-        self.generation.install()
-        self._forget_compiled()
+                undo.hook(layer, "register_forward_pre_hook", partial(_before_layer, self, layer), with_kwargs=True)
+        undo.hook(self.decoder, "register_forward_pre_hook", self._before_decoder, with_kwargs=True)
+        undo.hook(self.base, "register_forward_hook", self._after_base, always_call=True)
+        undo.hook(self.base, "register_forward_pre_hook", self._before_base, with_kwargs=True, prepend=True)
+        if self.model is not self.base:
+            undo.hook(self.model, "register_forward_hook", self._after_model, always_call=True)
+            undo.hook(self.model, "register_forward_pre_hook", self._before_model, with_kwargs=True)
+        self.generation.install(undo)
 
-    def remove(self) -> None:
-        """Undo `install`, restoring only what is still ours."""
-        global _users
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for record in self.records:
-            if vars(record.module).get(STREAM) is record:
-                delattr(record.module, STREAM)
-                if compat.is_view(record.module.config):
-                    record.module.config = record.config
+    def _forget(self) -> None:
+        """Leave caches, transformers' table and the decode step that generate() compiled without us."""
         for cache in list(self.streams):
             if getattr(vars(cache).get(STREAM), "host", None) is self:
                 delattr(cache, STREAM)
         self.streams.clear()
-        self.images.remove()
-        if self.tower is not None:
-            self.tower.remove()
-        self.generation.remove()
-        if self._registered:
-            self._registered = False
-            with _lock:
-                _users -= 1
-                if _users == 0:
-                    compat.unregister_attention(compat.ATTENTION)
-            self._forget_compiled()
-
-    def _forget_compiled(self) -> None:
-        """Drop the decode step that generate() compiled: Dynamo does not guard on hooks."""
+        with _lock:
+            _users.discard(self)
+            if not _users:
+                compat.unregister_attention(compat.ATTENTION)
         compat.forget_compiled_call(self.model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageHost:
-        """Hooks of a deep-copied model still lead here, where they are seen not to be ours."""
+        """A copy of a cache carries its stream, and the stream its host."""
         return self
 
     def __reduce__(self) -> tuple:
-        return _Gone, ()
+        """A pickled cache comes back with a stream that no host knows as its own."""
+        return type(None), ()
 
     @property
     def needs(self) -> frozenset[str]:
@@ -623,7 +594,7 @@ class LanguageHost:
         """For patches that ask what the model would do without the images: read the text alone."""
         if "blind" not in self.needs or stream.prompt.past or not bool(stream.prompt.visual.any()):
             return
-        blind = Blind(self.base, self.decoder, stream.prompt, inputs)
+        blind = Blind(self.base, self.decoder, stream.prompt, inputs, self.undo)
         for record in self.records:
             if record.choice.patch is not None and "blind" in record.choice.patch.needs:
                 stream.states.setdefault(id(record.choice.patch), {})["blind"] = blind
@@ -642,15 +613,6 @@ class LanguageHost:
         for patch in {id(r.choice.patch): r.choice.patch for r in self.records if r.choice.patch}.values():
             if "vision_attention" in patch.needs:
                 stream.states.setdefault(id(patch), {})["vision_attention"] = tuple(pad(x, (past, 0)) for x in maps)
-
-
-class _Gone:
-    """What a host becomes in a pickled model: its hooks do nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _nothing
 
 
 def _before_layer(host: LanguageHost, layer: nn.Module, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
