@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -136,4 +137,4 @@ class _StockState:
 
 def _own(value: Any) -> Any:
     """A table or list of its own, so that changes can be taken back in it: hooks stand in such."""
-    return value.copy() if isinstance(value, dict | list) else value
+    return value.copy() if type(value) in (dict, OrderedDict, list) else value
