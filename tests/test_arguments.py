@@ -87,7 +87,7 @@ def test_what_is_no_pipeline_is_refused(waiting, command, what):
         ({"budget": 26}, "A budget is text"),
         ({"budget": [26]}, "A budget is text"),
         ({"budget": Bound("mine", math.nan, score=lambda *_: 1.0)}, "expected a number, got nan"),
-        ({"foreground": "bright"}, "measured by a function"),
+        ({"foreground": "bright"}, "foreground: expected a function"),
         ({"time_budget_s": math.nan}, "expected seconds"),
         ({"time_budget_s": -1}, "expected seconds"),
         ({"time_budget_s": "60"}, "expected seconds"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
@@ -34,7 +34,7 @@ def calls(pipe: Any, inputs: Any, what: str) -> list[dict[str, Any]]:
     AccelplugError
         If there are none, or the pipeline takes no argument of that name.
     """
-    if isinstance(inputs, str) or not isinstance(inputs, Mapping | Sequence | None):
+    if isinstance(inputs, str) or not isinstance(inputs, Mapping | Iterable | None):
         raise AccelplugError(f"{what}: expected a mapping of the pipeline's arguments or a list of such, got {inputs!r}.")
     made = [inputs] if isinstance(inputs, Mapping) else list(inputs or ())
     if not made:
@@ -63,13 +63,14 @@ def seeds_of(given: Any, what: str) -> list[int]:
     AccelplugError
         If they are no list of different whole numbers that a generator takes.
     """
-    if isinstance(given, str) or not isinstance(given, Sequence | range) or not given:
+    seeds = [] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    if not seeds:
         raise AccelplugError(f"{what}: expected at least one seed, such as seeds=[0, 1], got {given!r}.")
-    for seed in given:
+    for seed in seeds:
         require_whole(seed, f"{what}, a seed", 0, 2**63 - 1)
-    if len(set(given)) < len(given):
-        raise AccelplugError(f"{what}: expected different seeds, got {list(given)}; a seed run twice proves nothing.")
-    return [int(seed) for seed in given]
+    if len(set(seeds)) < len(seeds):
+        raise AccelplugError(f"{what}: expected different seeds, got {seeds}; a seed run twice proves nothing.")
+    return [int(seed) for seed in seeds]
 
 
 def require_whole(given: Any, what: str, least: int, most: float = math.inf) -> None:
@@ -83,6 +84,19 @@ def require_whole(given: Any, what: str, least: int, most: float = math.inf) -> 
     if isinstance(given, bool) or not isinstance(given, Integral) or not least <= int(given) <= most:
         within = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
         raise AccelplugError(f"{what}: expected a whole number {within}, got {given!r}.")
+
+
+def require_functions(**given: Any) -> None:
+    """Refuse what is given by name, is not None, and cannot be called.
+
+    Raises
+    ------
+    AccelplugError
+        If there is one.
+    """
+    for name, function in given.items():
+        if function is not None and not callable(function):
+            raise AccelplugError(f"{name}: expected a function, got {function!r}.")
 
 
 def require_seconds(given: Any, what: str) -> None:

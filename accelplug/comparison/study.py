@@ -83,6 +83,7 @@ def compare(
         return _examine(pipe, recipe, inputs, processor, progress)
     arguments.require_pipeline(pipe, "compare")
     prompts, seeds = arguments.calls(pipe, inputs, "compare"), arguments.seeds_of(seeds, "compare")
+    arguments.require_functions(foreground=foreground, detect=detect)
     recipes = _named(pipe, recipe)
     study = Study(pipe, prompts, seeds, foreground, detect)
     variants = [Variant(DENSE, "dense"), *(Variant(name, "recipe", loaded) for name, loaded in recipes.items())]

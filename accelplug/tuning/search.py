@@ -153,6 +153,7 @@ def tune(
             f"objective={objective!r} is a language model's. A pipeline gets faster; bound what it may lose."
         )
     bounds = parse("psnr>=26" if budget is None else budget)
+    arguments.require_functions(foreground=foreground, detect=detect)
     require_measured(bounds, {"fg_psnr": foreground, "agreement": detect})
     require_ladders(patches, space.LADDERS, "a diffusers pipeline")
     half = len(numbers) // 2

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from accelplug.comparison import arguments
 from accelplug.comparison.environment import device_name
-from accelplug.comparison.questions import Asker, digest, figures
+from accelplug.comparison.questions import Asker, Item, digest, figures, require_pictures
 from accelplug.comparison.study import compare
 from accelplug.errors import AccelplugError, RecipeError
 from accelplug.recipe import Measured, Recipe, read_file
@@ -64,17 +65,38 @@ def verify(
     rows = [(found, row) for found in recipes for row in found.measured]
     if not rows:
         raise AccelplugError(f"{recipe} has no measured rows to verify; `accelplug tune` and `compare --record` write them.")
-    return [_verdict(pipe, found, row, inputs, progress, processor) for found, row in rows]
+    given = [_given(pipe, found, row, inputs, processor) for found, row in rows]  # all, before the first is run
+    return [_verdict(pipe, *pair, asked, progress, processor) for pair, asked in zip(rows, given, strict=True)]
 
 
-def _verdict(pipe: Any, recipe: Recipe, row: Measured, inputs: Any, progress: bool, processor: Any) -> Verdict:
+def _given(pipe: Any, recipe: Recipe, row: Measured, inputs: Any, processor: Any) -> Any:
+    """What a row is run on: the questions that it was measured on, or arguments of the pipeline's calls.
+
+    Raises
+    ------
+    AccelplugError
+        If there are none, or they are not those that it was measured on.
+    """
     if row.task:
-        return Verdict(recipe.name, row.date, *_ask_again(pipe, recipe, row, inputs, processor))
+        _, held = split(questions(pipe, inputs, processor), row.seeds[0])
+        asked = held[: int(row.inputs.get("questions", 0))]
+        if digest(asked) != row.inputs.get("questions_sha256"):
+            raise AccelplugError(
+                f"{recipe.name}: the row of {row.date} was measured on other questions. Give those it was tuned on."
+            )
+        require_pictures(asked)
+        return asked
     if not row.prompts and inputs is None:
         raise AccelplugError(
             f"{recipe.name}: the row of {row.date} names no prompts. Give inputs that it was measured with."
         )
-    given = [{"prompt": text, **row.inputs} for text in row.prompts] or [{**(inputs or {}), **row.inputs}]
+    made = [{"prompt": text, **row.inputs} for text in row.prompts]
+    return made or [{**call, **row.inputs} for call in arguments.calls(pipe, inputs, "verify")]
+
+
+def _verdict(pipe: Any, recipe: Recipe, row: Measured, given: Any, progress: bool, processor: Any) -> Verdict:
+    if row.task:
+        return Verdict(recipe.name, row.date, *_ask_again(pipe, recipe, row, given, processor))
     try:
         found = compare(pipe, {"now": recipe}, given, row.seeds, floors=False, progress=progress)
     except RecipeError as error:
@@ -106,21 +128,9 @@ def judge(row: Measured, found: Comparison) -> tuple[Literal["confirmed", "drift
 
 
 def _ask_again(
-    model: Any, recipe: Recipe, row: Measured, given: Any, processor: Any
+    model: Any, recipe: Recipe, row: Measured, asked: list[Item], processor: Any
 ) -> tuple[Literal["confirmed", "drifted", "broken"], str]:
-    """Put the questions of a `measured` row again, stock and with the recipe, by turns.
-
-    Raises
-    ------
-    AccelplugError
-        If the questions are not those that it was measured on.
-    """
-    _, held = split(questions(model, given, processor), row.seeds[0])
-    asked = held[: int(row.inputs.get("questions", 0))]
-    if digest(asked) != row.inputs.get("questions_sha256"):
-        raise AccelplugError(
-            f"{recipe.name}: the row of {row.date} was measured on other questions. Give those it was tuned on."
-        )
+    """Put the questions of a `measured` row again, stock and with the recipe, by turns."""
     parse: Any = row.inputs.get("parse", "strict")
     asker = Asker(model, processor, says="accuracy" in row.task, likelihoods="nll" in row.task, parse=parse)
     aim = Aim(recipe.name, plain(recipe))
