@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -319,3 +320,25 @@ def test_a_gaze_that_is_read_ahead(name, how):
     hold(
         sharp(name), "gift", inputs("llava" if "mistral" in name else name), {"saliency_layer": 3, "enhance": [0, 3]}, **how
     )
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_a_contrast_with_the_text_alone(name):
+    """PAI whole: ``z_text + gamma (z - z_text)`` among likely tokens, the text's branch stock."""
+    model, given, gamma, cutoff = sharp(name), double(inputs(name)), 1.5, 0.9
+    rules = [{"patch": "pai", "with": WORKING["pai"]}, {"patch": "contrast", "with": {"gamma": gamma, "cutoff": cutoff}}]
+    with accelplug.apply(model, {"rules": rules}, strict=True):
+        plain = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        out = model.generate(**given, **plain, return_dict_in_generate=True, output_scores=True)
+    oracle, asked = Oracle(model), given["input_ids"].shape[1]
+    z = oracle.answer(method("pai"), given, out.sequences)[:, asked - 1 : -1].log_softmax(-1)
+    for row, ids in enumerate(out.sequences):
+        keep = torch.ones_like(ids, dtype=torch.bool)
+        keep[:asked] = given["attention_mask"][row].bool() & (ids[:asked] != IMAGE)
+        text = {"input_ids": ids[None, keep], "attention_mask": torch.ones(1, int(keep.sum()), dtype=torch.long)}
+        blind = oracle.answer(Method(), text)[0, -STEPS - 1 : -1].log_softmax(-1)
+        best = z[row].amax(-1, keepdim=True)
+        mixed = torch.where(z[row] >= best + math.log(cutoff), blind + gamma * (z[row] - blind), -torch.inf)
+        found = torch.stack(out.scores, 1)[row].double()
+        assert (found.isfinite().sum(-1) > 1).any()
+        torch.testing.assert_close(found, mixed, **CLOSE)

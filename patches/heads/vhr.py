@@ -37,7 +37,7 @@ that holds no image, in a layer ahead of all that do."""
 
 def divergence(seeing: Tensor, blind: Tensor) -> tuple[Tensor, Tensor]:
     """VHD and TA of heads, (B, H) float32 each, from their outputs (B, H, D_v) with and without the image."""
-    rounding = max(UNMOVED, 2 * torch.finfo(seeing.dtype).eps)
+    rounding = max(UNMOVED, 4 * torch.finfo(seeing.dtype).eps)
     seeing, blind = seeing.float(), blind.float()
     vhd, ta = (seeing - blind).norm(dim=-1), blind.square().sum(-1)
     return vhd.where(vhd > rounding * ta.sqrt(), 0.0), ta
