@@ -92,6 +92,17 @@ class Method:
         return call.p @ call.v
 
 
+class Look(Method):
+    """The model's own attention, kept by layer."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, Call] = {}
+
+    def attend(self, call: Call) -> Tensor:
+        self.calls[call.layer] = call
+        return call.p @ call.v
+
+
 class Oracle:
     """A float64 copy of a stock model, read by way of `Method`."""
 
@@ -290,6 +301,7 @@ class Vhr(Method):
         ids, valid = given["input_ids"], given["attention_mask"].bool()
         tokens = Tokens.of(ids, valid, torch.ones(ids.shape[1], dtype=torch.bool))
         self.gains: dict[int, Tensor] = {}
+        self.divergence: dict[int, Tensor] = {}
         for layer in oracle.of_method:  # each chosen with the gains of those before in force
             seeing, gains = oracle.outputs(given, self, self.gains).get(layer), dict(self.gains)
             if seeing is None:  # a layer of another kind
@@ -302,6 +314,7 @@ class Vhr(Method):
                 last = int(valid[b].nonzero().max())
                 vhd, ta = (seeing[b, :, last] - blind[0, :, -1]).norm(dim=-1), blind[0, :, -1].square().sum(-1)
                 only_blind = (vhd > vhd.mean() + vhd.std(correction=0)) & (ta > ta.mean() + ta.std(correction=0))
+                self.divergence.setdefault(layer, torch.zeros_like(seeing[..., 0, 0]))[b] = vhd.clone()
                 vhd[(only_blind & self.drop_outliers) | (vhd < 1e-5)] = 0  # where a window holds no image, rounding is left
                 chosen[b] = vhd > vhd.quantile(0.5)
             self.gains = {**gains, layer: torch.where(chosen, self.gain, 1.0).double()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import accelplug
 from accelplug.errors import UnsupportedError
-from tests.eager_oracle import METHODS, Inputs, Method, Oracle, extended
+from tests.eager_oracle import METHODS, Inputs, Look, Method, Oracle, extended, mass
 from tests.test_flash_attention import kernel  # noqa: F401
 from tests.tiny_language_models import (
     CLIP,
@@ -342,3 +342,31 @@ def test_a_contrast_with_the_text_alone(name):
         found = torch.stack(out.scores, 1)[row].double()
         assert (found.isfinite().sum(-1) > 1).any()
         torch.testing.assert_close(found, mixed, **CLOSE)
+
+
+@pytest.mark.parametrize("name", list(VLM))
+def test_where_inspect_says_that_a_model_looks(name):
+    model, given = sharp(name), double(inputs(name))
+    said, look, heads, oracle = accelplug.inspect(model, given), Look(), method("vhr", {"gain": 1.0}), Oracle(model)
+    oracle.answer(look, given)
+    oracle.answer(heads, given)
+    close = {"atol": 2e-6, "rtol": 0.0, "check_dtype": False}
+    for layer, call in look.calls.items():
+        tokens, reach = call.tokens, call.scores.isfinite()
+        for span, found in zip(
+            (tokens.visual, tokens.system, tokens.question),
+            (said.visual_mass, said.system_mass, said.question_mass),
+            strict=True,
+        ):
+            torch.testing.assert_close(torch.tensor(found[layer]), mass(call.p, span)[:, :, -1].mean(0), **close)
+        shares = []
+        for b in range(2):
+            rows = [
+                i
+                for i in tokens.question[b].nonzero().flatten().tolist()
+                if all((reach[b, 0, i] & span[b]).any() for span in (tokens.visual, tokens.system))
+            ]
+            on_image, on_system = (mass(call.p, span)[b][:, rows] for span in (tokens.visual, tokens.system))
+            shares.append((on_image / (on_image + on_system)).mean())
+        torch.testing.assert_close(torch.tensor(said.vas[layer]), torch.stack(shares).nanmean(), equal_nan=True, **close)
+        torch.testing.assert_close(torch.tensor(said.vhd[layer]), heads.divergence[layer].mean(0), **{**close, "atol": 1e-5})

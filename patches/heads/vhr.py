@@ -31,26 +31,26 @@ if TYPE_CHECKING:
 
 
 UNMOVED = 1e-3
-"""A head whose output moves by less than this share of its size, or by rounding, has not seen that the image is gone: a window
-that holds no image, in a layer ahead of all that do."""
+"""A head whose output moves by less than this share of its size has not seen that the image is gone: it is rounding that tells
+the readings apart, as where a window holds no image, in a layer ahead of all that do."""
 
 
 def divergence(seeing: Tensor, blind: Tensor) -> tuple[Tensor, Tensor]:
     """VHD and TA of heads, (B, H) float32 each, from their outputs (B, H, D_v) with and without the image."""
-    rounding = max(UNMOVED, 4 * torch.finfo(seeing.dtype).eps)
     seeing, blind = seeing.float(), blind.float()
-    vhd, ta = (seeing - blind).norm(dim=-1), blind.square().sum(-1)
-    return vhd.where(vhd > rounding * ta.sqrt(), 0.0), ta
+    return (seeing - blind).norm(dim=-1), blind.square().sum(-1)
 
 
-def vision_aware(vhd: Tensor, ta: Tensor, drop_outliers: bool = True) -> Tensor:
-    """The upper half of heads by VHD, bool (B, H); outliers in VHD and TA count as 0."""
+def vision_aware(vhd: Tensor, ta: Tensor, drop_outliers: bool = True, unmoved: float = UNMOVED) -> Tensor:
+    """The upper half of heads by VHD, bool (B, H); outliers in VHD and TA count as 0, and so do heads that are `unmoved`."""
 
     def stands_out(x: Tensor) -> Tensor:
         return x > x.mean(-1, keepdim=True) + x.std(-1, keepdim=True, correction=0)
 
+    idle = vhd <= unmoved * ta.sqrt()
     if drop_outliers:
-        vhd = vhd.masked_fill(stands_out(vhd) & stands_out(ta), 0.0)
+        idle = idle | (stands_out(vhd) & stands_out(ta))
+    vhd = vhd.masked_fill(idle, 0.0)
     return vhd > vhd.median(-1, keepdim=True).values
 
 
@@ -107,7 +107,8 @@ class Vhr(Patch):
         seeing = take_rows(out, prompt.answers)[:, :, 0]  # where the prompt ends
         mine = divergence(seeing, blind.heads(params.layer).to(out.device))
         vhd, ta = (place.gather_heads(x) for x in mine) if place else mine
-        heads = vision_aware(vhd, ta, self.config.drop_outliers)
+        unmoved = max(UNMOVED, 4 * torch.finfo(out.dtype).eps)
+        heads = vision_aware(vhd, ta, self.config.drop_outliers, unmoved)
         if self.config.control_seed is not None:
             heads = shuffled(heads, self.config.control_seed + params.layer)
         first = place.first_head if place else 0
