@@ -56,7 +56,7 @@ class Place:
     window : how many keys a query reads at most, its own the last; None where there is no such bound, or the mask has it.
     explicit : whether q, k, v, mask, scale and the above say all there is. False where the model adds more (sink logits, a soft cap).
     first_head : number of ``q[:, 0]`` among all heads of the layer; not 0 on later ranks of tensor parallelism.
-    gather_heads : (B, H) of this rank -> (B, H of all ranks).
+    gather_heads : (B, H, ...) of this rank -> (B, H of all ranks, ...).
     """
 
     first_query: int = 0

@@ -12,6 +12,13 @@ from tests.two_ranks import together
 RECIPES = (
     {"patch": "visual_bias", "with": {"image_weight": 6.0, "heads": [1, 3]}},
     {"patch": "vhr", "with": {"gain": 2.0}},
+    {"patch": "gift", "with": {"saliency_layer": 1, "enhance": [0, 4]}},
+    {"patch": "imbalance", "with": {"local_alpha": 4.0, "head_share": 0.25}},
+    {"patch": "pai", "with": {"alpha": 4.0}},
+    {
+        "patch": "var",
+        "with": {"sink_dims": [3, 7], "sink_threshold": 1.5, "min_visual_mass": 0.01, "min_nonsink_ratio": 0.0},
+    },
 )
 
 

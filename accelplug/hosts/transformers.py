@@ -288,7 +288,7 @@ class TensorParallel:
     group: Any
 
     def gather(self, x: Tensor) -> Tensor:
-        """Put the heads of all ranks side by side: (B, H) -> (B, ranks * H)."""
+        """Put the heads of all ranks side by side: (B, H, ...) -> (B, ranks * H, ...)."""
         parts = [torch.empty_like(x) for _ in range(self.ranks)]
         torch.distributed.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, 1)

@@ -59,8 +59,8 @@ def words(tokenizer: Any, ids: list[int]) -> tuple[list[bool], list[bool]]:
     return [bool(text[span].strip()) for span in spans], [any(content[span]) for span in spans]
 
 
-def saliency(p: Tensor, content: Tensor, visual: Tensor, head_share: float) -> Tensor:
-    """Where the question moved the gaze, (B, S_k) float32 in [0, 1].
+def moves(p: Tensor, content: Tensor, visual: Tensor) -> Tensor:
+    """How far the question moved the gaze of every head, by key: (B, H, S_k).
 
     Parameters
     ----------
@@ -68,8 +68,12 @@ def saliency(p: Tensor, content: Tensor, visual: Tensor, head_share: float) -> T
     content : bool (B, R), rows that count.
     visual : bool (B, S_k).
     """
-    moves = (p[:, :, 1:] - p[:, :, :-1]).clamp(min=0) * visual[:, None, None] * content[:, None, :, None]
-    by_head = moves.sum(2)  # [B, H, S_k]
+    moved = (p[:, :, 1:] - p[:, :, :-1]).clamp(min=0)
+    return (moved * visual[:, None, None] * content[:, None, :, None]).sum(2)
+
+
+def saliency(by_head: Tensor, visual: Tensor, head_share: float) -> Tensor:
+    """Where the question moved the gaze, (B, S_k) float32 in [0, 1], of `moves` (B, H, S_k) of all heads."""
     kept = upper(by_head.sum(-1), head_share)  # [B, H]
     gaze = (by_head * kept[..., None]).sum(1) / kept.sum(1, keepdim=True)
     count = visual.sum(-1, keepdim=True).clamp(min=1)
@@ -88,7 +92,22 @@ def upper(x: Tensor, share: float) -> Tensor:
     return chosen.scatter(-1, x.topk(number).indices, True)
 
 
-def shifted(p: Tensor, weight: Tensor, visual: Tensor, question: Tensor, head_share: float, balance: float) -> Tensor:
+def upper_heads(call: AttentionCall, x: Tensor, share: float) -> Tensor:
+    """As `upper`, row by row among the heads of all processes, for those of this one: bool, x (B, H, R)."""
+    place, heads = call.place, x.shape[1]
+    if place is None:
+        return upper(x.mT, share).mT
+    return upper(place.gather_heads(x).mT, share).mT[:, place.first_head : place.first_head + heads]
+
+
+def over_heads(call: AttentionCall, x: Tensor) -> Tensor:
+    """The sum over the heads of all processes, (B, R), of x (B, H, R)."""
+    return (x if call.place is None else call.place.gather_heads(x)).sum(1)
+
+
+def shifted(
+    call: AttentionCall, p: Tensor, weight: Tensor, visual: Tensor, question: Tensor, head_share: float, balance: float
+) -> Tensor:
     """Attention of answering rows after the shift, renormalised: (B, H, R, S_k).
 
     Parameters
@@ -97,15 +116,13 @@ def shifted(p: Tensor, weight: Tensor, visual: Tensor, question: Tensor, head_sh
     weight : (B, S_k), factor on image tokens, 1 elsewhere.
     visual, question : bool (B, S_k).
     """
-    seen = (p * visual[:, None, None]).sum(-1)  # [B, H, R]
-    asked = (p * question[:, None, None]).sum(-1)
-    lookers = upper(seen.mT, head_share).mT[..., None]
-    askers = upper(asked.mT, head_share).mT[..., None]
-    new = torch.where(lookers, p * weight[:, None, None], p)
-    old = (seen[..., None] * lookers).sum((1, 3))
-    grown = torch.where(old > 0, (new * visual[:, None, None] * lookers).sum((1, 3)) / old.clamp(min=1e-30), 1.0)  # [B, R]
+    seen, asked = ((p * span[:, None, None]).sum(-1) for span in (visual, question))  # [B, H, R]
+    lookers, askers = (upper_heads(call, x, head_share) for x in (seen, asked))
+    new = torch.where(lookers[..., None], p * weight[:, None, None], p)
+    old, more = (over_heads(call, x * lookers) for x in (seen, (new * visual[:, None, None]).sum(-1)))
+    grown = torch.where(old > 0, more / old.clamp(min=1e-30), 1.0)  # [B, R]
     boost = 1 + (balance * grown[:, None, :, None] - 1) * question[:, None, None]
-    new = torch.where(askers, new * boost, new)
+    new = torch.where(askers[..., None], new * boost, new)
     return new / new.sum(-1, keepdim=True)
 
 
@@ -199,7 +216,7 @@ class Gift(Patch):
         visual, question = (fit(span, call).to(call.q.device) for span in (params.visual, params.question))
         weight = 1 + fit(params.weight - 1, call).to(call.q.device)
         p = row_attention(call, rows)
-        new = shifted(p, weight, visual, question, self.config.head_share, self.config.balance)
+        new = shifted(call, p, weight, visual, question, self.config.head_share, self.config.balance)
         new = torch.where(visual.any(-1)[:, None, None, None], new, p)
         return replace_rows(call, read_rows(call, new), rows)
 
@@ -217,8 +234,11 @@ class Gift(Patch):
         tail = last(call, min(rows + 1, call.q.shape[2]))
         p = row_attention(tail, tail.q.shape[2])
         visual = prompt.visual & prompt.valid  # what is hidden has no share in the map
-        gaze = saliency(p, content[:, -(p.shape[2] - 1) :], fit(visual, call).to(p.device), self.config.head_share)
-        first = call.place.first_key if call.place else 0  # a sliding window has lost the first keys
+        near = fit(visual, call).to(p.device)
+        by_head, first = moves(p, content[:, -(p.shape[2] - 1) :], near), 0
+        if call.place is not None:  # a sliding window has lost the first keys
+            by_head, first = call.place.gather_heads(by_head), call.place.first_key
+        gaze = saliency(by_head, near, self.config.head_share)
         return Params(visual, question, torch.exp(self.config.alpha * pad(gaze, (first, 0))))
 
     def _words(self, prompt: Prompt) -> tuple[Tensor, Tensor]:

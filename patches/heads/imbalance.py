@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from accelplug.kernels.spans import fit, row_attention
 from accelplug.patches.base import Config, Patch
-from accelplug.patches.heads.gift import upper
+from accelplug.patches.heads.gift import upper, upper_heads
 from accelplug.patches.heads.pai import raised
 
 if TYPE_CHECKING:
@@ -87,5 +87,5 @@ class Imbalance(Patch):
         if self.config.head_share < 1:
             p = row_attention(call, call.place.answers if call.place else 1)
             mass = (p * fit(params.visual, call).to(p.device)[:, None, None]).sum(-1)  # [B, H, n]
-            heads = upper(mass.mT, self.config.head_share).mT
+            heads = upper_heads(call, mass, self.config.head_share)
         return raised(call, params.share, heads)
