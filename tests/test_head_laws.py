@@ -17,6 +17,7 @@ from accelplug.call import AttentionCall, Clock, Place, Prompt, Site
 from accelplug.errors import FallbackError, RecipeError
 from accelplug.hosts.blind import Blind
 from accelplug.kernels import spans
+from accelplug.patches.guidance.contrast import contrasted
 from accelplug.registry import patch_class
 from tests.test_flash_attention import kernel  # noqa: F401
 from tests.test_oracle import sharp
@@ -251,17 +252,46 @@ def paligemma2() -> Any:
     return hf.PaliGemmaForConditionalGeneration(config).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", ["visual_bias", "var", "gift", "pai"])
-def test_a_soft_cap_is_told_and_leaves_calls_dense(name):
-    model = paligemma2()
-    model.set_attn_implementation({"text_config": "eager"})
+def prefixed() -> dict[str, Tensor]:
+    """A prompt of PaliGemma's, all of which reads itself both ways."""
     ids = torch.tensor([[IMAGE] * 16 + [1, 7, 8, 9, 10]])
-    given = {
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "token_type_ids": torch.zeros_like(ids),
-        "pixel_values": torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+        "pixel_values": pixels,
     }
+
+
+def test_without_its_image_a_prompt_reads_itself_as_it_does_with_it():
+    """PaliGemma's prompts read themselves both ways, by their token types."""
+    model, given, outputs = paligemma2(), prefixed(), {}
+    model.set_attn_implementation({"text_config": "eager"})
+    text = {name: given[name][:, 16:] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    for layer in model.get_decoder().layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: outputs.update({module: args[0][:, -1]}))
+    at = torch.arange(5)[None]
+    alone = forward(model, {**text, "position_ids": at})[:, -1]
+    expected = [x.reshape(1, 4, 16) for x in outputs.values()]
+    with accelplug.apply(model, {"patch": "vhr"}, strict=True) as plug:
+        blind = Blind(model.base_model, model.get_decoder(), _prompt_of(given), given)
+        assert torch.equal(torch.stack([blind.heads(i) for i in range(4)]), torch.stack(expected))
+        plug.remove()
+    with accelplug.apply(model, {"patch": "contrast", "with": {"gamma": 3.0, "cutoff": 0.0}}):
+        out = generate(model, given, 1, return_dict_in_generate=True, output_scores=True, output_logits=True)
+    torch.testing.assert_close(out.scores[0], contrasted(out.logits[0], alone, 3.0, 0.0))
+
+
+def _prompt_of(given: dict[str, Tensor]) -> Prompt:
+    ids = given["input_ids"]
+    return Prompt((ids == IMAGE).short(), given["attention_mask"].bool(), ids.shape[1], ids=ids)
+
+
+@pytest.mark.parametrize("name", ["visual_bias", "var", "gift", "pai"])
+def test_a_soft_cap_is_told_and_leaves_calls_dense(name):
+    model, given = paligemma2(), prefixed()
+    model.set_attn_implementation({"text_config": "eager"})
     plain, recipe = forward(model, given), {"patch": name, "with": PATCHES[name]}
     with accelplug.apply(model, recipe) as plug:
         assert torch.equal(forward(model, given), plain)

@@ -50,12 +50,12 @@ class Blind:
         keep = prompt.valid & prompt.asked & ~prompt.visual
         flags = [torch.ones(int(row.sum()), dtype=torch.long, device=row.device) for row in keep]
         mask = pad_sequence(flags, batch_first=True, padding_side="left")
+        embedded = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
         tokens = {}
-        for name in ("input_ids", "inputs_embeds"):
+        for name in (embedded, "token_type_ids"):  # by which some models let a prompt read itself both ways
             if inputs.get(name) is not None:
                 rows = [x[kept] for x, kept in zip(inputs[name], keep, strict=True)]
                 tokens[name] = pad_sequence(rows, batch_first=True, padding_side="left")
-                break
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         return {**tokens, "attention_mask": mask, "position_ids": positions}
 

@@ -41,9 +41,11 @@ def without_pictures(inputs: Mapping[str, Any], visual: Tensor) -> dict[str, Ten
     """Return a prompt's tokens but for those of pictures, `visual` bool (B, S), padded on the left with token 0."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     keep = ~visual if mask is None else ~visual & mask.bool()
-    rows = [row[kept] for row, kept in zip(ids, keep, strict=True)]
-    flags = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-    return {"input_ids": pad_sequence(rows, batch_first=True, padding_side="left"), "attention_mask": flags}
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if (kinds := inputs.get("token_type_ids")) is not None:  # by which some models let a prompt read itself both ways
+        whole["token_type_ids"] = kinds
+    rows = {name: [row[kept] for row, kept in zip(x, keep, strict=True)] for name, x in whole.items()}
+    return {name: pad_sequence(x, batch_first=True, padding_side="left") for name, x in rows.items()}
 
 
 class Contrast(GenerationPatch):
