@@ -188,8 +188,8 @@ class Chat:
     def __post_init__(self) -> None:
         self.tokenizer = tokenizer_of(self.processor)
         ends = self.model.generation_config.eos_token_id
-        self.end = ends[0] if isinstance(ends, list | tuple) else ends
-        self.pad = next(token for token in (padding(self.tokenizer), self.end, 0) if token is not None)
+        end = ends[0] if isinstance(ends, list | tuple) else ends
+        self.pad = next(token for token in (padding(self.tokenizer), end, 0) if token is not None)
 
     def inputs(self, prompts: Sequence[str], pictures: Sequence[Any] | None = None) -> dict[str, Any]:
         """Return the model's inputs on its device and in its dtype."""

@@ -186,6 +186,13 @@ def test_an_exception_in_a_run_leaves_the_pipe_as_it_was(monkeypatch):
     assert snapshot(pipe.transformer)["hooks"] == before["hooks"]
 
 
+@pytest.mark.parametrize("name", ["dense", "dense, math kernel", "FirstBlockCache + radial"])
+def test_a_recipe_cannot_take_the_place_of_another_row(name):
+    pipe, inputs = small()
+    with pytest.raises(AccelplugError, match="as a row of the comparison is"):
+        accelplug.compare(pipe, {name: {"rules": [{"patch": "dense"}]}}, inputs)
+
+
 def test_nothing_to_run_is_an_error():
     pipe, _ = small()
     with pytest.raises(AccelplugError, match="needs inputs"):

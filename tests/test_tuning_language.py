@@ -155,6 +155,7 @@ def tokenizer(words):
 def test_likelihoods_are_those_of_a_plain_forward():
     model, words = build("llama"), tokenizer(["what", "is", "a", "dog", "it", "barks", "at", "cats"])
     model.generation_config.repetition_penalty = 1.5
+    model.generation_config.eos_token_id = [2, words("it").input_ids[0]]  # what begins an answer may end another
     asked = items([{"text": "what is a dog", "answer": "it barks"}, {"text": "what", "answer": "cats"}])
     replies = Asker(model, words, says=True, likelihoods=True).ask(asked)
     for item, reply in zip(asked, replies, strict=True):

@@ -244,8 +244,9 @@ class Asker:
 
     def _weigh(self, inputs: dict[str, Any], references: Sequence[Sequence[int]]) -> list[float]:
         """Have the references generated token by token, since patches tell a prompt from an answer; add up their costs."""
-        forced = Forced(references, self.chat.pad if self.chat.end is None else self.chat.end)
-        self.chat.generate(inputs, max(map(len, references)), logits_processor=[forced])
+        forced = Forced(references, self.chat.pad)
+        # A reference may hold what an answer would end with.
+        self.chat.generate(inputs, max(map(len, references)), logits_processor=[forced], eos_token_id=None)
         return forced.nll
 
     def _prompt(self, item: Item, answer: str | None = None) -> str:
@@ -253,10 +254,10 @@ class Asker:
 
 
 class Forced:
-    """A logits processor that has every row say its reference, and then end; `nll` adds up what the tokens cost, in nats."""
+    """A logits processor that has every row say its reference, and `filler` behind it; `nll` adds up what the tokens cost, in nats."""
 
-    def __init__(self, references: Sequence[Sequence[int]], end: int) -> None:
-        self.references, self.end, self.step = references, end, 0
+    def __init__(self, references: Sequence[Sequence[int]], filler: int) -> None:
+        self.references, self.filler, self.step = references, filler, 0
         self.nll = [0.0] * len(references)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -264,7 +265,7 @@ class Forced:
         logs = scores.float().log_softmax(-1)
         forced = torch.full_like(scores, -math.inf)
         for row, reference in enumerate(self.references):
-            token = reference[self.step] if self.step < len(reference) else self.end
+            token = reference[self.step] if self.step < len(reference) else self.filler
             forced[row, token] = 0.0
             if self.step < len(reference):
                 self.nll[row] -= float(logs[row, token])

@@ -29,6 +29,7 @@ from accelplug.plug import apply, model_facts
 from accelplug.recipe import Recipe, load, record_measurement
 
 OBSERVED = {"rules": [{"patch": "dense"}]}
+CACHED = "FirstBlockCache"
 DRAWN_LAYERS = 4
 CACHE_THRESHOLD = 0.2
 """Residual difference below which FirstBlockCache skips the other blocks."""
@@ -89,8 +90,8 @@ def compare(
     variants = [Variant(DENSE, "dense"), *(Variant(name, "recipe", loaded) for name, loaded in recipes.items())]
     if caches:
         _require_caches(pipe)
-        cached = {"FirstBlockCache": load(OBSERVED, model_facts(pipe))}
-        cached |= {f"FirstBlockCache + {name}": loaded for name, loaded in recipes.items()}
+        cached = {CACHED: load(OBSERVED, model_facts(pipe))}
+        cached |= {f"{CACHED} + {name}": loaded for name, loaded in recipes.items()}
         variants += [
             Variant(name, "cache", loaded.with_cache("first_block", threshold=CACHE_THRESHOLD))
             for name, loaded in cached.items()
@@ -138,6 +139,16 @@ def _examine(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool)
 
 
 def _named(pipe: Any, recipe: Any) -> dict[str, Recipe]:
+    """The recipes by the names of their rows."""
+    named = _loaded(pipe, recipe)
+    if taken := [name for name in named if name.split(",")[0] == DENSE or name.startswith(CACHED)]:
+        raise AccelplugError(
+            f"A recipe is called {taken[0]!r}, as a row of the comparison is. Pass {{'another name': recipe}}."
+        )
+    return named
+
+
+def _loaded(pipe: Any, recipe: Any) -> dict[str, Recipe]:
     facts = model_facts(pipe)
     if isinstance(recipe, Mapping) and not {"rules", "patch", "recipes"} & set(recipe):
         return {name: load(item, facts) for name, item in recipe.items()}
