@@ -154,6 +154,16 @@ class Prompt:
         return self.image > 0
 
     @cached_property
+    def shows(self) -> bool:
+        """Whether any row has an image."""
+        return bool(self.visual.any())
+
+    @cached_property
+    def asks(self) -> bool:
+        """Whether any row has an image that was asked about, not generated."""
+        return bool((self.visual & self.asked).any())
+
+    @cached_property
     def asked(self) -> Tensor:
         """Bool (B, S): tokens that were asked, not generated."""
         return _positions(self.image)[None] < self.length

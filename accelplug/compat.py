@@ -440,6 +440,12 @@ def cache_layer(cache: Any, index: int) -> Any:
     return layers[index] if layers is not None and index < len(layers) else None
 
 
+def keys_at(cache: Any) -> int | None:
+    """Return where in memory the keys of a cache's first layer lie, or None where it keeps none as they are."""
+    keys = getattr(cache_layer(cache, 0), "keys", None)
+    return None if keys is None else keys.data_ptr()
+
+
 def slides(layer: Any) -> bool:
     """Whether a cache layer keeps a window only."""
     return bool(getattr(layer, "is_sliding", False))

@@ -35,6 +35,7 @@ from accelplug.show import Shown, as_html
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+    from torch import Tensor
 
     from accelplug.patches.base import Patch
 
@@ -388,6 +389,28 @@ class Plug(AbstractContextManager["Plug"]):
     def step(self, index: int | None, steps: int | None = None) -> None:
         """Tell which diffusion step comes (0-based, of `steps`), for a bare denoiser; with None let the pipeline tell again."""
         self._clock.set(index, steps)
+
+    def mark(self, image: Tensor | None) -> None:
+        """Tell where the images of a language model's prompts are, where it is not found: embeddings that you merged yourself.
+
+        Holds for prompts that this thread reads from now on, until it is told anew; with None they are looked for again.
+
+        Parameters
+        ----------
+        image : (B, S), bool, True for tokens that show an image, each run of them one; or integers, which image of its row a token
+            shows, from 1, and 0 for text.
+
+        Raises
+        ------
+        ShapeError
+            If it has another shape or dtype; also in a forward whose prompt has another shape.
+        UnsupportedError
+            If the model is no language model.
+        """
+        hosts = [host for host in self._hosts if isinstance(host, LanguageHost)]
+        if not hosts:
+            raise UnsupportedError("mark() tells where a prompt's images are, and this model is a denoiser. Leave it out.")
+        hosts[0].mark(image)
 
     def trace(self, timed: bool = False, plans: bool = False) -> AbstractContextManager[list[Event]]:
         """Collect an `Event` per self- and joint-attention call while the context is open.

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import accelplug
 from accelplug import compat
 from accelplug.errors import AlreadyAppliedError, FallbackError, NoMatchError, UnsupportedError
-from accelplug.hosts.transformers import answering, number_images
+from accelplug.hosts.prompts import answering, number_images
 from tests import tiny_models
 from tests.tiny_language_models import LLM, VLM, build, forward, generate, held, inputs, right_padded
 

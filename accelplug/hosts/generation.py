@@ -15,14 +15,17 @@ from torch.nn.utils.rnn import pad_sequence
 from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.families import pixels
 from accelplug.families.vlm import Vlm, token_grid
+from accelplug.hosts.prompts import NO_IMAGE, number_images
 from accelplug.hosts.undo import Undo
 from accelplug.patches.base import Tools
 
 if TYPE_CHECKING:
-    from accelplug.hosts.transformers import LanguageHost
+    from accelplug.hosts.transformers import LanguageHost, Stream
     from accelplug.patches.base import GenerationPatch
 
 _INSIDE: ContextVar[bool] = ContextVar("accelplug_generating", default=False)
+_BEGUN: ContextVar[list[Stream] | None] = ContextVar("accelplug_begun", default=None)
+"""The prompts that the present call of ``generate`` has read, None outside of one."""
 
 
 class Generation:
@@ -50,9 +53,24 @@ class Generation:
             stock,
         )
 
+    def note(self, stream: Stream) -> None:
+        """Remember a prompt for the rest of a call of ``generate``."""
+        if (begun := _BEGUN.get()) is not None:
+            begun.append(stream)
+
+    def begun(self, ids: Tensor) -> Stream | None:
+        """Return the prompt that is read once more, with what was generated since: the beginning of `ids` (B, S), or None."""
+        for stream in _BEGUN.get() or ():
+            known = stream.prompt.ids
+            if known is None or stream.host is not self.host or known.shape[0] != ids.shape[0]:
+                continue
+            if known.shape[1] < ids.shape[1] and torch.equal(ids[:, : known.shape[1]], known):
+                return stream
+        return None
+
     def install(self, undo: Undo) -> None:
-        """Put the wrapper in place, if there is anything to wrap with."""
-        if self.patches:
+        """Put the wrapper in place."""
+        if hasattr(self.host.model, "generate"):
             undo.put(self.host.model, "generate", _Generate(self, self.host.model.generate))
 
 
@@ -65,7 +83,14 @@ class _Generate:
         self._generation, self._own = generation, own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _INSIDE.get():  # a pass that a patch asked for
+        begun = _BEGUN.set([])
+        try:
+            return self._around(*args, **kwargs)
+        finally:
+            _BEGUN.reset(begun)
+
+    def _around(self, *args: Any, **kwargs: Any) -> Any:
+        if _INSIDE.get() or not self._generation.patches:  # or a pass that a patch asked for
             return self._own(*args, **kwargs)
         inputs = inspect.signature(self._own).bind_partial(*args, **kwargs).arguments
         inputs |= inputs.pop("kwargs", {})
@@ -82,8 +107,12 @@ class _Generate:
 
 
 def _through(patch: GenerationPatch, generation: Generation, call: Any, **inputs: Any) -> Any:
-    generation.host.ledger.served[type(patch).__name__.lower()] += 1
-    return patch.generate(generation.host.model, call, inputs, generation.tools())
+    host, tools = generation.host, generation.tools()
+    if host.family is not None and "input_ids" in inputs and not bool(tools.images(inputs).any()):
+        host.ledger.fell_back("generate", NO_IMAGE)
+        return call(**inputs)
+    host.ledger.served[type(patch).__name__.lower()] += 1
+    return patch.generate(host.model, call, inputs, tools)
 
 
 # ---------------------------------------------------------------------------------------------------- what patches are lent
@@ -97,12 +126,15 @@ class _Prompts:
         self.vision: Any = getattr(host.model.config, "vision_config", None)
 
     def images(self, inputs: Mapping[str, Any]) -> Tensor:
-        from accelplug.hosts.transformers import number_images
-
-        ids, token = inputs["input_ids"], getattr(self.host.model.config, "image_token_id", None)
-        if token is None:
+        ids, tokens = inputs["input_ids"], self.host.visual_tokens
+        if "video" in tokens and bool((ids == tokens["video"]).any()):
+            raise UnsupportedError(
+                f"{self.host.owner.recipe.name} works on pictures, and the prompt shows a video. Pass its frames as pictures, one a "
+                "row, or take a recipe of attention patches."
+            )
+        if "image" not in tokens:
             return torch.zeros_like(ids, dtype=torch.int16)
-        visual = ids == token
+        visual = ids == tokens["image"]
         return number_images(visual, self._sizes(inputs, int(visual.sum())))
 
     def _sizes(self, inputs: Mapping[str, Any], tokens: int) -> list[int]:

@@ -14,52 +14,56 @@ from accelplug import compat
 from accelplug.errors import UnsupportedError
 from accelplug.hosts.undo import Undo
 
-METHOD = "get_image_features"
+METHODS = {"image": "get_image_features", "video": "get_video_features"}
+"""What a base model encodes images and videos with."""
 
-_SIZES: ContextVar[tuple[int, ...]] = ContextVar("accelplug_sizes", default=())
+_SIZES: ContextVar[dict[str, list[int]]] = ContextVar("accelplug_sizes")
+"""Tokens of each image and of each video that were encoded last in this thread."""
 
 
 class ImageEncoder:
-    """Stands in for a base model's ``get_image_features`` on the instance and listens: nothing else can hear it.
+    """Stands in for a base model's ``get_image_features`` and ``get_video_features`` on the instance and listens: nothing else can.
 
     generate() encodes images before the first forward, and passes on neither pixels nor grids.
     """
 
     def __init__(self, base: Any) -> None:
         self._base = base
-        self._own = getattr(base, METHOD, None)
 
     def install(self, undo: Undo) -> None:
         """Begin to listen."""
-        if self._own is not None and METHOD not in vars(self._base):
-            undo.put(self._base, METHOD, _Listener(self._base, self._own))
+        for kind, method in METHODS.items():
+            if hasattr(self._base, method) and method not in vars(self._base):
+                undo.put(self._base, method, _Listener(self._base, kind, getattr(self._base, method)))
 
     @staticmethod
-    def take() -> list[int]:
-        """Return the tokens of each image that was encoded last in this thread, in order of rows; once."""
-        sizes = _SIZES.get()
-        _SIZES.set(())
-        return list(sizes)
+    def take(kind: str) -> list[int]:
+        """Return the tokens of each image, or of each video, that was encoded last in this thread, in order of rows; once."""
+        sizes = dict(_SIZES.get({}))
+        found = sizes.pop(kind, [])
+        _SIZES.set(sizes)
+        return found
 
 
 class _Listener:
-    """Calls the encoder and notes how many tokens came of each image."""
+    """Calls an encoder and notes how many tokens came of each image."""
 
-    def __init__(self, base: Any, own: Any) -> None:
+    def __init__(self, base: Any, kind: str, own: Any) -> None:
         functools.update_wrapper(self, own)
         self.__signature__ = inspect.signature(own)
-        self._base, self._own = base, own
+        self._base, self._kind, self._own = base, kind, own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = _SIZES.get({})  # of images, where a video is encoded as images are
         out = self._own(*args, **kwargs)
         features = getattr(out, "pooler_output", out)
         if isinstance(features, (list, tuple)) and all(isinstance(x, Tensor) for x in features):
-            sizes = tuple(len(x) for x in features)
+            sizes = [len(x) for x in features]
         elif isinstance(features, Tensor):
-            sizes = (features.shape[-2],) * (features.shape[0] if features.ndim > 2 else 1)
+            sizes = [features.shape[-2]] * (features.shape[0] if features.ndim > 2 else 1)
         else:
-            sizes = ()
-        _SIZES.set(sizes)
+            sizes = []
+        _SIZES.set({**before, self._kind: sizes})
         return out
 
 

@@ -27,12 +27,13 @@ from torch.nn.functional import pad
 
 from accelplug import compat
 from accelplug.call import AttentionCall, Clock, Place, Prompt, Rows, Site
-from accelplug.errors import NoMatchError, UnsupportedError
+from accelplug.errors import NoMatchError, ShapeError, UnsupportedError
 from accelplug.families.vlm import Vlm, find
 from accelplug.hosts.blind import Blind
 from accelplug.hosts.generation import Generation
 from accelplug.hosts.images import ImageEncoder, VisionTower
 from accelplug.hosts.ledger import Event, Ledger
+from accelplug.hosts.prompts import NO_IMAGE, answering, asked_of, number_images, together, visual_tokens
 from accelplug.hosts.record import Choice, Decide
 from accelplug.hosts.undo import Undo
 
@@ -54,6 +55,7 @@ Watch = Callable[["AttentionRecord", AttentionCall, Prompt, Clock], None]
 _RUN: ContextVar[Run | None] = ContextVar("accelplug_run", default=None)
 _ASKED: ContextVar[Rows] = ContextVar("accelplug_asked", default=1)
 """What the model was asked for: logits of the last so many tokens, or of those in a bool (1|B, S)."""
+_MARK: ContextVar[tuple[LanguageHost, Tensor] | None] = ContextVar("accelplug_mark", default=None)
 _WATCH: ContextVar[Watch | None] = ContextVar("accelplug_watch", default=None)
 _STOCK: ContextVar[bool] = ContextVar("accelplug_stock", default=False)
 _users: WeakSet[LanguageHost] = WeakSet()
@@ -88,6 +90,20 @@ class Stream:
     """By record, what its patch needs at a decode step."""
     step: Run | None = None
     """A decode step, made ahead for compiled code."""
+    tokens: int = 0
+    """How many tokens it has, with those of the present forward."""
+    keys: int | None = None
+    """Where its first layer's keys lay behind the last forward: there too if the cache was cropped, not if it was pruned."""
+
+    def lacks(self, needs: frozenset[str]) -> str | None:
+        """Why patches with such needs cannot answer, or None."""
+        if not self.host.sees:
+            return None
+        if not self.prompt.shows:
+            return NO_IMAGE
+        if "whole_prompt" in needs and not self.prompt.asks:
+            return "the labels ask for tokens ahead of the image; give the prompt's the label -100"
+        return None
 
 
 @dataclass(eq=False)
@@ -140,7 +156,7 @@ class AttentionRecord:
             return base(asked, q, k, v, mask, **kwargs)[0].transpose(1, 2)
 
         ahead = run is not None and run.clock is AHEAD
-        reason = self.obstacle(q, mask, run, kwargs)
+        reason = self.obstacle(q, k, mask, run, kwargs)
         if reason is not None or run is None or run.stream is None:
             if not ahead and (patch is not None or self.choice.reason is not None):
                 self.fell_back(str(reason))
@@ -174,7 +190,7 @@ class AttentionRecord:
         if self.host.ledger.events is not None:
             self.host.ledger.note(Event(self.site, clock, name, None, None, q.shape[2]))
 
-    def obstacle(self, q: Tensor, mask: Any, run: Run | None, kwargs: dict[str, Any]) -> str | None:
+    def obstacle(self, q: Tensor, k: Tensor, mask: Any, run: Run | None, kwargs: dict[str, Any]) -> str | None:
         """Why a call that a patch is there for must run dense, or None."""
         patch = self.choice.patch
         if compat.packs_sequences(kwargs):
@@ -192,13 +208,17 @@ class AttentionRecord:
             return f"a mask of type {type(mask).__name__} is not understood; use sdpa, eager or flash attention"
         if kwargs.get("dropout"):
             return "the call has dropout"
+        if not torch.compiler.is_compiling() and patch is not None:
+            why = run.stream.lacks(patch.needs) or self.pruned(q, k, run, run.stream, patch.needs, kwargs)
+            if why is not None:
+                return why
         if patch is not None and "probabilities" in patch.needs and not self.explicit(kwargs):
             return (
                 "the model adds sink logits, a soft cap or a position bias to its scores, which this patch does not know of"
             )
         if patch is not None and "scores" in patch.needs and kwargs.get("softcap") is not None:
             return "the model caps its scores, and what this patch adds to them would land inside of the cap"
-        if unknown := kwargs.keys() - compat.ATTENTION_KWARGS:
+        if unknown := {name for name, value in kwargs.items() if value is not None} - compat.ATTENTION_KWARGS:
             return f"the model passes {', '.join(sorted(unknown))} to its attention, which is not understood"
         if torch.compiler.is_compiling():
             slides = "sliding_window" in kwargs and kwargs["sliding_window"] is not None
@@ -210,6 +230,22 @@ class AttentionRecord:
             )
         return None
 
+    def pruned(
+        self, q: Tensor, k: Tensor, run: Run, stream: Stream, needs: frozenset[str], kwargs: dict[str, Any]
+    ) -> str | None:
+        """Why it is not known which tokens the queries and keys are, or None."""
+        if k.shape[2] < stream.tokens and not self.slides(run, kwargs):
+            return f"the cache was pruned to {k.shape[2]} keys of {stream.tokens} tokens: which are the image's is not known"
+        new = stream.prompt.image.shape[1] - stream.prompt.past
+        if run.clock.phase == "prefill" and q.shape[2] < new and {"hidden_states", "blind"} & needs:
+            return f"the layer is given the last {q.shape[2]} of {new} tokens alone"
+        return None
+
+    def slides(self, run: Run, kwargs: dict[str, Any]) -> bool:
+        """Whether the keys are those of a window; a layer without a cache of its own shares another's."""
+        layer = compat.cache_layer(run.cache, self.module.layer_idx)
+        return kwargs.get("sliding_window") is not None if layer is None else compat.slides(layer)
+
     def scale(self, q: Tensor, kwargs: dict[str, Any]) -> float:
         given = kwargs.get("scaling")
         return q.shape[-1] ** -0.5 if given is None else given
@@ -219,11 +255,17 @@ class AttentionRecord:
         tensors = self.host.tensor_parallel
         first_head = tensors.rank * q.shape[1] if tensors else 0
         gather = tensors.gather if tensors else _identity
-        reading = run.stream is not None and run.clock.phase != "decode"
-        first_query, answers = (run.stream.prompt.past, run.stream.prompt.answers) if reading and run.stream else (0, 1)
-        layer = compat.cache_layer(run.cache, self.module.layer_idx)
-        slides = layer is not None and compat.slides(layer)
-        first_key = max(0, int(compat.tokens_seen(layer)) - k.shape[2]) if slides else 0
+        first_query, first_key = 0, 0
+        answers: Rows = 1
+        if run.stream is not None and run.clock.phase != "decode":
+            prompt = run.stream.prompt
+            first_query, answers = prompt.image.shape[1] - q.shape[2], prompt.answers
+            if isinstance(answers, Tensor):  # a layer may be given the last tokens alone
+                answers = answers - (first_query - prompt.past)
+        if run.stream is not None and self.slides(run, kwargs):
+            layer = compat.cache_layer(run.cache, self.module.layer_idx)
+            seen = run.stream.tokens if layer is None else int(compat.tokens_seen(layer))
+            first_key = max(0, seen - k.shape[2])
         return Place(
             first_query=first_query,
             first_key=first_key,
@@ -320,8 +362,11 @@ class LanguageHost:
         self.family: Vlm | None = find(model)
         self.signature, self.outer = (inspect.signature(type(m).forward) for m in (self.base, model))
         self.skipped: dict[str, str] = {}
+        self.sees = self.family is not None or getattr(self.base.config, "vision_config", None) is not None
+        """Whether the model looks at images."""
         self.tensor_parallel = _tensor_parallel(model)
         self.records = self._records(decide)
+        self.visual_tokens = visual_tokens(self.base.config)
         self.images = ImageEncoder(self.base)
         self.tower = VisionTower(self.base) if "vision_attention" in self.needs else None
         self.streams: WeakSet[Any] = WeakSet()
@@ -451,6 +496,9 @@ class LanguageHost:
             return
         run.cache = cache
         rows, new = tokens.shape[:2]
+        if ids is not None and cache is None and (begun := self.generation.begun(ids)) is not None:
+            self._grow(run, begun, ids, inputs)
+            return
         stream = None if cache is None else vars(cache).get(STREAM)
         stream = stream if stream is not None and stream.host is self else None
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -458,34 +506,63 @@ class LanguageHost:
             self._widen(stream, rows // len(stream.prompt.image))
         if past and (stream is None or rows != len(stream.prompt.image)):
             return
-        if past and new == 1:
-            run.stream = stream
-            return
-        prompt = self._prompt(stream.prompt if stream is not None and past else None, ids, embeds, inputs, past)
-        if stream is None or not past:
-            stream = Stream(self, prompt)
-        stream.prompt = prompt
+        if stream is not None and past:
+            stream.tokens = _tokens(stream, cache, past, new, inputs)
+            if new == 1:
+                run.stream = stream
+                return
+            known, past = stream.prompt, stream.tokens - new
+            prompt = self._prompt(known, ids, embeds, inputs, past)
+            self._refuse_pieces(known, prompt)
+            stream.prompt = prompt
+        else:
+            stream = Stream(self, self._prompt(None, ids, embeds, inputs, 0), tokens=new)
+            self.generation.note(stream)
         if cache is not None:
             self._keep(stream, cache)
-        if past and not prompt.drafts and "whole_prompt" in self.needs:
-            raise UnsupportedError(
-                f"{self.owner.recipe.name} reads the whole prompt at once, and this one comes in pieces. Leave out "
-                "prefill_chunk_size, or start a new cache for a new turn."
-            )
         self._prepare_blind(stream, inputs)
         self._prepare_tower(stream)
         run.stream, run.clock = stream, PREFILL
+
+    def _refuse_pieces(self, known: Prompt, prompt: Prompt) -> None:
+        """Refuse a prompt that is read in pieces where a patch must have it whole, or has changed a row that it took for the answer's.
+
+        `prompt` goes on where `known` ends; drafts do not count, and tokens that were answered in between begin a new turn.
+        """
+        answered = prompt.past > known.image.shape[1]
+        if not prompt.drafts and (
+            "whole_prompt" in self.needs or ("answers" in self.needs and known.shows and not answered)
+        ):
+            raise UnsupportedError(
+                f"{self.owner.recipe.name} reads the whole prompt at once, and this one comes in pieces. Leave out "
+                "prefill_chunk_size, read a prefix that questions share with each of them, or start a new cache for a new turn."
+            )
+
+    def _grow(self, run: Run, begun: Stream, ids: Tensor, inputs: dict[str, Any]) -> None:
+        """Go on with an answer that is generated without a cache: all of it is read anew, and patches choose where its prompt ends."""
+        known = begun.prompt
+        more = ids.shape[1] - known.image.shape[1]
+        valid = self._valid(inputs, 0, ids.shape[1], known.image)
+        prompt = Prompt(pad(known.image, (0, more)), valid, known.length, 0, answering(valid, more + 1), ids)
+        stream = Stream(self, prompt, begun.states, tokens=ids.shape[1])
+        self._prepare_blind(stream, inputs)
+        run.stream, run.clock = stream, PREFILL
+
+    @staticmethod
+    def _valid(inputs: dict[str, Any], past: int, tokens: int, like: Tensor) -> Tensor:
+        """Which of a sequence's tokens, those of the forward behind `past` others, are no padding: bool (B, tokens)."""
+        valid = compat.valid_tokens(inputs.get("attention_mask"), past)
+        if valid is None:
+            return torch.ones(len(like), tokens, dtype=torch.bool, device=like.device)
+        return pad(valid[:, :tokens], (0, max(0, tokens - valid.shape[1])), value=True)
 
     def _prompt(
         self, known: Prompt | None, ids: Tensor | None, embeds: Tensor | None, inputs: dict[str, Any], past: int
     ) -> Prompt:
         """Describe the tokens of a sequence, those of this forward at its end."""
-        image = self._image_numbers(ids, embeds)
-        rows, new = image.shape
-        valid = compat.valid_tokens(inputs.get("attention_mask"), past)
-        if valid is None:
-            valid = torch.ones(rows, past + new, dtype=torch.bool, device=image.device)
-        valid = pad(valid[:, : past + new], (0, max(0, past + new - valid.shape[1])), value=True)
+        image = self._numbers(ids, embeds, past)
+        new = image.shape[1]
+        valid = self._valid(inputs, past, past + new, image)
         answers = answering(valid[:, past:], _ASKED.get())
         if known is None:
             length = new - answers + 1 if isinstance(answers, int) else answers[:, :1] + 1
@@ -513,21 +590,43 @@ class LanguageHost:
         stream.prompt = Prompt(**{**known, **repeated})
         self._prepare_decode(stream)
 
-    def _image_numbers(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-        """Number the images of every row from 1: int16 (B, S_q)."""
-        token = getattr(self.base.config, "image_token_id", None)
-        if token is None:
-            tokens = ids if ids is not None else embeds
-            assert tokens is not None
-            return torch.zeros(tokens.shape[:2], dtype=torch.int16, device=tokens.device)
-        if ids is not None:
-            visual = ids == token
-        else:
-            assert embeds is not None
-            marker = self.base.get_input_embeddings()(torch.tensor(token, device=embeds.device))
-            visual = (embeds == marker).all(-1)
-        sizes = self.images.take() if bool(visual.any()) else []
-        return number_images(visual, sizes if self.family is not None and self.family.told_apart else [])
+    def mark(self, image: Tensor | None) -> None:
+        """Take the images of this thread's prompts to be where `image` says, (B, S) bool or numbers from 1; None to look for them."""
+        if image is not None and (image.ndim != 2 or image.is_floating_point() or image.is_complex()):
+            raise ShapeError(
+                f"mark(): expected (B, S), True or a number from 1 where a token shows an image, got {image.dtype} of shape "
+                f"{tuple(image.shape)}."
+            )
+        _MARK.set(None if image is None else (self, image))
+
+    def _marked(self, image: Tensor, tokens: Tensor) -> Tensor:
+        """Numbers of images as they were marked, for these tokens (B, S, ...)."""
+        rows, length = tokens.shape[:2]
+        if image.shape[1] != length or rows % len(image):
+            raise ShapeError(
+                f"The images of a prompt of {rows} rows of {length} tokens were marked in {len(image)} of {image.shape[1]}. Mark them "
+                "for every prompt anew, or take it back with plug.mark(image=None)."
+            )
+        numbers = number_images(image, []) if image.dtype == torch.bool else image.to(torch.int16)
+        return numbers.repeat_interleave(rows // len(image), 0).to(tokens.device)
+
+    def _numbers(self, ids: Tensor | None, embeds: Tensor | None, past: int) -> Tensor:
+        """Number the images and videos of every row from 1: int16 (B, S_q)."""
+        tokens = ids if ids is not None else embeds
+        assert tokens is not None
+        marked = _MARK.get()
+        if marked is not None and marked[0] is self and not past:
+            return self._marked(marked[1], tokens)
+        numbers = [torch.zeros(tokens.shape[:2], dtype=torch.int16, device=tokens.device)]
+        for kind, token in self.visual_tokens.items():
+            if ids is not None:
+                visual = ids == token
+            else:
+                visual = (tokens == self.base.get_input_embeddings()(torch.tensor(token, device=tokens.device))).all(-1)
+            if bool(visual.any()):
+                sizes = self.images.take(kind)
+                numbers.append(number_images(visual, sizes if self.family is not None and self.family.told_apart else []))
+        return together(numbers[1:] or numbers)
 
     def _after_base(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module is not self.base or torch.compiler.is_compiling():
@@ -536,9 +635,14 @@ class LanguageHost:
         if run is None:
             return
         _RUN.set(run.parent)
-        if output is None or run.stream is None or run.clock is not PREFILL:
+        if output is None or run.stream is None:
             return
         cache = run.cache if run.cache is not None else compat.cache_of(output)
+        if cache is not None:
+            whole = cache.get_seq_length() == run.stream.tokens
+            run.stream.keys = compat.keys_at(cache) if whole else None
+        if run.clock is not PREFILL:
+            return
         for state in run.stream.states.values():
             state.pop("blind", None)
         if cache is not None:
@@ -624,89 +728,22 @@ def _before_layer(host: LanguageHost, layer: nn.Module, module: nn.Module, args:
     return args, {**kwargs, RUN: replace(run, hidden=hidden)}
 
 
+def _tokens(stream: Stream, cache: Any, past: int, new: int, inputs: dict[str, Any]) -> int:
+    """How many tokens a sequence has with the new ones: more than its cache holds, where that was pruned."""
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    told = [mask.shape[1]] if isinstance(mask, Tensor) and mask.ndim == 2 else []
+    if isinstance(positions, Tensor) and positions.ndim == 2:
+        told.append(int(positions.max()) + 1)
+    if not told and past < stream.tokens and stream.keys != compat.keys_at(cache):
+        told.append(stream.tokens + new)
+    return max(past + new, *told) if told else past + new
+
+
 def _joined(known: Tensor | None, new: Tensor | None, past: int) -> Tensor | None:
     """Token ids of a sequence that goes on; -1 for what was generated one by one and not kept."""
     if known is None or new is None:
         return None
     return torch.cat([pad(known[:, :past], (0, past - min(past, known.shape[1])), value=-1), new], 1)
-
-
-def asked_of(inputs: dict[str, Any]) -> Rows:
-    """Return which logits a model's forward is asked for, by its arguments: of the last so many tokens, or bool (1|B, S).
-
-    Tokens with a label have the logits of the token ahead of them asked for. Where all logits are, the last one is the answer's.
-    """
-    labels, kept = inputs.get("labels"), inputs.get("logits_to_keep")
-    if isinstance(shifted := inputs.get("shift_labels"), Tensor):
-        return shifted != compat.NO_LABEL
-    if isinstance(labels, Tensor) and labels.ndim == 2:
-        return pad(labels[:, 1:] != compat.NO_LABEL, (0, 1))
-    if isinstance(kept, Tensor):
-        tokens = next(x for name in ("input_ids", "inputs_embeds") if (x := inputs.get(name)) is not None)
-        asked = torch.zeros(1, tokens.shape[1], dtype=torch.bool, device=kept.device)
-        asked[:, kept] = True
-        return asked
-    return max(kept or 0, 1)
-
-
-def answering(valid: Tensor, asked: Rows) -> Rows:
-    """Return which tokens of a forward have their next one asked for, as in `Place`.
-
-    Parameters
-    ----------
-    valid : bool (B, S_q), False for padding.
-    asked : so many at the end of every row, or bool (1|B, S_q); the last valid token where these are none.
-    """
-    if isinstance(asked, int):
-        number, chosen = asked if asked <= valid.shape[1] else 1, valid
-        if bool(valid[:, -number:].all()):
-            return number
-    else:
-        asked = asked.to(valid.device)
-        chosen = valid & asked if asked.shape[1] == valid.shape[1] else torch.zeros_like(valid)
-        chosen = torch.where(chosen.any(-1, keepdim=True), chosen, pad(valid, (0, 1)).diff(dim=-1) & valid)
-        number = int(chosen.sum(-1).max())
-    order = chosen.cumsum(-1)
-    wanted = order[:, -1:] - torch.arange(number - 1, -1, -1, device=valid.device)
-    return torch.searchsorted(order, wanted.clamp(min=1)).clamp(max=valid.shape[1] - 1)
-
-
-def number_images(visual: Tensor, sizes: list[int]) -> Tensor:
-    """Number the images of every row from 1.
-
-    Parameters
-    ----------
-    visual : bool (B, S), image tokens.
-    sizes : tokens of each image, row by row, as the image encoder told. Where rows are repeated for beams, they are those of
-        the rows before. Where they do not add up, each run of image tokens is an image.
-
-    Returns
-    -------
-    int16 (B, S), 0 for text.
-    """
-    counts = visual.sum(-1).tolist()
-    total = sum(sizes)
-    times = sum(counts) // total if total and sum(counts) % total == 0 else 0
-    order = visual.cumsum(-1) - 1  # which of its row's image tokens this is
-    numbers = torch.zeros(visual.shape, dtype=torch.int16, device=visual.device)
-    if times and all(
-        a == b for i in range(0, len(counts), times) for a, b in [(counts[i], c) for c in counts[i : i + times]]
-    ):
-        left = list(sizes)
-        for row in range(0, len(counts), times):
-            ends, end = [], 0
-            while end < counts[row] and left:
-                end += left.pop(0)
-                ends.append(end)
-            if end != counts[row]:
-                break
-            bounds = torch.tensor(ends, device=visual.device)
-            found = torch.bucketize(order[row : row + times], bounds, right=True) + 1
-            numbers[row : row + times] = found.to(torch.int16)
-        else:
-            return numbers * visual
-    starts = visual & ~pad(visual, (1, 0))[:, :-1]
-    return (starts.cumsum(-1) * visual).to(torch.int16)
 
 
 def _tensor_parallel(model: Any) -> TensorParallel | None:

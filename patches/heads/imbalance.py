@@ -58,7 +58,7 @@ class Imbalance(Patch):
         head_share: float = Field(1.0, gt=0, le=1, description="Share of heads that are changed, by visual mass. Code: all.")
 
     cite = "arXiv 2501.12206"
-    needs = frozenset({"vision_attention", "probabilities"})
+    needs = frozenset({"answers", "vision_attention", "probabilities"})
     speed = False
     config: Config
 

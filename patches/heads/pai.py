@@ -43,7 +43,7 @@ class Pai(Patch):
         )
 
     cite = "arXiv 2407.21771"
-    needs = frozenset({"probabilities"})
+    needs = frozenset({"answers", "probabilities"})
     speed = False
     config: Config
 

@@ -87,7 +87,7 @@ class VisualBias(Patch):
         logs = self._by_head(params.logs.to(here), call)  # [H|1, 2]
         if single:
             return decode_biased(call, _bias(logs, columns))
-        rows = columns.new_ones(1, 1) if params.rows is None else params.rows.to(columns)  # [B, S_q]
+        rows = columns.new_ones(1, 1) if params.rows is None else params.rows[:, -call.q.shape[2] :].to(columns)  # [B, S_q]
         return attend_biased(call, rows[:, None, :, None] * logs[:, None], columns.mT)
 
     def _by_head(self, weights: Tensor, call: AttentionCall) -> Tensor:
