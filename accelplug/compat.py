@@ -135,6 +135,20 @@ def quiet(pipe: Any) -> Iterator[None]:
             delattr(pipe, name)
 
 
+def forget_cached(denoiser: Any, but: str, context: Any) -> None:
+    """Reset the stateful hooks of a denoiser, but for the one named `but`, and leave them in a cache context, as it was heard."""
+    manager_type = hook_types()[2]
+    for module in denoiser.modules():
+        registry = vars(module).get(REGISTRY)
+        for name, hook in registry.hooks.items() if registry is not None else ():
+            if name == but or not hook._is_stateful:
+                continue
+            hook.reset_state(module)
+            for manager in vars(hook).values():
+                if isinstance(manager, manager_type) and context is not None:
+                    manager.set_context(context)  # type: ignore[attr-defined]
+
+
 def mag_ratios(denoiser: Any) -> dict[str, list[float]]:
     """Return what MagCache's calibration wrote down on a denoiser in this run so far, by cache context."""
     from diffusers.hooks.mag_cache import _MAG_CACHE_LEADER_BLOCK_HOOK
@@ -168,9 +182,10 @@ def held(module: Any, name: str) -> Any:
     return vars(module).get(name, vars(module).get("_modules", {}).get(name))
 
 
-def is_looked_into(module: Any) -> bool:
-    """Whether somebody has hooks on a module, or a forward of their own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def is_looked_into(module: Any, ours: type) -> bool:
+    """Whether somebody has hooks on a module, other than those of a class of ours, or a forward of their own."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return "forward" in vars(module) or not all(isinstance(hook, ours) for hook in hooks)
 
 
 def unwrap_compiled(module: Any) -> Any:
@@ -708,10 +723,10 @@ def _hooks_and_writes() -> None:
     import torch
 
     x, module = torch.zeros(2), torch.nn.Linear(2, 2)  # type: torch.Tensor, Any
-    _expect(not is_looked_into(module), "a module without hooks is taken for one with")
+    _expect(not is_looked_into(module, type(None)), "a module without hooks is taken for one with")
     for register in (module.register_forward_hook, module.register_forward_pre_hook):
         with register(repr):
-            _expect(is_looked_into(module), "a hook on a module is in neither _forward_hooks nor _forward_pre_hooks")
+            _expect(is_looked_into(module, type(None)), "a hook on a module is in neither _forward_hooks nor _forward_pre_hooks")
     tables = {name for hooks, notes in _HOOKS.items() for name in (hooks, *notes)}
     module.register_forward_pre_hook(repr, with_kwargs=True)
     module.register_forward_hook(repr, with_kwargs=True, always_call=True)

@@ -254,6 +254,8 @@ class Plug(AbstractContextManager["Plug"]):
         if choices is not None:
             self._recall(choices)
         self._caches = self._step_caches(parts)
+        for host in self.denoiser_hosts:
+            host.caches = self._caches
         self._require_patches_of_its_kind()
         self._require_a_match()
 
@@ -307,7 +309,7 @@ class Plug(AbstractContextManager["Plug"]):
                 f"{self.recipe.name}: the cache first_block foretells a step from its first block, but a rule puts a patch "
                 "there, and its error would pass for change. Keep it dense: {where: {layers: 0}, patch: dense} as first rule."
             )
-        return StepCaches(parts, cache.kind, cache.settings, self._clock)
+        return StepCaches(parts, cache.kind, cache.settings)
 
     def _require_patches_of_its_kind(self) -> None:
         host = self._hosts[0]
@@ -455,6 +457,7 @@ class Plug(AbstractContextManager["Plug"]):
 
     def report(self) -> Report:
         """Say what ran how since `apply`: calls by patch, fallbacks with their reasons, what the gate left dense, what can be gained."""
+        self._count_replaced()
         for host in self._hosts:
             host.collect()
         gated = [verdict for verdict in self._gate.verdicts if not verdict.pays and self._gate.mode == "auto"]
@@ -471,6 +474,20 @@ class Plug(AbstractContextManager["Plug"]):
             skipped={f"{host.name}.{path}": why for host in self._hosts for path, why in host.skipped.items()},
         )
 
+    def _replaced(self) -> list[DenoiserHost]:
+        """Hosts of denoisers that the pipeline has no more: its runs never come by here."""
+        model = self._model()
+        if model is None or isinstance(model, torch.nn.Module) or not self.active:
+            return []
+        present = denoisers(model)
+        return [host for host in self.denoiser_hosts if present.get(host.name) is not host.denoiser]
+
+    def _count_replaced(self) -> None:
+        for host in self._replaced():
+            reason = f"the pipeline has another {host.name} than at apply(), without the recipe; remove and apply again"
+            if (host.name, reason) not in self._ledger.fallbacks:
+                self._ledger.fell_back(host.name, reason)
+
     def _end_to_end(self, verdict: Verdict) -> str:
         """What a verdict means for a forward, where the share of its calls in one is known."""
         shares = [share for host in self.denoiser_hosts if (share := host.share_of(verdict)) is not None]
@@ -484,7 +501,8 @@ class Plug(AbstractContextManager["Plug"]):
         sites = self.sites
         touched = sum(self.recipe.may_touch(site) for site in sites)
         where = ", ".join(f"{host.name} ({type(host.root).__name__})" for host in self._hosts)
-        state = "on" if self.active else "off"
+        gone = ", ".join(host.name for host in self._replaced())
+        state = f"on, but the pipeline has another {gone} now" if gone else "on" if self.active else "off"
         return f"{self.recipe.name}: {state}, touches {touched} of {len(sites)} self-attention modules in {where}"
 
     def __repr__(self) -> str:

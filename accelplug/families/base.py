@@ -91,6 +91,8 @@ class Family:
     refuse : why this family's self-attention cannot be patched (linear attention), or None.
     any_order : blocks that take their tokens in any order, or None where that is not known of them.
     split_apart : whether context parallelism splits text and grid each for itself, so that every rank has a share of both.
+    timestep : what pipelines hand to the denoiser of their scheduler's timesteps, keys of `accelplug.hosts.clock.SCALES`, the
+        likeliest first.
     status : how well it is known: ``verified`` (a real pipeline run), ``layout`` (tiny model), or ``dense``.
     """
 
@@ -103,6 +105,7 @@ class Family:
     refuse: str | None = None
     any_order: AnyOrder | None = None
     split_apart: bool = False
+    timestep: tuple[str, ...] = ("timestep", "unit")
     status: Literal["verified", "layout", "dense"] = "layout"
 
 

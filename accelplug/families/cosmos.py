@@ -10,4 +10,5 @@ COSMOS = Family(
     classes=("CosmosTransformer3DModel",),
     sites=(("transformer_blocks.*.attn1", "self"), ("transformer_blocks.*.attn2", "cross")),
     geometry=latents("bcthw"),
+    timestep=("timestep", "sigma_share", "sigma"),  # Cosmos 1, Predict2, 2.5
 )

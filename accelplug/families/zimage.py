@@ -35,4 +35,5 @@ Z_IMAGE = Family(
     classes=("ZImageTransformer2DModel",),
     sites=(("layers.*.attention", "joint"),),
     geometry=_stream,
+    timestep=("inverse",),
 )

@@ -7,14 +7,17 @@ others stay dense, or its threshold would judge the patch's error (``Recipe`` re
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 from accelplug import compat
+from accelplug.call import Clock
 from accelplug.errors import UnsupportedError
-from accelplug.hosts.clock import StepClock
+from accelplug.hosts.clock import HOOK
+from accelplug.hosts.run import Run
 from accelplug.hosts.undo import Undo
 
 CONFIGS = {"first_block": "FirstBlockCacheConfig", "mag": "MagCacheConfig", "taylorseer": "TaylorSeerCacheConfig"}
@@ -28,13 +31,11 @@ class StepCaches:
     parts : denoisers by name.
     kind : ``first_block``, ``mag`` or ``taylorseer``.
     settings : arguments of diffusers' config of that cache.
-    clock : tells how many steps a run has; None leaves it unchecked whether they are those of the settings.
     """
 
-    def __init__(
-        self, parts: Mapping[str, Any], kind: str, settings: Mapping[str, Any], clock: StepClock | None = None
-    ) -> None:
-        self.parts, self.kind, self.settings, self.clock = dict(parts), kind, dict(settings), clock
+    def __init__(self, parts: Mapping[str, Any], kind: str, settings: Mapping[str, Any]) -> None:
+        self.parts, self.kind, self.settings = dict(parts), kind, dict(settings)
+        self._runs: dict[int, tuple[Run, threading.Thread]] = {}
         self._own = Undo()
 
     def install(self, undo: Undo) -> None:
@@ -66,18 +67,34 @@ class StepCaches:
                     raise ValueError(f"it finds no module of {name} to hook")
         except (TypeError, ValueError) as error:
             raise UnsupportedError(f"diffusers refuses the cache {self.kind} with {self.settings}: {error}") from error
-        if self.clock is not None and "num_inference_steps" in self.settings:
-            for part in self.parts.values():
-                undo.hook(part, "register_forward_pre_hook", self._require_its_steps)
+        undo.add(self._runs.clear)
 
-    def _require_its_steps(self, part: Any, args: Any) -> None:
-        """MagCache counts steps, and starts anew at the number it was told: in a longer run it would skip by the wrong ratios."""
-        steps, expected = self.clock.now().steps if self.clock is not None else None, self.settings["num_inference_steps"]
-        if steps not in (None, expected):
+    def enter(self, part: Any, run: Run, clock: Clock, context: Any) -> None:
+        """A forward of `run` begins: what an earlier run left in the cache of `part` is forgotten, in the cache context that is on.
+
+        Raises
+        ------
+        UnsupportedError
+            If runs of two threads take turns: diffusers keeps one state a model. If a run has other than the steps of the settings:
+            MagCache counts them, and starts anew at the number it was told; in a longer run it would skip by the wrong ratios.
+        """
+        last, thread = self._runs.get(id(part), (None, threading.current_thread()))
+        if last is run:
+            return
+        busy = last is not None and last.inside and thread is not threading.current_thread() and thread.is_alive()
+        if busy or run.begun:
             raise UnsupportedError(
-                f"The cache {self.kind} was set for runs of {expected} steps, this one has {steps}. Run with {expected} steps, or "
-                "tune again with as many as you need."
+                f"The cache {self.kind} holds the state of one run at a time, and two threads run this {type(part).__name__}. Let one "
+                "run end before the next begins, give each thread a pipeline of its own, or leave cache: out of the recipe."
             )
+        expected = self.settings.get("num_inference_steps")
+        if expected is not None and clock.steps not in (None, expected):
+            raise UnsupportedError(
+                f"The cache {self.kind} was set for runs of {expected} steps, this one has {clock.steps}. Run with {expected} steps, "
+                "or tune again with as many as you need."
+            )
+        self._runs[id(part)] = run, threading.current_thread()
+        compat.forget_cached(part, HOOK, context)
 
     def __enter__(self) -> StepCaches:
         with ExitStack() as stack:

@@ -1,76 +1,305 @@
-"""Which step is it? Told by the host library where it says so, never by counting attention calls."""
+"""Which step is it? The place of the timestep that the denoiser was given in the schedule, whoever calls; never a count of calls."""
 
 from __future__ import annotations
 
+import gc
+import sys
+import threading
 import weakref
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from accelplug import compat
+from accelplug.bounded import Bounded
 from accelplug.call import Clock
 from accelplug.hosts.undo import Undo
+
+if TYPE_CHECKING:
+    from accelplug.hosts.run import Run
 
 HOOK = "accelplug"
 """Name of our hook in a denoiser's registry."""
 
+SCALES: Mapping[str, Callable[[Any], Tensor]] = {
+    "timestep": lambda scheduler: scheduler.timesteps,
+    "unit": lambda scheduler: scheduler.timesteps / 1000,
+    "inverse": lambda scheduler: 1 - scheduler.timesteps / 1000,
+    "sigma": lambda scheduler: scheduler.sigmas[: len(scheduler.timesteps)],
+    "sigma_share": lambda scheduler: (lambda sigma: sigma / (sigma + 1))(scheduler.sigmas[: len(scheduler.timesteps)]),
+}
+"""What a pipeline makes of its scheduler's timesteps before it hands one to the denoiser."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """When a forward happens.
+
+    Attributes
+    ----------
+    clock : step, steps and branch, as far as they are known.
+    schedules : the tensors of timesteps that it may go by, of which every call of a pipeline makes one; several where pipelines run
+        side by side by equal ones, none where none is known.
+    given : the timestep as a number, where it had to be read and is in no schedule.
+    """
+
+    clock: Clock
+    schedules: tuple[Tensor, ...] = ()
+    given: float | None = None
+
+
+@dataclass(eq=False)
+class _Schedule:
+    """The timesteps of a scheduler, and as numbers what denoisers are given for them, by scale."""
+
+    timesteps: Tensor
+    used: bool = False
+    """Whether a run has gone by them."""
+    given: dict[str, list[float]] = field(default_factory=dict)
+
+
+class _Mine(threading.local):
+    """What a thread was told: a context around its forwards, a step set by hand."""
+
+    def __init__(self) -> None:
+        self.said: Any = None
+        self.fixed: tuple[int, int] | None = None
+
 
 class StepClock:
-    """The clock of one pipeline's denoisers. Sources, best first:
+    """The clock of one pipeline's denoisers, for each thread its own. Sources, best first:
 
     1. what the user set by `set`;
-    2. ``cache_context(name, step_index, num_inference_steps)`` around the denoiser call, which also names the branch;
-    3. ``scheduler.step_index``;
-    4. the guider's step (modular pipelines, HunyuanVideo 1.5);
-    5. the place of the call's timestep in ``scheduler.timesteps`` (DDIM and other schedulers that count nothing).
+    2. the place of the forward's timestep among the timesteps of a scheduler: that of the pipeline given to `apply`, or of another
+       one that holds the denoiser;
+    3. ``cache_context(name, step_index, num_inference_steps)`` around the forward, which also names the branch;
+    4. the guider's step (modular pipelines, HunyuanVideo 1.5).
 
-    With none of them the step is unknown, and rules that ask for steps run dense, counted.
+    With none of them the step is unknown, and rules that ask for steps run dense, counted. Steps are places in the whole schedule:
+    an image-to-image pipeline of strength 0.6 begins at step 4 of 10. They count calls of the model: Heun and KDPM2 have two for each
+    of the pipeline's steps but one, PNDM one more in all. Tokens may have timesteps of their own (a given first frame, diffusion
+    forcing): the noisiest tells.
+
+    Parameters
+    ----------
+    pipe : what was given to `apply`, a pipeline or a denoiser.
     """
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = weakref.ref(pipe)
-        self._said: Any = None
-        self._fixed: tuple[int, int] | None = None
+        self._bare = isinstance(pipe, torch.nn.Module)
+        self._others: list[weakref.ref[Any]] = []
+        self._holders = 0
+        self._looking = threading.Lock()
+        self._mine = _Mine()
+        # Schedules are kept, small as they are, so that an id stays theirs.
+        self._schedules: Bounded[int, _Schedule] = Bounded(64)
+        for scheduler in self._schedulers():
+            self._schedule(scheduler.timesteps).used = True  # by a run before
 
     def set(self, step: int | None, steps: int | None) -> None:
-        """Fix the step by hand, or, with None, let the sources speak again."""
-        self._fixed = None if step is None or steps is None else (step, steps)
+        """Fix the step of this thread by hand, or, with None, let the sources speak again."""
+        self._mine.fixed = None if step is None or steps is None else (step, steps)
 
     def hear(self, context: Any) -> None:
         """Take note of a cache context: a name, a ``CacheContext``, or None at its end."""
-        self._said = context
+        self._mine.said = context
 
-    def now(self, timestep: Any = None) -> Clock:
-        """Return the present time. `timestep`: what the denoiser was given, read only where nothing else tells."""
-        branch = getattr(self._said, "name", self._said)
-        step, steps = self._fixed or self._from_context() or self._from_pipe(timestep) or (None, None)
-        return Clock(step, steps, branch)
+    @property
+    def context(self) -> Any:
+        """The cache context that is on in this thread, as it was heard."""
+        return self._mine.said
 
-    def _from_context(self) -> tuple[int, int] | None:
-        step = getattr(self._said, "step_index", None)
-        steps = getattr(self._said, "num_inference_steps", None) or self._scheduled_steps()
-        return None if step is None or steps is None else (int(step), int(steps))
+    def now(
+        self,
+        timestep: Any = None,
+        denoiser: Any = None,
+        run: Run | None = None,
+        scales: tuple[str, ...] = ("timestep", "unit"),
+    ) -> Moment:
+        """Return the present time.
 
-    def _from_pipe(self, timestep: Any) -> tuple[int, int] | None:
-        pipe: Any = self._pipe()
-        scheduler: Any = getattr(pipe, "scheduler", None)
-        steps = self._scheduled_steps()
-        if hasattr(scheduler, "step_index") and steps is not None:
-            # None before the first step, and where an img2img pipeline starts late, begin_index says where.
-            step = scheduler.step_index
-            return (step if step is not None else scheduler.begin_index or 0), steps
-        guider: Any = getattr(pipe, "guider", None)
-        if (told := compat.guider_step(guider)) is not None:
-            return told
-        if timestep is None or steps is None:
+        Parameters
+        ----------
+        timestep : what the denoiser was given; None where that cannot be read (in compiled code): then the schedulers' own counts
+            are believed.
+        denoiser : whose other pipelines are looked for, where no schedule that is known has the timestep.
+        run : of this thread so far.
+        scales : keys of `SCALES`, what timesteps may have been made into, the likeliest first.
+        """
+        said = self._mine.said
+        branch = getattr(said, "name", said)
+        if self._mine.fixed is not None:
+            return Moment(Clock(*self._mine.fixed, branch))
+        timestep = getattr(said, "timestep", None) if timestep is None else timestep
+        given = _Given.of(timestep)
+        places = self._places(given, denoiser, run, scales) if given is not None else self._counted()
+        if places:
+            schedules = tuple(schedule for schedule, _ in places)
+            if len(schedules) == 1:
+                self._schedule(*schedules).used = True
+            first, step = places[0]
+            return Moment(Clock(step, len(first), branch), schedules)
+        told = self._told()
+        clock = Clock(None, None, branch) if told is None else Clock(*told, branch)
+        return Moment(clock, (), given.number if given is not None else None)
+
+    # ------------------------------------------------------------------------------------------- in which schedule
+
+    def _places(self, given: _Given, denoiser: Any, run: Run | None, scales: tuple[str, ...]) -> list[tuple[Tensor, int]]:
+        """Return the schedules that hold what was given, and where: those of the run if it goes on, else new ones, else old ones."""
+        found = self._found(given, run, scales)
+        if run is not None and (same := [place for place in found if run.may_go_on(*place)]):
+            return same
+        if not (new := self._new(found)):  # an old schedule may hold it by chance
+            self._look_for_others(denoiser)
+            found = self._found(given, run, scales)
+            new = self._new(found)
+        return new or found
+
+    def _new(self, places: list[tuple[Tensor, int]]) -> list[tuple[Tensor, int]]:
+        return [(schedule, step) for schedule, step in places if not self._schedule(schedule).used]
+
+    def _found(self, given: _Given, run: Run | None, scales: tuple[str, ...]) -> list[tuple[Tensor, int]]:
+        schedulers = list(self._schedulers())
+        for scheduler in schedulers:
+            if (place := given.place_in(scheduler.timesteps)) is not None:
+                return [(scheduler.timesteps, place)]
+        places = []
+        for scheduler in schedulers:
+            last = run.reached(scheduler.timesteps) if run is not None else None
+            if (step := self._step(scheduler, given, scales, last)) is not None:
+                places.append((scheduler.timesteps, step))
+        return places
+
+    def _step(self, scheduler: Any, given: _Given, scales: tuple[str, ...], last: int | None) -> int | None:
+        """Return where in a scheduler's timesteps the given one is, `last` being the place of the one before."""
+        schedule = self._schedule(scheduler.timesteps)
+        counted = getattr(scheduler, "step_index", None)
+        begun = counted if counted is not None else getattr(scheduler, "begin_index", None)
+        for number in given.numbers:
+            for scale in scales:
+                if scale not in schedule.given:
+                    schedule.given[scale] = SCALES[scale](scheduler).tolist() if _has(scheduler, scale) else []
+                distances = {i: abs(t - number) for i, t in enumerate(schedule.given[scale])}
+                near = [i for i, distance in distances.items() if distance <= given.tolerance * max(abs(number), 1e-3)]
+                if not near or (counted is not None and counted not in near):
+                    continue
+                if begun in near:
+                    return begun
+                # Of timesteps that are equal (PNDM), or that rounding makes equal, the next one after the last.
+                return next((i for i in near if last is not None and i > last), min(near, key=distances.__getitem__))
+        return None
+
+    def _schedule(self, timesteps: Tensor) -> _Schedule:
+        return self._schedules.get(id(timesteps), lambda: _Schedule(timesteps))
+
+    def _schedulers(self) -> Iterator[Any]:
+        """Schedulers whose timesteps were set: that of the pipeline given to `apply`, then others that were seen."""
+        others = [scheduler for other in self._others if (scheduler := other()) is not None]
+        for scheduler in (getattr(self._pipe(), "scheduler", None), *others):
+            if isinstance(getattr(scheduler, "timesteps", None), Tensor) and _is_set(scheduler):
+                yield scheduler
+
+    def _look_for_others(self, denoiser: Any) -> None:
+        """Take note of the schedulers of all pipelines that hold a denoiser.
+
+        Pipelines leave no trace in their parts, so whatever refers to the denoiser is asked: at the first step of a run that goes by
+        no schedule known, and not again while as many objects hold it. Of a denoiser that was patched by itself nobody is asked.
+        """
+        if denoiser is None or self._bare:
+            return
+        with self._looking:
+            if sys.getrefcount(denoiser) == self._holders:
+                return
+            own = getattr(self._pipe(), "scheduler", None)
+            found = known = [scheduler for other in self._others if (scheduler := other()) is not None]
+            for holder in gc.get_referrers(denoiser):
+                members = holder if isinstance(holder, dict) else getattr(holder, "__dict__", None)
+                scheduler = members.get("scheduler") if isinstance(members, dict) else None
+                if hasattr(scheduler, "set_timesteps") and all(scheduler is not one for one in (own, *found)):
+                    found = [*found, scheduler]
+            self._others = [weakref.ref(scheduler) for scheduler in found]
+            self._holders = sys.getrefcount(denoiser) if found is known else 0
+
+    # ------------------------------------------------------------------------------------------------ told otherwise
+
+    def _told(self) -> tuple[int, int] | None:
+        """What the context around the forward says, or the guider."""
+        step, steps = (getattr(self._mine.said, name, None) for name in ("step_index", "num_inference_steps"))
+        if step is not None and steps is not None:
+            return int(step), int(steps)
+        return compat.guider_step(getattr(self._pipe(), "guider", None))
+
+    def _counted(self) -> list[tuple[Tensor, int]]:
+        """What the scheduler of the pipeline given to `apply` counts, where no context tells and no timestep can be read."""
+        scheduler: Any = next(self._schedulers(), None)
+        if scheduler is None or not hasattr(scheduler, "step_index") or self._told() is not None:
+            return []
+        # None before the first step, and where an img2img pipeline starts late, begin_index says where.
+        step = scheduler.step_index
+        return [(scheduler.timesteps, step if step is not None else scheduler.begin_index or 0)]
+
+
+def _is_set(scheduler: Any) -> bool:
+    """Whether a run has set the timesteps: before, there are as many as in training."""
+    trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    return getattr(scheduler, "num_inference_steps", None) is not None and len(scheduler.timesteps) != trained
+
+
+def _has(scheduler: Any, scale: str) -> bool:
+    return not scale.startswith("sigma") or isinstance(getattr(scheduler, "sigmas", None), Tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """A timestep as a denoiser was given it.
+
+    Attributes
+    ----------
+    tensor : it, where it is a tensor.
+    tolerance : relative error of its dtype.
+    """
+
+    tensor: Any
+    tolerance: float
+
+    @classmethod
+    def of(cls, timestep: Any) -> _Given | None:
+        """Return what can be read; None of no timestep, and while a CUDA graph is captured."""
+        if not isinstance(timestep, Tensor):
+            return None if timestep is None else cls(torch.tensor(float(timestep), dtype=torch.float64), 1e-6)
+        if timestep.numel() == 0 or (timestep.is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
-        value = float(timestep.flatten()[0]) if hasattr(timestep, "flatten") else float(timestep)
-        distances = [abs(float(t) - value) for t in scheduler.timesteps]
-        nearest = min(range(steps), key=distances.__getitem__)
-        return (nearest, steps) if distances[nearest] < 0.5 else None
+        return cls(timestep, torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 1e-6)
 
-    def _scheduled_steps(self) -> int | None:
-        timesteps = getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
-        return None if timesteps is None else len(timesteps)
+    @cached_property
+    def numbers(self) -> list[float]:
+        """What stands in it, the largest first; of tokens with timesteps of their own the largest and the smallest."""
+        largest, smallest = float(self.tensor.max()), float(self.tensor.min())
+        return [largest] if largest == smallest else [largest, smallest]
+
+    @property
+    def number(self) -> float:
+        """The noisiest timestep in it."""
+        return self.numbers[0]
+
+    def place_in(self, timesteps: Tensor) -> int | None:
+        """Return where in `timesteps` it is taken from, if it is a view of them: no device is waited for then."""
+        one, many = self.tensor, timesteps
+        if type(one) is not Tensor or type(many) is not Tensor or many.ndim != 1 or not many.is_contiguous():
+            return None
+        if one.dtype != many.dtype or one.device != many.device or one.device.type == "meta":
+            return None
+        spread = any(size > 1 and stride for size, stride in zip(one.shape, one.stride(), strict=True))
+        if spread or one.untyped_storage().data_ptr() != many.untyped_storage().data_ptr():
+            return None
+        place = int(one.storage_offset() - many.storage_offset())
+        return place if 0 <= place < len(many) else None
 
 
 class Ear:

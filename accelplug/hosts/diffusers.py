@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import statistics
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -19,16 +20,18 @@ from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families import find
 from accelplug.families.base import Geometry, site_kinds
 from accelplug.hosts import rebind, ulysses
-from accelplug.hosts.clock import Ear, StepClock
+from accelplug.hosts.clock import Ear, Moment, StepClock
 from accelplug.hosts.forecast import Cost, Forecast, Meter
 from accelplug.hosts.gate import Gate, Verdict, timed_ms
 from accelplug.hosts.hoist import Hoist
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import DENSE, Choice, Decide
+from accelplug.hosts.run import Run
 from accelplug.hosts.ulysses import Gathered
 from accelplug.hosts.undo import Undo
 
 if TYPE_CHECKING:
+    from accelplug.hosts.caches import StepCaches
     from accelplug.kernels.orders import Tiles
     from accelplug.patches.base import Patch
 
@@ -57,14 +60,9 @@ def processor_owners(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 @dataclass(eq=False)
-class SiteRecord:
-    """What stands at one attention module: its site, and what runs there now. Read inside compiled graphs."""
+class Settled:
+    """What runs at an attention module during one forward. Never changed, but replaced. Read inside compiled graphs."""
 
-    host: DenoiserHost
-    module: Any
-    site: Site | None
-    """None where rules cannot name it: cross-attention, refiners, audio."""
-    original: Any = None
     choice: Choice = DENSE
     reason: str | None = None
     patch: Patch | None = None
@@ -75,13 +73,55 @@ class SiteRecord:
     exchanged: Gathered | None = None
     """Where tokens lie after an exchange between ranks, if not in order."""
     length: int = -1
+    known: bool = True
+    """Whether the forward of the denoiser was seen in this thread."""
+
+
+class _Here(threading.local):
+    """What a thread's own forward has settled. (Set in every thread: Dynamo guards on what the instance holds.)"""
+
+    def __init__(self) -> None:
+        self.settled = Settled(known=False)
+
+
+@dataclass(eq=False)
+class SiteRecord:
+    """What stands at one attention module: its site, and, for each thread its own, what runs there now."""
+
+    host: DenoiserHost
+    module: Any
+    site: Site | None
+    """None where rules cannot name it: cross-attention, refiners, audio."""
+    original: Any = None
     routed: bool = False
     missed: bool = False
+    latest: Settled = field(default_factory=Settled)
+    """What any thread has settled last, for reports."""
+    _here: _Here = field(default_factory=_Here)
+
+    @property
+    def settled(self) -> Settled:
+        """What runs here in this thread's forward."""
+        return self._here.settled
+
+    @settled.setter
+    def settled(self, settled: Settled) -> None:
+        self._here.settled = self.latest = settled
+
+    @property
+    def params(self) -> Any:
+        """What the patch was given, in this thread's forward."""
+        return self._here.settled.params
+
+    @property
+    def layout(self) -> Layout | None:
+        """How tokens lie, in this thread's forward."""
+        return self._here.settled.layout
 
     @property
     def gathered(self) -> Gathered | None:
         """Where tokens lie that are to be put in order: dense attention takes them in any."""
-        return self.exchanged if self.patch is not None else None
+        return self.settled.exchanged if self.settled.patch is not None else None
 
     def attend(
         self,
@@ -97,24 +137,45 @@ class SiteRecord:
         if not torch.compiler.is_compiling():
             return self.host.attend(self, q, k, v, mask, scale, dense, blocked)
         self.routed = True
-        patch = self.patch
-        if patch is None:
+        here = self._here.settled
+        patch = here.patch
+        if patch is None or not here.known:  # a thread of which nothing is known yet has a graph of its own, traced anew
             return dense()
-        key_mask, understood = key_validity(mask, self.length, self.host.family.outer_mask)
-        if blocked is not None or not understood or not q.shape[-2] == k.shape[-2] == self.length:
+        key_mask, understood = key_validity(mask, here.length, self.host.family.outer_mask)
+        if blocked is not None or not understood or not q.shape[-2] == k.shape[-2] == here.length:
             self.missed = True  # counted by the host, outside the graph
             return dense()
-        return patch.attend(AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense), self.params)
+        return patch.attend(AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense), here.params)
 
-    def settle(self, choice: Choice, layout: Layout | None, params: Any, order: Tiles | None) -> None:
+    def settle(
+        self, choice: Choice, layout: Layout | None, params: Any, order: Tiles | None, exchanged: Gathered | None = None
+    ) -> None:
         """Set what runs here from now on."""
-        self.choice, self.layout, self.params, self.order = choice, layout, params, order
-        self.reason = choice.reason
+        reason = choice.reason
         if choice.patch is not None and layout is None:
             where = " under context parallelism" if self.host.exchanging else ""
-            self.reason = f"{type(self.host.denoiser).__name__} was given tokens whose layout is not understood{where}"
-        self.patch = choice.patch if params is not None else None
-        self.length = layout.length if layout else -1
+            reason = f"{type(self.host.denoiser).__name__} was given tokens whose layout is not understood{where}"
+        patch = choice.patch if params is not None else None
+        length = layout.length if layout else -1
+        self.settled = Settled(choice, reason, patch, params, layout, order, exchanged, length)
+
+
+@dataclass(frozen=True, eq=False)
+class Entered:
+    """What one forward's input says about a region."""
+
+    geometry: Geometry | None = None
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+    batch: int = 1
+
+
+class _Inside(threading.local):
+    """What a thread's own forward brought to a region, and what was settled for."""
+
+    def __init__(self) -> None:
+        self.entered: Entered | None = None
+        self.seen: tuple | None = None
 
 
 @dataclass(eq=False)
@@ -124,11 +185,28 @@ class Region:
     path: str
     module: nn.Module
     records: list[SiteRecord] = field(default_factory=list)
-    geometry: Geometry | None = None
-    device: torch.device | None = None
-    dtype: torch.dtype | None = None
-    batch: int = 1
-    seen: tuple | None = None
+    here: _Inside = field(default_factory=_Inside)
+    latest: Entered = Entered()
+    """What any thread's forward has brought last: a compiled forward brings nothing that can be read."""
+
+    @property
+    def entered(self) -> Entered:
+        """What this thread's forward has brought."""
+        return self.here.entered or self.latest
+
+    @entered.setter
+    def entered(self, entered: Entered) -> None:
+        self.here.entered = self.latest = entered
+
+
+class _Mine(threading.local):
+    """What a thread is at: its run of the denoiser, and the time."""
+
+    def __init__(self) -> None:
+        self.run: Run | None = None
+        self.now = Clock()
+        self.announced = False
+        """Whether a context has told of the forward that comes."""
 
 
 class DenoiserHost:
@@ -151,9 +229,10 @@ class DenoiserHost:
         self.name, self.denoiser, self.family = name, denoiser, family
         self.root = denoiser
         self.clock, self.decide, self.ledger, self.gate, self.measure = clock, decide, ledger, gate, measure
-        self.state: dict[tuple[str | None, str | None], dict[str, Any]] = {}
-        self.now = Clock()
         self.meter = Meter()
+        self.caches: StepCaches | None = None
+        self.latest = Clock()
+        """When any thread's last forward was, for reports."""
         self.takes_turns = False
         """Whether another denoiser of the pipeline runs some of the steps."""
         self._branches: set[str | None] = set()
@@ -166,7 +245,10 @@ class DenoiserHost:
         self.records = self._records()
         self.regions = self._regions()
         self.hoist = Hoist(denoiser, self.family.any_order, self.records, self._answers, ledger)
-        self._forwards = 0
+        self._came_through: bool | None = False
+        """Whether a forward has come to its end; None where that has been looked at."""
+        self._traced = False
+        self._mine = _Mine()
 
     # ------------------------------------------------------------------------------------------------- in and out
 
@@ -208,7 +290,7 @@ class DenoiserHost:
         undo.add(self.reset)
         for record in self.records:
             record.original = rebind.rebind(record.module, record, undo)
-        undo.add(self.hoist.end)
+        undo.add(self.hoist.remove)
         Ear(self.denoiser, self._hear, self.reset).install(undo)
         if self.family.level:
             for region in (region for region in self.regions if region.path):
@@ -218,17 +300,21 @@ class DenoiserHost:
         undo.hook(self.denoiser, "register_forward_pre_hook", self._before_forward, with_kwargs=True)
 
     def reset(self) -> None:
-        """Forget the state of a run."""
-        self.state.clear()
-        for region in self.regions:
-            region.seen = None
+        """End this thread's run: what was kept for its steps is forgotten."""
+        self._mine.run = None
 
     # ------------------------------------------------------------------------------------------- layout and step
 
+    @property
+    def now(self) -> Clock:
+        """When this thread's forward happens."""
+        return self._mine.now
+
     def _hear(self, context: Any) -> None:
         self.clock.hear(context)
-        if context is not None:  # a compiled denoiser does not run the pre-hook: settle with the last geometry
-            self._tell(self.clock.now())
+        if context is not None and self._traced:  # compiled, it does not run the pre-hook: settle with the last geometry
+            self._tell(self._moment(None))
+            self._mine.announced = True
             for region in self.regions:
                 self._settle(region)
 
@@ -239,7 +325,9 @@ class DenoiserHost:
         if module is not self.denoiser:  # a deep copy of it
             return
         inputs = self.signature.bind_partial(module, *args, **kwargs).arguments
-        self._tell(self.clock.now(inputs.get("timestep", inputs.get("t"))))
+        timestep = inputs.get("timestep", inputs.get("t"))
+        run = self._tell(self._moment(timestep), self._sizes(inputs), announced=self._mine.announced)
+        run.inside = run.broken = True
         self._check_processors()
         self._check_routes()
         self.hoist.end()  # what an interrupted forward left
@@ -253,19 +341,51 @@ class DenoiserHost:
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not torch.compiler.is_compiling() and module is self.denoiser:
             self.meter.end()
+            if self._came_through is False:
+                self._came_through = True
+            if self._mine.run is not None:
+                self._mine.run.broken = False
 
     def _leave_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not torch.compiler.is_compiling() and module is self.denoiser:
             self.hoist.end()
+            if self._mine.run is not None:
+                self._mine.run.inside = False
 
-    def _tell(self, now: Clock) -> None:
-        """Take note of the time, and of the steps and branches that this denoiser is run at."""
-        if now.steps != self.now.steps:
+    def _moment(self, timestep: Any) -> Moment:
+        return self.clock.now(timestep, self.denoiser, self._mine.run, self.family.timestep)
+
+    def _tell(self, moment: Moment, sizes: Any = None, announced: bool = False) -> Run:
+        """Take note of the time, of the run that the forward to come is of, and of all steps and branches.
+
+        `announced`: whether the context around the forward has told this already.
+        """
+        mine, run, now = self._mine, self._mine.run, moment.clock
+        if run is None or not (run.goes_on(moment, sizes) or (announced and run.is_at(moment))):
+            run = mine.run = Run()
+        mine.announced = False
+        if self.caches is not None:
+            self.caches.enter(self.denoiser, run, now, self.clock.context)
+        run.take(moment, sizes)
+        mine.now = now
+        if now.steps != self.latest.steps:
             self._steps.clear()
-        self.now = now
+        self.latest = now
         self._branches.add(now.branch)
         if now.step is not None:
             self._steps.add(now.step)
+        return run
+
+    def _sizes(self, inputs: Mapping[str, Any]) -> Any:
+        """What all forwards of a run and branch share: the shape of the latents, and the grid where tokens come packed."""
+        latents = _latents(inputs)
+        geometry = None if self.family.level else self.family.geometry(getattr(self.denoiser, "config", None), inputs)
+        return latents is not None and latents.shape, geometry and geometry.grid_thw
+
+    def trace_begins(self) -> None:
+        """Take note that the denoiser is compiled, and of the time, while Dynamo traces it."""
+        self._traced = True
+        self._tell(self._moment(None), announced=self._mine.announced)
 
     def enter_root(self, inputs: Mapping[str, Any]) -> None:
         """Settle what does not wait for the input of a level."""
@@ -275,18 +395,20 @@ class DenoiserHost:
 
     def enter(self, region: Region, inputs: Mapping[str, Any]) -> None:
         """Take the geometry of a region from its inputs, and settle what runs there."""
-        region.geometry = self.family.geometry(getattr(region.module, "config", None), inputs)
+        geometry = self.family.geometry(getattr(region.module, "config", None), inputs)
         latents = _latents(inputs)
         if latents is not None:
-            region.device, region.dtype, region.batch = latents.device, latents.dtype, len(latents)
+            region.entered = Entered(geometry, latents.device, latents.dtype, len(latents))
+        else:
+            region.entered = replace(region.entered, geometry=geometry)
         self.settle_and_count(region)
 
     def settle_and_count(self, region: Region) -> None:
         """Settle what runs in a region, and count what a rule names and cannot have."""
         self._settle(region)
         for record in region.records:
-            if record.reason is not None and record.site is not None:
-                self.ledger.fell_back(record.site.module, record.reason)
+            if record.settled.reason is not None and record.site is not None:
+                self.ledger.fell_back(record.site.module, record.settled.reason)
 
     def collect(self) -> None:
         """Count what compiled code could not: calls that met an obstacle inside a graph."""
@@ -300,7 +422,7 @@ class DenoiserHost:
     def _check_processors(self) -> None:
         self.collect()
         for record in self.records:
-            if record.site and record.choice.patch is not None and not rebind.is_rebound(record.module, record):
+            if record.site and record.settled.choice.patch is not None and not rebind.is_rebound(record.module, record):
                 now = type(record.module.processor).__name__
                 self.ledger.fell_back(
                     record.site.module, f"its processor was replaced by {now} since apply(); remove and apply again"
@@ -308,27 +430,28 @@ class DenoiserHost:
 
     def _check_routes(self) -> None:
         """After the first forward: attention that a rule names and that never came by is a fallback like any other."""
-        if self._forwards == 1:
+        if self._came_through is True:
+            self._came_through = None  # once is enough
             for module in self.unrouted():
                 self.ledger.fell_back(module, "its attention never came by in the first forward")
-        self._forwards += 1
 
     def _settle(self, region: Region) -> None:
         share = Share(*compat.shares_heads(self.denoiser))
-        key = (region.geometry, self.now, region.device, share, self.exchanging)
-        if key == region.seen:
+        entered = region.entered
+        key = (self._mine.run, entered.geometry, self.now, entered.device, share, self.exchanging)
+        if key == region.here.seen:
             return
-        region.seen = key
+        region.here.seen = key
         compiled = not torch.compiler.is_compiling() and self._is_compiled()
         for record in region.records:
             if record.site is None:
                 continue
             if record.site.heads != share:
                 record.site = replace(record.site, heads=share)
-            layout = self._expected_layout(region.geometry, record.site)
-            record.settle(*self._prepare(record.site, layout, region.device))
-            record.exchanged = self._exchanged(layout, share, region.device)
-            if compiled and record.patch is not None:
+            layout = self._expected_layout(entered.geometry, record.site)
+            exchanged = self._exchanged(layout, share, entered.device)
+            record.settle(*self._prepare(record.site, layout, entered.device), exchanged)
+            if compiled and record.settled.patch is not None:
                 self._judge_ahead(record, region)
 
     def _is_compiled(self) -> bool:
@@ -337,17 +460,18 @@ class DenoiserHost:
 
     def _judge_ahead(self, record: SiteRecord, region: Region) -> None:
         """Let the gate time made-up tensors of the real shape, outside every graph."""
-        shape = self._shape_bhsd(record, region)
-        if shape is None or region.dtype is None:
+        shape, entered = self._shape_bhsd(record, region), region.entered
+        device, dtype = entered.device, entered.dtype
+        if shape is None or dtype is None:
             return
 
         def judge() -> str | None:
-            generator = torch.Generator(region.device or "cpu").manual_seed(0)  # the global generator stays untouched
-            q, k, v = (torch.randn(shape, generator=generator, dtype=region.dtype, device=region.device) for _ in range(3))
+            generator = torch.Generator(device or "cpu").manual_seed(0)  # the global generator stays untouched
+            q, k, v = (torch.randn(shape, generator=generator, dtype=dtype, device=device) for _ in range(3))
             return self._not_worth_it(record, AttentionCall(q, k, v, None, scale_of(q, None), rebind.dense_sdpa(q, k, v)))
 
-        if self._ahead.get((record.patch, shape, region.dtype, region.device), judge) is not None:
-            record.patch = None
+        if self._ahead.get((record.settled.patch, shape, dtype, device), judge) is not None:
+            record.settled = replace(record.settled, patch=None)
 
     def _shape_bhsd(self, record: SiteRecord, region: Region) -> tuple[int, int, int, int] | None:
         """Shape of the queries to come, where the attention module tells its heads."""
@@ -355,19 +479,19 @@ class DenoiserHost:
         if heads is None or to_q is None:
             return None
         here = record.site.heads.of(heads) if record.site else range(heads)
-        return region.batch, len(here), record.length, to_q.out_features // heads
+        return region.entered.batch, len(here), record.settled.length, to_q.out_features // heads
 
     def _answers(self, record: SiteRecord) -> bool:
         """Whether the next calls of `record` will run its patch, as far as can be foretold: the gate has judged, if it is on."""
-        patch, region = record.patch, self.regions[0]
-        if patch is None or record.reason is not None:
+        here, region = record.settled, self.regions[0]
+        if here.patch is None or here.reason is not None:
             return False
-        if self.gate.mode == "off" or not patch.speed:
+        if self.gate.mode == "off" or not here.patch.speed:
             return True
-        shape = self._shape_bhsd(record, region)
-        if shape is None or region.dtype is None or region.device is None:
+        shape, entered = self._shape_bhsd(record, region), region.entered
+        if shape is None or entered.dtype is None or entered.device is None:
             return False
-        verdict = self.gate.known(record.choice.name, patch, shape, region.dtype, region.device)
+        verdict = self.gate.known(here.choice.name, here.patch, shape, entered.dtype, entered.device)
         return verdict is not None and (verdict.pays or self.gate.mode == "report")
 
     def _expected_layout(self, geometry: Geometry | None, site: Site) -> Layout | None:
@@ -397,8 +521,9 @@ class DenoiserHost:
         choice = self.decide(site, layout, self.now)
         if choice.patch is None or layout is None:
             return choice, layout, None, None
-        shared = self.state.setdefault((None, self.now.branch), {})
-        state = self.state.setdefault((site.module, self.now.branch), {"shared": shared})
+        run = self._mine.run = self._mine.run or Run()
+        shared = run.state.setdefault((None, self.now.branch), {})
+        state = run.state.setdefault((site.module, self.now.branch), {"shared": shared})
         params = choice.patch.prepare(site, layout, self.now, state)
         order = None if params is None or self.hoist.scheme is None else choice.patch.shared_order(params)
         if params is None or device is None or device.type == "cpu":
@@ -424,10 +549,15 @@ class DenoiserHost:
         if record.site is None:
             return dense()
         entered = self.meter.clock(q.device)
-        if record.patch is not None and q.shape[-2] != record.length and q.shape[-2] == k.shape[-2]:
+        if record.settled.patch is not None and q.shape[-2] != record.settled.length and q.shape[-2] == k.shape[-2]:
             self._settle_for_length(record, q.shape[-2])
-        call, reason = None, record.reason
-        if record.patch is not None:
+        here = record.settled
+        patch, params = here.patch, here.params
+        call, reason = None, here.reason
+        if not here.known:
+            reason = f"{type(self.denoiser).__name__} itself was not called in this thread"
+            self.ledger.fell_back(record.site.module, reason)
+        if patch is not None:
             reason = self._obstacle(record, q, k, v, mask, blocked)
             if reason is not None:
                 self.ledger.fell_back(record.site.module, reason)
@@ -436,9 +566,8 @@ class DenoiserHost:
                 call = AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense)
                 reason = self._not_worth_it(record, call)
                 call = call if reason is None else None
-        name = record.choice.name if call is not None else "dense"
+        name = here.choice.name if call is not None else "dense"
         self.ledger.served[name] += 1
-        patch, params = record.patch, record.params
         run = dense if call is None or patch is None else lambda: patch.attend(call, params)
         if self.ledger.events is None and entered is None:
             return run()
@@ -452,17 +581,19 @@ class DenoiserHost:
 
     def _judged_dense_ms(self, record: SiteRecord, q: Tensor) -> float | None:
         """What dense attention takes where a patch answered, if the gate has timed it."""
-        if record.patch is None:
+        here = record.settled
+        if here.patch is None:
             return None
-        verdict = self.gate.known(record.choice.name, record.patch, tuple(q.shape), q.dtype, q.device)
+        verdict = self.gate.known(here.choice.name, here.patch, tuple(q.shape), q.dtype, q.device)
         return None if verdict is None else verdict.dense_ms
 
     def _settle_for_length(self, record: SiteRecord, length: int) -> None:
         """Text of another length than the inputs foretold (Mochi drops padded text per sample)."""
         region = next(region for region in self.regions if record in region.records)
-        layout = region.geometry.layout(record.site.kind, length) if region.geometry and record.site else None
+        entered = region.entered
+        layout = entered.geometry.layout(record.site.kind, length) if entered.geometry and record.site else None
         if layout is not None and record.site is not None:
-            record.settle(*self._prepare(record.site, layout, region.device))
+            record.settle(*self._prepare(record.site, layout, entered.device), record.settled.exchanged)
 
     def _obstacle(self, record: SiteRecord, q: Tensor, k: Tensor, v: Tensor, mask: Any, blocked: str | None) -> str | None:
         """Why a call that a patch is there for must run dense, or None."""
@@ -475,9 +606,10 @@ class DenoiserHost:
                     "inference. Call .eval() and run under torch.no_grad(), or remove the plug to train."
                 )
             return "gradients are asked for; run under torch.no_grad()"
-        if not q.shape[-2] == k.shape[-2] == record.length:
-            return f"{q.shape[-2]} queries and {k.shape[-2]} keys where the layout has {record.length} tokens"
-        if not key_validity(mask, record.length, self.family.outer_mask)[1]:
+        length = record.settled.length
+        if not q.shape[-2] == k.shape[-2] == length:
+            return f"{q.shape[-2]} queries and {k.shape[-2]} keys where the layout has {length} tokens"
+        if not key_validity(mask, length, self.family.outer_mask)[1]:
             what = f"mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             return f"a {what} is more than key padding"
         if compat.attention_is_skipped():
@@ -485,12 +617,13 @@ class DenoiserHost:
         return None
 
     def _not_worth_it(self, record: SiteRecord, call: AttentionCall) -> str | None:
-        patch, params = record.patch, record.params
+        here = record.settled
+        patch, params = here.patch, here.params
         if patch is None or not patch.speed or self.gate.mode == "off":
             return None
         if self.measure and self.gate.may_time(call.q.device):
             patch.choose_backend(call, params)
-        verdict = self.gate.verdict(record.choice.name, patch, call.q, call.dense, lambda: patch.attend(call, params))
+        verdict = self.gate.verdict(here.choice.name, patch, call.q, call.dense, lambda: patch.attend(call, params))
         return verdict.reason if verdict is not None and not verdict.pays and self.gate.mode == "auto" else None
 
     def _note(
@@ -498,8 +631,8 @@ class DenoiserHost:
     ) -> None:
         density: float | None = 1.0
         plan = None
-        if call is not None and record.patch is not None:
-            density, plan = record.patch.inspect(call, record.params)
+        if call is not None and (patch := record.settled.patch) is not None:
+            density, plan = patch.inspect(call, record.settled.params)
         # Plans of a whole run would fill the memory of a large model: those of the last step are kept.
         last = self.now.step is None or self.now.step + 1 == self.now.steps
         kept = plan if self.ledger.keep_plans and last else None
@@ -518,7 +651,7 @@ class DenoiserHost:
             some = f", among them that of {missing[0]}" if missing and cost.calls else ""
             return Forecast(self.name, cost.shape, f"attention that ran in compiled code or untimed{some}")
         known = Forecast(self.name, cost.shape, None, cost.total_ms, cost.share)
-        total = self.now.steps
+        total = self.latest.steps
         steps = sorted(self._steps) if total is None or self.takes_turns else range(total)
         forwards = []
         for step in steps or (None,):
@@ -554,9 +687,10 @@ class DenoiserHost:
             if record.site is None or record.site.module not in cost.dense_ms:
                 continue
             dense_ms = cost.dense_ms[record.site.module]
-            choice = self.decide(record.site, record.layout, clock)
-            neutral = choice.patch is record.choice.patch and record.params is None
-            if choice.patch is None or record.layout is None or neutral or not choice.patch.speed:
+            seen = record.latest
+            choice = self.decide(record.site, seen.layout, clock)
+            neutral = choice.patch is seen.choice.patch and seen.params is None
+            if choice.patch is None or seen.layout is None or neutral or not choice.patch.speed:
                 spent += dense_ms
                 continue
             verdict = self.gate.known(choice.name, choice.patch, *cost.calls[record.site.module])
@@ -569,7 +703,7 @@ class DenoiserHost:
 
     def unrouted(self) -> list[str]:
         """Modules that a rule names, whose attention never came by."""
-        return [r.site.module for r in self.records if r.site and r.choice.patch is not None and not r.routed]
+        return [r.site.module for r in self.records if r.site and r.latest.choice.patch is not None and not r.routed]
 
 
 class _RegionHook:
@@ -588,7 +722,7 @@ class _RegionHook:
 def _settle_at_trace(ctx: Any) -> None:
     """Settle a denoiser while Dynamo traces its pre-hook: the shapes are known, the tensors are fake."""
     host, args, kwargs = (compat.traced_value(ctx, name) for name in ("self", "args", "kwargs"))
-    host.now = host.clock.now()
+    host.trace_begins()
     host.enter_root(host.signature.bind_partial(host.denoiser, *args, **kwargs).arguments)
     for region in host.regions:
         if region.path:  # the input of a level is not known yet: its last eager forward has to do

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -118,7 +119,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._costs: Bounded[tuple, list[Cost]] = Bounded(16)
-        self._open: _Open | None = None
+        self._mine = _Mine()
 
     @property
     def costs(self) -> list[Cost]:
@@ -128,21 +129,21 @@ class Meter:
     def begin(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         """Start on a forward, if its shape was not measured often enough."""
         seen = self._costs.get((shape, dtype, device), list)
-        self._open = _Open(shape, device, seen) if len(seen) < FORWARDS else None
-        if self._open is not None:
+        run = self._mine.open = _Open(shape, device, seen) if len(seen) < FORWARDS else None
+        if run is not None:
             synchronise(device)
-            self._open.start = time.perf_counter()
+            run.start = time.perf_counter()
 
     def clock(self, device: torch.device) -> float | None:
         """Return the time on entering attention, in seconds; None where no forward is measured."""
-        if self._open is None:
+        if self._mine.open is None:
             return None
         synchronise(device)
         return time.perf_counter()
 
     def call(self, module: str, q: torch.Tensor, dense_ms: float | None, entered: float) -> None:
         """Note an attention call: what dense attention takes, if that is known, and since when we were at it, timings included."""
-        if (run := self._open) is None:
+        if (run := self._mine.open) is None:
             return
         run.inside_ms += 1e3 * (time.perf_counter() - entered)
         if dense_ms is not None:
@@ -151,9 +152,9 @@ class Meter:
 
     def end(self) -> None:
         """End a forward that was begun."""
-        if (run := self._open) is None:
+        if (run := self._mine.open) is None:
             return
-        self._open = None
+        self._mine.open = None
         synchronise(run.device)
         whole_ms = 1e3 * (time.perf_counter() - run.start)
         run.seen.append(Cost(run.shape, max(whole_ms - run.inside_ms, 0.0), run.dense_ms, run.calls))
@@ -170,3 +171,10 @@ class _Open:
     inside_ms: float = 0.0
     dense_ms: dict[str, float] = field(default_factory=dict)
     calls: dict[str, tuple[tuple[int, ...], torch.dtype, torch.device]] = field(default_factory=dict)
+
+
+class _Mine(threading.local):
+    """The forward of a thread that is being measured."""
+
+    def __init__(self) -> None:
+        self.open: _Open | None = None

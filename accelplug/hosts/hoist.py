@@ -15,8 +15,9 @@ own, and Dynamo does not guard on hooks by default.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from accelplug.hosts import rebind
 
 if TYPE_CHECKING:
     from accelplug.families.base import AnyOrder
-    from accelplug.hosts.diffusers import SiteRecord
+    from accelplug.hosts.diffusers import Settled, SiteRecord
     from accelplug.hosts.ledger import Ledger
     from accelplug.kernels.orders import Tiles
 
@@ -61,12 +62,12 @@ class Hoist:
         self.scheme = scheme if scheme is not None and type(denoiser).__name__ == scheme.denoiser else None
         self.answers, self.ledger = answers, ledger
         self._moved: Bounded[tuple[int, torch.device], tuple[Tiles, Tensor, Tensor]] = Bounded(16)
-        self._handles: list[Any] = []
-        self._before: list[tuple[SiteRecord, Any]] = []
+        self._here = _Here()
+        self._all: set[Any] = set()
 
     def begin(self, device: torch.device) -> None:
-        """Put hooks on the runs of blocks that share an order, for the forward that comes."""
-        if self.scheme is None or sum(record.order is not None for record in self.records) < LEAST:
+        """Put hooks on the runs of blocks that share an order, for the forward that comes in this thread."""
+        if self.scheme is None or sum(record.settled.order is not None for record in self.records) < LEAST:
             return
         blocks = [_Block(name, module, *self._found(module)) for name, module in self._children()]
         for order, group in groupby(blocks, key=lambda block: block.order):  # tiles compare by identity
@@ -77,13 +78,26 @@ class Hoist:
             self.ledger.hoisted[f"by every call, {reason}"] += 1
 
     def end(self) -> None:
-        """Take the hooks off, and give the calls their own orders back. A second call does nothing."""
-        for handle in self._handles:
+        """Take this thread's hooks off, and give the calls their own orders back. A second call does nothing."""
+        self._take_off(self._here.handles)
+        for record, settled in self._here.before:
+            record.settled = settled
+        self._here.handles.clear()
+        self._here.before.clear()
+
+    def remove(self) -> None:
+        """Take off the hooks of all threads, also of those that were stopped in the middle of a forward."""
+        self.end()
+        self._take_off(list(self._all))
+
+    def _take_off(self, handles: Iterable[Any]) -> None:
+        for handle in handles:
             handle.remove()
-        for record, params in self._before:
-            record.params = params
-        self._handles.clear()
-        self._before.clear()
+            self._all.discard(handle)
+
+    def _put_on(self, handle: Any) -> None:
+        self._here.handles.append(handle)
+        self._all.add(handle)
 
     def _children(self) -> Iterator[tuple[str, nn.Module]]:
         name = self.scheme.blocks if self.scheme else ""
@@ -95,7 +109,7 @@ class Hoist:
         owners = [module for module in block.modules() if compat.held(module, "processor") is not None]
         records = [vars(module).get(rebind.RECORD) for module in owners]
         sites = [record for record in records if record is not None and record.site is not None]
-        orders = {record.order for record in sites}
+        orders = {record.settled.order for record in sites}
         order = orders.pop() if len(orders) == 1 else None
         if order is None or not all(map(self.answers, sites)):
             return sites, None, None
@@ -107,7 +121,7 @@ class Hoist:
             return "because gradients may be asked for"
         if compat.is_compiled(block):
             return "because blocks are compiled"
-        looked_at = any(map(compat.is_looked_into, block.modules()))
+        looked_at = any(compat.is_looked_into(module, _Hook) for module in block.modules())
         stock = type(block).__name__ == (self.scheme and self.scheme.block) and all(map(self._is_stock, records))
         return "because others look into blocks" if looked_at or not stock else None
 
@@ -126,12 +140,13 @@ class Hoist:
         passage = _Passage(arguments, there, back)
         for block in run:
             hook = passage.first if block is run[0] else passage.inner
-            self._handles.append(block.module.register_forward_pre_hook(_Hook(block.module, hook), with_kwargs=True))
+            self._put_on(block.module.register_forward_pre_hook(_Hook(block.module, hook), with_kwargs=True))
             for record in block.sites:
-                self._before.append((record, record.params))
-                if record.patch is not None:
-                    record.params = record.patch.in_order(record.params)
-        self._handles.append(run[-1].module.register_forward_hook(_Hook(run[-1].module, passage.last)))
+                here = record.settled
+                self._here.before.append((record, here))
+                if here.patch is not None:
+                    record.settled = replace(here, params=here.patch.in_order(here.params))
+        self._put_on(run[-1].module.register_forward_hook(_Hook(run[-1].module, passage.last)))
         self.ledger.hoisted[f"once for {run[0].name} to {run[-1].name}"] += 1
 
     def _indices(self, order: Tiles, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -189,14 +204,23 @@ class _Passage:
         return x.index_select(1, self.there) if x.ndim == dimensions else x
 
 
+class _Here(threading.local):
+    """What stands for a thread's own forward."""
+
+    def __init__(self) -> None:
+        self.handles: list[Any] = []
+        self.before: list[tuple[SiteRecord, Settled]] = []
+
+
 class _Hook:
-    """Hook of one block. Deep copies of it do nothing."""
+    """Hook of one block in the forward of one thread. Deep copies of it do nothing."""
 
     def __init__(self, module: nn.Module | None, run: Callable[..., Any] | None) -> None:
-        self.module, self.run = module, run
+        self.module, self.run, self.thread = module, run, threading.get_ident()
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
-        return self.run(module, *given) if self.run is not None and module is self.module else None
+        ours = module is self.module and threading.get_ident() == self.thread
+        return self.run(module, *given) if self.run is not None and ours else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook(None, None)

@@ -1,0 +1,89 @@
+"""A run has a beginning and an end, and both are noticed here: what was kept for its steps does not outlive it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from accelplug.hosts.clock import Moment
+
+State = dict[tuple[str | None, str | None], dict[str, Any]]
+"""What patches keep, by (attention module, guidance branch); module None is shared by all of the branch."""
+
+
+@dataclass(eq=False)
+class Run:
+    """One way from noise to a picture, through one denoiser, in one thread.
+
+    Attributes
+    ----------
+    state : what patches keep from step to step.
+    inside : whether a forward of it is being run.
+    broken : whether its last forward has not come to its end.
+    """
+
+    state: State = field(default_factory=dict)
+    inside: bool = False
+    broken: bool = False
+    _schedules: tuple[Tensor, ...] = ()
+    _step: int | None = None
+    _came: set[str | None] = field(default_factory=set)
+    _given: set[tuple[str | None, float]] = field(default_factory=set)
+    _sizes: dict[str | None, Any] = field(default_factory=dict)
+
+    def goes_on(self, moment: Moment, sizes: Any = None) -> bool:
+        """Whether a forward at `moment`, on latents of `sizes` (None: unknown), is a further one of this run.
+
+        A callback that raises, or an interrupt between two forwards, leaves no trace in the denoiser. So the surest sign is the
+        schedule: every call of a pipeline sets a new tensor of timesteps. Where there is none, a guidance branch that does not
+        advance has begun anew.
+        """
+        branch, step = moment.clock.branch, moment.clock.step
+        if self.broken or bool(moment.schedules) != bool(self._schedules):
+            return False
+        if moment.schedules and not self._shared(moment):
+            return False
+        if sizes is not None and self._sizes.get(branch, sizes) != sizes:
+            return False
+        if step is None or self._step is None:
+            return step is self._step and moment.given is not None and (branch, moment.given) not in self._given
+        if step == self._step and branch in self._came:
+            # Pipelines that name no branches call several times a step.
+            return branch is None and bool(moment.schedules)
+        return step >= self._step
+
+    @property
+    def begun(self) -> bool:
+        """Whether it had a forward already."""
+        return bool(self._came)
+
+    def is_at(self, moment: Moment) -> bool:
+        """Whether the last forward that was noted is that of `moment`."""
+        return moment.clock.step == self._step and moment.clock.branch in self._came
+
+    def take(self, moment: Moment, sizes: Any = None) -> None:
+        """Note a forward of this run."""
+        branch, step = moment.clock.branch, moment.clock.step
+        if step != self._step:
+            self._came.clear()
+        self._schedules = self._shared(moment) or moment.schedules
+        self._step = step
+        self._came.add(branch)
+        if sizes is not None:
+            self._sizes[branch] = sizes
+        if step is None and moment.given is not None:
+            self._given.add((branch, moment.given))
+
+    def reached(self, schedule: Tensor) -> int | None:
+        """Return the last step, if the run may go by `schedule`."""
+        return self._step if any(schedule is ours for ours in self._schedules) else None
+
+    def may_go_on(self, schedule: Tensor, step: int) -> bool:
+        """Whether a forward at a step of `schedule` may be a further one."""
+        last = self.reached(schedule)
+        return last is not None and step >= last
+
+    def _shared(self, moment: Moment) -> tuple[Tensor, ...]:
+        return tuple(schedule for schedule in moment.schedules if any(schedule is ours for ours in self._schedules))

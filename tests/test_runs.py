@@ -1,0 +1,404 @@
+"""A run has a beginning and an end: nothing outlives it, its steps are those of the pipeline that runs, and threads do not mix."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+import accelplug
+from accelplug.errors import FallbackError, NoMatchError, UnsupportedError
+from accelplug.hosts.diffusers import denoisers
+from tests import tiny_models, tiny_pipelines
+from tests.patch_rows import ROWS
+from tests.tiny_models import Inputs
+
+STEPS = 4
+EIGHT = {"block": 8, "backend": "reference"}
+
+
+def rule(patch: str, **config: Any) -> dict[str, Any]:
+    return {"rules": [{"patch": patch, "with": {**EIGHT, **config}}]}
+
+
+STATEFUL = {
+    "kmeans": rule("sol", tau=0.5, band=0, order="kmeans", cluster_iterations=4),
+    "svg_ear": rule("svg_ear", block_k=8, top_p=0.5, cluster_iterations=4),
+    "svg": rule("svg", density=0.3, sink=False, profile_interval=4),
+    "tome": {"rules": [{"patch": "tome", "with": {"ratio": 0.5, "interval": 4, "reuse_layers": 2}}]},
+}
+"""Patches that keep something from step to step."""
+
+CACHES = {
+    "first_block": {"threshold": 0.5},
+    "mag": {"threshold": 0.5, "num_inference_steps": STEPS, "mag_ratios": [1.0] * STEPS, "retention_ratio": 0.0},
+    "taylorseer": {"cache_interval": 2, "disable_cache_before_step": 1, "use_lite_mode": True},
+}
+LATER = [{"where": {"layers": "1:"}, "patch": "neighborhood", "with": {**EIGHT, "window": [1, 3, 3]}}]
+CACHED = {f"cache {kind}": {"rules": LATER, "cache": {"kind": kind, "with": CACHES[kind]}} for kind in CACHES}
+STATELESS = {row.patch: row.recipe(row.working) for row in ROWS if row.patch not in STATEFUL}
+
+
+class Stop(Exception):
+    """Somebody wants no more of it."""
+
+
+def run(pipe: Any, inputs: Inputs, seed: int = 0, **more: Any) -> Tensor:
+    return pipe(**{**copy.deepcopy(inputs), **more}, generator=torch.Generator().manual_seed(seed))[0]
+
+
+def other(inputs: Inputs) -> Inputs:
+    """Another prompt."""
+    return {
+        name: given.flip(-1) * 1.5 if isinstance(given, Tensor) and "embeds" in name and given.is_floating_point() else given
+        for name, given in inputs.items()
+    }
+
+
+def larger(inputs: Inputs) -> Inputs:
+    """The other way up, which is another grid of as many tokens."""
+    return {**inputs, "height": inputs["width"], "width": inputs["height"]}
+
+
+def twice(inputs: Inputs) -> Inputs:
+    """Two pictures at a time."""
+    name = "num_videos_per_prompt" if "num_frames" in inputs else "num_images_per_prompt"
+    return {**inputs, name: 2}
+
+
+def stop_in_the_model(pipe: Any, inputs: Inputs, step: int) -> None:
+    """Run until a forward raises, where its blocks have run and its output has not."""
+    forwards = []
+    denoiser = next(iter(denoisers(pipe).values()))
+    attention = [path for path, module in denoiser.named_modules() if "processor" in vars(module)]
+    last = next((path for path in ("proj_out", "conv_out") if hasattr(denoiser, path)), attention[-1])
+
+    def count(*_: Any) -> None:
+        forwards.append(1)
+
+    def interrupt(*_: Any) -> None:
+        if len(forwards) > step:
+            raise Stop
+
+    handles = [denoiser.register_forward_pre_hook(count), denoiser.get_submodule(last).register_forward_pre_hook(interrupt)]
+    with pytest.raises(Stop):
+        run(pipe, inputs, seed=9)
+    for handle in handles:
+        handle.remove()
+
+
+def stop_in_a_callback(pipe: Any, inputs: Inputs, step: int) -> None:
+    def callback(pipe: Any, at: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if at == step:
+            raise KeyboardInterrupt
+        return given
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, inputs, seed=9, callback_on_step_end=callback)
+
+
+STOPS = {"model": stop_in_the_model, "callback": stop_in_a_callback}
+
+
+def nothing_is_left(make: Callable[[], tuple[Any, Inputs]], recipe: dict[str, Any], stop: str, step: int) -> None:
+    pipe, inputs = make()
+    kinds = [inputs, larger(inputs), twice(inputs)]
+    fresh = []
+    for kind in kinds:
+        with accelplug.apply(pipe, recipe, gate="off"):
+            fresh.append(run(pipe, kind))
+    with accelplug.apply(pipe, recipe, gate="off"):
+        for kind, expected in zip(kinds, fresh, strict=True):
+            STOPS[stop](pipe, other(inputs), step)
+            assert torch.equal(run(pipe, kind), expected)
+        assert torch.equal(run(pipe, inputs), fresh[0])
+        assert torch.equal(run(pipe, inputs), fresh[0])
+
+
+@pytest.mark.parametrize(("stop", "step"), [("model", 2), ("callback", 0), ("callback", 2)])
+@pytest.mark.parametrize(
+    ("patch", "name"), [(patch, name) for patch in STATEFUL for name in ("wan", "sd15") if (patch, name) != ("svg", "sd15")]
+)  # svg reads everything of a picture
+def test_a_cancelled_run_leaves_nothing_in_a_patch(patch: str, name: str, stop: str, step: int):
+    nothing_is_left(lambda: tiny_pipelines.pipeline(name), STATEFUL[patch], stop, step)
+
+
+@pytest.mark.parametrize("patch", STATELESS)
+def test_nor_in_one_that_should_keep_nothing(patch: str):
+    nothing_is_left(lambda: tiny_pipelines.pipeline("wan"), STATELESS[patch], "model", 2)
+
+
+@pytest.mark.parametrize(("stop", "step"), [("model", 1), ("model", 2), ("callback", 0), ("callback", 2)])
+@pytest.mark.parametrize("cache", CACHED)
+@pytest.mark.parametrize("name", ["wan", "flux"])
+def test_a_cancelled_run_leaves_nothing_in_a_step_cache(name: str, cache: str, stop: str, step: int):
+    nothing_is_left(lambda: tiny_pipelines.pipeline(name), CACHED[cache], stop, step)
+
+
+@pytest.mark.parametrize("name", ["sd3", "z_image", "pixart", "cosmos", "wan22_moe", "qwen_image", "wan_video2video"])
+def test_a_second_run_is_the_first_again(name: str):
+    """Also where no context tells that a run has ended."""
+    pipe, inputs = tiny_pipelines.pipeline(name)
+    with accelplug.apply(pipe, STATEFUL["kmeans"], gate="off"):
+        first = run(pipe, inputs)
+        assert torch.equal(run(pipe, inputs), first)
+        stop_in_the_model(pipe, other(inputs), 1)
+        assert torch.equal(run(pipe, inputs), first)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.8])
+def test_a_run_that_begins_late_begins_anew(strength: float):
+    """At a step behind the one at which the last run was cancelled."""
+    text, inputs = tiny_pipelines.pipeline("sd15")
+    text.unet.register_to_config(sample_size=64)
+    picture = diffusers.StableDiffusionImg2ImgPipeline(**text.components, requires_safety_checker=False)
+    late = {name: given for name, given in inputs.items() if name not in ("height", "width")}
+    late |= {"image": torch.rand(1, 3, 24, 32), "strength": strength}
+    with accelplug.apply(text, STATEFUL["kmeans"], gate="off"):
+        fresh = run(picture, late)
+    for first in (text, picture):
+        with accelplug.apply(text, STATEFUL["kmeans"], gate="off"):
+            stop_in_a_callback(first, inputs if first is text else {**late, "strength": 1.0}, 0)
+            assert torch.equal(run(picture, late), fresh)
+
+
+def test_a_bare_denoiser_that_is_told_its_steps_begins_anew_where_they_do_not_advance():
+    model, inputs = tiny_models.build("wan")
+    with accelplug.apply(model, STATEFUL["kmeans"], gate="off") as plug:
+        outputs = []
+        for step in (0, 1, 2, 1, 2, 0, 1, 2):
+            plug.step(step, 8)
+            with torch.no_grad():
+                outputs.append(model(**{**inputs, "hidden_states": inputs["hidden_states"] * (1 + step)})[0])
+    assert torch.equal(outputs[0], outputs[5])
+    assert torch.equal(outputs[1], outputs[6])
+    assert torch.equal(outputs[2], outputs[7])
+    assert torch.equal(outputs[4], outputs[7]) is False  # it began one step later
+
+
+# ------------------------------------------------------------------------------------------------------------- steps
+
+STEPPED = {"rules": [{"where": {"steps": "50%:"}, "patch": "neighborhood", "with": {**EIGHT, "window": [1, 3, 3]}}]}
+
+
+def steps_by_what_was_given(pipe: Any, forwards: list[float]) -> list[int]:
+    """Places in the pipeline's own schedule, found without the clock: they come in order, and the last one comes last."""
+    schedule, order = pipe.scheduler.timesteps.tolist(), list(dict.fromkeys(forwards))
+    if len(set(schedule)) == len(schedule):
+        return [len(schedule) - len(order) + order.index(number) for number in forwards]
+    return list(range(len(schedule)))  # one forward for each timestep, some of which are equal
+
+
+def check_steps(plug: accelplug.Plug, pipe: Any, inputs: Inputs) -> None:
+    """Run a pipeline, and compare the steps that were seen with those that should have been, forward by forward."""
+    forwards: list[float] = []
+    seen: list[int | None] = []
+    handles = []
+    for host in plug.denoiser_hosts:
+
+        def look(module: Any, args: tuple, kwargs: dict[str, Any], host: Any = host) -> None:
+            given = host.signature.bind_partial(module, *args, **kwargs).arguments
+            forwards.append(float(torch.as_tensor(given.get("timestep", given.get("t"))).max()))
+            seen.append(host.now.step)
+
+        handles.append(host.denoiser.register_forward_pre_hook(look, with_kwargs=True))
+    with plug.trace() as events:
+        run(pipe, inputs)
+    for handle in handles:
+        handle.remove()
+    steps = len(pipe.scheduler.timesteps)
+    assert seen == steps_by_what_was_given(pipe, forwards)
+    assert {event.clock.steps for event in events} == {steps}
+    assert {event.clock.step for event in events} == set(seen)
+    late = [event for event in events if event.clock.step is not None and event.clock.step >= round(steps / 2)]
+    answered = {event.clock.step for event in events if event.patch != "dense"}
+    dense = all(event.reason for event in late)  # its mask or its tokens are not understood
+    assert answered == (set() if dense else {event.clock.step for event in late})
+
+
+@pytest.mark.parametrize("name", tiny_pipelines.PIPELINES)
+def test_the_step_is_the_place_of_the_timestep_that_was_given(name: str):
+    pipe, inputs = tiny_pipelines.pipeline(name)
+    with accelplug.apply(pipe, STEPPED, gate="off") as plug:
+        check_steps(plug, pipe, inputs)
+        assert not [reason for _, reason in plug._ledger.fallbacks if "step" in reason]
+        twin = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler), **_settings(pipe)})
+        twin.set_progress_bar_config(disable=True)
+        check_steps(plug, twin, {**inputs, "num_inference_steps": 6})
+        check_steps(plug, pipe, inputs)
+        check_steps(plug, twin, {**inputs, "num_inference_steps": 5})
+        assert not [reason for _, reason in plug._ledger.fallbacks if "step" in reason]
+
+
+def _settings(pipe: Any) -> dict[str, Any]:
+    """What a pipeline was made with beside its parts."""
+    return {name: pipe.config[name] for name in ("boundary_ratio", "requires_safety_checker") if name in pipe.config}
+
+
+@pytest.mark.parametrize("name", ["wan", "flux", "sd15", "sd3"])
+def test_another_pipeline_may_be_the_first_to_run(name: str):
+    pipe, inputs = tiny_pipelines.pipeline(name)
+    with accelplug.apply(pipe, STEPPED, gate="off", strict=True) as plug:
+        for steps in (5, 8):  # a new one for each run, as servers make them
+            twin = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler), **_settings(pipe)})
+            twin.set_progress_bar_config(disable=True)
+            check_steps(plug, twin, {**inputs, "num_inference_steps": steps})
+            del twin
+            gc.collect()
+
+
+@pytest.mark.parametrize("name", ["flux", "hunyuan_video", "wan"])
+def test_rounded_timesteps_are_still_told_apart(name: str):
+    """In bfloat16 many of 24 steps under a shift of 12 are the same number."""
+    pipe, inputs = tiny_pipelines.pipeline(name)
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=12.0)
+    pipe.transformer.to(torch.bfloat16)
+    inputs = {
+        key: given.bfloat16() if isinstance(given, Tensor) and given.is_floating_point() else given
+        for key, given in inputs.items()
+    }
+    with accelplug.apply(pipe, STEPPED, gate="off", strict=True) as plug, plug.trace() as events:
+        run(pipe, {**inputs, "num_inference_steps": 24})
+    steps = [event.clock.step for event in events]
+    assert steps == sorted(steps)
+    assert set(steps) == set(range(24))
+
+
+def test_a_timestep_in_no_schedule_is_unknown_and_counted():
+    pipe, inputs = tiny_pipelines.pipeline("flux")
+    _, given = tiny_models.build("flux")
+    with accelplug.apply(pipe, STEPPED, gate="off") as plug:
+        run(pipe, inputs)
+        assert not plug.report().fallbacks
+        guidance = {"guidance": torch.tensor([1.0])}
+        with torch.no_grad():
+            pipe.transformer(**{**given, **guidance, "timestep": torch.tensor([0.123])})
+        assert any("step" in reason for reason in plug.report().fallbacks)
+    with accelplug.apply(pipe, STEPPED, gate="off", strict=True), pytest.raises(FallbackError, match="step"):
+        pipe.transformer(**{**given, **guidance, "timestep": torch.tensor([0.123])})
+
+
+# ----------------------------------------------------------------------------------------------------------- threads
+
+
+def side_by_side(pipe: Any, kinds: list[Inputs]) -> list[Tensor]:
+    """Run a pipeline in as many threads, each forward beginning in all of them before it goes on in any."""
+    meet = threading.Barrier(len(kinds), timeout=60)
+    found: dict[int, Tensor] = {}
+    failed: list[BaseException] = []
+
+    def one(number: int) -> None:
+        try:
+            view = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler), **_settings(pipe)})
+            view.set_progress_bar_config(disable=True)
+            found[number] = run(view, kinds[number], seed=number)
+        except BaseException as error:
+            failed.append(error)
+            meet.abort()
+
+    denoiser = next(iter(denoisers(pipe).values()))
+
+    def wait(*_: Any) -> None:
+        meet.wait()
+
+    handle = denoiser.register_forward_pre_hook(wait)
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(len(kinds))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    handle.remove()
+    if failed:
+        raise failed[0]
+    return [found[number] for number in range(len(kinds))]
+
+
+HOISTED = {"rules": [{"patch": "sol", "with": {**EIGHT, "tau": 0.5, "band": 0, "order": "morton"}}]}
+
+
+@pytest.mark.parametrize("name", ["wan", "flux", "sd15"])
+@pytest.mark.parametrize("recipe", [STATELESS["neighborhood"], STATEFUL["kmeans"], STATEFUL["tome"], HOISTED, STEPPED])
+def test_two_threads_are_each_as_alone(name: str, recipe: dict[str, Any]):
+    pipe, inputs = tiny_pipelines.pipeline(name)
+    kinds = [inputs, larger(other(inputs))]
+    alone = []
+    for number, kind in enumerate(kinds):
+        with accelplug.apply(pipe, recipe, gate="off"):
+            alone.append(run(pipe, kind, seed=number))
+    with accelplug.apply(pipe, recipe, gate="off", strict=True) as plug:
+        together = side_by_side(pipe, kinds)
+        assert not plug.report().fallbacks
+        assert not plug.report().unrouted
+    for left, right in zip(together, alone, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_step_cache_in_two_threads_is_refused():
+    pipe, inputs = tiny_pipelines.pipeline("wan")
+    with accelplug.apply(pipe, CACHED["cache first_block"], gate="off"):
+        alone = run(pipe, inputs)
+        with pytest.raises(UnsupportedError, match="one run at a time"):
+            side_by_side(pipe, [inputs, inputs])
+        assert torch.equal(run(pipe, inputs), alone)
+        thread_found: list[Tensor] = []
+        thread = threading.Thread(target=lambda: thread_found.append(run(pipe, inputs)))  # one after the other is fine
+        thread.start()
+        thread.join()
+        assert torch.equal(thread_found[0], alone)
+
+
+def test_attention_called_where_its_denoiser_was_not_is_counted():
+    model, inputs = tiny_models.build("wan")
+    with accelplug.apply(model, STATELESS["neighborhood"], gate="off") as plug:
+        run_alone(model, inputs)
+        assert not plug.report().fallbacks
+        thread = threading.Thread(target=torch.no_grad()(model.blocks[0].attn1), args=(torch.randn(1, 72, 24),))
+        thread.start()
+        thread.join()
+    assert any("was not called in this thread" in reason for reason in plug.report().fallbacks)
+
+
+def run_alone(model: Any, inputs: Inputs) -> Tensor:
+    with torch.no_grad():
+        return tiny_models.output(model(**copy.deepcopy(inputs)))
+
+
+# ---------------------------------------------------------------------------------------------- another denoiser
+
+
+def test_a_denoiser_that_was_replaced_is_reported_and_the_plug_still_found():
+    pipe, inputs = tiny_pipelines.pipeline("wan")
+    ours, stock = pipe.transformer, run(pipe, inputs)
+    accelplug.apply(pipe, STATELESS["neighborhood"], gate="off")
+    pipe.transformer = copy.deepcopy(ours)
+    assert torch.equal(run(pipe, inputs), stock)
+    accelplug.remove(pipe)
+    pipe.transformer = ours
+    assert torch.equal(run(pipe, inputs), stock)
+    with pytest.raises(NoMatchError):
+        accelplug.remove(pipe)
+
+
+def test_a_denoiser_that_was_replaced_is_an_error_under_strict():
+    pipe, inputs = tiny_pipelines.pipeline("wan")
+    ours = pipe.transformer
+    for strict in (False, True):
+        plug = accelplug.apply(pipe, STATELESS["neighborhood"], gate="off", strict=strict)
+        assert not plug.report().fallbacks
+        pipe.transformer = copy.deepcopy(ours)
+        if strict:
+            with pytest.raises(FallbackError, match="another transformer"):
+                plug.report()
+            with pytest.raises(FallbackError, match="another transformer"):
+                plug.warmup(**inputs)
+        else:
+            assert any("another transformer" in reason for reason in plug.report().fallbacks)
+        plug.remove()
+        pipe.transformer = ours

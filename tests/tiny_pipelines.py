@@ -1,0 +1,270 @@
+"""Tiny pipelines of every family with a known denoiser: schedulers of all kinds, late beginnings, per-frame timesteps; latents out.
+
+Beside those of `tiny_models`. What a pipeline does not reach when it gives latents back is left out or stands in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import PIL.Image
+import torch
+from torch import nn
+
+from tests import tiny_models
+from tests.tiny_models import Inputs, build, mask, noise
+
+Built = tuple[Any, Inputs]
+
+
+class NoVae(nn.Module):
+    """What pipelines ask a VAE for that they do not run."""
+
+    config = SimpleNamespace(latent_channels=4, scaling_factor=1.0, block_out_channels=(4,))
+    dtype, device = torch.float32, torch.device("cpu")
+    spatial_compression_ratio, temporal_compression_ratio = 32, 8
+    latents_mean, latents_std = torch.zeros(4), torch.ones(4)
+
+
+class NoGuardrail:
+    """Cosmos pipelines want somebody to ask."""
+
+    def to(self, *_: Any) -> NoGuardrail:
+        return self
+
+    def check_text_safety(self, *_: Any) -> bool:
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
+
+
+def euler(**config: Any) -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler(**config)
+
+
+def unipc() -> Any:
+    return diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0)
+
+
+def piped(cls: Any, model: str, scheduler: Any, *absent: str, **given: Any) -> Any:
+    """A pipeline of class `cls` around a tiny denoiser; `absent`: components that it is made without."""
+    denoiser, _ = build(model)
+    name = "unet" if "UNet" in type(denoiser).__name__ else "transformer"
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", *absent))
+    return cls(**{**parts, name: denoiser, "scheduler": scheduler, **given})
+
+
+def guided(*embeds: tuple[str, int | None, Any], height: int, width: int, **more: Any) -> Inputs:
+    """Embeddings (name, dimension, tokens or mask) of a prompt and of a negative one."""
+    inputs: Inputs = {"height": height, "width": width, **more}
+    for name, dim, tokens in embeds:
+        for seed, sign in enumerate(("", "negative_")):
+            shape = (1, dim) if tokens is None else (1, tokens, dim)
+            inputs[sign + name] = tokens if dim is None else noise(*shape, seed=seed)
+    return inputs
+
+
+def sd3() -> Built:
+    parts = ("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    pipe = piped(diffusers.StableDiffusion3Pipeline, "sd3", euler(), *parts)
+    return pipe, guided(("prompt_embeds", 32, 11), ("pooled_prompt_embeds", 64, None), height=96, width=128)
+
+
+def qwen_image() -> Built:
+    pipe = piped(diffusers.QwenImagePipeline, "qwen_image", euler())
+    embeds = ("prompt_embeds", 16, 8), ("prompt_embeds_mask", None, mask(8, 8))
+    return pipe, guided(*embeds, true_cfg_scale=4.0, height=96, width=128)
+
+
+def z_image() -> Built:
+    pipe = piped(diffusers.ZImagePipeline, "z_image", euler())
+    texts = {"prompt_embeds": [noise(14, 16)], "negative_prompt_embeds": [noise(14, 16, seed=1)]}
+    return pipe, {**texts, "height": 96, "width": 160, "guidance_scale": 4.0}
+
+
+def pixart() -> Built:
+    pipe = piped(diffusers.PixArtSigmaPipeline, "pixart", diffusers.DPMSolverMultistepScheduler())
+    embeds = ("prompt_embeds", 16, 8), ("prompt_attention_mask", None, mask(8, 8))
+    return pipe, guided(*embeds, negative_prompt=None, use_resolution_binning=False, height=96, width=128)
+
+
+def ltx() -> Built:
+    pipe = piped(diffusers.LTXPipeline, "ltx", euler())
+    embeds = ("prompt_embeds", 16, 16), ("prompt_attention_mask", None, mask(16, 11))
+    return pipe, guided(*embeds, height=128, width=192, num_frames=17)
+
+
+def ltx_condition() -> Built:
+    pipe = piped(diffusers.LTXConditionPipeline, "ltx", euler(), vae=NoVae())
+    embeds = ("prompt_embeds", 16, 16), ("prompt_attention_mask", None, mask(16, 11))
+    late = {"latents": noise(1, 4, 3, 4, 6), "denoise_strength": 0.6}
+    return pipe, guided(*embeds, **late, height=128, width=192, num_frames=17)
+
+
+def cosmos() -> Built:
+    scheduler = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80, sigma_data=0.5, final_sigmas_type="sigma_min")
+    pipe = piped(diffusers.CosmosTextToWorldPipeline, "cosmos", scheduler, safety_checker=NoGuardrail())
+    return pipe, guided(("prompt_embeds", 16, 12), height=64, width=96, num_frames=17)
+
+
+def cosmos_2() -> Built:
+    """The denoiser is given sigma / (sigma + 1)."""
+    pipe = piped(diffusers.Cosmos2TextToImagePipeline, "cosmos", euler(use_karras_sigmas=True), safety_checker=NoGuardrail())
+    return pipe, guided(("prompt_embeds", 16, 12), height=128, width=192)
+
+
+def allegro() -> Built:
+    pipe = piped(diffusers.AllegroPipeline, "allegro", diffusers.EulerAncestralDiscreteScheduler())
+    embeds = ("prompt_embeds", 8, 16), ("prompt_attention_mask", None, mask(16, 16))
+    return pipe, guided(*embeds, negative_prompt=None, height=64, width=96, num_frames=3)
+
+
+def kandinsky5() -> Built:
+    pipe = piped(diffusers.Kandinsky5T2VPipeline, "kandinsky5", euler(), "text_encoder_2", "tokenizer_2")
+    inputs: Inputs = {"height": 64, "width": 96, "num_frames": 9}
+    for seed, sign in enumerate(("", "negative_")):
+        inputs[f"{sign}prompt_embeds_qwen"] = noise(1, 7, 16, seed=seed)
+        inputs[f"{sign}prompt_embeds_clip"] = noise(1, 8, seed=seed)
+        inputs[f"{sign}prompt_cu_seqlens"] = torch.tensor([0, 7])
+    return pipe, inputs
+
+
+def mochi() -> Built:
+    pipe = piped(diffusers.MochiPipeline, "mochi", euler(invert_sigmas=True))
+    embeds = ("prompt_embeds", 16, 16), ("prompt_attention_mask", None, mask(16, 10).bool())
+    return pipe, guided(*embeds, max_sequence_length=16, height=64, width=96, num_frames=13)
+
+
+def chroma() -> Built:
+    pipe = piped(diffusers.ChromaPipeline, "chroma", euler())
+    embeds = ("prompt_embeds", 32, 7), ("prompt_attention_mask", None, mask(7, 7).bool())
+    return pipe, guided(*embeds, height=96, width=128)
+
+
+def flux2() -> Built:
+    pipe = piped(diffusers.Flux2Pipeline, "flux2", euler())
+    return pipe, {"prompt_embeds": noise(1, 7, 32), "height": 96, "width": 128}
+
+
+def flux_img2img() -> Built:
+    pipe, inputs = tiny_models.PIPELINES["flux"]()
+    return diffusers.FluxImg2ImgPipeline(**pipe.components), {**inputs, "image": torch.rand(1, 3, 12, 16), "strength": 0.6}
+
+
+def wan_video2video() -> Built:
+    """Its scheduler is not told where it begins, and its two branches have no names."""
+    pipe, inputs = tiny_models.PIPELINES["wan"]()
+    parts = {name: part for name, part in pipe.components.items() if name != "transformer_2"}
+    inputs.pop("num_frames")
+    return diffusers.WanVideoToVideoPipeline(**parts), {**inputs, "video": [torch.rand(9, 3, 64, 96)], "strength": 0.6}
+
+
+def cogvideox_video2video() -> Built:
+    pipe, inputs = tiny_models.PIPELINES["cogvideox"]()
+    inputs = {name: given for name, given in inputs.items() if name not in ("num_frames", "max_sequence_length")}
+    late = {"video": torch.rand(1, 9, 3, 64, 96), "strength": 0.6}
+    return diffusers.CogVideoXVideoToVideoPipeline(**pipe.components), {**inputs, **late}
+
+
+def skyreels() -> Built:
+    pipe = piped(diffusers.SkyReelsV2Pipeline, "skyreels", unipc())
+    return pipe, guided(("prompt_embeds", 16, 12), height=64, width=96, num_frames=9)
+
+
+def skyreels_forcing() -> Built:
+    """Frames are at steps of their own, and have schedulers of their own."""
+    pipe = piped(diffusers.SkyReelsV2DiffusionForcingPipeline, "skyreels", unipc())
+    more = {"prompt": None, "base_num_frames": 9, "ar_step": 1, "causal_block_size": 1}
+    return pipe, guided(("prompt_embeds", 16, 12), **more, height=64, width=96, num_frames=9)
+
+
+def latte() -> Built:
+    pipe = piped(diffusers.LattePipeline, "latte", diffusers.DDIMScheduler(clip_sample=False))
+    more = {"negative_prompt": None, "video_length": 3, "mask_feature": False}
+    return pipe, guided(("prompt_embeds", 8, 8), **more, height=96, width=128)
+
+
+def sdxl() -> Built:
+    pipe = piped(
+        diffusers.StableDiffusionXLPipeline,
+        "unet_sdxl",
+        diffusers.EulerDiscreteScheduler(),
+        "text_encoder_2",
+        "tokenizer_2",
+        add_watermarker=False,
+    )
+    return pipe, guided(("prompt_embeds", 16, 7), ("pooled_prompt_embeds", 32, None), height=96, width=128)
+
+
+def animatediff() -> Built:
+    pipe = piped(
+        diffusers.AnimateDiffPipeline, "animatediff", diffusers.DDIMScheduler(clip_sample=False), motion_adapter=None
+    )
+    return pipe, guided(("prompt_embeds", 16, 7), height=96, width=128, num_frames=3)
+
+
+def animatediff_video2video() -> Built:
+    pipe, inputs = animatediff()
+    parts = {name: part for name, part in pipe.components.items() if name not in ("feature_extractor", "image_encoder")}
+    parts["vae"] = tiny_models.PIPELINES["sd15"]()[0].vae
+    inputs.pop("num_frames")
+    late = {"video": [PIL.Image.new("RGB", (32, 24))] * 3, "strength": 0.6}
+    return diffusers.AnimateDiffVideoToVideoPipeline(**parts), {**inputs, **late, "height": 24, "width": 32}
+
+
+def sd15_by(scheduler: Any) -> Built:
+    pipe, inputs = tiny_models.PIPELINES["sd15"]()
+    pipe.scheduler = scheduler
+    return pipe, inputs
+
+
+PIPELINES: dict[str, Callable[[], Built]] = {
+    **tiny_models.PIPELINES,
+    **{
+        builder.__name__: builder
+        for builder in (
+            sd3,
+            qwen_image,
+            z_image,
+            pixart,
+            ltx,
+            ltx_condition,
+            cosmos,
+            cosmos_2,
+            allegro,
+            kandinsky5,
+            mochi,
+            chroma,
+            flux2,
+            flux_img2img,
+            wan_video2video,
+            cogvideox_video2video,
+            skyreels,
+            skyreels_forcing,
+            latte,
+            sdxl,
+            animatediff,
+            animatediff_video2video,
+        )
+    },
+    "sd15_heun": lambda: sd15_by(diffusers.HeunDiscreteScheduler()),
+    "sd15_kdpm2": lambda: sd15_by(diffusers.KDPM2DiscreteScheduler()),
+    "sd15_pndm": lambda: sd15_by(diffusers.PNDMScheduler(skip_prk_steps=True)),
+    "sd15_lcm": lambda: sd15_by(diffusers.LCMScheduler()),
+}
+
+
+def pipeline(name: str, seed: int = 0) -> Built:
+    """Return (pipe, keyword arguments of its call): four steps from given embeddings, latents out, no progress bar."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pipe, inputs = PIPELINES[name]()
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                tiny_models.settle(part, seed)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {**inputs, "num_inference_steps": 4, "output_type": "latent"}
