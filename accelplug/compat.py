@@ -726,7 +726,9 @@ def _hooks_and_writes() -> None:
     _expect(not is_looked_into(module, type(None)), "a module without hooks is taken for one with")
     for register in (module.register_forward_hook, module.register_forward_pre_hook):
         with register(repr):
-            _expect(is_looked_into(module, type(None)), "a hook on a module is in neither _forward_hooks nor _forward_pre_hooks")
+            _expect(
+                is_looked_into(module, type(None)), "a hook on a module is in neither _forward_hooks nor _forward_pre_hooks"
+            )
     tables = {name for hooks, notes in _HOOKS.items() for name in (hooks, *notes)}
     module.register_forward_pre_hook(repr, with_kwargs=True)
     module.register_forward_hook(repr, with_kwargs=True, always_call=True)
