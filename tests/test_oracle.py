@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor
 
 import accelplug
-from accelplug.errors import UnsupportedError
+from accelplug.errors import FallbackError, UnsupportedError
 from tests.eager_oracle import METHODS, Inputs, Look, Method, Oracle, extended, mass
 from tests.test_flash_attention import kernel  # noqa: F401
 from tests.tiny_language_models import (
@@ -176,11 +176,8 @@ def test_every_patch_on_every_family(patch, name):
 @pytest.mark.parametrize("patch", WORKING)
 @pytest.mark.parametrize(
     "how",
-    [
-        {"num_beams": 2},
-        {"cache_implementation": "static", "disable_compile": True},
-    ],
-    ids=["beams", "static"],
+    [{"num_beams": 2}, {"cache_implementation": "static", "disable_compile": True}, {"use_cache": False}],
+    ids=["beams", "static", "without a cache"],
 )
 def test_every_way_to_generate(patch, how):
     for name in ("llava",) if patch == "imbalance" else ("llava", "qwen2_5_vl", "gemma3"):
@@ -277,11 +274,25 @@ def test_answers_that_labels_name(patch, config, side):
         torch.testing.assert_close(found[row, here][:-1], expected[row, there][:-1], **CLOSE)
 
 
-@pytest.mark.parametrize("patch", ["visual_bias", "var"])
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_a_prompt_in_chunks(patch, name):
-    """The first of them is all padding in the shorter row."""
-    hold(sharp(name), patch, inputs(name), prefill_chunk_size=9)
+@pytest.mark.parametrize("patch", WORKING)
+def test_a_prompt_in_chunks(patch):
+    """The first of them is all padding in the shorter row. Patches that act on its last row are refused."""
+    model, given = sharp("llava"), inputs("llava")
+    if patch in ("visual_bias", "var"):
+        hold(model, patch, given, prefill_chunk_size=9)
+    else:
+        with (
+            patched(model, patch),
+            pytest.raises((UnsupportedError, FallbackError), match=r"pieces|prefill_chunk_size|no gaze"),
+        ):
+            answered(model, double(given), prefill_chunk_size=9)
+
+
+@pytest.mark.parametrize("patch", [patch for patch in WORKING if patch != "imbalance"])
+@pytest.mark.parametrize("name", VIDEOS)
+def test_videos(patch, name):
+    """Alone, two of them, and beside an image."""
+    hold(sharp(name), patch, inputs(name, ((3, "V", 6), (2, "I", 3, "V", 5), (2, "V", 2, "V", 4))))
 
 
 @pytest.mark.parametrize("patch", ["visual_bias", "var", "pai", "imbalance"])
