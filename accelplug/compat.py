@@ -255,6 +255,28 @@ def drop_hook(names: dict[str, Any], hook: Any) -> None:
             del names[hooks][key]
 
 
+def held_by(wrapper: Any) -> Any:
+    """Return the model that a wrapper holds and calls: torch.compile's, PEFT's, a parallel one, a transformers pipeline; else None."""
+    if (inside := unwrap_compiled(wrapper)) is not wrapper:
+        return inside
+    if is_pipeline(wrapper):
+        return wrapper.model
+    names = {cls.__name__ for cls in type(wrapper).__mro__}
+    if "PeftModel" in names:
+        return wrapper.get_base_model()
+    return wrapper.module if names & {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"} else None
+
+
+def is_pipeline(model: Any) -> bool:
+    """Whether an object is one of transformers' pipelines."""
+    return any(cls.__module__ == "transformers.pipelines.base" and cls.__name__ == "Pipeline" for cls in type(model).__mro__)
+
+
+def processor_of(model: Any) -> Any:
+    """Return what a transformers pipeline makes inputs with, None of anything else."""
+    return (getattr(model, "processor", None) or getattr(model, "tokenizer", None)) if is_pipeline(model) else None
+
+
 def traced_value(ctx: Any, name: str) -> Any:
     """Return the Python object that Dynamo traces as the local `name`; a tensor comes as a fake one."""
     variable = ctx.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker()

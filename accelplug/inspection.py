@@ -14,7 +14,7 @@ from accelplug.families import find
 from accelplug.families.base import site_kinds
 from accelplug.hosts.diffusers import PATCHABLE, denoisers, processor_owners
 from accelplug.hosts.forecast import amdahl
-from accelplug.hosts.transformers import is_language_model
+from accelplug.hosts.transformers import is_language_model, model_in
 from accelplug.plug import model_facts
 from accelplug.recipe import ModelFacts, Recipe, matching_files
 from accelplug.show import Shown
@@ -111,6 +111,7 @@ def inspect(model: Any, inputs: Mapping[str, Any] | None = None) -> Inspection |
     AccelplugError
         If it has a denoiser and inputs are given.
     """
+    model = model_in(model)
     if is_language_model(model):
         from accelplug.inspection_vlm import inspect_vlm, summary
 

@@ -26,7 +26,7 @@ from accelplug.hosts.forecast import Forecast, amdahl
 from accelplug.hosts.gate import Gate, Verdict
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import DENSE, Choice
-from accelplug.hosts.transformers import LanguageHost, is_language_model
+from accelplug.hosts.transformers import LanguageHost, is_language_model, model_in
 from accelplug.hosts.undo import Undo
 from accelplug.kernels.attention import Backend
 from accelplug.recipe import ModelFacts, Recipe, Rule, load
@@ -62,7 +62,8 @@ def apply(
 
     Parameters
     ----------
-    model : a diffusers pipeline (classic or modular) or a bare denoiser; a transformers language or vision-language model.
+    model : a diffusers pipeline (classic or modular) or a bare denoiser; a transformers language or vision-language model, also
+        inside of a transformers pipeline, a PeftModel, what torch.compile returned, or a parallel wrapper.
     recipe : None for the default of the file that matches the model; a name in that file, ``radial``; a full name,
         ``wan2.1-t2v-14b/radial``; the path of a recipe file; a mapping; or a `Recipe`.
     strict : raise `FallbackError` where an attention call that a rule names would run dense.
@@ -74,7 +75,8 @@ def apply(
         beside them.
     choices : what ``plug.choices`` was in an earlier run of this recipe, from its JSON too. Its gate, backend, verdicts and kernels
         stand, untimed, in place of those arguments; a shape it does not know is timed as usual.
-    processor : a vision-language model's processor, for recipes that write prompts of their own (``carve``).
+    processor : a vision-language model's processor, for recipes that write prompts of their own (``carve``) or ask which words
+        a prompt has; a transformers pipeline's own, if left out.
 
     Returns
     -------
@@ -99,6 +101,7 @@ def apply(
         backend = "first" if backend == "auto" else backend  # not what another plug of this process has measured either
     _require_one_of("gate", gate, ("auto", "report", "off"))
     _require_one_of("backend", backend, get_args(Backend))
+    model, processor = model_in(model), processor or compat.processor_of(model)
     with _LOCK:
         parts = _free_parts(model)
         compat.require("transformers" if is_language_model(model) else "diffusers")
@@ -157,6 +160,7 @@ def remove(model: Any) -> None:
     if isinstance(model, Plug):
         model.remove()
         return
+    model = model_in(model)
     marked = [model, *(() if plug_of(model) else _parts(model).values())]
     plugs = {id(on): on for place in marked if (on := plug_of(place))}
     if not plugs:
@@ -172,6 +176,7 @@ def plug_of(place: Any) -> Plug | None:
 
 def model_facts(model: Any) -> ModelFacts:
     """Return what recipes match a model by: class names, its config (of its first denoiser), components of the pipeline."""
+    model = model_in(model)
     if is_language_model(model):
         return ModelFacts(tuple(cls.__name__ for cls in type(model).__mro__), _flat(model.config.to_dict()))
     denoiser = next(iter(_parts(model).values()))

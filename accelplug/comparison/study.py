@@ -24,7 +24,7 @@ from accelplug.hosts.diffusers import DENOISERS, denoisers
 from accelplug.hosts.forecast import amdahl, joined
 from accelplug.hosts.gate import synchronise
 from accelplug.hosts.ledger import Event
-from accelplug.hosts.transformers import is_language_model
+from accelplug.hosts.transformers import is_language_model, model_in
 from accelplug.plug import apply, model_facts
 from accelplug.recipe import Recipe, load, record_measurement
 
@@ -78,6 +78,7 @@ def compare(
     AccelplugError
         If there is nothing to run.
     """
+    pipe, processor = model_in(pipe), processor or compat.processor_of(pipe)
     if is_language_model(pipe):
         if caches or foreground is not None or detect is not None:
             raise AccelplugError("caches, foreground and detect are about pipelines; leave them out for a language model.")

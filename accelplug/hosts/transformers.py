@@ -68,6 +68,14 @@ def is_language_model(model: Any) -> bool:
     return isinstance(model, nn.Module) and hasattr(model, "get_decoder") and hasattr(model, "base_model")
 
 
+def model_in(model: Any) -> Any:
+    """Return the language model inside of its wrappers: compiled, with adapters, parallel, a pipeline; any other model as it is."""
+    inside = model
+    while (held := compat.held_by(inside)) is not None:
+        inside = held
+    return inside if is_language_model(inside) else model
+
+
 def attention_modules(decoder: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (path, module) of a decoder's attention modules that look their kernel up at every call."""
     for path, module in decoder.named_modules():

@@ -21,7 +21,7 @@ from accelplug.comparison.result import DENSE, gains
 from accelplug.comparison.study import Study
 from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.hosts.diffusers import denoisers
-from accelplug.hosts.transformers import is_language_model
+from accelplug.hosts.transformers import is_language_model, model_in
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, Recipe, load
 from accelplug.tuning import space
@@ -124,6 +124,7 @@ def tune(
     arguments.require_seconds(time_budget_s, "tune, time_budget_s")
     if isinstance(patches, str):
         raise AccelplugError(f"tune, patches: expected a list of names, got {patches!r}.")
+    pipe, processor = model_in(pipe), processor or compat.processor_of(pipe)
     if is_language_model(pipe):
         require_one("tune")
         if foreground is not None or detect is not None:

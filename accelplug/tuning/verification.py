@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from accelplug import compat
 from accelplug.comparison import arguments
 from accelplug.comparison.environment import device_name
 from accelplug.comparison.questions import Asker, Item, digest, figures, require_pictures
 from accelplug.comparison.study import compare
 from accelplug.errors import AccelplugError, RecipeError
+from accelplug.hosts.transformers import model_in
 from accelplug.recipe import Measured, Recipe, read_file
 from accelplug.tuning.aims import Aim, plain
 from accelplug.tuning.contest import STOCK, Contest, gain
@@ -65,6 +67,7 @@ def verify(
     rows = [(found, row) for found in recipes for row in found.measured]
     if not rows:
         raise AccelplugError(f"{recipe} has no measured rows to verify; `accelplug tune` and `compare --record` write them.")
+    pipe, processor = model_in(pipe), processor or compat.processor_of(pipe)
     given = [_given(pipe, found, row, inputs, processor) for found, row in rows]  # all, before the first is run
     return [_verdict(pipe, *pair, asked, progress, processor) for pair, asked in zip(rows, given, strict=True)]
 
