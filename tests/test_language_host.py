@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, QuantizedCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -190,15 +192,15 @@ def test_the_models_own_kernel_is_used(implementation):
 @pytest.mark.parametrize("patch", [patch for patch in WORKING if patch != "imbalance"])
 def test_every_way_to_generate_gives_the_same(patch, name):
     model, given, one = build(name), inputs(name), inputs(name, ((3, "I", 6),))
+    # The stock model does not, either: Gemma 3, whose images read themselves both ways, and any with images before transformers 5.23.
+    reads_in_pieces = name != "gemma3" and Version(transformers.__version__) >= Version("5.23")
     with accelplug.apply(model, recipe(patch)):
         tokens = generate(model, given)
         assert torch.equal(generate(model, given, cache_implementation="static", disable_compile=True), tokens)
         assert torch.equal(generate(model, one, prompt_lookup_num_tokens=3), generate(model, one))
         if patch in ("visual_bias", "var"):  # the others act on the prompt's last token
             assert torch.equal(generate(model, given, use_cache=False), tokens)
-            if (
-                name != "gemma3"
-            ):  # whose images read themselves both ways, so that pieces of one differ in the stock model too
+            if reads_in_pieces:
                 assert torch.equal(generate(model, given, prefill_chunk_size=9), tokens)
         several = generate(model, given, num_beams=3, num_return_sequences=3)
         assert len(several) == 6
