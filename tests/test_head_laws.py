@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 import accelplug
 from accelplug.call import AttentionCall, Clock, Place, Prompt, Site
-from accelplug.errors import FallbackError, RecipeError
+from accelplug.errors import AccelplugError, FallbackError
 from accelplug.hosts.blind import Blind
 from accelplug.kernels import spans
 from accelplug.patches.guidance.contrast import contrasted
@@ -315,16 +315,19 @@ def test_a_soft_cap_is_told_and_leaves_calls_dense(name):
         ("var", {"move_fraction": 1.5}, "0:", "move_fraction"),
         ("pai", {"alpha": -0.1}, "0:", "alpha"),
         ("imbalance", {"local_share": 0.0}, "0:", "local_share"),
+        ("carve", {"layers": [2, 9]}, None, "2 to 8"),
+        ("agla", {"layers": [4, 5]}, None, "4 to 4"),
+        ("contrast", {"gamma": -1.0}, None, "gamma"),
     ],
 )
 def test_what_cannot_work_is_told_at_apply(patch, config, layers, said):
     model = build("llava")
-    with pytest.raises(RecipeError, match=said):
-        accelplug.apply(model, {"patch": patch, "with": config, "where": {"layers": layers}})
+    with pytest.raises(AccelplugError, match=said):
+        accelplug.apply(model, {"patch": patch, "with": config, **({"where": {"layers": layers}} if layers else {})})
     assert not any("accelplug" in str(key) for module in model.modules() for key in vars(module))
 
 
-@pytest.mark.parametrize("name", ["visual_bias", "var", "vhr", "gift", "pai", "imbalance", "carve", "agla"])
+@pytest.mark.parametrize("name", ["visual_bias", "var", "vhr", "gift", "pai", "imbalance", "carve", "agla", "contrast"])
 def test_no_field_takes_nan_or_an_infinity(name):
     cls = patch_class(name)
     for field in cls.Config.model_fields:

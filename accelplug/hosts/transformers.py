@@ -12,6 +12,7 @@ a compiled decode step reads tensors only.
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -392,17 +393,24 @@ class LanguageHost:
             records.append(
                 AttentionRecord(self, len(records), module, site, module.config, decide(site, None, Clock(phase="prefill")))
             )
-        text = self.model.config.get_text_config()
-        for patch in {id(r.choice.patch): r.choice.patch for r in records if r.choice.patch is not None}.values():
-            sites = [record.site for record in records if record.choice.patch is patch]
-            patch.check(sites, text.num_attention_heads, text.hidden_size)
         if not records:
             raise NoMatchError(
                 f"{type(self.model).__name__} has no attention that can be entered: expected modules with layer_idx, config and "
                 f"num_key_value_groups that call transformers' attention interface, found {len(modules)} such modules, of which "
                 f"{len(self.skipped)} do not call it."
             )
+        self._check(records)
         return records
+
+    def _check(self, records: list[AttentionRecord]) -> None:
+        """Have patches refuse what cannot work on this model, where the rules put them; those around generate may look everywhere."""
+        text, everywhere = self.model.config.get_text_config(), [record.site for record in records]
+        sizes = (getattr(text, name, None) for name in ("num_attention_heads", "hidden_size"))
+        heads, width = (size if isinstance(size, int) else sys.maxsize for size in sizes)
+        for around in self.generation.patches:
+            around.check(everywhere, heads, width)
+        for patch in {id(r.choice.patch): r.choice.patch for r in records if r.choice.patch is not None}.values():
+            patch.check([record.site for record in records if record.choice.patch is patch], heads, width)
 
     # ------------------------------------------------------------------------------------------------- in and out
 

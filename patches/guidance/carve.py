@@ -23,11 +23,22 @@ from pydantic import Field, model_validator
 from torch.nn.functional import interpolate, pad
 
 from accelplug.patches.base import Config, GenerationPatch
-from accelplug.patches.guidance.gaze import Layers, Steps, contrast, highest, in_order, look, rows_with_a_picture, upsampled
+from accelplug.patches.guidance.gaze import (
+    Layers,
+    Steps,
+    contrast,
+    highest,
+    in_order,
+    look,
+    numbers,
+    rows_with_a_picture,
+    upsampled,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from accelplug.call import Site
     from accelplug.patches.base import Tools
 
 GENERAL = "Write a general description of the image. Answer the question using a single word or phrase."
@@ -137,6 +148,9 @@ class Carve(GenerationPatch):
 
     cite = "arXiv 2509.06461"
     config: Config
+
+    def check(self, sites: Sequence[Site], heads: int, width: int) -> None:
+        numbers(self.config.layers, sites[0].layers)
 
     def generate(self, model: Any, call: Callable[..., Any], inputs: dict[str, Any], tools: Tools) -> Any:
         if self.config.keep_area == 1 or not (rows := rows_with_a_picture(inputs, tools, "carve")):
