@@ -179,7 +179,8 @@ def attention_is_skipped() -> bool:
 
 def held(module: Any, name: str) -> Any:
     """Return what a module itself holds under a name, as an attribute or as a submodule, or None."""
-    return vars(module).get(name, vars(module).get("_modules", {}).get(name))
+    own = getattr(module, "__dict__", {})  # a stranger may pass anything
+    return own.get(name, own.get("_modules", {}).get(name))
 
 
 def is_looked_into(module: Any, ours: type) -> bool:
