@@ -434,6 +434,19 @@ def test_a_cache_from_before_is_counted_and_an_error_under_strict():
             model(**step, **held(copy.deepcopy(cache)))
 
 
+@pytest.mark.parametrize("patch", WORKING)
+def test_a_cache_that_is_not_found_is_counted_and_an_error_under_strict(monkeypatch, patch):
+    """As if a model took its cache by a name of tomorrow: a decode step knows nothing of the prompt, and is no prompt itself."""
+    monkeypatch.setattr(compat, "CACHE_NAMES", ("hoard", "stash"))
+    model, given = build("llava"), inputs("llava")
+    with accelplug.apply(model, recipe(patch)) as plug:
+        generate(model, given, tokens=3)
+        calls = [count for reason, count in plug.report().fallbacks.items() if "was not found" in reason]
+    assert sum(calls) >= 2 * len(plug._hosts[0].records)  # all of both decode steps, and gift's second reading of the prompt
+    with pytest.raises(FallbackError, match="was not found"), accelplug.apply(model, recipe(patch), strict=True):
+        generate(model, given, tokens=3)
+
+
 def test_apply_twice_remove_twice_and_a_rule_that_fits_nothing():
     model = build("llava")
     plug = accelplug.apply(model, LOUD)

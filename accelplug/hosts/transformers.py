@@ -218,7 +218,7 @@ class AttentionRecord:
         if kwargs.get("dropout"):
             return "the call has dropout"
         if not torch.compiler.is_compiling() and patch is not None:
-            why = run.stream.lacks(patch.needs) or self.pruned(q, k, run, run.stream, patch.needs, kwargs)
+            why = self.pruned(q, k, run, run.stream, patch.needs, kwargs) or run.stream.lacks(patch.needs)
             if why is not None:
                 return why
         if patch is not None and "probabilities" in patch.needs and not self.explicit(kwargs):
@@ -245,6 +245,10 @@ class AttentionRecord:
         """Why it is not known which tokens the queries and keys are, or None."""
         if k.shape[2] < stream.tokens and not self.slides(run, kwargs):
             return f"the cache was pruned to {k.shape[2]} keys of {stream.tokens} tokens: which are the image's is not known"
+        if run.cache is None and run.clock.phase == "prefill" and k.shape[2] > stream.tokens:
+            return (
+                f"there are keys of {k.shape[2]} tokens and {stream.tokens} are known: the cache of the others was not found"
+            )
         new = stream.prompt.image.shape[1] - stream.prompt.past
         if run.clock.phase == "prefill" and q.shape[2] < new and {"hidden_states", "blind"} & needs:
             return f"the layer is given the last {q.shape[2]} of {new} tokens alone"
