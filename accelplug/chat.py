@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,6 +134,29 @@ def spelled(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[slice]]:
         spans += [slice(len(text), len(text) + len(piece))] * (waiting + 1)
         text, waiting = text + piece, 0
     return text, spans + [slice(len(text), len(text))] * waiting
+
+
+TEMPLATE = re.compile(
+    rf"{MARK}\s*(?P<opened>user|assistant|human|model|system)(?=\s*\n|{MARK})"  # of a turn that a special token opens
+    r"|\b(?P<written>(?i:user|assistant|human|system|gpt))\s*:"
+    rf"|(?P<instruction>\[/?INST\])|\#\#\#|{MARK}"
+)
+"""What a chat template says itself, in a text that is `spelled`; a group is matched where it says who speaks."""
+_SPEAKERS = {"user": 1, "human": 1, "[inst]": 1, "assistant": -1, "model": -1, "gpt": -1, "[/inst]": -1, "system": 0}
+
+
+def speakers(tokenizer: Any, ids: Sequence[int]) -> tuple[list[int | None], list[bool]]:
+    """Say who begins to speak at each token (1 the user, -1 the model, 0 the system; None where it goes on), and whether the chat
+    template says it."""
+    text, spans = spelled(tokenizer, ids)
+    begins: list[int | None] = [None] * len(spans)
+    template = [False] * len(text)
+    for found in TEMPLATE.finditer(text):
+        template[slice(*found.span())] = [True] * len(found[0])
+        if (name := found["opened"] or found["written"] or found["instruction"]) is not None:
+            first = next(i for i, span in enumerate(spans) if span.stop > found.start())
+            begins[first] = _SPEAKERS[name.lower()]
+    return begins, [all(template[i] or text[i].isspace() for i in range(span.start, span.stop)) for span in spans]
 
 
 def padding(tokenizer: Any) -> int | None:

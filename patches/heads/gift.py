@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from torch.nn.functional import pad
 
-from accelplug.chat import MARK, spelled, tokenizer_of
+from accelplug.chat import TEMPLATE, spelled, tokenizer_of
 from accelplug.errors import RecipeError
 from accelplug.kernels.spans import fit, last, read_rows, replace_rows, row_attention
 from accelplug.patches.base import Config, Patch
@@ -41,17 +41,12 @@ _STOP = """a an the this that these those is are was were be been do does did ha
 STOP_WORDS = frozenset(_STOP.split())
 """Words that carry no content, in place of the paper's part-of-speech tagger."""
 _WORD = re.compile(r"([^\W_]+?)(n?['\u2019][^\W_]+)?(?![^\W_])")
-_TEMPLATE = re.compile(
-    rf"{MARK}\s*(?:user|assistant|human|model|system)(?=\s*\n|{MARK})"  # of a turn that a special token opens
-    r"|\b(?i:user|assistant|human|system|gpt)\s*:"
-    rf"|\[/?INST\]|\#\#\#|{MARK}"
-)
 
 
 def words(tokenizer: Any, ids: list[int]) -> tuple[list[bool], list[bool]]:
     """Say of every token whether it is of what somebody wrote, not of the chat template; and whether of a word that carries content."""
     text, spans = spelled(tokenizer, ids)
-    text = _TEMPLATE.sub(lambda found: " " * len(found[0]), text)
+    text = TEMPLATE.sub(lambda found: " " * len(found[0]), text)
     content = [False] * len(text)
     for found in _WORD.finditer(text):
         idle = found[1].lower() in STOP_WORDS or (found[2] or "").startswith("n")  # isn't, won't
@@ -166,7 +161,7 @@ class Gift(Patch):
             return self
 
     cite = "arXiv 2510.22067"
-    needs = frozenset({"whole_prompt", "probabilities"})
+    needs = frozenset({"whole_prompt", "turns", "probabilities"})
     speed = False
     config: Config
 
