@@ -114,15 +114,15 @@ MARK = "\x00"
 """What stands for a special token in a text that is spelled token by token."""
 
 
-def spelled(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[slice]]:
-    """Return the text of tokens, special ones as `MARK`, and which of its characters each of them stands for.
+def spelled(tokenizer: Any, ids: Sequence[int | None]) -> tuple[str, list[slice]]:
+    """Return the text of tokens, special ones and None as `MARK`, and which of its characters each of them stands for.
 
     A character that several tokens make together is each one's.
     """
     special = {*getattr(tokenizer, "all_special_ids", ()), *getattr(tokenizer, "added_tokens_decoder", ())}
     text, spans, begin, shown, waiting = "", list[slice](), 0, 0, 0
     for i, token in enumerate(ids):
-        if token in special:
+        if token is None or token in special:
             piece, begin, shown = MARK, i + 1, 0
         else:
             whole = tokenizer.decode(list(ids[begin : i + 1]))

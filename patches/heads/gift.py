@@ -7,7 +7,8 @@ attention by ``exp(alpha S_j)``, and the half with most mass on the question by 
 the question does not lose; rows are renormalised. A log-bias, in other words.
 
 Experimental. On the bundled model, one small model of coloured shapes, it made
-+3.1 points of hallucination (95 %: +1.4 to +4.7).
++3.1 points of hallucination (95 %: +1.4 to +4.7), as it was when the first token of an answer was not enhanced in the layer that is
+read, and words were told token by token.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ STOP_WORDS = frozenset(_STOP.split())
 _WORD = re.compile(r"([^\W_]+?)(n?['\u2019][^\W_]+)?(?![^\W_])")
 
 
-def words(tokenizer: Any, ids: list[int]) -> tuple[list[bool], list[bool]]:
-    """Say of every token whether it is of what somebody wrote, not of the chat template; and whether of a word that carries content."""
+def words(tokenizer: Any, ids: Sequence[int | None]) -> tuple[list[bool], list[bool]]:
+    """Which tokens are of what somebody wrote, and not the chat template; and which of words that carry content.
+
+    A token is its id, None where it shows an image.
+    """
     text, spans = spelled(tokenizer, ids)
     text = TEMPLATE.sub(lambda found: " " * len(found[0]), text)
     content = [False] * len(text)
@@ -241,7 +245,12 @@ class Gift(Patch):
         if self.processor is None or prompt.ids is None:
             return prompt.question, prompt.question
         told = torch.zeros(2, *prompt.ids.shape, dtype=torch.bool)
-        for row, (ids, valid) in enumerate(zip(prompt.ids.cpu(), prompt.valid.cpu(), strict=True)):
-            told[:, row, valid] = torch.tensor(words(tokenizer_of(self.processor), ids[valid].tolist()))
+        for row, (ids, valid, shown) in enumerate(
+            zip(*(x.cpu() for x in (prompt.ids, prompt.valid, prompt.visual)), strict=True)
+        ):
+            text = [
+                None if image else token for token, image in zip(ids[valid].tolist(), shown[valid].tolist(), strict=True)
+            ]
+            told[:, row, valid] = torch.tensor(words(tokenizer_of(self.processor), text))
         question = prompt.question & told[0].to(prompt.valid.device)
         return question, question & told[1].to(prompt.valid.device)
