@@ -103,7 +103,7 @@ def tokenized(processor: Any, prompts: Sequence[str], pictures: Sequence[Any] | 
             f"{type(tokenizer).__name__} has no token to pad prompts with; set processor.tokenizer.pad_token, to its eos_token say."
         )
     # Some templates begin with the token that the tokenizer would put there once more.
-    bos = getattr(tokenizer, "bos_token", None)
+    bos: str = getattr(tokenizer, "bos_token", None) or ""
     begun = bool(bos) and all(text.startswith(bos) for text in prompts)
     more: dict[str, Any] = {"add_special_tokens": False} if begun else {}
     several = {} if len(prompts) == 1 else {"padding": True, "padding_side": "left"}
