@@ -218,7 +218,12 @@ def _positions(like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Clock:
-    """When a call happens. ``step`` is 0-based; both numbers are None where the host cannot know them."""
+    """When a call happens.
+
+    ``step`` is the 0-based place of the denoiser's timestep in the schedule of the pipeline that runs, ``steps`` the length of that
+    schedule; both are None where the host cannot know them. They count calls of the model: Heun and KDPM2 have two for each of the
+    pipeline's steps but one, and an image-to-image pipeline begins late.
+    """
 
     step: int | None = None
     steps: int | None = None

@@ -195,6 +195,11 @@ def unwrap_compiled(module: Any) -> Any:
     return module if inner is None else inner
 
 
+def is_wrapped(part: Any, module: Any) -> bool:
+    """Whether `part` is what ``torch.compile(module)`` returned."""
+    return part is not module and hasattr(part, "named_modules") and unwrap_compiled(part) is module
+
+
 def is_compiled(module: Any) -> bool:
     """Whether a module, or one in it, goes through torch.compile."""
     return any(

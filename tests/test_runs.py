@@ -310,15 +310,17 @@ def test_compiled_whole_it_goes_by_the_pipeline_that_counts():
     """A compiled forward's timestep cannot be read; the contexts around it are heard."""
     torch._dynamo.reset()
     pipe, inputs = tiny_pipelines.pipeline("hunyuan_video")
-    seen = []
+
+    def twin() -> Any:
+        other = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
+        other.set_progress_bar_config(disable=True)
+        return other
+
     with accelplug.apply(pipe, STEPPED, gate="off"):
-        twin = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
-        twin.set_progress_bar_config(disable=True)
-        runs = [(twin, 5), (pipe, 4), (twin, 3)]
-        expected = [run(one, inputs, num_inference_steps=steps) for one, steps in runs]
-    pipe.transformer.compile(backend="eager")
+        expected = [run(one, inputs, num_inference_steps=steps) for one, steps in ((twin(), 5), (pipe, 4), (twin(), 3))]
+    pipe.transformer, seen = torch.compile(pipe.transformer, backend="eager"), []
     with accelplug.apply(pipe, STEPPED, gate="off") as plug:
-        for (one, steps), out in zip(runs, expected, strict=True):
+        for one, steps, out in zip((twin(), pipe, twin()), (5, 4, 3), expected, strict=True):
             torch.testing.assert_close(run(one, inputs, num_inference_steps=steps), out, rtol=1e-4, atol=1e-5)
             seen.append((plug.denoiser_hosts[0].now.step, plug.denoiser_hosts[0].now.steps))
     assert seen == [(4, 5), (3, 4), (2, 3)]

@@ -225,9 +225,11 @@ class StepClock:
         with self._looking:
             if sys.getrefcount(denoiser) == self._holders:
                 return
-            own = getattr(self._pipe(), "scheduler", None)
+            parts = getattr(self._pipe(), "__dict__", {})
+            compiled = [part for part in parts.values() if compat.is_wrapped(part, denoiser)]
+            own = parts.get("scheduler")
             found = known = [scheduler for other in self._others if (scheduler := other()) is not None]
-            for holder in gc.get_referrers(denoiser):
+            for holder in gc.get_referrers(denoiser, *compiled):
                 members = holder if isinstance(holder, dict) else getattr(holder, "__dict__", None)
                 scheduler = members.get("scheduler") if isinstance(members, dict) else None
                 if hasattr(scheduler, "set_timesteps") and all(scheduler is not one for one in (own, *found)):
