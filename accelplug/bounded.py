@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -12,27 +11,23 @@ V = TypeVar("V")
 
 
 class Bounded(Generic[K, V]):
-    """A table of at most `size` entries that forgets the one unused for longest. Threads may share it."""
+    """A table of at most `size` entries that forgets the one unused for longest."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._table: OrderedDict[K, V] = OrderedDict()
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._table)
 
     def get(self, key: K, make: Callable[[], V]) -> V:
         """Return the value of `key`, made and kept if it is not there."""
-        with self._lock:
-            if key in self._table:
-                self._table.move_to_end(key)
-                return self._table[key]
-        made = make()  # unlocked: it may take long, or ask other tables
-        with self._lock:
-            value = self._table.setdefault(key, made)  # threads that made one side by side share the first
-            if len(self._table) > self._size:
-                self._table.popitem(last=False)
+        if key in self._table:
+            self._table.move_to_end(key)
+            return self._table[key]
+        value = self._table[key] = make()
+        if len(self._table) > self._size:
+            self._table.popitem(last=False)
         return value
 
     def peek(self, key: K) -> V | None:
@@ -41,19 +36,16 @@ class Bounded(Generic[K, V]):
 
     def put(self, key: K, value: V) -> None:
         """Set the value of `key`."""
-        with self._lock:
-            self._table.pop(key, None)
+        self._table.pop(key, None)
         self.get(key, lambda: value)
 
     def items(self) -> list[tuple[K, V]]:
         """Return keys with their values, least recently used first."""
-        with self._lock:
-            return list(self._table.items())
+        return list(self._table.items())
 
     def values(self) -> list[V]:
         """Return the values, least recently used first."""
-        with self._lock:
-            return list(self._table.values())
+        return list(self._table.values())
 
     def clear(self) -> None:
         """Forget everything."""

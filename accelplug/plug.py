@@ -18,14 +18,22 @@ import torch
 from accelplug import compat
 from accelplug.bounded import Bounded
 from accelplug.call import Clock, Site
-from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, RecipeError, UnsupportedError, nearest
+from accelplug.errors import (
+    AccelplugError,
+    AlreadyAppliedError,
+    FallbackError,
+    NoMatchError,
+    RecipeError,
+    UnsupportedError,
+    nearest,
+)
 from accelplug.hosts.caches import StepCaches
 from accelplug.hosts.clock import StepClock
 from accelplug.hosts.diffusers import DenoiserHost, denoisers
 from accelplug.hosts.forecast import Forecast, amdahl
 from accelplug.hosts.gate import Gate, Verdict
 from accelplug.hosts.ledger import Event, Ledger
-from accelplug.hosts.record import DENSE, Choice
+from accelplug.hosts.record import Choice
 from accelplug.hosts.transformers import LanguageHost, is_language_model, model_in
 from accelplug.hosts.undo import Undo
 from accelplug.kernels.attention import Backend
@@ -66,7 +74,9 @@ def apply(
         inside of a transformers pipeline, a PeftModel, what torch.compile returned, or a parallel wrapper.
     recipe : None for the default of the file that matches the model; a name in that file, ``radial``; a full name,
         ``wan2.1-t2v-14b/radial``; the path of a recipe file; a mapping; or a `Recipe`.
-    strict : raise `FallbackError` where an attention call that a rule names would run dense.
+    strict : raise `FallbackError` where an attention call that a rule names would run dense, and where a rule cannot hold: of steps
+        that no run has at the first forward, of a guidance branch that never comes at the end of a run. Rules for other sizes than
+        that of the run are no error, unless no patch of the recipe is for this one.
     gate : ``auto`` times dense against sparse at the first call of each shape and leaves dense what would not pay;
         ``report`` times and tells, but forces the recipe; ``off`` forces it and times nothing.
     backend : kernel for patches that leave the choice open: ``auto``, ``first``, ``triton``, ``flex``, ``flash``,
@@ -89,7 +99,8 @@ def apply(
     NoMatchError
         If the model has no denoiser, decoder or attention that is known, or no rule of the recipe can fit any of it.
     RecipeError
-        If the recipe cannot be read, was made for another model, or puts a patch where its step cache looks.
+        If the recipe cannot be read, was made for another model, has a rule that can never hold, or puts a patch where its step cache
+        looks.
     UnsupportedError
         If the model's attention cannot be swapped (linear attention), a patch of the recipe is for other models, or a library newer
         than what accelplug was tested with no longer keeps what it relies on.
@@ -260,7 +271,7 @@ class Plug(AbstractContextManager["Plug"]):
             self._recall(choices)
         self._caches = self._step_caches(parts)
         for host in self.denoiser_hosts:
-            host.caches = self._caches
+            host.caches, host.check_rules = self._caches, self._check_rules
         self._require_patches_of_its_kind()
         self._require_a_match()
 
@@ -280,8 +291,8 @@ class Plug(AbstractContextManager["Plug"]):
     def _decide(self, site: Site, layout: Any, clock: Clock) -> Choice:
         decision = self.recipe.decide(site, layout, clock)
         if decision.patch is None:
-            return Choice(reason=decision.reason) if decision.reason else DENSE
-        return Choice(self._patch(decision.patch, decision.config), decision.patch)
+            return Choice(reason=decision.reason, rule=decision.rule)
+        return Choice(self._patch(decision.patch, decision.config), decision.patch, rule=decision.rule)
 
     def _patch(self, name: str, config: Mapping[str, Any]) -> Patch:
         """Return the one instance of a patch and config: sites that share it share compiled graphs and plans."""
@@ -337,7 +348,19 @@ class Plug(AbstractContextManager["Plug"]):
                 f"{', '.join(f'{n} of kind {kind}' for kind, n in kinds.items())} in {sites[0].layers} layers. "
                 "Check the rules' where: layers, kind, module, denoiser."
             )
+        self._require_rules_that_can_hold(sites)
         self.recipe.require_tables_for(sites)
+
+    def _require_rules_that_can_hold(self, sites: list[Site]) -> None:
+        self.recipe.require_rules_for(sites, bare=isinstance(self._model(), torch.nn.Module))
+        if self.denoiser_hosts:
+            return
+        for number, rule in enumerate(self.recipe.rules):
+            if (foreign := rule.of_denoisers()) is not None:
+                raise RecipeError(
+                    f"{self.recipe.named(number)} asks for {foreign}, and a language model has neither diffusion steps, guidance "
+                    "branches nor a token grid. Leave it out."
+                )
 
     def _install(self) -> None:
         try:
@@ -346,12 +369,50 @@ class Plug(AbstractContextManager["Plug"]):
                     self._undo.put(place, MARK, self)
             for host in self._hosts:
                 host.install(self._undo)
+                self._count_barred(host)
             if self._caches is not None:
                 self._caches.install(self._undo)
             logger.info("%s", self.summary())
         except BaseException:
             self.remove()
             raise
+
+    def _count_barred(self, host: DenoiserHost | LanguageHost) -> None:
+        """Attention that a rule names and that a foreign processor keeps from us is a fallback like any other."""
+        for site in host.barred if isinstance(host, DenoiserHost) and self.recipe.patches() else ():
+            if self.recipe.may_touch(site):
+                self._ledger.fell_back(site.module, host.skipped[site.module])
+
+    def _idle(self) -> list[tuple[int, str | None, str]]:
+        """Rules that never held though forwards came by: number, which condition nothing met (None: each was met), and why."""
+        idle = []
+        for host in self.denoiser_hosts:
+            seen = host.seen
+            for number in self.recipe.chosen_among(r.site for r in host.records if r.site) if seen.branches else ():
+                if number not in set().union(*(other.held for other in self.denoiser_hosts)):
+                    condition, why = self.recipe.rules[number].where.unmet(seen) or (None, "other rules took its calls")
+                    idle.append((number, condition, why))
+        return list({number: (number, condition, why) for number, condition, why in idle}.values())
+
+    def _check_rules(self, ended: bool) -> None:
+        """Under strict a rule that cannot hold is an error: of steps as soon as a run's are known, of branches at the end of a run.
+
+        Rules for other sizes than that of a run are no error, unless none of a recipe's patches is for this one.
+        """
+        if not self._ledger.strict:
+            return
+        idle = self._idle()
+        patched = {
+            n for host in self.denoiser_hosts for n in self.recipe.chosen_among(r.site for r in host.records if r.site)
+        }
+        patched = {number for number in patched if self.recipe.rules[number].patch != "dense"}
+        none_is_for_it = patched <= {number for number, condition, _ in idle if condition in ("steps", "tokens")}
+        for number, condition, why in idle:
+            if condition == "steps" or (condition == "branch" and ended) or (condition == "tokens" and none_is_for_it):
+                raise FallbackError(
+                    f"{self.recipe.named(number)} never holds: {why}. strict=True asks for rules that do; mend its where:, or apply "
+                    "with strict=False."
+                )
 
     # ------------------------------------------------------------------------------------------------------ public
 
@@ -394,10 +455,7 @@ class Plug(AbstractContextManager["Plug"]):
         return self.report()
 
     def step(self, index: int | None, steps: int | None = None) -> None:
-        """Tell which diffusion step comes in this thread (0-based, of `steps`), for a bare denoiser; with None let the pipeline tell.
-
-        A step that does not lie behind the last one of its guidance branch begins a new run: nothing is kept from the one before.
-        """
+        """Tell which diffusion step comes (0-based, of `steps`), for a bare denoiser; with None let the pipeline tell again."""
         self._clock.set(index, steps)
 
     def mark(self, image: Tensor | None) -> None:
@@ -478,6 +536,8 @@ class Plug(AbstractContextManager["Plug"]):
             unjudged=sorted(self._gate.unjudged),
             gains={v.patch: v.dense_ms / v.sparse_ms for v in self._gate.verdicts if v.pays},
             forecasts={f"{f.denoiser} at {_by(f.shape)}": str(f) for f in self.forecasts},
+            compiled=[what for host in self.denoiser_hosts for what in host.compiled()],
+            idle=[f"{self.recipe.named(number)}: {why}" for number, _, why in self._idle()],
             unrouted=[module for host in self._hosts for module in host.unrouted()],
             skipped={f"{host.name}.{path}": why for host in self._hosts for path, why in host.skipped.items()},
         )
@@ -550,6 +610,8 @@ class Report(Shown):
     unjudged: list[str] = field(default_factory=list)
     gains: dict[str, float] = field(default_factory=dict)
     forecasts: dict[str, str] = field(default_factory=dict)
+    compiled: list[str] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
     unrouted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -568,6 +630,10 @@ class Report(Shown):
             yield "left dense by the gate", reason
         for reason in self.unjudged:
             yield "not judged by the gate", reason
+        for what in self.compiled:
+            yield "runs compiled, calls not counted", what
+        for rule in self.idle:
+            yield "never held", rule
         for module in self.unrouted:
             yield "named by a rule, never seen", module
         for module, why in self.skipped.items():

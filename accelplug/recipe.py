@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -169,6 +171,22 @@ class Where(_Strict):
         """Whether all conditions are on the place, so that `fits` decides alone."""
         return self.steps is self.branch is self.tokens is self.grid is None
 
+    def unmet(self, seen: Seen) -> tuple[str, str] | None:
+        """The key of a condition that nothing seen so far meets, and in words why; None where each was met by something."""
+        run = range(seen.steps or 0)
+        if self.steps is not None and run and not any(s.holds(step, len(run)) for s in self.steps for step in run):
+            return "steps", f"a run has {len(run)} steps"
+        branches = sorted(branch for branch in seen.branches if branch is not None)
+        if self.branch is not None and branches and not set(self.branch) & set(branches):
+            return "branch", f"the branches are {' and '.join(branches)}{nearest(self.branch[0], branches)}"
+        if seen.layouts and not any(self._layout_holds(layout) is True for layout in seen.layouts):
+            grids = sorted({layout.grid_thw for layout in seen.layouts})
+            return "tokens", "the grids are " + ", ".join(f"{'x'.join(map(str, g))} ({math.prod(g)} tokens)" for g in grids)
+        return None
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {_any(value)}" for key, value in self if value is not None) or "everywhere"
+
     def holds(self, layout: Layout | None, clock: Clock) -> bool | str:
         """Whether the conditions on layout and time hold, or the reason why nobody can know. One that fails decides."""
         verdicts = [self._step_holds(clock), self._branch_holds(clock), self._layout_holds(layout)]
@@ -274,6 +292,17 @@ class Rule(_Strict):
     patch: Annotated[str, BeforeValidator(_one_patch)]
     settings: dict[str, Any] = Field({}, alias="with")
 
+    @property
+    def around(self) -> bool:
+        """Whether its patch stands around ``generate``, and so has no site."""
+        return self.patch != "dense" and patch_entry(self.patch).family == "generation"
+
+    @model_validator(mode="after")
+    def _what_stands_around_has_no_place(self) -> Rule:
+        if self.around and self.where != Where():
+            raise ValueError(f"{self.patch} stands around generate(), everywhere and always; remove where: {self.where}")
+        return self
+
     @model_validator(mode="after")
     def _dense_has_no_settings(self) -> Rule:
         if self.patch == "dense" and self.settings:
@@ -282,6 +311,13 @@ class Rule(_Strict):
             if isinstance(value, Mapping):
                 _varying(key, value)
         return self
+
+    def of_denoisers(self) -> str | None:
+        """What of it only denoisers have, by its keys, or None."""
+        conditions = [key for key in ("steps", "branch", "tokens", "grid") if getattr(self.where, key) is not None]
+        varying = [(key, _varying(key, value)) for key, value in self.settings.items() if isinstance(value, Mapping)]
+        ramps = [f"with.{key} over steps" for key, value in varying if isinstance(value, Ramp) and value.over == "steps"]
+        return " and ".join([*(f"where.{key}" for key in conditions), *ramps]) or None
 
     def config(self, site: Site, layout: Layout | None, clock: Clock) -> dict[str, Any] | str:
         """Return the settings with ramps resolved, or the reason why they are not known. Tables stay whole: patches read rows."""
@@ -376,12 +412,23 @@ def _varying(key: str, value: Mapping[str, Any]) -> Ramp | TableRef:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What forwards of a denoiser came by: how many steps a run has (None: unknown), guidance branches, layouts."""
+
+    steps: int | None = None
+    branches: frozenset[str | None] = frozenset()
+    layouts: frozenset[Layout] = frozenset()
+
+
+@dataclass(frozen=True)
 class Decision:
     """What serves a call: `patch` with `config`; or dense, and then `reason` says what could not be decided, if anything."""
 
     patch: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     reason: str | None = None
+    rule: int | None = None
+    """Number of the rule that says so, from 0."""
 
 
 DENSE = Decision()
@@ -553,37 +600,40 @@ class Recipe:
     source: Source = field(default=Source("<recipe>"), repr=False)
     loc: Loc = field(default=(), repr=False)
     """Where it stands in its source."""
-    _by_site: Bounded[Site, tuple[Rule, ...]] = field(default_factory=lambda: Bounded(4096), init=False, repr=False)
+    _by_site: Bounded[Site, tuple[int, ...]] = field(default_factory=lambda: Bounded(4096), init=False, repr=False)
 
     def decide(self, site: Site, layout: Layout | None, clock: Clock) -> Decision:
         """Return what serves a call at `site`, with tokens lying as `layout` says (None: not known), at `clock`."""
-        for rule in self._rules_at(site):
+        for number in self._rules_at(site):
+            rule = self.rules[number]
             holds = rule.where.holds(layout, clock)
             if isinstance(holds, str):
                 return Decision(reason=holds)
             if not holds:
                 continue
             if rule.patch == "dense":
-                return DENSE
+                return Decision(rule=number)
             config = rule.config(site, layout, clock)
-            return Decision(reason=config) if isinstance(config, str) else Decision(rule.patch, config)
+            if isinstance(config, str):
+                return Decision(reason=config, rule=number)
+            return Decision(rule.patch, config, rule=number)
         return DENSE
 
     def may_touch(self, site: Site) -> bool:
         """Whether a patch may serve calls at `site` at some time; for a recipe without any patch, whether a rule fits."""
         return bool(self._rules_at(site)) or (not self.patches() and any(rule.where.fits(site) for rule in self.rules))
 
-    def _rules_at(self, site: Site) -> tuple[Rule, ...]:
-        """Rules that time and layout choose among at `site`; the last one has a patch, so that being undecided matters."""
+    def _rules_at(self, site: Site) -> tuple[int, ...]:
+        """Numbers of the rules that time and layout choose among at `site`; the last has a patch, so that being undecided matters."""
 
-        def make() -> tuple[Rule, ...]:
-            fitting: list[Rule] = []
-            for rule in self.rules:
-                if rule.where.fits(site) and rule not in self.around():
-                    fitting.append(rule)
+        def make() -> tuple[int, ...]:
+            fitting: list[int] = []
+            for number, rule in enumerate(self.rules):
+                if rule.where.fits(site) and not rule.around:
+                    fitting.append(number)
                     if rule.where.placed:
                         break
-            while fitting and fitting[-1].patch == "dense":
+            while fitting and self.rules[fitting[-1]].patch == "dense":
                 fitting.pop()
             return tuple(fitting)
 
@@ -591,7 +641,49 @@ class Recipe:
 
     def around(self) -> tuple[Rule, ...]:
         """Return the rules whose patches stand around ``generate``, outermost first; they have no site."""
-        return tuple(r for r in self.rules if r.patch != "dense" and patch_entry(r.patch).family == "generation")
+        return tuple(rule for rule in self.rules if rule.around)
+
+    def require_rules_for(self, sites: Sequence[Site], bare: bool = False) -> None:
+        """Refuse rules that can never hold in a model with these sites. `bare`: whether it is one denoiser, of which pipeline is unknown.
+
+        Raises
+        ------
+        RecipeError
+            If a rule's layers, kind, module and denoiser fit none of them, or earlier rules take all that it names.
+        """
+        reached, behind = set(), {}
+        for site in sites:
+            first = None
+            for number, rule in enumerate(self.rules):
+                if rule.around or not rule.where.fits(site):
+                    continue
+                if first is None:
+                    reached.add(number)
+                    first = number if rule.where.placed else None
+                else:
+                    behind[number] = first
+        for number, rule in enumerate(self.rules):
+            if rule.around or number in reached or (bare and rule.where.denoiser is not None):
+                continue
+            if number in behind:
+                raise RecipeError(
+                    f"{self.named(number)} can never hold: {self.named(behind[number])} stands ahead of it and takes what it "
+                    "names, since the first rule that fits wins. Put it first, or leave it out."
+                )
+            kinds = ", ".join(f"{n} of kind {kind}" for kind, n in Counter(site.kind for site in sites).items())
+            raise RecipeError(
+                f"{self.named(number)} fits no attention of this model, which has {kinds} in {sites[0].layers} layers. "
+                "Mend its where: (layers, kind, module, denoiser), or leave the rule out."
+            )
+
+    def named(self, number: int) -> str:
+        """Name a rule in words, counted from 1."""
+        rule = self.rules[number]
+        return f"Rule {number + 1} of {self.name} ({rule.where}: {rule.patch})"
+
+    def chosen_among(self, sites: Iterable[Site]) -> list[int]:
+        """Return the numbers of the rules that may hold at some of these sites."""
+        return sorted({number for site in sites for number in self._rules_at(site)})
 
     def patches(self) -> tuple[str, ...]:
         """Names of the patches that its rules use, each once."""
@@ -628,8 +720,8 @@ class Recipe:
             If one has as many layers as another model.
         """
         for site in sites:
-            for rule in self._rules_at(site):
-                for table in rule.settings.values():
+            for number in self._rules_at(site):
+                for table in self.rules[number].settings.values():
                     if isinstance(table, Table) and site.layer is not None:
                         table.require(site, None)
 
@@ -673,9 +765,8 @@ class Recipe:
         """Return the recipe as text for people."""
         lines = [f"{self.name}  {self.cite}".rstrip(), *([f"  {self.summary}"] if self.summary else [])]
         for rule in self.rules:
-            where = ", ".join(f"{key} {_any(value)}" for key, value in rule.where if value is not None) or "everywhere"
             settings = ", ".join(f"{key}: {_shown(value)}" for key, value in rule.settings.items())
-            lines.append(f"  {where}: {rule.patch}" + (f" ({settings})" if settings else ""))
+            lines.append(f"  {rule.where}: {rule.patch}" + (f" ({settings})" if settings else ""))
         lines.append("  elsewhere: dense")
         if self.cache is not None:
             settings = ", ".join(f"{key}: {value}" for key, value in self.cache.settings.items())
@@ -754,11 +845,6 @@ class RecipeFile:
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
-
-
-def model_name(path: Path) -> str:
-    """Return what the recipes of a file may be called, by the file's name: ``tuned (1).yaml`` -> ``tuned-1``."""
-    return re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower()).strip("-._") or "mine"
 
 
 def read_file(path: Path) -> RecipeFile:

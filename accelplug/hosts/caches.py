@@ -22,6 +22,9 @@ from accelplug.hosts.undo import Undo
 
 CONFIGS = {"first_block": "FirstBlockCacheConfig", "mag": "MagCacheConfig", "taylorseer": "TaylorSeerCacheConfig"}
 
+BY_CONTEXT = ("first_block", "taylorseer")
+"""Caches that cannot run outside of a cache context."""
+
 
 class StepCaches:
     """One step cache on each of some denoisers.
@@ -76,8 +79,15 @@ class StepCaches:
         ------
         UnsupportedError
             If runs of two threads take turns: diffusers keeps one state a model. If a run has other than the steps of the settings:
-            MagCache counts them, and starts anew at the number it was told; in a longer run it would skip by the wrong ratios.
+            MagCache counts them, and starts anew at the number it was told; in a longer run it would skip by the wrong ratios. If no
+            cache context is on, by which a cache tells guidance branches apart.
         """
+        if context is None and self.kind in BY_CONTEXT:
+            raise UnsupportedError(
+                f"The cache {self.kind} keeps what it knows by guidance branch, and this {type(part).__name__} was called without a "
+                "cache context, which says what branch runs: this pipeline opens none. Leave cache: out of the recipe, or call the "
+                'model yourself inside `with model.cache_context("cond"):`.'
+            )
         last, thread = self._runs.get(id(part), (None, threading.current_thread()))
         if last is run:
             return

@@ -6,6 +6,7 @@ import inspect
 import math
 import statistics
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,11 @@ from accelplug.hosts.forecast import Cost, Forecast, Meter
 from accelplug.hosts.gate import Gate, Verdict, timed_ms
 from accelplug.hosts.hoist import Hoist
 from accelplug.hosts.ledger import Event, Ledger
-from accelplug.hosts.record import DENSE, Choice, Decide
+from accelplug.hosts.record import DENSE, Choice, Decide, given
 from accelplug.hosts.run import Run
 from accelplug.hosts.ulysses import Gathered
 from accelplug.hosts.undo import Undo
+from accelplug.recipe import Seen
 
 if TYPE_CHECKING:
     from accelplug.hosts.caches import StepCaches
@@ -94,6 +96,8 @@ class SiteRecord:
     """None where rules cannot name it: cross-attention, refiners, audio."""
     original: Any = None
     routed: bool = False
+    traced: bool = False
+    """Whether it ran in compiled code, where calls are not counted."""
     missed: bool = False
     latest: Settled = field(default_factory=Settled)
     """What any thread has settled last, for reports."""
@@ -107,6 +111,11 @@ class SiteRecord:
     @settled.setter
     def settled(self, settled: Settled) -> None:
         self._here.settled = self.latest = settled
+
+    @property
+    def patch(self) -> Patch | None:
+        """What answers, in this thread's forward."""
+        return self._here.settled.patch
 
     @property
     def params(self) -> Any:
@@ -136,7 +145,7 @@ class SiteRecord:
         """Answer one attention call; all tensors (B, H, S, D)."""
         if not torch.compiler.is_compiling():
             return self.host.attend(self, q, k, v, mask, scale, dense, blocked)
-        self.routed = True
+        self.routed = self.traced = True
         here = self._here.settled
         patch = here.patch
         if patch is None or not here.known:  # a thread of which nothing is known yet has a graph of its own, traced anew
@@ -237,7 +246,13 @@ class DenoiserHost:
         """Whether another denoiser of the pipeline runs some of the steps."""
         self._branches: set[str | None] = set()
         self._steps: set[int] = set()
+        self.held: set[int | None] = set()
+        """Numbers of the rules that have held somewhere."""
+        self.check_rules: Callable[[bool], None] = lambda ended: None
+        """Called behind every forward, and at the end of a run, with whether it is that."""
         self.skipped: dict[str, str] = {}
+        self.barred: list[Site] = []
+        """Attention that rules could name if its processor were another; `skipped` says which it is."""
         self._moved: Bounded[tuple[int, torch.device], tuple[Any, Any]] = Bounded(64)
         self._ahead: Bounded[tuple, str | None] = Bounded(64)
         self._gathered: Bounded[tuple, Gathered | None] = Bounded(16)
@@ -257,16 +272,19 @@ class DenoiserHost:
         kinds, layers = site_kinds(self.family, list(owners))
         records = []
         for path, module in owners.items():
-            if not rebind.can_rebind(module.processor):
-                self.skipped[path] = f"{type(module.processor).__name__} reaches attention by no name that can be re-bound"
-                continue
             kind, layer = kinds.get(path, (None, None))
             site = Site(path, self.name, kind, layer, layers) if kind in PATCHABLE else None
+            if not rebind.can_rebind(module.processor):
+                self.skipped[path] = rebind.way_out(module.processor)
+                self.barred += [site] if site else []
+                continue
             records.append(SiteRecord(self, module, site))
         if not any(record.site for record in records):
+            barred = sorted({self.skipped[site.module] for site in self.barred})
             raise NoMatchError(
                 f"{type(self.denoiser).__name__} has no self- or joint-attention that can be re-bound; expected modules "
-                f"that fit {[pattern for pattern, _ in self.family.sites]}, found {sorted(owners) or 'no processors'}."
+                f"that fit {[pattern for pattern, _ in self.family.sites]}, found {sorted(owners) or 'no processors'}. "
+                f"{'. '.join(barred)}".strip()
             )
         return records
 
@@ -290,8 +308,9 @@ class DenoiserHost:
         undo.add(self.reset)
         for record in self.records:
             record.original = rebind.rebind(record.module, record, undo)
-        undo.add(self.hoist.remove)
-        Ear(self.denoiser, self._hear, self.reset).install(undo)
+        self.hoist.undo = undo
+        undo.add(self.hoist.end)
+        Ear(self.denoiser, self._hear, self._run_ends).install(undo)
         if self.family.level:
             for region in (region for region in self.regions if region.path):
                 undo.hook(region.module, "register_forward_pre_hook", _RegionHook(self, region), with_kwargs=True)
@@ -302,6 +321,10 @@ class DenoiserHost:
     def reset(self) -> None:
         """End this thread's run: what was kept for its steps is forgotten."""
         self._mine.run = None
+
+    def _run_ends(self) -> None:
+        self.reset()
+        self.check_rules(True)
 
     # ------------------------------------------------------------------------------------------- layout and step
 
@@ -316,7 +339,7 @@ class DenoiserHost:
             self._tell(self._moment(None))
             self._mine.announced = True
             for region in self.regions:
-                self.settle_and_count(region)
+                self._settle(region)
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -324,7 +347,7 @@ class DenoiserHost:
             return
         if module is not self.denoiser:  # a deep copy of it
             return
-        inputs = self.signature.bind_partial(module, *args, **kwargs).arguments
+        inputs = given(self.signature, args, kwargs)
         timestep = inputs.get("timestep", inputs.get("t"))
         run = self._tell(self._moment(timestep), self._sizes(inputs), announced=self._mine.announced)
         run.inside = run.broken = True
@@ -345,6 +368,7 @@ class DenoiserHost:
                 self._came_through = True
             if self._mine.run is not None:
                 self._mine.run.broken = False
+            self.check_rules(False)
 
     def _leave_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not torch.compiler.is_compiling() and module is self.denoiser:
@@ -385,9 +409,7 @@ class DenoiserHost:
     def trace_begins(self) -> None:
         """Take note that the denoiser is compiled, and of the time, while Dynamo traces it."""
         self._traced = True
-        if not self._mine.announced:
-            self._tell(self._moment(None))
-        self._mine.announced = False
+        self._tell(self._moment(None), announced=self._mine.announced)
 
     def enter_root(self, inputs: Mapping[str, Any]) -> None:
         """Settle what does not wait for the input of a level."""
@@ -444,7 +466,7 @@ class DenoiserHost:
         if key == region.here.seen:
             return
         region.here.seen = key
-        compiled = not torch.compiler.is_compiling() and self._is_compiled()
+        compiled = self._is_compiled()
         for record in region.records:
             if record.site is None:
                 continue
@@ -457,23 +479,33 @@ class DenoiserHost:
                 self._judge_ahead(record, region)
 
     def _is_compiled(self) -> bool:
-        """Whether blocks are compiled: then their attention never comes by in eager mode, where the gate would time it."""
-        return self.gate.mode != "off" and compat.is_compiled(self.denoiser)
+        """Whether attention never comes by in eager mode, where the gate would time it: blocks are compiled, or all around us."""
+        return self.gate.mode != "off" and (self._traced or compat.is_compiled(self.denoiser))
 
     def _judge_ahead(self, record: SiteRecord, region: Region) -> None:
-        """Let the gate time made-up tensors of the real shape, outside every graph."""
+        """Let the gate time made-up tensors of the real shape, outside every graph; what cannot be judged stands as such."""
         shape, entered = self._shape_bhsd(record, region), region.entered
-        device, dtype = entered.device, entered.dtype
-        if shape is None or dtype is None:
+        device, dtype, name, patch = entered.device, entered.dtype, record.settled.choice.name, record.settled.patch
+        if patch is None or not patch.speed:
+            return
+        seen = shape is not None and dtype is not None and device is not None
+        verdict = self.gate.known(name, patch, shape, dtype, device) if seen else None  # type: ignore[arg-type]
+        if verdict is None and (not seen or torch.compiler.is_compiling()):
+            self.gate.postpone(name, self.name)
             return
 
         def judge() -> str | None:
             generator = torch.Generator(device or "cpu").manual_seed(0)  # the global generator stays untouched
-            q, k, v = (torch.randn(shape, generator=generator, dtype=dtype, device=device) for _ in range(3))
+            q, k, v = (torch.randn(shape or (), generator=generator, dtype=dtype, device=device) for _ in range(3))
             return self._not_worth_it(record, AttentionCall(q, k, v, None, scale_of(q, None), rebind.dense_sdpa(q, k, v)))
 
-        if self._ahead.get((record.settled.patch, shape, dtype, device), judge) is not None:
+        if verdict is not None:
+            stays = verdict.pays or self.gate.mode == "report"
+        else:
+            stays = self._ahead.get((patch, shape, dtype, device), judge) is None
+        if not stays:
             record.settled = replace(record.settled, patch=None)
+        self.gate.settle(name, self.name)
 
     def _shape_bhsd(self, record: SiteRecord, region: Region) -> tuple[int, int, int, int] | None:
         """Shape of the queries to come, where the attention module tells its heads."""
@@ -521,6 +553,7 @@ class DenoiserHost:
         self, site: Site, layout: Layout | None, device: torch.device | None
     ) -> tuple[Choice, Layout | None, Any, Tiles | None]:
         choice = self.decide(site, layout, self.now)
+        self.held.add(choice.rule)
         if choice.patch is None or layout is None:
             return choice, layout, None, None
         run = self._mine.run = self._mine.run or Run()
@@ -703,6 +736,18 @@ class DenoiserHost:
             answers |= used
         return spent, answers
 
+    @property
+    def seen(self) -> Seen:
+        """What forwards came by so far, for rules to be held against."""
+        layouts = {record.latest.layout for record in self.records if record.latest.layout is not None}
+        return Seen(self.latest.steps, frozenset(self._branches), frozenset(layouts))
+
+    def compiled(self) -> list[str]:
+        """What ran in compiled code, where calls are not counted: each patch, and at how many modules."""
+        traced = [record.latest for record in self.records if record.site and record.traced]
+        patches = Counter(latest.choice.name if latest.patch is not None else "dense" for latest in traced)
+        return [f"{name} at {number} modules of {self.name}" for name, number in patches.items()]
+
     def unrouted(self) -> list[str]:
         """Modules that a rule names, whose attention never came by."""
         return [r.site.module for r in self.records if r.site and r.latest.choice.patch is not None and not r.routed]
@@ -717,15 +762,14 @@ class _RegionHook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module is not self.region.module or torch.compiler.is_compiling():
             return
-        inputs = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-        self.host.enter(self.region, inputs)
+        self.host.enter(self.region, given(inspect.signature(type(module).forward), args, kwargs))
 
 
 def _settle_at_trace(ctx: Any) -> None:
     """Settle a denoiser while Dynamo traces its pre-hook: the shapes are known, the tensors are fake."""
     host, args, kwargs = (compat.traced_value(ctx, name) for name in ("self", "args", "kwargs"))
     host.trace_begins()
-    host.enter_root(host.signature.bind_partial(host.denoiser, *args, **kwargs).arguments)
+    host.enter_root(given(host.signature, args, kwargs))
     for region in host.regions:
         if region.path:  # the input of a level is not known yet: its last eager forward has to do
             host.settle_and_count(region)

@@ -79,6 +79,14 @@ class Gate:
         self._verdicts: Bounded[tuple, Verdict] = Bounded(128)
         self._told: dict[tuple, Verdict] = {}
 
+    def postpone(self, name: str, where: str) -> None:
+        """Take note of a patch that was first met in compiled code, where nothing can be timed; `settle` when it has been."""
+        self.unjudged.add(_postponed(name, where))
+
+    def settle(self, name: str, where: str) -> None:
+        """Take note that a patch that was postponed has been judged."""
+        self.unjudged.discard(_postponed(name, where))
+
     @property
     def verdicts(self) -> list[Verdict]:
         """All verdicts so far."""
@@ -137,6 +145,10 @@ class Gate:
             return Verdict(name, shape, _plain(q.dtype), str(q.device), *times, config=settings(patch))
 
         return self._verdicts.get((patch, shape, q.dtype, q.device), measure)
+
+
+def _postponed(name: str, where: str) -> str:
+    return f"{name} in {where}: compiled whole, so that nothing could be timed yet; run plug.warmup(...) before compiling"
 
 
 def settings(patch: Patch) -> dict[str, Any]:

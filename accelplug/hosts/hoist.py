@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from accelplug import compat
 from accelplug.bounded import Bounded
 from accelplug.hosts import rebind
+from accelplug.hosts.undo import Undo
 
 if TYPE_CHECKING:
     from accelplug.families.base import AnyOrder
@@ -63,7 +64,8 @@ class Hoist:
         self.answers, self.ledger = answers, ledger
         self._moved: Bounded[tuple[int, torch.device], tuple[Tiles, Tensor, Tensor]] = Bounded(16)
         self._here = _Here()
-        self._all: set[Any] = set()
+        self.undo = Undo()
+        """Journal of the plug's changes, in which those of a forward are noted while it lasts."""
 
     def begin(self, device: torch.device) -> None:
         """Put hooks on the runs of blocks that share an order, for the forward that comes in this thread."""
@@ -79,25 +81,12 @@ class Hoist:
 
     def end(self) -> None:
         """Take this thread's hooks off, and give the calls their own orders back. A second call does nothing."""
-        self._take_off(self._here.handles)
+        if self._here.own is not None:
+            self._here.own.run()
+            self._here.own = None
         for record, settled in self._here.before:
             record.settled = settled
-        self._here.handles.clear()
         self._here.before.clear()
-
-    def remove(self) -> None:
-        """Take off the hooks of all threads, also of those that were stopped in the middle of a forward."""
-        self.end()
-        self._take_off(list(self._all))
-
-    def _take_off(self, handles: Iterable[Any]) -> None:
-        for handle in handles:
-            handle.remove()
-            self._all.discard(handle)
-
-    def _put_on(self, handle: Any) -> None:
-        self._here.handles.append(handle)
-        self._all.add(handle)
 
     def _children(self) -> Iterator[tuple[str, nn.Module]]:
         name = self.scheme.blocks if self.scheme else ""
@@ -138,15 +127,16 @@ class Hoist:
         there, back = self._indices(order, device)
         arguments = self.scheme.arguments if self.scheme else ()
         passage = _Passage(arguments, there, back)
+        own = self._here.own = self._here.own or Undo(within=self.undo)
         for block in run:
             hook = passage.first if block is run[0] else passage.inner
-            self._put_on(block.module.register_forward_pre_hook(_Hook(block.module, hook), with_kwargs=True))
+            own.hook(block.module, "register_forward_pre_hook", _Hook(block.module, hook), with_kwargs=True)
             for record in block.sites:
                 here = record.settled
                 self._here.before.append((record, here))
                 if here.patch is not None:
                     record.settled = replace(here, params=here.patch.in_order(here.params))
-        self._put_on(run[-1].module.register_forward_hook(_Hook(run[-1].module, passage.last)))
+        own.hook(run[-1].module, "register_forward_hook", _Hook(run[-1].module, passage.last))
         self.ledger.hoisted[f"once for {run[0].name} to {run[-1].name}"] += 1
 
     def _indices(self, order: Tiles, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -208,19 +198,16 @@ class _Here(threading.local):
     """What stands for a thread's own forward."""
 
     def __init__(self) -> None:
-        self.handles: list[Any] = []
+        self.own: Undo | None = None
         self.before: list[tuple[SiteRecord, Settled]] = []
 
 
 class _Hook:
-    """Hook of one block in the forward of one thread. Deep copies of it do nothing."""
+    """Hook of one block in the forward of one thread."""
 
-    def __init__(self, module: nn.Module | None, run: Callable[..., Any] | None) -> None:
+    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
         self.module, self.run, self.thread = module, run, threading.get_ident()
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
         ours = module is self.module and threading.get_ident() == self.thread
-        return self.run(module, *given) if self.run is not None and ours else None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook(None, None)
+        return self.run(module, *given) if ours else None

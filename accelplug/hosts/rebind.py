@@ -65,6 +65,16 @@ def can_rebind(processor: object) -> bool:
     return isinstance(call, types.FunctionType) and bool(_dispatching_names(call))
 
 
+def way_out(processor: object) -> str:
+    """Say what to do about a processor that cannot be re-bound."""
+    name = type(processor).__name__
+    calls = {"Sliced": "pipe.disable_attention_slicing()", "XFormers": "pipe.disable_xformers_memory_efficient_attention()"}
+    first = next(
+        (call for start, call in calls.items() if name.startswith(start)), "set_attn_processor() with one that does"
+    )
+    return f"{name} reaches attention by no name that can be re-bound; call {first} first"
+
+
 def rebind(attention: Any, record: Record, undo: Undo) -> Any:
     """Set a re-bound copy of `attention`'s processor on it, and `record` beside; return the original processor."""
     original = attention.processor
@@ -288,23 +298,12 @@ def _subclass(cls: Any) -> type:
             _slot.record = before
 
     __call__.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]  # Attention.forward filters kwargs by it
-    members = {"__call__": __call__, "__deepcopy__": _stock_copy, "__reduce_ex__": _stock_reduce}
+    members = {"__call__": __call__, "__reduce_ex__": _stock_reduce}
     return type(
         cls.__name__, (cls,), {**members, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "stock": cls}
     )
 
 
-def _stock_copy(self: Any, memo: dict[int, Any]) -> Any:
-    """Deep-copy as an instance of the stock class: a copied pipe is a stock pipe."""
-    return _stock_instance(self.stock, copy.deepcopy(self.__dict__, memo))
-
-
 def _stock_reduce(self: Any, protocol: Any) -> Any:
-    """Pickle as an instance of the stock class, which can be found by its name."""
-    return _stock_instance, (self.stock, self.__dict__)
-
-
-def _stock_instance(cls: type, state: dict[str, Any]) -> Any:
-    twin: Any = object.__new__(cls)
-    twin.__dict__.update(state)
-    return twin
+    """Copy and pickle as an instance of the stock class, which can be found by its name."""
+    return object.__new__, (self.stock,), self.__dict__

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,18 @@ class Choice:
     patch: Patch | None = None
     name: str = "dense"
     reason: str | None = None
+    rule: int | None = None
+    """Number of the recipe's rule that says so, from 0; None where none does."""
 
 
 DENSE = Choice()
+
+
+def given(signature: inspect.Signature, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a method is called with, by name; a `forward` that somebody set on the instance may take more keywords."""
+    names = [name for name in signature.parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
 
 Decide = Callable[[Site, Any, Clock], Choice]
 """(site, layout or None, clock) -> choice."""

@@ -47,7 +47,7 @@ class Undo:
         """Write down how to take back the change of an instance that is made next."""
         found = vars(owner).get(_GETSTATE)
         state = found if isinstance(found, _StockState) else _StockState(owner)
-        if not any(journal is self for journal in state.journals):
+        if self not in state.journals:
             self.add(partial(state.leave, self))
             state.journals.append(self)
             vars(owner)[_GETSTATE] = state
@@ -70,19 +70,23 @@ class Undo:
         except BaseException:
             self._run()
             raise
+        if self._within is not None and self._run in self._within._steps:
+            self._within._steps.remove(self._run)
 
     def _run(self) -> None:
         while self._steps:
-            self._steps[-1]()
-            del self._steps[-1]
+            step = self._steps[-1]
+            step()
+            if self._steps and self._steps[-1] is step:  # another thread may have come in between
+                del self._steps[-1]
+            elif step in self._steps:
+                self._steps.remove(step)
 
     def __enter__(self) -> Undo:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.run()
-        if self._within is not None and self._run in self._within._steps:
-            self._within._steps.remove(self._run)
 
     def take_back(self, owner: Any, names: dict[str, Any]) -> None:
         """Take the changes of an instance back in the ``__dict__`` of a copy of it."""
