@@ -555,6 +555,15 @@ def test_agla_with_a_matcher_from_a_folder(tmp_path: Any, processor: Any, branch
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
+@pytest.mark.parametrize("patch", [CONTRAST, ("vhr", {})])
+def test_a_prompt_that_is_all_picture_is_not_read_without_it(patch: tuple[str, dict]):
+    model, given = tiny.build("llava"), inputs("llava", ((3, "I", 2), ("I",)))
+    for name in ("input_ids", "attention_mask"):  # without the marks around it
+        given[name] = given[name].masked_fill((torch.arange(2) == 1)[:, None] & (given["input_ids"] != tiny.IMAGE), 0)
+    with accelplug.apply(model, rules(patch)), pytest.raises(UnsupportedError, match="Add text"):
+        tiny.generate(model, given)
+
+
 @pytest.mark.parametrize("patch", [CARVE, AGLA])
 def test_several_pictures_in_a_row_are_refused(patch: tuple[str, dict], processor: Any):
     model = tiny.build("llava")

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from accelplug import compat
 from accelplug.call import Prompt
+from accelplug.errors import UnsupportedError
 from accelplug.hosts.undo import Undo
 
 
@@ -48,6 +49,10 @@ class Blind:
     def _inputs(prompt: Prompt, inputs: dict[str, Any]) -> dict[str, Any]:
         """The tokens of the prompt that show no image, left padded, with positions of their own."""
         keep = prompt.valid & prompt.asked & ~prompt.visual
+        if bool((prompt.visual.any(-1) & ~keep.any(-1)).any()):
+            raise UnsupportedError(
+                "A row of this prompt is all image, and is to be read without it. Add text to the prompt."
+            )
         flags = [torch.ones(int(row.sum()), dtype=torch.long, device=row.device) for row in keep]
         mask = pad_sequence(flags, batch_first=True, padding_side="left")
         embedded = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"

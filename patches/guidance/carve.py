@@ -88,7 +88,7 @@ def enlarged(cut: Tensor, size: Sequence[int]) -> Tensor:
     return pad(cut, (before, width - inner[1] - before, above, height - inner[0] - above))
 
 
-def refined(picture: Tensor, values: Tensor, keep_area: float, regions: int, share: float) -> Tensor:
+def refined(picture: Tensor, values: Tensor, keep_area: float, regions: int, share: float = 0.0) -> Tensor:
     """Blank a picture (C, H, W) but for its most looked-at regions, and enlarge them.
 
     Parameters

@@ -38,9 +38,19 @@ def contrasted(z: Tensor, z_text: Tensor, gamma: float, cutoff: float) -> Tensor
 
 
 def without_pictures(inputs: Mapping[str, Any], visual: Tensor) -> dict[str, Tensor]:
-    """Return a prompt's tokens but for those of pictures, `visual` bool (B, S), padded on the left with token 0."""
+    """Return a prompt's tokens but for those of pictures, `visual` bool (B, S), padded on the left with token 0.
+
+    Raises
+    ------
+    UnsupportedError
+        If nothing is left of a row with a picture.
+    """
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     keep = ~visual if mask is None else ~visual & mask.bool()
+    if bool((visual.any(-1) & ~keep.any(-1)).any()):
+        raise UnsupportedError(
+            "contrast reads a prompt without its pictures, and a row of this one is all picture. Add text."
+        )
     whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if (kinds := inputs.get("token_type_ids")) is not None:  # by which some models let a prompt read itself both ways
         whole["token_type_ids"] = kinds
