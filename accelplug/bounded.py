@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -11,23 +12,27 @@ V = TypeVar("V")
 
 
 class Bounded(Generic[K, V]):
-    """A table of at most `size` entries that forgets the one unused for longest."""
+    """A table of at most `size` entries that forgets the one unused for longest. Threads may share it."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._table: OrderedDict[K, V] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._table)
 
     def get(self, key: K, make: Callable[[], V]) -> V:
         """Return the value of `key`, made and kept if it is not there."""
-        if key in self._table:
-            self._table.move_to_end(key)
-            return self._table[key]
-        value = self._table[key] = make()
-        if len(self._table) > self._size:
-            self._table.popitem(last=False)
+        with self._lock:
+            if key in self._table:
+                self._table.move_to_end(key)
+                return self._table[key]
+        made = make()  # unlocked: it may take long, or ask other tables
+        with self._lock:
+            value = self._table.setdefault(key, made)  # threads that made one side by side share the first
+            if len(self._table) > self._size:
+                self._table.popitem(last=False)
         return value
 
     def peek(self, key: K) -> V | None:
@@ -36,16 +41,19 @@ class Bounded(Generic[K, V]):
 
     def put(self, key: K, value: V) -> None:
         """Set the value of `key`."""
-        self._table.pop(key, None)
+        with self._lock:
+            self._table.pop(key, None)
         self.get(key, lambda: value)
 
     def items(self) -> list[tuple[K, V]]:
         """Return keys with their values, least recently used first."""
-        return list(self._table.items())
+        with self._lock:
+            return list(self._table.items())
 
     def values(self) -> list[V]:
         """Return the values, least recently used first."""
-        return list(self._table.values())
+        with self._lock:
+            return list(self._table.values())
 
     def clear(self) -> None:
         """Forget everything."""

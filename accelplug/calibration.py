@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from accelplug.patches.base import BlockSparse, Patch
 from accelplug.patches.calibration import Calibration, Seen
 from accelplug.patches.rest_weights import RestWeights
 from accelplug.plug import model_facts, watch
-from accelplug.recipe import DENSE, ModelFacts, Recipe, load, matching_files, read_file
+from accelplug.recipe import DENSE, ModelFacts, Recipe, load, matching_files, model_name, read_file
 from accelplug.registry import list_patches, patch_class, patch_entry
 from accelplug.table import Origin, Table, bucket
 
@@ -153,7 +152,7 @@ def calibrate(
         if ranks.first:
             refs = write_tables(place.tables, tables, origin)
             rules = task.rules(study, refs, dense_steps)
-            files.write(place.recipe, _yaml(place.recipe.stem, facts, patch, task, summary, rules).encode())
+            files.write(place.recipe, _yaml(model_name(place.recipe), facts, patch, task, summary, rules).encode())
             place.partial.unlink(missing_ok=True)
         ranks.gather(None)  # it is there for all
     return load(read_file(place.recipe).recipe(), facts)
@@ -481,9 +480,8 @@ class Watcher(Patch):
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _yaml(name: str, facts: ModelFacts, patch: str, task: Task, summary: str, rules: list[dict[str, Any]]) -> str:
+def _yaml(model: str, facts: ModelFacts, patch: str, task: Task, summary: str, rules: list[dict[str, Any]]) -> str:
     """Write a recipe file with one recipe."""
-    model = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "calibrated"
     shipped = matching_files(facts)
     if len(shipped) == 1:
         match = dict(shipped[0].match.keys)

@@ -127,6 +127,10 @@ class Layout:
         return self.text_before + self.visual + self.text_after
 
 
+TEMPLATE = -(2**15)
+"""In `Prompt.turns`: a token that opens or ends a turn, said by nobody."""
+
+
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """What the tokens of a language model's sequence are, up to and including those of the present forward.
@@ -139,6 +143,9 @@ class Prompt:
     past : how many of the S tokens were there before this forward.
     answers : which tokens of this forward have their next token asked for, as in `Place`; the first of them ends the prompt.
     ids : int64 (B, S) token ids, None where the model was given embeddings.
+    turns : int16 (B, S), n in the n-th turn of the user's, -n in the model's answer to it, 0 ahead of the first: the system's;
+        `TEMPLATE` where the chat template itself speaks. None where that is not known: then what stands ahead of the first image is
+        taken for the system's, and the rest for the user's.
     """
 
     image: Tensor
@@ -147,6 +154,7 @@ class Prompt:
     past: int = 0
     answers: Rows = 1
     ids: Tensor | None = None
+    turns: Tensor | None = None
 
     @cached_property
     def visual(self) -> Tensor:
@@ -175,14 +183,22 @@ class Prompt:
 
     @cached_property
     def system(self) -> Tensor:
-        """Bool (B, S): text ahead of the first image. Rows without an image have none."""
+        """Bool (B, S): text of the system's turn. Rows without an image have none."""
         seen = self.visual.cumsum(-1)
-        return (seen == 0) & (seen[:, -1:] > 0) & self.valid
+        if self.turns is None:
+            return (seen == 0) & (seen[:, -1:] > 0) & self.valid
+        spoken = (self.turns != 0).cumsum(-1) > 0
+        return ~spoken & ~self.visual & (seen[:, -1:] > 0) & self.valid
 
     @cached_property
     def question(self) -> Tensor:
-        """Bool (B, S): text behind the first image that was asked, not generated."""
-        return self.later & self.asked
+        """Bool (B, S): text that was asked, not generated, in the turn of the first image, before or behind it, and in the user's
+        later ones."""
+        if self.turns is None:
+            return self.later & self.asked
+        first = self.turns.gather(1, self.visual.long().argmax(-1, keepdim=True))
+        of_user = (self.turns > 0) & (self.turns >= first) & self.visual.any(-1, keepdim=True)
+        return of_user & ~self.visual & self.valid & self.asked
 
     @property
     def drafts(self) -> bool:
@@ -202,7 +218,12 @@ def _positions(like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Clock:
-    """When a call happens. ``step`` is 0-based; both numbers are None where the host cannot know them."""
+    """When a call happens.
+
+    ``step`` is the 0-based place of the denoiser's timestep in the schedule of the pipeline that runs, ``steps`` the length of that
+    schedule; both are None where the host cannot know them. They count calls of the model: Heun and KDPM2 have two for each of the
+    pipeline's steps but one, and an image-to-image pipeline begins late.
+    """
 
     step: int | None = None
     steps: int | None = None

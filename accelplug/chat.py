@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ def tokenized(processor: Any, prompts: Sequence[str], pictures: Sequence[Any] | 
             f"{type(tokenizer).__name__} has no token to pad prompts with; set processor.tokenizer.pad_token, to its eos_token say."
         )
     # Some templates begin with the token that the tokenizer would put there once more.
-    begun = bool(tokenizer.bos_token) and all(text.startswith(tokenizer.bos_token) for text in prompts)
+    bos: str = getattr(tokenizer, "bos_token", None) or ""
+    begun = bool(bos) and all(text.startswith(bos) for text in prompts)
     more: dict[str, Any] = {"add_special_tokens": False} if begun else {}
     several = {} if len(prompts) == 1 else {"padding": True, "padding_side": "left"}
     images = [[picture] for picture in pictures]
@@ -113,15 +115,15 @@ MARK = "\x00"
 """What stands for a special token in a text that is spelled token by token."""
 
 
-def spelled(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[slice]]:
-    """Return the text of tokens, special ones as `MARK`, and which of its characters each of them stands for.
+def spelled(tokenizer: Any, ids: Sequence[int | None]) -> tuple[str, list[slice]]:
+    """Return the text of tokens, special ones and None as `MARK`, and which of its characters each of them stands for.
 
     A character that several tokens make together is each one's.
     """
     special = {*getattr(tokenizer, "all_special_ids", ()), *getattr(tokenizer, "added_tokens_decoder", ())}
     text, spans, begin, shown, waiting = "", list[slice](), 0, 0, 0
     for i, token in enumerate(ids):
-        if token in special:
+        if token is None or token in special:
             piece, begin, shown = MARK, i + 1, 0
         else:
             whole = tokenizer.decode(list(ids[begin : i + 1]))
@@ -133,6 +135,29 @@ def spelled(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[slice]]:
         spans += [slice(len(text), len(text) + len(piece))] * (waiting + 1)
         text, waiting = text + piece, 0
     return text, spans + [slice(len(text), len(text))] * waiting
+
+
+TEMPLATE = re.compile(
+    rf"{MARK}\s*(?P<opened>user|assistant|human|model|system)(?=\s*\n|{MARK})"  # of a turn that a special token opens
+    r"|\b(?P<written>(?i:user|assistant|human|system|gpt))\s*:"
+    rf"|(?P<instruction>\[/?INST\])|\#\#\#|{MARK}"
+)
+"""What a chat template says itself, in a text that is `spelled`; a group is matched where it says who speaks."""
+_SPEAKERS = {"user": 1, "human": 1, "[inst]": 1, "assistant": -1, "model": -1, "gpt": -1, "[/inst]": -1, "system": 0}
+
+
+def speakers(tokenizer: Any, ids: Sequence[int]) -> tuple[list[int | None], list[bool]]:
+    """Say who begins to speak at each token (1 the user, -1 the model, 0 the system; None where it goes on), and whether the chat
+    template says it."""
+    text, spans = spelled(tokenizer, ids)
+    begins: list[int | None] = [None] * len(spans)
+    template = [False] * len(text)
+    for found in TEMPLATE.finditer(text):
+        template[slice(*found.span())] = [True] * len(found[0])
+        if (name := found["opened"] or found["written"] or found["instruction"]) is not None:
+            first = next(i for i, span in enumerate(spans) if span.stop > found.start())
+            begins[first] = _SPEAKERS[name.lower()]
+    return begins, [all(template[i] or text[i].isspace() for i in range(span.start, span.stop)) for span in spans]
 
 
 def padding(tokenizer: Any) -> int | None:

@@ -6,36 +6,77 @@ import argparse
 import contextlib
 import io
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from accelplug.errors import AccelplugError, UnsupportedError
+from accelplug import files
+from accelplug.errors import AccelplugError
 from accelplug.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit status (0 done, 1 found something wrong, 2 asked wrongly)."""
+    """Run a command; return the exit status (0 done, 1 found something wrong, 2 asked wrongly, 130 interrupted)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack a letter
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         # Of several processes that were launched together, the first speaks.
-        with (
-            contextlib.nullcontext() if int(os.environ.get("RANK", "0")) == 0 else contextlib.redirect_stdout(io.StringIO())
-        ):
+        with contextlib.nullcontext() if is_first() else contextlib.redirect_stdout(io.StringIO()):
             return options.run(options)
     except AccelplugError as error:
-        print(f"accelplug: {error}", file=sys.stderr)
+        print(f"accelplug: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("accelplug: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # such as `accelplug list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}. See {self.prog} --help.\n")
+
+
+def _whole(text: str, least: int = 1) -> int:
+    """A whole number that an option takes."""
+    if not text.isascii() or not text.isdigit() or len(text) > 18 or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of {least} or more, got {text[:40]!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _number(text: str) -> float:
+    """A finite number that an option takes."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text[:40]!r}")
+    return number
+
+
+def is_first() -> bool:
+    """Whether this is the first of several processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "accelplug", description="Swap the attention of loaded Hugging Face models, and measure it."
-    )
+    parser = _Parser("accelplug", description="Swap the attention of loaded Hugging Face models, and measure it.")
     parser.add_argument("--version", action="version", version=f"accelplug {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what is chosen")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -66,14 +107,14 @@ def _parser() -> argparse.ArgumentParser:
         "--coco", type=Path, help="examine a vision-language model on this COCO folder, not generated scenes"
     )
     command.add_argument("--amber", type=Path, help="or on AMBER: a folder with its data/ and image/")
-    command.add_argument("--pictures", type=int, help="how many of them (default 200, of AMBER all)")
+    command.add_argument("--pictures", type=_whole, help="how many of them (default 200, of AMBER all)")
     command.add_argument(
         "--parse",
         default="strict",
         choices=["strict", "official"],
         help="how yes and no are read: ours, or as POPE's release does",
     )
-    command.add_argument("--seed", action="append", type=int, help="repeat for several (default 0)")
+    command.add_argument("--seed", action="append", type=_seed, help="repeat for several (default 0)")
     _takes_pipeline_settings(command)
     command.add_argument("--caches", action="store_true", help="add FirstBlockCache, alone and with each recipe")
     command.add_argument("--report", type=Path, help="write a page (.html) or the figures (.json)")
@@ -89,8 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         help="bounds, such as 'psnr>=26, ssim>=.9' (default psnr>=26); of a language model 'accuracy>=0.8, speed>=0.9' (default none)",
     )
     command.add_argument("--objective", choices=["accuracy", "mcc", "nll"], help="what a language model should do better")
-    command.add_argument("--time", type=float, default=600.0, help="seconds to spend, about (default 600)")
-    command.add_argument("--seeds", type=int, default=4, help="number of seeds; half are held out (default 4)")
+    command.add_argument("--time", type=_number, default=600.0, help="seconds to spend, about (default 600)")
+    command.add_argument("--seeds", type=_whole, default=4, help="number of seeds; half are held out (default 4)")
     command.add_argument("--patch", action="append", help="try only this patch; repeat for several")
     command.add_argument("--no-caches", action="store_true", help="try no step caches")
     command.add_argument("--resume", type=Path, help="keep measurements in this file, and go on from it")
@@ -119,15 +160,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", type=Path, required=True, help="where the recipe goes: my.yaml")
     command.add_argument("--recipe", help="rest: name or file of the recipe whose pooled blocks are weighed")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the patch or a knob")
-    command.add_argument("--buckets", type=int, default=4, help="spans of steps, each looked at once a run (default 4)")
+    command.add_argument("--buckets", type=_whole, default=4, help="spans of steps, each looked at once a run (default 4)")
     command.add_argument("--dense-steps", default="0:25%", help="steps that the recipe leaves dense (default 0:25%%)")
-    command.add_argument("--seed", type=int, default=0, help="of the first prompt; the next take the next (default 0)")
+    command.add_argument("--seed", type=_seed, default=0, help="of the first prompt; the next take the next (default 0)")
     _takes_pipeline_settings(command)
     command.set_defaults(run=_calibrate)
 
     command = commands.add_parser("demo", help="compare the bundled video model before and after")
     command.add_argument("--report", type=Path, default=Path("demo.html"), help="where the page goes (default demo.html)")
-    command.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
+    command.add_argument("--seeds", type=_whole, default=1, help="number of seeds (default 1)")
     command.set_defaults(run=_demo)
 
     command = commands.add_parser("doctor", help="check versions, device, kernels, and what is relied on in host libraries")
@@ -138,15 +179,17 @@ def _parser() -> argparse.ArgumentParser:
 def _takes_questions(command: argparse.ArgumentParser) -> None:
     command.add_argument("--questions", type=Path, help="language models: JSON lines of text, answer and, optional, image")
     command.add_argument("--coco", type=Path, help="vision-language models: questions on this COCO folder")
-    command.add_argument("--pictures", type=int, default=200, help="how many of it, or generated scenes if no folder (200)")
+    command.add_argument(
+        "--pictures", type=_whole, default=200, help="how many of it, or generated scenes if no folder (200)"
+    )
 
 
 def _takes_pipeline_settings(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--frames", type=int, help="frames to generate, for video")
-    command.add_argument("--height", type=int, help="pixels")
-    command.add_argument("--width", type=int, help="pixels")
-    command.add_argument("--steps", type=int, help="diffusion steps")
-    command.add_argument("--guidance", type=float, help="guidance scale")
+    command.add_argument("--frames", type=_whole, help="frames to generate, for video")
+    command.add_argument("--height", type=_whole, help="pixels")
+    command.add_argument("--width", type=_whole, help="pixels")
+    command.add_argument("--steps", type=_whole, help="diffusion steps")
+    command.add_argument("--guidance", type=_number, help="guidance scale")
     command.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     command.add_argument("--device", help="cuda, cpu, mps ... (default: the accelerator that is there)")
 
@@ -192,56 +235,73 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace, *suffixes: str) -> Path | None:
+    """Where the report goes, checked ahead of the work."""
+    return None if options.report is None else files.output(options.report, "--report", (".html", ".json", *suffixes))
+
+
 def _inspect(options: argparse.Namespace) -> int:
+    from accelplug import loading
+    from accelplug.chat import open_picture
     from accelplug.inspection import inspect
 
-    if options.report is not None and options.image is None:
+    report = _report(options, ".png")
+    if report is not None and options.image is None:
         raise AccelplugError("--report shows where a model looks in a picture: expected --image too. Add --image FILE.")
-    if options.image is None and not (options.model_dir / "config.json").is_file():
-        _console().print(inspect(_load(options.model_dir, "auto", "cpu")))
+    if options.image is not None:
+        open_picture(options.image)
+    if loading.kind_of(options.model_dir) == "pipeline":
+        if options.image is not None:
+            raise AccelplugError("--image is for vision-language models, and this is a pipeline. Leave it out.")
+        _console().print(inspect(loading.pipeline(options.model_dir, device="cpu")))
         return 0
-    from accelplug.inspection_vlm import ask, load
-
-    model, processor = load(options.model_dir)
+    model, processor = loading.language_model(options.model_dir)
     if options.image is None:
         _console().print(inspect(model))
         return 0
+    from accelplug.inspection_vlm import ask
+
     found: Any = inspect(model, ask(processor, options.image, options.prompt))
     _console().print(found)
-    if options.report is not None:
-        {".json": found.to_json, ".png": found.to_png}.get(options.report.suffix, found.to_html)(options.report)
-        print(f"wrote {options.report}")
+    if report is not None:
+        {".json": found.to_json, ".png": found.to_png}.get(report.suffix.lower(), found.to_html)(report)
+        print(f"wrote {report}")
     return 0
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from accelplug import loading
     from accelplug.comparison import compare
 
-    if (options.model_dir / "config.json").is_file():
-        return _examine(options)
+    report = _report(options)
+    if loading.kind_of(options.model_dir) == "language model":
+        return _examine(options, report)
     if not options.prompt:
         raise AccelplugError("compare runs a pipeline on prompts; add --prompt '...'.")
-    pipe = _load(options.model_dir, options.dtype, options.device)
+    if options.coco is not None:
+        raise AccelplugError("--coco is for vision-language models, and this is a pipeline. Leave it out.")
+    if options.record:
+        for recipe in options.recipe or ():
+            if recipe.endswith((".yaml", ".yml")):
+                files.output(recipe, "--record")
+    pipe = loading.pipeline(options.model_dir, options.dtype, options.device)
     given = _pipeline_settings(options)
     inputs = [{"prompt": prompt, **given} for prompt in options.prompt]
     result = compare(pipe, options.recipe, inputs, options.seed or [0], caches=options.caches)
-    _publish(result, options.report)
+    _publish(result, report)
     if options.record:
         for path in result.record():
             print(f"recorded in {path}")
     return 0
 
 
-def _examine(options: argparse.Namespace) -> int:
+def _examine(options: argparse.Namespace, report: Path | None) -> int:
     """Compare a vision-language model on questions and descriptions."""
     if options.record:
         raise AccelplugError("compare records pipelines only; of a language model, `accelplug tune` writes a measured row.")
+    from accelplug import loading
     from accelplug.comparison import Exam, compare
-    from accelplug.inspection_vlm import load
 
-    model, processor = load(options.model_dir)
-    if options.device:
-        model.to(options.device)
     if options.coco and options.amber:
         raise AccelplugError("--coco and --amber are two exams: expected one of them. Compare twice.")
     pictures = 200 if options.pictures is None else options.pictures
@@ -250,28 +310,25 @@ def _examine(options: argparse.Namespace) -> int:
     else:
         exam = Exam.coco(options.coco, pictures) if options.coco else Exam.scenes(pictures)
     exam = replace(exam, parse=options.parse)
-    result = compare(model, options.recipe, exam, processor=processor)
-    _console().print(result)
-    if options.report is not None:
-        result.to_json(options.report) if options.report.suffix == ".json" else result.to_html(options.report)
-        print(f"wrote {options.report}")
+    model, processor = loading.language_model(options.model_dir, options.dtype, options.device)
+    _publish(compare(model, options.recipe, exam, processor=processor), report)
     return 0
 
 
 def _tune(options: argparse.Namespace) -> int:
+    from accelplug import loading
     from accelplug.plug import model_facts
     from accelplug.tuning import tune
 
-    if options.output.suffix not in (".yaml", ".yml"):
-        raise AccelplugError(f"{options.output} must end in .yaml, so that apply() knows it for a recipe file.")
+    output, report = files.output(options.output, "--output", (".yaml", ".yml")), _report(options)
     inputs: Any
-    if (options.model_dir / "config.json").is_file():
+    if loading.kind_of(options.model_dir) == "language model":
         pipe, processor, inputs = _questioned(options)
     elif options.prompts is None:
         raise AccelplugError("tune runs a pipeline on prompts; add --prompts FILE.")
     else:
-        prompts = [line.strip() for line in _text(options.prompts).splitlines() if line.strip()]
-        pipe, processor = _load(options.model_dir, options.dtype, options.device), None
+        prompts = _prompts(options.prompts)
+        pipe, processor = loading.pipeline(options.model_dir, options.dtype, options.device), None
         inputs = [{"prompt": prompt, **_pipeline_settings(options)} for prompt in prompts]
     found = tune(
         pipe,
@@ -286,24 +343,27 @@ def _tune(options: argparse.Namespace) -> int:
         resume=options.resume,
     )
     _console().print(found)
-    print(f"wrote {found.to_yaml(options.output, model_facts(pipe))}")
-    if options.report is not None:
-        found.to_json(options.report) if options.report.suffix == ".json" else found.to_html(options.report)
-        print(f"wrote {options.report}")
+    print(f"wrote {found.to_yaml(output, model_facts(pipe))}")
+    if report is not None:
+        found.to_json(report) if report.suffix.lower() == ".json" else found.to_html(report)
+        print(f"wrote {report}")
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
     from rich.table import Table
 
+    from accelplug import loading
     from accelplug.tuning import verify
+    from accelplug.tuning.verification import measured
 
-    if (options.model_dir / "config.json").is_file():
+    measured(options.recipe)  # what cannot be read is told before anything is loaded
+    if loading.kind_of(options.model_dir) == "language model":
         model, processor, questions = _questioned(options)
         verdicts = verify(model, options.recipe, questions, processor=processor)
     else:
         inputs = None if options.prompt is None else {"prompt": options.prompt}
-        verdicts = verify(_load(options.model_dir, options.dtype, options.device), options.recipe, inputs)
+        verdicts = verify(loading.pipeline(options.model_dir, options.dtype, options.device), options.recipe, inputs)
     table = Table("recipe", "measured", "verdict", "", title=str(options.recipe), title_justify="left")
     for verdict in verdicts:
         table.add_row(verdict.recipe, verdict.date, verdict.outcome, verdict.why)
@@ -313,58 +373,36 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _questioned(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Load a language model, its processor or tokenizer, and the questions that are asked of it."""
+    from accelplug import loading
     from accelplug.comparison import Exam
     from accelplug.comparison.questions import read
-    from accelplug.inspection_vlm import load
 
-    try:
-        model, processor = load(options.model_dir)
-    except UnsupportedError:
-        model, processor = _load_text_model(options.model_dir)
-    if options.dtype != "auto":
-        import torch
-
-        model.to(getattr(torch, options.dtype))
-    if options.device:
-        model.to(options.device)
-    if options.questions:
-        return model, processor, read(options.questions)
-    return model, processor, Exam.coco(options.coco, options.pictures) if options.coco else Exam.scenes(options.pictures)
+    if options.questions and options.coco:
+        raise AccelplugError("--questions and --coco both say what is asked; give one of them.")
+    asked: Any = read(options.questions) if options.questions else None
+    if asked is None:
+        asked = Exam.coco(options.coco, options.pictures) if options.coco else Exam.scenes(options.pictures)
+    return *loading.language_model(options.model_dir, options.dtype, options.device, text=True), asked
 
 
-def _load_text_model(model_dir: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(model_dir, local_files_only=True)
-        return model.eval(), AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except (ImportError, OSError, ValueError) as error:
-        raise UnsupportedError(
-            f"{model_dir} cannot be loaded as a language model, nor with a processor: {error} Give a folder that the model and its "
-            "tokenizer or processor were saved to with save_pretrained()."
-        ) from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError as error:
-        raise AccelplugError(f"{path} cannot be read: {error.strerror}. Give a text file with one prompt a line.") from None
+def _prompts(path: Path) -> list[str]:
+    """The prompts of a file, one a line."""
+    if not (found := files.lines(path, "A file of prompts")):
+        raise AccelplugError(f"{path} has no prompts: expected one a line.")
+    return found
 
 
 def _calibrate(options: argparse.Namespace) -> int:
+    from accelplug import loading
     from accelplug.calibration import calibrate, split_settings
 
-    try:
-        lines = options.prompts.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AccelplugError(f"{options.prompts}: no file of prompts: {error}") from error
+    prompts, output = _prompts(options.prompts), files.output(options.output, "--output", (".yaml", ".yml"))
     config, knobs = split_settings(options.patch, options.set)
     recipe = calibrate(
-        _load(options.model_dir, options.dtype, options.device),
+        loading.pipeline(options.model_dir, options.dtype, options.device),
         options.patch,
-        [line.strip() for line in lines if line.strip()],
-        path=options.output,
+        prompts,
+        path=output,
         config=config,
         options=knobs,
         recipe=options.recipe,
@@ -374,28 +412,30 @@ def _calibrate(options: argparse.Namespace) -> int:
         dense_steps=options.dense_steps,
     )
     _console().print(recipe.describe(), highlight=False)
-    print(f"wrote {options.output} and the tables beside it")
+    print(f"wrote {output} and the tables beside it")
     return 0
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from accelplug import loading
     from accelplug.comparison import compare
     from accelplug.zoo import DEMO, path
     from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, agreement, foreground
 
-    pipe = _load(path(), "float32", "cpu")
+    report = _report(options)
+    pipe = loading.pipeline(path(), "float32", "cpu")
     inputs = [{"prompt": HELD_OUT_CAPTIONS[0], **DEMO}]
     seeds = list(range(options.seeds))
     result = compare(pipe, ["radial", "neighborhood", "sol"], inputs, seeds, foreground=foreground, detect=agreement)
-    _publish(result, options.report)
+    _publish(result, report)
     return 0
 
 
 def _publish(result: Any, report: Path | None) -> None:
-    _console().print(result.table())
+    _console().print(result)
     if report is None:
         return
-    result.to_json(report) if report.suffix == ".json" else result.to_html(report)
+    result.to_json(report) if report.suffix.lower() == ".json" else result.to_html(report)
     print(f"wrote {report}")
 
 
@@ -424,24 +464,6 @@ def _doctor(options: argparse.Namespace) -> int:
         table.add_row(promise, "holds" if why is None else f"[red]broken: {why}")
     _console().print(table)
     return 1 if broken else 0
-
-
-def _load(model_dir: Path, dtype: str, device: str | None) -> Any:
-    """Load a pipeline from disk, never from a hub."""
-    if not (model_dir / "model_index.json").is_file():
-        raise AccelplugError(f"{model_dir} is no saved pipeline: expected a folder with model_index.json.")
-    import torch
-    from diffusers import DiffusionPipeline
-
-    from accelplug.comparison import ranks
-
-    wanted = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}
-    pipe = DiffusionPipeline.from_pretrained(model_dir, local_files_only=True, **wanted)
-    if device is None and ranks.launched():
-        device = str(ranks.device())
-    if device is None:
-        device = str(torch.accelerator.current_accelerator() or "cpu")
-    return pipe.to(device)
 
 
 if __name__ == "__main__":

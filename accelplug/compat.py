@@ -179,7 +179,8 @@ def attention_is_skipped() -> bool:
 
 def held(module: Any, name: str) -> Any:
     """Return what a module itself holds under a name, as an attribute or as a submodule, or None."""
-    return vars(module).get(name, vars(module).get("_modules", {}).get(name))
+    own = getattr(module, "__dict__", {})  # a stranger may pass anything
+    return own.get(name, own.get("_modules", {}).get(name))
 
 
 def is_looked_into(module: Any, ours: type) -> bool:
@@ -192,6 +193,11 @@ def unwrap_compiled(module: Any) -> Any:
     """Return the module inside what ``torch.compile(module)`` returned, or the module itself."""
     inner = held(module, "_orig_mod")
     return module if inner is None else inner
+
+
+def is_wrapped(part: Any, module: Any) -> bool:
+    """Whether `part` is what ``torch.compile(module)`` returned."""
+    return part is not module and hasattr(part, "named_modules") and unwrap_compiled(part) is module
 
 
 def is_compiled(module: Any) -> bool:

@@ -10,6 +10,9 @@ from typing import Any
 
 from accelplug.errors import AccelplugError
 
+MAX_PATH = 4096
+"""Characters of a path: what file systems take at most."""
+
 
 def path_of(given: Any, what: str) -> Path:
     """Return a path that a user gave, as text or as a `Path`.
@@ -22,8 +25,8 @@ def path_of(given: Any, what: str) -> Path:
     if not isinstance(given, str | os.PathLike) or isinstance(os.fspath(given), bytes):
         raise AccelplugError(f"{what}: expected a path, as text or as a Path, got {type(given).__name__}.")
     path = Path(given)
-    if "\0" in str(path) or not str(given).strip():
-        raise AccelplugError(f"{what}: expected a path, got {str(given)!r}.")
+    if "\0" in str(path) or not str(given).strip() or len(str(path)) > MAX_PATH:
+        raise AccelplugError(f"{what}: expected a path of 1 to {MAX_PATH} characters, got {str(given)[:40]!r}.")
     return path
 
 

@@ -112,26 +112,6 @@ def summary(model: Any) -> LanguageInspection:
     )
 
 
-def load(model_dir: Path) -> tuple[Any, Any]:
-    """Load a vision-language model and its processor from disk, never from a hub.
-
-    Raises
-    ------
-    UnsupportedError
-        If the folder holds no such model.
-    """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(model_dir, local_files_only=True)
-        return model.eval(), AutoProcessor.from_pretrained(model_dir, local_files_only=True)
-    except (ImportError, OSError, ValueError) as error:
-        raise UnsupportedError(
-            f"{model_dir} cannot be loaded as a vision-language model with its processor: {error} Give a folder that both were "
-            "saved to with save_pretrained()."
-        ) from error
-
-
 def ask(processor: Any, picture: Path, prompt: str) -> dict[str, Any]:
     """Return the inputs for a question about a picture, by the processor's chat template where it has one."""
     return chat.tokenized(processor, [chat.prompt(processor, prompt, picture=True)], [chat.open_picture(picture)])

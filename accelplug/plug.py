@@ -455,7 +455,10 @@ class Plug(AbstractContextManager["Plug"]):
         return self.report()
 
     def step(self, index: int | None, steps: int | None = None) -> None:
-        """Tell which diffusion step comes (0-based, of `steps`), for a bare denoiser; with None let the pipeline tell again."""
+        """Tell which diffusion step comes in this thread (0-based, of `steps`), for a bare denoiser; with None let the pipeline tell.
+
+        A step that does not lie behind the last one of its guidance branch begins a new run: nothing is kept from the one before.
+        """
         self._clock.set(index, steps)
 
     def mark(self, image: Tensor | None) -> None:

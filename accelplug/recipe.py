@@ -847,6 +847,11 @@ class RecipeFile:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
+def model_name(path: Path) -> str:
+    """Return what the recipes of a file may be called, by the file's name: ``tuned (1).yaml`` -> ``tuned-1``."""
+    return re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower()).strip("-._") or "mine"
+
+
 def read_file(path: Path) -> RecipeFile:
     """Read a recipe file. Patches' settings are checked later, by `load` or `Recipe.check`, since that imports torch.
 

@@ -92,9 +92,9 @@ class Patch:
     needs: frozenset[str] = frozenset()
     """What the host must supply or refuse. Language models: ``hidden_states``, what enters the layer; ``blind``, a reading without
     the images; ``ahead``, a plain reading of a prompt before the one that is answered, in which it is asked with that phase;
-    ``vision_attention``, the vision tower's; ``whole_prompt``, no prompt in pieces; ``answers``, likewise but for a new turn, that
-    a row which answers is known when it is read; ``scores``, that what is added to q.k is added to what the softmax takes;
-    ``probabilities``, that q, k and the mask say that in full.
+    ``vision_attention``, the vision tower's; ``turns``, where the system's ends and the user's begins; ``whole_prompt``, no prompt in
+    pieces; ``answers``, likewise but for a new turn, that a row which answers is known when it is read; ``scores``, that what is
+    added to q.k is added to what the softmax takes; ``probabilities``, that q, k and the mask say that in full.
     """
     speed: ClassVar[bool] = True
     """Whether the method exists to be faster: such a patch is left dense where it would not pay (`gate="auto"`)."""

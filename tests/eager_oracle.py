@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from tests.tiny_language_models import IMAGE, VIDEO, forward
+from tests.tiny_language_models import forward
 
 NAME = "plain_probabilities"
 Inputs = dict[str, Tensor]
@@ -45,20 +45,20 @@ class Tokens:
     """Tokens behind which an answer stands, or nothing."""
 
     @classmethod
-    def of(cls, ids: Tensor, mask: Tensor, asked: Tensor) -> Tokens:
-        """Read them off ids (B, S), the mask of what is no padding, and bool (S,) columns that were asked, not answered."""
+    def of(cls, ids: Tensor, mask: Tensor, asked: Tensor, visual: tuple[int, ...]) -> Tokens:
+        """Read them off ids (B, S), the mask of what is no padding, bool (S,) columns that were asked, and ids of what is visual."""
         valid = mask.bool()
         prompt = valid & asked
-        visual = prompt & ((ids == IMAGE) | (ids == VIDEO))
-        behind = visual.cumsum(-1) > 0
-        later = valid & behind & ~visual
-        system = prompt & ~behind & visual.any(-1, keepdim=True)
+        shown = prompt & torch.isin(ids, torch.tensor(visual))
+        behind = shown.cumsum(-1) > 0
+        later = valid & behind & ~shown
+        system = prompt & ~behind & shown.any(-1, keepdim=True)
         answering = torch.zeros_like(valid)
         for row, here in zip(answering, valid, strict=True):
             columns = here.nonzero().flatten().tolist()
             for column, following in zip(columns, [*columns[1:], None], strict=True):
                 row[column] = following is None or not (asked[column] and asked[following])
-        return cls(valid, prompt, visual, system, later & prompt, later, answering)
+        return cls(valid, prompt, shown, system, later & prompt, later, answering)
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ class Oracle:
         self.model = copy.deepcopy(model).double()
         self.model.config.get_text_config()._attn_implementation = NAME
         self.layers = self.model.get_decoder().layers
+        names = ("image_token_id", "video_token_id")
+        self.visual = tuple(x for name in names if (x := getattr(self.model.config, name, None)) is not None)
         self._hidden: Tensor = torch.empty(0)
         self._method, self._layers = Method(), set[int]()
         self._outputs: dict[int, Tensor] = {}
@@ -131,7 +133,7 @@ class Oracle:
     def read(self, given: Inputs, method: Method, layers: Iterable[int], asked: Tensor | None = None) -> Tensor:
         """Logits (B, S, V) of all rows, with a method in some layers; all columns were asked, or those that are bool (S,) `asked`."""
         asked = torch.ones(given["input_ids"].shape[1], dtype=torch.bool) if asked is None else asked
-        self._tokens = Tokens.of(given["input_ids"], given["attention_mask"], asked)
+        self._tokens = Tokens.of(given["input_ids"], given["attention_mask"], asked, self.visual)
         self._method, self._layers, self._outputs = method, set(layers), {}
         with _registered(self._attend):
             return forward(self.model, {**given, "use_cache": False})
@@ -256,7 +258,7 @@ class Imbalance(Method):
             summary = late[i] > high + 1.5 * (high - low)
             share[i] = torch.where(strongest(first[i], self.local_share), self.local_alpha, 0.0)
             share[i][summary] = self.summary_alpha
-        shown = given["input_ids"] == IMAGE
+        shown = torch.isin(given["input_ids"], torch.tensor(oracle.visual))
         self.share = torch.zeros(shown.shape, dtype=share.dtype).masked_scatter(shown, share)
 
     def attend(self, call: Call) -> Tensor:
@@ -274,13 +276,23 @@ class Var(Method):
     move_fraction: float
     min_nonsink_ratio: float
     min_visual_mass: float
-    sink_dims: list[int]
+    sink_dims: list[int] | str
     sink_threshold: float
+
+    def _massive(self, first: Tensor) -> list[int]:
+        """Dimensions in which a row's first token, normalised (C,), is massive: four at most, unless they are named."""
+        if self.sink_dims != "auto":
+            return list(self.sink_dims)
+        size = first.abs()
+        massive = (size >= max(self.sink_threshold, 100 * float(size.quantile(0.5)))).nonzero().flatten()
+        return sorted(massive.tolist(), key=lambda d: -float(size[d]))[:4]
 
     def attend(self, call: Call) -> Tensor:
         x = call.hidden
-        phi = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())[..., self.sink_dims].abs().amax(-1)
-        sinks = call.tokens.prompt & (phi >= self.sink_threshold)
+        x, sinks = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt(), torch.zeros_like(call.tokens.prompt)
+        for b, prompt in enumerate(call.tokens.prompt):
+            for dim in self._massive(x[b, prompt][0]):
+                sinks[b] |= prompt & (x[b, :, dim].abs() >= self.sink_threshold)
         rest = call.tokens.visual & ~sinks
         sinks &= (sinks & call.tokens.visual).any(-1, keepdim=True)
         p, seen = call.p, mass(call.p, call.tokens.visual)
@@ -299,7 +311,7 @@ class Vhr(Method):
 
     def prepare(self, oracle: Oracle, given: Inputs) -> None:
         ids, valid = given["input_ids"], given["attention_mask"].bool()
-        tokens = Tokens.of(ids, valid, torch.ones(ids.shape[1], dtype=torch.bool))
+        tokens = Tokens.of(ids, valid, torch.ones(ids.shape[1], dtype=torch.bool), oracle.visual)
         self.gains: dict[int, Tensor] = {}
         self.divergence: dict[int, Tensor] = {}
         for layer in oracle.of_method:  # each chosen with the gains of those before in force
@@ -332,6 +344,8 @@ class Gift(Method):
     alpha: float
     balance: float = 1.0
     head_share: float = 0.5
+    words: tuple[Tensor, Tensor] | None = None
+    """Bool (B, prompt) each: words of the question, and those of them that carry content; all of its text if left out."""
 
     def prepare(self, oracle: Oracle, given: Inputs) -> None:
         self.weight: Tensor | None = None
@@ -343,7 +357,8 @@ class Gift(Method):
         for b in call.tokens.visual.any(-1).nonzero().flatten().tolist():
             p, visual = call.p[b], call.tokens.visual[b]
             moves = torch.zeros_like(p[:, 0])  # [H, S]
-            for i in call.tokens.question[b].nonzero().flatten().tolist():
+            content = call.tokens.question if self.words is None else self.words[1]
+            for i in content[b].nonzero().flatten().tolist():
                 moves += (p[:, i] - p[:, i - 1]).clamp(min=0)
             heads = strongest(moves[:, visual].sum(-1), self.head_share)
             gaze = moves[heads].mean(0)[visual]
@@ -360,11 +375,12 @@ class Gift(Method):
 
     def _shifted(self, call: Call, weight: Tensor) -> Tensor:
         tokens, new = call.tokens, call.p.clone()
+        asked = tokens.question if self.words is None else self.words[0]
         for b, i in (tokens.answering & tokens.visual.any(-1, keepdim=True)).nonzero().tolist():
-            visual, question = (span[b].nonzero().flatten() for span in (tokens.visual, tokens.question))
+            visual, question = (span[b].nonzero().flatten() for span in (tokens.visual, asked))
             row = new[b, :, i]  # [H, S]
-            seen, asked = row[:, visual].sum(-1), row[:, question].sum(-1)
-            lookers, askers = strongest(seen, self.head_share), strongest(asked, self.head_share)
+            seen, read = row[:, visual].sum(-1), row[:, question].sum(-1)
+            lookers, askers = strongest(seen, self.head_share), strongest(read, self.head_share)
             row[:, visual] *= torch.where(lookers[:, None], weight[b, visual], 1.0)
             grown = row[lookers][:, visual].sum() / seen[lookers].sum() if seen.any() else 1.0  # no image in the window
             row[:, question] *= torch.where(askers, self.balance * grown, 1.0)[:, None]

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.hooks.hooks import CacheContext
 
 from accelplug.call import Clock
 from accelplug.hosts.clock import HOOK, Ear, StepClock
@@ -47,9 +46,9 @@ def test_a_late_begin_is_heeded():
 def test_cache_context_outranks_the_scheduler_and_names_the_branch():
     pipe = Pipe(scheduler=euler(4))
     clock = StepClock(pipe)
-    clock.hear(CacheContext("uncond", step_index=2, num_inference_steps=8))
+    clock.hear(SimpleNamespace(name="uncond", step_index=2, num_inference_steps=8))
     assert clock.now().clock == Clock(2, 8, "uncond")
-    clock.hear(CacheContext("cond"))
+    clock.hear(SimpleNamespace(name="cond", step_index=None, num_inference_steps=None))
     assert clock.now().clock == Clock(0, 4, "cond")
     clock.hear(None)
     assert clock.now().clock == Clock(0, 4)

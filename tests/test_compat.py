@@ -35,8 +35,11 @@ def private(tree: ast.AST) -> Iterator[tuple[int, str]]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
     }
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):
         names = []
+        if id(node) in parts:  # "_token" of f"{kind}_token"
+            continue
         if isinstance(node, ast.Attribute):
             names = [node.attr] if node.attr not in own else []
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -143,7 +146,7 @@ def test_where_the_cache_folder_cannot_be_written_a_process_checks_once(tomorrow
 
 def test_a_broken_contract_is_refused_at_apply(tomorrow, monkeypatch):
     promise = "diffusers: a hook of ours hears contexts and the end of a run, and is taken away"
-    monkeypatch.setattr(compat, "listen", lambda denoiser, name, hook: denoiser._hook_list)
+    monkeypatch.setattr(compat, "listen_first", lambda registry, name, hook: registry._hook_list)
     model, _ = tiny_models.build("wan")
     before = [set(vars(module)) for module in model.modules()]
     wrong = pytest.raises(UnsupportedError, match=f"diffusers 99.1.0 no longer keeps.*{promise}: AttributeError.*_hook_list")

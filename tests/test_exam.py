@@ -207,6 +207,7 @@ def test_ambers_files_become_an_exam(bundled, tmp_path):
         assert row.amber["score"] == pytest.approx(50 * (1 - row.amber["chair"] + row.amber["f1"]), nan_ok=True)
         assert row.dimensions["attribute"]["n"] == 6
     assert result["vhr"].p == 1.0
+    assert [replace(exam, parse="official").read(said) for said in ("Yes", "No", "yes", "No.")] == [True, False, None, None]
     assert "AMBER" in str(result.table().columns[-2].header)
     result.to_json(tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["amber_dimensions"]["existence"]["n"] == 2

@@ -442,6 +442,27 @@ def test_the_users_logits_processors_come_first(processor: Any):
     assert len(calls) == 6
 
 
+@pytest.mark.parametrize("patch", [CARVE, AGLA, CONTRAST])
+def test_under_autocast_as_without_but_for_what_the_model_loses(patch: tuple[str, dict], processor: Any, monkeypatch: Any):
+    """Contrast is mixed, and gaze read, in float32; where that picture is cut hangs on the model's own rounding."""
+    model, given = tiny.build("llava"), inputs("llava")
+    monkeypatch.setattr(agla, "kept_pixels", lambda values, score: values > 2)  # no pixel: the same in both
+    monkeypatch.setattr(carve, "highest", lambda values, share: torch.arange(values.numel()).reshape(values.shape) > 500)
+    ask = {"return_dict_in_generate": True, "output_scores": True}
+    found = []
+    for patched, cast in ((False, False), (False, True), (True, False), (True, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            if not patched:
+                found.append(tiny.generate(model, given, 1, **ask).scores[0].float())
+                continue
+            with accelplug.apply(model, rules(patch), processor=processor):
+                found.append(tiny.generate(model, given, 1, **ask).scores[0].float())
+    plain, plain_cast, moved, moved_cast = (x.clamp(min=-20) for x in found)
+    common = (found[2] > -math.inf) & (found[3] > -math.inf)
+    assert (moved_cast - moved)[common].abs().max() < 8 * (plain_cast - plain).abs().max()
+    assert not torch.equal(moved, plain)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_together_with_attention_patches(name: str, processor: Any):
     model, given = tiny.build(name), inputs(name)

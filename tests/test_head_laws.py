@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 import accelplug
 from accelplug.call import AttentionCall, Clock, Place, Prompt, Site
-from accelplug.errors import FallbackError, RecipeError
+from accelplug.errors import AccelplugError, FallbackError
 from accelplug.hosts.blind import Blind
 from accelplug.kernels import spans
 from accelplug.patches.guidance.contrast import contrasted
@@ -264,28 +264,23 @@ def prefixed() -> dict[str, Tensor]:
     }
 
 
-def test_without_its_image_a_prompt_reads_itself_as_it_does_with_it():
+def test_without_its_image_a_prompt_reads_itself_as_it_does_with_it(monkeypatch):
     """PaliGemma's prompts read themselves both ways, by their token types."""
-    model, given, outputs = paligemma2(), prefixed(), {}
+    model, given, outputs, made = paligemma2(), prefixed(), {}, []
     model.set_attn_implementation({"text_config": "eager"})
     text = {name: given[name][:, 16:] for name in ("input_ids", "attention_mask", "token_type_ids")}
     for layer in model.get_decoder().layers:
         layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: outputs.update({module: args[0][:, -1]}))
-    at = torch.arange(5)[None]
-    alone = forward(model, {**text, "position_ids": at})[:, -1]
-    expected = [x.reshape(1, 4, 16) for x in outputs.values()]
-    with accelplug.apply(model, {"patch": "vhr"}, strict=True) as plug:
-        blind = Blind(model.base_model, model.get_decoder(), _prompt_of(given), given)
-        assert torch.equal(torch.stack([blind.heads(i) for i in range(4)]), torch.stack(expected))
-        plug.remove()
+    alone = forward(model, {**text, "position_ids": torch.arange(5)[None]})[:, -1]
+    *_, last = outputs.values()
+    original = Blind.__init__
+    monkeypatch.setattr(Blind, "__init__", lambda self, *args: made.append(self) or original(self, *args))
+    with accelplug.apply(model, {"patch": "vhr", "where": {"layers": 3}}, strict=True):
+        forward(model, given)
+    assert torch.equal(made[0].heads(3), last.reshape(1, 4, 16))
     with accelplug.apply(model, {"patch": "contrast", "with": {"gamma": 3.0, "cutoff": 0.0}}):
         out = generate(model, given, 1, return_dict_in_generate=True, output_scores=True, output_logits=True)
     torch.testing.assert_close(out.scores[0], contrasted(out.logits[0], alone, 3.0, 0.0))
-
-
-def _prompt_of(given: dict[str, Tensor]) -> Prompt:
-    ids = given["input_ids"]
-    return Prompt((ids == IMAGE).short(), given["attention_mask"].bool(), ids.shape[1], ids=ids)
 
 
 @pytest.mark.parametrize("name", ["visual_bias", "var", "gift", "pai"])
@@ -320,16 +315,19 @@ def test_a_soft_cap_is_told_and_leaves_calls_dense(name):
         ("var", {"move_fraction": 1.5}, "0:", "move_fraction"),
         ("pai", {"alpha": -0.1}, "0:", "alpha"),
         ("imbalance", {"local_share": 0.0}, "0:", "local_share"),
+        ("carve", {"layers": [2, 9]}, None, "2 to 8"),
+        ("agla", {"layers": [4, 5]}, None, "4 to 4"),
+        ("contrast", {"gamma": -1.0}, None, "gamma"),
     ],
 )
 def test_what_cannot_work_is_told_at_apply(patch, config, layers, said):
     model = build("llava")
-    with pytest.raises(RecipeError, match=said):
-        accelplug.apply(model, {"patch": patch, "with": config, "where": {"layers": layers}})
+    with pytest.raises(AccelplugError, match=said):
+        accelplug.apply(model, {"patch": patch, "with": config, **({"where": {"layers": layers}} if layers else {})})
     assert not any("accelplug" in str(key) for module in model.modules() for key in vars(module))
 
 
-@pytest.mark.parametrize("name", ["visual_bias", "var", "vhr", "gift", "pai", "imbalance", "carve", "agla"])
+@pytest.mark.parametrize("name", ["visual_bias", "var", "vhr", "gift", "pai", "imbalance", "carve", "agla", "contrast"])
 def test_no_field_takes_nan_or_an_infinity(name):
     cls = patch_class(name)
     for field in cls.Config.model_fields:

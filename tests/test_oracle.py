@@ -11,6 +11,8 @@ import transformers as hf
 from torch import Tensor
 
 import accelplug
+from accelplug import zoo
+from accelplug.comparison.exam import Exam
 from accelplug.errors import FallbackError, UnsupportedError
 from tests.eager_oracle import METHODS, Inputs, Look, Method, Oracle, extended, mass
 from tests.test_flash_attention import kernel  # noqa: F401
@@ -381,3 +383,49 @@ def test_where_inspect_says_that_a_model_looks(name):
             shares.append((on_image / (on_image + on_system)).mean())
         torch.testing.assert_close(torch.tensor(said.vas[layer]), torch.stack(shares).nanmean(), equal_nan=True, **close)
         torch.testing.assert_close(torch.tensor(said.vhd[layer]), heads.divergence[layer].mean(0), **{**close, "atol": 1e-5})
+
+
+def test_sinks_in_dimensions_of_the_first_token():
+    """A first token that is massive in two dimensions, in which some image tokens are large, too."""
+    model, given = sharp("llava"), inputs("llava")
+    embeddings = model.get_input_embeddings().weight
+    embeddings[1], embeddings[1, [5, 9]] = 0.01 * embeddings[1], torch.tensor([80.0, 100.0], dtype=torch.float64)
+    first = given["attention_mask"].argmax(-1)
+    given["input_ids"][torch.arange(2), first] = 1
+    hold(model, "var", given, {"sink_dims": "auto"})
+
+
+SCENES = ("Is there a diamond in the image?", "Is there a large red diamond at the bottom left of the image?")
+CONTENT = {"diamond", "image", "large", "red", "bottom", "left"}
+
+
+@pytest.mark.parametrize("name", ["visual_bias", "vhr", "gift", "pai", "imbalance"])
+def test_shipped_recipes_on_the_bundled_model(name):
+    """Trained heads, and a processor that tells the question's words from the template's."""
+    folder = zoo.path("llava-scenes")
+    model, processor = hf.AutoModelForImageTextToText.from_pretrained(folder), hf.AutoProcessor.from_pretrained(folder)
+    exam, texts = Exam.scenes(2), []
+    for question in SCENES:
+        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        texts.append(processor.apply_chat_template(turn, add_generation_prompt=True))
+    pictures = [[exam.picture(key)] for key in exam.pictures]
+    given = dict(processor(text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt"))
+    model, given = model.eval().requires_grad_(False).double(), double(given)
+    oracle, asked, valid = Oracle(model), given["input_ids"].shape[1], given["attention_mask"].bool()
+    with accelplug.apply(model, name, processor=processor, strict=True) as plug:
+        layers = [record.site.layer for record in plug._hosts[0].records if record.choice.patch]
+        config = plug._hosts[0].records[layers[-1]].choice.patch.config.model_dump(exclude={"control_seed"})
+        prompt = forward(model, given)
+        ids, steps = answered(model, given, suppress_tokens=[model.config.image_token_id])
+    seen = (given["input_ids"] == model.config.image_token_id).cumsum(-1)
+    behind = seen == seen[:, -1:]
+    said = [[processor.decode([token]) for token in row] for row in given["input_ids"].tolist()]
+    written = torch.tensor([[word not in ("assistant", ":", "<image>") for word in row] for row in said])
+    carries = torch.tensor([[word in CONTENT for word in row] for row in said])
+    words = {"words": (written & behind, carries & behind)} if name == "gift" else {}
+    expected = oracle.answer(METHODS[name](**config, **words), given, ids, layers)
+    stock = oracle.answer(Method(), given, ids)
+    close = {"atol": 3e-5, "rtol": 0.0}  # logits of 20
+    torch.testing.assert_close(prompt[valid], expected[:, :asked][valid], **close)
+    torch.testing.assert_close(steps, expected[:, asked - 1 : -1], **close)
+    assert ((expected - stock)[:, asked - 1 :].abs().amax((1, 2)) > 1e-3).all()

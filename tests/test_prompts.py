@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 import accelplug
+from accelplug import zoo
+from accelplug.call import Prompt
 from accelplug.errors import FallbackError, ShapeError, UnsupportedError
-from accelplug.hosts.prompts import NO_IMAGE, together
+from accelplug.families.vlm import find
+from accelplug.hosts.prompts import NO_IMAGE, opened, together, turns
 from tests.test_language_host import LOUD, PAIRS, WORKING, recipe
 from tests.tiny_language_models import IMAGE, VIDEO, VIDEOS, build, forward, generate, held, inputs, right_padded
 from tests.tiny_models import build as denoiser
@@ -267,3 +272,91 @@ def test_a_cropped_cache_is_not_pruned():
         first = [model(torch.tensor([[token]]), **held(cache)).logits for token in (11, 12, 13)]
         cache.crop(-2)
         torch.testing.assert_close(model(torch.tensor([[12]]), **held(cache)).logits, first[1])
+
+
+# -------------------------------------------------------------------------------------------------------------------- turns
+
+
+IMAGE_PART, USER, MODEL = {"type": "image"}, "user", "assistant"
+
+
+def chat(*turns: tuple[str, list[str | None]]) -> list[dict[str, Any]]:
+    """A conversation; None stands for the picture."""
+    parts = [[IMAGE_PART if part is None else {"type": "text", "text": part} for part in said] for _, said in turns]
+    return [{"role": role, "content": said} for (role, _), said in zip(turns, parts, strict=True)]
+
+
+CHATS = {
+    "image first": (chat((USER, [None, "is there a house ?"])), "is there a house?"),
+    "image last": (chat((USER, ["is there a house ?", None])), "is there a house?"),
+    "in between": (chat((USER, ["is there", None, "a house ?"])), "is there a house?"),
+    "two turns": (
+        chat((USER, ["is there a house ?", None]), (MODEL, ["yes"]), (USER, ["a large house ?"])),
+        "is there a house? a large house?",
+    ),
+    "image in the second turn": (
+        chat((USER, ["a large house ?"]), (MODEL, ["yes"]), (USER, [None, "is there a house ?"])),
+        "is there a house?",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def scenes() -> tuple[Any, Any]:
+    folder = zoo.path("llava-scenes")
+    return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_the_system_ends_with_its_turn_and_the_question_is_what_the_user_says(name, scenes):
+    model, processor = scenes
+    messages, question = CHATS[name]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    picture = Image.new("RGB", (64, 64), (90, 20, 20))
+    given = dict(processor(text=[text], images=[[picture]], return_tensors="pt"))
+    with accelplug.apply(model, LOUD, processor=processor, strict=True) as plug:
+        prompt = read(model, given, plug)
+        told = [processor.tokenizer.decode(given["input_ids"][0][span[0]]) for span in (prompt.system, prompt.question)]
+    assert told == ["<s> a chat about pictures.", question]
+
+
+def test_what_the_question_says_is_not_turned_down(scenes):
+    """Where it stands ahead of the image it is no system prompt: a weight on that alone is the same as where there is no question."""
+    model, processor = scenes
+    text = [
+        processor.apply_chat_template(CHATS[name][0], add_generation_prompt=True) for name in ("image first", "image last")
+    ]
+    picture = Image.new("RGB", (64, 64), (90, 20, 20))
+    down = {"patch": "visual_bias", "with": {"image_weight": 1.0, "system_weight": 0.1}}
+    for each in text:
+        given = dict(processor(text=[each], images=[[picture]], return_tensors="pt"))
+        with accelplug.apply(model, down, processor=processor) as plug:
+            prompt = read(model, given, plug)
+        assert int(prompt.system.sum()) == 6
+
+
+QWEN = {"system": (151644, 8948, 198), "user": (151644, 872, 198), "model": (151644, 77091, 198)}
+
+
+def test_turns_by_a_familys_own_tokens():
+    """Without a processor, by the tokens that open a turn of the released models."""
+    end, image = (151645, 198), (151655,) * 3
+    row = [*QWEN["system"], 7, 8, *end, *QWEN["user"], 9, 10, *image, 11, *end, *QWEN["model"]]
+    ids = torch.tensor([[0, 0, *row]])
+    told = partial(opened, find(build("qwen2_vl")).turns)
+    found = turns(ids, ids == 151655, ids > 0, told, alone=False)
+    prompt = Prompt((ids == 151655).to(torch.int16), ids > 0, ids.shape[1], ids=ids, turns=found)
+    assert ids[prompt.system].tolist() == [*QWEN["system"], 7, 8, *end]
+    assert ids[prompt.question].tolist() == [198, 9, 10, 11, *end]
+    assert turns(ids % 7, ids == 151655, ids > 0, told, alone=False) is None
+
+
+def test_what_is_not_known_of_turns_is_said(caplog):
+    model, given = build("llava"), inputs("llava")
+    for patch, said in (("visual_bias", 1), ("pai", 0)):
+        caplog.clear()
+        with accelplug.apply(model, recipe(patch)) as plug:
+            for _ in range(2):
+                prompt = read(model, given, plug)
+        assert prompt.turns is None
+        assert sum("turn" in record.message for record in caplog.records) == said

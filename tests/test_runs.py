@@ -183,6 +183,27 @@ def test_a_bare_denoiser_that_is_told_its_steps_begins_anew_where_they_do_not_ad
     assert torch.equal(outputs[4], outputs[7]) is False  # it began one step later
 
 
+@pytest.mark.parametrize("patch", STATEFUL)
+def test_a_loop_by_hand_over_one_schedule_begins_anew_where_it_starts_over(patch: str):
+    """Nothing sets a schedule, nothing raises in the model, and the branches have no names."""
+    pipe, _ = tiny_pipelines.pipeline("wan")
+    _, given = tiny_models.build("wan")
+    given["hidden_states"] = tiny_models.noise(1, 16, 3, 8, 12)
+    pipe.scheduler.set_timesteps(STEPS)
+
+    def loop(seed: int, steps: int = STEPS) -> Tensor:
+        x = given["hidden_states"] * (1 + seed)
+        for t in pipe.scheduler.timesteps[:steps]:
+            x = x + 0.1 * run_alone(pipe.transformer, {**given, "hidden_states": x, "timestep": t.expand(1)})
+        return x
+
+    with accelplug.apply(pipe, STATEFUL[patch], gate="off"):
+        fresh = loop(0)
+        for steps in (1, 2):
+            loop(1, steps)
+            assert torch.equal(loop(0), fresh)
+
+
 # ------------------------------------------------------------------------------------------------------------- steps
 
 STEPPED = {"rules": [{"where": {"steps": "50%:"}, "patch": "neighborhood", "with": {**EIGHT, "window": [1, 3, 3]}}]}
@@ -283,6 +304,39 @@ def test_a_timestep_in_no_schedule_is_unknown_and_counted():
         assert any("step" in reason for reason in plug.report().fallbacks)
     with accelplug.apply(pipe, STEPPED, gate="off", strict=True), pytest.raises(FallbackError, match="step"):
         pipe.transformer(**{**given, **guidance, "timestep": torch.tensor([0.123])})
+
+
+def test_compiled_whole_it_goes_by_the_pipeline_that_counts():
+    """A compiled forward's timestep cannot be read; the contexts around it are heard."""
+    torch._dynamo.reset()
+    pipe, inputs = tiny_pipelines.pipeline("hunyuan_video")
+
+    def twin() -> Any:
+        other = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
+        other.set_progress_bar_config(disable=True)
+        return other
+
+    with accelplug.apply(pipe, STEPPED, gate="off"):
+        expected = [run(one, inputs, num_inference_steps=steps) for one, steps in ((twin(), 5), (pipe, 4), (twin(), 3))]
+    pipe.transformer, seen = torch.compile(pipe.transformer, backend="eager"), []
+    with accelplug.apply(pipe, STEPPED, gate="off") as plug:
+        for one, steps, out in zip((twin(), pipe, twin()), (5, 4, 3), expected, strict=True):
+            torch.testing.assert_close(run(one, inputs, num_inference_steps=steps), out, rtol=1e-4, atol=1e-5)
+            seen.append((plug.denoiser_hosts[0].now.step, plug.denoiser_hosts[0].now.steps))
+    assert seen == [(4, 5), (3, 4), (2, 3)]
+    assert not plug.report().fallbacks
+    torch._dynamo.reset()
+
+
+def test_a_grid_that_compiled_code_cannot_read_is_counted():
+    """Flux's tokens come packed, their grid stands in the values of img_ids."""
+    torch._dynamo.reset()
+    pipe, inputs = tiny_pipelines.pipeline("flux")
+    pipe.transformer.compile(backend="eager")
+    with accelplug.apply(pipe, STEPPED, gate="off") as plug:
+        run(pipe, inputs)
+    assert any("layout is not understood" in reason for reason in plug.report().fallbacks)
+    torch._dynamo.reset()
 
 
 # ----------------------------------------------------------------------------------------------------------- threads

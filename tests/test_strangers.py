@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import time
 
 import pytest
@@ -17,9 +18,12 @@ import tiny_models
 import torch
 import yaml
 from patch_rows import ROWS
-from safetensors.torch import save
+from PIL import Image
+from safetensors.torch import load_file, save, save_file
 
 import accelplug
+from accelplug import zoo
+from accelplug.cli import main
 from accelplug.errors import AccelplugError
 from accelplug.recipe import CACHES, ModelFacts, describe, load, read_file, shipped_files
 from accelplug.registry import list_patches, patch_class
@@ -378,3 +382,170 @@ def test_journals_in_wrong_places(tmp_path):
 def test_every_file_of_the_package_is_read_soon():
     for path in shipped_files().values():
         soon(lambda path=path: read_file(path))
+
+
+# ------------------------------------------------------------------------------------------------------- the command line
+
+WAN, LLAVA = str(zoo.path()), str(zoo.path("llava-scenes"))
+ASKED = {
+    "compare": ["compare", WAN, "--prompt", "x", "--steps", "1"],
+    "tune": ["tune", WAN, "--prompts", "{prompts}", "-o", "{out}/t.yaml"],
+    "calibrate": ["calibrate", WAN, "--patch", "sta", "--prompts", "{prompts}", "-o", "{out}/c.yaml"],
+    "inspect": ["inspect", LLAVA, "--image", "{picture}"],
+    "verify": ["verify", "{recipe}", WAN],
+    "demo": ["demo"],
+    "examine": ["compare", LLAVA],
+}
+"""Commands that would work, but for what is added to them."""
+
+REPORTS = ["{out}/missing/r.html", "{out}", "{out}/r.docx", "{out}/r", "", "{out}/" + "x" * 300 + ".html"]
+BAD_ARGUMENTS = [
+    *((name, ["--report", report]) for name in ("compare", "tune", "inspect", "demo", "examine") for report in REPORTS),
+    *(
+        (name, ["--output", bad])
+        for name in ("tune", "calibrate")
+        for bad in ("{out}/missing/t.yaml", "{out}", "{out}/t.json", "")
+    ),
+    *(
+        (name, ["--device", bad])
+        for name in ("compare", "tune", "calibrate", "examine")
+        for bad in ("cuda:99", "gpu", "meta", "")
+    ),
+    *(
+        (name, ["--prompts", bad])
+        for name in ("tune", "calibrate")
+        for bad in ("{out}/none.txt", "{out}", "{latin}", "{empty}", "")
+    ),
+    *(
+        (name, ["--steps", bad])
+        for name in ("compare", "tune", "calibrate")
+        for bad in ("0", "-1", "1.5", "x", "9" * 5000, "٣")
+    ),
+    *((name, ["--guidance", bad]) for name in ("compare", "tune", "calibrate") for bad in ("nan", "inf", "x", "1e999")),
+    *(
+        ("tune", more)
+        for more in (["--time", "nan"], ["--time", "x"], ["--seeds", "0"], ["--resume", "{out}"], ["--resume", "{latin}"])
+    ),
+    *(
+        ("tune", more)
+        for more in (["--budget", "psnr>26x"], ["--budget", "beauty>=1"], ["--patch", "no"], ["--objective", "nll"])
+    ),
+    *(
+        ("compare", more)
+        for more in (
+            ["--seed", "-1"],
+            ["--recipe", "no"],
+            ["--recipe", "{latin}.yaml"],
+            ["--pictures", "0"],
+            ["--coco", "{out}"],
+        )
+    ),
+    *(
+        ("calibrate", more)
+        for more in (
+            ["--patch", "sol"],
+            ["--patch", "no"],
+            ["--set", "x=1"],
+            ["--set", "rows"],
+            ["--set", "rows=[", "--set", "rows=0"],
+        )
+    ),
+    *(
+        ("calibrate", more)
+        for more in (["--buckets", "0"], ["--dense-steps", "9:1"], ["--seed", "x"], ["--recipe", "no", "--patch", "rest"])
+    ),
+    *(("inspect", ["--image", bad]) for bad in ("{out}/none.png", "{out}", "{latin}", "")),
+    *(("examine", more) for more in (["--record"], ["--coco", "{out}"], ["--recipe", "no"], ["--pictures", "-3"])),
+    *(("verify", more) for more in (["--dtype", "int8"], ["--nonsense"], ["more"])),
+    *((name, ["--dtype", "float8"]) for name in ("compare", "tune", "calibrate")),
+]
+BAD_FOLDERS = ["{out}", "{out}/none", "{latin}", "", "x" * 5000, "{broken}"]
+
+
+@pytest.fixture(scope="module")
+def around(tmp_path_factory):
+    """Files that a command may be pointed to."""
+    out = tmp_path_factory.mktemp("out")
+    (out / "prompts.txt").write_text("a red square moves left\na blue disc\n")
+    (out / "latin.txt").write_bytes("é".encode("latin-1"))
+    (out / "empty.txt").write_text("\n \n")
+    Image.new("RGB", (8, 8)).save(out / "p.png")
+    (out / "broken").mkdir()
+    for name in ("model_index.json", "config.json"):
+        (out / "broken" / name).write_text("{")
+    recipe = out / "r.yaml"
+    recipe.write_text("schema: 1\nmodel: m\nmatch: {class: X}\ndefault: a\nrecipes: {a: {rules: [{patch: dense}]}}\n")
+    names = {
+        "prompts": "prompts.txt",
+        "latin": "latin.txt",
+        "empty": "empty.txt",
+        "picture": "p.png",
+        "broken": "broken",
+        "recipe": "r.yaml",
+    }
+    return {"out": str(out)} | {name: str(out / file) for name, file in names.items()}
+
+
+def refused(arguments, around, capsys):
+    """Run a command that asks wrongly; it says so in one line."""
+    before = sorted(os.listdir(around["out"]))
+    try:
+        status = main([text.format(**around) for text in arguments])
+    except SystemExit as stop:
+        status = stop.code
+    told = capsys.readouterr().err
+    assert status == 2, told
+    assert told.count("\n") == 1, told
+    assert len(told) < 2_000
+    assert sorted(os.listdir(around["out"])) == before, "nothing was written"
+
+
+@pytest.mark.parametrize(("command", "more"), BAD_ARGUMENTS, ids=lambda x: x if isinstance(x, str) else " ".join(x)[:40])
+def test_a_command_that_asks_wrongly_says_so_in_a_line(command, more, around, capsys, monkeypatch):
+    monkeypatch.chdir(around["out"])
+    refused([*ASKED[command], *more], around, capsys)
+
+
+@pytest.mark.parametrize("folder", BAD_FOLDERS, ids=lambda text: text[:20])
+@pytest.mark.parametrize("command", ["compare", "tune", "calibrate", "inspect", "verify"])
+def test_folders_that_hold_no_model(command, folder, around, capsys):
+    refused([folder if text in (WAN, LLAVA) else text for text in ASKED[command]], around, capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["nonsense"], ["show"], ["show", "../x"], ["show", "no/no"], ["show", "{latin}.yaml"], ["show", "{out}"]],
+)
+def test_commands_that_are_none(arguments, around, capsys):
+    refused(arguments, around, capsys)
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("accelplug.cli._list", interrupted)
+    assert main(["list"]) == 130
+    assert capsys.readouterr().err == "accelplug: interrupted\n"
+
+
+@pytest.mark.parametrize("spoiled", ["weights", "no weights", "a weight", "config", "tokenizer"])
+@pytest.mark.parametrize("model", ["wan-shapes", "llava-scenes"])
+def test_models_with_spoiled_files(model, spoiled, around, capsys, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(zoo.path(model), folder)
+    part = folder / "transformer" if model == "wan-shapes" else folder
+    (weights,) = part.glob("*.safetensors")
+    if spoiled == "weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif spoiled == "no weights":
+        weights.unlink()
+    elif spoiled == "a weight":
+        tensors = load_file(weights)
+        tensors.pop(next(name for name in tensors if name.endswith(("to_q.weight", "q_proj.weight"))))
+        save_file(tensors, weights, {"format": "pt"})
+    elif spoiled == "config":
+        (part / "config.json").write_text('{"_class_name": 3, "model_type": 7}')
+    else:
+        (next(folder.glob("**/tokenizer.json"))).write_bytes(b"\xff{")
+    refused(["compare", str(folder), "--prompt", "x", "--steps", "1", "--device", "cpu"], around, capsys)

@@ -601,6 +601,19 @@ def test_one_gain_is_told_everywhere(told_times, monkeypatch, tmp_path):
     assert f"{gain:.2f}x" in load(path, model_facts(pipe)).describe()
 
 
+def test_where_a_prompt_was_held_out_all_is_told_of_it(told_times, tmp_path):
+    """The search ran the first prompt; what the row says, `verify` runs: the second prompt, at the seeds of the proof."""
+    pipe, inputs = pipeline()
+    found = run(pipe, [inputs, {**inputs, "guidance_scale": 1.0}], "psnr>=1", seeds=4)
+    point, row = found.proven, found.measured[0]
+    samples = found.comparison.row(point.name).samples
+    assert [(sample.prompt, sample.seed) for sample in samples] == [(1, 2), (1, 3)]
+    assert (point.runs, point.worst_run[0]) == (2, 1)
+    assert (row.seeds, row.inputs["guidance_scale"]) == ([2, 3], 1.0)
+    assert row.psnr_db.worst == point.worst["psnr"] == min(sample.psnr_db for sample in samples)
+    assert row.gain == point.speedup
+
+
 def test_a_cache_that_skips_nothing_is_not_on_the_front(told_times, monkeypatch):
     """It takes half the time, says the clock; its clips are dense's."""
     pipe, inputs = pipeline()

@@ -25,7 +25,7 @@ class NoVae(nn.Module):
 
     config = SimpleNamespace(latent_channels=4, scaling_factor=1.0, block_out_channels=(4,))
     dtype, device = torch.float32, torch.device("cpu")
-    spatial_compression_ratio, temporal_compression_ratio = 32, 8
+    spatial_compression_ratio, temporal_compression_ratio = 16, 4
     latents_mean, latents_std = torch.zeros(4), torch.ones(4)
 
 
@@ -102,7 +102,7 @@ def ltx_condition() -> Built:
     pipe = piped(diffusers.LTXConditionPipeline, "ltx", euler(), vae=NoVae())
     embeds = ("prompt_embeds", 16, 16), ("prompt_attention_mask", None, mask(16, 11))
     late = {"latents": noise(1, 4, 3, 4, 6), "denoise_strength": 0.6}
-    return pipe, guided(*embeds, **late, height=128, width=192, num_frames=17)
+    return pipe, guided(*embeds, **late, height=64, width=96, num_frames=9)
 
 
 def cosmos() -> Built:
@@ -168,6 +168,33 @@ def cogvideox_video2video() -> Built:
     inputs = {name: given for name, given in inputs.items() if name not in ("num_frames", "max_sequence_length")}
     late = {"video": torch.rand(1, 9, 3, 64, 96), "strength": 0.6}
     return diffusers.CogVideoXVideoToVideoPipeline(**pipe.components), {**inputs, **late}
+
+
+def wan_5b() -> Built:
+    """A timestep for each token."""
+    pipe, inputs = tiny_models.PIPELINES["wan"]()
+    pipe.register_to_config(expand_timesteps=True)
+    return pipe, inputs
+
+
+def hunyuan_video_15() -> Built:
+    """Its guider names the branches, and counts the steps."""
+    smaller, _ = build("hunyuan_video_15")
+    config = {**smaller.config, "in_channels": 9}
+    pipe = diffusers.HunyuanVideo15Pipeline(
+        transformer=diffusers.HunyuanVideo15Transformer3DModel.from_config(config),
+        vae=NoVae(),
+        scheduler=euler(),
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=4.0),
+        **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),
+    )
+    embeds = (
+        ("prompt_embeds", 16, 6),
+        ("prompt_embeds_mask", None, mask(6, 4)),
+        ("prompt_embeds_2", 8, 4),
+        ("prompt_embeds_mask_2", None, mask(4, 3)),
+    )
+    return pipe, guided(*embeds, height=64, width=96, num_frames=9)
 
 
 def skyreels() -> Built:
@@ -243,6 +270,8 @@ PIPELINES: dict[str, Callable[[], Built]] = {
             flux_img2img,
             wan_video2video,
             cogvideox_video2video,
+            wan_5b,
+            hunyuan_video_15,
             skyreels,
             skyreels_forcing,
             latte,

@@ -35,7 +35,7 @@ class Exam:
     associations, safe : AMBER's words that stand for others, and those that are never hallucinated.
     source : where the truth comes from, for the report.
     max_new_tokens : of a description.
-    parse : how answers of yes and no are read: ``strict``, or ``official`` as POPE's release does (see `pope.parse`).
+    parse : how answers of yes and no are read: ``strict``, or ``official`` as in the release (see `pope.parse`, `amber.read_answer`).
     """
 
     name: str
@@ -62,8 +62,8 @@ class Exam:
         return [question for question in self.questions if question.split == split]
 
     def read(self, answer: str) -> bool | None:
-        """Read an answer: True for yes, False for no, None for neither."""
-        return pope.parse(answer, self.parse)
+        """Read an answer: True for yes, False for no, None for neither; officially as the release that the questions are from."""
+        return (amber.read_answer if self.associations else pope.parse)(answer, self.parse)
 
     def picture(self, key: Any) -> Any:
         """Return a picture as an upright RGB image of PIL's."""

@@ -342,8 +342,9 @@ class Study:
                 row.predicted = amdahl(denoising, row.denoising_predicted)
             if row.kind == "recipe" and row.mean_density:
                 row.ideal = amdahl(denoising * share, 1 / row.mean_density)
+        # Of the last prompt, which is the one that a search proves its recipe on.
         settings = {
-            key: value for key, value in self.prompts[0].items() if key != "prompt" and not isinstance(value, torch.Tensor)
+            key: value for key, value in self.prompts[-1].items() if key != "prompt" and not isinstance(value, torch.Tensor)
         }
         timed = (
             "end to end: text encoder, all steps with guidance as set, VAE; "

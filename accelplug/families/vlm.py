@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
@@ -20,6 +20,7 @@ class Vlm:
     grid : how an image's tokens lie: ``square``, row by row; ``thw``, by ``image_grid_thw`` over the merge size; ``tiles``, square
         tiles one after the other; ``anyres``, a square base, then rows of tiles with a newline each.
     told_apart : whether the image encoder returns features image by image; where it does not, each run of image tokens is one.
+    turns : the tokens that open a turn of the released models, by who speaks: 1 the user, -1 the model, 0 the system.
     """
 
     name: str
@@ -27,17 +28,25 @@ class Vlm:
     pixels: Literal["images", "tiles", "patches"] = "images"
     grid: Literal["square", "thw", "tiles", "anyres"] = "square"
     told_apart: bool = True
+    turns: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
+
+VICUNA = {1: (3148, 1001, 29901), -1: (319, 1799, 9047, 13566, 29901)}
+"""``USER:`` and ``ASSISTANT:`` of Llama's tokenizer."""
+CHATML = {1: (151644, 872), -1: (151644, 77091), 0: (151644, 8948)}
+"""``<|im_start|>user`` and so on of Qwen's tokenizer."""
+GEMMA = {1: (105, 2364), -1: (105, 4368)}
+"""``<start_of_turn>user`` and ``model`` of Gemma 3's tokenizer."""
 
 VLMS: tuple[Vlm, ...] = (
-    Vlm("llava", ("LlavaForConditionalGeneration",)),
-    Vlm("llava-next", ("LlavaNextForConditionalGeneration",), "tiles", "anyres"),
-    Vlm("llava-onevision", ("LlavaOnevisionForConditionalGeneration",), "tiles", "anyres"),
-    Vlm("qwen2-vl", ("Qwen2VLForConditionalGeneration",), "patches", "thw"),
-    Vlm("qwen2.5-vl", ("Qwen2_5_VLForConditionalGeneration",), "patches", "thw"),
-    Vlm("qwen3-vl", ("Qwen3VLForConditionalGeneration",), "patches", "thw"),
-    Vlm("internvl", ("InternVLForConditionalGeneration",), "images", "tiles"),
-    Vlm("gemma3", ("Gemma3ForConditionalGeneration",)),
+    Vlm("llava", ("LlavaForConditionalGeneration",), turns=VICUNA),
+    Vlm("llava-next", ("LlavaNextForConditionalGeneration",), "tiles", "anyres", turns=VICUNA),
+    Vlm("llava-onevision", ("LlavaOnevisionForConditionalGeneration",), "tiles", "anyres", turns=CHATML),
+    Vlm("qwen2-vl", ("Qwen2VLForConditionalGeneration",), "patches", "thw", turns=CHATML),
+    Vlm("qwen2.5-vl", ("Qwen2_5_VLForConditionalGeneration",), "patches", "thw", turns=CHATML),
+    Vlm("qwen3-vl", ("Qwen3VLForConditionalGeneration",), "patches", "thw", turns=CHATML),
+    Vlm("internvl", ("InternVLForConditionalGeneration",), "images", "tiles", turns=CHATML),
+    Vlm("gemma3", ("Gemma3ForConditionalGeneration",), turns=GEMMA),
     Vlm("smolvlm", ("SmolVLMForConditionalGeneration", "Idefics3ForConditionalGeneration"), "tiles", "tiles", False),
 )
 

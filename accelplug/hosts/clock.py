@@ -58,7 +58,7 @@ class _Schedule:
 
     timesteps: Tensor
     used: bool = False
-    """Whether a run has gone by them."""
+    """Whether a run has gone by them, as far as is known."""
     given: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -99,7 +99,7 @@ class StepClock:
         # Schedules are kept, small as they are, so that an id stays theirs.
         self._schedules: Bounded[int, _Schedule] = Bounded(64)
         for scheduler in self._schedulers():
-            self._schedule(scheduler.timesteps).used = True  # by a run before
+            self._schedule(scheduler).used = True  # by a run before
 
     def set(self, step: int | None, steps: int | None) -> None:
         """Fix the step of this thread by hand, or, with None, let the sources speak again."""
@@ -137,11 +137,14 @@ class StepClock:
             return Moment(Clock(*self._mine.fixed, branch))
         timestep = getattr(said, "timestep", None) if timestep is None else timestep
         given = _Given.of(timestep)
-        places = self._places(given, denoiser, run, scales) if given is not None else self._counted()
+        if given is not None:
+            places = self._places(given, denoiser, run, scales)
+        else:
+            places = self._counted(denoiser, run, branch) if self._told() is None else []
         if places:
             schedules = tuple(schedule for schedule, _ in places)
             if len(schedules) == 1:
-                self._schedule(*schedules).used = True
+                self._schedules.get(id(schedules[0]), lambda: _Schedule(schedules[0])).used = True
             first, step = places[0]
             return Moment(Clock(step, len(first), branch), schedules)
         told = self._told()
@@ -152,6 +155,9 @@ class StepClock:
 
     def _places(self, given: _Given, denoiser: Any, run: Run | None, scales: tuple[str, ...]) -> list[tuple[Tensor, int]]:
         """Return the schedules that hold what was given, and where: those of the run if it goes on, else new ones, else old ones."""
+        for scheduler in self._schedulers():
+            if (place := given.place_in(scheduler.timesteps)) is not None:
+                return [(scheduler.timesteps, place)]
         found = self._found(given, run, scales)
         if run is not None and (same := [place for place in found if run.may_go_on(*place)]):
             return same
@@ -162,23 +168,22 @@ class StepClock:
         return new or found
 
     def _new(self, places: list[tuple[Tensor, int]]) -> list[tuple[Tensor, int]]:
-        return [(schedule, step) for schedule, step in places if not self._schedule(schedule).used]
+        """Those of which no run is known to have gone by them."""
+        old = {id(schedule.timesteps) for schedule in self._schedules.values() if schedule.used}
+        return [place for place in places if id(place[0]) not in old]
 
     def _found(self, given: _Given, run: Run | None, scales: tuple[str, ...]) -> list[tuple[Tensor, int]]:
-        schedulers = list(self._schedulers())
-        for scheduler in schedulers:
-            if (place := given.place_in(scheduler.timesteps)) is not None:
-                return [(scheduler.timesteps, place)]
         places = []
-        for scheduler in schedulers:
+        for scheduler in self._schedulers():
             last = run.reached(scheduler.timesteps) if run is not None else None
-            if (step := self._step(scheduler, given, scales, last)) is not None:
+            exact = given.place_in(scheduler.timesteps)
+            if (step := exact if exact is not None else self._step(scheduler, given, scales, last)) is not None:
                 places.append((scheduler.timesteps, step))
         return places
 
     def _step(self, scheduler: Any, given: _Given, scales: tuple[str, ...], last: int | None) -> int | None:
         """Return where in a scheduler's timesteps the given one is, `last` being the place of the one before."""
-        schedule = self._schedule(scheduler.timesteps)
+        schedule = self._schedule(scheduler)
         counted = getattr(scheduler, "step_index", None)
         begun = counted if counted is not None else getattr(scheduler, "begin_index", None)
         for number in given.numbers:
@@ -195,14 +200,18 @@ class StepClock:
                 return next((i for i in near if last is not None and i > last), min(near, key=distances.__getitem__))
         return None
 
-    def _schedule(self, timesteps: Tensor) -> _Schedule:
-        return self._schedules.get(id(timesteps), lambda: _Schedule(timesteps))
+    def _schedule(self, scheduler: Any) -> _Schedule:
+        timesteps = scheduler.timesteps
+        # Some schedulers are made with as many timesteps as there were in training: hardly those of a run.
+        trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+        return self._schedules.get(id(timesteps), lambda: _Schedule(timesteps, used=len(timesteps) == trained))
 
     def _schedulers(self) -> Iterator[Any]:
         """Schedulers whose timesteps were set: that of the pipeline given to `apply`, then others that were seen."""
         others = [scheduler for other in self._others if (scheduler := other()) is not None]
         for scheduler in (getattr(self._pipe(), "scheduler", None), *others):
-            if isinstance(getattr(scheduler, "timesteps", None), Tensor) and _is_set(scheduler):
+            is_set = getattr(scheduler, "num_inference_steps", None) is not None
+            if is_set and isinstance(getattr(scheduler, "timesteps", None), Tensor):
                 yield scheduler
 
     def _look_for_others(self, denoiser: Any) -> None:
@@ -216,9 +225,11 @@ class StepClock:
         with self._looking:
             if sys.getrefcount(denoiser) == self._holders:
                 return
-            own = getattr(self._pipe(), "scheduler", None)
+            parts = getattr(self._pipe(), "__dict__", {})
+            compiled = [part for part in parts.values() if compat.is_wrapped(part, denoiser)]
+            own = parts.get("scheduler")
             found = known = [scheduler for other in self._others if (scheduler := other()) is not None]
-            for holder in gc.get_referrers(denoiser):
+            for holder in gc.get_referrers(denoiser, *compiled):
                 members = holder if isinstance(holder, dict) else getattr(holder, "__dict__", None)
                 scheduler = members.get("scheduler") if isinstance(members, dict) else None
                 if hasattr(scheduler, "set_timesteps") and all(scheduler is not one for one in (own, *found)):
@@ -235,20 +246,29 @@ class StepClock:
             return int(step), int(steps)
         return compat.guider_step(getattr(self._pipe(), "guider", None))
 
-    def _counted(self) -> list[tuple[Tensor, int]]:
-        """What the scheduler of the pipeline given to `apply` counts, where no context tells and no timestep can be read."""
-        scheduler: Any = next(self._schedulers(), None)
-        if scheduler is None or not hasattr(scheduler, "step_index") or self._told() is not None:
-            return []
-        # None before the first step, and where an img2img pipeline starts late, begin_index says where.
-        step = scheduler.step_index
-        return [(scheduler.timesteps, step if step is not None else scheduler.begin_index or 0)]
+    def _counted(self, denoiser: Any, run: Run | None, branch: str | None) -> list[tuple[Tensor, int]]:
+        """What schedulers count, where no context tells and no timestep can be read: of those that are in a run the first new one."""
+        for look in (lambda: None, lambda: self._look_for_others(denoiser)):
+            look()
+            places = [
+                place
+                for scheduler in self._schedulers()
+                if (place := _count(scheduler)) is not None and not (run is not None and run.stands_at(*place, branch))
+            ]
+            if new := self._new(places):
+                return new[:1]
+            if run is not None and (same := [place for place in places if run.may_go_on(*place)]):
+                return same[:1]
+        return places[:1]
 
 
-def _is_set(scheduler: Any) -> bool:
-    """Whether a run has set the timesteps: before, there are as many as in training."""
-    trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
-    return getattr(scheduler, "num_inference_steps", None) is not None and len(scheduler.timesteps) != trained
+def _count(scheduler: Any) -> tuple[Tensor, int] | None:
+    """Where a scheduler says it is, if it counts and is not at its end."""
+    if not hasattr(scheduler, "step_index"):
+        return None
+    # None before the first step, and where an img2img pipeline starts late, begin_index says where.
+    step = scheduler.step_index if scheduler.step_index is not None else scheduler.begin_index or 0
+    return (scheduler.timesteps, step) if step < len(scheduler.timesteps) else None
 
 
 def _has(scheduler: Any, scale: str) -> bool:
@@ -280,8 +300,15 @@ class _Given:
     @cached_property
     def numbers(self) -> list[float]:
         """What stands in it, the largest first; of tokens with timesteps of their own the largest and the smallest."""
+        if self._is_one:
+            return [float(self.tensor.flatten()[0])]
         largest, smallest = float(self.tensor.max()), float(self.tensor.min())
         return [largest] if largest == smallest else [largest, smallest]
+
+    @property
+    def _is_one(self) -> bool:
+        """Whether it is one number in memory, however often."""
+        return not any(size > 1 and stride for size, stride in zip(self.tensor.shape, self.tensor.stride(), strict=True))
 
     @property
     def number(self) -> float:
@@ -295,8 +322,7 @@ class _Given:
             return None
         if one.dtype != many.dtype or one.device != many.device or one.device.type == "meta":
             return None
-        spread = any(size > 1 and stride for size, stride in zip(one.shape, one.stride(), strict=True))
-        if spread or one.untyped_storage().data_ptr() != many.untyped_storage().data_ptr():
+        if not self._is_one or one.untyped_storage().data_ptr() != many.untyped_storage().data_ptr():
             return None
         place = int(one.storage_offset() - many.storage_offset())
         return place if 0 <= place < len(many) else None

@@ -339,7 +339,7 @@ class DenoiserHost:
             self._tell(self._moment(None))
             self._mine.announced = True
             for region in self.regions:
-                self._settle(region)
+                self.settle_and_count(region)
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -409,7 +409,9 @@ class DenoiserHost:
     def trace_begins(self) -> None:
         """Take note that the denoiser is compiled, and of the time, while Dynamo traces it."""
         self._traced = True
-        self._tell(self._moment(None), announced=self._mine.announced)
+        if not self._mine.announced:
+            self._tell(self._moment(None))
+        self._mine.announced = False
 
     def enter_root(self, inputs: Mapping[str, Any]) -> None:
         """Settle what does not wait for the input of a level."""

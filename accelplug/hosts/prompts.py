@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from accelplug import compat
-from accelplug.call import Rows
+from accelplug.call import TEMPLATE, Rows
 
 KINDS = ("image", "video")
 """What visual tokens show, in the order in which models encode it."""
 
+Told = tuple[list[int | None], list[bool]]
 NO_IMAGE = "no image was found in the prompt; where it is, plug.mark(image=...) says"
 
 
@@ -119,3 +120,43 @@ def together(numbers: list[Tensor]) -> Tensor:
         for rank, number in enumerate(sorted(begins, key=lambda number: begins[number]), 1):
             ranked[row][old == number] = rank
     return ranked
+
+
+def turns(ids: Tensor, visual: Tensor, valid: Tensor, told: Callable[[list[int]], Told], alone: bool) -> Tensor | None:
+    """Say whose turn of a conversation every token is in, as `Prompt.turns` has it.
+
+    Parameters
+    ----------
+    ids : int64 (B, S), below 0 where a token is not known: it goes on with what was said.
+    visual, valid : bool (B, S), tokens of images, and False for padding.
+    told : who begins to speak at each of a row's tokens, and which are the chat template's, as `accelplug.chat.speakers` says it.
+    alone : whether a row in which nobody is seen to begin is one turn of the user's; else nothing is known of it, nor of the others.
+    """
+    found = torch.zeros(ids.shape, dtype=torch.int16)
+    known = (valid & (ids >= 0)).cpu()
+    for row, (tokens, shows, real) in enumerate(zip(ids.cpu(), visual.cpu(), known, strict=True)):
+        begins, template = told(tokens[real].tolist())
+        first = next((who for who in begins if who is not None), None)
+        if first is None and not alone:
+            return None
+        number, speaker, said = 0, 1 if first in (None, -1) else 0, []
+        for who, silent, image in zip(begins, template, shows[real].tolist(), strict=True):
+            if who is not None:
+                number, speaker = number + (who == 1), who
+            ahead = not number and speaker == 0
+            said.append(TEMPLATE if silent and not (ahead or image) else speaker * max(number, 1))
+        place = (real.cumsum(0) - 1).clamp(min=0)
+        found[row] = torch.tensor(said or [0], dtype=torch.int16)[place]
+    return found.to(ids.device)
+
+
+def opened(openings: Mapping[int, tuple[int, ...]], ids: list[int]) -> Told:
+    """Say who begins to speak at each token, and which are the chat template's, by the tokens that open a turn."""
+    begins: list[int | None] = [None] * len(ids)
+    template = [False] * len(ids)
+    for speaker, opening in openings.items():
+        for i in range(len(ids) - len(opening) + 1):
+            if ids[i] == opening[0] and tuple(ids[i : i + len(opening)]) == opening:
+                begins[i] = speaker
+                template[i : i + len(opening)] = [True] * len(opening)
+    return begins, template

@@ -85,5 +85,9 @@ class Run:
         last = self.reached(schedule)
         return last is not None and step >= last
 
+    def stands_at(self, schedule: Tensor, step: int, branch: str | None) -> bool:
+        """Whether its last forward was at a step of `schedule`, and one of `branch` too."""
+        return self.reached(schedule) == step and branch in self._came
+
     def _shared(self, moment: Moment) -> tuple[Tensor, ...]:
         return tuple(schedule for schedule in moment.schedules if any(schedule is ours for ours in self._schedules))

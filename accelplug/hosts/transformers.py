@@ -12,6 +12,8 @@ a compiled decode step reads tensors only.
 from __future__ import annotations
 
 import inspect
+import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,18 +29,21 @@ from torch.nn.functional import pad
 
 from accelplug import compat
 from accelplug.call import AttentionCall, Clock, Place, Prompt, Rows, Site
+from accelplug.chat import speakers, tokenizer_of
 from accelplug.errors import NoMatchError, ShapeError, UnsupportedError
 from accelplug.families.vlm import Vlm, find
 from accelplug.hosts.blind import Blind
 from accelplug.hosts.generation import Generation
 from accelplug.hosts.images import ImageEncoder, VisionTower
 from accelplug.hosts.ledger import Event, Ledger
-from accelplug.hosts.prompts import NO_IMAGE, answering, asked_of, number_images, together, visual_tokens
+from accelplug.hosts.prompts import NO_IMAGE, answering, asked_of, number_images, opened, together, turns, visual_tokens
 from accelplug.hosts.record import Choice, Decide, given
 from accelplug.hosts.undo import Undo
 
 if TYPE_CHECKING:
     from accelplug.patches.base import GenerationPatch
+
+logger = logging.getLogger("accelplug")
 
 RUN = "accelplug_run"
 """The keyword argument that carries a `Run` from the decoder to the attention function."""
@@ -217,7 +222,7 @@ class AttentionRecord:
         if kwargs.get("dropout"):
             return "the call has dropout"
         if not torch.compiler.is_compiling() and patch is not None:
-            why = run.stream.lacks(patch.needs) or self.pruned(q, k, run, run.stream, patch.needs, kwargs)
+            why = self.pruned(q, k, run, run.stream, patch.needs, kwargs) or run.stream.lacks(patch.needs)
             if why is not None:
                 return why
         if patch is not None and "probabilities" in patch.needs and not self.explicit(kwargs):
@@ -244,6 +249,10 @@ class AttentionRecord:
         """Why it is not known which tokens the queries and keys are, or None."""
         if k.shape[2] < stream.tokens and not self.slides(run, kwargs):
             return f"the cache was pruned to {k.shape[2]} keys of {stream.tokens} tokens: which are the image's is not known"
+        if run.cache is None and run.clock.phase == "prefill" and k.shape[2] > stream.tokens:
+            return (
+                f"there are keys of {k.shape[2]} tokens and {stream.tokens} are known: the cache of the others was not found"
+            )
         new = stream.prompt.image.shape[1] - stream.prompt.past
         if run.clock.phase == "prefill" and q.shape[2] < new and {"hidden_states", "blind"} & needs:
             return f"the layer is given the last {q.shape[2]} of {new} tokens alone"
@@ -370,6 +379,7 @@ class LanguageHost:
         self.family: Vlm | None = find(model)
         self.signature, self.outer = (inspect.signature(type(m).forward) for m in (self.base, model))
         self.skipped: dict[str, str] = {}
+        self._said = False
         self.sees = self.family is not None or getattr(self.base.config, "vision_config", None) is not None
         """Whether the model looks at images."""
         self.tensor_parallel = _tensor_parallel(model)
@@ -392,17 +402,24 @@ class LanguageHost:
             records.append(
                 AttentionRecord(self, len(records), module, site, module.config, decide(site, None, Clock(phase="prefill")))
             )
-        text = self.model.config.get_text_config()
-        for patch in {id(r.choice.patch): r.choice.patch for r in records if r.choice.patch is not None}.values():
-            sites = [record.site for record in records if record.choice.patch is patch]
-            patch.check(sites, text.num_attention_heads, text.hidden_size)
         if not records:
             raise NoMatchError(
                 f"{type(self.model).__name__} has no attention that can be entered: expected modules with layer_idx, config and "
                 f"num_key_value_groups that call transformers' attention interface, found {len(modules)} such modules, of which "
                 f"{len(self.skipped)} do not call it."
             )
+        self._check(records)
         return records
+
+    def _check(self, records: list[AttentionRecord]) -> None:
+        """Have patches refuse what cannot work on this model, where the rules put them; those around generate may look everywhere."""
+        text, everywhere = self.model.config.get_text_config(), [record.site for record in records]
+        sizes = (getattr(text, name, None) for name in ("num_attention_heads", "hidden_size"))
+        heads, width = (size if isinstance(size, int) else sys.maxsize for size in sizes)
+        for around in self.generation.patches:
+            around.check(everywhere, heads, width)
+        for patch in {id(r.choice.patch): r.choice.patch for r in records if r.choice.patch is not None}.values():
+            patch.check([record.site for record in records if record.choice.patch is patch], heads, width)
 
     # ------------------------------------------------------------------------------------------------- in and out
 
@@ -550,7 +567,8 @@ class LanguageHost:
         known = begun.prompt
         more = ids.shape[1] - known.image.shape[1]
         valid = self._valid(inputs, 0, ids.shape[1], known.image)
-        prompt = Prompt(pad(known.image, (0, more)), valid, known.length, 0, answering(valid, more + 1), ids)
+        answers, spoken = answering(valid, more + 1), _fitted(known.turns, ids.shape[1])
+        prompt = Prompt(pad(known.image, (0, more)), valid, known.length, 0, answers, ids, spoken)
         stream = Stream(self, prompt, begun.states, tokens=ids.shape[1])
         self._prepare_blind(stream, inputs)
         run.stream, run.clock = stream, PREFILL
@@ -573,13 +591,36 @@ class LanguageHost:
         answers = answering(valid[:, past:], _ASKED.get())
         if known is None:
             length = new - answers + 1 if isinstance(answers, int) else answers[:, :1] + 1
-            return Prompt(image, valid, length, 0, answers, ids)
+            return self._spoken(Prompt(image, valid, length, 0, answers, ids))
         before = pad(known.image[:, :past], (0, past - min(past, known.image.shape[1])))
         was_valid = pad(known.valid[:, :past], (0, past - min(past, known.valid.shape[1])), value=True)
         valid = torch.cat([was_valid, valid[:, past:]], 1)
         image = torch.where(image > 0, image + before.amax(-1, keepdim=True), image)
         prompt = Prompt(torch.cat([before, image], 1), valid, past + new, past, answers, _joined(known.ids, ids, past))
-        return replace(prompt, length=known.length) if prompt.drafts else prompt
+        return (
+            replace(prompt, length=known.length, turns=_fitted(known.turns, past + new))
+            if prompt.drafts
+            else self._spoken(prompt)
+        )
+
+    def _spoken(self, prompt: Prompt) -> Prompt:
+        """The same, with whose turn its tokens are in, where a tokenizer or the family's own tokens say so."""
+        processor = self.generation.processor if "turns" in self.needs else None
+        openings = self.family.turns if self.family is not None else {}
+        if prompt.ids is None or not prompt.shows or not (processor or openings):
+            found = None
+        elif processor is not None:
+            found = turns(prompt.ids, prompt.visual, prompt.valid, partial(speakers, tokenizer_of(processor)), alone=True)
+        else:
+            found = turns(prompt.ids, prompt.visual, prompt.valid, partial(opened, openings), alone=False)
+        if found is None and "turns" in self.needs and bool(prompt.system.any()) and not self._said:
+            self._said = True
+            logger.warning(
+                "%s: whose turn text is in cannot be told, so that all text ahead of the first image is taken for the system's. Pass "
+                "the processor: accelplug.apply(model, recipe, processor=processor)",
+                self.owner.recipe.name,
+            )
+        return replace(prompt, turns=found)
 
     def _keep(self, stream: Stream, cache: Any) -> None:
         setattr(cache, STREAM, stream)
@@ -744,6 +785,13 @@ def _tokens(stream: Stream, cache: Any, past: int, new: int, inputs: dict[str, A
     if not told and past < stream.tokens and stream.keys != compat.keys_at(cache):
         told.append(stream.tokens + new)
     return max(past + new, *told) if told else past + new
+
+
+def _fitted(turns: Tensor | None, tokens: int) -> Tensor | None:
+    """Whose turn so many tokens are in: those that are not known go on with the last one."""
+    if turns is None:
+        return None
+    return torch.cat([turns[:, :tokens], turns[:, -1:].expand(-1, max(0, tokens - turns.shape[1]))], 1)
 
 
 def _joined(known: Tensor | None, new: Tensor | None, past: int) -> Tensor | None:

@@ -13,7 +13,7 @@ import yaml
 
 from accelplug.comparison.ranks import is_first, write
 from accelplug.errors import AccelplugError
-from accelplug.recipe import SCHEMA, ModelFacts, Recipe
+from accelplug.recipe import SCHEMA, ModelFacts, Recipe, model_name
 from accelplug.show import Shown
 from accelplug.table import Table as Tensors
 
@@ -121,8 +121,13 @@ class Tuned(Shown, Recipe):
         entry: dict[str, Any] = {"summary": self.summary}
         entry |= _referring(self.proven.recipe, Path(path)) if self.proven else {"rules": [{"patch": "dense"}]}
         entry["measured"] = [row.model_dump(exclude_defaults=True) for row in self.measured]
-        name = Path(path).stem.lower().replace(" ", "-")
-        file = {"schema": SCHEMA, "model": name, "match": match, "default": "tuned", "recipes": {"tuned": entry}}
+        file = {
+            "schema": SCHEMA,
+            "model": model_name(Path(path)),
+            "match": match,
+            "default": "tuned",
+            "recipes": {"tuned": entry},
+        }
         return write(path, yaml.safe_dump(_plain(file), sort_keys=False, width=120))
 
     def to_html(self, path: str | Path) -> Path:

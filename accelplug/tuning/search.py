@@ -198,6 +198,8 @@ class Search:
     forecast: Forecast | None = None
     candidates: list[Candidate] = field(default_factory=list)
     points: dict[Candidate, Point] = field(default_factory=dict)
+    scores: dict[Candidate, dict[Pair, dict[str, float]]] = field(default_factory=dict)
+    """What each bound's metric says of each run."""
     ladders: list[list[Cache]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -356,11 +358,23 @@ class Search:
                 candidate = next((c for c in held if self.points[c].margin > self.lost), held[0])
                 point, margin = self.points[candidate], self.points[candidate].margin
                 self._run(candidate, self.unseen)
+                self._tell_of_the_proof(candidate)
                 point.verdict = "proven" if point.margin >= 0 else "overturned"
                 if point.verdict == "proven" and point.speedup >= WORTH:
                     return True
                 self.lost = max(self.lost, margin - point.margin)
         return False
+
+    def _tell_of_the_proof(self, candidate: Candidate) -> None:
+        """Where a prompt was held out, all that is told of a finalist is of that prompt: what a `measured` row names, `verify` can run."""
+        if {prompt for prompt, _ in self.seen} & {prompt for prompt, _ in self.unseen}:
+            return
+        row, point = self.study.rows[self.points[candidate].name], self.points[candidate]
+        row.samples = [sample for sample in row.samples if (sample.prompt, sample.seed) in self.unseen]
+        point.runs, point.worst, point.worst_run = 0, {}, None
+        for pair in self.unseen:
+            point.add(pair, self.scores[candidate][pair], self.bounds)
+        self._compare_times()
 
     def result(self) -> Tuned:
         """Put the recipe, its measurement and the front together."""
@@ -460,8 +474,10 @@ class Search:
             name, candidate.rules(), 0, 0.0, {}, math.inf, foretold=self._foretold(candidate)
         )
         self.tell(f"{name}, seeds {', '.join(str(seed) for _, seed in pairs)}; best so far {self._best()}", self.spent_s)
-        for pair, values in self.crew.run(Order(tuple(pairs), name, kind, candidate.rules())).items():
+        scores = self.crew.run(Order(tuple(pairs), name, kind, candidate.rules()))
+        for pair, values in scores.items():
             point.add(pair, values, self.bounds)
+        self.scores.setdefault(candidate, {}).update(scores)
         self.points[candidate] = point
         self._compare_times()
         if candidate in self._holding()[:1] and point.speedup > 1:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from accelplug import compat
+from accelplug import compat, files
 from accelplug.comparison import arguments
 from accelplug.comparison.environment import device_name
 from accelplug.comparison.questions import Asker, Item, digest, figures, require_pictures
@@ -63,13 +63,28 @@ def verify(
     AccelplugError
         If no row was measured, or a row names no prompt and no inputs are given.
     """
-    recipes = [recipe] if isinstance(recipe, Recipe) else list(read_file(Path(recipe)).recipes.values())
-    rows = [(found, row) for found in recipes for row in found.measured]
-    if not rows:
-        raise AccelplugError(f"{recipe} has no measured rows to verify; `accelplug tune` and `compare --record` write them.")
-    pipe, processor = model_in(pipe), processor or compat.processor_of(pipe)
+    rows, pipe, processor = measured(recipe), model_in(pipe), processor or compat.processor_of(pipe)
     given = [_given(pipe, found, row, inputs, processor) for found, row in rows]  # all, before the first is run
     return [_verdict(pipe, *pair, asked, progress, processor) for pair, asked in zip(rows, given, strict=True)]
+
+
+def measured(recipe: str | Path | Recipe) -> list[tuple[Recipe, Measured]]:
+    """Return the `measured` rows of a recipe or of a file, each with its recipe.
+
+    Raises
+    ------
+    AccelplugError
+        If there are none, or the file cannot be read.
+    """
+    if isinstance(recipe, Recipe):
+        recipes, name = [recipe], recipe.name
+    else:
+        path = files.path_of(recipe, "A recipe file")
+        recipes, name = list(read_file(path).recipes.values()), str(path)
+    rows = [(found, row) for found in recipes for row in found.measured]
+    if not rows:
+        raise AccelplugError(f"{name} has no measured rows to verify; `accelplug tune` and `compare --record` write them.")
+    return rows
 
 
 def _given(pipe: Any, recipe: Recipe, row: Measured, inputs: Any, processor: Any) -> Any:

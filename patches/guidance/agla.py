@@ -15,7 +15,7 @@ shows: +1.4 points of hallucination (95 %: -0.8 to +3.9), at 0.29 of the speed. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -32,6 +32,7 @@ from accelplug.patches.guidance.gaze import (
     highest,
     in_order,
     look,
+    numbers,
     rows_with_a_picture,
     upsampled,
 )
@@ -39,6 +40,7 @@ from accelplug.patches.guidance.gaze import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from accelplug.call import Site
     from accelplug.patches.base import Tools
 
 BLIP_MEAN, BLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -136,6 +138,9 @@ class Agla(GenerationPatch):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self._blip: tuple[Any, Any] | None = None
+
+    def check(self, sites: Sequence[Site], heads: int, width: int) -> None:
+        numbers(self.config.layers, sites[0].layers)
 
     def generate(self, model: Any, call: Callable[..., Any], inputs: dict[str, Any], tools: Tools) -> Any:
         alpha, beta = self.config.alpha, self.config.beta

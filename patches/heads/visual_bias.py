@@ -57,7 +57,7 @@ class VisualBias(Patch):
         control_seed: Seed | None = Field(None, description="Control: as many tokens, drawn with this seed. Ours.")
 
     cite = "arXiv 2603.03825, 2503.13107"
-    needs = frozenset({"scores"})
+    needs = frozenset({"scores", "turns"})
     speed = False
     config: Config
 

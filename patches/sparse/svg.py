@@ -143,7 +143,7 @@ class Svg(BlockSparse):
             key = (layout, None if weight is None else tuple(weight.tolist()))
             return self._tried.get(key, lambda: SvgParams(masks, rest_weight=weight))
         kept = state.setdefault("svg", Kept())
-        if kept.modes is not None and kept.step <= clock.step < kept.step + self.config.profile_interval:
+        if kept.modes is not None and kept.step < clock.step < kept.step + self.config.profile_interval:
             return SvgParams(masks, kept.modes, None, weight)
         kept.step, kept.modes = clock.step, None
         return SvgParams(masks, None, kept, weight)

@@ -1,0 +1,141 @@
+"""Models saved on disk, loaded for the command line: never from a hub, and whatever goes wrong is told in a sentence."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from accelplug import files
+from accelplug.comparison import ranks
+from accelplug.errors import AccelplugError, UnsupportedError
+
+Kind = Literal["pipeline", "language model"]
+
+
+def kind_of(folder: Path) -> Kind:
+    """Say what was saved to a folder, by the file that names it.
+
+    Raises
+    ------
+    AccelplugError
+        If it is no folder, or holds neither.
+    """
+    folder = files.path_of(folder, "The model's folder")
+    try:
+        if (folder / "model_index.json").is_file():
+            return "pipeline"
+        if (folder / "config.json").is_file():
+            return "language model"
+    except OSError as error:
+        raise AccelplugError(f"{folder} cannot be read: {error.strerror or error}.") from error
+    raise AccelplugError(
+        f"{folder} is no saved pipeline and no saved language model: expected a folder with model_index.json or config.json."
+    )
+
+
+def require_device(device: str | None) -> None:
+    """Refuse a device that is not there, ahead of the loading.
+
+    Raises
+    ------
+    AccelplugError
+        If nothing can be put on it.
+    """
+    if device is None:
+        return
+    with _told(f"The device {device!r} cannot be used"):
+        if torch.empty(1, device=device).is_meta:
+            raise ValueError("it holds no numbers")
+
+
+def pipeline(folder: Path, dtype: str = "auto", device: str | None = None) -> Any:
+    """Load a pipeline, onto the accelerator that is there if no device is named.
+
+    Raises
+    ------
+    AccelplugError
+        If the folder holds none, a file of it is missing or broken, or it does not fit the device.
+    """
+    from diffusers import DiffusionPipeline
+
+    if kind_of(folder) != "pipeline":
+        raise AccelplugError(f"{folder} is no saved pipeline: expected a folder with model_index.json.")
+    require_device(device)
+    wanted = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}
+    if device is None:
+        device = str(ranks.device() if ranks.launched() else torch.accelerator.current_accelerator() or "cpu")
+    with _told(f"{folder} cannot be loaded as a pipeline"), quietly():
+        pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **wanted)
+        _require_weights(pipe.components)
+        return pipe.to(device)
+
+
+def language_model(folder: Path, dtype: str = "auto", device: str | None = None, text: bool = False) -> tuple[Any, Any]:
+    """Load a vision-language model and its processor; with `text`, a language model and its tokenizer where it is no such.
+
+    Raises
+    ------
+    UnsupportedError
+        If the folder holds no such model, or a file of it is missing or broken.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+    kind_of(folder)
+    require_device(device)
+    cure = "Give a folder that the model and its processor or tokenizer were saved to with save_pretrained()"
+    with _told(f"{folder} cannot be loaded as a {'' if text else 'vision-'}language model", cure), quietly():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        sees = config.get_text_config() is not config
+        model_type, processor_type = (
+            (AutoModelForImageTextToText, AutoProcessor) if sees or not text else (AutoModelForCausalLM, AutoTokenizer)
+        )
+        model, told = model_type.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        if missing := sorted(told["missing_keys"]):
+            raise ValueError(f"its files hold no weights for {missing[0]} and {len(missing) - 1} more")
+        processor = processor_type.from_pretrained(folder, local_files_only=True)
+        model = model.eval() if dtype == "auto" else model.eval().to(getattr(torch, dtype))
+        return (model.to(device) if device else model), processor
+
+
+def _require_weights(components: dict[str, Any]) -> None:
+    """Raise ValueError where a module was left without numbers, since its files hold none."""
+    for name, part in components.items():
+        for path, weight in part.named_parameters() if isinstance(part, torch.nn.Module) else ():
+            if weight.is_meta:
+                raise ValueError(f"its files hold no weights for {path} of {name}")
+
+
+@contextlib.contextmanager
+def _told(what: str, cure: str = "") -> Iterator[None]:
+    """Tell what a library raises about a user's files or device; its errors are of many kinds, and many are long."""
+    try:
+        yield
+    except AccelplugError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UnsupportedError(f"{what}: {said.rstrip('.')}.{f' {cure}.' if cure else ''}") from error
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Silence the libraries' own bars and warnings inside: what matters of them is raised."""
+    import diffusers.utils.logging as of_diffusers
+    import transformers.utils.logging as of_transformers
+
+    libraries: Any = (of_diffusers, of_transformers)
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level, bars in before:
+            library.set_verbosity(level)
+            if bars:
+                library.enable_progress_bar()
