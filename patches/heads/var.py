@@ -22,7 +22,7 @@ from pydantic import Field
 from torch.nn.functional import pad
 
 from accelplug.errors import RecipeError
-from accelplug.kernels.spans import fit, last, only, read_rows, replace_rows, row_attention, with_masses
+from accelplug.kernels.spans import fit, last, only, read_rows, row_attention, with_masses
 from accelplug.patches.base import Config, Numbers, Patch
 
 if TYPE_CHECKING:
@@ -57,18 +57,16 @@ def sinks_of(hidden: Tensor, dims: Tensor, threshold: float) -> Tensor:
     return (normalised(hidden).abs() * dims[:, None]).amax(-1) >= threshold
 
 
-def redistribute(out: Tensor, sinks: Tensor, rest: Tensor, masses: Tensor, fraction: float, chosen: Tensor) -> Tensor:
-    """Move a fraction of the attention to sinks to the rest of the image, in chosen rows.
+def redistribute(out: Tensor, sinks: Tensor, rest: Tensor, masses: Tensor, fraction: float) -> Tensor:
+    """Move a fraction of the attention to sinks to the rest of the image.
 
     Parameters
     ----------
     out, sinks, rest : (B, H, S_q, D_v), the output and its parts from sinks and from image tokens that are none.
     masses : (B, H, S_q, 2), attention to sinks and to the rest.
-    chosen : bool (B, H, S_q).
     """
     gain = (masses[..., 0] / masses[..., 1].clamp(min=1e-9))[..., None]
-    moved = out.float() - fraction * sinks.float() + fraction * gain * rest.float()
-    return torch.where(chosen[..., None], moved, out.float()).to(out.dtype)
+    return (out.float() - fraction * sinks.float() + fraction * gain * rest.float()).to(out.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,11 +186,13 @@ class Var(Patch):
         visual = fit(params.visual, call).to(rest.device)
         out, masses = with_masses(tail, torch.stack([sinks, rest, visual], -1))
         chosen = self._chosen(masses[..., 1], masses[..., 2]) & rows[:, None, -number:]
+        whole = call.dense()
         if not bool(chosen.any()):
-            return call.dense()
+            return whole
         from_sinks, from_rest = (tail.dense(v=only(call.v, span)) for span in (sinks, rest))
-        moved = redistribute(out, from_sinks, from_rest, masses[..., :2], self.config.move_fraction, chosen)
-        return replace_rows(call, moved, number)
+        moved = redistribute(out, from_sinks, from_rest, masses[..., :2], self.config.move_fraction)
+        left, asked = whole[:, :, :-number], whole[:, :, -number:]  # rows that are not chosen stay the model's own
+        return torch.cat([left, torch.where(chosen[..., None], moved.to(whole.dtype), asked)], 2)
 
     def _decode(self, call: AttentionCall, params: Params) -> Tensor:
         assert params.sinks is not None
