@@ -313,7 +313,7 @@ ATTENTION_KWARGS = frozenset(
         "scaling", "dropout", "is_causal", "sliding_window", "s_aux", "softcap", "position_bias", "position_ids", "use_cache",
         "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "image_sizes", "past_key_values", "cache",
         "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "logits_to_keep", "use_kernels",
-        "token_type_ids", "mm_token_type_ids", "seq_idx", "attention_mask",
+        "token_type_ids", "mm_token_type_ids", "seq_idx", "attention_mask", "labels", "shift_labels",
     }
 )  # fmt: skip
 """What transformers' models pass on to the attention function. What is not here might change what attention is."""
@@ -472,15 +472,29 @@ ORIGIN = "_name_or_path"
 """Key of a config that says where a model was loaded from."""
 
 
+def crosses(cls: type) -> bool:
+    """Whether an attention class reads keys that are no tokens of its own sequence."""
+    forward = inspect.signature(inspect.getattr_static(cls, "forward")).parameters
+    return not {"cross_attention_states", "encoder_hidden_states"}.isdisjoint(forward)
+
+
+def must_be_given(base: Any) -> set[str]:
+    """Return what a base model's forward cannot do without, but for tokens."""
+    parameters = inspect.signature(type(base).forward).parameters
+    required = {name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    return required - {"self", "input_ids"}
+
+
 def number_of_layers(decoder: Any) -> int:
     """Return how many layers a decoder has."""
     return len(decoder.layers) if hasattr(decoder, "layers") else decoder.config.num_hidden_layers
 
 
 def cache_layer(cache: Any, index: int) -> Any:
-    """Return a layer of a cache, or None."""
+    """Return a layer of a cache, or None; also where a layer of the model shares another's."""
     layers = getattr(cache, "layers", None)
-    return layers[index] if layers is not None and index < len(layers) else None
+    layer = layers[index] if layers is not None and index < len(layers) else None
+    return None if type(layer).__name__ == "DummyLayer" else layer
 
 
 def keys_at(cache: Any) -> int | None:

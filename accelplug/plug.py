@@ -8,7 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
@@ -342,6 +342,9 @@ class Plug(AbstractContextManager["Plug"]):
             return
         sites = [record.site for host in self._hosts for record in host.records if record.site]
         if not any(self.recipe.may_touch(site) for site in sites):
+            if any(self.recipe.may_touch(replace(site, kind="self")) for site in sites if site.kind == "cross"):
+                logger.warning("%s names cross-attention alone, which is left as it is: nothing changes.", self.recipe.name)
+                return
             kinds = Counter(site.kind for site in sites)
             raise NoMatchError(
                 f"No rule of {self.recipe.name} fits any attention of this model, which has "
@@ -569,7 +572,7 @@ class Plug(AbstractContextManager["Plug"]):
 
     def summary(self) -> str:
         """One line: which recipe, how many attention modules of how many it may touch, in which denoisers."""
-        sites = self.sites
+        sites = [site for site in self.sites if site.kind != "cross"]
         touched = sum(self.recipe.may_touch(site) for site in sites)
         where = ", ".join(f"{host.name} ({type(host.root).__name__})" for host in self._hosts)
         gone = ", ".join(host.name for host in self._replaced())

@@ -37,7 +37,7 @@ from accelplug.hosts.generation import Generation
 from accelplug.hosts.images import ImageEncoder, VisionTower
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.prompts import NO_IMAGE, answering, asked_of, number_images, opened, together, turns, visual_tokens
-from accelplug.hosts.record import Choice, Decide, given
+from accelplug.hosts.record import DENSE, Choice, Decide, given
 from accelplug.hosts.undo import Undo
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Stream:
         if not self.host.sees:
             return None
         if not self.prompt.shows:
-            return NO_IMAGE
+            return self.host.no_image
         if "whole_prompt" in needs and not self.prompt.asks:
             return "the labels ask for tokens ahead of the image; give the prompt's the label -100"
         return None
@@ -384,7 +384,10 @@ class LanguageHost:
         """Whether the model looks at images."""
         self.tensor_parallel = _tensor_parallel(model)
         self.records = self._records(decide)
-        self.visual_tokens = visual_tokens(self.base.config)
+        crosses = any(record.site.kind == "cross" for record in self.records)
+        self.visual_tokens = {} if crosses else visual_tokens(self.base.config)
+        self.no_image = "its images are read by cross-attention, and are no tokens of the prompt" if crosses else NO_IMAGE
+        self._require_readings(crosses)
         self.images = ImageEncoder(self.base)
         self.tower = VisionTower(self.base) if "vision_attention" in self.needs else None
         self.streams: WeakSet[Any] = WeakSet()
@@ -398,10 +401,12 @@ class LanguageHost:
             if not compat.looks_kernel_up(type(module)):
                 self.skipped[path] = f"{type(module).__name__} does not ask transformers for its attention function"
                 continue
-            site = Site(path, self.name, "self", module.layer_idx, layers)
-            records.append(
-                AttentionRecord(self, len(records), module, site, module.config, decide(site, None, Clock(phase="prefill")))
-            )
+            cross = compat.crosses(type(module))
+            if cross:
+                self.skipped[path] = f"{type(module).__name__} reads keys that are no tokens of the prompt"
+            site = Site(path, self.name, "cross" if cross else "self", module.layer_idx, layers)
+            choice = DENSE if cross else decide(site, None, PREFILL)
+            records.append(AttentionRecord(self, len(records), module, site, module.config, choice))
         if not records:
             raise NoMatchError(
                 f"{type(self.model).__name__} has no attention that can be entered: expected modules with layer_idx, config and "
@@ -421,6 +426,23 @@ class LanguageHost:
         for patch in {id(r.choice.patch): r.choice.patch for r in records if r.choice.patch is not None}.values():
             patch.check([record.site for record in records if record.choice.patch is patch], heads, width)
 
+    def _require_readings(self, crosses: bool) -> None:
+        """Refuse patches that have a prompt read without its images where a model's layers cannot be run alone."""
+        if "blind" not in self.needs:
+            return
+        reason = None
+        if crosses:
+            reason = "its images are read by cross-attention, and are no tokens that could be left out"
+        elif not hasattr(self.decoder, "layers"):
+            reason = f"its decoder, {type(self.decoder).__name__}, has no layers that can be run one by one"
+        elif required := compat.must_be_given(self.base):
+            reason = f"it cannot be read without {', '.join(sorted(required))}"
+        if reason is not None:
+            raise UnsupportedError(
+                f"{type(self.model).__name__} is read by this recipe a second time without its images, which cannot be done: {reason}. "
+                "Take visual_bias, var or pai."
+            )
+
     # ------------------------------------------------------------------------------------------------- in and out
 
     def install(self, undo: Undo) -> None:
@@ -431,7 +453,8 @@ class LanguageHost:
             _users.add(self)
             compat.register_attention(compat.ATTENTION, _dispatch)
         for record in self.records:
-            if self.watched or record.choice.patch is not None or record.choice.reason is not None:
+            choice = record.choice
+            if (self.watched and record.site.kind == "self") or choice.patch is not None or choice.reason is not None:
                 undo.put(record.module, STREAM, record)
                 undo.put(record.module, "config", compat.config_view(record.config, compat.ATTENTION))
         self.images.install(undo)

@@ -1,0 +1,164 @@
+"""Models that read images otherwise: by cross-attention, ahead of a decoder of their own, or with keys that layers share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+import accelplug
+from accelplug.errors import FallbackError, UnsupportedError
+from tests.test_language_host import LOUD, WORKING, recipe
+from tests.tiny_language_models import CLOSE, IMAGE, OPEN, TEXT, forward, generate
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def given(ids: list[int], **more: Any) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long), **more}
+
+
+def mllama() -> tuple[Any, dict[str, torch.Tensor]]:
+    """Layers 1 and 3 read image patches, the others the text; their gates are open."""
+    torch.manual_seed(0)
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+    }
+    tiles = {"image_size": 32, "patch_size": 8, "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]}
+    config = hf.MllamaConfig(
+        vision_config={**vision, **tiles, "vision_output_dim": 64, "intermediate_layers_indices": [0]},
+        text_config={**TEXT, "cross_attention_layers": [1, 3]},
+        image_token_index=IMAGE,
+    )
+    model = hf.MllamaForConditionalGeneration(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "gate" in name and "mlp.gate" not in name:
+            parameter.data.fill_(1.0)
+    one = torch.ones(1, 1, dtype=torch.long)
+    pixels = {"pixel_values": torch.randn(1, 1, 1, 3, 32, 32), "aspect_ratio_ids": one, "aspect_ratio_mask": one[..., None]}
+    return model, given([5, 6, 7, IMAGE, 9, 10, 11, 12], **pixels)
+
+
+def instruct_blip() -> tuple[Any, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    config = hf.InstructBlipConfig(
+        vision_config={**VISION, "image_size": 32, "patch_size": 8},
+        qformer_config={**VISION, "vocab_size": 512, "encoder_hidden_size": 32, "cross_attention_frequency": 1},
+        text_config={"model_type": "llama", **TEXT},
+        num_query_tokens=4,
+        image_token_index=IMAGE,
+    )
+    asked = torch.tensor([[5, 6, 7]])
+    more = {"pixel_values": torch.randn(1, 3, 32, 32), "qformer_input_ids": asked, "qformer_attention_mask": asked > 0}
+    model = hf.InstructBlipForConditionalGeneration(config).eval().requires_grad_(False)
+    return model, given([IMAGE] * 4 + [5, 6, 7, 9, 10], **more)
+
+
+def llama4() -> Any:
+    vision = {**VISION, "intermediate_size": 128, "image_size": 32, "patch_size": 8, "vision_output_dim": 32}
+    sizes = {"projector_input_dim": 32, "projector_output_dim": 32, "pixel_shuffle_ratio": 0.5}
+    text = {**TEXT, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64, "num_experts_per_tok": 1}
+    return hf.Llama4ForConditionalGeneration(hf.Llama4Config(vision_config={**vision, **sizes}, text_config=text)).eval()
+
+
+def gemma4() -> tuple[Any, dict[str, torch.Tensor]]:
+    """The last two layers read the keys of the first two, one of them in a window, and the last tokens alone where no more is asked."""
+    torch.manual_seed(0)
+    text = {**TEXT, "head_dim": 16, "global_head_dim": 16, "sliding_window": 8, "num_kv_shared_layers": 2}
+    more = {"layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8}
+    pooled = {"patch_size": 8, "pooling_kernel_size": 2, "default_output_length": 4, "position_embedding_size": 64}
+    config = hf.Gemma4Config(
+        text_config={**text, **more, "vocab_size_per_layer_input": 512},
+        vision_config={**VISION, "num_key_value_heads": 2, "head_dim": 16, **pooled},
+        audio_config=None,
+        image_token_id=IMAGE,
+        boi_token_id=OPEN,
+        eoi_token_id=CLOSE,
+    )
+    model = hf.Gemma4ForConditionalGeneration(config).eval().requires_grad_(False)
+    ids = [5, 6, 7, OPEN, *[IMAGE] * 4, CLOSE, *range(9, 22)]
+    places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1).reshape(1, 16, 2)
+    pixels = {"pixel_values": torch.randn(1, 16, 3 * 8 * 8), "image_position_ids": places}
+    return model, given(ids, mm_token_type_ids=(torch.tensor([ids]) == IMAGE).int(), **pixels)
+
+
+# ------------------------------------------------------------------------------------------------------------ cross-attention
+
+
+def test_cross_attention_is_left_as_it_is():
+    """Its keys are image patches, at none of the prompt's positions."""
+    model, inputs = mllama()
+    plain, tokens = forward(model, inputs), generate(model, inputs)
+    with accelplug.apply(model, {**LOUD, "where": {"layers": [1, 3]}}, strict=True) as plug:
+        assert torch.equal(forward(model, inputs), plain)
+        assert not plug.report().served
+        assert any("cross_attn" in module for module in plug.report().skipped)
+    with accelplug.apply(model, LOUD) as plug:
+        assert torch.equal(forward(model, inputs), plain)
+        assert torch.equal(generate(model, inputs), tokens)
+        assert not plug.report().served
+        assert all("cross-attention" in reason for reason in plug.report().fallbacks)
+        assert "touches 2 of 2" in plug.summary()
+    with accelplug.apply(model, LOUD, strict=True), pytest.raises(FallbackError, match="cross-attention"):
+        forward(model, inputs)
+
+
+@pytest.mark.parametrize("build", [mllama, instruct_blip, llama4])
+def test_models_that_cannot_be_read_without_their_images_are_refused_at_apply(build):
+    made = build()
+    model = made[0] if isinstance(made, tuple) else made
+    with pytest.raises(UnsupportedError, match="a second time without its images"):
+        accelplug.apply(model, recipe("vhr"))
+
+
+def test_a_decoder_that_is_called_past_its_model_is_counted():
+    model, inputs = instruct_blip()
+    plain = forward(model, inputs)
+    with accelplug.apply(model, recipe("pai")) as plug:
+        assert not torch.equal(forward(model, inputs), plain)
+        assert plug.report().served == {"pai": 4}
+        generate(model, inputs)
+        assert any("past its model" in reason for reason in plug.report().fallbacks)
+
+
+# ------------------------------------------------------------------------------------------------------------------ shared keys
+
+
+@pytest.mark.parametrize("patch", ["visual_bias", "gift", "pai"])
+def test_layers_that_share_keys(patch):
+    """A prompt whole, its last token alone, decode steps, and all of them read at once say the same."""
+    model, inputs = gemma4()
+    one = recipe(patch, {**WORKING[patch], "enhance": [2, 4]} if patch == "gift" else None)
+    plain = forward(model, inputs)
+    with accelplug.apply(model, one, strict=True):
+        whole = forward(model, inputs)
+        assert not torch.equal(whole, plain)
+        torch.testing.assert_close(
+            forward(model, {**inputs, "logits_to_keep": 1})[:, -1], whole[:, -1], atol=2e-5, rtol=1e-4
+        )
+        out = generate(model, inputs, 4, output_logits=True, return_dict_in_generate=True)
+        answer = out.sequences[:, -4:]
+        more = {
+            "input_ids": answer,
+            "attention_mask": torch.ones_like(answer),
+            "mm_token_type_ids": torch.zeros_like(answer),
+        }
+        labelled = {**inputs, **{name: torch.cat([inputs[name], new], 1) for name, new in more.items()}}
+        labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answer], 1)
+        read = forward(model, {**labelled, "labels": labels})[:, -5:-1]
+        torch.testing.assert_close(read, torch.stack(out.logits, 1), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("patch", ["var", "vhr"])
+def test_layers_that_are_given_the_last_tokens_alone_are_counted(patch):
+    model, inputs = gemma4()
+    with accelplug.apply(model, recipe(patch)) as plug:
+        generate(model, inputs, 2)
+        assert {reason.split(": ")[0] for reason in plug.report().fallbacks} == {"layers.2.self_attn", "layers.3.self_attn"}
+        assert all("tokens alone" in reason for reason in plug.report().fallbacks)
