@@ -91,11 +91,14 @@ def calibrate(
         given = [{"prompt": item} if isinstance(item, str) else item for item in given]
     runs = arguments.calls(pipe, given, "calibrate")
     arguments.calls(pipe, [inputs or {}], "calibrate")
+    for name, settings in {"config": config, "options": options}.items():
+        if not isinstance(settings, Mapping | None):
+            raise AccelplugError(f"calibrate, {name}: expected a mapping of settings, got {settings!r}.")
     facts = model_facts(pipe)
     base = load(recipe, facts) if patch == "rest" else None
     task = Task(patch, dict(config or {}), dict(options or {}), base)
     task.make()  # so that a wrong knob is told before anything runs
-    if dense_steps:
+    if dense_steps is not None:
         load({"rules": [{"where": {"steps": dense_steps}, "patch": "dense"}]}, facts)
     place = None if path is None else Files(files.output(path, "calibrate writes a recipe", (".yaml", ".yml")))
     if place is not None and (there := place.in_the_way()):
@@ -253,7 +256,9 @@ class Task:
         """Return the rules of the recipe, as plain data but for the tables."""
         if self.base is not None:
             return [rule for found in self.base.rules for rule in self._weighted(found, study, tables)]
-        rules: list[dict[str, Any]] = [{"where": {"steps": dense_steps}, "patch": "dense"}] if dense_steps else []
+        rules: list[dict[str, Any]] = (
+            [{"where": {"steps": dense_steps}, "patch": "dense"}] if dense_steps is not None else []
+        )
         for denoiser, calibration in study.calibrations.items():
             where = {"denoiser": denoiser} if len(study.calibrations) > 1 else {}
             mine = {key: tables[study.key(denoiser, key)] for key in calibration.axes}

@@ -409,7 +409,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         inputs=_pipeline_settings(options),
         seed=options.seed,
         buckets=options.buckets,
-        dense_steps=options.dense_steps,
+        dense_steps=options.dense_steps or None,
     )
     _console().print(recipe.describe(), highlight=False)
     print(f"wrote {output} and the tables beside it")

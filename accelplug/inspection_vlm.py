@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from accelplug import chat, compat, files
 from accelplug.call import AttentionCall, Clock, Prompt, Site
-from accelplug.errors import AlreadyAppliedError, NoMatchError, ShapeError, UnsupportedError
+from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, ShapeError, UnsupportedError
 from accelplug.families.vlm import Vlm, find, token_grid
 from accelplug.hosts.blind import Blind
 from accelplug.hosts.ledger import Ledger
@@ -110,6 +110,16 @@ def summary(model: Any) -> LanguageInspection:
         modules=modules,
         recipes=recipes_for(model_facts(model), sites),
     )
+
+
+def _require_inputs(inputs: Any) -> None:
+    """Refuse inputs that no processor made."""
+    found = inputs.get("input_ids", inputs.get("inputs_embeds")) if isinstance(inputs, Mapping) else None
+    if not isinstance(found, torch.Tensor) or found.ndim != (3 if found.is_floating_point() else 2):
+        got = ", ".join(map(str, inputs)) if isinstance(inputs, Mapping) else type(inputs).__name__
+        raise AccelplugError(
+            f"inspect: expected what the processor makes of text and images, with input_ids (B, S) among it, got {got or 'none'}."
+        )
 
 
 def ask(processor: Any, picture: Path, prompt: str) -> dict[str, Any]:
@@ -320,6 +330,7 @@ def inspect_vlm(model: Any, inputs: Mapping[str, Any]) -> VlmInspection:
             f"The heads of this {name} are spread over processes, expected all in one. Load it on one device."
         )
     base, watch = host.base, _Watch()
+    _require_inputs(inputs)
     inputs = {key: x.to(model.device) if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
     with Undo() as undo, torch.no_grad():
         undo.add(partial(compat.set_position_offset, base, compat.position_offset(base)))

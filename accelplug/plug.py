@@ -105,6 +105,9 @@ def apply(
         If the model's attention cannot be swapped (linear attention), a patch of the recipe is for other models, or a library newer
         than what accelplug was tested with no longer keeps what it relies on.
     """
+    for name, given in {"strict": strict, "deterministic": deterministic}.items():
+        if not isinstance(given, bool):
+            raise AccelplugError(f"{name} must be True or False, got {given!r}.")
     if choices is not None:
         gate, backend = _replayed(choices)
     elif deterministic:
@@ -141,7 +144,7 @@ def _replayed(choices: Mapping[str, Any]) -> tuple[str, str]:
     """The gate and the backend of stored choices."""
     expected = {"recipe", "gate", "backend", "verdicts", "kernels"}
     if not isinstance(choices, Mapping) or not expected <= set(choices):
-        found = sorted(choices) if isinstance(choices, Mapping) else type(choices).__name__
+        found = list(map(str, choices)) if isinstance(choices, Mapping) else type(choices).__name__
         raise AccelplugError(f"choices must be what plug.choices gave, with {sorted(expected)}, got {found}.")
     return choices["gate"], choices["backend"]
 

@@ -253,8 +253,8 @@ def patch_entry(name: str) -> PatchEntry:
     NoMatchError
         If there is no patch of that name.
     """
-    if name not in _PATCHES:
-        raise NoMatchError(f"There is no patch {name!r}{nearest(name, _PATCHES)}. Known: dense, {', '.join(_PATCHES)}.")
+    if not isinstance(name, str) or name not in _PATCHES:
+        raise NoMatchError(f"There is no patch {name!r}{nearest(str(name), _PATCHES)}. Known: dense, {', '.join(_PATCHES)}.")
     return _PATCHES[name]
 
 

@@ -12,20 +12,25 @@ import os
 import random
 import shutil
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
 import torch
 import yaml
+from diffusers import WanPipeline
 from patch_rows import ROWS
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import accelplug
-from accelplug import zoo
+from accelplug import files, zoo
 from accelplug.cli import main
+from accelplug.comparison.vlm import Outcome, VlmComparison
 from accelplug.errors import AccelplugError
-from accelplug.recipe import CACHES, ModelFacts, describe, load, read_file, shipped_files
+from accelplug.recipe import CACHES, ModelFacts, describe, load, model_name, read_file, shipped_files
 from accelplug.registry import list_patches, patch_class
 from accelplug.table import Origin
 from accelplug.tuning.journal import Journal
@@ -549,3 +554,236 @@ def test_models_with_spoiled_files(model, spoiled, around, capsys, tmp_path):
     else:
         (next(folder.glob("**/tokenizer.json"))).write_bytes(b"\xff{")
     refused(["compare", str(folder), "--prompt", "x", "--steps", "1", "--device", "cpu"], around, capsys)
+
+
+# ---------------------------------------------------------------------------------------------------- the public functions
+
+RUN = {"prompt": "x", "num_inference_steps": 1, "num_frames": 5, "height": 32, "width": 32}
+NOTHING = [3, "", "x", b"x", object(), [], {}, float("nan"), (), True, torch.zeros(2), Path("none"), Path("/")]
+"""What is no model, no recipe, no list of inputs and no path of a file."""
+NO_RECIPE = [
+    *NOTHING[:6],
+    {"x": 1},
+    {1: 2},
+    *NOTHING[7:8],
+    Path("none.yaml"),
+    "none.yaml",
+    "/",
+    {"patch": None},
+    {"rules": None},
+]
+SLIPS: dict[str, dict[str, list[Any]]] = {
+    "apply": {
+        "model": [None, *NOTHING],
+        "recipe": NO_RECIPE,
+        "gate": [None, 3, "on", True],
+        "backend": [None, 3, "tritn", []],
+        "choices": [3, "x", [], {}, {"recipe": 1}, dict.fromkeys(("recipe", "gate", "backend", "verdicts", "kernels"), 3)],
+        "strict": [None, "no", 1],
+        "deterministic": [None, "no", 1],
+    },
+    "remove": {"model": [None, *NOTHING]},
+    "inspect": {"model": [None, *NOTHING], "inputs": [3, "x", {}, []]},
+    "compare": {
+        "pipe": [None, *NOTHING, torch.nn.Linear(2, 2)],
+        "recipe": [*NO_RECIPE[:5], [3], ["no"], {"a": 3}],
+        "inputs": [None, *NOTHING, {"promt": "x"}, [3], {"prompt": 3}, {"prompt": "x", "generator": 3}],
+        "seeds": [None, 3, "x", [], [-1], [1.5], ["x"], [0, 0], float("nan")],
+    },
+    "tune": {
+        "pipe": [None, *NOTHING, torch.nn.Linear(2, 2)],
+        "inputs": [None, *NOTHING, {"promt": "x"}],
+        "budget": [3, "", "x", [], "psnr>26x", "psnr<=3", "fg_psnr>=3", "psnr>=nan", [3]],
+        "time_budget_s": [None, "x", float("nan"), -1, [], float("inf")],
+        "seeds": [None, "x", 0, 1, -3, 2.5, [], [1], [0, 0], float("nan")],
+        "patches": [3, "radial", ["no"], [3], ["vhr"]],
+        "resume": [3, "", Path("/"), Path("/none/j")],
+        "objective": ["nll", 3],
+    },
+    "calibrate": {
+        "pipe": [None, *NOTHING, torch.nn.Linear(2, 2)],
+        "patch": [*NOTHING, None, "no", "sol"],
+        "prompts": [None, 3, [], object(), [3], torch.zeros(2), {"promt": "x"}],
+        "config": [3, "x", [1], {"x": 1}, {"windows": 3}],
+        "options": [3, "x", [1], {"x": 1}, {"rows": 0}, {"rows": float("nan")}],
+        "inputs": [3, "x", [1], {"x": 1}],
+        "seed": [None, "x", -1, 1.5, float("nan"), 2**70],
+        "buckets": [None, 0, -1, "x", 1.5],
+        "dense_steps": [3.5, "x", "9:1", []],
+        "path": [3, "", Path("/"), Path("/none/b.yaml"), "b.txt", b"x"],
+    },
+    "verify": {"pipe": [None, *NOTHING], "recipe": [None, *NOTHING, "none.yaml", Path("/none.yaml")]},
+}
+
+
+@pytest.fixture(scope="module")
+def video():
+    return WanPipeline.from_pretrained(zoo.path())
+
+
+@pytest.mark.parametrize(("function", "argument"), [(name, slip) for name, slips in SLIPS.items() for slip in slips])
+def test_a_wrong_argument_is_refused_before_anything_runs(function, argument, wan, video, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(type(video.transformer), "forward", lambda *_, **__: pytest.fail("something ran"))
+    model = wan[0]
+    good = {
+        "apply": {"model": model, "recipe": {"patch": "radial"}},
+        "remove": {},
+        "inspect": {"model": model},
+        "compare": {"pipe": video, "recipe": "radial", "inputs": RUN, "progress": False},
+        "tune": {"pipe": video, "inputs": RUN, "progress": False},
+        "calibrate": {"pipe": video, "patch": "sta", "prompts": "x", "inputs": RUN, "progress": False},
+        "verify": {"pipe": video, "recipe": "none.yaml"},
+    }[function]
+    for bad in SLIPS[function][argument]:
+        with pytest.raises(AccelplugError) as caught:
+            getattr(accelplug, function)(**{**good, argument: bad})
+        assert str(caught.value).strip()
+    assert not list(tmp_path.iterdir())
+
+
+LANGUAGE_SLIPS = {
+    "compare": {"inputs": [3, "x", {}, [], object()], "processor": [None, 3, "x", object()], "recipe": [3, "no", ["no"]]},
+    "tune": {
+        "inputs": [3, "x", [], {}, [3], [{"text": "a"}], [{"text": 3, "answer": 4, "x": 5}]],
+        "processor": [None, 3, "x", object()],
+        "objective": ["x", 3],
+        "budget": ["psnr>=3", 3],
+        "patches": [["sol"], "vhr"],
+    },
+    "inspect": {"inputs": [3, "x", [], {"x": 1}, {"input_ids": 3}, {"input_ids": torch.zeros(3)}, {"input_ids": "x"}]},
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "argument"), [(name, slip) for name, slips in LANGUAGE_SLIPS.items() for slip in slips]
+)
+def test_a_wrong_argument_beside_a_language_model(function, argument, seeing, monkeypatch):
+    model, processor = seeing
+    monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("something ran"))
+    good = {"inputs": None, "processor": processor, "progress": False}
+    for bad in LANGUAGE_SLIPS[function][argument]:
+        with pytest.raises(AccelplugError):
+            getattr(accelplug, function)(model, **({} if function == "inspect" else good) | {argument: bad})
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    folder = zoo.path("llava-scenes")
+    return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------------- one by one, printed
+
+RAMP = {"from": 0, "to": 3, "over": "steps"}
+REFUSED = [
+    {"patch": "radial", "with": {"sink": RAMP}},
+    {"patch": "radial", "with": {"block": RAMP}},
+    {"patch": "sol", "with": {"band": RAMP}},
+    {"patch": "sol", "with": {"band": 10**30}},
+    {"patch": "sol", "with": {"order": "kmeans", "query_clusters": 10**12}},
+    {"patch": "bias", "with": {"strength": 1e308}},
+    {"patch": "tome", "with": {"ratio": {"from": 0, "to": 0.99999999, "over": "steps"}}},
+    {"patch": "radial", "where": {"tokens": ">=٣"}},
+    {"patch": "radial", "where": {"grid": "0x4x4"}},
+    {"patch": "radial", "where": {"layers": list(range(100_000))}},
+    {"patch": "radial", "where": {"layers": "9" * 5000}},
+    {"rules": [{"patch": "radial"}] * 40_000},
+    *(
+        {"rules": [{"patch": "dense"}], "cache": {"kind": kind, "with": settings}}
+        for kind, settings in (
+            ("first_block", {"threshold": "high"}),
+            ("first_block", {"threshold": -1}),
+            ("first_block", {"treshold": 0.1}),
+            ("mag", {"threshold": 0.1}),
+            ("mag", {"mag_ratios": []}),
+            ("mag", {"mag_ratios": [1.0], "num_inference_steps": 10**9}),
+            ("mag", {"mag_ratios": [1.0] * 20_000}),
+            ("taylorseer", {"cache_interval": 0}),
+            ("taylorseer", {"cache_identifiers": ["(a+)+$"]}),
+            ("taylorseer", {"cache_identifiers": ["["]}),
+            ("taylorseer", {"cache_identifiers": [".*.*.*.*x"]}),
+            ("taylorseer", {"cache_identifiers": "blocks"}),
+            ("taylorseer", {"max_order": 10**6}),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("recipe", REFUSED, ids=lambda recipe: str(recipe)[:70])
+def test_recipes_that_mean_nothing_are_refused_at_apply(recipe, wan):
+    start = time.process_time()
+    with pytest.raises(AccelplugError):
+        accelplug.apply(wan[0], recipe, gate="off")
+    assert time.process_time() - start < SOON_S
+
+
+@pytest.mark.parametrize("patch", [entry.name for entry in list_patches() if entry.family in ("sparse", "tokens", "bias")])
+def test_what_may_ramp_ramps(patch, wan):
+    model, inputs = wan
+    row = next((row for row in ROWS if row.patch == patch), None)
+    fields = patch_class(patch).Config.model_fields
+    common = dict(row.working) if row else {"strength": 0.5}
+    common |= {"block": 8, "backend": "reference"} if "block" in fields else {}
+    for field in fields:
+        setting = {field: {"from": 0.25, "to": 0.75, "over": "steps"}}
+        with (
+            soon(lambda setting=setting: accelplug.apply(model, {"patch": patch, "with": {**common, **setting}}, gate="off"))
+            or (_Nothing()) as plug,
+            torch.no_grad(),
+        ):
+            if plug is not None:
+                plug.step(1, 3)
+                assert model(**inputs)[0].isfinite().all()
+
+
+def test_bounds_on_tokens_may_have_space(wan):
+    model, inputs = wan
+    with accelplug.apply(
+        model, {"patch": "radial", "with": {"block": 8}, "where": {"tokens": " >=\t8 "}}, gate="off"
+    ) as plug:
+        with torch.no_grad():
+            model(**inputs)
+        assert plug.report().served
+
+
+def test_results_print_what_they_show(seeing):
+    found = accelplug.inspect(seeing[0])
+    assert "can be entered" in str(found)
+    assert str(found) == repr(found)
+    compared = VlmComparison("A", accelplug.Exam.scenes(4), [Outcome("dense", "dense")], {})
+    assert len(str(compared)) < 1000
+    assert "dense" in repr(compared)
+
+
+# ------------------------------------------------------------------------------------------------------------------ files
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    files.write(path, "one")
+    path.chmod(0o640)
+    (tmp_path / "link").symlink_to(path)
+    files.write(tmp_path / "link", "two")
+    assert (path.read_text(), path.stat().st_mode & 0o777, (tmp_path / "link").is_symlink()) == ("two", 0o640, True)
+    with pytest.raises(AccelplugError, match="No space left"):
+        files.write("/dev/full", "x" * 100)
+    with pytest.raises(AccelplugError, match="No space left"):
+        files.append(Path("/dev/full"), "x" * 100)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    for place in (path, tmp_path / "new.txt"):
+        with pytest.raises(AccelplugError, match="No space left"):
+            files.write(place, "three")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a.txt", "link"]
+    assert path.read_text() == "two"
+
+
+@pytest.mark.parametrize("name", ["tuned (1)", "Ärger", "...", "a b_c.d", "-x", "ÄÖ"])
+def test_every_file_name_makes_a_recipe_name(name, tmp_path):
+    text = f"schema: 1\nmodel: {model_name(tmp_path / f'{name}.yaml')}\nmatch: {{class: X}}\ndefault: a\n"
+    (tmp_path / f"{name}.yaml").write_text(text + "recipes: {a: {rules: [{patch: dense}]}}\n")
+    assert read_file(tmp_path / f"{name}.yaml").recipe()

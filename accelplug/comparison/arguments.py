@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from accelplug.chat import tokenizer_of
 from accelplug.errors import AccelplugError, UnsupportedError, nearest
 
 
@@ -26,6 +27,21 @@ def require_pipeline(pipe: Any, what: str) -> None:
         raise UnsupportedError(f"{what} runs a whole diffusers pipeline, got {type(pipe).__name__}. Pass the pipeline.")
 
 
+def require_processor(processor: Any, what: str) -> None:
+    """Refuse what is neither a processor nor a tokenizer.
+
+    Raises
+    ------
+    AccelplugError
+        If it is none.
+    """
+    if not hasattr(tokenizer_of(processor), "pad_token_id"):
+        got = "none" if processor is None else f"a {type(processor).__name__}"
+        raise AccelplugError(
+            f"{what} asks a language model through its processor or tokenizer, got {got}; pass processor=AutoProcessor..."
+        )
+
+
 def calls(pipe: Any, inputs: Any, what: str) -> list[dict[str, Any]]:
     """Return the arguments of a pipeline's calls, of which `inputs` is one mapping or several.
 
@@ -36,7 +52,7 @@ def calls(pipe: Any, inputs: Any, what: str) -> list[dict[str, Any]]:
     """
     if isinstance(inputs, str) or not isinstance(inputs, Mapping | Iterable | None):
         raise AccelplugError(f"{what}: expected a mapping of the pipeline's arguments or a list of such, got {inputs!r}.")
-    made = [inputs] if isinstance(inputs, Mapping) else list(inputs or ())
+    made = [inputs] if isinstance(inputs, Mapping) else list(() if inputs is None else inputs)
     if not made:
         raise AccelplugError(f"{what} needs inputs: arguments of the pipeline's call, such as {{'prompt': '...'}}.")
     taken = inspect.signature(type(pipe).__call__).parameters

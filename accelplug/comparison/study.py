@@ -123,10 +123,7 @@ def _examine(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool)
     from accelplug.comparison.exam import Exam
     from accelplug.comparison.vlm import compare_vlm
 
-    if processor is None:
-        raise AccelplugError(
-            "compare examines a vision-language model through its processor; pass processor=AutoProcessor..."
-        )
+    arguments.require_processor(processor, "compare")
     if not hasattr(processor, "image_processor"):
         raise AccelplugError(
             f"compare asks about pictures, and {type(processor).__name__} takes none. Pass a vision-language model's processor; "

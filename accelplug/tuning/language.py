@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from accelplug import compat
+from accelplug.comparison import arguments
 from accelplug.comparison.environment import device_name, environment
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.questions import Asker, Item, digest, figures, items, require_pictures, shifted_accuracy
@@ -90,10 +91,7 @@ def tune_language(
 
 def questions(model: Any, given: Any, processor: Any) -> tuple[Item, ...]:
     """Return what is asked: of an `Exam`, of mappings, or on generated scenes where nothing is given."""
-    if processor is None:
-        raise AccelplugError(
-            "tune puts questions to a language model through its processor; pass processor=AutoProcessor..."
-        )
+    arguments.require_processor(processor, "tune")
     if given is None and hasattr(processor, "image_processor"):
         return items(Exam.scenes())
     if not isinstance(given, Exam | Sequence) or isinstance(given, str):

@@ -122,7 +122,7 @@ def tune(
     """
     numbers = arguments.seeds_of(list(range(seeds)) if isinstance(seeds, int) else seeds, "tune")
     arguments.require_seconds(time_budget_s, "tune, time_budget_s")
-    if isinstance(patches, str):
+    if not (patches is None or (isinstance(patches, list | tuple | set) and all(isinstance(name, str) for name in patches))):
         raise AccelplugError(f"tune, patches: expected a list of names, got {patches!r}.")
     pipe, processor = model_in(pipe), processor or compat.processor_of(pipe)
     if is_language_model(pipe):
