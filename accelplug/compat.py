@@ -18,7 +18,7 @@ from typing import Any
 
 from accelplug.errors import UnsupportedError
 
-OLDEST = {"torch": "2.13", "diffusers": "0.40", "transformers": "5.17"}
+OLDEST = {"torch": "2.13", "diffusers": "0.41", "transformers": "5.17"}
 TESTED = {"torch": "2.13", "diffusers": "0.42", "transformers": "5.24"}
 """The oldest and the newest minor versions that the suite runs on. Others warn, and are checked; see `require`."""
 

@@ -286,7 +286,7 @@ def test_a_step_cache_that_cannot_be_had_is_refused_and_leaves_nothing():
     sparse_everywhere = {"rules": [{"patch": "radial"}], "cache": {"kind": "first_block"}}
     with pytest.raises(RecipeError, match="foretells a step from its first block"):
         accelplug.apply(pipe, sparse_everywhere)
-    with pytest.raises(UnsupportedError, match="diffusers refuses the cache mag"):
+    with pytest.raises(RecipeError, match="mag_ratios"):
         accelplug.apply(pipe, {"rules": [{"patch": "dense"}], "cache": {"kind": "mag"}})
     with pytest.raises(UnsupportedError, match="no module of transformer to hook"):  # its patterns do not fit Wan's names
         accelplug.apply(pipe, cached)

@@ -122,7 +122,7 @@ def tomorrow(monkeypatch, tmp_path) -> list[str]:
 
 
 def test_an_untested_version_warns_and_is_checked_once(tomorrow, monkeypatch):
-    with pytest.warns(UserWarning, match=r"tested with diffusers 0.40 to .*, found diffusers 99.1.0"):
+    with pytest.warns(UserWarning, match=r"tested with diffusers 0.41 to .*, found diffusers 99.1.0"):
         compat.require("diffusers")
     assert {"_listening", "_dynamo_globals"} <= set(tomorrow)
     assert "_lookup" not in tomorrow, "nobody asked for transformers"
