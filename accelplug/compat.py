@@ -485,6 +485,25 @@ def must_be_given(base: Any) -> set[str]:
     return required - {"self", "input_ids"}
 
 
+def attention_is_collected() -> bool:
+    """Whether a forward of this thread was asked for ``output_attentions``."""
+    from transformers.utils.output_capturing import _active_collector
+
+    return "attentions" in (_active_collector.get() or {})
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Have transformers collect nothing for a forward that is under way: layers are run that are none of its."""
+    from transformers.utils.output_capturing import _active_collector
+
+    token = _active_collector.set(None)
+    try:
+        yield
+    finally:
+        _active_collector.reset(token)
+
+
 def number_of_layers(decoder: Any) -> int:
     """Return how many layers a decoder has."""
     return len(decoder.layers) if hasattr(decoder, "layers") else decoder.config.num_hidden_layers
@@ -674,6 +693,7 @@ def contracts() -> Iterator[tuple[str, Callable[[], None]]]:
         "transformers: a decode step is handed the cache that read the prompt, and the cache takes attributes",
         _cache_contract,
     )
+    yield "transformers: attention is collected from what attention modules return", _collected
     yield "transformers: a layer of a cache says whether it keeps a window only", _windows
     yield "transformers: continuous batching is known by its arguments", _packed
     yield "transformers: the decode step that generate() compiled is kept on the model", _compiled_call
@@ -1030,6 +1050,29 @@ def _cache_contract() -> None:
     _expect(all(x is cache for x in seen), f"the decoder is handed its cache under none of {CACHE_NAMES}")
     _expect(cache.get_seq_length() == 4, "a cache does not count the tokens of a prompt and of the step behind it")
     _expect(tokens_seen(cache_layer(cache, 0)) == 4, "a layer of a cache does not count its tokens")
+
+
+def _collected() -> None:
+    """What is asked for is known inside of attention, and layers that are run in between are not collected."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 8}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="eager")).eval()
+    asked: list[bool] = []
+    layer: Any = model.model.layers[0]
+
+    def between(module: Any, args: Any) -> None:
+        asked.append(attention_is_collected())
+        with uncollected():
+            _expect(not attention_is_collected(), "attention is collected where nothing is to be")
+
+    layer.self_attn.register_forward_pre_hook(between)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+        found = model(torch.tensor([[1, 2, 3]]), output_attentions=True).attentions
+    _expect(asked == [False, True], f"whether attention is asked for is said to be {asked}, expected [False, True]")
+    _expect(len(found) == 2, f"attention of {len(found)} layers of 2 was collected")
 
 
 def _windows() -> None:

@@ -139,6 +139,17 @@ def only(v: Tensor, span: Tensor) -> Tensor:
     return v * span[:, None, :, None].to(v.dtype)
 
 
+def unit_values(call: AttentionCall) -> AttentionCall:
+    """Return a call whose values are unit vectors, so that what it gives is its probabilities: (B, H, S_q, S_k)."""
+    keys = call.k.shape[2]
+    v = torch.eye(keys, dtype=call.v.dtype, device=call.v.device).expand(*call.k.shape[:2], keys, keys)
+
+    def dense(q: Tensor = call.q, k: Tensor = call.k, v: Tensor = v) -> Tensor:
+        return call.dense(q, k, v)
+
+    return replace(call, v=v, dense=dense)
+
+
 # ----------------------------------------------------------------------------------------------------------- a few rows
 
 

@@ -22,6 +22,7 @@ from accelplug.kernels.plan import BlockPlan, Box, Threshold, counted, pool
 from accelplug.kernels.precision import Precision
 from accelplug.kernels.rectify import rectify
 from accelplug.kernels.rest import Drop, Pool, Rectified, Representative, Rest, Tied
+from accelplug.kernels.spans import unit_values
 from accelplug.table import Table
 
 if TYPE_CHECKING:
@@ -132,6 +133,10 @@ class Patch:
     def attend(self, call: AttentionCall, params: Any) -> Tensor:
         """Return the attention output (B, H, S_q, D_v)."""
         raise UnimplementedHalf(type(self), "attend")
+
+    def attention(self, call: AttentionCall, params: Any) -> Tensor:
+        """Return where heads look, (B, H, S_q, S_k), for users who ask a language model for it: what `attend` makes of unit vectors."""
+        return self.attend(unit_values(call), params)
 
     def choose_backend(self, call: AttentionCall, params: Any) -> None:
         """Time the kernels that could answer `call` and remember the fastest. Nothing to choose by default."""

@@ -17,6 +17,7 @@ from accelplug.call import Prompt
 from accelplug.errors import FallbackError, ShapeError, UnsupportedError
 from accelplug.families.vlm import find
 from accelplug.hosts.prompts import NO_IMAGE, opened, together, turns
+from accelplug.registry import patch_class
 from tests.test_language_host import LOUD, PAIRS, WORKING, recipe
 from tests.tiny_language_models import IMAGE, VIDEO, VIDEOS, build, forward, generate, held, inputs, right_padded
 from tests.tiny_models import build as denoiser
@@ -360,3 +361,54 @@ def test_what_is_not_known_of_turns_is_said(caplog):
                 prompt = read(model, given, plug)
         assert prompt.turns is None
         assert sum("turn" in record.message for record in caplog.records) == said
+
+
+# ---------------------------------------------------------------------------------------------------------- where heads look
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl"])
+@pytest.mark.parametrize("patch", PATCHES)
+def test_attention_that_is_asked_for_is_the_patched_one(patch, name, monkeypatch):
+    """Of every layer, in its place, and what its values are added up with; a gain of heads is none of it."""
+    if (patch, name) not in PAIRS:
+        return
+    model, given = build(name), inputs(name)
+    model.set_attn_implementation("eager")
+    one = recipe(patch, {**WORKING[patch], "enhance": [2, 4]} if patch == "gift" else None, layers="1:3")
+    asked = {**given, "output_attentions": True, "output_hidden_states": True}
+    outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    kind = patch_class(patch)
+    attend = kind.attend
+
+    def spy(self: Any, call: Any, params: Any) -> torch.Tensor:
+        out = attend(self, call, params)
+        if call.v.shape[-1] == 16:  # not unit vectors
+            v = call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], 1)
+            outputs.append((out, v))
+        return out
+
+    monkeypatch.setattr(kind, "attend", spy)
+    forward(model, given)
+    stock = model(**asked)
+    with torch.no_grad(), accelplug.apply(model, one, strict=True):
+        plain = forward(model, given)
+        outputs.clear()
+        if hasattr(model.base_model, "rope_deltas"):
+            model.base_model.rope_deltas = None
+        read = model(**asked)
+        found = list(outputs)
+        out = generate(model, given, 3, output_attentions=True, return_dict_in_generate=True)
+    torch.testing.assert_close(read.logits, plain, **TIGHT)
+    assert [len(step) for step in (read.attentions, *out.attentions)] == [4] * 4
+    assert [h.shape for h in read.hidden_states] == [h.shape for h in stock.hidden_states]
+    assert torch.equal(read.attentions[0], stock.attentions[0])
+    assert not torch.allclose(read.attentions[3], stock.attentions[3], atol=1e-6)
+    valid = given["attention_mask"].bool()
+    for p, (answer, v) in zip(read.attentions[1:3], found, strict=True):
+        rows = p.transpose(1, 2)[valid]
+        torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]), **TIGHT)
+        gained = (answer / (p @ v)).transpose(1, 2)[valid]
+        if patch == "vhr":
+            assert set(gained.round(decimals=2).unique().tolist()) == {1.0, 2.0}
+        else:
+            torch.testing.assert_close(answer.transpose(1, 2)[valid], (p @ v).transpose(1, 2)[valid], **TIGHT)

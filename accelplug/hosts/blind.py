@@ -95,6 +95,7 @@ class Blind:
             return out if gain is None else out * gain[..., None, None].to(out.dtype)
 
         args, kwargs = self._calls[index]
-        out = self._layers[index](self._hidden[index], *args, **kwargs, **{self._key: self._run(companion=companion)})
+        with compat.uncollected():
+            out = self._layers[index](self._hidden[index], *args, **kwargs, **{self._key: self._run(companion=companion)})
         self._hidden[index + 1] = out[0] if isinstance(out, tuple) else out
         self._front = index + 1

@@ -186,7 +186,9 @@ class AttentionRecord:
             self.note(params is not None, run.clock, q)
         if patch is None or params is None:
             return whole()
-        return patch.attend(call, params).transpose(1, 2).contiguous(), None
+        out = patch.attend(call, params).transpose(1, 2).contiguous()
+        collected = not compiling and name == "eager" and compat.attention_is_collected()
+        return out, patch.attention(call, params).to(q.dtype) if collected else None
 
     def fell_back(self, reason: str) -> None:
         """Count a call that a rule names and that runs dense."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import Field
 
-from accelplug.kernels.spans import take_rows
+from accelplug.kernels.spans import take_rows, unit_values
 from accelplug.patches.base import Config, Patch, Seed
 
 if TYPE_CHECKING:
@@ -98,6 +98,9 @@ class Vhr(Patch):
         out = call.dense()
         gain = self._choose(call, params, out) if params.gain is None else params.gain
         return out * gain[..., None, None].to(out)
+
+    def attention(self, call: AttentionCall, params: Params) -> Tensor:
+        return unit_values(call).dense()  # a gain on what heads give changes nothing of where they look
 
     def _choose(self, call: AttentionCall, params: Params, out: Tensor) -> Tensor:
         """Choose this layer's heads, and have the blind reading go on with them."""
