@@ -449,8 +449,8 @@ def _doctor(options: argparse.Namespace) -> int:
     table = Table("", "", title="accelplug doctor", title_justify="left", show_header=False)
     for package in ("torch", "diffusers", "transformers", "triton", "flash-attn"):
         found = compat.installed(package) or "not installed"
-        if (tested := compat.TESTED.get(package)) is not None:
-            found += f" ({'untested; ' if compat.untested(package) else ''}tested: {compat.OLDEST[package]} to {tested})"
+        if package in compat.TESTED:
+            found += f" ({'untested; ' if compat.untested(package) else ''}tested: {compat.tested_versions(package)})"
         table.add_row(package, found)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type

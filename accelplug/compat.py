@@ -619,7 +619,7 @@ def require(library: str) -> None:
     strange = {package: text for package, text in found.items() if text and untested(package)}
     if not strange:
         return
-    tested = ", ".join(f"{package} {OLDEST[package]} to {TESTED[package]}" for package in strange)
+    tested = ", ".join(f"{package} {tested_versions(package)}" for package in strange)
     names = ", ".join(f"{package} {text}" for package, text in strange.items())
     warnings.warn(
         f"accelplug was tested with {tested}, found {names}. What it relies on is checked once; `accelplug doctor` shows it.",
@@ -652,6 +652,12 @@ def require(library: str) -> None:
 
 _HELD: set[str] = set()
 """Sets of versions whose contracts hold, as far as this process has seen."""
+
+
+def tested_versions(package: str) -> str:
+    """Return the minor versions of `package` that the suite runs on, in words."""
+    oldest, newest = OLDEST[package], TESTED[package]
+    return newest if oldest == newest else f"{oldest} to {newest}"
 
 
 def untested(package: str) -> bool:
