@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
@@ -465,6 +466,11 @@ class Plug(AbstractContextManager["Plug"]):
 
         A step that does not lie behind the last one of its guidance branch begins a new run: nothing is kept from the one before.
         """
+        for name, given, least in (("index", index, 0), ("steps", steps, 1)):
+            if given is not None and (isinstance(given, bool) or not isinstance(given, Integral) or given < least):
+                raise AccelplugError(f"step, {name}: expected a whole number of {least} or more, or None, got {given!r}.")
+        if index is not None and steps is not None and index >= steps:
+            raise AccelplugError(f"step: expected an index below the {steps} steps, counted from 0, got {index}.")
         self._clock.set(index, steps)
 
     def mark(self, image: Tensor | None) -> None:

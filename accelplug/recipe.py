@@ -740,6 +740,11 @@ class Recipe:
             ramps = {key: value for key, value in varying.items() if isinstance(value, Ramp)}
             model = patch_class(rule.patch).Config
             for key in ramps:
+                if rule in self.around():
+                    where = self.source.at((*self.loc, "rules", i, "with", key))
+                    raise RecipeError(
+                        f"{where}: {rule.patch} stands around generate, where there is no step and no layer to ramp over."
+                    )
                 if key in model.model_fields and float not in model.kinds(key):
                     where = self.source.at((*self.loc, "rules", i, "with", key))
                     raise RecipeError(

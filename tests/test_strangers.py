@@ -22,6 +22,7 @@ import yaml
 from diffusers import WanPipeline
 from patch_rows import ROWS
 from PIL import Image
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -33,7 +34,11 @@ from accelplug.errors import AccelplugError
 from accelplug.recipe import CACHES, ModelFacts, describe, load, model_name, read_file, shipped_files
 from accelplug.registry import list_patches, patch_class
 from accelplug.table import Origin
+from accelplug.tuning.contest import _sheet
+from accelplug.tuning.forecast import Probe
 from accelplug.tuning.journal import Journal
+from accelplug.tuning.refine import with_weights
+from accelplug.tuning.space import Arm
 
 NUMBER = int(os.environ.get("STRANGERS", "150"))
 SEED = int(os.environ.get("STRANGERS_SEED", "0"))
@@ -384,6 +389,34 @@ def test_journals_in_wrong_places(tmp_path):
         Journal(tmp_path / "j", "f")
 
 
+@pytest.mark.parametrize(
+    "bad", [None, 3, "x", [], {}, {"errors": 3}, {"errors": {"a": 1}, "ratio": 1}, {"values": [["x"]]}, [["x"]]]
+)
+def test_values_of_a_journal_are_measurements(bad, tmp_path):
+    readers = [TypeAdapter(Probe).validate_python, lambda found: with_weights(Arm("sol", ()), found), _sheet]
+    for read in readers:
+        (tmp_path / "j").write_text('{"fingerprint": "f"}\n' + json.dumps({"key": "a", "value": bad}) + "\n")
+        with pytest.raises(AccelplugError, match="no measurement under 'a'"):
+            Journal(tmp_path / "j", "f").get("a", pytest.fail, read)
+
+
+def test_a_comparison_that_is_none(tmp_path):
+    for bad in ("", "{", "3", "[]", "{}", '{"verdict": 1, "rows": [3]}', "[" * 100_000):
+        (tmp_path / "c.json").write_text(bad)
+        with pytest.raises(AccelplugError):
+            accelplug.Comparison.from_json(tmp_path / "c.json")
+    for place in (tmp_path, tmp_path / "none.json", "", 3):
+        with pytest.raises(AccelplugError):
+            accelplug.Comparison.from_json(place)
+
+
+def test_steps_that_are_none(wan):
+    with accelplug.apply(wan[0], {"patch": "radial", "with": {"block": 8}}, gate="off") as plug:
+        for step in ((-1, 4), (4, 4), (0, 0), (1.5, 4), (True, 4), ("1", 4), (1, "4")):
+            with pytest.raises(AccelplugError):
+                plug.step(*step)
+
+
 def test_every_file_of_the_package_is_read_soon():
     for path in shipped_files().values():
         soon(lambda path=path: read_file(path))
@@ -684,6 +717,7 @@ REFUSED = [
     {"patch": "sol", "with": {"order": "kmeans", "query_clusters": 10**12}},
     {"patch": "bias", "with": {"strength": 1e308}},
     {"patch": "tome", "with": {"ratio": {"from": 0, "to": 0.99999999, "over": "steps"}}},
+    {"patch": "carve", "with": {"keep_area": {"from": 0.2, "to": 0.5, "over": "layers"}}},
     {"patch": "radial", "where": {"tokens": ">=٣"}},
     {"patch": "radial", "where": {"grid": "0x4x4"}},
     {"patch": "radial", "where": {"layers": list(range(100_000))}},

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from accelplug import files
 from accelplug.comparison.ranks import is_first, write
 from accelplug.errors import AccelplugError
 from accelplug.show import Shown
@@ -302,15 +303,25 @@ class Comparison(Shown):
 
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:
-        """Read what `to_json` wrote; clips are not in it."""
-        data = json.loads(Path(path).read_text())
-        data.pop("verdict")
-        # Samples hold numbers only: there "inf" is a number, while a prompt may be any text.
-        rows = [
-            Row(**{**row, "samples": [Sample(**_from_jsonable(sample)) for sample in row["samples"]]})
-            for row in data.pop("rows")
-        ]
-        return cls(**data, rows=rows)
+        """Read what `to_json` wrote; clips are not in it.
+
+        Raises
+        ------
+        AccelplugError
+            If the file cannot be read, or holds something else.
+        """
+        text = files.read(path, "A comparison")
+        try:
+            data = json.loads(text)
+            data.pop("verdict")
+            # Samples hold numbers only: there "inf" is a number, while a prompt may be any text.
+            rows = [
+                Row(**{**row, "samples": [Sample(**_from_jsonable(sample)) for sample in row["samples"]]})
+                for row in data.pop("rows")
+            ]
+            return cls(**data, rows=rows)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise AccelplugError(f"{path} holds no comparison: expected what to_json() wrote, got {error!r}.") from error
 
     def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page: Pareto plot, clips side by side, difference, table, densities, plans."""

@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from accelplug.comparison.evaluators.statistics import holm, mcc, mcnemar, paired_bootstrap
 from accelplug.comparison.questions import Asker, Item, Reply, figures
@@ -45,6 +46,11 @@ class Sheet:
 
     replies: list[Reply]
     seconds: float
+
+
+def _sheet(found: Mapping[str, Any]) -> Sheet | str:
+    """A page as plain data has it, or why it was not answered."""
+    return str(found["refused"]) if "refused" in found else TypeAdapter(Sheet).validate_python(found)
 
 
 @dataclass
@@ -184,13 +190,12 @@ class Contest:
                     raise
                 return {"refused": str(error)}
 
-        found = self.journal.get(key, measure)
-        if "refused" in found:
-            self.refused[aim.name] = found["refused"]
+        found = self.journal.get(key, measure, _sheet)
+        if isinstance(found, str):
+            self.refused[aim.name] = found
             self.candidates = [other for other in self.candidates if other is not aim]
         else:
-            sheet = Sheet([Reply(**reply) for reply in found["replies"]], found["seconds"])
-            self.sheets.setdefault(aim.name, {})[page] = sheet
+            self.sheets.setdefault(aim.name, {})[page] = found
 
     def _replies(self, aim: Aim, pages: Sequence[int]) -> list[Reply]:
         return [reply for page in pages for reply in self.sheets[aim.name][page].replies]

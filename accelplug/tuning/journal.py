@@ -48,10 +48,20 @@ class Journal:
         if half or not whole:
             files.write(self.path, (whole or json.dumps(first)) + "\n")
 
-    def get(self, key: str, make: Callable[[], Any]) -> Any:
-        """Return what is known under `key`, or make it and keep it. It must be plain data."""
+    def get(self, key: str, make: Callable[[], Any], read: Callable[[Any], Any] = lambda value: value) -> Any:
+        """Return what is known under `key`, as `read` makes it of plain data; where it is not known, make it and keep it.
+
+        Raises
+        ------
+        AccelplugError
+            If the file holds something else there, or cannot be written.
+        """
         if key not in self.entries:
-            self.entries[key] = make()
+            self.entries[key] = made = make()
             if self.path is not None:
-                files.append(self.path, json.dumps({"key": key, "value": self.entries[key]}) + "\n")
-        return self.entries[key]
+                files.append(self.path, json.dumps({"key": key, "value": made}) + "\n")
+            return read(made)
+        try:
+            return read(self.entries[key])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise AccelplugError(f"{self.path} holds no measurement under {key!r}: {error!r}. Delete that line.") from error

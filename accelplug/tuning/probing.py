@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from accelplug.tuning.forecast import Forecast, Probe
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.refine import in_8_bits, weights, with_weights
@@ -37,9 +39,7 @@ class Prober:
             errors = {str(step): error for step, error in probe.errors.items()}
             return {"errors": errors, "ratio": probe.ratio, "density": probe.density}
 
-        found = self.journal.get(f"probe {arm}", measure)
-        errors = {int(step): error for step, error in found["errors"].items()}
-        self.forecast.probes[arm] = Probe(errors, found["ratio"], found.get("density"))
+        self.forecast.probes[arm] = self.journal.get(f"probe {arm}", measure, TypeAdapter(Probe).validate_python)
 
     def arm_in_8_bits(self, arm: Arm) -> None:
         """Measure an arm with q.k in 8 bits, and know of it where it is faster."""
@@ -63,7 +63,7 @@ class Prober:
                 squares.append(trajectory.probe(self.pipe, only, [moment]).errors[moment.step] ** 2)
             return squares
 
-        squares = self.journal.get(f"layers {arm}", measure)
+        squares = self.journal.get(f"layers {arm}", measure, TypeAdapter(list[float]).validate_python)
         self.forecast.layer_share = {layer: square / (sum(squares) or 1.0) for layer, square in enumerate(squares)}
 
     def weighted(self, arm: Arm, inputs: dict[str, Any], seed: int) -> Arm | None:
@@ -73,8 +73,7 @@ class Prober:
             self.tell(f"weighing the pooled blocks of {arm}")
             return weights(self.pipe, arm, inputs, seed)
 
-        table = self.journal.get(f"weights {arm}", measure)
-        if all(weight == 1.0 for layer in table["values"] for weight in layer):
-            return None
-        self.arm(found := with_weights(arm, table))
+        found = self.journal.get(f"weights {arm}", measure, lambda table: with_weights(arm, table))
+        if found is not None:
+            self.arm(found)
         return found

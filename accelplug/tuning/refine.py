@@ -51,7 +51,9 @@ def weights(pipe: Any, arm: Arm, inputs: Mapping[str, Any], seed: int) -> dict[s
     return {"values": table.values.tolist(), **table.origin.to_header()}
 
 
-def with_weights(arm: Arm, found: Mapping[str, Any]) -> Arm:
-    """Return an arm with what `weights` found."""
+def with_weights(arm: Arm, found: Mapping[str, Any]) -> Arm | None:
+    """Return an arm with what `weights` found; None if all of them are 1, which they are without a table."""
+    if all(weight == 1.0 for layer in found["values"] for weight in layer):
+        return None
     origin = Origin.from_header({HEADER: found[HEADER]})
     return arm.but(rest_weight=Table(torch.tensor(found["values"]), ("layers", "heads"), key="rest_weight", origin=origin))
