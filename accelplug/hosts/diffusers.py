@@ -349,12 +349,14 @@ class DenoiserHost:
             return
         inputs = given(self.signature, args, kwargs)
         timestep = inputs.get("timestep", inputs.get("t"))
-        run = self._tell(self._moment(timestep), self._sizes(inputs), announced=self._mine.announced)
+        geometry = self.family.geometry(getattr(self.denoiser, "config", None), inputs)
+        sizes = self._sizes(inputs, None if self.family.level else geometry)
+        run = self._tell(self._moment(timestep), sizes, announced=self._mine.announced)
         run.inside = run.broken = True
         self._check_processors()
         self._check_routes()
         self.hoist.end()  # what an interrupted forward left
-        self.enter_root(inputs)
+        self.enter_root(inputs, geometry)
         latents = _latents(inputs)
         if latents is not None:
             self.hoist.begin(latents.device)
@@ -400,10 +402,9 @@ class DenoiserHost:
             self._steps.add(now.step)
         return run
 
-    def _sizes(self, inputs: Mapping[str, Any]) -> Any:
+    def _sizes(self, inputs: Mapping[str, Any], geometry: Geometry | None) -> Any:
         """What all forwards of a run and branch share: the shape of the latents, and the grid where tokens come packed."""
         latents = _latents(inputs)
-        geometry = None if self.family.level else self.family.geometry(getattr(self.denoiser, "config", None), inputs)
         return latents is not None and latents.shape, geometry and geometry.grid_thw
 
     def trace_begins(self) -> None:
@@ -413,15 +414,17 @@ class DenoiserHost:
             self._tell(self._moment(None))
         self._mine.announced = False
 
-    def enter_root(self, inputs: Mapping[str, Any]) -> None:
-        """Settle what does not wait for the input of a level."""
+    def enter_root(self, inputs: Mapping[str, Any], geometry: Geometry | None) -> None:
+        """Settle what does not wait for the input of a level. `geometry`: what the denoiser's own inputs say."""
         for region in self.regions:
             if not region.path:
-                self.enter(region, inputs)
+                self._enter(region, inputs, geometry)
 
     def enter(self, region: Region, inputs: Mapping[str, Any]) -> None:
         """Take the geometry of a region from its inputs, and settle what runs there."""
-        geometry = self.family.geometry(getattr(region.module, "config", None), inputs)
+        self._enter(region, inputs, self.family.geometry(getattr(region.module, "config", None), inputs))
+
+    def _enter(self, region: Region, inputs: Mapping[str, Any], geometry: Geometry | None) -> None:
         latents = _latents(inputs)
         if latents is not None:
             region.entered = Entered(geometry, latents.device, latents.dtype, len(latents))
@@ -771,7 +774,8 @@ def _settle_at_trace(ctx: Any) -> None:
     """Settle a denoiser while Dynamo traces its pre-hook: the shapes are known, the tensors are fake."""
     host, args, kwargs = (compat.traced_value(ctx, name) for name in ("self", "args", "kwargs"))
     host.trace_begins()
-    host.enter_root(given(host.signature, args, kwargs))
+    inputs = given(host.signature, args, kwargs)
+    host.enter_root(inputs, host.family.geometry(getattr(host.denoiser, "config", None), inputs))
     for region in host.regions:
         if region.path:  # the input of a level is not known yet: its last eager forward has to do
             host.settle_and_count(region)
