@@ -361,3 +361,24 @@ def test_rows_that_var_does_not_choose_are_the_model_s_own(form):
     assert bool(chosen.any())
     assert torch.equal(out[~chosen], call.dense()[~chosen])
     assert not torch.equal(out[chosen], call.dense()[chosen])
+
+
+def test_gift_counts_a_window_that_holds_no_image():
+    """Where the layer that is read does not see the image, nothing is enhanced, and that is told."""
+    model, given = sharp("gemma3").float(), inputs("gemma3", ((3, "I", 30),))
+    given["input_ids"][:, -20:] = given["input_ids"][:, -20:].clamp(min=7)
+    plain, recipe = forward(model, given), {"patch": "gift", "with": {"saliency_layer": 0, "enhance": [1, 4]}}
+    with accelplug.apply(model, recipe, processor=_Marks(given["input_ids"][0, -20:].tolist())) as plug:
+        assert torch.equal(forward(model, given), plain)
+        assert any("window" in reason for reason in plug.report().fallbacks)
+
+
+class _Marks:
+    """A tokenizer of which some tokens are words, and all others are special."""
+
+    def __init__(self, words: list[int]) -> None:
+        self.words = words
+        self.all_special_ids = [*set(range(512)) - set(words)]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(f"word{i}" for i in ids)

@@ -85,7 +85,7 @@ def grad_cam(blip: Any, pixels: Tensor, ids: Tensor, layer: int) -> tuple[Tensor
     cross = blip.text_encoder.encoder.layer[layer].crossattention.self
     handle = cross.register_forward_hook(lambda module, args, out: probabilities.append(out[1]))
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(ids.device.type, enabled=False):
             words = {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids)}
             with torch.no_grad():
                 seen = blip.vision_model(pixels.clone()).last_hidden_state

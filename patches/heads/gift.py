@@ -237,6 +237,8 @@ class Gift(Patch):
         by_head, first = moves(p, content[:, -(p.shape[2] - 1) :], near), 0
         if call.place is not None:  # a sliding window has lost the first keys
             by_head, first = call.place.gather_heads(by_head), call.place.first_key
+        if not bool(by_head.any()):
+            return "no head of the layer that is read turns to the image, or its window holds none of it: there is no gaze to read"
         gaze = saliency(by_head, near, self.config.head_share)
         return Params(visual, question, torch.exp(self.config.alpha * pad(gaze, (first, 0))))
 
