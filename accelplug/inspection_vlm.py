@@ -7,6 +7,7 @@ import html
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -23,6 +24,7 @@ from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, 
 from accelplug.families.vlm import Vlm, find, token_grid
 from accelplug.hosts.blind import Blind
 from accelplug.hosts.ledger import Ledger
+from accelplug.hosts.prompts import visual_tokens
 from accelplug.hosts.record import DENSE
 from accelplug.hosts.transformers import AttentionRecord, LanguageHost, attention_modules, watching
 from accelplug.hosts.undo import Undo
@@ -160,7 +162,7 @@ class VlmInspection(Shown):
     vision_heads : bool (L, H), the upper half of each layer by VHD, `outliers` counted as 0.
     tokens : how many real tokens of each kind the first row has: image, system, question.
     pictures, grids : of the first row's images: uint8 (H, W, 3) or None where pixels do not show it; token rows and columns
-        or None where they lie on no single grid.
+        or None where they lie on no single grid. Frames of a video lie one under another.
     notes : what could not be said, and why.
     """
 
@@ -480,7 +482,8 @@ class _Watch:
         vhd, ta = (
             torch.stack(x) for x in zip(*((v.cpu()[shown].mean(0), t.cpu()[shown].mean(0)) for v, t in pairs), strict=True)
         )
-        pictures, grids = _pictures(family, inputs, config, [len(x[0]) for x in _by_image(layers)])
+        sizes = [len(x[0]) for x in _by_image(layers)]
+        pictures, grids = _pictures(family, inputs, config, list(zip(_kinds(prompt, config), sizes, strict=True)))
         if any(picture is None for picture in pictures):
             notes.append(f"pictures of {family.name} cannot be told from its pixels; they are drawn on grey")
         if any(grid is None for grid in grids):
@@ -537,29 +540,42 @@ def _by_image(layers: list[_Layer]) -> list[list[np.ndarray]]:
 
 
 def _pictures(
-    family: Vlm, inputs: Mapping[str, Any], config: Any, tokens: list[int]
+    family: Vlm, inputs: Mapping[str, Any], config: Any, shown: list[tuple[str, int]]
 ) -> tuple[list[np.ndarray | None], list[tuple[int, int] | None]]:
-    """Pictures and token grids of the first row's images, which are the first of the batch."""
-    pixels, thw = inputs.get("pixel_values"), inputs.get("image_grid_thw")
+    """Pictures and token grids of what the first row shows (image or video, tokens), the first of its kind in the batch.
+
+    Frames of a video lie one under another.
+    """
     vision = config.vision_config
     merge = getattr(vision, "spatial_merge_size", 1)
     pictures: list[np.ndarray | None] = []
-    grids, start = [], 0
-    for index, number in enumerate(tokens):
-        sizes = None if thw is None or index >= len(thw) else thw[index].tolist()
-        grids.append(token_grid(family, number, sizes, merge))
+    grids: list[tuple[int, int] | None] = []
+    index, start = Counter[str](), Counter[str]()
+    for kind, number in shown:
+        pixels = inputs.get("pixel_values" if kind == "image" else "pixel_values_videos")
+        thw, at = inputs.get(f"{kind}_grid_thw"), index[kind]
+        index[kind] += 1
+        sizes = None if thw is None or at >= len(thw) else thw[at].tolist()
+        grids.append(token_grid(family, number, sizes and [1, sizes[0] * sizes[1], sizes[2]], merge))
         picture = None
-        if pixels is not None and family.pixels == "images" and pixels.ndim == 4 and index < len(pixels):
-            picture = pixels[index]
+        if pixels is not None and family.pixels == "images" and pixels.ndim == 4 and at < len(pixels):
+            picture = pixels[at]
         elif pixels is not None and family.pixels == "patches" and sizes is not None:
             t, h, w = sizes
             # patches of a merged token stand together: [t, h/m, w/m, m, m, C, T_p, P, P]
-            side, patches = vision.patch_size, pixels[start : start + t * h * w]
-            start += t * h * w
-            lying = patches.reshape(t, h // merge, w // merge, merge, merge, 3, -1, side, side)[0, ..., 0, :, :]
-            picture = lying.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, h * side, w * side)
+            side, patches = vision.patch_size, pixels[start[kind] : start[kind] + t * h * w]
+            start[kind] += t * h * w
+            lying = patches.reshape(t, h // merge, w // merge, merge, merge, 3, -1, side, side)[..., 0, :, :]
+            picture = lying.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, t * h * side, w * side)
         pictures.append(None if picture is None else _as_bytes(picture))
     return pictures, grids
+
+
+def _kinds(prompt: Prompt, config: Any) -> list[str]:
+    """Whether each of what the first row shows is an image or a video."""
+    video = visual_tokens(config).get("video")
+    begins = [int((prompt.image[0] == number).long().argmax()) for number in range(1, int(prompt.image[0].max()) + 1)]
+    return ["video" if prompt.ids is not None and prompt.ids[0, at] == video else "image" for at in begins]
 
 
 def _as_bytes(picture: Tensor) -> np.ndarray:

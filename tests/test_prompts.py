@@ -412,3 +412,14 @@ def test_attention_that_is_asked_for_is_the_patched_one(patch, name, monkeypatch
             assert set(gained.round(decimals=2).unique().tolist()) == {1.0, 2.0}
         else:
             torch.testing.assert_close(answer.transpose(1, 2)[valid], (p @ v).transpose(1, 2)[valid], **TIGHT)
+
+
+def test_inspect_shows_a_video_ahead_of_an_image_on_its_own_grid():
+    model, given = build("qwen2_vl"), inputs("qwen2_vl", ((2, "V", 3, "I", 5),))
+    seen = accelplug.inspect(model, given)
+    (frames, high, wide), (_, rows, columns) = given["video_grid_thw"][0].tolist(), given["image_grid_thw"][0].tolist()
+    assert seen.grids == [(frames * high // 2, wide // 2), (rows // 2, columns // 2)]
+    assert [picture.shape[:2] for picture in seen.pictures] == [(frames * high * 8, wide * 8), (rows * 8, columns * 8)]
+    patch = given["pixel_values_videos"].reshape(frames, -1, 3, 2, 8, 8)[1, 0, :, 0]  # the first one of the second frame
+    shown = torch.from_numpy(seen.pictures[0][high * 8 : high * 8 + 8, :8]).permute(2, 0, 1).double()
+    assert torch.corrcoef(torch.stack([shown.flatten(), patch.double().flatten()]))[0, 1] > 0.999
