@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class Tokens:
     """Text ahead of the images."""
     question: Tensor
     """Text of the prompt behind the first image."""
+    content: Tensor
+    """Of it, what moves the gaze."""
     later: Tensor
     """Text behind the first image, asked or answered."""
     answering: Tensor
@@ -58,7 +60,7 @@ class Tokens:
             columns = here.nonzero().flatten().tolist()
             for column, following in zip(columns, [*columns[1:], None], strict=True):
                 row[column] = following is None or not (asked[column] and asked[following])
-        return cls(valid, prompt, shown, system, later & prompt, later, answering)
+        return cls(valid, prompt, shown, system, later & prompt, later & prompt, later, answering)
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,25 @@ class Look(Method):
         return call.p @ call.v
 
 
+@dataclass
+class Telling(Method):
+    """Another method, whose attention and layers' inputs are kept."""
+
+    method: Method
+
+    def prepare(self, oracle: Oracle, given: Inputs) -> None:
+        self.method.prepare(oracle, given)
+        self.attention: dict[int, Tensor] = {}
+        self.hidden: dict[int, Tensor] = {}
+
+    def attend(self, call: Call) -> Tensor:
+        unit = torch.eye(call.scores.shape[-1], dtype=call.v.dtype).expand_as(call.scores)
+        scales = isinstance(self.method, Vhr)  # what is read, not where
+        self.attention[call.layer] = call.p if scales else self.method.attend(replace(call, v=unit))
+        self.hidden[call.layer] = call.hidden
+        return self.method.attend(call)
+
+
 class Oracle:
     """A float64 copy of a stock model, read by way of `Method`."""
 
@@ -112,6 +133,8 @@ class Oracle:
         self.layers = self.model.get_decoder().layers
         names = ("image_token_id", "video_token_id")
         self.visual = tuple(x for name in names if (x := getattr(self.model.config, name, None)) is not None)
+        self.told: dict[str, Tensor] = {}
+        """Spans of `Tokens` that somebody knows better, bool (B, prompt): what of a prompt is whose."""
         self._hidden: Tensor = torch.empty(0)
         self._method, self._layers = Method(), set[int]()
         self._outputs: dict[int, Tensor] = {}
@@ -134,6 +157,9 @@ class Oracle:
         """Logits (B, S, V) of all rows, with a method in some layers; all columns were asked, or those that are bool (S,) `asked`."""
         asked = torch.ones(given["input_ids"].shape[1], dtype=torch.bool) if asked is None else asked
         self._tokens = Tokens.of(given["input_ids"], given["attention_mask"], asked, self.visual)
+        if self.told and asked.shape[0] >= next(iter(self.told.values())).shape[1]:  # a prompt without its images is shorter
+            more = {name: pad(span, (0, asked.shape[0] - span.shape[1])) for name, span in self.told.items()}
+            self._tokens = replace(self._tokens, **more)
         self._method, self._layers, self._outputs = method, set(layers), {}
         with _registered(self._attend):
             return forward(self.model, {**given, "use_cache": False})
@@ -344,8 +370,6 @@ class Gift(Method):
     alpha: float
     balance: float = 1.0
     head_share: float = 0.5
-    words: tuple[Tensor, Tensor] | None = None
-    """Bool (B, prompt) each: words of the question, and those of them that carry content; all of its text if left out."""
 
     def prepare(self, oracle: Oracle, given: Inputs) -> None:
         self.weight: Tensor | None = None
@@ -357,8 +381,7 @@ class Gift(Method):
         for b in call.tokens.visual.any(-1).nonzero().flatten().tolist():
             p, visual = call.p[b], call.tokens.visual[b]
             moves = torch.zeros_like(p[:, 0])  # [H, S]
-            content = call.tokens.question if self.words is None else self.words[1]
-            for i in content[b].nonzero().flatten().tolist():
+            for i in call.tokens.content[b].nonzero().flatten().tolist():
                 moves += (p[:, i] - p[:, i - 1]).clamp(min=0)
             heads = strongest(moves[:, visual].sum(-1), self.head_share)
             gaze = moves[heads].mean(0)[visual]
@@ -375,9 +398,8 @@ class Gift(Method):
 
     def _shifted(self, call: Call, weight: Tensor) -> Tensor:
         tokens, new = call.tokens, call.p.clone()
-        asked = tokens.question if self.words is None else self.words[0]
         for b, i in (tokens.answering & tokens.visual.any(-1, keepdim=True)).nonzero().tolist():
-            visual, question = (span[b].nonzero().flatten() for span in (tokens.visual, asked))
+            visual, question = (span[b].nonzero().flatten() for span in (tokens.visual, tokens.question))
             row = new[b, :, i]  # [H, S]
             seen, read = row[:, visual].sum(-1), row[:, question].sum(-1)
             lookers, askers = strongest(seen, self.head_share), strongest(read, self.head_share)

@@ -14,7 +14,7 @@ import accelplug
 from accelplug import zoo
 from accelplug.comparison.exam import Exam
 from accelplug.errors import FallbackError, UnsupportedError
-from tests.eager_oracle import METHODS, Inputs, Look, Method, Oracle, extended, mass
+from tests.eager_oracle import METHODS, Inputs, Look, Method, Oracle, Telling, extended, mass
 from tests.test_flash_attention import kernel  # noqa: F401
 from tests.tiny_language_models import (
     CLIP,
@@ -27,6 +27,7 @@ from tests.tiny_language_models import (
     VLM,
     build,
     forward,
+    generate,
     inputs,
     right_padded,
 )
@@ -385,6 +386,39 @@ def test_where_inspect_says_that_a_model_looks(name):
         torch.testing.assert_close(torch.tensor(said.vhd[layer]), heads.divergence[layer].mean(0), **{**close, "atol": 1e-5})
 
 
+@pytest.mark.parametrize(("patch", "name"), [pair for pair in PAIRS if pair[1] in ("llava", "qwen2_5_vl", "gemma3")])
+def test_attention_and_hidden_states_that_are_asked_for(patch, name):
+    """Those of the patched model, in as many layers as it has; sdpa and flash attention tell none, patched or not."""
+    model, given = sharp(name), inputs(name)
+    oracle, asked, valid = Oracle(model), given["input_ids"].shape[1], given["attention_mask"].bool()
+    model = model.float()
+    model.set_attn_implementation({"text_config": "eager"})
+    more = {"output_attentions": True, "output_hidden_states": True}
+    with patched(model, patch):
+        if hasattr(model.base_model, "rope_deltas"):
+            model.base_model.rope_deltas = None
+        found = model(**given, **more)
+        plain = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        said = model.generate(**given, **plain, **more, suppress_tokens=[IMAGE, VIDEO], return_dict_in_generate=True)
+    telling, close = Telling(method(patch)), {"atol": 2e-5, "rtol": 0.0}
+    oracle.answer(telling, given, said.sequences)
+    assert len(found.attentions) == len(found.hidden_states) - 1 == 4
+    for layer in range(4):
+        attention = telling.attention[layer].transpose(1, 2)  # [B, S, H, S]
+        torch.testing.assert_close(
+            found.attentions[layer].transpose(1, 2)[valid].double(), attention[:, :asked, :, :asked][valid], **close
+        )
+        torch.testing.assert_close(
+            found.hidden_states[layer][valid].double(), telling.hidden[layer][:, :asked][valid], atol=1e-4, rtol=1e-4
+        )
+        for step in range(1, STEPS):
+            at = said.attentions[step][layer][:, :, 0].double()
+            end = asked + step
+            torch.testing.assert_close(at, attention[:, end - 1, :, end - at.shape[-1] : end], **close)
+    with patched(sharp(name), patch) as plug:
+        assert not plug._hosts[0].model(**double(given), output_attentions=True).attentions
+
+
 def test_sinks_in_dimensions_of_the_first_token():
     """A first token that is massive in two dimensions, in which some image tokens are large, too."""
     model, given = sharp("llava"), inputs("llava")
@@ -395,35 +429,43 @@ def test_sinks_in_dimensions_of_the_first_token():
     hold(model, "var", given, {"sink_dims": "auto"})
 
 
-SCENES = ("Is there a diamond in the image?", "Is there a large red diamond at the bottom left of the image?")
+SCENES = (("Is there a diamond", "in the image?"), ("Is there a large red diamond at the bottom left", "of the image?"))
 CONTENT = {"diamond", "image", "large", "red", "bottom", "left"}
 
 
 @pytest.mark.parametrize("name", ["visual_bias", "vhr", "gift", "pai", "imbalance"])
-def test_shipped_recipes_on_the_bundled_model(name):
-    """Trained heads, and a processor that tells the question's words from the template's."""
+@pytest.mark.parametrize("order", ["behind", "around", "ahead"])
+def test_shipped_recipes_on_the_bundled_model(name, order):
+    """Trained heads, and a processor that tells the system's words, the question's and the template's; questions on each side."""
     folder = zoo.path("llava-scenes")
     model, processor = hf.AutoModelForImageTextToText.from_pretrained(folder), hf.AutoProcessor.from_pretrained(folder)
     exam, texts = Exam.scenes(2), []
-    for question in SCENES:
-        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-        texts.append(processor.apply_chat_template(turn, add_generation_prompt=True))
+    for parts in SCENES:
+        whole, *says = ({"type": "text", "text": text} for text in (" ".join(parts), *parts))
+        image = {"type": "image"}
+        turn = {"behind": [image, whole], "around": [says[0], image, says[1]], "ahead": [whole, image]}[order]
+        texts.append(processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True))
     pictures = [[exam.picture(key)] for key in exam.pictures]
     given = dict(processor(text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt"))
     model, given = model.eval().requires_grad_(False).double(), double(given)
     oracle, asked, valid = Oracle(model), given["input_ids"].shape[1], given["attention_mask"].bool()
+    if name == "gift" and order == "ahead":  # words that cannot look at the image
+        with accelplug.apply(model, name, processor=processor) as plug:
+            generate(model, given)
+        assert any("no gaze" in reason for reason in plug.report().fallbacks)
+        return
     with accelplug.apply(model, name, processor=processor, strict=True) as plug:
         layers = [record.site.layer for record in plug._hosts[0].records if record.choice.patch]
         config = plug._hosts[0].records[layers[-1]].choice.patch.config.model_dump(exclude={"control_seed"})
         prompt = forward(model, given)
         ids, steps = answered(model, given, suppress_tokens=[model.config.image_token_id])
-    seen = (given["input_ids"] == model.config.image_token_id).cumsum(-1)
-    behind = seen == seen[:, -1:]
     said = [[processor.decode([token]) for token in row] for row in given["input_ids"].tolist()]
-    written = torch.tensor([[word not in ("assistant", ":", "<image>") for word in row] for row in said])
+    opened = torch.tensor([[word == "user" for word in row] for row in said]).cumsum(-1) > 0
+    written = torch.tensor([[word not in ("user", "assistant", ":", "<image>") for word in row] for row in said]) & valid
+    behind = (given["input_ids"] == model.config.image_token_id).cumsum(-1) > 0
     carries = torch.tensor([[word in CONTENT for word in row] for row in said])
-    words = {"words": (written & behind, carries & behind)} if name == "gift" else {}
-    expected = oracle.answer(METHODS[name](**config, **words), given, ids, layers)
+    oracle.told = {"system": ~opened & valid, "question": opened & written, "content": opened & behind & carries}
+    expected = oracle.answer(METHODS[name](**config), given, ids, layers)
     stock = oracle.answer(Method(), given, ids)
     close = {"atol": 3e-5, "rtol": 0.0}  # logits of 20
     torch.testing.assert_close(prompt[valid], expected[:, :asked][valid], **close)
