@@ -679,7 +679,8 @@ class Recipe:
     def named(self, number: int) -> str:
         """Name a rule in words, counted from 1."""
         rule = self.rules[number]
-        return f"Rule {number + 1} of {self.name} ({rule.where}: {rule.patch})"
+        where = "everywhere" if rule.where == Where() else f"where {rule.where}"
+        return f"Rule {number + 1} of {self.name} ({rule.patch} {where})"
 
     def chosen_among(self, sites: Iterable[Site]) -> list[int]:
         """Return the numbers of the rules that may hold at some of these sites."""

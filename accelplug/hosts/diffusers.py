@@ -280,11 +280,14 @@ class DenoiserHost:
                 continue
             records.append(SiteRecord(self, module, site))
         if not any(record.site for record in records):
-            barred = sorted({self.skipped[site.module] for site in self.barred})
+            name, barred = type(self.denoiser).__name__, {self.skipped[site.module] for site in self.barred}
+            if barred:
+                raise NoMatchError(
+                    f"{name} has {len(self.barred)} attention modules for rules, none usable: {'; '.join(barred)}."
+                )
             raise NoMatchError(
-                f"{type(self.denoiser).__name__} has no self- or joint-attention that can be re-bound; expected modules "
-                f"that fit {[pattern for pattern, _ in self.family.sites]}, found {sorted(owners) or 'no processors'}. "
-                f"{'. '.join(barred)}".strip()
+                f"{name} has no self- or joint-attention that can be re-bound; expected modules "
+                f"that fit {[pattern for pattern, _ in self.family.sites]}, found {sorted(owners) or 'no processors'}."
             )
         return records
 
