@@ -146,7 +146,7 @@ def test_a_step_cache_outside_of_a_cache_context_is_refused_in_words(kind: str, 
     model, inputs = tiny_models.build("wan")
     recipe = {"rules": [{"patch": "dense"}], "cache": {"kind": kind, "with": settings}}
     with accelplug.apply(model, recipe), torch.no_grad():
-        with pytest.raises(UnsupportedError, match="without a cache context.*Leave cache: out"):
+        with pytest.raises(UnsupportedError, match=r"without a cache context.*Leave cache: out"):
             model(**inputs)
         with model.cache_context("cond"):
             model(**inputs)
