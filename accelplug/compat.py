@@ -691,6 +691,8 @@ def contracts() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "diffusers: a hook of ours hears contexts and the end of a run, and is taken away", _listening
     yield "diffusers: a step cache is known while it is on, and what it leaves behind", _step_caches
     yield "diffusers: MagCache keeps the ratios of its calibration by cache context", _mag_calibration
+    yield "diffusers: every set_timesteps makes a new tensor, and schedulers count from None", _schedules
+    yield "diffusers: what a step cache holds is reset through its hooks, and takes a context again", _forgetting
     yield "diffusers: a guider says which step it was told", _guider
     yield "diffusers: a progress bar is silenced and given back", _progress_bar
     yield "diffusers: PAG's mode is seen while it is on", _skipped_attention
@@ -833,6 +835,41 @@ def _processor_entry_points() -> None:
     for processor in (AttnProcessor2_0, WanAttnProcessor):
         names = set(inspect.getattr_static(processor, "__call__").__code__.co_names)
         _expect(names & ENTRY_POINTS, f"{processor.__name__}.__call__ uses none of {sorted(ENTRY_POINTS)}")
+
+
+def _schedules() -> None:
+    import torch
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    for scheduler in (FlowMatchEulerDiscreteScheduler(), DDIMScheduler()):
+        name = type(scheduler).__name__
+        _expect(getattr(scheduler, "num_inference_steps", None) is None, f"{name} has a number of steps before it was set")
+        scheduler.set_timesteps(4)
+        before = scheduler.timesteps
+        scheduler.set_timesteps(4)
+        _expect(isinstance(before, torch.Tensor) and len(before) == 4, f"{name}.timesteps is no tensor of as many")
+        _expect(scheduler.timesteps is not before, f"{name}.set_timesteps keeps its tensor: a run that begins is not seen")
+    counting = FlowMatchEulerDiscreteScheduler()
+    counting.set_timesteps(4)
+    _expect(counting.step_index is None and counting.begin_index is None, "a scheduler does not count from None")
+    counting.step(torch.zeros(1), counting.timesteps[0], torch.zeros(1))
+    _expect(counting.step_index == 1, "a scheduler does not count its steps")
+
+
+def _forgetting() -> None:
+    import torch
+    from diffusers.hooks import mag_cache
+    from diffusers.hooks.hooks import CacheContext
+
+    manager = mag_cache.StateManager(mag_cache.MagCacheState)
+    hook = mag_cache.MagCacheHeadHook(manager, mag_cache.MagCacheConfig(calibrate=True))
+    registry_type, *_ = hook_types()
+    module, context = torch.nn.Linear(2, 2), CacheContext(name="cond")
+    registry_type.check_if_exists_or_initialize(module).hooks["accelplug_contract"] = hook  # type: ignore[attr-defined]
+    manager.set_context(context)
+    before = manager.get_state()
+    forget_cached(module, "another", context)
+    _expect(manager.get_state() is not before, "a hook's reset_state keeps what its cache held, or drops the context")
 
 
 def _processor_registry() -> None:

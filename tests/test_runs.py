@@ -275,6 +275,32 @@ def test_another_pipeline_may_be_the_first_to_run(name: str):
             gc.collect()
 
 
+def test_a_modular_pipeline_and_a_classic_one_on_one_denoiser():
+    """The modular one names no branches and opens no context."""
+    from diffusers.modular_pipelines.wan.modular_blocks_wan import WanBlocks
+
+    classic, inputs = tiny_pipelines.pipeline("wan")
+    blocks = WanBlocks()
+    for name in ("text_encoder", "decode"):
+        blocks.sub_blocks.pop(name)
+    modular = blocks.init_pipeline()
+    modular.set_progress_bar_config(disable=True)
+    modular.update_components(**{name: getattr(classic, name) for name in ("transformer", "scheduler", "vae")})
+    classic.scheduler = copy.deepcopy(classic.scheduler)
+    given = {key: inputs[key] for key in ("prompt_embeds", "negative_prompt_embeds", "height", "width", "num_frames")}
+
+    def make(steps: int) -> Tensor:
+        return modular(**given, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output="latents")
+
+    with accelplug.apply(modular, STEPPED, gate="off", strict=True) as plug:
+        for one, steps in ((make, 4), (lambda steps: run(classic, inputs, num_inference_steps=steps), 5), (make, 6)):
+            with plug.trace() as events:
+                one(steps)
+            assert {(event.clock.step, event.clock.steps) for event in events} == {(step, steps) for step in range(steps)}
+    with accelplug.apply(modular, STATEFUL["kmeans"], gate="off"):
+        assert torch.equal(make(4), make(4))
+
+
 @pytest.mark.parametrize("name", ["flux", "hunyuan_video", "wan"])
 def test_rounded_timesteps_are_still_told_apart(name: str):
     """In bfloat16 many of 24 steps under a shift of 12 are the same number."""
@@ -392,6 +418,21 @@ def test_two_threads_are_each_as_alone(name: str, recipe: dict[str, Any]):
         assert not plug.report().unrouted
     for left, right in zip(together, alone, strict=True):
         assert torch.equal(left, right)
+
+
+def test_two_threads_are_each_as_alone_in_compiled_blocks():
+    torch._dynamo.reset()
+    pipe, inputs = tiny_pipelines.pipeline("wan")
+    kinds = [inputs, larger(other(inputs))]
+    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    alone = []
+    for number, kind in enumerate(kinds):
+        with accelplug.apply(pipe, STEPPED, gate="off"):
+            alone.append(run(pipe, kind, seed=number))
+    with accelplug.apply(pipe, STEPPED, gate="off", strict=True):
+        for left, right in zip(side_by_side(pipe, kinds), alone, strict=True):
+            assert torch.equal(left, right)
+    torch._dynamo.reset()
 
 
 def test_a_step_cache_in_two_threads_is_refused():
