@@ -259,7 +259,9 @@ def test_pai_raises_signed_scores_in_answering_rows(answers):
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
 
 
-def test_gift_reads_the_gaze_and_shifts_the_answer():
+@pytest.mark.parametrize("at_a_time", [128, 3])
+def test_gift_reads_the_gaze_and_shifts_the_answer(at_a_time, monkeypatch):
+    monkeypatch.setattr(gift, "ROWS", at_a_time)
     call, layout, state = make(), prompt(), {}
     patch = gift.Gift({"saliency_layer": 0, "enhance": [1, 4], "alpha": 2.0})
     assert torch.equal(patch.attend(call, patch.prepare(SITE, layout, PREFILL, state)), call.dense())

@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 
 from accelplug.chat import TEMPLATE, spelled, tokenizer_of
 from accelplug.errors import RecipeError
-from accelplug.kernels.spans import fit, last, read_rows, replace_rows, row_attention
+from accelplug.kernels.spans import fit, read_rows, replace_rows, row_attention
 from accelplug.patches.base import Config, Patch
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ _STOP = """a an the this that these those is are was were be been do does did ha
     how and or but if not no of in on at to for from with by as about into over under than then so very please"""
 STOP_WORDS = frozenset(_STOP.split())
 """Words that carry no content, in place of the paper's part-of-speech tagger."""
+ROWS = 128
+"""Rows of the question that are read at a time."""
 _WORD = re.compile(r"([^\W_]+?)(n?['\u2019][^\W_]+)?(?![^\W_])")
 
 
@@ -229,12 +231,13 @@ class Gift(Patch):
         content = content & prompt.later.to(call.q.device)  # what stands ahead of the image cannot look at it
         if not bool(content.any()):
             return "no word that carries content stands behind the image: there is no gaze to read"
-        rows = content.shape[1] - int(content.any(0).long().argmax())
-        tail = last(call, min(rows + 1, call.q.shape[2]))
-        p = row_attention(tail, tail.q.shape[2])
         visual = prompt.visual & prompt.valid  # what is hidden has no share in the map
-        near = fit(visual, call).to(p.device)
-        by_head, first = moves(p, content[:, -(p.shape[2] - 1) :], near), 0
+        near = fit(visual, call).to(call.q.device)
+        by_head, first = torch.zeros(*call.q.shape[:2], near.shape[1], device=call.q.device), 0
+        rows, begin = torch.arange(content.shape[1], device=call.q.device), int(content.any(0).long().argmax())
+        for some in rows[begin:].split(ROWS):  # of which there is one ahead: an image's
+            at = torch.cat([some[:1] - 1, some])
+            by_head += moves(row_attention(call, at.expand(len(content), -1)), content[:, some], near)
         if call.place is not None:  # a sliding window has lost the first keys
             by_head, first = call.place.gather_heads(by_head), call.place.first_key
         if not bool(by_head.any()):
