@@ -6,12 +6,12 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -411,14 +411,7 @@ class Study:
 
     def save(self, path: Path, turns: int) -> None:
         """Write the state after `turns` runs."""
-        facts = {
-            "settings": self.settings,
-            "turns": turns,
-            "grid_thw": self.grid_thw,
-            "steps": self.steps,
-            "kinds": sorted(self.kinds),
-            "settled": self.settled,
-        }
+        facts = asdict(Partial(self.settings, turns, self.grid_thw, self.steps, sorted(self.kinds), self.settled))
         tensors = {f"{name}/{key}": x for name, one in self.calibrations.items() for key, x in one.state.items()}
         files.write(path, save(tensors, {"partial": json.dumps(facts)}))
 
@@ -428,21 +421,32 @@ class Study:
             return 0
         try:
             with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {})["partial"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                facts = TypeAdapter(Partial).validate_json((file.metadata() or {})["partial"])
+                tensors = {tuple(key.split("/", 1)): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise AccelplugError(f"{path}: no partial calibration: {error}. Delete it to start anew.") from error
-        if facts["settings"] != self.settings:
+        if facts.settings != self.settings or not 0 <= facts.turns <= self.turns:
             raise AccelplugError(
                 f"{path} holds a calibration with other prompts, knobs or sizes, or of another model. "
                 "Delete it to start anew, or give another path."
             )
-        for key, value in tensors.items():
-            denoiser, name = key.split("/", 1)
-            self.calibrations.setdefault(denoiser, self.task.make()).state[name] = value
-        self.grid_thw, self.steps = facts["grid_thw"] and tuple(facts["grid_thw"]), facts["steps"]
-        self.kinds, self.settled = set(facts["kinds"]), facts["settled"]
-        return facts["turns"]
+        for (denoiser, *name), value in tensors.items():
+            self.calibrations.setdefault(denoiser, self.task.make()).state["/".join(name)] = value
+        self.grid_thw, self.steps = facts.grid_thw, facts.steps
+        self.kinds, self.settled = set(facts.kinds), facts.settled
+        return facts.turns
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What a partial file says of its sums: see `Study`. `turns` are the runs that are in them."""
+
+    settings: str
+    turns: int
+    grid_thw: tuple[int, int, int] | None
+    steps: int | None
+    kinds: list[str]
+    settled: dict[str, list[str]]
 
 
 @dataclass(frozen=True)

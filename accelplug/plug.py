@@ -356,7 +356,8 @@ class Plug(AbstractContextManager["Plug"]):
                 "Check the rules' where: layers, kind, module, denoiser."
             )
         self._require_rules_that_can_hold(sites)
-        self.recipe.require_tables_for(sites)
+        heads = {r.site: getattr(r.module, "heads", None) for host in self._hosts for r in host.records if r.site}
+        self.recipe.require_tables_for(heads)
 
     def _require_rules_that_can_hold(self, sites: list[Site]) -> None:
         self.recipe.require_rules_for(sites, bare=isinstance(self._model(), torch.nn.Module))

@@ -712,19 +712,19 @@ class Recipe:
             rules.append(rule.model_copy(update={"settings": settings}))
         return replace(self, rules=tuple(rules))
 
-    def require_tables_for(self, sites: Sequence[Site]) -> None:
-        """Refuse tables that have no row for a layer that they are to serve.
+    def require_tables_for(self, heads: Mapping[Site, int | None]) -> None:
+        """Refuse tables that have no row for a layer or a head that they are to serve; `heads` by site, None where not known.
 
         Raises
         ------
         RecipeError
-            If one has as many layers as another model.
+            If one has as many layers or heads as another model.
         """
-        for site in sites:
+        for site, known in heads.items():
             for number in self._rules_at(site):
                 for table in self.rules[number].settings.values():
                     if isinstance(table, Table) and site.layer is not None:
-                        table.require(site, None)
+                        table.require(site, None, known)
 
     def check(self) -> None:
         """Validate every rule's settings against its patch. Imports the patches, and torch with them; see `with_tables`.

@@ -159,10 +159,14 @@ def plain(data: Any, source: Source) -> Any:
     return copy(data, ())
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+
+
 def _require_key(key: Any, source: Source, loc: Loc) -> None:
     if not isinstance(key, str) or len(key) > MAX_KEY:
         got = f"{len(key)} characters" if isinstance(key, str) else type(key).__name__
         raise RecipeError(f"{source.at(loc)}: a key is text of at most {MAX_KEY} characters, got {got}.")
+    _within(key, source, loc)
 
 
 def _within(value: Any, source: Source, loc: Loc) -> Any:
@@ -173,6 +177,8 @@ def _within(value: Any, source: Source, loc: Loc) -> Any:
         raise RecipeError(f"{source.at(loc)}: numbers must be finite, got {value}.")
     if isinstance(value, str) and len(value) > MAX_BYTES:
         raise RecipeError(f"{source.at(loc)}: a text has at most {MAX_BYTES} characters, this one has {len(value)}.")
+    if isinstance(value, str) and (found := _CONTROL.search(value)):  # they would steer the terminal that shows them
+        raise RecipeError(f"{source.at(loc)}: a text holds no control characters, this one has {found[0]!r}.")
     return value
 
 

@@ -220,13 +220,13 @@ class Table:
             )
         return None
 
-    def require(self, site: Site, layout: Layout | None) -> None:
-        """Refuse to be used where it was not made for.
+    def require(self, site: Site, layout: Layout | None, heads: int | None = None) -> None:
+        """Refuse to be used where it was not made for, as far as layout and number of heads are known.
 
         Raises
         ------
         RecipeError
-            If it was made for another grid of tokens, or has no row for the site's layer.
+            If it was made for another grid of tokens, or has no row for the site's layer or for its heads.
         """
         made_for = self.origin.grid_thw
         if layout is not None and made_for not in (None, layout.grid_thw):
@@ -239,6 +239,9 @@ class Table:
             raise RecipeError(
                 f"{self!r} has rows for {rows} layers, {site.denoiser} has {site.layers}. Calibrate for this model."
             )
+        own = self.values.shape[self.axes.index("heads")] if "heads" in self.axes else heads
+        if heads is not None and own != heads:
+            raise RecipeError(f"{self!r} has rows for {own} heads, {site.module} has {heads}. Calibrate for this model.")
 
     def at(self, site: Site, clock: Clock) -> Tensor:
         """Return the row of a layer now, for the heads that the site's calls have: [heads, ...]."""

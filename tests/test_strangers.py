@@ -307,6 +307,17 @@ def test_tables_have_the_axes_and_types_that_they_say(values, wan, tmp_path):
         accelplug.apply(wan[0], {"patch": "radial", "with": {"block": 8, **rest}}, gate="off")
 
 
+@pytest.mark.parametrize("patch", TABLED)
+@pytest.mark.parametrize("axes", [("layers", "heads"), ("heads",)])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_tables_for_other_heads_are_refused_at_apply(patch, axes, heads, wan, tmp_path):
+    values = torch.zeros([3, heads][-len(axes) :], dtype=torch.uint8)
+    header = Origin(axes={"x": axes}).to_header()
+    setting = {TABLED[patch]: table_file(tmp_path, values, header=header)}
+    with pytest.raises(AccelplugError, match=f"{heads} heads, blocks.0.attn1 has 2"):
+        accelplug.apply(wan[0], {"patch": patch, "with": {"block": 8, "rest": "pool", **setting}}, gate="off")
+
+
 HEADERS = [
     *(
         "[]",
@@ -398,6 +409,17 @@ def test_values_of_a_journal_are_measurements(bad, tmp_path):
         (tmp_path / "j").write_text('{"fingerprint": "f"}\n' + json.dumps({"key": "a", "value": bad}) + "\n")
         with pytest.raises(AccelplugError, match="no measurement under 'a'"):
             Journal(tmp_path / "j", "f").get("a", pytest.fail, read)
+
+
+@pytest.mark.parametrize("spoiled", ["", "x", "[]", "{}", '{"settings": 3}', '{"settings": "", "turns": -1}'])
+def test_partial_calibrations_of_strangers(spoiled, video, tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "c.partial.safetensors", {"partial": spoiled})
+    for raw in (None, b"", b"x" * 100):
+        if raw is not None:
+            (tmp_path / "c.partial.safetensors").write_bytes(raw)
+        with pytest.raises(AccelplugError, match="Delete it to start anew"):
+            accelplug.calibrate(video, "sta", "x", inputs=RUN, path=tmp_path / "c.yaml", progress=False)
+    assert [one.name for one in tmp_path.iterdir()] == ["c.partial.safetensors"]
 
 
 def test_a_comparison_that_is_none(tmp_path):
@@ -720,6 +742,9 @@ REFUSED = [
     {"patch": "carve", "with": {"keep_area": {"from": 0.2, "to": 0.5, "over": "layers"}}},
     {"patch": "radial", "where": {"tokens": ">=٣"}},
     {"patch": "radial", "where": {"grid": "0x4x4"}},
+    {"rules": [{"patch": "radial"}], "summary": "\x1b]0;renamed\x07"},
+    {"rules": [{"patch": "radial"}], "cite": "\u202egnp.exe"},
+    {"rules": [{"patch": "radial"}], "\x9b2J": 1},
     {"patch": "radial", "where": {"layers": list(range(100_000))}},
     {"patch": "radial", "where": {"layers": "9" * 5000}},
     {"rules": [{"patch": "radial"}] * 40_000},
