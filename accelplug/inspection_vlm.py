@@ -378,7 +378,8 @@ class _Watch:
             self.closed.append(layer)
             return
         device = call.q.device
-        image, valid, question = (x.to(device) for x in (prompt.image, prompt.valid, prompt.question))
+        behind = prompt.question & prompt.later  # what stands ahead of the image cannot look at it
+        image, valid, question = (x.to(device) for x in (prompt.image, prompt.valid, behind))
         spans = torch.stack([prompt.visual, prompt.system, prompt.question], -1).to(device, torch.float32)
         shown = (image > 0).any(-1)
         number = max(1, image.shape[1] - int(question.any(0).long().argmax())) if bool(question.any()) else 1

@@ -89,6 +89,16 @@ def test_a_prompt_without_an_image_is_counted(patch):
         generate(model, given)
 
 
+@pytest.mark.parametrize("patch", ["carve", "agla"])
+def test_pictures_that_a_model_does_not_read_are_none(patch):
+    model, given = build("llama"), inputs("llama", ((9,),))
+    tokens = generate(model, given)
+    with accelplug.apply(model, {"patch": patch}) as plug:
+        assert torch.equal(generate(model, given), tokens)
+        assert plug.report().fallbacks == {f"generate: {NO_IMAGE}": 1}
+        assert not plug.report().served
+
+
 def merged(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Inputs whose images a caller has put among the embeddings."""
     ids = given["input_ids"]

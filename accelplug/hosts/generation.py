@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.families import pixels
 from accelplug.families.vlm import Vlm, token_grid
-from accelplug.hosts.prompts import NO_IMAGE, number_images
+from accelplug.hosts.prompts import number_images
 from accelplug.hosts.undo import Undo
 from accelplug.patches.base import Tools
 
@@ -108,8 +108,8 @@ class _Generate:
 
 def _through(patch: GenerationPatch, generation: Generation, call: Any, **inputs: Any) -> Any:
     host, tools = generation.host, generation.tools()
-    if host.family is not None and "input_ids" in inputs and not bool(tools.images(inputs).any()):
-        host.ledger.fell_back("generate", NO_IMAGE)
+    if inputs.get("input_ids") is not None and not bool(tools.images(inputs).any()):
+        host.ledger.fell_back("generate", host.no_image)
         return call(**inputs)
     host.ledger.served[type(patch).__name__.lower()] += 1
     return patch.generate(host.model, call, inputs, tools)
