@@ -382,3 +382,12 @@ class _Marks:
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(f"word{i}" for i in ids)
+
+
+def test_packed_sequences_are_counted_and_dense():
+    model, given = build("llava"), inputs("llava", ((3, "I", 6),))
+    given["cu_seq_lens_q"] = torch.tensor([0, 9, given["input_ids"].shape[1]], dtype=torch.int32)
+    plain = forward(model, given)
+    with accelplug.apply(model, {"patch": "pai", "with": {"alpha": 5.0}}) as plug:
+        assert torch.equal(forward(model, given), plain)
+        assert any("packed" in reason for reason in plug.report().fallbacks)

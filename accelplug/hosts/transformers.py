@@ -231,6 +231,8 @@ class AttentionRecord:
             return (
                 "the model adds sink logits, a soft cap or a position bias to its scores, which this patch does not know of"
             )
+        if kwargs.get("cu_seq_lens_q") is not None:
+            return "several sequences are packed into one row"
         if patch is not None and "scores" in patch.needs and kwargs.get("softcap") is not None:
             return "the model caps its scores, and what this patch adds to them would land inside of the cap"
         if unknown := {name for name, value in kwargs.items() if value is not None} - compat.ATTENTION_KWARGS:
