@@ -107,6 +107,8 @@ class Stream:
     """How many tokens it has, with those of the present forward."""
     keys: int | None = None
     """Where its first layer's keys lay behind the last forward: there too if the cache was cropped, not if it was pruned."""
+    shift: int = 0
+    """How far its last position id was ahead of its prompt's last place: 1 where ids begin at 1, below 0 behind padding in all rows."""
 
     def lacks(self, needs: frozenset[str]) -> str | None:
         """Why patches with such needs cannot answer, or None."""
@@ -567,7 +569,9 @@ class LanguageHost:
             self._refuse_pieces(known, prompt)
             stream.prompt = prompt
         else:
-            stream = Stream(self, self._prompt(None, ids, embeds, inputs, 0), tokens=new)
+            last = _last_position(inputs)
+            shift = 0 if last is None else last + 1 - new
+            stream = Stream(self, self._prompt(None, ids, embeds, inputs, 0), tokens=new, shift=shift)
             self.generation.note(stream)
         if cache is not None:
             self._keep(stream, cache)
@@ -805,13 +809,19 @@ def _before_layer(host: LanguageHost, layer: nn.Module, module: nn.Module, args:
 
 def _tokens(stream: Stream, cache: Any, past: int, new: int, inputs: dict[str, Any]) -> int:
     """How many tokens a sequence has with the new ones: more than its cache holds, where that was pruned."""
-    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    mask, last = inputs.get("attention_mask"), _last_position(inputs)
     told = [mask.shape[1]] if isinstance(mask, Tensor) and mask.ndim == 2 else []
-    if isinstance(positions, Tensor) and positions.ndim == 2:
-        told.append(int(positions.max()) + 1)
+    if last is not None:
+        told.append(last + 1 - stream.shift)
     if not told and past < stream.tokens and stream.keys != compat.keys_at(cache):
         told.append(stream.tokens + new)
     return max(past + new, *told) if told else past + new
+
+
+def _last_position(inputs: dict[str, Any]) -> int | None:
+    """The largest position id that a forward was given, None where it was given none for each token."""
+    positions = inputs.get("position_ids")
+    return int(positions.max()) if isinstance(positions, Tensor) and positions.ndim == 2 else None
 
 
 def _fitted(turns: Tensor | None, tokens: int) -> Tensor | None:
