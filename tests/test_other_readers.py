@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -160,12 +161,12 @@ def test_layers_that_share_keys(patch):
 def test_layers_that_are_given_the_last_tokens_alone_are_counted(patch):
     model, inputs = gemma4()
     rows: dict[str, int] = {}
+
+    def note(name: str, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        rows.setdefault(name, (args[0] if args else kwargs["hidden_states"]).shape[1])
+
     for i, layer in enumerate(model.get_decoder().layers):
-        name = f"layers.{i}.self_attn"
-        layer.self_attn.register_forward_pre_hook(
-            lambda module, args, kwargs, name=name: rows.setdefault(name, (args or [kwargs["hidden_states"]])[0].shape[1]),
-            with_kwargs=True,
-        )
+        layer.self_attn.register_forward_pre_hook(partial(note, f"layers.{i}.self_attn"), with_kwargs=True)
     with accelplug.apply(model, recipe(patch)) as plug:
         generate(model, inputs, 2)
         short = {
