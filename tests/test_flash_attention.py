@@ -103,7 +103,7 @@ def kernel(monkeypatch):
         "_process_with_kvcache_kwargs_fn": dict,
     }
     for name, value in loaded.items():
-        monkeypatch.setattr(flash, name, value)
+        monkeypatch.setattr(flash, name, value, raising=False)  # not all are in transformers 5.17
     return found
 
 

@@ -214,6 +214,8 @@ BACKENDS = {"fp8": "torch", "quanto": "optimum.quanto", "hqq": "hqq"}
 def test_a_quantised_cache(patch, backend):
     """What a patch does at a decode step is what it does with an exact cache, but for what the cache has rounded away."""
     pytest.importorskip(BACKENDS[backend], reason=f"the {backend} cache needs a package that is not installed")
+    if backend == "fp8" and Version(transformers.__version__) < Version("5.21"):
+        pytest.skip("transformers has no fp8 cache before 5.21")
     model, given = build("llava"), inputs("llava")
     quantised = {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
     stock = generate(model, given, **quantised)
