@@ -163,7 +163,7 @@ def test_layers_that_are_given_the_last_tokens_alone_are_counted(patch):
     rows: dict[str, int] = {}
 
     def note(name: str, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        rows.setdefault(name, (args[0] if args else kwargs["hidden_states"]).shape[1])
+        rows[name] = max(rows.get(name, 0), (args[0] if args else kwargs["hidden_states"]).shape[1])
 
     for i, layer in enumerate(model.get_decoder().layers):
         layer.self_attn.register_forward_pre_hook(partial(note, f"layers.{i}.self_attn"), with_kwargs=True)
