@@ -30,7 +30,7 @@ from accelplug.errors import (
 )
 from accelplug.hosts.caches import StepCaches
 from accelplug.hosts.clock import StepClock
-from accelplug.hosts.diffusers import DenoiserHost, denoisers
+from accelplug.hosts.diffusers import DENOISERS, DenoiserHost, denoisers
 from accelplug.hosts.forecast import Forecast, amdahl
 from accelplug.hosts.gate import Gate, Verdict
 from accelplug.hosts.ledger import Event, Ledger
@@ -360,7 +360,7 @@ class Plug(AbstractContextManager["Plug"]):
         self.recipe.require_tables_for(heads)
 
     def _require_rules_that_can_hold(self, sites: list[Site]) -> None:
-        self.recipe.require_rules_for(sites, bare=isinstance(self._model(), torch.nn.Module))
+        self.recipe.require_rules_for(sites, elsewhere=DENOISERS if isinstance(self._model(), torch.nn.Module) else ())
         if self.denoiser_hosts:
             return
         for number, rule in enumerate(self.recipe.rules):

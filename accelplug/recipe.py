@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -68,6 +68,11 @@ class Span:
     def relative(self) -> bool:
         """Whether it depends on how many indices there are."""
         return any(end.startswith("-") or end.endswith("%") for end in (self.start, self.stop or ""))
+
+    @property
+    def whole(self) -> bool:
+        """Whether every index lies inside."""
+        return self.start in ("", "0", "0%") and self.stop in ("", "100%")
 
     def holds(self, index: int, count: int | None) -> bool | None:
         """Say whether `index` of `count` lies inside; None where that hangs on an unknown count."""
@@ -168,8 +173,9 @@ class Where(_Strict):
 
     @property
     def placed(self) -> bool:
-        """Whether all conditions are on the place, so that `fits` decides alone."""
-        return self.steps is self.branch is self.tokens is self.grid is None
+        """Whether `fits` decides alone: all conditions are on the place, or hold always."""
+        at_all_steps = self.steps is None or any(span.whole for span in self.steps)
+        return at_all_steps and self.branch is None and self.tokens in (None, ">=0") and self.grid in (None, "*x*x*")
 
     def unmet(self, seen: Seen) -> tuple[str, str] | None:
         """The key of a condition that nothing seen so far meets, and in words why; None where each was met by something."""
@@ -643,8 +649,8 @@ class Recipe:
         """Return the rules whose patches stand around ``generate``, outermost first; they have no site."""
         return tuple(rule for rule in self.rules if rule.around)
 
-    def require_rules_for(self, sites: Sequence[Site], bare: bool = False) -> None:
-        """Refuse rules that can never hold in a model with these sites. `bare`: whether it is one denoiser, of which pipeline is unknown.
+    def require_rules_for(self, sites: Sequence[Site], elsewhere: Collection[str] = ()) -> None:
+        """Refuse rules that can never hold in a model with these sites. `elsewhere`: denoisers of it that are not here, maybe.
 
         Raises
         ------
@@ -663,7 +669,7 @@ class Recipe:
                 else:
                     behind[number] = first
         for number, rule in enumerate(self.rules):
-            if rule.around or number in reached or (bare and rule.where.denoiser is not None):
+            if rule.around or number in reached or set(rule.where.denoiser or ()) & set(elsewhere):
                 continue
             if number in behind:
                 raise RecipeError(

@@ -27,6 +27,9 @@ def rule(**where: Any) -> dict[str, Any]:
         ([rule(module="block.0.*"), rule()], "Rule 1 .* fits no attention"),
         ([rule(), rule(steps="1:")], r"Rule 2 .*where steps 1:\) can never hold: Rule 1 .*everywhere\) stands ahead"),
         ([{"patch": "dense"}, rule()], None),
+        ([rule(steps="0:"), rule(tokens=">=8")], "Rule 2 .* can never hold: Rule 1"),
+        ([rule(grid="*x*x*", tokens=">=0", steps=["5:", ":100%"]), rule()], "Rule 2 .* can never hold: Rule 1"),
+        ([rule(denoiser="transfomer"), rule()], "Rule 1 .* fits no attention"),
         ([rule(layers=[0, 1]), rule(layers="2:"), rule(layers=0, steps="1:")], "Rule 3 .* can never hold: Rule 1"),
     ],
 )
@@ -92,7 +95,7 @@ def test_rules_for_other_sizes_are_reported_and_no_error_where_one_is_for_this()
         pipe(**inputs)
         assert plug.report().served["neighborhood"] > 0
         assert len(plug.report().idle) == 1
-    rules = {"rules": [rule(steps="0:"), rule()]}  # told by a run alone: "0:" is all steps
+    rules = {"rules": [rule(steps=["0:2", "2:"]), rule()]}  # told by a run alone
     with accelplug.apply(pipe, rules, gate="off", strict=True) as plug:
         pipe(**inputs)
         assert plug.report().idle == ["Rule 2 of custom (neighborhood everywhere): other rules took its calls"]
