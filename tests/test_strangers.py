@@ -29,6 +29,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import accelplug
 from accelplug import files, zoo
 from accelplug.cli import main
+from accelplug.comparison import questions
 from accelplug.comparison.vlm import Outcome, VlmComparison
 from accelplug.errors import AccelplugError
 from accelplug.recipe import CACHES, ModelFacts, describe, load, model_name, read_file, shipped_files
@@ -430,6 +431,13 @@ def test_a_comparison_that_is_none(tmp_path):
     for place in (tmp_path, tmp_path / "none.json", "", 3):
         with pytest.raises(AccelplugError):
             accelplug.Comparison.from_json(place)
+
+
+@pytest.mark.parametrize("read", [accelplug.Exam.coco, accelplug.Exam.amber, questions.read])
+def test_exams_and_questions_in_wrong_places(read, tmp_path):
+    for place in (3, None, "", b"x", "\0", [], tmp_path, tmp_path / "none", "x" * 5000):
+        with pytest.raises(AccelplugError):
+            read(place)
 
 
 def test_steps_that_are_none(wan):

@@ -15,6 +15,7 @@ from accelplug.comparison.evaluators import amber, coco, pope
 from accelplug.comparison.evaluators.chair import Vocabulary
 from accelplug.comparison.evaluators.pope import Parse, Question
 from accelplug.errors import AccelplugError
+from accelplug.files import path_of
 
 SPLITS: tuple[Literal["random", "popular", "adversarial"], ...] = ("random", "popular", "adversarial")
 DESCRIBE = "Please describe this image in detail."
@@ -85,7 +86,7 @@ class Exam:
         from accelplug.zoo import scenes
 
         require_whole(pictures, "Exam.scenes, pictures", 1)
-        if split not in scenes.SPLITS:
+        if not isinstance(split, str) or split not in scenes.SPLITS:
             raise AccelplugError(f"Exam.scenes: expected a split of {', '.join(scenes.SPLITS)}, got {split!r}.")
         drawn = [scene for scene in map(scenes.sample, scenes.SPLITS[split]) if len(scene.kinds) >= 3][:pictures]
         by_key = {scene.number: scene for scene in drawn}
@@ -129,6 +130,7 @@ class Exam:
             If something is not there.
         """
         require_whole(pictures, "Exam.coco, pictures", 1)
+        folder = path_of(folder, "Exam.coco, folder")
         held = coco.read(folder)
         vocabulary = Vocabulary.read(words) if words else Vocabulary.coco()
         rich = sorted(key for key in held.files if len(set(held.things.get(key, ()))) >= 3)
@@ -140,7 +142,7 @@ class Exam:
         things = {key: held.things[key] for key in keys}
         asked = [question for name in SPLITS for question in pope.build(things, name, images=len(keys), seed=seed)]
         truth = held.truth(vocabulary, keys)
-        files = {key: _found(Path(folder), held.files[key]) for key in keys}
+        files = {key: _found(folder, held.files[key]) for key in keys}
         return cls(
             name=f"COCO, {len(keys)} images, seed {seed}",
             pictures=files,
@@ -169,7 +171,8 @@ class Exam:
         """
         if pictures is not None:
             require_whole(pictures, "Exam.amber, pictures", 1)
-        held = amber.read(Path(folder) / "data")
+        folder = path_of(folder, "Exam.amber, folder")
+        held = amber.read(folder / "data")
         names = sorted(held.truth)
         if pictures is not None:
             if pictures > len(names):
@@ -178,7 +181,7 @@ class Exam:
         shown = set(names)
         return cls(
             name=f"AMBER, {len(names)} images" + ("" if pictures is None else f", seed {seed}"),
-            pictures={name: _found(Path(folder), name) for name in names},
+            pictures={name: _found(folder, name) for name in names},
             truth={name: held.truth[name] for name in names},
             questions=tuple(question for question in held.questions if question.image in shown),
             vocabulary=amber.vocabulary(held.associations),

@@ -19,6 +19,7 @@ from accelplug.comparison.evaluators import pope
 from accelplug.comparison.evaluators.pope import Parse
 from accelplug.comparison.exam import Exam
 from accelplug.errors import AccelplugError
+from accelplug.files import path_of
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     AccelplugError
         If the file cannot be read.
     """
-    path = Path(path)
+    path = path_of(path, "A file of questions")
     try:
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         return [
