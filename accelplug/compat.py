@@ -195,6 +195,13 @@ def unwrap_compiled(module: Any) -> Any:
     return module if inner is None else inner
 
 
+def submodule(module: Any, path: str) -> Any:
+    """Return what is at a path inside a module now, looking through torch.compile, or None."""
+    for name in path.split("."):
+        module = getattr(unwrap_compiled(module), name, None)
+    return unwrap_compiled(module) if module is not None else None
+
+
 def is_wrapped(part: Any, module: Any) -> bool:
     """Whether `part` is what ``torch.compile(module)`` returned."""
     return part is not module and hasattr(part, "named_modules") and unwrap_compiled(part) is module

@@ -204,6 +204,25 @@ def test_a_loop_by_hand_over_one_schedule_begins_anew_where_it_starts_over(patch
             assert torch.equal(loop(0), fresh)
 
 
+@pytest.mark.parametrize("cache", ["cache first_block", "cache taylorseer"])
+def test_a_step_cache_on_a_bare_denoiser_begins_anew_where_timesteps_come_again(cache: str):
+    """Nothing says which step it is; a cache needs no more than to know that it goes on."""
+    model, inputs = tiny_models.build("wan")
+
+    def loop(seed: int, timesteps: tuple[int, ...]) -> Tensor:
+        x = inputs["hidden_states"] * (1 + seed)
+        for t in timesteps:
+            with model.cache_context("cond"):
+                x = x + 0.1 * run_alone(model, {**inputs, "hidden_states": x, "timestep": torch.tensor([t])})
+        return x
+
+    with accelplug.apply(model, CACHED[cache], gate="off") as plug:
+        fresh = loop(0, (900, 600, 300, 100))
+        assert plug.report().served["neighborhood"] < 4 * 2, "the cache skipped nothing"
+        loop(1, (900, 600))
+        assert torch.equal(loop(0, (900, 600, 300, 100)), fresh)
+
+
 # ------------------------------------------------------------------------------------------------------------- steps
 
 STEPPED = {"rules": [{"where": {"steps": "50%:"}, "patch": "neighborhood", "with": {**EIGHT, "window": [1, 3, 3]}}]}
@@ -497,3 +516,15 @@ def test_a_denoiser_that_was_replaced_is_an_error_under_strict():
             assert any("another transformer" in reason for reason in plug.report().fallbacks)
         plug.remove()
         pipe.transformer = ours
+
+
+def test_a_block_that_was_replaced_is_counted():
+    model, inputs = tiny_models.build("wan")
+    with accelplug.apply(model, STATELESS["neighborhood"], gate="off") as plug:
+        run_alone(model, inputs)
+        assert not plug.report().fallbacks
+        ours, model.blocks[1] = model.blocks[1], copy.deepcopy(model.blocks[1])
+        run_alone(model, inputs)
+        reasons = {module for module in plug.report().fallbacks if "was replaced" in module}
+    assert reasons == {"blocks.1.attn1: the module was replaced since apply(); remove and apply again"}
+    model.blocks[1] = ours

@@ -454,11 +454,15 @@ class DenoiserHost:
     def _check_processors(self) -> None:
         self.collect()
         for record in self.records:
-            if record.site and record.settled.choice.patch is not None and not rebind.is_rebound(record.module, record):
-                now = type(record.module.processor).__name__
-                self.ledger.fell_back(
-                    record.site.module, f"its processor was replaced by {now} since apply(); remove and apply again"
-                )
+            if record.site is None or record.latest.choice.patch is None:
+                continue
+            if compat.submodule(self.denoiser, record.site.module) is not record.module:
+                what = "the module was replaced"
+            elif not rebind.is_rebound(record.module, record):
+                what = f"its processor was replaced by {type(record.module.processor).__name__}"
+            else:
+                continue
+            self.ledger.fell_back(record.site.module, f"{what} since apply(); remove and apply again")
 
     def _check_routes(self) -> None:
         """After the first forward: attention that a rule names and that never came by is a fallback like any other."""
