@@ -809,11 +809,13 @@ def _before_layer(host: LanguageHost, layer: nn.Module, module: nn.Module, args:
 
 def _tokens(stream: Stream, cache: Any, past: int, new: int, inputs: dict[str, Any]) -> int:
     """How many tokens a sequence has with the new ones: more than its cache holds, where that was pruned."""
+    if past >= stream.tokens:  # nothing is missing; on a GPU, looking at positions would wait for it
+        return past + new
     mask, last = inputs.get("attention_mask"), _last_position(inputs)
     told = [mask.shape[1]] if isinstance(mask, Tensor) and mask.ndim == 2 else []
     if last is not None:
         told.append(last + 1 - stream.shift)
-    if not told and past < stream.tokens and stream.keys != compat.keys_at(cache):
+    if not told and stream.keys != compat.keys_at(cache):
         told.append(stream.tokens + new)
     return max(past + new, *told) if told else past + new
 
