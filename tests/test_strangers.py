@@ -6,6 +6,7 @@ Mutated recipes, tables and journals come from a generator with a fixed seed. Th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import accelplug
-from accelplug import files, zoo
+from accelplug import chat, files, zoo
 from accelplug.cli import main
 from accelplug.comparison import questions
 from accelplug.comparison.vlm import Outcome, VlmComparison
@@ -83,6 +84,7 @@ NASTY = [
         {"table": 3},
     ),
 ]
+RAMP = {"from": 0, "to": 3, "over": "steps"}
 WORDS = [
     "schema",
     "rules",
@@ -724,7 +726,7 @@ LANGUAGE_SLIPS = {
 def test_a_wrong_argument_beside_a_language_model(function, argument, seeing, monkeypatch):
     model, processor = seeing
     monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("something ran"))
-    good = {"inputs": None, "processor": processor, "progress": False}
+    good = {"inputs": accelplug.Exam.scenes(8), "processor": processor, "progress": False}
     for bad in LANGUAGE_SLIPS[function][argument]:
         with pytest.raises(AccelplugError):
             getattr(accelplug, function)(model, **({} if function == "inspect" else good) | {argument: bad})
@@ -736,9 +738,34 @@ def seeing():
     return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("number", range(NUMBER // 10))
+def test_a_strangers_recipe_for_a_language_model_works_or_is_refused(number, seeing):
+    model, processor = seeing
+    rng = random.Random(f"{SEED} language {number}")
+    entry = rng.choice([entry for entry in list_patches() if entry.family in ("heads", "generation")])
+    fields = list(patch_class(entry.name).Config.model_fields)
+    values = [*NASTY[:25], 99, [99], [0, 99], [-1], [0.0, 1.0], [3, 2], 0.25, 2.0, RAMP]
+    settings = {field: rng.choice(values) for field in rng.sample(fields, 1)}
+    recipe = {
+        "where": {"layers": rng.choice(["0:", "2:5", "-3:", 0])} if entry.family == "heads" else {},
+        "patch": entry.name,
+    }
+    inputs = asked(processor)
+    with soon(lambda: accelplug.apply(model, recipe | {"with": settings}, processor=processor)) or _Nothing() as plug:
+        if plug is not None:
+            told = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+            with contextlib.suppress(AccelplugError):
+                assert not any(logits.isnan().any() for logits in model.generate(**inputs, **told).logits)
+
+
+def asked(processor):
+    """A question about a grey picture."""
+    text = chat.prompt(processor, "Is there a cat?", picture=True)
+    return chat.tokenized(processor, [text], [Image.new("RGB", (96, 96), "grey")])
+
+
 # ------------------------------------------------------------------------------------------------------- one by one, printed
 
-RAMP = {"from": 0, "to": 3, "over": "steps"}
 REFUSED = [
     {"patch": "radial", "with": {"sink": RAMP}},
     {"patch": "radial", "with": {"block": RAMP}},

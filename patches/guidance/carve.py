@@ -137,7 +137,7 @@ class Carve(GenerationPatch):
         )
         steps: Steps = Field("all", description="New tokens whose gaze counts; of all, later ones more. Paper: all.")
         max_tokens: int = Field(
-            32, ge=1, le=10**6, description="New tokens in each of its own two passes, at most. Code: 32."
+            32, ge=1, le=1024, description="New tokens in each of its own two passes, at most. Code: 32."
         )
         floor: float = Field(1e-8, gt=0, description="Added to attention under the general prompt. Code: 1e-8.")
         general_prompt: str = Field(GENERAL, min_length=1, description="What the question is contrasted with. Paper's.")
