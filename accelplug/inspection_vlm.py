@@ -321,6 +321,7 @@ def inspect_vlm(model: Any, inputs: Mapping[str, Any]) -> VlmInspection:
     name = type(model).__name__
     if (on := plug_of(model.base_model)) is not None:
         raise AlreadyAppliedError(f"{on.recipe.name} is on this {name}, and inspect() reads a stock model. Remove it first.")
+    compat.require("transformers")
     host = LanguageHost(model, lambda *_: DENSE, Ledger(), watched=True)
     if host.family is None:
         raise NoMatchError(

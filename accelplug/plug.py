@@ -157,8 +157,11 @@ def watch(model: Any, patch: Patch) -> Plug:
     ------
     AlreadyAppliedError
         If a recipe is on one of the model's denoisers.
+    UnsupportedError
+        If a library newer than what accelplug was tested with no longer keeps what it relies on.
     """
     with _LOCK:
+        compat.require("transformers" if is_language_model(model) else "diffusers")
         watching = _Watch(model, _free_parts(model), patch)
         watching._install()
     return watching

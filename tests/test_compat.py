@@ -117,6 +117,21 @@ def test_a_call_that_a_library_is_about_to_drop_is_an_error():
             model(torch.tensor([[1, 2]]), past_key_values=transformers.DynamicCache())
 
 
+@pytest.mark.parametrize("promise", CONTRACTS)
+def test_a_contract_is_checked_apart_from_what_a_process_is_set_to(promise):
+    """As a user's script may be set: another dtype, another device, no gradients; and it is set so behind it, too."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"), torch.random.fork_rng(devices=[]):
+            before = torch.get_rng_state()
+            assert compat.why_broken(CONTRACTS[promise]) is None
+            assert torch.equal(torch.get_rng_state(), before)
+            assert torch.get_default_dtype() == torch.bfloat16
+            assert torch.empty(1).is_meta
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_broken_contract_is_told(monkeypatch):
     monkeypatch.setattr(compat, "dispatch_attention_fn", lambda: lambda query, key: None)
     assert "lacks the parameters" in str(compat.why_broken(CONTRACTS["diffusers: dispatch_attention_fn attends as asked"]))
