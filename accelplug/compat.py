@@ -83,7 +83,7 @@ def listen_first(registry: Any, name: str, hook: Any) -> None:
 
 def stop_listening(names: dict[str, Any], name: str) -> None:
     """Take back what `listen_first` did to the ``__dict__`` of a registry, however far it came."""
-    if name in names["_hook_order"]:
+    if name in names.get("_hook_order", ()):
         index = names["_hook_order"].index(name)
         del names["_hook_order"][index], names["_fn_refs"][index]
     names["hooks"].pop(name, None)
@@ -641,20 +641,34 @@ def require(library: str) -> None:
         folder = folder.expanduser()
         if (folder / note).exists():
             return
+    require_contracts(library)
+    _HELD.add(note)
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / note).touch()
+
+
+def require_contracts(library: str) -> None:
+    """Check what is relied on of torch and of a host library, whatever their versions.
+
+    Raises
+    ------
+    UnsupportedError
+        If a contract is broken.
+    """
+    found = {package: installed(package) or "" for package in ("torch", library)}
     broken = [
         f"{promise}: {why}"
         for promise, check in contracts()
         if promise.partition(":")[0] in found and (why := why_broken(check)) is not None
     ]
     if broken:
+        names = ", ".join(f"{package} {text}" for package, text in found.items())
+        tested = ", ".join(f"{package} {tested_versions(package)}" for package in found)
         raise UnsupportedError(
             f"{names} no longer keeps what accelplug relies on. {'; '.join(broken)}. Install what was tested ({tested}), or a newer "
             "accelplug."
         )
-    _HELD.add(note)
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / note).touch()
 
 
 _HELD: set[str] = set()

@@ -119,7 +119,7 @@ def apply(
     model, processor = model_in(model), processor or compat.processor_of(model)
     with _LOCK:
         parts = _free_parts(model)
-        compat.require("transformers" if is_language_model(model) else "diffusers")
+        compat.require(_library_of(model))
         loaded = load(recipe, model_facts(model))
         plug = Plug(
             model,
@@ -134,6 +134,10 @@ def apply(
         )
         plug._install()
     return plug
+
+
+def _library_of(model: Any) -> str:
+    return "transformers" if is_language_model(model) else "diffusers"
 
 
 def _require_one_of(name: str, given: Any, known: tuple[str, ...]) -> None:
@@ -256,6 +260,7 @@ class Plug(AbstractContextManager["Plug"]):
         self.recipe = recipe
         self._undo = Undo()
         self._model = weakref.ref(model)
+        self._library = _library_of(model)
         self._backend = backend
         self._processor = processor
         self._ledger = Ledger(strict)
@@ -384,8 +389,12 @@ class Plug(AbstractContextManager["Plug"]):
             if self._caches is not None:
                 self._caches.install(self._undo)
             logger.info("%s", self.summary())
-        except BaseException:
-            self.remove()
+        except BaseException as error:
+            try:
+                self.remove()
+            finally:
+                if isinstance(error, AttributeError | KeyError | ImportError):  # has a name of a library gone?
+                    compat.require_contracts(self._library)
             raise
 
     def _count_barred(self, host: DenoiserHost | LanguageHost) -> None:
