@@ -29,7 +29,7 @@ from accelplug.patches.rest_weights import RestWeights
 from accelplug.plug import model_facts, watch
 from accelplug.recipe import DENSE, ModelFacts, Recipe, load, matching_files, model_name, read_file
 from accelplug.registry import list_patches, patch_class, patch_entry
-from accelplug.table import Origin, Table, bucket
+from accelplug.table import HEADER, Origin, Table, bucket
 
 MATCHED = ("num_layers", "num_attention_heads", "attention_head_dim", "num_single_layers", "in_channels")
 """Config keys that a written recipe matches by, as far as the denoiser has them and no shipped file says others."""
@@ -527,8 +527,30 @@ def _flow(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def require_place(path: Path) -> None:
+    """Refuse to write tables over a file that holds something else, such as a model's weights.
+
+    Raises
+    ------
+    AccelplugError
+        If there is one.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            ours = HEADER in (file.metadata() or {})
+    except FileNotFoundError:
+        return
+    except (SafetensorError, OSError):
+        ours = False
+    if not ours:
+        raise AccelplugError(
+            f"{path} holds no tables of accelplug, and those of the recipe would go there. Give another name."
+        )
+
+
 def write_tables(path: Path, tables: Mapping[str, Tensor], origin: Origin) -> dict[str, dict[str, Any]]:
-    """Write tables to a safetensors file; return by key how a recipe beside it refers to them."""
+    """Write tables to a safetensors file; return by key how a recipe beside it refers to them. See `require_place`."""
+    require_place(path)
     data = save(dict(tables), origin.to_header())
     files.write(path, data)
     sha256 = hashlib.sha256(data).hexdigest()

@@ -317,10 +317,12 @@ def _examine(options: argparse.Namespace, report: Path | None) -> int:
 
 def _tune(options: argparse.Namespace) -> int:
     from accelplug import loading
+    from accelplug.calibration import require_place
     from accelplug.plug import model_facts
     from accelplug.tuning import tune
 
     output, report = files.output(options.output, "--output", (".yaml", ".yml")), _report(options)
+    require_place(output.with_suffix(".safetensors"))
     inputs: Any
     if loading.kind_of(options.model_dir) == "language model":
         pipe, processor, inputs = _questioned(options)

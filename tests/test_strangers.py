@@ -494,7 +494,14 @@ BAD_ARGUMENTS = [
     *((name, ["--guidance", bad]) for name in ("compare", "tune", "calibrate") for bad in ("nan", "inf", "x", "1e999")),
     *(
         ("tune", more)
-        for more in (["--time", "nan"], ["--time", "x"], ["--seeds", "0"], ["--resume", "{out}"], ["--resume", "{latin}"])
+        for more in (
+            ["--time", "nan"],
+            ["--time", "x"],
+            ["--seeds", "0"],
+            ["--resume", "{out}"],
+            ["--resume", "{latin}"],
+            ["-o", "{out}/weights.yaml"],
+        )
     ),
     *(
         ("tune", more)
@@ -540,6 +547,7 @@ def around(tmp_path_factory):
     (out / "latin.txt").write_bytes("é".encode("latin-1"))
     (out / "empty.txt").write_text("\n \n")
     Image.new("RGB", (8, 8)).save(out / "p.png")
+    save_file({"w": torch.zeros(1)}, out / "weights.safetensors")
     (out / "broken").mkdir()
     for name in ("model_index.json", "config.json"):
         (out / "broken" / name).write_text("{")

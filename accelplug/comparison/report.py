@@ -99,7 +99,7 @@ def page(comparison: Comparison, tuned: Tuned | None = None) -> str:
         table = _table(comparison.headings(), ((row.name, row.kind, comparison.cells(row)) for row in comparison.rows))
     else:
         table = _table(tuned.headings(), ((point.name, "recipe", tuned.cells(point)) for point in tuned.points))
-    text = TEMPLATE.read_text()
+    text = TEMPLATE.read_text(encoding="utf-8")
     for slot, filling in {
         "MODEL": html.escape(f"{comparison.model} on {comparison.environment.get('device', 'a device that was not noted')}"),
         "VERDICT": html.escape(tuned.why if tuned else comparison.verdict),
