@@ -17,7 +17,6 @@ import transformers
 import accelplug
 from accelplug import compat
 from accelplug.errors import UnsupportedError
-from accelplug.hosts.undo import Undo
 from tests import tiny_language_models, tiny_models
 
 CONTRACTS = dict(compat.contracts())
@@ -193,21 +192,6 @@ def test_a_name_that_went_from_a_tested_version_is_told_at_apply(monkeypatch):
     with pytest.raises(UnsupportedError, match=f"no longer keeps what accelplug relies on. {promise}: .*_hook_list"):
         accelplug.apply(model, {"patch": "radial"}, gate="off")
     assert [set(vars(module)) for module in model.modules()] == before
-
-
-def test_a_step_of_undo_that_cannot_be_taken_keeps_no_other_from_being_taken():
-    class Thing:
-        pass
-
-    one, two, undo = Thing(), Thing(), Undo()
-    undo.put(one, "mark", 1)
-    undo.add(lambda: [][0])
-    undo.put(two, "mark", 2)
-    with pytest.raises(IndexError):
-        undo.run()
-    assert not vars(one)
-    assert not vars(two)
-    assert undo  # what could not be taken is there for another try
 
 
 def test_the_tested_versions_are_those_of_the_suite():

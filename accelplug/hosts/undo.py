@@ -74,22 +74,13 @@ class Undo:
             self._within._steps.remove(self._run)
 
     def _run(self) -> None:
-        failed: list[tuple[_Change | Callable[[], object], Exception]] = []
-        try:
-            while self._steps:
-                step = self._steps[-1]
-                try:
-                    step()
-                except Exception as error:  # one step that cannot be taken keeps no other from being taken
-                    failed.append((step, error))
-                if self._steps and self._steps[-1] is step:  # another thread may have come in between
-                    del self._steps[-1]
-                elif step in self._steps:
-                    self._steps.remove(step)
-        finally:
-            self._steps[:0] = [step for step, _ in reversed(failed)]
-        if failed:
-            raise failed[0][1]
+        while self._steps:
+            step = self._steps[-1]
+            step()
+            if self._steps and self._steps[-1] is step:  # another thread may have come in between
+                del self._steps[-1]
+            elif step in self._steps:
+                self._steps.remove(step)
 
     def __enter__(self) -> Undo:
         return self
