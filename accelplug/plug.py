@@ -258,7 +258,7 @@ class Plug(AbstractContextManager["Plug"]):
         processor: Any = None,
     ) -> None:
         self.recipe = recipe
-        self._undo = Undo()
+        self._undo, self._marks = Undo(), Undo()
         self._model = weakref.ref(model)
         self._library = _library_of(model)
         self._backend = backend
@@ -382,7 +382,7 @@ class Plug(AbstractContextManager["Plug"]):
         try:
             for place in [self._model(), *(host.root for host in self._hosts)]:
                 if plug_of(place) is None:  # first on, last off: whatever happens between, `remove` finds us by it
-                    self._undo.put(place, MARK, self)
+                    self._marks.put(place, MARK, self)
             for host in self._hosts:
                 host.install(self._undo)
                 self._count_barred(host)
@@ -440,11 +440,12 @@ class Plug(AbstractContextManager["Plug"]):
         """Give the model back as it was. A second call does nothing, or finishes what an interrupt has cut short."""
         with _LOCK:
             self._undo.run()
+            self._marks.run()
 
     @property
     def active(self) -> bool:
-        """Whether it is on a model."""
-        return bool(self._undo)
+        """Whether it is on a model, or something of it still is."""
+        return bool(self._undo) or bool(self._marks)
 
     def __enter__(self) -> Plug:
         return self

@@ -64,7 +64,10 @@ class Undo:
         getattr(module, register)(hook, **options)
 
     def run(self) -> None:
-        """Take everything back. An interrupt is let through when that is done."""
+        """Take everything back. An interrupt or error is let through when that is done.
+
+        A step that fails twice stays in the journal, to be tried again by the next `run`; it keeps no other from being taken.
+        """
         try:
             self._run()
         except BaseException:
@@ -74,13 +77,27 @@ class Undo:
             self._within._steps.remove(self._run)
 
     def _run(self) -> None:
-        while self._steps:
-            step = self._steps[-1]
-            step()
-            if self._steps and self._steps[-1] is step:  # another thread may have come in between
-                del self._steps[-1]
-            elif step in self._steps:
-                self._steps.remove(step)
+        failed: list[_Change | Callable[[], object]] = []
+        errors: list[Exception] = []
+        try:
+            while self._steps:
+                step = self._steps[-1]
+                try:
+                    step()
+                except Exception as error:
+                    errors.append(error)
+                    try:
+                        step()  # in its turn: those ahead of it may need what it takes back
+                    except Exception:
+                        failed.insert(0, step)
+                if self._steps and self._steps[-1] is step:  # another thread may have come in between
+                    del self._steps[-1]
+                elif step in self._steps:
+                    self._steps.remove(step)
+        finally:
+            self._steps[:0] = failed
+        if errors:
+            raise errors[0]
 
     def __enter__(self) -> Undo:
         return self
