@@ -781,22 +781,21 @@ def _traced_values() -> None:
     def look(ctx: Any) -> None:
         seen.update({name: traced_value(ctx, name) for name in ("x", "names", "number")})
 
-    def body(x: Any, names: dict[str, Any], number: int) -> Any:
+    def body(x: Any, names: dict[str, Any], number: int) -> tuple[Any, bool]:
         if torch.compiler.is_compiling():
             comptime()(look)
-        return torch.compiler.is_compiling()
+        return x * number + names["y"], torch.compiler.is_compiling()
 
     x = torch.ones(2, 3)
-    anew = types.FunctionType(
-        body.__code__.replace(co_name="contract"), globals(), None, None, body.__closure__
-    )  # never traced
-    if not torch.compile(anew, backend="eager")(x, {"y": x, "list": [1, None]}, 2):
+    code = body.__code__.replace(co_name="contract")  # never traced before
+    anew = types.FunctionType(code, globals(), None, None, body.__closure__)
+    _, compiled = torch.compile(anew, backend="eager", fullgraph=True)(x, {"y": x, "list": [1, None]}, 2)
+    if not compiled:
         return  # where the compiler is switched off nothing is traced
     _expect(seen.get("number") == 2, f"comptime does not tell a number: {seen}")
     for fake in (seen["x"], seen["names"]["y"]):
-        _expect(
-            is_fake(fake) and fake.shape == x.shape, f"comptime tells a tensor as {type(fake).__name__}, not as FakeTensor"
-        )
+        right = is_fake(fake) and fake.shape == x.shape
+        _expect(right, f"comptime tells a tensor as {type(fake).__name__}, not as FakeTensor")
     _expect(seen["names"]["list"] == [1, None], "comptime does not tell a list in a dict")
     _expect(not is_fake(x), "a tensor is taken for a FakeTensor")
 
