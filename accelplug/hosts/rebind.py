@@ -102,7 +102,7 @@ def _restore(attention: Any, record: Record, original: Any) -> None:
 
 _users: dict[type, weakref.WeakSet[Any]] = {}
 """By re-bound class, the records whose modules run it."""
-_lock = threading.Lock()
+_lock = threading.RLock()  # an interrupt on the way out of it must not lock the undo out
 
 
 def _register(subclass: type, stock: type, record: Record) -> None:

@@ -65,7 +65,7 @@ _WATCH: ContextVar[Watch | None] = ContextVar("accelplug_watch", default=None)
 _STOCK: ContextVar[bool] = ContextVar("accelplug_stock", default=False)
 _users: WeakSet[LanguageHost] = WeakSet()
 """Hosts for which our attention function stands in transformers' table."""
-_lock = threading.Lock()
+_lock = threading.RLock()  # an interrupt on the way out of it must not lock the undo out
 
 
 def is_language_model(model: Any) -> bool:
