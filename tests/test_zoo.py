@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from accelplug import zoo
+from accelplug.errors import NoMatchError
 from accelplug.zoo.shapes import (
     HELD_OUT_CAPTIONS,
     SHAPES,
@@ -91,8 +92,12 @@ def test_training_never_sees_a_held_out_pair():
 def test_looking_for_the_bundled_model_loads_no_framework():
     code = "import sys, accelplug.zoo as zoo; zoo.path(); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    with pytest.raises(ValueError, match="wan-shapes"):
-        zoo.path("nothing")
+
+
+@pytest.mark.parametrize("name", ["wan-shape", "", None, 3])
+def test_a_model_that_is_not_bundled_is_told(name):
+    with pytest.raises(NoMatchError, match="Known: wan-shapes, llava-scenes"):
+        zoo.path(name)
 
 
 def test_the_bundled_model_is_small_and_holds_no_pickles():
