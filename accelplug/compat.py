@@ -529,6 +529,15 @@ def keys_at(cache: Any) -> int | None:
     return None if keys is None else keys.data_ptr()
 
 
+def rows_told_apart(cache: Any, tokens: int) -> Any:
+    """Return what tells the rows of a cache apart, (B, H, D): the largest of their first keys in a layer that has all; or None."""
+    for layer in getattr(cache, "layers", ()):
+        keys = getattr(layer, "keys", None)
+        if keys is not None and keys.ndim == 4 and keys.shape[2] >= tokens and not slides(layer):
+            return keys[:, :, :tokens].amax(2)
+    return None
+
+
 def slides(layer: Any) -> bool:
     """Whether a cache layer keeps a window only."""
     return bool(getattr(layer, "is_sliding", False))

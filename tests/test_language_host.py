@@ -13,7 +13,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch._dynamo.exc import FailOnRecompileLimitHit
-from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, QuantizedCache
+from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, QuantizedCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import accelplug
@@ -402,6 +402,29 @@ def test_a_cache_whose_rows_are_repeated(patch):
         else:
             both = model(input_ids=step, **held(cache)).logits
             torch.testing.assert_close(both, alone.expand(2, -1, -1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("patch", ["visual_bias", "pai", "gift"])
+def test_a_cache_whose_rows_change_places(patch, static):
+    """Rows take what is known of them along, or are refused."""
+    model, two, step = build("llava"), inputs("llava"), torch.tensor([[11], [12]])
+    config, swapped = model.config.get_text_config(), [1, 0]
+    length = two["input_ids"].shape[1] + 1
+    masks = torch.cat([two["attention_mask"], torch.ones_like(step)], 1)
+    at = (masks.cumsum(-1) - 1)[:, -1:]
+    with accelplug.apply(model, recipe(patch), strict=True), torch.no_grad():
+        cache = StaticCache(config, max_cache_len=length) if static else DynamicCache(config=config)
+        model(**two, **held(cache))
+        branch = copy.deepcopy(cache)
+        alone = model(input_ids=step, attention_mask=masks, position_ids=at, **held(cache)).logits
+        branch.reorder_cache(torch.tensor(swapped))
+        given = {"input_ids": step[swapped], "attention_mask": masks[swapped], "position_ids": at[swapped]}
+        if patch == "gift":
+            with pytest.raises(UnsupportedError, match="changed places"):
+                model(**given, **held(branch))
+        else:
+            torch.testing.assert_close(model(**given, **held(branch)).logits, alone[swapped], atol=1e-6, rtol=0)
 
 
 def test_embeddings_instead_of_ids():

@@ -50,6 +50,9 @@ RUN = "accelplug_run"
 STREAM = "_accelplug"
 """Attribute of a cache that holds its `Stream`, and of an attention module that holds its `AttentionRecord`."""
 
+ROUNDING = 0.02
+"""Rows of a cache whose largest keys differ by less, as a share of the largest of all, are of one prompt: beams."""
+
 DECODE = Clock(phase="decode")
 PREFILL = Clock(phase="prefill")
 AHEAD = Clock(phase="ahead")
@@ -107,6 +110,8 @@ class Stream:
     """How many tokens it has, with those of the present forward."""
     keys: int | None = None
     """Where its first layer's keys lay behind the last forward: there too if the cache was cropped, not if it was pruned."""
+    told_apart: Tensor | None = None
+    """What tells the rows of its cache apart, where it has several."""
     shift: int = 0
     """How far its last position id was ahead of its prompt's last place: 1 where ids begin at 1, below 0 behind padding in all rows."""
 
@@ -555,8 +560,8 @@ class LanguageHost:
         stream = None if cache is None else vars(cache).get(STREAM)
         stream = stream if stream is not None and stream.host is self else None
         past = 0 if cache is None else int(cache.get_seq_length())
-        if past and stream is not None and rows % len(stream.prompt.image) == 0 and rows != len(stream.prompt.image):
-            self._widen(stream, rows // len(stream.prompt.image))
+        if past and stream is not None:
+            self._follow(stream, cache, rows)
         if past and (stream is None or rows != len(stream.prompt.image)):
             return
         if stream is not None and past:
@@ -657,16 +662,31 @@ class LanguageHost:
         setattr(cache, STREAM, stream)
         self.streams.add(cache)
 
-    def _widen(self, stream: Stream, times: int) -> None:
-        """Follow a cache whose rows were repeated."""
+    def _follow(self, stream: Stream, cache: Any, rows: int) -> None:
+        """Follow a cache whose rows were repeated, or changed places, since the last forward."""
+        known = len(stream.prompt.image)
+        if rows != known and rows % known == 0:
+            self._take_rows(stream, torch.arange(known).repeat_interleave(rows // known))
+        elif stream.told_apart is not None and stream.keys != compat.keys_at(cache):
+            now, old = compat.rows_told_apart(cache, stream.prompt.image.shape[1]), stream.told_apart
+            if now is None or now.shape != old.shape:
+                return
+            old = old.to(now.device).float()
+            apart = (now.float()[:, None] - old).abs().amax((2, 3)) / old.abs().amax()  # [row now, row then]
+            if not bool((apart.diagonal() < ROUNDING).all()) and bool((apart.amin(-1) < ROUNDING).all()):
+                self._take_rows(stream, apart.argmin(-1))
+
+    def _take_rows(self, stream: Stream, rows: Tensor) -> None:
         if any(stream.states.values()):
             raise UnsupportedError(
-                "The rows of a cache were repeated after its prompt was read, and a patch remembers its rows one by one. "
-                "Repeat the inputs instead, as generate(num_return_sequences=...) does."
+                "The rows of a cache were repeated or changed places after its prompt was read, and a patch remembers its rows one "
+                "by one. Repeat or sort the inputs instead, as generate(num_return_sequences=...) does."
             )
         known: dict[str, Any] = {f.name: getattr(stream.prompt, f.name) for f in fields(Prompt)}
-        repeated = {name: x.repeat_interleave(times, 0) for name, x in known.items() if isinstance(x, Tensor)}
-        stream.prompt = Prompt(**{**known, **repeated})
+        taken = {name: x[rows.to(x.device)] for name, x in known.items() if isinstance(x, Tensor)}
+        stream.prompt = Prompt(**{**known, **taken})
+        if stream.told_apart is not None:
+            stream.told_apart = stream.told_apart[rows.to(stream.told_apart.device)]
         self._prepare_decode(stream)
 
     def mark(self, image: Tensor | None) -> None:
@@ -727,6 +747,8 @@ class LanguageHost:
         if cache is not None:
             if run.cache is None:
                 self._keep(run.stream, cache)
+            several = len(run.stream.prompt.image) > 1
+            run.stream.told_apart = compat.rows_told_apart(cache, run.stream.tokens) if several else None
             self._prepare_decode(run.stream)
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
