@@ -21,6 +21,8 @@ from accelplug.version import __version__
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status (0 done, 1 found something wrong, 2 asked wrongly, 130 interrupted)."""
+    if sys.stdout is None:  # closed by who called us
+        sys.stdout = io.StringIO()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal may lack a letter
@@ -29,16 +31,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # Of several processes that were launched together, the first speaks.
         with contextlib.nullcontext() if is_first() else contextlib.redirect_stdout(io.StringIO()):
-            return options.run(options)
+            status: int = options.run(options)
+            sys.stdout.flush()
+            return status
     except AccelplugError as error:
         print(f"accelplug: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("accelplug: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # such as `accelplug list | head -1`
+    except OSError as error:  # nobody reads on, `accelplug list | head -1`, or what is written to is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"accelplug: {error}", file=sys.stderr)
+        return 2
 
 
 class _Parser(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import torch
 
@@ -467,7 +467,7 @@ class Plug(AbstractContextManager["Plug"]):
         if (model := self._model()) is None:
             raise AccelplugError("warmup() needs the model that the plug was made for, and it is gone.")
         given = kwargs.get("generator")
-        generators = given if isinstance(given, list) else [given] if given is not None else []
+        generators = given if isinstance(given, list | tuple) else [given] if given is not None else []
         states = [generator.get_state() for generator in generators]
         with torch.random.fork_rng(), torch.no_grad():
             model(*args, **kwargs)
@@ -601,6 +601,12 @@ class Plug(AbstractContextManager["Plug"]):
         gone = ", ".join(host.name for host in self._replaced())
         state = f"on, but the pipeline has another {gone} now" if gone else "on" if self.active else "off"
         return f"{self.recipe.name}: {state}, touches {touched} of {len(sites)} self-attention modules in {where}"
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            "A Plug is the handle of one loaded model: it cannot be copied or pickled. Store plug.choices or plug.report(), and "
+            "apply the recipe where the model is loaded."
+        )
 
     def __repr__(self) -> str:
         return f"<Plug {self.summary()}>"

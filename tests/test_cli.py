@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -65,6 +68,19 @@ def test_compare_writes_a_page_and_json(tmp_path, capsys):
 def test_no_pipeline_there(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 2
     assert "no saved pipeline" in capsys.readouterr().err
+
+
+def test_a_closed_output_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["list"]) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_an_output_that_is_full_is_one_line(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["list"]) == 2
+    assert "No space left" in capsys.readouterr().err
 
 
 def test_missing_arguments_exit_with_two():

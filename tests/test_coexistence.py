@@ -263,6 +263,22 @@ def test_a_recipe_brings_its_step_cache_and_takes_it_away(kind):
     assert torch.equal(generate(pipe, inputs), stock)
 
 
+def test_a_cache_that_the_user_puts_in_its_place_stays():
+    pipe, inputs = tiny_models.pipeline("wan")
+    cached = {"rules": [{"patch": "dense"}], "cache": {"kind": "mag", "with": CACHES["mag"]}}
+    before = snapshot(pipe.transformer)
+    pipe.transformer.enable_cache(caches(pipe)["first_block"])
+    expected = generate(pipe, inputs)
+    pipe.transformer.disable_cache()
+    with accelplug.apply(pipe, cached, gate="off"):
+        pipe.transformer.disable_cache()
+        pipe.transformer.enable_cache(caches(pipe)["first_block"])
+    assert pipe.transformer.is_cache_enabled
+    assert torch.equal(generate(pipe, inputs), expected)
+    pipe.transformer.disable_cache()
+    assert snapshot(pipe.transformer)["processors"] == before["processors"]
+
+
 def test_magcache_is_refused_in_runs_of_other_lengths():
     pipe, inputs = tiny_models.pipeline("wan")
     generate(pipe, inputs)

@@ -18,7 +18,7 @@ import torch
 
 import accelplug
 from accelplug import compat
-from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError
+from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, UnsupportedError
 from accelplug.hosts import rebind
 from accelplug.hosts import transformers as language
 from accelplug.plug import plug_of
@@ -276,9 +276,8 @@ COPIES = {"pickle": lambda model: pickle.loads(pickle.dumps(model)), "torch.save
 @pytest.mark.parametrize("name", CASES)
 def test_copies_of_all_kinds_are_stock_and_need_no_accelplug(name: str, how: str, processor: Any):
     case, fresh = case_of(name, processor), case_of(name, processor)
-    recipe = {"rules": case.recipe["rules"]}  # a cache of diffusers hooks modules with closures, which nothing can pickle
     twin = COPIES[how](fresh.root)
-    plug = accelplug.apply(case.model, recipe, gate="off", processor=case.processor)
+    plug = accelplug.apply(case.model, case.recipe, gate="off", processor=case.processor)
     found = COPIES[how](case.root)
     assert b"accelplug" not in pickle.dumps(case.root)
     for path, module in twin.named_modules():
@@ -297,3 +296,13 @@ def test_copies_of_all_kinds_are_stock_and_need_no_accelplug(name: str, how: str
     else:
         case.model = found
     assert torch.equal(case.run(), stock)
+
+
+@pytest.mark.parametrize("how", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_the_handle_itself_says_that_it_cannot_be_copied(how: Any, processor: Any):
+    case = case_of("denoiser", processor)
+    with (
+        accelplug.apply(case.model, case.recipe, gate="off") as plug,
+        pytest.raises(UnsupportedError, match="one loaded model"),
+    ):
+        how(plug)

@@ -282,6 +282,14 @@ def _settings(pipe: Any) -> dict[str, Any]:
     return {name: pipe.config[name] for name in ("boundary_ratio", "requires_safety_checker") if name in pipe.config}
 
 
+def test_timesteps_that_the_user_chose_are_a_schedule_too():
+    """DDPM then knows no number of steps."""
+    pipe, inputs = tiny_pipelines.sd15_by(diffusers.DDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    with accelplug.apply(pipe, STEPPED, gate="off", strict=True) as plug:
+        check_steps(plug, pipe, {**inputs, "timesteps": [900, 700, 500, 200], "output_type": "latent"})
+
+
 @pytest.mark.parametrize("name", ["wan", "flux", "sd15", "sd3"])
 def test_another_pipeline_may_be_the_first_to_run(name: str):
     pipe, inputs = tiny_pipelines.pipeline(name)

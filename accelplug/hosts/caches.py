@@ -64,7 +64,10 @@ class StepCaches:
         try:
             for name, part in self.parts.items():
                 hooked, config = compat.hooks_on(part), getattr(diffusers, CONFIGS[self.kind])(**self.settings)
-                undo.add(partial(_disable, part, config, {module: set(vars(module)) for module in part.modules()}))
+                before = {module: set(vars(module)) for module in part.modules()}
+                for module, names in before.items():
+                    undo.touch(module, partial(_drop_new, before=names, part=part, config=config))
+                undo.add(partial(compat.disable_cache, part, config))
                 part.enable_cache(config)
                 if compat.hooks_on(part) == hooked:
                     raise ValueError(f"it finds no module of {name} to hook")
@@ -116,10 +119,10 @@ class StepCaches:
         self._own.run()
 
 
-def _disable(part: Any, config: Any, before: Mapping[Any, set[str]]) -> None:
-    """Disable a cache that was enabled in full or in part, and take away what diffusers leaves behind."""
-    compat.disable_cache(part, config)
-    for module, names in before.items():
-        for name in compat.left_behind(module):
-            if name not in names:
-                vars(module).pop(name, None)
+def _drop_new(names: dict[str, Any], before: set[str], part: Any, config: Any) -> None:
+    """Take away what diffusers has put into the ``__dict__`` of a module, which had the names `before`; not of a later cache."""
+    if compat.step_cache(part) is not None and compat.step_cache(part) is not config:
+        return
+    for name in compat.left_behind(names):
+        if name not in before:
+            names.pop(name, None)

@@ -210,7 +210,10 @@ class StepClock:
         """Schedulers whose timesteps were set: that of the pipeline given to `apply`, then others that were seen."""
         others = [scheduler for other in self._others if (scheduler := other()) is not None]
         for scheduler in (getattr(self._pipe(), "scheduler", None), *others):
-            is_set = getattr(scheduler, "num_inference_steps", None) is not None
+            # DDPM knows no number of steps where it was given the timesteps themselves.
+            is_set = getattr(scheduler, "num_inference_steps", None) is not None or getattr(
+                scheduler, "custom_timesteps", False
+            )
             if is_set and isinstance(getattr(scheduler, "timesteps", None), Tensor):
                 yield scheduler
 
