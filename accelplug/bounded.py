@@ -12,7 +12,7 @@ V = TypeVar("V")
 
 
 class Bounded(Generic[K, V]):
-    """A table of at most `size` entries that forgets the one unused for longest. Threads may share it."""
+    """A table of at most `size` entries that forgets the one unused for longest. Threads may share it; a copy or a pickle is empty."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -21,6 +21,9 @@ class Bounded(Generic[K, V]):
 
     def __len__(self) -> int:
         return len(self._table)
+
+    def __reduce__(self) -> tuple[type[Bounded[K, V]], tuple[int]]:
+        return type(self), (self._size,)
 
     def get(self, key: K, make: Callable[[], V]) -> V:
         """Return the value of `key`, made and kept if it is not there."""

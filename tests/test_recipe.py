@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ from accelplug import recipe as recipes
 from accelplug.call import Clock, Layout, Site
 from accelplug.errors import AccelplugError, NoMatchError, RecipeError
 from accelplug.recipe import ModelFacts, Span, load, matching_files, read_file, record_measurement, shipped_files
+from accelplug.registry import patch_class
 
 FACTS = ModelFacts(("AnyTransformer",), {})
 WAN_14B = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16}
@@ -72,6 +75,16 @@ def test_shipped_files_load_and_their_settings_are_valid(path):
     for recipe in file.recipes.values():
         assert recipe.cite.startswith("arXiv ")
         recipe.check()
+
+
+@pytest.mark.parametrize("path", shipped_files().values(), ids=lambda path: path.stem)
+def test_recipes_and_patches_that_were_used_can_be_copied_and_sent_to_other_processes(path):
+    for recipe in read_file(path).recipes.values():
+        before = recipe.decide(site(), Layout((4, 8, 8)), Clock(9, 10))
+        patches = [patch_class(rule.patch)(rule.settings) for rule in recipe.rules if rule.patch != "dense"]
+        for twin, *copies in (copy.deepcopy([recipe, *patches]), pickle.loads(pickle.dumps([recipe, *patches]))):
+            assert twin.decide(site(), Layout((4, 8, 8)), Clock(9, 10)) == before
+            assert [patch.config for patch in copies] == [patch.config for patch in patches]
 
 
 def test_import_and_listing_bring_no_torch():
