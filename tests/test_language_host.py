@@ -349,10 +349,11 @@ def test_guidance_has_a_stream_of_its_own():
     assert tokens.shape == plain.shape
 
 
-def test_two_threads_on_one_model():
+@pytest.mark.parametrize("patch", ["visual_bias", "vhr"])
+def test_two_threads_on_one_model(patch):
     model = build("llava")
     cases = [inputs("llava", ((3, "I", 6),)), inputs("llava", ((9, "I", 2, "I", 4),))]
-    with accelplug.apply(model, LOUD):
+    with accelplug.apply(model, recipe(patch)):
         expected = [generate(model, case, tokens=12) for case in cases]
         found: list[list[torch.Tensor]] = [[], []]
 
@@ -367,6 +368,17 @@ def test_two_threads_on_one_model():
             thread.join()
     assert all(torch.equal(tokens, expected[i]) for i in range(2) for tokens in found[i])
     assert [len(tokens) for tokens in found] == [5, 5]
+
+
+def test_an_image_behind_a_turn_of_text_alone_is_counted_where_all_sinks_are_needed():
+    model, (first, second) = build("llava"), (inputs("llava", rows) for rows in (((7,),), ((3, "I", 6),)))
+    mask = torch.ones(1, 7 + second["input_ids"].shape[1], dtype=torch.long)
+    with accelplug.apply(model, recipe("var")) as plug, torch.no_grad():
+        cache = DynamicCache(config=model.config.get_text_config())
+        for given in (first, {**second, "attention_mask": mask}):
+            model(**given, **held(cache))
+        counts = [number for why, number in plug.report().fallbacks.items() if "ran dense, so" in why]
+    assert counts == [1] * model.config.text_config.num_hidden_layers
 
 
 def test_a_second_turn_on_the_same_cache():

@@ -65,7 +65,10 @@ class Blind:
         return {**tokens, "attention_mask": mask, "position_ids": positions}
 
     def _recorder(self, index: int) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def record(module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+            run = (kwargs or {}).get(self._key)
+            if kwargs is None or run is None or run.companion != self._note:  # another thread's forward
+                return
             rest = {name: value for name, value in kwargs.items() if name not in ("hidden_states", self._key)}
             self._calls[index] = args[1:], rest
             self._hidden[index] = args[0] if args else kwargs["hidden_states"]

@@ -112,10 +112,12 @@ class Var(Patch):
         if dims != "auto" and max(dims) >= width:
             raise RecipeError(f"var: sink_dims: the model has dimensions 0 to {width - 1}, got {max(dims)}.")
 
-    def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> Params | None:
+    def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> Params | str | None:
         if self.config.move_fraction == 0:
             return None
         if clock.phase == "prefill":
+            if layout.past and f"dims {site.layer}" not in state:
+                return "the first tokens of the sequence ran dense, so that their sinks are not known"
             return Params(layout.visual, None, layout, state, site.layer or 0, site.layers)
         sinks = state.get(f"sinks {site.layer}")
         return None if sinks is None else Params(layout.visual[:, : sinks.shape[1]], sinks)
