@@ -31,6 +31,8 @@ def open_picture(held: Any) -> Any:
     """
     from PIL import Image, ImageOps
 
+    if not isinstance(held, str | Path) and not hasattr(held, "convert"):
+        raise AccelplugError(f"A picture is a PIL image or the path of one, got {type(held).__name__}.")
     try:
         image = ImageOps.exif_transpose(Image.open(held) if isinstance(held, str | Path) else held)
         return _eight_bits(image).convert("RGB")
@@ -86,7 +88,7 @@ def tokenized(processor: Any, prompts: Sequence[str], pictures: Sequence[Any] | 
     Raises
     ------
     AccelplugError
-        If several prompts are padded and no token is set for it.
+        If several prompts are padded and no token is set for it, or the processor refuses them.
     """
     tokenizer = tokenizer_of(processor)
     if pictures is None:
@@ -108,7 +110,13 @@ def tokenized(processor: Any, prompts: Sequence[str], pictures: Sequence[Any] | 
     more: dict[str, Any] = {"add_special_tokens": False} if begun else {}
     several = {} if len(prompts) == 1 else {"padding": True, "padding_side": "left"}
     images = [[picture] for picture in pictures]
-    return dict(processor(text=list(prompts), images=images, return_tensors="pt", **several, **more))
+    try:
+        return dict(processor(text=list(prompts), images=images, return_tensors="pt", **several, **more))
+    except (TypeError, ValueError) as error:
+        raise AccelplugError(
+            f"{type(processor).__name__} cannot make inputs of {len(prompts)} prompts with a picture each: {error} Pass the model's "
+            "own processor, and no text that holds its image token."
+        ) from error
 
 
 MARK = "\x00"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -130,6 +131,9 @@ def test_pictures_that_are_not_there_are_told_ahead(tmp_path):
         {"text": "?", "answer": "yes", "image": 3},
         {"text": 3, "answer": "yes"},
         {"text": "?", "answer": " "},
+        {"text": "?", "answer": ["yes", "no"]},
+        {"text": " ", "answer": "yes"},
+        {"text": "?", "answer": "yes", "image": np.zeros((8, 8, 3), np.uint8)},
         "?",
     ):
         with pytest.raises(AccelplugError, match=r"A question is|image: expected"):

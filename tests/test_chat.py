@@ -57,6 +57,15 @@ def test_pictures_stand_upright_wherever_they_are_opened(orientation, tmp_path):
     assert np.array_equal(np.asarray(open_picture(open_picture(file))), UPRIGHT), "turned once"
 
 
+def test_what_a_processor_or_pil_refuses_is_told():
+    processor = AutoProcessor.from_pretrained(path("llava-scenes"))
+    text = prompt(processor, f"what is {processor.image_token} here?", picture=True)
+    with pytest.raises(AccelplugError, match="no text that holds its image token"):
+        tokenized(processor, [text], [Image.new("RGB", (8, 8))])
+    with pytest.raises(AccelplugError, match="got ndarray"):
+        open_picture(np.zeros((8, 8, 3), np.uint8))
+
+
 @pytest.mark.parametrize(
     ("mode", "value", "seen"),
     [

@@ -186,6 +186,11 @@ def test_answers_are_read_as_meant():
     assert not is_right(Item(0, "?", "no"), "yes")
     assert is_right(Item(0, "?", "a red square"), "A red square, at the top")
     assert not is_right(Item(0, "?", "no entry"), "no")
+    assert [is_right(Item(0, "?", "+"), said) for said in ("+", "minus", "")] == [True, False, False], (
+        "no words to begin with"
+    )
+    assert [is_right(Item(0, "?", "-5"), said) for said in ("-5 degrees", "\u22125", "5")] == [True, True, False]
+    assert [item.answer for item in items([{"text": "?", "answer": x} for x in (True, False, 2)])] == ["yes", "no", "2"]
 
 
 def test_a_question_that_is_asked_twice_counts_once():

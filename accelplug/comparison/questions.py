@@ -82,15 +82,18 @@ def items(given: Exam | Sequence[Mapping[str, Any]]) -> tuple[Item, ...]:
     else:
         for entry in given:
             fits = isinstance(entry, Mapping) and {"text", "answer"} <= set(entry) <= {"text", "answer", "image"}
-            if not fits or not str(entry["answer"]).strip() or not isinstance(entry["text"], str):
+            texts = [entry["text"], _answer(entry["answer"])] if fits else []
+            if not fits or not all(isinstance(text, str) and text.strip() for text in texts):
                 got = f"the keys {', '.join(map(str, entry))}" if isinstance(entry, Mapping) else type(entry).__name__
+                got += f" with {texts[0]!r}, {texts[1]!r}"[:200] if fits else ""
                 raise AccelplugError(
                     f"A question is a mapping with text, answer and, for a picture, image, neither text empty; got {got}."
                 )
-            if not isinstance(entry.get("image"), str | Path | None) and not hasattr(entry["image"], "tobytes"):
+            if not isinstance(entry.get("image"), str | Path | None) and not hasattr(entry["image"], "convert"):
                 raise AccelplugError(f"image: expected a PIL image or the path of one, got {type(entry['image']).__name__}.")
         made = [
-            Item(_group(i, entry), entry["text"], str(entry["answer"]), entry.get("image")) for i, entry in enumerate(given)
+            Item(_group(i, entry), entry["text"], _answer(entry["answer"]), entry.get("image"))
+            for i, entry in enumerate(given)
         ]
     if not made or len({item.picture is None for item in made}) > 1:
         raise AccelplugError(
@@ -102,6 +105,13 @@ def items(given: Exam | Sequence[Mapping[str, Any]]) -> tuple[Item, ...]:
 def require_pictures(asked: Sequence[Item]) -> None:
     """Raise AccelplugError unless the pictures of all questions are there."""
     require_files([item.picture for item in asked if isinstance(item.picture, str | Path)])
+
+
+def _answer(given: Any) -> Any:
+    """A reference as text: True is yes, and numbers are written out; anything else as it is."""
+    if isinstance(given, bool):
+        return "yes" if given else "no"
+    return str(given) if isinstance(given, int | float) else given
 
 
 def _group(number: int, entry: Mapping[str, Any]) -> Any:
@@ -146,11 +156,12 @@ def is_right(item: Item, said: str, parse: Parse = "strict") -> bool:
     if item.truth is not None:
         return pope.parse(said, parse) is item.truth
     wanted = _words(item.answer)
-    return _words(said)[: len(wanted)] == wanted
+    return _words(said)[: len(wanted)] == wanted if wanted else said.strip().startswith(item.answer.strip())
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    """Words and numbers, with their minus; no marks."""
+    return re.findall(r"(?:(?<!\w)-(?=\d))?\w+", text.lower().replace("\u2212", "-"))
 
 
 def figures(asked: Sequence[Item], replies: Sequence[Reply]) -> dict[str, float]:
