@@ -160,7 +160,10 @@ def speakers(tokenizer: Any, ids: Sequence[int]) -> tuple[list[int | None], list
     text, spans = spelled(tokenizer, ids)
     begins: list[int | None] = [None] * len(spans)
     template = [False] * len(text)
+    uncased = text.islower()
     for found in TEMPLATE.finditer(text):
+        if (found["written"] or "").islower() and not uncased:  # such as a question's "operating system:"
+            continue
         template[slice(*found.span())] = [True] * len(found[0])
         if (name := found["opened"] or found["written"] or found["instruction"]) is not None:
             first = next(i for i, span in enumerate(spans) if span.stop > found.start())

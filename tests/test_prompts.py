@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 import accelplug
 from accelplug import zoo
 from accelplug.call import Prompt
+from accelplug.chat import speakers
 from accelplug.errors import FallbackError, ShapeError, UnsupportedError
 from accelplug.families.vlm import find
 from accelplug.hosts.prompts import NO_IMAGE, opened, together, turns
@@ -329,6 +330,20 @@ def test_the_system_ends_with_its_turn_and_the_question_is_what_the_user_says(na
         prompt = read(model, given, plug)
         told = [processor.tokenizer.decode(given["input_ids"][0][span[0]]) for span in (prompt.system, prompt.question)]
     assert told == ["<s> a chat about pictures.", question]
+
+
+class Letters:
+    """A tokenizer of one letter a token."""
+
+    @staticmethod
+    def decode(ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize("said", ["USER: which operating system: old? ASSISTANT: new", "user: which one? assistant: new"])
+def test_a_colon_in_a_question_opens_no_turn(said):
+    begins, _ = speakers(Letters(), [ord(letter) for letter in said])
+    assert {i: who for i, who in enumerate(begins) if who is not None} == {0: 1, said.lower().index("assistant"): -1}
 
 
 def test_what_the_question_says_is_not_turned_down(scenes):
