@@ -125,6 +125,22 @@ def _break_the_graph(module, args, output):
     return output
 
 
+@pytest.mark.parametrize("kind", ["regional", "whole", "in place"])
+def test_a_recipe_that_goes_on_again_is_on_in_what_was_compiled(kind):
+    """Dynamo guards no hooks: graphs of an earlier plug must not serve a later one."""
+    model, inputs = tiny_models.build("wan")
+    recipe, dense = ROWS[0].recipe(ROWS[0].working), run(model, inputs)
+    with accelplug.apply(model, recipe, gate="off"):
+        eager = run(model, inputs)
+    if kind == "in place":
+        model.compile(backend="eager")
+    called = model if kind == "in place" else compiled(model, kind, CompileCounter())
+    for _ in range(2):
+        with accelplug.apply(model, recipe, gate="off", strict=True):
+            torch.testing.assert_close(run(called, inputs), eager, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run(called, inputs), dense, rtol=1e-4, atol=1e-5)
+
+
 def test_a_deep_copy_of_a_patched_model_is_stock():
     model, inputs = tiny_models.build("wan")
     dense = run(model, inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import statistics
 import threading
@@ -42,6 +43,10 @@ DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 
 PATCHABLE = frozenset({"self", "joint", "temporal", "frame", "global"})
 """Kinds of attention that a rule can name; cross-attention is left alone."""
+
+INSTALL = "_accelplug_install"
+"""Attribute of a denoiser: which installation of ours is on it. Dynamo guards no hooks, so that its graphs need this to tell."""
+_installs = itertools.count()
 
 
 def denoisers(model: Any) -> dict[str, nn.Module]:
@@ -317,6 +322,7 @@ class DenoiserHost:
         if self.family.level:
             for region in (region for region in self.regions if region.path):
                 undo.hook(region.module, "register_forward_pre_hook", _RegionHook(self, region), with_kwargs=True)
+        undo.put(self.denoiser, INSTALL, next(_installs))
         undo.hook(self.denoiser, "register_forward_hook", self._leave_forward, always_call=True)
         undo.hook(self.denoiser, "register_forward_hook", self._after_forward)
         undo.hook(self.denoiser, "register_forward_pre_hook", self._before_forward, with_kwargs=True)
@@ -346,7 +352,8 @@ class DenoiserHost:
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
-            compat.comptime()(_settle_at_trace)
+            if getattr(module, INSTALL, 0) >= 0:  # read for its guard
+                compat.comptime()(_settle_at_trace)
             return
         if module is not self.denoiser:  # a deep copy of it
             return
