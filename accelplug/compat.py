@@ -528,8 +528,13 @@ def cache_layer(cache: Any, index: int) -> Any:
 
 def keys_at(cache: Any) -> int | None:
     """Return where in memory the keys of a cache's first layer lie, or None where it keeps none as they are."""
-    keys = getattr(cache_layer(cache, 0), "keys", None)
+    keys = first_keys(cache)
     return None if keys is None else keys.data_ptr()
+
+
+def first_keys(cache: Any) -> Any:
+    """Return the keys of a cache's first layer, or None where it keeps none as they are."""
+    return getattr(cache_layer(cache, 0), "keys", None)
 
 
 def rows_told_apart(cache: Any, tokens: int) -> Any:

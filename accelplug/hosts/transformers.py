@@ -21,7 +21,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -336,6 +336,10 @@ def _as_it_is(record: AttentionRecord, out: Tensor) -> Tensor:
     return out
 
 
+def _no_keys() -> Tensor | None:
+    return None
+
+
 def _identity(x: Tensor) -> Tensor:
     return x
 
@@ -402,6 +406,8 @@ class LanguageHost:
         self.images = ImageEncoder(self.base)
         self.tower = VisionTower(self.base) if "vision_attention" in self.needs else None
         self.streams: WeakSet[Any] = WeakSet()
+        self.left: WeakKeyDictionary[Any, ref[Tensor]] = WeakKeyDictionary()
+        """The first keys of every cache as the last forward left them: other ones may lie at the same address."""
         self.undo = Undo()
 
     def _records(self, decide: Decide) -> list[AttentionRecord]:
@@ -491,6 +497,7 @@ class LanguageHost:
             if getattr(vars(cache).get(STREAM), "host", None) is self:
                 delattr(cache, STREAM)
         self.streams.clear()
+        self.left.clear()
         with _lock:
             _users.discard(self)
             if not _users:
@@ -662,12 +669,17 @@ class LanguageHost:
         setattr(cache, STREAM, stream)
         self.streams.add(cache)
 
+    def _leave(self, cache: Any) -> None:
+        """Remember the first keys of a cache."""
+        if (keys := compat.first_keys(cache)) is not None:
+            self.left[cache] = ref(keys)
+
     def _follow(self, stream: Stream, cache: Any, rows: int) -> None:
         """Follow a cache whose rows were repeated, or changed places, since the last forward."""
         known = len(stream.prompt.image)
         if rows != known and rows % known == 0:
             self._take_rows(stream, torch.arange(known).repeat_interleave(rows // known))
-        elif stream.told_apart is not None and stream.keys != compat.keys_at(cache):
+        elif stream.told_apart is not None and self.left.get(cache, _no_keys)() is not compat.first_keys(cache):
             now, old = compat.rows_told_apart(cache, stream.prompt.image.shape[1]), stream.told_apart
             if now is None or now.shape != old.shape:
                 return
@@ -740,6 +752,8 @@ class LanguageHost:
         if cache is not None:
             whole = cache.get_seq_length() == run.stream.tokens
             run.stream.keys = compat.keys_at(cache) if whole else None
+            if run.stream.told_apart is not None or run.clock is PREFILL:
+                self._leave(cache)
         if run.clock is not PREFILL:
             return
         for state in run.stream.states.values():
