@@ -16,6 +16,7 @@ from torch import Tensor
 import accelplug
 from accelplug.errors import FallbackError, NoMatchError, UnsupportedError
 from accelplug.hosts.diffusers import denoisers
+from accelplug.hosts.ledger import Ledger
 from tests import tiny_models, tiny_pipelines
 from tests.patch_rows import ROWS
 from tests.tiny_models import Inputs
@@ -536,3 +537,15 @@ def test_a_block_that_was_replaced_is_counted():
         reasons = {module for module in plug.report().fallbacks if "was replaced" in module}
     assert reasons == {"blocks.1.attn1: the module was replaced since apply(); remove and apply again"}
     model.blocks[1] = ours
+
+
+def test_traces_that_overlap_leave_none_open():
+    ledger = Ledger()
+    first, second = ledger.trace(True, False), ledger.trace(False, True)
+    first.__enter__()
+    events = second.__enter__()
+    first.__exit__(None, None, None)
+    assert ledger.events is events
+    assert (ledger.timed, ledger.keep_plans) == (False, True)
+    second.__exit__(None, None, None)
+    assert (ledger.events, ledger.timed, ledger.keep_plans) == (None, False, False)

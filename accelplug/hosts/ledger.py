@@ -56,6 +56,7 @@ class Ledger:
     events: list[Event] | None = None
     timed: bool = False
     keep_plans: bool = False
+    _open: list[tuple[list[Event], bool, bool]] = field(default_factory=list)
 
     def fell_back(self, module: str, reason: str, times: int = 1) -> None:
         """Count a fallback; warn the first time a reason comes up, or raise under strict."""
@@ -75,10 +76,12 @@ class Ledger:
 
     @contextmanager
     def trace(self, timed: bool, plans: bool) -> Iterator[list[Event]]:
-        """Collect an event per call."""
-        before = self.events, self.timed, self.keep_plans
-        self.events, self.timed, self.keep_plans = [], timed, plans
+        """Collect an event per call. Of several that are open, of threads too, the last one opened gets them."""
+        events: list[Event] = []
+        self._open.append((events, timed, plans))
+        self.events, self.timed, self.keep_plans = self._open[-1]
         try:
-            yield self.events
+            yield events
         finally:
-            self.events, self.timed, self.keep_plans = before
+            self._open = [trace for trace in self._open if trace[0] is not events]
+            self.events, self.timed, self.keep_plans = self._open[-1] if self._open else (None, False, False)
