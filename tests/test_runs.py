@@ -16,7 +16,6 @@ from torch import Tensor
 import accelplug
 from accelplug.errors import FallbackError, NoMatchError, UnsupportedError
 from accelplug.hosts.diffusers import denoisers
-from accelplug.hosts.ledger import Ledger
 from tests import tiny_models, tiny_pipelines
 from tests.patch_rows import ROWS
 from tests.tiny_models import Inputs
@@ -539,13 +538,19 @@ def test_a_block_that_was_replaced_is_counted():
     model.blocks[1] = ours
 
 
-def test_traces_that_overlap_leave_none_open():
-    ledger = Ledger()
-    first, second = ledger.trace(True, False), ledger.trace(False, True)
-    first.__enter__()
-    events = second.__enter__()
-    first.__exit__(None, None, None)
-    assert ledger.events is events
-    assert (ledger.timed, ledger.keep_plans) == (False, True)
-    second.__exit__(None, None, None)
-    assert (ledger.events, ledger.timed, ledger.keep_plans) == (None, False, False)
+def test_traces_that_overlap_have_all_calls_of_their_own_time():
+    model, inputs = tiny_models.build("wan")
+    with accelplug.apply(model, {"patch": "tome"}, gate="off") as plug, torch.no_grad():
+        first, second = plug.trace(), plug.trace(timed=True)
+        early = first.__enter__()
+        model(**inputs)
+        late = second.__enter__()
+        model(**inputs)
+        first.__exit__(None, None, None)  # not the one that was opened last
+        model(**inputs)
+        second.__exit__(None, None, None)
+        model(**inputs)
+        calls = len(plug.sites)
+        assert [len(early), len(late)] == [2 * calls, 2 * calls]
+        assert [event.ms is None for event in early] == [True] * calls + [False] * calls
+        assert plug.report().served == {"tome": 4 * calls}

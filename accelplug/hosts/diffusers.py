@@ -621,12 +621,12 @@ class DenoiserHost:
                 reason = self._not_worth_it(record, call)
                 call = call if reason is None else None
         name = here.choice.name if call is not None else "dense"
-        self.ledger.served[name] += 1
+        self.ledger.count(self.ledger.served, name)
         run = dense if call is None or patch is None else lambda: patch.attend(call, params)
-        if self.ledger.events is None and entered is None:
+        if not self.ledger.traces and entered is None:
             return run()
         out, ms = timed_ms(run, q.device) if self.ledger.timed or entered is not None else (run(), None)
-        if self.ledger.events is not None:
+        if self.ledger.traces:
             self._note(record, call, name, reason, q, ms if self.ledger.timed else None)
         if entered is not None:
             dense_ms = ms if call is None else self._judged_dense_ms(record, q)
@@ -689,7 +689,7 @@ class DenoiserHost:
             density, plan = patch.inspect(call, record.settled.params)
         # Plans of a whole run would fill the memory of a large model: those of the last step are kept.
         last = self.now.step is None or self.now.step + 1 == self.now.steps
-        kept = plan if self.ledger.keep_plans and last else None
+        kept = plan if self.ledger.keeps_plans and last else None
         if record.site is not None:
             self.ledger.note(Event(record.site, self.now, name, reason, density, q.shape[-2], ms, kept))
 

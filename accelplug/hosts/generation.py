@@ -111,7 +111,7 @@ def _through(patch: GenerationPatch, generation: Generation, call: Any, **inputs
     if inputs.get("input_ids") is not None and not bool(tools.images(inputs).any()):
         host.ledger.fell_back("generate", host.no_image)
         return call(**inputs)
-    host.ledger.served[type(patch).__name__.lower()] += 1
+    host.ledger.count(host.ledger.served, type(patch).__name__.lower())
     return patch.generate(host.model, call, inputs, tools)
 
 

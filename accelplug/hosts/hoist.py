@@ -77,7 +77,7 @@ class Hoist:
             if order is not None and len(run) >= LEAST:
                 self._hoist(run, order, device)
         for reason in {block.obstacle for block in blocks if block.obstacle}:
-            self.ledger.hoisted[f"by every call, {reason}"] += 1
+            self.ledger.count(self.ledger.hoisted, f"by every call, {reason}")
 
     def end(self) -> None:
         """Take this thread's hooks off, and give the calls their own orders back. A second call does nothing."""
@@ -137,7 +137,7 @@ class Hoist:
                 if here.patch is not None:
                     record.settled = replace(here, params=here.patch.in_order(here.params))
         own.hook(run[-1].module, "register_forward_hook", _Hook(run[-1].module, passage.last))
-        self.ledger.hoisted[f"once for {run[0].name} to {run[-1].name}"] += 1
+        self.ledger.count(self.ledger.hoisted, f"once for {run[0].name} to {run[-1].name}")
 
     def _indices(self, order: Tiles, device: torch.device) -> tuple[Tensor, Tensor]:
         """Token of each place, and place of each token, int64 (S,) on `device`."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelplug.call import Clock, Site
 from accelplug.errors import FallbackError
@@ -42,9 +43,18 @@ class Event:
     plan: BlockPlan | None = None
 
 
+@dataclass(eq=False)
+class Trace:
+    """An open list of events, and what it wants of each."""
+
+    timed: bool
+    plans: bool
+    events: list[Event] = field(default_factory=list)
+
+
 @dataclass
 class Ledger:
-    """Counts of what ran how; the list of events while a trace is on."""
+    """Counts of what ran how; every call while a trace is open. Traces may be open side by side: each has all events."""
 
     strict: bool = False
     served: Counter[str] = field(default_factory=Counter)
@@ -53,10 +63,18 @@ class Ledger:
     """Calls that a rule names and that ran dense all the same, by (module, reason)."""
     hoisted: Counter[str] = field(default_factory=Counter)
     """Forwards in which an order that blocks share was applied once for them, by where, and in which it was not, by why."""
-    events: list[Event] | None = None
-    timed: bool = False
-    keep_plans: bool = False
-    _open: list[tuple[list[Event], bool, bool]] = field(default_factory=list)
+    traces: list[Trace] = field(default_factory=list)
+    _counting: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def timed(self) -> bool:
+        """Whether a trace that is open wants calls timed."""
+        return any(trace.timed for trace in self.traces)
+
+    @property
+    def keeps_plans(self) -> bool:
+        """Whether a trace that is open wants plans."""
+        return any(trace.plans for trace in self.traces)
 
     def fell_back(self, module: str, reason: str, times: int = 1) -> None:
         """Count a fallback; warn the first time a reason comes up, or raise under strict."""
@@ -67,21 +85,24 @@ class Ledger:
             )
         if not any(known == reason for _, known in self.fallbacks):
             logger.warning("%s runs dense: %s (counted in plug.report(); later ones are not logged)", module, reason)
-        self.fallbacks[module, reason] += times
+        self.count(self.fallbacks, (module, reason), times)
+
+    def count(self, counter: Counter[Any], key: Hashable, times: int = 1) -> None:
+        """Add to one of the counters, which threads share."""
+        with self._counting:
+            counter[key] += times
 
     def note(self, event: Event) -> None:
-        """Add an event to the open trace."""
-        if self.events is not None:
-            self.events.append(event)
+        """Add an event to the open traces."""
+        for trace in self.traces:
+            trace.events.append(event)
 
     @contextmanager
     def trace(self, timed: bool, plans: bool) -> Iterator[list[Event]]:
-        """Collect an event per call. Of several that are open, of threads too, the last one opened gets them."""
-        events: list[Event] = []
-        self._open.append((events, timed, plans))
-        self.events, self.timed, self.keep_plans = self._open[-1]
+        """Collect an event per call."""
+        opened = Trace(timed, plans)
+        self.traces = [*self.traces, opened]
         try:
-            yield events
+            yield opened.events
         finally:
-            self._open = [trace for trace in self._open if trace[0] is not events]
-            self.events, self.timed, self.keep_plans = self._open[-1] if self._open else (None, False, False)
+            self.traces = [trace for trace in self.traces if trace is not opened]

@@ -208,8 +208,8 @@ class AttentionRecord:
         """Count a call."""
         self.routed = True
         name = self.choice.name if answered else "dense"
-        self.host.ledger.served[name] += 1
-        if self.host.ledger.events is not None:
+        self.host.ledger.count(self.host.ledger.served, name)
+        if self.host.ledger.traces:
             self.host.ledger.note(Event(self.site, clock, name, None, None, q.shape[2]))
 
     def obstacle(self, q: Tensor, k: Tensor, mask: Any, run: Run | None, kwargs: dict[str, Any]) -> str | None:
