@@ -202,8 +202,9 @@ def test_every_way_to_generate_gives_the_same(patch, name):
             assert torch.equal(generate(model, given, use_cache=False), tokens)
             if reads_in_pieces:
                 assert torch.equal(generate(model, given, prefill_chunk_size=9), tokens)
-        several = generate(model, given, num_beams=3, num_return_sequences=3)
-        assert len(several) == 6
+        # Beams of a row with several images are given another's by the stock model, where images are no patches, before 5.24.
+        beamed = given if name == "qwen2_5_vl" or Version(transformers.__version__) >= Version("5.24") else one
+        assert len(generate(model, beamed, num_beams=3, num_return_sequences=3)) == 3 * len(beamed["input_ids"])
 
 
 BACKENDS = {"fp8": "torch", "quanto": "optimum.quanto", "hqq": "hqq"}
