@@ -45,6 +45,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "hierarchical": ("hierarchical", COMMON),
     "hierarchical, band 2": ("hierarchical", {**COMMON, "band": 2}),
     "sol": ("sol", COMMON),
+    "svg_ear": ("svg_ear", {"block": 64, "rest": "drop"}),
+    "svg_ear, a budget for each head": ("svg_ear", {"block": 64, "rest": "drop", "density": 0.39}),
 }
 
 

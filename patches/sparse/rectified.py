@@ -59,7 +59,7 @@ class Rectified(Scored):
     other selector may have as well.
 
     On the bundled model (blocks of 64, twelve calls) the selection errs less than random blocks of equal density with every
-    rest. Attention outputs err by 14.6 % with this rest at density 0.19 (19.4 % dropped, 16.9 % without gain), yet by 10.9 %
+    rest. Attention outputs err by 14.4 % with this rest at density 0.19 (19.2 % dropped, 16.8 % without gain), yet by 10.8 %
     with ``rest: pool``, which weighs the blocks row by row: there, and for all selectors tried, pool was the better one.
     """
 
