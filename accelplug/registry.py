@@ -89,7 +89,7 @@ _PATCHES = {
             module="accelplug.patches.sparse.vmoba",
             cls="Vmoba",
             family="sparse",
-            summary="Queries, or blocks of them, choose slabs of frames, columns or cuboids, by turns; all pairs of a head compete. Experimental.",
+            summary="Queries or blocks of them choose slabs of frames, columns or cuboids, by turns; all of a head compete. Experimental.",
             cite="arXiv 2506.23858",
         ),
         PatchEntry(

@@ -63,9 +63,9 @@ class SvgEar(Scored):
     The paper routes whole clusters of uneven length; here clusters are sorted and cut into blocks of equal length, which
     every kernel takes, and each block is judged by itself.
 
-    On the bundled model (blocks of 64, twelve calls of one clip, the rest pooled) a budget for each head is the better one: at density
-    0.39 attention outputs err by 3.6 % with `density`, whose pairs compete over all rows, and by 5.4 % with the released budget by row
-    (random blocks: 17 %); `python -m benchmarks.rest_layers --steps 5 13`.
+    On the bundled model (blocks of 64, twelve calls of one clip, the rest pooled) a budget for each head is the better one: attention
+    outputs err by 3.6 % with `density` at 0.39, where pairs compete over all rows, and by 5.4 % with the released budget by row, at
+    0.42 (random blocks: 17 %); `python -m benchmarks.rest_layers --steps 5 13`.
     """
 
     Config = SvgEarConfig
