@@ -20,8 +20,9 @@ def top_p(
 ) -> Tensor:
     """Keep the likeliest entries of each row, up to a mass of p. Three rules stand in the field:
 
-    * ``reach``: the shortest prefix, likeliest first, whose sum reaches p; the entry that crosses it is kept (Twilight, SVG2).
-    * ``within``: entries whose sum with all likelier ones is at most p (Jenga, Rectified SpaAttn).
+    * ``reach``: the shortest prefix, likeliest first, whose sum reaches p; the entry that crosses it is kept (Twilight, SVG2,
+      Rectified SpaAttn).
+    * ``within``: entries whose sum with all likelier ones is at most p (Jenga).
     * ``tail``: entries whose sum with all less likely ones is at least ``1 - p`` (NABLA); ``reach``, but for exact ties.
 
     Parameters
