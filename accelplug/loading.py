@@ -65,7 +65,7 @@ def pipeline(folder: Path, dtype: str = "auto", device: str | None = None) -> An
     if kind_of(folder) != "pipeline":
         raise AccelplugError(f"{folder} is no saved pipeline: expected a folder with model_index.json.")
     require_device(device)
-    wanted = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}
+    wanted = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
     if device is None:
         device = str(ranks.device() if ranks.launched() else torch.accelerator.current_accelerator() or "cpu")
     with _told(f"{folder} cannot be loaded as a pipeline"), quietly():

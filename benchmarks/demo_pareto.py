@@ -158,7 +158,7 @@ def main() -> None:
     settings = {name: SETTINGS[name] for name in options.setting or SETTINGS}
     torch.set_num_threads(2)
     own_patches()
-    pipe = WanPipeline.from_pretrained(zoo.path(), torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(zoo.path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         if options.only != "curve":

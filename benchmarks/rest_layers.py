@@ -83,7 +83,7 @@ def main() -> None:
     torch.set_num_threads(2)
     own_patches()
     Capture.steps = tuple(options.steps)
-    pipe = WanPipeline.from_pretrained(zoo.path(), torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(zoo.path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         with accelplug.apply(pipe, {"patch": "capture"}, gate="off"):

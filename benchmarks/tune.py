@@ -259,7 +259,7 @@ def main() -> None:
         options.name, options.time = "tune_smoke", min(options.time, 10.0)
     until = time.monotonic() + options.limit
     torch.set_num_threads(options.threads)
-    pipe = WanPipeline.from_pretrained(zoo.path(), torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(zoo.path(), dtype=torch.float32)
     frames, height, width, steps = GRIDS[options.grid]
     settings = {"num_frames": frames, "height": height, "width": width, "num_inference_steps": steps, "guidance_scale": 3.0}
     bounds = parse(options.budget)

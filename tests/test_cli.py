@@ -92,7 +92,7 @@ def test_missing_arguments_exit_with_two():
 def test_the_bundled_model_fits_its_recipe_file():
     import accelplug
 
-    pipe = WanPipeline.from_pretrained(zoo.path(), torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(zoo.path(), dtype=torch.float32)
     with accelplug.apply(pipe) as plug:
         assert plug.recipe.name.startswith("wan-shapes/")
         assert "wan-shapes" in repr(plug)

@@ -110,7 +110,7 @@ def test_the_bundled_model_is_small_and_holds_no_pickles():
 def pipeline():
     from diffusers import WanPipeline
 
-    pipe = WanPipeline.from_pretrained(zoo.path(), torch_dtype=torch.float32, local_files_only=True)
+    pipe = WanPipeline.from_pretrained(zoo.path(), dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

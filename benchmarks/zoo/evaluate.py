@@ -63,7 +63,7 @@ def main() -> None:
 
         pipeline = assemble()
     else:
-        pipeline = WanPipeline.from_pretrained(zoo.path(), torch_dtype=torch.float32, local_files_only=True)
+        pipeline = WanPipeline.from_pretrained(zoo.path(), dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     pipeline.to(device)
