@@ -58,7 +58,7 @@ ASKED = {"inputs", "seeds"}
 
 @COMMANDS
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_inputs_are_told_by_all_commands_alike(waiting, command, wrong):
+def test_wrong_inputs_are_told_by_all_commands_alike(waiting, command, wrong) -> None:
     pipe, inputs = waiting
     says, not_of, change = WRONG[wrong]
     if command.__name__ in not_of:
@@ -72,7 +72,7 @@ def test_wrong_inputs_are_told_by_all_commands_alike(waiting, command, wrong):
 
 @COMMANDS
 @pytest.mark.parametrize("what", [lambda pipe: pipe.transformer, lambda pipe: object(), lambda pipe: None])
-def test_what_is_no_pipeline_is_refused(waiting, command, what):
+def test_what_is_no_pipeline_is_refused(waiting, command, what) -> None:
     pipe, inputs = waiting
     with pytest.raises(AccelplugError):
         command(what(pipe), inputs=inputs)
@@ -95,7 +95,7 @@ def test_what_is_no_pipeline_is_refused(waiting, command, what):
         ({"objective": "accuracy"}, "a language model's"),
     ],
 )
-def test_tune_is_asked_wrongly(waiting, change, says):
+def test_tune_is_asked_wrongly(waiting, change, says) -> None:
     pipe, inputs = waiting
     with pytest.raises(AccelplugError, match=says):
         accelplug.tune(pipe, inputs, progress=False, **change)
@@ -115,13 +115,13 @@ def test_tune_is_asked_wrongly(waiting, change, says):
         ({"patch": "radial"}, "nothing to calibrate"),
     ],
 )
-def test_calibrate_is_asked_wrongly(waiting, change, says):
+def test_calibrate_is_asked_wrongly(waiting, change, says) -> None:
     pipe, inputs = waiting
     with pytest.raises(AccelplugError, match=says):
         calibrate(pipe, inputs, **change)
 
 
-def test_pictures_that_are_not_there_are_told_ahead(tmp_path):
+def test_pictures_that_are_not_there_are_told_ahead(tmp_path) -> None:
     there = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(there)
     entries = [{"text": "?", "answer": "yes", "image": str(path)} for path in (there, tmp_path / "b.png")]

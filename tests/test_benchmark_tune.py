@@ -11,7 +11,7 @@ def runs(gain: float, *margins: float):
     return [{"gain": gain, "margin": margin, "psnr": 26 + margin} for margin in margins]
 
 
-def test_a_split_is_proven_by_the_fastest_that_holds_on_both_sides():
+def test_a_split_is_proven_by_the_fastest_that_holds_on_both_sides() -> None:
     found = {"fast": runs(2.0, 1, 1, 1, -1), "slow": runs(1.5, 1, 1, 1, 1), "useless": runs(1.0, 9, 9, 9, 9)}
     assert overturned(found, [0, 1], [2]) == "proven after 0 overturned"
     assert overturned(found, [0, 1], [3]) == "proven after 1 overturned"
@@ -20,7 +20,7 @@ def test_a_split_is_proven_by_the_fastest_that_holds_on_both_sides():
     assert overturned({"fast": found["fast"], "useless": found["useless"]}, [3], [0]) == "nothing held in the search"
 
 
-def test_all_splits_are_counted():
+def test_all_splits_are_counted() -> None:
     found = {"fast": runs(2.0, 1, 1, 1, -1), "slow": runs(1.5, 1, 1, 1, 1)}
     # Of the 6 ways to split 4 runs in halves, the fast one fails alone where the fourth run is on the proof's side.
     assert splits(found) == {"proven after 0 overturned": 3, "proven after 1 overturned": 3}
@@ -28,7 +28,7 @@ def test_all_splits_are_counted():
     assert splits({}) == {}
 
 
-def test_the_worst_run_counts():
+def test_the_worst_run_counts() -> None:
     from accelplug.tuning.budget import parse
 
     found = summary([*runs(2.0, 1.0), *runs(1.0, -0.5), *runs(1.5, 2.0)], parse("psnr>=26"))

@@ -63,7 +63,7 @@ FORMS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["video", "text-both", "image-text-after"])
 @pytest.mark.parametrize("config", FORMS, ids=lambda c: f"{c['form']}-{c['axes']}")
-def test_equals_the_bias_written_out(config, layout):
+def test_equals_the_bias_written_out(config, layout) -> None:
     patch, call = Bias(config), make_call(layout, torch.float64)
     params = patch.prepare(SITE, layout, Clock(), {})
     settings = {key: value for key, value in config.items() if key != "energy"}
@@ -76,7 +76,7 @@ def test_equals_the_bias_written_out(config, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("config", FORMS[:5], ids=lambda c: f"{c['form']}-{c['axes']}")
-def test_loses_no_more_than_the_dtype_does(config, dtype):
+def test_loses_no_more_than_the_dtype_does(config, dtype) -> None:
     layout = Layout((4, 6, 8), text_after=3)
     call, patch = make_call(layout, dtype), Bias(config)
     bias = written_out(layout, **config)
@@ -91,7 +91,7 @@ def test_loses_no_more_than_the_dtype_does(config, dtype):
     assert (out.double() - attended(call, bias)).abs().max() <= 2 * plain + lost * call.v.abs().max()
 
 
-def test_kernels_see_one_aligned_head_dimension():
+def test_kernels_see_one_aligned_head_dimension() -> None:
     seen = []
     layout = Layout((4, 6, 8))
     call = make_call(layout, torch.bfloat16)
@@ -105,12 +105,12 @@ def test_kernels_see_one_aligned_head_dimension():
 
 
 @pytest.mark.parametrize("form", ["linear", "square", "absolute"])
-def test_strength_zero_is_dense(form):
+def test_strength_zero_is_dense(form) -> None:
     assert Bias({"form": form, "strength": 0.0}).prepare(SITE, LAYOUTS[1], Clock(), {}) is None
 
 
 @pytest.mark.parametrize("length", [5, 17, 45, 80])
-def test_absolute_distances_nearly_have_rank_four(length):
+def test_absolute_distances_nearly_have_rank_four(length) -> None:
     at = torch.arange(length).double()
     table = -(at[:, None] - at).abs()
     rows, columns = low_rank(table, 0.995)
@@ -120,27 +120,27 @@ def test_absolute_distances_nearly_have_rank_four(length):
     torch.testing.assert_close(exact[0] @ exact[1].mT, table, rtol=0, atol=1e-9)
 
 
-def test_balancing_changes_nothing_but_the_sizes():
+def test_balancing_changes_nothing_but_the_sizes() -> None:
     rows, columns = torch.randn(9, 4).double() * torch.tensor([1e3, 1.0, 1e-4, 5.0]), torch.randn(9, 4).double()
     even_rows, even_columns = balanced(rows, columns)
     torch.testing.assert_close(even_rows @ even_columns.mT, rows @ columns.mT)
     torch.testing.assert_close(even_rows.abs().amax(0), even_columns.abs().amax(0))
 
 
-def test_above_rank_16_is_refused():
+def test_above_rank_16_is_refused() -> None:
     patch = Bias({"strength": 0.1, "energy": 0.9999})
     with pytest.raises(UnsupportedError, match=r"rank 3\d on a grid of \(21, 45, 80\).*more than 16.*Lower energy"):
         patch.prepare(SITE, Layout((21, 45, 80)), Clock(), {})
 
 
 @pytest.mark.parametrize("config", [{}, {"strength": 1.0, "axes": "token"}, {"strength": 1.0, "axes": (1, 2)}])
-def test_settings_that_make_no_sense_are_refused(config):
+def test_settings_that_make_no_sense_are_refused(config) -> None:
     with pytest.raises(ValueError, match=r"strength|axes"):
         Bias(config)
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video", "flux", "unet_sd15"])
-def test_on_a_model_it_acts_at_the_model_s_scale_and_undoes_itself(name):
+def test_on_a_model_it_acts_at_the_model_s_scale_and_undoes_itself(name) -> None:
     model, inputs = tiny_models.build(name)
     dense, before = run(model, inputs), snapshot(model)
 
@@ -159,7 +159,7 @@ def test_on_a_model_it_acts_at_the_model_s_scale_and_undoes_itself(name):
     assert torch.equal(run(model, inputs), dense)
 
 
-def test_compiled_equals_eager():
+def test_compiled_equals_eager() -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, {"rules": [{"patch": "bias", "with": {"strength": 0.2, "heads": "alibi"}}]}):
         eager = run(model, inputs)

@@ -26,7 +26,7 @@ def routed(layout: Layout, mask=None, **config):
 @pytest.mark.parametrize("halo", [0, 1, 2])
 @pytest.mark.parametrize("tile_thw", [(1, 2, 4), (2, 2, 2), None])
 @pytest.mark.parametrize("blocks", [{"block": 8}, {"block": 8, "block_k": 16}, {"block": 16, "block_k": 8}])
-def test_the_halo_is_the_tiles_around_cut_at_borders(halo, tile_thw, blocks):
+def test_the_halo_is_the_tiles_around_cut_at_borders(halo, tile_thw, blocks) -> None:
     method, laid, plan = routed(LAYOUT, tile_thw=tile_thw, halo=halo, k=1, **blocks)
     place, held = laid.k_tiles.coordinates(), laid.k_tiles.held
     near = method.around(laid.k_tiles)
@@ -46,7 +46,7 @@ def test_the_halo_is_the_tiles_around_cut_at_borders(halo, tile_thw, blocks):
     assert plan.members[..., near & (plan.k_len > 0)].all()
 
 
-def test_a_region_chooses_the_k_of_highest_score():
+def test_a_region_chooses_the_k_of_highest_score() -> None:
     _, blocks, plan = routed(LAYOUT, k=3, halo=0)
     scores = blocks.q_pool @ blocks.k_pool.mT
     candidates = blocks.candidates[0, 0]
@@ -62,7 +62,7 @@ def test_a_region_chooses_the_k_of_highest_score():
 
 
 @pytest.mark.parametrize("p", [0.3, 0.7, 0.95])
-def test_with_p_it_is_the_fewest_that_hold_the_mass(p):
+def test_with_p_it_is_the_fewest_that_hold_the_mass(p) -> None:
     _, blocks, plan = routed(LAYOUT, k=2, p=p, halo=0)
     visual = ~blocks.query_text
     scores = (blocks.q_pool @ blocks.k_pool.mT * blocks.scale).masked_fill(~blocks.candidates[..., None, :], -torch.inf)
@@ -75,7 +75,7 @@ def test_with_p_it_is_the_fewest_that_hold_the_mass(p):
     assert ((mass * chosen).sum(-1) >= p - 1e-6).all()
 
 
-def test_masked_regions_are_no_candidates():
+def test_masked_regions_are_no_candidates() -> None:
     valid = torch.ones(2, LAYOUT.length, dtype=torch.bool)
     _, blocks, _ = routed(LAYOUT, k=2, halo=0)
     gone = blocks.k_tiles.gather[8:16]  # all of the second region
@@ -85,5 +85,5 @@ def test_masked_regions_are_no_candidates():
     assert not plan.members[1][:, others & ~blocks.query_text, 1].any()
 
 
-def test_p_one_is_dense():
+def test_p_one_is_dense() -> None:
     assert Bilevel({"p": 1.0, "block": 8}).prepare(SITE, LAYOUT, Clock(), {}) is None

@@ -19,7 +19,7 @@ def run(pipe, path, inputs, patch="sparse_vdit", **more):
 
 
 @pytest.mark.parametrize("patch", ["sparse_vdit", "paro", "sta"])
-def test_a_calibrated_recipe_runs(patch, tmp_path):
+def test_a_calibrated_recipe_runs(patch, tmp_path) -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     before = torch.get_rng_state()
     config = {**CONFIG, **({"windows": "maximal"} if patch == "sta" else {})}
@@ -35,12 +35,12 @@ def test_a_calibrated_recipe_runs(patch, tmp_path):
         pipe(**{**inputs, "height": 96})
 
 
-def test_cut_off_and_taken_up_again_gives_the_same_bytes(tmp_path):
+def test_cut_off_and_taken_up_again_gives_the_same_bytes(tmp_path) -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     run(pipe, tmp_path / "whole.yaml", inputs)
     forwards = []
 
-    def cut(*_):
+    def cut(*_) -> None:
         forwards.append(1)
         if len(forwards) > 12:  # in the second run, of four steps and two branches
             raise KeyboardInterrupt
@@ -57,7 +57,7 @@ def test_cut_off_and_taken_up_again_gives_the_same_bytes(tmp_path):
     assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
-def test_weights_of_a_recipes_pooled_blocks(tmp_path):
+def test_weights_of_a_recipes_pooled_blocks(tmp_path) -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     base = {"patch": "radial", "with": {"block": 8, "rest": "pool"}}
     recipe = run(pipe, None, inputs, "rest", recipe=base, config={})
@@ -68,7 +68,7 @@ def test_weights_of_a_recipes_pooled_blocks(tmp_path):
         assert plug.report().served["radial"] > 0
 
 
-def test_what_cannot_be_calibrated(tmp_path):
+def test_what_cannot_be_calibrated(tmp_path) -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     with pytest.raises(NoMatchError, match="nothing to calibrate"):
         run(pipe, None, inputs, "radial")

@@ -44,7 +44,7 @@ STORED = {
 
 
 @pytest.mark.parametrize("orientation", STORED)
-def test_pictures_stand_upright_wherever_they_are_opened(orientation, tmp_path):
+def test_pictures_stand_upright_wherever_they_are_opened(orientation, tmp_path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     file = tmp_path / "a.png"
@@ -57,7 +57,7 @@ def test_pictures_stand_upright_wherever_they_are_opened(orientation, tmp_path):
     assert np.array_equal(np.asarray(open_picture(open_picture(file))), UPRIGHT), "turned once"
 
 
-def test_what_a_processor_or_pil_refuses_is_told():
+def test_what_a_processor_or_pil_refuses_is_told() -> None:
     processor = AutoProcessor.from_pretrained(path("llava-scenes"))
     text = prompt(processor, f"what is {processor.image_token} here?", picture=True)
     with pytest.raises(AccelplugError, match="no text that holds its image token"):
@@ -78,16 +78,16 @@ def test_what_a_processor_or_pil_refuses_is_told():
         ("I;16", 257 * 77, (77, 77, 77)),
     ],
 )
-def test_every_mode_is_seen_as_people_see_it(mode, value, seen):
+def test_every_mode_is_seen_as_people_see_it(mode, value, seen) -> None:
     assert open_picture(Image.new(mode, (2, 2), value)).getpixel((0, 0)) == seen
 
 
-def test_a_palette_is_looked_up():
+def test_a_palette_is_looked_up() -> None:
     picture = Image.new("RGB", (2, 2), (200, 30, 40)).convert("P", palette=Image.Palette.ADAPTIVE)
     assert open_picture(picture).getpixel((1, 1)) == (200, 30, 40)
 
 
-def test_what_is_no_picture_is_said(tmp_path):
+def test_what_is_no_picture_is_said(tmp_path) -> None:
     (tmp_path / "a.jpg").write_text("no picture")
     whole = io.BytesIO()
     Image.effect_noise((64, 64), 90).save(whole, "PNG")
@@ -100,7 +100,7 @@ def test_what_is_no_picture_is_said(tmp_path):
 # --- prompts ---
 
 
-def test_a_sequence_begins_once():
+def test_a_sequence_begins_once() -> None:
     """A template that writes the first token itself, in front of a tokenizer that would put it there once more."""
     from tokenizers.processors import TemplateProcessing
 
@@ -116,14 +116,14 @@ def test_a_sequence_begins_once():
         assert made["input_ids"][0, 0] == 1
 
 
-def test_a_processor_without_a_template_shows_the_picture_too(bundled, monkeypatch):
+def test_a_processor_without_a_template_shows_the_picture_too(bundled, monkeypatch) -> None:
     _, processor = bundled
     monkeypatch.setattr(processor, "chat_template", None)
     text = prompt(processor, "Is there a tree?", picture=True)
     assert text == f"{processor.image_token}\nIs there a tree?"
 
 
-def test_margins_are_of_whole_words():
+def test_margins_are_of_whole_words() -> None:
     class Words:
         """As a tokenizer that puts a blank of its own, 9, ahead of a word that begins with one."""
 
@@ -167,7 +167,7 @@ def plainly(bundled):
 
 
 @pytest.mark.parametrize("asks_for", DECODING, ids=lambda asks_for: "+".join(asks_for))
-def test_the_checkpoints_decoding_changes_no_answer(bundled, plainly, monkeypatch, asks_for):
+def test_the_checkpoints_decoding_changes_no_answer(bundled, plainly, monkeypatch, asks_for) -> None:
     model, processor = bundled
     exam, asked, replies, descriptions = plainly
     own = model.generation_config
@@ -181,7 +181,7 @@ def test_the_checkpoints_decoding_changes_no_answer(bundled, plainly, monkeypatc
     assert model.generation_config is asked_for
 
 
-def test_the_generation_config_comes_back_after_an_error(bundled):
+def test_the_generation_config_comes_back_after_an_error(bundled) -> None:
     model, processor = bundled
     own = model.generation_config
     with greedy(model):

@@ -16,7 +16,7 @@ from accelplug.comparison import Comparison
 from accelplug.inspection import STEPS, TOKENS
 
 
-def test_list_and_show(capsys):
+def test_list_and_show(capsys) -> None:
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     assert "radial" in out
@@ -25,12 +25,12 @@ def test_list_and_show(capsys):
     assert "2506.19852" in capsys.readouterr().out
 
 
-def test_unknown_recipe_names_the_nearest(capsys):
+def test_unknown_recipe_names_the_nearest(capsys) -> None:
     assert main(["show", "wan2.1-t2v-14b/radail"]) == 2
     assert "radial" in capsys.readouterr().err
 
 
-def test_inspect_tells_sites_recipes_and_ceiling(capsys):
+def test_inspect_tells_sites_recipes_and_ceiling(capsys) -> None:
     assert main(["inspect", str(zoo.path())]) == 0
     out = capsys.readouterr().out
     assert "6 self" in out
@@ -38,7 +38,7 @@ def test_inspect_tells_sites_recipes_and_ceiling(capsys):
     assert "at most" in out
 
 
-def test_the_ceiling_of_a_recipe_counts_its_dense_steps():
+def test_the_ceiling_of_a_recipe_counts_its_dense_steps() -> None:
     pipe = WanPipeline.from_pretrained(zoo.path())
     found = accelplug.inspect(pipe)
     (part,) = found.denoisers
@@ -48,14 +48,14 @@ def test_the_ceiling_of_a_recipe_counts_its_dense_steps():
     assert part.ceiling(TOKENS[0]) > found.ceilings["wan-shapes/radial"][0] > 1
 
 
-def test_doctor_finds_all_contracts_holding(capsys):
+def test_doctor_finds_all_contracts_holding(capsys) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "kernel blocked" in out
     assert "broken" not in out
 
 
-def test_compare_writes_a_page_and_json(tmp_path, capsys):
+def test_compare_writes_a_page_and_json(tmp_path, capsys) -> None:
     common = ["compare", str(zoo.path()), "--prompt", "a red square moves left", "--steps", "2", "--device", "cpu"]
     size = ["--frames", "9", "--height", "64", "--width", "80", "--dtype", "float32"]
     assert main([*common, *size, "--recipe", "sol", "--report", str(tmp_path / "r.html")]) == 0
@@ -65,31 +65,31 @@ def test_compare_writes_a_page_and_json(tmp_path, capsys):
     assert Comparison.from_json(tmp_path / "r.json").row("radial").samples
 
 
-def test_no_pipeline_there(tmp_path, capsys):
+def test_no_pipeline_there(tmp_path, capsys) -> None:
     assert main(["inspect", str(tmp_path)]) == 2
     assert "no saved pipeline" in capsys.readouterr().err
 
 
-def test_a_closed_output_is_no_error(monkeypatch):
+def test_a_closed_output_is_no_error(monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["list"]) == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-def test_an_output_that_is_full_is_one_line(monkeypatch, capsys):
+def test_an_output_that_is_full_is_one_line(monkeypatch, capsys) -> None:
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert main(["list"]) == 2
     assert "No space left" in capsys.readouterr().err
 
 
-def test_missing_arguments_exit_with_two():
+def test_missing_arguments_exit_with_two() -> None:
     with pytest.raises(SystemExit) as stop:
         main(["compare"])
     assert stop.value.code == 2
 
 
-def test_the_bundled_model_fits_its_recipe_file():
+def test_the_bundled_model_fits_its_recipe_file() -> None:
     import accelplug
 
     pipe = WanPipeline.from_pretrained(zoo.path(), dtype=torch.float32)

@@ -23,11 +23,11 @@ def euler(steps: int):
     return scheduler
 
 
-def test_nothing_tells():
+def test_nothing_tells() -> None:
     assert StepClock(Pipe()).now().clock == Clock(None, None, None)
 
 
-def test_scheduler_tells_from_its_first_step_on():
+def test_scheduler_tells_from_its_first_step_on() -> None:
     pipe = Pipe(scheduler=euler(4))
     clock = StepClock(pipe)
     seen = []
@@ -37,13 +37,13 @@ def test_scheduler_tells_from_its_first_step_on():
     assert seen == [Clock(step, 4) for step in range(4)]
 
 
-def test_a_late_begin_is_heeded():
+def test_a_late_begin_is_heeded() -> None:
     pipe = Pipe(scheduler=euler(10))
     pipe.scheduler.set_begin_index(6)
     assert StepClock(pipe).now().clock == Clock(6, 10)
 
 
-def test_cache_context_outranks_the_scheduler_and_names_the_branch():
+def test_cache_context_outranks_the_scheduler_and_names_the_branch() -> None:
     pipe = Pipe(scheduler=euler(4))
     clock = StepClock(pipe)
     clock.hear(SimpleNamespace(name="uncond", step_index=2, num_inference_steps=8))
@@ -54,12 +54,12 @@ def test_cache_context_outranks_the_scheduler_and_names_the_branch():
     assert clock.now().clock == Clock(0, 4)
 
 
-def test_guider_tells_where_the_scheduler_does_not():
+def test_guider_tells_where_the_scheduler_does_not() -> None:
     pipe = Pipe(scheduler=None, guider=SimpleNamespace(_step=3, _num_inference_steps=9))
     assert StepClock(pipe).now().clock == Clock(3, 9)
 
 
-def test_timestep_is_looked_up_where_nothing_counts():
+def test_timestep_is_looked_up_where_nothing_counts() -> None:
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(5)
     pipe = Pipe(scheduler=scheduler)
@@ -69,7 +69,7 @@ def test_timestep_is_looked_up_where_nothing_counts():
     assert clock.now().clock.step is None
 
 
-def test_what_the_user_says_wins_until_taken_back():
+def test_what_the_user_says_wins_until_taken_back() -> None:
     pipe = Pipe(scheduler=euler(4))
     clock = StepClock(pipe)
     clock.set(3, 30)
@@ -78,7 +78,7 @@ def test_what_the_user_says_wins_until_taken_back():
     assert clock.now().clock == Clock(0, 4)
 
 
-def test_a_pipe_that_is_gone_tells_nothing():
+def test_a_pipe_that_is_gone_tells_nothing() -> None:
     pipe = Pipe(scheduler=euler(4))
     clock = StepClock(pipe)
     del pipe
@@ -87,7 +87,7 @@ def test_a_pipe_that_is_gone_tells_nothing():
 
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize("remove_ours_first", [True, False])
-def test_the_ear_lives_with_other_hooks_in_any_order(ours_first, remove_ours_first):
+def test_the_ear_lives_with_other_hooks_in_any_order(ours_first, remove_ours_first) -> None:
     from diffusers.hooks.hooks import HookRegistry, ModelHook
 
     class Double(ModelHook):
@@ -115,7 +115,7 @@ def test_the_ear_lives_with_other_hooks_in_any_order(ours_first, remove_ours_fir
     assert set(vars(module)) - before <= {"forward", "_diffusers_hook"}  # diffusers leaves these of its own hook
 
 
-def test_the_ear_alone_leaves_nothing():
+def test_the_ear_alone_leaves_nothing() -> None:
     module = torch.nn.Linear(2, 2)
     before = set(vars(module))
     with Undo() as undo:

@@ -42,7 +42,7 @@ def blobs(*shape: int, centres: int = 5, spread: float = 0.3) -> torch.Tensor:
 
 @pytest.mark.parametrize("iterations", [0, 1, 3, 30])
 @pytest.mark.parametrize("chunk", [clusters.CHUNK, 40])
-def test_is_lloyds_algorithm(iterations, chunk, monkeypatch):
+def test_is_lloyds_algorithm(iterations, chunk, monkeypatch) -> None:
     monkeypatch.setattr(clusters, "CHUNK", chunk)
     x, valid = blobs(3, 41, 4), torch.rand(3, 41) < 0.8
     start = torch.cat([x[:, :5], torch.full((3, 1, 4), 100.0)], 1)  # a last cluster that gets no token
@@ -58,7 +58,7 @@ def same_or_reversed(place: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.equal(place, expected) or torch.equal(place, len(expected) - 1 - expected)
 
 
-def test_line_up_along_the_direction_of_greatest_spread():
+def test_line_up_along_the_direction_of_greatest_spread() -> None:
     direction = torch.nn.functional.normalize(torch.randn(2, 1, 8), dim=-1)
     at = torch.stack([torch.randperm(20) for _ in range(2)])
     centres = at[..., None] * direction + 0.05 * torch.randn(2, 20, 8) + 7
@@ -74,7 +74,7 @@ def order_of(x, valid=None, first=0, number=None, clusters=5, iterations=20, war
     return cluster_order(x, valid, first, number or x.shape[2], clusters, iterations, warm, ticket)
 
 
-def test_an_order_keeps_clusters_together():
+def test_an_order_keeps_clusters_together() -> None:
     owner = torch.randint(4, (2, 3, 50))
     x = 10 * torch.randn(2, 3, 4, 8).gather(2, owner[..., None].expand(-1, -1, -1, 8)) + 0.1 * torch.randn(2, 3, 50, 8)
     order = order_of(x, clusters=12)  # more than there are, so that each is found: a cluster may be two
@@ -83,7 +83,7 @@ def test_an_order_keeps_clusters_together():
     assert (runs == 4).all()
 
 
-def test_heads_and_batch_rows_are_by_themselves_and_no_generator_is_touched():
+def test_heads_and_batch_rows_are_by_themselves_and_no_generator_is_touched() -> None:
     x, state = blobs(3, 2, 60, 4), torch.get_rng_state()
     together = order_of(x)
     for b in range(3):
@@ -94,7 +94,7 @@ def test_heads_and_batch_rows_are_by_themselves_and_no_generator_is_touched():
     assert not torch.equal(together[0, 0], together[0, 1])
 
 
-def test_tokens_that_do_not_count_stand_last_and_move_no_centre():
+def test_tokens_that_do_not_count_stand_last_and_move_no_centre() -> None:
     x, valid = blobs(2, 2, 40, 4), torch.rand(2, 40) < 0.7
     order = order_of(x, valid)
     counts = valid[:, None].expand(2, 2, 40).gather(-1, order)
@@ -110,7 +110,7 @@ def test_tokens_that_do_not_count_stand_last_and_move_no_centre():
 
 @pytest.mark.parametrize("text", [(0, 0), (5, 0), (0, 7), (3, 4)])
 @pytest.mark.parametrize("grid_thw", [(3, 4, 5), (2, 4, 8)], ids=str)
-def test_tiles_of_clusters_round_trip(text, grid_thw):
+def test_tiles_of_clusters_round_trip(text, grid_thw) -> None:
     layout = Layout(grid_thw, *text)
     raster, x = tiles(layout, "raster", 16), torch.randn(2, 3, layout.length, 4)
     valid = torch.rand(2, layout.length) < 0.8
@@ -130,7 +130,7 @@ def test_tiles_of_clusters_round_trip(text, grid_thw):
     assert torch.equal(every_head[..., laid.held], mask[:, None].expand_as(every_head)[..., laid.held])
 
 
-def test_a_step_starts_where_the_last_one_ended():
+def test_a_step_starts_where_the_last_one_ended() -> None:
     memory, x = Memory(), blobs(1, 2, 60, 4, spread=2.0)
     memory.advance(0)
     cold = order_of(x, ticket=memory.ticket)
@@ -150,7 +150,7 @@ def test_a_step_starts_where_the_last_one_ended():
     assert torch.equal(other, order_of(x[..., :50, :].repeat(2, 1, 1, 1)))
 
 
-def test_centres_die_with_the_state_of_the_run():
+def test_centres_die_with_the_state_of_the_run() -> None:
     sol, state, layout = Sol({"block": 8, "order": "kmeans"}), {}, Layout((2, 4, 8))
     q, k, v = torch.randn(3, 1, 2, 64, 4)
     call = AttentionCall(q, k, v, None, 0.5, dense=None)
@@ -190,14 +190,14 @@ def call_of(layout, heads=2, kv_heads=2, mask=False, dim=8):
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("text", [(0, 0), (3, 5)])
-def test_all_blocks_in_cluster_order_are_dense_attention(mask, kv_heads, text):
+def test_all_blocks_in_cluster_order_are_dense_attention(mask, kv_heads, text) -> None:
     layout = Layout((3, 5, 7), *text)
     call = call_of(layout, kv_heads=kv_heads, mask=mask)
     sol = Sol({"block": 8, "block_k": 16, "order": "kmeans", "tau": -1e9, "backend": "reference", "query_clusters": 9})
     torch.testing.assert_close(sol.attend(call, sol.prepare(SITE, layout, Clock(0, 2), {})), call.dense())
 
 
-def test_it_is_one_node_of_one_graph():
+def test_it_is_one_node_of_one_graph() -> None:
     layout = Layout((3, 5, 7), 0, 5)
     sol = Sol({"block": 8, "order": "kmeans", "backend": "reference", "rest": "pool"})
     calls = [call_of(layout) for _ in range(2)]

@@ -48,7 +48,7 @@ def caches(pipe) -> dict:
 
 
 @pytest.mark.parametrize("name", ["first_block", "taylorseer", "pyramid", "faster"])
-def test_caches_in_either_order(name):
+def test_caches_in_either_order(name) -> None:
     def make():
         pipe, inputs = tiny_models.pipeline("wan")
         return pipe, inputs, caches(pipe)[name]
@@ -82,7 +82,7 @@ def test_caches_in_either_order(name):
     assert before["processors"]
 
 
-def test_group_offload_in_either_order():
+def test_group_offload_in_either_order() -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     with accelplug.apply(pipe, RECIPE, gate="off"):
         expected = generate(pipe, inputs)
@@ -101,7 +101,7 @@ def test_group_offload_in_either_order():
         plug.remove()
 
 
-def test_layerwise_casting_and_dtype_change():
+def test_layerwise_casting_and_dtype_change() -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     with accelplug.apply(pipe, RECIPE, gate="off", strict=True) as plug:
         pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
@@ -115,7 +115,7 @@ def test_layerwise_casting_and_dtype_change():
         assert plug.report().served["radial"]
 
 
-def test_lora_load_and_unload_while_on():
+def test_lora_load_and_unload_while_on() -> None:
     from peft import LoraConfig
 
     pipe, inputs = tiny_models.pipeline("wan")
@@ -129,7 +129,7 @@ def test_lora_load_and_unload_while_on():
     assert torch.equal(generate(pipe, inputs), stock)
 
 
-def test_fused_projections_new_style_keeps_working():
+def test_fused_projections_new_style_keeps_working() -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     with accelplug.apply(pipe, RECIPE, gate="off", strict=True):
         plain = generate(pipe, inputs)
@@ -137,7 +137,7 @@ def test_fused_projections_new_style_keeps_working():
         torch.testing.assert_close(generate(pipe, inputs), plain, rtol=1e-3, atol=1e-4)
 
 
-def test_fused_projections_old_style_is_counted():
+def test_fused_projections_old_style_is_counted() -> None:
     model, inputs = tiny_models.build("cogvideox")
     dense = run(model, inputs)
     with accelplug.apply(model, RECIPE, gate="off") as plug:
@@ -150,7 +150,7 @@ def test_fused_projections_old_style_is_counted():
     assert torch.equal(run(model, inputs), dense)
 
 
-def test_attention_backend_set_after_apply_is_used():
+def test_attention_backend_set_after_apply_is_used() -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, RECIPE, gate="off") as plug:
         patched = run(model, inputs)
@@ -166,7 +166,7 @@ def test_attention_backend_set_after_apply_is_used():
     _AttentionBackendRegistry.set_active_backend("native")
 
 
-def test_perturbed_attention_guidance_keeps_its_meaning():
+def test_perturbed_attention_guidance_keeps_its_meaning() -> None:
     from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 
     outs = []
@@ -189,7 +189,7 @@ def test_perturbed_attention_guidance_keeps_its_meaning():
     assert torch.equal(*outs)
 
 
-def test_two_experts_share_a_clock_and_split_the_steps():
+def test_two_experts_share_a_clock_and_split_the_steps() -> None:
     pipe, inputs = tiny_models.pipeline("wan22_moe")
     stock = generate(pipe, inputs)
     recipe = ROWS[0].recipe(ROWS[0].working, denoiser="transformer_2")
@@ -206,7 +206,7 @@ def test_two_experts_share_a_clock_and_split_the_steps():
 
 
 @pytest.mark.parametrize("name", tiny_models.PIPELINES)
-def test_every_pipeline_tells_its_steps(name):
+def test_every_pipeline_tells_its_steps(name) -> None:
     pipe, inputs = tiny_models.pipeline(name)
     pipe.set_progress_bar_config(disable=True)
     make = lambda: pipe(**inputs, generator=torch.Generator().manual_seed(0))[0]  # noqa: E731
@@ -223,13 +223,13 @@ def test_every_pipeline_tells_its_steps(name):
     assert torch.equal(make(), stock)
 
 
-def test_a_second_run_starts_afresh():
+def test_a_second_run_starts_afresh() -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     with accelplug.apply(pipe, RECIPE, gate="off"):
         assert torch.equal(generate(pipe, inputs), generate(pipe, inputs))
 
 
-def test_save_and_load_give_a_stock_pipe(tmp_path):
+def test_save_and_load_give_a_stock_pipe(tmp_path) -> None:
     model, inputs = tiny_models.build("wan")
     dense = run(model, inputs)
     with accelplug.apply(model, RECIPE, gate="off"):
@@ -248,7 +248,7 @@ CACHES = {
 
 
 @pytest.mark.parametrize("kind", CACHES)
-def test_a_recipe_brings_its_step_cache_and_takes_it_away(kind):
+def test_a_recipe_brings_its_step_cache_and_takes_it_away(kind) -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     inputs["num_inference_steps"] = 4
     stock, before = generate(pipe, inputs), snapshot(pipe.transformer)
@@ -263,7 +263,7 @@ def test_a_recipe_brings_its_step_cache_and_takes_it_away(kind):
     assert torch.equal(generate(pipe, inputs), stock)
 
 
-def test_a_cache_that_the_user_puts_in_its_place_stays():
+def test_a_cache_that_the_user_puts_in_its_place_stays() -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     cached = {"rules": [{"patch": "dense"}], "cache": {"kind": "mag", "with": CACHES["mag"]}}
     before = snapshot(pipe.transformer)
@@ -279,7 +279,7 @@ def test_a_cache_that_the_user_puts_in_its_place_stays():
     assert snapshot(pipe.transformer)["processors"] == before["processors"]
 
 
-def test_magcache_is_refused_in_runs_of_other_lengths():
+def test_magcache_is_refused_in_runs_of_other_lengths() -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     generate(pipe, inputs)
     before = snapshot(pipe.transformer)
@@ -291,7 +291,7 @@ def test_magcache_is_refused_in_runs_of_other_lengths():
     assert snapshot(pipe.transformer) == before
 
 
-def test_a_step_cache_that_cannot_be_had_is_refused_and_leaves_nothing():
+def test_a_step_cache_that_cannot_be_had_is_refused_and_leaves_nothing() -> None:
     pipe, _ = tiny_models.pipeline("wan")
     before = snapshot(pipe.transformer)
     cached = {"rules": [{"patch": "dense"}], "cache": {"kind": "taylorseer"}}

@@ -30,13 +30,13 @@ def clips():
     return g.random((5, 24, 36, 3), np.float32), g.random((5, 24, 36, 3), np.float32)
 
 
-def test_psnr_by_hand(clips):
+def test_psnr_by_hand(clips) -> None:
     a, _ = clips
     assert metrics.psnr_db(a, a) == math.inf
     assert metrics.psnr_db(np.full_like(a, 0.5), np.full_like(a, 0.6)) == pytest.approx(20.0, abs=1e-4)
 
 
-def test_psnr_agrees_with_torchmetrics(clips):
+def test_psnr_agrees_with_torchmetrics(clips) -> None:
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     a, b = clips
@@ -44,7 +44,7 @@ def test_psnr_agrees_with_torchmetrics(clips):
     assert metrics.psnr_db(a, b) == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_foreground_counts_what_is_missing():
+def test_foreground_counts_what_is_missing() -> None:
     dense, patched = (np.zeros((2, 40, 40, 3), np.float32) for _ in range(2))
     dense[:, 5:15, 5:15] = 1.0  # the object is gone in the patched clip
 
@@ -56,7 +56,7 @@ def test_foreground_counts_what_is_missing():
     assert math.isnan(metrics.foreground_psnr_db(patched, patched, bright))
 
 
-def test_ssim_and_latent_distance(clips):
+def test_ssim_and_latent_distance(clips) -> None:
     a, b = clips
     assert metrics.ssim(a, a) == pytest.approx(1.0)
     assert metrics.ssim(a, b) < 0.2
@@ -65,7 +65,7 @@ def test_ssim_and_latent_distance(clips):
     assert metrics.relative_distance(2 * x, x) == pytest.approx(1.0)
 
 
-def test_quantiles():
+def test_quantiles() -> None:
     assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == Spread(2.0, 3.5, 5.0)
 
@@ -89,7 +89,7 @@ def compared():
     return result, before, after
 
 
-def test_rows_and_quality(compared):
+def test_rows_and_quality(compared) -> None:
     result, _, _ = compared
     names = ["dense", "same", "radial", "FirstBlockCache", "FirstBlockCache + same", "FirstBlockCache + radial"]
     assert [row.name for row in result.rows] == [*names, "dense, math kernel", "dense, another seed"]
@@ -102,7 +102,7 @@ def test_rows_and_quality(compared):
     assert all(len(sample.step_ms) == result.settings["num_inference_steps"] for sample in result.dense.samples)
 
 
-def test_density_and_plans(compared):
+def test_density_and_plans(compared) -> None:
     result, _, _ = compared
     radial = result.row("radial")
     assert len(radial.density) == 2
@@ -117,7 +117,7 @@ def test_density_and_plans(compared):
     assert result.row("same").denoising_predicted == pytest.approx(1.0)
 
 
-def test_the_pipe_is_left_as_it_was(compared):
+def test_the_pipe_is_left_as_it_was(compared) -> None:
     _, before, after = compared
     assert after["processors"] == before["processors"]
     assert after["hooks"] == before["hooks"]
@@ -126,7 +126,7 @@ def test_the_pipe_is_left_as_it_was(compared):
     assert leftovers <= {"_diffusers_hook"}  # that of the root comes with any run of a stock pipeline
 
 
-def test_json_round_trip(compared, tmp_path):
+def test_json_round_trip(compared, tmp_path) -> None:
     result, _, _ = compared
     path = result.to_json(tmp_path / "r.json")
     again = Comparison.from_json(path)
@@ -135,7 +135,7 @@ def test_json_round_trip(compared, tmp_path):
     assert "Infinity" not in path.read_text()
 
 
-def test_the_page_is_self_contained(compared, tmp_path):
+def test_the_page_is_self_contained(compared, tmp_path) -> None:
     result, _, _ = compared
     text = result.to_html(tmp_path / "r.html").read_text()
     assert "http://" not in text.replace("http://www.w3.org", "")
@@ -151,14 +151,14 @@ def test_the_page_is_self_contained(compared, tmp_path):
     assert data["clips"][0]["frames"] == 9
 
 
-def test_the_table_prints(compared):
+def test_the_table_prints(compared) -> None:
     text = str(compared[0])
     assert "radial" in text
     assert "same" in text
     assert "another seed" in text
 
 
-def test_recording_adds_a_row_to_the_file(tmp_path):
+def test_recording_adds_a_row_to_the_file(tmp_path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "schema: 1\nmodel: tiny\nmatch: {class: WanTransformer3DModel}\ndefault: radial\n"
@@ -174,7 +174,7 @@ def test_recording_adds_a_row_to_the_file(tmp_path):
     assert "# a comment that stays" in path.read_text()
 
 
-def test_an_exception_in_a_run_leaves_the_pipe_as_it_was(monkeypatch):
+def test_an_exception_in_a_run_leaves_the_pipe_as_it_was(monkeypatch) -> None:
     pipe, inputs = small()
     before = snapshot(pipe.transformer)
     row = ROWS[0]
@@ -187,26 +187,26 @@ def test_an_exception_in_a_run_leaves_the_pipe_as_it_was(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["dense", "dense, math kernel", "FirstBlockCache + radial"])
-def test_a_recipe_cannot_take_the_place_of_another_row(name):
+def test_a_recipe_cannot_take_the_place_of_another_row(name) -> None:
     pipe, inputs = small()
     with pytest.raises(AccelplugError, match="as a row of the comparison is"):
         accelplug.compare(pipe, {name: {"rules": [{"patch": "dense"}]}}, inputs)
 
 
-def test_nothing_to_run_is_an_error():
+def test_nothing_to_run_is_an_error() -> None:
     pipe, _ = small()
     with pytest.raises(AccelplugError, match="needs inputs"):
         accelplug.compare(pipe, {"rules": [{"patch": "dense"}]})
 
 
-def test_speedup_is_paired_by_prompt_and_seed():
+def test_speedup_is_paired_by_prompt_and_seed() -> None:
     dense = Row("dense", "dense", samples=[Sample(0, 0, 100.0, 90.0), Sample(0, 1, 400.0, 390.0)])
     fast = Row("fast", "recipe", samples=[Sample(0, 0, 50.0, 40.0), Sample(0, 1, 200.0, 190.0)])
     result = Comparison("", [""], [0, 1], {}, "", {}, [dense, fast])
     assert result.speedup(fast) == Spread(2.0, 2.0, 2.0)
 
 
-def test_gains_are_measured_in_the_steps_that_were_foretold():
+def test_gains_are_measured_in_the_steps_that_were_foretold() -> None:
     dense = Row("dense", "dense", samples=[Sample(0, 0, 100.0, 60.0, [10.0, 20.0, 30.0])])
     half = Row(
         "half", "recipe", samples=[Sample(0, 0, 80.0, 40.0, [10.0, 10.0, 20.0])], density=[[1.0, 0.3, 0.3], [1.0, 1.0, 0.5]]
@@ -216,7 +216,7 @@ def test_gains_are_measured_in_the_steps_that_were_foretold():
     assert result.step_gain(dense) is None
 
 
-def test_a_recipe_that_ran_dense_is_no_headline():
+def test_a_recipe_that_ran_dense_is_no_headline() -> None:
     dense = Row("dense", "dense", samples=[Sample(0, 0, 100.0, 90.0)])
     idle = Row("idle", "recipe", samples=[Sample(0, 0, 80.0, 70.0, psnr_db=math.inf)], density=[[1.0]])
     busy = Row("busy", "recipe", samples=[Sample(0, 0, 90.0, 80.0, psnr_db=30.0)], density=[[0.5]])
@@ -242,7 +242,7 @@ def test_a_recipe_that_ran_dense_is_no_headline():
     ],
     ids=lambda x: getattr(x, "name", None),
 )
-def test_what_is_dense_to_the_last_bit_gained_nothing(row, gain):
+def test_what_is_dense_to_the_last_bit_gained_nothing(row, gain) -> None:
     dense = Row("dense", "dense", samples=[Sample(0, seed, 100.0, 90.0) for seed in (0, 1)], density=[[1.0]])
     result = Comparison("", [""], [0, 1], {}, "", {}, [dense, row])
     assert result.speedup(row).p50 == gain
@@ -252,7 +252,7 @@ def test_what_is_dense_to_the_last_bit_gained_nothing(row, gain):
         assert (dot["speedup"], dot["front"]) == (gain, gain > 1)
 
 
-def test_no_steps_are_no_gain():
+def test_no_steps_are_no_gain() -> None:
     pipe, inputs = small()
     row = ROWS[0]
     inputs |= {"num_inference_steps": 0}
@@ -261,7 +261,7 @@ def test_no_steps_are_no_gain():
     assert result.verdict == "radial: no attention call was answered, so nothing was gained or lost."
 
 
-def test_a_row_is_recorded_with_the_gain_that_was_told():
+def test_a_row_is_recorded_with_the_gain_that_was_told() -> None:
     """Two dense runs at one seed, of which one was held up, and a third where the recipe never ran."""
     times = [(0, 0, 900.0), (0, 0, 200.0), (0, 1, 600.0), (1, 0, 50.0)]
     dense = Row("dense", "dense", samples=[Sample(p, s, ms, ms) for p, s, ms in times])
@@ -278,12 +278,12 @@ def test_a_row_is_recorded_with_the_gain_that_was_told():
     assert row.model_copy(update={"speedup": None}).gain == pytest.approx(400 / 150), "older rows have times alone"
 
 
-def test_any_text_is_a_prompt(tmp_path):
+def test_any_text_is_a_prompt(tmp_path) -> None:
     result = Comparison("", ["inf", "nan"], [0], {}, "", {}, [Row("dense", "dense", samples=[Sample(0, 0, 1.0, 1.0)])])
     assert Comparison.from_json(result.to_json(tmp_path / "r.json")).prompts == ["inf", "nan"]
 
 
-def test_inputs_may_hold_a_callback_and_an_output_type():
+def test_inputs_may_hold_a_callback_and_an_output_type() -> None:
     pipe, inputs = small()
     seen = []
 
@@ -298,7 +298,7 @@ def test_inputs_may_hold_a_callback_and_an_output_type():
         accelplug.compare(pipe, None, {**inputs, "generator": torch.Generator()}, progress=False)
 
 
-def test_a_compiled_denoiser_is_timed_from_outside_its_graph():
+def test_a_compiled_denoiser_is_timed_from_outside_its_graph() -> None:
     pipe, inputs = small()
     pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend="eager")
     row = ROWS[0]
@@ -307,7 +307,7 @@ def test_a_compiled_denoiser_is_timed_from_outside_its_graph():
 
 
 @pytest.mark.parametrize("shape_fhw", [(1, 40, 60), (7, 24, 36), (5, 800, 300)])
-def test_a_sprite_sheet_holds_every_frame(shape_fhw):
+def test_a_sprite_sheet_holds_every_frame(shape_fhw) -> None:
     frames, height, width = shape_fhw
     ramp = np.linspace(0, 255, frames * height * width).reshape(frames, height, width, 1)
     clip = np.repeat(ramp, 3, -1).astype(np.uint8)

@@ -58,7 +58,7 @@ NAMES = sorted({name for _, name in private(ast.parse(SOURCE))} | PUBLIC)
 
 
 @pytest.mark.parametrize("promise", CONTRACTS)
-def test_contract(promise):
+def test_contract(promise) -> None:
     assert compat.why_broken(CONTRACTS[promise]) is None
 
 
@@ -78,7 +78,7 @@ def reached(module: types.ModuleType, check: types.FunctionType) -> set[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_that_goes_is_missed(name):
+def test_a_name_that_goes_is_missed(name) -> None:
     """That a library renames what we ask for is the same as that we ask for another name: some contract says so, and names it."""
     gone = f"{name}_gone"
     module = types.ModuleType("accelplug.compat_of_another_day")
@@ -96,7 +96,7 @@ def test_a_name_that_goes_is_missed(name):
 
 
 @pytest.mark.parametrize("folder", ["accelplug", "kernels", "patches"])
-def test_private_names_of_others_stand_in_compat_alone(folder):
+def test_private_names_of_others_stand_in_compat_alone(folder) -> None:
     """What a module reads under a private name is its own: anything else goes through compat."""
     found = [
         f"{path.relative_to(ROOT)}:{line} {name}"
@@ -107,7 +107,7 @@ def test_private_names_of_others_stand_in_compat_alone(folder):
     assert not found
 
 
-def test_a_call_that_a_library_is_about_to_drop_is_an_error():
+def test_a_call_that_a_library_is_about_to_drop_is_an_error() -> None:
     """By the filters of pyproject.toml: ours, and a keyword of a model that goes."""
     with pytest.raises(FutureWarning):
         warnings.warn("ours", FutureWarning, stacklevel=1)
@@ -118,7 +118,7 @@ def test_a_call_that_a_library_is_about_to_drop_is_an_error():
 
 
 @pytest.mark.parametrize("promise", CONTRACTS)
-def test_a_contract_is_checked_apart_from_what_a_process_is_set_to(promise):
+def test_a_contract_is_checked_apart_from_what_a_process_is_set_to(promise) -> None:
     """As a user's script may be set: another dtype, another device, no gradients; and it is set so behind it, too."""
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -132,7 +132,7 @@ def test_a_contract_is_checked_apart_from_what_a_process_is_set_to(promise):
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_broken_contract_is_told(monkeypatch):
+def test_a_broken_contract_is_told(monkeypatch) -> None:
     monkeypatch.setattr(compat, "dispatch_attention_fn", lambda: lambda query, key: None)
     assert "lacks the parameters" in str(compat.why_broken(CONTRACTS["diffusers: dispatch_attention_fn attends as asked"]))
 
@@ -149,7 +149,7 @@ def tomorrow(monkeypatch, tmp_path) -> list[str]:
     return checked
 
 
-def test_an_untested_version_warns_and_is_checked_once(tomorrow, monkeypatch):
+def test_an_untested_version_warns_and_is_checked_once(tomorrow, monkeypatch) -> None:
     with pytest.warns(UserWarning, match=r"tested with .*diffusers 0.41.*, found .*diffusers 99.1.0"):
         compat.require("diffusers")
     assert {"_listening", "_dynamo_globals"} <= set(tomorrow)
@@ -163,7 +163,7 @@ def test_an_untested_version_warns_and_is_checked_once(tomorrow, monkeypatch):
     assert len(tomorrow) == once
 
 
-def test_where_the_cache_folder_cannot_be_written_a_process_checks_once(tomorrow, monkeypatch, tmp_path):
+def test_where_the_cache_folder_cannot_be_written_a_process_checks_once(tomorrow, monkeypatch, tmp_path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for _ in range(2):
@@ -172,7 +172,7 @@ def test_where_the_cache_folder_cannot_be_written_a_process_checks_once(tomorrow
     assert len(tomorrow) == len(set(tomorrow)) > 1
 
 
-def test_a_broken_contract_is_refused_at_apply(tomorrow, monkeypatch):
+def test_a_broken_contract_is_refused_at_apply(tomorrow, monkeypatch) -> None:
     promise = "diffusers: a hook of ours hears contexts and the end of a run, and is taken away"
     monkeypatch.setattr(compat, "listen_first", lambda registry, name, hook: registry._hook_list)
     model, _ = tiny_models.build("wan")
@@ -183,7 +183,7 @@ def test_a_broken_contract_is_refused_at_apply(tomorrow, monkeypatch):
     assert [set(vars(module)) for module in model.modules()] == before
 
 
-def test_a_name_that_went_from_a_tested_version_is_told_at_apply(monkeypatch):
+def test_a_name_that_went_from_a_tested_version_is_told_at_apply(monkeypatch) -> None:
     """Versions say nothing here; what goes wrong in the middle of apply does, and nothing of it is left."""
     promise = "diffusers: a hook of ours hears contexts and the end of a run, and is taken away"
     monkeypatch.setattr(compat, "listen_first", lambda registry, name, hook: registry._hook_list)
@@ -194,7 +194,7 @@ def test_a_name_that_went_from_a_tested_version_is_told_at_apply(monkeypatch):
     assert [set(vars(module)) for module in model.modules()] == before
 
 
-def test_the_tested_versions_are_those_of_the_suite():
+def test_the_tested_versions_are_those_of_the_suite() -> None:
     """What is promised is what runs: pyproject's bounds are the oldest set, the newest one is what this runs on or the oldest."""
     bounds = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.M))
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]

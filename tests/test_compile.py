@@ -41,7 +41,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("row", "kind", "first"), WAYS)
-def test_compiled_equals_eager_with_a_graph_a_policy(row, kind, first):
+def test_compiled_equals_eager_with_a_graph_a_policy(row, kind, first) -> None:
     model, inputs = tiny_models.build("wan")
     dense = run(model, inputs)
     recipe = row.recipe(row.working, steps="1:")
@@ -67,7 +67,7 @@ def test_compiled_equals_eager_with_a_graph_a_policy(row, kind, first):
 
 
 @pytest.mark.parametrize("name", ["wan", "flux", "hunyuan_video", "qwen_image"])
-def test_many_layers_share_a_graph(name):
+def test_many_layers_share_a_graph(name) -> None:
     model, inputs = tiny_models.build(name)
     counter = CompileCounter()
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
@@ -79,7 +79,7 @@ def test_many_layers_share_a_graph(name):
     assert counter.frame_count <= 2 * stock
 
 
-def test_the_first_patched_call_of_a_thread_may_be_compiled():
+def test_the_first_patched_call_of_a_thread_may_be_compiled() -> None:
     """What a thread knows of the processor that runs is there before Dynamo guards on it."""
     model, inputs = tiny_models.build("wan")
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
@@ -91,7 +91,7 @@ def test_the_first_patched_call_of_a_thread_may_be_compiled():
         torch.testing.assert_close(there, run(eager, inputs), rtol=1e-4, atol=1e-5)
 
 
-def test_a_unet_compiled_whole_is_dense_and_counted():
+def test_a_unet_compiled_whole_is_dense_and_counted() -> None:
     """The grids of its levels come from hooks that a whole graph does not run."""
     model, inputs = tiny_models.build("unet_sd15")
     dense = run(model, inputs)
@@ -102,7 +102,7 @@ def test_a_unet_compiled_whole_is_dense_and_counted():
 
 @pytest.mark.parametrize("patched_first", [True, False])
 @pytest.mark.parametrize("name", ["sd3", "cogvideox"])
-def test_stock_and_patched_compiled_in_one_process(name, patched_first):
+def test_stock_and_patched_compiled_in_one_process(name, patched_first) -> None:
     """Processors that never read ``self``, with a graph break inside, must not run each other's frames."""
     stock, inputs = tiny_models.build(name)
     patched, _ = tiny_models.build(name)
@@ -126,7 +126,7 @@ def _break_the_graph(module, args, output):
 
 
 @pytest.mark.parametrize("kind", ["regional", "whole", "in place"])
-def test_a_recipe_that_goes_on_again_is_on_in_what_was_compiled(kind):
+def test_a_recipe_that_goes_on_again_is_on_in_what_was_compiled(kind) -> None:
     """Dynamo guards no hooks: graphs of an earlier plug must not serve a later one."""
     model, inputs = tiny_models.build("wan")
     recipe, dense = ROWS[0].recipe(ROWS[0].working), run(model, inputs)
@@ -141,7 +141,7 @@ def test_a_recipe_that_goes_on_again_is_on_in_what_was_compiled(kind):
     torch.testing.assert_close(run(called, inputs), dense, rtol=1e-4, atol=1e-5)
 
 
-def test_a_deep_copy_of_a_patched_model_is_stock():
+def test_a_deep_copy_of_a_patched_model_is_stock() -> None:
     model, inputs = tiny_models.build("wan")
     dense = run(model, inputs)
     with accelplug.apply(model, ROWS[0].recipe(ROWS[0].working), gate="off") as plug:
@@ -154,7 +154,7 @@ def test_a_deep_copy_of_a_patched_model_is_stock():
     assert torch.equal(run(twin, inputs), dense)
 
 
-def test_the_gate_judges_compiled_blocks_ahead(monkeypatch):
+def test_the_gate_judges_compiled_blocks_ahead(monkeypatch) -> None:
     from accelplug.hosts import gate
 
     model, inputs = tiny_models.build("wan")

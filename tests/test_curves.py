@@ -26,33 +26,33 @@ def steps(order: torch.Tensor, grid_thw: tuple[int, int, int]) -> torch.Tensor:
 
 
 @CURVES
-def test_is_a_permutation_of_every_small_grid(curve):
+def test_is_a_permutation_of_every_small_grid(curve) -> None:
     for grid_thw in product(range(1, 8), repeat=3):
         assert torch.equal(curve(grid_thw).sort().values, torch.arange(math.prod(grid_thw))), grid_thw
 
 
 @CURVES
 @pytest.mark.parametrize("grid_thw", VIDEOS, ids=str)
-def test_is_a_permutation_of_a_video(curve, grid_thw):
+def test_is_a_permutation_of_a_video(curve, grid_thw) -> None:
     assert torch.equal(curve(grid_thw).sort().values, torch.arange(math.prod(grid_thw)))
 
 
-def test_gilbert_steps_to_neighbours_only_on_every_small_grid():
+def test_gilbert_steps_to_neighbours_only_on_every_small_grid() -> None:
     for grid_thw in product(range(1, 10), repeat=3):
         assert (steps(gilbert(grid_thw), grid_thw) == 1).all(), grid_thw
 
 
 @pytest.mark.parametrize("grid_thw", [*VIDEOS, (5, 97, 3), (40, 2, 2), (2, 33, 35), (7, 7, 101)], ids=str)
-def test_gilbert_steps_to_neighbours_only(grid_thw):
+def test_gilbert_steps_to_neighbours_only(grid_thw) -> None:
     assert (steps(gilbert(grid_thw), grid_thw) == 1).all()
 
 
 @pytest.mark.parametrize("grid_thw", [(2, 2, 2), (8, 8, 8), (1, 16, 16), (4, 1, 4), (1, 1, 8)], ids=str)
-def test_hilbert_steps_to_neighbours_only_on_powers_of_two(grid_thw):
+def test_hilbert_steps_to_neighbours_only_on_powers_of_two(grid_thw) -> None:
     assert (steps(hilbert(grid_thw), grid_thw) == 1).all()
 
 
-def test_hilbert_fills_every_cube_of_a_power_of_two_before_it_goes_on():
+def test_hilbert_fills_every_cube_of_a_power_of_two_before_it_goes_on() -> None:
     order = cells(hilbert((16, 16, 16)), (16, 16, 16))
     for side in (2, 4, 8):
         parts = order.split(side**3)
@@ -61,7 +61,7 @@ def test_hilbert_fills_every_cube_of_a_power_of_two_before_it_goes_on():
 
 @CURVES
 @pytest.mark.parametrize("grid_thw", VIDEOS, ids=str)
-def test_blocks_are_more_compact_than_in_raster_order(curve, grid_thw):
+def test_blocks_are_more_compact_than_in_raster_order(curve, grid_thw) -> None:
     def extent(order: torch.Tensor) -> float:
         blocks = [block.amax(0) - block.amin(0) + 1 for block in cells(order, grid_thw).split(128)]
         return float(torch.stack(blocks).sum(-1).float().mean())

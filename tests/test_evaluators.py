@@ -86,7 +86,7 @@ def objects(text: str):
         ("...", None),
     ],
 )
-def test_pope_parses_strictly(answer, expected):
+def test_pope_parses_strictly(answer, expected) -> None:
     assert pope.parse(answer) is expected
 
 
@@ -106,7 +106,7 @@ def test_pope_parses_strictly(answer, expected):
         ("Ja", True),
     ],
 )
-def test_pope_parses_as_its_release(answer, expected):
+def test_pope_parses_as_its_release(answer, expected) -> None:
     assert pope.parse(answer, "official") is expected
     assert pope.parse(answer, parse="official") is expected
 
@@ -116,16 +116,16 @@ def test_pope_parses_as_its_release(answer, expected):
     [("Yes,", True), ("NO.", False), ("yes it is", True), ("yes\n", True), ("Yes\uff0cthere is", True)]
     + [(answer, None) for answer in ("Oui.", "Nein", "S\u00ed", "\u662f\u3002", "\u3044\u3044\u3048", " ", "Y", "n/a")],
 )
-def test_answers_in_other_forms_are_read_or_counted_as_neither(answer, expected):
+def test_answers_in_other_forms_are_read_or_counted_as_neither(answer, expected) -> None:
     assert pope.parse(answer) is expected
 
 
-def test_unknown_parsers_are_refused():
+def test_unknown_parsers_are_refused() -> None:
     with pytest.raises(AccelplugError, match="strict, official, got 'loose'"):
         pope.parse("yes", "loose")
 
 
-def test_pope_articles_go_by_sound():
+def test_pope_articles_go_by_sound() -> None:
     for thing in ("apple", "oven", "umbrella", "elephant", "orange", "hour glass"):
         assert pope.article(thing) == "an", thing
     for thing in ("dog", "traffic light", "unicycle", "ewe", "one-way sign", "hot dog"):
@@ -140,7 +140,7 @@ SCENES = {
 }
 
 
-def test_pope_builds_by_hand():
+def test_pope_builds_by_hand() -> None:
     questions = pope.build(SCENES, "popular", images=6)
     assert {question.image for question in questions} == set(range(6))
     of = defaultdict(list)
@@ -154,7 +154,7 @@ def test_pope_builds_by_hand():
     assert not any("imange" in question.text for question in questions)
 
 
-def test_pope_adversarial_follows_the_thing_just_asked_and_falls_back_to_random():
+def test_pope_adversarial_follows_the_thing_just_asked_and_falls_back_to_random() -> None:
     of = defaultdict(list)
     for question in pope.build(SCENES, "adversarial", images=6, seed=3):
         of[question.image].append(question.thing)
@@ -170,7 +170,7 @@ def test_pope_adversarial_follows_the_thing_just_asked_and_falls_back_to_random(
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_pope_structure(split):
+def test_pope_structure(split) -> None:
     things = ["person", "dog", "cat", "car", "bus", "cup", "fork", "apple", "oven", "kite", "boat", "bird"]
     scenes = {f"{i}.jpg": [things[(i * k + k * k) % 12] for k in range(1, 2 + i % 6)] for i in range(60)}
     questions = pope.build(scenes, split, images=20, seed=1)
@@ -200,24 +200,24 @@ def test_pope_structure(split):
         ({"images": 1, "per_image": 4}, "min_things"),
     ],
 )
-def test_pope_refuses(change, match):
+def test_pope_refuses(change, match) -> None:
     with pytest.raises(AccelplugError, match=match):
         pope.build(SCENES, **{"split": "random", "images": 6, **change})
 
 
-def test_pope_says_when_nothing_is_absent():
+def test_pope_says_when_nothing_is_absent() -> None:
     with pytest.raises(AccelplugError, match="has, or was asked for, all"):
         pope.build({1: ["a", "b", "c"]}, "random", images=1)
 
 
-def test_pope_digest_depends_on_all():
+def test_pope_digest_depends_on_all() -> None:
     question = Question("a.jpg", "Is there a dog in the image?", True, "dog", "random")
     other = Question("a.jpg", "Is there a dog in the imange?", True, "dog", "random")
     assert pope.digest([question]) == pope.digest([question])
     assert len({pope.digest(q) for q in ([question], [other], [question, other], [other, question], [])}) == 5
 
 
-def test_pope_reads_misspelt_copies_and_refuses_others(tmp_path):
+def test_pope_reads_misspelt_copies_and_refuses_others(tmp_path) -> None:
     path = tmp_path / "coco_pope_adversarial.json"
     line = {"question_id": 1, "image": "a.jpg", "text": "Is there an apple in the imange?", "label": "no"}
     path.write_text(json.dumps(line) + "\n\n")
@@ -230,7 +230,7 @@ def test_pope_reads_misspelt_copies_and_refuses_others(tmp_path):
         pope.read(tmp_path / "absent.json")
 
 
-def test_yes_no_by_hand():
+def test_yes_no_by_hand() -> None:
     # Truth yes: 3 yes, 1 no, 1 unparsed. Truth no: 1 yes, 3 no, 1 unparsed.
     truth = [True] * 5 + [False] * 5
     answers = [True, True, True, False, None, True, False, False, False, None]
@@ -245,11 +245,11 @@ def test_yes_no_by_hand():
     assert figures.mcc == pytest.approx((3 * 3 - 2 * 2) / 25)
 
 
-def test_yes_ratio_is_of_predictions():
+def test_yes_ratio_is_of_predictions() -> None:
     assert pope.score([True, False], [True, True]).yes_ratio == 1
 
 
-def test_yes_no_is_nan_where_undefined():
+def test_yes_no_is_nan_where_undefined() -> None:
     always_no = pope.score([True, False], [False, False])
     assert math.isnan(always_no.precision)
     assert math.isnan(always_no.mcc)
@@ -268,11 +268,11 @@ def test_yes_no_is_nan_where_undefined():
     ("answer", "expected"),
     [("Yes.", True), (" yes", True), ("NO", False), ("None", False), ("A no", False), ("It is yes", None), ("", None)],
 )
-def test_mme_parses_four_characters(answer, expected):
+def test_mme_parses_four_characters(answer, expected) -> None:
     assert mme.parse(answer) is expected
 
 
-def test_mme_by_hand():
+def test_mme_by_hand() -> None:
     pairs = [
         Pair("existence", 1, "Yes", "No"),
         Pair("existence", 2, "Yes", "Yes"),
@@ -330,18 +330,18 @@ def test_mme_by_hand():
         ("", []),
     ],
 )
-def test_mentions(words, text, expected):
+def test_mentions(words, text, expected) -> None:
     assert words.mentions(text) == expected
 
 
-def test_the_published_list_has_terms_of_two_words_at_most(tmp_path):
+def test_the_published_list_has_terms_of_two_words_at_most(tmp_path) -> None:
     path = tmp_path / "words.txt"
     path.write_text("oven, stovetop, stove, stove top oven\ndining table, table\n")
     read = Vocabulary.read(path)
     assert read.mentions("a stove top oven on the dining table") == ["oven", "oven", "dining table"]
 
 
-def test_compounds_are_chairs_own():
+def test_compounds_are_chairs_own() -> None:
     """AMBER's words stand by themselves; in CHAIR a baby elephant is no baby, and a toilet's seat is no chair."""
     pytest.importorskip("inflect", reason="plurals are undone by inflect")
     synonyms = dict.fromkeys(("baby", "elephant", "seat", "toilet", "tie", "bow", "track", "train", "passenger"), ())
@@ -352,7 +352,7 @@ def test_compounds_are_chairs_own():
     assert Vocabulary(synonyms, None, chair.COCO_COMPOUNDS).mentions(text) == ["elephant", "toilet", "tie", "track", "train"]
 
 
-def test_vocabulary_without_a_singulariser():
+def test_vocabulary_without_a_singulariser() -> None:
     shapes = Vocabulary({"circle": ["circles", "red circle"], "square": []}, None)
     assert shapes.singulariser == "none"
     assert shapes.mentions("a red circle, circles and squares") == ["circle", "circle"]
@@ -362,7 +362,7 @@ def test_vocabulary_without_a_singulariser():
     assert Vocabulary({}, None).mentions("nothing at all") == []
 
 
-def test_vocabulary_is_read(tmp_path, words):
+def test_vocabulary_is_read(tmp_path, words) -> None:
     path = tmp_path / "words.txt"
     path.write_text("cat, kitten,\n\ndog , hound\n")
     read = Vocabulary.read(path)
@@ -379,7 +379,7 @@ def test_vocabulary_is_read(tmp_path, words):
         Vocabulary.read(tmp_path / "absent.txt")
 
 
-def test_a_missing_singulariser_is_said(monkeypatch):
+def test_a_missing_singulariser_is_said(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "inflect", None)
     chair._engine.cache_clear()
     with pytest.raises(AccelplugError, match="pip install inflect"):
@@ -392,7 +392,7 @@ TRUTH = {1: {"dog", "fork"}, 2: {"cup"}, 3: {"kite"}, 4: {"dog"}}
 CLOSED = Vocabulary(dict.fromkeys(("dog", "cat", "cup", "fork", "kite"), ()), None)
 
 
-def test_chair_by_hand():
+def test_chair_by_hand() -> None:
     result = chair.score(CAPTIONS, TRUTH, CLOSED)
     assert result.chair_s == pytest.approx(1 / 3)
     assert result.chair_i == pytest.approx(1 / 4)
@@ -406,7 +406,7 @@ def test_chair_by_hand():
     assert chair.Chair.of(result.rows[1:], "none").chair_s == 0
 
 
-def test_chair_without_mentions_is_nan():
+def test_chair_without_mentions_is_nan() -> None:
     result = chair.score({3: "quiet"}, TRUTH, CLOSED)
     assert math.isnan(result.chair_i)
     assert math.isnan(result.precision)
@@ -414,14 +414,14 @@ def test_chair_without_mentions_is_nan():
     assert math.isnan(chair.score({}, {}, CLOSED).chair_s)
 
 
-def test_chair_refuses_a_truth_that_does_not_fit():
+def test_chair_refuses_a_truth_that_does_not_fit() -> None:
     with pytest.raises(AccelplugError, match="none for 1, such as 9"):
         chair.score({9: "a dog"}, TRUTH, CLOSED)
     with pytest.raises(AccelplugError, match="unicorn"):
         chair.score({1: "a dog"}, {1: {"unicorn"}}, CLOSED)
 
 
-def test_chair_rows_make_a_paired_bootstrap():
+def test_chair_rows_make_a_paired_bootstrap() -> None:
     before = chair.score(dict.fromkeys(range(20), "a dog and a cat"), {i: {"dog"} for i in range(20)}, CLOSED)
     after = chair.score(dict.fromkeys(range(20), "a dog"), {i: {"dog"} for i in range(20)}, CLOSED)
 
@@ -435,7 +435,7 @@ def test_chair_rows_make_a_paired_bootstrap():
 # --- AMBER ---
 
 
-def test_amber_by_hand():
+def test_amber_by_hand() -> None:
     nouns = Vocabulary(dict.fromkeys(("person", "man", "sea", "water", "beach", "kite", "boat", "sky", "dog"), ()), None)
     result = amber.score(
         {1: "a man by the water, water and a boat with a kite under the sky", 2: "a dog", 3: "nothing"},
@@ -454,7 +454,7 @@ def test_amber_by_hand():
     assert result.rows[0].hallucinated == ("boat", "kite")
 
 
-def test_amber_credits_words_as_the_release_does():
+def test_amber_credits_words_as_the_release_does() -> None:
     """Grass may be called ground. Where both are there, "ground" is credited to the grass; a thing named twice counts twice."""
     nouns = Vocabulary(dict.fromkeys(("grass", "ground", "ship", "boat", "cloud", "sky"), ()), None)
     associations = {"grass": ["ground"], "ship": ["boat"], "cloud": ["sky"], "sky": []}
@@ -475,7 +475,7 @@ def amber_question(truth, split):
     return Question("AMBER_1.jpg", "?", truth, "", split)
 
 
-def test_amber_questions_by_hand():
+def test_amber_questions_by_hand() -> None:
     asked = [amber_question(truth, split) for truth, split in AMBER]
     said = ["Yes", "No", "No.", "Yes", "no", "No", "Maybe"]
     strict = amber.discriminate(asked, said)
@@ -530,7 +530,7 @@ def benchmark_files(tmp_path):
     return tmp_path
 
 
-def test_amber_reads_its_files(benchmark_files):
+def test_amber_reads_its_files(benchmark_files) -> None:
     held = amber.read(benchmark_files)
     assert held.truth == {"AMBER_1.jpg": ["grass", "person", "ground"]}
     assert held.likely == {"AMBER_1.jpg": ["sky"]}
@@ -550,7 +550,7 @@ def test_amber_reads_its_files(benchmark_files):
 
 @pytest.mark.parametrize("file", ["annotations.json", "relation.json", "safe_words.txt", "query/query_all.json"])
 @pytest.mark.parametrize("bad", [None, b"\xff", b"[{}]"])
-def test_amber_says_which_file_is_wrong(benchmark_files, file, bad):
+def test_amber_says_which_file_is_wrong(benchmark_files, file, bad) -> None:
     path = benchmark_files / file
     path.unlink() if bad is None else path.write_bytes(bad)
     if file == "safe_words.txt" and bad == b"[{}]":
@@ -560,7 +560,7 @@ def test_amber_says_which_file_is_wrong(benchmark_files, file, bad):
         amber.read(benchmark_files)
 
 
-def test_amber_is_nan_where_undefined():
+def test_amber_is_nan_where_undefined() -> None:
     result = amber.score({1: "quiet"}, {1: []}, CLOSED)
     assert all(math.isnan(value) for value in (result.chair, result.cover, result.cog))
     assert result.hal == 0
@@ -568,7 +568,7 @@ def test_amber_is_nan_where_undefined():
         amber.score({9: "a dog"}, {1: []}, CLOSED)
 
 
-def test_amber_reads_associations(tmp_path):
+def test_amber_reads_associations(tmp_path) -> None:
     relation = amber.read_associations(real("amber_relation.json"))
     assert "man" in relation["person"]
     pytest.importorskip("inflect", reason="plurals are undone by inflect")
@@ -602,7 +602,7 @@ def captions(folder: Path, *pairs: tuple[int, str]) -> None:
     (folder / "annotations" / "captions_val2014.json").write_text(json.dumps({"annotations": rows}))
 
 
-def test_coco_instances(folder):
+def test_coco_instances(folder) -> None:
     data = coco.read(folder)
     assert data.things == {9: ["dog", "person"], 3: ["person"], 5: []}
     assert data.files[9] == "COCO_val2014_000000000009.jpg"
@@ -616,7 +616,7 @@ def test_coco_instances(folder):
         data.truth(CLOSED, [7])
 
 
-def test_coco_captions_count_only_if_all_images_have_one(folder):
+def test_coco_captions_count_only_if_all_images_have_one(folder) -> None:
     captions(folder, (9, "a cup"), (9, "a fork"), (3, "a dog"))
     assert coco.read(folder).source == "instances"
     assert coco.read(folder).truth(CLOSED, [9]) == {9: {"dog", "person"}}
@@ -626,7 +626,7 @@ def test_coco_captions_count_only_if_all_images_have_one(folder):
     assert data.truth(CLOSED) == {9: {"dog", "person", "cup", "fork"}, 3: {"person", "dog"}, 5: set()}
 
 
-def test_coco_says_what_it_looked_for(folder):
+def test_coco_says_what_it_looked_for(folder) -> None:
     with pytest.raises(AccelplugError, match=r"instances_val2017\.json, got \['instances_val2014\.json'\]"):
         coco.read(folder, "val2017")
     with pytest.raises(AccelplugError, match="no such folder"):
@@ -645,14 +645,14 @@ def test_coco_says_what_it_looked_for(folder):
 # --- Statistics ---
 
 
-def test_mcc_by_hand():
+def test_mcc_by_hand() -> None:
     assert mcc(5, 0, 0, 5) == 1
     assert mcc(0, 5, 5, 0) == -1
     assert mcc(6, 2, 1, 3) == pytest.approx((18 - 2) / math.sqrt(8 * 7 * 5 * 4))
     assert math.isnan(mcc(5, 5, 0, 0))
 
 
-def test_mcnemar_by_hand():
+def test_mcnemar_by_hand() -> None:
     assert mcnemar([True] * 5, [True] * 5) == 1
     assert mcnemar([True] * 6, [False] * 6) == pytest.approx(2 / 64)
     # Eight differ, one against seven: 2 (1 + 8) / 2^8.
@@ -663,7 +663,7 @@ def test_mcnemar_by_hand():
         mcnemar([True], [True, False])
 
 
-def test_holm_by_hand():
+def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.5]) == [1.0, 1.0]
     assert holm([]) == []
@@ -671,7 +671,7 @@ def test_holm_by_hand():
         holm([0.1, math.nan])
 
 
-def test_wilson_by_hand():
+def test_wilson_by_hand() -> None:
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
     assert wilson(10, 10)[1] == 1
@@ -683,7 +683,7 @@ def test_wilson_by_hand():
         wilson(1, 2, 95)
 
 
-def test_bootstrap():
+def test_bootstrap() -> None:
     def mean(values):
         return sum(values) / len(values)
 
@@ -702,7 +702,7 @@ def test_bootstrap():
         paired_bootstrap(mean, [1.0], samples=0)
 
 
-def test_health_by_hand():
+def test_health_by_hand() -> None:
     health = Health.of(["a dog and a cat", "A a a a", ""])
     assert health.mean_words == pytest.approx(9 / 3)
     assert health.distinct_1 == pytest.approx((4 / 5 + 1 / 4) / 2)
@@ -728,14 +728,14 @@ def test_health_by_hand():
         ({"unparsed": 0.05}, None),
     ],
 )
-def test_collapse_is_told(after, sign):
+def test_collapse_is_told(after, sign) -> None:
     before = {"yes_ratio": 0.5, "mcc": 0.6, "mean_words": 100, "distinct_1": 0.7, "unparsed": 0.0}
     signs = collapsed(Health(**before), Health(**{**before, **after}))
     assert len(signs) == (sign is not None)
     assert sign is None or sign in signs[0]
 
 
-def test_collapse_needs_figures():
+def test_collapse_needs_figures() -> None:
     assert collapsed(Health(), Health()) == []
     assert collapsed(Health(yes_ratio=1.0), Health(yes_ratio=0.5, mcc=0.4)) == [], "it learned to say no"
 
@@ -744,7 +744,7 @@ def test_collapse_needs_figures():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_published_questions_follow_the_rules(split):
+def test_published_questions_follow_the_rules(split) -> None:
     questions = pope.read(real(f"coco_pope_{split}.json"))
     assert len(questions) == 3000
     assert [question.answer for question in questions] == [True, False] * 1500
@@ -761,13 +761,13 @@ def test_published_questions_follow_the_rules(split):
     )
 
 
-def test_published_splits_ask_for_the_same_things():
+def test_published_splits_ask_for_the_same_things() -> None:
     random, popular, adversarial = (pope.read(real(f"coco_pope_{split}.json"))[::2] for split in SPLITS)
     keys = [[(q.image, q.thing) for q in split] for split in (random, popular, adversarial)]
     assert keys[0] == keys[1] == keys[2]
 
 
-def test_published_popular_absents_follow_one_order():
+def test_published_popular_absents_follow_one_order() -> None:
     absent = [question.thing for question in pope.read(real("coco_pope_popular.json"))[1::2]]
     before = Counter()
     for first, second, third in zip(absent[::3], absent[1::3], absent[2::3], strict=True):
@@ -775,14 +775,14 @@ def test_published_popular_absents_follow_one_order():
     assert not [pair for pair in before if before[pair[::-1]]]
 
 
-def test_published_answers_score():
+def test_published_answers_score() -> None:
     questions = pope.read(real("coco_pope_random.json"))
     truth = [question.answer for question in questions]
     figures = pope.score(truth, [pope.parse("Yes, there is." if true else "No, there is not.") for true in truth])
     assert (figures.accuracy, figures.f1, figures.mcc, figures.yes_ratio, figures.unparsed) == (1, 1, 1, 0.5, 0)
 
 
-def test_our_words_beside_the_published_list(words):
+def test_our_words_beside_the_published_list(words) -> None:
     published = Vocabulary.read(real("coco_synonyms.txt"))
     assert words.classes == published.classes
     assert len(words.classes) == 80

@@ -24,7 +24,7 @@ def bundled():
     return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
 
-def test_scenes_are_the_same_for_ever():
+def test_scenes_are_the_same_for_ever() -> None:
     scene = scenes.sample(20_000_000)
     assert scene.caption == (
         "The image shows a yellow tree at the bottom and a blue arrow at the bottom left. The yellow tree is right of the blue arrow."
@@ -35,7 +35,7 @@ def test_scenes_are_the_same_for_ever():
     assert not set(scenes.SPLITS["dev"]) & set(scenes.SPLITS["test"])
 
 
-def test_questions_about_scenes_are_true():
+def test_questions_about_scenes_are_true() -> None:
     for number in range(50):
         scene = scenes.sample(number)
         assert len(scene.things) >= 2
@@ -44,7 +44,7 @@ def test_questions_about_scenes_are_true():
         assert [thing.radius for thing in scene.things] == sorted((t.radius for t in scene.things), reverse=True)
 
 
-def test_themes_make_the_adversarial_split_hard():
+def test_themes_make_the_adversarial_split_hard() -> None:
     exam = Exam.scenes(60)
     theme = {kind: name for name, kinds in scenes.THEMES.items() for kind in kinds}
 
@@ -58,7 +58,7 @@ def test_themes_make_the_adversarial_split_hard():
     assert all(not exam.likely[key] & exam.truth[key] for key in exam.pictures)
 
 
-def test_neutral_changes_no_answer_and_the_model_is_left_as_it_was(bundled, tmp_path):
+def test_neutral_changes_no_answer_and_the_model_is_left_as_it_was(bundled, tmp_path) -> None:
     model, processor = bundled
     exam = Exam.scenes(6)
     before = {name: list(vars(module)) for name, module in model.named_modules()}
@@ -96,7 +96,7 @@ def test_neutral_changes_no_answer_and_the_model_is_left_as_it_was(bundled, tmp_
         result["nobody"]
 
 
-def test_compare_asks_for_what_it_needs(bundled):
+def test_compare_asks_for_what_it_needs(bundled) -> None:
     model, processor = bundled
     with pytest.raises(AccelplugError, match="processor"):
         accelplug.compare(model, "vhr")
@@ -110,7 +110,7 @@ def exam_of(questions: list[Question]) -> Exam:
     return Exam("made up", {}, {}, tuple(questions), Vocabulary({}, None))
 
 
-def test_a_shifted_threshold_says_yes_as_often():
+def test_a_shifted_threshold_says_yes_as_often() -> None:
     asked = [Question(i, "?", i < 2, "x", "adversarial") for i in range(4)]
     dense = Outcome(DENSE, "dense", {"adversarial": ["no"] * 4}, {"adversarial": [-1.0, -3.0, -2.0, -4.0]})
     row = Outcome("a", "recipe", {"adversarial": ["yes", "no", "no", "yes"]}, {"adversarial": [1.0, -1.0, -1.0, 1.0]})
@@ -119,7 +119,7 @@ def test_a_shifted_threshold_says_yes_as_often():
     assert matched.accuracy == 0.5  # the two largest margins are of questions 0 and 2
 
 
-def test_rows_are_held_against_dense():
+def test_rows_are_held_against_dense() -> None:
     asked = [Question(i, "?", i % 2 == 0, "x", "adversarial") for i in range(20)]
     right = ["yes" if q.answer else "no" for q in asked]
     margins = {"adversarial": [0.0] * 20}
@@ -152,7 +152,7 @@ def judged(replies, asked, **more):
     return rows
 
 
-def test_the_stock_model_is_alarming_too():
+def test_the_stock_model_is_alarming_too() -> None:
     asked = [Question(i, "?", i % 2 == 0, "x", "adversarial") for i in range(20)]
     right = ["yes" if question.answer else "no" for question in asked]
     dense, better = judged([{"adversarial": ["Oui.", "", *right[2:]]}, {"adversarial": right}], asked)
@@ -160,7 +160,7 @@ def test_the_stock_model_is_alarming_too():
     assert not better.alarms
 
 
-def test_a_question_that_several_splits_ask_counts_once():
+def test_a_question_that_several_splits_ask_counts_once() -> None:
     """Splits share the questions whose answer is yes; five answers that differ are five, not fifteen."""
     asked = [Question(i, "?", True, "x", split) for split in SPLITS for i in range(5)]
     wrong, right = ({split: [word] * 5 for split in SPLITS} for word in ("no", "yes"))
@@ -168,7 +168,7 @@ def test_a_question_that_several_splits_ask_counts_once():
     assert row.p == 2 / 2**5
 
 
-def test_answers_are_read_as_the_exam_says():
+def test_answers_are_read_as_the_exam_says() -> None:
     asked = [Question(0, "?", True, "x", "adversarial"), Question(1, "?", False, "x", "adversarial")]
     said = {"adversarial": ["There is a dog.", "NO"]}
     (strict,), (official,) = judged([said], asked), judged([said], asked, parse="official")
@@ -178,7 +178,7 @@ def test_answers_are_read_as_the_exam_says():
     assert (strict.interval[0], official.interval[1]) == (0.0, 1.0)
 
 
-def test_ambers_files_become_an_exam(bundled, tmp_path):
+def test_ambers_files_become_an_exam(bundled, tmp_path) -> None:
     """Two pictures, a question of each dimension about either, its words and its score, stock and with a recipe."""
     data, dimensions = tmp_path / "data", ("state", "number", "action")
     (data / "query").mkdir(parents=True)
@@ -216,7 +216,7 @@ def test_ambers_files_become_an_exam(bundled, tmp_path):
         Exam.amber(tmp_path, 3)
 
 
-def test_a_coco_folder_becomes_an_exam(tmp_path):
+def test_a_coco_folder_becomes_an_exam(tmp_path) -> None:
     names = ("person", "dog", "cat", "car", "chair", "cup")
     (tmp_path / "annotations").mkdir()
     (tmp_path / "val").mkdir()
@@ -257,7 +257,7 @@ IDS = {
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="no photographs beside the project (shared/data/images)")
-def test_photographs_in_a_coco_folder_are_examined_whole(bundled, tmp_path):
+def test_photographs_in_a_coco_folder_are_examined_whole(bundled, tmp_path) -> None:
     """Annotations in COCO's own form, with everything that its files carry, and pictures of many sizes."""
     (tmp_path / "annotations").mkdir()
     (tmp_path / "val2017").mkdir()
@@ -354,7 +354,7 @@ def gemma_3():
     return build("gemma3"), Gemma3Processor(pictures, tokenizer, chat_template=template, image_seq_length=4)
 
 
-def test_another_familys_processor():
+def test_another_familys_processor() -> None:
     model, processor = gemma_3()
     exam = Exam.scenes(4)
     result = compare_vlm(

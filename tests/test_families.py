@@ -132,7 +132,7 @@ def forward(model: nn.Module, inputs: dict[str, Any], monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_site_has_the_tokens_and_the_mask_that_its_family_says(name, monkeypatch):
+def test_every_site_has_the_tokens_and_the_mask_that_its_family_says(name, monkeypatch) -> None:
     model, inputs = tiny_models.build(name)
     family = find(model)
     run = forward(model, inputs, monkeypatch)
@@ -188,7 +188,7 @@ UNETS = ("unet_sd15", "unet_sdxl", "animatediff")  # convolutions spread a chang
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in (*UNETS, "latte")])
-def test_a_piece_of_the_input_lands_on_its_raster_place(name, monkeypatch):
+def test_a_piece_of_the_input_lands_on_its_raster_place(name, monkeypatch) -> None:
     model, inputs = tiny_models.build(name)
     if name.startswith("hunyuan_video"):  # its first block would do, but the text is refined with what is valid only
         inputs = inputs | {"encoder_attention_mask": torch.ones_like(inputs["encoder_attention_mask"])}
@@ -213,7 +213,7 @@ def test_a_piece_of_the_input_lands_on_its_raster_place(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_a_place_of_a_resolution_lands_on_its_raster_place(name, monkeypatch):
+def test_a_place_of_a_resolution_lands_on_its_raster_place(name, monkeypatch) -> None:
     model, _ = tiny_models.build(name)
     level = next(m for m in model.modules() if type(m).__name__ == "Transformer2DModel")
     level.norm = nn.Identity()  # a group norm spreads a change over its whole group
@@ -235,7 +235,7 @@ def test_a_place_of_a_resolution_lands_on_its_raster_place(name, monkeypatch):
         assert moved.nonzero().flatten().tolist() == [row * 8 + column]
 
 
-def test_latte_attends_frame_by_frame_and_then_over_the_frames(monkeypatch):
+def test_latte_attends_frame_by_frame_and_then_over_the_frames(monkeypatch) -> None:
     model, inputs = tiny_models.build("latte")
     run = forward(model, inputs, monkeypatch)
     spatial, layout = next(run.sites())
@@ -254,7 +254,7 @@ def test_latte_attends_frame_by_frame_and_then_over_the_frames(monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- masks
 
 
-def test_an_outer_mask_is_the_outer_product_of_its_first_row(monkeypatch):
+def test_an_outer_mask_is_the_outer_product_of_its_first_row(monkeypatch) -> None:
     model, inputs = tiny_models.build("hunyuan_video_15")
     assert find(model).outer_mask
     for call, layout in forward(model, inputs, monkeypatch).sites():
@@ -264,7 +264,7 @@ def test_an_outer_mask_is_the_outer_product_of_its_first_row(monkeypatch):
         assert torch.equal(call.mask, valid[:, None, :, None] & valid[:, None, None, :])
 
 
-def test_chroma_adds_its_mask_to_the_scores(monkeypatch):
+def test_chroma_adds_its_mask_to_the_scores(monkeypatch) -> None:
     """Its pipeline makes the mask in the dtype of the text: numbers to add, which no key validity can stand for."""
     model, inputs = tiny_models.build("chroma")
     padding = (torch.arange(7 + 48) != 6)[None].float()
@@ -344,7 +344,7 @@ def family_of(class_name: str):
 
 
 @pytest.mark.parametrize(("class_name", "patch", "patch_t", "inputs", "grid", "length"), PUBLISHED)
-def test_published_sizes(class_name, patch, patch_t, inputs, grid, length):
+def test_published_sizes(class_name, patch, patch_t, inputs, grid, length) -> None:
     family = family_of(class_name)
     geometry = family.geometry(SimpleNamespace(patch_size=patch, patch_size_t=patch_t), inputs)
     assert geometry.grid_thw == grid
@@ -395,13 +395,13 @@ DENSE = {
 
 
 @pytest.mark.parametrize("case", DENSE)
-def test_what_is_not_understood_is_dense(case):
+def test_what_is_not_understood_is_dense(case) -> None:
     class_name, inputs = DENSE[case]
     config = SimpleNamespace(patch_size=(1, 2, 2))
     assert family_of(class_name).geometry(config, inputs) is None
 
 
-def test_raster_ids():
+def test_raster_ids() -> None:
     assert raster_grid(tiny_models.raster(1, 6, 8)) == (1, 6, 8)
     assert raster_grid(tiny_models.raster(1, 6, 8, 1).expand(2, -1, -1)) == (1, 6, 8)
     assert raster_grid(tiny_models.raster(1, 6, 8) + 3) == (1, 6, 8), "a raster may start elsewhere"
@@ -413,7 +413,7 @@ def test_raster_ids():
     assert raster_grid(swapped) is None
 
 
-def test_captions_of_two_lengths_share_one_layout(monkeypatch):
+def test_captions_of_two_lengths_share_one_layout(monkeypatch) -> None:
     model, inputs = tiny_models.build("z_image")
     both = {"x": inputs["x"] * 2, "cap_feats": [tiny_models.noise(14, 16), tiny_models.noise(40, 16)], "t": torch.ones(2)}
     calls = list(forward(model, both, monkeypatch).sites())
@@ -425,7 +425,7 @@ def test_captions_of_two_lengths_share_one_layout(monkeypatch):
         assert call.mask[:, 0, 0].sum(1).tolist() == [64 + 32, 64 + 64]
 
 
-def test_mochi_attends_to_as_much_text_as_is_valid(monkeypatch):
+def test_mochi_attends_to_as_much_text_as_is_valid(monkeypatch) -> None:
     model, inputs = tiny_models.build("mochi")
     both, _ = tiny_models.batch_of_two("mochi", inputs)
     calls = list(forward(model, both, monkeypatch).sites())
@@ -436,7 +436,7 @@ def test_mochi_attends_to_as_much_text_as_is_valid(monkeypatch):
 # ------------------------------------------------------------------------------------------------------ sites and names
 
 
-def test_layers_count_on_over_double_and_single_blocks():
+def test_layers_count_on_over_double_and_single_blocks() -> None:
     model, _ = tiny_models.build("flux")
     kinds, layers = site_kinds(find(model), owners(model))
     assert layers == 4
@@ -444,7 +444,7 @@ def test_layers_count_on_over_double_and_single_blocks():
     assert kinds["single_transformer_blocks.0.attn"] == ("joint", 2)
 
 
-def test_two_attentions_of_a_block_share_its_layer():
+def test_two_attentions_of_a_block_share_its_layer() -> None:
     model, _ = tiny_models.build("sd3")
     kinds, layers = site_kinds(find(model), owners(model))
     assert layers == 3
@@ -452,7 +452,7 @@ def test_two_attentions_of_a_block_share_its_layer():
     assert "transformer_blocks.1.attn2" not in kinds
 
 
-def test_unet_sites_are_numbered_from_the_way_down_to_the_way_up():
+def test_unet_sites_are_numbered_from_the_way_down_to_the_way_up() -> None:
     model, _ = tiny_models.build("unet_sdxl")
     kinds, layers = site_kinds(find(model), owners(model))
     selves = sorted((layer, path) for path, (kind, layer) in kinds.items() if kind == "self")
@@ -474,13 +474,13 @@ def test_unet_sites_are_numbered_from_the_way_down_to_the_way_up():
         ("kandinsky5", "text_transformer_blocks.0.self_attention"),
     ],
 )
-def test_refiners_sound_and_control_are_left_alone(name, module):
+def test_refiners_sound_and_control_are_left_alone(name, module) -> None:
     model, _ = tiny_models.build(name)
     assert module in owners(model)
     assert module not in site_kinds(find(model), owners(model))[0]
 
 
-def test_every_class_of_a_family_is_one_of_diffusers_and_belongs_to_it_alone():
+def test_every_class_of_a_family_is_one_of_diffusers_and_belongs_to_it_alone() -> None:
     import diffusers
 
     classes = [name for family in FAMILIES for name in family.classes]
@@ -489,7 +489,7 @@ def test_every_class_of_a_family_is_one_of_diffusers_and_belongs_to_it_alone():
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
 
 
-def test_a_class_that_derives_from_a_known_one_is_known():
+def test_a_class_that_derives_from_a_known_one_is_known() -> None:
     class Mine(type(tiny_models.build("wan")[0])):
         pass
 
@@ -497,6 +497,6 @@ def test_a_class_that_derives_from_a_known_one_is_known():
     assert find(nn.Linear(2, 2)) is None
 
 
-def test_linear_attention_is_refused_with_a_reason():
+def test_linear_attention_is_refused_with_a_reason() -> None:
     family = find(tiny_models.build("sana")[0])
     assert "linear" in family.refuse

@@ -193,7 +193,7 @@ ON_AND_OFF = (
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # faults in generators that are thrown away
 @pytest.mark.parametrize("name", CASES)
-def test_a_fault_at_any_call_leaves_what_one_remove_restores(name: str, processor: Any):
+def test_a_fault_at_any_call_leaves_what_one_remove_restores(name: str, processor: Any) -> None:
     """Some of the calls, in even strides: all of them hold, and take minutes."""
     case = case_of(name, processor)
     stock = case.run()
@@ -207,7 +207,7 @@ def test_a_fault_at_any_call_leaves_what_one_remove_restores(name: str, processo
     assert case.left() == before
 
 
-def test_an_interrupt_in_the_log_line_behind_install_takes_the_recipe_off(monkeypatch):
+def test_an_interrupt_in_the_log_line_behind_install_takes_the_recipe_off(monkeypatch) -> None:
     model, _ = tiny_models.build("wan")
 
     def interrupted(*_: object) -> None:
@@ -221,7 +221,7 @@ def test_an_interrupt_in_the_log_line_behind_install_takes_the_recipe_off(monkey
     assert plug_of(model) is None
 
 
-def test_a_remove_that_cannot_end_is_found_and_ended_later(monkeypatch):
+def test_a_remove_that_cannot_end_is_found_and_ended_later(monkeypatch) -> None:
     model, inputs = tiny_models.build("wan")
     dense = model(**inputs, return_dict=False)[0]
     plug = accelplug.apply(model, {"patch": "tome", "with": {"ratio": 0.5}}, gate="off")
@@ -241,7 +241,7 @@ def test_a_remove_that_cannot_end_is_found_and_ended_later(monkeypatch):
     assert torch.equal(model(**inputs, return_dict=False)[0], dense)
 
 
-def test_of_two_threads_that_apply_at_once_one_is_told(monkeypatch):
+def test_of_two_threads_that_apply_at_once_one_is_told(monkeypatch) -> None:
     model, _ = tiny_models.build("wan")
     before, start, told = set(vars(model)), threading.Barrier(4), []
 
@@ -274,7 +274,7 @@ COPIES = {"pickle": lambda model: pickle.loads(pickle.dumps(model)), "torch.save
 
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("name", CASES)
-def test_copies_of_all_kinds_are_stock_and_need_no_accelplug(name: str, how: str, processor: Any):
+def test_copies_of_all_kinds_are_stock_and_need_no_accelplug(name: str, how: str, processor: Any) -> None:
     case, fresh = case_of(name, processor), case_of(name, processor)
     twin = COPIES[how](fresh.root)
     plug = accelplug.apply(case.model, case.recipe, gate="off", processor=case.processor)
@@ -299,7 +299,7 @@ def test_copies_of_all_kinds_are_stock_and_need_no_accelplug(name: str, how: str
 
 
 @pytest.mark.parametrize("how", [pickle.dumps, copy.copy, copy.deepcopy])
-def test_the_handle_itself_says_that_it_cannot_be_copied(how: Any, processor: Any):
+def test_the_handle_itself_says_that_it_cannot_be_copied(how: Any, processor: Any) -> None:
     case = case_of("denoiser", processor)
     with (
         accelplug.apply(case.model, case.recipe, gate="off") as plug,

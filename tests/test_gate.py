@@ -60,14 +60,14 @@ def wan(monkeypatch):
     return model, inputs, MadeUpTime(monkeypatch, model)
 
 
-def test_amdahl_by_hand():
+def test_amdahl_by_hand() -> None:
     assert amdahl(0.5, 2.0) == pytest.approx(1 / 0.75)
     assert amdahl(0.75, math.inf) == pytest.approx(4.0)
     assert amdahl(1.0, math.inf) == math.inf
     assert amdahl(0.0, 5.0) == 1.0
 
 
-def test_the_share_of_attention_is_that_of_a_dense_forward_and_the_gate_counts_nowhere(wan):
+def test_the_share_of_attention_is_that_of_a_dense_forward_and_the_gate_counts_nowhere(wan) -> None:
     model, inputs, time = wan
     with accelplug.apply(model, sparse()) as plug:
         run(model, inputs)
@@ -81,7 +81,7 @@ def test_the_share_of_attention_is_that_of_a_dense_forward_and_the_gate_counts_n
     assert found.shape == tuple(inputs["hidden_states"].shape)
 
 
-def test_the_run_counts_its_dense_steps_and_layers(wan):
+def test_the_run_counts_its_dense_steps_and_layers(wan) -> None:
     model, inputs, _ = wan
     with accelplug.apply(model, sparse(steps="50%:", layers="1:")) as plug:
         plug.step(0, 8)
@@ -102,7 +102,7 @@ def test_the_run_counts_its_dense_steps_and_layers(wan):
     assert "4 of whose 8 steps" in said
 
 
-def test_what_is_left_dense_gains_nothing_and_says_what_it_would_have_cost(monkeypatch):
+def test_what_is_left_dense_gains_nothing_and_says_what_it_would_have_cost(monkeypatch) -> None:
     model, inputs = tiny_models.build("wan")
     MadeUpTime(monkeypatch, model, sparse_ms=15.0)
     with accelplug.apply(model, sparse()) as plug:
@@ -114,7 +114,7 @@ def test_what_is_left_dense_gains_nothing_and_says_what_it_would_have_cost(monke
     assert f"60% of a forward, which would be {gain:.2f}x as fast" in reason
 
 
-def test_gate_report_foretells_what_it_forces(monkeypatch):
+def test_gate_report_foretells_what_it_forces(monkeypatch) -> None:
     model, inputs = tiny_models.build("wan")
     MadeUpTime(monkeypatch, model, sparse_ms=15.0)
     with accelplug.apply(model, sparse(), gate="report") as plug:
@@ -122,7 +122,7 @@ def test_gate_report_foretells_what_it_forces(monkeypatch):
         assert plug.forecasts[0].forward_gain == pytest.approx(DENSE_FORWARD_MS / (OTHER_MS + LAYERS * 15.0))
 
 
-def test_a_forward_that_a_cache_cut_short_does_not_stand(wan):
+def test_a_forward_that_a_cache_cut_short_does_not_stand(wan) -> None:
     model, inputs, _ = wan
     with accelplug.apply(model, sparse()) as plug:
         run(model, inputs)
@@ -132,7 +132,7 @@ def test_a_forward_that_a_cache_cut_short_does_not_stand(wan):
         assert plug.forecasts[0].attention_share == pytest.approx(LAYERS * DENSE_MS / DENSE_FORWARD_MS)
 
 
-def test_only_the_first_forwards_of_a_size_are_timed(wan, monkeypatch):
+def test_only_the_first_forwards_of_a_size_are_timed(wan, monkeypatch) -> None:
     model, inputs, time = wan
     with accelplug.apply(model, sparse()) as plug:
         for _ in range(forecast.FORWARDS):
@@ -144,7 +144,7 @@ def test_only_the_first_forwards_of_a_size_are_timed(wan, monkeypatch):
         assert len(plug.forecasts) == 1
 
 
-def test_with_the_gate_off_nothing_is_timed_or_foretold(wan):
+def test_with_the_gate_off_nothing_is_timed_or_foretold(wan) -> None:
     model, inputs, time = wan
     for options in ({"gate": "off"}, {"deterministic": True}):
         with accelplug.apply(model, sparse(), **options) as plug:
@@ -153,7 +153,7 @@ def test_with_the_gate_off_nothing_is_timed_or_foretold(wan):
             assert time.judged == 0
 
 
-def test_compiled_attention_has_no_share(wan):
+def test_compiled_attention_has_no_share(wan) -> None:
     model, inputs, time = wan
     for block in model.blocks:
         block.compile(backend="eager")
@@ -166,14 +166,14 @@ def test_compiled_attention_has_no_share(wan):
     assert time.judged == 2, "made-up tensors are still judged, outside the graph"
 
 
-def test_a_denoiser_compiled_whole_foretells_nothing():
+def test_a_denoiser_compiled_whole_foretells_nothing() -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, sparse()) as plug:
         run(torch.compile(model, backend="eager", fullgraph=True), inputs)
         assert not plug.forecasts
 
 
-def test_nothing_is_timed_while_a_graph_is_captured(wan, monkeypatch):
+def test_nothing_is_timed_while_a_graph_is_captured(wan, monkeypatch) -> None:
     model, inputs, time = wan
     monkeypatch.setattr(gate, "capturing", lambda device: True)
     measured = []
@@ -188,7 +188,7 @@ def test_nothing_is_timed_while_a_graph_is_captured(wan, monkeypatch):
         assert plug.report().served == {"radial": LAYERS}
 
 
-def test_two_denoisers_are_foretold_over_the_steps_each_takes(monkeypatch):
+def test_two_denoisers_are_foretold_over_the_steps_each_takes(monkeypatch) -> None:
     pipe, inputs = tiny_models.pipeline("wan22_moe")
     monkeypatch.setattr(gate, "median_ms", lambda call, device: 1.0)
     with accelplug.apply(pipe, sparse(), gate="report") as plug:
@@ -199,7 +199,7 @@ def test_two_denoisers_are_foretold_over_the_steps_each_takes(monkeypatch):
     assert joined(found, "run_gain", "steps") == pytest.approx(1.0)
 
 
-def test_gains_of_denoisers_are_weighed_by_their_time():
+def test_gains_of_denoisers_are_weighed_by_their_time() -> None:
     slow = Forecast("a", (1,), forward_ms=30.0, run_gain=3.0, steps=2)
     fast = Forecast("b", (1,), forward_ms=10.0, run_gain=1.0, steps=4)
     assert joined([slow, fast], "run_gain", "steps") == pytest.approx(100 / (20 + 40))
@@ -217,7 +217,7 @@ def stored(plug: accelplug.Plug) -> dict[str, Any]:
 
 @pytest.mark.parametrize("sparse_ms", [4.0, 15.0])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_choices_are_replayed_untimed(monkeypatch, sparse_ms, deterministic):
+def test_choices_are_replayed_untimed(monkeypatch, sparse_ms, deterministic) -> None:
     model, inputs = tiny_models.build("wan")
     dense = run(model, inputs)
     time = MadeUpTime(monkeypatch, model, sparse_ms)
@@ -231,7 +231,7 @@ def test_choices_are_replayed_untimed(monkeypatch, sparse_ms, deterministic):
     assert time.judged == 2
 
 
-def test_what_choices_do_not_hold_is_judged_or_under_deterministic_forced(wan):
+def test_what_choices_do_not_hold_is_judged_or_under_deterministic_forced(wan) -> None:
     model, inputs, time = wan
     with accelplug.apply(model, sparse()) as plug:
         run(model, inputs)
@@ -249,7 +249,7 @@ def test_what_choices_do_not_hold_is_judged_or_under_deterministic_forced(wan):
         assert "no verdict" in plug.report().unjudged[0]
 
 
-def test_a_verdict_is_on_one_config(wan):
+def test_a_verdict_is_on_one_config(wan) -> None:
     model, inputs, time = wan
     with accelplug.apply(model, sparse()) as plug:
         run(model, inputs)
@@ -260,7 +260,7 @@ def test_a_verdict_is_on_one_config(wan):
         assert time.judged == 4
 
 
-def test_kernels_are_replayed(monkeypatch):
+def test_kernels_are_replayed(monkeypatch) -> None:
     recipe = ROWS[0].recipe({"decay": 0.2, "backend": "auto"})
     model, inputs = tiny_models.build("wan")
     attention.forget_choices()
@@ -283,7 +283,7 @@ def test_kernels_are_replayed(monkeypatch):
     attention.forget_choices()
 
 
-def test_deterministic_takes_no_kernel_that_another_plug_measured(monkeypatch):
+def test_deterministic_takes_no_kernel_that_another_plug_measured(monkeypatch) -> None:
     recipe = ROWS[0].recipe({"decay": 0.2, "backend": "auto"})
     model, inputs = tiny_models.build("wan")
     ran: list[str] = []
@@ -306,7 +306,7 @@ def test_deterministic_takes_no_kernel_that_another_plug_measured(monkeypatch):
     assert set(ran) == {"blocked"}
 
 
-def test_choices_of_something_else_are_refused(wan):
+def test_choices_of_something_else_are_refused(wan) -> None:
     model, inputs, _ = wan
     with accelplug.apply(model, sparse()) as plug:
         run(model, inputs)

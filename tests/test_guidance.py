@@ -71,7 +71,7 @@ CONTRAST = ("contrast", {"gamma": 3.0})
 # --------------------------------------------------------------------------------------------------------------- maths
 
 
-def test_contrast_weighs_later_steps_more():
+def test_contrast_weighs_later_steps_more() -> None:
     asked = torch.tensor([[[2.0, 1.0], [3.0, 4.0], [9.0, 9.0]]])  # [1, 3, 2]
     described = torch.tensor([[[1.0, 1.0], [1.0, 2.0]]])
     assert torch.equal(gaze.contrast(asked, described, 0.0), torch.tensor([(2 + 2 * 3) / 3, (1 + 2 * 2) / 3]))
@@ -79,7 +79,7 @@ def test_contrast_weighs_later_steps_more():
     assert torch.equal(gaze.contrast(asked, described, 0.0, "last"), torch.tensor([9.0, 4.5]))
 
 
-def test_highest_keeps_a_share_and_all_that_tie():
+def test_highest_keeps_a_share_and_all_that_tie() -> None:
     values = torch.tensor([[4.0, 1.0], [3.0, 2.0]])
     assert gaze.highest(values, 0.5).tolist() == [[True, False], [True, False]]
     assert gaze.highest(values, 1e-9).sum() == 1
@@ -87,14 +87,14 @@ def test_highest_keeps_a_share_and_all_that_tie():
     assert gaze.highest(torch.ones(3, 3), 0.2).all()
 
 
-def test_components_by_hand():
+def test_components_by_hand() -> None:
     mask = torch.tensor([[1, 0, 1, 1], [1, 0, 0, 1], [0, 1, 0, 1], [1, 1, 1, 1]]).bool()
     expected = [[1, 0, 2, 2], [1, 0, 0, 2], [0, 2, 0, 2], [2, 2, 2, 2]]  # a corner does not connect, the way round does
     assert carve.components(mask).tolist() == expected
     assert carve.components(torch.zeros(2, 3).bool()).tolist() == [[0] * 3] * 2
 
 
-def test_components_against_flooding():
+def test_components_against_flooding() -> None:
     mask = torch.rand(17, 23) < 0.55
     labels = carve.components(mask)
     flooded = torch.arange(1.0, mask.numel() + 1).reshape(mask.shape) * mask
@@ -107,7 +107,7 @@ def test_components_against_flooding():
     assert len(pairs) == labels.max() == len(flooded[mask].unique())
 
 
-def test_heaviest_regions_and_their_box():
+def test_heaviest_regions_and_their_box() -> None:
     labels = torch.tensor([[1, 1, 0, 2], [0, 0, 0, 0], [3, 0, 0, 0]])
     values = torch.tensor([[1.0, 1.0, 9.0, 5.0], [0.0] * 4, [3.0, 0.0, 0.0, 0.0]])
     kept = carve.heaviest(values, labels, 2)
@@ -117,7 +117,7 @@ def test_heaviest_regions_and_their_box():
     assert carve.heaviest(values, labels, 9).sum() == 4
 
 
-def test_refined_enlarges_what_is_looked_at():
+def test_refined_enlarges_what_is_looked_at() -> None:
     picture = torch.randn(3, 8, 8)
     values = torch.zeros(8, 8)
     values[2:4, 4:8] = 1
@@ -129,7 +129,7 @@ def test_refined_enlarges_what_is_looked_at():
 
 
 @pytest.mark.parametrize(("height", "width", "inner"), [(15, 15, (336, 336)), (90, 23, (336, 86)), (1, 300, (1, 336))])
-def test_a_cut_keeps_its_ratio_of_sides(height: int, width: int, inner: tuple[int, int]):
+def test_a_cut_keeps_its_ratio_of_sides(height: int, width: int, inner: tuple[int, int]) -> None:
     filled = carve.enlarged(torch.ones(1, height, width), (336, 336))[0] > 0.5
     assert filled.shape == (336, 336)
     top, bottom, left, right = carve.bounding_box(filled)
@@ -137,7 +137,7 @@ def test_a_cut_keeps_its_ratio_of_sides(height: int, width: int, inner: tuple[in
     assert max(abs(top - (336 - bottom)), abs(left - (336 - right))) <= 1
 
 
-def test_a_share_of_many_regions_is_kept():
+def test_a_share_of_many_regions_is_kept() -> None:
     values = torch.zeros(9, 20)
     values[::2, ::2] = torch.arange(1.0, 51).reshape(5, 10)  # 50 regions of one pixel
     picture, area = torch.ones(1, 9, 20), 50 / 180
@@ -154,7 +154,7 @@ def box(mask: torch.Tensor) -> tuple[slice, slice]:
     return slice(top, bottom), slice(left, right)
 
 
-def test_layers_are_numbers_or_shares():
+def test_layers_are_numbers_or_shares() -> None:
     assert [*gaze.numbers(None, 28)] == [*gaze.numbers(None, 64)] == [*range(20, 26)]  # as released, in every model
     assert [*gaze.numbers(None, 8)] == [5]
     assert [*gaze.numbers((0.5, 1.0), 4)] == [2, 3]
@@ -164,7 +164,7 @@ def test_layers_are_numbers_or_shares():
         gaze.numbers((1, 5), 4)
 
 
-def test_agla_by_hand():
+def test_agla_by_hand() -> None:
     z, other = torch.tensor([[2.0, 1.5, 0.0]]), torch.tensor([[0.0, 1.0, 5.0]])
     assert agla.mixed(z, other, 2.0, 0.5).tolist() == [[2.0, 3.5, -math.inf]]
     assert agla.mixed(z, other, 2.0, 0.0).tolist() == [[2.0, 3.5, 10.0]]
@@ -178,7 +178,7 @@ def test_agla_by_hand():
 # -------------------------------------------------------------------------------------------------------------- pixels
 
 
-def test_qwen_patches_are_the_picture_that_its_processor_saw():
+def test_qwen_patches_are_the_picture_that_its_processor_saw() -> None:
     image = Image.effect_noise((64, 48), 40).convert("RGB")
     made = hf.Qwen2VLImageProcessorPil(patch_size=8, size={"shortest_edge": 256, "longest_edge": 9999})
     given = made(image, return_tensors="pt")
@@ -193,7 +193,7 @@ def test_qwen_patches_are_the_picture_that_its_processor_saw():
 
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pixels_there_and_back(name: str, dtype: torch.dtype):
+def test_pixels_there_and_back(name: str, dtype: torch.dtype) -> None:
     model, given = tiny.build(name), inputs(name, tiny.TWO_ROWS)
     given["pixel_values"] = given["pixel_values"].to(dtype)
     shown = pixels.pictures(find(model), given, model.config.vision_config)
@@ -204,7 +204,7 @@ def test_pixels_there_and_back(name: str, dtype: torch.dtype):
     assert back.dtype == dtype
 
 
-def test_pixels_refuse():
+def test_pixels_refuse() -> None:
     model, given = tiny.build("qwen2_vl"), inputs("qwen2_vl")
     family, vision = find(model), model.config.vision_config
     shown = pixels.pictures(family, given, vision)
@@ -224,7 +224,7 @@ def test_pixels_refuse():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_prompt_like_another(name: str, processor: Any):
+def test_a_prompt_like_another(name: str, processor: Any) -> None:
     model, given = tiny.build(name), inputs(name, WITHOUT)
     with accelplug.apply(model, rules(CARVE), processor=processor) as plug:
         tools = plug._hosts[0].generation.tools()
@@ -240,7 +240,7 @@ def test_a_prompt_like_another(name: str, processor: Any):
         assert tools.questions(new) == ["w9 w8", "w1 w9 w8"]
 
 
-def test_prompts_of_processors_with_marks_around_a_picture(processor: Any):
+def test_prompts_of_processors_with_marks_around_a_picture(processor: Any) -> None:
     shared = {"tokenizer": processor.tokenizer, "apply_chat_template": processor.apply_chat_template}
     gemma = SimpleNamespace(**shared, boi_token="<image>", full_image_sequence="w3" + " <image>" * 4 + " w4")
     intern = SimpleNamespace(**shared, image_token="<image>", start_image_token="w3 ", end_image_token=" w4")
@@ -259,7 +259,7 @@ def test_prompts_of_processors_with_marks_around_a_picture(processor: Any):
         tiny.generate(model, given)
 
 
-def test_gaze_reads_what_eager_attention_reads():
+def test_gaze_reads_what_eager_attention_reads() -> None:
     model, given = tiny.build("llava"), inputs("llava")
     model.set_attn_implementation("eager")
     out = tiny.generate(model, given, 3, return_dict_in_generate=True, output_attentions=True)
@@ -279,7 +279,7 @@ def test_gaze_reads_what_eager_attention_reads():
 @pytest.mark.parametrize(
     "neutral", [("carve", {"keep_area": 1}), ("agla", {"alpha": 0, "beta": 0}), ("contrast", {"gamma": 1, "cutoff": 0})]
 )
-def test_neutral_is_the_plain_generate(name: str, neutral: tuple[str, dict], monkeypatch: pytest.MonkeyPatch):
+def test_neutral_is_the_plain_generate(name: str, neutral: tuple[str, dict], monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = tiny.build(name), inputs(name, tiny.TWO_ROWS)
     plain = tiny.generate(model, given, return_dict_in_generate=True, output_scores=True)
     monkeypatch.setattr(gaze, "look", lambda *_: pytest.fail("a neutral patch has no pass of its own"))
@@ -291,7 +291,7 @@ def test_neutral_is_the_plain_generate(name: str, neutral: tuple[str, dict], mon
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("patch", [CARVE, AGLA, CONTRAST])
-def test_it_does_something_and_undo_is_exact(name: str, patch: tuple[str, dict], processor: Any):
+def test_it_does_something_and_undo_is_exact(name: str, patch: tuple[str, dict], processor: Any) -> None:
     model, given = tiny.build(name), inputs(name)
     ask = {"return_dict_in_generate": True, "output_scores": True}
     before = tiny.generate(model, given, **ask)
@@ -310,7 +310,7 @@ def test_it_does_something_and_undo_is_exact(name: str, patch: tuple[str, dict],
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("patch", [CARVE, AGLA, CONTRAST])
-def test_rows_without_a_picture_are_answered_as_ever(name: str, patch: tuple[str, dict], processor: Any):
+def test_rows_without_a_picture_are_answered_as_ever(name: str, patch: tuple[str, dict], processor: Any) -> None:
     model, given = tiny.build(name), inputs(name, WITHOUT)
     text = {k: v for k, v in tiny.inputs(name, ((5,), (3,))).items() if k not in ("pixel_values", "image_grid_thw")}
     ask = {"return_dict_in_generate": True, "output_scores": True}
@@ -324,7 +324,7 @@ def test_rows_without_a_picture_are_answered_as_ever(name: str, patch: tuple[str
 
 
 @pytest.mark.parametrize("steps", ["first", "last", "all"])
-def test_carve_answers_on_the_refined_picture(steps: str, processor: Any, monkeypatch: pytest.MonkeyPatch):
+def test_carve_answers_on_the_refined_picture(steps: str, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = tiny.build("llava"), inputs("llava")
     seen: list[torch.Tensor] = []
     real = carve.refined
@@ -335,7 +335,7 @@ def test_carve_answers_on_the_refined_picture(steps: str, processor: Any, monkey
     assert torch.equal(out, plain)
 
 
-def test_a_batch_is_its_rows(processor: Any):
+def test_a_batch_is_its_rows(processor: Any) -> None:
     model, given = tiny.build("llava"), inputs("llava")
     with accelplug.apply(model, rules(CARVE), processor=processor):
         both = tiny.generate(model, given, return_dict_in_generate=True, output_scores=True).scores[0]
@@ -386,7 +386,7 @@ def branches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 )
 def test_agla_is_two_branches(
     name: str, with_processor: bool, processor: Any, branches: list[Any], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     model, given = tiny.build(name), inputs(name)
     monkeypatch.setattr(agla, "concentration", lambda values: 0.8)  # random weights look everywhere alike
     with accelplug.apply(model, rules(AGLA), processor=processor if with_processor else None):
@@ -398,7 +398,7 @@ def test_agla_is_two_branches(
     assert torch.equal(out, by_hand(model, given, masked, 6))
 
 
-def test_agla_samples_several_answers(processor: Any, branches: list[Any]):
+def test_agla_samples_several_answers(processor: Any, branches: list[Any]) -> None:
     model, given = tiny.build("llava"), inputs("llava")
     ask = {"do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
     with accelplug.apply(model, rules(AGLA), processor=processor):
@@ -417,7 +417,7 @@ def test_agla_samples_several_answers(processor: Any, branches: list[Any]):
             assert torch.allclose(out.scores[-1][copy::2][kept], expected[kept], atol=1e-4)
 
 
-def test_agla_without_second_branch_only_cuts(branches: list[Any]):
+def test_agla_without_second_branch_only_cuts(branches: list[Any]) -> None:
     model, given = tiny.build("llava"), inputs("llava")
     ask = {"return_dict_in_generate": True, "output_scores": True}
     plain = tiny.generate(model, given, **ask)
@@ -428,7 +428,7 @@ def test_agla_without_second_branch_only_cuts(branches: list[Any]):
     assert torch.equal(out.scores[0], agla.mixed(plain.scores[0], None, 0.0, 0.5))
 
 
-def test_the_users_logits_processors_come_first(processor: Any):
+def test_the_users_logits_processors_come_first(processor: Any) -> None:
     model, given = tiny.build("llava"), inputs("llava")
     calls: list[int] = []
 
@@ -443,7 +443,9 @@ def test_the_users_logits_processors_come_first(processor: Any):
 
 
 @pytest.mark.parametrize("patch", [CARVE, AGLA, CONTRAST])
-def test_under_autocast_as_without_but_for_what_the_model_loses(patch: tuple[str, dict], processor: Any, monkeypatch: Any):
+def test_under_autocast_as_without_but_for_what_the_model_loses(
+    patch: tuple[str, dict], processor: Any, monkeypatch: Any
+) -> None:
     """Contrast is mixed, and gaze read, in float32; where that picture is cut hangs on the model's own rounding."""
     model, given = tiny.build("llava"), inputs("llava")
     monkeypatch.setattr(agla, "kept_pixels", lambda values, score: values > 2)  # no pixel: the same in both
@@ -464,7 +466,7 @@ def test_under_autocast_as_without_but_for_what_the_model_loses(patch: tuple[str
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_together_with_attention_patches(name: str, processor: Any):
+def test_together_with_attention_patches(name: str, processor: Any) -> None:
     model, given = tiny.build(name), inputs(name)
     plain = tiny.generate(model, given)
     bias = ("visual_bias", {"image_weight": 3.0})
@@ -479,7 +481,7 @@ def test_together_with_attention_patches(name: str, processor: Any):
     assert torch.equal(tiny.generate(model, given), plain)
 
 
-def test_contrast_by_hand():
+def test_contrast_by_hand() -> None:
     z, text = torch.tensor([[0.7, 0.2, 0.1]]).log(), torch.tensor([[0.2, 0.2, 0.6]]).log()
     out = contrast.contrasted(z + 5, text - 2, 2.0, 0.25)  # what is added to all logits of a branch is no matter
     assert out.exp().tolist() == [[pytest.approx(0.7**2 / 0.2), pytest.approx(0.2**2 / 0.2), 0.0]]
@@ -493,7 +495,7 @@ def test_contrast_by_hand():
 
 
 @pytest.mark.parametrize("name", tiny.VLM)
-def test_contrast_is_with_the_stock_model_on_the_text_alone(name: str):
+def test_contrast_is_with_the_stock_model_on_the_text_alone(name: str) -> None:
     """Beside a patch that changes the first branch; both branches read anew for every token."""
     model, stock, given = tiny.build(name), tiny.build(name), inputs(name)
     with accelplug.apply(
@@ -511,7 +513,7 @@ def test_contrast_is_with_the_stock_model_on_the_text_alone(name: str):
             torch.testing.assert_close(scores[row : row + 1], expected, atol=2e-5, rtol=1e-4)
 
 
-def test_contrast_samples_several_answers(branches: list[Any]):
+def test_contrast_samples_several_answers(branches: list[Any]) -> None:
     model, given = tiny.build("qwen2_5_vl"), inputs("qwen2_5_vl")
     ask = {"do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
     with accelplug.apply(model, rules(CONTRAST)):
@@ -544,7 +546,7 @@ def blip() -> Any:
 
 @pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
-def test_grad_cam_leaves_the_matcher_alone(trainable: bool, mode: Any):
+def test_grad_cam_leaves_the_matcher_alone(trainable: bool, mode: Any) -> None:
     matcher = blip().requires_grad_(trainable)
     with mode():
         pixels, ids = torch.randn(1, 3, 32, 32), torch.tensor([[1, 7, 8, 9, 2]])
@@ -560,7 +562,7 @@ def test_grad_cam_leaves_the_matcher_alone(trainable: bool, mode: Any):
     assert not any(module._forward_hooks for module in matcher.modules())
 
 
-def test_agla_with_a_matcher_from_a_folder(tmp_path: Any, processor: Any, branches: list[Any]):
+def test_agla_with_a_matcher_from_a_folder(tmp_path: Any, processor: Any, branches: list[Any]) -> None:
     blip().save_pretrained(tmp_path)
     processor.tokenizer.save_pretrained(tmp_path)
     model, given = tiny.build("llava"), inputs("llava")
@@ -578,7 +580,7 @@ def test_agla_with_a_matcher_from_a_folder(tmp_path: Any, processor: Any, branch
 
 
 @pytest.mark.parametrize("patch", [CONTRAST, ("vhr", {})])
-def test_a_prompt_that_is_all_picture_is_not_read_without_it(patch: tuple[str, dict]):
+def test_a_prompt_that_is_all_picture_is_not_read_without_it(patch: tuple[str, dict]) -> None:
     model, given = tiny.build("llava"), inputs("llava", ((3, "I", 2), ("I",)))
     for name in ("input_ids", "attention_mask"):  # without the marks around it
         given[name] = given[name].masked_fill((torch.arange(2) == 1)[:, None] & (given["input_ids"] != tiny.IMAGE), 0)
@@ -587,7 +589,7 @@ def test_a_prompt_that_is_all_picture_is_not_read_without_it(patch: tuple[str, d
 
 
 @pytest.mark.parametrize("patch", [CARVE, AGLA])
-def test_several_pictures_in_a_row_are_refused(patch: tuple[str, dict], processor: Any):
+def test_several_pictures_in_a_row_are_refused(patch: tuple[str, dict], processor: Any) -> None:
     model = tiny.build("llava")
     with (
         accelplug.apply(model, rules(patch), processor=processor),
@@ -596,13 +598,13 @@ def test_several_pictures_in_a_row_are_refused(patch: tuple[str, dict], processo
         tiny.generate(model, inputs("llava", tiny.TWO_ROWS))
 
 
-def test_tiles_are_refused(processor: Any):
+def test_tiles_are_refused(processor: Any) -> None:
     model = tiny.build("llava_next")
     with accelplug.apply(model, rules(CARVE), processor=processor), pytest.raises(UnsupportedError, match="tiles"):
         tiny.generate(model, tiny.inputs("llava_next", ONE_EACH))
 
 
-def test_missing_pixels_and_missing_starts_are_refused(processor: Any):
+def test_missing_pixels_and_missing_starts_are_refused(processor: Any) -> None:
     model, given = tiny.build("llava"), inputs("llava")
     with accelplug.apply(model, rules(CARVE), processor=processor):
         with pytest.raises(UnsupportedError, match="pixel_values"):
@@ -611,7 +613,7 @@ def test_missing_pixels_and_missing_starts_are_refused(processor: Any):
             tiny.generate(model, given, **tiny.held(hf.DynamicCache()))
 
 
-def test_carve_asks_for_a_processor(processor: Any):
+def test_carve_asks_for_a_processor(processor: Any) -> None:
     model, given = tiny.build("llava"), inputs("llava")
     with accelplug.apply(model, rules(CARVE)), pytest.raises(AccelplugError, match="processor=processor"):
         tiny.generate(model, given)
@@ -624,7 +626,7 @@ def test_carve_asks_for_a_processor(processor: Any):
 
 @pytest.mark.parametrize("more", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"assistant_model": "another"}])
 @pytest.mark.parametrize("patch", [AGLA, CONTRAST])
-def test_what_a_branch_cannot_follow_is_refused(more: dict[str, Any], patch: tuple[str, dict]):
+def test_what_a_branch_cannot_follow_is_refused(more: dict[str, Any], patch: tuple[str, dict]) -> None:
     model, given = tiny.build("llava"), inputs("llava")
     with accelplug.apply(model, rules(patch)):
         with pytest.raises(UnsupportedError, match="second branch"):
@@ -645,6 +647,6 @@ def test_what_a_branch_cannot_follow_is_refused(more: dict[str, Any], patch: tup
         ("carve", {"keep_area": 0}),
     ],
 )
-def test_wrong_settings_are_refused(wrong: tuple[str, dict]):
+def test_wrong_settings_are_refused(wrong: tuple[str, dict]) -> None:
     with pytest.raises(RecipeError):
         accelplug.apply(tiny.build("llava"), rules(wrong))

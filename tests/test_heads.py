@@ -62,7 +62,7 @@ def probabilities(call: AttentionCall) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------------------ primitives
 
 
-def test_weighting_and_renormalising_is_a_bias_in_two_more_dimensions():
+def test_weighting_and_renormalising_is_a_bias_in_two_more_dimensions() -> None:
     call, layout = make(), prompt()
     p, v = probabilities(call)
     weight = torch.where(layout.visual[:, None, None] & layout.rows[:, None, :, None], 3.0, 1.0)
@@ -73,7 +73,7 @@ def test_weighting_and_renormalising_is_a_bias_in_two_more_dimensions():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bias_loses_no_more_than_the_dtype_does(dtype):
+def test_a_bias_loses_no_more_than_the_dtype_does(dtype) -> None:
     exact, call = make(), make(dtype)
     rows, columns = torch.full((1, 1, 1, 1), math.log(1.15)), prompt().visual[..., None].float()
     q, k = spans.biased(call, rows, columns)
@@ -82,7 +82,7 @@ def test_a_bias_loses_no_more_than_the_dtype_does(dtype):
     assert (call.dense(q, k).double() - reference).abs().max() <= 2 * plain
 
 
-def test_indicator_values_are_span_masses():
+def test_indicator_values_are_span_masses() -> None:
     call, layout = make(), prompt()
     p, _ = probabilities(call)
     span = torch.stack([layout.visual, layout.system], -1)
@@ -91,14 +91,14 @@ def test_indicator_values_are_span_masses():
     torch.testing.assert_close(masses.double(), p @ span[:, None].double(), atol=1e-6, rtol=0)
 
 
-def test_part_of_the_output_from_a_span():
+def test_part_of_the_output_from_a_span() -> None:
     call, layout = make(), prompt()
     p, v = probabilities(call)
     expected = (p * layout.visual[:, None, None]) @ v
     torch.testing.assert_close(call.dense(v=spans.only(call.v, layout.visual)), expected, **TIGHT)
 
 
-def test_zeroing_a_span_without_renormalising_is_taking_its_part_off():
+def test_zeroing_a_span_without_renormalising_is_taking_its_part_off() -> None:
     call, layout = make(), prompt()
     p, v = probabilities(call)
     zeroed = (p * ~layout.system[:, None, None]) @ v
@@ -106,7 +106,7 @@ def test_zeroing_a_span_without_renormalising_is_taking_its_part_off():
 
 
 @pytest.mark.parametrize("rows", [1, 3, S])
-def test_last_rows(rows):
+def test_last_rows(rows) -> None:
     call = make()
     p, v = probabilities(call)
     torch.testing.assert_close(spans.row_attention(call, rows).double(), p[:, :, -rows:], atol=1e-6, rtol=0)
@@ -118,7 +118,7 @@ def test_last_rows(rows):
 
 
 @pytest.mark.parametrize("form", ["none", "flash", "bool", "additive"])
-def test_masks_of_every_form_say_the_same(form):
+def test_masks_of_every_form_say_the_same(form) -> None:
     call, valid = make(), prompt().valid
     keep = (call.mask & valid[:, None, None]) if form != "none" else call.mask
     additive = torch.zeros(keep.shape, dtype=torch.float64).masked_fill(~keep, torch.finfo(torch.float32).min)
@@ -128,7 +128,7 @@ def test_masks_of_every_form_say_the_same(form):
     assert torch.equal(found.expand(B, 1, 5, S), keep[:, :, -5:].expand(B, 1, 5, S))
 
 
-def test_positions_fit_windows_and_static_caches():
+def test_positions_fit_windows_and_static_caches() -> None:
     call, known = make(), torch.arange(S)[None]
     window = replace(call, k=call.k[:, :, 5:], place=Place(first_key=5))
     assert torch.equal(spans.fit(known, window), known[:, 5:])
@@ -136,7 +136,7 @@ def test_positions_fit_windows_and_static_caches():
     assert torch.equal(spans.fit(known, static), pad(known, (0, 4)))
 
 
-def test_one_query_with_a_bias():
+def test_one_query_with_a_bias() -> None:
     call = make(queries=1)
     bias = torch.randn(B, H, 1, S, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     groups = H // KV
@@ -148,7 +148,7 @@ def test_one_query_with_a_bias():
 # --------------------------------------------------------------------------------------------------------------- prompts
 
 
-def test_spans_of_a_prompt():
+def test_spans_of_a_prompt() -> None:
     layout = prompt()
     assert layout.visual[0].nonzero().flatten().tolist() == [*range(4, 13)]
     assert layout.system[0].nonzero().flatten().tolist() == [0, 1, 2, 3]
@@ -174,7 +174,7 @@ def weighted(call: AttentionCall, weight: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("queries", [S, 1])
-def test_visual_bias_is_weighting(queries):
+def test_visual_bias_is_weighting(queries) -> None:
     call, layout = make(queries=queries), prompt()
     patch = VisualBias({"image_weight": 2.5, "system_weight": 0.5, "heads": [1, 3]})
     params = patch.prepare(SITE, layout, PREFILL if queries > 1 else DECODE, {})
@@ -186,7 +186,7 @@ def test_visual_bias_is_weighting(queries):
 
 
 @pytest.mark.parametrize("queries", [S, 1])
-def test_var_is_redistribution_head_by_head_and_row_by_row(queries):
+def test_var_is_redistribution_head_by_head_and_row_by_row(queries) -> None:
     call, layout = make(queries=queries), prompt()
     hidden = 0.1 * torch.randn(B, S, 32, generator=torch.Generator().manual_seed(2))
     for row, token in ((0, 0), (0, 6), (0, 9), (1, 2), (1, 16), (1, 20)):  # text and image tokens
@@ -220,7 +220,7 @@ def test_var_is_redistribution_head_by_head_and_row_by_row(queries):
     torch.testing.assert_close(out, new @ v, atol=1e-6, rtol=0)
 
 
-def test_var_finds_dimensions_and_leaves_layers_alone_whose_image_has_no_sink():
+def test_var_finds_dimensions_and_leaves_layers_alone_whose_image_has_no_sink() -> None:
     first = torch.randn(1, 64, generator=torch.Generator().manual_seed(3)) * 0.01
     first[0, [7, 11]] = torch.tensor([50.0, -40.0])
     assert var.massive_dims(var.normalised(first), 4.0)[0].nonzero().flatten().tolist() == [7, 11]
@@ -234,7 +234,7 @@ def test_var_finds_dimensions_and_leaves_layers_alone_whose_image_has_no_sink():
     assert patch.prepare(SITE, layout, DECODE, state) is None
 
 
-def test_vhr_takes_the_upper_half_without_outliers():
+def test_vhr_takes_the_upper_half_without_outliers() -> None:
     vhd = torch.tensor([[1.0, 2.0, 3.0, 4.0, 50.0, 2.5]])
     ta = torch.tensor([[1.0, 1.0, 1.0, 1.0, 90.0, 1.0]])
     assert vhr.vision_aware(vhd, ta).tolist() == [
@@ -248,7 +248,7 @@ def test_vhr_takes_the_upper_half_without_outliers():
 
 
 @pytest.mark.parametrize("answers", [1, 3])
-def test_pai_raises_signed_scores_in_answering_rows(answers):
+def test_pai_raises_signed_scores_in_answering_rows(answers) -> None:
     call, layout = make(), prompt()
     call = replace(call, place=replace(call.place, answers=answers))
     out = pai.Pai({"alpha": 0.5}).attend(call, pai.Pai({"alpha": 0.5}).prepare(SITE, layout, PREFILL, {}))
@@ -260,7 +260,7 @@ def test_pai_raises_signed_scores_in_answering_rows(answers):
 
 
 @pytest.mark.parametrize("at_a_time", [128, 3])
-def test_gift_reads_the_gaze_and_shifts_the_answer(at_a_time, monkeypatch):
+def test_gift_reads_the_gaze_and_shifts_the_answer(at_a_time, monkeypatch) -> None:
     monkeypatch.setattr(gift, "ROWS", at_a_time)
     call, layout, state = make(), prompt(), {}
     patch = gift.Gift({"saliency_layer": 0, "enhance": [1, 4], "alpha": 2.0})
@@ -316,7 +316,7 @@ def of_bytes() -> Any:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_gift_tells_words_that_carry_content_from_others_and_from_the_template(template):
+def test_gift_tells_words_that_carry_content_from_others_and_from_the_template(template) -> None:
     tokenizer, asked = (
         of_bytes(),
         "Isn't there a tyrannosaurus\u2019s tail, caf\u00e9 \u65e5\u672c or model_2 beside the User's house?",
@@ -335,7 +335,7 @@ def test_gift_tells_words_that_carry_content_from_others_and_from_the_template(t
     assert of(content) == "tyrannosaurus\u2019s tail caf\u00e9 \u65e5\u672c model 2 beside User's house"
 
 
-def test_gift_counts_words_of_the_question_alone():
+def test_gift_counts_words_of_the_question_alone() -> None:
     """With a tokenizer, neither the template nor a stop word moves the map; without one, all text does."""
     tokenizer, (call, layout) = of_bytes(), (make(), prompt())
     ids = torch.zeros(B, S, dtype=torch.long)
@@ -354,7 +354,7 @@ def test_gift_counts_words_of_the_question_alone():
     assert patch.prepare(site, layout, DECODE, state) is None
 
 
-def test_imbalance_tells_local_patches_from_summaries():
+def test_imbalance_tells_local_patches_from_summaries() -> None:
     first = torch.tensor([0.9, 0.1, 0.2, 0.8, 0.1, 0.1, 0.1, 0.1])
     late = torch.tensor([0.1, 0.1, 0.1, 5.0, 0.1, 0.1, 0.1, 0.1])
     local, summary = imbalance.streams(first, late, 0.25)
@@ -373,7 +373,7 @@ def test_imbalance_tells_local_patches_from_summaries():
     assert params.share[0].count_nonzero() == 2
 
 
-def test_sink_registers_shrink_a_head_by_one_number():
+def test_sink_registers_shrink_a_head_by_one_number() -> None:
     """FarSight's upper triangle of registers is a factor on the head's output: what a sink logit does."""
     call = make()
     groups, sigma = H // KV, 0.3
@@ -387,7 +387,7 @@ def test_sink_registers_shrink_a_head_by_one_number():
     torch.testing.assert_close(call.dense() * factor[..., None], explicit, **TIGHT)
 
 
-def test_summed_keys_give_summed_scores():
+def test_summed_keys_give_summed_scores() -> None:
     """SPIN's head score needs one dot product: q . sum(k) is the sum of q . k."""
     call, layout = make(queries=1), prompt()
     k = call.k.repeat_interleave(H // KV, 1)

@@ -71,7 +71,7 @@ def both_ways(model: Any, inputs: dict[str, Any], rules: dict[str, Any]) -> tupl
 
 @pytest.mark.parametrize("order", ["morton", "hilbert", "wht"])
 @pytest.mark.parametrize("dense", [None, "0", "2", "4"])
-def test_hoisted_is_unhoisted(order: str, dense: str | None):
+def test_hoisted_is_unhoisted(order: str, dense: str | None) -> None:
     model, inputs = built()
     stock = run(model, inputs)
     plain, hoisted, where = both_ways(model, inputs, recipe(order, dense))
@@ -91,14 +91,14 @@ def test_hoisted_is_unhoisted(order: str, dense: str | None):
         ("sol", {"rest": "tied"}),
     ],
 )
-def test_methods_that_ask_where_tokens_are_are_told(patch: str, config: dict[str, Any]):
+def test_methods_that_ask_where_tokens_are_are_told(patch: str, config: dict[str, Any]) -> None:
     model, inputs = built()
     plain, hoisted, where = both_ways(model, inputs, recipe("morton", None, patch, **config))
     assert where
     torch.testing.assert_close(hoisted, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_a_static_plan_in_tiles_that_fill_blocks():
+def test_a_static_plan_in_tiles_that_fill_blocks() -> None:
     model, inputs = built()
     inputs["hidden_states"] = tiny_models.noise(2, 4, 4, 8, 16)  # 4 x 4 x 8 tokens
     rule = {
@@ -110,7 +110,7 @@ def test_a_static_plan_in_tiles_that_fill_blocks():
     torch.testing.assert_close(hoisted, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_modulation_by_token_and_image_conditions():
+def test_modulation_by_token_and_image_conditions() -> None:
     model, inputs = built()
     timestep = torch.full((2, 105), 500)
     timestep[:, :35] = 0
@@ -124,7 +124,7 @@ def test_modulation_by_token_and_image_conditions():
     torch.testing.assert_close(hoisted, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_attention_permutes_nothing_inside_a_run(moved: list[tuple[int, ...]]):
+def test_attention_permutes_nothing_inside_a_run(moved: list[tuple[int, ...]]) -> None:
     model, inputs = built()
     with accelplug.apply(model, recipe("morton", "2"), gate="off") as plug:
         run(model, inputs)
@@ -134,7 +134,7 @@ def test_attention_permutes_nothing_inside_a_run(moved: list[tuple[int, ...]]):
         assert len(moved) == 4 * (LAYERS - 1)
 
 
-def test_a_call_that_runs_dense_inside_a_run_is_right():
+def test_a_call_that_runs_dense_inside_a_run_is_right() -> None:
     """As where an obstacle is met in the call itself: self-attention permutes with its tokens."""
     model, inputs = built()
     outputs = []
@@ -150,7 +150,7 @@ def test_a_call_that_runs_dense_inside_a_run_is_right():
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
-def test_dense_steps_and_neutral_configs_are_dense_to_the_bit():
+def test_dense_steps_and_neutral_configs_are_dense_to_the_bit() -> None:
     model, inputs = built()
     dense = run(model, inputs)
     rules = {"rules": [{"where": {"steps": "1:"}, "patch": "sol", "with": {**SOL, "order": "morton"}}]}
@@ -164,7 +164,7 @@ def test_dense_steps_and_neutral_configs_are_dense_to_the_bit():
         assert not plug.report().hoisted
 
 
-def test_orders_that_differ_or_are_raster_or_pad_inside_are_not_hoisted():
+def test_orders_that_differ_or_are_raster_or_pad_inside_are_not_hoisted() -> None:
     model, inputs = built()
     alternate = [
         {"where": {"layers": [0, 2, 4]}, "patch": "sol", "with": {**SOL, "order": "morton"}},
@@ -177,7 +177,7 @@ def test_orders_that_differ_or_are_raster_or_pad_inside_are_not_hoisted():
             assert not plug.report().hoisted
 
 
-def test_what_can_be_applied():
+def test_what_can_be_applied() -> None:
     odd, even = Layout((3, 5, 7)), Layout((4, 4, 8))
     assert tiles(odd, "morton", 8).can_be_applied
     assert not tiles(odd, "raster", 8).can_be_applied
@@ -186,7 +186,7 @@ def test_what_can_be_applied():
     assert not tiles(Layout((3, 5, 7), text_before=5), "morton", 8).can_be_applied
 
 
-def test_the_gate_judges_first(monkeypatch: pytest.MonkeyPatch):
+def test_the_gate_judges_first(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelplug.hosts import gate
 
     model, inputs = built()
@@ -201,7 +201,7 @@ def test_the_gate_judges_first(monkeypatch: pytest.MonkeyPatch):
             assert bool(plug.report().hoisted) is pays
 
 
-def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch):
+def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = built()
     dense, before = run(model, inputs), snapshot(model)
     plug = accelplug.apply(model, recipe("morton"), gate="off")
@@ -220,7 +220,7 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(run(model, inputs), dense)
 
 
-def test_a_deep_copy_made_in_the_middle_of_a_forward_is_stock():
+def test_a_deep_copy_made_in_the_middle_of_a_forward_is_stock() -> None:
     model, inputs = built()
     dense = run(model, inputs)
     twins = []
@@ -233,7 +233,7 @@ def test_a_deep_copy_made_in_the_middle_of_a_forward_is_stock():
     assert torch.equal(run(twins[0], inputs), dense)
 
 
-def test_blocks_that_others_look_into_end_a_run():
+def test_blocks_that_others_look_into_end_a_run() -> None:
     model, inputs = built()
     seen = {}
     with accelplug.apply(model, recipe("morton"), gate="off") as plug:
@@ -253,7 +253,7 @@ def test_blocks_that_others_look_into_end_a_run():
     torch.testing.assert_close(seen["hoisted"], seen["plain"], rtol=1e-4, atol=1e-5)
 
 
-def test_a_step_cache_sees_tokens_in_their_own_order():
+def test_a_step_cache_sees_tokens_in_their_own_order() -> None:
     model, inputs = built()
     with accelplug.apply(model, recipe("morton", "0"), gate="off") as plug:
         expected = run(model, inputs)
@@ -267,7 +267,7 @@ def test_a_step_cache_sees_tokens_in_their_own_order():
 
 
 @pytest.mark.parametrize("name", ["wan_vace", "skyreels"])
-def test_models_between_whose_blocks_more_happens_are_left_alone(name: str):
+def test_models_between_whose_blocks_more_happens_are_left_alone(name: str) -> None:
     model, inputs = tiny_models.build(name)
     with accelplug.apply(model, recipe("morton"), gate="off") as plug:
         run(model, inputs)
@@ -276,7 +276,7 @@ def test_models_between_whose_blocks_more_happens_are_left_alone(name: str):
 
 
 @pytest.mark.parametrize("kind", ["regional", "whole"])
-def test_compiled_blocks_permute_themselves(kind: str):
+def test_compiled_blocks_permute_themselves(kind: str) -> None:
     torch._dynamo.reset()
     model, inputs = built()
     with accelplug.apply(model, recipe("morton"), gate="off") as plug:

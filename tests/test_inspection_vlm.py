@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from typing import Never
 
 import numpy as np
 import pytest
@@ -160,7 +161,7 @@ def spans(inputs):
     return image, seen == 0, (seen > 0) & ~image
 
 
-def test_masses_vas_and_maps_are_those_of_eager_attention(kind, model):
+def test_masses_vas_and_maps_are_those_of_eager_attention(kind, model) -> None:
     inputs = prompt(kind, [[4, "I", 6]])
     found = accelplug.inspect(model, inputs)
     p = eager(model, inputs)
@@ -179,7 +180,7 @@ def test_masses_vas_and_maps_are_those_of_eager_attention(kind, model):
 
 
 @pytest.mark.parametrize("bias", [-60.0, -400.0])
-def test_a_head_that_does_not_read_the_system_text_has_a_bounded_score(bias, tmp_path):
+def test_a_head_that_does_not_read_the_system_text_has_a_bounded_score(bias, tmp_path) -> None:
     """exp(-60) is a mass of 1e-26, exp(-400) underflows: the ratio as published is of no use then, the share is."""
     inputs = prompt("llava", [[4, "I", 6]])
     _, system, _ = spans(inputs)
@@ -209,7 +210,7 @@ def head_outputs(model, **inputs):
     return torch.stack(taken).unflatten(-1, (4, -1)).numpy()
 
 
-def test_vision_aware_head_divergence_is_that_of_two_forwards(kind, model):
+def test_vision_aware_head_divergence_is_that_of_two_forwards(kind, model) -> None:
     inputs = prompt(kind, [[4, "I", 6]])
     found = accelplug.inspect(model, inputs)
     text = inputs["input_ids"][:, inputs["input_ids"][0] != IMG]
@@ -225,7 +226,7 @@ def test_vision_aware_head_divergence_is_that_of_two_forwards(kind, model):
         assert set(np.flatnonzero(found.vision_heads[layer])) == set(np.argsort(counted)[2:])
 
 
-def test_a_padded_batch_is_its_rows_one_by_one(kind, model):
+def test_a_padded_batch_is_its_rows_one_by_one(kind, model) -> None:
     inputs = prompt(kind, BATCH)
     both = accelplug.inspect(model, inputs)
     first, second = (accelplug.inspect(model, row_of(inputs, row)) for row in (0, 1))
@@ -239,7 +240,7 @@ def test_a_padded_batch_is_its_rows_one_by_one(kind, model):
     assert both.grids == first.grids
 
 
-def test_every_image_of_a_row_is_told_apart(kind, model):
+def test_every_image_of_a_row_is_told_apart(kind, model) -> None:
     inputs = prompt(kind, [[3, "I", 2, "I", 5]])
     found = accelplug.inspect(model, inputs)
     sizes = [6, 8] if kind == "qwen" else [16, 16]
@@ -253,7 +254,7 @@ def test_every_image_of_a_row_is_told_apart(kind, model):
 # ----------------------------------------------------------------------------------------------------------------------- sinks
 
 
-def test_a_planted_sink_is_discovered():
+def test_a_planted_sink_is_discovered() -> None:
     model = llava(hidden_size=512)
     inputs = prompt("llava", [[4, "I", 6]])
     inputs["input_ids"][0, 0] = 1
@@ -283,7 +284,7 @@ def test_a_planted_sink_is_discovered():
     assert all(list(sinks) == [5] for sinks in (*found.visual_sinks, *found.cosine_sinks))
 
 
-def test_sink_dimensions_are_massive_in_most_middle_layers():
+def test_sink_dimensions_are_massive_in_most_middle_layers() -> None:
     first = torch.full((8, 1, 1000), 0.1)
     first[2:7, 0, 10] = -30
     first[2:4, 0, 20] = 40  # two of five layers are too few
@@ -292,7 +293,7 @@ def test_sink_dimensions_are_massive_in_most_middle_layers():
     assert sink_dimensions(first) == (10, 40)
 
 
-def test_a_narrow_model_says_why_it_has_no_sinks():
+def test_a_narrow_model_says_why_it_has_no_sinks() -> None:
     found = accelplug.inspect(llava(), prompt("llava", [[4, "I", 6]]))
     assert any("cannot reach 20" in note for note in found.notes)
 
@@ -313,7 +314,7 @@ def state(model):
     }
 
 
-def test_the_model_is_as_before(kind, model):
+def test_the_model_is_as_before(kind, model) -> None:
     inputs = prompt(kind, BATCH)
     with torch.no_grad():
         want = model(**inputs).logits
@@ -327,13 +328,13 @@ def test_the_model_is_as_before(kind, model):
         assert torch.equal(model(**inputs).logits, want)
 
 
-def test_the_model_is_as_before_also_when_it_raises(kind, model):
+def test_the_model_is_as_before_also_when_it_raises(kind, model) -> None:
     inputs = prompt(kind, BATCH)
     with torch.no_grad():
         want = model(**inputs).logits
     last = model.get_decoder().layers[-1].mlp
 
-    def fail(*args):
+    def fail(*args) -> Never:
         raise RuntimeError("out of luck")
 
     handle = last.register_forward_pre_hook(fail)
@@ -350,7 +351,7 @@ def test_the_model_is_as_before_also_when_it_raises(kind, model):
 # ---------------------------------------------------------------------------------------------------------------------- output
 
 
-def test_pages_and_pictures_are_written(kind, model, tmp_path):
+def test_pages_and_pictures_are_written(kind, model, tmp_path) -> None:
     found = accelplug.inspect(model, prompt(kind, [[3, "I", 2, "I", 5], [4, "I", 3]]))
     found.to_png(tmp_path / "a.png")
     picture = np.asarray(Image.open(tmp_path / "a.png"))
@@ -372,7 +373,7 @@ def test_pages_and_pictures_are_written(kind, model, tmp_path):
     assert "data:image/png" in found._repr_html_()
 
 
-def test_patches_are_put_back_together():
+def test_patches_are_put_back_together() -> None:
     """The picture shown is the one whose patches the processor laid side by side."""
     model, inputs = qwen(), prompt("qwen", [[3, "I", 5]])
     picture = torch.rand(3, 32, 48)
@@ -383,7 +384,7 @@ def test_patches_are_put_back_together():
     np.testing.assert_allclose(shown, 255 * ((picture - low) / (high - low)).permute(1, 2, 0), atol=1)
 
 
-def test_without_system_text_there_is_no_vas(tmp_path):
+def test_without_system_text_there_is_no_vas(tmp_path) -> None:
     inputs = prompt("llava", [["I", 5]])
     inputs = {key: x[:, 1:] if x.ndim == 2 else x for key, x in inputs.items()}
     found = accelplug.inspect(llava(), inputs)
@@ -394,7 +395,7 @@ def test_without_system_text_there_is_no_vas(tmp_path):
     found.to_png(tmp_path / "a.png")
 
 
-def test_colours_go_from_dark_to_light_and_layers_over_all_depth():
+def test_colours_go_from_dark_to_light_and_layers_over_all_depth() -> None:
     light = colours(np.linspace(0, 1, 50)).astype(float) @ [0.3, 0.59, 0.11]
     assert (np.diff(light) > 0).all()
     assert spread(32) == [0, 6, 12, 19, 25, 31]
@@ -404,7 +405,7 @@ def test_colours_go_from_dark_to_light_and_layers_over_all_depth():
 # --------------------------------------------------------------------------------------------------------- summary and errors
 
 
-def test_without_inputs_it_is_a_summary(kind, model):
+def test_without_inputs_it_is_a_summary(kind, model) -> None:
     found = accelplug.inspect(model)
     assert (found.layers, found.heads, found.kv_heads, found.attention) == (4, 4, 2, "sdpa")
     assert found.family in ("llava", "qwen2.5-vl")
@@ -416,7 +417,7 @@ def test_without_inputs_it_is_a_summary(kind, model):
     assert found.family in found._repr_html_()
 
 
-def test_what_cannot_be_inspected_says_so():
+def test_what_cannot_be_inspected_says_so() -> None:
     model, inputs = llava(), prompt("llava", [[4, "I", 6]])
     text = LlamaForCausalLM(LlamaConfig(**TEXT)).eval()
     assert accelplug.inspect(text).family is None
@@ -440,7 +441,7 @@ def test_what_cannot_be_inspected_says_so():
         accelplug.inspect(model, inputs)
 
 
-def test_command_line(tmp_path, capsys):
+def test_command_line(tmp_path, capsys) -> None:
     from accelplug.zoo import scenes
     from benchmarks.zoo.vlm import make_model, make_processor
 

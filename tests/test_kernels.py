@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Never
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def lengths(tokens: int, block: int) -> torch.Tensor:
     return out
 
 
-def close(got, expected, dtype=torch.float32):
+def close(got, expected, dtype=torch.float32) -> None:
     assert torch.isfinite(got).all()
     error = (got.double() - expected.double()).abs().max()
     assert error <= TOLERANCE[dtype] * max(1.0, float(expected.abs().max())), f"error {error:.2e}"
@@ -79,7 +80,7 @@ def close(got, expected, dtype=torch.float32):
 @pytest.mark.parametrize("rest", RESTS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_backend_equals_reference(backend, shape, rest, mask):
+def test_backend_equals_reference(backend, shape, rest, mask) -> None:
     q, k, v, plan = make(shape, per_head=shape[0] == 2)
     key_mask = None if mask == "all" else torch.rand(shape[0], shape[3]) < 0.7
     arguments = {"rest": RESTS[rest](shape[1]), "key_mask": key_mask, "return_lse": True}
@@ -116,7 +117,7 @@ def levelled(shape, *, skipped=False, seed=0):
 @pytest.mark.parametrize(("rest", "padded"), [("drop", False), ("weighted", True)])
 @pytest.mark.parametrize("shape", MEANS_SHAPES.values(), ids=MEANS_SHAPES)
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_means_and_skipped_heads_equal_reference(backend, shape, rest, padded):
+def test_means_and_skipped_heads_equal_reference(backend, shape, rest, padded) -> None:
     q, k, v, plan = levelled(shape, skipped=True)
     key_mask = torch.rand(shape[0], shape[3]) < 0.7 if padded else None
     arguments = {"rest": RESTS[rest](shape[1]), "key_mask": key_mask, "return_lse": True}
@@ -129,7 +130,7 @@ def test_means_and_skipped_heads_equal_reference(backend, shape, rest, padded):
 
 
 @pytest.mark.parametrize("mask", ["all", "padded"])
-def test_means_by_token(mask):
+def test_means_by_token(mask) -> None:
     """Every run of h slots, spelled out one by one, in float64."""
     q, k, v, plan = levelled((1, 2, 2, 61, 16, 16, 16, 16))
     valid = torch.ones(61, dtype=torch.bool) if mask == "all" else torch.rand(61) < 0.7
@@ -150,7 +151,7 @@ def test_means_by_token(mask):
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
 @pytest.mark.parametrize("tokens", [96, 97, 111])
-def test_means_are_exact_where_their_keys_and_values_are_equal(backend, tokens):
+def test_means_are_exact_where_their_keys_and_values_are_equal(backend, tokens) -> None:
     q, k, v, plan = levelled((1, 2, 2, tokens, 16, 16, 16, 16))
     run = torch.arange(tokens) // 8 * 8
     k, v = k[..., run, :], v[..., run, :]
@@ -161,7 +162,7 @@ def test_means_are_exact_where_their_keys_and_values_are_equal(backend, tokens):
 
 @pytest.mark.parametrize("mask", ["all", "padded"])
 @pytest.mark.parametrize("representative", ["centre", "centre_k_mean_v"])
-def test_the_centre_stands_for_its_block(representative, mask):
+def test_the_centre_stands_for_its_block(representative, mask) -> None:
     q, k, v, plan = make((1, 2, 1, 45, 16, 16, 16, 16))
     valid = torch.ones(45, dtype=torch.bool) if mask == "all" else torch.rand(45) < 0.7
     key_mask = None if mask == "all" else valid[None]
@@ -186,7 +187,7 @@ def test_the_centre_stands_for_its_block(representative, mask):
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_rectified_adds_fixed_weights(backend):
+def test_rectified_adds_fixed_weights(backend) -> None:
     q, k, v, plan = make((2, 4, 2, 45, 16, 24, 16, 16), per_head=True)
     share, weights = torch.rand(2, 4, 3), torch.rand(2, 4, 3, 3)
     exact = block_attention(q, k, v, plan, backend="reference")
@@ -199,7 +200,7 @@ def test_rectified_adds_fixed_weights(backend):
 
 @pytest.mark.parametrize("mask", ["all", "padded"])
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_tied_is_the_two_level_form(backend, mask):
+def test_tied_is_the_two_level_form(backend, mask) -> None:
     tokens, block = 45, 16
     q, k, v, _ = make((1, 2, 1, tokens, 16, 16, block, block))
     valid = torch.ones(tokens, dtype=torch.bool) if mask == "all" else torch.rand(tokens) < 0.7
@@ -221,7 +222,7 @@ def test_tied_is_the_two_level_form(backend, mask):
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize("shape", ["S113-q16k16", "B2-H2kv1-S97-q32k16"])
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_8_bit_backends_agree(backend, shape, precision):
+def test_8_bit_backends_agree(backend, shape, precision) -> None:
     shape = MEANS_SHAPES[shape]
     q, k, v, plan = levelled(shape)
     key_mask = torch.rand(shape[0], shape[3]) < 0.7
@@ -235,7 +236,7 @@ def test_8_bit_backends_agree(backend, shape, precision):
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_8_bits_lose_nothing_of_numbers_they_hold(backend, precision):
+def test_8_bits_lose_nothing_of_numbers_they_hold(backend, precision) -> None:
     q, k, v, plan = make((1, 2, 2, 64, 32, 16, 16, 16))
     if precision == "int8":
         q, k, largest = q.mul(40).round().clamp(-127, 127), k.mul(40).round().clamp(-127, 127), 127.0
@@ -248,7 +249,7 @@ def test_8_bits_lose_nothing_of_numbers_they_hold(backend, precision):
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_8_bit_errors_are_those_of_rounding(precision):
+def test_8_bit_errors_are_those_of_rounding(precision) -> None:
     """No logit of row i is off by more than d_i = s sum(|q| e_k + |k'| e_q + e_q e_k), with e half a step; hence its output by
     (exp(2 d_i) - 1) sum_j p_ij |v_j - o_i|, and its log-sum-exp by d_i. Shared parts of the keys change nothing."""
     q, k, v, plan = make((1, 2, 2, 128, 16, 16, 32, 32), density=2.0)
@@ -279,7 +280,7 @@ def test_8_bit_errors_are_those_of_rounding(precision):
 
 @pytest.mark.parametrize("tier", ["pointers", "whole"])  # all other tests have the third
 @pytest.mark.parametrize("case", ["padded", "odd", "means", "int8", "threshold"])
-def test_tiers_of_the_triton_kernel_equal_the_reference(monkeypatch, case, tier):
+def test_tiers_of_the_triton_kernel_equal_the_reference(monkeypatch, case, tier) -> None:
     """Keys by descriptor or by pointer, queries and the output too; on a CPU as the interpreter has them."""
     from accelplug.kernels import triton_block
 
@@ -306,7 +307,7 @@ def test_tiers_of_the_triton_kernel_equal_the_reference(monkeypatch, case, tier)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_what_the_whole_tier_wants(monkeypatch):
+def test_what_the_whole_tier_wants(monkeypatch) -> None:
     from accelplug.kernels import triton_block
 
     q, k, v, plan = make((1, 1, 1, 33, 16, 18, 16, 16))
@@ -317,7 +318,7 @@ def test_what_the_whole_tier_wants(monkeypatch):
         triton_block.attend(q, k, v, plan, Drop(), 0.2, None, False, tier="whole")
 
 
-def test_tied_and_rectified_have_no_lse():
+def test_tied_and_rectified_have_no_lse() -> None:
     q, k, v, plan = make(SHAPES["B1-H2-S100-d16"])
     with pytest.raises(UnsupportedError, match="Tied has no log-sum-exp"):
         block_attention(q, k, v, plan, rest=Tied(), return_lse=True)
@@ -327,7 +328,7 @@ def test_tied_and_rectified_have_no_lse():
 
 @pytest.mark.parametrize("rest", ["drop", "pool"])
 @pytest.mark.parametrize("case", ["plain", "heads", "gqa", "box", "padded", "bf16", "means", "q64"])
-def test_flex_equals_reference(case, rest):
+def test_flex_equals_reference(case, rest) -> None:
     shape = (2, 4, 2 if case == "gqa" else 4, 200, 32, 32, 64 if case == "q64" else FLEX_BLOCK, FLEX_BLOCK)
     dtype = torch.bfloat16 if case == "bf16" else torch.float32
     q, k, v, plan = make(shape, per_head=case == "heads", box=case == "box", dtype=dtype)
@@ -367,7 +368,7 @@ FLASH_SHAPE = (1, 2, 1, 300, 64, 64, 128, 128)
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
-def test_flash_is_flex_with_an_option(monkeypatch, return_lse):
+def test_flash_is_flex_with_an_option(monkeypatch, return_lse) -> None:
     asked = as_if_on_hopper(monkeypatch)
     q, k, v, plan = make(FLASH_SHAPE, dtype=torch.bfloat16)
     got = block_attention(q, k, v, plan, rest=Pool(), backend="flash", return_lse=return_lse)
@@ -389,14 +390,14 @@ def test_flash_is_flex_with_an_option(monkeypatch, return_lse):
         (FLASH_SHAPE, torch.bfloat16, (8, 0), "this GPU has 8.0"),
     ],
 )
-def test_flash_says_what_it_does_not_take(monkeypatch, shape, dtype, capability, reason):
+def test_flash_says_what_it_does_not_take(monkeypatch, shape, dtype, capability, reason) -> None:
     asked = as_if_on_hopper(monkeypatch, capability)
     with pytest.raises(UnsupportedError, match=reason):
         block_attention(*make(shape, dtype=dtype), backend="flash")
     assert not asked
 
 
-def test_flash_is_refused_where_it_is_missing(monkeypatch):
+def test_flash_is_refused_where_it_is_missing(monkeypatch) -> None:
     q, k, v, plan = make(FLASH_SHAPE, dtype=torch.bfloat16)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     if DEVICE == "cpu":
@@ -412,14 +413,14 @@ def test_flash_is_refused_where_it_is_missing(monkeypatch):
     assert "has no FlashAttention-4" in flex.flash_missing(gpu)
 
 
-def test_flash_is_measured_beside_the_others_and_left_out_where_it_fails(monkeypatch):
+def test_flash_is_measured_beside_the_others_and_left_out_where_it_fails(monkeypatch) -> None:
     asked = as_if_on_hopper(monkeypatch)
     q, k, v, plan = make(FLASH_SHAPE, dtype=torch.bfloat16)
     forget_choices()
     assert set(measure_choice(q, k, v, plan)) >= {"flash", "blocked"}
     assert asked
 
-    def fail(*args, **options):
+    def fail(*args, **options) -> Never:
         raise RuntimeError("no kernel image")
 
     flex._compiled.clear()
@@ -435,7 +436,7 @@ def test_flash_is_measured_beside_the_others_and_left_out_where_it_fails(monkeyp
 @pytest.mark.parametrize("rest", ["drop", "pool"])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_flash_equals_reference(dtype, dim, rest):
+def test_flash_equals_reference(dtype, dim, rest) -> None:
     q, k, v, plan = make((2, 4, 2, 700, dim, dim, 256, 128), per_head=True, dtype=dtype)
     arguments = {"rest": RESTS[rest](4), "return_lse": True}
     expected, expected_lse = block_attention(q, k, v, plan, backend="reference", **arguments)
@@ -446,7 +447,7 @@ def test_flash_equals_reference(dtype, dim, rest):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_half_precision(backend, dtype):
+def test_half_precision(backend, dtype) -> None:
     q, k, v, plan = make((1, 2, 1, 49, 40, 40, 32, 16), dtype=dtype)
     for rest in (Drop(), Pool()):
         close(
@@ -458,7 +459,7 @@ def test_half_precision(backend, dtype):
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
 @pytest.mark.parametrize("rest", ["drop", "pool"])
-def test_box(backend, rest):
+def test_box(backend, rest) -> None:
     q, k, v, plan = make((1, 2, 2, 100, 16, 16, 16, 16), box=True)
     rows, keys = torch.arange(100)[:, None], torch.arange(100)
     reads = (keys >= rows - 20) & (keys < rows + 9)
@@ -470,7 +471,7 @@ def test_box(backend, rest):
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton", "flex"])
 @pytest.mark.parametrize("tokens", [64, 65, 63, 79])
-def test_density_one_is_dense_within_twice_its_own_error(backend, tokens):
+def test_density_one_is_dense_within_twice_its_own_error(backend, tokens) -> None:
     block = FLEX_BLOCK if backend == "flex" else 16
     q, k, v, plan = make((2, 2, 2, tokens, 32, 32, block, block), density=2.0)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
@@ -481,7 +482,7 @@ def test_density_one_is_dense_within_twice_its_own_error(backend, tokens):
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_halves_merge_by_lse(backend):
+def test_halves_merge_by_lse(backend) -> None:
     q, k, v, plan = make((1, 2, 2, 128, 16, 16, 16, 16), density=2.0)
     first = torch.zeros(8, 8, dtype=torch.bool)
     first[:, :3] = True
@@ -492,7 +493,7 @@ def test_halves_merge_by_lse(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton", "flex"])
-def test_pool_is_exact_where_a_blocks_keys_are_equal(backend):
+def test_pool_is_exact_where_a_blocks_keys_are_equal(backend) -> None:
     size = FLEX_BLOCK if backend == "flex" else 16
     q, k, v, plan = make((1, 2, 2, 100, 16, 16, size, size))
     block = torch.arange(100) // size
@@ -502,7 +503,7 @@ def test_pool_is_exact_where_a_blocks_keys_are_equal(backend):
 
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 @pytest.mark.parametrize("rest", ["drop", "pool"])
-def test_a_negative_scale(backend, rest):
+def test_a_negative_scale(backend, rest) -> None:
     q, k, v, plan = make((1, 2, 2, 100, 16, 16, 16, 16))
     arguments = {"rest": RESTS[rest](2), "scale": -0.3}
     expected = block_attention(q, k, v, plan, backend="reference", **arguments)
@@ -510,7 +511,7 @@ def test_a_negative_scale(backend, rest):
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_a_row_without_a_key_is_zero(backend):
+def test_a_row_without_a_key_is_zero(backend) -> None:
     q, k, v, plan = make((1, 1, 1, 48, 16, 16, 16, 16))
     key_mask = torch.zeros(1, 48, dtype=torch.bool)
     out, lse = block_attention(q, k, v, plan, key_mask=key_mask, backend=backend, return_lse=True)
@@ -520,7 +521,7 @@ def test_a_row_without_a_key_is_zero(backend):
 
 @pytest.mark.parametrize("rest", ["drop", "pool"])
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_threshold(backend, rest):
+def test_threshold(backend, rest) -> None:
     tokens, block = 90, 16
     q, k, v, plan = make((2, 2, 1, tokens, 16, 16, block, block))
     n = len(plan.k_len)
@@ -545,7 +546,7 @@ def test_threshold(backend, rest):
             assert lowered.members.all()
 
 
-def test_one_opaque_node_under_compile():
+def test_one_opaque_node_under_compile() -> None:
     q, k, v, plan = make(SHAPES["B1-H2-S100-d16"])
     compiled = torch.compile(
         lambda q, k, v: block_attention(q, k, v, plan, rest=Pool()) * 2, fullgraph=True, backend="aot_eager"
@@ -554,7 +555,7 @@ def test_one_opaque_node_under_compile():
 
 
 @pytest.mark.parametrize("rest", [Pool(), Tied()], ids=["pool", "tied"])
-def test_plans_made_inside_a_graph(rest):
+def test_plans_made_inside_a_graph(rest) -> None:
     q, k, v, plan = make(SHAPES["B1-H2-S100-d16"])
     members, sizes = plan.members, (plan.q_len, plan.k_len, plan.block_q, plan.block_k)
     level = torch.where(torch.rand(members.shape) < 0.2, 4, 0).to(torch.uint8)
@@ -568,7 +569,7 @@ def test_plans_made_inside_a_graph(rest):
 
 
 @on_cpu
-def test_triton_kernel_compiles_for_gpus_that_are_not_here():
+def test_triton_kernel_compiles_for_gpus_that_are_not_here() -> None:
     """8-bit products. Hopper: the tier with TMA, for queries once, for keys and values in the loops of whole and of ragged blocks,
     and for the output. Ampere: the tier of pointers, 16 bytes at a time."""
     script = """
@@ -604,7 +605,7 @@ for capability, tiles in ((90, True), (80, False)):
     assert "ld.global.b16" not in ampere
 
 
-def test_op_is_well_formed():
+def test_op_is_well_formed() -> None:
     q, k, v, plan = make(SHAPES["B1-H2-S100-d16"])
     arguments = (
         *(q, k, v, None, None, plan.tensors()),
@@ -615,7 +616,7 @@ def test_op_is_well_formed():
     )
 
 
-def test_many_flex_shapes_in_one_process():
+def test_many_flex_shapes_in_one_process() -> None:
     """More shapes than Dynamo would recompile one function for."""
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
         for tokens in (33, 65, 97, 129):
@@ -624,7 +625,7 @@ def test_many_flex_shapes_in_one_process():
 
 
 @on_cpu
-def test_choice_is_measured_kept_and_used():
+def test_choice_is_measured_kept_and_used() -> None:
     forget_choices()
     q, k, v, plan = make(SHAPES["B1-H2-S100-d16"])
     times = measure_choice(q, k, v, plan)
@@ -636,7 +637,7 @@ def test_choice_is_measured_kept_and_used():
 
 
 @on_cpu
-def test_without_a_compiler_flex_is_refused_and_auto_goes_on(monkeypatch):
+def test_without_a_compiler_flex_is_refused_and_auto_goes_on(monkeypatch) -> None:
     monkeypatch.setattr(flex, "_compiler_missing", lambda: True)
     q, k, v, plan = make((1, 1, 1, 8192, 16, 16, 128, 128), density=0.05)
     with pytest.raises(UnsupportedError, match=r"no C\+\+ compiler"):
@@ -644,7 +645,7 @@ def test_without_a_compiler_flex_is_refused_and_auto_goes_on(monkeypatch):
     close(block_attention(q, k, v, plan), block_attention(q, k, v, plan, backend="blocked"))
 
 
-def test_wrong_arguments_say_what_is_wrong():
+def test_wrong_arguments_say_what_is_wrong() -> None:
     q, k, v, plan = make(SHAPES["B1-H2-S100-d16"])
     with pytest.raises(ShapeError, match=r"q\.shape"):
         block_attention(q, k[..., :8], v, plan)
@@ -665,14 +666,14 @@ def test_wrong_arguments_say_what_is_wrong():
 
 
 @on_cpu
-def test_flex_gives_no_lse_on_a_cpu():
+def test_flex_gives_no_lse_on_a_cpu() -> None:
     with pytest.raises(UnsupportedError, match="log-sum-exp"):
         block_attention(*make((1, 1, 1, 64, 16, 16, 32, 32)), backend="flex", return_lse=True)
 
 
 @pytest.mark.parametrize("rest", ["drop", "weighted", "rectified", "tied", "threshold"])
 @pytest.mark.parametrize("per_head", [False, True])
-def test_a_mask_by_head_is_each_head_with_its_own(per_head, rest):
+def test_a_mask_by_head_is_each_head_with_its_own(per_head, rest) -> None:
     """Orders that differ by head put masked keys into different slots."""
     shape = (2, 3, 3, 97, 16, 24, 16, 16)
     q, k, v, plan = make(shape, per_head=per_head)
@@ -709,7 +710,7 @@ def test_a_mask_by_head_is_each_head_with_its_own(per_head, rest):
         block_attention(q, k[:, :1], v[:, :1], plan, key_mask=mask, backend="reference")
 
 
-def test_means_follow_a_mask_by_head():
+def test_means_follow_a_mask_by_head() -> None:
     x, mask = torch.randn(2, 3, 40, 8), torch.rand(2, 3, 40) < 0.6
     mean, number = pool(x, lengths(40, 16), 16, mask)
     for head in range(3):

@@ -68,7 +68,7 @@ def fingerprint(model: Any) -> list:
 
 
 @pytest.mark.parametrize(("patch", "name"), PAIRS)
-def test_neutral_is_exact_working_works_and_undo_is_exact(patch, name):
+def test_neutral_is_exact_working_works_and_undo_is_exact(patch, name) -> None:
     model, given = build(name), inputs(name)
     logits, tokens, before = forward(model, given), generate(model, given), fingerprint(model)
     valid = given["attention_mask"].bool()
@@ -89,7 +89,7 @@ def test_neutral_is_exact_working_works_and_undo_is_exact(patch, name):
 
 
 @pytest.mark.parametrize("name", LLM)
-def test_text_models_are_entered_and_left_as_they_were(name):
+def test_text_models_are_entered_and_left_as_they_were(name) -> None:
     model, given = build(name), inputs(name, ((24,), (21,)))
     logits, tokens, before = forward(model, given), generate(model, given), fingerprint(model)
     with accelplug.apply(model, LOUD) as plug:  # no image: nothing to weigh, whatever it does runs through all of it
@@ -101,7 +101,7 @@ def test_text_models_are_entered_and_left_as_they_were(name):
 
 
 @pytest.mark.parametrize("name", VLM)
-def test_images_are_found_in_every_family(name):
+def test_images_are_found_in_every_family(name) -> None:
     model, given = build(name), inputs(name)
     expected = given["input_ids"] == 500
     with accelplug.apply(model, LOUD) as plug:
@@ -114,7 +114,7 @@ def test_images_are_found_in_every_family(name):
     assert not hasattr(cache, "_accelplug")
 
 
-def test_images_side_by_side_are_told_apart():
+def test_images_side_by_side_are_told_apart() -> None:
     visual = torch.tensor([[0, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0]], dtype=torch.bool)
     assert number_images(visual, [2, 3, 3]).tolist() == [[0, 1, 1, 2, 2, 2, 0], [0, 0, 1, 1, 1, 0, 0]]
     beams = visual.repeat_interleave(2, 0)
@@ -124,7 +124,7 @@ def test_images_side_by_side_are_told_apart():
 
 
 @pytest.mark.parametrize("patch", [patch for patch in WORKING if patch != "imbalance"])
-def test_a_padded_batch_is_its_rows(patch):
+def test_a_padded_batch_is_its_rows(patch) -> None:
     model = build("llava")
     rows = ((3, "I", 6), (4, "I", 5, "I", 7))
     both = inputs("llava", rows)
@@ -137,7 +137,7 @@ def test_a_padded_batch_is_its_rows(patch):
 
 
 @pytest.mark.parametrize(("patch", "name"), PAIRS)
-def test_padding_on_either_side_gives_the_same(patch, name):
+def test_padding_on_either_side_gives_the_same(patch, name) -> None:
     """Every row's last valid token answers; the short row's padding is longer than Gemma 3's window."""
     model, left = build(name), inputs(name, ((3, "I", 6), (4, "I", 5, "I", 17)))
     right = right_padded(left)
@@ -149,7 +149,7 @@ def test_padding_on_either_side_gives_the_same(patch, name):
         torch.testing.assert_close(found[on_right], expected[on_left], atol=2e-5, rtol=1e-4)
 
 
-def test_the_rows_that_answer():
+def test_the_rows_that_answer() -> None:
     valid = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
     assert answering(valid[:1], 3) == 3
     assert answering(valid[:3], 1).tolist() == [[4], [2], [0]]
@@ -160,7 +160,7 @@ def test_the_rows_that_answer():
     assert answering(valid[:2], asked[:, :3]).tolist() == [[4], [2]]  # of other tokens than these
 
 
-def test_a_row_without_an_image_is_left_alone():
+def test_a_row_without_an_image_is_left_alone() -> None:
     model, given = build("llava"), inputs("llava", ((3, "I", 6), (25,)))
     for patch in WORKING:
         plain = forward(model, given)
@@ -172,7 +172,7 @@ def test_a_row_without_an_image_is_left_alone():
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_the_models_own_kernel_is_used(implementation):
+def test_the_models_own_kernel_is_used(implementation) -> None:
     model, given = build("qwen2_5_vl"), inputs("qwen2_5_vl")
     with accelplug.apply(model, LOUD):
         reference = forward(model, given)
@@ -190,7 +190,7 @@ def test_the_models_own_kernel_is_used(implementation):
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 @pytest.mark.parametrize("patch", [patch for patch in WORKING if patch != "imbalance"])
-def test_every_way_to_generate_gives_the_same(patch, name):
+def test_every_way_to_generate_gives_the_same(patch, name) -> None:
     model, given, one = build(name), inputs(name), inputs(name, ((3, "I", 6),))
     # The stock model does not, either: Gemma 3, whose images read themselves both ways, and any with images before transformers 5.23.
     reads_in_pieces = name != "gemma3" and Version(transformers.__version__) >= Version("5.23")
@@ -212,7 +212,7 @@ BACKENDS = {"fp8": "torch", "quanto": "optimum.quanto", "hqq": "hqq"}
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("patch", [patch for patch in WORKING if patch != "imbalance"])
-def test_a_quantised_cache(patch, backend):
+def test_a_quantised_cache(patch, backend) -> None:
     """What a patch does at a decode step is what it does with an exact cache, but for what the cache has rounded away."""
     pytest.importorskip(BACKENDS[backend], reason=f"the {backend} cache needs a package that is not installed")
     if backend == "fp8" and Version(transformers.__version__) < Version("5.21"):
@@ -253,7 +253,7 @@ class _Stream:
 
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
 @pytest.mark.parametrize("patch", ["visual_bias", "var", "vhr", "gift", "pai"])
-def test_an_offloaded_cache(patch, implementation, monkeypatch):
+def test_an_offloaded_cache(patch, implementation, monkeypatch) -> None:
     """transformers asks for a CUDA stream even on a CPU; with stand-ins for it the offloading itself runs."""
     monkeypatch.setattr(torch, "Stream", _Stream)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: _Stream())
@@ -267,7 +267,7 @@ def test_an_offloaded_cache(patch, implementation, monkeypatch):
 
 
 @pytest.mark.parametrize("patch", ["vhr", "gift"])
-def test_a_prompt_in_pieces_is_refused_where_it_must_be_whole(patch):
+def test_a_prompt_in_pieces_is_refused_where_it_must_be_whole(patch) -> None:
     model, given = build("llava"), inputs("llava")
     generate(model, given)
     before = fingerprint(model)
@@ -276,7 +276,7 @@ def test_a_prompt_in_pieces_is_refused_where_it_must_be_whole(patch):
     assert fingerprint(model) == before
 
 
-def test_one_beam_is_greedy():
+def test_one_beam_is_greedy() -> None:
     model, given = build("llava"), inputs("llava")
     with accelplug.apply(model, LOUD):
         first = model.generate(**given, max_new_tokens=1, num_beams=3, do_sample=False, pad_token_id=0)
@@ -284,7 +284,7 @@ def test_one_beam_is_greedy():
 
 
 @pytest.mark.parametrize("patch", ["visual_bias", "var", "vhr", "gift", "pai"])
-def test_the_decode_step_compiles_whole(patch):
+def test_the_decode_step_compiles_whole(patch) -> None:
     torch._dynamo.reset()
     config = CompileConfig(backend="eager", fullgraph=True)
     config._compile_all_devices = True
@@ -300,7 +300,7 @@ def test_the_decode_step_compiles_whole(patch):
 
 
 @pytest.mark.parametrize("isolated", [False, True])
-def test_many_recipes_compiled_in_one_process(isolated):
+def test_many_recipes_compiled_in_one_process(isolated) -> None:
     """Dynamo counts what it compiled by code object, and every plug's decode step is transformers' own: the limit is one for all.
 
     A compile config that isolates them gives each a count of its own.
@@ -329,7 +329,7 @@ def test_many_recipes_compiled_in_one_process(isolated):
         torch._dynamo.reset()
 
 
-def test_a_compiled_sliding_window_is_counted():
+def test_a_compiled_sliding_window_is_counted() -> None:
     torch._dynamo.reset()
     config = CompileConfig(backend="eager", fullgraph=True)
     config._compile_all_devices = True
@@ -340,7 +340,7 @@ def test_a_compiled_sliding_window_is_counted():
     torch._dynamo.reset()
 
 
-def test_guidance_has_a_stream_of_its_own():
+def test_guidance_has_a_stream_of_its_own() -> None:
     model, given = build("llava"), inputs("llava")
     with accelplug.apply(model, LOUD):
         tokens = generate(model, given, guidance_scale=1.5)
@@ -351,7 +351,7 @@ def test_guidance_has_a_stream_of_its_own():
 
 
 @pytest.mark.parametrize("patch", ["visual_bias", "vhr"])
-def test_two_threads_on_one_model(patch):
+def test_two_threads_on_one_model(patch) -> None:
     model = build("llava")
     cases = [inputs("llava", ((3, "I", 6),)), inputs("llava", ((9, "I", 2, "I", 4),))]
     with accelplug.apply(model, recipe(patch)):
@@ -371,7 +371,7 @@ def test_two_threads_on_one_model(patch):
     assert [len(tokens) for tokens in found] == [5, 5]
 
 
-def test_an_image_behind_a_turn_of_text_alone_is_counted_where_all_sinks_are_needed():
+def test_an_image_behind_a_turn_of_text_alone_is_counted_where_all_sinks_are_needed() -> None:
     model, (first, second) = build("llava"), (inputs("llava", rows) for rows in (((7,),), ((3, "I", 6),)))
     mask = torch.ones(1, 7 + second["input_ids"].shape[1], dtype=torch.long)
     with accelplug.apply(model, recipe("var")) as plug, torch.no_grad():
@@ -382,7 +382,7 @@ def test_an_image_behind_a_turn_of_text_alone_is_counted_where_all_sinks_are_nee
     assert counts == [1] * model.config.text_config.num_hidden_layers
 
 
-def test_a_second_turn_on_the_same_cache():
+def test_a_second_turn_on_the_same_cache() -> None:
     model, first = build("llava"), inputs("llava", ((3, "I", 6),))
     more = torch.tensor([[11, 12, 13, 14]])
     ids = torch.cat([first["input_ids"], more], 1)
@@ -400,7 +400,7 @@ def test_a_second_turn_on_the_same_cache():
 
 
 @pytest.mark.parametrize("patch", ["visual_bias", "pai", "vhr"])
-def test_a_cache_whose_rows_are_repeated(patch):
+def test_a_cache_whose_rows_are_repeated(patch) -> None:
     """Patches that remember nothing follow; one that remembers heads by row refuses."""
     model, one = build("llava"), inputs("llava", ((3, "I", 6),))
     step = torch.tensor([[11], [11]])
@@ -419,7 +419,7 @@ def test_a_cache_whose_rows_are_repeated(patch):
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("patch", ["visual_bias", "pai", "gift"])
-def test_a_cache_whose_rows_change_places(patch, static):
+def test_a_cache_whose_rows_change_places(patch, static) -> None:
     """Rows take what is known of them along, or are refused."""
     model, two, step = build("llava"), inputs("llava"), torch.tensor([[11], [12]])
     config, swapped = model.config.get_text_config(), [1, 0]
@@ -440,7 +440,7 @@ def test_a_cache_whose_rows_change_places(patch, static):
             torch.testing.assert_close(model(**given, **held(branch)).logits, alone[swapped], atol=1e-6, rtol=0)
 
 
-def test_embeddings_instead_of_ids():
+def test_embeddings_instead_of_ids() -> None:
     model, given = build("llava"), inputs("llava")
     embeds = model.get_input_embeddings()(given["input_ids"])
     others = {key: value for key, value in given.items() if key != "input_ids"}
@@ -451,7 +451,7 @@ def test_embeddings_instead_of_ids():
 # --------------------------------------------------------------------------------------------------------- errors, copies
 
 
-def test_continuous_batching_is_refused():
+def test_continuous_batching_is_refused() -> None:
     model = build("llama")
     with accelplug.apply(model, LOUD):
         small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=16)  # or it takes most of the machine's memory
@@ -459,7 +459,7 @@ def test_continuous_batching_is_refused():
     assert all("Use generate() instead of generate_batch()" in answer.error for answer in answers.values())
 
 
-def test_a_cache_from_before_is_counted_and_an_error_under_strict():
+def test_a_cache_from_before_is_counted_and_an_error_under_strict() -> None:
     model, given = build("llava"), inputs("llava")
     with torch.no_grad():
         cache = compat.cache_of(model(**given))
@@ -473,7 +473,7 @@ def test_a_cache_from_before_is_counted_and_an_error_under_strict():
 
 
 @pytest.mark.parametrize("patch", WORKING)
-def test_a_cache_that_is_not_found_is_counted_and_an_error_under_strict(monkeypatch, patch):
+def test_a_cache_that_is_not_found_is_counted_and_an_error_under_strict(monkeypatch, patch) -> None:
     """As if a model took its cache by a name of tomorrow: a decode step knows nothing of the prompt, and is no prompt itself."""
     monkeypatch.setattr(compat, "CACHE_NAMES", ("hoard", "stash"))
     model, given = build("llava"), inputs("llava")
@@ -485,7 +485,7 @@ def test_a_cache_that_is_not_found_is_counted_and_an_error_under_strict(monkeypa
         generate(model, given, tokens=3)
 
 
-def test_apply_twice_remove_twice_and_a_rule_that_fits_nothing():
+def test_apply_twice_remove_twice_and_a_rule_that_fits_nothing() -> None:
     model = build("llava")
     plug = accelplug.apply(model, LOUD)
     with pytest.raises(AlreadyAppliedError):
@@ -498,7 +498,7 @@ def test_apply_twice_remove_twice_and_a_rule_that_fits_nothing():
         accelplug.apply(model, {**LOUD, "where": {"layers": "90:"}})
 
 
-def test_a_patch_for_other_models_is_refused_on_both_sides():
+def test_a_patch_for_other_models_is_refused_on_both_sides() -> None:
     with pytest.raises(UnsupportedError, match="family sparse"):
         accelplug.apply(build("llava"), {"patch": "radial"})
     denoiser, _ = tiny_models.build("wan")
@@ -507,7 +507,7 @@ def test_a_patch_for_other_models_is_refused_on_both_sides():
             accelplug.apply(denoiser, {"patch": patch})
 
 
-def test_sink_logits_are_counted_where_probabilities_are_needed():
+def test_sink_logits_are_counted_where_probabilities_are_needed() -> None:
     model, given = build("gpt_oss"), inputs("gpt_oss", ((24,),))
     plain = forward(model, given)
     with accelplug.apply(model, recipe("pai")) as plug:
@@ -515,7 +515,7 @@ def test_sink_logits_are_counted_where_probabilities_are_needed():
         assert any("sink logits" in reason for reason in plug.report().fallbacks)
 
 
-def test_images_of_a_family_nobody_listed_are_found(monkeypatch):
+def test_images_of_a_family_nobody_listed_are_found(monkeypatch) -> None:
     monkeypatch.setattr("accelplug.hosts.transformers.find", lambda model: None)
     model, given = build("llava"), inputs("llava")
     plain = forward(model, given)
@@ -523,7 +523,7 @@ def test_images_of_a_family_nobody_listed_are_found(monkeypatch):
         assert not torch.equal(forward(model, given), plain)
 
 
-def test_an_error_inside_a_forward_leaves_nothing():
+def test_an_error_inside_a_forward_leaves_nothing() -> None:
     model, given = build("llava"), inputs("llava")
     plain, _, before = forward(model, given), generate(model, given), fingerprint(model)
     broken = {**given, "pixel_values": given["pixel_values"][:, :, :16]}
@@ -536,7 +536,7 @@ def test_an_error_inside_a_forward_leaves_nothing():
     assert torch.equal(forward(model, given), plain)
 
 
-def test_layers_are_chosen_by_rules():
+def test_layers_are_chosen_by_rules() -> None:
     model, given = build("llava"), inputs("llava")
     with accelplug.apply(model, {**LOUD, "where": {"layers": [1, "-1:"]}}) as plug:
         forward(model, given)
@@ -547,7 +547,7 @@ def test_layers_are_chosen_by_rules():
     assert views == [False, True, False, True]
 
 
-def test_copies_are_stock_and_another_model_never_notices(tmp_path):
+def test_copies_are_stock_and_another_model_never_notices(tmp_path) -> None:
     model, other, given = build("llava"), build("llava"), inputs("llava")
     plain, tokens, before = forward(model, given), generate(model, given), fingerprint(model)
     keys = list(model.state_dict())
@@ -567,7 +567,7 @@ def test_copies_are_stock_and_another_model_never_notices(tmp_path):
     assert torch.equal(forward(again, given), plain)
 
 
-def test_switching_the_implementation_while_on():
+def test_switching_the_implementation_while_on() -> None:
     model, given = build("llava"), inputs("llava")
     with accelplug.apply(model, recipe("visual_bias", NEUTRAL["visual_bias"])):
         model.set_attn_implementation("eager")
@@ -576,7 +576,7 @@ def test_switching_the_implementation_while_on():
 
 
 @pytest.mark.parametrize("first", ["hooks", "plug"])
-def test_accelerate_offload_in_both_orders(first):
+def test_accelerate_offload_in_both_orders(first) -> None:
     accelerate = pytest.importorskip("accelerate")
     model, given = build("llava"), inputs("llava")
     with accelplug.apply(model, recipe("vhr")):
@@ -596,7 +596,7 @@ def test_accelerate_offload_in_both_orders(first):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype):
+def test_low_precision(dtype) -> None:
     model, given = build("llava").to(dtype), inputs("llava")
     given["pixel_values"] = given["pixel_values"].to(dtype)
     for patch in WORKING:
@@ -604,13 +604,13 @@ def test_low_precision(dtype):
             assert forward(model, given)[given["attention_mask"].bool()].isfinite().all()
 
 
-def test_training_is_refused():
+def test_training_is_refused() -> None:
     model, given = build("llava").train().requires_grad_(True), inputs("llava")
     with accelplug.apply(model, LOUD), pytest.raises(UnsupportedError, match="training mode"):
         model(**given)
 
 
-def test_memory_does_not_grow():
+def test_memory_does_not_grow() -> None:
     model, given = build("llava"), inputs("llava")
     with accelplug.apply(model, LOUD) as plug:
         for _ in range(20):

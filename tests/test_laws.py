@@ -51,7 +51,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 @models
 @rows
-def test_neutral_is_exact(row: Row, name: str):
+def test_neutral_is_exact(row: Row, name: str) -> None:
     model, inputs = tiny_models.build(name)
     dense = run(model, inputs)
     with accelplug.apply(model, row.recipe(row.neutral), gate="off"):
@@ -60,7 +60,7 @@ def test_neutral_is_exact(row: Row, name: str):
 
 @models
 @rows
-def test_it_does_something_and_undoes_it(row: Row, name: str):
+def test_it_does_something_and_undoes_it(row: Row, name: str) -> None:
     model, inputs = tiny_models.build(name)
     dense, before = run(model, inputs), snapshot(model)
     plug = accelplug.apply(model, row.recipe(row.working), gate="off")
@@ -90,7 +90,7 @@ def test_it_does_something_and_undoes_it(row: Row, name: str):
 
 
 @models
-def test_the_kernel_at_density_one_is_dense(name: str):
+def test_the_kernel_at_density_one_is_dense(name: str) -> None:
     row = next(row for row in ROWS if row.everything)
     model, inputs = tiny_models.build(name)
     dense = run(model, inputs)
@@ -103,7 +103,7 @@ def test_the_kernel_at_density_one_is_dense(name: str):
 @pytest.mark.parametrize("rest", ["drop", "pool"])
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan_video", "flux", "sd3"])
 @rows
-def test_batch_two_is_two_batches_of_one(row: Row, name: str, rest: str):
+def test_batch_two_is_two_batches_of_one(row: Row, name: str, rest: str) -> None:
     model, inputs = tiny_models.build(name)
     both, singles = tiny_models.batch_of_two(name, inputs)
     config = {**row.working, "rest": rest} if row.blocks else row.working
@@ -114,7 +114,7 @@ def test_batch_two_is_two_batches_of_one(row: Row, name: str, rest: str):
 
 
 @models
-def test_text_stays_dense_and_cross_attention_is_untouched(name: str):
+def test_text_stays_dense_and_cross_attention_is_untouched(name: str) -> None:
     model, inputs = tiny_models.build(name)
     row = ROWS[1]
     with accelplug.apply(model, row.recipe(row.working), gate="off") as plug, plug.trace(plans=True) as events:
@@ -131,7 +131,7 @@ def test_text_stays_dense_and_cross_attention_is_untouched(name: str):
 
 
 @rows
-def test_other_instances_and_threads_notice_nothing(row: Row):
+def test_other_instances_and_threads_notice_nothing(row: Row) -> None:
     patched, inputs = tiny_models.build("wan")
     stock, _ = tiny_models.build("wan")
     dense = run(stock, inputs)
@@ -146,7 +146,7 @@ def test_other_instances_and_threads_notice_nothing(row: Row):
     assert all(torch.equal(out, dense) for out in found)
 
 
-def test_exception_in_the_middle_of_a_run(monkeypatch):
+def test_exception_in_the_middle_of_a_run(monkeypatch) -> None:
     model, inputs = tiny_models.build("wan")
     dense, before = run(model, inputs), snapshot(model)
     with monkeypatch.context() as patch:
@@ -157,7 +157,7 @@ def test_exception_in_the_middle_of_a_run(monkeypatch):
     assert torch.equal(run(model, inputs), dense)
 
 
-def test_apply_twice_names_what_is_on():
+def test_apply_twice_names_what_is_on() -> None:
     model, _ = tiny_models.build("wan")
     with accelplug.apply(model, DENSE) as plug:
         with pytest.raises(AlreadyAppliedError, match="already"):
@@ -169,7 +169,7 @@ def test_apply_twice_names_what_is_on():
         accelplug.remove(model)
 
 
-def test_only_what_is_still_ours_is_restored():
+def test_only_what_is_still_ours_is_restored() -> None:
     model, inputs = tiny_models.build("wan")
     plug = accelplug.apply(model, DENSE)
     theirs = type(model.blocks[0].attn1.processor).stock()
@@ -179,7 +179,7 @@ def test_only_what_is_still_ours_is_restored():
     assert torch.isfinite(run(model, inputs)).all()
 
 
-def test_a_replaced_processor_is_counted_and_an_error_under_strict():
+def test_a_replaced_processor_is_counted_and_an_error_under_strict() -> None:
     model, inputs = tiny_models.build("wan")
     for strict in (False, True):
         plug = accelplug.apply(model, ROWS[0].recipe(ROWS[0].working), gate="off", strict=strict)
@@ -194,7 +194,7 @@ def test_a_replaced_processor_is_counted_and_an_error_under_strict():
         plug.remove()
 
 
-def test_nothing_matched_says_what_is_there():
+def test_nothing_matched_says_what_is_there() -> None:
     model, _ = tiny_models.build("wan")
     before = snapshot(model)
     with pytest.raises(NoMatchError, match=r"No rule .* fits any attention .* 3 of kind self|No rule"):
@@ -204,14 +204,14 @@ def test_nothing_matched_says_what_is_there():
     assert snapshot(model) == before
 
 
-def test_linear_attention_is_refused():
+def test_linear_attention_is_refused() -> None:
     model, _ = tiny_models.build("sana")
     with pytest.raises(UnsupportedError, match="linear"):
         accelplug.apply(model, DENSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
-def test_a_mask_that_is_more_than_key_padding_is_dense_and_counted(dtype):
+def test_a_mask_that_is_more_than_key_padding_is_dense_and_counted(dtype) -> None:
     """Chroma multiplies its mask with itself; as a float, as its pipeline passes it, it is even added to the scores."""
     model, inputs = tiny_models.build("chroma")
     tokens = inputs["encoder_hidden_states"].shape[1] + inputs["hidden_states"].shape[1]
@@ -223,7 +223,7 @@ def test_a_mask_that_is_more_than_key_padding_is_dense_and_counted(dtype):
         assert all("more than key padding" in reason for reason in plug.report().fallbacks)
 
 
-def test_a_rule_that_names_attention_without_a_grid_is_counted():
+def test_a_rule_that_names_attention_without_a_grid_is_counted() -> None:
     """Motion modules attend over the frames of one place."""
     model, inputs = tiny_models.build("animatediff")
     dense = run(model, inputs)
@@ -233,7 +233,7 @@ def test_a_rule_that_names_attention_without_a_grid_is_counted():
         assert all("layout is not understood" in reason for reason in plug.report().fallbacks)
 
 
-def test_attention_that_never_comes_by_is_counted_and_an_error_under_strict():
+def test_attention_that_never_comes_by_is_counted_and_an_error_under_strict() -> None:
     model, inputs = tiny_models.build("wan")
     recipe = ROWS[0].recipe(ROWS[0].working)
     for strict in (False, True):
@@ -253,12 +253,12 @@ def test_attention_that_never_comes_by_is_counted_and_an_error_under_strict():
         del skipped.forward
 
 
-def test_unknown_denoiser_is_refused():
+def test_unknown_denoiser_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="Linear"):
         accelplug.apply(nn.Linear(2, 2), DENSE)
 
 
-def test_training_with_gradients_is_refused_and_removable():
+def test_training_with_gradients_is_refused_and_removable() -> None:
     model, inputs = tiny_models.build("wan")
     dense = run(model, inputs)
     model.train().requires_grad_(True)
@@ -269,7 +269,7 @@ def test_training_with_gradients_is_refused_and_removable():
     assert torch.equal(run(model.eval(), inputs), dense)
 
 
-def test_unknown_step_is_dense_counted_or_told():
+def test_unknown_step_is_dense_counted_or_told() -> None:
     model, inputs = tiny_models.build("wan")
     dense = run(model, inputs)
     recipe = ROWS[0].recipe(ROWS[0].working, steps="50%:")
@@ -284,7 +284,7 @@ def test_unknown_step_is_dense_counted_or_told():
         run(model, inputs)
 
 
-def test_the_gate_leaves_dense_what_would_not_pay(monkeypatch):
+def test_the_gate_leaves_dense_what_would_not_pay(monkeypatch) -> None:
     model, inputs = tiny_models.build("wan")
     dense = run(model, inputs)
     from accelplug.hosts import gate
@@ -302,7 +302,7 @@ def test_the_gate_leaves_dense_what_would_not_pay(monkeypatch):
         assert plug.report().gains["radial"] == 2.0
 
 
-def test_warmup_settles_the_gate_and_puts_random_states_back():
+def test_warmup_settles_the_gate_and_puts_random_states_back() -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     generator = torch.Generator().manual_seed(3)
     states = torch.get_rng_state(), generator.get_state()
@@ -318,7 +318,7 @@ def test_warmup_settles_the_gate_and_puts_random_states_back():
         assert plug.choices["verdicts"] == verdicts
 
 
-def test_many_resolutions_leave_bounded_caches():
+def test_many_resolutions_leave_bounded_caches() -> None:
     model, _ = tiny_models.build("wan")
     with accelplug.apply(model, ROWS[0].recipe(ROWS[0].working), gate="off") as plug:
         for height in range(4, 64, 2):
@@ -333,7 +333,7 @@ def test_many_resolutions_leave_bounded_caches():
         assert not plug.report().fallbacks
 
 
-def test_global_rng_is_untouched():
+def test_global_rng_is_untouched() -> None:
     model, inputs = tiny_models.build("wan")
     state = torch.get_rng_state()
     with accelplug.apply(model, ROWS[2].recipe(ROWS[2].working)):
@@ -341,7 +341,7 @@ def test_global_rng_is_untouched():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_every_error_is_ours():
+def test_every_error_is_ours() -> None:
     model, _ = tiny_models.build("wan")
     for recipe in (
         "nonsense",
@@ -354,7 +354,7 @@ def test_every_error_is_ours():
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_a_recipe_may_ask_for_eight_bits(precision: str):
+def test_a_recipe_may_ask_for_eight_bits(precision: str) -> None:
     model, inputs = tiny_models.build("wan")
     row = next(row for row in ROWS if row.patch == "sol")
     with accelplug.apply(model, row.recipe(row.working), gate="off"):

@@ -74,14 +74,14 @@ CASES = [
 
 @pytest.mark.parametrize(("grid_thw", "config"), CASES)
 @pytest.mark.parametrize("text", [(0, 0), (3, 0), (2, 9)], ids=["no-text", "text-before", "text-both"])
-def test_equals_the_rule_stated_token_by_token(grid_thw, config, text):
+def test_equals_the_rule_stated_token_by_token(grid_thw, config, text) -> None:
     layout = Layout(grid_thw, *text)
     assert torch.equal(token_mask(layout, block=16, **config), mask_by_tokens(layout, **config))
 
 
 @pytest.mark.parametrize(("grid_thw", "config"), CASES)
 @pytest.mark.parametrize("tile_thw", [(2, 2, 4), (1, 4, 3), None])
-def test_tile_mask_is_every_visited_block_and_as_many_as_predicted(grid_thw, config, tile_thw):
+def test_tile_mask_is_every_visited_block_and_as_many_as_predicted(grid_thw, config, tile_thw) -> None:
     layout, method = Layout(grid_thw), Neighborhood({"block": 16, "mask": "tile", "tile_thw": tile_thw, **config})
     tiles = method.order(layout)
     plan = method.select(tiles)
@@ -95,7 +95,7 @@ def test_tile_mask_is_every_visited_block_and_as_many_as_predicted(grid_thw, con
 
 
 @pytest.mark.parametrize(("grid_thw", "config"), CASES)
-def test_every_query_keeps_exactly_its_window(grid_thw, config):
+def test_every_query_keeps_exactly_its_window(grid_thw, config) -> None:
     mask = token_mask(Layout(grid_thw), block=16, **config)
     assert mask.diagonal().all()
     if not any(config.get("causal", ())):
@@ -103,7 +103,7 @@ def test_every_query_keeps_exactly_its_window(grid_thw, config):
 
 
 @pytest.mark.parametrize("length", range(1, 14))
-def test_an_axis_follows_the_published_rule_whatever_its_numbers(length):
+def test_an_axis_follows_the_published_rule_whatever_its_numbers(length) -> None:
     for window, dilation, causal in itertools.product(range(1, length + 1), (1, 2, 3), (False, True)):
         for stride in range(1, window + 1):
             if window * dilation > length:
@@ -115,7 +115,7 @@ def test_an_axis_follows_the_published_rule_whatever_its_numbers(length):
                 assert keys == neighbours(i, length, window, stride, dilation, causal)
 
 
-def test_stride_equal_to_window_is_blocked_attention():
+def test_stride_equal_to_window_is_blocked_attention() -> None:
     grid_thw, window = (4, 6, 10), (2, 3, 5)
     axes = torch.meshgrid(*(torch.arange(n) // w for n, w in zip(grid_thw, window, strict=True)), indexing="ij")
     cell = torch.stack(axes, -1).flatten(0, 2)
@@ -138,7 +138,7 @@ def always(i: int, j: int) -> bool:
 
 @pytest.mark.parametrize("grid_thw", [(2, 8, 12), (1, 9, 13), (3, 7, 5)])
 @pytest.mark.parametrize(("size", "halo"), [(4, 1), (4, 2), (3, 1), (4, 3), (5, 0)])
-def test_halo_attention_reads_a_block_and_its_halo_and_nothing_beyond_the_border(grid_thw, size, halo):
+def test_halo_attention_reads_a_block_and_its_halo_and_nothing_beyond_the_border(grid_thw, size, halo) -> None:
     def rule(i: int, j: int) -> bool:
         return i // size * size - halo <= j < (i // size + 1) * size + halo
 
@@ -148,14 +148,14 @@ def test_halo_attention_reads_a_block_and_its_halo_and_nothing_beyond_the_border
 
 
 @pytest.mark.parametrize(("grid_thw", "cells"), [((1, 8, 12), 4), ((2, 9, 13), 4), ((1, 7, 10), 3)])
-def test_grid_attention_reads_what_lies_at_the_same_place_of_every_cell(grid_thw, cells):
+def test_grid_attention_reads_what_lies_at_the_same_place_of_every_cell(grid_thw, cells) -> None:
     steps = [-(-n // cells) for n in grid_thw[1:]]
     settings = {"window": ("full",) * 3, "dilation": (1, *steps)}
     same_place = [lambda i, j, d=d: (i - j) % d == 0 for d in steps]
     assert torch.equal(token_mask(Layout(grid_thw), block=16, **settings), separable(Layout(grid_thw), always, *same_place))
 
 
-def test_a_dilated_whole_axis_is_not_neutral():
+def test_a_dilated_whole_axis_is_not_neutral() -> None:
     method = Neighborhood({"window": ("full",) * 3, "dilation": (1, 2, 1), "block": 8})
     assert method.prepare(SITE, Layout((3, 6, 7)), Clock(), {}) is not None
     assert method.prepare(SITE, Layout((3, 1, 7)), Clock(), {}) is None
@@ -163,7 +163,7 @@ def test_a_dilated_whole_axis_is_not_neutral():
 
 @pytest.mark.parametrize("tile_thw", [(1, 2, 4), (2, 2, 2), None])
 @pytest.mark.parametrize("text", [(0, 0), (3, 2)], ids=["no-text", "text"])
-def test_grid_beside_blocks_visits_the_union_of_both_key_sets(tile_thw, text):
+def test_grid_beside_blocks_visits_the_union_of_both_key_sets(tile_thw, text) -> None:
     layout = Layout((2, 9, 13), *text)
     config = {"window": (1, 4, 4), "stride": (1, 4, 4), "border": "cut", "grid": (1, 4, 6), "mask": "tile", "block": 8}
     method = Neighborhood({**config, "tile_thw": tile_thw})
@@ -190,24 +190,24 @@ def test_grid_beside_blocks_visits_the_union_of_both_key_sets(tile_thw, text):
         pytest.param((30, 40, 40), (1, 32, 8), None, 128, 5 / 12, id="30x40x40-auto-tile"),
     ],
 )
-def test_windows_in_multiples_of_the_tile_visit_nothing_else(window, stride, tile_thw, block, density):
+def test_windows_in_multiples_of_the_tile_visit_nothing_else(window, stride, tile_thw, block, density) -> None:
     plan = plan_of(Layout((30, 48, 80)), window=window, stride=stride, tile_thw=tile_thw, block=block)
     assert float(plan.density()) == pytest.approx(density)
 
 
-def test_a_sliding_window_visits_more_tiles_than_it_has_keys():
+def test_a_sliding_window_visits_more_tiles_than_it_has_keys() -> None:
     plan = plan_of(Layout((1, 64, 64)), window=(1, 20, 20))
     assert 400 / 64**2 < float(plan.density()) < 0.34
 
 
-def test_auto_tile_suits_the_grid():
+def test_auto_tile_suits_the_grid() -> None:
     image, video = Layout((1, 64, 64)), Layout((16, 32, 32))
     assert Neighborhood({"window": (1, 20, 20)}).tile_thw(image) == (1, 8, 16)
     assert Neighborhood({"window": (4, 8, 8), "stride": (4, 8, 4)}).tile_thw(video) == (4, 8, 4)
     assert math.prod(Neighborhood({"block": 24}).tile_thw(Layout((3, 11, 13)))) == 24
 
 
-def test_blocks_hold_tokens_of_one_residue():
+def test_blocks_hold_tokens_of_one_residue() -> None:
     method = Neighborhood({"window": ("full", 3, 3), "dilation": (1, 2, 4), "block": 16})
     tiles = method.order(Layout((2, 9, 13)))
     row, column = tiles.gather // 13 % 9 % 2, tiles.gather % 13 % 4
@@ -216,13 +216,13 @@ def test_blocks_hold_tokens_of_one_residue():
 
 
 @pytest.mark.parametrize("window", [("full", "full", "full"), (99, 99, 99), (3, "full", 7)])
-def test_windows_as_wide_as_the_axes_are_neutral(window):
+def test_windows_as_wide_as_the_axes_are_neutral(window) -> None:
     layout, method = Layout((3, 5, 7), text_after=2), Neighborhood({"window": window, "block": 8})
     assert method.prepare(SITE, layout, Clock(), {}) is None
     assert method.select(method.order(layout)).members.all()
 
 
-def test_a_causal_axis_is_not_neutral():
+def test_a_causal_axis_is_not_neutral() -> None:
     causal = {"window": ("full",) * 3, "causal": (True, False, False), "block": 8}
     assert Neighborhood(causal).prepare(SITE, Layout((3, 5, 7)), Clock(), {}) is not None
     assert Neighborhood(causal).prepare(SITE, Layout((1, 5, 7)), Clock(), {}) is None
@@ -240,14 +240,14 @@ def test_a_causal_axis_is_not_neutral():
         {"grid": (1, 4, 4), "mask": "tile", "dilation": (1, 2, 2)},
     ],
 )
-def test_settings_that_make_no_sense_are_refused(config):
+def test_settings_that_make_no_sense_are_refused(config) -> None:
     with pytest.raises(ValueError, match=r"stride|tile_thw|window|dilation|grid"):
         Neighborhood(config)
 
 
 @pytest.mark.parametrize("native", [(4, 6), (3, 5), (5, 12), (1, 2)])
 @pytest.mark.parametrize("grid_thw", [(2, 8, 11), (1, 9, 13)])
-def test_freeswim_follows_the_published_bounds(native, grid_thw):
+def test_freeswim_follows_the_published_bounds(native, grid_thw) -> None:
     layout, method = Layout(grid_thw), FreeSwim({"native_hw": native, "block": 16})
 
     def bounds(length: int, native: int):
@@ -268,7 +268,7 @@ def test_freeswim_follows_the_published_bounds(native, grid_thw):
 
 
 @pytest.mark.parametrize("entropy", [True, False])
-def test_freeswim_sharpens_by_the_logarithm_to_the_native_tokens(entropy):
+def test_freeswim_sharpens_by_the_logarithm_to_the_native_tokens(entropy) -> None:
     layout = Layout((2, 8, 11), text_after=3)
     method = FreeSwim({"native_hw": (4, 6), "block": 16, "backend": "reference", "entropy": entropy})
     assert FreeSwim({}).sharpening == pytest.approx(1.0461, abs=1e-4)
@@ -282,7 +282,7 @@ def test_freeswim_sharpens_by_the_logarithm_to_the_native_tokens(entropy):
     torch.testing.assert_close(method.attend(call, params), expected)
 
 
-def test_freeswim_leaves_the_native_size_dense():
+def test_freeswim_leaves_the_native_size_dense() -> None:
     method = FreeSwim({"native_hw": (8, 11)})
     assert method.prepare(SITE, Layout((5, 8, 11)), Clock(), {}) is None
     assert method.prepare(SITE, Layout((5, 8, 12)), Clock(), {}) is not None

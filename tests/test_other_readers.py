@@ -93,7 +93,7 @@ def gemma4() -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated:FutureWarning")  # transformers 5.17 warns about itself
-def test_cross_attention_is_left_as_it_is():
+def test_cross_attention_is_left_as_it_is() -> None:
     """Its keys are image patches, at none of the prompt's positions."""
     model, inputs = mllama()
     plain, tokens = forward(model, inputs), generate(model, inputs)
@@ -112,14 +112,14 @@ def test_cross_attention_is_left_as_it_is():
 
 
 @pytest.mark.parametrize("build", [mllama, instruct_blip, llama4])
-def test_models_that_cannot_be_read_without_their_images_are_refused_at_apply(build):
+def test_models_that_cannot_be_read_without_their_images_are_refused_at_apply(build) -> None:
     made = build()
     model = made[0] if isinstance(made, tuple) else made
     with pytest.raises(UnsupportedError, match="a second time without its images"):
         accelplug.apply(model, recipe("vhr"))
 
 
-def test_a_decoder_that_is_called_past_its_model_is_counted():
+def test_a_decoder_that_is_called_past_its_model_is_counted() -> None:
     model, inputs = instruct_blip()
     plain = forward(model, inputs)
     with accelplug.apply(model, recipe("pai")) as plug:
@@ -133,7 +133,7 @@ def test_a_decoder_that_is_called_past_its_model_is_counted():
 
 
 @pytest.mark.parametrize("patch", ["visual_bias", "gift", "pai"])
-def test_layers_that_share_keys(patch):
+def test_layers_that_share_keys(patch) -> None:
     """A prompt whole, its last token alone, decode steps, and all of them read at once say the same."""
     model, inputs = gemma4()
     one = recipe(patch, {**WORKING[patch], "enhance": [2, 4]} if patch == "gift" else None)
@@ -158,7 +158,7 @@ def test_layers_that_share_keys(patch):
 
 
 @pytest.mark.parametrize("patch", ["var", "vhr"])
-def test_layers_that_are_given_the_last_tokens_alone_are_counted(patch):
+def test_layers_that_are_given_the_last_tokens_alone_are_counted(patch) -> None:
     model, inputs = gemma4()
     rows: dict[str, int] = {}
 

@@ -15,14 +15,14 @@ def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-def test_import_brings_neither_torch_nor_diffusers():
+def test_import_brings_neither_torch_nor_diffusers() -> None:
     heavy = run(
         "import sys, accelplug; print([m for m in ('torch', 'diffusers', 'transformers', 'triton') if m in sys.modules])"
     )
     assert heavy.strip() == "[]"
 
 
-def test_listing_brings_no_torch():
+def test_listing_brings_no_torch() -> None:
     out = run(
         "import sys, accelplug; print(len(accelplug.list_patches()), len(accelplug.list_recipes()), 'torch' in sys.modules)"
     )
@@ -32,14 +32,14 @@ def test_listing_brings_no_torch():
     assert torch_there == "False"
 
 
-def test_the_linked_folders_are_no_packages_of_their_own():
+def test_the_linked_folders_are_no_packages_of_their_own() -> None:
     for name in LINKED:
         assert not (ROOT / name / "__init__.py").exists(), f"{name}/__init__.py would shadow another package of that name"
         assert (ROOT / "accelplug" / name).is_symlink()
         assert (ROOT / "accelplug" / name).readlink() == Path("..") / name
 
 
-def test_the_wheel_holds_what_git_tracks(tmp_path):
+def test_the_wheel_holds_what_git_tracks(tmp_path) -> None:
     tracked = subprocess.run(
         ["git", "ls-files", "accelplug", *LINKED], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout

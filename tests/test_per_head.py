@@ -59,14 +59,14 @@ def along(axis: int, layout: Layout, strength: float = 30.0) -> tuple[torch.Tens
 # ------------------------------------------------------------------------------------------------------------ sparse_vdit
 
 
-def test_the_published_width_of_a_band():
+def test_the_published_width_of_a_band() -> None:
     assert band_tokens(1000, 0.3) == pytest.approx(163.3, abs=0.1)
     far = (torch.arange(1000)[:, None] - torch.arange(1000)).abs()
     assert float((far <= band_tokens(1000, 0.3)).float().mean()) == pytest.approx(0.3, abs=2e-3)
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5])
-def test_densities_are_as_asked(density):
+def test_densities_are_as_asked(density) -> None:
     layout = Layout((8, 16, 16))
     patch = SparseVdit({"block": 16, "diagonal": density, "multi_diagonal": density, "stripe": density})
     found = dict(zip(MODES, patch.laid(layout).plan.density()[0].tolist(), strict=True))
@@ -75,7 +75,7 @@ def test_densities_are_as_asked(density):
         assert found[mode] == pytest.approx(density, abs=0.01)
 
 
-def test_what_each_mode_reads():
+def test_what_each_mode_reads() -> None:
     patch = SparseVdit({"block": 8, "diagonal": 0.2, "multi_diagonal": 0.2, "stripe": 0.25})
     tokens = torch.arange(LAYOUT.length)
     read = dict(zip(MODES, reads(patch.laid(LAYOUT), tokens), strict=True))
@@ -98,7 +98,7 @@ def test_what_each_mode_reads():
 
 @pytest.mark.parametrize("rest", ["drop", "pool"])
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
-def test_one_kernel_call_serves_heads_of_all_modes(backend, rest, monkeypatch):
+def test_one_kernel_call_serves_heads_of_all_modes(backend, rest, monkeypatch) -> None:
     config = {"block": 8, "backend": backend, "rest": rest}
     call = noise(5, LAYOUT.length)
     patch = SparseVdit({**config, "modes": ALL_MODES})
@@ -114,7 +114,7 @@ def test_one_kernel_call_serves_heads_of_all_modes(backend, rest, monkeypatch):
         torch.testing.assert_close(together[:, head], alone[:, head], rtol=1e-5, atol=1e-6)
 
 
-def test_grouped_queries_and_ragged_blocks():
+def test_grouped_queries_and_ragged_blocks() -> None:
     layout = Layout((3, 5, 7))  # 105 tokens, one more than 13 blocks of 8
     call = noise(5, 105)
     call = call_of(call.q, call.k[:, :1].contiguous(), call.v[:, :1].contiguous())
@@ -124,7 +124,7 @@ def test_grouped_queries_and_ragged_blocks():
     torch.testing.assert_close(answer(patch, call, layout), answer(patch, wide, layout))
 
 
-def test_heads_that_do_not_fit_are_an_error():
+def test_heads_that_do_not_fit_are_an_error() -> None:
     patch = SparseVdit({"block": 8, "modes": ALL_MODES})
     with pytest.raises(ShapeError, match="5 heads, this call has 2"):
         answer(patch, noise(2, LAYOUT.length))
@@ -134,7 +134,7 @@ def test_heads_that_do_not_fit_are_an_error():
     assert SparseVdit({"modes": full}).prepare(SITE, LAYOUT, Clock(), {}) is None
 
 
-def test_the_search_finds_what_was_planted():
+def test_the_search_finds_what_was_planted() -> None:
     tokens = VIDEO.visual
     raster = (torch.arange(tokens)[:, None] - torch.arange(tokens)).abs().float()
     q, k = torch.zeros(2, 1, 5, tokens, tokens).unbind()
@@ -169,7 +169,7 @@ def test_the_search_finds_what_was_planted():
 # --------------------------------------------------------------------------------------------------------------------- sta
 
 
-def test_published_densities_of_windows():
+def test_published_densities_of_windows() -> None:
     layout = Layout((30, 48, 80))
     small = Sta({"block": 384, "windows": [[3, 3, 3], [5, 5, 5]]})
     assert small.tile_thw(layout) == (6, 8, 8)
@@ -179,7 +179,7 @@ def test_published_densities_of_windows():
     assert Sta({"block": 128}).tile_thw(layout) == (2, 8, 8)
 
 
-def test_windows_are_clamped_at_the_borders():
+def test_windows_are_clamped_at_the_borders() -> None:
     layout = Layout((6, 24, 40))
     patch = Sta({"block": 64, "windows": [[3, 1, 3]]})  # 6 x 3 x 5 tiles of (1, 8, 8)
     members = patch.laid(layout).plan.members[0, 0].view(6, 3, 5, 6, 3, 5)
@@ -193,7 +193,7 @@ def test_windows_are_clamped_at_the_borders():
         )
 
 
-def test_maximal_windows():
+def test_maximal_windows() -> None:
     windows = maximal_windows((5, 6, 10), 0.3)
     assert all(math.prod(w) <= 90 for w in windows)
     assert (3, 3, 10) in windows
@@ -201,7 +201,7 @@ def test_maximal_windows():
     assert maximal_windows((1, 2, 2), 0.01) == ((1, 1, 1),)
 
 
-def test_the_mask_search_finds_the_axis():
+def test_the_mask_search_finds_the_axis() -> None:
     layout = Layout((6, 6, 16))  # tiles of (1, 1, 8)
     patch = Sta({"block": 8, "windows": [["full", 1, 1], [1, "full", 1], [1, 1, "full"]]})
     code = [along(axis, layout) for axis in (0, 1, 2)]
@@ -216,7 +216,7 @@ def test_the_mask_search_finds_the_axis():
     assert torch.isfinite(found).all()
 
 
-def test_a_choice_beyond_the_windows_is_an_error():
+def test_a_choice_beyond_the_windows_is_an_error() -> None:
     with pytest.raises(ValueError, match="choice 2 is none of the 1 windows"):
         Sta({"block": 8, "choice": 2})
     with pytest.raises(ShapeError, match="way 99, and Sta has"):
@@ -226,13 +226,13 @@ def test_a_choice_beyond_the_windows_is_an_error():
 # -------------------------------------------------------------------------------------------------------------------- paro
 
 
-def test_rows_of_masks():
+def test_rows_of_masks() -> None:
     assert [mask_row(Clock(step, 8), 3) for step in range(8)] == [0, 0, 1, 1, 2, 2, 2, 2]
     assert mask_row(Clock(3, 8), 1) == 0
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, Layout((3, 5, 7), text_before=3)])
-def test_orders_and_masks_of_each_head(layout):
+def test_orders_and_masks_of_each_head(layout) -> None:
     """Against a mask over tokens, made one head at a time."""
     unit, number = 8, -(-layout.visual // 8)
     masks = torch.rand(6, number, number) < 0.4
@@ -255,13 +255,13 @@ def test_orders_and_masks_of_each_head(layout):
         )
 
 
-def test_masks_of_other_blocks_are_refused():
+def test_masks_of_other_blocks_are_refused() -> None:
     table = Table(torch.zeros(1, 1, 2, 5, 1, dtype=torch.int32), ("steps", "layers", "heads"))
     with pytest.raises(RecipeError, match="24 of 8 slots"):
         Paro({"block": 8, "masks": table}).prepare(SITE, VIDEO, Clock(0, 1), {})
 
 
-def test_the_calibration_finds_the_axis_and_the_density():
+def test_the_calibration_finds_the_axis_and_the_density() -> None:
     """A head that attends along an axis has its blocks where that axis counts fastest."""
     layout = Layout((8, 8, 8))
     code = [along(axis, layout) for axis in (0, 1, 2)]
@@ -300,7 +300,7 @@ WAN_14B, HUNYUAN = (40, 40, (21, 45, 80)), (24, 60, (33, 45, 80))  # heads, laye
         ((400, 400, (99, 90, 160)), 1024, 1, "What fits: nothing"),
     ],
 )
-def test_calibration_refuses_at_once_what_does_not_fit(model, block, buckets, refusal):
+def test_calibration_refuses_at_once_what_does_not_fit(model, block, buckets, refusal) -> None:
     heads, layers, grid = model
     layout = Layout(grid)
     x = torch.zeros(1, 1, 1, 1).expand(1, heads, layout.visual, 1)
@@ -326,7 +326,7 @@ def pooled(**config):
     return Radial({"block": 8, "decay": 0.2, "rest": "pool", "backend": "reference", "sink": False, **config})
 
 
-def test_equal_keys_want_the_textbook_weight():
+def test_equal_keys_want_the_textbook_weight() -> None:
     layout = Layout((16, 2, 4))
     call = noise(2, layout.visual)
     keys = call.k.unflatten(-2, (-1, 8)).mean(-2, keepdim=True).expand(-1, -1, -1, 8, -1).flatten(-3, -2)
@@ -337,7 +337,7 @@ def test_equal_keys_want_the_textbook_weight():
     assert weights.mean("error")[0, 0, :, -1].max() < 1e-10
 
 
-def test_blocks_whose_mean_value_misleads_want_little():
+def test_blocks_whose_mean_value_misleads_want_little() -> None:
     """Half the keys of each block matter, and the mean value of a block says the opposite of theirs."""
     layout = Layout((16, 2, 4))
     matter = torch.arange(layout.visual) % 2 == 0
@@ -351,7 +351,7 @@ def test_blocks_whose_mean_value_misleads_want_little():
     assert error(pooled(rest_weight=Table(table)), call, layout) < error(pooled(), call, layout)
 
 
-def test_a_table_of_weights_reaches_every_head():
+def test_a_table_of_weights_reaches_every_head() -> None:
     layout = Layout((16, 2, 4))
     call = noise(3, layout.visual)
     table = answer(pooled(rest_weight=Table(torch.tensor([[0.0, 0.5, 1.0]]))), call, layout)

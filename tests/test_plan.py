@@ -22,13 +22,13 @@ def plan_of(members, tokens_q, tokens_k, block):
 
 
 @pytest.mark.parametrize("number", [1, 31, 32, 33, 64, 100])
-def test_bits_round_trip(number):
+def test_bits_round_trip(number) -> None:
     members = torch.rand(2, 3, 5, number) < 0.5
     members[..., -1] = True
     assert torch.equal(unpack_bits(pack_bits(members), number), members)
 
 
-def test_lists_are_complete_and_filled_blocks_stand_in_front():
+def test_lists_are_complete_and_filled_blocks_stand_in_front() -> None:
     members = torch.rand(2, 3, 7, 9) < 0.4
     members[..., 4] = True
     k_len = torch.tensor([8, 3, 8, 8, 8, 1, 8, 7, 8], dtype=torch.int32)
@@ -43,7 +43,7 @@ def test_lists_are_complete_and_filled_blocks_stand_in_front():
         assert plan.whole[b, h, m] == sum(int(k_len[block]) == 8 for block in listed)
 
 
-def test_means_stand_behind_what_is_read_exactly():
+def test_means_stand_behind_what_is_read_exactly() -> None:
     members = torch.rand(1, 2, 7, 9) < 0.3
     members[..., 4] = True
     k_len = torch.tensor([8, 3, 8, 8, 8, 0, 8, 7, 8], dtype=torch.int32)
@@ -63,7 +63,7 @@ def test_means_stand_behind_what_is_read_exactly():
     torch.testing.assert_close(plan.density(rest=True) - plan.density(), rest / (56 * int(k_len.sum())))
 
 
-def test_rows_without_a_block_are_refused_unless_skipped():
+def test_rows_without_a_block_are_refused_unless_skipped() -> None:
     members = torch.tensor([[[True, True], [False, False]], [[True, False], [False, True]]])[None]
     lengths = torch.full((2,), 8, dtype=torch.int32)
     with pytest.raises(ShapeError, match="reads no key block"):
@@ -74,20 +74,20 @@ def test_rows_without_a_block_are_refused_unless_skipped():
         BlockPlan.from_members(members, lengths, lengths, 8, 8, level=torch.full((2, 2), 3, dtype=torch.uint8))
 
 
-def test_density_counts_tokens_not_blocks():
+def test_density_counts_tokens_not_blocks() -> None:
     members = torch.tensor([[True, False], [True, True]])
     plan = plan_of(members, 12, 9, 8)  # blocks of 8 and 4 queries, 8 and 1 keys
     assert float(plan.density()) == pytest.approx((8 * 8 + 4 * 9) / (12 * 9))
     assert int(plan.dense_mask().sum()) == 8 * 8 + 4 * 9
 
 
-def test_membership_that_does_not_fit_is_refused():
+def test_membership_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ShapeError, match="M=2 query and N=2 key"):
         plan_of(torch.ones(3, 2, dtype=torch.bool), 16, 16, 8)
 
 
 @pytest.mark.parametrize("tokens", [96, 97, 127])
-def test_block_mask_means_the_same(tokens):
+def test_block_mask_means_the_same(tokens) -> None:
     blocks = -(-tokens // 32)
     members = torch.rand(1, 2, blocks, blocks) < 0.5
     members |= torch.eye(blocks, dtype=torch.bool)
@@ -102,7 +102,7 @@ def test_block_mask_means_the_same(tokens):
     assert torch.equal(fine[..., :tokens, :], plan.dense_mask()[..., :tokens, :])
 
 
-def test_pool_divides_by_true_length_and_heeds_the_mask():
+def test_pool_divides_by_true_length_and_heeds_the_mask() -> None:
     x = torch.randn(2, 3, 21, 4)
     valid = torch.rand(2, 21) < 0.6
     valid[0, 16:] = False
@@ -128,7 +128,7 @@ def test_pool_divides_by_true_length_and_heeds_the_mask():
         ("hwt", None),
     ],
 )
-def test_tiles_round_trip(order, tile, text):
+def test_tiles_round_trip(order, tile, text) -> None:
     layout = Layout((3, 5, 7), *text)
     laid = tiles(layout, order, 16, tile)
     x = torch.randn(2, 3, layout.length, 4)
@@ -141,7 +141,7 @@ def test_tiles_round_trip(order, tile, text):
         assert sorted(held.tolist()) == list(range(layout.length))
 
 
-def test_morton_is_a_permutation_that_keeps_neighbours_near():
+def test_morton_is_a_permutation_that_keeps_neighbours_near() -> None:
     grid = (4, 8, 8)
     order = morton(grid)
     assert sorted(order.tolist()) == list(range(256))
@@ -151,7 +151,7 @@ def test_morton_is_a_permutation_that_keeps_neighbours_near():
         assert ((place.max(1).values - place.min(1).values) <= 1).all()
 
 
-def test_axis_orders_count_as_their_names_say():
+def test_axis_orders_count_as_their_names_say() -> None:
     grid = (2, 3, 5)
     assert torch.equal(axis_order(grid, "thw"), torch.arange(30))
     frame, row, column = torch.unravel_index(axis_order(grid, "wht"), grid)
@@ -162,7 +162,7 @@ def test_axis_orders_count_as_their_names_say():
 
 
 @pytest.mark.parametrize("text", [(0, 0), (3, 5)])
-def test_orders_per_head_are_each_heads_own(text):
+def test_orders_per_head_are_each_heads_own(text) -> None:
     layout = Layout((3, 4, 5), *text)
     names = ("raster", "wht", "gilbert")
     choices = [tiles(layout, name, 16) for name in names]
@@ -184,14 +184,14 @@ def test_orders_per_head_are_each_heads_own(text):
     assert torch.equal(laid.permute_mask(flags), laid.permute(flags[:, None, :, None].float()).bool()[..., 0])
 
 
-def test_orders_with_other_blocks_do_not_stack():
+def test_orders_with_other_blocks_do_not_stack() -> None:
     layout = Layout((3, 4, 5))
     with pytest.raises(ShapeError, match="equally many slots"):
         Tiles.per_head([tiles(layout, "raster", 16), tiles(layout, "tile", 16, (1, 2, 2))])
 
 
 @pytest.mark.parametrize("grid", [(1, 7, 9), (4, 6, 6), (3, 16, 1)], ids=str)
-def test_the_compact_tile_cuts_into_fewest(grid):
+def test_the_compact_tile_cuts_into_fewest(grid) -> None:
     tile = compact_tile(grid, 16)
     assert math.prod(tile) <= 16
     assert all(side <= length for side, length in zip(tile, grid, strict=True))

@@ -51,7 +51,7 @@ def work(rank: int, folder: str) -> dict:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no distributed package")
-def test_two_processes_find_what_one_finds(tmp_path):
+def test_two_processes_find_what_one_finds(tmp_path) -> None:
     first, second = together(work, tmp_path, meet=False)
     pipe, inputs = small()
     alone, recipe = compared(pipe, inputs), calibrated(pipe, inputs, tmp_path / "alone.yaml")
@@ -70,13 +70,13 @@ def test_two_processes_find_what_one_finds(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} - {"rank0.pt", "rank1.pt"} == left
 
 
-def test_processes_that_hold_one_model_between_them_run_everything():
+def test_processes_that_hold_one_model_between_them_run_everything() -> None:
     assert Ranks(1, 2).share([0, 1, 2]) == [1]
     assert Ranks(1, 2, joined=True).share([0, 1, 2]) == [0, 1, 2]
     assert (Ranks(1, 2).parts, Ranks(1, 2, joined=True).parts) == (2, 1)
 
 
-def test_a_process_alone_meets_nobody():
+def test_a_process_alone_meets_nobody() -> None:
     with working(torch.nn.Linear(1, 1)) as alone:
         assert alone == Ranks()
         assert (alone.first, alone.share([1, 2]), alone.gather(3), alone.agreed(4)) == (True, [1, 2], [3], 4)
@@ -97,7 +97,7 @@ def tune(rank: int, folder: str) -> dict:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no distributed package")
-def test_two_processes_share_the_runs_of_a_search(tmp_path, monkeypatch):
+def test_two_processes_share_the_runs_of_a_search(tmp_path, monkeypatch) -> None:
     first, second = together(tune, tmp_path, meet=False)
     assert {**first, "clips": 0} == {**second, "clips": 0}
     assert (first["clips"] > 0, second["clips"]) == (True, 0)

@@ -38,7 +38,7 @@ def read(model: Any, given: dict[str, Any], plug: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------ images and videos
 
 
-def test_images_and_videos_are_numbered_as_they_come():
+def test_images_and_videos_are_numbered_as_they_come() -> None:
     images = torch.tensor([[0, 1, 1, 0, 0, 0, 2, 0], [0, 1, 1, 0, 2, 2, 0, 0]], dtype=torch.int16)
     videos = torch.tensor([[0, 0, 0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0]], dtype=torch.int16)
     assert together([images, videos]).tolist() == [[0, 1, 1, 2, 0, 2, 3, 0], [0, 1, 1, 0, 2, 2, 0, 0]]
@@ -46,7 +46,7 @@ def test_images_and_videos_are_numbered_as_they_come():
 
 
 @pytest.mark.parametrize("name", VIDEOS)
-def test_videos_are_images_over_time(name):
+def test_videos_are_images_over_time(name) -> None:
     """Alone, beside images, and two of them next to each other; none of their tokens is system or question."""
     model = build(name)
     rows = ((2, "V", 5), (3, "I", 2, "V", 4), (1, "V", "V", 6))
@@ -66,7 +66,7 @@ def test_videos_are_images_over_time(name):
     assert not (prompt.visual & (prompt.system | prompt.question)).any()
 
 
-def test_a_video_is_no_picture_to_cut():
+def test_a_video_is_no_picture_to_cut() -> None:
     model = build("qwen2_5_vl")
     for patch in ("carve", "agla"):
         with accelplug.apply(model, {"patch": patch}), pytest.raises(UnsupportedError, match="shows a video"):
@@ -77,7 +77,7 @@ def test_a_video_is_no_picture_to_cut():
 
 
 @pytest.mark.parametrize("patch", [*PATCHES, "carve", "agla"])
-def test_a_prompt_without_an_image_is_counted(patch):
+def test_a_prompt_without_an_image_is_counted(patch) -> None:
     model, given = build("llava"), inputs("llava", ((9,), (6,)))
     tokens = generate(model, given)
     one = recipe(patch) if patch in WORKING else {"patch": patch}
@@ -91,7 +91,7 @@ def test_a_prompt_without_an_image_is_counted(patch):
 
 
 @pytest.mark.parametrize("patch", ["carve", "agla"])
-def test_pictures_that_a_model_does_not_read_are_none(patch):
+def test_pictures_that_a_model_does_not_read_are_none(patch) -> None:
     model, given = build("llama"), inputs("llama", ((9,),))
     tokens = generate(model, given)
     with accelplug.apply(model, {"patch": patch}) as plug:
@@ -112,7 +112,7 @@ def merged(model: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("patch", [patch for patch in PATCHES if patch != "imbalance"])
-def test_images_that_a_caller_has_merged_can_be_marked(patch):
+def test_images_that_a_caller_has_merged_can_be_marked(patch) -> None:
     model, given = build("llava"), inputs("llava")
     image = given["input_ids"] == IMAGE
     blind = merged(model, given)
@@ -136,7 +136,7 @@ def test_images_that_a_caller_has_merged_can_be_marked(patch):
             forward(model, blind)
 
 
-def test_what_is_no_mark():
+def test_what_is_no_mark() -> None:
     with accelplug.apply(build("llava"), LOUD) as plug:
         for image in (torch.ones(3, dtype=torch.bool), torch.ones(2, 3)):
             with pytest.raises(ShapeError, match="True or a number"):
@@ -149,7 +149,7 @@ def test_what_is_no_mark():
 
 
 @pytest.mark.parametrize(("patch", "name"), PAIRS)
-def test_a_labelled_answer_is_read_as_it_was_generated(patch, name):
+def test_a_labelled_answer_is_read_as_it_was_generated(patch, name) -> None:
     """Forwards with labels have the loss of the patched model: every row with a labelled next token answers."""
     model, prompt = build(name), inputs(name)
     one = recipe(patch, {**WORKING[patch], "enhance": [2, 4]} if patch == "gift" else None)
@@ -177,7 +177,7 @@ def _moved(given: dict[str, torch.Tensor], labels: torch.Tensor) -> tuple[dict[s
 
 
 @pytest.mark.parametrize("patch", ["vhr", "gift"])
-def test_labels_that_begin_ahead_of_the_image_are_counted(patch):
+def test_labels_that_begin_ahead_of_the_image_are_counted(patch) -> None:
     model, given = build("llava"), inputs("llava", ONE)
     with accelplug.apply(model, recipe(patch)) as plug:
         forward(model, {**given, "labels": given["input_ids"]})
@@ -187,7 +187,7 @@ def test_labels_that_begin_ahead_of_the_image_are_counted(patch):
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 @pytest.mark.parametrize("patch", PATCHES)
-def test_without_a_cache_it_is_the_same(patch, name):
+def test_without_a_cache_it_is_the_same(patch, name) -> None:
     if (patch, name) not in PAIRS:
         return
     model, given = build(name), inputs(name)
@@ -204,7 +204,7 @@ def test_without_a_cache_it_is_the_same(patch, name):
 
 
 @pytest.mark.parametrize("patch", PATCHES)
-def test_a_prefix_that_questions_share(patch):
+def test_a_prefix_that_questions_share(patch) -> None:
     """A patch that changes the row that answers cannot know that a prefix is none: it is refused. Others go on from it."""
     model, given = build("llava"), inputs("llava", ONE)
     ids, text = given["input_ids"], model.config.get_text_config()
@@ -231,7 +231,7 @@ def _prune(cache: Any, layers: range, kept: torch.Tensor) -> None:
 @pytest.mark.parametrize("layers", [range(4), range(2, 4)])
 @pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("patch", ["visual_bias", "pai"])
-def test_a_pruned_cache_is_counted(patch, told, layers):
+def test_a_pruned_cache_is_counted(patch, told, layers) -> None:
     """However long one goes on: more tokens may come than were pruned."""
     model, given = build("llava"), inputs("llava", ONE)
     kept, length = torch.tensor([0, 1, 5, 9, 20]), given["input_ids"].shape[1]
@@ -254,7 +254,7 @@ def test_a_pruned_cache_is_counted(patch, told, layers):
         steps()
 
 
-def test_a_cache_that_hooks_prune_is_counted():
+def test_a_cache_that_hooks_prune_is_counted() -> None:
     """As presses do, on every layer, while the prompt is read."""
     model, given = build("llava"), inputs("llava", ONE)
     length = given["input_ids"].shape[1]
@@ -276,7 +276,7 @@ def test_a_cache_that_hooks_prune_is_counted():
     assert sum(n for reason, n in report.fallbacks.items() if "pruned" in reason) == 3 * 4
 
 
-def test_a_cropped_cache_is_not_pruned():
+def test_a_cropped_cache_is_not_pruned() -> None:
     model, given = build("llava"), inputs("llava", ONE)
     with torch.no_grad(), accelplug.apply(model, LOUD, strict=True):
         cache = DynamicCache(config=model.config.get_text_config())
@@ -320,7 +320,7 @@ def scenes() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_the_system_ends_with_its_turn_and_the_question_is_what_the_user_says(name, scenes):
+def test_the_system_ends_with_its_turn_and_the_question_is_what_the_user_says(name, scenes) -> None:
     model, processor = scenes
     messages, question = CHATS[name]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -341,12 +341,12 @@ class Letters:
 
 
 @pytest.mark.parametrize("said", ["USER: which operating system: old? ASSISTANT: new", "user: which one? assistant: new"])
-def test_a_colon_in_a_question_opens_no_turn(said):
+def test_a_colon_in_a_question_opens_no_turn(said) -> None:
     begins, _ = speakers(Letters(), [ord(letter) for letter in said])
     assert {i: who for i, who in enumerate(begins) if who is not None} == {0: 1, said.lower().index("assistant"): -1}
 
 
-def test_what_the_question_says_is_not_turned_down(scenes):
+def test_what_the_question_says_is_not_turned_down(scenes) -> None:
     """Where it stands ahead of the image it is no system prompt: a weight on that alone is the same as where there is no question."""
     model, processor = scenes
     text = [
@@ -364,7 +364,7 @@ def test_what_the_question_says_is_not_turned_down(scenes):
 QWEN = {"system": (151644, 8948, 198), "user": (151644, 872, 198), "model": (151644, 77091, 198)}
 
 
-def test_turns_by_a_familys_own_tokens():
+def test_turns_by_a_familys_own_tokens() -> None:
     """Without a processor, by the tokens that open a turn of the released models."""
     end, image = (151645, 198), (151655,) * 3
     row = [*QWEN["system"], 7, 8, *end, *QWEN["user"], 9, 10, *image, 11, *end, *QWEN["model"]]
@@ -377,7 +377,7 @@ def test_turns_by_a_familys_own_tokens():
     assert turns(ids % 7, ids == 151655, ids > 0, told, alone=False) is None
 
 
-def test_what_is_not_known_of_turns_is_said(caplog):
+def test_what_is_not_known_of_turns_is_said(caplog) -> None:
     model, given = build("llava"), inputs("llava")
     for patch, said in (("visual_bias", 1), ("pai", 0)):
         caplog.clear()
@@ -393,7 +393,7 @@ def test_what_is_not_known_of_turns_is_said(caplog):
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl"])
 @pytest.mark.parametrize("patch", PATCHES)
-def test_attention_that_is_asked_for_is_the_patched_one(patch, name, monkeypatch):
+def test_attention_that_is_asked_for_is_the_patched_one(patch, name, monkeypatch) -> None:
     """Of every layer, in its place, and what its values are added up with; a gain of heads is none of it."""
     if (patch, name) not in PAIRS:
         return
@@ -439,7 +439,7 @@ def test_attention_that_is_asked_for_is_the_patched_one(patch, name, monkeypatch
             torch.testing.assert_close(answer.transpose(1, 2)[valid], (p @ v).transpose(1, 2)[valid], **TIGHT)
 
 
-def test_inspect_shows_a_video_ahead_of_an_image_on_its_own_grid():
+def test_inspect_shows_a_video_ahead_of_an_image_on_its_own_grid() -> None:
     model, given = build("qwen2_vl"), inputs("qwen2_vl", ((2, "V", 3, "I", 5),))
     seen = accelplug.inspect(model, given)
     (frames, high, wide), (_, rows, columns) = given["video_grid_thw"][0].tolist(), given["image_grid_thw"][0].tolist()

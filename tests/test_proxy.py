@@ -48,7 +48,7 @@ def windows_of(layout: Layout, window: tuple[int, int, int]) -> torch.Tensor:
     [("mean", (0, 0)), ("mean", (5, 0)), ("mean", (0, 5)), ("centre", (5, 0)), ("centre_k_mean_v", (0, 5))],
 )
 @pytest.mark.parametrize(("grid", "window", "halo"), [((1, 9, 14), (1, 4, 4), (0, 1, 1)), ((5, 7, 6), (2, 3, 2), (1, 0, 1))])
-def test_against_loops(grid, window, halo, text, representative):
+def test_against_loops(grid, window, halo, text, representative) -> None:
     layout = Layout(grid, *text)
     call = call_on(layout, batch=2)
     config = {"window_thw": window, "halo_thw": halo, "block": 8, "representative": representative}
@@ -85,7 +85,7 @@ def test_against_loops(grid, window, halo, text, representative):
     assert patch.cost(layout) == pytest.approx(pairs / layout.length**2)
 
 
-def test_the_cost_is_what_the_plan_costs():
+def test_the_cost_is_what_the_plan_costs() -> None:
     for layout in (Layout((5, 9, 14)), Layout((1, 20, 33), 17)):
         patch = Proxy({"window_thw": (2, 4, 4)})
         density, _ = patch.inspect(call_on(layout), patch.params(layout))
@@ -96,7 +96,7 @@ def test_the_cost_is_what_the_plan_costs():
 
 
 @pytest.mark.parametrize("extra", [{}, {"variance": True}, {"representative": "centre_k_mean_v"}])
-def test_windows_of_one_token_are_dense(extra):
+def test_windows_of_one_token_are_dense(extra) -> None:
     layout = Layout((2, 5, 6), 3)
     call = call_on(layout)
     config = {"window_thw": (1, 1, 1), "halo_thw": (0, 0, 0), **extra}
@@ -104,7 +104,7 @@ def test_windows_of_one_token_are_dense(extra):
 
 
 @pytest.mark.parametrize("extra", [{}, {"variance": True}, {"representative": "centre_k_mean_v"}])
-def test_windows_of_equal_keys_are_dense(extra):
+def test_windows_of_equal_keys_are_dense(extra) -> None:
     layout = Layout((2, 8, 12), 0, 4)
     call = call_on(layout)
     number = windows_of(layout, (1, 4, 4))
@@ -115,7 +115,7 @@ def test_windows_of_equal_keys_are_dense(extra):
 
 
 @pytest.mark.parametrize("extra", [{}, {"variance": True}])
-def test_weights_sum_to_one_and_far_windows_have_no_order(extra):
+def test_weights_sum_to_one_and_far_windows_have_no_order(extra) -> None:
     layout = Layout((1, 16, 16))
     call = call_on(layout)
     config = {"window_thw": (1, 4, 4), "halo_thw": (0, 1, 1), **extra}
@@ -134,7 +134,7 @@ def test_weights_sum_to_one_and_far_windows_have_no_order(extra):
 
 
 @pytest.mark.parametrize("extra", [{}, {"variance": True}])
-def test_masked_keys_weigh_nothing(extra):
+def test_masked_keys_weigh_nothing(extra) -> None:
     """Masked text is as if it were not there, and a masked far key neither moves its window's proxy nor counts."""
     layout, config = Layout((1, 8, 12), 0, 3), {"window_thw": (1, 4, 4), "halo_thw": (0, 0, 0), **extra}
     call = call_on(layout)
@@ -155,7 +155,7 @@ def test_masked_keys_weigh_nothing(extra):
     assert not torch.allclose(before, bare, atol=1e-4)
 
 
-def test_the_variance_term_compiles():
+def test_the_variance_term_compiles() -> None:
     model, inputs = tiny_models.build("wan")
     recipe = {"patch": "proxy", "with": {"window_thw": [1, 2, 4], "halo_thw": [0, 0, 0], "variance": True}}
     with accelplug.apply(model, recipe, gate="off"):
@@ -189,7 +189,7 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("sigma", [1.0, 2.0])
-def test_each_part_of_the_far_term_helps_on_smooth_fields(sigma):
+def test_each_part_of_the_far_term_helps_on_smooth_fields(sigma) -> None:
     """The toy of the far term: 4 x 4 windows, 3 x 3 of them exact, q and k of unit variance, 2-D RoPE."""
     q, k, v = (smooth(1, 32, sigma=sigma, seed=seed) for seed in range(3))
     q, k = (rotated(normalize(x, dim=-1) * math.sqrt(32)) for x in (q, k))
@@ -208,7 +208,7 @@ def test_each_part_of_the_far_term_helps_on_smooth_fields(sigma):
 # --------------------------------------------------------------------------------------------------------- what is refused
 
 
-def test_a_layout_without_gain_stays_dense_and_says_so(caplog):
+def test_a_layout_without_gain_stays_dense_and_says_so(caplog) -> None:
     layout = Layout((1, 8, 12))
     patch = Proxy({"window_thw": (1, 4, 4)})  # 2 x 3 windows: nearly all are near
     assert 0.7 < patch.cost(layout) < 0.9
@@ -235,12 +235,12 @@ def test_a_layout_without_gain_stays_dense_and_says_so(caplog):
         {"window_thw": 8},
     ],
 )
-def test_settings_that_do_not_fit_are_refused(bad):
+def test_settings_that_do_not_fit_are_refused(bad) -> None:
     with pytest.raises(RecipeError):
         load({"patch": "proxy", "with": bad}, ModelFacts(("WanTransformer3DModel",), {}))
 
 
-def test_blocks_follow_windows():
+def test_blocks_follow_windows() -> None:
     for window, block, block_k in (((1, 8, 8), 64, 64), ((4, 6, 10), 128, 256), ((4, 4, 7), 128, 128), ((1, 1, 1), 8, 8)):
         config = Proxy({"window_thw": window}).config
         assert (config.block, config.key_block) == (block, block_k)

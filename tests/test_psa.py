@@ -23,7 +23,7 @@ def lengths_of(*lengths: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("block", [8, 32, 128])
-def test_a_quarter_of_each_block_is_drawn_by_one_permutation(block):
+def test_a_quarter_of_each_block_is_drawn_by_one_permutation(block) -> None:
     lengths = lengths_of(block, block, block - 1, 5, 1, 0, block)
     slots, drawn = sampled_slots(lengths, block)
     assert slots.shape == (7, block // 4)
@@ -38,7 +38,7 @@ def test_a_quarter_of_each_block_is_drawn_by_one_permutation(block):
 
 @pytest.mark.parametrize(("block", "block_k"), [(8, 8), (16, 8), (8, 16)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_importance_is_the_largest_probability_among_samples(monkeypatch, block, block_k, masked):
+def test_importance_is_the_largest_probability_among_samples(monkeypatch, block, block_k, masked) -> None:
     monkeypatch.setattr("accelplug.kernels.importance.BUDGET", 600)  # several chunks of query blocks
     q_len = lengths_of(*[block] * (64 // block), 3)
     k_len = lengths_of(*[block_k] * (64 // block_k), 3)
@@ -110,7 +110,7 @@ CONFIGS = (
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("number", [6, 40])
-def test_levels_equal_the_rules_stated_row_by_row(config, number):
+def test_levels_equal_the_rules_stated_row_by_row(config, number) -> None:
     patch = psa(**config)
     generator = torch.Generator().manual_seed(number)
     importance = torch.randint(0, 17, (2, 2, 5, number), generator=generator).float() / 16  # ties, and exact sums
@@ -127,7 +127,7 @@ def test_levels_equal_the_rules_stated_row_by_row(config, number):
         assert (level == 1).any(-1).all(), "a row without an exact block"
 
 
-def test_a_row_of_equal_importance_shares_its_ranks_out_by_the_bounds():
+def test_a_row_of_equal_importance_shares_its_ranks_out_by_the_bounds() -> None:
     importance, candidates = torch.ones(1, 1, 1, 100), torch.ones(1, 1, 100, dtype=torch.bool)
     level = psa(bounds=(0.4, 0.5, 0.6, 0.8)).levels(importance, candidates)
     assert [int((level == h).sum()) for h in (1, 2, 4, 8, 0)] == [40, 10, 10, 20, 20]
@@ -155,7 +155,7 @@ LAYOUTS = (Layout((3, 4, 8)), Layout((3, 5, 7)), Layout((3, 5, 7), 0, 9))
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("config", [{"least_exact": 1.0}, {"rule": "topk", "bounds": (1.0, 1.0, 1.0, 1.0)}], ids=str)
-def test_every_block_at_level_one_is_dense(layout, config):
+def test_every_block_at_level_one_is_dense(layout, config) -> None:
     patch = psa(**config, backend="reference")
     q, k, v = torch.randn(3, 2, 2, layout.length, 16)
     patch.neutral = lambda layout: False  # through the kernel all the same
@@ -165,7 +165,7 @@ def test_every_block_at_level_one_is_dense(layout, config):
 
 @pytest.mark.parametrize("h", [2, 4, 8])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_level_is_exact_where_so_many_keys_are_equal(layout, h):
+def test_a_level_is_exact_where_so_many_keys_are_equal(layout, h) -> None:
     """One block in six is exact, all others are read at level h; the visual tail may be short."""
     patch = psa(rule="topk", bounds=[0.17 if level < h else 1.0 for level in LEVELS], backend="reference")
     q, k, v = torch.randn(3, 1, 2, layout.length, 16)
@@ -180,7 +180,7 @@ def test_a_level_is_exact_where_so_many_keys_are_equal(layout, h):
     assert float((other - dense(q, k, v)).abs().max()) > 0.05
 
 
-def test_coarser_levels_cost_less():
+def test_coarser_levels_cost_less() -> None:
     layout = Layout((4, 8, 8))
     q, k, v = torch.randn(3, 1, 2, 256, 16)
     call = AttentionCall(q, k, v, None, 0.25, dense=lambda **_: None)
@@ -190,7 +190,7 @@ def test_coarser_levels_cost_less():
     assert float(plan.members.double().mean()) == 0.125
 
 
-def test_similarity_lets_only_alike_keys_be_averaged():
+def test_similarity_lets_only_alike_keys_be_averaged() -> None:
     layout = Layout((2, 4, 8))  # eight blocks of eight
     q, v = torch.randn(2, 1, 1, 64, 16)
     base = torch.randn(8, 1, 16)
@@ -212,7 +212,7 @@ def test_similarity_lets_only_alike_keys_be_averaged():
     assert exact.sum() == 8 * 2 + (exact[:, [0, 3, 4, 5, 6, 7]]).sum()
 
 
-def test_a_short_tail_without_a_pair_is_read_exactly():
+def test_a_short_tail_without_a_pair_is_read_exactly() -> None:
     layout = Layout((1, 5, 5))  # the fourth block holds one key
     q, k, v = torch.ones(3, 1, 1, 25, 16)
     patch = psa(rule="topk", bounds=(0.0, 0.0, 0.0, 1.0), similarity=(0.7, 0.65, 0.6))
@@ -221,7 +221,7 @@ def test_a_short_tail_without_a_pair_is_read_exactly():
     assert patch.coarsest(blocks)[0, 0].tolist() == [8, 8, 8, 1]
 
 
-def test_batches_do_not_mix_and_grouped_queries_read_their_groups_keys():
+def test_batches_do_not_mix_and_grouped_queries_read_their_groups_keys() -> None:
     layout = Layout((3, 5, 7), 2, 3)
     q, k, v = torch.randn(3, 4, layout.length, 16), *torch.randn(2, 3, 2, layout.length, 16)
     patch = psa(backend="reference", similarity=(0.0, 0.0, 0.0))
@@ -232,7 +232,7 @@ def test_batches_do_not_mix_and_grouped_queries_read_their_groups_keys():
     torch.testing.assert_close(together, repeated)
 
 
-def test_route_is_traced_without_a_graph_break():
+def test_route_is_traced_without_a_graph_break() -> None:
     layout, patch = Layout((3, 5, 7), 0, 4), psa(similarity=(0.1, 0.1, 0.1), tile=16)
     params = patch.prepare(SITE, layout, Clock(), {})
     q, k, v = torch.randn(3, 1, 2, layout.length, 16)
@@ -246,7 +246,7 @@ def test_route_is_traced_without_a_graph_break():
 
 @pytest.mark.parametrize(("block", "block_k"), [(16, 8), (8, 16)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_block_without_tokens_at_the_end_of_an_order_that_moves_none(block, block_k, masked):
+def test_a_block_without_tokens_at_the_end_of_an_order_that_moves_none(block, block_k, masked) -> None:
     """20 tokens in blocks of 16 and 8: a plan counts a fourth block of 8, and raster leaves no slot there."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 20, 4, generator=g) for _ in range(3))

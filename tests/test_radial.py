@@ -75,13 +75,13 @@ def members_by_tokens(layout: Layout, variant: str, sink: bool, decay: float, bl
         pytest.param((41, 48, 80), {"decay": 0.2}, 274_680, id="wan2.1-161f"),  # density .1816
     ],
 )
-def test_keeps_as_many_blocks_as_the_released_mask(grid_thw, config, kept):
+def test_keeps_as_many_blocks_as_the_released_mask(grid_thw, config, kept) -> None:
     plan = plan_of(Layout(grid_thw), **config)
     assert int(plan.count.sum()) == kept
     assert float(plan.density()) == pytest.approx(kept / len(plan.k_len) ** 2)
 
 
-def test_frames_that_do_not_fill_blocks_lose_no_tail():
+def test_frames_that_do_not_fill_blocks_lose_no_tail() -> None:
     plan = plan_of(Layout((21, 45, 80)), decay=0.2)  # the released code keeps 91,264: it cuts the last block of each frame
     assert len(plan.q_len) == 591
     assert int(plan.q_len[-1]) == 21 * 3600 % 128
@@ -91,19 +91,19 @@ def test_frames_that_do_not_fill_blocks_lose_no_tail():
 @pytest.mark.parametrize("variant", ["code", "paper"])
 @pytest.mark.parametrize("sink", [True, False])
 @pytest.mark.parametrize("grid_thw", GRIDS_THW)
-def test_equals_the_rule_stated_token_by_token(grid_thw, sink, variant):
+def test_equals_the_rule_stated_token_by_token(grid_thw, sink, variant) -> None:
     layout = Layout(grid_thw, text_before=3, text_after=6)
     plan = plan_of(layout, variant=variant, sink=sink, decay=0.3, block=8)
     assert torch.equal(plan.members[0, 0], members_by_tokens(layout, variant, sink, 0.3, 8))
 
 
-def test_equals_the_rule_where_windows_are_wider_than_a_block():
+def test_equals_the_rule_where_windows_are_wider_than_a_block() -> None:
     layout = Layout((6, 9, 11))
     plan = plan_of(layout, decay=0.9, block=8, sink=False)
     assert torch.equal(plan.members[0, 0], members_by_tokens(layout, "code", False, 0.9, 8))
 
 
-def test_the_paper_variant_loses_no_pair_of_equation_4():
+def test_the_paper_variant_loses_no_pair_of_equation_4() -> None:
     frames, s = 9, 15
     mask = plan_of(Layout((frames, 3, 5)), variant="paper", block=8, sink=False).dense_mask()[0, 0]
     for row in range(frames * s):
@@ -112,7 +112,7 @@ def test_the_paper_variant_loses_no_pair_of_equation_4():
                 assert mask[row, column]
 
 
-def test_more_decay_keeps_more():
+def test_more_decay_keeps_more() -> None:
     plans = [plan_of(Layout((12, 24, 30)), decay=decay, block=16, sink=False) for decay in (0.1, 0.3, 0.6, 1.0)]
     for less, more in itertools.pairwise(plans):
         assert not (less.members & ~more.members).any()
@@ -121,7 +121,7 @@ def test_more_decay_keeps_more():
 
 @pytest.mark.parametrize("variant", ["code", "paper"])
 @pytest.mark.parametrize("grid_thw", [*GRIDS_THW, (3, 5, 11), (4, 3, 19)])  # 165 and 228 tokens: ragged in blocks of 8
-def test_every_row_reads_itself_and_text_is_dense(grid_thw, variant):
+def test_every_row_reads_itself_and_text_is_dense(grid_thw, variant) -> None:
     radial = Radial({"block": 8, "sink": False, "variant": variant})
     tiles = radial.order(Layout(grid_thw, text_before=2, text_after=1))
     members = radial.select(tiles).members[0, 0]
@@ -131,7 +131,7 @@ def test_every_row_reads_itself_and_text_is_dense(grid_thw, variant):
     assert members[:, text].all()
 
 
-def test_the_sink_is_the_first_frame():
+def test_the_sink_is_the_first_frame() -> None:
     layout = Layout((16, 4, 8))
     sink, plain = (plan_of(layout, block=8, sink=sink, decay=0.1).members[0, 0] for sink in (True, False))
     assert sink[:, :4].all()
@@ -139,7 +139,7 @@ def test_the_sink_is_the_first_frame():
     assert not plain[:, :4].all()
 
 
-def test_window_full_is_neutral():
+def test_window_full_is_neutral() -> None:
     layout = Layout((6, 4, 8), text_after=3)
     radial = Radial({"window": "full", "block": 8})
     assert radial.prepare(SITE, layout, Clock(), {}) is None
@@ -147,7 +147,7 @@ def test_window_full_is_neutral():
     assert Radial({"block": 8}).prepare(SITE, layout, Clock(), {}) is not None
 
 
-def test_adjacent_frames_read_each_other_whole():
+def test_adjacent_frames_read_each_other_whole() -> None:
     layout = Layout((2, 4, 8))
     assert Radial({"block": 8}).prepare(SITE, layout, Clock(), {}) is None
     assert plan_of(layout, block=8).members.all()

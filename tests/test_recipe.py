@@ -49,7 +49,7 @@ ROW = {
 
 
 @pytest.fixture
-def unchecked(monkeypatch):
+def unchecked(monkeypatch) -> None:
     """The grammar alone, without the patches' own settings."""
     monkeypatch.setattr(recipes.Recipe, "check", lambda self: None)
 
@@ -69,7 +69,7 @@ def write(tmp_path, text, name="mine.yaml"):
 
 
 @pytest.mark.parametrize("path", shipped_files().values(), ids=lambda path: path.stem)
-def test_shipped_files_load_and_their_settings_are_valid(path):
+def test_shipped_files_load_and_their_settings_are_valid(path) -> None:
     file = read_file(path)
     assert file.model == path.stem
     for recipe in file.recipes.values():
@@ -78,7 +78,7 @@ def test_shipped_files_load_and_their_settings_are_valid(path):
 
 
 @pytest.mark.parametrize("path", shipped_files().values(), ids=lambda path: path.stem)
-def test_recipes_and_patches_that_were_used_can_be_copied_and_sent_to_other_processes(path):
+def test_recipes_and_patches_that_were_used_can_be_copied_and_sent_to_other_processes(path) -> None:
     for recipe in read_file(path).recipes.values():
         before = recipe.decide(site(), Layout((4, 8, 8)), Clock(9, 10))
         patches = [patch_class(rule.patch)(rule.settings) for rule in recipe.rules if rule.patch != "dense"]
@@ -87,7 +87,7 @@ def test_recipes_and_patches_that_were_used_can_be_copied_and_sent_to_other_proc
             assert [patch.config for patch in copies] == [patch.config for patch in patches]
 
 
-def test_import_and_listing_bring_no_torch():
+def test_import_and_listing_bring_no_torch() -> None:
     code = "import sys, accelplug.recipe as r; assert r.list_recipes(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=recipes.SHIPPED.parents[1])
 
@@ -106,17 +106,17 @@ def test_import_and_listing_bring_no_torch():
         ("-50%:", 4, [2, 3]),
     ],
 )
-def test_spans(text, count, inside):
+def test_spans(text, count, inside) -> None:
     assert [i for i in range(count) if Span.parse(text).holds(i, count)] == list(inside)
 
 
 @pytest.mark.parametrize("text", ["a", "5:3", "2:2", "50%", "0:120%", "1:2:3", "", True, 1.5])
-def test_spans_that_mean_nothing_are_refused(text):
+def test_spans_that_mean_nothing_are_refused(text) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         Span.parse(text)
 
 
-def test_first_match_wins_and_the_rest_is_dense(unchecked):
+def test_first_match_wins_and_the_rest_is_dense(unchecked) -> None:
     rules = [
         {"where": {"steps": "0:25%"}, "patch": "dense"},
         {"where": {"layers": [1, "-1:"], "kind": "self"}, "patch": "radial"},
@@ -132,7 +132,7 @@ def test_first_match_wins_and_the_rest_is_dense(unchecked):
     assert "grid" in recipe.decide(site(2), None, late).reason
 
 
-def test_what_cannot_be_known_is_dense_with_a_reason_where_it_matters(unchecked):
+def test_what_cannot_be_known_is_dense_with_a_reason_where_it_matters(unchecked) -> None:
     recipe = load(
         {"rules": [{"where": {"steps": "0:25%"}, "patch": "dense"}, {"where": {"layers": "1:"}, "patch": "radial"}]}, FACTS
     )
@@ -145,7 +145,7 @@ def test_what_cannot_be_known_is_dense_with_a_reason_where_it_matters(unchecked)
     assert inline(where={"steps": "1:3"}).decide(site(), None, Clock(2)).patch == "radial"
 
 
-def test_ramps(unchecked):
+def test_ramps(unchecked) -> None:
     ramp = inline(**{"with": {"tau": {"from": 1.3, "to": 0.8, "over": "steps"}}})
     assert [ramp.decide(site(), None, Clock(i, 3)).config["tau"] for i in range(3)] == [1.3, 1.05, 0.8]
     assert "step" in ramp.decide(site(), None, Clock()).reason
@@ -171,12 +171,12 @@ def test_ramps(unchecked):
         ("match: {class: AnyTransformer}", "match: {num_layers: 3}", "line 4.*key class"),
     ],
 )
-def test_errors_say_what_and_where(tmp_path, old, new, says):
+def test_errors_say_what_and_where(tmp_path, old, new, says) -> None:
     with pytest.raises(RecipeError, match=f"(?s){says}"):
         read_file(write(tmp_path, FILE.replace(old, new, 1)))
 
 
-def test_alias_bombs_and_huge_files_are_refused_before_they_cost(tmp_path):
+def test_alias_bombs_and_huge_files_are_refused_before_they_cost(tmp_path) -> None:
     bomb = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True))
     with pytest.raises(RecipeError, match="alias"):
         read_file(write(tmp_path, bomb))
@@ -188,25 +188,25 @@ def test_alias_bombs_and_huge_files_are_refused_before_they_cost(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../x", "..", "/etc/passwd", "a\\b", "wan2.1-t2v-14b/../x", "a/b/c", "C:x", "a\0b", ""])
-def test_names_reach_no_path(name):
+def test_names_reach_no_path(name) -> None:
     with pytest.raises(RecipeError, match="no recipe name"):
         load(name, FACTS)
 
 
 @pytest.mark.parametrize("bad", [{"x": 1}, {}, 7, {"rules": []}, {"patch": "dense", "with": {"a": 1}}, "no-such/file"])
-def test_every_error_is_ours(bad):
+def test_every_error_is_ours(bad) -> None:
     with pytest.raises(AccelplugError):
         load(bad, FACTS)
 
 
-def test_yaml_11_surprises_are_off(tmp_path, unchecked):
+def test_yaml_11_surprises_are_off(tmp_path, unchecked) -> None:
     text = FILE.replace('layers: "1:"', "layers: 1:30, branch: no")
     where = read_file(write(tmp_path, text)).recipes["a"].rules[0].where
     assert where.layers[0].text == "1:30"
     assert where.branch == ("no",)
 
 
-def test_settings_are_checked_against_the_patch(tmp_path):
+def test_settings_are_checked_against_the_patch(tmp_path) -> None:
     with pytest.raises(RecipeError, match=r"line 12.*'decy' \(nearest: decay"):
         load(write(tmp_path, FILE.replace("decay", "decy")), FACTS)
     ramp = {"decay": {"from": 0.5, "to": 7, "over": "steps"}}
@@ -214,7 +214,7 @@ def test_settings_are_checked_against_the_patch(tmp_path):
         load({"patch": "radial", "with": ramp}, FACTS)
 
 
-def test_models_find_their_files(tmp_path, unchecked):
+def test_models_find_their_files(tmp_path, unchecked) -> None:
     both = ("WanTransformer3DModel", "ModelMixin")
     wan21 = ModelFacts(both, WAN_14B, frozenset({"transformer", "vae"}))
     wan22 = ModelFacts(both, WAN_14B, frozenset({"transformer", "transformer_2"}))
@@ -236,7 +236,7 @@ def test_models_find_their_files(tmp_path, unchecked):
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("recipe", ["a", "b"])
-def test_recording_adds_lines_and_changes_no_other(tmp_path, recipe, newline):
+def test_recording_adds_lines_and_changes_no_other(tmp_path, recipe, newline) -> None:
     path = write(tmp_path, FILE.replace("\n", newline))
     record_measurement(path, recipe, ROW)
     once = path.read_bytes().decode()
@@ -254,7 +254,7 @@ def test_recording_adds_lines_and_changes_no_other(tmp_path, recipe, newline):
     assert [row.device for row in rows] == [ROW["device"]] * 2
 
 
-def test_a_row_that_is_wrong_changes_nothing(tmp_path):
+def test_a_row_that_is_wrong_changes_nothing(tmp_path) -> None:
     path = write(tmp_path, FILE)
     for row in ({**ROW, "psnr": 1}, {**ROW, "seeds": []}, {**ROW, "psnr_db": {"mean": float("inf"), "worst": 1}}):
         with pytest.raises(RecipeError):

@@ -36,7 +36,7 @@ def touches(a: list[int], b: list[int], layout: Layout) -> bool:
 @pytest.mark.parametrize("order", ["raster", "morton", "tile"])
 @pytest.mark.parametrize(("block", "block_k"), [(8, 8), (16, 8), (8, 16)])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_blocks_touch_where_their_tokens_do(layout, block, block_k, order):
+def test_blocks_touch_where_their_tokens_do(layout, block, block_k, order) -> None:
     unit = max(block, block_k)
     laid = tiles(layout, order, unit, (2, 2, 2) if order == "tile" else None)
     found = adjacency(laid, laid, block, block_k)
@@ -96,7 +96,7 @@ def members_by_hand(layout, blocks, config, key_mask=None) -> torch.Tensor:
 )
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
-def test_equals_the_rule_stated_block_by_block(layout, config, masked):
+def test_equals_the_rule_stated_block_by_block(layout, config, masked) -> None:
     patch = Rectified({"block": 8, "drop_rate": 0.8, "order": "morton", "rest": "drop", **config})
     q, k = torch.randn(2, 1, 1, layout.length, 16)
     key_mask = torch.rand(1, layout.length) < 0.7 if masked else None
@@ -109,7 +109,7 @@ def test_equals_the_rule_stated_block_by_block(layout, config, masked):
     assert 0.1 < float(members[held].float().mean()) < 1
 
 
-def test_p_reads_beyond_the_drop_rate():
+def test_p_reads_beyond_the_drop_rate() -> None:
     layout = Layout((3, 5, 7))
     q, k = torch.randn(2, 1, 1, 105, 16)
     density = []
@@ -123,7 +123,7 @@ def test_p_reads_beyond_the_drop_rate():
     assert Rectified({"drop_rate": 0}).prepare(SITE, layout, Clock(), {}) is None
 
 
-def test_batches_do_not_mix():
+def test_batches_do_not_mix() -> None:
     layout, patch = Layout((3, 5, 7), 2, 3), Rectified({"block": 8, "drop_rate": 0.9, "rest": "drop"})
     q, k = torch.randn(2, 3, 2, layout.length, 16)
 
@@ -134,7 +134,7 @@ def test_batches_do_not_mix():
     assert torch.equal(members(q, k), torch.cat([members(q[b : b + 1], k[b : b + 1]) for b in range(3)]))
 
 
-def test_orders_by_head_have_neighbours_by_head():
+def test_orders_by_head_have_neighbours_by_head() -> None:
     layout = Layout((4, 4, 6))
     choices = [tiles(layout, order, 8) for order in ("raster", "wht", "morton")]
     stacked = Tiles.per_head(choices)
@@ -150,7 +150,7 @@ def attend(layout: Layout, q, k, v, **config) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", [Layout((4, 4, 6)), Layout((4, 4, 6), 5, 4), Layout((3, 5, 5), 0, 9)], ids=str)
-def test_blocks_that_their_means_describe_are_dense_attention(layout):
+def test_blocks_that_their_means_describe_are_dense_attention(layout) -> None:
     """Equal queries, keys and values in each block, and none refused: what is not read is made up for without loss."""
     q, k, v = torch.randn(3, 1, 2, layout.length, 16)
     visual = slice(layout.text_before, layout.text_before + layout.visual)
@@ -162,7 +162,7 @@ def test_blocks_that_their_means_describe_are_dense_attention(layout):
     assert float((attend(layout, q, k, v, rest="drop") - dense).abs().max()) > 0.05
 
 
-def test_refusing_blocks_gives_their_share_to_what_is_read():
+def test_refusing_blocks_gives_their_share_to_what_is_read() -> None:
     layout = Layout((4, 4, 6))
     q, k, v = torch.randn(3, 1, 2, 96, 16)
     ones = torch.ones_like(v)
@@ -172,7 +172,7 @@ def test_refusing_blocks_gives_their_share_to_what_is_read():
     assert float((gained - dropped).norm()) < 0.3 * float((all_in - dropped).norm())  # noise: hardly a block is worth it
 
 
-def test_every_selector_may_have_this_rest():
+def test_every_selector_may_have_this_rest() -> None:
     layout = Layout((4, 4, 6), 0, 5)
     q, k, v = torch.randn(3, 1, 2, layout.length, 16)
     call = AttentionCall(q, k, v, None, 0.5, dense=lambda **_: pytest.fail("ran dense"))
@@ -188,7 +188,7 @@ def test_every_selector_may_have_this_rest():
 
 
 @pytest.mark.parametrize("rest", ["rectified", "pool"])
-def test_clusters_are_laid_out_in_the_call_and_have_no_neighbours(rest):
+def test_clusters_are_laid_out_in_the_call_and_have_no_neighbours(rest) -> None:
     layout = Layout((3, 6, 8), 0, 9)
     q, k, v = torch.randn(3, 2, 2, layout.length, 16)
     clusters = {"order": "kmeans", "query_clusters": 4, "key_clusters": 6, "rest": rest}

@@ -58,7 +58,7 @@ def by_hand(q, k, plan, text_blocks, key_mask=None, gain=True) -> tuple[Tensor, 
 @pytest.mark.parametrize("gain", [True, False])
 @pytest.mark.parametrize(("lengths", "text_blocks"), [([8] * 6, 0), ([8, 8, 8, 8, 1, 8, 5], 2), ([8, 3, 8, 7, 8, 1], 1)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_equals_the_two_steps_stated_block_by_block(lengths, text_blocks, gain, masked):
+def test_equals_the_two_steps_stated_block_by_block(lengths, text_blocks, gain, masked) -> None:
     plan = a_plan(lengths, text_blocks=text_blocks)
     slots = len(lengths) * BLOCK
     q, k = torch.randn(2, slots, 16) + torch.randn(2, 1, 16) * 2  # means that stand out of the spread, here and there
@@ -91,7 +91,7 @@ def exact_part(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Tensor:
 
 
 @pytest.mark.parametrize(("lengths", "text_blocks"), [([8] * 6, 0), ([8, 8, 8, 8, 1, 8, 5], 2)])
-def test_blocks_of_equal_queries_keys_and_values_give_dense_attention(lengths, text_blocks):
+def test_blocks_of_equal_queries_keys_and_values_give_dense_attention(lengths, text_blocks) -> None:
     """Means say all there is, so every block not read is replaced without loss; the text behind them may be anything."""
     slots, blocks = len(lengths) * BLOCK, len(lengths)
     q, k, v = torch.randn(3, 1, 2, blocks, 16, dtype=torch.float64).repeat_interleave(BLOCK, -2)
@@ -108,7 +108,7 @@ def test_blocks_of_equal_queries_keys_and_values_give_dense_attention(lengths, t
     torch.testing.assert_close(out[..., held, :], exact_part(q, k, v, everything)[..., held, :], rtol=1e-5, atol=1e-6)
 
 
-def test_blocks_of_equal_keys_and_queries_are_always_worth_it_and_noise_is_not():
+def test_blocks_of_equal_keys_and_queries_are_always_worth_it_and_noise_is_not() -> None:
     plan = a_plan([8] * 16, share=0.1)
     equal_q, equal_k = torch.randn(2, 1, 1, 16, 16).repeat_interleave(BLOCK, -2)
     _, weights = rectify(equal_q, equal_k, plan, visual_slots=128, scale=SCALE)
@@ -117,7 +117,7 @@ def test_blocks_of_equal_keys_and_queries_are_always_worth_it_and_noise_is_not()
     assert (weights > 0).float().mean() < 0.1
 
 
-def test_text_rows_and_full_rows_keep_everything():
+def test_text_rows_and_full_rows_keep_everything() -> None:
     plan = a_plan([8] * 6, text_blocks=2)
     q, k = torch.randn(2, 1, 1, 48, 16)
     share, weights = rectify(q, k, plan, visual_slots=32, scale=SCALE, gain=False)
@@ -126,7 +126,7 @@ def test_text_rows_and_full_rows_keep_everything():
     assert not weights[..., 4:].any()
 
 
-def test_grouped_queries_and_batches_do_not_mix():
+def test_grouped_queries_and_batches_do_not_mix() -> None:
     plan = a_plan([8] * 6, heads=4, text_blocks=1)
     q, k = torch.randn(3, 4, 48, 16), torch.randn(3, 2, 48, 16)
     settings = {"visual_slots": 40, "scale": SCALE}
@@ -138,7 +138,7 @@ def test_grouped_queries_and_batches_do_not_mix():
         torch.testing.assert_close(mine, torch.cat(alone))
 
 
-def test_is_traced_without_a_graph_break():
+def test_is_traced_without_a_graph_break() -> None:
     plan = a_plan([8, 8, 8, 3], text_blocks=1)
     q, k = torch.randn(2, 1, 1, 27, 16)  # slots end with the last token
 

@@ -156,7 +156,7 @@ def site(layer: int, layers: int, kind: str, module: str | None = None) -> Site:
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_recipes_are_sparse_where_their_releases_are(name):
+def test_recipes_are_sparse_where_their_releases_are(name) -> None:
     recipe, release = named(name), RELEASES[name]
     model, _, _ = name.partition("/")
     kind = "joint" if model.startswith(("flux", "hunyuan", "cog")) else "self"
@@ -175,7 +175,7 @@ def test_recipes_are_sparse_where_their_releases_are(name):
     assert found.items() >= release.settings.items()
 
 
-def test_the_table_has_every_recipe_of_a_denoiser():
+def test_the_table_has_every_recipe_of_a_denoiser() -> None:
     """A recipe is in the table of releases, or it is named beside, with why it is not."""
     language = {path.stem for path in shipped_files().values() if _is_for_language(path)} | {"wan-shapes"}
     shipped = {f"{path.stem}/{name}" for path in shipped_files().values() for name in read_file(path).recipes}
@@ -191,7 +191,7 @@ def _is_for_language(path: Any) -> bool:
     return bool(classes & set(str(read_file(path).match).replace(",", " ").replace("=", " ").split()))
 
 
-def test_the_notice_names_every_patch_and_what_it_was_made_from():
+def test_the_notice_names_every_patch_and_what_it_was_made_from() -> None:
     notice = (shipped_files()["flux.1-dev"].resolve().parents[1] / "NOTICE").read_text(encoding="utf-8")
     entries = {line.split(maxsplit=1)[0]: line for line in notice.splitlines() if line and not line.startswith(" ")}
     for entry in list_patches():

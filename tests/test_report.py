@@ -32,17 +32,17 @@ class Page(HTMLParser):
         self.close()
         assert not self.open, f"never closed: {self.open}"
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag, attrs) -> None:
         self.links += [value for name, value in attrs if name in ("src", "href") and not value.startswith("data:")]
         if tag not in VOID:
             self.open.append(tag)
         if tag in ("td", "script"):
             (self.cells if tag == "td" else self.scripts).append("")
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag) -> None:
         assert self.open.pop() == tag
 
-    def handle_data(self, data):
+    def handle_data(self, data) -> None:
         if self.open and self.open[-1] in ("td", "script"):
             (self.cells if self.open[-1] == "td" else self.scripts)[-1] += data
 
@@ -66,7 +66,7 @@ def row(name: str, seconds: float, *quality: float, kind: str = "recipe") -> Row
     return Row(name, kind, "file/" + name, "everywhere: " + name, samples, predicted=1.5)
 
 
-def test_a_comparison_tells_all_of_every_run(tmp_path):
+def test_a_comparison_tells_all_of_every_run(tmp_path) -> None:
     found = comparison(
         row("slow " + EVIL, 0.8, 30.0, 28.0), row("beaten", 0.9, 20.0, 21.0), row("same", 1.0, math.inf, math.inf)
     )
@@ -113,7 +113,7 @@ def tuned() -> Tuned:
     )  # fmt: skip
 
 
-def test_a_search_shows_all_points_and_the_clips_of_the_front(tuned, tmp_path):
+def test_a_search_shows_all_points_and_the_clips_of_the_front(tuned, tmp_path) -> None:
     page = Page(tuned.to_html(tmp_path / "page.html").read_text())
     dots = {dot["name"]: dot for dot in page.data["dots"]}
     assert set(dots) == {"proven", "beaten", "overturned"}
@@ -129,7 +129,7 @@ def test_a_search_shows_all_points_and_the_clips_of_the_front(tuned, tmp_path):
     assert {"proven", "beaten", "overturned", "1.25x"} <= set(page.cells), "without scripts there is the table"
 
 
-def test_several_bounds_are_plotted_by_their_margin(tuned, tmp_path):
+def test_several_bounds_are_plotted_by_their_margin(tuned, tmp_path) -> None:
     object.__setattr__(tuned, "bounds", parse("psnr>=26, ssim>=.5"))
     for point in tuned.points:
         point.worst["ssim"] = 0.75

@@ -22,7 +22,7 @@ def by_hand(row: list[float], allowed: list[bool], p: float, k_min: int, rule: s
 
 @pytest.mark.parametrize("rule", ["reach", "within", "tail"])
 @pytest.mark.parametrize("k_min", [0, 1, 4])
-def test_top_p_equals_the_rule_stated_entry_by_entry(rule, k_min):
+def test_top_p_equals_the_rule_stated_entry_by_entry(rule, k_min) -> None:
     generator = torch.Generator().manual_seed(0)
     parts = torch.randint(0, 9, (2, 3, 5, 12), generator=generator).double()  # many ties
     allowed = torch.rand(2, 1, 5, 12, generator=generator) < 0.8
@@ -40,7 +40,7 @@ def test_top_p_equals_the_rule_stated_entry_by_entry(rule, k_min):
         assert members.flatten(0, 2).tolist() == expected
 
 
-def test_reach_keeps_the_entry_that_crosses_and_within_does_not():
+def test_reach_keeps_the_entry_that_crosses_and_within_does_not() -> None:
     probability = torch.tensor([0.5, 0.25, 0.125, 0.125])
     assert top_p(probability, 0.6).tolist() == [True, True, False, False]
     assert top_p(probability, 0.6, rule="within").tolist() == [True, False, False, False]
@@ -49,14 +49,14 @@ def test_reach_keeps_the_entry_that_crosses_and_within_does_not():
     assert top_p(probability, 0.75, rule="tail").tolist() == [True, True, True, False]  # 1/8 + 1/8 is exactly 1 - p
 
 
-def test_every_row_keeps_an_entry_at_any_p():
+def test_every_row_keeps_an_entry_at_any_p() -> None:
     probability = torch.full((4, 64), 1 / 64)
     for rule in ("reach", "within", "tail"):
         assert top_p(probability, 0.0, rule=rule).sum(-1).tolist() == [1] * 4
     assert top_p(probability, 0.0)[0].nonzero().tolist() == [[0]]  # of equals, the first
 
 
-def test_a_mass_of_one_keeps_every_candidate_despite_rounding():
+def test_a_mass_of_one_keeps_every_candidate_despite_rounding() -> None:
     """Softmax rows of float32 may sum past 1 before the last entry, and hold zeros."""
     logits = torch.randn(8, 1000, generator=torch.Generator().manual_seed(1)) * 30
     candidates = torch.arange(1000) % 3 > 0
@@ -66,7 +66,7 @@ def test_a_mass_of_one_keeps_every_candidate_despite_rounding():
         assert torch.equal(top_p(probability, 1.0, rule=rule, candidates=candidates), candidates.expand(8, -1))
 
 
-def test_p_and_k_may_differ_by_row():
+def test_p_and_k_may_differ_by_row() -> None:
     probability = torch.tensor([0.5, 0.25, 0.125, 0.125]).expand(2, 3, 4)
     p = torch.tensor([[0.5, 0.75, 1.0], [0.0, 0.8, 0.4]])
     assert top_p(probability, p).sum(-1).tolist() == [[1, 2, 4], [1, 3, 1]]
@@ -74,7 +74,7 @@ def test_p_and_k_may_differ_by_row():
     assert top_k(probability, torch.tensor([0, 2, 9])).sum(-1).tolist() == [[0, 2, 4]] * 2
 
 
-def test_top_k_keeps_the_highest_candidates_and_breaks_ties_by_position():
+def test_top_k_keeps_the_highest_candidates_and_breaks_ties_by_position() -> None:
     scores = torch.tensor([[-1.0, 3.0, 3.0, 3.0, -2.0, 7.0]])
     candidates = torch.tensor([True, True, True, True, True, False])
     assert top_k(scores, 2).nonzero()[:, 1].tolist() == [1, 5]
@@ -84,7 +84,7 @@ def test_top_k_keeps_the_highest_candidates_and_breaks_ties_by_position():
     assert not top_p(scores.softmax(-1), 0.9, candidates=torch.zeros(6, dtype=torch.bool)).any()
 
 
-def test_rules_are_traced_without_a_graph_break():
+def test_rules_are_traced_without_a_graph_break() -> None:
     probability = torch.rand(2, 3, 16).softmax(-1)
     candidates = torch.arange(16) < 13
 

@@ -33,7 +33,7 @@ def rule(**where: Any) -> dict[str, Any]:
         ([rule(layers=[0, 1]), rule(layers="2:"), rule(layers=0, steps="1:")], "Rule 3 .* can never hold: Rule 1"),
     ],
 )
-def test_a_rule_that_can_never_hold_is_refused_at_apply(rules: list, why: str | None):
+def test_a_rule_that_can_never_hold_is_refused_at_apply(rules: list, why: str | None) -> None:
     model, _ = tiny_models.build("wan")
     before = set(vars(model))
     with pytest.raises(RecipeError if why else NoMatchError, match=why):
@@ -41,7 +41,7 @@ def test_a_rule_that_can_never_hold_is_refused_at_apply(rules: list, why: str | 
     assert set(vars(model)) == before
 
 
-def test_rules_of_other_denoisers_are_fine_on_a_bare_one_and_refused_on_a_pipeline():
+def test_rules_of_other_denoisers_are_fine_on_a_bare_one_and_refused_on_a_pipeline() -> None:
     rules = {"rules": [rule(denoiser="transformer_2"), rule(layers=0)]}
     pipe, _ = tiny_models.pipeline("wan")
     with accelplug.apply(pipe.transformer, rules):
@@ -51,7 +51,7 @@ def test_rules_of_other_denoisers_are_fine_on_a_bare_one_and_refused_on_a_pipeli
 
 
 @pytest.mark.parametrize("where", [{"steps": "1:"}, {"branch": "cond"}, {"tokens": ">=1"}, {"grid": "1x*x*"}])
-def test_conditions_of_denoisers_are_refused_on_language_models(where: dict[str, str]):
+def test_conditions_of_denoisers_are_refused_on_language_models(where: dict[str, str]) -> None:
     (key,) = where
     recipe = {"rules": [{"patch": "visual_bias", "where": where}]}
     with pytest.raises(RecipeError, match=f"where.{key}, and a language model has neither"):
@@ -61,7 +61,7 @@ def test_conditions_of_denoisers_are_refused_on_language_models(where: dict[str,
         accelplug.apply(tiny_language_models.build("llava"), {"rules": [{"patch": "visual_bias", "with": ramp}]})
 
 
-def test_patches_around_generate_have_no_place():
+def test_patches_around_generate_have_no_place() -> None:
     with pytest.raises(RecipeError, match=r"carve stands around generate.*remove where: layers 1"):
         accelplug.apply(tiny_language_models.build("llava"), {"rules": [{"patch": "carve", "where": {"layers": 1}}]})
 
@@ -75,7 +75,7 @@ NEVER = [
 
 
 @pytest.mark.parametrize(("where", "why"), NEVER)
-def test_what_never_held_in_a_run_is_reported_and_an_error_under_strict(where: dict[str, str], why: str):
+def test_what_never_held_in_a_run_is_reported_and_an_error_under_strict(where: dict[str, str], why: str) -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     recipe = {"rules": [rule(**where)]}
     with accelplug.apply(pipe, recipe, gate="off") as plug:
@@ -88,7 +88,7 @@ def test_what_never_held_in_a_run_is_reported_and_an_error_under_strict(where: d
         pipe(**inputs)
 
 
-def test_rules_for_other_sizes_are_reported_and_no_error_where_one_is_for_this():
+def test_rules_for_other_sizes_are_reported_and_no_error_where_one_is_for_this() -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     rules = {"rules": [rule(tokens=">=100"), rule(steps="2:", tokens="<100")]}
     with accelplug.apply(pipe, rules, gate="off", strict=True) as plug:
@@ -101,7 +101,7 @@ def test_rules_for_other_sizes_are_reported_and_no_error_where_one_is_for_this()
         assert plug.report().idle == ["Rule 2 of custom (neighborhood everywhere): other rules took its calls"]
 
 
-def test_conditions_are_held_against_all_that_was_seen():
+def test_conditions_are_held_against_all_that_was_seen() -> None:
     from accelplug.recipe import Seen
 
     seen = Seen(10, frozenset({"cond", None}))
@@ -114,7 +114,7 @@ def test_conditions_are_held_against_all_that_was_seen():
 # --------------------------------------------------------------------------------------- what keeps a recipe from working
 
 
-def test_attention_slicing_set_before_is_named_with_the_way_out():
+def test_attention_slicing_set_before_is_named_with_the_way_out() -> None:
     pipe, _ = tiny_models.pipeline("sd15")
     pipe.enable_attention_slicing()
     with pytest.raises(NoMatchError, match=r"SlicedAttnProcessor .*; call pipe.disable_attention_slicing\(\) first"):
@@ -124,7 +124,7 @@ def test_attention_slicing_set_before_is_named_with_the_way_out():
         assert not plug.report().skipped
 
 
-def test_a_foreign_processor_at_some_modules_is_a_counted_fallback():
+def test_a_foreign_processor_at_some_modules_is_a_counted_fallback() -> None:
     class Foreign:
         def __call__(self, attn: Any, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             return hidden_states
@@ -145,7 +145,7 @@ def test_a_foreign_processor_at_some_modules_is_a_counted_fallback():
 @pytest.mark.parametrize(
     ("kind", "settings"), [("first_block", {"threshold": 0.1}), ("taylorseer", {"use_lite_mode": True})]
 )
-def test_a_step_cache_outside_of_a_cache_context_is_refused_in_words(kind: str, settings: dict[str, Any]):
+def test_a_step_cache_outside_of_a_cache_context_is_refused_in_words(kind: str, settings: dict[str, Any]) -> None:
     model, inputs = tiny_models.build("wan")
     recipe = {"rules": [{"patch": "dense"}], "cache": {"kind": kind, "with": settings}}
     with accelplug.apply(model, recipe), torch.no_grad():
@@ -156,7 +156,7 @@ def test_a_step_cache_outside_of_a_cache_context_is_refused_in_words(kind: str, 
 
 
 @pytest.mark.parametrize("name", ["flux", "wan", "unet_sd15"])
-def test_a_forward_of_somebody_elses_may_take_more_keywords(name: str):
+def test_a_forward_of_somebody_elses_may_take_more_keywords(name: str) -> None:
     import types
 
     model, inputs = tiny_models.build(name)
@@ -173,7 +173,7 @@ def test_a_forward_of_somebody_elses_may_take_more_keywords(name: str):
 
 
 @pytest.mark.parametrize("how", ["module", "wrapper"])
-def test_the_gate_judges_denoisers_compiled_whole(how: str, monkeypatch):
+def test_the_gate_judges_denoisers_compiled_whole(how: str, monkeypatch) -> None:
     from accelplug.hosts import gate
 
     torch._dynamo.reset()

@@ -126,24 +126,24 @@ def nothing_is_left(make: Callable[[], tuple[Any, Inputs]], recipe: dict[str, An
 @pytest.mark.parametrize(
     ("patch", "name"), [(patch, name) for patch in STATEFUL for name in ("wan", "sd15") if (patch, name) != ("svg", "sd15")]
 )  # svg reads everything of a picture
-def test_a_cancelled_run_leaves_nothing_in_a_patch(patch: str, name: str, stop: str, step: int):
+def test_a_cancelled_run_leaves_nothing_in_a_patch(patch: str, name: str, stop: str, step: int) -> None:
     nothing_is_left(lambda: tiny_pipelines.pipeline(name), STATEFUL[patch], stop, step)
 
 
 @pytest.mark.parametrize("patch", STATELESS)
-def test_nor_in_one_that_should_keep_nothing(patch: str):
+def test_nor_in_one_that_should_keep_nothing(patch: str) -> None:
     nothing_is_left(lambda: tiny_pipelines.pipeline("wan"), STATELESS[patch], "model", 2)
 
 
 @pytest.mark.parametrize(("stop", "step"), [("model", 1), ("model", 2), ("callback", 0), ("callback", 2)])
 @pytest.mark.parametrize("cache", CACHED)
 @pytest.mark.parametrize("name", ["wan", "flux"])
-def test_a_cancelled_run_leaves_nothing_in_a_step_cache(name: str, cache: str, stop: str, step: int):
+def test_a_cancelled_run_leaves_nothing_in_a_step_cache(name: str, cache: str, stop: str, step: int) -> None:
     nothing_is_left(lambda: tiny_pipelines.pipeline(name), CACHED[cache], stop, step)
 
 
 @pytest.mark.parametrize("name", ["sd3", "z_image", "pixart", "cosmos", "wan22_moe", "qwen_image", "wan_video2video"])
-def test_a_second_run_is_the_first_again(name: str):
+def test_a_second_run_is_the_first_again(name: str) -> None:
     """Also where no context tells that a run has ended."""
     pipe, inputs = tiny_pipelines.pipeline(name)
     with accelplug.apply(pipe, STATEFUL["kmeans"], gate="off"):
@@ -154,7 +154,7 @@ def test_a_second_run_is_the_first_again(name: str):
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.8])
-def test_a_run_that_begins_late_begins_anew(strength: float):
+def test_a_run_that_begins_late_begins_anew(strength: float) -> None:
     """At a step behind the one at which the last run was cancelled."""
     text, inputs = tiny_pipelines.pipeline("sd15")
     text.unet.register_to_config(sample_size=64)
@@ -169,7 +169,7 @@ def test_a_run_that_begins_late_begins_anew(strength: float):
             assert torch.equal(run(picture, late), fresh)
 
 
-def test_a_bare_denoiser_that_is_told_its_steps_begins_anew_where_they_do_not_advance():
+def test_a_bare_denoiser_that_is_told_its_steps_begins_anew_where_they_do_not_advance() -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, STATEFUL["kmeans"], gate="off") as plug:
         outputs = []
@@ -184,7 +184,7 @@ def test_a_bare_denoiser_that_is_told_its_steps_begins_anew_where_they_do_not_ad
 
 
 @pytest.mark.parametrize("patch", STATEFUL)
-def test_a_loop_by_hand_over_one_schedule_begins_anew_where_it_starts_over(patch: str):
+def test_a_loop_by_hand_over_one_schedule_begins_anew_where_it_starts_over(patch: str) -> None:
     """Nothing sets a schedule, nothing raises in the model, and the branches have no names."""
     pipe, _ = tiny_pipelines.pipeline("wan")
     _, given = tiny_models.build("wan")
@@ -205,7 +205,7 @@ def test_a_loop_by_hand_over_one_schedule_begins_anew_where_it_starts_over(patch
 
 
 @pytest.mark.parametrize("cache", ["cache first_block", "cache taylorseer"])
-def test_a_step_cache_on_a_bare_denoiser_begins_anew_where_timesteps_come_again(cache: str):
+def test_a_step_cache_on_a_bare_denoiser_begins_anew_where_timesteps_come_again(cache: str) -> None:
     """Nothing says which step it is; a cache needs no more than to know that it goes on."""
     model, inputs = tiny_models.build("wan")
 
@@ -264,7 +264,7 @@ def check_steps(plug: accelplug.Plug, pipe: Any, inputs: Inputs) -> None:
 
 
 @pytest.mark.parametrize("name", tiny_pipelines.PIPELINES)
-def test_the_step_is_the_place_of_the_timestep_that_was_given(name: str):
+def test_the_step_is_the_place_of_the_timestep_that_was_given(name: str) -> None:
     pipe, inputs = tiny_pipelines.pipeline(name)
     with accelplug.apply(pipe, STEPPED, gate="off") as plug:
         check_steps(plug, pipe, inputs)
@@ -282,7 +282,7 @@ def _settings(pipe: Any) -> dict[str, Any]:
     return {name: pipe.config[name] for name in ("boundary_ratio", "requires_safety_checker") if name in pipe.config}
 
 
-def test_timesteps_that_the_user_chose_are_a_schedule_too():
+def test_timesteps_that_the_user_chose_are_a_schedule_too() -> None:
     """DDPM then knows no number of steps."""
     pipe, inputs = tiny_pipelines.sd15_by(diffusers.DDPMScheduler())
     pipe.set_progress_bar_config(disable=True)
@@ -291,7 +291,7 @@ def test_timesteps_that_the_user_chose_are_a_schedule_too():
 
 
 @pytest.mark.parametrize("name", ["wan", "flux", "sd15", "sd3"])
-def test_another_pipeline_may_be_the_first_to_run(name: str):
+def test_another_pipeline_may_be_the_first_to_run(name: str) -> None:
     pipe, inputs = tiny_pipelines.pipeline(name)
     with accelplug.apply(pipe, STEPPED, gate="off", strict=True) as plug:
         for steps in (5, 8):  # a new one for each run, as servers make them
@@ -302,7 +302,7 @@ def test_another_pipeline_may_be_the_first_to_run(name: str):
             gc.collect()
 
 
-def test_a_modular_pipeline_and_a_classic_one_on_one_denoiser():
+def test_a_modular_pipeline_and_a_classic_one_on_one_denoiser() -> None:
     """The modular one names no branches and opens no context."""
     from diffusers.modular_pipelines.wan.modular_blocks_wan import WanBlocks
 
@@ -329,7 +329,7 @@ def test_a_modular_pipeline_and_a_classic_one_on_one_denoiser():
 
 
 @pytest.mark.parametrize("name", ["flux", "hunyuan_video", "wan"])
-def test_rounded_timesteps_are_still_told_apart(name: str):
+def test_rounded_timesteps_are_still_told_apart(name: str) -> None:
     """In bfloat16 many of 24 steps under a shift of 12 are the same number."""
     pipe, inputs = tiny_pipelines.pipeline(name)
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=12.0)
@@ -345,7 +345,7 @@ def test_rounded_timesteps_are_still_told_apart(name: str):
     assert set(steps) == set(range(24))
 
 
-def test_a_timestep_in_no_schedule_is_unknown_and_counted():
+def test_a_timestep_in_no_schedule_is_unknown_and_counted() -> None:
     pipe, inputs = tiny_pipelines.pipeline("flux")
     _, given = tiny_models.build("flux")
     with accelplug.apply(pipe, STEPPED, gate="off") as plug:
@@ -359,7 +359,7 @@ def test_a_timestep_in_no_schedule_is_unknown_and_counted():
         pipe.transformer(**{**given, **guidance, "timestep": torch.tensor([0.123])})
 
 
-def test_compiled_whole_it_goes_by_the_pipeline_that_counts():
+def test_compiled_whole_it_goes_by_the_pipeline_that_counts() -> None:
     """A compiled forward's timestep cannot be read; the contexts around it are heard."""
     torch._dynamo.reset()
     pipe, inputs = tiny_pipelines.pipeline("hunyuan_video")
@@ -381,7 +381,7 @@ def test_compiled_whole_it_goes_by_the_pipeline_that_counts():
     torch._dynamo.reset()
 
 
-def test_a_grid_that_compiled_code_cannot_read_is_counted():
+def test_a_grid_that_compiled_code_cannot_read_is_counted() -> None:
     """Flux's tokens come packed, their grid stands in the values of img_ids."""
     torch._dynamo.reset()
     pipe, inputs = tiny_pipelines.pipeline("flux")
@@ -432,7 +432,7 @@ HOISTED = {"rules": [{"patch": "sol", "with": {**EIGHT, "tau": 0.5, "band": 0, "
 
 @pytest.mark.parametrize("name", ["wan", "flux", "sd15"])
 @pytest.mark.parametrize("recipe", [STATELESS["neighborhood"], STATEFUL["kmeans"], STATEFUL["tome"], HOISTED, STEPPED])
-def test_two_threads_are_each_as_alone(name: str, recipe: dict[str, Any]):
+def test_two_threads_are_each_as_alone(name: str, recipe: dict[str, Any]) -> None:
     pipe, inputs = tiny_pipelines.pipeline(name)
     kinds = [inputs, larger(other(inputs))]
     alone = []
@@ -447,7 +447,7 @@ def test_two_threads_are_each_as_alone(name: str, recipe: dict[str, Any]):
         assert torch.equal(left, right)
 
 
-def test_two_threads_are_each_as_alone_in_compiled_blocks():
+def test_two_threads_are_each_as_alone_in_compiled_blocks() -> None:
     torch._dynamo.reset()
     pipe, inputs = tiny_pipelines.pipeline("wan")
     kinds = [inputs, larger(other(inputs))]
@@ -462,7 +462,7 @@ def test_two_threads_are_each_as_alone_in_compiled_blocks():
     torch._dynamo.reset()
 
 
-def test_a_step_cache_in_two_threads_is_refused():
+def test_a_step_cache_in_two_threads_is_refused() -> None:
     pipe, inputs = tiny_pipelines.pipeline("wan")
     with accelplug.apply(pipe, CACHED["cache first_block"], gate="off"):
         alone = run(pipe, inputs)
@@ -476,7 +476,7 @@ def test_a_step_cache_in_two_threads_is_refused():
         assert torch.equal(thread_found[0], alone)
 
 
-def test_attention_called_where_its_denoiser_was_not_is_counted():
+def test_attention_called_where_its_denoiser_was_not_is_counted() -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, STATELESS["neighborhood"], gate="off") as plug:
         run_alone(model, inputs)
@@ -495,7 +495,7 @@ def run_alone(model: Any, inputs: Inputs) -> Tensor:
 # ---------------------------------------------------------------------------------------------- another denoiser
 
 
-def test_a_denoiser_that_was_replaced_is_reported_and_the_plug_still_found():
+def test_a_denoiser_that_was_replaced_is_reported_and_the_plug_still_found() -> None:
     pipe, inputs = tiny_pipelines.pipeline("wan")
     ours, stock = pipe.transformer, run(pipe, inputs)
     accelplug.apply(pipe, STATELESS["neighborhood"], gate="off")
@@ -508,7 +508,7 @@ def test_a_denoiser_that_was_replaced_is_reported_and_the_plug_still_found():
         accelplug.remove(pipe)
 
 
-def test_a_denoiser_that_was_replaced_is_an_error_under_strict():
+def test_a_denoiser_that_was_replaced_is_an_error_under_strict() -> None:
     pipe, inputs = tiny_pipelines.pipeline("wan")
     ours = pipe.transformer
     for strict in (False, True):
@@ -526,7 +526,7 @@ def test_a_denoiser_that_was_replaced_is_an_error_under_strict():
         pipe.transformer = ours
 
 
-def test_a_block_that_was_replaced_is_counted():
+def test_a_block_that_was_replaced_is_counted() -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, STATELESS["neighborhood"], gate="off") as plug:
         run_alone(model, inputs)
@@ -538,7 +538,7 @@ def test_a_block_that_was_replaced_is_counted():
     model.blocks[1] = ours
 
 
-def test_traces_that_overlap_have_all_calls_of_their_own_time():
+def test_traces_that_overlap_have_all_calls_of_their_own_time() -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, {"patch": "tome"}, gate="off") as plug, torch.no_grad():
         first, second = plug.trace(), plug.trace(timed=True)

@@ -125,7 +125,7 @@ def work(rank: int, folder: str) -> dict:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no distributed package")
-def test_two_ranks_answer_as_one(tmp_path):
+def test_two_ranks_answer_as_one(tmp_path) -> None:
     expected = {name: answers(*make(), recipes()) for name, (make, recipes) in CASES.items()}
     expected["late"] = {name: expected["wan, context"][name] for name in ("radial", "after")}
     for found in together(work, tmp_path):
@@ -138,7 +138,7 @@ def test_two_ranks_answer_as_one(tmp_path):
             assert torch.equal(found[case]["after"], found[case].get("dense", found[case]["after"]))
 
 
-def test_ranks_hand_over_text_and_grid_side_by_side():
+def test_ranks_hand_over_text_and_grid_side_by_side() -> None:
     layout = Layout((1, 2, 3), text_before=3)
     gathered = Gathered.of(layout, 2)
     assert gathered.token.tolist() == [0, 1, 3, 4, 5, 2, 6, 7, 8]
@@ -151,7 +151,7 @@ def test_ranks_hand_over_text_and_grid_side_by_side():
     assert Gathered.of(Layout((1, 2, 3)), 2) is None
 
 
-def test_a_share_of_the_heads():
+def test_a_share_of_the_heads() -> None:
     assert [list(Share(rank, 2).of(5)) for rank in range(2)] == [[0, 1, 2], [3, 4]]
 
 
@@ -159,7 +159,7 @@ def test_a_share_of_the_heads():
     ("name", "ring", "reason"),
     [("wan", 2, "that do not exchange"), ("hunyuan_video", 1, "not understood under context parallelism")],
 )
-def test_what_is_not_known_runs_dense_and_is_counted(monkeypatch, name, ring, reason):
+def test_what_is_not_known_runs_dense_and_is_counted(monkeypatch, name, ring, reason) -> None:
     """Ring attention reads a part of the keys at a time; how text and grid of HunyuanVideo would be split, nobody says."""
     model, given = tiny_models.build(name)
     wanted = forward(model, given)

@@ -49,7 +49,7 @@ def members_by_blocks(layout, q, k, tau, statistic, scale=0.25, band=1, block=8)
 
 @pytest.mark.parametrize("statistic", ["diag", "exact"])
 @pytest.mark.parametrize("layout", [Layout((3, 5, 7)), Layout((3, 5, 7), 0, 11), Layout((1, 11, 11), 0, 8)], ids=str)
-def test_equals_the_rule_stated_block_by_block(layout, statistic):
+def test_equals_the_rule_stated_block_by_block(layout, statistic) -> None:
     q, k = torch.randn(2, 1, 1, layout.length, 16)
     k = k + torch.randn(16)  # a mean to subtract
     k[..., layout.visual :, :] += 5  # text keys far away must not move the threshold
@@ -59,7 +59,7 @@ def test_equals_the_rule_stated_block_by_block(layout, statistic):
 
 @pytest.mark.parametrize(("tau", "share"), [(1.0, 0.1587), (1.5, 0.0668), (2.0, 0.0228)])
 @pytest.mark.parametrize("statistic", ["diag", "exact"])
-def test_reads_the_gaussian_tail(tau, share, statistic):
+def test_reads_the_gaussian_tail(tau, share, statistic) -> None:
     blocks, layout = 512, Layout((8, 16, 32))
     q, k = torch.randn(2, 1, 2, layout.length, 32)
     plan = plan_of(layout, q, k, tau=tau, statistic=statistic)
@@ -68,7 +68,7 @@ def test_reads_the_gaussian_tail(tau, share, statistic):
 
 
 @pytest.mark.parametrize("band", [0, 1, 2])
-def test_a_high_tau_reads_band_and_text_only(band):
+def test_a_high_tau_reads_band_and_text_only(band) -> None:
     layout = Layout((3, 5, 7), 4, 9)
     q, k = torch.randn(2, 1, 1, layout.length, 16)
     members = plan_of(layout, q, k, tau=1e4, band=band).members[0, 0]
@@ -77,7 +77,7 @@ def test_a_high_tau_reads_band_and_text_only(band):
     assert torch.equal(members, ((at[:, None] - at).abs() <= band) | text | text[:, None])
 
 
-def test_a_low_tau_reads_everything_and_dense_is_neutral():
+def test_a_low_tau_reads_everything_and_dense_is_neutral() -> None:
     layout = Layout((3, 5, 7), 4, 9)
     q, k = torch.randn(2, 1, 1, layout.length, 16)
     assert plan_of(layout, q, k, tau=-1e4).members.all()
@@ -86,7 +86,7 @@ def test_a_low_tau_reads_everything_and_dense_is_neutral():
     assert Sol().prepare(SITE, layout, Clock(), {}).plan is None
 
 
-def test_both_statistics_agree_where_channels_are_uncorrelated():
+def test_both_statistics_agree_where_channels_are_uncorrelated() -> None:
     keys = torch.cat([torch.eye(8), -torch.eye(8)]) * torch.arange(1, 9).repeat(2)[:, None]  # diagonal covariance, mean 0
     laid = tiles(Layout((1, 4, 4)), "raster", 1)
     blocks = blocks_of(torch.randn(1, 2, 16, 8), keys.expand(1, 2, 16, 8), laid, scale=0.3, block=1)
@@ -94,7 +94,7 @@ def test_both_statistics_agree_where_channels_are_uncorrelated():
     torch.testing.assert_close(diag, exact)
 
 
-def test_equal_keys_have_no_spread_and_no_nan():
+def test_equal_keys_have_no_spread_and_no_nan() -> None:
     layout = Layout((2, 4, 8))
     q, k = torch.randn(1, 1, 64, 16), torch.randn(16).expand(1, 1, 64, 16)
     for statistic in ("diag", "exact"):
@@ -102,7 +102,7 @@ def test_equal_keys_have_no_spread_and_no_nan():
         assert int(members.sum()) == 3 * 8 - 2  # nothing stands out: the band
 
 
-def test_masked_blocks_leave_the_statistics_alone():
+def test_masked_blocks_leave_the_statistics_alone() -> None:
     """Keys 32 to 63 are masked: the first four blocks get the threshold they get without the others."""
     layout, half = Layout((2, 4, 8)), Layout((1, 4, 8))
     q, k = torch.randn(2, 1, 2, 64, 16)
@@ -113,7 +113,7 @@ def test_masked_blocks_leave_the_statistics_alone():
     assert torch.equal(masked.members[..., :4, :4], alone.members)
 
 
-def test_batches_do_not_mix():
+def test_batches_do_not_mix() -> None:
     layout = Layout((3, 5, 7), 2, 3)
     q, k = torch.randn(2, 3, 2, layout.length, 16)
     together = plan_of(layout, q, k, tau=0.5).members
@@ -121,7 +121,7 @@ def test_batches_do_not_mix():
     assert not torch.equal(together[0], together[1])
 
 
-def test_grouped_queries_read_their_groups_keys():
+def test_grouped_queries_read_their_groups_keys() -> None:
     layout = Layout((3, 5, 7))
     q, k = torch.randn(1, 4, 105, 16), torch.randn(1, 2, 105, 16)
     grouped = plan_of(layout, q, k, tau=0.5).members
@@ -129,7 +129,7 @@ def test_grouped_queries_read_their_groups_keys():
 
 
 @pytest.mark.parametrize("visual", [8 * 13 + 1, 8 * 13 - 1])
-def test_ragged_tails_are_read_and_read_something(visual):
+def test_ragged_tails_are_read_and_read_something(visual) -> None:
     layout = Layout((1, 1, visual), 0, 1)
     q, k = torch.randn(2, 1, 1, layout.length, 16)
     members = plan_of(layout, q, k, tau=1e4, order="morton").members[0, 0]
@@ -138,7 +138,7 @@ def test_ragged_tails_are_read_and_read_something(visual):
 
 
 @pytest.mark.parametrize("grid_thw", [(8, 8, 8), (3, 5, 7), (5, 12, 9), (1, 6, 11)])
-def test_morton_is_a_permutation_that_keeps_neighbours_close(grid_thw):
+def test_morton_is_a_permutation_that_keeps_neighbours_close(grid_thw) -> None:
     order = morton(grid_thw)
     assert torch.equal(order.sort().values, torch.arange(math.prod(grid_thw)))
     _, rows, columns = grid_thw
@@ -150,7 +150,7 @@ def test_morton_is_a_permutation_that_keeps_neighbours_close(grid_thw):
     assert extent(order) <= extent(torch.arange(len(order)))
 
 
-def test_theta_is_traced_without_a_graph_break():
+def test_theta_is_traced_without_a_graph_break() -> None:
     layout, sol = Layout((3, 5, 7), 0, 4), Sol({"block": 8, "statistic": "exact"})
     laid = sol.order(layout)
     q, k = torch.randn(2, 1, 2, layout.length, 16)

@@ -58,20 +58,20 @@ def mask_of(method: Svg, layout: Layout, mode: int) -> torch.Tensor:
     return reads
 
 
-def test_the_published_width():
+def test_the_published_width() -> None:
     assert band_width(0.3, 10_000, 0) == pytest.approx(1633, abs=1)
     assert band_width(0.3, 10_000, 500) == pytest.approx(10_000 * (1 - math.sqrt(0.8)))
     assert band_width(0.3, 1000, 200) == 0
 
 
 @pytest.mark.parametrize(("density", "blocks"), [(0.3, 590), (0.25, 256), (0.1, 300)])
-def test_whole_blocks_read_the_density_asked_for(density, blocks):
+def test_whole_blocks_read_the_density_asked_for(density, blocks) -> None:
     near = band(blocks * 128, 128, 128, band_width(density, blocks * 128, 0))
     assert float(near.double().mean()) == pytest.approx(density, abs=1.5 / blocks)
 
 
 @pytest.mark.parametrize(("block", "block_k"), [(16, 8), (8, 16), (8, 8)])
-def test_every_block_reads_itself_however_narrow_the_band(block, block_k):
+def test_every_block_reads_itself_however_narrow_the_band(block, block_k) -> None:
     near = band(96, block, block_k, 0.0)
     own = (torch.arange(96) // block)[:, None] == torch.arange(96) // block
     wanted = own.unflatten(1, (-1, block_k)).any(-1).unflatten(0, (-1, block)).any(1)
@@ -80,7 +80,7 @@ def test_every_block_reads_itself_however_narrow_the_band(block, block_k):
 
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("layout", [LAYOUT, Layout((5, 3, 7)), Layout((4, 4, 4), text_after=9)])
-def test_heads_find_their_kind_and_read_its_mask(layout, sink):
+def test_heads_find_their_kind_and_read_its_mask(layout, sink) -> None:
     method, call = Svg({"density": 0.35, "sink": sink, "block": 8, "backend": "reference"}), two_kinds(layout)
     params = method.prepare(SITE, layout, Clock(), {})
     assert method.modes(call, params.masks).tolist() == [[SPATIAL, TEMPORAL]] * B
@@ -91,7 +91,7 @@ def test_heads_find_their_kind_and_read_its_mask(layout, sink):
         assert torch.equal(reads, masks[mode][params.masks.rows])
 
 
-def test_the_choice_is_the_one_with_the_smaller_error_on_the_rows_drawn():
+def test_the_choice_is_the_one_with_the_smaller_error_on_the_rows_drawn() -> None:
     method = Svg({"density": 0.4, "block": 8, "rows": 16, "backend": "reference"})
     q, k, v = (torch.randn(B, heads, LAYOUT.length, D) for heads in (4, 2, 2))
     valid = torch.ones(B, LAYOUT.length, dtype=torch.bool)
@@ -110,7 +110,7 @@ def test_the_choice_is_the_one_with_the_smaller_error_on_the_rows_drawn():
 
 
 @pytest.mark.parametrize("rest", ["drop", "pool", "rectified"])
-def test_masked_text_in_orders_by_head(rest):
+def test_masked_text_in_orders_by_head(rest) -> None:
     """Keys that may not be read change nothing, whatever stands there."""
     method, call = Svg({"density": 0.35, "block": 8, "backend": "reference", "rest": rest}), two_kinds(LAYOUT)
     valid = torch.ones(B, LAYOUT.length, dtype=torch.bool)
@@ -124,7 +124,7 @@ def test_masked_text_in_orders_by_head(rest):
     assert outs[0].abs().max() < 10
 
 
-def test_a_choice_is_kept_for_so_many_steps():
+def test_a_choice_is_kept_for_so_many_steps() -> None:
     method = Svg({"density": 0.35, "block": 8, "backend": "reference", "profile_interval": 3})
     call, state, tried = two_kinds(LAYOUT), {}, []
     for step in range(5, 12):
@@ -138,7 +138,7 @@ def test_a_choice_is_kept_for_so_many_steps():
     assert method.attend(smaller, kept).shape[0] == 1
 
 
-def test_a_kept_choice_in_compiled_code():
+def test_a_kept_choice_in_compiled_code() -> None:
     model, inputs = tiny_models.build("wan")
     settings = {"density": 0.3, "block": 8, "backend": "reference", "profile_interval": 2}
     recipe = {"rules": [{"patch": "svg", "with": settings}]}
@@ -159,7 +159,7 @@ def test_a_kept_choice_in_compiled_code():
     torch._dynamo.reset()
 
 
-def test_images_and_density_one_run_dense():
+def test_images_and_density_one_run_dense() -> None:
     assert Svg({"block": 8}).prepare(SITE, Layout((1, 8, 8)), Clock(), {}) is None
     assert Svg({"block": 8}).prepare(SITE, Layout((8, 1, 1)), Clock(), {}) is None
     assert Svg({"block": 8, "density": 1.0}).prepare(SITE, LAYOUT, Clock(), {}) is None

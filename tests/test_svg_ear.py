@@ -33,7 +33,7 @@ def error_by_keys(q_pool, k, v, lengths, block, scale, valid) -> torch.Tensor:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("chunk", [compensation.CHUNK, 1])
 @pytest.mark.parametrize("shift", [0.0, 60.0])  # logits that overflow exp in float32
-def test_the_error_is_the_formula_stated_key_by_key(masked, chunk, shift, monkeypatch):
+def test_the_error_is_the_formula_stated_key_by_key(masked, chunk, shift, monkeypatch) -> None:
     monkeypatch.setattr(compensation, "CHUNK", chunk)
     lengths = torch.tensor([8, 8, 5, 8, 3], dtype=torch.int32)
     q_pool, k, v = torch.randn(2, 4, 3, 6), torch.randn(2, 2, 40, 6), torch.randn(2, 2, 40, 4)
@@ -48,7 +48,7 @@ def test_the_error_is_the_formula_stated_key_by_key(masked, chunk, shift, monkey
     assert (error >= 0).all()
 
 
-def test_equal_keys_and_values_cost_nothing_to_pool():
+def test_equal_keys_and_values_cost_nothing_to_pool() -> None:
     key, value = torch.randn(2, 1, 2, 5, 1, 4)
     k, v = (x.expand(1, 2, 5, 8, 4).flatten(2, 3).clone() for x in (key, value))
     k[:, :, 16:24] += torch.randn(1, 2, 8, 4)
@@ -87,7 +87,7 @@ def members_by_hand(blocks, top_p, min_ratio) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("top_p", "min_ratio"), [(0.6, 0.0), (0.9, 0.1), (0.3, 0.2), (0.0, 0.25)])
-def test_attention_to_means_says_how_much_a_row_reads_and_the_error_says_what(top_p, min_ratio):
+def test_attention_to_means_says_how_much_a_row_reads_and_the_error_says_what(top_p, min_ratio) -> None:
     layout = Layout((3, 5, 7), 0, 4)
     q, k, v = 2 * torch.randn(3, 2, 2, layout.length, 8)
     patch, blocks = blocks_of(layout, q, k, v, top_p=top_p, min_ratio=min_ratio)
@@ -97,7 +97,7 @@ def test_attention_to_means_says_how_much_a_row_reads_and_the_error_says_what(to
 
 
 @pytest.mark.parametrize("min_ratio", [0.0, 0.1, 0.25, 0.5])
-def test_every_row_reads_twice_its_least_and_text(min_ratio):
+def test_every_row_reads_twice_its_least_and_text(min_ratio) -> None:
     layout = Layout((3, 5, 7), 3, 4)
     q, k, v = torch.randn(3, 1, 2, layout.length, 8)
     patch, blocks = blocks_of(layout, q, k, v, top_p=0.0, min_ratio=min_ratio)
@@ -109,7 +109,7 @@ def test_every_row_reads_twice_its_least_and_text(min_ratio):
     assert ((read == wanted) | (short & (read == min(wanted + 1, 14)))).all()
 
 
-def test_a_budget_goes_to_the_worst_pairs_of_a_head():
+def test_a_budget_goes_to_the_worst_pairs_of_a_head() -> None:
     layout = Layout((4, 8, 8))
     q, k, v = 2 * torch.randn(3, 1, 2, 256, 8)
     patch, blocks = blocks_of(layout, q, k, v, density=0.25, min_ratio=0.05)
@@ -123,7 +123,7 @@ def test_a_budget_goes_to_the_worst_pairs_of_a_head():
     assert (chosen.amin((-2, -1)) >= left.amax((-2, -1))).all()
 
 
-def test_reading_the_worst_beats_reading_the_likeliest():
+def test_reading_the_worst_beats_reading_the_likeliest() -> None:
     """Blocks of equal keys score highest here, and cost nothing to pool."""
     torch.manual_seed(1)
     layout = Layout((4, 8, 8))
@@ -144,7 +144,7 @@ def test_reading_the_worst_beats_reading_the_likeliest():
     assert (out - exact).square().mean() < 0.8 * (other - exact).square().mean()
 
 
-def test_neutral_and_batches():
+def test_neutral_and_batches() -> None:
     layout = Layout((3, 5, 7))
     assert SvgEar({"top_p": 1.0}).prepare(SITE, layout, Clock(), {}) is None
     assert SvgEar({"density": 1.0}).prepare(SITE, layout, Clock(), {}) is None

@@ -69,7 +69,7 @@ recipes:
     return folder / "mine.yaml"
 
 
-def test_a_recipe_reads_the_table_beside_it(folder):
+def test_a_recipe_reads_the_table_beside_it(folder) -> None:
     recipe = load(recipe_file(folder), FACTS)
     config = recipe.decide(site(), Layout(GRID), Clock(0, 4)).config
     table = config["rest_weight"]
@@ -90,12 +90,12 @@ def test_a_recipe_reads_the_table_beside_it(folder):
         ({"sha256": "abc"}, r"line 8.*a table \{table"),
     ],
 )
-def test_what_is_not_that_table_is_refused_with_the_line(folder, changes, says):
+def test_what_is_not_that_table_is_refused_with_the_line(folder, changes, says) -> None:
     with pytest.raises(RecipeError, match=f"(?s){says}"):
         load(recipe_file(folder, **changes), FACTS)
 
 
-def test_files_that_are_no_tables_are_refused(tmp_path, monkeypatch):
+def test_files_that_are_no_tables_are_refused(tmp_path, monkeypatch) -> None:
     path = tmp_path / "t.safetensors"
     path.write_bytes(b"nonsense" * 10)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -117,14 +117,14 @@ def test_files_that_are_no_tables_are_refused(tmp_path, monkeypatch):
         (ModelFacts(FACTS.class_names, {"num_layers": 2}), "patch_size '<none>'"),
     ],
 )
-def test_another_model_is_refused(folder, facts, says):
+def test_another_model_is_refused(folder, facts, says) -> None:
     inline = {"patch": "radial", "with": {"rest": "pool", "rest_weight": ref(folder, file=str(folder / "t.safetensors"))}}
     load(inline, FACTS)
     with pytest.raises(RecipeError, match=f"made for another model.*{says}"):
         load(inline, facts)
 
 
-def test_another_grid_and_other_layers_are_refused(folder):
+def test_another_grid_and_other_layers_are_refused(folder) -> None:
     recipe = load(recipe_file(folder), FACTS)
     with pytest.raises(RecipeError, match=r"made for 3x4x6 tokens.*this run has 3x6x4"):
         recipe.decide(site(), Layout((3, 6, 4)), Clock(0, 4))
@@ -134,7 +134,7 @@ def test_another_grid_and_other_layers_are_refused(folder):
     assert anywhere.decide(site(), Layout((1, 2, 3)), Clock()).patch == "radial"
 
 
-def test_rows_that_cannot_be_known_are_dense_with_a_reason():
+def test_rows_that_cannot_be_known_are_dense_with_a_reason() -> None:
     recipe = load(
         {"patch": "radial", "with": {"rest_weight": Table(torch.ones(4, 2, 2), ("steps", "layers", "heads"))}}, FACTS
     )
@@ -143,7 +143,7 @@ def test_rows_that_cannot_be_known_are_dense_with_a_reason():
     assert recipe.decide(site(), Layout(GRID), Clock(0, 4)).patch == "radial"
 
 
-def test_rows_by_step():
+def test_rows_by_step() -> None:
     table = Table(torch.arange(12).view(3, 2, 2), ("steps", "layers", "heads"))
     assert [table.at(site(1), Clock(step, 6)).tolist() for step in (0, 1, 2, 5)] == [[2, 3], [2, 3], [6, 7], [10, 11]]
     assert [bucket(Clock(step, 4), 4) for step in range(4)] == [0, 1, 2, 3]
@@ -151,7 +151,7 @@ def test_rows_by_step():
     assert table.rows(2, 0).tolist() == [8, 9]
 
 
-def test_tables_are_values():
+def test_tables_are_values() -> None:
     one, same, other = Table(torch.ones(2, 2)), Table(torch.ones(2, 2)), Table(torch.zeros(2, 2))
     assert one == same
     assert hash(one) == hash(same)
@@ -167,7 +167,7 @@ def test_tables_are_values():
         Table(torch.ones(2))
 
 
-def test_settings_with_a_table_are_plain_data_by_its_name():
+def test_settings_with_a_table_are_plain_data_by_its_name() -> None:
     """The gate keeps its verdicts by them."""
     table = Table(torch.ones(2, 2), key="weights")
     kept = settings(patch_class("radial")({"rest": "pool", "rest_weight": table}))

@@ -40,7 +40,7 @@ def work(rank: int, folder: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no distributed package")
-def test_two_ranks_answer_as_one(tmp_path):
+def test_two_ranks_answer_as_one(tmp_path) -> None:
     model, given = build("llava"), inputs("llava")
     expected = [forward(model, given)]
     for recipe in RECIPES:

@@ -48,7 +48,7 @@ def attend(config: dict, layout: Layout, call: AttentionCall) -> torch.Tensor:
 
 @pytest.mark.parametrize("cell", [(1, 2, 2), (2, 2, 3)])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_each_whole_cell_has_one_destination_and_all_else_are_sources(grid, cell):
+def test_each_whole_cell_has_one_destination_and_all_else_are_sources(grid, cell) -> None:
     drawn = partition(grid, cell, (2, 4, 4), seed=3)
     sources, destinations = drawn.source[drawn.is_source], drawn.destination[drawn.is_destination]
     assert torch.cat([sources, destinations]).sort().values.tolist() == list(range(drawn.tokens))
@@ -63,7 +63,7 @@ def test_each_whole_cell_has_one_destination_and_all_else_are_sources(grid, cell
     assert counts == dict.fromkeys(product(*(range(n // c) for n, c in zip(grid, cell, strict=True))), 1)
 
 
-def test_destinations_come_from_the_seed_alone():
+def test_destinations_come_from_the_seed_alone() -> None:
     state = torch.get_rng_state()
     one, other = (partition((1, 16, 16), seed=seed) for seed in (1, 2))
     partition.cache_clear()
@@ -77,7 +77,7 @@ def test_destinations_come_from_the_seed_alone():
 
 
 @pytest.mark.parametrize("grid", GRIDS[:3])
-def test_match_and_merge_against_loops(grid):
+def test_match_and_merge_against_loops(grid) -> None:
     drawn = partition(grid, (1, 2, 2), (2, 4, 4), seed=5)
     metric, x = noise(2, drawn.tokens, 6), noise(2, 3, drawn.tokens, 4, seed=1)
     merged = drawn.sources // 2
@@ -101,7 +101,7 @@ def test_match_and_merge_against_loops(grid):
 
 @pytest.mark.parametrize(("rows", "columns"), [(8, 12), (7, 9)])
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
-def test_tomesd_merges_and_unmerges_alike(rows, columns, ratio):
+def test_tomesd_merges_and_unmerges_alike(rows, columns, ratio) -> None:
     """Its search is not local, so one tile holds the grid; its draw is its own, so both take the first token of a cell."""
     metric, x = noise(2, rows * columns, 32), noise(2, rows * columns, 8, seed=1)
     drawn = partition((1, rows, columns), tile_thw=(1, rows, columns), seed=None)
@@ -113,7 +113,7 @@ def test_tomesd_merges_and_unmerges_alike(rows, columns, ratio):
     assert fewer(x).shape == ours[:, 0].shape
 
 
-def test_equal_tokens_survive_merging_and_sizes_add_up():
+def test_equal_tokens_survive_merging_and_sizes_add_up() -> None:
     drawn = partition((2, 5, 7), seed=0)
     for merged in (0, 1, drawn.sources):
         slot = match(noise(2, drawn.tokens, 8), drawn, merged)
@@ -124,7 +124,7 @@ def test_equal_tokens_survive_merging_and_sizes_add_up():
         assert (sizes(slot, slots) >= 1).all()
 
 
-def test_protected_tokens_and_zero_vectors():
+def test_protected_tokens_and_zero_vectors() -> None:
     protected = frozenset(range(0, 60, 3))
     drawn = partition((1, 6, 10), seed=4, protected=protected)
     slot = match(torch.zeros(1, 60, 8), drawn, drawn.sources)
@@ -133,7 +133,7 @@ def test_protected_tokens_and_zero_vectors():
     assert not protected & set(drawn.source[drawn.is_source].tolist())
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_shapes_that_do_not_fit_are_refused() -> None:
     drawn = partition((1, 4, 4))
     with pytest.raises(ShapeError, match="merges at most 12"):
         match(noise(1, 16, 4), drawn, 13)
@@ -146,7 +146,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("mode", ["kv", "qkv"])
 @pytest.mark.parametrize("text", [(0, 0), (5, 0), (0, 5), (2, 3)])
-def test_tokens_equal_within_cells_give_dense(mode, text):
+def test_tokens_equal_within_cells_give_dense(mode, text) -> None:
     """Then merging loses nothing, and counting each key as often as it has tokens is exact."""
     layout = Layout((1, 6, 8), *text)
     call = call_on(layout, batch=2)
@@ -160,7 +160,7 @@ def test_tokens_equal_within_cells_give_dense(mode, text):
 
 
 @pytest.mark.parametrize("proportional", [True, False])
-def test_against_attention_with_bias_and_mask(proportional):
+def test_against_attention_with_bias_and_mask(proportional) -> None:
     layout = Layout((1, 6, 8), 4, 3)
     valid = torch.ones(2, layout.length, dtype=torch.bool)
     valid[1, [1, 20, 21, 53]] = False
@@ -183,7 +183,7 @@ def test_against_attention_with_bias_and_mask(proportional):
         torch.testing.assert_close(out[..., rows, :], exact[..., rows, :])
 
 
-def test_half_precision_does_not_round_the_count():
+def test_half_precision_does_not_round_the_count() -> None:
     layout = Layout((1, 16, 16))
     q, k, v = (noise(1, 2, 256, 64, seed=i) for i in range(3))
     k[:] = 0.0  # every score is its count alone
@@ -193,7 +193,7 @@ def test_half_precision_does_not_round_the_count():
     torch.testing.assert_close(half.float(), exact, rtol=0, atol=2e-4)
 
 
-def test_cost_is_what_is_merged():
+def test_cost_is_what_is_merged() -> None:
     layout = Layout((1, 8, 8), 16)
     call = call_on(layout)
     for mode, pairs in (("kv", 64 * 48 + 16 * 80), ("qkv", 32 * 48 + 16 * 80)):
@@ -225,7 +225,7 @@ def recipe(**config) -> dict:
     return {"patch": "tome", "with": config}
 
 
-def test_layers_and_steps_share_a_match(made):
+def test_layers_and_steps_share_a_match(made) -> None:
     model, inputs = tiny_models.build("wan")  # 3 layers
     with accelplug.apply(model, recipe(interval=2, reuse_layers=2), gate="off") as plug:
         for step, matches in enumerate([2, 2, 4, 4]):
@@ -237,7 +237,7 @@ def test_layers_and_steps_share_a_match(made):
         assert len(made) == 6
 
 
-def test_an_unknown_step_never_sees_an_older_forward(made):
+def test_an_unknown_step_never_sees_an_older_forward(made) -> None:
     model, inputs = tiny_models.build("wan")
     other = {key: value.flip(-1) if value.is_floating_point() else value for key, value in inputs.items()}
     with accelplug.apply(model, recipe(interval=5, reuse_layers=3), gate="off"):
@@ -248,7 +248,7 @@ def test_an_unknown_step_never_sees_an_older_forward(made):
         assert torch.equal(run(model, other), second)
 
 
-def test_branches_have_matches_of_their_own_and_the_same_destinations(made):
+def test_branches_have_matches_of_their_own_and_the_same_destinations(made) -> None:
     """Two calls with named branches are what one call with both halves is."""
     model, inputs = tiny_models.build("wan")
     both, halves = tiny_models.batch_of_two("wan", inputs)
@@ -267,7 +267,7 @@ def test_branches_have_matches_of_their_own_and_the_same_destinations(made):
             torch.testing.assert_close(together, torch.cat(apart[2 * step : 2 * step + 2]), rtol=1e-4, atol=1e-5)
 
 
-def test_a_layer_whose_leader_was_skipped_matches_itself(made):
+def test_a_layer_whose_leader_was_skipped_matches_itself(made) -> None:
     """As under a cache that skips blocks."""
     layout, state = Layout((1, 6, 8)), {}
     patch = Tome({"interval": 2, "reuse_layers": 4})
@@ -283,7 +283,7 @@ def test_a_layer_whose_leader_was_skipped_matches_itself(made):
     assert len(made) == 3, "a batch of another size needs its own"
 
 
-def test_a_reset_forgets_matches(made):
+def test_a_reset_forgets_matches(made) -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, recipe(interval=4), gate="off") as plug:
         plug.step(1, 4)
@@ -296,7 +296,7 @@ def test_a_reset_forgets_matches(made):
 
 
 @pytest.mark.parametrize("kind", ["regional", "whole"])
-def test_a_shared_match_crosses_compiled_graphs(kind):
+def test_a_shared_match_crosses_compiled_graphs(kind) -> None:
     model, inputs = tiny_models.build("wan")
     rule = recipe(interval=2, reuse_layers=2, mode="qkv")
     eager = []
@@ -341,7 +341,7 @@ SDXL = {
 @pytest.mark.parametrize(
     ("config", "name", "channels", "touched"), [(SD15, "stable-diffusion-1.5", 320, 5), (SDXL, "sdxl", 640, 10)]
 )
-def test_unets_are_merged_at_their_finest_attention_alone(config, name, channels, touched):
+def test_unets_are_merged_at_their_finest_attention_alone(config, name, channels, touched) -> None:
     """As the release's max_downsample asks for, whatever the size of the image."""
     with torch.device("meta"):
         model = diffusers.UNet2DConditionModel(**config)
@@ -355,7 +355,7 @@ def test_unets_are_merged_at_their_finest_attention_alone(config, name, channels
 
 
 @pytest.mark.parametrize("recipe", ["tome", "proxy"])
-def test_flux_is_merged_from_2048_on(recipe):
+def test_flux_is_merged_from_2048_on(recipe) -> None:
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel(guidance_embeds=True)
     with accelplug.apply(model, recipe) as plug:

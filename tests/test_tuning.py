@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from types import SimpleNamespace
+from typing import Never
 
 import numpy as np
 import peft
@@ -50,14 +51,14 @@ def pipeline():
 
 
 @pytest.fixture
-def told_times(monkeypatch):
+def told_times(monkeypatch) -> None:
     tell_times(monkeypatch)
 
 
-def tell_times(monkeypatch):
+def tell_times(monkeypatch) -> None:
     """Dense runs take 10 s; a patched run as many seconds less as its arm is bold; a cached one 8 s."""
 
-    def timed(self, variant, prompt, seed):
+    def timed(self, variant, prompt, seed) -> None:
         real(self, variant, prompt, seed)
         sample = self.rows[variant.name].samples[-1]
         sample.denoise_ms = sample.latency_ms = 10_000.0
@@ -84,7 +85,7 @@ def run(pipe, inputs, budget, **more):
     return accelplug.tune(pipe, inputs, budget, **more)
 
 
-def test_the_fastest_that_holds_is_proven_on_another_seed(told_times):
+def test_the_fastest_that_holds_is_proven_on_another_seed(told_times) -> None:
     pipe, inputs = pipeline()
     with torch.no_grad():
         pipe(**inputs)  # a pipeline of diffusers leaves a registry behind at its first run
@@ -104,7 +105,7 @@ def test_the_fastest_that_holds_is_proven_on_another_seed(told_times):
         assert plug.report().served["sol"] > 0
 
 
-def test_nothing_holds_an_impossible_budget_and_dense_says_why(told_times):
+def test_nothing_holds_an_impossible_budget_and_dense_says_why(told_times) -> None:
     pipe, inputs = pipeline()
     found = run(pipe, inputs, [Bound("never", 1.0, score=lambda dense, candidate: 0.0)])
     assert found.proven is None
@@ -113,7 +114,7 @@ def test_nothing_holds_an_impossible_budget_and_dense_says_why(told_times):
     assert all(point.margin == -1.0 for point in found.points)
 
 
-def test_what_fails_on_unseen_seeds_is_overturned_and_the_next_one_tried(told_times):
+def test_what_fails_on_unseen_seeds_is_overturned_and_the_next_one_tried(told_times) -> None:
     pipe, inputs = pipeline()
     scored: list[str] = []
 
@@ -132,13 +133,13 @@ def test_what_fails_on_unseen_seeds_is_overturned_and_the_next_one_tried(told_ti
     assert "unseen" in found.why
 
 
-def test_measurements_are_kept_and_taken_up_again(told_times, tmp_path, monkeypatch):
+def test_measurements_are_kept_and_taken_up_again(told_times, tmp_path, monkeypatch) -> None:
     pipe, inputs = pipeline()
     first = run(pipe, inputs, "psnr>=1", resume=tmp_path / "journal")
     lines = (tmp_path / "journal").read_text().splitlines()
     assert any("probe sol" in line for line in lines)
 
-    def never(*_):
+    def never(*_) -> Never:
         raise AssertionError("a probe was measured again")
 
     monkeypatch.setattr(Trajectory, "probe", never)
@@ -148,7 +149,7 @@ def test_measurements_are_kept_and_taken_up_again(told_times, tmp_path, monkeypa
         run(pipe, {**inputs, "height": 64}, "psnr>=1", resume=tmp_path / "journal")
 
 
-def test_a_line_that_an_interrupt_left_half_written_is_measured_again(tmp_path):
+def test_a_line_that_an_interrupt_left_half_written_is_measured_again(tmp_path) -> None:
     path = tmp_path / "journal"
     for half in ("", '{"finger'):
         path.write_text(half)
@@ -163,7 +164,7 @@ def test_a_line_that_an_interrupt_left_half_written_is_measured_again(tmp_path):
         Journal(path, "of this")
 
 
-def test_adapters_are_part_of_what_was_measured():
+def test_adapters_are_part_of_what_was_measured() -> None:
     pipe, inputs = pipeline()
     seen = [fingerprint(pipe, [inputs], [0, 1])]
     lora = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"], init_lora_weights=False)
@@ -189,7 +190,7 @@ def test_adapters_are_part_of_what_was_measured():
         ("prove", 1, False, "kept psnr>=1 at 2.00x in 1 runs of the search"),
     ],
 )
-def test_an_interrupt_in_any_phase_keeps_the_best_so_far(told_times, monkeypatch, where, at, proven, says):
+def test_an_interrupt_in_any_phase_keeps_the_best_so_far(told_times, monkeypatch, where, at, proven, says) -> None:
     pipe, inputs = pipeline()
     owner = Prober if where == "arm" else search.Search
     real, asked = getattr(owner, where), []
@@ -222,7 +223,7 @@ def offline(seeds, budget="psnr>=26"):
     found.candidates = [candidate for arm in ARMS for candidate in variants(arm, [], 10)]
     runs = []
 
-    def told(candidate, pairs):
+    def told(candidate, pairs) -> None:
         runs.append((str(candidate), len(pairs)))
         point = found.points.setdefault(candidate, search.Point(str(candidate), {}, 0, 0.0, {}, 0.0))
         psnr = 38 - 5 * strength[candidate.arm] + candidate.dense_steps / 10
@@ -234,7 +235,7 @@ def offline(seeds, budget="psnr>=26"):
     return found, runs
 
 
-def test_equal_measurements_lead_to_equal_proposals_in_equal_order():
+def test_equal_measurements_lead_to_equal_proposals_in_equal_order() -> None:
     (first, runs), (second, again) = offline(2), offline(2)
     first.explore()
     second.explore()
@@ -242,12 +243,12 @@ def test_equal_measurements_lead_to_equal_proposals_in_equal_order():
     assert len(set(runs)) > 4
 
 
-def test_a_dense_run_that_was_held_up_flatters_nobody(monkeypatch):
+def test_a_dense_run_that_was_held_up_flatters_nobody(monkeypatch) -> None:
     """The first dense run takes 2.3 times as long as any later one; a candidate that takes as long as dense gains nothing."""
     times, clip = {DENSE: iter([2300.0, 1000.0, 1000.0]), "idle": iter([1000.0])}, np.zeros((1, 2, 2, 3), np.uint8)
     rows = {DENSE: Row(DENSE, "dense")}
 
-    def run(variant, prompt, seed):
+    def run(variant, prompt, seed) -> None:
         ms = next(times[variant.name])
         rows[variant.name].samples.append(Sample(prompt, seed, ms, 0.9 * ms, psnr_db=40.0))
         study.dense_runs[prompt, seed] = study.clips[variant.name, prompt, seed] = clip
@@ -266,7 +267,7 @@ def test_a_dense_run_that_was_held_up_flatters_nobody(monkeypatch):
     assert found.forecast.dense_ms == 1000.0
 
 
-def test_patches_are_tried_beside_a_cache_that_is_faster_than_all_of_them():
+def test_patches_are_tried_beside_a_cache_that_is_faster_than_all_of_them() -> None:
     found, _ = offline(1)
     cache = Cache("first_block", (("threshold", 0.1),))
     found.points[Candidate(None, cache=cache)] = search.Point("cache", {}, 1, 4.0, {"psnr": 40.0}, 14.0)
@@ -276,13 +277,13 @@ def test_patches_are_tried_beside_a_cache_that_is_faster_than_all_of_them():
     assert (beside.cache, beside.arm is None) == (cache, False)
 
 
-def test_the_search_goes_on_where_no_finalist_is_proven(monkeypatch):
+def test_the_search_goes_on_where_no_finalist_is_proven(monkeypatch) -> None:
     """What is fastest holds on the seed of the search only; what is slower holds everywhere."""
     monkeypatch.setattr(search, "FINALISTS", 1)
     found, _ = offline(1)
     told = found._run
 
-    def unseen_is_harder(candidate, pairs):
+    def unseen_is_harder(candidate, pairs) -> None:
         told(candidate, pairs)
         if pairs == found.unseen and found.points[candidate].speedup > 1.35:
             found.points[candidate].margin = -1.0
@@ -295,7 +296,7 @@ def test_the_search_goes_on_where_no_finalist_is_proven(monkeypatch):
     assert "overturned" in verdicts[: verdicts.index("proven")]
 
 
-def test_what_an_overturned_finalist_lost_the_next_must_have_to_lose():
+def test_what_an_overturned_finalist_lost_the_next_must_have_to_lose() -> None:
     found, _ = offline(1)
     for number, margin in enumerate(
         (1.0, 2.0, 9.0)
@@ -303,7 +304,7 @@ def test_what_an_overturned_finalist_lost_the_next_must_have_to_lose():
         point = search.Point(str(number), {}, 1, 3.0 - number / 10, {"psnr": 26 + margin}, margin)
         found.points[found.candidates[number]] = point
 
-    def told(candidate, pairs):
+    def told(candidate, pairs) -> None:
         found.points[candidate].margin -= 4.0
 
     found._run = told
@@ -311,7 +312,7 @@ def test_what_an_overturned_finalist_lost_the_next_must_have_to_lose():
     assert [point.verdict for point in found.points.values()] == ["overturned", "tried", "proven"]
 
 
-def test_survivors_are_halved_while_the_seeds_they_see_double():
+def test_survivors_are_halved_while_the_seeds_they_see_double() -> None:
     found, runs = offline(8)
     fastest = sorted((c for c in found.candidates if c.arm.patch == "a"), key=lambda c: found.forecast.latency_ms(c))
     held = [
@@ -325,7 +326,7 @@ def test_survivors_are_halved_while_the_seeds_they_see_double():
     assert runs[-2][0] == str(held[0]), "the fastest has seen all eight pairs"
 
 
-def test_few_steps_leave_little_and_say_how_much():
+def test_few_steps_leave_little_and_say_how_much() -> None:
     forecast = Forecast(Trajectory([], [0.25] * 4, [], 2, attention=0.6), parse("psnr>=26"), 900.0, 100.0)
     assert forecast.ceiling(1) == pytest.approx(1 / (1 - 0.9 * 0.6 * 0.75))
     assert "4 steps, one of them dense, attention being 60% of a step and denoising 90% of a run" in limit(forecast)
@@ -334,7 +335,7 @@ def test_few_steps_leave_little_and_say_how_much():
     assert "is not known" in limit(forecast)
 
 
-def test_8_bits_are_kept_where_they_are_faster(monkeypatch):
+def test_8_bits_are_kept_where_they_are_faster(monkeypatch) -> None:
     assert "a CPU gains nothing" in no_8_bits(torch.device("cpu"))
     arm, found = Arm("sol", (("tau", 1.0),)), Forecast(Trajectory([], [], [], 2), (), 900.0, 100.0)
     ratios = {str(arm): 0.6, f"{arm} precision=int8": 0.5, f"{arm} precision=fp8": 0.6}
@@ -346,7 +347,7 @@ def test_8_bits_are_kept_where_they_are_faster(monkeypatch):
     assert not in_8_bits(Arm("tome", (("ratio", 0.5),))), "nothing is read in blocks"
 
 
-def test_weights_of_pooled_blocks_are_calibrated_where_they_could_help(told_times, monkeypatch, tmp_path):
+def test_weights_of_pooled_blocks_are_calibrated_where_they_could_help(told_times, monkeypatch, tmp_path) -> None:
     """The arm keeps the budget with calibrated weights alone. Random models are best off with weights of 1: others are told."""
     pipe, inputs = pipeline()
     calibrated = RestWeights.tables
@@ -375,7 +376,7 @@ def test_weights_of_pooled_blocks_are_calibrated_where_they_could_help(told_time
     assert torch.equal(torch.tensor(kept), weights[0])
 
 
-def test_caches_are_set_for_the_model_or_said_not_to_fit():
+def test_caches_are_set_for_the_model_or_said_not_to_fit() -> None:
     pipe, inputs = pipeline()
     inputs |= {"num_inference_steps": 9}
     study, parts = Study(pipe, [inputs], [0], None, None), {"transformer": pipe.transformer}
@@ -425,7 +426,7 @@ def measured_ratios(pipe, study):
     return [1.0, *means[:-1], 0.0]
 
 
-def test_a_compiled_pipeline_warms_each_candidate_up_once(told_times, monkeypatch):
+def test_a_compiled_pipeline_warms_each_candidate_up_once(told_times, monkeypatch) -> None:
     pipe, inputs = pipeline()
     pipe.transformer.compile_repeated_blocks(backend="eager")
     warmed = []
@@ -443,7 +444,7 @@ def test_a_compiled_pipeline_warms_each_candidate_up_once(told_times, monkeypatc
     assert torch._dynamo.config.recompile_limit == limit
 
 
-def test_the_recipe_file_is_read_back_with_its_measurement(told_times, tmp_path):
+def test_the_recipe_file_is_read_back_with_its_measurement(told_times, tmp_path) -> None:
     pipe, inputs = pipeline()
     pipe.transformer.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"]), adapter_name="style")
     found = run(pipe, inputs, "psnr>=1")
@@ -458,14 +459,14 @@ def test_the_recipe_file_is_read_back_with_its_measurement(told_times, tmp_path)
     assert 0 < found.proven.foretold["density"] < 1
 
 
-def test_too_little_time_says_how_much_is_needed(told_times):
+def test_too_little_time_says_how_much_is_needed(told_times) -> None:
     pipe, inputs = pipeline()
     found = run(pipe, inputs, "psnr>=1", time_budget_s=0.0)
     assert "before a patch could be probed" in found.why
     assert "at least 300" in found.why
 
 
-def test_unusable_requests_say_what_to_do():
+def test_unusable_requests_say_what_to_do() -> None:
     pipe, inputs = pipeline()
     with pytest.raises(AccelplugError, match="at least two seeds"):
         accelplug.tune(pipe, inputs, seeds=1)
@@ -479,7 +480,7 @@ def test_unusable_requests_say_what_to_do():
             parse(budget)
 
 
-def test_margins_are_distances_to_the_good_side():
+def test_margins_are_distances_to_the_good_side() -> None:
     (low,) = parse("psnr>=26")
     (high,) = parse("latent_distance<=.5")
     assert low.margin(28.0) == 2.0
@@ -488,7 +489,7 @@ def test_margins_are_distances_to_the_good_side():
     assert [str(bound) for bound in parse("psnr >= 26, ssim>=.9")] == ["psnr>=26", "ssim>=0.9"]
 
 
-def test_arms_leave_out_what_reads_everything():
+def test_arms_leave_out_what_reads_everything() -> None:
     names = {str(arm) for arm in arms(Layout((2, 6, 10)))}
     assert not any(name.startswith("radial") for name in names), "two frames read each other whole"
     assert any(name.startswith("sol") for name in names)
@@ -498,7 +499,7 @@ def test_arms_leave_out_what_reads_everything():
         arms(Layout((2, 6, 10)), ["vhr"])
 
 
-def test_candidates_are_recipes():
+def test_candidates_are_recipes() -> None:
     arm = Arm("sol", (("tau", 1.0),))
     made = list(variants(arm, [3, 0, 2, 1], 20))
     assert {c.dense_steps for c in variants(arm, [], 4)} == {0, 25, 40}, "10 % of four steps is none"
@@ -516,7 +517,7 @@ def test_candidates_are_recipes():
     assert len(set(made)) == len(made) == 12
 
 
-def test_a_forecast_learns_the_line_that_full_runs_draw():
+def test_a_forecast_learns_the_line_that_full_runs_draw() -> None:
     """Values made by psnr = 40 - 20 log10(1000 spoil): four runs, one with dense steps, are enough to foretell others."""
     arms_ = [Arm("sol", (("tau", float(tau)),)) for tau in range(4)]
     trajectory = Trajectory([], [0.1] * 10, [], 4)
@@ -538,7 +539,7 @@ def test_a_forecast_learns_the_line_that_full_runs_draw():
     assert forecast.latency_ms(Candidate(arms_[0], dense_layers=(0,))) == pytest.approx(725.0)
 
 
-def test_a_metric_that_is_better_low_falls_out_of_the_budget_as_errors_grow():
+def test_a_metric_that_is_better_low_falls_out_of_the_budget_as_errors_grow() -> None:
     forecast = Forecast(Trajectory([], [0.1] * 10, [], 4), parse("latent_distance<=.4"), 900.0, 100.0)
     arms_ = [Arm("sol", (("tau", float(tau)),)) for tau in range(5)]
     forecast.probes = {arm: Probe({0: 10.0 ** (tau - 4)}, 0.5) for tau, arm in enumerate(arms_)}
@@ -551,7 +552,7 @@ def test_a_metric_that_is_better_low_falls_out_of_the_budget_as_errors_grow():
     ("psnr", "seconds", "outcome"),
     [(30.0, 5.0, "confirmed"), (28.5, 5.0, "drifted"), (30.0, 7.0, "drifted"), (26.0, 5.0, "broken")],
 )
-def test_verify_judges_against_the_record(monkeypatch, psnr, seconds, outcome):
+def test_verify_judges_against_the_record(monkeypatch, psnr, seconds, outcome) -> None:
     monkeypatch.setattr(verification, "device_name", lambda: "here")
     spread = {"p20": 5e3, "p50": 5e3, "p80": 5e3}
     dense = {"p20": 1e4, "p50": 1e4, "p80": 1e4}
@@ -574,12 +575,12 @@ def test_verify_judges_against_the_record(monkeypatch, psnr, seconds, outcome):
     assert verification.judge(row, Comparison("", [], [0], {}, "", {}, rows))[0] == outcome
 
 
-def test_one_gain_is_told_everywhere(told_times, monkeypatch, tmp_path):
+def test_one_gain_is_told_everywhere(told_times, monkeypatch, tmp_path) -> None:
     """Dense runs that something holds up now and then: headline, point, row, page and verify say the same."""
     pipe, inputs = pipeline()
     timed, slow = Study.time, itertools.cycle([2.3, 1.0, 1.1, 1.7])
 
-    def held_up(self, variant, prompt, seed):
+    def held_up(self, variant, prompt, seed) -> None:
         timed(self, variant, prompt, seed)
         if variant.name == DENSE:
             self.rows[DENSE].samples[-1].latency_ms *= next(slow)
@@ -601,7 +602,7 @@ def test_one_gain_is_told_everywhere(told_times, monkeypatch, tmp_path):
     assert f"{gain:.2f}x" in load(path, model_facts(pipe)).describe()
 
 
-def test_where_a_prompt_was_held_out_all_is_told_of_it(told_times, tmp_path):
+def test_where_a_prompt_was_held_out_all_is_told_of_it(told_times, tmp_path) -> None:
     """The search ran the first prompt; what the row says, `verify` runs: the second prompt, at the seeds of the proof."""
     pipe, inputs = pipeline()
     found = run(pipe, [inputs, {**inputs, "guidance_scale": 1.0}], "psnr>=1", seeds=4)
@@ -614,12 +615,12 @@ def test_where_a_prompt_was_held_out_all_is_told_of_it(told_times, tmp_path):
     assert row.gain == point.speedup
 
 
-def test_a_cache_that_skips_nothing_is_not_on_the_front(told_times, monkeypatch):
+def test_a_cache_that_skips_nothing_is_not_on_the_front(told_times, monkeypatch) -> None:
     """It takes half the time, says the clock; its clips are dense's."""
     pipe, inputs = pipeline()
     timed = Study.time
 
-    def noisy(self, variant, prompt, seed):
+    def noisy(self, variant, prompt, seed) -> None:
         timed(self, variant, prompt, seed)
         if variant.kind == "cache":
             self.rows[variant.name].samples[-1].latency_ms = 5_000.0
@@ -636,7 +637,7 @@ def test_a_cache_that_skips_nothing_is_not_on_the_front(told_times, monkeypatch)
     assert any("Dense to the last bit" in note and point.name in note for note in found.notes)
 
 
-def test_verify_runs_the_rows_of_a_file(told_times, tmp_path):
+def test_verify_runs_the_rows_of_a_file(told_times, tmp_path) -> None:
     pipe, inputs = pipeline()
     found = run(pipe, inputs, "psnr>=1")
     path = found.to_yaml(tmp_path / "mine.yaml", model_facts(pipe))

@@ -50,7 +50,7 @@ def weights(model) -> tuple:
         (23, 2, [(23, 1), (12, 2)]),
     ],
 )
-def test_half_of_the_candidates_go_on_to_twice_the_pages(candidates, pages, left):
+def test_half_of_the_candidates_go_on_to_twice_the_pages(candidates, pages, left) -> None:
     assert rungs(candidates, pages) == left
 
 
@@ -59,7 +59,7 @@ class Scripted:
 
     says, likelihoods, processor = True, False, None
 
-    def __init__(self, script, seen=()):
+    def __init__(self, script, seen=()) -> None:
         self.script, self.seen, self.on = script, set(seen), "stock"
         self.model = torch.nn.Linear(1, 1)
         self.model.device = torch.device("cpu")
@@ -101,7 +101,7 @@ def held(script, monkeypatch, budget=(), seconds=1e9):
     return found
 
 
-def test_the_fastest_of_those_that_do_equally_well_is_proven(monkeypatch):
+def test_the_fastest_of_those_that_do_equally_well_is_proven(monkeypatch) -> None:
     script = {"slow": (0.92, 0.92, 3.0), "fast": (0.91, 0.91, 1.5), "bad": (0.5, 0.5, 1.0), "same": (0.7, 0.7, 1.0)}
     found = held(script, monkeypatch)
     assert found.winner.name == "fast"
@@ -117,14 +117,14 @@ def test_the_fastest_of_those_that_do_equally_well_is_proven(monkeypatch):
     assert found.interval(found.winner)[0] == found.standing(found.winner, found.proof).gain
 
 
-def test_luck_in_the_search_is_overturned_on_pictures_held_out(monkeypatch):
+def test_luck_in_the_search_is_overturned_on_pictures_held_out(monkeypatch) -> None:
     found = held({"lucky": (0.9, 0.71, 1.0)}, monkeypatch)
     assert [aim.name for aim in found.finalists] == ["lucky"]
     assert found.winner is None
     assert found.holm["lucky"] > 0.05
 
 
-def test_few_questions_are_put_to_most(monkeypatch):
+def test_few_questions_are_put_to_most(monkeypatch) -> None:
     found = held({f"c{i}": (0.5 + 0.02 * i, 0.5 + 0.02 * i, 1.0) for i in range(16)}, monkeypatch)
     pages = {name: len([page for page in sheets if page < found.first_held]) for name, sheets in found.sheets.items()}
     assert sorted(pages.values()) == [1] * 7 + [2] * 4 + [5] + [10] * 5
@@ -152,7 +152,7 @@ def tokenizer(words):
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
 
 
-def test_likelihoods_are_those_of_a_plain_forward():
+def test_likelihoods_are_those_of_a_plain_forward() -> None:
     model, words = build("llama"), tokenizer(["what", "is", "a", "dog", "it", "barks", "at", "cats"])
     model.generation_config.repetition_penalty = 1.5
     model.generation_config.eos_token_id = [2, words("it").input_ids[0]]  # what begins an answer may end another
@@ -168,7 +168,7 @@ def test_likelihoods_are_those_of_a_plain_forward():
     assert figures(asked, replies)["nll"] == pytest.approx(sum(r.nll for r in replies) / 3)
 
 
-def test_a_tokenizer_that_pads_on_the_right_makes_no_difference(bundled, monkeypatch):
+def test_a_tokenizer_that_pads_on_the_right_makes_no_difference(bundled, monkeypatch) -> None:
     model, processor = bundled
     monkeypatch.setattr(processor.tokenizer, "padding_side", "right")
     picture = Image.new("RGB", (96, 96), (200, 30, 30))
@@ -181,7 +181,7 @@ def test_a_tokenizer_that_pads_on_the_right_makes_no_difference(bundled, monkeyp
         assert reply.said == alone.said
 
 
-def test_answers_are_read_as_meant():
+def test_answers_are_read_as_meant() -> None:
     assert is_right(Item(0, "?", "Yes."), "yes, there is")
     assert not is_right(Item(0, "?", "no"), "yes")
     assert is_right(Item(0, "?", "a red square"), "A red square, at the top")
@@ -193,14 +193,14 @@ def test_answers_are_read_as_meant():
     assert [item.answer for item in items([{"text": "?", "answer": x} for x in (True, False, 2)])] == ["yes", "no", "2"]
 
 
-def test_a_question_that_is_asked_twice_counts_once():
+def test_a_question_that_is_asked_twice_counts_once() -> None:
     asked = items(Exam.scenes(6))
     assert len(asked) == len({(item.group, item.text) for item in asked}) < len(Exam.scenes(6).questions)
     twice = [{"text": "?", "answer": "yes"}, {"text": "?", "answer": "yes"}, {"text": "?", "answer": "no"}]
     assert [item.answer for item in items(twice)] == ["yes", "no"]
 
 
-def test_text_alone_has_nothing_to_gain():
+def test_text_alone_has_nothing_to_gain() -> None:
     found = accelplug.tune(
         build("llama"),
         [{"text": "what is a dog", "answer": "it barks"}, {"text": "what", "answer": "cats"}],
@@ -212,7 +212,7 @@ def test_text_alone_has_nothing_to_gain():
     assert [rule.patch for rule in found.rules] == ["dense"]
 
 
-def test_unusable_requests_say_what_to_do(bundled, tmp_path):
+def test_unusable_requests_say_what_to_do(bundled, tmp_path) -> None:
     model, processor = bundled
     picture = Image.new("RGB", (96, 96))
     plain = [{"text": "What?", "answer": "a tree", "image": picture}, {"text": "What?", "answer": "a cup", "image": "b.png"}]
@@ -256,7 +256,7 @@ def described(bundled):
 LOUD = {"patch": "visual_bias", "with": {"image_weight": 50.0}}
 
 
-def test_a_patch_that_helps_is_proven_written_and_verified(bundled, described, tmp_path, monkeypatch):
+def test_a_patch_that_helps_is_proven_written_and_verified(bundled, described, tmp_path, monkeypatch) -> None:
     model, processor = bundled
     monkeypatch.setattr(aims, "LADDERS", {"visual_bias": [((0.0, 1.0), LOUD["with"])]})
     before = weights(model)
@@ -286,7 +286,7 @@ def test_a_patch_that_helps_is_proven_written_and_verified(bundled, described, t
     assert again.why == found.why
 
 
-def test_no_patch_helps_the_bundled_model_on_a_few_scenes(bundled, tmp_path, monkeypatch):
+def test_no_patch_helps_the_bundled_model_on_a_few_scenes(bundled, tmp_path, monkeypatch) -> None:
     model, processor = bundled
     monkeypatch.setattr(aims, "LADDERS", {"pai": [((0.0, 0.5), {"alpha": 0.5})]})
     found = accelplug.tune(model, Exam.scenes(4), "speed>=0.01", processor=processor, patches=["pai"], progress=False)
@@ -298,14 +298,14 @@ def test_no_patch_helps_the_bundled_model_on_a_few_scenes(bundled, tmp_path, mon
     assert "Stay stock" in str(found)
 
 
-def test_an_interrupt_keeps_what_is_known(bundled, described, monkeypatch):
+def test_an_interrupt_keeps_what_is_known(bundled, described, monkeypatch) -> None:
     model, processor = bundled
     monkeypatch.setattr(
         aims, "LADDERS", {"visual_bias": [((0.0, 1.0), LOUD["with"])], "pai": [((0.0, 1.0), {"alpha": 0.2})]}
     )
     real = Contest._answer
 
-    def interrupted(self, aim, page):
+    def interrupted(self, aim, page) -> None:
         if aim.name.startswith("pai"):
             raise KeyboardInterrupt
         real(self, aim, page)
@@ -321,7 +321,7 @@ def test_an_interrupt_keeps_what_is_known(bundled, described, monkeypatch):
     ("dense", "value", "speed", "outcome"),
     [(0.8, 0.84, 1.0, "confirmed"), (0.8, 0.815, 1.0, "drifted"), (0.8, 0.84, 0.5, "drifted"), (0.8, 0.79, 1.0, "broken")],
 )
-def test_a_row_is_judged_by_what_is_still_gained(dense, value, speed, outcome):
+def test_a_row_is_judged_by_what_is_still_gained(dense, value, speed, outcome) -> None:
     spread = {"p20": 5.0, "p50": 5.0, "p80": 5.0}
     row = {"date": "2026-01-01", "device": "here", "versions": {}, "seeds": [0], "dense_ms": spread, "ms": spread}
     row |= {"objective": "accuracy", "task": {"accuracy": {"dense": 0.8, "value": 0.84}}}
@@ -329,7 +329,7 @@ def test_a_row_is_judged_by_what_is_still_gained(dense, value, speed, outcome):
     assert found[0] == outcome
 
 
-def test_the_command_line_takes_questions(bundled, tmp_path, capsys):
+def test_the_command_line_takes_questions(bundled, tmp_path, capsys) -> None:
     lines = []
     for i in range(4):
         scene = scenes.sample(scenes.SPLITS["dev"][i])

@@ -39,7 +39,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("patch", ["visual_bias", "vhr", "imbalance"])
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_a_wrapped_model_is_entered(name, patch):
+def test_a_wrapped_model_is_entered(name, patch) -> None:
     torch.manual_seed(1)
     model, given = build("llava"), inputs("llava")
     wrapped = WRAPPERS[name](model)
@@ -66,7 +66,7 @@ def test_a_wrapped_model_is_entered(name, patch):
         accelplug.remove(wrapped)
 
 
-def test_a_forward_that_is_compiled_whole_is_counted():
+def test_a_forward_that_is_compiled_whole_is_counted() -> None:
     """What such a forward is about cannot be told inside of its graph; generate() on the same object is not compiled whole."""
     torch._dynamo.reset()
     model, given = build("llava"), inputs("llava")
@@ -79,7 +79,7 @@ def test_a_forward_that_is_compiled_whole_is_counted():
     torch._dynamo.reset()
 
 
-def test_a_pipeline_brings_its_processor():
+def test_a_pipeline_brings_its_processor() -> None:
     folder = zoo.path("llava-scenes")
     model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
