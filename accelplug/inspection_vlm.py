@@ -30,8 +30,7 @@ from accelplug.hosts.transformers import AttentionRecord, LanguageHost, attentio
 from accelplug.hosts.undo import Undo
 from accelplug.inspection import recipes_for
 from accelplug.kernels.spans import on_spans, probabilities, read_rows, row_scores
-from accelplug.patches.heads.var import MASSIVE, normalised
-from accelplug.patches.heads.vhr import divergence, vision_aware
+from accelplug.kernels.vision import divergence, massive, normalised, outliers, vision_aware
 from accelplug.plug import model_facts, plug_of
 from accelplug.show import Shown
 
@@ -211,8 +210,7 @@ class VlmInspection(Shown):
     @property
     def outliers(self) -> np.ndarray:
         """Bool (L, H): heads whose VHD and TA are both over the layer's mean + standard deviation; they fire without the image."""
-        high = [x > x.mean(1, keepdims=True) + x.std(1, keepdims=True) for x in (self.vhd, self.ta)]
-        return high[0] & high[1]
+        return outliers(torch.from_numpy(self.vhd), torch.from_numpy(self.ta)).numpy()
 
     @property
     def sinks(self) -> list[np.ndarray]:
@@ -525,14 +523,13 @@ def sink_dimensions(first: Tensor) -> tuple[int, ...]:
 
     Parameters
     ----------
-    first : float32 (L, rows, C), the normalised first token as it enters each layer. A dimension counts if its size is over
-        `SINK` and over `MASSIVE` times the median of its vector, in more than half of the rows of the middle half of layers.
+    first : float32 (L, rows, C), the normalised first token as it enters each layer. A dimension counts if its size is at
+        least `SINK` and it is massive, in more than half of the rows of the middle half of layers.
     """
     layers = len(first)
-    size = first[layers // 4 : 3 * layers // 4 + 1].abs().flatten(0, 1)
-    massive = size > (MASSIVE * size.median(-1, keepdim=True).values).clamp(min=SINK)
-    often = massive.float().mean(0) > 0.5
-    ranked = torch.where(often, size.mean(0), 0).argsort(descending=True)[: min(4, int(often.sum()))]
+    middle = first[layers // 4 : 3 * layers // 4 + 1].flatten(0, 1)
+    often = massive(middle, SINK).float().mean(0) > 0.5
+    ranked = torch.where(often, middle.abs().mean(0), 0).argsort(descending=True)[: min(4, int(often.sum()))]
     return tuple(ranked.tolist())
 
 

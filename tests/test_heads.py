@@ -15,7 +15,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from accelplug.call import AttentionCall, Clock, Place, Prompt, Site
 from accelplug.kernels import spans
-from accelplug.patches.heads import gift, imbalance, pai, var, vhr
+from accelplug.kernels.vision import divergence, normalised, vision_aware
+from accelplug.patches.heads import gift, imbalance, pai, var
 from accelplug.patches.heads.visual_bias import VisualBias
 
 SITE = Site("layers.0.self_attn", "decoder", "self", 0, 4)
@@ -223,8 +224,8 @@ def test_var_is_redistribution_head_by_head_and_row_by_row(queries) -> None:
 def test_var_finds_dimensions_and_leaves_layers_alone_whose_image_has_no_sink() -> None:
     first = torch.randn(1, 64, generator=torch.Generator().manual_seed(3)) * 0.01
     first[0, [7, 11]] = torch.tensor([50.0, -40.0])
-    assert var.massive_dims(var.normalised(first), 4.0)[0].nonzero().flatten().tolist() == [7, 11]
-    assert not var.massive_dims(var.normalised(torch.ones(1, 64)), 4.0).any()
+    assert var.massive_dims(normalised(first), 4.0)[0].nonzero().flatten().tolist() == [7, 11]
+    assert not var.massive_dims(normalised(torch.ones(1, 64)), 4.0).any()
     call, layout, state = make(), prompt(), {}
     hidden = 0.1 * torch.randn(B, S, 32, generator=torch.Generator().manual_seed(2))
     hidden[:, [0, 2], 5] = 60.0  # the first token alone
@@ -237,12 +238,12 @@ def test_var_finds_dimensions_and_leaves_layers_alone_whose_image_has_no_sink() 
 def test_vhr_takes_the_upper_half_without_outliers() -> None:
     vhd = torch.tensor([[1.0, 2.0, 3.0, 4.0, 50.0, 2.5]])
     ta = torch.tensor([[1.0, 1.0, 1.0, 1.0, 90.0, 1.0]])
-    assert vhr.vision_aware(vhd, ta).tolist() == [
+    assert vision_aware(vhd, ta).tolist() == [
         [False, False, True, True, False, True]
     ]  # without the outlier: 2 is the median
-    assert vhr.vision_aware(vhd, ta, drop_outliers=False).tolist() == [[False, False, True, True, True, False]]
+    assert vision_aware(vhd, ta, drop_outliers=False).tolist() == [[False, False, True, True, True, False]]
     seeing, blind = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
-    d, t = vhr.divergence(seeing, blind)
+    d, t = divergence(seeing, blind)
     torch.testing.assert_close(d, ((seeing - blind) ** 2).sum(-1).sqrt())
     torch.testing.assert_close(t, (blind**2).sum(-1))
 

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from accelplug.errors import RecipeError
 from accelplug.kernels.spans import fit, last, only, read_rows, row_attention, with_masses
+from accelplug.kernels.vision import massive, normalised
 from accelplug.patches.base import Config, Numbers, Patch
 
 if TYPE_CHECKING:
@@ -34,22 +35,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("accelplug")
 
-MASSIVE = 100
-"""How many times the median of its own vector a value must be, to be one of the massive ones."""
-
-
-def normalised(hidden: Tensor) -> Tensor:
-    """Hidden states (..., C) over their root mean square, float32: RMSNorm without its weight."""
-    x = hidden.float()
-    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-
 
 def massive_dims(first: Tensor, threshold: float) -> Tensor:
     """Dimensions in which the normalised first token (B, C) is massive: bool (B, C), the largest four at most."""
-    size = first.abs()
-    bound = (MASSIVE * size.median(-1, keepdim=True).values).clamp(min=threshold)
-    fourth = size.topk(min(4, size.shape[-1])).values[:, -1:]
-    return (size >= bound) & (size >= fourth)
+    fourth = first.abs().topk(min(4, first.shape[-1])).values[:, -1:]
+    return massive(first, threshold) & (first.abs() >= fourth)
 
 
 def sinks_of(hidden: Tensor, dims: Tensor, threshold: float) -> Tensor:

@@ -22,36 +22,13 @@ import torch
 from pydantic import Field
 
 from accelplug.kernels.spans import take_rows, unit_values
+from accelplug.kernels.vision import UNMOVED, divergence, vision_aware
 from accelplug.patches.base import Config, Patch, Seed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from accelplug.call import AttentionCall, Clock, Prompt, Site
-
-
-UNMOVED = 1e-3
-"""A head whose output moves by less than this share of its size has not seen that the image is gone: it is rounding that tells
-the readings apart, as where a window holds no image, in a layer ahead of all that do."""
-
-
-def divergence(seeing: Tensor, blind: Tensor) -> tuple[Tensor, Tensor]:
-    """VHD and TA of heads, (B, H) float32 each, from their outputs (B, H, D_v) with and without the image."""
-    seeing, blind = seeing.float(), blind.float()
-    return (seeing - blind).norm(dim=-1), blind.square().sum(-1)
-
-
-def vision_aware(vhd: Tensor, ta: Tensor, drop_outliers: bool = True, unmoved: float = UNMOVED) -> Tensor:
-    """The upper half of heads by VHD, bool (B, H); outliers in VHD and TA count as 0, and so do heads that are `unmoved`."""
-
-    def stands_out(x: Tensor) -> Tensor:
-        return x > x.mean(-1, keepdim=True) + x.std(-1, keepdim=True, correction=0)
-
-    idle = vhd <= unmoved * ta.sqrt()
-    if drop_outliers:
-        idle = idle | (stands_out(vhd) & stands_out(ta))
-    vhd = vhd.masked_fill(idle, 0.0)
-    return vhd > vhd.median(-1, keepdim=True).values
 
 
 def shuffled(chosen: Tensor, seed: int) -> Tensor:
