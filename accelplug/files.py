@@ -107,6 +107,8 @@ def write(given: Any, data: str | bytes) -> Path:
     path = path_of(given, "The file to write")
     data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise AccelplugError(f"{path} cannot be written, there is no folder {target.parent}. Make it first.")
     try:
         mode = target.stat().st_mode if target.exists() else None
         if mode is not None and not stat.S_ISREG(mode):  # a device or a pipe; a folder refuses by itself

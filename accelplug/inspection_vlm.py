@@ -269,9 +269,9 @@ class VlmInspection(Shown):
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "pictures"}
         return _plain({**named, "vas_mean": self.vas_mean, "outliers": self.outliers})
 
-    def to_json(self, path: str | Path) -> None:
+    def to_json(self, path: str | Path) -> Path:
         """Write `to_dict` to a file."""
-        files.write(path, json.dumps(self.to_dict(), allow_nan=False))
+        return files.write(path, json.dumps(self.to_dict(), allow_nan=False))
 
     def to_png(self, path: str | Path) -> None:
         """Draw where the last token looks: heat maps on each image of the first row, masses by layer, VHD by layer and head."""
@@ -286,7 +286,7 @@ class VlmInspection(Shown):
         sheet.save(data, "PNG")
         files.write(path, data.getvalue())
 
-    def to_html(self, path: str | Path) -> None:
+    def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page with the drawings and the tables."""
         facts = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in self.facts().items())
         drawn = "".join(f'<div class="panel"><img alt="" src="{_inline(figure)}"></div>' for figure in _figures(self))
@@ -294,7 +294,7 @@ class VlmInspection(Shown):
         body = "".join("<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in row) + "</tr>" for row in self.rows())
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         page = PAGE.replace("<!--FACTS-->", facts).replace("<!--FIGURES-->", drawn).replace("<!--TABLE-->", table)
-        files.write(path, page.replace("<!--TITLE-->", html.escape(f"Where {self.model} looks")))
+        return files.write(path, page.replace("<!--TITLE-->", html.escape(f"Where {self.model} looks")))
 
 
 def inspect_vlm(model: Any, inputs: Mapping[str, Any]) -> VlmInspection:

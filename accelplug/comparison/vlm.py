@@ -213,7 +213,7 @@ class VlmComparison(Shown):
             for note in row.notes:
                 yield f"{row.name}: {note}"
 
-    def to_json(self, path: str | Path) -> None:
+    def to_json(self, path: str | Path) -> Path:
         """Write all figures, the settings of the exam and the environment."""
         exam = {
             "name": self.exam.name,
@@ -226,11 +226,11 @@ class VlmComparison(Shown):
             "max_new_tokens": self.exam.max_new_tokens,
         }
         data = {"model": self.model, "exam": exam, "environment": self.environment, "rows": [r.summary() for r in self.rows]}
-        files.write(path, json.dumps(_finite(data), indent=1) + "\n")
+        return files.write(path, json.dumps(_finite(data), indent=1) + "\n")
 
-    def to_html(self, path: str | Path) -> None:
+    def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page."""
-        files.write(path, f"<!doctype html><meta charset=utf-8><title>{self.model}</title>{as_html(self)}")
+        return files.write(path, f"<!doctype html><meta charset=utf-8><title>{self.model}</title>{as_html(self)}")
 
 
 def _delta(delta: Delta | None) -> str:
