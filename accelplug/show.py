@@ -34,7 +34,7 @@ class Shown:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain data that JSON can hold; see `jsonable`."""
-        names = [f.name for f in dataclasses.fields(self)] if dataclasses.is_dataclass(self) else []
+        names: list[str] = [f.name for f in dataclasses.fields(self)] if dataclasses.is_dataclass(self) else []
         return {name: jsonable(getattr(self, name)) for name in names}
 
     def to_json(self, path: str | Path) -> Path:
