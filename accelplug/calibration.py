@@ -23,9 +23,10 @@ from accelplug.comparison import arguments
 from accelplug.comparison.environment import environment
 from accelplug.comparison.ranks import Ranks, working
 from accelplug.errors import AccelplugError, NoMatchError, UnsupportedError, nearest
-from accelplug.patches.base import BlockSparse, Patch
+from accelplug.patches.base import Patch
 from accelplug.patches.calibration import Calibration, Seen
-from accelplug.patches.rest_weights import RestWeights
+from accelplug.patches.sparse.rest_weights import RestWeights
+from accelplug.patches.sparse.template import BlockSparse
 from accelplug.plug import model_facts, watch
 from accelplug.recipe import DENSE, ModelFacts, Recipe, load, matching_files, model_name, read_file
 from accelplug.registry import list_patches, patch_class, patch_entry

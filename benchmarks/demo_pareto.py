@@ -25,7 +25,8 @@ from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.comparison.environment import environment
 from accelplug.kernels.orders import Tiles
 from accelplug.kernels.plan import BlockPlan
-from accelplug.patches.base import BlockConfig, BlockSparse, Patch
+from accelplug.patches.base import Patch
+from accelplug.patches.sparse.template import BlockConfig, BlockSparse
 from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, agreement, foreground
 from benchmarks.common import random_members, write_json
 from benchmarks.zoo.evaluate import filmstrip

@@ -34,7 +34,7 @@ from accelplug.comparison import metrics
 from accelplug.comparison.environment import environment
 from accelplug.kernels.orders import Tiles
 from accelplug.kernels.plan import BlockPlan
-from accelplug.patches.base import BlockConfig, BlockSparse
+from accelplug.patches.sparse.template import BlockConfig, BlockSparse
 from accelplug.table import Table
 from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, agreement, foreground
 from benchmarks.common import RESULTS, write_json

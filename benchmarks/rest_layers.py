@@ -28,7 +28,7 @@ from accelplug.kernels.attention import block_attention
 from accelplug.kernels.plan import BlockPlan, Threshold, counted, pool
 from accelplug.kernels.rectify import rectify
 from accelplug.kernels.rest import Rectified, rectified, tied
-from accelplug.patches.base import Blocks, Scored, ScoredConfig
+from accelplug.patches.sparse.template import Blocks, Scored, ScoredConfig
 from benchmarks.common import write_json
 from benchmarks.demo_pareto import PROMPT, Capture, Place, own_patches
 

@@ -7,8 +7,8 @@ import torch
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.orders import compact_tile
-from accelplug.patches.base import Blocks
 from accelplug.patches.sparse.bilevel import Bilevel
+from accelplug.patches.sparse.template import Blocks
 
 SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
 LAYOUT = Layout((3, 5, 7), text_before=2, text_after=9)

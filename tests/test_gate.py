@@ -177,7 +177,7 @@ def test_nothing_is_timed_while_a_graph_is_captured(wan, monkeypatch) -> None:
     model, inputs, time = wan
     monkeypatch.setattr(gate, "capturing", lambda device: True)
     measured = []
-    monkeypatch.setattr("accelplug.patches.base.measure_choice", lambda **_: measured.append(1))
+    monkeypatch.setattr("accelplug.patches.sparse.template.measure_choice", lambda **_: measured.append(1))
     with accelplug.apply(model, ROWS[0].recipe({**ROWS[0].working, "backend": "auto"})) as plug:
         run(model, inputs)
         assert time.judged == 0

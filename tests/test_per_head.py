@@ -11,12 +11,12 @@ from torch.nn.functional import one_hot, scaled_dot_product_attention
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.errors import RecipeError, ShapeError, UnsupportedError
 from accelplug.kernels.plan import pack_bits
-from accelplug.patches import base
 from accelplug.patches.calibration import Seen
-from accelplug.patches.rest_weights import RestWeights
+from accelplug.patches.sparse import template
 from accelplug.patches.sparse.paro import ORDERS, Paro, ParoSearch, mask_row
 from accelplug.patches.sparse.per_head import reads
 from accelplug.patches.sparse.radial import Radial
+from accelplug.patches.sparse.rest_weights import RestWeights
 from accelplug.patches.sparse.sparse_vdit import FULL, MODES, SKIP, SparseVdit, SparseVditSearch, band_tokens
 from accelplug.patches.sparse.sta import Sta, StaSearch, maximal_windows
 from accelplug.table import Table
@@ -102,8 +102,8 @@ def test_one_kernel_call_serves_heads_of_all_modes(backend, rest, monkeypatch) -
     config = {"block": 8, "backend": backend, "rest": rest}
     call = noise(5, LAYOUT.length)
     patch = SparseVdit({**config, "modes": ALL_MODES})
-    kernel, calls = base.block_attention, []
-    monkeypatch.setattr(base, "block_attention", lambda **given: calls.append(1) or kernel(**given))
+    kernel, calls = template.block_attention, []
+    monkeypatch.setattr(template, "block_attention", lambda **given: calls.append(1) or kernel(**given))
     together = answer(patch, call)
     assert len(calls) == 1
     assert not together[0, SKIP, : LAYOUT.visual].any()

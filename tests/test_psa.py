@@ -10,8 +10,8 @@ from torch import Tensor
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.importance import sampled_importance, sampled_slots
-from accelplug.patches.base import Blocks
 from accelplug.patches.sparse.psa import LEVELS, Psa
+from accelplug.patches.sparse.template import Blocks
 
 
 def psa(**config) -> Psa:

@@ -9,8 +9,8 @@ import torch
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.orders import Tiles, tiles
-from accelplug.patches.base import Blocks
 from accelplug.patches.sparse.rectified import Rectified, adjacency
+from accelplug.patches.sparse.template import Blocks
 from accelplug.registry import patch_class
 
 SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)

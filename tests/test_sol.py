@@ -11,8 +11,8 @@ from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.curves import morton
 from accelplug.kernels.orders import Tiles, tiles
 from accelplug.kernels.plan import BlockPlan
-from accelplug.patches.base import Blocks
 from accelplug.patches.sparse.sol import Sol
+from accelplug.patches.sparse.template import Blocks
 
 SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
 

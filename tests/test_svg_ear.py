@@ -10,8 +10,8 @@ import torch
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels import compensation
 from accelplug.kernels.compensation import compensation_error
-from accelplug.patches.base import Blocks
 from accelplug.patches.sparse.svg_ear import SvgEar
+from accelplug.patches.sparse.template import Blocks
 
 SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
 

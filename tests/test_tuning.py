@@ -18,7 +18,7 @@ from accelplug.call import Layout
 from accelplug.comparison.result import DENSE, Comparison, Row, Sample
 from accelplug.comparison.study import Study
 from accelplug.errors import AccelplugError
-from accelplug.patches.rest_weights import RestWeights
+from accelplug.patches.sparse.rest_weights import RestWeights
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, load, read_file
 from accelplug.tuning import Bound, caches, crew, search, space, verification

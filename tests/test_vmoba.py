@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
-from accelplug.patches.base import Blocks
+from accelplug.patches.sparse.template import Blocks
 from accelplug.patches.sparse.vmoba import Vmoba, region_of, strongest_pairs
 
 LAYOUT = Layout((5, 4, 6), text_before=3, text_after=6)

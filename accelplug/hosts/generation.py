@@ -17,11 +17,11 @@ from accelplug.families import pixels
 from accelplug.families.vlm import Vlm, token_grid
 from accelplug.hosts.prompts import number_images
 from accelplug.hosts.undo import Undo
-from accelplug.patches.base import Tools
+from accelplug.patches.generation import Tools
 
 if TYPE_CHECKING:
     from accelplug.hosts.transformers import LanguageHost, Stream
-    from accelplug.patches.base import GenerationPatch
+    from accelplug.patches.generation import GenerationPatch
 
 _INSIDE: ContextVar[bool] = ContextVar("accelplug_generating", default=False)
 _BEGUN: ContextVar[list[Stream] | None] = ContextVar("accelplug_begun", default=None)
@@ -41,7 +41,6 @@ class Generation:
         prompts = _Prompts(self.host, self.processor)
         return Tools(
             self.processor,
-            self.host.family,
             watching,
             prompts.images,
             prompts.grids,

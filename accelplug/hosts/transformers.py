@@ -41,7 +41,7 @@ from accelplug.hosts.record import DENSE, Choice, Decide, given
 from accelplug.hosts.undo import Undo
 
 if TYPE_CHECKING:
-    from accelplug.patches.base import GenerationPatch
+    from accelplug.patches.generation import GenerationPatch
 
 logger = logging.getLogger("accelplug")
 

@@ -10,7 +10,7 @@ import torch
 from accelplug.calibration import calibrate
 from accelplug.hosts.diffusers import denoisers
 from accelplug.kernels.attention import triton_missing
-from accelplug.patches.base import BlockSparse
+from accelplug.patches.sparse.template import BlockSparse
 from accelplug.registry import patch_class
 from accelplug.table import HEADER, Origin, Table
 from accelplug.tuning.compiled import is_compiled

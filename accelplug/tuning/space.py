@@ -9,7 +9,7 @@ from typing import Any
 
 from accelplug.call import Layout
 from accelplug.errors import AccelplugError, nearest
-from accelplug.patches.base import BlockSparse, Scored
+from accelplug.patches.sparse.template import BlockSparse, Scored
 from accelplug.registry import patch_class
 from accelplug.table import Table
 from accelplug.tuning.caches import Cache

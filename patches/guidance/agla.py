@@ -23,7 +23,8 @@ from pydantic import Field, model_validator
 from torch.nn.functional import cosine_similarity, interpolate
 
 from accelplug.errors import AccelplugError
-from accelplug.patches.base import Config, GenerationPatch
+from accelplug.patches.base import Config
+from accelplug.patches.generation import GenerationPatch
 from accelplug.patches.guidance.branch import Branch, Mixer, likely, refuse
 from accelplug.patches.guidance.carve import GENERAL
 from accelplug.patches.guidance.gaze import (
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from accelplug.call import Site
-    from accelplug.patches.base import Tools
+    from accelplug.patches.generation import Tools
 
 BLIP_MEAN, BLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """What BLIP's pictures are normalised with, by channel, of values from 0 to 1."""

@@ -23,7 +23,8 @@ import torch
 from pydantic import Field, model_validator
 from torch.nn.functional import interpolate, pad
 
-from accelplug.patches.base import Config, GenerationPatch
+from accelplug.patches.base import Config
+from accelplug.patches.generation import GenerationPatch
 from accelplug.patches.guidance.gaze import (
     Layers,
     Steps,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from accelplug.call import Site
-    from accelplug.patches.base import Tools
+    from accelplug.patches.generation import Tools
 
 GENERAL = "Write a general description of the image. Answer the question using a single word or phrase."
 """The paper's general prompt, with the suffix that both of its prompts carry."""

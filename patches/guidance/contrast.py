@@ -22,13 +22,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from accelplug.errors import UnsupportedError
 from accelplug.patches import base
-from accelplug.patches.base import GenerationPatch
+from accelplug.patches.generation import GenerationPatch
 from accelplug.patches.guidance.branch import Branch, Mixer, likely, refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from accelplug.patches.base import Tools
+    from accelplug.patches.generation import Tools
 
 
 def contrasted(z: Tensor, z_text: Tensor, gamma: float, cutoff: float) -> Tensor:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from accelplug.call import AttentionCall, Clock, Prompt
-    from accelplug.patches.base import Tools
+    from accelplug.patches.generation import Tools
 
 Layers = tuple[int, int] | tuple[float, float]
 """From where to where in the model, the end not included: whole numbers count layers from 0, fractions are shares of the depth."""

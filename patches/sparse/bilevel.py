@@ -9,7 +9,7 @@ from pydantic import Field
 
 from accelplug.kernels.orders import Tiles, compact_tile
 from accelplug.kernels.rows import top_k, top_p
-from accelplug.patches.base import Blocks, Scored, ScoredConfig
+from accelplug.patches.sparse.template import Blocks, Scored, ScoredConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

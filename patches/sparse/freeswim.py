@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from accelplug.call import AttentionCall, Layout
-from accelplug.patches.base import BlockParams
 from accelplug.patches.sparse.neighborhood import Axis, Positive, WindowConfig, Windowed
+from accelplug.patches.sparse.template import BlockParams
 
 
 class FreeSwimConfig(WindowConfig):

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt
 from accelplug.call import Layout
 from accelplug.kernels.orders import Tiles, tiles
 from accelplug.kernels.plan import BlockPlan
-from accelplug.patches.base import BlockSparse, OrderedConfig, RestKind
+from accelplug.patches.sparse.template import BlockSparse, OrderedConfig, RestKind
 
 
 class HierarchicalConfig(OrderedConfig):

@@ -15,7 +15,8 @@ from torch import Tensor
 from accelplug.call import Layout
 from accelplug.kernels.orders import Tiles, axis_tiles, tiles
 from accelplug.kernels.plan import BlockPlan, Box
-from accelplug.patches.base import BlockConfig, BlockSparse, Config, UnimplementedHalf
+from accelplug.patches.base import Config, UnimplementedHalf
+from accelplug.patches.sparse.template import BlockConfig, BlockSparse
 
 FAR = 1 << 30
 """Beyond every coordinate."""

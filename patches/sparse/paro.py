@@ -13,9 +13,9 @@ from accelplug.call import Clock, Layout, Site
 from accelplug.errors import RecipeError, UnsupportedError
 from accelplug.kernels.orders import Tiles, tiles
 from accelplug.kernels.plan import BlockPlan, pack_bits, unpack_bits
-from accelplug.patches.base import BlockConfig, BlockParams, BlockSparse
 from accelplug.patches.calibration import MAX_STATE, Calibration, CalibrationConfig, Seen
 from accelplug.patches.sparse.sparse_vdit import band_tokens
+from accelplug.patches.sparse.template import BlockConfig, BlockParams, BlockSparse
 from accelplug.table import MAX_BYTES, Bits, Table, bucket
 
 AxisOrder = Literal["thw", "twh", "hwt", "htw", "wht", "wth"]

@@ -13,8 +13,9 @@ from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.errors import ShapeError
 from accelplug.kernels.orders import Tiles
 from accelplug.kernels.plan import BlockPlan
-from accelplug.patches.base import Blocks, BlockSparse, UnimplementedHalf
+from accelplug.patches.base import UnimplementedHalf
 from accelplug.patches.calibration import Calibration, Seen, attended, relative_error
+from accelplug.patches.sparse.template import Blocks, BlockSparse
 
 
 @dataclass(frozen=True, eq=False)

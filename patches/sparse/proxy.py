@@ -17,7 +17,7 @@ from accelplug.kernels.attention import block_attention
 from accelplug.kernels.orders import Tiles, axis_tiles, tiles
 from accelplug.kernels.plan import BlockPlan, pool
 from accelplug.kernels.rest import Drop
-from accelplug.patches.base import BlockConfig, BlockParams, BlockSparse
+from accelplug.patches.sparse.template import BlockConfig, BlockParams, BlockSparse
 
 logger = logging.getLogger("accelplug")
 

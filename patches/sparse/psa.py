@@ -12,7 +12,7 @@ from torch import Tensor
 from accelplug.call import Layout
 from accelplug.kernels.importance import sampled_importance
 from accelplug.kernels.plan import BlockPlan
-from accelplug.patches.base import Blocks, Scored, ScoredConfig
+from accelplug.patches.sparse.template import Blocks, Scored, ScoredConfig
 
 LEVELS = (1, 2, 4, 8)
 """Consecutive keys that are read as one; 0 stands for a block that is not read."""

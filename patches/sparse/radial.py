@@ -11,7 +11,7 @@ from torch import Tensor
 from accelplug.call import Layout
 from accelplug.kernels.orders import Tiles
 from accelplug.kernels.plan import BlockPlan
-from accelplug.patches.base import BlockConfig, BlockSparse
+from accelplug.patches.sparse.template import BlockConfig, BlockSparse
 
 
 class RadialConfig(BlockConfig):

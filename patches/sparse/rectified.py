@@ -15,7 +15,7 @@ from accelplug.kernels.orders import Tiles
 from accelplug.kernels.plan import BlockPlan
 from accelplug.kernels.rectify import reallocate, text_keys
 from accelplug.kernels.rows import top_p
-from accelplug.patches.base import BlockParams, Blocks, RestKind, Scored, ScoredConfig
+from accelplug.patches.sparse.template import BlockParams, Blocks, RestKind, Scored, ScoredConfig
 
 
 class RectifiedConfig(ScoredConfig):

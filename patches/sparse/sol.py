@@ -10,7 +10,7 @@ from torch import Tensor
 
 from accelplug.call import Layout
 from accelplug.kernels.plan import Threshold
-from accelplug.patches.base import Blocks, RestKind, Scored, ScoredConfig
+from accelplug.patches.sparse.template import Blocks, RestKind, Scored, ScoredConfig
 
 
 class SolConfig(ScoredConfig):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from accelplug.call import Clock, Layout, Site
 from accelplug.kernels.orders import Tiles, tiles
-from accelplug.patches.base import BlockConfig
 from accelplug.patches.calibration import CalibrationConfig
 from accelplug.patches.sparse.per_head import PerHead, WayErrors, Ways
+from accelplug.patches.sparse.template import BlockConfig
 from accelplug.table import Table
 
 Mode = Literal["full", "skip", "diagonal", "multi_diagonal", "stripe"]

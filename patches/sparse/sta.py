@@ -12,10 +12,10 @@ from torch import Tensor
 
 from accelplug.call import Clock, Layout, Site
 from accelplug.kernels.orders import tiles
-from accelplug.patches.base import BlockConfig
 from accelplug.patches.calibration import CalibrationConfig
 from accelplug.patches.sparse.neighborhood import Axis, Extent
 from accelplug.patches.sparse.per_head import PerHead, WayErrors, Ways
+from accelplug.patches.sparse.template import BlockConfig
 from accelplug.table import Table
 
 Triple = tuple[Extent, Extent, Extent]

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from accelplug.bounded import Bounded
 from accelplug.kernels.orders import Tiles, tiles
 from accelplug.kernels.plan import BlockPlan
-from accelplug.patches.base import BlockConfig, Blocks, BlockSparse
+from accelplug.patches.sparse.template import BlockConfig, Blocks, BlockSparse
 
 if TYPE_CHECKING:
     from torch import Tensor

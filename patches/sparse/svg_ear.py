@@ -13,7 +13,7 @@ from accelplug.kernels.compensation import compensation_error
 from accelplug.kernels.orders import Order
 from accelplug.kernels.plan import BlockPlan
 from accelplug.kernels.rows import top_k, top_p, within_budget
-from accelplug.patches.base import Blocks, RestKind, Scored, ScoredConfig
+from accelplug.patches.sparse.template import Blocks, RestKind, Scored, ScoredConfig
 
 
 class SvgEarConfig(ScoredConfig):

@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from accelplug.kernels.gated import gated_attention
 from accelplug.kernels.orders import Tiles, tiles
 from accelplug.kernels.rows import top_p
-from accelplug.patches.base import BlockParams, Blocks, Scored, ScoredConfig
 from accelplug.patches.sparse.neighborhood import Positive
+from accelplug.patches.sparse.template import BlockParams, Blocks, Scored, ScoredConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from accelplug.patches.base import BlockSparse
 from accelplug.patches.calibration import Calibration, CalibrationConfig, Seen, relative_error
+from accelplug.patches.sparse.template import BlockSparse
 
 
 class RestWeightsConfig(CalibrationConfig):

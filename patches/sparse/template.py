@@ -1,0 +1,432 @@
+"""Templates of the block-sparse methods: order, select, run the kernel, un-order.
+
+A method that selects by the layout is a `BlockSparse` and writes `select`; one that looks at queries and keys is a `Scored` and writes
+`route`. A key block that is not selected is treated as `rest` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch.nn.functional import pad
+
+from accelplug.bounded import Bounded
+from accelplug.errors import ShapeError
+from accelplug.kernels.attention import Backend, block_attention, measure_choice
+from accelplug.kernels.clusters import COLD, Memory, cluster_tiles
+from accelplug.kernels.orders import Order, Tiles, tiles
+from accelplug.kernels.plan import BlockPlan, Box, Threshold, counted, pool
+from accelplug.kernels.precision import Precision
+from accelplug.kernels.rectify import rectify
+from accelplug.kernels.rest import Drop, Pool, Rectified, Representative, Rest, Tied
+from accelplug.patches.base import Config, Patch, UnimplementedHalf
+from accelplug.table import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from accelplug.call import AttentionCall, Clock, Layout, Site
+
+
+RestKind = Literal["drop", "pool", "rectified", "tied"]
+"""Names of what may become of the key blocks that are not selected; see `kernels.rest` and `kernels.rectify`."""
+
+
+class BlockConfig(Config):
+    """The keys that all block-sparse methods share."""
+
+    block: int = Field(128, ge=8, le=1024, multiple_of=8, description="Slots per query block.")
+    block_k: int | None = Field(None, ge=8, le=1024, multiple_of=8, description="Slots per key block; as `block` if none.")
+    rest: RestKind = Field("drop", description="What becomes of the key blocks that are not selected.")
+    rest_weight: Annotated[float, Field(ge=0.0, le=1.0)] | Table = Field(
+        1.0, description="Factor on log(length) of a pooled block (rest: pool), or a table (layers, heads) of them."
+    )
+    representative: Representative = Field(
+        "mean", description="What a pooled block is read as: mean, centre, or centre_k_mean_v (rest: pool)."
+    )
+    rest_gain: bool = Field(
+        True, description="Whether blocks that are not worth a pooled key are left out (rest: rectified)."
+    )
+    precision: Precision = Field(
+        "native", description="Of q.k where it is exact: native, int8 or fp8, keys smoothed. Only Triton is faster for it."
+    )
+    backend: Backend = Field(
+        "auto", description="Kernel that runs the plan: auto, first, triton, flex, flash, blocked or reference."
+    )
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> Self:
+        if self.block % self.key_block and self.key_block % self.block:
+            raise ValueError(f"one of block {self.block} and block_k {self.block_k} must divide the other")
+        return self
+
+    @property
+    def key_block(self) -> int:
+        """Slots per key block."""
+        return self.block_k or self.block
+
+    @property
+    def unit(self) -> int:
+        """Slots that hold whole query blocks and whole key blocks."""
+        return max(self.block, self.key_block)
+
+
+class OrderedConfig(BlockConfig):
+    """The keys of methods that take tokens in any order of the grid."""
+
+    order: Order = Field("raster", description="How visual tokens line up in blocks.")
+    tile_thw: tuple[int, int, int] | None = Field(
+        None, description="Frames, rows and columns of a tile (order: tile); none: the one that cuts the grid into fewest."
+    )
+
+    @model_validator(mode="after")
+    def _tile_fits(self) -> Self:
+        if self.tile_thw and (min(self.tile_thw) < 1 or math.prod(self.tile_thw) > self.unit):
+            raise ValueError(f"tile_thw {self.tile_thw} must hold 1 to {self.unit} tokens, the larger of the two blocks")
+        return self
+
+
+class ScoredConfig(OrderedConfig):
+    """The keys that all methods share that select by scores: the order may be found in queries and keys too."""
+
+    order: Order | Literal["kmeans"] = Field(  # type: ignore[assignment]  # a wider choice of a value that is only read
+        "raster", description="How visual tokens line up in blocks; kmeans: alike ones together, found in every call."
+    )
+    query_clusters: int | None = Field(
+        None, ge=2, description="Clusters of queries (order: kmeans); none: 300 for 75,600 tokens, and in proportion. SVG2."
+    )
+    key_clusters: int | None = Field(
+        None, ge=2, description="Clusters of keys (order: kmeans); none: 1,000 for 75,600 tokens, and in proportion. SVG2."
+    )
+    cluster_iterations: int = Field(50, ge=0, description="Iterations of k-means in the first step (order: kmeans). SVG2.")
+    cluster_iterations_warm: int = Field(
+        2, ge=0, description="Iterations of k-means in a later step, from the centres of the last one (order: kmeans). SVG2."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class BlockParams:
+    """What a block-sparse `attend` needs.
+
+    Attributes
+    ----------
+    tiles : how tokens line up.
+    plan : which key blocks are read, or None where that depends on the scores.
+    where : what else `route` is told: plain values that the plan depends on beside the layout, and tensors made of both.
+    tickets : of the `Memory` of query and of key clusters (order: kmeans), int64 () on the CPU.
+    rest_weight : float32 (H,), factors on log(length) of pooled blocks, where they stand in a table.
+    """
+
+    tiles: Tiles
+    plan: BlockPlan | None
+    where: Mapping[str, Any] = field(default_factory=dict)
+    tickets: tuple[Tensor, Tensor] = (COLD, COLD)
+    rest_weight: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> BlockParams:
+        """Return the params with their tensors on `device`."""
+        where = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in self.where.items()}
+        weight = None if self.rest_weight is None else self.rest_weight.to(device)
+        plan = self.plan and self.plan.to(device)
+        return replace(self, tiles=self.tiles.to(device), plan=plan, where=where, rest_weight=weight)
+
+
+class BlockSparse(Patch):
+    """Template of the block-sparse methods: order, select, run the kernel, un-order.
+
+    A subclass writes `select`, and `order` where tokens do not lie in raster order. The plan depends on the layout alone and
+    is made once. A method whose plan also depends on the site or the clock overrides `prepare` to end in
+    ``self.weighted(self.params(layout, axis=site.layer % 3), site, clock)``: `order` and `select` are then told ``axis``.
+    Methods that look at queries and keys are `Scored`.
+    """
+
+    Config: ClassVar[type[Config]] = BlockConfig
+    config: BlockConfig
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self._prepared: Bounded[tuple, BlockParams] = Bounded(16)
+        self._weighted: Bounded[tuple, tuple[BlockParams, BlockParams]] = Bounded(256)
+
+    def neutral(self, layout: Layout) -> bool:
+        """Whether this config reads every key of `layout`: then the call runs dense, bit for bit."""
+        return False
+
+    def order(self, layout: Layout, **where: Any) -> Tiles:
+        """Return how tokens line up in blocks; raster by default."""
+        return tiles(layout, "raster", self.config.unit)
+
+    def select(self, tiles: Tiles, **where: Any) -> BlockPlan:
+        """Return the blocks, of ``config.unit`` slots, that each reads: `plan` turns membership into what this returns."""
+        raise UnimplementedHalf(type(self), "select")
+
+    def plan(self, members: Tensor, tiles: Tiles, box: Box | None = None, skipped: Tensor | None = None) -> BlockPlan:
+        """Make a plan from membership of units, bool (..., U, U): text is read by all rows, and reads all.
+
+        `skipped`, bool (B|1, H|1): heads whose visual rows read nothing and give 0, text neither.
+        """
+        block, block_k, unit = self.config.block, self.config.key_block, self.config.unit
+        members = members.repeat_interleave(unit // block, -2).repeat_interleave(unit // block_k, -1)
+        return _text_dense(members, tiles, tiles, block, block_k, box, skipped=skipped)
+
+    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> BlockParams | None:
+        return None if self.neutral(layout) else self.weighted(self.params(layout), site, clock)
+
+    def params(self, layout: Layout, **where: Any) -> BlockParams:
+        """Return the params of a layout, made once for each ``where``, whose values must be hashable."""
+        return self._prepared.get((layout, *where.items()), lambda: self._params(layout, where))
+
+    def _params(self, layout: Layout, where: dict[str, Any]) -> BlockParams:
+        tiles = self.order(layout, **where)
+        return BlockParams(tiles, self.select(tiles, **where), where)
+
+    def weighted(self, params: BlockParams, site: Site, clock: Clock) -> BlockParams:
+        """Return the params with the factors that a table has for a layer's pooled blocks, if there is one."""
+        if (weight := self.rest_weights(site, clock)) is None:
+            return params
+        # The originals are kept beside the weighted ones, so that an id stays theirs.
+        key = (id(params), *weight.tolist())
+        return self._weighted.get(key, lambda: (params, replace(params, rest_weight=weight)))[1]
+
+    def rest_weights(self, site: Site, clock: Clock) -> Tensor | None:
+        """Return what a table of weights says here and now, float32 (H,), or None without one."""
+        table = self.config.rest_weight
+        return table.at(site, clock).float() if isinstance(table, Table) and self.config.rest == "pool" else None
+
+    def attend(self, call: AttentionCall, params: BlockParams) -> Tensor:
+        blocks, plan = self._laid_out(call, params)
+        return blocks.q_tiles.unpermute(block_attention(**self._arguments(blocks, plan, params)))
+
+    def choose_backend(self, call: AttentionCall, params: BlockParams) -> None:
+        if self.config.backend == "auto":
+            measure_choice(**self._arguments(*self._laid_out(call, params), params))
+
+    def inspect(self, call: AttentionCall, params: BlockParams) -> tuple[float, BlockPlan]:
+        blocks, plan = self._laid_out(call, params)
+        if isinstance(plan, Threshold):
+            plan = plan.lower(blocks.q_pool, blocks.k_pool, call.scale)
+        exact, rest = (float(plan.density(rest=too).mean()) for too in (False, True))
+        if self.config.rest == "pool":
+            return rest, plan
+        # Rectified and tied, the rest is read once for all rows of a query block.
+        return exact if self.config.rest == "drop" else exact + (rest - exact) / self.config.block, plan
+
+    def arrange(self, call: AttentionCall, params: BlockParams) -> tuple[Tiles, Tiles]:
+        """Return how queries and how keys line up in this call."""
+        return params.tiles, params.tiles
+
+    def shared_order(self, params: Any) -> Tiles | None:
+        return params.tiles if type(params) is BlockParams and params.tiles.can_be_applied else None
+
+    def in_order(self, params: BlockParams) -> BlockParams:
+        return replace(params, tiles=replace(params.tiles, applied=True))
+
+    def _laid_out(self, call: AttentionCall, params: BlockParams) -> tuple[Blocks, BlockPlan | Threshold]:
+        """The call in block order, and what is read of it."""
+        q_tiles, k_tiles = self.arrange(call, params)
+        blocks = Blocks.of(call, q_tiles, k_tiles, self.config.block, self.config.key_block)
+        plan = params.plan if params.plan is not None else self._route(blocks, params)
+        if isinstance(plan, Threshold) and self.config.rest == "rectified":
+            plan = plan.lower(blocks.q_pool, blocks.k_pool, blocks.scale)
+        return blocks, plan
+
+    def _route(self, blocks: Blocks, params: BlockParams) -> BlockPlan | Threshold:
+        raise UnimplementedHalf(type(self), "select")
+
+    def _arguments(self, blocks: Blocks, plan: BlockPlan | Threshold, params: BlockParams) -> dict[str, Any]:
+        """Everything that `block_attention` takes."""
+        rest = self._rest(blocks, plan, params)
+        tensors = {"q": blocks.q, "k": blocks.k, "v": blocks.v, "key_mask": blocks.key_mask, "scale": blocks.scale}
+        return {
+            **tensors,
+            "plan": plan,
+            "rest": rest,
+            "precision": self.config.precision,
+            "backend": self.config.backend,
+        }
+
+    def _rest(self, blocks: Blocks, plan: BlockPlan | Threshold, params: BlockParams) -> Rest:
+        if self.config.rest == "rectified" and isinstance(plan, BlockPlan):
+            visual_slots, gain = blocks.k_tiles.visual_slots, self.config.rest_gain
+            return Rectified(*rectify(blocks.q, blocks.k, plan, visual_slots, blocks.scale, blocks.key_mask, gain=gain))
+        if self.config.rest == "pool":
+            return Pool(self._pool_weight(blocks.q, params.rest_weight), self.config.representative)
+        return Tied() if self.config.rest == "tied" else Drop()
+
+    def _pool_weight(self, q: Tensor, table: Tensor | None) -> Tensor | None:
+        if table is not None:
+            if table.shape != (q.shape[1],):
+                raise ShapeError(f"The table of rest_weight is for {table.shape[0]} heads, this call has {q.shape[1]}.")
+            return table
+        if isinstance(self.config.rest_weight, Table) or self.config.rest_weight == 1.0:
+            return None
+        return torch.full((q.shape[1],), self.config.rest_weight, device=q.device)
+
+
+class Scored(BlockSparse):
+    """Template of the block-sparse methods that look at queries and keys: `route` is called at every call, inside the graph.
+
+    It takes the place of `select`. What it does must not depend on values in Python: tensors in, a plan out.
+    """
+
+    Config: ClassVar[type[Config]] = ScoredConfig
+    config: ScoredConfig
+
+    def order(self, layout: Layout, **where: Any) -> Tiles:
+        order = "raster" if self.config.order == "kmeans" else self.config.order  # clusters wait for queries and keys
+        return tiles(layout, order, self.config.unit, self.config.tile_thw)
+
+    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> BlockParams | None:
+        params = super().prepare(site, layout, clock, state)
+        return params and self.remember(params, clock, state)
+
+    def remember(self, params: BlockParams, clock: Clock, state: dict[str, Any]) -> BlockParams:
+        """Return params whose clusters start from those of the last step: for an own `prepare` to end in."""
+        if self.config.order != "kmeans":
+            return params
+        memories: tuple[Memory, Memory] = state.setdefault("clusters", (Memory(), Memory()))
+        for memory in memories:
+            memory.advance(clock.step)
+        return replace(params, tickets=(memories[0].ticket, memories[1].ticket))
+
+    def arrange(self, call: AttentionCall, params: BlockParams) -> tuple[Tiles, Tiles]:
+        config, visual = self.config, params.tiles.layout.visual
+        if config.order != "kmeans":
+            return super().arrange(call, params)
+        queries = config.query_clusters or max(round(visual / 252), 2)
+        keys = config.key_clusters or max(round(visual / 75.6), 2)
+
+        def clustered(x: Tensor, valid: Tensor | None, clusters: int, ticket: Tensor) -> Tiles:
+            rounds = config.cluster_iterations, config.cluster_iterations_warm
+            return cluster_tiles(params.tiles, config.unit, x, valid, clusters, *rounds, ticket)
+
+        return clustered(call.q, None, queries, params.tickets[0]), clustered(call.k, call.mask, keys, params.tickets[1])
+
+    def route(self, blocks: Blocks, **where: Any) -> BlockPlan | Threshold:
+        """Return the key blocks that each query block reads: ``blocks.plan`` turns membership into what this returns."""
+        raise UnimplementedHalf(type(self), "route")
+
+    def _params(self, layout: Layout, where: dict[str, Any]) -> BlockParams:
+        return BlockParams(self.order(layout, **where), None, where)
+
+    def _route(self, blocks: Blocks, params: BlockParams) -> BlockPlan | Threshold:
+        return self.route(blocks, **params.where)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A call in block order: what a selector by scores sees.
+
+    Attributes
+    ----------
+    q, k, v : (B, H, P, D), (B, H_kv, P, D) and (B, H_kv, P, D_v), tokens in slots; H_kv is H where orders differ by head.
+    key_mask : bool (B, P), or (B, H, P) where orders differ by head, keys that may be read; None for all.
+    scale : factor on q.k.
+    q_tiles, k_tiles : how queries and keys line up.
+    block, block_k : slots per query and key block, M and N of them.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None
+    scale: float
+    q_tiles: Tiles
+    k_tiles: Tiles
+    block: int
+    block_k: int
+    _means: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, call: AttentionCall, q_tiles: Tiles, k_tiles: Tiles, block: int, block_k: int) -> Blocks:
+        """Lay a call out in block order."""
+        key_mask = call.mask if call.mask is None else k_tiles.permute_mask(call.mask)
+        q, k, v = q_tiles.permute(call.q), k_tiles.permute(call.k), k_tiles.permute(call.v)
+        q, k, v = _filled(q, q_tiles.slots, block), _filled(k, k_tiles.slots, block_k), _filled(v, k_tiles.slots, block_k)
+        if key_mask is not None:
+            key_mask = pad(key_mask, (0, k.shape[-2] - key_mask.shape[-1]))
+        return cls(q, k, v, key_mask, call.scale, q_tiles, k_tiles, block, block_k)
+
+    @property
+    def q_pool(self) -> Tensor:
+        """Mean query of each block, float32 (B, H, M, D); 0 where it has none."""
+        return self._mean("q", self.q, self.query_lengths, self.block, None)
+
+    @property
+    def k_pool(self) -> Tensor:
+        """Mean key of each block, over those that may be read, float32 (B, H, N, D); 0 where it has none."""
+        return self._mean("k", self.k, self.key_lengths, self.block_k, self.key_mask)
+
+    @property
+    def v_pool(self) -> Tensor:
+        """Mean value of each block, over those that may be read, float32 (B, H, N, D_v); 0 where it has none."""
+        return self._mean("v", self.v, self.key_lengths, self.block_k, self.key_mask)
+
+    def _mean(self, name: str, x: Tensor, lengths: Tensor, block: int, valid: Tensor | None) -> Tensor:
+        if name not in self._means:  # a functools.cached_property takes a lock, which Dynamo does not trace
+            mean, _ = pool(x, lengths, block, valid)
+            self._means[name] = mean.repeat_interleave(self.q.shape[1] // x.shape[1], 1)
+        return self._means[name]
+
+    @property
+    def k_number(self) -> Tensor:
+        """How many keys of each block may be read, float32 (B|1, 1, N)."""
+        return counted(self.key_lengths, self.block_k, self.key_mask)
+
+    @property
+    def query_lengths(self) -> Tensor:
+        """Tokens per query block, int32 (M,)."""
+        return self.q_tiles.lengths(self.block)
+
+    @property
+    def key_lengths(self) -> Tensor:
+        """Tokens per key block, int32 (N,)."""
+        return self.k_tiles.lengths(self.block_k)
+
+    @property
+    def query_text(self) -> Tensor:
+        """Which query blocks hold text, bool (M,)."""
+        return self.q_tiles.is_text(self.block)
+
+    @property
+    def key_text(self) -> Tensor:
+        """Which key blocks hold text, bool (N,)."""
+        return self.k_tiles.is_text(self.block_k)
+
+    @property
+    def candidates(self) -> Tensor:
+        """Key blocks that a selector has the choice of: visual, with a key that may be read. Bool (B|1, 1, N)."""
+        return (self.k_number > 0) & ~self.key_text
+
+    def plan(self, members: Tensor, level: Tensor | None = None) -> BlockPlan:
+        """Make a plan from block membership, bool (B|1, H|1, M, N): text is read by all rows, and reads all.
+
+        `level`, uint8 like `members`: what is no member and has level 2, 4 or 8 is read as means of so many slots.
+        """
+        return _text_dense(members, self.q_tiles, self.k_tiles, self.block, self.block_k, level=level)
+
+
+def _filled(x: Tensor, slots: int, block: int) -> Tensor:
+    """Add slots without a token (B, H, P, D) where a whole block of them stands at the end: a plan counts it all the same."""
+    return x if x.shape[-2] > slots - block else pad(x, (0, 0, 0, slots - x.shape[-2]))
+
+
+def _text_dense(
+    members: Tensor,
+    q_tiles: Tiles,
+    k_tiles: Tiles,
+    block: int,
+    block_k: int,
+    box: Box | None = None,
+    level: Tensor | None = None,
+    skipped: Tensor | None = None,
+) -> BlockPlan:
+    columns = k_tiles.is_text(block_k) if skipped is None else k_tiles.is_text(block_k) & ~skipped[..., None, None]
+    members = members | q_tiles.is_text(block)[:, None] | columns
+    lengths = q_tiles.lengths(block), k_tiles.lengths(block_k)
+    return BlockPlan.from_members(members, *lengths, block, block_k, box, level=level, skipped=skipped)
