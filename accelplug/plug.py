@@ -1,4 +1,7 @@
-"""apply(): a recipe and a loaded model give a `Plug`, the handle that undoes it."""
+"""apply(): a recipe and a loaded model give a `Plug`, the handle that undoes it.
+
+``plug.where()`` says what runs where, ``plug.report()`` what ran how since `apply`, ``plug.trace()`` collects every call.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,7 @@ from accelplug.hosts.diffusers import DENOISERS, DenoiserHost, denoisers
 from accelplug.hosts.forecast import Forecast, amdahl
 from accelplug.hosts.gate import Gate, Verdict
 from accelplug.hosts.ledger import Event, Ledger
+from accelplug.hosts.placement import Placement
 from accelplug.hosts.record import Choice
 from accelplug.hosts.transformers import LanguageHost, is_language_model, model_in
 from accelplug.hosts.undo import Undo
@@ -523,6 +527,17 @@ class Plug(AbstractContextManager["Plug"]):
     def sites(self) -> list[Site]:
         """The self- and joint-attention modules that rules can name."""
         return [record.site for host in self._hosts for record in host.records if record.site]
+
+    def where(self) -> Placement:
+        """Say what runs where: per attention module its patch, with which params, layout and plan; prints as a table by layers.
+
+        It is what stands for this thread's forward, or, outside of one, for the latest; ahead of the first one, what the rules say
+        already. Iterate over it for its rows::
+
+            for row in plug.where():
+                print(row.site.module, row.name, row.density)
+        """
+        return Placement(self.summary(), tuple(row for host in self._hosts for row in host.placed()))
 
     @property
     def choices(self) -> dict[str, Any]:

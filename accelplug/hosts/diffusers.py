@@ -27,6 +27,7 @@ from accelplug.hosts.forecast import Cost, Forecast, Meter
 from accelplug.hosts.gate import Gate, Verdict, timed_ms
 from accelplug.hosts.hoist import Hoist
 from accelplug.hosts.ledger import Event, Ledger
+from accelplug.hosts.placement import Placed
 from accelplug.hosts.record import DENSE, Choice, Decide, given
 from accelplug.hosts.run import Run
 from accelplug.hosts.ulysses import Gathered
@@ -104,7 +105,7 @@ class SiteRecord:
     traced: bool = False
     """Whether it ran in compiled code, where calls are not counted."""
     missed: bool = False
-    latest: Settled = field(default_factory=Settled)
+    latest: Settled = field(default_factory=lambda: Settled(known=False))
     """What any thread has settled last, for reports."""
     _here: _Here = field(default_factory=_Here)
 
@@ -131,6 +132,14 @@ class SiteRecord:
     def layout(self) -> Layout | None:
         """How tokens lie, in this thread's forward."""
         return self._here.settled.layout
+
+    def placed(self, site: Site) -> Placed:
+        """Say what runs here in this thread's forward, or in the latest one; ahead of the first, what the rules say already."""
+        seen = self.settled if self.settled.known else self.latest
+        choice = seen.choice if seen.known else self.host.decide(site, None, self.host.now)
+        return Placed(
+            site, choice.name, choice.patch, seen.params, seen.layout, seen.reason if seen.known else choice.reason
+        )
 
     @property
     def gathered(self) -> Gathered | None:
@@ -766,6 +775,10 @@ class DenoiserHost:
         traced = [record.latest for record in self.records if record.site and record.traced]
         patches = Counter(latest.choice.name if latest.patch is not None else "dense" for latest in traced)
         return [f"{name} at {number} modules of {self.name}" for name, number in patches.items()]
+
+    def placed(self) -> list[Placed]:
+        """What runs where, in this thread's forward or the latest one."""
+        return [record.placed(record.site) for record in self.records if record.site]
 
     def unrouted(self) -> list[str]:
         """Modules that a rule names, whose attention never came by."""

@@ -36,6 +36,7 @@ from accelplug.hosts.blind import Blind
 from accelplug.hosts.generation import Generation
 from accelplug.hosts.images import ImageEncoder, VisionTower
 from accelplug.hosts.ledger import Event, Ledger
+from accelplug.hosts.placement import Placed
 from accelplug.hosts.prompts import NO_IMAGE, answering, asked_of, number_images, opened, together, turns, visual_tokens
 from accelplug.hosts.record import DENSE, Choice, Decide, given
 from accelplug.hosts.undo import Undo
@@ -336,8 +337,8 @@ def _as_it_is(record: AttentionRecord, out: Tensor) -> Tensor:
     return out
 
 
-def _no_keys() -> Tensor | None:
-    return None
+def _nothing() -> None:
+    """What a reference gives whose thing is gone."""
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -408,6 +409,8 @@ class LanguageHost:
         self.streams: WeakSet[Any] = WeakSet()
         self.left: WeakKeyDictionary[Any, ref[Tensor]] = WeakKeyDictionary()
         """The first keys of every cache as the last forward left them: other ones may lie at the same address."""
+        self._read_last: Callable[[], Stream | None] = _nothing
+        """The sequence whose prompt was read last, as long as its cache is kept; for reports."""
         self.undo = Undo()
 
     def _records(self, decide: Decide) -> list[AttentionRecord]:
@@ -524,6 +527,24 @@ class LanguageHost:
             if record.missed:
                 record.missed = False
                 self.ledger.fell_back(record.site.module, "a compiled call whose images or mask are not known")
+
+    def placed(self) -> list[Placed]:
+        """What runs where: around generate first, then by layers, as it stands for the decode steps of the sequence read last."""
+        around = [Placed(None, type(patch).__name__.lower(), patch) for patch in self.generation.patches]
+        return around + [self._placed(record) for record in self.records if record.site.kind != "cross"]
+
+    def _placed(self, record: AttentionRecord) -> Placed:
+        choice, stream = record.choice, self._read_last()
+        params = stream.decode[record.index] if stream is not None and stream.decode else None
+        reason = params if isinstance(params, str) else choice.reason
+        return Placed(
+            record.site,
+            choice.name,
+            choice.patch,
+            None if isinstance(params, str) else params,
+            None if stream is None else stream.prompt,
+            reason,
+        )
 
     def unrouted(self) -> list[str]:
         """Modules that a rule names, whose attention never came by."""
@@ -679,7 +700,7 @@ class LanguageHost:
         known = len(stream.prompt.image)
         if rows != known and rows % known == 0:
             self._take_rows(stream, torch.arange(known).repeat_interleave(rows // known))
-        elif stream.told_apart is not None and self.left.get(cache, _no_keys)() is not compat.first_keys(cache):
+        elif stream.told_apart is not None and self.left.get(cache, _nothing)() is not compat.first_keys(cache):
             now, old = compat.rows_told_apart(cache, stream.prompt.image.shape[1]), stream.told_apart
             if now is None or now.shape != old.shape:
                 return
@@ -793,6 +814,7 @@ class LanguageHost:
 
     def _prepare_decode(self, stream: Stream) -> None:
         """Have everything ready that decode steps need, outside of their graph."""
+        self._read_last = ref(stream)
         stream.decode = [self.prepare(record, stream, DECODE) for record in self.records]
         stream.step = Run(stream)
 

@@ -1,0 +1,118 @@
+"""What runs where: the answer of ``plug.where()``, one row an attention module, shown by layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from accelplug.call import Layout, Prompt, Site
+from accelplug.show import Shown
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from accelplug.kernels.plan import BlockPlan
+    from accelplug.patches.base import Patch
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """What runs at one attention module.
+
+    Attributes
+    ----------
+    site : the module; None for a patch that stands around ``generate``.
+    name : of the patch that a rule puts there, ``dense`` where none does.
+    patch : its instance, which modules with the same settings share; None for dense.
+    params : what the patch was given for this forward; None where it was given nothing and dense attention runs.
+    layout : how the tokens lie, a `Layout` for denoisers and a `Prompt` for language models; None where that is not known.
+    reason : why a module that a rule names runs dense, where that is known before the call; else None.
+    """
+
+    site: Site | None
+    name: str = "dense"
+    patch: Patch | None = None
+    params: Any = None
+    layout: Layout | Prompt | None = None
+    reason: str | None = None
+
+    @property
+    def plan(self) -> BlockPlan | None:
+        """The block plan, where it does not wait for the queries and keys of a call."""
+        return getattr(self.params, "plan", None)
+
+    @property
+    def density(self) -> float | None:
+        """Share of (query, key) pairs that the plan reads exactly, on average over heads; None without a plan."""
+        return None if self.plan is None else float(self.plan.density().mean())
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Settings of the patch that are not its defaults, as plain data."""
+        return {} if self.patch is None else self.patch.config.model_dump(mode="json", exclude_defaults=True)
+
+
+@dataclass(frozen=True, repr=False)
+class Placement(Shown):
+    """What runs where, row by row; prints as a table in which layers that run alike are one line."""
+
+    title: str
+    rows: tuple[Placed, ...]
+
+    def __iter__(self) -> Iterator[Placed]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data: a row's site, patch, settings, reason and density."""
+        return {
+            "title": self.title,
+            "rows": [
+                {
+                    "site": None if row.site is None else asdict(row.site),
+                    "patch": row.name,
+                    "config": row.config,
+                    "reason": row.reason,
+                    "density": row.density,
+                }
+                for row in self.rows
+            ],
+        }
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(
+            "part", "attention", "layers", "runs", "settings", "density", "", title=self.title, title_justify="left"
+        )
+        alike: dict[tuple[str, ...], list[Placed]] = {}
+        for row in self.rows:
+            alike.setdefault(_cells(row), []).append(row)
+        for (part, kind, *cells), rows in alike.items():
+            table.add_row(part, kind, _layers(row.site for row in rows), *cells)
+        return table
+
+
+def _cells(row: Placed) -> tuple[str, ...]:
+    """What a table says of a row, but for its layer."""
+    part, kind = ("", "around generate") if row.site is None else (row.site.denoiser, row.site.kind)
+    config = ", ".join(f"{name}={value}" for name, value in row.config.items())
+    return part, kind, row.name, config, "" if row.density is None else f"{row.density:.2f}", row.reason or ""
+
+
+def _layers(sites: Iterable[Site | None]) -> str:
+    """Layers in words: ``0-3, 7``; modules that have no place in the order of layers by their number."""
+    known = [site for site in sites if site is not None]
+    numbers = sorted({site.layer for site in known if site.layer is not None})
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    said = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    without = sum(site.layer is None for site in known)
+    return ", ".join([*said, *([f"{without} modules without a number"] if without else [])])
