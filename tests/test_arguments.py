@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +60,7 @@ ASKED = {"inputs", "seeds"}
 
 @COMMANDS
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_inputs_are_told_by_all_commands_alike(waiting, command, wrong) -> None:
+def test_wrong_inputs_are_told_by_all_commands_alike(waiting, command, wrong: str) -> None:
     pipe, inputs = waiting
     says, not_of, change = WRONG[wrong]
     if command.__name__ in not_of:
@@ -95,7 +97,7 @@ def test_what_is_no_pipeline_is_refused(waiting, command, what) -> None:
         ({"objective": "accuracy"}, "a language model's"),
     ],
 )
-def test_tune_is_asked_wrongly(waiting, change, says) -> None:
+def test_tune_is_asked_wrongly(waiting, change: dict[str, Any], says: str) -> None:
     pipe, inputs = waiting
     with pytest.raises(AccelplugError, match=says):
         accelplug.tune(pipe, inputs, progress=False, **change)
@@ -115,13 +117,13 @@ def test_tune_is_asked_wrongly(waiting, change, says) -> None:
         ({"patch": "radial"}, "nothing to calibrate"),
     ],
 )
-def test_calibrate_is_asked_wrongly(waiting, change, says) -> None:
+def test_calibrate_is_asked_wrongly(waiting, change: dict[str, Any], says: str) -> None:
     pipe, inputs = waiting
     with pytest.raises(AccelplugError, match=says):
         calibrate(pipe, inputs, **change)
 
 
-def test_pictures_that_are_not_there_are_told_ahead(tmp_path) -> None:
+def test_pictures_that_are_not_there_are_told_ahead(tmp_path: Path) -> None:
     there = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(there)
     entries = [{"text": "?", "answer": "yes", "image": str(path)} for path in (there, tmp_path / "b.png")]

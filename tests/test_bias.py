@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -63,7 +65,7 @@ FORMS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["video", "text-both", "image-text-after"])
 @pytest.mark.parametrize("config", FORMS, ids=lambda c: f"{c['form']}-{c['axes']}")
-def test_equals_the_bias_written_out(config, layout) -> None:
+def test_equals_the_bias_written_out(config: dict[str, Any], layout: Layout) -> None:
     patch, call = Bias(config), make_call(layout, torch.float64)
     params = patch.prepare(SITE, layout, Clock(), {})
     settings = {key: value for key, value in config.items() if key != "energy"}
@@ -76,7 +78,7 @@ def test_equals_the_bias_written_out(config, layout) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("config", FORMS[:5], ids=lambda c: f"{c['form']}-{c['axes']}")
-def test_loses_no_more_than_the_dtype_does(config, dtype) -> None:
+def test_loses_no_more_than_the_dtype_does(config: dict[str, Any], dtype: torch.dtype) -> None:
     layout = Layout((4, 6, 8), text_after=3)
     call, patch = make_call(layout, dtype), Bias(config)
     bias = written_out(layout, **config)
@@ -105,12 +107,12 @@ def test_kernels_see_one_aligned_head_dimension() -> None:
 
 
 @pytest.mark.parametrize("form", ["linear", "square", "absolute"])
-def test_strength_zero_is_dense(form) -> None:
+def test_strength_zero_is_dense(form: str) -> None:
     assert Bias({"form": form, "strength": 0.0}).prepare(SITE, LAYOUTS[1], Clock(), {}) is None
 
 
 @pytest.mark.parametrize("length", [5, 17, 45, 80])
-def test_absolute_distances_nearly_have_rank_four(length) -> None:
+def test_absolute_distances_nearly_have_rank_four(length: int) -> None:
     at = torch.arange(length).double()
     table = -(at[:, None] - at).abs()
     rows, columns = low_rank(table, 0.995)
@@ -134,13 +136,13 @@ def test_above_rank_16_is_refused() -> None:
 
 
 @pytest.mark.parametrize("config", [{}, {"strength": 1.0, "axes": "token"}, {"strength": 1.0, "axes": (1, 2)}])
-def test_settings_that_make_no_sense_are_refused(config) -> None:
+def test_settings_that_make_no_sense_are_refused(config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"strength|axes"):
         Bias(config)
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video", "flux", "unet_sd15"])
-def test_on_a_model_it_acts_at_the_model_s_scale_and_undoes_itself(name) -> None:
+def test_on_a_model_it_acts_at_the_model_s_scale_and_undoes_itself(name: str) -> None:
     model, inputs = tiny_models.build(name)
     dense, before = run(model, inputs), snapshot(model)
 

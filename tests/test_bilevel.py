@@ -26,7 +26,9 @@ def routed(layout: Layout, mask=None, **config):
 @pytest.mark.parametrize("halo", [0, 1, 2])
 @pytest.mark.parametrize("tile_thw", [(1, 2, 4), (2, 2, 2), None])
 @pytest.mark.parametrize("blocks", [{"block": 8}, {"block": 8, "block_k": 16}, {"block": 16, "block_k": 8}])
-def test_the_halo_is_the_tiles_around_cut_at_borders(halo, tile_thw, blocks) -> None:
+def test_the_halo_is_the_tiles_around_cut_at_borders(
+    halo: int, tile_thw: tuple[int, int, int] | None, blocks: dict[str, int]
+) -> None:
     method, laid, plan = routed(LAYOUT, tile_thw=tile_thw, halo=halo, k=1, **blocks)
     place, held = laid.k_tiles.coordinates(), laid.k_tiles.held
     near = method.around(laid.k_tiles)
@@ -62,7 +64,7 @@ def test_a_region_chooses_the_k_of_highest_score() -> None:
 
 
 @pytest.mark.parametrize("p", [0.3, 0.7, 0.95])
-def test_with_p_it_is_the_fewest_that_hold_the_mass(p) -> None:
+def test_with_p_it_is_the_fewest_that_hold_the_mass(p: float) -> None:
     _, blocks, plan = routed(LAYOUT, k=2, p=p, halo=0)
     visual = ~blocks.query_text
     scores = (blocks.q_pool @ blocks.k_pool.mT * blocks.scale).masked_fill(~blocks.candidates[..., None, :], -torch.inf)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def run(pipe, path, inputs, patch="sparse_vdit", **more):
 
 
 @pytest.mark.parametrize("patch", ["sparse_vdit", "paro", "sta"])
-def test_a_calibrated_recipe_runs(patch, tmp_path) -> None:
+def test_a_calibrated_recipe_runs(patch: str, tmp_path: Path) -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     before = torch.get_rng_state()
     config = {**CONFIG, **({"windows": "maximal"} if patch == "sta" else {})}
@@ -35,7 +37,7 @@ def test_a_calibrated_recipe_runs(patch, tmp_path) -> None:
         pipe(**{**inputs, "height": 96})
 
 
-def test_cut_off_and_taken_up_again_gives_the_same_bytes(tmp_path) -> None:
+def test_cut_off_and_taken_up_again_gives_the_same_bytes(tmp_path: Path) -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     run(pipe, tmp_path / "whole.yaml", inputs)
     forwards = []
@@ -57,7 +59,7 @@ def test_cut_off_and_taken_up_again_gives_the_same_bytes(tmp_path) -> None:
     assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
-def test_weights_of_a_recipes_pooled_blocks(tmp_path) -> None:
+def test_weights_of_a_recipes_pooled_blocks(tmp_path: Path) -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     base = {"patch": "radial", "with": {"block": 8, "rest": "pool"}}
     recipe = run(pipe, None, inputs, "rest", recipe=base, config={})
@@ -68,7 +70,7 @@ def test_weights_of_a_recipes_pooled_blocks(tmp_path) -> None:
         assert plug.report().served["radial"] > 0
 
 
-def test_what_cannot_be_calibrated(tmp_path) -> None:
+def test_what_cannot_be_calibrated(tmp_path: Path) -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     with pytest.raises(NoMatchError, match="nothing to calibrate"):
         run(pipe, None, inputs, "radial")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +46,7 @@ STORED = {
 
 
 @pytest.mark.parametrize("orientation", STORED)
-def test_pictures_stand_upright_wherever_they_are_opened(orientation, tmp_path) -> None:
+def test_pictures_stand_upright_wherever_they_are_opened(orientation: int, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     file = tmp_path / "a.png"
@@ -78,7 +80,7 @@ def test_what_a_processor_or_pil_refuses_is_told() -> None:
         ("I;16", 257 * 77, (77, 77, 77)),
     ],
 )
-def test_every_mode_is_seen_as_people_see_it(mode, value, seen) -> None:
+def test_every_mode_is_seen_as_people_see_it(mode: str, value, seen: tuple[int, int, int]) -> None:
     assert open_picture(Image.new(mode, (2, 2), value)).getpixel((0, 0)) == seen
 
 
@@ -87,7 +89,7 @@ def test_a_palette_is_looked_up() -> None:
     assert open_picture(picture).getpixel((1, 1)) == (200, 30, 40)
 
 
-def test_what_is_no_picture_is_said(tmp_path) -> None:
+def test_what_is_no_picture_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("no picture")
     whole = io.BytesIO()
     Image.effect_noise((64, 64), 90).save(whole, "PNG")
@@ -116,7 +118,7 @@ def test_a_sequence_begins_once() -> None:
         assert made["input_ids"][0, 0] == 1
 
 
-def test_a_processor_without_a_template_shows_the_picture_too(bundled, monkeypatch) -> None:
+def test_a_processor_without_a_template_shows_the_picture_too(bundled, monkeypatch: pytest.MonkeyPatch) -> None:
     _, processor = bundled
     monkeypatch.setattr(processor, "chat_template", None)
     text = prompt(processor, "Is there a tree?", picture=True)
@@ -167,7 +169,9 @@ def plainly(bundled):
 
 
 @pytest.mark.parametrize("asks_for", DECODING, ids=lambda asks_for: "+".join(asks_for))
-def test_the_checkpoints_decoding_changes_no_answer(bundled, plainly, monkeypatch, asks_for) -> None:
+def test_the_checkpoints_decoding_changes_no_answer(
+    bundled, plainly, monkeypatch: pytest.MonkeyPatch, asks_for: dict[str, Any]
+) -> None:
     model, processor = bundled
     exam, asked, replies, descriptions = plainly
     own = model.generation_config

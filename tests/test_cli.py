@@ -16,7 +16,7 @@ from accelplug.comparison import Comparison
 from accelplug.inspection import STEPS, TOKENS
 
 
-def test_list_and_show(capsys) -> None:
+def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     assert "radial" in out
@@ -25,12 +25,12 @@ def test_list_and_show(capsys) -> None:
     assert "2506.19852" in capsys.readouterr().out
 
 
-def test_unknown_recipe_names_the_nearest(capsys) -> None:
+def test_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "wan2.1-t2v-14b/radail"]) == 2
     assert "radial" in capsys.readouterr().err
 
 
-def test_inspect_tells_sites_recipes_and_ceiling(capsys) -> None:
+def test_inspect_tells_sites_recipes_and_ceiling(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(zoo.path())]) == 0
     out = capsys.readouterr().out
     assert "6 self" in out
@@ -48,14 +48,14 @@ def test_the_ceiling_of_a_recipe_counts_its_dense_steps() -> None:
     assert part.ceiling(TOKENS[0]) > found.ceilings["wan-shapes/radial"][0] > 1
 
 
-def test_doctor_finds_all_contracts_holding(capsys) -> None:
+def test_doctor_finds_all_contracts_holding(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "kernel blocked" in out
     assert "broken" not in out
 
 
-def test_compare_writes_a_page_and_json(tmp_path, capsys) -> None:
+def test_compare_writes_a_page_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["compare", str(zoo.path()), "--prompt", "a red square moves left", "--steps", "2", "--device", "cpu"]
     size = ["--frames", "9", "--height", "64", "--width", "80", "--dtype", "float32"]
     assert main([*common, *size, "--recipe", "sol", "--report", str(tmp_path / "r.html")]) == 0
@@ -65,18 +65,18 @@ def test_compare_writes_a_page_and_json(tmp_path, capsys) -> None:
     assert Comparison.from_json(tmp_path / "r.json").row("radial").samples
 
 
-def test_no_pipeline_there(tmp_path, capsys) -> None:
+def test_no_pipeline_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path)]) == 2
     assert "no saved pipeline" in capsys.readouterr().err
 
 
-def test_a_closed_output_is_no_error(monkeypatch) -> None:
+def test_a_closed_output_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["list"]) == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-def test_an_output_that_is_full_is_one_line(monkeypatch, capsys) -> None:
+def test_an_output_that_is_full_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert main(["list"]) == 2

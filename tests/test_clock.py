@@ -87,7 +87,7 @@ def test_a_pipe_that_is_gone_tells_nothing() -> None:
 
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize("remove_ours_first", [True, False])
-def test_the_ear_lives_with_other_hooks_in_any_order(ours_first, remove_ours_first) -> None:
+def test_the_ear_lives_with_other_hooks_in_any_order(ours_first: bool, remove_ours_first: bool) -> None:
     from diffusers.hooks.hooks import HookRegistry, ModelHook
 
     class Double(ModelHook):

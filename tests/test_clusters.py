@@ -42,7 +42,7 @@ def blobs(*shape: int, centres: int = 5, spread: float = 0.3) -> torch.Tensor:
 
 @pytest.mark.parametrize("iterations", [0, 1, 3, 30])
 @pytest.mark.parametrize("chunk", [clusters.CHUNK, 40])
-def test_is_lloyds_algorithm(iterations, chunk, monkeypatch) -> None:
+def test_is_lloyds_algorithm(iterations: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "CHUNK", chunk)
     x, valid = blobs(3, 41, 4), torch.rand(3, 41) < 0.8
     start = torch.cat([x[:, :5], torch.full((3, 1, 4), 100.0)], 1)  # a last cluster that gets no token
@@ -110,7 +110,7 @@ def test_tokens_that_do_not_count_stand_last_and_move_no_centre() -> None:
 
 @pytest.mark.parametrize("text", [(0, 0), (5, 0), (0, 7), (3, 4)])
 @pytest.mark.parametrize("grid_thw", [(3, 4, 5), (2, 4, 8)], ids=str)
-def test_tiles_of_clusters_round_trip(text, grid_thw) -> None:
+def test_tiles_of_clusters_round_trip(text: tuple[int, int], grid_thw: tuple[int, int, int]) -> None:
     layout = Layout(grid_thw, *text)
     raster, x = tiles(layout, "raster", 16), torch.randn(2, 3, layout.length, 4)
     valid = torch.rand(2, layout.length) < 0.8
@@ -190,7 +190,7 @@ def call_of(layout, heads=2, kv_heads=2, mask=False, dim=8):
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("text", [(0, 0), (3, 5)])
-def test_all_blocks_in_cluster_order_are_dense_attention(mask, kv_heads, text) -> None:
+def test_all_blocks_in_cluster_order_are_dense_attention(mask: bool, kv_heads: int, text: tuple[int, int]) -> None:
     layout = Layout((3, 5, 7), *text)
     call = call_of(layout, kv_heads=kv_heads, mask=mask)
     sol = Sol({"block": 8, "block_k": 16, "order": "kmeans", "tau": -1e9, "backend": "reference", "query_clusters": 9})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def caches(pipe) -> dict:
 
 
 @pytest.mark.parametrize("name", ["first_block", "taylorseer", "pyramid", "faster"])
-def test_caches_in_either_order(name) -> None:
+def test_caches_in_either_order(name: str) -> None:
     def make():
         pipe, inputs = tiny_models.pipeline("wan")
         return pipe, inputs, caches(pipe)[name]
@@ -206,7 +207,7 @@ def test_two_experts_share_a_clock_and_split_the_steps() -> None:
 
 
 @pytest.mark.parametrize("name", tiny_models.PIPELINES)
-def test_every_pipeline_tells_its_steps(name) -> None:
+def test_every_pipeline_tells_its_steps(name: str) -> None:
     pipe, inputs = tiny_models.pipeline(name)
     pipe.set_progress_bar_config(disable=True)
     make = lambda: pipe(**inputs, generator=torch.Generator().manual_seed(0))[0]  # noqa: E731
@@ -229,7 +230,7 @@ def test_a_second_run_starts_afresh() -> None:
         assert torch.equal(generate(pipe, inputs), generate(pipe, inputs))
 
 
-def test_save_and_load_give_a_stock_pipe(tmp_path) -> None:
+def test_save_and_load_give_a_stock_pipe(tmp_path: Path) -> None:
     model, inputs = tiny_models.build("wan")
     dense = run(model, inputs)
     with accelplug.apply(model, RECIPE, gate="off"):
@@ -248,7 +249,7 @@ CACHES = {
 
 
 @pytest.mark.parametrize("kind", CACHES)
-def test_a_recipe_brings_its_step_cache_and_takes_it_away(kind) -> None:
+def test_a_recipe_brings_its_step_cache_and_takes_it_away(kind: str) -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     inputs["num_inference_steps"] = 4
     stock, before = generate(pipe, inputs), snapshot(pipe.transformer)

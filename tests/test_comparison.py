@@ -6,6 +6,7 @@ import base64
 import io
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ def test_the_pipe_is_left_as_it_was(compared) -> None:
     assert leftovers <= {"_diffusers_hook"}  # that of the root comes with any run of a stock pipeline
 
 
-def test_json_round_trip(compared, tmp_path) -> None:
+def test_json_round_trip(compared, tmp_path: Path) -> None:
     result, _, _ = compared
     path = result.to_json(tmp_path / "r.json")
     again = Comparison.from_json(path)
@@ -135,7 +136,7 @@ def test_json_round_trip(compared, tmp_path) -> None:
     assert "Infinity" not in path.read_text()
 
 
-def test_the_page_is_self_contained(compared, tmp_path) -> None:
+def test_the_page_is_self_contained(compared, tmp_path: Path) -> None:
     result, _, _ = compared
     text = result.to_html(tmp_path / "r.html").read_text()
     assert "http://" not in text.replace("http://www.w3.org", "")
@@ -158,7 +159,7 @@ def test_the_table_prints(compared) -> None:
     assert "another seed" in text
 
 
-def test_recording_adds_a_row_to_the_file(tmp_path) -> None:
+def test_recording_adds_a_row_to_the_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "schema: 1\nmodel: tiny\nmatch: {class: WanTransformer3DModel}\ndefault: radial\n"
@@ -174,7 +175,7 @@ def test_recording_adds_a_row_to_the_file(tmp_path) -> None:
     assert "# a comment that stays" in path.read_text()
 
 
-def test_an_exception_in_a_run_leaves_the_pipe_as_it_was(monkeypatch) -> None:
+def test_an_exception_in_a_run_leaves_the_pipe_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, inputs = small()
     before = snapshot(pipe.transformer)
     row = ROWS[0]
@@ -187,7 +188,7 @@ def test_an_exception_in_a_run_leaves_the_pipe_as_it_was(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["dense", "dense, math kernel", "FirstBlockCache + radial"])
-def test_a_recipe_cannot_take_the_place_of_another_row(name) -> None:
+def test_a_recipe_cannot_take_the_place_of_another_row(name: str) -> None:
     pipe, inputs = small()
     with pytest.raises(AccelplugError, match="as a row of the comparison is"):
         accelplug.compare(pipe, {name: {"rules": [{"patch": "dense"}]}}, inputs)
@@ -242,7 +243,7 @@ def test_a_recipe_that_ran_dense_is_no_headline() -> None:
     ],
     ids=lambda x: getattr(x, "name", None),
 )
-def test_what_is_dense_to_the_last_bit_gained_nothing(row, gain) -> None:
+def test_what_is_dense_to_the_last_bit_gained_nothing(row: Row, gain: float) -> None:
     dense = Row("dense", "dense", samples=[Sample(0, seed, 100.0, 90.0) for seed in (0, 1)], density=[[1.0]])
     result = Comparison("", [""], [0, 1], {}, "", {}, [dense, row])
     assert result.speedup(row).p50 == gain
@@ -278,7 +279,7 @@ def test_a_row_is_recorded_with_the_gain_that_was_told() -> None:
     assert row.model_copy(update={"speedup": None}).gain == pytest.approx(400 / 150), "older rows have times alone"
 
 
-def test_any_text_is_a_prompt(tmp_path) -> None:
+def test_any_text_is_a_prompt(tmp_path: Path) -> None:
     result = Comparison("", ["inf", "nan"], [0], {}, "", {}, [Row("dense", "dense", samples=[Sample(0, 0, 1.0, 1.0)])])
     assert Comparison.from_json(result.to_json(tmp_path / "r.json")).prompts == ["inf", "nan"]
 
@@ -307,7 +308,7 @@ def test_a_compiled_denoiser_is_timed_from_outside_its_graph() -> None:
 
 
 @pytest.mark.parametrize("shape_fhw", [(1, 40, 60), (7, 24, 36), (5, 800, 300)])
-def test_a_sprite_sheet_holds_every_frame(shape_fhw) -> None:
+def test_a_sprite_sheet_holds_every_frame(shape_fhw: tuple[int, int, int]) -> None:
     frames, height, width = shape_fhw
     ramp = np.linspace(0, 255, frames * height * width).reshape(frames, height, width, 1)
     clip = np.repeat(ramp, 3, -1).astype(np.uint8)

@@ -58,7 +58,7 @@ NAMES = sorted({name for _, name in private(ast.parse(SOURCE))} | PUBLIC)
 
 
 @pytest.mark.parametrize("promise", CONTRACTS)
-def test_contract(promise) -> None:
+def test_contract(promise: str) -> None:
     assert compat.why_broken(CONTRACTS[promise]) is None
 
 
@@ -78,7 +78,7 @@ def reached(module: types.ModuleType, check: types.FunctionType) -> set[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_that_goes_is_missed(name) -> None:
+def test_a_name_that_goes_is_missed(name: str) -> None:
     """That a library renames what we ask for is the same as that we ask for another name: some contract says so, and names it."""
     gone = f"{name}_gone"
     module = types.ModuleType("accelplug.compat_of_another_day")
@@ -96,7 +96,7 @@ def test_a_name_that_goes_is_missed(name) -> None:
 
 
 @pytest.mark.parametrize("folder", ["accelplug", "kernels", "patches"])
-def test_private_names_of_others_stand_in_compat_alone(folder) -> None:
+def test_private_names_of_others_stand_in_compat_alone(folder: str) -> None:
     """What a module reads under a private name is its own: anything else goes through compat."""
     found = [
         f"{path.relative_to(ROOT)}:{line} {name}"
@@ -118,7 +118,7 @@ def test_a_call_that_a_library_is_about_to_drop_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("promise", CONTRACTS)
-def test_a_contract_is_checked_apart_from_what_a_process_is_set_to(promise) -> None:
+def test_a_contract_is_checked_apart_from_what_a_process_is_set_to(promise: str) -> None:
     """As a user's script may be set: another dtype, another device, no gradients; and it is set so behind it, too."""
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -132,13 +132,13 @@ def test_a_contract_is_checked_apart_from_what_a_process_is_set_to(promise) -> N
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_broken_contract_is_told(monkeypatch) -> None:
+def test_a_broken_contract_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "dispatch_attention_fn", lambda: lambda query, key: None)
     assert "lacks the parameters" in str(compat.why_broken(CONTRACTS["diffusers: dispatch_attention_fn attends as asked"]))
 
 
 @pytest.fixture
-def tomorrow(monkeypatch, tmp_path) -> list[str]:
+def tomorrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """A diffusers that is newer than all that was tested, and the contracts that were checked since."""
     checked: list[str] = []
     of_today, why_broken = compat.installed, compat.why_broken
@@ -149,7 +149,7 @@ def tomorrow(monkeypatch, tmp_path) -> list[str]:
     return checked
 
 
-def test_an_untested_version_warns_and_is_checked_once(tomorrow, monkeypatch) -> None:
+def test_an_untested_version_warns_and_is_checked_once(tomorrow: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match=r"tested with .*diffusers 0.41.*, found .*diffusers 99.1.0"):
         compat.require("diffusers")
     assert {"_listening", "_dynamo_globals"} <= set(tomorrow)
@@ -163,7 +163,9 @@ def test_an_untested_version_warns_and_is_checked_once(tomorrow, monkeypatch) ->
     assert len(tomorrow) == once
 
 
-def test_where_the_cache_folder_cannot_be_written_a_process_checks_once(tomorrow, monkeypatch, tmp_path) -> None:
+def test_where_the_cache_folder_cannot_be_written_a_process_checks_once(
+    tomorrow: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for _ in range(2):
@@ -172,7 +174,7 @@ def test_where_the_cache_folder_cannot_be_written_a_process_checks_once(tomorrow
     assert len(tomorrow) == len(set(tomorrow)) > 1
 
 
-def test_a_broken_contract_is_refused_at_apply(tomorrow, monkeypatch) -> None:
+def test_a_broken_contract_is_refused_at_apply(tomorrow: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     promise = "diffusers: a hook of ours hears contexts and the end of a run, and is taken away"
     monkeypatch.setattr(compat, "listen_first", lambda registry, name, hook: registry._hook_list)
     model, _ = tiny_models.build("wan")
@@ -183,7 +185,7 @@ def test_a_broken_contract_is_refused_at_apply(tomorrow, monkeypatch) -> None:
     assert [set(vars(module)) for module in model.modules()] == before
 
 
-def test_a_name_that_went_from_a_tested_version_is_told_at_apply(monkeypatch) -> None:
+def test_a_name_that_went_from_a_tested_version_is_told_at_apply(monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions say nothing here; what goes wrong in the middle of apply does, and nothing of it is left."""
     promise = "diffusers: a hook of ours hears contexts and the end of a run, and is taken away"
     monkeypatch.setattr(compat, "listen_first", lambda registry, name, hook: registry._hook_list)

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 import accelplug
 from tests import tiny_models
-from tests.patch_rows import ROWS
+from tests.patch_rows import ROWS, Row
 from tests.test_laws import run
 
 
@@ -41,7 +41,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("row", "kind", "first"), WAYS)
-def test_compiled_equals_eager_with_a_graph_a_policy(row, kind, first) -> None:
+def test_compiled_equals_eager_with_a_graph_a_policy(row: Row, kind: str, first: str) -> None:
     model, inputs = tiny_models.build("wan")
     dense = run(model, inputs)
     recipe = row.recipe(row.working, steps="1:")
@@ -67,7 +67,7 @@ def test_compiled_equals_eager_with_a_graph_a_policy(row, kind, first) -> None:
 
 
 @pytest.mark.parametrize("name", ["wan", "flux", "hunyuan_video", "qwen_image"])
-def test_many_layers_share_a_graph(name) -> None:
+def test_many_layers_share_a_graph(name: str) -> None:
     model, inputs = tiny_models.build(name)
     counter = CompileCounter()
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
@@ -102,7 +102,7 @@ def test_a_unet_compiled_whole_is_dense_and_counted() -> None:
 
 @pytest.mark.parametrize("patched_first", [True, False])
 @pytest.mark.parametrize("name", ["sd3", "cogvideox"])
-def test_stock_and_patched_compiled_in_one_process(name, patched_first) -> None:
+def test_stock_and_patched_compiled_in_one_process(name: str, patched_first: bool) -> None:
     """Processors that never read ``self``, with a graph break inside, must not run each other's frames."""
     stock, inputs = tiny_models.build(name)
     patched, _ = tiny_models.build(name)
@@ -126,7 +126,7 @@ def _break_the_graph(module, args, output):
 
 
 @pytest.mark.parametrize("kind", ["regional", "whole", "in place"])
-def test_a_recipe_that_goes_on_again_is_on_in_what_was_compiled(kind) -> None:
+def test_a_recipe_that_goes_on_again_is_on_in_what_was_compiled(kind: str) -> None:
     """Dynamo guards no hooks: graphs of an earlier plug must not serve a later one."""
     model, inputs = tiny_models.build("wan")
     recipe, dense = ROWS[0].recipe(ROWS[0].working), run(model, inputs)
@@ -154,7 +154,7 @@ def test_a_deep_copy_of_a_patched_model_is_stock() -> None:
     assert torch.equal(run(twin, inputs), dense)
 
 
-def test_the_gate_judges_compiled_blocks_ahead(monkeypatch) -> None:
+def test_the_gate_judges_compiled_blocks_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelplug.hosts import gate
 
     model, inputs = tiny_models.build("wan")

@@ -33,7 +33,7 @@ def test_is_a_permutation_of_every_small_grid(curve) -> None:
 
 @CURVES
 @pytest.mark.parametrize("grid_thw", VIDEOS, ids=str)
-def test_is_a_permutation_of_a_video(curve, grid_thw) -> None:
+def test_is_a_permutation_of_a_video(curve, grid_thw: tuple[int, int, int]) -> None:
     assert torch.equal(curve(grid_thw).sort().values, torch.arange(math.prod(grid_thw)))
 
 
@@ -43,12 +43,12 @@ def test_gilbert_steps_to_neighbours_only_on_every_small_grid() -> None:
 
 
 @pytest.mark.parametrize("grid_thw", [*VIDEOS, (5, 97, 3), (40, 2, 2), (2, 33, 35), (7, 7, 101)], ids=str)
-def test_gilbert_steps_to_neighbours_only(grid_thw) -> None:
+def test_gilbert_steps_to_neighbours_only(grid_thw: tuple[int, int, int]) -> None:
     assert (steps(gilbert(grid_thw), grid_thw) == 1).all()
 
 
 @pytest.mark.parametrize("grid_thw", [(2, 2, 2), (8, 8, 8), (1, 16, 16), (4, 1, 4), (1, 1, 8)], ids=str)
-def test_hilbert_steps_to_neighbours_only_on_powers_of_two(grid_thw) -> None:
+def test_hilbert_steps_to_neighbours_only_on_powers_of_two(grid_thw: tuple[int, int, int]) -> None:
     assert (steps(hilbert(grid_thw), grid_thw) == 1).all()
 
 
@@ -61,7 +61,7 @@ def test_hilbert_fills_every_cube_of_a_power_of_two_before_it_goes_on() -> None:
 
 @CURVES
 @pytest.mark.parametrize("grid_thw", VIDEOS, ids=str)
-def test_blocks_are_more_compact_than_in_raster_order(curve, grid_thw) -> None:
+def test_blocks_are_more_compact_than_in_raster_order(curve, grid_thw: tuple[int, int, int]) -> None:
     def extent(order: torch.Tensor) -> float:
         blocks = [block.amax(0) - block.amin(0) + 1 for block in cells(order, grid_thw).split(128)]
         return float(torch.stack(blocks).sum(-1).float().mean())

@@ -7,6 +7,7 @@ import math
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,7 +87,7 @@ def objects(text: str):
         ("...", None),
     ],
 )
-def test_pope_parses_strictly(answer, expected) -> None:
+def test_pope_parses_strictly(answer: str, expected: bool | None) -> None:
     assert pope.parse(answer) is expected
 
 
@@ -106,7 +107,7 @@ def test_pope_parses_strictly(answer, expected) -> None:
         ("Ja", True),
     ],
 )
-def test_pope_parses_as_its_release(answer, expected) -> None:
+def test_pope_parses_as_its_release(answer: str, expected: bool) -> None:
     assert pope.parse(answer, "official") is expected
     assert pope.parse(answer, parse="official") is expected
 
@@ -116,7 +117,7 @@ def test_pope_parses_as_its_release(answer, expected) -> None:
     [("Yes,", True), ("NO.", False), ("yes it is", True), ("yes\n", True), ("Yes\uff0cthere is", True)]
     + [(answer, None) for answer in ("Oui.", "Nein", "S\u00ed", "\u662f\u3002", "\u3044\u3044\u3048", " ", "Y", "n/a")],
 )
-def test_answers_in_other_forms_are_read_or_counted_as_neither(answer, expected) -> None:
+def test_answers_in_other_forms_are_read_or_counted_as_neither(answer: str, expected: bool | None) -> None:
     assert pope.parse(answer) is expected
 
 
@@ -170,7 +171,7 @@ def test_pope_adversarial_follows_the_thing_just_asked_and_falls_back_to_random(
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_pope_structure(split) -> None:
+def test_pope_structure(split: str) -> None:
     things = ["person", "dog", "cat", "car", "bus", "cup", "fork", "apple", "oven", "kite", "boat", "bird"]
     scenes = {f"{i}.jpg": [things[(i * k + k * k) % 12] for k in range(1, 2 + i % 6)] for i in range(60)}
     questions = pope.build(scenes, split, images=20, seed=1)
@@ -200,7 +201,7 @@ def test_pope_structure(split) -> None:
         ({"images": 1, "per_image": 4}, "min_things"),
     ],
 )
-def test_pope_refuses(change, match) -> None:
+def test_pope_refuses(change: dict[str, Any], match: str) -> None:
     with pytest.raises(AccelplugError, match=match):
         pope.build(SCENES, **{"split": "random", "images": 6, **change})
 
@@ -217,7 +218,7 @@ def test_pope_digest_depends_on_all() -> None:
     assert len({pope.digest(q) for q in ([question], [other], [question, other], [other, question], [])}) == 5
 
 
-def test_pope_reads_misspelt_copies_and_refuses_others(tmp_path) -> None:
+def test_pope_reads_misspelt_copies_and_refuses_others(tmp_path: Path) -> None:
     path = tmp_path / "coco_pope_adversarial.json"
     line = {"question_id": 1, "image": "a.jpg", "text": "Is there an apple in the imange?", "label": "no"}
     path.write_text(json.dumps(line) + "\n\n")
@@ -268,7 +269,7 @@ def test_yes_no_is_nan_where_undefined() -> None:
     ("answer", "expected"),
     [("Yes.", True), (" yes", True), ("NO", False), ("None", False), ("A no", False), ("It is yes", None), ("", None)],
 )
-def test_mme_parses_four_characters(answer, expected) -> None:
+def test_mme_parses_four_characters(answer: str, expected: bool | None) -> None:
     assert mme.parse(answer) is expected
 
 
@@ -330,11 +331,11 @@ def test_mme_by_hand() -> None:
         ("", []),
     ],
 )
-def test_mentions(words, text, expected) -> None:
+def test_mentions(words: Vocabulary, text: str, expected: list[str]) -> None:
     assert words.mentions(text) == expected
 
 
-def test_the_published_list_has_terms_of_two_words_at_most(tmp_path) -> None:
+def test_the_published_list_has_terms_of_two_words_at_most(tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
     path.write_text("oven, stovetop, stove, stove top oven\ndining table, table\n")
     read = Vocabulary.read(path)
@@ -362,7 +363,7 @@ def test_vocabulary_without_a_singulariser() -> None:
     assert Vocabulary({}, None).mentions("nothing at all") == []
 
 
-def test_vocabulary_is_read(tmp_path, words) -> None:
+def test_vocabulary_is_read(tmp_path: Path, words: Vocabulary) -> None:
     path = tmp_path / "words.txt"
     path.write_text("cat, kitten,\n\ndog , hound\n")
     read = Vocabulary.read(path)
@@ -379,7 +380,7 @@ def test_vocabulary_is_read(tmp_path, words) -> None:
         Vocabulary.read(tmp_path / "absent.txt")
 
 
-def test_a_missing_singulariser_is_said(monkeypatch) -> None:
+def test_a_missing_singulariser_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "inflect", None)
     chair._engine.cache_clear()
     with pytest.raises(AccelplugError, match="pip install inflect"):
@@ -504,7 +505,7 @@ AMBER = [
 
 
 @pytest.fixture
-def benchmark_files(tmp_path):
+def benchmark_files(tmp_path: Path):
     """AMBER's folder data in its own form: a picture, a description and six questions."""
     kinds = [
         ("generative", ["grass", "person", "ground"]),
@@ -550,7 +551,7 @@ def test_amber_reads_its_files(benchmark_files) -> None:
 
 @pytest.mark.parametrize("file", ["annotations.json", "relation.json", "safe_words.txt", "query/query_all.json"])
 @pytest.mark.parametrize("bad", [None, b"\xff", b"[{}]"])
-def test_amber_says_which_file_is_wrong(benchmark_files, file, bad) -> None:
+def test_amber_says_which_file_is_wrong(benchmark_files, file: str, bad: bytes | None) -> None:
     path = benchmark_files / file
     path.unlink() if bad is None else path.write_bytes(bad)
     if file == "safe_words.txt" and bad == b"[{}]":
@@ -568,7 +569,7 @@ def test_amber_is_nan_where_undefined() -> None:
         amber.score({9: "a dog"}, {1: []}, CLOSED)
 
 
-def test_amber_reads_associations(tmp_path) -> None:
+def test_amber_reads_associations(tmp_path: Path) -> None:
     relation = amber.read_associations(real("amber_relation.json"))
     assert "man" in relation["person"]
     pytest.importorskip("inflect", reason="plurals are undone by inflect")
@@ -586,7 +587,7 @@ def test_amber_reads_associations(tmp_path) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path):
     (tmp_path / "annotations").mkdir()
     instances = {
         "images": [{"id": i, "file_name": f"COCO_val2014_{i:012}.jpg"} for i in (9, 3, 5)],
@@ -728,7 +729,7 @@ def test_health_by_hand() -> None:
         ({"unparsed": 0.05}, None),
     ],
 )
-def test_collapse_is_told(after, sign) -> None:
+def test_collapse_is_told(after: dict[str, Any], sign: str | None) -> None:
     before = {"yes_ratio": 0.5, "mcc": 0.6, "mean_words": 100, "distinct_1": 0.7, "unparsed": 0.0}
     signs = collapsed(Health(**before), Health(**{**before, **after}))
     assert len(signs) == (sign is not None)
@@ -744,7 +745,7 @@ def test_collapse_needs_figures() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_published_questions_follow_the_rules(split) -> None:
+def test_published_questions_follow_the_rules(split: str) -> None:
     questions = pope.read(real(f"coco_pope_{split}.json"))
     assert len(questions) == 3000
     assert [question.answer for question in questions] == [True, False] * 1500
@@ -782,7 +783,7 @@ def test_published_answers_score() -> None:
     assert (figures.accuracy, figures.f1, figures.mcc, figures.yes_ratio, figures.unparsed) == (1, 1, 1, 0.5, 0)
 
 
-def test_our_words_beside_the_published_list(words) -> None:
+def test_our_words_beside_the_published_list(words: Vocabulary) -> None:
     published = Vocabulary.read(real("coco_synonyms.txt"))
     assert words.classes == published.classes
     assert len(words.classes) == 80

@@ -58,7 +58,7 @@ def test_themes_make_the_adversarial_split_hard() -> None:
     assert all(not exam.likely[key] & exam.truth[key] for key in exam.pictures)
 
 
-def test_neutral_changes_no_answer_and_the_model_is_left_as_it_was(bundled, tmp_path) -> None:
+def test_neutral_changes_no_answer_and_the_model_is_left_as_it_was(bundled, tmp_path: Path) -> None:
     model, processor = bundled
     exam = Exam.scenes(6)
     before = {name: list(vars(module)) for name, module in model.named_modules()}
@@ -178,7 +178,7 @@ def test_answers_are_read_as_the_exam_says() -> None:
     assert (strict.interval[0], official.interval[1]) == (0.0, 1.0)
 
 
-def test_ambers_files_become_an_exam(bundled, tmp_path) -> None:
+def test_ambers_files_become_an_exam(bundled, tmp_path: Path) -> None:
     """Two pictures, a question of each dimension about either, its words and its score, stock and with a recipe."""
     data, dimensions = tmp_path / "data", ("state", "number", "action")
     (data / "query").mkdir(parents=True)
@@ -216,7 +216,7 @@ def test_ambers_files_become_an_exam(bundled, tmp_path) -> None:
         Exam.amber(tmp_path, 3)
 
 
-def test_a_coco_folder_becomes_an_exam(tmp_path) -> None:
+def test_a_coco_folder_becomes_an_exam(tmp_path: Path) -> None:
     names = ("person", "dog", "cat", "car", "chair", "cup")
     (tmp_path / "annotations").mkdir()
     (tmp_path / "val").mkdir()
@@ -257,7 +257,7 @@ IDS = {
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="no photographs beside the project (shared/data/images)")
-def test_photographs_in_a_coco_folder_are_examined_whole(bundled, tmp_path) -> None:
+def test_photographs_in_a_coco_folder_are_examined_whole(bundled, tmp_path: Path) -> None:
     """Annotations in COCO's own form, with everything that its files carry, and pictures of many sizes."""
     (tmp_path / "annotations").mkdir()
     (tmp_path / "val2017").mkdir()

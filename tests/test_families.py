@@ -132,7 +132,7 @@ def forward(model: nn.Module, inputs: dict[str, Any], monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_site_has_the_tokens_and_the_mask_that_its_family_says(name, monkeypatch) -> None:
+def test_every_site_has_the_tokens_and_the_mask_that_its_family_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build(name)
     family = find(model)
     run = forward(model, inputs, monkeypatch)
@@ -188,7 +188,7 @@ UNETS = ("unet_sd15", "unet_sdxl", "animatediff")  # convolutions spread a chang
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in (*UNETS, "latte")])
-def test_a_piece_of_the_input_lands_on_its_raster_place(name, monkeypatch) -> None:
+def test_a_piece_of_the_input_lands_on_its_raster_place(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build(name)
     if name.startswith("hunyuan_video"):  # its first block would do, but the text is refined with what is valid only
         inputs = inputs | {"encoder_attention_mask": torch.ones_like(inputs["encoder_attention_mask"])}
@@ -213,7 +213,7 @@ def test_a_piece_of_the_input_lands_on_its_raster_place(name, monkeypatch) -> No
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_a_place_of_a_resolution_lands_on_its_raster_place(name, monkeypatch) -> None:
+def test_a_place_of_a_resolution_lands_on_its_raster_place(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = tiny_models.build(name)
     level = next(m for m in model.modules() if type(m).__name__ == "Transformer2DModel")
     level.norm = nn.Identity()  # a group norm spreads a change over its whole group
@@ -235,7 +235,7 @@ def test_a_place_of_a_resolution_lands_on_its_raster_place(name, monkeypatch) ->
         assert moved.nonzero().flatten().tolist() == [row * 8 + column]
 
 
-def test_latte_attends_frame_by_frame_and_then_over_the_frames(monkeypatch) -> None:
+def test_latte_attends_frame_by_frame_and_then_over_the_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build("latte")
     run = forward(model, inputs, monkeypatch)
     spatial, layout = next(run.sites())
@@ -254,7 +254,7 @@ def test_latte_attends_frame_by_frame_and_then_over_the_frames(monkeypatch) -> N
 # --------------------------------------------------------------------------------------------------------------- masks
 
 
-def test_an_outer_mask_is_the_outer_product_of_its_first_row(monkeypatch) -> None:
+def test_an_outer_mask_is_the_outer_product_of_its_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build("hunyuan_video_15")
     assert find(model).outer_mask
     for call, layout in forward(model, inputs, monkeypatch).sites():
@@ -264,7 +264,7 @@ def test_an_outer_mask_is_the_outer_product_of_its_first_row(monkeypatch) -> Non
         assert torch.equal(call.mask, valid[:, None, :, None] & valid[:, None, None, :])
 
 
-def test_chroma_adds_its_mask_to_the_scores(monkeypatch) -> None:
+def test_chroma_adds_its_mask_to_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pipeline makes the mask in the dtype of the text: numbers to add, which no key validity can stand for."""
     model, inputs = tiny_models.build("chroma")
     padding = (torch.arange(7 + 48) != 6)[None].float()
@@ -344,7 +344,14 @@ def family_of(class_name: str):
 
 
 @pytest.mark.parametrize(("class_name", "patch", "patch_t", "inputs", "grid", "length"), PUBLISHED)
-def test_published_sizes(class_name, patch, patch_t, inputs, grid, length) -> None:
+def test_published_sizes(
+    class_name: str,
+    patch: int | tuple[int, int, int],
+    patch_t: int | None,
+    inputs: dict[str, Any],
+    grid: tuple[int, int, int],
+    length: int,
+) -> None:
     family = family_of(class_name)
     geometry = family.geometry(SimpleNamespace(patch_size=patch, patch_size_t=patch_t), inputs)
     assert geometry.grid_thw == grid
@@ -395,7 +402,7 @@ DENSE = {
 
 
 @pytest.mark.parametrize("case", DENSE)
-def test_what_is_not_understood_is_dense(case) -> None:
+def test_what_is_not_understood_is_dense(case: str) -> None:
     class_name, inputs = DENSE[case]
     config = SimpleNamespace(patch_size=(1, 2, 2))
     assert family_of(class_name).geometry(config, inputs) is None
@@ -413,7 +420,7 @@ def test_raster_ids() -> None:
     assert raster_grid(swapped) is None
 
 
-def test_captions_of_two_lengths_share_one_layout(monkeypatch) -> None:
+def test_captions_of_two_lengths_share_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build("z_image")
     both = {"x": inputs["x"] * 2, "cap_feats": [tiny_models.noise(14, 16), tiny_models.noise(40, 16)], "t": torch.ones(2)}
     calls = list(forward(model, both, monkeypatch).sites())
@@ -425,7 +432,7 @@ def test_captions_of_two_lengths_share_one_layout(monkeypatch) -> None:
         assert call.mask[:, 0, 0].sum(1).tolist() == [64 + 32, 64 + 64]
 
 
-def test_mochi_attends_to_as_much_text_as_is_valid(monkeypatch) -> None:
+def test_mochi_attends_to_as_much_text_as_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build("mochi")
     both, _ = tiny_models.batch_of_two("mochi", inputs)
     calls = list(forward(model, both, monkeypatch).sites())
@@ -474,7 +481,7 @@ def test_unet_sites_are_numbered_from_the_way_down_to_the_way_up() -> None:
         ("kandinsky5", "text_transformer_blocks.0.self_attention"),
     ],
 )
-def test_refiners_sound_and_control_are_left_alone(name, module) -> None:
+def test_refiners_sound_and_control_are_left_alone(name: str, module: str) -> None:
     model, _ = tiny_models.build(name)
     assert module in owners(model)
     assert module not in site_kinds(find(model), owners(model))[0]

@@ -207,7 +207,7 @@ def test_a_fault_at_any_call_leaves_what_one_remove_restores(name: str, processo
     assert case.left() == before
 
 
-def test_an_interrupt_in_the_log_line_behind_install_takes_the_recipe_off(monkeypatch) -> None:
+def test_an_interrupt_in_the_log_line_behind_install_takes_the_recipe_off(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = tiny_models.build("wan")
 
     def interrupted(*_: object) -> None:
@@ -221,7 +221,7 @@ def test_an_interrupt_in_the_log_line_behind_install_takes_the_recipe_off(monkey
     assert plug_of(model) is None
 
 
-def test_a_remove_that_cannot_end_is_found_and_ended_later(monkeypatch) -> None:
+def test_a_remove_that_cannot_end_is_found_and_ended_later(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build("wan")
     dense = model(**inputs, return_dict=False)[0]
     plug = accelplug.apply(model, {"patch": "tome", "with": {"ratio": 0.5}}, gate="off")
@@ -241,7 +241,7 @@ def test_a_remove_that_cannot_end_is_found_and_ended_later(monkeypatch) -> None:
     assert torch.equal(model(**inputs, return_dict=False)[0], dense)
 
 
-def test_of_two_threads_that_apply_at_once_one_is_told(monkeypatch) -> None:
+def test_of_two_threads_that_apply_at_once_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = tiny_models.build("wan")
     before, start, told = set(vars(model)), threading.Barrier(4), []
 

@@ -55,7 +55,7 @@ class MadeUpTime:
 
 
 @pytest.fixture
-def wan(monkeypatch):
+def wan(monkeypatch: pytest.MonkeyPatch):
     model, inputs = tiny_models.build("wan")
     return model, inputs, MadeUpTime(monkeypatch, model)
 
@@ -102,7 +102,7 @@ def test_the_run_counts_its_dense_steps_and_layers(wan) -> None:
     assert "4 of whose 8 steps" in said
 
 
-def test_what_is_left_dense_gains_nothing_and_says_what_it_would_have_cost(monkeypatch) -> None:
+def test_what_is_left_dense_gains_nothing_and_says_what_it_would_have_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build("wan")
     MadeUpTime(monkeypatch, model, sparse_ms=15.0)
     with accelplug.apply(model, sparse()) as plug:
@@ -114,7 +114,7 @@ def test_what_is_left_dense_gains_nothing_and_says_what_it_would_have_cost(monke
     assert f"60% of a forward, which would be {gain:.2f}x as fast" in reason
 
 
-def test_gate_report_foretells_what_it_forces(monkeypatch) -> None:
+def test_gate_report_foretells_what_it_forces(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build("wan")
     MadeUpTime(monkeypatch, model, sparse_ms=15.0)
     with accelplug.apply(model, sparse(), gate="report") as plug:
@@ -132,7 +132,7 @@ def test_a_forward_that_a_cache_cut_short_does_not_stand(wan) -> None:
         assert plug.forecasts[0].attention_share == pytest.approx(LAYERS * DENSE_MS / DENSE_FORWARD_MS)
 
 
-def test_only_the_first_forwards_of_a_size_are_timed(wan, monkeypatch) -> None:
+def test_only_the_first_forwards_of_a_size_are_timed(wan, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs, time = wan
     with accelplug.apply(model, sparse()) as plug:
         for _ in range(forecast.FORWARDS):
@@ -173,7 +173,7 @@ def test_a_denoiser_compiled_whole_foretells_nothing() -> None:
         assert not plug.forecasts
 
 
-def test_nothing_is_timed_while_a_graph_is_captured(wan, monkeypatch) -> None:
+def test_nothing_is_timed_while_a_graph_is_captured(wan, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs, time = wan
     monkeypatch.setattr(gate, "capturing", lambda device: True)
     measured = []
@@ -188,7 +188,7 @@ def test_nothing_is_timed_while_a_graph_is_captured(wan, monkeypatch) -> None:
         assert plug.report().served == {"radial": LAYERS}
 
 
-def test_two_denoisers_are_foretold_over_the_steps_each_takes(monkeypatch) -> None:
+def test_two_denoisers_are_foretold_over_the_steps_each_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, inputs = tiny_models.pipeline("wan22_moe")
     monkeypatch.setattr(gate, "median_ms", lambda call, device: 1.0)
     with accelplug.apply(pipe, sparse(), gate="report") as plug:
@@ -217,7 +217,7 @@ def stored(plug: accelplug.Plug) -> dict[str, Any]:
 
 @pytest.mark.parametrize("sparse_ms", [4.0, 15.0])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_choices_are_replayed_untimed(monkeypatch, sparse_ms, deterministic) -> None:
+def test_choices_are_replayed_untimed(monkeypatch: pytest.MonkeyPatch, sparse_ms: float, deterministic: bool) -> None:
     model, inputs = tiny_models.build("wan")
     dense = run(model, inputs)
     time = MadeUpTime(monkeypatch, model, sparse_ms)
@@ -260,7 +260,7 @@ def test_a_verdict_is_on_one_config(wan) -> None:
         assert time.judged == 4
 
 
-def test_kernels_are_replayed(monkeypatch) -> None:
+def test_kernels_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = ROWS[0].recipe({"decay": 0.2, "backend": "auto"})
     model, inputs = tiny_models.build("wan")
     attention.forget_choices()
@@ -283,7 +283,7 @@ def test_kernels_are_replayed(monkeypatch) -> None:
     attention.forget_choices()
 
 
-def test_deterministic_takes_no_kernel_that_another_plug_measured(monkeypatch) -> None:
+def test_deterministic_takes_no_kernel_that_another_plug_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = ROWS[0].recipe({"decay": 0.2, "backend": "auto"})
     model, inputs = tiny_models.build("wan")
     ran: list[str] = []

@@ -12,7 +12,7 @@ from tests.conftest import DEVICE
 
 
 @pytest.mark.parametrize("name", gpu_steps.MODELS)
-def test_every_model_runs_and_is_foretold(name) -> None:
+def test_every_model_runs_and_is_foretold(name: str) -> None:
     rows = gpu_steps.main(["--smoke", "--model", name])
     assert [row["recipe"] for row in rows] == [*gpu_steps.DENSE, "random, density 0.2", "random, density 0.3"]
     for row in rows[2:]:
@@ -29,7 +29,7 @@ def test_kernels_are_checked_then_timed_in_turns() -> None:
     assert all(row["ms"]["p50"] > 0 and row["over_dense"] > 0 and "failed" not in row for row in rows)
 
 
-def test_a_wrong_kernel_is_not_timed(monkeypatch) -> None:
+def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = gpu_block_attention.Kernel(lambda q, k, v, plan: lambda: torch.zeros_like(q))
     monkeypatch.setattr(gpu_block_attention, "kernels", lambda smoke, device: {"wrong": wrong})
     (row,) = gpu_block_attention.main(["--smoke"])

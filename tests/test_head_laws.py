@@ -100,7 +100,7 @@ def answered(name: str, call: AttentionCall, queries: int) -> Tensor:
 @pytest.mark.parametrize("queries", [S, 3, 1])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", PATCHES)
-def test_what_a_mask_hides_has_no_say_at_all(name, form, queries) -> None:
+def test_what_a_mask_hides_has_no_say_at_all(name: str, form: str, queries: int) -> None:
     """Other keys and values where no row that answers may read: the same result, bit for bit."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         call, other = make(form, queries, dtype), make(form, queries, dtype, seed=5)
@@ -118,7 +118,7 @@ def test_what_a_mask_hides_has_no_say_at_all(name, form, queries) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rows", [S, 5, 1])
-def test_rows_computed_anew_are_the_model_s_own(form, rows) -> None:
+def test_rows_computed_anew_are_the_model_s_own(form: str, rows: int) -> None:
     call = make(form, S, torch.float32)
     p, valid = spans.row_attention(call, rows), prompt(S).valid[:, None, -rows:].expand(B, H, rows)
     hidden = ~readable(form)[:, None, -rows:].expand_as(p)
@@ -165,7 +165,7 @@ VANISHING: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])
 @pytest.mark.parametrize("name", ["llava_mistral", "gemma3"])
 @pytest.mark.usefixtures("kernel")
-def test_at_a_strength_near_nothing_every_patch_is_the_stock_model(name, attention, held_as) -> None:
+def test_at_a_strength_near_nothing_every_patch_is_the_stock_model(name: str, attention: str, held_as: str) -> None:
     """Its way through every call all the same: prompts padded on both sides, windows, and steps on every kind of cache."""
     if (name, attention) == ("gemma3", "flash_attention_2"):
         return  # refused by transformers
@@ -204,7 +204,7 @@ def _steps(model: Any, given: dict[str, Tensor], held_as: str) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rows_computed_anew_are_float32_under_autocast(dtype) -> None:
+def test_rows_computed_anew_are_float32_under_autocast(dtype: torch.dtype) -> None:
     call = make("lowest", S, torch.float32)
     p, masses = spans.row_attention(call, 5), prompt(S).visual[..., None].float()
     exact = p, spans.read_rows(call, p), spans.on_spans(call, p, masses)
@@ -214,7 +214,7 @@ def test_rows_computed_anew_are_float32_under_autocast(dtype) -> None:
 
 
 @pytest.mark.parametrize("name", PATCHES)
-def test_under_autocast_a_model_moves_as_it_does_without(name) -> None:
+def test_under_autocast_a_model_moves_as_it_does_without(name: str) -> None:
     """A patch's effect survives autocast: what is left of it is what the model itself loses."""
     model, given = build("llava"), inputs("llava")
     recipe = {"patch": name, "with": {**PATCHES[name], **({"alpha": 3.0} if name in ("gift", "pai") else {})}}
@@ -264,7 +264,7 @@ def prefixed() -> dict[str, Tensor]:
     }
 
 
-def test_without_its_image_a_prompt_reads_itself_as_it_does_with_it(monkeypatch) -> None:
+def test_without_its_image_a_prompt_reads_itself_as_it_does_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """PaliGemma's prompts read themselves both ways, by their token types."""
     model, given, outputs, made = paligemma2(), prefixed(), {}, []
     model.set_attn_implementation({"text_config": "eager"})
@@ -284,7 +284,7 @@ def test_without_its_image_a_prompt_reads_itself_as_it_does_with_it(monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["visual_bias", "var", "gift", "pai"])
-def test_a_soft_cap_is_told_and_leaves_calls_dense(name) -> None:
+def test_a_soft_cap_is_told_and_leaves_calls_dense(name: str) -> None:
     model, given = paligemma2(), prefixed()
     model.set_attn_implementation({"text_config": "eager"})
     plain, recipe = forward(model, given), {"patch": name, "with": PATCHES[name]}
@@ -320,7 +320,7 @@ def test_a_soft_cap_is_told_and_leaves_calls_dense(name) -> None:
         ("contrast", {"gamma": -1.0}, None, "gamma"),
     ],
 )
-def test_what_cannot_work_is_told_at_apply(patch, config, layers, said) -> None:
+def test_what_cannot_work_is_told_at_apply(patch: str, config: dict[str, Any], layers: str | None, said: str) -> None:
     model = build("llava")
     with pytest.raises(AccelplugError, match=said):
         accelplug.apply(model, {"patch": patch, "with": config, **({"where": {"layers": layers}} if layers else {})})
@@ -328,7 +328,7 @@ def test_what_cannot_work_is_told_at_apply(patch, config, layers, said) -> None:
 
 
 @pytest.mark.parametrize("name", ["visual_bias", "var", "vhr", "gift", "pai", "imbalance", "carve", "agla", "contrast"])
-def test_no_field_takes_nan_or_an_infinity(name) -> None:
+def test_no_field_takes_nan_or_an_infinity(name: str) -> None:
     cls = patch_class(name)
     for field in cls.Config.model_fields:
         for value in (math.nan, math.inf, -math.inf, [math.nan, math.nan], {}):
@@ -336,7 +336,7 @@ def test_no_field_takes_nan_or_an_infinity(name) -> None:
                 cls({field: value})
 
 
-def test_vhr_reads_a_prompt_without_an_image_once(monkeypatch) -> None:
+def test_vhr_reads_a_prompt_without_an_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     original = Blind.__init__
     monkeypatch.setattr(Blind, "__init__", lambda self, *args: made.append(self) or original(self, *args))
@@ -350,7 +350,7 @@ def test_vhr_reads_a_prompt_without_an_image_once(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_rows_that_var_does_not_choose_are_the_model_s_own(form) -> None:
+def test_rows_that_var_does_not_choose_are_the_model_s_own(form: str) -> None:
     """Bit for bit, and padding too: what a kernel makes of rows that may read nothing is not ours to change."""
     call, state = make(form, S, torch.float32), {}
     patch = patch_class("var")({**PATCHES["var"], "min_visual_mass": 0.5})

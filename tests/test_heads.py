@@ -74,7 +74,7 @@ def test_weighting_and_renormalising_is_a_bias_in_two_more_dimensions() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bias_loses_no_more_than_the_dtype_does(dtype) -> None:
+def test_a_bias_loses_no_more_than_the_dtype_does(dtype: torch.dtype) -> None:
     exact, call = make(), make(dtype)
     rows, columns = torch.full((1, 1, 1, 1), math.log(1.15)), prompt().visual[..., None].float()
     q, k = spans.biased(call, rows, columns)
@@ -107,7 +107,7 @@ def test_zeroing_a_span_without_renormalising_is_taking_its_part_off() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, S])
-def test_last_rows(rows) -> None:
+def test_last_rows(rows: int) -> None:
     call = make()
     p, v = probabilities(call)
     torch.testing.assert_close(spans.row_attention(call, rows).double(), p[:, :, -rows:], atol=1e-6, rtol=0)
@@ -119,7 +119,7 @@ def test_last_rows(rows) -> None:
 
 
 @pytest.mark.parametrize("form", ["none", "flash", "bool", "additive"])
-def test_masks_of_every_form_say_the_same(form) -> None:
+def test_masks_of_every_form_say_the_same(form: str) -> None:
     call, valid = make(), prompt().valid
     keep = (call.mask & valid[:, None, None]) if form != "none" else call.mask
     additive = torch.zeros(keep.shape, dtype=torch.float64).masked_fill(~keep, torch.finfo(torch.float32).min)
@@ -175,7 +175,7 @@ def weighted(call: AttentionCall, weight: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("queries", [S, 1])
-def test_visual_bias_is_weighting(queries) -> None:
+def test_visual_bias_is_weighting(queries: int) -> None:
     call, layout = make(queries=queries), prompt()
     patch = VisualBias({"image_weight": 2.5, "system_weight": 0.5, "heads": [1, 3]})
     params = patch.prepare(SITE, layout, PREFILL if queries > 1 else DECODE, {})
@@ -187,7 +187,7 @@ def test_visual_bias_is_weighting(queries) -> None:
 
 
 @pytest.mark.parametrize("queries", [S, 1])
-def test_var_is_redistribution_head_by_head_and_row_by_row(queries) -> None:
+def test_var_is_redistribution_head_by_head_and_row_by_row(queries: int) -> None:
     call, layout = make(queries=queries), prompt()
     hidden = 0.1 * torch.randn(B, S, 32, generator=torch.Generator().manual_seed(2))
     for row, token in ((0, 0), (0, 6), (0, 9), (1, 2), (1, 16), (1, 20)):  # text and image tokens
@@ -249,7 +249,7 @@ def test_vhr_takes_the_upper_half_without_outliers() -> None:
 
 
 @pytest.mark.parametrize("answers", [1, 3])
-def test_pai_raises_signed_scores_in_answering_rows(answers) -> None:
+def test_pai_raises_signed_scores_in_answering_rows(answers: int) -> None:
     call, layout = make(), prompt()
     call = replace(call, place=replace(call.place, answers=answers))
     out = pai.Pai({"alpha": 0.5}).attend(call, pai.Pai({"alpha": 0.5}).prepare(SITE, layout, PREFILL, {}))
@@ -261,7 +261,7 @@ def test_pai_raises_signed_scores_in_answering_rows(answers) -> None:
 
 
 @pytest.mark.parametrize("at_a_time", [128, 3])
-def test_gift_reads_the_gaze_and_shifts_the_answer(at_a_time, monkeypatch) -> None:
+def test_gift_reads_the_gaze_and_shifts_the_answer(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gift, "ROWS", at_a_time)
     call, layout, state = make(), prompt(), {}
     patch = gift.Gift({"saliency_layer": 0, "enhance": [1, 4], "alpha": 2.0})
@@ -317,7 +317,7 @@ def of_bytes() -> Any:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_gift_tells_words_that_carry_content_from_others_and_from_the_template(template) -> None:
+def test_gift_tells_words_that_carry_content_from_others_and_from_the_template(template: str) -> None:
     tokenizer, asked = (
         of_bytes(),
         "Isn't there a tyrannosaurus\u2019s tail, caf\u00e9 \u65e5\u672c or model_2 beside the User's house?",

@@ -53,7 +53,7 @@ LAYOUTS = (Layout((2, 4, 6)), Layout((3, 5, 5)), Layout((3, 5, 5), 0, 9))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_equals_the_formula_stated_block_by_block(layout) -> None:
+def test_equals_the_formula_stated_block_by_block(layout: Layout) -> None:
     q, k, v = torch.randn(3, 2, 2, layout.length, 16)
     out = attend(layout, q, k, v)
     for b in range(2):
@@ -67,7 +67,7 @@ def divergence(theta: Tensor, p: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_no_map_that_is_constant_on_pairs_of_blocks_is_nearer_to_softmax(layout) -> None:
+def test_no_map_that_is_constant_on_pairs_of_blocks_is_nearer_to_softmax(layout: Layout) -> None:
     q, k = torch.randn(2, 1, 1, layout.length, 16)
     softmax = (SCALE * q[0, 0].double() @ k[0, 0].double().T).softmax(-1)
     ours = attention_map(layout, q, k)
@@ -96,7 +96,7 @@ def test_no_map_that_is_constant_on_pairs_of_blocks_is_nearer_to_softmax(layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_the_tie_never_brings_it_nearer_than_pooling_row_by_row(layout) -> None:
+def test_the_tie_never_brings_it_nearer_than_pooling_row_by_row(layout: Layout) -> None:
     q, k = torch.randn(2, 1, 1, layout.length, 16)
     softmax = (SCALE * q[0, 0].double() @ k[0, 0].double().T).softmax(-1)
     tied, pooled = (divergence(attention_map(layout, q, k, rest=rest), softmax) for rest in ("tied", "pool"))
@@ -112,7 +112,7 @@ def test_blocks_of_equal_queries_and_keys_are_exact() -> None:
 
 
 @pytest.mark.parametrize(("block", "block_k"), [(8, None), (16, 8), (8, 16)])
-def test_a_block_reads_the_keys_of_its_own_slots(block, block_k) -> None:
+def test_a_block_reads_the_keys_of_its_own_slots(block: int, block_k: int | None) -> None:
     patch = Hierarchical({"block": block, "block_k": block_k})
     plan = patch.prepare(SITE, Layout((3, 4, 8)), Clock(), {}).plan
     own = torch.arange(96)

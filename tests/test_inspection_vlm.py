@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from pathlib import Path
 from typing import Never
 
 import numpy as np
@@ -133,7 +134,7 @@ BATCH = [[3, "I", 5], [6, "I", 7]]
 
 
 @pytest.fixture(params=list(KINDS))
-def kind(request):
+def kind(request: pytest.FixtureRequest):
     return request.param
 
 
@@ -161,7 +162,7 @@ def spans(inputs):
     return image, seen == 0, (seen > 0) & ~image
 
 
-def test_masses_vas_and_maps_are_those_of_eager_attention(kind, model) -> None:
+def test_masses_vas_and_maps_are_those_of_eager_attention(kind: str, model) -> None:
     inputs = prompt(kind, [[4, "I", 6]])
     found = accelplug.inspect(model, inputs)
     p = eager(model, inputs)
@@ -180,7 +181,7 @@ def test_masses_vas_and_maps_are_those_of_eager_attention(kind, model) -> None:
 
 
 @pytest.mark.parametrize("bias", [-60.0, -400.0])
-def test_a_head_that_does_not_read_the_system_text_has_a_bounded_score(bias, tmp_path) -> None:
+def test_a_head_that_does_not_read_the_system_text_has_a_bounded_score(bias: float, tmp_path: Path) -> None:
     """exp(-60) is a mass of 1e-26, exp(-400) underflows: the ratio as published is of no use then, the share is."""
     inputs = prompt("llava", [[4, "I", 6]])
     _, system, _ = spans(inputs)
@@ -210,7 +211,7 @@ def head_outputs(model, **inputs):
     return torch.stack(taken).unflatten(-1, (4, -1)).numpy()
 
 
-def test_vision_aware_head_divergence_is_that_of_two_forwards(kind, model) -> None:
+def test_vision_aware_head_divergence_is_that_of_two_forwards(kind: str, model) -> None:
     inputs = prompt(kind, [[4, "I", 6]])
     found = accelplug.inspect(model, inputs)
     text = inputs["input_ids"][:, inputs["input_ids"][0] != IMG]
@@ -226,7 +227,7 @@ def test_vision_aware_head_divergence_is_that_of_two_forwards(kind, model) -> No
         assert set(np.flatnonzero(found.vision_heads[layer])) == set(np.argsort(counted)[2:])
 
 
-def test_a_padded_batch_is_its_rows_one_by_one(kind, model) -> None:
+def test_a_padded_batch_is_its_rows_one_by_one(kind: str, model) -> None:
     inputs = prompt(kind, BATCH)
     both = accelplug.inspect(model, inputs)
     first, second = (accelplug.inspect(model, row_of(inputs, row)) for row in (0, 1))
@@ -240,7 +241,7 @@ def test_a_padded_batch_is_its_rows_one_by_one(kind, model) -> None:
     assert both.grids == first.grids
 
 
-def test_every_image_of_a_row_is_told_apart(kind, model) -> None:
+def test_every_image_of_a_row_is_told_apart(kind: str, model) -> None:
     inputs = prompt(kind, [[3, "I", 2, "I", 5]])
     found = accelplug.inspect(model, inputs)
     sizes = [6, 8] if kind == "qwen" else [16, 16]
@@ -314,7 +315,7 @@ def state(model):
     }
 
 
-def test_the_model_is_as_before(kind, model) -> None:
+def test_the_model_is_as_before(kind: str, model) -> None:
     inputs = prompt(kind, BATCH)
     with torch.no_grad():
         want = model(**inputs).logits
@@ -328,7 +329,7 @@ def test_the_model_is_as_before(kind, model) -> None:
         assert torch.equal(model(**inputs).logits, want)
 
 
-def test_the_model_is_as_before_also_when_it_raises(kind, model) -> None:
+def test_the_model_is_as_before_also_when_it_raises(kind: str, model) -> None:
     inputs = prompt(kind, BATCH)
     with torch.no_grad():
         want = model(**inputs).logits
@@ -351,7 +352,7 @@ def test_the_model_is_as_before_also_when_it_raises(kind, model) -> None:
 # ---------------------------------------------------------------------------------------------------------------------- output
 
 
-def test_pages_and_pictures_are_written(kind, model, tmp_path) -> None:
+def test_pages_and_pictures_are_written(kind: str, model, tmp_path: Path) -> None:
     found = accelplug.inspect(model, prompt(kind, [[3, "I", 2, "I", 5], [4, "I", 3]]))
     found.to_png(tmp_path / "a.png")
     picture = np.asarray(Image.open(tmp_path / "a.png"))
@@ -384,7 +385,7 @@ def test_patches_are_put_back_together() -> None:
     np.testing.assert_allclose(shown, 255 * ((picture - low) / (high - low)).permute(1, 2, 0), atol=1)
 
 
-def test_without_system_text_there_is_no_vas(tmp_path) -> None:
+def test_without_system_text_there_is_no_vas(tmp_path: Path) -> None:
     inputs = prompt("llava", [["I", 5]])
     inputs = {key: x[:, 1:] if x.ndim == 2 else x for key, x in inputs.items()}
     found = accelplug.inspect(llava(), inputs)
@@ -405,7 +406,7 @@ def test_colours_go_from_dark_to_light_and_layers_over_all_depth() -> None:
 # --------------------------------------------------------------------------------------------------------- summary and errors
 
 
-def test_without_inputs_it_is_a_summary(kind, model) -> None:
+def test_without_inputs_it_is_a_summary(kind: str, model) -> None:
     found = accelplug.inspect(model)
     assert (found.layers, found.heads, found.kv_heads, found.attention) == (4, 4, 2, "sdpa")
     assert found.family in ("llava", "qwen2.5-vl")
@@ -441,7 +442,7 @@ def test_what_cannot_be_inspected_says_so() -> None:
         accelplug.inspect(model, inputs)
 
 
-def test_command_line(tmp_path, capsys) -> None:
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from accelplug.zoo import scenes
     from benchmarks.zoo.vlm import make_model, make_processor
 

@@ -80,7 +80,7 @@ def close(got, expected, dtype=torch.float32) -> None:
 @pytest.mark.parametrize("rest", RESTS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_backend_equals_reference(backend, shape, rest, mask) -> None:
+def test_backend_equals_reference(backend: str, shape: tuple[int, ...], rest: str, mask: str) -> None:
     q, k, v, plan = make(shape, per_head=shape[0] == 2)
     key_mask = None if mask == "all" else torch.rand(shape[0], shape[3]) < 0.7
     arguments = {"rest": RESTS[rest](shape[1]), "key_mask": key_mask, "return_lse": True}
@@ -117,7 +117,7 @@ def levelled(shape, *, skipped=False, seed=0):
 @pytest.mark.parametrize(("rest", "padded"), [("drop", False), ("weighted", True)])
 @pytest.mark.parametrize("shape", MEANS_SHAPES.values(), ids=MEANS_SHAPES)
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_means_and_skipped_heads_equal_reference(backend, shape, rest, padded) -> None:
+def test_means_and_skipped_heads_equal_reference(backend: str, shape: tuple[int, ...], rest: str, padded: bool) -> None:
     q, k, v, plan = levelled(shape, skipped=True)
     key_mask = torch.rand(shape[0], shape[3]) < 0.7 if padded else None
     arguments = {"rest": RESTS[rest](shape[1]), "key_mask": key_mask, "return_lse": True}
@@ -130,7 +130,7 @@ def test_means_and_skipped_heads_equal_reference(backend, shape, rest, padded) -
 
 
 @pytest.mark.parametrize("mask", ["all", "padded"])
-def test_means_by_token(mask) -> None:
+def test_means_by_token(mask: str) -> None:
     """Every run of h slots, spelled out one by one, in float64."""
     q, k, v, plan = levelled((1, 2, 2, 61, 16, 16, 16, 16))
     valid = torch.ones(61, dtype=torch.bool) if mask == "all" else torch.rand(61) < 0.7
@@ -151,7 +151,7 @@ def test_means_by_token(mask) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
 @pytest.mark.parametrize("tokens", [96, 97, 111])
-def test_means_are_exact_where_their_keys_and_values_are_equal(backend, tokens) -> None:
+def test_means_are_exact_where_their_keys_and_values_are_equal(backend: str, tokens: int) -> None:
     q, k, v, plan = levelled((1, 2, 2, tokens, 16, 16, 16, 16))
     run = torch.arange(tokens) // 8 * 8
     k, v = k[..., run, :], v[..., run, :]
@@ -162,7 +162,7 @@ def test_means_are_exact_where_their_keys_and_values_are_equal(backend, tokens) 
 
 @pytest.mark.parametrize("mask", ["all", "padded"])
 @pytest.mark.parametrize("representative", ["centre", "centre_k_mean_v"])
-def test_the_centre_stands_for_its_block(representative, mask) -> None:
+def test_the_centre_stands_for_its_block(representative: str, mask: str) -> None:
     q, k, v, plan = make((1, 2, 1, 45, 16, 16, 16, 16))
     valid = torch.ones(45, dtype=torch.bool) if mask == "all" else torch.rand(45) < 0.7
     key_mask = None if mask == "all" else valid[None]
@@ -187,7 +187,7 @@ def test_the_centre_stands_for_its_block(representative, mask) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_rectified_adds_fixed_weights(backend) -> None:
+def test_rectified_adds_fixed_weights(backend: str) -> None:
     q, k, v, plan = make((2, 4, 2, 45, 16, 24, 16, 16), per_head=True)
     share, weights = torch.rand(2, 4, 3), torch.rand(2, 4, 3, 3)
     exact = block_attention(q, k, v, plan, backend="reference")
@@ -200,7 +200,7 @@ def test_rectified_adds_fixed_weights(backend) -> None:
 
 @pytest.mark.parametrize("mask", ["all", "padded"])
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_tied_is_the_two_level_form(backend, mask) -> None:
+def test_tied_is_the_two_level_form(backend: str, mask: str) -> None:
     tokens, block = 45, 16
     q, k, v, _ = make((1, 2, 1, tokens, 16, 16, block, block))
     valid = torch.ones(tokens, dtype=torch.bool) if mask == "all" else torch.rand(tokens) < 0.7
@@ -222,7 +222,7 @@ def test_tied_is_the_two_level_form(backend, mask) -> None:
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize("shape", ["S113-q16k16", "B2-H2kv1-S97-q32k16"])
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_8_bit_backends_agree(backend, shape, precision) -> None:
+def test_8_bit_backends_agree(backend: str, shape: str, precision: str) -> None:
     shape = MEANS_SHAPES[shape]
     q, k, v, plan = levelled(shape)
     key_mask = torch.rand(shape[0], shape[3]) < 0.7
@@ -236,7 +236,7 @@ def test_8_bit_backends_agree(backend, shape, precision) -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_8_bits_lose_nothing_of_numbers_they_hold(backend, precision) -> None:
+def test_8_bits_lose_nothing_of_numbers_they_hold(backend: str, precision: str) -> None:
     q, k, v, plan = make((1, 2, 2, 64, 32, 16, 16, 16))
     if precision == "int8":
         q, k, largest = q.mul(40).round().clamp(-127, 127), k.mul(40).round().clamp(-127, 127), 127.0
@@ -249,7 +249,7 @@ def test_8_bits_lose_nothing_of_numbers_they_hold(backend, precision) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_8_bit_errors_are_those_of_rounding(precision) -> None:
+def test_8_bit_errors_are_those_of_rounding(precision: str) -> None:
     """No logit of row i is off by more than d_i = s sum(|q| e_k + |k'| e_q + e_q e_k), with e half a step; hence its output by
     (exp(2 d_i) - 1) sum_j p_ij |v_j - o_i|, and its log-sum-exp by d_i. Shared parts of the keys change nothing."""
     q, k, v, plan = make((1, 2, 2, 128, 16, 16, 32, 32), density=2.0)
@@ -280,7 +280,7 @@ def test_8_bit_errors_are_those_of_rounding(precision) -> None:
 
 @pytest.mark.parametrize("tier", ["pointers", "whole"])  # all other tests have the third
 @pytest.mark.parametrize("case", ["padded", "odd", "means", "int8", "threshold"])
-def test_tiers_of_the_triton_kernel_equal_the_reference(monkeypatch, case, tier) -> None:
+def test_tiers_of_the_triton_kernel_equal_the_reference(monkeypatch: pytest.MonkeyPatch, case: str, tier: str) -> None:
     """Keys by descriptor or by pointer, queries and the output too; on a CPU as the interpreter has them."""
     from accelplug.kernels import triton_block
 
@@ -307,7 +307,7 @@ def test_tiers_of_the_triton_kernel_equal_the_reference(monkeypatch, case, tier)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_what_the_whole_tier_wants(monkeypatch) -> None:
+def test_what_the_whole_tier_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelplug.kernels import triton_block
 
     q, k, v, plan = make((1, 1, 1, 33, 16, 18, 16, 16))
@@ -328,7 +328,7 @@ def test_tied_and_rectified_have_no_lse() -> None:
 
 @pytest.mark.parametrize("rest", ["drop", "pool"])
 @pytest.mark.parametrize("case", ["plain", "heads", "gqa", "box", "padded", "bf16", "means", "q64"])
-def test_flex_equals_reference(case, rest) -> None:
+def test_flex_equals_reference(case: str, rest: str) -> None:
     shape = (2, 4, 2 if case == "gqa" else 4, 200, 32, 32, 64 if case == "q64" else FLEX_BLOCK, FLEX_BLOCK)
     dtype = torch.bfloat16 if case == "bf16" else torch.float32
     q, k, v, plan = make(shape, per_head=case == "heads", box=case == "box", dtype=dtype)
@@ -343,7 +343,7 @@ def test_flex_equals_reference(case, rest) -> None:
     )
 
 
-def as_if_on_hopper(monkeypatch, capability=(9, 0)):
+def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch, capability=(9, 0)):
     """Let q, k, v on the CPU pass for tensors on a GPU with flash-attn-4; returns what FlexAttention is then asked for.
 
     This tests what is asked for and refused; FlashAttention-4 itself never ran here.
@@ -368,7 +368,7 @@ FLASH_SHAPE = (1, 2, 1, 300, 64, 64, 128, 128)
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
-def test_flash_is_flex_with_an_option(monkeypatch, return_lse) -> None:
+def test_flash_is_flex_with_an_option(monkeypatch: pytest.MonkeyPatch, return_lse: bool) -> None:
     asked = as_if_on_hopper(monkeypatch)
     q, k, v, plan = make(FLASH_SHAPE, dtype=torch.bfloat16)
     got = block_attention(q, k, v, plan, rest=Pool(), backend="flash", return_lse=return_lse)
@@ -390,14 +390,16 @@ def test_flash_is_flex_with_an_option(monkeypatch, return_lse) -> None:
         (FLASH_SHAPE, torch.bfloat16, (8, 0), "this GPU has 8.0"),
     ],
 )
-def test_flash_says_what_it_does_not_take(monkeypatch, shape, dtype, capability, reason) -> None:
+def test_flash_says_what_it_does_not_take(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype, capability: tuple[int, int], reason: str
+) -> None:
     asked = as_if_on_hopper(monkeypatch, capability)
     with pytest.raises(UnsupportedError, match=reason):
         block_attention(*make(shape, dtype=dtype), backend="flash")
     assert not asked
 
 
-def test_flash_is_refused_where_it_is_missing(monkeypatch) -> None:
+def test_flash_is_refused_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, plan = make(FLASH_SHAPE, dtype=torch.bfloat16)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     if DEVICE == "cpu":
@@ -413,7 +415,7 @@ def test_flash_is_refused_where_it_is_missing(monkeypatch) -> None:
     assert "has no FlashAttention-4" in flex.flash_missing(gpu)
 
 
-def test_flash_is_measured_beside_the_others_and_left_out_where_it_fails(monkeypatch) -> None:
+def test_flash_is_measured_beside_the_others_and_left_out_where_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = as_if_on_hopper(monkeypatch)
     q, k, v, plan = make(FLASH_SHAPE, dtype=torch.bfloat16)
     forget_choices()
@@ -436,7 +438,7 @@ def test_flash_is_measured_beside_the_others_and_left_out_where_it_fails(monkeyp
 @pytest.mark.parametrize("rest", ["drop", "pool"])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_flash_equals_reference(dtype, dim, rest) -> None:
+def test_flash_equals_reference(dtype: torch.dtype, dim: int, rest: str) -> None:
     q, k, v, plan = make((2, 4, 2, 700, dim, dim, 256, 128), per_head=True, dtype=dtype)
     arguments = {"rest": RESTS[rest](4), "return_lse": True}
     expected, expected_lse = block_attention(q, k, v, plan, backend="reference", **arguments)
@@ -447,7 +449,7 @@ def test_flash_equals_reference(dtype, dim, rest) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_half_precision(backend, dtype) -> None:
+def test_half_precision(backend: str, dtype: torch.dtype) -> None:
     q, k, v, plan = make((1, 2, 1, 49, 40, 40, 32, 16), dtype=dtype)
     for rest in (Drop(), Pool()):
         close(
@@ -459,7 +461,7 @@ def test_half_precision(backend, dtype) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
 @pytest.mark.parametrize("rest", ["drop", "pool"])
-def test_box(backend, rest) -> None:
+def test_box(backend: str, rest: str) -> None:
     q, k, v, plan = make((1, 2, 2, 100, 16, 16, 16, 16), box=True)
     rows, keys = torch.arange(100)[:, None], torch.arange(100)
     reads = (keys >= rows - 20) & (keys < rows + 9)
@@ -471,7 +473,7 @@ def test_box(backend, rest) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton", "flex"])
 @pytest.mark.parametrize("tokens", [64, 65, 63, 79])
-def test_density_one_is_dense_within_twice_its_own_error(backend, tokens) -> None:
+def test_density_one_is_dense_within_twice_its_own_error(backend: str, tokens: int) -> None:
     block = FLEX_BLOCK if backend == "flex" else 16
     q, k, v, plan = make((2, 2, 2, tokens, 32, 32, block, block), density=2.0)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
@@ -482,7 +484,7 @@ def test_density_one_is_dense_within_twice_its_own_error(backend, tokens) -> Non
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_halves_merge_by_lse(backend) -> None:
+def test_halves_merge_by_lse(backend: str) -> None:
     q, k, v, plan = make((1, 2, 2, 128, 16, 16, 16, 16), density=2.0)
     first = torch.zeros(8, 8, dtype=torch.bool)
     first[:, :3] = True
@@ -493,7 +495,7 @@ def test_halves_merge_by_lse(backend) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton", "flex"])
-def test_pool_is_exact_where_a_blocks_keys_are_equal(backend) -> None:
+def test_pool_is_exact_where_a_blocks_keys_are_equal(backend: str) -> None:
     size = FLEX_BLOCK if backend == "flex" else 16
     q, k, v, plan = make((1, 2, 2, 100, 16, 16, size, size))
     block = torch.arange(100) // size
@@ -503,7 +505,7 @@ def test_pool_is_exact_where_a_blocks_keys_are_equal(backend) -> None:
 
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 @pytest.mark.parametrize("rest", ["drop", "pool"])
-def test_a_negative_scale(backend, rest) -> None:
+def test_a_negative_scale(backend: str, rest: str) -> None:
     q, k, v, plan = make((1, 2, 2, 100, 16, 16, 16, 16))
     arguments = {"rest": RESTS[rest](2), "scale": -0.3}
     expected = block_attention(q, k, v, plan, backend="reference", **arguments)
@@ -511,7 +513,7 @@ def test_a_negative_scale(backend, rest) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_a_row_without_a_key_is_zero(backend) -> None:
+def test_a_row_without_a_key_is_zero(backend: str) -> None:
     q, k, v, plan = make((1, 1, 1, 48, 16, 16, 16, 16))
     key_mask = torch.zeros(1, 48, dtype=torch.bool)
     out, lse = block_attention(q, k, v, plan, key_mask=key_mask, backend=backend, return_lse=True)
@@ -521,7 +523,7 @@ def test_a_row_without_a_key_is_zero(backend) -> None:
 
 @pytest.mark.parametrize("rest", ["drop", "pool"])
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_threshold(backend, rest) -> None:
+def test_threshold(backend: str, rest: str) -> None:
     tokens, block = 90, 16
     q, k, v, plan = make((2, 2, 1, tokens, 16, 16, block, block))
     n = len(plan.k_len)
@@ -555,7 +557,7 @@ def test_one_opaque_node_under_compile() -> None:
 
 
 @pytest.mark.parametrize("rest", [Pool(), Tied()], ids=["pool", "tied"])
-def test_plans_made_inside_a_graph(rest) -> None:
+def test_plans_made_inside_a_graph(rest: Pool | Tied) -> None:
     q, k, v, plan = make(SHAPES["B1-H2-S100-d16"])
     members, sizes = plan.members, (plan.q_len, plan.k_len, plan.block_q, plan.block_k)
     level = torch.where(torch.rand(members.shape) < 0.2, 4, 0).to(torch.uint8)
@@ -637,7 +639,7 @@ def test_choice_is_measured_kept_and_used() -> None:
 
 
 @on_cpu
-def test_without_a_compiler_flex_is_refused_and_auto_goes_on(monkeypatch) -> None:
+def test_without_a_compiler_flex_is_refused_and_auto_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex, "_compiler_missing", lambda: True)
     q, k, v, plan = make((1, 1, 1, 8192, 16, 16, 128, 128), density=0.05)
     with pytest.raises(UnsupportedError, match=r"no C\+\+ compiler"):
@@ -673,7 +675,7 @@ def test_flex_gives_no_lse_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("rest", ["drop", "weighted", "rectified", "tied", "threshold"])
 @pytest.mark.parametrize("per_head", [False, True])
-def test_a_mask_by_head_is_each_head_with_its_own(per_head, rest) -> None:
+def test_a_mask_by_head_is_each_head_with_its_own(per_head: bool, rest: str) -> None:
     """Orders that differ by head put masked keys into different slots."""
     shape = (2, 3, 3, 97, 16, 24, 16, 16)
     q, k, v, plan = make(shape, per_head=per_head)

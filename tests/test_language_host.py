@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def fingerprint(model: Any) -> list:
 
 
 @pytest.mark.parametrize(("patch", "name"), PAIRS)
-def test_neutral_is_exact_working_works_and_undo_is_exact(patch, name) -> None:
+def test_neutral_is_exact_working_works_and_undo_is_exact(patch: str, name: str) -> None:
     model, given = build(name), inputs(name)
     logits, tokens, before = forward(model, given), generate(model, given), fingerprint(model)
     valid = given["attention_mask"].bool()
@@ -89,7 +90,7 @@ def test_neutral_is_exact_working_works_and_undo_is_exact(patch, name) -> None:
 
 
 @pytest.mark.parametrize("name", LLM)
-def test_text_models_are_entered_and_left_as_they_were(name) -> None:
+def test_text_models_are_entered_and_left_as_they_were(name: str) -> None:
     model, given = build(name), inputs(name, ((24,), (21,)))
     logits, tokens, before = forward(model, given), generate(model, given), fingerprint(model)
     with accelplug.apply(model, LOUD) as plug:  # no image: nothing to weigh, whatever it does runs through all of it
@@ -101,7 +102,7 @@ def test_text_models_are_entered_and_left_as_they_were(name) -> None:
 
 
 @pytest.mark.parametrize("name", VLM)
-def test_images_are_found_in_every_family(name) -> None:
+def test_images_are_found_in_every_family(name: str) -> None:
     model, given = build(name), inputs(name)
     expected = given["input_ids"] == 500
     with accelplug.apply(model, LOUD) as plug:
@@ -124,7 +125,7 @@ def test_images_side_by_side_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("patch", [patch for patch in WORKING if patch != "imbalance"])
-def test_a_padded_batch_is_its_rows(patch) -> None:
+def test_a_padded_batch_is_its_rows(patch: str) -> None:
     model = build("llava")
     rows = ((3, "I", 6), (4, "I", 5, "I", 7))
     both = inputs("llava", rows)
@@ -137,7 +138,7 @@ def test_a_padded_batch_is_its_rows(patch) -> None:
 
 
 @pytest.mark.parametrize(("patch", "name"), PAIRS)
-def test_padding_on_either_side_gives_the_same(patch, name) -> None:
+def test_padding_on_either_side_gives_the_same(patch: str, name: str) -> None:
     """Every row's last valid token answers; the short row's padding is longer than Gemma 3's window."""
     model, left = build(name), inputs(name, ((3, "I", 6), (4, "I", 5, "I", 17)))
     right = right_padded(left)
@@ -172,7 +173,7 @@ def test_a_row_without_an_image_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_the_models_own_kernel_is_used(implementation) -> None:
+def test_the_models_own_kernel_is_used(implementation: str) -> None:
     model, given = build("qwen2_5_vl"), inputs("qwen2_5_vl")
     with accelplug.apply(model, LOUD):
         reference = forward(model, given)
@@ -190,7 +191,7 @@ def test_the_models_own_kernel_is_used(implementation) -> None:
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 @pytest.mark.parametrize("patch", [patch for patch in WORKING if patch != "imbalance"])
-def test_every_way_to_generate_gives_the_same(patch, name) -> None:
+def test_every_way_to_generate_gives_the_same(patch: str, name: str) -> None:
     model, given, one = build(name), inputs(name), inputs(name, ((3, "I", 6),))
     # The stock model does not, either: Gemma 3, whose images read themselves both ways, and any with images before transformers 5.23.
     reads_in_pieces = name != "gemma3" and Version(transformers.__version__) >= Version("5.23")
@@ -212,7 +213,7 @@ BACKENDS = {"fp8": "torch", "quanto": "optimum.quanto", "hqq": "hqq"}
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("patch", [patch for patch in WORKING if patch != "imbalance"])
-def test_a_quantised_cache(patch, backend) -> None:
+def test_a_quantised_cache(patch: str, backend: str) -> None:
     """What a patch does at a decode step is what it does with an exact cache, but for what the cache has rounded away."""
     pytest.importorskip(BACKENDS[backend], reason=f"the {backend} cache needs a package that is not installed")
     if backend == "fp8" and Version(transformers.__version__) < Version("5.21"):
@@ -253,7 +254,7 @@ class _Stream:
 
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
 @pytest.mark.parametrize("patch", ["visual_bias", "var", "vhr", "gift", "pai"])
-def test_an_offloaded_cache(patch, implementation, monkeypatch) -> None:
+def test_an_offloaded_cache(patch: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers asks for a CUDA stream even on a CPU; with stand-ins for it the offloading itself runs."""
     monkeypatch.setattr(torch, "Stream", _Stream)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: _Stream())
@@ -267,7 +268,7 @@ def test_an_offloaded_cache(patch, implementation, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("patch", ["vhr", "gift"])
-def test_a_prompt_in_pieces_is_refused_where_it_must_be_whole(patch) -> None:
+def test_a_prompt_in_pieces_is_refused_where_it_must_be_whole(patch: str) -> None:
     model, given = build("llava"), inputs("llava")
     generate(model, given)
     before = fingerprint(model)
@@ -284,7 +285,7 @@ def test_one_beam_is_greedy() -> None:
 
 
 @pytest.mark.parametrize("patch", ["visual_bias", "var", "vhr", "gift", "pai"])
-def test_the_decode_step_compiles_whole(patch) -> None:
+def test_the_decode_step_compiles_whole(patch: str) -> None:
     torch._dynamo.reset()
     config = CompileConfig(backend="eager", fullgraph=True)
     config._compile_all_devices = True
@@ -300,7 +301,7 @@ def test_the_decode_step_compiles_whole(patch) -> None:
 
 
 @pytest.mark.parametrize("isolated", [False, True])
-def test_many_recipes_compiled_in_one_process(isolated) -> None:
+def test_many_recipes_compiled_in_one_process(isolated: bool) -> None:
     """Dynamo counts what it compiled by code object, and every plug's decode step is transformers' own: the limit is one for all.
 
     A compile config that isolates them gives each a count of its own.
@@ -351,7 +352,7 @@ def test_guidance_has_a_stream_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("patch", ["visual_bias", "vhr"])
-def test_two_threads_on_one_model(patch) -> None:
+def test_two_threads_on_one_model(patch: str) -> None:
     model = build("llava")
     cases = [inputs("llava", ((3, "I", 6),)), inputs("llava", ((9, "I", 2, "I", 4),))]
     with accelplug.apply(model, recipe(patch)):
@@ -400,7 +401,7 @@ def test_a_second_turn_on_the_same_cache() -> None:
 
 
 @pytest.mark.parametrize("patch", ["visual_bias", "pai", "vhr"])
-def test_a_cache_whose_rows_are_repeated(patch) -> None:
+def test_a_cache_whose_rows_are_repeated(patch: str) -> None:
     """Patches that remember nothing follow; one that remembers heads by row refuses."""
     model, one = build("llava"), inputs("llava", ((3, "I", 6),))
     step = torch.tensor([[11], [11]])
@@ -419,7 +420,7 @@ def test_a_cache_whose_rows_are_repeated(patch) -> None:
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("patch", ["visual_bias", "pai", "gift"])
-def test_a_cache_whose_rows_change_places(patch, static) -> None:
+def test_a_cache_whose_rows_change_places(patch: str, static: bool) -> None:
     """Rows take what is known of them along, or are refused."""
     model, two, step = build("llava"), inputs("llava"), torch.tensor([[11], [12]])
     config, swapped = model.config.get_text_config(), [1, 0]
@@ -473,7 +474,7 @@ def test_a_cache_from_before_is_counted_and_an_error_under_strict() -> None:
 
 
 @pytest.mark.parametrize("patch", WORKING)
-def test_a_cache_that_is_not_found_is_counted_and_an_error_under_strict(monkeypatch, patch) -> None:
+def test_a_cache_that_is_not_found_is_counted_and_an_error_under_strict(monkeypatch: pytest.MonkeyPatch, patch: str) -> None:
     """As if a model took its cache by a name of tomorrow: a decode step knows nothing of the prompt, and is no prompt itself."""
     monkeypatch.setattr(compat, "CACHE_NAMES", ("hoard", "stash"))
     model, given = build("llava"), inputs("llava")
@@ -515,7 +516,7 @@ def test_sink_logits_are_counted_where_probabilities_are_needed() -> None:
         assert any("sink logits" in reason for reason in plug.report().fallbacks)
 
 
-def test_images_of_a_family_nobody_listed_are_found(monkeypatch) -> None:
+def test_images_of_a_family_nobody_listed_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accelplug.hosts.transformers.find", lambda model: None)
     model, given = build("llava"), inputs("llava")
     plain = forward(model, given)
@@ -547,7 +548,7 @@ def test_layers_are_chosen_by_rules() -> None:
     assert views == [False, True, False, True]
 
 
-def test_copies_are_stock_and_another_model_never_notices(tmp_path) -> None:
+def test_copies_are_stock_and_another_model_never_notices(tmp_path: Path) -> None:
     model, other, given = build("llava"), build("llava"), inputs("llava")
     plain, tokens, before = forward(model, given), generate(model, given), fingerprint(model)
     keys = list(model.state_dict())
@@ -576,7 +577,7 @@ def test_switching_the_implementation_while_on() -> None:
 
 
 @pytest.mark.parametrize("first", ["hooks", "plug"])
-def test_accelerate_offload_in_both_orders(first) -> None:
+def test_accelerate_offload_in_both_orders(first: str) -> None:
     accelerate = pytest.importorskip("accelerate")
     model, given = build("llava"), inputs("llava")
     with accelplug.apply(model, recipe("vhr")):
@@ -596,7 +597,7 @@ def test_accelerate_offload_in_both_orders(first) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype) -> None:
+def test_low_precision(dtype: torch.dtype) -> None:
     model, given = build("llava").to(dtype), inputs("llava")
     given["pixel_values"] = given["pixel_values"].to(dtype)
     for patch in WORKING:

@@ -146,7 +146,7 @@ def test_other_instances_and_threads_notice_nothing(row: Row) -> None:
     assert all(torch.equal(out, dense) for out in found)
 
 
-def test_exception_in_the_middle_of_a_run(monkeypatch) -> None:
+def test_exception_in_the_middle_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build("wan")
     dense, before = run(model, inputs), snapshot(model)
     with monkeypatch.context() as patch:
@@ -211,7 +211,7 @@ def test_linear_attention_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
-def test_a_mask_that_is_more_than_key_padding_is_dense_and_counted(dtype) -> None:
+def test_a_mask_that_is_more_than_key_padding_is_dense_and_counted(dtype: torch.dtype) -> None:
     """Chroma multiplies its mask with itself; as a float, as its pipeline passes it, it is even added to the scores."""
     model, inputs = tiny_models.build("chroma")
     tokens = inputs["encoder_hidden_states"].shape[1] + inputs["hidden_states"].shape[1]
@@ -284,7 +284,7 @@ def test_unknown_step_is_dense_counted_or_told() -> None:
         run(model, inputs)
 
 
-def test_the_gate_leaves_dense_what_would_not_pay(monkeypatch) -> None:
+def test_the_gate_leaves_dense_what_would_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build("wan")
     dense = run(model, inputs)
     from accelplug.hosts import gate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -74,14 +75,18 @@ CASES = [
 
 @pytest.mark.parametrize(("grid_thw", "config"), CASES)
 @pytest.mark.parametrize("text", [(0, 0), (3, 0), (2, 9)], ids=["no-text", "text-before", "text-both"])
-def test_equals_the_rule_stated_token_by_token(grid_thw, config, text) -> None:
+def test_equals_the_rule_stated_token_by_token(
+    grid_thw: tuple[int, int, int], config: dict[str, Any], text: tuple[int, int]
+) -> None:
     layout = Layout(grid_thw, *text)
     assert torch.equal(token_mask(layout, block=16, **config), mask_by_tokens(layout, **config))
 
 
 @pytest.mark.parametrize(("grid_thw", "config"), CASES)
 @pytest.mark.parametrize("tile_thw", [(2, 2, 4), (1, 4, 3), None])
-def test_tile_mask_is_every_visited_block_and_as_many_as_predicted(grid_thw, config, tile_thw) -> None:
+def test_tile_mask_is_every_visited_block_and_as_many_as_predicted(
+    grid_thw: tuple[int, int, int], config: dict[str, Any], tile_thw: tuple[int, int, int] | None
+) -> None:
     layout, method = Layout(grid_thw), Neighborhood({"block": 16, "mask": "tile", "tile_thw": tile_thw, **config})
     tiles = method.order(layout)
     plan = method.select(tiles)
@@ -95,7 +100,7 @@ def test_tile_mask_is_every_visited_block_and_as_many_as_predicted(grid_thw, con
 
 
 @pytest.mark.parametrize(("grid_thw", "config"), CASES)
-def test_every_query_keeps_exactly_its_window(grid_thw, config) -> None:
+def test_every_query_keeps_exactly_its_window(grid_thw: tuple[int, int, int], config: dict[str, Any]) -> None:
     mask = token_mask(Layout(grid_thw), block=16, **config)
     assert mask.diagonal().all()
     if not any(config.get("causal", ())):
@@ -103,7 +108,7 @@ def test_every_query_keeps_exactly_its_window(grid_thw, config) -> None:
 
 
 @pytest.mark.parametrize("length", range(1, 14))
-def test_an_axis_follows_the_published_rule_whatever_its_numbers(length) -> None:
+def test_an_axis_follows_the_published_rule_whatever_its_numbers(length: int) -> None:
     for window, dilation, causal in itertools.product(range(1, length + 1), (1, 2, 3), (False, True)):
         for stride in range(1, window + 1):
             if window * dilation > length:
@@ -138,7 +143,9 @@ def always(i: int, j: int) -> bool:
 
 @pytest.mark.parametrize("grid_thw", [(2, 8, 12), (1, 9, 13), (3, 7, 5)])
 @pytest.mark.parametrize(("size", "halo"), [(4, 1), (4, 2), (3, 1), (4, 3), (5, 0)])
-def test_halo_attention_reads_a_block_and_its_halo_and_nothing_beyond_the_border(grid_thw, size, halo) -> None:
+def test_halo_attention_reads_a_block_and_its_halo_and_nothing_beyond_the_border(
+    grid_thw: tuple[int, int, int], size: int, halo: int
+) -> None:
     def rule(i: int, j: int) -> bool:
         return i // size * size - halo <= j < (i // size + 1) * size + halo
 
@@ -148,7 +155,7 @@ def test_halo_attention_reads_a_block_and_its_halo_and_nothing_beyond_the_border
 
 
 @pytest.mark.parametrize(("grid_thw", "cells"), [((1, 8, 12), 4), ((2, 9, 13), 4), ((1, 7, 10), 3)])
-def test_grid_attention_reads_what_lies_at_the_same_place_of_every_cell(grid_thw, cells) -> None:
+def test_grid_attention_reads_what_lies_at_the_same_place_of_every_cell(grid_thw: tuple[int, int, int], cells: int) -> None:
     steps = [-(-n // cells) for n in grid_thw[1:]]
     settings = {"window": ("full",) * 3, "dilation": (1, *steps)}
     same_place = [lambda i, j, d=d: (i - j) % d == 0 for d in steps]
@@ -163,7 +170,9 @@ def test_a_dilated_whole_axis_is_not_neutral() -> None:
 
 @pytest.mark.parametrize("tile_thw", [(1, 2, 4), (2, 2, 2), None])
 @pytest.mark.parametrize("text", [(0, 0), (3, 2)], ids=["no-text", "text"])
-def test_grid_beside_blocks_visits_the_union_of_both_key_sets(tile_thw, text) -> None:
+def test_grid_beside_blocks_visits_the_union_of_both_key_sets(
+    tile_thw: tuple[int, int, int] | None, text: tuple[int, int]
+) -> None:
     layout = Layout((2, 9, 13), *text)
     config = {"window": (1, 4, 4), "stride": (1, 4, 4), "border": "cut", "grid": (1, 4, 6), "mask": "tile", "block": 8}
     method = Neighborhood({**config, "tile_thw": tile_thw})
@@ -190,7 +199,13 @@ def test_grid_beside_blocks_visits_the_union_of_both_key_sets(tile_thw, text) ->
         pytest.param((30, 40, 40), (1, 32, 8), None, 128, 5 / 12, id="30x40x40-auto-tile"),
     ],
 )
-def test_windows_in_multiples_of_the_tile_visit_nothing_else(window, stride, tile_thw, block, density) -> None:
+def test_windows_in_multiples_of_the_tile_visit_nothing_else(
+    window: tuple[int, int, int],
+    stride: tuple[int, int, int],
+    tile_thw: tuple[int, int, int] | None,
+    block: int,
+    density: float,
+) -> None:
     plan = plan_of(Layout((30, 48, 80)), window=window, stride=stride, tile_thw=tile_thw, block=block)
     assert float(plan.density()) == pytest.approx(density)
 
@@ -240,14 +255,14 @@ def test_a_causal_axis_is_not_neutral() -> None:
         {"grid": (1, 4, 4), "mask": "tile", "dilation": (1, 2, 2)},
     ],
 )
-def test_settings_that_make_no_sense_are_refused(config) -> None:
+def test_settings_that_make_no_sense_are_refused(config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"stride|tile_thw|window|dilation|grid"):
         Neighborhood(config)
 
 
 @pytest.mark.parametrize("native", [(4, 6), (3, 5), (5, 12), (1, 2)])
 @pytest.mark.parametrize("grid_thw", [(2, 8, 11), (1, 9, 13)])
-def test_freeswim_follows_the_published_bounds(native, grid_thw) -> None:
+def test_freeswim_follows_the_published_bounds(native: tuple[int, int], grid_thw: tuple[int, int, int]) -> None:
     layout, method = Layout(grid_thw), FreeSwim({"native_hw": native, "block": 16})
 
     def bounds(length: int, native: int):
@@ -268,7 +283,7 @@ def test_freeswim_follows_the_published_bounds(native, grid_thw) -> None:
 
 
 @pytest.mark.parametrize("entropy", [True, False])
-def test_freeswim_sharpens_by_the_logarithm_to_the_native_tokens(entropy) -> None:
+def test_freeswim_sharpens_by_the_logarithm_to_the_native_tokens(entropy: bool) -> None:
     layout = Layout((2, 8, 11), text_after=3)
     method = FreeSwim({"native_hw": (4, 6), "block": 16, "backend": "reference", "entropy": entropy})
     assert FreeSwim({}).sharpening == pytest.approx(1.0461, abs=1e-4)

@@ -207,7 +207,7 @@ def hold(
 
 
 @pytest.mark.parametrize("name", VLM)
-def test_without_a_method_it_is_the_stock_model(name) -> None:
+def test_without_a_method_it_is_the_stock_model(name: str) -> None:
     model = sharp(name)
     for rows in (TWO_ROWS, ((3, "V", 6), (2, "I", 3, "V", 5))) if name in VIDEOS else (TWO_ROWS,):
         given = double(inputs(name, rows))
@@ -222,14 +222,14 @@ PAIRS = [(patch, name) for patch in WORKING for name in VLM if patch != "imbalan
 
 
 @pytest.mark.parametrize(("patch", "name"), PAIRS)
-def test_every_patch_on_every_family(patch, name) -> None:
+def test_every_patch_on_every_family(patch: str, name: str) -> None:
     """A batch padded on the left, whose second row shows two images; grouped heads; Gemma 3's windows of 8."""
     hold(sharp(name), patch, inputs(name))
 
 
 @pytest.mark.parametrize("patch", [patch for patch in WORKING if patch != "imbalance"])
 @pytest.mark.parametrize("build", UNLISTED)
-def test_families_that_are_not_listed(patch, build) -> None:
+def test_families_that_are_not_listed(patch: str, build) -> None:
     torch.manual_seed(0)
     given = inputs(UNLISTED[build])
     given.pop("token_type_ids", None)
@@ -238,7 +238,7 @@ def test_families_that_are_not_listed(patch, build) -> None:
 
 
 @pytest.mark.parametrize("patch", ["visual_bias", "pai", "gift"])
-def test_layers_that_read_the_keys_of_others(patch) -> None:
+def test_layers_that_read_the_keys_of_others(patch: str) -> None:
     model, given = gemma4()
     hold(sharpened(model), patch, given)
 
@@ -249,20 +249,20 @@ def test_layers_that_read_the_keys_of_others(patch) -> None:
     [{"num_beams": 2}, {"cache_implementation": "static", "disable_compile": True}, {"use_cache": False}],
     ids=["beams", "static", "without a cache"],
 )
-def test_every_way_to_generate(patch, how) -> None:
+def test_every_way_to_generate(patch: str, how: dict[str, Any]) -> None:
     for name in ("llava",) if patch == "imbalance" else ("llava", "qwen2_5_vl", "gemma3"):
         hold(sharp(name), patch, inputs(name), **how)
 
 
 @pytest.mark.parametrize("patch", WORKING)
-def test_drafts_that_are_verified(patch) -> None:
+def test_drafts_that_are_verified(patch: str) -> None:
     hold(sharp("llava"), patch, inputs("llava", ((3, "I", 6),)), prompt_lookup_num_tokens=3)
 
 
 @pytest.mark.parametrize("patch", WORKING)
 @pytest.mark.parametrize("attention", ["eager", "flash_attention_2"])
 @pytest.mark.usefixtures("kernel")
-def test_every_attention_of_the_models_own(patch, attention) -> None:
+def test_every_attention_of_the_models_own(patch: str, attention: str) -> None:
     for name in ("llava",) if patch == "imbalance" else ("llava", "qwen2_5_vl"):
         hold(sharp(name), patch, inputs(name), attention=attention)
 
@@ -270,7 +270,7 @@ def test_every_attention_of_the_models_own(patch, attention) -> None:
 @pytest.mark.parametrize("patch", WORKING)
 @pytest.mark.parametrize("way", ["sdpa", "eager", "flash_attention_2", "static"])
 @pytest.mark.usefixtures("kernel")
-def test_windows_shorter_than_prompts_and_answers(patch, way) -> None:
+def test_windows_shorter_than_prompts_and_answers(patch: str, way: str) -> None:
     """The image leaves the window while the answer goes on."""
     given = inputs("llava", ((3, "I", 5), (4, "I", 2, "I", 3)))
     how = {"cache_implementation": "static", "disable_compile": True} if way == "static" else {"attention": way}
@@ -278,12 +278,12 @@ def test_windows_shorter_than_prompts_and_answers(patch, way) -> None:
 
 
 @pytest.mark.parametrize("patch", WORKING)
-def test_a_row_without_an_image(patch) -> None:
+def test_a_row_without_an_image(patch: str) -> None:
     hold(sharp("llava"), patch, inputs("llava", ((3, "I", 6), (25,))))
 
 
 @pytest.mark.parametrize("patch", WORKING)
-def test_some_layers_alone(patch) -> None:
+def test_some_layers_alone(patch: str) -> None:
     hold(sharp("llava"), patch, inputs("llava"), layers=(1, 3))
 
 
@@ -299,13 +299,13 @@ def test_some_layers_alone(patch) -> None:
         ("var", {"move_fraction": 1.0, "min_nonsink_ratio": 0.7}),
     ],
 )
-def test_every_knob(patch, config) -> None:
+def test_every_knob(patch: str, config: dict[str, Any]) -> None:
     hold(sharp("llava"), patch, inputs("llava"), config)
 
 
 @pytest.mark.parametrize(("patch", "name"), [pair for pair in PAIRS if pair[1] in ("llava", "qwen2_5_vl", "gemma3")])
 @pytest.mark.parametrize("hidden", ["left", "right", "inside"])
-def test_pieces_one_after_the_other_on_a_cache(patch, name, hidden) -> None:
+def test_pieces_one_after_the_other_on_a_cache(patch: str, name: str, hidden: str) -> None:
     """Padding on both sides, or image tokens that nobody may read; an answer token by token, and a second turn, which is refused
     where a prompt must be whole."""
     model, given, whole = sharp(name), double(inputs(name)), patch in ("vhr", "gift")
@@ -328,7 +328,7 @@ def test_pieces_one_after_the_other_on_a_cache(patch, name, hidden) -> None:
 
 @pytest.mark.parametrize(("patch", "config"), [*((patch, {}) for patch in WORKING), ("imbalance", {"head_share": 0.5})])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_answers_that_labels_name(patch, config, side) -> None:
+def test_answers_that_labels_name(patch: str, config: dict[str, Any], side: str) -> None:
     """A prompt and its answer in one forward: rows ahead of a label answer, each by itself."""
     model, given = sharp("llava"), double(inputs("llava"))
     asked = given["input_ids"].shape[1]
@@ -345,7 +345,7 @@ def test_answers_that_labels_name(patch, config, side) -> None:
 
 
 @pytest.mark.parametrize("patch", WORKING)
-def test_a_prompt_in_chunks(patch) -> None:
+def test_a_prompt_in_chunks(patch: str) -> None:
     """The first of them is all padding in the shorter row. Patches that act on its last row are refused."""
     model, given = sharp("llava"), inputs("llava")
     if patch in ("visual_bias", "var"):
@@ -360,13 +360,13 @@ def test_a_prompt_in_chunks(patch) -> None:
 
 @pytest.mark.parametrize("patch", [patch for patch in WORKING if patch != "imbalance"])
 @pytest.mark.parametrize("name", VIDEOS)
-def test_videos(patch, name) -> None:
+def test_videos(patch: str, name: str) -> None:
     """Alone, two of them, and beside an image."""
     hold(sharp(name), patch, inputs(name, ((3, "V", 6), (2, "I", 3, "V", 5), (2, "V", 2, "V", 4))))
 
 
 @pytest.mark.parametrize("patch", ["visual_bias", "var", "pai", "imbalance"])
-def test_an_image_in_a_second_turn(patch) -> None:
+def test_an_image_in_a_second_turn(patch: str) -> None:
     model, whole = sharp("llava"), double(inputs("llava", ((3, "I", 6, "I", 5),)))
     said, cut = torch.randint(3, 490, (1, 2)), int((whole["input_ids"][0] == OPEN).nonzero().max())
     first, second = whole["input_ids"].tensor_split([cut], 1)
@@ -396,7 +396,7 @@ def test_an_image_in_a_second_turn(patch) -> None:
         ("llava_mistral", {}),
     ],
 )
-def test_a_gaze_that_is_read_ahead(name, how) -> None:
+def test_a_gaze_that_is_read_ahead(name: str, how: dict[str, Any]) -> None:
     """The layer that is read stands behind those that are enhanced: the first token of the answer is enhanced all the same."""
     hold(
         sharp(name), "gift", inputs("llava" if "mistral" in name else name), {"saliency_layer": 3, "enhance": [0, 3]}, **how
@@ -404,7 +404,7 @@ def test_a_gaze_that_is_read_ahead(name, how) -> None:
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
-def test_a_contrast_with_the_text_alone(name) -> None:
+def test_a_contrast_with_the_text_alone(name: str) -> None:
     """PAI whole: ``z_text + gamma (z - z_text)`` among likely tokens, the text's branch stock."""
     model, given, gamma, cutoff = sharp(name), double(inputs(name)), 1.5, 0.9
     rules = [{"patch": "pai", "with": WORKING["pai"]}, {"patch": "contrast", "with": {"gamma": gamma, "cutoff": cutoff}}]
@@ -426,7 +426,7 @@ def test_a_contrast_with_the_text_alone(name) -> None:
 
 
 @pytest.mark.parametrize("name", list(VLM))
-def test_where_inspect_says_that_a_model_looks(name) -> None:
+def test_where_inspect_says_that_a_model_looks(name: str) -> None:
     model, given = sharp(name), double(inputs(name))
     said, look, heads, oracle = accelplug.inspect(model, given), Look(), method("vhr", {"gain": 1.0}), Oracle(model)
     oracle.answer(look, given)
@@ -454,7 +454,7 @@ def test_where_inspect_says_that_a_model_looks(name) -> None:
 
 
 @pytest.mark.parametrize(("patch", "name"), [pair for pair in PAIRS if pair[1] in ("llava", "qwen2_5_vl", "gemma3")])
-def test_attention_and_hidden_states_that_are_asked_for(patch, name) -> None:
+def test_attention_and_hidden_states_that_are_asked_for(patch: str, name: str) -> None:
     """Those of the patched model, in as many layers as it has; sdpa and flash attention tell none, patched or not."""
     model, given = sharp(name), inputs(name)
     oracle, asked, valid = Oracle(model), given["input_ids"].shape[1], given["attention_mask"].bool()
@@ -502,7 +502,7 @@ CONTENT = {"diamond", "image", "large", "red", "bottom", "left"}
 
 @pytest.mark.parametrize("name", ["visual_bias", "vhr", "gift", "pai", "imbalance"])
 @pytest.mark.parametrize("order", ["behind", "around", "ahead"])
-def test_shipped_recipes_on_the_bundled_model(name, order) -> None:
+def test_shipped_recipes_on_the_bundled_model(name: str, order: str) -> None:
     """Trained heads, and a processor that tells the system's words, the question's and the template's; questions on each side."""
     folder = zoo.path("llava-scenes")
     model, processor = hf.AutoModelForImageTextToText.from_pretrained(folder), hf.AutoProcessor.from_pretrained(folder)

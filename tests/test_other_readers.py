@@ -133,7 +133,7 @@ def test_a_decoder_that_is_called_past_its_model_is_counted() -> None:
 
 
 @pytest.mark.parametrize("patch", ["visual_bias", "gift", "pai"])
-def test_layers_that_share_keys(patch) -> None:
+def test_layers_that_share_keys(patch: str) -> None:
     """A prompt whole, its last token alone, decode steps, and all of them read at once say the same."""
     model, inputs = gemma4()
     one = recipe(patch, {**WORKING[patch], "enhance": [2, 4]} if patch == "gift" else None)
@@ -158,7 +158,7 @@ def test_layers_that_share_keys(patch) -> None:
 
 
 @pytest.mark.parametrize("patch", ["var", "vhr"])
-def test_layers_that_are_given_the_last_tokens_alone_are_counted(patch) -> None:
+def test_layers_that_are_given_the_last_tokens_alone_are_counted(patch: str) -> None:
     model, inputs = gemma4()
     rows: dict[str, int] = {}
 

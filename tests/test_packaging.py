@@ -39,7 +39,7 @@ def test_the_linked_folders_are_no_packages_of_their_own() -> None:
         assert (ROOT / "accelplug" / name).readlink() == Path("..") / name
 
 
-def test_the_wheel_holds_what_git_tracks(tmp_path) -> None:
+def test_the_wheel_holds_what_git_tracks(tmp_path: Path) -> None:
     tracked = subprocess.run(
         ["git", "ls-files", "accelplug", *LINKED], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout

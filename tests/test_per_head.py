@@ -66,7 +66,7 @@ def test_the_published_width_of_a_band() -> None:
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5])
-def test_densities_are_as_asked(density) -> None:
+def test_densities_are_as_asked(density: float) -> None:
     layout = Layout((8, 16, 16))
     patch = SparseVdit({"block": 16, "diagonal": density, "multi_diagonal": density, "stripe": density})
     found = dict(zip(MODES, patch.laid(layout).plan.density()[0].tolist(), strict=True))
@@ -98,7 +98,7 @@ def test_what_each_mode_reads() -> None:
 
 @pytest.mark.parametrize("rest", ["drop", "pool"])
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
-def test_one_kernel_call_serves_heads_of_all_modes(backend, rest, monkeypatch) -> None:
+def test_one_kernel_call_serves_heads_of_all_modes(backend: str, rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"block": 8, "backend": backend, "rest": rest}
     call = noise(5, LAYOUT.length)
     patch = SparseVdit({**config, "modes": ALL_MODES})
@@ -232,7 +232,7 @@ def test_rows_of_masks() -> None:
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, Layout((3, 5, 7), text_before=3)])
-def test_orders_and_masks_of_each_head(layout) -> None:
+def test_orders_and_masks_of_each_head(layout: Layout) -> None:
     """Against a mask over tokens, made one head at a time."""
     unit, number = 8, -(-layout.visual // 8)
     masks = torch.rand(6, number, number) < 0.4
@@ -300,7 +300,7 @@ WAN_14B, HUNYUAN = (40, 40, (21, 45, 80)), (24, 60, (33, 45, 80))  # heads, laye
         ((400, 400, (99, 90, 160)), 1024, 1, "What fits: nothing"),
     ],
 )
-def test_calibration_refuses_at_once_what_does_not_fit(model, block, buckets, refusal) -> None:
+def test_calibration_refuses_at_once_what_does_not_fit(model, block: int, buckets: int, refusal: str | None) -> None:
     heads, layers, grid = model
     layout = Layout(grid)
     x = torch.zeros(1, 1, 1, 1).expand(1, heads, layout.visual, 1)

@@ -22,7 +22,7 @@ def plan_of(members, tokens_q, tokens_k, block):
 
 
 @pytest.mark.parametrize("number", [1, 31, 32, 33, 64, 100])
-def test_bits_round_trip(number) -> None:
+def test_bits_round_trip(number: int) -> None:
     members = torch.rand(2, 3, 5, number) < 0.5
     members[..., -1] = True
     assert torch.equal(unpack_bits(pack_bits(members), number), members)
@@ -87,7 +87,7 @@ def test_membership_that_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("tokens", [96, 97, 127])
-def test_block_mask_means_the_same(tokens) -> None:
+def test_block_mask_means_the_same(tokens: int) -> None:
     blocks = -(-tokens // 32)
     members = torch.rand(1, 2, blocks, blocks) < 0.5
     members |= torch.eye(blocks, dtype=torch.bool)
@@ -128,7 +128,7 @@ def test_pool_divides_by_true_length_and_heeds_the_mask() -> None:
         ("hwt", None),
     ],
 )
-def test_tiles_round_trip(order, tile, text) -> None:
+def test_tiles_round_trip(order: str, tile: tuple[int, int, int] | None, text: tuple[int, int]) -> None:
     layout = Layout((3, 5, 7), *text)
     laid = tiles(layout, order, 16, tile)
     x = torch.randn(2, 3, layout.length, 4)
@@ -162,7 +162,7 @@ def test_axis_orders_count_as_their_names_say() -> None:
 
 
 @pytest.mark.parametrize("text", [(0, 0), (3, 5)])
-def test_orders_per_head_are_each_heads_own(text) -> None:
+def test_orders_per_head_are_each_heads_own(text: tuple[int, int]) -> None:
     layout = Layout((3, 4, 5), *text)
     names = ("raster", "wht", "gilbert")
     choices = [tiles(layout, name, 16) for name in names]
@@ -191,7 +191,7 @@ def test_orders_with_other_blocks_do_not_stack() -> None:
 
 
 @pytest.mark.parametrize("grid", [(1, 7, 9), (4, 6, 6), (3, 16, 1)], ids=str)
-def test_the_compact_tile_cuts_into_fewest(grid) -> None:
+def test_the_compact_tile_cuts_into_fewest(grid: tuple[int, int, int]) -> None:
     tile = compact_tile(grid, 16)
     assert math.prod(tile) <= 16
     assert all(side <= length for side, length in zip(tile, grid, strict=True))

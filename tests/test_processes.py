@@ -51,7 +51,7 @@ def work(rank: int, folder: str) -> dict:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no distributed package")
-def test_two_processes_find_what_one_finds(tmp_path) -> None:
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     first, second = together(work, tmp_path, meet=False)
     pipe, inputs = small()
     alone, recipe = compared(pipe, inputs), calibrated(pipe, inputs, tmp_path / "alone.yaml")
@@ -97,7 +97,7 @@ def tune(rank: int, folder: str) -> dict:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no distributed package")
-def test_two_processes_share_the_runs_of_a_search(tmp_path, monkeypatch) -> None:
+def test_two_processes_share_the_runs_of_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = together(tune, tmp_path, meet=False)
     assert {**first, "clips": 0} == {**second, "clips": 0}
     assert (first["clips"] > 0, second["clips"]) == (True, 0)

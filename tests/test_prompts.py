@@ -46,7 +46,7 @@ def test_images_and_videos_are_numbered_as_they_come() -> None:
 
 
 @pytest.mark.parametrize("name", VIDEOS)
-def test_videos_are_images_over_time(name) -> None:
+def test_videos_are_images_over_time(name: str) -> None:
     """Alone, beside images, and two of them next to each other; none of their tokens is system or question."""
     model = build(name)
     rows = ((2, "V", 5), (3, "I", 2, "V", 4), (1, "V", "V", 6))
@@ -77,7 +77,7 @@ def test_a_video_is_no_picture_to_cut() -> None:
 
 
 @pytest.mark.parametrize("patch", [*PATCHES, "carve", "agla"])
-def test_a_prompt_without_an_image_is_counted(patch) -> None:
+def test_a_prompt_without_an_image_is_counted(patch: str) -> None:
     model, given = build("llava"), inputs("llava", ((9,), (6,)))
     tokens = generate(model, given)
     one = recipe(patch) if patch in WORKING else {"patch": patch}
@@ -91,7 +91,7 @@ def test_a_prompt_without_an_image_is_counted(patch) -> None:
 
 
 @pytest.mark.parametrize("patch", ["carve", "agla"])
-def test_pictures_that_a_model_does_not_read_are_none(patch) -> None:
+def test_pictures_that_a_model_does_not_read_are_none(patch: str) -> None:
     model, given = build("llama"), inputs("llama", ((9,),))
     tokens = generate(model, given)
     with accelplug.apply(model, {"patch": patch}) as plug:
@@ -112,7 +112,7 @@ def merged(model: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("patch", [patch for patch in PATCHES if patch != "imbalance"])
-def test_images_that_a_caller_has_merged_can_be_marked(patch) -> None:
+def test_images_that_a_caller_has_merged_can_be_marked(patch: str) -> None:
     model, given = build("llava"), inputs("llava")
     image = given["input_ids"] == IMAGE
     blind = merged(model, given)
@@ -149,7 +149,7 @@ def test_what_is_no_mark() -> None:
 
 
 @pytest.mark.parametrize(("patch", "name"), PAIRS)
-def test_a_labelled_answer_is_read_as_it_was_generated(patch, name) -> None:
+def test_a_labelled_answer_is_read_as_it_was_generated(patch: str, name: str) -> None:
     """Forwards with labels have the loss of the patched model: every row with a labelled next token answers."""
     model, prompt = build(name), inputs(name)
     one = recipe(patch, {**WORKING[patch], "enhance": [2, 4]} if patch == "gift" else None)
@@ -177,7 +177,7 @@ def _moved(given: dict[str, torch.Tensor], labels: torch.Tensor) -> tuple[dict[s
 
 
 @pytest.mark.parametrize("patch", ["vhr", "gift"])
-def test_labels_that_begin_ahead_of_the_image_are_counted(patch) -> None:
+def test_labels_that_begin_ahead_of_the_image_are_counted(patch: str) -> None:
     model, given = build("llava"), inputs("llava", ONE)
     with accelplug.apply(model, recipe(patch)) as plug:
         forward(model, {**given, "labels": given["input_ids"]})
@@ -187,7 +187,7 @@ def test_labels_that_begin_ahead_of_the_image_are_counted(patch) -> None:
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 @pytest.mark.parametrize("patch", PATCHES)
-def test_without_a_cache_it_is_the_same(patch, name) -> None:
+def test_without_a_cache_it_is_the_same(patch: str, name: str) -> None:
     if (patch, name) not in PAIRS:
         return
     model, given = build(name), inputs(name)
@@ -204,7 +204,7 @@ def test_without_a_cache_it_is_the_same(patch, name) -> None:
 
 
 @pytest.mark.parametrize("patch", PATCHES)
-def test_a_prefix_that_questions_share(patch) -> None:
+def test_a_prefix_that_questions_share(patch: str) -> None:
     """A patch that changes the row that answers cannot know that a prefix is none: it is refused. Others go on from it."""
     model, given = build("llava"), inputs("llava", ONE)
     ids, text = given["input_ids"], model.config.get_text_config()
@@ -231,7 +231,7 @@ def _prune(cache: Any, layers: range, kept: torch.Tensor) -> None:
 @pytest.mark.parametrize("layers", [range(4), range(2, 4)])
 @pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("patch", ["visual_bias", "pai"])
-def test_a_pruned_cache_is_counted(patch, told, layers) -> None:
+def test_a_pruned_cache_is_counted(patch: str, told: bool, layers: range) -> None:
     """However long one goes on: more tokens may come than were pruned."""
     model, given = build("llava"), inputs("llava", ONE)
     kept, length = torch.tensor([0, 1, 5, 9, 20]), given["input_ids"].shape[1]
@@ -320,7 +320,7 @@ def scenes() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_the_system_ends_with_its_turn_and_the_question_is_what_the_user_says(name, scenes) -> None:
+def test_the_system_ends_with_its_turn_and_the_question_is_what_the_user_says(name: str, scenes: tuple[Any, Any]) -> None:
     model, processor = scenes
     messages, question = CHATS[name]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -341,12 +341,12 @@ class Letters:
 
 
 @pytest.mark.parametrize("said", ["USER: which operating system: old? ASSISTANT: new", "user: which one? assistant: new"])
-def test_a_colon_in_a_question_opens_no_turn(said) -> None:
+def test_a_colon_in_a_question_opens_no_turn(said: str) -> None:
     begins, _ = speakers(Letters(), [ord(letter) for letter in said])
     assert {i: who for i, who in enumerate(begins) if who is not None} == {0: 1, said.lower().index("assistant"): -1}
 
 
-def test_what_the_question_says_is_not_turned_down(scenes) -> None:
+def test_what_the_question_says_is_not_turned_down(scenes: tuple[Any, Any]) -> None:
     """Where it stands ahead of the image it is no system prompt: a weight on that alone is the same as where there is no question."""
     model, processor = scenes
     text = [
@@ -377,7 +377,7 @@ def test_turns_by_a_familys_own_tokens() -> None:
     assert turns(ids % 7, ids == 151655, ids > 0, told, alone=False) is None
 
 
-def test_what_is_not_known_of_turns_is_said(caplog) -> None:
+def test_what_is_not_known_of_turns_is_said(caplog: pytest.LogCaptureFixture) -> None:
     model, given = build("llava"), inputs("llava")
     for patch, said in (("visual_bias", 1), ("pai", 0)):
         caplog.clear()
@@ -393,7 +393,7 @@ def test_what_is_not_known_of_turns_is_said(caplog) -> None:
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl"])
 @pytest.mark.parametrize("patch", PATCHES)
-def test_attention_that_is_asked_for_is_the_patched_one(patch, name, monkeypatch) -> None:
+def test_attention_that_is_asked_for_is_the_patched_one(patch: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every layer, in its place, and what its values are added up with; a gain of heads is none of it."""
     if (patch, name) not in PAIRS:
         return

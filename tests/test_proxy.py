@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,13 @@ def windows_of(layout: Layout, window: tuple[int, int, int]) -> torch.Tensor:
     [("mean", (0, 0)), ("mean", (5, 0)), ("mean", (0, 5)), ("centre", (5, 0)), ("centre_k_mean_v", (0, 5))],
 )
 @pytest.mark.parametrize(("grid", "window", "halo"), [((1, 9, 14), (1, 4, 4), (0, 1, 1)), ((5, 7, 6), (2, 3, 2), (1, 0, 1))])
-def test_against_loops(grid, window, halo, text, representative) -> None:
+def test_against_loops(
+    grid: tuple[int, int, int],
+    window: tuple[int, int, int],
+    halo: tuple[int, int, int],
+    text: tuple[int, int],
+    representative: str,
+) -> None:
     layout = Layout(grid, *text)
     call = call_on(layout, batch=2)
     config = {"window_thw": window, "halo_thw": halo, "block": 8, "representative": representative}
@@ -96,7 +103,7 @@ def test_the_cost_is_what_the_plan_costs() -> None:
 
 
 @pytest.mark.parametrize("extra", [{}, {"variance": True}, {"representative": "centre_k_mean_v"}])
-def test_windows_of_one_token_are_dense(extra) -> None:
+def test_windows_of_one_token_are_dense(extra: dict[str, Any]) -> None:
     layout = Layout((2, 5, 6), 3)
     call = call_on(layout)
     config = {"window_thw": (1, 1, 1), "halo_thw": (0, 0, 0), **extra}
@@ -104,7 +111,7 @@ def test_windows_of_one_token_are_dense(extra) -> None:
 
 
 @pytest.mark.parametrize("extra", [{}, {"variance": True}, {"representative": "centre_k_mean_v"}])
-def test_windows_of_equal_keys_are_dense(extra) -> None:
+def test_windows_of_equal_keys_are_dense(extra: dict[str, Any]) -> None:
     layout = Layout((2, 8, 12), 0, 4)
     call = call_on(layout)
     number = windows_of(layout, (1, 4, 4))
@@ -115,7 +122,7 @@ def test_windows_of_equal_keys_are_dense(extra) -> None:
 
 
 @pytest.mark.parametrize("extra", [{}, {"variance": True}])
-def test_weights_sum_to_one_and_far_windows_have_no_order(extra) -> None:
+def test_weights_sum_to_one_and_far_windows_have_no_order(extra: dict[str, Any]) -> None:
     layout = Layout((1, 16, 16))
     call = call_on(layout)
     config = {"window_thw": (1, 4, 4), "halo_thw": (0, 1, 1), **extra}
@@ -134,7 +141,7 @@ def test_weights_sum_to_one_and_far_windows_have_no_order(extra) -> None:
 
 
 @pytest.mark.parametrize("extra", [{}, {"variance": True}])
-def test_masked_keys_weigh_nothing(extra) -> None:
+def test_masked_keys_weigh_nothing(extra: dict[str, Any]) -> None:
     """Masked text is as if it were not there, and a masked far key neither moves its window's proxy nor counts."""
     layout, config = Layout((1, 8, 12), 0, 3), {"window_thw": (1, 4, 4), "halo_thw": (0, 0, 0), **extra}
     call = call_on(layout)
@@ -189,7 +196,7 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("sigma", [1.0, 2.0])
-def test_each_part_of_the_far_term_helps_on_smooth_fields(sigma) -> None:
+def test_each_part_of_the_far_term_helps_on_smooth_fields(sigma: float) -> None:
     """The toy of the far term: 4 x 4 windows, 3 x 3 of them exact, q and k of unit variance, 2-D RoPE."""
     q, k, v = (smooth(1, 32, sigma=sigma, seed=seed) for seed in range(3))
     q, k = (rotated(normalize(x, dim=-1) * math.sqrt(32)) for x in (q, k))
@@ -208,7 +215,7 @@ def test_each_part_of_the_far_term_helps_on_smooth_fields(sigma) -> None:
 # --------------------------------------------------------------------------------------------------------- what is refused
 
 
-def test_a_layout_without_gain_stays_dense_and_says_so(caplog) -> None:
+def test_a_layout_without_gain_stays_dense_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     layout = Layout((1, 8, 12))
     patch = Proxy({"window_thw": (1, 4, 4)})  # 2 x 3 windows: nearly all are near
     assert 0.7 < patch.cost(layout) < 0.9
@@ -235,7 +242,7 @@ def test_a_layout_without_gain_stays_dense_and_says_so(caplog) -> None:
         {"window_thw": 8},
     ],
 )
-def test_settings_that_do_not_fit_are_refused(bad) -> None:
+def test_settings_that_do_not_fit_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
         load({"patch": "proxy", "with": bad}, ModelFacts(("WanTransformer3DModel",), {}))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def lengths_of(*lengths: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("block", [8, 32, 128])
-def test_a_quarter_of_each_block_is_drawn_by_one_permutation(block) -> None:
+def test_a_quarter_of_each_block_is_drawn_by_one_permutation(block: int) -> None:
     lengths = lengths_of(block, block, block - 1, 5, 1, 0, block)
     slots, drawn = sampled_slots(lengths, block)
     assert slots.shape == (7, block // 4)
@@ -38,7 +39,9 @@ def test_a_quarter_of_each_block_is_drawn_by_one_permutation(block) -> None:
 
 @pytest.mark.parametrize(("block", "block_k"), [(8, 8), (16, 8), (8, 16)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_importance_is_the_largest_probability_among_samples(monkeypatch, block, block_k, masked) -> None:
+def test_importance_is_the_largest_probability_among_samples(
+    monkeypatch: pytest.MonkeyPatch, block: int, block_k: int, masked: bool
+) -> None:
     monkeypatch.setattr("accelplug.kernels.importance.BUDGET", 600)  # several chunks of query blocks
     q_len = lengths_of(*[block] * (64 // block), 3)
     k_len = lengths_of(*[block_k] * (64 // block_k), 3)
@@ -110,7 +113,7 @@ CONFIGS = (
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("number", [6, 40])
-def test_levels_equal_the_rules_stated_row_by_row(config, number) -> None:
+def test_levels_equal_the_rules_stated_row_by_row(config: dict[str, Any], number: int) -> None:
     patch = psa(**config)
     generator = torch.Generator().manual_seed(number)
     importance = torch.randint(0, 17, (2, 2, 5, number), generator=generator).float() / 16  # ties, and exact sums
@@ -155,7 +158,7 @@ LAYOUTS = (Layout((3, 4, 8)), Layout((3, 5, 7)), Layout((3, 5, 7), 0, 9))
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("config", [{"least_exact": 1.0}, {"rule": "topk", "bounds": (1.0, 1.0, 1.0, 1.0)}], ids=str)
-def test_every_block_at_level_one_is_dense(layout, config) -> None:
+def test_every_block_at_level_one_is_dense(layout: Layout, config: dict[str, Any]) -> None:
     patch = psa(**config, backend="reference")
     q, k, v = torch.randn(3, 2, 2, layout.length, 16)
     patch.neutral = lambda layout: False  # through the kernel all the same
@@ -165,7 +168,7 @@ def test_every_block_at_level_one_is_dense(layout, config) -> None:
 
 @pytest.mark.parametrize("h", [2, 4, 8])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_level_is_exact_where_so_many_keys_are_equal(layout, h) -> None:
+def test_a_level_is_exact_where_so_many_keys_are_equal(layout: Layout, h: int) -> None:
     """One block in six is exact, all others are read at level h; the visual tail may be short."""
     patch = psa(rule="topk", bounds=[0.17 if level < h else 1.0 for level in LEVELS], backend="reference")
     q, k, v = torch.randn(3, 1, 2, layout.length, 16)
@@ -246,7 +249,7 @@ def test_route_is_traced_without_a_graph_break() -> None:
 
 @pytest.mark.parametrize(("block", "block_k"), [(16, 8), (8, 16)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_block_without_tokens_at_the_end_of_an_order_that_moves_none(block, block_k, masked) -> None:
+def test_a_block_without_tokens_at_the_end_of_an_order_that_moves_none(block: int, block_k: int, masked: bool) -> None:
     """20 tokens in blocks of 16 and 8: a plan counts a fourth block of 8, and raster leaves no slot there."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 20, 4, generator=g) for _ in range(3))

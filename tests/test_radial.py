@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,9 @@ def members_by_tokens(layout: Layout, variant: str, sink: bool, decay: float, bl
         pytest.param((41, 48, 80), {"decay": 0.2}, 274_680, id="wan2.1-161f"),  # density .1816
     ],
 )
-def test_keeps_as_many_blocks_as_the_released_mask(grid_thw, config, kept) -> None:
+def test_keeps_as_many_blocks_as_the_released_mask(
+    grid_thw: tuple[int, int, int], config: dict[str, Any], kept: int
+) -> None:
     plan = plan_of(Layout(grid_thw), **config)
     assert int(plan.count.sum()) == kept
     assert float(plan.density()) == pytest.approx(kept / len(plan.k_len) ** 2)
@@ -91,7 +94,7 @@ def test_frames_that_do_not_fill_blocks_lose_no_tail() -> None:
 @pytest.mark.parametrize("variant", ["code", "paper"])
 @pytest.mark.parametrize("sink", [True, False])
 @pytest.mark.parametrize("grid_thw", GRIDS_THW)
-def test_equals_the_rule_stated_token_by_token(grid_thw, sink, variant) -> None:
+def test_equals_the_rule_stated_token_by_token(grid_thw: tuple[int, int, int], sink: bool, variant: str) -> None:
     layout = Layout(grid_thw, text_before=3, text_after=6)
     plan = plan_of(layout, variant=variant, sink=sink, decay=0.3, block=8)
     assert torch.equal(plan.members[0, 0], members_by_tokens(layout, variant, sink, 0.3, 8))
@@ -121,7 +124,7 @@ def test_more_decay_keeps_more() -> None:
 
 @pytest.mark.parametrize("variant", ["code", "paper"])
 @pytest.mark.parametrize("grid_thw", [*GRIDS_THW, (3, 5, 11), (4, 3, 19)])  # 165 and 228 tokens: ragged in blocks of 8
-def test_every_row_reads_itself_and_text_is_dense(grid_thw, variant) -> None:
+def test_every_row_reads_itself_and_text_is_dense(grid_thw: tuple[int, int, int], variant: str) -> None:
     radial = Radial({"block": 8, "sink": False, "variant": variant})
     tiles = radial.order(Layout(grid_thw, text_before=2, text_after=1))
     members = radial.select(tiles).members[0, 0]

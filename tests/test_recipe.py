@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,7 +50,7 @@ ROW = {
 
 
 @pytest.fixture
-def unchecked(monkeypatch) -> None:
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The grammar alone, without the patches' own settings."""
     monkeypatch.setattr(recipes.Recipe, "check", lambda self: None)
 
@@ -62,14 +63,14 @@ def inline(**rule):
     return load({"rules": [{"patch": "radial", **rule}]}, FACTS)
 
 
-def write(tmp_path, text, name="mine.yaml"):
+def write(tmp_path: Path, text, name="mine.yaml"):
     path = tmp_path / name
     path.write_bytes(text.encode())
     return path
 
 
 @pytest.mark.parametrize("path", shipped_files().values(), ids=lambda path: path.stem)
-def test_shipped_files_load_and_their_settings_are_valid(path) -> None:
+def test_shipped_files_load_and_their_settings_are_valid(path: Path) -> None:
     file = read_file(path)
     assert file.model == path.stem
     for recipe in file.recipes.values():
@@ -78,7 +79,7 @@ def test_shipped_files_load_and_their_settings_are_valid(path) -> None:
 
 
 @pytest.mark.parametrize("path", shipped_files().values(), ids=lambda path: path.stem)
-def test_recipes_and_patches_that_were_used_can_be_copied_and_sent_to_other_processes(path) -> None:
+def test_recipes_and_patches_that_were_used_can_be_copied_and_sent_to_other_processes(path: Path) -> None:
     for recipe in read_file(path).recipes.values():
         before = recipe.decide(site(), Layout((4, 8, 8)), Clock(9, 10))
         patches = [patch_class(rule.patch)(rule.settings) for rule in recipe.rules if rule.patch != "dense"]
@@ -106,7 +107,7 @@ def test_import_and_listing_bring_no_torch() -> None:
         ("-50%:", 4, [2, 3]),
     ],
 )
-def test_spans(text, count, inside) -> None:
+def test_spans(text: int | str, count: int, inside: list[int] | range) -> None:
     assert [i for i in range(count) if Span.parse(text).holds(i, count)] == list(inside)
 
 
@@ -116,7 +117,7 @@ def test_spans_that_mean_nothing_are_refused(text) -> None:
         Span.parse(text)
 
 
-def test_first_match_wins_and_the_rest_is_dense(unchecked) -> None:
+def test_first_match_wins_and_the_rest_is_dense(unchecked: None) -> None:
     rules = [
         {"where": {"steps": "0:25%"}, "patch": "dense"},
         {"where": {"layers": [1, "-1:"], "kind": "self"}, "patch": "radial"},
@@ -132,7 +133,7 @@ def test_first_match_wins_and_the_rest_is_dense(unchecked) -> None:
     assert "grid" in recipe.decide(site(2), None, late).reason
 
 
-def test_what_cannot_be_known_is_dense_with_a_reason_where_it_matters(unchecked) -> None:
+def test_what_cannot_be_known_is_dense_with_a_reason_where_it_matters(unchecked: None) -> None:
     recipe = load(
         {"rules": [{"where": {"steps": "0:25%"}, "patch": "dense"}, {"where": {"layers": "1:"}, "patch": "radial"}]}, FACTS
     )
@@ -145,7 +146,7 @@ def test_what_cannot_be_known_is_dense_with_a_reason_where_it_matters(unchecked)
     assert inline(where={"steps": "1:3"}).decide(site(), None, Clock(2)).patch == "radial"
 
 
-def test_ramps(unchecked) -> None:
+def test_ramps(unchecked: None) -> None:
     ramp = inline(**{"with": {"tau": {"from": 1.3, "to": 0.8, "over": "steps"}}})
     assert [ramp.decide(site(), None, Clock(i, 3)).config["tau"] for i in range(3)] == [1.3, 1.05, 0.8]
     assert "step" in ramp.decide(site(), None, Clock()).reason
@@ -171,12 +172,12 @@ def test_ramps(unchecked) -> None:
         ("match: {class: AnyTransformer}", "match: {num_layers: 3}", "line 4.*key class"),
     ],
 )
-def test_errors_say_what_and_where(tmp_path, old, new, says) -> None:
+def test_errors_say_what_and_where(tmp_path: Path, old: str, new: str, says: str) -> None:
     with pytest.raises(RecipeError, match=f"(?s){says}"):
         read_file(write(tmp_path, FILE.replace(old, new, 1)))
 
 
-def test_alias_bombs_and_huge_files_are_refused_before_they_cost(tmp_path) -> None:
+def test_alias_bombs_and_huge_files_are_refused_before_they_cost(tmp_path: Path) -> None:
     bomb = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True))
     with pytest.raises(RecipeError, match="alias"):
         read_file(write(tmp_path, bomb))
@@ -188,7 +189,7 @@ def test_alias_bombs_and_huge_files_are_refused_before_they_cost(tmp_path) -> No
 
 
 @pytest.mark.parametrize("name", ["../x", "..", "/etc/passwd", "a\\b", "wan2.1-t2v-14b/../x", "a/b/c", "C:x", "a\0b", ""])
-def test_names_reach_no_path(name) -> None:
+def test_names_reach_no_path(name: str) -> None:
     with pytest.raises(RecipeError, match="no recipe name"):
         load(name, FACTS)
 
@@ -199,14 +200,14 @@ def test_every_error_is_ours(bad) -> None:
         load(bad, FACTS)
 
 
-def test_yaml_11_surprises_are_off(tmp_path, unchecked) -> None:
+def test_yaml_11_surprises_are_off(tmp_path: Path, unchecked: None) -> None:
     text = FILE.replace('layers: "1:"', "layers: 1:30, branch: no")
     where = read_file(write(tmp_path, text)).recipes["a"].rules[0].where
     assert where.layers[0].text == "1:30"
     assert where.branch == ("no",)
 
 
-def test_settings_are_checked_against_the_patch(tmp_path) -> None:
+def test_settings_are_checked_against_the_patch(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"line 12.*'decy' \(nearest: decay"):
         load(write(tmp_path, FILE.replace("decay", "decy")), FACTS)
     ramp = {"decay": {"from": 0.5, "to": 7, "over": "steps"}}
@@ -214,7 +215,7 @@ def test_settings_are_checked_against_the_patch(tmp_path) -> None:
         load({"patch": "radial", "with": ramp}, FACTS)
 
 
-def test_models_find_their_files(tmp_path, unchecked) -> None:
+def test_models_find_their_files(tmp_path: Path, unchecked: None) -> None:
     both = ("WanTransformer3DModel", "ModelMixin")
     wan21 = ModelFacts(both, WAN_14B, frozenset({"transformer", "vae"}))
     wan22 = ModelFacts(both, WAN_14B, frozenset({"transformer", "transformer_2"}))
@@ -236,7 +237,7 @@ def test_models_find_their_files(tmp_path, unchecked) -> None:
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("recipe", ["a", "b"])
-def test_recording_adds_lines_and_changes_no_other(tmp_path, recipe, newline) -> None:
+def test_recording_adds_lines_and_changes_no_other(tmp_path: Path, recipe: str, newline: str) -> None:
     path = write(tmp_path, FILE.replace("\n", newline))
     record_measurement(path, recipe, ROW)
     once = path.read_bytes().decode()
@@ -254,7 +255,7 @@ def test_recording_adds_lines_and_changes_no_other(tmp_path, recipe, newline) ->
     assert [row.device for row in rows] == [ROW["device"]] * 2
 
 
-def test_a_row_that_is_wrong_changes_nothing(tmp_path) -> None:
+def test_a_row_that_is_wrong_changes_nothing(tmp_path: Path) -> None:
     path = write(tmp_path, FILE)
     for row in ({**ROW, "psnr": 1}, {**ROW, "seeds": []}, {**ROW, "psnr_db": {"mean": float("inf"), "worst": 1}}):
         with pytest.raises(RecipeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def touches(a: list[int], b: list[int], layout: Layout) -> bool:
 @pytest.mark.parametrize("order", ["raster", "morton", "tile"])
 @pytest.mark.parametrize(("block", "block_k"), [(8, 8), (16, 8), (8, 16)])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_blocks_touch_where_their_tokens_do(layout, block, block_k, order) -> None:
+def test_blocks_touch_where_their_tokens_do(layout: Layout, block: int, block_k: int, order: str) -> None:
     unit = max(block, block_k)
     laid = tiles(layout, order, unit, (2, 2, 2) if order == "tile" else None)
     found = adjacency(laid, laid, block, block_k)
@@ -96,7 +97,7 @@ def members_by_hand(layout, blocks, config, key_mask=None) -> torch.Tensor:
 )
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
-def test_equals_the_rule_stated_block_by_block(layout, config, masked) -> None:
+def test_equals_the_rule_stated_block_by_block(layout: Layout, config: dict[str, Any], masked: bool) -> None:
     patch = Rectified({"block": 8, "drop_rate": 0.8, "order": "morton", "rest": "drop", **config})
     q, k = torch.randn(2, 1, 1, layout.length, 16)
     key_mask = torch.rand(1, layout.length) < 0.7 if masked else None
@@ -150,7 +151,7 @@ def attend(layout: Layout, q, k, v, **config) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", [Layout((4, 4, 6)), Layout((4, 4, 6), 5, 4), Layout((3, 5, 5), 0, 9)], ids=str)
-def test_blocks_that_their_means_describe_are_dense_attention(layout) -> None:
+def test_blocks_that_their_means_describe_are_dense_attention(layout: Layout) -> None:
     """Equal queries, keys and values in each block, and none refused: what is not read is made up for without loss."""
     q, k, v = torch.randn(3, 1, 2, layout.length, 16)
     visual = slice(layout.text_before, layout.text_before + layout.visual)
@@ -188,7 +189,7 @@ def test_every_selector_may_have_this_rest() -> None:
 
 
 @pytest.mark.parametrize("rest", ["rectified", "pool"])
-def test_clusters_are_laid_out_in_the_call_and_have_no_neighbours(rest) -> None:
+def test_clusters_are_laid_out_in_the_call_and_have_no_neighbours(rest: str) -> None:
     layout = Layout((3, 6, 8), 0, 9)
     q, k, v = torch.randn(3, 2, 2, layout.length, 16)
     clusters = {"order": "kmeans", "query_clusters": 4, "key_clusters": 6, "rest": rest}

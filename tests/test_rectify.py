@@ -58,7 +58,7 @@ def by_hand(q, k, plan, text_blocks, key_mask=None, gain=True) -> tuple[Tensor, 
 @pytest.mark.parametrize("gain", [True, False])
 @pytest.mark.parametrize(("lengths", "text_blocks"), [([8] * 6, 0), ([8, 8, 8, 8, 1, 8, 5], 2), ([8, 3, 8, 7, 8, 1], 1)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_equals_the_two_steps_stated_block_by_block(lengths, text_blocks, gain, masked) -> None:
+def test_equals_the_two_steps_stated_block_by_block(lengths: list[int], text_blocks: int, gain: bool, masked: bool) -> None:
     plan = a_plan(lengths, text_blocks=text_blocks)
     slots = len(lengths) * BLOCK
     q, k = torch.randn(2, slots, 16) + torch.randn(2, 1, 16) * 2  # means that stand out of the spread, here and there
@@ -91,7 +91,7 @@ def exact_part(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Tensor:
 
 
 @pytest.mark.parametrize(("lengths", "text_blocks"), [([8] * 6, 0), ([8, 8, 8, 8, 1, 8, 5], 2)])
-def test_blocks_of_equal_queries_keys_and_values_give_dense_attention(lengths, text_blocks) -> None:
+def test_blocks_of_equal_queries_keys_and_values_give_dense_attention(lengths: list[int], text_blocks: int) -> None:
     """Means say all there is, so every block not read is replaced without loss; the text behind them may be anything."""
     slots, blocks = len(lengths) * BLOCK, len(lengths)
     q, k, v = torch.randn(3, 1, 2, blocks, 16, dtype=torch.float64).repeat_interleave(BLOCK, -2)

@@ -156,7 +156,7 @@ def site(layer: int, layers: int, kind: str, module: str | None = None) -> Site:
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_recipes_are_sparse_where_their_releases_are(name) -> None:
+def test_recipes_are_sparse_where_their_releases_are(name: str) -> None:
     recipe, release = named(name), RELEASES[name]
     model, _, _ = name.partition("/")
     kind = "joint" if model.startswith(("flux", "hunyuan", "cog")) else "self"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def row(name: str, seconds: float, *quality: float, kind: str = "recipe") -> Row
     return Row(name, kind, "file/" + name, "everywhere: " + name, samples, predicted=1.5)
 
 
-def test_a_comparison_tells_all_of_every_run(tmp_path) -> None:
+def test_a_comparison_tells_all_of_every_run(tmp_path: Path) -> None:
     found = comparison(
         row("slow " + EVIL, 0.8, 30.0, 28.0), row("beaten", 0.9, 20.0, 21.0), row("same", 1.0, math.inf, math.inf)
     )
@@ -113,7 +114,7 @@ def tuned() -> Tuned:
     )  # fmt: skip
 
 
-def test_a_search_shows_all_points_and_the_clips_of_the_front(tuned, tmp_path) -> None:
+def test_a_search_shows_all_points_and_the_clips_of_the_front(tuned: Tuned, tmp_path: Path) -> None:
     page = Page(tuned.to_html(tmp_path / "page.html").read_text())
     dots = {dot["name"]: dot for dot in page.data["dots"]}
     assert set(dots) == {"proven", "beaten", "overturned"}
@@ -129,7 +130,7 @@ def test_a_search_shows_all_points_and_the_clips_of_the_front(tuned, tmp_path) -
     assert {"proven", "beaten", "overturned", "1.25x"} <= set(page.cells), "without scripts there is the table"
 
 
-def test_several_bounds_are_plotted_by_their_margin(tuned, tmp_path) -> None:
+def test_several_bounds_are_plotted_by_their_margin(tuned: Tuned, tmp_path: Path) -> None:
     object.__setattr__(tuned, "bounds", parse("psnr>=26, ssim>=.5"))
     for point in tuned.points:
         point.worst["ssim"] = 0.75

@@ -22,7 +22,7 @@ def by_hand(row: list[float], allowed: list[bool], p: float, k_min: int, rule: s
 
 @pytest.mark.parametrize("rule", ["reach", "within", "tail"])
 @pytest.mark.parametrize("k_min", [0, 1, 4])
-def test_top_p_equals_the_rule_stated_entry_by_entry(rule, k_min) -> None:
+def test_top_p_equals_the_rule_stated_entry_by_entry(rule: str, k_min: int) -> None:
     generator = torch.Generator().manual_seed(0)
     parts = torch.randint(0, 9, (2, 3, 5, 12), generator=generator).double()  # many ties
     allowed = torch.rand(2, 1, 5, 12, generator=generator) < 0.8

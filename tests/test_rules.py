@@ -173,7 +173,7 @@ def test_a_forward_of_somebody_elses_may_take_more_keywords(name: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["module", "wrapper"])
-def test_the_gate_judges_denoisers_compiled_whole(how: str, monkeypatch) -> None:
+def test_the_gate_judges_denoisers_compiled_whole(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelplug.hosts import gate
 
     torch._dynamo.reset()

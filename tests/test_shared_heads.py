@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -125,7 +126,7 @@ def work(rank: int, folder: str) -> dict:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no distributed package")
-def test_two_ranks_answer_as_one(tmp_path) -> None:
+def test_two_ranks_answer_as_one(tmp_path: Path) -> None:
     expected = {name: answers(*make(), recipes()) for name, (make, recipes) in CASES.items()}
     expected["late"] = {name: expected["wan, context"][name] for name in ("radial", "after")}
     for found in together(work, tmp_path):
@@ -159,7 +160,9 @@ def test_a_share_of_the_heads() -> None:
     ("name", "ring", "reason"),
     [("wan", 2, "that do not exchange"), ("hunyuan_video", 1, "not understood under context parallelism")],
 )
-def test_what_is_not_known_runs_dense_and_is_counted(monkeypatch, name, ring, reason) -> None:
+def test_what_is_not_known_runs_dense_and_is_counted(
+    monkeypatch: pytest.MonkeyPatch, name: str, ring: int, reason: str
+) -> None:
     """Ring attention reads a part of the keys at a time; how text and grid of HunyuanVideo would be split, nobody says."""
     model, given = tiny_models.build(name)
     wanted = forward(model, given)

@@ -49,7 +49,7 @@ def members_by_blocks(layout, q, k, tau, statistic, scale=0.25, band=1, block=8)
 
 @pytest.mark.parametrize("statistic", ["diag", "exact"])
 @pytest.mark.parametrize("layout", [Layout((3, 5, 7)), Layout((3, 5, 7), 0, 11), Layout((1, 11, 11), 0, 8)], ids=str)
-def test_equals_the_rule_stated_block_by_block(layout, statistic) -> None:
+def test_equals_the_rule_stated_block_by_block(layout: Layout, statistic: str) -> None:
     q, k = torch.randn(2, 1, 1, layout.length, 16)
     k = k + torch.randn(16)  # a mean to subtract
     k[..., layout.visual :, :] += 5  # text keys far away must not move the threshold
@@ -59,7 +59,7 @@ def test_equals_the_rule_stated_block_by_block(layout, statistic) -> None:
 
 @pytest.mark.parametrize(("tau", "share"), [(1.0, 0.1587), (1.5, 0.0668), (2.0, 0.0228)])
 @pytest.mark.parametrize("statistic", ["diag", "exact"])
-def test_reads_the_gaussian_tail(tau, share, statistic) -> None:
+def test_reads_the_gaussian_tail(tau: float, share: float, statistic: str) -> None:
     blocks, layout = 512, Layout((8, 16, 32))
     q, k = torch.randn(2, 1, 2, layout.length, 32)
     plan = plan_of(layout, q, k, tau=tau, statistic=statistic)
@@ -68,7 +68,7 @@ def test_reads_the_gaussian_tail(tau, share, statistic) -> None:
 
 
 @pytest.mark.parametrize("band", [0, 1, 2])
-def test_a_high_tau_reads_band_and_text_only(band) -> None:
+def test_a_high_tau_reads_band_and_text_only(band: int) -> None:
     layout = Layout((3, 5, 7), 4, 9)
     q, k = torch.randn(2, 1, 1, layout.length, 16)
     members = plan_of(layout, q, k, tau=1e4, band=band).members[0, 0]
@@ -129,7 +129,7 @@ def test_grouped_queries_read_their_groups_keys() -> None:
 
 
 @pytest.mark.parametrize("visual", [8 * 13 + 1, 8 * 13 - 1])
-def test_ragged_tails_are_read_and_read_something(visual) -> None:
+def test_ragged_tails_are_read_and_read_something(visual: int) -> None:
     layout = Layout((1, 1, visual), 0, 1)
     q, k = torch.randn(2, 1, 1, layout.length, 16)
     members = plan_of(layout, q, k, tau=1e4, order="morton").members[0, 0]
@@ -138,7 +138,7 @@ def test_ragged_tails_are_read_and_read_something(visual) -> None:
 
 
 @pytest.mark.parametrize("grid_thw", [(8, 8, 8), (3, 5, 7), (5, 12, 9), (1, 6, 11)])
-def test_morton_is_a_permutation_that_keeps_neighbours_close(grid_thw) -> None:
+def test_morton_is_a_permutation_that_keeps_neighbours_close(grid_thw: tuple[int, int, int]) -> None:
     order = morton(grid_thw)
     assert torch.equal(order.sort().values, torch.arange(math.prod(grid_thw)))
     _, rows, columns = grid_thw

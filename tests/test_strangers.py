@@ -228,7 +228,7 @@ def soon(do):
 
 
 @pytest.mark.parametrize("number", range(NUMBER))
-def test_a_strangers_recipe_works_or_is_refused(number, wan, shipped, tmp_path) -> None:
+def test_a_strangers_recipe_works_or_is_refused(number: int, wan, shipped, tmp_path: Path) -> None:
     rng = random.Random(f"{SEED} {number}")
     text, data = rng.choice(shipped)
     form = number % 4
@@ -280,7 +280,7 @@ def table_file(folder, values, key="x", header=None):
 
 @pytest.mark.parametrize("patch", TABLED)
 @pytest.mark.parametrize("bad", [float("nan"), -50.0, 1e30, float("inf"), -1, 99])
-def test_entries_of_tables_have_the_range_of_the_value_they_replace(patch, bad, wan, tmp_path) -> None:
+def test_entries_of_tables_have_the_range_of_the_value_they_replace(patch: str, bad: float, wan, tmp_path: Path) -> None:
     values = torch.zeros(3, 2)
     values[2, 1] = bad
     if patch in ("sta", "paro", "sparse_vdit"):
@@ -304,7 +304,7 @@ def test_entries_of_tables_have_the_range_of_the_value_they_replace(patch, bad, 
     ],
     ids=lambda x: f"{tuple(x.shape)} {x.dtype}",
 )
-def test_tables_have_the_axes_and_types_that_they_say(values, wan, tmp_path) -> None:
+def test_tables_have_the_axes_and_types_that_they_say(values: torch.Tensor, wan, tmp_path: Path) -> None:
     rest = {"rest": "pool", "rest_weight": table_file(tmp_path, values)}
     with pytest.raises(AccelplugError):
         accelplug.apply(wan[0], {"patch": "radial", "with": {"block": 8, **rest}}, gate="off")
@@ -313,7 +313,7 @@ def test_tables_have_the_axes_and_types_that_they_say(values, wan, tmp_path) -> 
 @pytest.mark.parametrize("patch", TABLED)
 @pytest.mark.parametrize("axes", [("layers", "heads"), ("heads",)])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_tables_for_other_heads_are_refused_at_apply(patch, axes, heads, wan, tmp_path) -> None:
+def test_tables_for_other_heads_are_refused_at_apply(patch: str, axes, heads: int, wan, tmp_path: Path) -> None:
     values = torch.zeros([3, heads][-len(axes) :], dtype=torch.uint8)
     header = Origin(axes={"x": axes}).to_header()
     setting = {TABLED[patch]: table_file(tmp_path, values, header=header)}
@@ -350,7 +350,7 @@ HEADERS = [
 
 
 @pytest.mark.parametrize("header", HEADERS, ids=lambda text: text[:30])
-def test_headers_of_tables(header, wan, tmp_path) -> None:
+def test_headers_of_tables(header: str, wan, tmp_path: Path) -> None:
     setting = table_file(tmp_path, torch.ones(3, 2), header={"accelplug": header})
     recipe = {"patch": "radial", "with": {"block": 8, "rest": "pool", "rest_weight": setting}}
     with pytest.raises(AccelplugError):
@@ -358,7 +358,7 @@ def test_headers_of_tables(header, wan, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("number", range(NUMBER // 5))
-def test_a_strangers_table_works_or_is_refused(number, wan, tmp_path) -> None:
+def test_a_strangers_table_works_or_is_refused(number: int, wan, tmp_path: Path) -> None:
     rng = random.Random(f"{SEED} table {number}")
     values = torch.full(rng.choice([(3, 2), (2, 3), (3,), (3, 2, 1), (1, 3, 2)]), rng.choice([0.5, 1.0, 0.0, 2.0]))
     setting = table_file(tmp_path, values.to(rng.choice([torch.float32, torch.float16, torch.int32, torch.uint8])))
@@ -381,7 +381,7 @@ def test_a_strangers_table_works_or_is_refused(number, wan, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("number", range(NUMBER // 5))
-def test_a_strangers_journal_works_or_is_refused(number, tmp_path) -> None:
+def test_a_strangers_journal_works_or_is_refused(number: int, tmp_path: Path) -> None:
     rng = random.Random(f"{SEED} journal {number}")
     path = tmp_path / "j.jsonl"
     journal = Journal(path, "f")
@@ -394,7 +394,7 @@ def test_a_strangers_journal_works_or_is_refused(number, tmp_path) -> None:
         assert Journal(path, "f").entries["d"] == 7
 
 
-def test_journals_in_wrong_places(tmp_path) -> None:
+def test_journals_in_wrong_places(tmp_path: Path) -> None:
     for bad in (tmp_path, tmp_path / "missing" / "j", "", "\0", 3):
         with pytest.raises(AccelplugError):
             Journal(bad, "f")
@@ -406,7 +406,7 @@ def test_journals_in_wrong_places(tmp_path) -> None:
 @pytest.mark.parametrize(
     "bad", [None, 3, "x", [], {}, {"errors": 3}, {"errors": {"a": 1}, "ratio": 1}, {"values": [["x"]]}, [["x"]]]
 )
-def test_values_of_a_journal_are_measurements(bad, tmp_path) -> None:
+def test_values_of_a_journal_are_measurements(bad, tmp_path: Path) -> None:
     readers = [TypeAdapter(Probe).validate_python, lambda found: with_weights(Arm("sol", ()), found), _sheet]
     for read in readers:
         (tmp_path / "j").write_text('{"fingerprint": "f"}\n' + json.dumps({"key": "a", "value": bad}) + "\n")
@@ -415,7 +415,7 @@ def test_values_of_a_journal_are_measurements(bad, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("spoiled", ["", "x", "[]", "{}", '{"settings": 3}', '{"settings": "", "turns": -1}'])
-def test_partial_calibrations_of_strangers(spoiled, video, tmp_path) -> None:
+def test_partial_calibrations_of_strangers(spoiled: str, video, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "c.partial.safetensors", {"partial": spoiled})
     for raw in (None, b"", b"x" * 100):
         if raw is not None:
@@ -425,7 +425,7 @@ def test_partial_calibrations_of_strangers(spoiled, video, tmp_path) -> None:
     assert [one.name for one in tmp_path.iterdir()] == ["c.partial.safetensors"]
 
 
-def test_a_comparison_that_is_none(tmp_path) -> None:
+def test_a_comparison_that_is_none(tmp_path: Path) -> None:
     for bad in ("", "{", "3", "[]", "{}", '{"verdict": 1, "rows": [3]}', "[" * 100_000):
         (tmp_path / "c.json").write_text(bad)
         with pytest.raises(AccelplugError):
@@ -436,7 +436,7 @@ def test_a_comparison_that_is_none(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("read", [accelplug.Exam.coco, accelplug.Exam.amber, questions.read])
-def test_exams_and_questions_in_wrong_places(read, tmp_path) -> None:
+def test_exams_and_questions_in_wrong_places(read, tmp_path: Path) -> None:
     for place in (3, None, "", b"x", "\0", [], tmp_path, tmp_path / "none", "x" * 5000):
         with pytest.raises(AccelplugError):
             read(place)
@@ -540,7 +540,7 @@ BAD_FOLDERS = ["{out}", "{out}/none", "{latin}", "", "x" * 5000, "{broken}"]
 
 
 @pytest.fixture(scope="module")
-def around(tmp_path_factory):
+def around(tmp_path_factory: pytest.TempPathFactory):
     """Files that a command may be pointed to."""
     out = tmp_path_factory.mktemp("out")
     (out / "prompts.txt").write_text("a red square moves left\na blue disc\n")
@@ -564,7 +564,7 @@ def around(tmp_path_factory):
     return {"out": str(out)} | {name: str(out / file) for name, file in names.items()}
 
 
-def refused(arguments, around, capsys) -> None:
+def refused(arguments, around, capsys: pytest.CaptureFixture[str]) -> None:
     """Run a command that asks wrongly; it says so in one line."""
     before = sorted(os.listdir(around["out"]))
     try:
@@ -579,14 +579,16 @@ def refused(arguments, around, capsys) -> None:
 
 
 @pytest.mark.parametrize(("command", "more"), BAD_ARGUMENTS, ids=lambda x: x if isinstance(x, str) else " ".join(x)[:40])
-def test_a_command_that_asks_wrongly_says_so_in_a_line(command, more, around, capsys, monkeypatch) -> None:
+def test_a_command_that_asks_wrongly_says_so_in_a_line(
+    command: str, more: list[str], around, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(around["out"])
     refused([*ASKED[command], *more], around, capsys)
 
 
 @pytest.mark.parametrize("folder", BAD_FOLDERS, ids=lambda text: text[:20])
 @pytest.mark.parametrize("command", ["compare", "tune", "calibrate", "inspect", "verify"])
-def test_folders_that_hold_no_model(command, folder, around, capsys) -> None:
+def test_folders_that_hold_no_model(command: str, folder: str, around, capsys: pytest.CaptureFixture[str]) -> None:
     refused([folder if text in (WAN, LLAVA) else text for text in ASKED[command]], around, capsys)
 
 
@@ -594,11 +596,11 @@ def test_folders_that_hold_no_model(command, folder, around, capsys) -> None:
     "arguments",
     [[], ["nonsense"], ["show"], ["show", "../x"], ["show", "no/no"], ["show", "{latin}.yaml"], ["show", "{out}"]],
 )
-def test_commands_that_are_none(arguments, around, capsys) -> None:
+def test_commands_that_are_none(arguments: list[str], around, capsys: pytest.CaptureFixture[str]) -> None:
     refused(arguments, around, capsys)
 
 
-def test_an_interrupt_is_one_line(monkeypatch, capsys) -> None:
+def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(options) -> Never:
         raise KeyboardInterrupt
 
@@ -609,7 +611,9 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys) -> None:
 
 @pytest.mark.parametrize("spoiled", ["weights", "no weights", "a weight", "config", "tokenizer"])
 @pytest.mark.parametrize("model", ["wan-shapes", "llava-scenes"])
-def test_models_with_spoiled_files(model, spoiled, around, capsys, tmp_path) -> None:
+def test_models_with_spoiled_files(
+    model: str, spoiled: str, around, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     folder = tmp_path / "m"
     shutil.copytree(zoo.path(model), folder)
     part = folder / "transformer" if model == "wan-shapes" else folder
@@ -695,7 +699,9 @@ def video():
 
 
 @pytest.mark.parametrize(("function", "argument"), [(name, slip) for name, slips in SLIPS.items() for slip in slips])
-def test_a_wrong_argument_is_refused_before_anything_runs(function, argument, wan, video, monkeypatch, tmp_path) -> None:
+def test_a_wrong_argument_is_refused_before_anything_runs(
+    function: str, argument: str, wan, video, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(type(video.transformer), "forward", lambda *_, **__: pytest.fail("something ran"))
     model = wan[0]
@@ -731,7 +737,9 @@ LANGUAGE_SLIPS = {
 @pytest.mark.parametrize(
     ("function", "argument"), [(name, slip) for name, slips in LANGUAGE_SLIPS.items() for slip in slips]
 )
-def test_a_wrong_argument_beside_a_language_model(function, argument, seeing, monkeypatch) -> None:
+def test_a_wrong_argument_beside_a_language_model(
+    function: str, argument: str, seeing, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, processor = seeing
     monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("something ran"))
     good = {"inputs": accelplug.Exam.scenes(8), "processor": processor, "progress": False}
@@ -747,7 +755,7 @@ def seeing():
 
 
 @pytest.mark.parametrize("number", range(NUMBER // 10))
-def test_a_strangers_recipe_for_a_language_model_works_or_is_refused(number, seeing) -> None:
+def test_a_strangers_recipe_for_a_language_model_works_or_is_refused(number: int, seeing) -> None:
     model, processor = seeing
     rng = random.Random(f"{SEED} language {number}")
     entry = rng.choice([entry for entry in list_patches() if entry.family in ("heads", "generation")])
@@ -813,7 +821,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("recipe", REFUSED, ids=lambda recipe: str(recipe)[:70])
-def test_recipes_that_mean_nothing_are_refused_at_apply(recipe, wan) -> None:
+def test_recipes_that_mean_nothing_are_refused_at_apply(recipe: dict[str, Any], wan) -> None:
     start = time.process_time()
     with pytest.raises(AccelplugError):
         accelplug.apply(wan[0], recipe, gate="off")
@@ -821,7 +829,7 @@ def test_recipes_that_mean_nothing_are_refused_at_apply(recipe, wan) -> None:
 
 
 @pytest.mark.parametrize("patch", [entry.name for entry in list_patches() if entry.family in ("sparse", "tokens", "bias")])
-def test_what_may_ramp_ramps(patch, wan) -> None:
+def test_what_may_ramp_ramps(patch: str, wan) -> None:
     model, inputs = wan
     row = next((row for row in ROWS if row.patch == patch), None)
     fields = patch_class(patch).Config.model_fields
@@ -861,7 +869,7 @@ def test_results_print_what_they_show(seeing) -> None:
 # ------------------------------------------------------------------------------------------------------------------ files
 
 
-def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
     files.write(path, "one")
     path.chmod(0o640)
@@ -885,7 +893,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["tuned (1)", "Ärger", "...", "a b_c.d", "-x", "ÄÖ"])
-def test_every_file_name_makes_a_recipe_name(name, tmp_path) -> None:
+def test_every_file_name_makes_a_recipe_name(name: str, tmp_path: Path) -> None:
     text = f"schema: 1\nmodel: {model_name(tmp_path / f'{name}.yaml')}\nmatch: {{class: X}}\ndefault: a\n"
     (tmp_path / f"{name}.yaml").write_text(text + "recipes: {a: {rules: [{patch: dense}]}}\n")
     assert read_file(tmp_path / f"{name}.yaml").recipe()

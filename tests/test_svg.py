@@ -65,13 +65,13 @@ def test_the_published_width() -> None:
 
 
 @pytest.mark.parametrize(("density", "blocks"), [(0.3, 590), (0.25, 256), (0.1, 300)])
-def test_whole_blocks_read_the_density_asked_for(density, blocks) -> None:
+def test_whole_blocks_read_the_density_asked_for(density: float, blocks: int) -> None:
     near = band(blocks * 128, 128, 128, band_width(density, blocks * 128, 0))
     assert float(near.double().mean()) == pytest.approx(density, abs=1.5 / blocks)
 
 
 @pytest.mark.parametrize(("block", "block_k"), [(16, 8), (8, 16), (8, 8)])
-def test_every_block_reads_itself_however_narrow_the_band(block, block_k) -> None:
+def test_every_block_reads_itself_however_narrow_the_band(block: int, block_k: int) -> None:
     near = band(96, block, block_k, 0.0)
     own = (torch.arange(96) // block)[:, None] == torch.arange(96) // block
     wanted = own.unflatten(1, (-1, block_k)).any(-1).unflatten(0, (-1, block)).any(1)
@@ -80,7 +80,7 @@ def test_every_block_reads_itself_however_narrow_the_band(block, block_k) -> Non
 
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("layout", [LAYOUT, Layout((5, 3, 7)), Layout((4, 4, 4), text_after=9)])
-def test_heads_find_their_kind_and_read_its_mask(layout, sink) -> None:
+def test_heads_find_their_kind_and_read_its_mask(layout: Layout, sink: bool) -> None:
     method, call = Svg({"density": 0.35, "sink": sink, "block": 8, "backend": "reference"}), two_kinds(layout)
     params = method.prepare(SITE, layout, Clock(), {})
     assert method.modes(call, params.masks).tolist() == [[SPATIAL, TEMPORAL]] * B
@@ -110,7 +110,7 @@ def test_the_choice_is_the_one_with_the_smaller_error_on_the_rows_drawn() -> Non
 
 
 @pytest.mark.parametrize("rest", ["drop", "pool", "rectified"])
-def test_masked_text_in_orders_by_head(rest) -> None:
+def test_masked_text_in_orders_by_head(rest: str) -> None:
     """Keys that may not be read change nothing, whatever stands there."""
     method, call = Svg({"density": 0.35, "block": 8, "backend": "reference", "rest": rest}), two_kinds(LAYOUT)
     valid = torch.ones(B, LAYOUT.length, dtype=torch.bool)

@@ -33,7 +33,9 @@ def error_by_keys(q_pool, k, v, lengths, block, scale, valid) -> torch.Tensor:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("chunk", [compensation.CHUNK, 1])
 @pytest.mark.parametrize("shift", [0.0, 60.0])  # logits that overflow exp in float32
-def test_the_error_is_the_formula_stated_key_by_key(masked, chunk, shift, monkeypatch) -> None:
+def test_the_error_is_the_formula_stated_key_by_key(
+    masked: bool, chunk: int, shift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compensation, "CHUNK", chunk)
     lengths = torch.tensor([8, 8, 5, 8, 3], dtype=torch.int32)
     q_pool, k, v = torch.randn(2, 4, 3, 6), torch.randn(2, 2, 40, 6), torch.randn(2, 2, 40, 4)
@@ -87,7 +89,7 @@ def members_by_hand(blocks, top_p, min_ratio) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("top_p", "min_ratio"), [(0.6, 0.0), (0.9, 0.1), (0.3, 0.2), (0.0, 0.25)])
-def test_attention_to_means_says_how_much_a_row_reads_and_the_error_says_what(top_p, min_ratio) -> None:
+def test_attention_to_means_says_how_much_a_row_reads_and_the_error_says_what(top_p: float, min_ratio: float) -> None:
     layout = Layout((3, 5, 7), 0, 4)
     q, k, v = 2 * torch.randn(3, 2, 2, layout.length, 8)
     patch, blocks = blocks_of(layout, q, k, v, top_p=top_p, min_ratio=min_ratio)
@@ -97,7 +99,7 @@ def test_attention_to_means_says_how_much_a_row_reads_and_the_error_says_what(to
 
 
 @pytest.mark.parametrize("min_ratio", [0.0, 0.1, 0.25, 0.5])
-def test_every_row_reads_twice_its_least_and_text(min_ratio) -> None:
+def test_every_row_reads_twice_its_least_and_text(min_ratio: float) -> None:
     layout = Layout((3, 5, 7), 3, 4)
     q, k, v = torch.randn(3, 1, 2, layout.length, 8)
     patch, blocks = blocks_of(layout, q, k, v, top_p=0.0, min_ratio=min_ratio)

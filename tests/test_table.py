@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def site(layer: int | None = 1, layers: int = 2) -> Site:
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path):
     save_file(
         {"weight": torch.tensor([[0.25, 0.5], [0.75, 1.0]]), "steps": torch.arange(12).view(3, 2, 2)},
         tmp_path / "t.safetensors",
@@ -90,12 +91,12 @@ def test_a_recipe_reads_the_table_beside_it(folder) -> None:
         ({"sha256": "abc"}, r"line 8.*a table \{table"),
     ],
 )
-def test_what_is_not_that_table_is_refused_with_the_line(folder, changes, says) -> None:
+def test_what_is_not_that_table_is_refused_with_the_line(folder, changes: dict[str, str], says: str) -> None:
     with pytest.raises(RecipeError, match=f"(?s){says}"):
         load(recipe_file(folder, **changes), FACTS)
 
 
-def test_files_that_are_no_tables_are_refused(tmp_path, monkeypatch) -> None:
+def test_files_that_are_no_tables_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.safetensors"
     path.write_bytes(b"nonsense" * 10)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -117,7 +118,7 @@ def test_files_that_are_no_tables_are_refused(tmp_path, monkeypatch) -> None:
         (ModelFacts(FACTS.class_names, {"num_layers": 2}), "patch_size '<none>'"),
     ],
 )
-def test_another_model_is_refused(folder, facts, says) -> None:
+def test_another_model_is_refused(folder, facts: ModelFacts, says: str) -> None:
     inline = {"patch": "radial", "with": {"rest": "pool", "rest_weight": ref(folder, file=str(folder / "t.safetensors"))}}
     load(inline, FACTS)
     with pytest.raises(RecipeError, match=f"made for another model.*{says}"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -40,7 +42,7 @@ def work(rank: int, folder: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no distributed package")
-def test_two_ranks_answer_as_one(tmp_path) -> None:
+def test_two_ranks_answer_as_one(tmp_path: Path) -> None:
     model, given = build("llava"), inputs("llava")
     expected = [forward(model, given)]
     for recipe in RECIPES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import diffusers
 import pytest
@@ -48,7 +49,9 @@ def attend(config: dict, layout: Layout, call: AttentionCall) -> torch.Tensor:
 
 @pytest.mark.parametrize("cell", [(1, 2, 2), (2, 2, 3)])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_each_whole_cell_has_one_destination_and_all_else_are_sources(grid, cell) -> None:
+def test_each_whole_cell_has_one_destination_and_all_else_are_sources(
+    grid: tuple[int, int, int], cell: tuple[int, int, int]
+) -> None:
     drawn = partition(grid, cell, (2, 4, 4), seed=3)
     sources, destinations = drawn.source[drawn.is_source], drawn.destination[drawn.is_destination]
     assert torch.cat([sources, destinations]).sort().values.tolist() == list(range(drawn.tokens))
@@ -77,7 +80,7 @@ def test_destinations_come_from_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS[:3])
-def test_match_and_merge_against_loops(grid) -> None:
+def test_match_and_merge_against_loops(grid: tuple[int, int, int]) -> None:
     drawn = partition(grid, (1, 2, 2), (2, 4, 4), seed=5)
     metric, x = noise(2, drawn.tokens, 6), noise(2, 3, drawn.tokens, 4, seed=1)
     merged = drawn.sources // 2
@@ -101,7 +104,7 @@ def test_match_and_merge_against_loops(grid) -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(8, 12), (7, 9)])
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
-def test_tomesd_merges_and_unmerges_alike(rows, columns, ratio) -> None:
+def test_tomesd_merges_and_unmerges_alike(rows: int, columns: int, ratio: float) -> None:
     """Its search is not local, so one tile holds the grid; its draw is its own, so both take the first token of a cell."""
     metric, x = noise(2, rows * columns, 32), noise(2, rows * columns, 8, seed=1)
     drawn = partition((1, rows, columns), tile_thw=(1, rows, columns), seed=None)
@@ -146,7 +149,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("mode", ["kv", "qkv"])
 @pytest.mark.parametrize("text", [(0, 0), (5, 0), (0, 5), (2, 3)])
-def test_tokens_equal_within_cells_give_dense(mode, text) -> None:
+def test_tokens_equal_within_cells_give_dense(mode: str, text: tuple[int, int]) -> None:
     """Then merging loses nothing, and counting each key as often as it has tokens is exact."""
     layout = Layout((1, 6, 8), *text)
     call = call_on(layout, batch=2)
@@ -160,7 +163,7 @@ def test_tokens_equal_within_cells_give_dense(mode, text) -> None:
 
 
 @pytest.mark.parametrize("proportional", [True, False])
-def test_against_attention_with_bias_and_mask(proportional) -> None:
+def test_against_attention_with_bias_and_mask(proportional: bool) -> None:
     layout = Layout((1, 6, 8), 4, 3)
     valid = torch.ones(2, layout.length, dtype=torch.bool)
     valid[1, [1, 20, 21, 53]] = False
@@ -210,7 +213,7 @@ class Matches(list):
 
 
 @pytest.fixture
-def made(monkeypatch) -> Matches:
+def made(monkeypatch: pytest.MonkeyPatch) -> Matches:
     made = Matches()
 
     def counting(metric, *others):
@@ -225,7 +228,7 @@ def recipe(**config) -> dict:
     return {"patch": "tome", "with": config}
 
 
-def test_layers_and_steps_share_a_match(made) -> None:
+def test_layers_and_steps_share_a_match(made: Matches) -> None:
     model, inputs = tiny_models.build("wan")  # 3 layers
     with accelplug.apply(model, recipe(interval=2, reuse_layers=2), gate="off") as plug:
         for step, matches in enumerate([2, 2, 4, 4]):
@@ -237,7 +240,7 @@ def test_layers_and_steps_share_a_match(made) -> None:
         assert len(made) == 6
 
 
-def test_an_unknown_step_never_sees_an_older_forward(made) -> None:
+def test_an_unknown_step_never_sees_an_older_forward(made: Matches) -> None:
     model, inputs = tiny_models.build("wan")
     other = {key: value.flip(-1) if value.is_floating_point() else value for key, value in inputs.items()}
     with accelplug.apply(model, recipe(interval=5, reuse_layers=3), gate="off"):
@@ -248,7 +251,7 @@ def test_an_unknown_step_never_sees_an_older_forward(made) -> None:
         assert torch.equal(run(model, other), second)
 
 
-def test_branches_have_matches_of_their_own_and_the_same_destinations(made) -> None:
+def test_branches_have_matches_of_their_own_and_the_same_destinations(made: Matches) -> None:
     """Two calls with named branches are what one call with both halves is."""
     model, inputs = tiny_models.build("wan")
     both, halves = tiny_models.batch_of_two("wan", inputs)
@@ -267,7 +270,7 @@ def test_branches_have_matches_of_their_own_and_the_same_destinations(made) -> N
             torch.testing.assert_close(together, torch.cat(apart[2 * step : 2 * step + 2]), rtol=1e-4, atol=1e-5)
 
 
-def test_a_layer_whose_leader_was_skipped_matches_itself(made) -> None:
+def test_a_layer_whose_leader_was_skipped_matches_itself(made: Matches) -> None:
     """As under a cache that skips blocks."""
     layout, state = Layout((1, 6, 8)), {}
     patch = Tome({"interval": 2, "reuse_layers": 4})
@@ -283,7 +286,7 @@ def test_a_layer_whose_leader_was_skipped_matches_itself(made) -> None:
     assert len(made) == 3, "a batch of another size needs its own"
 
 
-def test_a_reset_forgets_matches(made) -> None:
+def test_a_reset_forgets_matches(made: Matches) -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, recipe(interval=4), gate="off") as plug:
         plug.step(1, 4)
@@ -296,7 +299,7 @@ def test_a_reset_forgets_matches(made) -> None:
 
 
 @pytest.mark.parametrize("kind", ["regional", "whole"])
-def test_a_shared_match_crosses_compiled_graphs(kind) -> None:
+def test_a_shared_match_crosses_compiled_graphs(kind: str) -> None:
     model, inputs = tiny_models.build("wan")
     rule = recipe(interval=2, reuse_layers=2, mode="qkv")
     eager = []
@@ -341,7 +344,9 @@ SDXL = {
 @pytest.mark.parametrize(
     ("config", "name", "channels", "touched"), [(SD15, "stable-diffusion-1.5", 320, 5), (SDXL, "sdxl", 640, 10)]
 )
-def test_unets_are_merged_at_their_finest_attention_alone(config, name, channels, touched) -> None:
+def test_unets_are_merged_at_their_finest_attention_alone(
+    config: dict[str, Any], name: str, channels: int, touched: int
+) -> None:
     """As the release's max_downsample asks for, whatever the size of the image."""
     with torch.device("meta"):
         model = diffusers.UNet2DConditionModel(**config)
@@ -355,7 +360,7 @@ def test_unets_are_merged_at_their_finest_attention_alone(config, name, channels
 
 
 @pytest.mark.parametrize("recipe", ["tome", "proxy"])
-def test_flux_is_merged_from_2048_on(recipe) -> None:
+def test_flux_is_merged_from_2048_on(recipe: str) -> None:
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel(guidance_embeds=True)
     with accelplug.apply(model, recipe) as plug:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Never
 
@@ -51,11 +52,11 @@ def pipeline():
 
 
 @pytest.fixture
-def told_times(monkeypatch) -> None:
+def told_times(monkeypatch: pytest.MonkeyPatch) -> None:
     tell_times(monkeypatch)
 
 
-def tell_times(monkeypatch) -> None:
+def tell_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense runs take 10 s; a patched run as many seconds less as its arm is bold; a cached one 8 s."""
 
     def timed(self, variant, prompt, seed) -> None:
@@ -85,7 +86,7 @@ def run(pipe, inputs, budget, **more):
     return accelplug.tune(pipe, inputs, budget, **more)
 
 
-def test_the_fastest_that_holds_is_proven_on_another_seed(told_times) -> None:
+def test_the_fastest_that_holds_is_proven_on_another_seed(told_times: None) -> None:
     pipe, inputs = pipeline()
     with torch.no_grad():
         pipe(**inputs)  # a pipeline of diffusers leaves a registry behind at its first run
@@ -105,7 +106,7 @@ def test_the_fastest_that_holds_is_proven_on_another_seed(told_times) -> None:
         assert plug.report().served["sol"] > 0
 
 
-def test_nothing_holds_an_impossible_budget_and_dense_says_why(told_times) -> None:
+def test_nothing_holds_an_impossible_budget_and_dense_says_why(told_times: None) -> None:
     pipe, inputs = pipeline()
     found = run(pipe, inputs, [Bound("never", 1.0, score=lambda dense, candidate: 0.0)])
     assert found.proven is None
@@ -114,7 +115,7 @@ def test_nothing_holds_an_impossible_budget_and_dense_says_why(told_times) -> No
     assert all(point.margin == -1.0 for point in found.points)
 
 
-def test_what_fails_on_unseen_seeds_is_overturned_and_the_next_one_tried(told_times) -> None:
+def test_what_fails_on_unseen_seeds_is_overturned_and_the_next_one_tried(told_times: None) -> None:
     pipe, inputs = pipeline()
     scored: list[str] = []
 
@@ -133,7 +134,7 @@ def test_what_fails_on_unseen_seeds_is_overturned_and_the_next_one_tried(told_ti
     assert "unseen" in found.why
 
 
-def test_measurements_are_kept_and_taken_up_again(told_times, tmp_path, monkeypatch) -> None:
+def test_measurements_are_kept_and_taken_up_again(told_times: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, inputs = pipeline()
     first = run(pipe, inputs, "psnr>=1", resume=tmp_path / "journal")
     lines = (tmp_path / "journal").read_text().splitlines()
@@ -149,7 +150,7 @@ def test_measurements_are_kept_and_taken_up_again(told_times, tmp_path, monkeypa
         run(pipe, {**inputs, "height": 64}, "psnr>=1", resume=tmp_path / "journal")
 
 
-def test_a_line_that_an_interrupt_left_half_written_is_measured_again(tmp_path) -> None:
+def test_a_line_that_an_interrupt_left_half_written_is_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     for half in ("", '{"finger'):
         path.write_text(half)
@@ -190,7 +191,9 @@ def test_adapters_are_part_of_what_was_measured() -> None:
         ("prove", 1, False, "kept psnr>=1 at 2.00x in 1 runs of the search"),
     ],
 )
-def test_an_interrupt_in_any_phase_keeps_the_best_so_far(told_times, monkeypatch, where, at, proven, says) -> None:
+def test_an_interrupt_in_any_phase_keeps_the_best_so_far(
+    told_times: None, monkeypatch: pytest.MonkeyPatch, where: str, at: int, proven: bool, says: str
+) -> None:
     pipe, inputs = pipeline()
     owner = Prober if where == "arm" else search.Search
     real, asked = getattr(owner, where), []
@@ -243,7 +246,7 @@ def test_equal_measurements_lead_to_equal_proposals_in_equal_order() -> None:
     assert len(set(runs)) > 4
 
 
-def test_a_dense_run_that_was_held_up_flatters_nobody(monkeypatch) -> None:
+def test_a_dense_run_that_was_held_up_flatters_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first dense run takes 2.3 times as long as any later one; a candidate that takes as long as dense gains nothing."""
     times, clip = {DENSE: iter([2300.0, 1000.0, 1000.0]), "idle": iter([1000.0])}, np.zeros((1, 2, 2, 3), np.uint8)
     rows = {DENSE: Row(DENSE, "dense")}
@@ -277,7 +280,7 @@ def test_patches_are_tried_beside_a_cache_that_is_faster_than_all_of_them() -> N
     assert (beside.cache, beside.arm is None) == (cache, False)
 
 
-def test_the_search_goes_on_where_no_finalist_is_proven(monkeypatch) -> None:
+def test_the_search_goes_on_where_no_finalist_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is fastest holds on the seed of the search only; what is slower holds everywhere."""
     monkeypatch.setattr(search, "FINALISTS", 1)
     found, _ = offline(1)
@@ -335,7 +338,7 @@ def test_few_steps_leave_little_and_say_how_much() -> None:
     assert "is not known" in limit(forecast)
 
 
-def test_8_bits_are_kept_where_they_are_faster(monkeypatch) -> None:
+def test_8_bits_are_kept_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a CPU gains nothing" in no_8_bits(torch.device("cpu"))
     arm, found = Arm("sol", (("tau", 1.0),)), Forecast(Trajectory([], [], [], 2), (), 900.0, 100.0)
     ratios = {str(arm): 0.6, f"{arm} precision=int8": 0.5, f"{arm} precision=fp8": 0.6}
@@ -347,7 +350,9 @@ def test_8_bits_are_kept_where_they_are_faster(monkeypatch) -> None:
     assert not in_8_bits(Arm("tome", (("ratio", 0.5),))), "nothing is read in blocks"
 
 
-def test_weights_of_pooled_blocks_are_calibrated_where_they_could_help(told_times, monkeypatch, tmp_path) -> None:
+def test_weights_of_pooled_blocks_are_calibrated_where_they_could_help(
+    told_times: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The arm keeps the budget with calibrated weights alone. Random models are best off with weights of 1: others are told."""
     pipe, inputs = pipeline()
     calibrated = RestWeights.tables
@@ -426,7 +431,7 @@ def measured_ratios(pipe, study):
     return [1.0, *means[:-1], 0.0]
 
 
-def test_a_compiled_pipeline_warms_each_candidate_up_once(told_times, monkeypatch) -> None:
+def test_a_compiled_pipeline_warms_each_candidate_up_once(told_times: None, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, inputs = pipeline()
     pipe.transformer.compile_repeated_blocks(backend="eager")
     warmed = []
@@ -444,7 +449,7 @@ def test_a_compiled_pipeline_warms_each_candidate_up_once(told_times, monkeypatc
     assert torch._dynamo.config.recompile_limit == limit
 
 
-def test_the_recipe_file_is_read_back_with_its_measurement(told_times, tmp_path) -> None:
+def test_the_recipe_file_is_read_back_with_its_measurement(told_times: None, tmp_path: Path) -> None:
     pipe, inputs = pipeline()
     pipe.transformer.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"]), adapter_name="style")
     found = run(pipe, inputs, "psnr>=1")
@@ -459,7 +464,7 @@ def test_the_recipe_file_is_read_back_with_its_measurement(told_times, tmp_path)
     assert 0 < found.proven.foretold["density"] < 1
 
 
-def test_too_little_time_says_how_much_is_needed(told_times) -> None:
+def test_too_little_time_says_how_much_is_needed(told_times: None) -> None:
     pipe, inputs = pipeline()
     found = run(pipe, inputs, "psnr>=1", time_budget_s=0.0)
     assert "before a patch could be probed" in found.why
@@ -552,7 +557,9 @@ def test_a_metric_that_is_better_low_falls_out_of_the_budget_as_errors_grow() ->
     ("psnr", "seconds", "outcome"),
     [(30.0, 5.0, "confirmed"), (28.5, 5.0, "drifted"), (30.0, 7.0, "drifted"), (26.0, 5.0, "broken")],
 )
-def test_verify_judges_against_the_record(monkeypatch, psnr, seconds, outcome) -> None:
+def test_verify_judges_against_the_record(
+    monkeypatch: pytest.MonkeyPatch, psnr: float, seconds: float, outcome: str
+) -> None:
     monkeypatch.setattr(verification, "device_name", lambda: "here")
     spread = {"p20": 5e3, "p50": 5e3, "p80": 5e3}
     dense = {"p20": 1e4, "p50": 1e4, "p80": 1e4}
@@ -575,7 +582,7 @@ def test_verify_judges_against_the_record(monkeypatch, psnr, seconds, outcome) -
     assert verification.judge(row, Comparison("", [], [0], {}, "", {}, rows))[0] == outcome
 
 
-def test_one_gain_is_told_everywhere(told_times, monkeypatch, tmp_path) -> None:
+def test_one_gain_is_told_everywhere(told_times: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Dense runs that something holds up now and then: headline, point, row, page and verify say the same."""
     pipe, inputs = pipeline()
     timed, slow = Study.time, itertools.cycle([2.3, 1.0, 1.1, 1.7])
@@ -602,7 +609,7 @@ def test_one_gain_is_told_everywhere(told_times, monkeypatch, tmp_path) -> None:
     assert f"{gain:.2f}x" in load(path, model_facts(pipe)).describe()
 
 
-def test_where_a_prompt_was_held_out_all_is_told_of_it(told_times, tmp_path) -> None:
+def test_where_a_prompt_was_held_out_all_is_told_of_it(told_times: None, tmp_path: Path) -> None:
     """The search ran the first prompt; what the row says, `verify` runs: the second prompt, at the seeds of the proof."""
     pipe, inputs = pipeline()
     found = run(pipe, [inputs, {**inputs, "guidance_scale": 1.0}], "psnr>=1", seeds=4)
@@ -615,7 +622,7 @@ def test_where_a_prompt_was_held_out_all_is_told_of_it(told_times, tmp_path) -> 
     assert row.gain == point.speedup
 
 
-def test_a_cache_that_skips_nothing_is_not_on_the_front(told_times, monkeypatch) -> None:
+def test_a_cache_that_skips_nothing_is_not_on_the_front(told_times: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes half the time, says the clock; its clips are dense's."""
     pipe, inputs = pipeline()
     timed = Study.time
@@ -637,7 +644,7 @@ def test_a_cache_that_skips_nothing_is_not_on_the_front(told_times, monkeypatch)
     assert any("Dense to the last bit" in note and point.name in note for note in found.notes)
 
 
-def test_verify_runs_the_rows_of_a_file(told_times, tmp_path) -> None:
+def test_verify_runs_the_rows_of_a_file(told_times: None, tmp_path: Path) -> None:
     pipe, inputs = pipeline()
     found = run(pipe, inputs, "psnr>=1")
     path = found.to_yaml(tmp_path / "mine.yaml", model_facts(pipe))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def weights(model) -> tuple:
         (23, 2, [(23, 1), (12, 2)]),
     ],
 )
-def test_half_of_the_candidates_go_on_to_twice_the_pages(candidates, pages, left) -> None:
+def test_half_of_the_candidates_go_on_to_twice_the_pages(candidates: int, pages: int, left) -> None:
     assert rungs(candidates, pages) == left
 
 
@@ -85,7 +86,7 @@ class Scripted:
         return replies
 
 
-def held(script, monkeypatch, budget=(), seconds=1e9):
+def held(script, monkeypatch: pytest.MonkeyPatch, budget=(), seconds=1e9):
     asked = [Item(i // 4, str(i), "yes" if i % 2 else "no", "a.png") for i in range(640)]
     seen, unseen = language.split(asked, 0)
     asker = Scripted({"stock": (0.7, 0.7, 1.0), **script}, [item.group for item in seen])
@@ -101,7 +102,7 @@ def held(script, monkeypatch, budget=(), seconds=1e9):
     return found
 
 
-def test_the_fastest_of_those_that_do_equally_well_is_proven(monkeypatch) -> None:
+def test_the_fastest_of_those_that_do_equally_well_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     script = {"slow": (0.92, 0.92, 3.0), "fast": (0.91, 0.91, 1.5), "bad": (0.5, 0.5, 1.0), "same": (0.7, 0.7, 1.0)}
     found = held(script, monkeypatch)
     assert found.winner.name == "fast"
@@ -117,14 +118,14 @@ def test_the_fastest_of_those_that_do_equally_well_is_proven(monkeypatch) -> Non
     assert found.interval(found.winner)[0] == found.standing(found.winner, found.proof).gain
 
 
-def test_luck_in_the_search_is_overturned_on_pictures_held_out(monkeypatch) -> None:
+def test_luck_in_the_search_is_overturned_on_pictures_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     found = held({"lucky": (0.9, 0.71, 1.0)}, monkeypatch)
     assert [aim.name for aim in found.finalists] == ["lucky"]
     assert found.winner is None
     assert found.holm["lucky"] > 0.05
 
 
-def test_few_questions_are_put_to_most(monkeypatch) -> None:
+def test_few_questions_are_put_to_most(monkeypatch: pytest.MonkeyPatch) -> None:
     found = held({f"c{i}": (0.5 + 0.02 * i, 0.5 + 0.02 * i, 1.0) for i in range(16)}, monkeypatch)
     pages = {name: len([page for page in sheets if page < found.first_held]) for name, sheets in found.sheets.items()}
     assert sorted(pages.values()) == [1] * 7 + [2] * 4 + [5] + [10] * 5
@@ -168,7 +169,7 @@ def test_likelihoods_are_those_of_a_plain_forward() -> None:
     assert figures(asked, replies)["nll"] == pytest.approx(sum(r.nll for r in replies) / 3)
 
 
-def test_a_tokenizer_that_pads_on_the_right_makes_no_difference(bundled, monkeypatch) -> None:
+def test_a_tokenizer_that_pads_on_the_right_makes_no_difference(bundled, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = bundled
     monkeypatch.setattr(processor.tokenizer, "padding_side", "right")
     picture = Image.new("RGB", (96, 96), (200, 30, 30))
@@ -212,7 +213,7 @@ def test_text_alone_has_nothing_to_gain() -> None:
     assert [rule.patch for rule in found.rules] == ["dense"]
 
 
-def test_unusable_requests_say_what_to_do(bundled, tmp_path) -> None:
+def test_unusable_requests_say_what_to_do(bundled, tmp_path: Path) -> None:
     model, processor = bundled
     picture = Image.new("RGB", (96, 96))
     plain = [{"text": "What?", "answer": "a tree", "image": picture}, {"text": "What?", "answer": "a cup", "image": "b.png"}]
@@ -256,7 +257,9 @@ def described(bundled):
 LOUD = {"patch": "visual_bias", "with": {"image_weight": 50.0}}
 
 
-def test_a_patch_that_helps_is_proven_written_and_verified(bundled, described, tmp_path, monkeypatch) -> None:
+def test_a_patch_that_helps_is_proven_written_and_verified(
+    bundled, described, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, processor = bundled
     monkeypatch.setattr(aims, "LADDERS", {"visual_bias": [((0.0, 1.0), LOUD["with"])]})
     before = weights(model)
@@ -286,7 +289,7 @@ def test_a_patch_that_helps_is_proven_written_and_verified(bundled, described, t
     assert again.why == found.why
 
 
-def test_no_patch_helps_the_bundled_model_on_a_few_scenes(bundled, tmp_path, monkeypatch) -> None:
+def test_no_patch_helps_the_bundled_model_on_a_few_scenes(bundled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = bundled
     monkeypatch.setattr(aims, "LADDERS", {"pai": [((0.0, 0.5), {"alpha": 0.5})]})
     found = accelplug.tune(model, Exam.scenes(4), "speed>=0.01", processor=processor, patches=["pai"], progress=False)
@@ -298,7 +301,7 @@ def test_no_patch_helps_the_bundled_model_on_a_few_scenes(bundled, tmp_path, mon
     assert "Stay stock" in str(found)
 
 
-def test_an_interrupt_keeps_what_is_known(bundled, described, monkeypatch) -> None:
+def test_an_interrupt_keeps_what_is_known(bundled, described, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = bundled
     monkeypatch.setattr(
         aims, "LADDERS", {"visual_bias": [((0.0, 1.0), LOUD["with"])], "pai": [((0.0, 1.0), {"alpha": 0.2})]}
@@ -321,7 +324,7 @@ def test_an_interrupt_keeps_what_is_known(bundled, described, monkeypatch) -> No
     ("dense", "value", "speed", "outcome"),
     [(0.8, 0.84, 1.0, "confirmed"), (0.8, 0.815, 1.0, "drifted"), (0.8, 0.84, 0.5, "drifted"), (0.8, 0.79, 1.0, "broken")],
 )
-def test_a_row_is_judged_by_what_is_still_gained(dense, value, speed, outcome) -> None:
+def test_a_row_is_judged_by_what_is_still_gained(dense: float, value: float, speed: float, outcome: str) -> None:
     spread = {"p20": 5.0, "p50": 5.0, "p80": 5.0}
     row = {"date": "2026-01-01", "device": "here", "versions": {}, "seeds": [0], "dense_ms": spread, "ms": spread}
     row |= {"objective": "accuracy", "task": {"accuracy": {"dense": 0.8, "value": 0.84}}}
@@ -329,7 +332,7 @@ def test_a_row_is_judged_by_what_is_still_gained(dense, value, speed, outcome) -
     assert found[0] == outcome
 
 
-def test_the_command_line_takes_questions(bundled, tmp_path, capsys) -> None:
+def test_the_command_line_takes_questions(bundled, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = []
     for i in range(4):
         scene = scenes.sample(scenes.SPLITS["dev"][i])

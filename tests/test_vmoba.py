@@ -26,7 +26,7 @@ def random_call(layout: Layout, heads: int = 2) -> AttentionCall:
 @pytest.mark.parametrize(
     ("layer", "region_thw"), [(0, (2, 4, 6)), (1, (5, 2, 2)), (2, (3, 2, 3)), (3, (2, 4, 6)), (None, (3, 2, 3))]
 )
-def test_layers_take_slabs_columns_and_cuboids_by_turns(layer, region_thw) -> None:
+def test_layers_take_slabs_columns_and_cuboids_by_turns(layer: int | None, region_thw: tuple[int, int, int]) -> None:
     method = Vmoba({"parts": PARTS, "block": 8})
     params = method.prepare(site(layer), LAYOUT, Clock(), {})
     turn = params.where["turn"]
@@ -46,7 +46,7 @@ def test_layers_take_slabs_columns_and_cuboids_by_turns(layer, region_thw) -> No
 
 
 @pytest.mark.parametrize("tau", [0.05, 0.25, 0.6, 0.95])
-def test_pairs_compete_as_in_a_loop(tau) -> None:
+def test_pairs_compete_as_in_a_loop(tau: float) -> None:
     gate = torch.randn(2, 3, 7, 4)
     own = torch.zeros(7, 4, dtype=torch.bool)
     own[torch.arange(6), torch.tensor([0, 0, 1, 2, 3, 3])] = True  # row 6 is text
@@ -72,7 +72,7 @@ def test_pairs_compete_as_in_a_loop(tau) -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_members_are_whole_regions_with_text_dense(layer) -> None:
+def test_members_are_whole_regions_with_text_dense(layer: int) -> None:
     method = Vmoba({"parts": PARTS, "block": 8, "block_k": 16, "tau": 0.3})
     params = method.prepare(site(layer), LAYOUT, Clock(), {})
     call = random_call(LAYOUT)
@@ -114,7 +114,7 @@ def test_tau_one_is_dense() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_gates_by_token_are_the_paper_s_rule_one_query_at_a_time(layer, masked) -> None:
+def test_gates_by_token_are_the_paper_s_rule_one_query_at_a_time(layer: int, masked: bool) -> None:
     method = Vmoba({"parts": PARTS, "gates": "token", "tau": 0.35})
     params = method.prepare(site(layer), LAYOUT, Clock(), {})
     q, k, v = torch.randn(2, 4, LAYOUT.length, 8), *torch.randn(2, 2, 2, LAYOUT.length, 8)

@@ -39,7 +39,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("patch", ["visual_bias", "vhr", "imbalance"])
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_a_wrapped_model_is_entered(name, patch) -> None:
+def test_a_wrapped_model_is_entered(name: str, patch: str) -> None:
     torch.manual_seed(1)
     model, given = build("llava"), inputs("llava")
     wrapped = WRAPPERS[name](model)

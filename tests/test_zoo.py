@@ -31,7 +31,7 @@ SIZES = [(9, 64, 80), (7, 57, 91), (5, 48, 49), (13, 96, 64), (25, 160, 192)]  #
 
 
 @pytest.mark.parametrize(("frames", "height", "width"), SIZES)
-def test_the_detector_reads_every_rendered_clip(frames, height, width) -> None:
+def test_the_detector_reads_every_rendered_clip(frames: int, height: int, width: int) -> None:
     rng = np.random.default_rng(3)
     for _ in range(12):
         scene = sample_scene(rng)
@@ -95,7 +95,7 @@ def test_looking_for_the_bundled_model_loads_no_framework() -> None:
 
 
 @pytest.mark.parametrize("name", ["wan-shape", "", None, 3])
-def test_a_model_that_is_not_bundled_is_told(name) -> None:
+def test_a_model_that_is_not_bundled_is_told(name: int | str | None) -> None:
     with pytest.raises(NoMatchError, match="Known: wan-shapes, llava-scenes"):
         zoo.path(name)
 
@@ -126,7 +126,7 @@ def test_the_bundled_model_draws_what_it_is_asked_for(pipeline) -> None:
 
 
 @pytest.mark.parametrize("name", ["zoo_detector", "zoo_detector_small"])
-def test_the_published_figure_is_of_these_weights(pipeline, name) -> None:
+def test_the_published_figure_is_of_these_weights(pipeline, name: str) -> None:
     result = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / f"{name}.json").read_text())
     assert result["sha256_of_transformer_weights"] == digest(pipeline.transformer)
     assert [clip["caption"] for clip in result["clips"]] == list(HELD_OUT_CAPTIONS)
