@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from accelplug import compat, files, strict_yaml
+from accelplug import compat, files
 from accelplug.bounded import Bounded
 from accelplug.call import ALL_HEADS, AttentionCall, Clock, Layout, Site
 from accelplug.comparison import arguments
@@ -28,9 +28,9 @@ from accelplug.patches.calibration import Calibration, Seen
 from accelplug.patches.sparse.rest_weights import RestWeights
 from accelplug.patches.sparse.template import BlockSparse
 from accelplug.plug import model_facts, watch
-from accelplug.recipe import DENSE, ModelFacts, Recipe, load, matching_files, model_name, read_file
+from accelplug.recipe import DENSE, ModelFacts, Recipe, load, matching_files, model_name, read_file, strict_yaml
 from accelplug.registry import list_patches, patch_class, patch_entry
-from accelplug.table import HEADER, Origin, Table, bucket
+from accelplug.table import Origin, Table, bucket, write_tables
 
 MATCHED = ("num_layers", "num_attention_heads", "attention_head_dim", "num_single_layers", "in_channels")
 """Config keys that a written recipe matches by, as far as the denoiser has them and no shipped file says others."""
@@ -526,36 +526,6 @@ def _flow(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_flow, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
-
-
-def require_place(path: Path) -> None:
-    """Refuse to write tables over a file that holds something else, such as a model's weights.
-
-    Raises
-    ------
-    AccelplugError
-        If there is one.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            ours = HEADER in (file.metadata() or {})
-    except FileNotFoundError:
-        return
-    except (SafetensorError, OSError):
-        ours = False
-    if not ours:
-        raise AccelplugError(
-            f"{path} holds no tables of accelplug, and those of the recipe would go there. Give another name."
-        )
-
-
-def write_tables(path: Path, tables: Mapping[str, Tensor], origin: Origin) -> dict[str, dict[str, Any]]:
-    """Write tables to a safetensors file; return by key how a recipe beside it refers to them. See `require_place`."""
-    require_place(path)
-    data = save(dict(tables), origin.to_header())
-    files.write(path, data)
-    sha256 = hashlib.sha256(data).hexdigest()
-    return {key: {"table": {"file": path.name, "sha256": sha256, "key": key}} for key in tables}
 
 
 @contextlib.contextmanager

@@ -324,8 +324,8 @@ def _examine(options: argparse.Namespace, report: Path | None) -> int:
 
 def _tune(options: argparse.Namespace) -> int:
     from accelplug import loading
-    from accelplug.calibration import require_place
     from accelplug.plug import model_facts
+    from accelplug.table import require_place
     from accelplug.tuning import tune
 
     output, report = files.output(options.output, "--output", (".yaml", ".yml")), _report(options)

@@ -16,7 +16,7 @@ from accelplug.hosts.diffusers import PATCHABLE, denoisers, processor_owners
 from accelplug.hosts.forecast import amdahl
 from accelplug.hosts.transformers import is_language_model, model_in
 from accelplug.plug import model_facts
-from accelplug.recipe import ModelFacts, Recipe, matching_files
+from accelplug.recipe import ModelFacts, Recipe, matching_files, recipes_for
 from accelplug.show import Shown
 
 if TYPE_CHECKING:
@@ -142,19 +142,6 @@ def _ceiling(recipe: Recipe, part: DenoiserFacts, tokens: int) -> float:
     layout = Layout((1, 1, tokens))
     patched = [recipe.decide(site, layout, clock).patch is not None for clock in clocks for site in part.sites]
     return amdahl(part.attention_share(tokens) * sum(patched) / max(len(patched), 1), math.inf)
-
-
-def recipes_for(facts: ModelFacts, sites: Sequence[Site]) -> dict[str, str]:
-    """Return the shipped recipes that match a model, by full name, with what each would touch of its `sites`."""
-    recipes = {}
-    for file in matching_files(facts):
-        for name, recipe in file.recipes.items():
-            touched = sum(recipe.may_touch(site) for site in sites)
-            around = "around generate(), " if recipe.around() else ""
-            recipes[f"{file.model}/{name}"] = f"{around}{touched} of {len(sites)} sites" + (
-                ", default" if name == file.default else ""
-            )
-    return recipes
 
 
 def _facts(name: str, denoiser: Any) -> DenoiserFacts:

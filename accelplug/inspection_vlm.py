@@ -28,10 +28,10 @@ from accelplug.hosts.prompts import visual_tokens
 from accelplug.hosts.record import DENSE
 from accelplug.hosts.transformers import AttentionRecord, LanguageHost, attention_modules, watching
 from accelplug.hosts.undo import Undo
-from accelplug.inspection import recipes_for
 from accelplug.kernels.spans import on_spans, probabilities, read_rows, row_scores
 from accelplug.kernels.vision import divergence, massive, normalised, outliers, vision_aware
 from accelplug.plug import model_facts, plug_of
+from accelplug.recipe import recipes_for
 from accelplug.show import Shown
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
+from accelplug import files
 from accelplug.call import ALL_HEADS
-from accelplug.errors import RecipeError, nearest
+from accelplug.errors import AccelplugError, RecipeError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -260,3 +261,37 @@ class Table:
 def bucket(clock: Clock, number: int) -> int:
     """Which of `number` spans of equal length the present step lies in; a run of `number` steps has one each."""
     return min((clock.step or 0) * number // max(clock.steps or 1, 1), number - 1)
+
+
+def require_place(path: Path) -> None:
+    """Refuse to write tables over a file that holds something else, such as a model's weights.
+
+    Raises
+    ------
+    AccelplugError
+        If there is one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            ours = HEADER in (file.metadata() or {})
+    except FileNotFoundError:
+        return
+    except (SafetensorError, OSError):
+        ours = False
+    if not ours:
+        raise AccelplugError(
+            f"{path} holds no tables of accelplug, and those of the recipe would go there. Give another name."
+        )
+
+
+def write_tables(path: Path, tables: Mapping[str, Tensor], origin: Origin) -> dict[str, dict[str, Any]]:
+    """Write tables to a safetensors file; return by key how a recipe beside it refers to them. See `require_place`."""
+    from safetensors.torch import save
+
+    require_place(path)
+    data = save(dict(tables), origin.to_header())
+    files.write(path, data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return {key: {"table": {"file": path.name, "sha256": sha256, "key": key}} for key in tables}

@@ -192,7 +192,7 @@ class Tuned(Shown, Recipe):
 
 def _referring(recipe: dict[str, Any], path: Path) -> dict[str, Any]:
     """A recipe mapping whose tables were written beside `path`, and that refers to them."""
-    from accelplug.calibration import write_tables
+    from accelplug.table import write_tables
 
     rules = []
     for rule in recipe["rules"]:

@@ -1,0 +1,49 @@
+"""Recipes: strict per-model YAML that says which patch serves which attention, when, and with which settings."""
+
+from accelplug.recipe.conditions import Seen, Span, Where
+from accelplug.recipe.finding import (
+    SHIPPED,
+    RecipeInfo,
+    describe,
+    list_recipes,
+    load,
+    matching_files,
+    named,
+    recipes_for,
+    shipped_files,
+)
+from accelplug.recipe.matching import Match, ModelFacts
+from accelplug.recipe.measured import Measured
+from accelplug.recipe.reading import SCHEMA, RecipeFile, model_name, read_file
+from accelplug.recipe.recipe import Recipe
+from accelplug.recipe.recording import record_measurement
+from accelplug.recipe.rules import CACHES, DENSE, Decision, Rule, StepCache
+
+__all__ = [
+    "CACHES",
+    "DENSE",
+    "SCHEMA",
+    "SHIPPED",
+    "Decision",
+    "Match",
+    "Measured",
+    "ModelFacts",
+    "Recipe",
+    "RecipeFile",
+    "RecipeInfo",
+    "Rule",
+    "Seen",
+    "Span",
+    "StepCache",
+    "Where",
+    "describe",
+    "list_recipes",
+    "load",
+    "matching_files",
+    "model_name",
+    "named",
+    "read_file",
+    "recipes_for",
+    "record_measurement",
+    "shipped_files",
+]

@@ -1,0 +1,180 @@
+"""Which recipe is meant: by name, by path, as a mapping, or by the model that it is for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelplug.call import Site
+from accelplug.errors import NoMatchError, RecipeError, nearest
+from accelplug.recipe import strict_yaml
+from accelplug.recipe.explaining import shortened
+from accelplug.recipe.matching import ModelFacts
+from accelplug.recipe.reading import Entry, RecipeFile, file_from, read_file, validated
+from accelplug.recipe.recipe import Recipe
+from accelplug.recipe.rules import Rule
+from accelplug.recipe.strict_yaml import Source
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+SHIPPED = Path(__file__).parents[1] / "recipes"
+
+
+@dataclass(frozen=True)
+class RecipeInfo:
+    """A line of `list_recipes`."""
+
+    model: str
+    name: str
+    cite: str
+    summary: str
+    default: bool
+    measured: int
+    """Number of measured rows."""
+    path: Path
+
+
+def shipped_files() -> dict[str, Path]:
+    """Return the recipe files that come with the package, by model name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def list_recipes() -> list[RecipeInfo]:
+    """Return all recipes that come with the package."""
+    files = [(path, read_file(path)) for path in shipped_files().values()]
+    return [
+        RecipeInfo(file.model, name, r.cite, r.summary, name == file.default, len(r.measured), path)
+        for path, file in files
+        for name, r in file.recipes.items()
+    ]
+
+
+def matching_files(facts: ModelFacts) -> list[RecipeFile]:
+    """Return the shipped files that fit a model best: one, none, or several that fit equally well."""
+    files = [file for file in map(read_file, shipped_files().values()) if file.match.fits(facts)]
+    best = max((file.match.weight(facts) for file in files), default=0)
+    return [file for file in files if file.match.weight(facts) == best]
+
+
+def load(recipe: str | Path | Mapping[str, Any] | Recipe | None, facts: ModelFacts) -> Recipe:
+    """Return the recipe that is meant, checked in full and fitting the model.
+
+    Parameters
+    ----------
+    recipe : None for the default of the shipped file that matches; ``radial``, a recipe of that file; ``wan2.1-t2v-14b`` or
+        ``wan2.1-t2v-14b/radial``, by full name; a path (a `Path`, or text that ends in .yaml or .yml), its default; a mapping
+        like a file, like one recipe ``{rules: [...]}``, or like one rule ``{patch: radial, with: {...}}``; or a `Recipe`.
+    facts : the model.
+
+    Raises
+    ------
+    RecipeError
+        If it cannot be read, is wrong, was made for another model, or if several files fit the model equally well.
+    NoMatchError
+        If there is no such recipe, or none for this model.
+    """
+    found = recipe if isinstance(recipe, Recipe) else _find(recipe, facts)
+    if found.match is not None and not found.match.fits(facts):
+        is_there = ", ".join(f"{key}: {facts.value(key)}" for key in found.match.keys)
+        with_parts = f", a pipeline with {', '.join(sorted(facts.components))}" if found.match.pipeline else ""
+        raise RecipeError(
+            f"{found.name} is for {found.match}; this model has {is_there}{with_parts}. "
+            "Take a recipe for this model, or copy the rules into a mapping {rules: [...]} to try them on it."
+        )
+    found = found.with_tables(facts)
+    found.check()
+    return found
+
+
+def _find(recipe: str | Path | Mapping[str, Any] | None, facts: ModelFacts) -> Recipe:
+    if isinstance(recipe, Mapping):
+        return _inline(recipe)
+    if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.endswith((".yaml", ".yml"))):
+        return read_file(Path(recipe)).recipe()
+    if recipe is None:
+        return _matching_file(facts).recipe()
+    if not isinstance(recipe, str):
+        raise RecipeError(f"A recipe is a name, a path, a mapping or a Recipe, got {type(recipe).__name__}.")
+    if "/" in recipe or recipe in shipped_files():
+        return named(recipe)
+    return _matching_file(facts, _plain(recipe)).recipe(recipe)
+
+
+def named(name: str) -> Recipe:
+    """Return a shipped recipe by full name, ``wan2.1-t2v-14b/radial``, or a file's default by the model's name."""
+    model, _, short = _plain(name).partition("/")
+    return _shipped(model).recipe(short or None)
+
+
+def _plain(name: str) -> str:
+    """Refuse names that could be taken for paths; names are only ever looked up in the list of shipped files."""
+    if ".." in name or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?", name):
+        raise RecipeError(
+            f"{shortened(name)} is no recipe name: expected 'radial' or 'wan2.1-t2v-14b/radial'. "
+            "For a file of your own give its path, as a Path or ending in .yaml."
+        )
+    return name
+
+
+def _shipped(model: str) -> RecipeFile:
+    files = shipped_files()
+    if model not in files:
+        raise NoMatchError(f"There is no recipe file {model!r}{nearest(model, files)}. Shipped: {', '.join(files)}.")
+    return read_file(files[model])
+
+
+def _matching_file(facts: ModelFacts, name: str | None = None) -> RecipeFile:
+    files = matching_files(facts)
+    wanted = f"/{name}" if name else ""
+    if not files:
+        raise NoMatchError(
+            f"No shipped recipe file is for this {facts.class_names[0]}. Shipped: {', '.join(shipped_files())}. "
+            "Give a path or a mapping, such as {'patch': 'sol', 'with': {'tau': 1.0}}."
+        )
+    if len(files) > 1:
+        names = " or ".join(f"{file.model}{wanted or '/' + file.default}" for file in files)
+        raise RecipeError(f"This {facts.class_names[0]} fits several recipe files equally well. Name one: {names}.")
+    return files[0]
+
+
+def _inline(data: Mapping[str, Any]) -> Recipe:
+    source = Source("<mapping>")
+    data = strict_yaml.plain(data, source)
+    if "recipes" in data or "schema" in data:
+        return file_from(data, source).recipe()
+    if "rules" in data:
+        entry, loc = validated(Entry, dict(data), source), ()
+        about = entry.cite, entry.summary, entry.measured, entry.cache
+        return Recipe("custom", "custom", entry.rules, *about, source=source, loc=loc)
+    if "patch" in data:
+        return Recipe("custom", "custom", (validated(Rule, dict(data), source),), source=source)
+    raise RecipeError(
+        f"A recipe mapping has the keys of a file (schema, model, match, default, recipes), of one recipe (rules), or of one "
+        f"rule (patch, with, where), got: {', '.join(map(str, data)) or 'nothing'}."
+    )
+
+
+def describe(recipe: str | Path) -> Text:
+    """Return a shipped file, a shipped recipe or a file of yours as text for people."""
+    from rich.text import Text  # so that reading recipes does not bring the terminal along
+
+    if isinstance(recipe, Path) or recipe.endswith((".yaml", ".yml")):
+        return Text(read_file(Path(recipe)).describe())
+    return Text(named(recipe).describe() if "/" in recipe else _shipped(_plain(recipe)).describe())
+
+
+def recipes_for(facts: ModelFacts, sites: Sequence[Site]) -> dict[str, str]:
+    """Return the shipped recipes that match a model, by full name, with what each would touch of its `sites`."""
+    recipes = {}
+    for file in matching_files(facts):
+        for name, recipe in file.recipes.items():
+            touched = sum(recipe.may_touch(site) for site in sites)
+            around = "around generate(), " if recipe.around() else ""
+            recipes[f"{file.model}/{name}"] = f"{around}{touched} of {len(sites)} sites" + (
+                ", default" if name == file.default else ""
+            )
+    return recipes

@@ -1,0 +1,226 @@
+"""A recipe: the rules for one model, what they decide, and whether they can hold."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from accelplug.bounded import Bounded
+from accelplug.call import Clock, Layout, Site
+from accelplug.errors import RecipeError
+from accelplug.recipe.conditions import Where
+from accelplug.recipe.explaining import explain
+from accelplug.recipe.matching import Match, ModelFacts
+from accelplug.recipe.measured import Measured
+from accelplug.recipe.rules import DENSE, Decision, Ramp, Rule, StepCache, read_varying, shown, table_for
+from accelplug.recipe.strict_yaml import Loc, Source
+from accelplug.registry import patch_class
+from accelplug.table import Table
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """Rules for one model. The first that fits a call serves it; what none fits stays dense."""
+
+    name: str
+    """Full name, ``wan2.1-t2v-14b/radial``."""
+    model: str
+    rules: tuple[Rule, ...]
+    cite: str = ""
+    summary: str = ""
+    measured: tuple[Measured, ...] = ()
+    cache: StepCache | None = None
+    """The step cache that goes on with the rules."""
+    match: Match | None = None
+    """None: for any model."""
+    path: Path | None = None
+    """The file it came from."""
+    source: Source = field(default=Source("<recipe>"), repr=False)
+    loc: Loc = field(default=(), repr=False)
+    """Where it stands in its source."""
+    _by_site: Bounded[Site, tuple[int, ...]] = field(default_factory=lambda: Bounded(4096), init=False, repr=False)
+
+    def decide(self, site: Site, layout: Layout | None, clock: Clock) -> Decision:
+        """Return what serves a call at `site`, with tokens lying as `layout` says (None: not known), at `clock`."""
+        for number in self._rules_at(site):
+            rule = self.rules[number]
+            holds = rule.where.holds(layout, clock)
+            if isinstance(holds, str):
+                return Decision(reason=holds)
+            if not holds:
+                continue
+            if rule.patch == "dense":
+                return Decision(rule=number)
+            config = rule.config(site, layout, clock)
+            if isinstance(config, str):
+                return Decision(reason=config, rule=number)
+            return Decision(rule.patch, config, rule=number)
+        return DENSE
+
+    def may_touch(self, site: Site) -> bool:
+        """Whether a patch may serve calls at `site` at some time; for a recipe without any patch, whether a rule fits."""
+        return bool(self._rules_at(site)) or (not self.patches() and any(rule.where.fits(site) for rule in self.rules))
+
+    def _rules_at(self, site: Site) -> tuple[int, ...]:
+        """Numbers of the rules that time and layout choose among at `site`; the last has a patch, so that being undecided matters."""
+
+        def make() -> tuple[int, ...]:
+            fitting: list[int] = []
+            for number, rule in enumerate(self.rules):
+                if rule.where.fits(site) and not rule.around:
+                    fitting.append(number)
+                    if rule.where.placed:
+                        break
+            while fitting and self.rules[fitting[-1]].patch == "dense":
+                fitting.pop()
+            return tuple(fitting)
+
+        return self._by_site.get(site, make)
+
+    def around(self) -> tuple[Rule, ...]:
+        """Return the rules whose patches stand around ``generate``, outermost first; they have no site."""
+        return tuple(rule for rule in self.rules if rule.around)
+
+    def require_rules_for(self, sites: Sequence[Site], elsewhere: Collection[str] = ()) -> None:
+        """Refuse rules that can never hold in a model with these sites. `elsewhere`: denoisers of it that are not here, maybe.
+
+        Raises
+        ------
+        RecipeError
+            If a rule's layers, kind, module and denoiser fit none of them, or earlier rules take all that it names.
+        """
+        reached, behind = set(), {}
+        for site in sites:
+            first = None
+            for number, rule in enumerate(self.rules):
+                if rule.around or not rule.where.fits(site):
+                    continue
+                if first is None:
+                    reached.add(number)
+                    first = number if rule.where.placed else None
+                else:
+                    behind[number] = first
+        for number, rule in enumerate(self.rules):
+            if rule.around or number in reached or set(rule.where.denoiser or ()) & set(elsewhere):
+                continue
+            if number in behind:
+                raise RecipeError(
+                    f"{self.named(number)} can never hold: {self.named(behind[number])} stands ahead of it and takes what it "
+                    "names, since the first rule that fits wins. Put it first, or leave it out."
+                )
+            kinds = ", ".join(f"{n} of kind {kind}" for kind, n in Counter(site.kind for site in sites).items())
+            raise RecipeError(
+                f"{self.named(number)} fits no attention of this model, which has {kinds} in {sites[0].layers} layers. "
+                "Mend its where: (layers, kind, module, denoiser), or leave the rule out."
+            )
+
+    def named(self, number: int) -> str:
+        """Name a rule in words, counted from 1."""
+        rule = self.rules[number]
+        where = "everywhere" if rule.where == Where() else f"where {rule.where}"
+        return f"Rule {number + 1} of {self.name} ({rule.patch} {where})"
+
+    def chosen_among(self, sites: Iterable[Site]) -> list[int]:
+        """Return the numbers of the rules that may hold at some of these sites."""
+        return sorted({number for site in sites for number in self._rules_at(site)})
+
+    def patches(self) -> tuple[str, ...]:
+        """Names of the patches that its rules use, each once."""
+        return tuple(dict.fromkeys(rule.patch for rule in self.rules if rule.patch != "dense"))
+
+    def with_tables(self, facts: ModelFacts | None = None) -> Recipe:
+        """Return the recipe with the tables that it names read from their files, and fit for a model, where one is given.
+
+        Raises
+        ------
+        RecipeError
+            If a table cannot be read, or was made for another model.
+        """
+        if not any(isinstance(value, Mapping | Table) for rule in self.rules for value in rule.settings.values()):
+            return self
+        rules = []
+        for i, rule in enumerate(self.rules):
+            settings = {}
+            for key, value in rule.settings.items():
+                where = self.source.at((*self.loc, "rules", i, "with", key))
+                try:
+                    settings[key] = table_for(key, value, self.path and self.path.parent, facts)
+                except ValueError as error:
+                    raise RecipeError(f"{where}: {error}") from error
+            rules.append(rule.model_copy(update={"settings": settings}))
+        return replace(self, rules=tuple(rules))
+
+    def require_tables_for(self, heads: Mapping[Site, int | None]) -> None:
+        """Refuse tables that have no row for a layer or a head that they are to serve; `heads` by site, None where not known.
+
+        Raises
+        ------
+        RecipeError
+            If one has as many layers or heads as another model.
+        """
+        for site, known in heads.items():
+            for number in self._rules_at(site):
+                for table in self.rules[number].settings.values():
+                    if isinstance(table, Table) and site.layer is not None:
+                        table.require(site, None, known)
+
+    def check(self) -> None:
+        """Validate every rule's settings against its patch. Imports the patches, and torch with them; see `with_tables`.
+
+        Raises
+        ------
+        RecipeError
+            If a setting is unknown or has a value that the patch refuses.
+        """
+        for i, rule in enumerate(self.with_tables().rules):
+            if rule.patch == "dense":
+                continue
+            varying = {key: read_varying(key, value) for key, value in rule.settings.items() if isinstance(value, Mapping)}
+            ramps = {key: value for key, value in varying.items() if isinstance(value, Ramp)}
+            model = patch_class(rule.patch).Config
+            for key in ramps:
+                if rule in self.around():
+                    where = self.source.at((*self.loc, "rules", i, "with", key))
+                    raise RecipeError(
+                        f"{where}: {rule.patch} stands around generate, where there is no step and no layer to ramp over."
+                    )
+                if key in model.model_fields and float not in model.kinds(key):
+                    where = self.source.at((*self.loc, "rules", i, "with", key))
+                    raise RecipeError(
+                        f"{where}: only real numbers ramp, and {key} of {rule.patch} is none; write a rule for each value, with "
+                        "where: {steps: ...} or {layers: ...}."
+                    )
+            for way in (0.0, 1.0) if ramps else (0.0,):  # the ends of a straight line are its extremes
+                config = {**rule.settings, **{key: ramp.value(way) for key, ramp in ramps.items()}}
+                try:
+                    model.model_validate(config)
+                except ValidationError as error:
+                    loc = (*self.loc, "rules", i, "with")
+                    raise RecipeError(explain(error, self.source, loc, lambda _, model=model: model)) from error
+
+    def with_cache(self, kind: str, **settings: Any) -> Recipe:
+        """Return the recipe with a step cache beside its rules, the first layer dense where the cache looks at it."""
+        cache = StepCache.model_validate({"kind": kind, "with": settings})
+        dense_first = Rule.model_validate({"where": {"layers": 0}, "patch": "dense"})
+        rules = (dense_first, *self.rules) if kind == "first_block" else self.rules
+        return replace(self, rules=rules, cache=cache, measured=())
+
+    def describe(self) -> str:
+        """Return the recipe as text for people."""
+        lines = [f"{self.name}  {self.cite}".rstrip(), *([f"  {self.summary}"] if self.summary else [])]
+        for rule in self.rules:
+            settings = ", ".join(f"{key}: {shown(value)}" for key, value in rule.settings.items())
+            lines.append(f"  {rule.where}: {rule.patch}" + (f" ({settings})" if settings else ""))
+        lines.append("  elsewhere: dense")
+        if self.cache is not None:
+            settings = ", ".join(f"{key}: {value}" for key, value in self.cache.settings.items())
+            lines.append(f"  step cache: {self.cache.kind}" + (f" ({settings})" if settings else ""))
+        for row in self.measured:
+            psnr = f", PSNR {row.psnr_db.mean:.1f} dB (worst {row.psnr_db.worst:.1f})" if row.psnr_db else ""
+            lines.append(f"  measured {row.date} on {row.device}: {row.gain:.2f}x{psnr}, {len(row.seeds)} seeds")
+        return "\n".join(lines)

@@ -1,0 +1,249 @@
+"""Rules: which patch serves a call, with which settings, and what stands beside them; and what they come to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+
+from accelplug.call import Clock, Layout, Site
+from accelplug.errors import NoMatchError, nearest
+from accelplug.recipe.conditions import MAX_NAME, Strict, Where, name_list
+from accelplug.recipe.explaining import explain, shortened
+from accelplug.recipe.matching import ModelFacts
+from accelplug.recipe.strict_yaml import Source
+from accelplug.registry import patch_entry
+from accelplug.table import Table
+
+
+class TableRef(Strict):
+    """A table that a calibration made: which file beside the recipe, which bytes, which tensor of it."""
+
+    file: str = Field(min_length=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    key: str = Field(min_length=1)
+
+    def path(self, folder: Path | None) -> Path:
+        """Where the file is: beside the recipe's; for recipes that are no file, wherever `file` says. ValueError outside."""
+        if folder is None:
+            return Path(self.file)
+        if self.file != Path(self.file).name or self.file == "..":
+            raise ValueError(f"tables stand beside the recipe's file: expected a name without folders, got {self.file!r}")
+        return folder / self.file
+
+
+class Ramp(Strict):
+    """A value that moves in a straight line over all steps of a run, or over all layers."""
+
+    first: float = Field(alias="from")
+    last: float = Field(alias="to")
+    over: Literal["steps", "layers"]
+
+    def at(self, site: Site, clock: Clock) -> float | str:
+        """Return the value here and now, or the reason why it is not known."""
+        index, count = (clock.step, clock.steps) if self.over == "steps" else (site.layer, site.layers)
+        if index is None or count is None:
+            cure = "; tell it by plug.step(index, steps)" if self.over == "steps" else ""
+            return f"a value ramps over {self.over}, and which of how many this is is not known{cure}"
+        return self.value(min(index / (count - 1), 1.0) if count > 1 else 0.0)
+
+    def value(self, way: float) -> float:
+        """Return the value at a share of the way, from 0 to 1, in few digits: equal configs share plans and graphs."""
+        return float(f"{self.first + (self.last - self.first) * way:.6g}")
+
+
+def _one_patch(value: Any) -> str:
+    names = name_list(value)
+    entries = []
+    for name in names:
+        if name == "dense":
+            continue
+        try:
+            entries.append(patch_entry(name))
+        except NoMatchError as error:
+            raise ValueError(str(error).rstrip(".")) from None
+    if len(names) > 1:
+        if len(entries) < len(names):
+            raise ValueError(f"dense stands alone, got {list(names)}")
+        raise ValueError(f"a rule takes one patch, got {len(names)}: {', '.join(names)}; write one rule each")
+    return names[0]
+
+
+class Rule(Strict):
+    """Where the conditions hold, `patch` serves the call with these settings."""
+
+    where: Where = Where()
+    patch: Annotated[str, BeforeValidator(_one_patch)]
+    settings: dict[str, Any] = Field({}, alias="with")
+
+    @property
+    def around(self) -> bool:
+        """Whether its patch stands around ``generate``, and so has no site."""
+        return self.patch != "dense" and patch_entry(self.patch).family == "generation"
+
+    @model_validator(mode="after")
+    def _what_stands_around_has_no_place(self) -> Rule:
+        if self.around and self.where != Where():
+            raise ValueError(f"{self.patch} stands around generate(), everywhere and always; remove where: {self.where}")
+        return self
+
+    @model_validator(mode="after")
+    def _dense_has_no_settings(self) -> Rule:
+        if self.patch == "dense" and self.settings:
+            raise ValueError(f"dense takes no settings; remove with: {{{', '.join(self.settings)}}}")
+        for key, value in self.settings.items():
+            if isinstance(value, Mapping):
+                read_varying(key, value)
+        return self
+
+    def of_denoisers(self) -> str | None:
+        """What of it only denoisers have, by its keys, or None."""
+        conditions = [key for key in ("steps", "branch", "tokens", "grid") if getattr(self.where, key) is not None]
+        varying = [(key, read_varying(key, value)) for key, value in self.settings.items() if isinstance(value, Mapping)]
+        ramps = [f"with.{key} over steps" for key, value in varying if isinstance(value, Ramp) and value.over == "steps"]
+        return " and ".join([*(f"where.{key}" for key in conditions), *ramps]) or None
+
+    def config(self, site: Site, layout: Layout | None, clock: Clock) -> dict[str, Any] | str:
+        """Return the settings with ramps resolved, or the reason why they are not known. Tables stay whole: patches read rows."""
+        config = dict(self.settings)
+        for key, value in config.items():
+            if isinstance(value, Table):
+                value.require(site, layout)
+                if (reason := value.missing(site, clock)) is not None:
+                    return reason
+            elif isinstance(value, Mapping) and isinstance(ramp := read_varying(key, value), Ramp):
+                resolved = ramp.at(site, clock)
+                if isinstance(resolved, str):
+                    return resolved
+                config[key] = resolved
+        return config
+
+
+def _pattern(text: str) -> str:
+    """Refuse a regular expression that is none, or could take forever to be held against the name of a module."""
+    if "(" in text or len(re.findall(r"[*+{]", text)) > 3 or text.count("?") > 8:
+        raise ValueError(
+            f"expected a pattern without groups and with at most three repeats, got {shortened(text)}; list several"
+        )
+    try:
+        re.compile(text)
+    except (re.error, OverflowError) as error:
+        raise ValueError(f"{shortened(text)} is no regular expression: {error}") from None
+    return text
+
+
+Patterns = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(_pattern)]],
+    Field(min_length=1, max_length=64),
+]
+
+
+Steps = Annotated[int, Field(ge=0, le=10_000)]
+
+
+class _FirstBlock(Strict):
+    threshold: float = Field(0.05, ge=0, le=1e6)
+
+
+class _Mag(Strict):
+    threshold: float = Field(0.06, ge=0, le=1e6)
+    max_skip_steps: Steps = 3
+    retention_ratio: float = Field(0.2, ge=0, le=1)
+    num_inference_steps: int = Field(28, ge=1, le=10_000)
+    mag_ratios: tuple[Annotated[float, Field(ge=0, le=1e6)], ...] = Field(min_length=1, max_length=10_000)
+
+
+class _TaylorSeer(Strict):
+    cache_interval: int = Field(5, ge=1, le=10_000)
+    disable_cache_before_step: Steps = 3
+    disable_cache_after_step: Steps | None = None
+    max_order: int = Field(1, ge=0, le=16)
+    skip_predict_identifiers: Patterns | None = None
+    cache_identifiers: Patterns | None = None
+    use_lite_mode: bool = False
+
+
+CACHES: dict[str, type[Strict]] = {"first_block": _FirstBlock, "mag": _Mag, "taylorseer": _TaylorSeer}
+"""Step caches of diffusers that a recipe may put on, and the settings of each, with diffusers' own defaults."""
+
+
+class StepCache(Strict):
+    """A step cache of diffusers beside the rules: ``cache: {kind: first_block, with: {threshold: 0.1}}``."""
+
+    kind: Literal["first_block", "mag", "taylorseer"]
+    settings: dict[str, Any] = Field({}, alias="with")
+
+    @model_validator(mode="after")
+    def _settings_are_its_own(self) -> StepCache:
+        known = CACHES[self.kind].model_fields
+        if unknown := [key for key in self.settings if key not in known]:
+            raise ValueError(
+                f"the cache {self.kind} has no {unknown[0]!r}{nearest(unknown[0], known)}; it has {', '.join(known)}"
+            )
+        try:
+            CACHES[self.kind].model_validate(self.settings)
+        except ValidationError as error:
+            raise ValueError(explain(error, Source(f"cache {self.kind}"), (), lambda _: StepCache)) from None
+        return self
+
+
+def read_varying(key: str, value: Mapping[str, Any]) -> Ramp | TableRef:
+    """Read a value that is not the same everywhere."""
+    is_table = set(value) == {"table"} and isinstance(value["table"], Mapping)
+    try:
+        return TableRef.model_validate(dict(value["table"])) if is_table else Ramp.model_validate(dict(value))
+    except ValidationError:
+        raise ValueError(
+            f"with.{key}: expected a value, a ramp {{from: number, to: number, over: steps or layers}}, or a table "
+            f"{{table: {{file: name, sha256: 64 digits, key: name}}}}, got {shortened(dict(value))}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What serves a call: `patch` with `config`; or dense, and then `reason` says what could not be decided, if anything."""
+
+    patch: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+    rule: int | None = None
+    """Number of the rule that says so, from 0."""
+
+
+DENSE = Decision()
+
+
+def table_for(key: str, value: Any, folder: Path | None, facts: ModelFacts | None) -> Any:
+    """Return the table that a setting refers to, or the setting as it is."""
+    if isinstance(value, Mapping) and isinstance(ref := read_varying(key, value), TableRef):
+        value = Table.read(ref.path(folder), ref.sha256, ref.key)
+    if isinstance(value, Table) and facts is not None:
+        differs = [
+            f"{name} {facts.value(name)!r} where the table has {wanted!r}"
+            for name, wanted in value.origin.model.items()
+            if (wanted not in facts.class_names if name == "class" else _plainly(facts.value(name)) != wanted)
+        ]
+        if differs:
+            raise ValueError(
+                f"{value!r} was made for another model: this one has {', '.join(differs)}. Calibrate for this one."
+            )
+    return value
+
+
+def _plainly(value: Any) -> Any:
+    """A config's value as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, Table):
+        return repr(value)
+    if isinstance(value, Mapping) and "table" in value:
+        return f"table {value['table']['key']} of {value['table']['file']}"
+    if isinstance(value, Mapping):
+        return f"{value['from']} to {value['to']} over {value['over']}"
+    return "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
