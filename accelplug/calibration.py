@@ -120,7 +120,7 @@ def calibrate(
         working(pipe) as ranks,
         watch(pipe, study.watcher) as plug,
         _bar(progress and ranks.first, study.turns) as tell,
-        compat.quiet(pipe),
+        compat.diffusers.quiet(pipe),
         torch.no_grad(),
     ):
         while done < study.turns:

@@ -457,9 +457,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
     table = Table("", "", title="accelplug doctor", title_justify="left", show_header=False)
     for package in ("torch", "diffusers", "transformers", "triton", "flash-attn"):
-        found = compat.installed(package) or "not installed"
-        if package in compat.TESTED:
-            found += f" ({'untested; ' if compat.untested(package) else ''}tested: {compat.tested_versions(package)})"
+        found = compat.versions.installed(package) or "not installed"
+        if package in compat.versions.TESTED:
+            found += f" ({'untested; ' if compat.versions.untested(package) else ''}tested: {compat.versions.tested_versions(package)})"
         table.add_row(package, found)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
@@ -467,8 +467,8 @@ def _doctor(options: argparse.Namespace) -> int:
     for backend, why_not in available_backends(device).items():
         table.add_row(f"kernel {backend}", "works" if why_not is None else why_not)
     broken = 0
-    for promise, check in compat.contracts():
-        why = compat.why_broken(check)
+    for promise, check in compat.versions.contracts():
+        why = compat.contracts.why_broken(check)
         broken += why is not None
         table.add_row(promise, "holds" if why is None else f"[red]broken: {why}")
     _console().print(table)

@@ -94,10 +94,10 @@ class LanguageInspection(Shown):
 def summary(model: Any) -> LanguageInspection:
     """Say what accelplug sees in a language model; nothing is run."""
     decoder, config = model.get_decoder(), model.config.get_text_config()
-    family, layers = find(model), compat.number_of_layers(decoder)
+    family, layers = find(model), compat.transformers.number_of_layers(decoder)
     modules, sites = {}, []
     for path, module in attention_modules(decoder):
-        asks = compat.looks_kernel_up(type(module))
+        asks = compat.transformers.looks_kernel_up(type(module))
         modules[path] = "" if asks else f"{type(module).__name__} does not ask transformers for its attention function"
         if asks:
             sites.append(Site(path, LanguageHost.name, "self", module.layer_idx, layers))
@@ -107,7 +107,7 @@ def summary(model: Any) -> LanguageInspection:
         layers=layers,
         heads=config.num_attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        attention=compat.attention_name(config),
+        attention=compat.transformers.attention_name(config),
         modules=modules,
         recipes=recipes_for(model_facts(model), sites),
     )
@@ -319,7 +319,7 @@ def inspect_vlm(model: Any, inputs: Mapping[str, Any]) -> VlmInspection:
     name = type(model).__name__
     if (on := plug_of(model.base_model)) is not None:
         raise AlreadyAppliedError(f"{on.recipe.name} is on this {name}, and inspect() reads a stock model. Remove it first.")
-    compat.require("transformers")
+    compat.versions.require("transformers")
     host = LanguageHost(model, lambda *_: DENSE, Ledger(), watched=True)
     if host.family is None:
         raise NoMatchError(
@@ -334,13 +334,13 @@ def inspect_vlm(model: Any, inputs: Mapping[str, Any]) -> VlmInspection:
     _require_inputs(inputs)
     inputs = {key: x.to(model.device) if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
     with Undo() as undo, torch.no_grad():
-        undo.add(partial(compat.set_position_offset, base, compat.position_offset(base)))
+        undo.add(partial(compat.transformers.set_position_offset, base, compat.transformers.position_offset(base)))
         host.install(undo)
         with watching(watch):
             base(**inputs, use_cache=False)
         prompt = watch.checked(name)
         blind = Blind(base, host.decoder, prompt, dict(inputs), undo)
-    attention = compat.attention_name(host.records[0].config)
+    attention = compat.transformers.attention_name(host.records[0].config)
     return watch.result(name, attention, host.family, blind, inputs, base.config)
 
 

@@ -120,10 +120,10 @@ def apply(
         backend = "first" if backend == "auto" else backend  # not what another plug of this process has measured either
     _require_one_of("gate", gate, ("auto", "report", "off"))
     _require_one_of("backend", backend, get_args(Backend))
-    model, processor = model_in(model), processor or compat.processor_of(model)
+    model, processor = model_in(model), processor or compat.transformers.processor_of(model)
     with _LOCK:
         parts = _free_parts(model)
-        compat.require(_library_of(model))
+        compat.versions.require(_library_of(model))
         loaded = load(recipe, model_facts(model))
         plug = Plug(
             model,
@@ -169,7 +169,7 @@ def watch(model: Any, patch: Patch) -> Plug:
         If a library newer than what accelplug was tested with no longer keeps what it relies on.
     """
     with _LOCK:
-        compat.require("transformers" if is_language_model(model) else "diffusers")
+        compat.versions.require("transformers" if is_language_model(model) else "diffusers")
         watching = _Watch(model, _free_parts(model), patch)
         watching._install()
     return watching
@@ -398,7 +398,7 @@ class Plug(AbstractContextManager["Plug"]):
                 self.remove()
             finally:
                 if isinstance(error, AttributeError | KeyError | ImportError):  # has a name of a library gone?
-                    compat.require_contracts(self._library)
+                    compat.versions.require_contracts(self._library)
             raise
 
     def _count_barred(self, host: DenoiserHost | LanguageHost) -> None:

@@ -34,7 +34,7 @@ from accelplug import zoo
 from accelplug.comparison.environment import environment
 from accelplug.comparison.result import DENSE, gains, jsonable
 from accelplug.comparison.study import Study, Variant
-from accelplug.compat import quiet
+from accelplug.compat.diffusers import quiet
 from accelplug.plug import model_facts
 from accelplug.recipe import load, matching_files
 from accelplug.tuning.budget import Bound, parse

@@ -116,7 +116,7 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
 
 def _decode(model: Any, step: torch.Tensor, cache: Any) -> None:
     for _ in range(STEPS):
-        model.base_model(input_ids=step, **{compat.cache_keyword(model.base_model.forward): cache})
+        model.base_model(input_ids=step, **{compat.transformers.cache_keyword(model.base_model.forward): cache})
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def measure(model: Any, batch: int, rounds: int = ROUNDS) -> dict[str, dict[str,
         for name in rows:
             with nullcontext() if name == "stock" else accelplug.apply(model, RECIPES[name], strict=True):
                 cache = transformers.DynamicCache(config=model.config.get_text_config())
-                held = {compat.cache_keyword(model.base_model.forward): cache}
+                held = {compat.transformers.cache_keyword(model.base_model.forward): cache}
                 prefill = timed(partial(model.base_model, **given, **held), model.device)
                 token = timed(partial(_decode, model, step, cache), model.device)
             if turn:

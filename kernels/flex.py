@@ -122,7 +122,7 @@ def attend(
     q, k, v = _padded(q, slots_q), *(_padded(x, -(-x.shape[-2] // plan.block_k) * plan.block_k) for x in (k, v))
     levels = () if coarse is None else coarse.levels
     if key_mask is None:
-        key = (plan.bits.data_ptr(), compat.times_written(plan.bits), levels)
+        key = (plan.bits.data_ptr(), compat.torch.times_written(plan.bits), levels)
         mask = _masks.get(key, lambda: (plan, plan.block_mask(levels)))[1]
     else:
         key_mask = F.pad(key_mask, (0, slots_k - key_mask.shape[-1]))

@@ -19,7 +19,7 @@ from accelplug import compat
 from accelplug.errors import UnsupportedError
 from tests import tiny_language_models, tiny_models
 
-CONTRACTS = dict(compat.contracts())
+CONTRACTS = dict(compat.versions.contracts())
 ROOT = Path(compat.__file__).parents[1]
 SOURCE = Path(compat.__file__).read_text()
 PUBLIC = {
@@ -59,7 +59,7 @@ NAMES = sorted({name for _, name in private(ast.parse(SOURCE))} | PUBLIC)
 
 @pytest.mark.parametrize("promise", CONTRACTS)
 def test_contract(promise: str) -> None:
-    assert compat.why_broken(CONTRACTS[promise]) is None
+    assert compat.contracts.why_broken(CONTRACTS[promise]) is None
 
 
 def reached(module: types.ModuleType, check: types.FunctionType) -> set[str]:
@@ -91,7 +91,7 @@ def test_a_name_that_goes_is_missed(name: str) -> None:
         if isinstance(node, ast.FunctionDef | ast.Assign) and lines & set(range(node.lineno, (node.end_lineno or 0) + 1))
     }
     concerned = [check for _, check in module.contracts() if users & ({check.__name__} | reached(module, check))]
-    found = [why for check in concerned if (why := compat.why_broken(check)) is not None]
+    found = [why for check in concerned if (why := compat.contracts.why_broken(check)) is not None]
     assert any(gone in why for why in found), (sorted(users), [check.__name__ for check in concerned], found)
 
 
@@ -111,7 +111,7 @@ def test_a_call_that_a_library_is_about_to_drop_is_an_error() -> None:
     """By the filters of pyproject.toml: ours, and a keyword of a model that goes."""
     with pytest.raises(FutureWarning):
         warnings.warn("ours", FutureWarning, stacklevel=1)
-    if compat.CACHE_NAMES[0] == compat.cache_keyword(transformers.LlamaForCausalLM.forward):
+    if compat.transformers.CACHE_NAMES[0] == compat.transformers.cache_keyword(transformers.LlamaForCausalLM.forward):
         model = tiny_language_models.build("llama")
         with pytest.raises(FutureWarning, match="past_key_values"):
             model(torch.tensor([[1, 2]]), past_key_values=transformers.DynamicCache())
@@ -124,7 +124,7 @@ def test_a_contract_is_checked_apart_from_what_a_process_is_set_to(promise: str)
     try:
         with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"), torch.random.fork_rng(devices=[]):
             before = torch.get_rng_state()
-            assert compat.why_broken(CONTRACTS[promise]) is None
+            assert compat.contracts.why_broken(CONTRACTS[promise]) is None
             assert torch.equal(torch.get_rng_state(), before)
             assert torch.get_default_dtype() == torch.bfloat16
             assert torch.empty(1).is_meta
@@ -133,33 +133,39 @@ def test_a_contract_is_checked_apart_from_what_a_process_is_set_to(promise: str)
 
 
 def test_a_broken_contract_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "dispatch_attention_fn", lambda: lambda query, key: None)
-    assert "lacks the parameters" in str(compat.why_broken(CONTRACTS["diffusers: dispatch_attention_fn attends as asked"]))
+    monkeypatch.setattr(compat.diffusers, "dispatch_attention_fn", lambda: lambda query, key: None)
+    assert "lacks the parameters" in str(
+        compat.contracts.why_broken(CONTRACTS["diffusers: dispatch_attention_fn attends as asked"])
+    )
 
 
 @pytest.fixture
 def tomorrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """A diffusers that is newer than all that was tested, and the contracts that were checked since."""
     checked: list[str] = []
-    of_today, why_broken = compat.installed, compat.why_broken
-    monkeypatch.setattr(compat, "installed", lambda package: "99.1.0" if package == "diffusers" else of_today(package))
-    monkeypatch.setattr(compat, "why_broken", lambda check: (checked.append(check.__name__), why_broken(check))[1])
-    monkeypatch.setattr(compat, "_HELD", set())
+    of_today, why_broken = compat.versions.installed, compat.contracts.why_broken
+    monkeypatch.setattr(
+        compat.versions, "installed", lambda package: "99.1.0" if package == "diffusers" else of_today(package)
+    )
+    monkeypatch.setattr(
+        compat.versions.contracts, "why_broken", lambda check: (checked.append(check.__name__), why_broken(check))[1]
+    )
+    monkeypatch.setattr(compat.versions, "_HELD", set())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return checked
 
 
 def test_an_untested_version_warns_and_is_checked_once(tomorrow: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match=r"tested with .*diffusers 0.41.*, found .*diffusers 99.1.0"):
-        compat.require("diffusers")
+        compat.versions.require("diffusers")
     assert {"_listening", "_dynamo_globals"} <= set(tomorrow)
     assert "_lookup" not in tomorrow, "nobody asked for transformers"
     once = len(tomorrow)
-    monkeypatch.setattr(compat, "_HELD", set())  # as in another process
+    monkeypatch.setattr(compat.versions, "_HELD", set())  # as in another process
     with pytest.warns(UserWarning, match="found .*diffusers 99.1.0"):
-        compat.require("diffusers")
+        compat.versions.require("diffusers")
     assert len(tomorrow) == once
-    compat.require("transformers")  # of a version that was tested: neither warned nor checked
+    compat.versions.require("transformers")  # of a version that was tested: neither warned nor checked
     assert len(tomorrow) == once
 
 
@@ -170,13 +176,13 @@ def test_where_the_cache_folder_cannot_be_written_a_process_checks_once(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for _ in range(2):
         with pytest.warns(UserWarning, match="found .*diffusers 99.1.0"):
-            compat.require("diffusers")
+            compat.versions.require("diffusers")
     assert len(tomorrow) == len(set(tomorrow)) > 1
 
 
 def test_a_broken_contract_is_refused_at_apply(tomorrow: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     promise = "diffusers: a hook of ours hears contexts and the end of a run, and is taken away"
-    monkeypatch.setattr(compat, "listen_first", lambda registry, name, hook: registry._hook_list)
+    monkeypatch.setattr(compat.diffusers, "listen_first", lambda registry, name, hook: registry._hook_list)
     model, _ = tiny_models.build("wan")
     before = [set(vars(module)) for module in model.modules()]
     wrong = pytest.raises(UnsupportedError, match=f"diffusers 99.1.0 no longer keeps.*{promise}: AttributeError.*_hook_list")
@@ -188,7 +194,7 @@ def test_a_broken_contract_is_refused_at_apply(tomorrow: list[str], monkeypatch:
 def test_a_name_that_went_from_a_tested_version_is_told_at_apply(monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions say nothing here; what goes wrong in the middle of apply does, and nothing of it is left."""
     promise = "diffusers: a hook of ours hears contexts and the end of a run, and is taken away"
-    monkeypatch.setattr(compat, "listen_first", lambda registry, name, hook: registry._hook_list)
+    monkeypatch.setattr(compat.diffusers, "listen_first", lambda registry, name, hook: registry._hook_list)
     model, _ = tiny_models.build("wan")
     before = [set(vars(module)) for module in model.modules()]
     with pytest.raises(UnsupportedError, match=f"no longer keeps what accelplug relies on. {promise}: .*_hook_list"):
@@ -204,6 +210,6 @@ def test_the_tested_versions_are_those_of_the_suite() -> None:
     pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.M))
     for package, bound in lower.items():
         assert bounds[package].startswith(bound), package
-    for package, minor in compat.OLDEST.items():
+    for package, minor in compat.versions.OLDEST.items():
         assert lower[package].startswith(minor), package
-        assert pinned[package].startswith(compat.TESTED[package] + "."), package
+        assert pinned[package].startswith(compat.versions.TESTED[package] + "."), package

@@ -57,7 +57,7 @@ def hearing(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
     """Note every call that reaches attention from inside an attention module of `model`, by either of the two ways."""
     heard: list[Heard] = []
     inside: list[str] = []
-    dispatch, sdpa = compat.dispatch_attention_fn(), torch.nn.functional.scaled_dot_product_attention
+    dispatch, sdpa = compat.diffusers.dispatch_attention_fn(), torch.nn.functional.scaled_dot_product_attention
 
     def dispatched(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **kwargs: Any) -> Tensor:
         heard.append(Heard(inside[-1], query.detach().clone(), key.shape[1], attn_mask))

@@ -106,7 +106,7 @@ def test_images_are_found_in_every_family(name: str) -> None:
     model, given = build(name), inputs(name)
     expected = given["input_ids"] == 500
     with accelplug.apply(model, LOUD) as plug:
-        cache = compat.cache_of(model(**given, use_cache=True))
+        cache = compat.transformers.cache_of(model(**given, use_cache=True))
         image = cache._accelplug.prompt.image
         assert torch.equal(image > 0, expected)
         assert image.amax(1).tolist() == [1, 2]
@@ -463,7 +463,7 @@ def test_continuous_batching_is_refused() -> None:
 def test_a_cache_from_before_is_counted_and_an_error_under_strict() -> None:
     model, given = build("llava"), inputs("llava")
     with torch.no_grad():
-        cache = compat.cache_of(model(**given))
+        cache = compat.transformers.cache_of(model(**given))
         step = {"input_ids": torch.tensor([[5], [6]])}
         plain = model(**step, **held(copy.deepcopy(cache))).logits
         with accelplug.apply(model, LOUD) as plug:
@@ -476,7 +476,7 @@ def test_a_cache_from_before_is_counted_and_an_error_under_strict() -> None:
 @pytest.mark.parametrize("patch", WORKING)
 def test_a_cache_that_is_not_found_is_counted_and_an_error_under_strict(monkeypatch: pytest.MonkeyPatch, patch: str) -> None:
     """As if a model took its cache by a name of tomorrow: a decode step knows nothing of the prompt, and is no prompt itself."""
-    monkeypatch.setattr(compat, "CACHE_NAMES", ("hoard", "stash"))
+    monkeypatch.setattr(compat.transformers, "CACHE_NAMES", ("hoard", "stash"))
     model, given = build("llava"), inputs("llava")
     with accelplug.apply(model, recipe(patch)) as plug:
         generate(model, given, tokens=3)

@@ -42,9 +42,9 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             for path, module in model.named_modules()
         },
         "state": {key: value.data_ptr() for key, value in model.state_dict().items()},
-        "registry": dict(compat.processor_metadata()),
+        "registry": dict(compat.diffusers.processor_metadata()),
         "sdpa": torch.nn.functional.scaled_dot_product_attention,
-        "dispatch": compat.dispatch_attention_fn(),
+        "dispatch": compat.diffusers.dispatch_attention_fn(),
         "rng": torch.get_rng_state().tolist(),
     }
 

@@ -175,7 +175,7 @@ def test_what_is_not_known_runs_dense_and_is_counted(
         return forward_op(None, q, k, v, mask)
 
     monkeypatch.setattr(rebind, "_stock_dispatch", lambda *args, parallel_config=None, **more: stock(*args, **more))
-    monkeypatch.setattr(compat, "context_parallel_attention", lambda: exchange)
+    monkeypatch.setattr(compat.diffusers, "context_parallel_attention", lambda: exchange)
     with accelplug.apply(model, wan_recipes()["radial"], gate="off") as plug:
         assert torch.equal(forward(model, given), wanted)
     assert any(reason in what for what in plug.report().fallbacks)

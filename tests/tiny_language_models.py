@@ -320,7 +320,7 @@ def forward(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def held(cache: Any) -> dict[str, Any]:
     """The argument by which a model is given a cache, whatever this version of transformers calls it."""
-    return {compat.cache_keyword(hf.LlamaForCausalLM.forward): cache}
+    return {compat.transformers.cache_keyword(hf.LlamaForCausalLM.forward): cache}
 
 
 def generate(model: Any, given: dict[str, torch.Tensor], tokens: int = 6, **more: Any) -> torch.Tensor:

@@ -20,7 +20,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 def environment(pipe: Any = None) -> dict[str, Any]:
     """Return date, device by name, versions, git revision (with ``-dirty``) and, of a pipeline, its dtype."""
     packages = ("torch", "diffusers", "transformers", "triton")
-    versions = {name: found for name in packages if (found := compat.installed(name))}
+    versions = {name: found for name in packages if (found := compat.versions.installed(name))}
     facts: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "device": device_name(),

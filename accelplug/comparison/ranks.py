@@ -136,7 +136,7 @@ def working(model: Any) -> Iterator[Ranks]:
         ) from error
     group = distributed.new_group(backend="gloo", timeout=WORK)
     parts = [model] if isinstance(model, nn.Module) else denoisers(model).values()
-    joined = any(map(compat.is_parallel, parts))
+    joined = any(map(compat.diffusers.is_parallel, parts))
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), joined, group)
     finally:

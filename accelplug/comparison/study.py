@@ -78,7 +78,7 @@ def compare(
     AccelplugError
         If there is nothing to run.
     """
-    pipe, processor = model_in(pipe), processor or compat.processor_of(pipe)
+    pipe, processor = model_in(pipe), processor or compat.transformers.processor_of(pipe)
     if is_language_model(pipe):
         if caches or foreground is not None or detect is not None:
             raise AccelplugError("caches, foreground and detect are about pipelines; leave them out for a language model.")
@@ -97,7 +97,7 @@ def compare(
             Variant(name, "cache", loaded.with_cache("first_block", threshold=CACHE_THRESHOLD))
             for name, loaded in cached.items()
         ]
-    with working(pipe) as ranks, compat.quiet(pipe):
+    with working(pipe) as ranks, compat.diffusers.quiet(pipe):
         pairs = ranks.share(study.pairs)
         floors = floors and (ranks.first or ranks.joined)
         total = len(variants) * (1 + len(pairs)) + (2 if floors else 0)

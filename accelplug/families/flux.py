@@ -22,7 +22,7 @@ def raster_grid(ids: Any) -> Grid | None:
     """
     import torch
 
-    if compat.is_fake(ids) or ids.ndim not in (2, 3) or ids.shape[-2] == 0:
+    if compat.torch.is_fake(ids) or ids.ndim not in (2, 3) or ids.shape[-2] == 0:
         return None  # shapes alone, as under tracing, do not tell
     ids = ids.detach().cpu()
     if ids.ndim == 3:

@@ -40,7 +40,7 @@ class Blind:
         self._heads: dict[int, Tensor] = {}
         self._front = len(self._layers)  # layers before this one have been run with the gains that were set
         with Undo(within=undo) as own:
-            own.add(partial(compat.set_position_offset, base, compat.position_offset(base)))
+            own.add(partial(compat.transformers.set_position_offset, base, compat.transformers.position_offset(base)))
             for index, layer in enumerate(self._layers):
                 own.hook(layer, "register_forward_pre_hook", self._recorder(index), with_kwargs=True)
             base(**self._inputs(prompt, inputs), use_cache=False, **{RUN: Run(companion=self._note)})
@@ -98,7 +98,7 @@ class Blind:
             return out if gain is None else out * gain[..., None, None].to(out.dtype)
 
         args, kwargs = self._calls[index]
-        with compat.uncollected():
+        with compat.transformers.uncollected():
             out = self._layers[index](self._hidden[index], *args, **kwargs, **{self._key: self._run(companion=companion)})
         self._hidden[index + 1] = out[0] if isinstance(out, tuple) else out
         self._front = index + 1

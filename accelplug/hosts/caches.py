@@ -58,18 +58,18 @@ class StepCaches:
                 )
             if part.is_cache_enabled:
                 raise UnsupportedError(
-                    f"{name} has {type(compat.step_cache(part)).__name__} on already, and diffusers allows one cache a model. "
+                    f"{name} has {type(compat.diffusers.step_cache(part)).__name__} on already, and diffusers allows one cache a model. "
                     "Disable it first: pipe.transformer.disable_cache()."
                 )
         try:
             for name, part in self.parts.items():
-                hooked, config = compat.hooks_on(part), getattr(diffusers, CONFIGS[self.kind])(**self.settings)
+                hooked, config = compat.diffusers.hooks_on(part), getattr(diffusers, CONFIGS[self.kind])(**self.settings)
                 before = {module: set(vars(module)) for module in part.modules()}
                 for module, names in before.items():
                     undo.touch(module, partial(_drop_new, before=names, part=part, config=config))
-                undo.add(partial(compat.disable_cache, part, config))
+                undo.add(partial(compat.diffusers.disable_cache, part, config))
                 part.enable_cache(config)
-                if compat.hooks_on(part) == hooked:
+                if compat.diffusers.hooks_on(part) == hooked:
                     raise ValueError(f"it finds no module of {name} to hook")
         except (TypeError, ValueError) as error:
             raise UnsupportedError(f"diffusers refuses the cache {self.kind} with {self.settings}: {error}") from error
@@ -107,7 +107,7 @@ class StepCaches:
                 "or tune again with as many as you need."
             )
         self._runs[id(part)] = run, threading.current_thread()
-        compat.forget_cached(part, HOOK, context)
+        compat.diffusers.forget_cached(part, HOOK, context)
 
     def __enter__(self) -> StepCaches:
         with ExitStack() as stack:
@@ -121,8 +121,8 @@ class StepCaches:
 
 def _drop_new(names: dict[str, Any], before: set[str], part: Any, config: Any) -> None:
     """Take away what diffusers has put into the ``__dict__`` of a module, which had the names `before`; not of a later cache."""
-    if compat.step_cache(part) is not None and compat.step_cache(part) is not config:
+    if compat.diffusers.step_cache(part) is not None and compat.diffusers.step_cache(part) is not config:
         return
-    for name in compat.left_behind(names):
+    for name in compat.diffusers.left_behind(names):
         if name not in before:
             names.pop(name, None)

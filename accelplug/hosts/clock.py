@@ -229,7 +229,7 @@ class StepClock:
             if sys.getrefcount(denoiser) == self._holders:
                 return
             parts = getattr(self._pipe(), "__dict__", {})
-            compiled = [part for part in parts.values() if compat.is_wrapped(part, denoiser)]
+            compiled = [part for part in parts.values() if compat.torch.is_wrapped(part, denoiser)]
             own = parts.get("scheduler")
             found = known = [scheduler for other in self._others if (scheduler := other()) is not None]
             for holder in gc.get_referrers(denoiser, *compiled):
@@ -247,7 +247,7 @@ class StepClock:
         step, steps = (getattr(self._mine.said, name, None) for name in ("step_index", "num_inference_steps"))
         if step is not None and steps is not None:
             return int(step), int(steps)
-        return compat.guider_step(getattr(self._pipe(), "guider", None))
+        return compat.diffusers.guider_step(getattr(self._pipe(), "guider", None))
 
     def _counted(self, denoiser: Any, run: Run | None, branch: str | None) -> list[tuple[Tensor, int]]:
         """What schedulers count, where no context tells and no timestep can be read: of those that are in a run the first new one."""
@@ -335,7 +335,7 @@ class Ear:
     """Listens for cache contexts and for the end of a run, in the denoiser's own hook registry, without wrapping ``forward``."""
 
     def __init__(self, denoiser: Any, on_context: Any, on_reset: Any) -> None:
-        self._registry_type, hook_type, manager_type, state_type = compat.hook_types()
+        self._registry_type, hook_type, manager_type, state_type = compat.diffusers.hook_types()
 
         class Manager(manager_type):  # type: ignore[misc, valid-type]
             def set_context(self, context: Any) -> None:
@@ -356,15 +356,15 @@ class Ear:
 
     def install(self, undo: Undo) -> None:
         """Begin to listen. A registry that was not there before goes with us, unless others have come to use it."""
-        if compat.REGISTRY not in vars(self._denoiser):
+        if compat.diffusers.REGISTRY not in vars(self._denoiser):
             brought = self._registry_type(self._denoiser)
             undo.touch(self._denoiser, partial(_drop_empty, registry=brought))
-            vars(self._denoiser)[compat.REGISTRY] = brought
-        registry = vars(self._denoiser)[compat.REGISTRY]
-        undo.touch(registry, partial(compat.stop_listening, name=HOOK))
-        compat.listen_first(registry, HOOK, self._hook)
+            vars(self._denoiser)[compat.diffusers.REGISTRY] = brought
+        registry = vars(self._denoiser)[compat.diffusers.REGISTRY]
+        undo.touch(registry, partial(compat.diffusers.stop_listening, name=HOOK))
+        compat.diffusers.listen_first(registry, HOOK, self._hook)
 
 
 def _drop_empty(names: dict[str, Any], registry: Any) -> None:
-    if not set(registry.hooks) - {HOOK} and names.get(compat.REGISTRY) is registry:
-        del names[compat.REGISTRY]
+    if not set(registry.hooks) - {HOOK} and names.get(compat.diffusers.REGISTRY) is registry:
+        del names[compat.diffusers.REGISTRY]

@@ -53,16 +53,16 @@ _installs = itertools.count()
 def denoisers(model: Any) -> dict[str, nn.Module]:
     """Return the denoisers of a pipeline by component name, or a bare denoiser by the name it would have there."""
     if isinstance(model, nn.Module):
-        inner = compat.unwrap_compiled(model)
+        inner = compat.torch.unwrap_compiled(model)
         return {"unet" if "UNet" in type(inner).__name__ else "transformer": inner}
     found = {name: getattr(model, name, None) for name in DENOISERS}
-    return {name: compat.unwrap_compiled(module) for name, module in found.items() if isinstance(module, nn.Module)}
+    return {name: compat.torch.unwrap_compiled(module) for name, module in found.items() if isinstance(module, nn.Module)}
 
 
 def processor_owners(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (path, module) for every module of `denoiser` that owns a callable processor."""
     for path, module in denoiser.named_modules():
-        processor = compat.held(module, "processor")
+        processor = compat.torch.held(module, "processor")
         if callable(processor):
             yield path, module
 
@@ -362,7 +362,7 @@ class DenoiserHost:
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             if getattr(module, INSTALL, 0) >= 0:  # read for its guard
-                compat.comptime()(_settle_at_trace)
+                compat.torch.comptime()(_settle_at_trace)
             return
         if module is not self.denoiser:  # a deep copy of it
             return
@@ -472,7 +472,7 @@ class DenoiserHost:
         for record in self.records:
             if record.site is None or record.latest.choice.patch is None:
                 continue
-            if compat.submodule(self.denoiser, record.site.module) is not record.module:
+            if compat.torch.submodule(self.denoiser, record.site.module) is not record.module:
                 what = "the module was replaced"
             elif not rebind.is_rebound(record.module, record):
                 what = f"its processor was replaced by {type(record.module.processor).__name__}"
@@ -488,7 +488,7 @@ class DenoiserHost:
                 self.ledger.fell_back(module, "its attention never came by in the first forward")
 
     def _settle(self, region: Region) -> None:
-        share = Share(*compat.shares_heads(self.denoiser))
+        share = Share(*compat.diffusers.shares_heads(self.denoiser))
         entered = region.entered
         key = (self._mine.run, entered.geometry, self.now, entered.device, share, self.exchanging)
         if key == region.here.seen:
@@ -508,7 +508,7 @@ class DenoiserHost:
 
     def _is_compiled(self) -> bool:
         """Whether attention never comes by in eager mode, where the gate would time it: blocks are compiled, or all around us."""
-        return self.gate.mode != "off" and (self._traced or compat.is_compiled(self.denoiser))
+        return self.gate.mode != "off" and (self._traced or compat.torch.is_compiled(self.denoiser))
 
     def _judge_ahead(self, record: SiteRecord, region: Region) -> None:
         """Let the gate time made-up tensors of the real shape, outside every graph; what cannot be judged stands as such."""
@@ -565,7 +565,7 @@ class DenoiserHost:
     @property
     def exchanging(self) -> bool:
         """Whether ranks exchange tokens for heads around attention."""
-        return ulysses.exchanges(compat.parallel_config(self.denoiser))
+        return ulysses.exchanges(compat.diffusers.parallel_config(self.denoiser))
 
     def _exchanged(self, layout: Layout | None, share: Share, device: torch.device | None) -> Gathered | None:
         if layout is None or not self.exchanging:
@@ -675,7 +675,7 @@ class DenoiserHost:
         if not key_validity(mask, length, self.family.outer_mask)[1]:
             what = f"mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             return f"a {what} is more than key padding"
-        if compat.attention_is_skipped():
+        if compat.diffusers.attention_is_skipped():
             return "perturbed-attention guidance skips the scores of this call"
         return None
 
@@ -799,7 +799,7 @@ class _RegionHook:
 
 def _settle_at_trace(ctx: Any) -> None:
     """Settle a denoiser while Dynamo traces its pre-hook: the shapes are known, the tensors are fake."""
-    host, args, kwargs = (compat.traced_value(ctx, name) for name in ("self", "args", "kwargs"))
+    host, args, kwargs = (compat.torch.traced_value(ctx, name) for name in ("self", "args", "kwargs"))
     host.trace_begins()
     inputs = given(host.signature, args, kwargs)
     host.enter_root(inputs, host.family.geometry(getattr(host.denoiser, "config", None), inputs))

@@ -95,7 +95,7 @@ class Hoist:
 
     def _found(self, block: nn.Module) -> tuple[list[SiteRecord], Tiles | None, str | None]:
         """The patched attention of a block, the order that it shares with others, or what stands in the way."""
-        owners = [module for module in block.modules() if compat.held(module, "processor") is not None]
+        owners = [module for module in block.modules() if compat.torch.held(module, "processor") is not None]
         records = [vars(module).get(rebind.RECORD) for module in owners]
         sites = [record for record in records if record is not None and record.site is not None]
         orders = {record.settled.order for record in sites}
@@ -108,9 +108,9 @@ class Hoist:
     def _obstacle(self, block: nn.Module, records: list[SiteRecord | None]) -> str | None:
         if torch.is_grad_enabled():
             return "because gradients may be asked for"
-        if compat.is_compiled(block):
+        if compat.torch.is_compiled(block):
             return "because blocks are compiled"
-        looked_at = any(compat.is_looked_into(module, _Hook) for module in block.modules())
+        looked_at = any(compat.torch.is_looked_into(module, _Hook) for module in block.modules())
         stock = type(block).__name__ == (self.scheme and self.scheme.block) and all(map(self._is_stock, records))
         return "because others look into blocks" if looked_at or not stock else None
 
@@ -120,7 +120,7 @@ class Hoist:
             record is not None
             and rebind.is_rebound(record.module, record)
             and type(record.original).__name__ == (self.scheme and self.scheme.processor)
-            and not compat.is_parallel(record.module.processor)
+            and not compat.diffusers.is_parallel(record.module.processor)
         )
 
     def _hoist(self, run: list[_Block], order: Tiles, device: torch.device) -> None:

@@ -94,7 +94,7 @@ class VisionTower:
         """Enter both layers."""
         for record in self._records:
             undo.put(record.module, "_accelplug", record)
-            undo.put(record.module, "config", compat.config_view(record.config, compat.ATTENTION))
+            undo.put(record.module, "config", compat.transformers.config_view(record.config, compat.transformers.ATTENTION))
 
     @staticmethod
     def take(visual: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -130,7 +130,7 @@ def scatter(values: Tensor, visual: Tensor) -> Tensor:
 
 
 def _attends(module: Any) -> bool:
-    return hasattr(module, "config") and hasattr(module, "is_causal") and compat.looks_kernel_up(type(module))
+    return hasattr(module, "config") and hasattr(module, "is_causal") and compat.transformers.looks_kernel_up(type(module))
 
 
 class _VisionRecord:
@@ -141,10 +141,10 @@ class _VisionRecord:
 
     def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, run: Any, kwargs: dict[str, Any]) -> Any:
         """Run the tower's own attention, and note where the class token looks: (N, tokens), summed over heads."""
-        name = compat.attention_name(self.config)
+        name = compat.transformers.attention_name(self.config)
         if not torch.compiler.is_compiling():
             with torch.autocast(q.device.type, enabled=False):
                 scores = q[:, :, :1].float() @ k.float().mT * (kwargs.get("scaling") or q.shape[-1] ** -0.5)
             _MAPS.set({**_MAPS.get({}), self.key: scores.softmax(-1)[:, :, 0, 1:].sum(1)})
-        base = compat.attention_function(name, type(module))
-        return base(compat.seen_by(name, module, self.config), q, k, v, mask, **kwargs)
+        base = compat.transformers.attention_function(name, type(module))
+        return base(compat.transformers.seen_by(name, module, self.config), q, k, v, mask, **kwargs)

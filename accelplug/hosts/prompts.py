@@ -36,9 +36,9 @@ def asked_of(inputs: Mapping[str, Any]) -> Rows:
     """
     labels, kept = inputs.get("labels"), inputs.get("logits_to_keep")
     if isinstance(shifted := inputs.get("shift_labels"), Tensor):
-        return shifted != compat.NO_LABEL
+        return shifted != compat.transformers.NO_LABEL
     if isinstance(labels, Tensor) and labels.ndim == 2:
-        return pad(labels[:, 1:] != compat.NO_LABEL, (0, 1))
+        return pad(labels[:, 1:] != compat.transformers.NO_LABEL, (0, 1))
     if isinstance(kept, Tensor):
         tokens = next(x for name in ("input_ids", "inputs_embeds") if (x := inputs.get(name)) is not None)
         asked = torch.zeros(1, tokens.shape[1], dtype=torch.bool, device=kept.device)

@@ -107,7 +107,7 @@ _lock = threading.RLock()  # an interrupt on the way out of it must not lock the
 
 def _register(subclass: type, stock: type, record: Record) -> None:
     """Let layer skipping and PAG, which look processors up by exact class, know a re-bound class while it is in use."""
-    metadata = compat.processor_metadata()
+    metadata = compat.diffusers.processor_metadata()
     with _lock:
         _users.setdefault(subclass, weakref.WeakSet()).add(record)
         if stock in metadata:
@@ -115,7 +115,7 @@ def _register(subclass: type, stock: type, record: Record) -> None:
 
 
 def _unregister(subclass: type, record: Record) -> None:
-    metadata = compat.processor_metadata()
+    metadata = compat.diffusers.processor_metadata()
     with _lock:
         users = _users.get(subclass, weakref.WeakSet())
         users.discard(record)
@@ -243,14 +243,14 @@ class _Functional(types.ModuleType):
 
 
 _functional = _Functional("accelplug_functional")
-_stock_dispatch = compat.dispatch_attention_fn()
+_stock_dispatch = compat.diffusers.dispatch_attention_fn()
 
 
 def _dispatching_names(function: types.FunctionType) -> set[str]:
     """Names in `function`, or in helpers of its module that it calls, that reach attention."""
-    names = set(function.__code__.co_names) & compat.ENTRY_POINTS
+    names = set(function.__code__.co_names) & compat.diffusers.ENTRY_POINTS
     for helper in _helpers(function).values():
-        names |= set(helper.__code__.co_names) & compat.ENTRY_POINTS
+        names |= set(helper.__code__.co_names) & compat.diffusers.ENTRY_POINTS
     return names
 
 
@@ -262,13 +262,13 @@ def _helpers(function: types.FunctionType) -> dict[str, types.FunctionType]:
         for name, helper in named.items()
         if isinstance(helper, types.FunctionType)
         and helper.__module__ == function.__module__
-        and set(helper.__code__.co_names) & compat.ENTRY_POINTS
+        and set(helper.__code__.co_names) & compat.diffusers.ENTRY_POINTS
     }
 
 
 def _rebound(function: types.FunctionType) -> types.FunctionType:
     names = dict(function.__globals__)
-    names["__name__"] = compat.DYNAMO_MODULE_NAME
+    names["__name__"] = compat.torch.DYNAMO_MODULE_NAME
     if "dispatch_attention_fn" in names:
         names["dispatch_attention_fn"] = _dispatch
     names.update({name: _functional for name, value in names.items() if value is F})

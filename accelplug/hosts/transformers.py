@@ -80,7 +80,7 @@ def is_language_model(model: Any) -> bool:
 def model_in(model: Any) -> Any:
     """Return the language model inside of its wrappers: compiled, with adapters, parallel, a pipeline; any other model as it is."""
     inside = model
-    while (held := compat.held_by(inside)) is not None:
+    while (held := compat.transformers.held_by(inside)) is not None:
         inside = held
     return inside if is_language_model(inside) else model
 
@@ -159,8 +159,11 @@ class AttentionRecord:
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, run: Run | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """Answer one attention call as transformers asks it: (B, H, S, D) in, ((B, S_q, H, D_v), probabilities or None) out."""
-        name = compat.attention_name(self.config)
-        base, asked = compat.attention_function(name, type(module)), compat.seen_by(name, module, self.config)
+        name = compat.transformers.attention_name(self.config)
+        base, asked = (
+            compat.transformers.attention_function(name, type(module)),
+            compat.transformers.seen_by(name, module, self.config),
+        )
 
         def whole() -> tuple[Tensor, Tensor | None]:
             return base(asked, q, k, v, mask, **kwargs)
@@ -195,7 +198,7 @@ class AttentionRecord:
         if patch is None or params is None:
             return whole()
         out = patch.attend(call, params).transpose(1, 2).contiguous()
-        collected = not compiling and name == "eager" and compat.attention_is_collected()
+        collected = not compiling and name == "eager" and compat.transformers.attention_is_collected()
         return out, patch.attention(call, params).to(q.dtype) if collected else None
 
     def fell_back(self, reason: str) -> None:
@@ -216,7 +219,7 @@ class AttentionRecord:
     def obstacle(self, q: Tensor, k: Tensor, mask: Any, run: Run | None, kwargs: dict[str, Any]) -> str | None:
         """Why a call that a patch is there for must run dense, or None."""
         patch = self.choice.patch
-        if compat.packs_sequences(kwargs):
+        if compat.transformers.packs_sequences(kwargs):
             raise UnsupportedError(
                 f"{self.choice.name} keeps what it knows of a sequence on that sequence's cache, and continuous batching packs "
                 "several into one. Use generate() instead of generate_batch(), or remove the plug first."
@@ -243,7 +246,7 @@ class AttentionRecord:
             return "several sequences are packed into one row"
         if patch is not None and "scores" in patch.needs and kwargs.get("softcap") is not None:
             return "the model caps its scores, and what this patch adds to them would land inside of the cap"
-        if unknown := {name for name, value in kwargs.items() if value is not None} - compat.ATTENTION_KWARGS:
+        if unknown := {name for name, value in kwargs.items() if value is not None} - compat.transformers.ATTENTION_KWARGS:
             return f"the model passes {', '.join(sorted(unknown))} to its attention, which is not understood"
         if torch.compiler.is_compiling():
             slides = "sliding_window" in kwargs and kwargs["sliding_window"] is not None
@@ -272,8 +275,8 @@ class AttentionRecord:
 
     def slides(self, run: Run, kwargs: dict[str, Any]) -> bool:
         """Whether the keys are those of a window; a layer without a cache of its own shares another's."""
-        layer = compat.cache_layer(run.cache, self.module.layer_idx)
-        return kwargs.get("sliding_window") is not None if layer is None else compat.slides(layer)
+        layer = compat.transformers.cache_layer(run.cache, self.module.layer_idx)
+        return kwargs.get("sliding_window") is not None if layer is None else compat.transformers.slides(layer)
 
     def scale(self, q: Tensor, kwargs: dict[str, Any]) -> float:
         given = kwargs.get("scaling")
@@ -292,15 +295,15 @@ class AttentionRecord:
             if isinstance(answers, Tensor):  # a layer may be given the last tokens alone
                 answers = answers - (first_query - prompt.past)
         if run.stream is not None and self.slides(run, kwargs):
-            layer = compat.cache_layer(run.cache, self.module.layer_idx)
-            seen = run.stream.tokens if layer is None else int(compat.tokens_seen(layer))
+            layer = compat.transformers.cache_layer(run.cache, self.module.layer_idx)
+            seen = run.stream.tokens if layer is None else int(compat.transformers.tokens_seen(layer))
             first_key = max(0, seen - k.shape[2])
         return Place(
             first_query=first_query,
             first_key=first_key,
             answers=answers,
-            causal=compat.is_causal(self.module, kwargs),
-            window=compat.window_beside(compat.attention_name(self.config), mask, kwargs),
+            causal=compat.transformers.is_causal(self.module, kwargs),
+            window=compat.transformers.window_beside(compat.transformers.attention_name(self.config), mask, kwargs),
             explicit=self.explicit(kwargs),
             first_head=first_head,
             gather_heads=gather,
@@ -415,13 +418,13 @@ class LanguageHost:
 
     def _records(self, decide: Decide) -> list[AttentionRecord]:
         modules = list(attention_modules(self.decoder))
-        layers = compat.number_of_layers(self.decoder)
+        layers = compat.transformers.number_of_layers(self.decoder)
         records: list[AttentionRecord] = []
         for path, module in modules:
-            if not compat.looks_kernel_up(type(module)):
+            if not compat.transformers.looks_kernel_up(type(module)):
                 self.skipped[path] = f"{type(module).__name__} does not ask transformers for its attention function"
                 continue
-            cross = compat.crosses(type(module))
+            cross = compat.transformers.crosses(type(module))
             if cross:
                 self.skipped[path] = f"{type(module).__name__} reads keys that are no tokens of the prompt"
             site = Site(path, self.name, "cross" if cross else "self", module.layer_idx, layers)
@@ -455,7 +458,7 @@ class LanguageHost:
             reason = "its images are read by cross-attention, and are no tokens that could be left out"
         elif not hasattr(self.decoder, "layers"):
             reason = f"its decoder, {type(self.decoder).__name__}, has no layers that can be run one by one"
-        elif required := compat.must_be_given(self.base):
+        elif required := compat.transformers.must_be_given(self.base):
             reason = f"it cannot be read without {', '.join(sorted(required))}"
         if reason is not None:
             raise UnsupportedError(
@@ -471,16 +474,18 @@ class LanguageHost:
         undo.add(self._forget)
         with _lock:
             _users.add(self)
-            compat.register_attention(compat.ATTENTION, _dispatch)
+            compat.transformers.register_attention(compat.transformers.ATTENTION, _dispatch)
         for record in self.records:
             choice = record.choice
             if (self.watched and record.site.kind == "self") or choice.patch is not None or choice.reason is not None:
                 undo.put(record.module, STREAM, record)
-                undo.put(record.module, "config", compat.config_view(record.config, compat.ATTENTION))
+                undo.put(
+                    record.module, "config", compat.transformers.config_view(record.config, compat.transformers.ATTENTION)
+                )
         self.images.install(undo)
         if self.tower is not None:
             self.tower.install(undo)
-        compat.forget_compiled_call(self.model)  # Dynamo does not guard on hooks
+        compat.transformers.forget_compiled_call(self.model)  # Dynamo does not guard on hooks
         if self.watched or "hidden_states" in self.needs:
             watched = {record.site.module for record in self.records if self.watched or record.choice.patch}
             for path in {module.rpartition(".")[0] for module in watched}:
@@ -504,8 +509,8 @@ class LanguageHost:
         with _lock:
             _users.discard(self)
             if not _users:
-                compat.unregister_attention(compat.ATTENTION)
-        compat.forget_compiled_call(self.model)
+                compat.transformers.unregister_attention(compat.transformers.ATTENTION)
+        compat.transformers.forget_compiled_call(self.model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageHost:
         """A copy of a cache carries its stream, and the stream its host."""
@@ -576,9 +581,9 @@ class LanguageHost:
 
     def _open(self, run: Run, inputs: dict[str, Any]) -> None:
         """Say what a forward is: which sequences, and whether it reads a prompt or decodes."""
-        ids, embeds, cache = inputs.get("input_ids"), inputs.get("inputs_embeds"), compat.cache_given(inputs)
+        ids, embeds, cache = inputs.get("input_ids"), inputs.get("inputs_embeds"), compat.transformers.cache_given(inputs)
         tokens = ids if ids is not None else embeds
-        if tokens is None or compat.packs_sequences(inputs):
+        if tokens is None or compat.transformers.packs_sequences(inputs):
             return
         run.cache = cache
         rows, new = tokens.shape[:2]
@@ -640,7 +645,7 @@ class LanguageHost:
     @staticmethod
     def _valid(inputs: dict[str, Any], past: int, tokens: int, like: Tensor) -> Tensor:
         """Which of a sequence's tokens, those of the forward behind `past` others, are no padding: bool (B, tokens)."""
-        valid = compat.valid_tokens(inputs.get("attention_mask"), past)
+        valid = compat.transformers.valid_tokens(inputs.get("attention_mask"), past)
         if valid is None:
             return torch.ones(len(like), tokens, dtype=torch.bool, device=like.device)
         return pad(valid[:, :tokens], (0, max(0, tokens - valid.shape[1])), value=True)
@@ -692,7 +697,7 @@ class LanguageHost:
 
     def _leave(self, cache: Any) -> None:
         """Remember the first keys of a cache."""
-        if (keys := compat.first_keys(cache)) is not None:
+        if (keys := compat.transformers.first_keys(cache)) is not None:
             self.left[cache] = ref(keys)
 
     def _follow(self, stream: Stream, cache: Any, rows: int) -> None:
@@ -700,8 +705,8 @@ class LanguageHost:
         known = len(stream.prompt.image)
         if rows != known and rows % known == 0:
             self._take_rows(stream, torch.arange(known).repeat_interleave(rows // known))
-        elif stream.told_apart is not None and self.left.get(cache, _nothing)() is not compat.first_keys(cache):
-            now, old = compat.rows_told_apart(cache, stream.prompt.image.shape[1]), stream.told_apart
+        elif stream.told_apart is not None and self.left.get(cache, _nothing)() is not compat.transformers.first_keys(cache):
+            now, old = compat.transformers.rows_told_apart(cache, stream.prompt.image.shape[1]), stream.told_apart
             if now is None or now.shape != old.shape:
                 return
             old = old.to(now.device).float()
@@ -769,10 +774,10 @@ class LanguageHost:
         _RUN.set(run.parent)
         if output is None or run.stream is None:
             return
-        cache = run.cache if run.cache is not None else compat.cache_of(output)
+        cache = run.cache if run.cache is not None else compat.transformers.cache_of(output)
         if cache is not None:
             whole = cache.get_seq_length() == run.stream.tokens
-            run.stream.keys = compat.keys_at(cache) if whole else None
+            run.stream.keys = compat.transformers.keys_at(cache) if whole else None
             if run.stream.told_apart is not None or run.clock is PREFILL:
                 self._leave(cache)
         if run.clock is not PREFILL:
@@ -783,14 +788,14 @@ class LanguageHost:
             if run.cache is None:
                 self._keep(run.stream, cache)
             several = len(run.stream.prompt.image) > 1
-            run.stream.told_apart = compat.rows_told_apart(cache, run.stream.tokens) if several else None
+            run.stream.told_apart = compat.transformers.rows_told_apart(cache, run.stream.tokens) if several else None
             self._prepare_decode(run.stream)
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if module is not self.decoder or RUN in kwargs:
             return None
         if torch.compiler.is_compiling():
-            cache = compat.cache_given(kwargs)
+            cache = compat.transformers.cache_given(kwargs)
             stream = getattr(cache, STREAM, None)
             run = stream.step if stream is not None else None
         else:
@@ -826,9 +831,9 @@ class LanguageHost:
         if not bool(stream.prompt.visual.any()):
             return
         tokens = stream.prompt.image.shape[1]
-        plain = {name: x for name, x in kwargs.items() if name not in compat.CACHE_NAMES}
+        plain = {name: x for name, x in kwargs.items() if name not in compat.transformers.CACHE_NAMES}
         plain |= {name: False for name in ("use_cache", "output_attentions", "output_hidden_states") if name in kwargs}
-        masks = compat.without_room(kwargs.get("attention_mask"), tokens)
+        masks = compat.transformers.without_room(kwargs.get("attention_mask"), tokens)
         self.decoder(*args, **{**plain, "attention_mask": masks, RUN: Run(stream, clock=AHEAD)})
 
     def _prepare_blind(self, stream: Stream, inputs: dict[str, Any]) -> None:
@@ -873,7 +878,7 @@ def _tokens(stream: Stream, cache: Any, past: int, new: int, inputs: dict[str, A
     told = [mask.shape[1]] if isinstance(mask, Tensor) and mask.ndim == 2 else []
     if last is not None:
         told.append(last + 1 - stream.shift)
-    if not told and stream.keys != compat.keys_at(cache):
+    if not told and stream.keys != compat.transformers.keys_at(cache):
         told.append(stream.tokens + new)
     return max(past + new, *told) if told else past + new
 
@@ -899,6 +904,6 @@ def _joined(known: Tensor | None, new: Tensor | None, past: int) -> Tensor | Non
 
 
 def _tensor_parallel(model: Any) -> TensorParallel | None:
-    part = compat.tensor_mesh(model)
+    part = compat.transformers.tensor_mesh(model)
     shared = part is not None and part.size() > 1
     return TensorParallel(part.get_local_rank(), part.size(), part.get_group()) if shared else None

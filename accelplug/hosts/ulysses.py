@@ -85,5 +85,5 @@ def attend(
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *others: Any, **more: Any) -> Tensor:
         return answer(q, k, v, mask)
 
-    exchange = compat.context_parallel_attention()
+    exchange = compat.diffusers.context_parallel_attention()
     return exchange(query, key, value, mask, scale=scale, forward_op=forward, backward_op=None, _parallel_config=parallel)

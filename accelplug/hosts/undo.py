@@ -60,7 +60,7 @@ class Undo:
 
     def hook(self, module: Any, register: str, hook: Callable[..., Any], **options: Any) -> None:
         """Register a hook of torch by the name of the module's method, ``register_forward_hook``, with its options."""
-        self.touch(module, partial(compat.drop_hook, hook=hook))
+        self.touch(module, partial(compat.torch.drop_hook, hook=hook))
         getattr(module, register)(hook, **options)
 
     def run(self) -> None:

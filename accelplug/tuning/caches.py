@@ -73,7 +73,7 @@ def magnitudes(parts: Mapping[str, Any]) -> Iterator[dict[str, dict[str, list[fl
     found: dict[str, dict[str, list[float]]] = {}
 
     def listen(name: str) -> Callable[..., None]:
-        return lambda part, args, output: found.update({name: compat.mag_ratios(part)})
+        return lambda part, args, output: found.update({name: compat.diffusers.mag_ratios(part)})
 
     with ExitStack() as stack:
         for name, part in parts.items():

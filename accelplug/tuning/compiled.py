@@ -15,7 +15,7 @@ GRAPHS = 512
 
 def is_compiled(pipe: Any) -> bool:
     """Whether a denoiser, or blocks of it, go through torch.compile."""
-    return any(compat.is_compiled(getattr(pipe, name)) for name in denoisers(pipe))
+    return any(compat.torch.is_compiled(getattr(pipe, name)) for name in denoisers(pipe))
 
 
 @contextmanager
@@ -24,5 +24,5 @@ def room_to_compile(pipe: Any) -> Iterator[None]:
     if not is_compiled(pipe):
         yield
         return
-    with compat.room_for_graphs(GRAPHS):
+    with compat.torch.room_for_graphs(GRAPHS):
         yield

@@ -116,7 +116,9 @@ def split(asked: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
 
 def _fingerprint(model: Any, asked: Sequence[Item], seed: int, asker: Asker) -> str:
     """What replies hang on: the model, some of its weights, the questions in their order, and what is asked of each."""
-    config = sorted((key, str(value)) for key, value in model_facts(model).config.items() if compat.ORIGIN not in key)
+    config = sorted(
+        (key, str(value)) for key, value in model_facts(model).config.items() if compat.transformers.ORIGIN not in key
+    )
     facts = (config, digest(asked), seed, asker.says, asker.likelihoods, asker.parse, PAGE, device_name())
     sha = hashlib.sha256(repr(facts).encode())
     for name, weight in model.named_parameters():

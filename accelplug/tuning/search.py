@@ -124,7 +124,7 @@ def tune(
     arguments.require_seconds(time_budget_s, "tune, time_budget_s")
     if not (patches is None or (isinstance(patches, list | tuple | set) and all(isinstance(name, str) for name in patches))):
         raise AccelplugError(f"tune, patches: expected a list of names, got {patches!r}.")
-    pipe, processor = model_in(pipe), processor or compat.processor_of(pipe)
+    pipe, processor = model_in(pipe), processor or compat.transformers.processor_of(pipe)
     if is_language_model(pipe):
         require_one("tune")
         if foreground is not None or detect is not None:
@@ -161,7 +161,7 @@ def tune(
     seen = list(itertools.product(range(max(len(prompts) - 1, 1)), numbers[:half]))
     unseen = list(itertools.product([len(prompts) - 1], numbers[half:]))
     study = Study(pipe, prompts, numbers, foreground, detect)
-    with working(pipe) as ranks, compat.quiet(pipe), room_to_compile(pipe):
+    with working(pipe) as ranks, compat.diffusers.quiet(pipe), room_to_compile(pipe):
         if ranks.joined:
             raise UnsupportedError(
                 "tune runs parts of a model by themselves, and processes share this one. Tune it on one device."

@@ -63,7 +63,7 @@ def verify(
     AccelplugError
         If no row was measured, or a row names no prompt and no inputs are given.
     """
-    rows, pipe, processor = measured(recipe), model_in(pipe), processor or compat.processor_of(pipe)
+    rows, pipe, processor = measured(recipe), model_in(pipe), processor or compat.transformers.processor_of(pipe)
     given = [_given(pipe, found, row, inputs, processor) for found, row in rows]  # all, before the first is run
     return [_verdict(pipe, *pair, asked, progress, processor) for pair, asked in zip(rows, given, strict=True)]
 

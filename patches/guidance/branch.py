@@ -51,21 +51,21 @@ class Branch:
 
     def logits(self, ids: Tensor) -> Tensor:
         """Return the logits behind the last of `ids` (B, S), float32 (B, vocabulary); S grows by 1 a call."""
-        held = {compat.cache_keyword(self._model.forward): self._cache}
+        held = {compat.transformers.cache_keyword(self._model.forward): self._cache}
         given = self._inputs if self._cache is None else {"input_ids": ids[:, -1:], **held}
         if self._cache is not None:
             self._mask = pad(self._mask, (0, 1), value=1)
-        with self._inside(), compat.positions_kept(self._model.base_model):
+        with self._inside(), compat.transformers.positions_kept(self._model.base_model):
             out = self._model(
                 **given, attention_mask=self._mask, position_ids=self._positions(), use_cache=True, logits_to_keep=1
             )
-        self._cache = compat.cache_of(out)
+        self._cache = compat.transformers.cache_of(out)
         return out.logits[:, -1].float()
 
     def _positions(self) -> Tensor | None:
         """Positions as ``generate`` counts them; None for the model to lay out pictures in three dimensions."""
         text = (self._mask.cumsum(-1) - 1).clamp(min=0)
-        offset = None if self._own_positions else compat.position_offset(self._model.base_model)
+        offset = None if self._own_positions else compat.transformers.position_offset(self._model.base_model)
         if self._cache is None:
             return None if offset is not None and "mm_token_type_ids" in self._inputs else text
         return text[:, -1:] if offset is None else (text[:, -1:] + offset).expand(3, -1, -1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.nn.functional import interpolate, pad
 
-from accelplug.compat import cache_given
+from accelplug.compat.transformers import cache_given
 from accelplug.errors import UnsupportedError
 from accelplug.kernels.spans import row_attention
 

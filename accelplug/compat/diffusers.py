@@ -1,0 +1,395 @@
+"""Private names of diffusers, each with its contract below."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from accelplug.compat.contracts import contract, expect
+
+ENTRY_POINTS = frozenset({"dispatch_attention_fn", "scaled_dot_product_attention"})
+"""The two names by which every processor of diffusers reaches attention."""
+
+
+def dispatch_attention_fn() -> Callable[..., Any]:
+    """Return diffusers' attention dispatcher."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    return dispatch_attention_fn
+
+
+@contract("diffusers: dispatch_attention_fn attends as asked")
+def _dispatcher() -> None:
+    import torch
+
+    parameters = inspect.signature(dispatch_attention_fn()).parameters
+    missing = {"query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "backend"} - set(parameters)
+    expect(not missing, f"dispatch_attention_fn lacks the parameters {sorted(missing)}")
+    q, k, v = torch.randn(3, 1, 4, 2, 8)  # (B, S, H, D)
+    mask = torch.tensor([True, True, True, False]).expand(1, 1, 4, 4)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.5
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+    out = dispatch_attention_fn()(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=0.5)
+    expect(
+        torch.allclose(out, expected, atol=1e-5), "dispatch_attention_fn does not answer (B, S, H, D) as scale and mask say"
+    )
+
+
+@contract("diffusers: processors reach attention by the two known names")
+def _processor_entry_points() -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    for processor in (AttnProcessor2_0, WanAttnProcessor):
+        names = set(inspect.getattr_static(processor, "__call__").__code__.co_names)
+        expect(names & ENTRY_POINTS, f"{processor.__name__}.__call__ uses none of {sorted(ENTRY_POINTS)}")
+
+
+def context_parallel_attention() -> Callable[..., Any]:
+    """Return what diffusers' backends run attention through where tokens are shared out over ranks."""
+    from diffusers.models.attention_dispatch import _templated_context_parallel_attention
+
+    return _templated_context_parallel_attention
+
+
+def parallel_config(part: Any) -> Any:
+    """Return how a diffusers model or processor is spread over processes, or None."""
+    return getattr(part, "_parallel_config", None)
+
+
+def shares_heads(denoiser: Any) -> tuple[int, int]:
+    """Return which part of how many of each layer's heads attention of a diffusers model has here; (0, 1): all."""
+    config = parallel_config(denoiser)
+    tensors, context = (getattr(config, f"{kind}_parallel_config", None) for kind in ("tensor", "context"))
+    if tensors is not None:
+        return tensors._mesh.get_local_rank(), tensors._mesh.size()
+    return (0, 1) if context is None else (context._ulysses_local_rank, context.ulysses_degree)
+
+
+def is_parallel(part: Any) -> bool:
+    """Whether several processes hold one diffusers model between them."""
+    return parallel_config(part) is not None
+
+
+@contract("diffusers: parallel models and processors say so, and attention runs through a function that takes another's")
+def _parallel() -> None:
+    from diffusers.models._modeling_parallel import ContextParallelConfig, TensorParallelConfig
+
+    for part in (_tiny_denoiser(), _tiny_denoiser().blocks[0].attn1.processor):
+        expect(hasattr(part, "_parallel_config"), f"{type(part).__name__} has no _parallel_config")
+        expect(not is_parallel(part), f"{type(part).__name__} in one process is taken for a parallel one")
+    missing = {"forward_op", "backward_op", "_parallel_config"} - set(
+        inspect.signature(context_parallel_attention()).parameters
+    )
+    expect(not missing, f"_templated_context_parallel_attention lacks the parameters {sorted(missing)}")
+    for config, names in (
+        (ContextParallelConfig, {"ulysses_degree", "ring_degree", "_ulysses_local_rank"}),
+        (TensorParallelConfig, {"_mesh"}),
+    ):
+        missing = names - set(config.__dataclass_fields__)
+        expect(not missing, f"{config.__name__} lacks {sorted(missing)}")
+
+
+REGISTRY = "_diffusers_hook"
+"""Attribute of a module that holds its hook registry."""
+
+
+def hook_types() -> tuple[type, type, type, type]:
+    """Return diffusers' ``HookRegistry, ModelHook, StateManager, BaseState``."""
+    from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
+
+    return HookRegistry, ModelHook, StateManager, BaseState
+
+
+def listen_first(registry: Any, name: str, hook: Any) -> None:
+    """Put a hook that does not wrap ``forward`` first in a registry's lists: removing another relinks only what stands behind that one."""
+    hook.fn_ref = None
+    registry._hook_order.insert(0, name)
+    registry._fn_refs.insert(0, None)
+    registry.hooks[name] = hook
+
+
+def stop_listening(names: dict[str, Any], name: str) -> None:
+    """Take back what `listen_first` did to the ``__dict__`` of a registry, however far it came."""
+    if name in names.get("_hook_order", ()):
+        index = names["_hook_order"].index(name)
+        del names["_hook_order"][index], names["_fn_refs"][index]
+    names["hooks"].pop(name, None)
+
+
+@contract("diffusers: a hook of ours hears contexts and the end of a run, and is taken away")
+def _listening() -> None:
+    registry_type, hook_type, manager_type, state_type = hook_types()
+    heard: list[Any] = []
+
+    class Manager(manager_type):  # type: ignore[misc, valid-type]
+        def set_context(self, context: Any) -> None:
+            heard.append(getattr(context, "name", context))
+
+    class Hook(hook_type):  # type: ignore[misc, valid-type]
+        _is_stateful = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.manager = Manager(state_type)
+
+        def reset_state(self, module: Any) -> Any:
+            heard.append("reset")
+            return module
+
+    denoiser = _tiny_denoiser()
+    before = set(vars(denoiser))
+    registry: Any = registry_type(denoiser)
+    setattr(denoiser, REGISTRY, registry)
+    listen_first(registry, "accelplug_contract", Hook())
+    found = registry_type.check_if_exists_or_initialize(denoiser)  # type: ignore[attr-defined]
+    expect(found is registry, f"HookRegistry.check_if_exists_or_initialize does not look for {REGISTRY}")
+    registry.register_hook(hook_type(), "accelplug_behind")
+    _denoise(denoiser, "cond")
+    expect(heard == ["cond", None], f"cache_context is heard as {heard}: stateful hooks are not those with _is_stateful")
+    _pipeline(denoiser).maybe_free_model_hooks()
+    expect(heard[2:] == ["reset"], "the end of a pipeline's run does not reset the hooks of its denoiser")
+    registry.remove_hook("accelplug_behind", recurse=False)
+    stop_listening(vars(registry), "accelplug_contract")
+    expect(not registry.hooks, "a hook that was taken away is still in the registry")
+    left = set(vars(denoiser)) - before
+    expect(left <= set(left_behind(vars(denoiser))), f"a hook leaves {sorted(left)} behind")
+    _denoise(denoiser, "cond")
+    expect(len(heard) == 3, "a hook that was taken out of _hook_order still hears")
+
+
+_CACHES = tuple(f"diffusers.hooks.{kind}_cache" for kind in ("first_block", "mag", "taylorseer"))
+"""Where the hooks of step caches are defined."""
+
+
+def hooks_on(denoiser: Any) -> int:
+    """Return how many hooks of diffusers are on the modules of a denoiser."""
+    return sum(len(vars(module)[REGISTRY].hooks) for module in denoiser.modules() if REGISTRY in vars(module))
+
+
+def step_cache(denoiser: Any) -> Any:
+    """Return the config of the step cache that is on a denoiser, or None."""
+    return getattr(denoiser, "_cache_config", None)
+
+
+def disable_cache(denoiser: Any, config: Any) -> None:
+    """Disable the step cache that ``enable_cache(config)`` has put on, or would have if nothing had interrupted it."""
+    if denoiser._cache_config is None:
+        denoiser._cache_config = config
+    if denoiser._cache_config is config:
+        denoiser.disable_cache()
+
+
+def left_behind(names: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what stays in a module's ``__dict__`` of a cache that was disabled, or is on, but for what others' hooks need."""
+    registry = names.get(REGISTRY)
+    of_others = registry is not None and any(type(hook).__module__ not in _CACHES for hook in registry.hooks.values())
+    return ("_cache_config",) if of_others else ("forward", REGISTRY, "_cache_config")
+
+
+@contract("diffusers: a step cache is known while it is on, and what it leaves behind")
+def _step_caches() -> None:
+    import diffusers
+
+    denoiser = _tiny_denoiser()
+    before = {module: set(vars(module)) for module in denoiser.modules()}
+    for config in (diffusers.FirstBlockCacheConfig(), diffusers.TaylorSeerCacheConfig(use_lite_mode=True)):
+        denoiser.enable_cache(config)
+        expect(step_cache(denoiser) is config, "the config of a step cache is not at _cache_config")
+        expect(hooks_on(denoiser) > 0, f"a step cache puts no hooks where {REGISTRY} is")
+        disable_cache(denoiser, config)
+        expect(step_cache(denoiser) is None, "_cache_config of a step cache that is off is not None")
+        expect(hooks_on(denoiser) == 0, "a step cache that is off leaves hooks")
+        for module, names in before.items():
+            left = set(vars(module)) - names
+            expect(left <= set(left_behind(vars(module))), f"a step cache leaves {sorted(left)} behind")
+
+
+def forget_cached(denoiser: Any, but: str, context: Any) -> None:
+    """Reset the stateful hooks of a denoiser, but for the one named `but`, and leave them in a cache context, as it was heard."""
+    manager_type = hook_types()[2]
+    for module in denoiser.modules():
+        registry = vars(module).get(REGISTRY)
+        for name, hook in registry.hooks.items() if registry is not None else ():
+            if name == but or not hook._is_stateful:
+                continue
+            hook.reset_state(module)
+            for manager in vars(hook).values():
+                if isinstance(manager, manager_type) and context is not None:
+                    manager.set_context(context)  # type: ignore[attr-defined]
+
+
+@contract("diffusers: what a step cache holds is reset through its hooks, and takes a context again")
+def _forgetting() -> None:
+    import torch
+    from diffusers.hooks import mag_cache
+    from diffusers.hooks.hooks import CacheContext
+
+    manager = mag_cache.StateManager(mag_cache.MagCacheState)
+    hook = mag_cache.MagCacheHeadHook(manager, mag_cache.MagCacheConfig(calibrate=True))
+    registry_type, *_ = hook_types()
+    module, context = torch.nn.Linear(2, 2), CacheContext(name="cond")
+    registry_type.check_if_exists_or_initialize(module).hooks["accelplug_contract"] = hook  # type: ignore[attr-defined]
+    manager.set_context(context)
+    before = manager.get_state()
+    forget_cached(module, "another", context)
+    expect(manager.get_state() is not before, "a hook's reset_state keeps what its cache held, or drops the context")
+
+
+def mag_ratios(denoiser: Any) -> dict[str, list[float]]:
+    """Return what MagCache's calibration wrote down on a denoiser in this run so far, by cache context."""
+    from diffusers.hooks.mag_cache import _MAG_CACHE_LEADER_BLOCK_HOOK
+
+    registries = [vars(module)[REGISTRY] for module in denoiser.modules() if REGISTRY in vars(module)]
+    leaders = [found for registry in registries if (found := registry.get_hook(_MAG_CACHE_LEADER_BLOCK_HOOK)) is not None]
+    states = leaders[0].state_manager._state_cache if leaders else {}
+    return {context: list(state.calibration_ratios) for context, state in states.items()}
+
+
+@contract("diffusers: MagCache keeps the ratios of its calibration by cache context")
+def _mag_calibration() -> None:
+    import contextlib
+    import io
+
+    import diffusers
+
+    denoiser = _tiny_denoiser()
+    denoiser.enable_cache(diffusers.MagCacheConfig(calibrate=True, num_inference_steps=4))
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it finds
+        for _ in range(2):
+            _denoise(denoiser, "cond")
+    found = mag_ratios(denoiser)
+    expect(list(found) == ["cond"] and len(found["cond"]) == 2, f"two steps of MagCache's calibration are found as {found}")
+
+
+def guider_step(guider: Any) -> tuple[int, int] | None:
+    """Return (step, steps) as the guider of a modular pipeline was told them, or None."""
+    step, steps = (getattr(guider, name, None) for name in ("_step", "_num_inference_steps"))
+    return None if step is None or not steps else (step, steps)
+
+
+@contract("diffusers: a guider says which step it was told")
+def _guider() -> None:
+    import torch
+    from diffusers import ClassifierFreeGuidance
+
+    guider = ClassifierFreeGuidance()
+    expect(guider_step(guider) is None, "a guider says which step it is before it was told")
+    guider.set_state(step=3, num_inference_steps=8, timestep=torch.tensor(500))
+    expect(guider_step(guider) == (3, 8), "a guider does not keep _step and _num_inference_steps")
+
+
+@contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """Silence a pipeline's own progress bar, and give it back as it was."""
+    name = "_progress_bar_config"
+    before = getattr(pipe, name, None)
+    try:
+        if hasattr(pipe, "set_progress_bar_config"):
+            pipe.set_progress_bar_config(disable=True)
+        yield
+    finally:
+        if before is not None:
+            setattr(pipe, name, before)
+        elif hasattr(pipe, name):
+            delattr(pipe, name)
+
+
+@contract("diffusers: a progress bar is silenced and given back")
+def _progress_bar() -> None:
+    pipe = _pipeline()
+    with quiet(pipe):
+        expect(pipe.progress_bar(total=1).disable, "a pipeline's progress bar is not silenced")
+    expect("_progress_bar_config" not in vars(pipe), "silencing leaves _progress_bar_config behind")
+    pipe.set_progress_bar_config(desc="mine")
+    with quiet(pipe):
+        pass
+    expect(pipe._progress_bar_config == {"desc": "mine"}, "_progress_bar_config is not given back")
+
+
+def processor_metadata() -> dict[type, Any]:
+    """Return diffusers' table of processors that layer skipping knows, keyed by exact class."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+
+    AttentionProcessorRegistry._register()
+    return AttentionProcessorRegistry._registry
+
+
+@contract("diffusers: layer skipping looks processors up by exact class")
+def _processor_registry() -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    expect(AttnProcessor2_0 in processor_metadata(), "AttentionProcessorRegistry._registry does not hold AttnProcessor2_0")
+
+
+def attention_is_skipped() -> bool:
+    """Whether diffusers' PAG mode is on, which replaces scaled_dot_product_attention by its values."""
+    from torch.overrides import _get_current_function_mode_stack
+
+    return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in _get_current_function_mode_stack())
+
+
+@contract("diffusers: PAG's mode is seen while it is on")
+def _skipped_attention() -> None:
+    from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
+
+    expect(not attention_is_skipped(), "attention is taken for skipped")
+    with AttentionScoreSkipFunctionMode():
+        expect(attention_is_skipped(), "_get_current_function_mode_stack does not hold AttentionScoreSkipFunctionMode")
+
+
+@contract("diffusers: every set_timesteps makes a new tensor, and schedulers count from None")
+def _schedules() -> None:
+    import torch
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    for scheduler in (FlowMatchEulerDiscreteScheduler(), DDIMScheduler()):
+        name = type(scheduler).__name__
+        expect(getattr(scheduler, "num_inference_steps", None) is None, f"{name} has a number of steps before it was set")
+        scheduler.set_timesteps(4)
+        before = scheduler.timesteps
+        scheduler.set_timesteps(4)
+        expect(isinstance(before, torch.Tensor) and len(before) == 4, f"{name}.timesteps is no tensor of as many")
+        expect(scheduler.timesteps is not before, f"{name}.set_timesteps keeps its tensor: a run that begins is not seen")
+    counting = FlowMatchEulerDiscreteScheduler()
+    counting.set_timesteps(4)
+    expect(counting.step_index is None and counting.begin_index is None, "a scheduler does not count from None")
+    counting.step(torch.zeros(1), counting.timesteps[0], torch.zeros(1))
+    expect(counting.step_index == 1, "a scheduler does not count its steps")
+
+
+def _tiny_denoiser() -> Any:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=1,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=8,
+        ffn_dim=8,
+        num_layers=2,
+        rope_max_seq_len=8,
+    ).eval()
+
+
+def _denoise(denoiser: Any, context: str) -> None:
+    import torch
+
+    with torch.no_grad(), denoiser.cache_context(context):
+        denoiser(torch.zeros(1, 4, 1, 4, 4), torch.tensor([500]), torch.zeros(1, 2, 8))
+
+
+def _pipeline(denoiser: Any = None) -> Any:
+    from diffusers import DiffusionPipeline
+
+    class Pipeline(DiffusionPipeline):
+        def __init__(self, transformer: Any) -> None:
+            super().__init__()
+            self.register_modules(transformer=transformer)
+
+    return Pipeline(denoiser)
