@@ -20,13 +20,15 @@ from accelplug.errors import UnsupportedError
 from tests import tiny_language_models, tiny_models
 
 CONTRACTS = dict(compat.versions.contracts())
-ROOT = Path(compat.__file__).parents[1]
-SOURCE = Path(compat.__file__).read_text()
+ROOT = Path(compat.__file__).parents[2]
 PUBLIC = {
-    "calibration_ratios", "eager_attention_forward", "get_hook", "get_interface", "get_seq_length", "hooks", "is_sliding",
-    "read_index", "rope_deltas", "state_manager", "ulysses_degree",
+    "torch": set(),
+    "diffusers": {"calibration_ratios", "get_hook", "hooks", "state_manager", "ulysses_degree"},
+    "transformers": {
+        "eager_attention_forward", "get_interface", "get_seq_length", "is_sliding", "read_index", "rope_deltas",
+    },
 }  # fmt: skip
-"""Names without an underscore that no documentation promises."""
+"""By library, names without an underscore that no documentation promises."""
 
 
 def private(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -54,7 +56,12 @@ def private(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, name
 
 
-NAMES = sorted({name for _, name in private(ast.parse(SOURCE))} | PUBLIC)
+SOURCES = {library: Path(getattr(compat, library).__file__) for library in PUBLIC}
+NAMES = [
+    (library, name)
+    for library, path in SOURCES.items()
+    for name in sorted({name for _, name in private(ast.parse(path.read_text()))} | PUBLIC[library])
+]
 
 
 @pytest.mark.parametrize("promise", CONTRACTS)
@@ -77,20 +84,22 @@ def reached(module: types.ModuleType, check: types.FunctionType) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_name_that_goes_is_missed(name: str) -> None:
+@pytest.mark.parametrize(("library", "name"), NAMES)
+def test_a_name_that_goes_is_missed(library: str, name: str) -> None:
     """That a library renames what we ask for is the same as that we ask for another name: some contract says so, and names it."""
     gone = f"{name}_gone"
     module = types.ModuleType("accelplug.compat_of_another_day")
-    source = re.sub(rf"\b{name}\b", gone, SOURCE)
-    exec(compile(source, compat.__file__, "exec"), vars(module))
+    source = re.sub(rf"\b{name}\b", gone, SOURCES[library].read_text())
+    exec(compile(source, str(SOURCES[library]), "exec"), vars(module))
     lines = {line for line, text in enumerate(source.splitlines(), 1) if gone in text}
     users = {
         node.name if isinstance(node, ast.FunctionDef) else node.targets[0].id
         for node in ast.parse(source).body
         if isinstance(node, ast.FunctionDef | ast.Assign) and lines & set(range(node.lineno, (node.end_lineno or 0) + 1))
     }
-    concerned = [check for _, check in module.contracts() if users & ({check.__name__} | reached(module, check))]
+    concerned = [
+        check for _, check in compat.contracts.contracts_of(module) if users & ({check.__name__} | reached(module, check))
+    ]
     found = [why for check in concerned if (why := compat.contracts.why_broken(check)) is not None]
     assert any(gone in why for why in found), (sorted(users), [check.__name__ for check in concerned], found)
 
@@ -101,7 +110,7 @@ def test_private_names_of_others_stand_in_compat_alone(folder: str) -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line} {name}"
         for path in sorted((ROOT / folder).rglob("*.py"))
-        if path.name != "compat.py" and not path.is_symlink()
+        if path.parent.name != "compat" and not path.is_symlink()
         for line, name in private(ast.parse(path.read_text()))
     ]
     assert not found
@@ -147,9 +156,7 @@ def tomorrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(
         compat.versions, "installed", lambda package: "99.1.0" if package == "diffusers" else of_today(package)
     )
-    monkeypatch.setattr(
-        compat.versions.contracts, "why_broken", lambda check: (checked.append(check.__name__), why_broken(check))[1]
-    )
+    monkeypatch.setattr(compat.versions, "why_broken", lambda check: (checked.append(check.__name__), why_broken(check))[1])
     monkeypatch.setattr(compat.versions, "_HELD", set())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return checked

@@ -22,7 +22,7 @@ def contract(promise: str) -> Callable[[Check], Check]:
 
 def contracts_of(module: ModuleType) -> Iterator[tuple[str, Check]]:
     """Yield (promise, check) of all contracts that stand in a module."""
-    for value in vars(module).values():
+    for value in list(vars(module).values()):  # Dynamo adds globals while a check runs
         if getattr(value, "__module__", None) == module.__name__ and hasattr(value, "promise"):
             yield value.promise, value
 
