@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from accelplug.inspection import inspect
     from accelplug.plug import Plug, apply, remove
     from accelplug.recipe import Recipe, list_recipes
-    from accelplug.registry import list_patches
+    from accelplug.registry import list_patches, register_patch
     from accelplug.tuning import Bound, Tuned, tune, verify
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "inspect",
     "list_patches",
     "list_recipes",
+    "register_patch",
     "remove",
     "tune",
     "verify",
@@ -62,6 +63,7 @@ _HOMES = {
     "inspect": "inspection",
     "list_patches": "registry",
     "list_recipes": "recipe",
+    "register_patch": "registry",
     "remove": "plug",
 }
 

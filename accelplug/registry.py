@@ -1,15 +1,24 @@
-"""Which patches there are: a literal table, so that listing them imports neither torch nor a patch."""
+"""Which patches there are: ours, a literal table, so that listing them imports neither torch nor a patch; and those of others.
+
+Another package's patch is registered by `register_patch`, or named by an entry point of the group ``accelplug.patches``, which is
+read when it is first needed. See docs/add-a-patch.md.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from accelplug.errors import NoMatchError, nearest
+from accelplug.catalog import Catalog, EntryPoints
+from accelplug.errors import AccelplugError, NoMatchError, nearest
 
 if TYPE_CHECKING:
     from accelplug.patches.base import Patch
+
+PatchClass = TypeVar("PatchClass", bound="type[Patch]")
 
 
 @dataclass(frozen=True)
@@ -20,229 +29,240 @@ class PatchEntry:
     module: str
     cls: str
     family: str
-    """What it changes; a rule takes at most one patch of a family."""
+    """What it changes, a key of `PATCH_FAMILIES`; a rule takes at most one patch of a family."""
     summary: str
     cite: str
+    registered: type[Patch] | None = field(default=None, repr=False)
+    """The class, where it is not one of ours."""
 
 
-_PATCHES = {
-    entry.name: entry
-    for entry in (
-        PatchEntry(
-            name="radial",
-            module="accelplug.patches.sparse.radial",
-            cls="Radial",
-            family="sparse",
-            summary="Static video mask: the spatial window halves as the distance in time doubles.",
-            cite="arXiv 2506.19852",
-        ),
-        PatchEntry(
-            name="neighborhood",
-            module="accelplug.patches.sparse.neighborhood",
-            cls="Neighborhood",
-            family="sparse",
-            summary="Every query reads a window around it on the token grid; strided, dilated or causal.",
-            cite="arXiv 2504.16922",
-        ),
-        PatchEntry(
-            name="sol",
-            module="accelplug.patches.sparse.sol",
-            cls="Sol",
-            family="sparse",
-            summary="Key blocks whose pooled score stands out are read exactly, all others through one pooled key each.",
-            cite="arXiv 2607.24027",
-        ),
-        PatchEntry(
-            name="proxy",
-            module="accelplug.patches.sparse.proxy",
-            cls="Proxy",
-            family="sparse",
-            summary="Near windows are read exactly, each far window through one key that stands for it. Experimental.",
-            cite="arXiv 2409.04005",
-        ),
-        PatchEntry(
-            name="tome",
-            module="accelplug.patches.tokens.tome",
-            cls="Tome",
-            family="tokens",
-            summary="Tokens that look alike are merged before attention; each key counts as often as it has tokens.",
-            cite="arXiv 2303.17604",
-        ),
-        PatchEntry(
-            name="freeswim",
-            module="accelplug.patches.sparse.freeswim",
-            cls="FreeSwim",
-            family="sparse",
-            summary="Windows of the training size, moved inward at borders, for larger images and frames.",
-            cite="arXiv 2511.14712",
-        ),
-        PatchEntry(
-            name="svg",
-            module="accelplug.patches.sparse.svg",
-            cls="Svg",
-            family="sparse",
-            summary="Each head reads the frames around or the places around; a few queries tell which.",
-            cite="arXiv 2502.01776",
-        ),
-        PatchEntry(
-            name="vmoba",
-            module="accelplug.patches.sparse.vmoba",
-            cls="Vmoba",
-            family="sparse",
-            summary="Queries or blocks of them choose slabs of frames, columns or cuboids, by turns; all of a head compete. Experimental.",
-            cite="arXiv 2506.23858",
-        ),
-        PatchEntry(
-            name="bilevel",
-            module="accelplug.patches.sparse.bilevel",
-            cls="Bilevel",
-            family="sparse",
-            summary="Regions read the regions whose means score highest, and those around them.",
-            cite="arXiv 2303.08810",
-        ),
-        PatchEntry(
-            name="bias",
-            module="accelplug.patches.heads.bias",
-            cls="Bias",
-            family="bias",
-            summary="An additive bias by distance on the token grid, in extra head dimensions of the model's own kernel.",
-            cite="arXiv 2505.12044",
-        ),
-        PatchEntry(
-            name="rectified",
-            module="accelplug.patches.sparse.rectified",
-            cls="Rectified",
-            family="sparse",
-            summary="Likeliest and neighbouring key blocks are read, weighed against the mean values of the others.",
-            cite="arXiv 2511.19835",
-        ),
-        PatchEntry(
-            name="psa",
-            module="accelplug.patches.sparse.psa",
-            cls="Psa",
-            family="sparse",
-            summary="The less a key block matters, the more of its keys are read as one: exactly, by 2, by 4, by 8, not at all.",
-            cite="arXiv 2512.04025",
-        ),
-        PatchEntry(
-            name="svg_ear",
-            module="accelplug.patches.sparse.svg_ear",
-            cls="SvgEar",
-            family="sparse",
-            summary="Alike tokens share blocks; what pooling would get most wrong is read exactly, the rest is pooled.",
-            cite="arXiv 2603.08982",
-        ),
-        PatchEntry(
-            name="hierarchical",
-            module="accelplug.patches.sparse.hierarchical",
-            cls="Hierarchical",
-            family="sparse",
-            summary="A block's own keys one by one, every other block as one, weighed once for all its rows. Experimental.",
-            cite="arXiv 2509.15448",
-        ),
-        PatchEntry(
-            name="sparse_vdit",
-            module="accelplug.patches.sparse.sparse_vdit",
-            cls="SparseVdit",
-            family="sparse",
-            summary="Every head is full, skipped, a diagonal, many diagonals or stripes, as an offline search found.",
-            cite="arXiv 2506.03065",
-        ),
-        PatchEntry(
-            name="paro",
-            module="accelplug.patches.sparse.paro",
-            cls="Paro",
-            family="sparse",
-            summary="For every head the order of axes in which its attention falls into blocks, and a static mask of them.",
-            cite="arXiv 2506.16054",
-        ),
-        PatchEntry(
-            name="sta",
-            module="accelplug.patches.sparse.sta",
-            cls="Sta",
-            family="sparse",
-            summary="Windows of whole tiles around the query's own, one for each head, from a search.",
-            cite="arXiv 2502.04507",
-        ),
-        PatchEntry(
-            name="visual_bias",
-            module="accelplug.patches.heads.visual_bias",
-            cls="VisualBias",
-            family="heads",
-            summary="Later text attends more to images and less to the system prompt: a bias on spans.",
-            cite="arXiv 2603.03825",
-        ),
-        PatchEntry(
-            name="var",
-            module="accelplug.patches.heads.var",
-            cls="Var",
-            family="heads",
-            summary="What heads spend on attention sinks goes to the other image tokens.",
-            cite="arXiv 2503.03321",
-        ),
-        PatchEntry(
-            name="vhr",
-            module="accelplug.patches.heads.vhr",
-            cls="Vhr",
-            family="heads",
-            summary="Heads in which the image makes the most difference are made louder.",
-            cite="arXiv 2412.13949",
-        ),
-        PatchEntry(
-            name="gift",
-            module="accelplug.patches.heads.gift",
-            cls="Gift",
-            family="heads",
-            summary="The answer keeps looking at what the question pointed at.",
-            cite="arXiv 2510.22067",
-        ),
-        PatchEntry(
-            name="imbalance",
-            module="accelplug.patches.heads.imbalance",
-            cls="Imbalance",
-            family="heads",
-            summary="Image tokens that the vision tower marks as local or as summaries are raised.",
-            cite="arXiv 2501.12206",
-        ),
-        PatchEntry(
-            name="pai",
-            module="accelplug.patches.heads.pai",
-            cls="Pai",
-            family="heads",
-            summary="Scores of image tokens are raised by a share of their size: the baseline.",
-            cite="arXiv 2407.21771",
-        ),
-        PatchEntry(
-            name="contrast",
-            module="accelplug.patches.guidance.contrast",
-            cls="Contrast",
-            family="generation",
-            summary="What pictures add to the logits of the text alone counts more, among likely tokens.",
-            cite="arXiv 2407.21771",
-        ),
-        PatchEntry(
-            name="carve",
-            module="accelplug.patches.guidance.carve",
-            cls="Carve",
-            family="generation",
-            summary="The answer is given on what the question, unlike a description, makes the model look at: the rest is cut away.",
-            cite="arXiv 2509.06461",
-        ),
-        PatchEntry(
-            name="agla",
-            module="accelplug.patches.guidance.agla",
-            cls="Agla",
-            family="generation",
-            summary="Logits are added to those on the image with all but what the question is about masked.",
-            cite="arXiv 2406.12718",
-        ),
-    )
+PATCH_FAMILIES = {
+    "sparse": "which keys a denoiser's queries read",
+    "tokens": "which of a denoiser's tokens attend",
+    "bias": "what is added to a denoiser's scores",
+    "heads": "where a language model's heads look",
+    "generation": "what stands around a language model's generate",
 }
+"""What a patch may change, which decides what models take it."""
+
+RESERVED = ("dense", "rest")
+"""Names that mean something else to recipes and to `accelplug.calibrate`."""
+
+_OWN = (
+    PatchEntry(
+        name="radial",
+        module="accelplug.patches.sparse.radial",
+        cls="Radial",
+        family="sparse",
+        summary="Static video mask: the spatial window halves as the distance in time doubles.",
+        cite="arXiv 2506.19852",
+    ),
+    PatchEntry(
+        name="neighborhood",
+        module="accelplug.patches.sparse.neighborhood",
+        cls="Neighborhood",
+        family="sparse",
+        summary="Every query reads a window around it on the token grid; strided, dilated or causal.",
+        cite="arXiv 2504.16922",
+    ),
+    PatchEntry(
+        name="sol",
+        module="accelplug.patches.sparse.sol",
+        cls="Sol",
+        family="sparse",
+        summary="Key blocks whose pooled score stands out are read exactly, all others through one pooled key each.",
+        cite="arXiv 2607.24027",
+    ),
+    PatchEntry(
+        name="proxy",
+        module="accelplug.patches.sparse.proxy",
+        cls="Proxy",
+        family="sparse",
+        summary="Near windows are read exactly, each far window through one key that stands for it. Experimental.",
+        cite="arXiv 2409.04005",
+    ),
+    PatchEntry(
+        name="tome",
+        module="accelplug.patches.tokens.tome",
+        cls="Tome",
+        family="tokens",
+        summary="Tokens that look alike are merged before attention; each key counts as often as it has tokens.",
+        cite="arXiv 2303.17604",
+    ),
+    PatchEntry(
+        name="freeswim",
+        module="accelplug.patches.sparse.freeswim",
+        cls="FreeSwim",
+        family="sparse",
+        summary="Windows of the training size, moved inward at borders, for larger images and frames.",
+        cite="arXiv 2511.14712",
+    ),
+    PatchEntry(
+        name="svg",
+        module="accelplug.patches.sparse.svg",
+        cls="Svg",
+        family="sparse",
+        summary="Each head reads the frames around or the places around; a few queries tell which.",
+        cite="arXiv 2502.01776",
+    ),
+    PatchEntry(
+        name="vmoba",
+        module="accelplug.patches.sparse.vmoba",
+        cls="Vmoba",
+        family="sparse",
+        summary="Queries or blocks of them choose slabs of frames, columns or cuboids, by turns; all of a head compete. Experimental.",
+        cite="arXiv 2506.23858",
+    ),
+    PatchEntry(
+        name="bilevel",
+        module="accelplug.patches.sparse.bilevel",
+        cls="Bilevel",
+        family="sparse",
+        summary="Regions read the regions whose means score highest, and those around them.",
+        cite="arXiv 2303.08810",
+    ),
+    PatchEntry(
+        name="bias",
+        module="accelplug.patches.heads.bias",
+        cls="Bias",
+        family="bias",
+        summary="An additive bias by distance on the token grid, in extra head dimensions of the model's own kernel.",
+        cite="arXiv 2505.12044",
+    ),
+    PatchEntry(
+        name="rectified",
+        module="accelplug.patches.sparse.rectified",
+        cls="Rectified",
+        family="sparse",
+        summary="Likeliest and neighbouring key blocks are read, weighed against the mean values of the others.",
+        cite="arXiv 2511.19835",
+    ),
+    PatchEntry(
+        name="psa",
+        module="accelplug.patches.sparse.psa",
+        cls="Psa",
+        family="sparse",
+        summary="The less a key block matters, the more of its keys are read as one: exactly, by 2, by 4, by 8, not at all.",
+        cite="arXiv 2512.04025",
+    ),
+    PatchEntry(
+        name="svg_ear",
+        module="accelplug.patches.sparse.svg_ear",
+        cls="SvgEar",
+        family="sparse",
+        summary="Alike tokens share blocks; what pooling would get most wrong is read exactly, the rest is pooled.",
+        cite="arXiv 2603.08982",
+    ),
+    PatchEntry(
+        name="hierarchical",
+        module="accelplug.patches.sparse.hierarchical",
+        cls="Hierarchical",
+        family="sparse",
+        summary="A block's own keys one by one, every other block as one, weighed once for all its rows. Experimental.",
+        cite="arXiv 2509.15448",
+    ),
+    PatchEntry(
+        name="sparse_vdit",
+        module="accelplug.patches.sparse.sparse_vdit",
+        cls="SparseVdit",
+        family="sparse",
+        summary="Every head is full, skipped, a diagonal, many diagonals or stripes, as an offline search found.",
+        cite="arXiv 2506.03065",
+    ),
+    PatchEntry(
+        name="paro",
+        module="accelplug.patches.sparse.paro",
+        cls="Paro",
+        family="sparse",
+        summary="For every head the order of axes in which its attention falls into blocks, and a static mask of them.",
+        cite="arXiv 2506.16054",
+    ),
+    PatchEntry(
+        name="sta",
+        module="accelplug.patches.sparse.sta",
+        cls="Sta",
+        family="sparse",
+        summary="Windows of whole tiles around the query's own, one for each head, from a search.",
+        cite="arXiv 2502.04507",
+    ),
+    PatchEntry(
+        name="visual_bias",
+        module="accelplug.patches.heads.visual_bias",
+        cls="VisualBias",
+        family="heads",
+        summary="Later text attends more to images and less to the system prompt: a bias on spans.",
+        cite="arXiv 2603.03825",
+    ),
+    PatchEntry(
+        name="var",
+        module="accelplug.patches.heads.var",
+        cls="Var",
+        family="heads",
+        summary="What heads spend on attention sinks goes to the other image tokens.",
+        cite="arXiv 2503.03321",
+    ),
+    PatchEntry(
+        name="vhr",
+        module="accelplug.patches.heads.vhr",
+        cls="Vhr",
+        family="heads",
+        summary="Heads in which the image makes the most difference are made louder.",
+        cite="arXiv 2412.13949",
+    ),
+    PatchEntry(
+        name="gift",
+        module="accelplug.patches.heads.gift",
+        cls="Gift",
+        family="heads",
+        summary="The answer keeps looking at what the question pointed at.",
+        cite="arXiv 2510.22067",
+    ),
+    PatchEntry(
+        name="imbalance",
+        module="accelplug.patches.heads.imbalance",
+        cls="Imbalance",
+        family="heads",
+        summary="Image tokens that the vision tower marks as local or as summaries are raised.",
+        cite="arXiv 2501.12206",
+    ),
+    PatchEntry(
+        name="pai",
+        module="accelplug.patches.heads.pai",
+        cls="Pai",
+        family="heads",
+        summary="Scores of image tokens are raised by a share of their size: the baseline.",
+        cite="arXiv 2407.21771",
+    ),
+    PatchEntry(
+        name="contrast",
+        module="accelplug.patches.guidance.contrast",
+        cls="Contrast",
+        family="generation",
+        summary="What pictures add to the logits of the text alone counts more, among likely tokens.",
+        cite="arXiv 2407.21771",
+    ),
+    PatchEntry(
+        name="carve",
+        module="accelplug.patches.guidance.carve",
+        cls="Carve",
+        family="generation",
+        summary="The answer is given on what the question, unlike a description, makes the model look at: the rest is cut away.",
+        cite="arXiv 2509.06461",
+    ),
+    PatchEntry(
+        name="agla",
+        module="accelplug.patches.guidance.agla",
+        cls="Agla",
+        family="generation",
+        summary="Logits are added to those on the image with all but what the question is about masked.",
+        cite="arXiv 2406.12718",
+    ),
+)
 
 
 def list_patches() -> tuple[PatchEntry, ...]:
-    """Return all patches."""
-    return tuple(_PATCHES.values())
+    """Return all patches: ours, then those of others. Of ours, none is imported."""
+    return _PATCHES.all()
 
 
 def patch_entry(name: str) -> PatchEntry:
@@ -253,12 +273,126 @@ def patch_entry(name: str) -> PatchEntry:
     NoMatchError
         If there is no patch of that name.
     """
-    if not isinstance(name, str) or name not in _PATCHES:
-        raise NoMatchError(f"There is no patch {name!r}{nearest(str(name), _PATCHES)}. Known: dense, {', '.join(_PATCHES)}.")
-    return _PATCHES[name]
+    entry = _PATCHES.get(name) if isinstance(name, str) else None
+    if entry is None:
+        known = [entry.name for entry in list_patches()]
+        why = _PATCHES.why_not(str(name)) or nearest(str(name), known)
+        raise NoMatchError(f"There is no patch {name!r}{why}. Known: dense, {', '.join(known)}.")
+    return entry
 
 
 def patch_class(name: str) -> type[Patch]:
     """Import and return the class of a patch; see `patch_entry` for what it raises."""
     entry = patch_entry(name)
-    return getattr(import_module(entry.module), entry.cls)
+    return entry.registered or getattr(import_module(entry.module), entry.cls)
+
+
+def entry_of(patch: str | Patch | type[Patch]) -> PatchEntry:
+    """Return the entry of a patch, given its name, an instance, or its class, which need not be registered.
+
+    Raises
+    ------
+    NoMatchError
+        If there is no patch of that name.
+    AccelplugError
+        If it is not a patch, is not finished, or goes by the name of another.
+    """
+    if isinstance(patch, str):
+        return patch_entry(patch)
+    cls = patch if isinstance(patch, type) else type(patch)
+    entry = _described(cls)
+    known = _PATCHES.get(entry.name)
+    if known is not None and (known.module, known.cls) == (entry.module, entry.cls):
+        return known
+    _require(cls, "used", _unfinished(cls, entry.family))
+    if known is not None:
+        raise AccelplugError(
+            f"{_named(cls)} goes by the name {entry.name!r}, and so does {known.module}.{known.cls}; give it a `name` of its own."
+        )
+    return entry
+
+
+def register_patch(cls: PatchClass) -> PatchClass:
+    """Make a patch of another package known by its name: to recipes, `list_patches`, and all that takes a patch's name.
+
+    Parameters
+    ----------
+    cls : a class that derives from `Patch`, with these class attributes: ``name``, small letters, digits and underscores; ``cite``,
+        where the method was published, or ``unpublished``; ``summary``, one line on what it does; ``family``, a key of
+        `PATCH_FAMILIES`, where its base class does not say. What is registered already may come again; a class of the same module
+        and name takes its place, as when a notebook's cell is run again.
+
+    Returns
+    -------
+    The class: it may stand above it as a decorator.
+
+    Raises
+    ------
+    AccelplugError
+        If it is not such a class, naming all that it lacks, or another patch has its name.
+    """
+    entry = _described(cls)
+    _require(cls, "registered", [*_unfinished(cls, entry.family), *_undescribed(cls)])
+    known = _PATCHES.get(entry.name)
+    if known is not None and known.registered and (known.module, known.cls) == (entry.module, entry.cls):
+        _PATCHES.drop(known)
+    _PATCHES.add([entry.name], entry)
+    return cls
+
+
+_PATCHES: Catalog[PatchEntry] = Catalog(
+    "patch", {entry.name: entry for entry in _OWN}, EntryPoints("accelplug.patches", register_patch)
+)
+
+
+def _described(cls: Any) -> PatchEntry:
+    """What a class says of itself. Without a name it goes by that of the class."""
+    from accelplug.patches.base import Patch
+
+    if not (isinstance(cls, type) and issubclass(cls, Patch)):
+        raise AccelplugError(
+            f"Expected a patch, a class that derives from accelplug.patches.base.Patch, or an instance of one; got {cls!r}."
+        )
+    own = next((entry for entry in _OWN if (entry.module, entry.cls) == (cls.__module__, cls.__qualname__)), None)
+    name = cls.name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+    return own or PatchEntry(name, cls.__module__, cls.__qualname__, cls.family, cls.summary, cls.cite, cls)
+
+
+def _unfinished(cls: type[Patch], family: str) -> Iterator[str]:
+    """Why a patch cannot run."""
+    from accelplug.patches.base import NEEDS, Config
+
+    template = next(base for base in cls.__mro__ if "writes" in vars(base))
+    for half in cls.writes:
+        if getattr(cls, half) is getattr(template, half):
+            yield f"it does not define {half}(), as each {template.__name__} must"
+    if family not in PATCH_FAMILIES:
+        kinds = "; ".join(f"{kind}, {what}" for kind, what in PATCH_FAMILIES.items())
+        yield f"`family` must say what it changes ({kinds}), got {family!r}{nearest(str(family), PATCH_FAMILIES)}"
+    if not (isinstance(cls.Config, type) and issubclass(cls.Config, Config)):
+        yield f"`Config` must derive from accelplug.patches.base.Config, got {cls.Config!r}"
+    if unknown := sorted(set(cls.needs) - NEEDS):
+        yield f"`needs` names {', '.join(unknown)}, and a host supplies {', '.join(sorted(NEEDS))}"
+
+
+def _undescribed(cls: type[Patch]) -> Iterator[str]:
+    """What others cannot know of a patch."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", str(cls.name)) or cls.name in RESERVED:
+        but = f", but for {' and '.join(RESERVED)}"
+        yield f"`name` must be small letters, digits and underscores, a letter first{but}, got {cls.name!r}"
+    if not str(cls.cite).strip():
+        yield "`cite` must say where it was published, as 'arXiv 2506.19852', or 'unpublished'"
+    if not str(cls.summary).strip() or "\n" in str(cls.summary):
+        yield "`summary` must say in one line what it does"
+    bare = [key for key, value in getattr(cls.Config, "model_fields", {}).items() if not value.description]
+    if bare:
+        yield f"every field of its Config needs a description, and {', '.join(bare)} has none: Field(..., description=...)"
+
+
+def _require(cls: type[Patch], what: str, faults: Iterable[str]) -> None:
+    if found := list(faults):
+        raise AccelplugError(f"{_named(cls)} cannot be {what} as a patch: {'; '.join(found)}. See docs/add-a-patch.md.")
+
+
+def _named(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union, get_args, get
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from accelplug.errors import AccelplugError
 from accelplug.kernels.orders import Tiles
 from accelplug.kernels.plan import BlockPlan
 from accelplug.kernels.spans import unit_values
@@ -65,6 +66,12 @@ Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)
 """Of heads or dimensions, 0-based."""
 
 
+NEEDS = frozenset(
+    ["hidden_states", "blind", "ahead", "vision_attention", "turns", "whole_prompt", "answers", "scores", "probabilities"]
+)
+"""All that a `Patch` may need of its host."""
+
+
 class Patch:
     """One method. Subclasses set `Config`, and write `prepare` and `attend`.
 
@@ -73,7 +80,13 @@ class Patch:
     """
 
     Config: ClassVar[type[Config]] = Config
+    name: ClassVar[str] = ""
+    """What recipes call it. With `cite`, `summary` and `family` for patches of other packages: those of ours stand in the registry."""
     cite: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    writes: ClassVar[tuple[str, ...]] = ("prepare", "attend")
+    """The methods that a subclass must write."""
     Calibration: ClassVar[type[Any] | None] = None
     """What `accelplug.calibrate` measures for the method, where it takes tables: a `patches.calibration.Calibration`."""
     needs: frozenset[str] = frozenset()
@@ -140,8 +153,8 @@ class Patch:
         return params
 
 
-class UnimplementedHalf(TypeError):
-    """A `Patch` subclass lacks one of its two halves."""
+class UnimplementedHalf(AccelplugError, TypeError):
+    """A `Patch` subclass lacks a method that it must write."""
 
     def __init__(self, cls: type, half: str) -> None:
-        super().__init__(f"{cls.__name__} must define {half}(); see accelplug/patches/base.py.")
+        super().__init__(f"{cls.__name__} must define {half}(); see docs/add-a-patch.md.")

@@ -46,6 +46,8 @@ class Tools:
 class GenerationPatch(Patch):
     """A method that needs more than one forward: it stands around ``generate``. Several of them nest, the first outermost."""
 
+    family = "generation"
+    writes = ("generate",)
     speed = False
 
     def generate(self, model: Any, call: Callable[..., Any], inputs: dict[str, Any], tools: Tools) -> Any:

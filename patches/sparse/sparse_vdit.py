@@ -81,6 +81,7 @@ class SparseVdit(PerHead):
 
     Config = SparseVditConfig
     Calibration = SparseVditSearch
+    writes = ()  # the plan is made for each layer, of its modes
     config: SparseVditConfig
     cite = "arXiv 2506.03065"
 

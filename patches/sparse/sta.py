@@ -70,6 +70,7 @@ class Sta(PerHead):
 
     Config = StaConfig
     Calibration = StaSearch
+    writes = ()  # the plan is made for each layer, of its windows
     config: StaConfig
     cite = "arXiv 2502.04507"
 

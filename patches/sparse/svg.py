@@ -118,6 +118,7 @@ class Svg(BlockSparse):
     """
 
     Config = SvgConfig
+    writes = ()  # the plan is made per call, of two masks
     config: SvgConfig
     cite = "arXiv 2502.01776"
 

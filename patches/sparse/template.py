@@ -146,6 +146,8 @@ class BlockSparse(Patch):
     """
 
     Config: ClassVar[type[Config]] = BlockConfig
+    family = "sparse"
+    writes: ClassVar[tuple[str, ...]] = ("select",)
     config: BlockConfig
 
     def __init__(self, config: Any = None) -> None:
@@ -275,6 +277,7 @@ class Scored(BlockSparse):
     """
 
     Config: ClassVar[type[Config]] = ScoredConfig
+    writes: ClassVar[tuple[str, ...]] = ("route",)
     config: ScoredConfig
 
     def order(self, layout: Layout, **where: Any) -> Tiles:

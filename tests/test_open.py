@@ -1,0 +1,176 @@
+"""Patches of other packages: what registering one asks of it, by which names it is found, and what a broken package does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+import torch
+from pydantic import Field
+
+import accelplug
+from accelplug import catalog, registry
+from accelplug.errors import AccelplugError, NoMatchError
+from accelplug.kernels.orders import Tiles
+from accelplug.kernels.plan import BlockPlan
+from accelplug.patches.base import Patch
+from accelplug.patches.generation import GenerationPatch
+from accelplug.patches.sparse.radial import Radial
+from accelplug.patches.sparse.template import BlockConfig, BlockSparse, Scored
+from accelplug.registry import PATCH_FAMILIES, entry_of, list_patches, patch_class, patch_entry, register_patch
+
+
+class Diagonal(BlockSparse):
+    """Every block reads itself and those up to `reach` blocks away."""
+
+    class Config(BlockConfig):
+        reach: int = Field(0, ge=0, description="Blocks to both sides.")
+
+    name, cite, summary = "diagonal", "unpublished", "Every block reads those around it."
+    config: Config
+
+    def select(self, tiles: Tiles) -> BlockPlan:
+        blocks = torch.arange(tiles.slots // self.config.unit)
+        return self.plan((blocks[:, None] - blocks).abs() <= self.config.reach, tiles)
+
+
+@pytest.fixture
+def shelf(monkeypatch: pytest.MonkeyPatch) -> Iterator[catalog.Catalog[Any]]:
+    """A catalog of our own patches that tests may fill, with entry points not read yet."""
+    fresh = catalog.Catalog(
+        "patch", {entry.name: entry for entry in registry._OWN}, catalog.EntryPoints("accelplug.patches", register_patch)
+    )
+    monkeypatch.setattr(registry, "_PATCHES", fresh)
+    return fresh
+
+
+def test_our_own_keep_what_is_asked_of_others():
+    for entry in list_patches():
+        cls = patch_class(entry.name)
+        assert not list(registry._unfinished(cls, entry.family)), entry.name
+        assert entry.family in PATCH_FAMILIES
+        assert cls.family in ("", entry.family)
+        assert all(field.description for field in cls.Config.model_fields.values()), entry.name
+
+
+@pytest.mark.usefixtures("shelf")
+def test_a_registered_patch_is_found_by_its_name():
+    before = list_patches()
+    assert register_patch(Diagonal) is Diagonal
+    assert register_patch(Diagonal) is Diagonal
+    assert [entry.name for entry in list_patches()] == [*(entry.name for entry in before), "diagonal"]
+    assert patch_entry("diagonal").family == "sparse"
+    assert patch_class("diagonal") is Diagonal
+    assert entry_of("diagonal") == entry_of(Diagonal) == entry_of(Diagonal({"reach": 1})) == patch_entry("diagonal")
+
+
+@pytest.mark.usefixtures("shelf")
+def test_the_cell_of_a_notebook_may_run_again():
+    def cell(summary: str) -> type[Patch]:
+        class Mine(Diagonal):
+            name = "mine"
+
+        Mine.summary = summary
+        return register_patch(Mine)
+
+    cell("Once.")
+    latest = cell("Twice.")
+    assert patch_class("mine") is latest
+    assert patch_entry("mine").summary == "Twice."
+
+
+@pytest.mark.usefixtures("shelf")
+def test_an_instance_needs_no_registration():
+    class TwoHalves(Diagonal):
+        name = ""
+
+    assert entry_of(TwoHalves({"reach": 2})).name == "two_halves"
+    assert entry_of(Radial()) == patch_entry("radial")
+    with pytest.raises(NoMatchError, match="two_halves"):
+        patch_entry("two_halves")
+
+
+def bare(**attributes: Any) -> type:
+    return type("Bare", (Diagonal,), attributes)
+
+
+@pytest.mark.usefixtures("shelf")
+@pytest.mark.parametrize(
+    ("cls", "said"),
+    [
+        (object, "derives from accelplug.patches.base.Patch"),
+        (Diagonal({}), "derives from accelplug.patches.base.Patch"),
+        (bare(name="Mine"), "small letters"),
+        (bare(name="dense"), "small letters"),
+        (bare(name="sol"), "cannot be registered: expected a name that is free"),
+        (bare(cite=" "), "'unpublished'"),
+        (bare(summary="one\ntwo"), "one line"),
+        (bare(family="sparce"), "nearest: sparse"),
+        (bare(needs={"hidden"}), "`needs` names hidden"),
+        (bare(Config=dict), "`Config` must derive"),
+        (bare(Config=type("Config", (BlockConfig,), {"__annotations__": {"k": int}, "k": 1})), "k has none"),
+        (type("Half", (Patch,), {"family": "heads"}), r"define prepare\(\).*define attend\(\)"),
+        (type("Half", (BlockSparse,), {}), r"define select\(\), as each BlockSparse"),
+        (type("Half", (Scored,), {}), r"define route\(\), as each Scored"),
+        (type("Half", (GenerationPatch,), {}), r"define generate\(\)"),
+    ],
+)
+def test_what_is_lacking_is_named(cls: Any, said: str):
+    before = list_patches()
+    with pytest.raises(AccelplugError, match=said):
+        register_patch(cls)
+    assert list_patches() == before
+
+
+@pytest.mark.usefixtures("shelf")
+def test_all_that_is_lacking_is_named_at_once():
+    with pytest.raises(AccelplugError) as caught:
+        register_patch(type("Half", (Scored,), {}))
+    assert all(word in str(caught.value) for word in ("route()", "`name`", "`cite`", "`summary`"))
+
+
+@pytest.mark.usefixtures("shelf")
+def test_an_instance_that_cannot_run_or_be_told_apart_is_refused():
+    with pytest.raises(AccelplugError, match=r"define select\(\)"):
+        entry_of(type("Half", (BlockSparse,), {})())
+    with pytest.raises(AccelplugError, match="give it a `name` of its own"):
+        entry_of(bare(name="sol")())
+    with pytest.raises(AccelplugError, match="Expected a patch"):
+        entry_of(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("shelf")
+def test_entry_points_are_read_when_a_name_is_missing_and_broken_ones_break_nothing(monkeypatch: pytest.MonkeyPatch):
+    group = "accelplug.patches"
+    offered = [
+        EntryPoint("gone", "no_such_package_of_theirs:Gone", group),
+        EntryPoint("diagonal", f"{__name__}:Diagonal", group),
+        EntryPoint("sol", f"{__name__}:NOT_A_PATCH", group),
+    ]
+    asked: list[str] = []
+
+    def points(*, group: str) -> list[EntryPoint]:
+        asked.append(group)
+        return offered
+
+    monkeypatch.setattr(catalog, "entry_points", points)
+    assert patch_entry("radial").name == "radial"
+    assert not asked, "a name of ours asks no package"
+    with pytest.warns(RuntimeWarning) as warned:
+        assert patch_class("diagonal") is Diagonal
+    assert len(warned) == 2
+    assert "no_such_package_of_theirs" in str(warned[0].message)
+    with pytest.raises(NoMatchError, match=r"offers it, and fails: ModuleNotFoundError"):
+        patch_entry("gone")
+    assert len(list_patches()) == len(registry._OWN) + 1
+    assert asked == [group]
+
+
+NOT_A_PATCH = "a string"
+
+
+@pytest.mark.usefixtures("shelf")
+def test_the_decorator_is_public():
+    assert accelplug.register_patch is register_patch
