@@ -42,7 +42,7 @@ def output(given: Any, what: str = "The file to write", suffixes: tuple[str, ...
     Raises
     ------
     AccelplugError
-        If it is no path, has another end, is a folder, or its folder is not there or cannot be written to.
+        If it is not a path, has another end, is a folder, or its folder is not there or cannot be written to.
     """
     path = path_of(given, what)
     if suffixes and path.suffix.lower() not in suffixes:
@@ -54,7 +54,7 @@ def output(given: Any, what: str = "The file to write", suffixes: tuple[str, ...
         if not target.parent.is_dir():
             raise AccelplugError(f"{what}: {path} cannot be written, there is no folder {target.parent}. Make it first.")
         if not os.access(target if target.exists() else target.parent, os.W_OK):
-            raise AccelplugError(f"{what}: {path} must not be written to. Give a place of yours.")
+            raise AccelplugError(f"{what}: {path} must not be written to. Give a place of your own.")
     except OSError as error:
         raise AccelplugError(f"{what}: {path} cannot be written: {error.strerror or error}.") from error
     return path
@@ -67,18 +67,18 @@ def read(given: Any, what: str = "The file", limit: int | None = None) -> str:
     ----------
     given : the path.
     what : what the file is, for the message.
-    limit : bytes that it may have; a larger file, or what is no regular one, is refused before it is read.
+    limit : bytes that it may have; a larger file, or one that is not regular, is refused before it is read.
 
     Raises
     ------
     AccelplugError
-        If it is no path, not there, a folder, too large, or not UTF-8.
+        If it is not a path, not there, a folder, too large, or not UTF-8.
     """
     path = path_of(given, what)
     try:
         found = path.stat()
         if limit is not None and not (stat.S_ISREG(found.st_mode) and found.st_size <= limit):
-            raise AccelplugError(f"{what}: expected a file of at most {limit} bytes, {path} is none. Is it the right file?")
+            raise AccelplugError(f"{what}: expected a file of at most {limit} bytes, {path} is not one. Is it the right file?")
         data = path.read_bytes()
     except OSError as error:
         raise AccelplugError(f"{what}: {path} cannot be read: {error.strerror or error}.") from error
@@ -86,7 +86,7 @@ def read(given: Any, what: str = "The file", limit: int | None = None) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise AccelplugError(
-            f"{what}: {path} is no UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8."
+            f"{what}: {path} is not UTF-8 text: {error.reason} at byte {error.start}. Save it as UTF-8."
         ) from error
 
 

@@ -351,7 +351,7 @@ def _schedules() -> None:
         scheduler.set_timesteps(4)
         before = scheduler.timesteps
         scheduler.set_timesteps(4)
-        expect(isinstance(before, torch.Tensor) and len(before) == 4, f"{name}.timesteps is no tensor of as many")
+        expect(isinstance(before, torch.Tensor) and len(before) == 4, f"{name}.timesteps is not a tensor of as many")
         expect(scheduler.timesteps is not before, f"{name}.set_timesteps keeps its tensor: a run that begins is not seen")
     counting = FlowMatchEulerDiscreteScheduler()
     counting.set_timesteps(4)

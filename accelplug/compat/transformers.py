@@ -176,7 +176,7 @@ def _lookup() -> None:
 
 
 def crosses(cls: type) -> bool:
-    """Whether an attention class reads keys that are no tokens of its own sequence."""
+    """Whether an attention class reads keys from outside of its own sequence."""
     forward = inspect.signature(inspect.getattr_static(cls, "forward")).parameters
     return not {"cross_attention_states", "encoder_hidden_states"}.isdisjoint(forward)
 
@@ -304,7 +304,7 @@ NO_LABEL = -100
 
 
 def valid_tokens(mask: Any, past: int) -> Any:
-    """Return which tokens are no padding, bool (B, S), of a mask in any of transformers' forms; None where it does not say.
+    """Return which tokens are not padding, bool (B, S), of a mask in any of transformers' forms; None where it does not say.
 
     A mask of (B, 1, S_q, S_k) says it of this forward's tokens, which stand behind `past` others: padding may not read itself.
     """

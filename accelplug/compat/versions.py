@@ -39,7 +39,7 @@ def tested_versions(package: str) -> str:
 
 
 def untested(package: str) -> bool:
-    """Whether the installed version of `package` is none that the suite ran on, by its minor version."""
+    """Whether the suite did not run on the installed version of `package`, by its minor version."""
     found = installed(package)
     return found is not None and not _minor(OLDEST[package]) <= _minor(found) <= _minor(TESTED[package])
 
