@@ -78,7 +78,9 @@ def read(given: Any, what: str = "The file", limit: int | None = None) -> str:
     try:
         found = path.stat()
         if limit is not None and not (stat.S_ISREG(found.st_mode) and found.st_size <= limit):
-            raise AccelplugError(f"{what}: expected a file of at most {limit} bytes, {path} is not one. Is it the right file?")
+            raise AccelplugError(
+                f"{what}: expected a file of at most {limit} bytes, {path} is not one. Is it the right file?"
+            )
         data = path.read_bytes()
     except OSError as error:
         raise AccelplugError(f"{what}: {path} cannot be read: {error.strerror or error}.") from error
