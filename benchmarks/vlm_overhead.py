@@ -25,7 +25,7 @@ import transformers
 import accelplug
 from accelplug import compat
 from accelplug.comparison.environment import environment
-from accelplug.hosts.gate import synchronise
+from accelplug.kernels.timing import synchronise
 from accelplug.zoo import path
 from benchmarks.common import write_json
 

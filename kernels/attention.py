@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ from accelplug.kernels import blocked, flex, reference
 from accelplug.kernels.plan import BlockPlan, Threshold, pool
 from accelplug.kernels.precision import DTYPES, Precision, Quantised, quantised, smoothed
 from accelplug.kernels.rest import Drop, Pool, Rectified, Rest, Tied, coarse, rectified, tied
+from accelplug.kernels.timing import timed_ms
 
 Backend = Literal["auto", "first", "triton", "flex", "flash", "blocked", "reference"]
 
@@ -251,8 +251,15 @@ def measure_choice(
         times = {}
         for name in _candidates(q, v, plan, precision, isinstance(rest, Tied)):
             try:
-                arguments = {"rest": rest, "scale": scale, "precision": precision, "key_mask": key_mask, "backend": name}
-                times[name] = min(_timed_ms(q, k, v, plan, arguments) for _ in range(repeats + 1))
+                arguments: Any = {
+                    "rest": rest,
+                    "scale": scale,
+                    "precision": precision,
+                    "key_mask": key_mask,
+                    "backend": name,
+                }
+                run = partial(block_attention, q, k, v, plan, **arguments)
+                times[name] = min(timed_ms(run, q.device)[1] for _ in range(repeats + 1))
             except UnsupportedError:
                 continue
         return min(times, key=times.__getitem__), times
@@ -298,18 +305,6 @@ def _as_tuple(part: Any) -> Any:
 def forget_choices() -> None:
     """Forget what was measured."""
     _choices.clear()
-
-
-def _timed_ms(q: Tensor, k: Tensor, v: Tensor, plan: Any, arguments: dict[str, Any]) -> float:
-    def wait() -> None:
-        if q.device.type != "cpu":
-            torch.accelerator.synchronize(q.device)
-
-    wait()
-    start = time.perf_counter()
-    block_attention(q, k, v, plan, **arguments)
-    wait()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def _key(q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Rest, key_mask: Tensor | None, precision: str) -> tuple:

@@ -94,7 +94,7 @@ def cluster_tiles(
     scatter = torch.empty_like(order).scatter_(-1, order - first, at[:visual].expand_as(order))
     # Text keeps its place: as in raster order, where it lies in slots, or where `tiles` left it as it is.
     there = torch.arange(tiles.slots, device=x.device).clamp(max=tiles.tokens - 1) if tiles.gather is None else tiles.gather
-    back = torch.arange(tiles.tokens, device=x.device) if tiles.scatter is None else tiles.scatter
+    back = tiles.slot_of_token()
     heads = order.shape[:2]
     text_slots = there[tiles.visual_slots :].expand(*heads, -1)
     before, after = back[:first].expand(*heads, -1), back[first + visual :].expand(*heads, -1)

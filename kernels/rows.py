@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
-
-Rule = Literal["reach", "within", "tail"]
 
 
 def top_p(
@@ -15,15 +11,11 @@ def top_p(
     p: float | Tensor,
     k_min: int | Tensor = 1,
     *,
-    rule: Rule = "reach",
     candidates: Tensor | None = None,
 ) -> Tensor:
-    """Keep the likeliest entries of each row, up to a mass of p. Three rules stand in the field:
+    """Keep the likeliest entries of each row: the fewest whose sum reaches p. The entry that crosses it is kept.
 
-    * ``reach``: the shortest prefix, likeliest first, whose sum reaches p; the entry that crosses it is kept (Twilight, SVG2,
-      Rectified SpaAttn).
-    * ``within``: entries whose sum with all likelier ones is at most p (Jenga).
-    * ``tail``: entries whose sum with all less likely ones is at least ``1 - p`` (NABLA); ``reach``, but for exact ties.
+    So do Twilight, SVG2 and Rectified SpaAttn; Jenga leaves the crossing entry out.
 
     Parameters
     ----------
@@ -39,13 +31,9 @@ def top_p(
     sorted_probability, entry, candidate = _sorted(probability, candidates)
     mass = torch.where(candidate, sorted_probability, 0.0)
     p = _per_row(p, probability)
-    if rule == "tail":
-        keep = mass.flip(-1).cumsum(-1).flip(-1) >= 1 - p
-    else:
-        up_to = mass.cumsum(-1)
-        before = torch.cat([torch.zeros_like(up_to[..., :1]), up_to[..., :-1]], -1)
-        keep = before < p if rule == "reach" else up_to <= p
-    keep = keep | (p >= 1) | (_ranks(probability) < _per_row(k_min, probability))
+    up_to = mass.cumsum(-1)
+    before = torch.cat([torch.zeros_like(up_to[..., :1]), up_to[..., :-1]], -1)
+    keep = (before < p) | (p >= 1) | (_ranks(probability) < _per_row(k_min, probability))
     return torch.zeros_like(keep).scatter(-1, entry, keep & candidate)
 
 

@@ -296,3 +296,15 @@ def decode_biased(call: AttentionCall, bias: Tensor) -> Tensor:
             bias = bias.reshape(-1, heads // groups, groups, bias.shape[-1])
     out = scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=call.scale)
     return out.reshape(*call.q.shape[:3], v.shape[-1])
+
+
+def raised(call: AttentionCall, share: Tensor, heads: Tensor | None = None) -> Tensor:
+    """Attend with ``s + share |s|`` in the rows that answer, share (B, S) by key; in `heads`, bool (B, H, n), if given."""
+    rows = call.place.answers if call.place else 1
+    scores = row_products(call, rows)  # [B, H, n, S_k]
+    share = fit(share, call).to(scores.device)[:, None, None]
+    if heads is not None:
+        share = share * heads[..., None]
+    scores = scores.addcmul(share, scores.abs())  # ahead of the mask: no alpha brings back what it hides
+    new = read_rows(call, probabilities(masked(scores, keep_rows(call, rows))))
+    return replace_rows(call, new, rows)

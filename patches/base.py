@@ -60,6 +60,7 @@ def _numbers(value: Any) -> Iterator[float]:
         yield value
 
 
+Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """Of random draws."""
 Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]

@@ -272,7 +272,7 @@ def test_kernels_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in choices["kernels"]:
         kernel["backend"] = "reference"
     attention.forget_choices()
-    monkeypatch.setattr(attention, "_timed_ms", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr(attention, "timed_ms", lambda *_: pytest.fail("timed again"))
     asked = []
     op = attention._run
     monkeypatch.setattr(attention, "_run", lambda backend, *args: asked.append(backend) or op(backend, *args))

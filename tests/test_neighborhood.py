@@ -12,7 +12,8 @@ import torch
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.sparse.freeswim import FreeSwim
-from accelplug.patches.sparse.neighborhood import Axis, Neighborhood, visited_tiles
+from accelplug.patches.sparse.neighborhood import Neighborhood
+from accelplug.patches.sparse.windows import Axis, visited_tiles
 
 SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
 

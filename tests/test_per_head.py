@@ -11,13 +11,14 @@ from torch.nn.functional import one_hot, scaled_dot_product_attention
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.errors import RecipeError, ShapeError, UnsupportedError
 from accelplug.kernels.plan import pack_bits
+from accelplug.kernels.static import band_width
 from accelplug.patches.calibration import Seen
 from accelplug.patches.sparse import template
 from accelplug.patches.sparse.paro import ORDERS, Paro, ParoSearch, mask_row
 from accelplug.patches.sparse.per_head import reads
 from accelplug.patches.sparse.radial import Radial
 from accelplug.patches.sparse.rest_weights import RestWeights
-from accelplug.patches.sparse.sparse_vdit import FULL, MODES, SKIP, SparseVdit, SparseVditSearch, band_tokens
+from accelplug.patches.sparse.sparse_vdit import FULL, MODES, SKIP, SparseVdit, SparseVditSearch
 from accelplug.patches.sparse.sta import Sta, StaSearch, maximal_windows
 from accelplug.table import Table
 
@@ -60,9 +61,9 @@ def along(axis: int, layout: Layout, strength: float = 30.0) -> tuple[torch.Tens
 
 
 def test_the_published_width_of_a_band() -> None:
-    assert band_tokens(1000, 0.3) == pytest.approx(163.3, abs=0.1)
+    assert band_width(1000, 0.3) == pytest.approx(163.3, abs=0.1)
     far = (torch.arange(1000)[:, None] - torch.arange(1000)).abs()
-    assert float((far <= band_tokens(1000, 0.3)).float().mean()) == pytest.approx(0.3, abs=2e-3)
+    assert float((far <= band_width(1000, 0.3)).float().mean()) == pytest.approx(0.3, abs=2e-3)
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5])
@@ -89,7 +90,7 @@ def test_what_each_mode_reads() -> None:
     place = places(LAYOUT)
     near = (tokens[video, None] - tokens[video]).abs()
     assert read["diagonal"][video, video][near == 0].all()
-    assert near[read["diagonal"][video, video]].max() < band_tokens(LAYOUT.visual, 0.2) + 8
+    assert near[read["diagonal"][video, video]].max() < band_width(LAYOUT.visual, 0.2) + 8
     same_place = (place[:, None, 1:] == place[:, 1:]).all(-1)
     assert read["multi_diagonal"][video, video][same_place].all(), "all frames of one place"
     assert not read["diagonal"][video, video][same_place].all()

@@ -8,21 +8,18 @@ import torch
 from accelplug.kernels.rows import top_k, top_p
 
 
-def by_hand(row: list[float], allowed: list[bool], p: float, k_min: int, rule: str) -> list[bool]:
+def by_hand(row: list[float], allowed: list[bool], p: float, k_min: int) -> list[bool]:
     """One row, one entry at a time, on exact binary fractions."""
     ranked = sorted((j for j in range(len(row)) if allowed[j]), key=lambda j: (-row[j], j))
     kept = [False] * len(row)
     for rank, j in enumerate(ranked):
         before = sum(row[i] for i in ranked[:rank])
-        behind = sum(row[i] for i in ranked[rank:])
-        holds = {"reach": before < p, "within": before + row[j] <= p, "tail": behind >= 1 - p}[rule]
-        kept[j] = holds or rank < k_min or p >= 1
+        kept[j] = before < p or rank < k_min or p >= 1
     return kept
 
 
-@pytest.mark.parametrize("rule", ["reach", "within", "tail"])
 @pytest.mark.parametrize("k_min", [0, 1, 4])
-def test_top_p_equals_the_rule_stated_entry_by_entry(rule: str, k_min: int) -> None:
+def test_top_p_equals_the_rule_stated_entry_by_entry(k_min: int) -> None:
     generator = torch.Generator().manual_seed(0)
     parts = torch.randint(0, 9, (2, 3, 5, 12), generator=generator).double()  # many ties
     allowed = torch.rand(2, 1, 5, 12, generator=generator) < 0.8
@@ -32,27 +29,23 @@ def test_top_p_equals_the_rule_stated_entry_by_entry(rule: str, k_min: int) -> N
     probability = (parts.scatter_add(-1, first, 256 - parts.sum(-1, keepdim=True))) / 256
     probability = torch.where(allowed, probability, 0.5)  # what is no candidate must not count
     for p in (0.0, 0.03125, 0.25, 0.9375, 0.99609375, 1.0):
-        members = top_p(probability, p, k_min, rule=rule, candidates=allowed)
+        members = top_p(probability, p, k_min, candidates=allowed)
         expected = [
-            by_hand(row.tolist(), mask.tolist(), p, k_min, rule)
+            by_hand(row.tolist(), mask.tolist(), p, k_min)
             for row, mask in zip(probability.flatten(0, 2), allowed.expand_as(probability).flatten(0, 2), strict=True)
         ]
         assert members.flatten(0, 2).tolist() == expected
 
 
-def test_reach_keeps_the_entry_that_crosses_and_within_does_not() -> None:
+def test_the_entry_that_crosses_is_kept() -> None:
     probability = torch.tensor([0.5, 0.25, 0.125, 0.125])
     assert top_p(probability, 0.6).tolist() == [True, True, False, False]
-    assert top_p(probability, 0.6, rule="within").tolist() == [True, False, False, False]
-    assert top_p(probability, 0.6, rule="tail").tolist() == [True, True, False, False]
     assert top_p(probability, 0.75).tolist() == [True, True, False, False]
-    assert top_p(probability, 0.75, rule="tail").tolist() == [True, True, True, False]  # 1/8 + 1/8 is exactly 1 - p
 
 
 def test_every_row_keeps_an_entry_at_any_p() -> None:
     probability = torch.full((4, 64), 1 / 64)
-    for rule in ("reach", "within", "tail"):
-        assert top_p(probability, 0.0, rule=rule).sum(-1).tolist() == [1] * 4
+    assert top_p(probability, 0.0).sum(-1).tolist() == [1] * 4
     assert top_p(probability, 0.0)[0].nonzero().tolist() == [[0]]  # of equals, the first
 
 
@@ -62,8 +55,7 @@ def test_a_mass_of_one_keeps_every_candidate_despite_rounding() -> None:
     candidates = torch.arange(1000) % 3 > 0
     probability = logits.masked_fill(~candidates, -torch.inf).softmax(-1)
     assert (probability[:, candidates] == 0).any()
-    for rule in ("reach", "within", "tail"):
-        assert torch.equal(top_p(probability, 1.0, rule=rule, candidates=candidates), candidates.expand(8, -1))
+    assert torch.equal(top_p(probability, 1.0, candidates=candidates), candidates.expand(8, -1))
 
 
 def test_p_and_k_may_differ_by_row() -> None:
@@ -89,6 +81,6 @@ def test_rules_are_traced_without_a_graph_break() -> None:
     candidates = torch.arange(16) < 13
 
     def both(x):
-        return top_p(x, 0.4, 2, rule="within", candidates=candidates) | top_k(x, 3)
+        return top_p(x, 0.4, 2, candidates=candidates) | top_k(x, 3)
 
     assert torch.equal(torch.compile(both, backend="eager", fullgraph=True)(probability), both(probability))

@@ -10,7 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import accelplug
 from accelplug.call import AttentionCall, Clock, Layout, Site
-from accelplug.patches.sparse.svg import SPATIAL, TEMPORAL, Svg, band, band_width
+from accelplug.kernels.static import band, band_width
+from accelplug.patches.sparse.svg import SPATIAL, TEMPORAL, Svg
 from tests import tiny_models
 from tests.test_laws import run
 
@@ -47,7 +48,7 @@ def mask_of(method: Svg, layout: Layout, mode: int) -> torch.Tensor:
     order = (token if mode == SPATIAL else token.permute(1, 2, 0)).flatten()
     slot = torch.empty(layout.visual, dtype=torch.int64)
     slot[order] = torch.arange(layout.visual)
-    width = band_width(config.density, layout.length, layout.length - layout.visual)
+    width = method.width(layout)
     at = slot // config.block
     visual = (at[:, None] - at).abs() * config.block <= width
     if config.sink:  # as many tokens as a frame has, the first ones of the order
@@ -59,14 +60,15 @@ def mask_of(method: Svg, layout: Layout, mode: int) -> torch.Tensor:
 
 
 def test_the_published_width() -> None:
-    assert band_width(0.3, 10_000, 0) == pytest.approx(1633, abs=1)
-    assert band_width(0.3, 10_000, 500) == pytest.approx(10_000 * (1 - math.sqrt(0.8)))
-    assert band_width(0.3, 1000, 200) == 0
+    method = Svg({"density": 0.3})
+    assert method.width(Layout((10, 20, 50))) == pytest.approx(1633, abs=1)
+    assert method.width(Layout((10, 19, 50), text_after=500)) == pytest.approx(10_000 * (1 - math.sqrt(0.8)))
+    assert method.width(Layout((2, 20, 20), text_before=200)) == 0
 
 
 @pytest.mark.parametrize(("density", "blocks"), [(0.3, 590), (0.25, 256), (0.1, 300)])
 def test_whole_blocks_read_the_density_asked_for(density: float, blocks: int) -> None:
-    near = band(blocks * 128, 128, 128, band_width(density, blocks * 128, 0))
+    near = band(blocks * 128, 128, 128, band_width(blocks * 128, density))
     assert float(near.double().mean()) == pytest.approx(density, abs=1.5 / blocks)
 
 

@@ -23,7 +23,7 @@ from accelplug.comparison.evaluators.pope import YesNo
 from accelplug.comparison.evaluators.statistics import Health, collapsed, holm, mcnemar, paired_bootstrap, wilson
 from accelplug.comparison.exam import Exam
 from accelplug.errors import AccelplugError
-from accelplug.hosts.gate import synchronise
+from accelplug.kernels.timing import synchronise
 from accelplug.plug import apply
 from accelplug.show import Shown, as_html
 

@@ -24,7 +24,7 @@ from accelplug.families.base import Geometry, site_kinds
 from accelplug.hosts import rebind, ulysses
 from accelplug.hosts.clock import Ear, Moment, StepClock
 from accelplug.hosts.forecast import Cost, Forecast, Meter
-from accelplug.hosts.gate import Gate, Verdict, timed_ms
+from accelplug.hosts.gate import Gate, Verdict
 from accelplug.hosts.hoist import Hoist
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.placement import Placed
@@ -32,6 +32,7 @@ from accelplug.hosts.record import DENSE, Choice, Decide, given
 from accelplug.hosts.run import Run
 from accelplug.hosts.ulysses import Gathered
 from accelplug.hosts.undo import Undo
+from accelplug.kernels.timing import timed_ms
 from accelplug.recipe import Seen
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from accelplug.bounded import Bounded
-from accelplug.hosts.gate import synchronise
+from accelplug.kernels.timing import synchronise
 
 FORWARDS = 2
 """Forwards of a shape that are measured. The last one stands: the first warms kernels and allocators up."""

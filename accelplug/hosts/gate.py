@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from accelplug.bounded import Bounded
 from accelplug.errors import AccelplugError
+from accelplug.kernels.timing import timed_ms
 
 if TYPE_CHECKING:
     from accelplug.patches.base import Patch
@@ -173,18 +173,3 @@ def median_ms(run: Callable[[], Any], device: torch.device, repeats: int = 3) ->
     """Median wall time of `run` in milliseconds, after one call to warm up."""
     run()
     return statistics.median(timed_ms(run, device)[1] for _ in range(repeats))
-
-
-def timed_ms(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """Run once; return the result and the wall time in milliseconds, the device synchronised before and after."""
-    synchronise(device)
-    start = time.perf_counter()
-    result = run()
-    synchronise(device)
-    return result, 1e3 * (time.perf_counter() - start)
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for `device` to finish, where it runs ahead."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from accelplug.comparison.evaluators.statistics import holm, mcc, mcnemar, paired_bootstrap
 from accelplug.comparison.questions import Asker, Item, Reply, figures
 from accelplug.errors import AccelplugError
-from accelplug.hosts.gate import synchronise
+from accelplug.kernels.timing import synchronise
 from accelplug.plug import apply
 from accelplug.tuning.aims import Aim
 from accelplug.tuning.budget import TASK_METRICS, Bound

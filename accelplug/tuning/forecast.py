@@ -23,7 +23,7 @@ import torch
 
 from accelplug.comparison.study import Study
 from accelplug.hosts.forecast import amdahl
-from accelplug.hosts.gate import timed_ms
+from accelplug.kernels.timing import timed_ms
 from accelplug.plug import apply
 from accelplug.tuning.budget import Bound
 from accelplug.tuning.caches import magnitudes

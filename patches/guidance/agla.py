@@ -26,8 +26,8 @@ from accelplug.errors import AccelplugError
 from accelplug.patches.base import Config
 from accelplug.patches.generation import GenerationPatch
 from accelplug.patches.guidance.branch import Branch, Mixer, likely, refuse
-from accelplug.patches.guidance.carve import GENERAL
 from accelplug.patches.guidance.gaze import (
+    GENERAL,
     Layers,
     contrast,
     highest,

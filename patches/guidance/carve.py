@@ -26,6 +26,7 @@ from torch.nn.functional import interpolate, pad
 from accelplug.patches.base import Config
 from accelplug.patches.generation import GenerationPatch
 from accelplug.patches.guidance.gaze import (
+    GENERAL,
     Layers,
     Steps,
     contrast,
@@ -42,9 +43,6 @@ if TYPE_CHECKING:
 
     from accelplug.call import Site
     from accelplug.patches.generation import Tools
-
-GENERAL = "Write a general description of the image. Answer the question using a single word or phrase."
-"""The paper's general prompt, with the suffix that both of its prompts carry."""
 
 
 def components(mask: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ Layers = tuple[int, int] | tuple[float, float]
 RELEASED, OF = (20, 26), 32
 """The layers that CARVE's released code reads in every model, and how many the model has that they were chosen in."""
 Steps = Literal["first", "last", "all"]
+GENERAL = "Write a general description of the image. Answer the question using a single word or phrase."
+"""CARVE's general prompt, with the suffix that both of its prompts carry."""
 
 _GREEDY = {
     "do_sample": False,

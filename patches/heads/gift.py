@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 from accelplug.chat import TEMPLATE, spelled, tokenizer_of
 from accelplug.errors import RecipeError
 from accelplug.kernels.spans import fit, read_rows, replace_rows, row_attention
+from accelplug.kernels.subsets import over_heads, upper, upper_heads
 from accelplug.patches.base import Config, Patch
 
 if TYPE_CHECKING:
@@ -84,26 +85,6 @@ def saliency(by_head: Tensor, visual: Tensor, head_share: float) -> Tensor:
     low = gaze.masked_fill(~visual, float("inf")).amin(-1, keepdim=True)
     high = gaze.masked_fill(~visual, float("-inf")).amax(-1, keepdim=True)
     return ((gaze - low) / (high - low).clamp(min=1e-12)).where(visual, 0.0)
-
-
-def upper(x: Tensor, share: float) -> Tensor:
-    """The given share of heads with the largest values, at least one: bool, x (..., H)."""
-    number = max(1, round(share * x.shape[-1]))
-    chosen = torch.zeros_like(x, dtype=torch.bool)
-    return chosen.scatter(-1, x.topk(number).indices, True)
-
-
-def upper_heads(call: AttentionCall, x: Tensor, share: float) -> Tensor:
-    """As `upper`, row by row among the heads of all processes, for those of this one: bool, x (B, H, R)."""
-    place, heads = call.place, x.shape[1]
-    if place is None:
-        return upper(x.mT, share).mT
-    return upper(place.gather_heads(x).mT, share).mT[:, place.first_head : place.first_head + heads]
-
-
-def over_heads(call: AttentionCall, x: Tensor) -> Tensor:
-    """The sum over the heads of all processes, (B, R), of x (B, H, R)."""
-    return (x if call.place is None else call.place.gather_heads(x)).sum(1)
 
 
 def shifted(

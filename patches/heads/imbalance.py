@@ -20,10 +20,9 @@ import torch
 from pydantic import Field
 from torch.nn.functional import pad
 
-from accelplug.kernels.spans import fit, row_attention
+from accelplug.kernels.spans import fit, raised, row_attention
+from accelplug.kernels.subsets import upper, upper_heads
 from accelplug.patches.base import Config, Patch
-from accelplug.patches.heads.gift import upper, upper_heads
-from accelplug.patches.heads.pai import raised
 
 if TYPE_CHECKING:
     from torch import Tensor

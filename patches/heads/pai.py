@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from accelplug.kernels.spans import fit, keep_rows, masked, probabilities, read_rows, replace_rows, roomy, row_products
+from accelplug.kernels.spans import raised, roomy
 from accelplug.patches import base
 from accelplug.patches.base import Patch
 
@@ -52,15 +52,3 @@ class Pai(Patch):
 
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
         return raised(call, params.share)
-
-
-def raised(call: AttentionCall, share: Tensor, heads: Tensor | None = None) -> Tensor:
-    """Attend with ``s + share |s|`` in the rows that answer, share (B, S) by key; in `heads`, bool (B, H, n), if given."""
-    rows = call.place.answers if call.place else 1
-    scores = row_products(call, rows)  # [B, H, n, S_k]
-    share = fit(share, call).to(scores.device)[:, None, None]
-    if heads is not None:
-        share = share * heads[..., None]
-    scores = scores.addcmul(share, scores.abs())  # ahead of the mask: no alpha brings back what it hides
-    new = read_rows(call, probabilities(masked(scores, keep_rows(call, rows))))
-    return replace_rows(call, new, rows)

@@ -22,6 +22,7 @@ import torch
 from pydantic import Field
 
 from accelplug.kernels.spans import take_rows, unit_values
+from accelplug.kernels.subsets import shuffled
 from accelplug.kernels.vision import UNMOVED, divergence, vision_aware
 from accelplug.patches.base import Config, Patch, Seed
 
@@ -29,13 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from accelplug.call import AttentionCall, Clock, Prompt, Site
-
-
-def shuffled(chosen: Tensor, seed: int) -> Tensor:
-    """As many as are chosen, bool (B, N), but drawn at random: the control that a choice must beat."""
-    draws = torch.rand(chosen.shape, generator=torch.Generator().manual_seed(seed)).to(chosen.device)
-    order = draws.argsort(-1).argsort(-1)
-    return order < chosen.sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False)

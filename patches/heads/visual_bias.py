@@ -23,6 +23,7 @@ from pydantic import Field
 
 from accelplug.errors import RecipeError
 from accelplug.kernels.spans import attend_biased, decode_biased, fit, roomy
+from accelplug.kernels.subsets import shuffled
 from accelplug.patches.base import Config, Numbers, Patch, Seed
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class VisualBias(Patch):
             return None
         spans = [layout.visual, layout.system]
         if self.config.control_seed is not None:
-            spans = [_shuffled(span, layout.valid, self.config.control_seed) for span in spans]
+            spans = [shuffled(span, self.config.control_seed, layout.valid) for span in spans]
         columns = torch.stack(spans, 1).float()
         logs = columns.new_tensor([[math.log(self.config.image_weight), math.log(self.config.system_weight)]])
         if clock.phase == "prefill":
@@ -103,10 +104,3 @@ class VisualBias(Patch):
 def _bias(logs: Tensor, columns: Tensor) -> Tensor:
     """Log-weights (H|1, 2) laid on both kinds of keys (B, 2, S): (B, H|1, 1, S)."""
     return (logs[:, :, None, None] * columns[:, None, :, None]).sum(2)
-
-
-def _shuffled(span: Tensor, valid: Tensor, seed: int) -> Tensor:
-    """As many tokens as a span has, bool (B, S), drawn at random among those that are no padding."""
-    draws = torch.rand(span.shape, generator=torch.Generator().manual_seed(seed)).to(span.device)
-    order = draws.masked_fill(~valid, 2.0).argsort(-1).argsort(-1)
-    return order < span.sum(-1, keepdim=True)

@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from accelplug.call import AttentionCall, Layout
-from accelplug.patches.sparse.neighborhood import Axis, Positive, WindowConfig, Windowed
+from accelplug.patches.sparse.neighborhood import Positive
 from accelplug.patches.sparse.template import BlockParams
+from accelplug.patches.sparse.windows import Axis, WindowConfig, Windowed
 
 
 class FreeSwimConfig(WindowConfig):

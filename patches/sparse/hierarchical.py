@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, NonNegativeInt
 
 from accelplug.call import Layout
 from accelplug.kernels.orders import Tiles, tiles
 from accelplug.kernels.plan import BlockPlan
+from accelplug.kernels.static import band
 from accelplug.patches.sparse.template import BlockSparse, OrderedConfig, RestKind
 
 
@@ -59,6 +59,6 @@ class Hierarchical(BlockSparse):
         return tiles(layout, self.config.order, self.config.unit, self.config.tile_thw)
 
     def select(self, tiles: Tiles, **where: Any) -> BlockPlan:
-        place = torch.arange(tiles.slots // self.config.unit)
-        band = len(place) if self.config.band == "full" else self.config.band
-        return self.plan((place[:, None] - place).abs() <= band, tiles)
+        unit = self.config.unit
+        width = tiles.slots if self.config.band == "full" else self.config.band * unit
+        return self.plan(band(tiles.slots, unit, unit, width), tiles)

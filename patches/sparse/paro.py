@@ -13,8 +13,8 @@ from accelplug.call import Clock, Layout, Site
 from accelplug.errors import RecipeError, UnsupportedError
 from accelplug.kernels.orders import Tiles, tiles
 from accelplug.kernels.plan import BlockPlan, pack_bits, unpack_bits
+from accelplug.kernels.static import band, band_width
 from accelplug.patches.calibration import MAX_STATE, Calibration, CalibrationConfig, Seen
-from accelplug.patches.sparse.sparse_vdit import band_tokens
 from accelplug.patches.sparse.template import BlockConfig, BlockParams, BlockSparse
 from accelplug.table import MAX_BYTES, Bits, Table, bucket
 
@@ -220,9 +220,8 @@ class Paro(BlockSparse):
         masks, unit = self.config.masks, self.config.unit
         visual, number = tiles.visual_slots // unit, tiles.slots // unit
         if not isinstance(masks, Table):
-            block = torch.arange(number)
-            width = band_tokens(tiles.layout.visual, self.config.density)
-            return self.plan((block[:, None] - block).abs() * unit <= width, tiles)
+            width = band_width(tiles.layout.visual, self.config.density)
+            return self.plan(band(tiles.slots, unit, unit, width), tiles)
         row = masks.rows(where["row"], where["layer"], where["heads"])  # [H, M, words]
         if row.shape[-2:] != (visual, -(-visual // 32)):
             raise RecipeError(

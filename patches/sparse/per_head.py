@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,23 +15,18 @@ from accelplug.kernels.orders import Tiles
 from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.base import UnimplementedHalf
 from accelplug.patches.calibration import Calibration, Seen, attended, relative_error
-from accelplug.patches.sparse.template import Blocks, BlockSparse
+from accelplug.patches.sparse.template import Blocks, BlockSparse, OncePerDevice
 
 
 @dataclass(frozen=True, eq=False)
-class Ways:
+class Ways(OncePerDevice):
     """Ways of reading one layout: tiles and a plan that have one of them where heads would be."""
 
     tiles: Tiles
     plan: BlockPlan
-    _moved: dict[torch.device, Ways] = field(default_factory=dict, repr=False)
 
-    def to(self, device: torch.device | str) -> Ways:
-        """Return the ways with their tensors on `device`, the same ones for all who ask."""
-        device = torch.device(device)
-        if device not in self._moved:
-            self._moved[device] = Ways(self.tiles.to(device), self.plan.to(device))
-        return self._moved[device]
+    def moved(self, device: torch.device) -> Ways:
+        return Ways(self.tiles.to(device), self.plan.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +113,7 @@ class WayErrors(Calibration):
 def reads(ways: Ways, tokens: Tensor) -> Tensor:
     """Which keys the queries of `tokens` (R,) read in each way: bool (W, R, S), keys in model order."""
     tiles, members = ways.tiles, ways.plan.members[0]  # [W, M, N]
-    slot = torch.arange(tiles.tokens, device=tokens.device) if tiles.scatter is None else tiles.scatter
-    slots = slot.expand(len(members), -1)
+    slots = tiles.slot_of_token().expand(len(members), -1)
     return torch.stack(
         [
             way[at[tokens] // ways.plan.block_q].index_select(-1, at // ways.plan.block_k)

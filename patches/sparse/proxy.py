@@ -17,6 +17,8 @@ from accelplug.kernels.attention import block_attention
 from accelplug.kernels.orders import Tiles, axis_tiles, tiles
 from accelplug.kernels.plan import BlockPlan, pool
 from accelplug.kernels.rest import Drop
+from accelplug.kernels.static import product
+from accelplug.patches.base import Positive
 from accelplug.patches.sparse.template import BlockConfig, BlockParams, BlockSparse
 
 logger = logging.getLogger("accelplug")
@@ -24,7 +26,6 @@ logger = logging.getLogger("accelplug")
 WORTH = 0.9
 """Share of dense's pairs above which a layout is left dense."""
 
-Positive = Annotated[int, Field(ge=1)]
 Halo = Annotated[int, Field(ge=0)]
 
 
@@ -128,12 +129,11 @@ class Proxy(BlockSparse):
 
     def select(self, tiles: Tiles, **where: Any) -> BlockPlan:
         axes = zip(tiles.layout.grid_thw, self.config.window_thw, self.config.halo_thw, strict=True)
-        frames, rows, columns = (_axis(*axis)[1] for axis in axes)
-        near = torch.einsum("ad,be,cf->abcdef", frames.int(), rows.int(), columns.int())
+        near = [_axis(*axis)[1] for axis in axes]
         text = tiles.is_text(self.config.unit)
         members = torch.zeros(len(text), len(text), dtype=torch.bool)
         number = int((~text).sum())
-        members[:number, :number] = near.reshape(number, number).bool()
+        members[:number, :number] = product(near)
         return self.plan(members, tiles)
 
     def attend(self, call: AttentionCall, params: BlockParams) -> Tensor:

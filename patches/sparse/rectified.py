@@ -120,9 +120,8 @@ class Rectified(Scored):
 
 def _block_of_token(tiles: Tiles, block: int) -> Tensor:
     """Block of each visual token, int64 (T, H, W), or (..., T, H, W) where the order differs by head."""
-    slot = torch.arange(tiles.tokens, device=tiles.held.device) if tiles.scatter is None else tiles.scatter
     first = tiles.layout.text_before
-    return (slot[..., first : first + tiles.layout.visual] // block).unflatten(-1, tiles.layout.grid_thw)
+    return (tiles.slot_of_token()[..., first : first + tiles.layout.visual] // block).unflatten(-1, tiles.layout.grid_thw)
 
 
 def adjacency(q_tiles: Tiles, k_tiles: Tiles, block: int, block_k: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from accelplug.call import Clock, Layout, Site
 from accelplug.kernels.orders import Tiles, tiles
+from accelplug.kernels.static import band, band_width
 from accelplug.patches.calibration import CalibrationConfig
 from accelplug.patches.sparse.per_head import PerHead, WayErrors, Ways
 from accelplug.patches.sparse.template import BlockConfig
@@ -100,17 +101,10 @@ class SparseVdit(PerHead):
     def reads(self, mode: str, tiles: Tiles) -> Tensor:
         """Return which blocks of `unit` slots a mode reads, bool (U, U); text is not looked at."""
         unit, number = self.config.unit, tiles.slots // self.config.unit
-        block = torch.arange(number)
         if mode in ("full", "skip"):
             return torch.full((number, number), mode == "full")
         if mode == "stripe":
             visual = tiles.visual_slots // unit
             stripes = max(round(self.config.stripe * visual), 1)
-            return torch.isin(block, torch.arange(stripes) * visual // stripes).expand(number, -1)
-        width = band_tokens(tiles.layout.visual, getattr(self.config, mode))
-        return (block[:, None] - block).abs() * unit <= width
-
-
-def band_tokens(tokens: int, density: float) -> float:
-    """Return w for which ``|i - j| <= w`` holds for that share of all pairs of `tokens` positions."""
-    return tokens * (1 - math.sqrt(1 - density))
+            return torch.isin(torch.arange(number), torch.arange(stripes) * visual // stripes).expand(number, -1)
+        return band(tiles.slots, unit, unit, band_width(tiles.layout.visual, getattr(self.config, mode)))

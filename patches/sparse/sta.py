@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from itertools import product
 from typing import Annotated, Literal, Self
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from accelplug.call import Clock, Layout, Site
 from accelplug.kernels.orders import tiles
+from accelplug.kernels.static import product
 from accelplug.patches.calibration import CalibrationConfig
-from accelplug.patches.sparse.neighborhood import Axis, Extent
 from accelplug.patches.sparse.per_head import PerHead, WayErrors, Ways
 from accelplug.patches.sparse.template import BlockConfig
+from accelplug.patches.sparse.windows import Axis, Extent
 from accelplug.table import Table
 
 Triple = tuple[Extent, Extent, Extent]
@@ -87,8 +88,7 @@ class Sta(PerHead):
         windows = self.windows(layout)
         members = torch.zeros(len(windows), *[laid.slots // self.config.unit] * 2, dtype=torch.bool)
         for way, window in zip(members, windows, strict=True):
-            visits = (axis.visits(1).int() for axis in self.axes(layout, window))
-            way[:number, :number] = torch.einsum("ad,be,cf->abcdef", *visits).reshape(number, number)
+            way[:number, :number] = product([axis.visits(1) for axis in self.axes(layout, window)])
         return Ways(laid, self.plan(members[None], laid))
 
     def tile_thw(self, layout: Layout) -> tuple[int, int, int]:
@@ -115,5 +115,5 @@ class Sta(PerHead):
 def maximal_windows(tiles_thw: tuple[int, ...], density: float) -> tuple[Triple, ...]:
     """Return the windows that read at most `density` of the tiles and lie in no larger such window; odd or whole on an axis."""
     extents = [[*range(1, number, 2), number] for number in tiles_thw]
-    fitting = [w for w in product(*extents) if math.prod(w) <= max(density * math.prod(tiles_thw), 1)]
+    fitting = [w for w in itertools.product(*extents) if math.prod(w) <= max(density * math.prod(tiles_thw), 1)]
     return tuple(w for w in fitting if not any(v != w and all(a <= b for a, b in zip(w, v, strict=True)) for v in fitting))

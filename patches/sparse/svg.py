@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from accelplug.bounded import Bounded
 from accelplug.kernels.orders import Tiles, tiles
 from accelplug.kernels.plan import BlockPlan
-from accelplug.patches.sparse.template import BlockConfig, Blocks, BlockSparse
+from accelplug.kernels.static import band, band_width
+from accelplug.patches.sparse.template import BlockConfig, Blocks, BlockSparse, OncePerDevice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,7 @@ class Kept:
 
 
 @dataclass(frozen=True, eq=False)
-class Masks:
+class Masks(OncePerDevice):
     """Both masks of a layout; axis 0 says spatial or temporal.
 
     Attributes
@@ -64,15 +65,10 @@ class Masks:
     members: Tensor
     rows: Tensor
     reads: Tensor
-    _moved: dict[torch.device, Masks] = field(default_factory=dict, repr=False)
 
-    def to(self, device: torch.device | str) -> Masks:
-        """Return the masks with their tensors on `device`, the same ones for all who ask."""
-        device = torch.device(device)
-        if device not in self._moved:
-            members, rows, reads = (x.to(device) for x in (self.members, self.rows, self.reads))
-            self._moved[device] = Masks(self.tiles.to(device), members, rows, reads)
-        return self._moved[device]
+    def moved(self, device: torch.device) -> Masks:
+        members, rows, reads = (x.to(device) for x in (self.members, self.rows, self.reads))
+        return Masks(self.tiles.to(device), members, rows, reads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,12 +153,15 @@ class Svg(BlockSparse):
         rows = torch.randperm(layout.visual, generator=generator)[: self.config.rows] + layout.text_before
         return Masks(orders, members, rows, reads_of(orders, members, rows))
 
+    def width(self, layout: Layout) -> float:
+        """Return w, the half-width in tokens of the band that is `density` of all pairs with those of text; 0 where text alone is more."""
+        text = layout.length - layout.visual
+        return band_width(layout.length, max(self.config.density - 2 * text / layout.length, 0.0))
+
     def members(self, orders: Tiles) -> Tensor:
         """Which blocks spatial and temporal heads read, bool (2, M, N)."""
         block, block_k, layout = self.config.block, self.config.key_block, orders.layout
-        near = band(
-            orders.slots, block, block_k, band_width(self.config.density, layout.length, layout.length - layout.visual)
-        )
+        near = band(orders.slots, block, block_k, self.width(layout))
         members = near | orders.is_text(block)[:, None] | orders.is_text(block_k)
         members = torch.stack([members, members])
         if self.config.sink:
@@ -195,18 +194,6 @@ class Svg(BlockSparse):
         orders = params.masks.tiles.pick(modes)
         blocks = Blocks.of(call, orders, orders, self.config.block, self.config.key_block)
         return blocks, blocks.plan(params.masks.members[modes])
-
-
-def band_width(density: float, tokens: int, text: int) -> float:
-    """Half-width in tokens of the band that, with all pairs of text, is `density` of all pairs; 0 where text alone is more."""
-    share = max(density - 2 * text / tokens, 0.0)
-    return tokens * (1 - math.sqrt(1 - share))
-
-
-def band(slots: int, block: int, block_k: int, width: float) -> Tensor:
-    """Which pairs of blocks have their middles within `width` slots, or lie in one another: bool (M, N)."""
-    middle, middle_k = ((torch.arange(0, slots, size) + size / 2) for size in (block, block_k))
-    return (middle[:, None] - middle_k).abs() <= max(width, abs(block - block_k) / 2)
 
 
 def reads_of(orders: Tiles, members: Tensor, rows: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from accelplug.kernels.plan import BlockPlan, Box, Threshold, counted, pool
 from accelplug.kernels.precision import Precision
 from accelplug.kernels.rectify import rectify
 from accelplug.kernels.rest import Drop, Pool, Rectified, Representative, Rest, Tied
-from accelplug.patches.base import Config, Patch, UnimplementedHalf
+from accelplug.patches.base import Config, Patch, Positive, UnimplementedHalf
 from accelplug.table import Table
 
 if TYPE_CHECKING:
@@ -76,19 +76,27 @@ class BlockConfig(Config):
         return max(self.block, self.key_block)
 
 
-class OrderedConfig(BlockConfig):
-    """The keys of methods that take tokens in any order of the grid."""
+class TiledConfig(BlockConfig):
+    """The keys of methods whose blocks may be tiles of the grid."""
 
-    order: Order = Field("raster", description="How visual tokens line up in blocks.")
-    tile_thw: tuple[int, int, int] | None = Field(
-        None, description="Frames, rows and columns of a tile (order: tile); none: the one that cuts the grid into fewest."
-    )
+    tile_thw: tuple[Positive, Positive, Positive] | None = Field(None, description="Frames, rows and columns of a tile.")
 
     @model_validator(mode="after")
     def _tile_fits(self) -> Self:
-        if self.tile_thw and (min(self.tile_thw) < 1 or math.prod(self.tile_thw) > self.unit):
-            raise ValueError(f"tile_thw {self.tile_thw} must hold 1 to {self.unit} tokens, the larger of the two blocks")
+        if self.tile_thw and math.prod(self.tile_thw) > self.unit:
+            raise ValueError(
+                f"tile_thw {self.tile_thw} holds {math.prod(self.tile_thw)} tokens, more than {self.unit}, the larger of the two blocks"
+            )
         return self
+
+
+class OrderedConfig(TiledConfig):
+    """The keys of methods that take tokens in any order of the grid."""
+
+    order: Order = Field("raster", description="How visual tokens line up in blocks.")
+    tile_thw: tuple[Positive, Positive, Positive] | None = Field(
+        None, description="Frames, rows and columns of a tile (order: tile); none: the one that cuts the grid into fewest."
+    )
 
 
 class ScoredConfig(OrderedConfig):
@@ -134,6 +142,24 @@ class BlockParams:
         weight = None if self.rest_weight is None else self.rest_weight.to(device)
         plan = self.plan and self.plan.to(device)
         return replace(self, tiles=self.tiles.to(device), plan=plan, where=where, rest_weight=weight)
+
+
+@dataclass(frozen=True, eq=False)
+class OncePerDevice:
+    """Tensors of a layout that many calls share: a copy on each device is made once. A subclass writes `moved`."""
+
+    _copies: dict[torch.device, Self] = field(default_factory=dict, init=False, repr=False)
+
+    def moved(self, device: torch.device) -> Self:
+        """Return a copy with its tensors on `device`."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the copy on `device`, the same one for all who ask."""
+        device = torch.device(device)
+        if device not in self._copies:
+            self._copies[device] = self.moved(device)
+        return self._copies[device]
 
 
 class BlockSparse(Patch):

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from accelplug.kernels.gated import gated_attention
 from accelplug.kernels.orders import Tiles, tiles
 from accelplug.kernels.rows import top_p
-from accelplug.patches.sparse.neighborhood import Positive
+from accelplug.patches.base import Positive
 from accelplug.patches.sparse.template import BlockParams, Blocks, Scored, ScoredConfig
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -15,15 +15,13 @@ from accelplug.bounded import Bounded
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.merge import Partition, match, merge, partition, sizes, unmerge
 from accelplug.kernels.plan import BlockPlan
-from accelplug.patches.base import Config, Patch
+from accelplug.patches.base import Config, Patch, Positive
 
 EXTRA = 8
 """Head channels that the keys' bias takes: two hold it, and kernels want a multiple of 8."""
 
 NEVER = -6e4
 """Bias of a key that stands for no token: float16 holds it, and the softmax makes it 0."""
-
-Positive = Annotated[int, Field(ge=1)]
 
 
 class TomeConfig(Config):
