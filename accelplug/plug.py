@@ -45,6 +45,7 @@ from accelplug.kernels.attention import Backend
 from accelplug.recipe import ModelFacts, Recipe, Rule, load
 from accelplug.registry import patch_class, patch_entry
 from accelplug.show import Shown, as_html
+from accelplug.step_caches import CACHES
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -328,7 +329,7 @@ class Plug(AbstractContextManager["Plug"]):
         return tuple(self._patch(rule.patch, rule.settings) for rule in self.recipe.around())
 
     def _step_caches(self, parts: dict[str, Any]) -> StepCaches | None:
-        """The recipe's step cache. The block from which it foretells the others must be dense."""
+        """The recipe's step cache. The block from which it predicts the others must be dense."""
         cache = self.recipe.cache
         if cache is None:
             return None
@@ -336,9 +337,9 @@ class Plug(AbstractContextManager["Plug"]):
             raise UnsupportedError(f"{self.recipe.name} asks for the step cache {cache.kind}, and only denoisers take one.")
         first = [record.site for host in self._hosts for record in host.records if record.site and record.site.layer == 0]
         patched = self.recipe.patches() and any(self.recipe.may_touch(site) for site in first)
-        if cache.kind == "first_block" and patched:
+        if CACHES[cache.kind].by_first_block and patched:
             raise RecipeError(
-                f"{self.recipe.name}: the cache first_block foretells a step from its first block, but a rule puts a patch "
+                f"{self.recipe.name}: the cache {cache.kind} predicts a step from its first block, but a rule puts a patch "
                 "there, and its error would pass for change. Keep it dense: {where: {layers: 0}, patch: dense} as first rule."
             )
         return StepCaches(parts, cache.kind, cache.settings)

@@ -301,7 +301,7 @@ def test_a_step_cache_that_cannot_be_had_is_refused_and_leaves_nothing() -> None
         accelplug.apply(pipe, cached)
     pipe.transformer.disable_cache()
     sparse_everywhere = {"rules": [{"patch": "radial"}], "cache": {"kind": "first_block"}}
-    with pytest.raises(RecipeError, match="foretells a step from its first block"):
+    with pytest.raises(RecipeError, match="predicts a step from its first block"):
         accelplug.apply(pipe, sparse_everywhere)
     with pytest.raises(RecipeError, match="mag_ratios"):
         accelplug.apply(pipe, {"rules": [{"patch": "dense"}], "cache": {"kind": "mag"}})

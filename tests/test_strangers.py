@@ -33,8 +33,9 @@ from accelplug.cli import main
 from accelplug.comparison import questions
 from accelplug.comparison.vlm import Outcome, VlmComparison
 from accelplug.errors import AccelplugError
-from accelplug.recipe import CACHES, ModelFacts, describe, load, model_name, read_file, shipped_files
+from accelplug.recipe import ModelFacts, describe, load, model_name, read_file, shipped_files
 from accelplug.registry import list_patches, patch_class
+from accelplug.step_caches import CACHES
 from accelplug.table import Origin
 from accelplug.tuning.contest import _sheet
 from accelplug.tuning.forecast import Probe
@@ -160,7 +161,7 @@ def rule_of(rng):
         kind = rng.choice(list(CACHES))
         recipe["cache"] = {
             "kind": kind,
-            "with": {key: nasty(rng) for key in CACHES[kind].model_fields if rng.random() < 0.5},
+            "with": {key: nasty(rng) for key in CACHES[kind].settings.model_fields if rng.random() < 0.5},
         }
     return recipe
 

@@ -22,6 +22,7 @@ from accelplug.errors import AccelplugError
 from accelplug.patches.sparse.rest_weights import RestWeights
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, load, read_file
+from accelplug.step_caches import CACHES
 from accelplug.tuning import Bound, caches, crew, search, space, verification
 from accelplug.tuning.budget import parse
 from accelplug.tuning.caches import Cache
@@ -410,8 +411,9 @@ def test_caches_are_set_for_the_model_or_said_not_to_fit() -> None:
     few, why = caches.fitting(parts, caches.Seen(8, trajectory.contexts, trajectory.magnitudes))
     assert not few
     assert "too few" in why[0]
+    mag = CACHES["mag"]
     two = {"transformer": pipe.transformer, "transformer_2": pipe.transformer}
-    assert "share those of a run" in caches._obstacle("mag", two, caches.Seen(9, frozenset(), {}))
+    assert "share those of a run" in caches._obstacle(mag, mag.ladders[0], two, caches.Seen(9, frozenset(), {}))
 
 
 def measured_ratios(pipe, study):

@@ -1,7 +1,7 @@
 """Step caches of diffusers, put on by a recipe and taken off without a trace.
 
 A cache decides *whether* blocks run at a step, a patch how costly their attention is: gains nearly multiply. Two rules hold
-them together: state of a patch hangs on the step, never on the number of calls, and the blocks from which a cache foretells the
+them together: state of a patch hangs on the step, never on the number of calls, and the blocks from which a cache predicts the
 others stay dense, or its threshold would judge the patch's error (``Recipe`` refuses such a rule).
 """
 
@@ -19,11 +19,7 @@ from accelplug.errors import UnsupportedError
 from accelplug.hosts.clock import HOOK
 from accelplug.hosts.run import Run
 from accelplug.hosts.undo import Undo
-
-CONFIGS = {"first_block": "FirstBlockCacheConfig", "mag": "MagCacheConfig", "taylorseer": "TaylorSeerCacheConfig"}
-
-BY_CONTEXT = ("first_block", "taylorseer")
-"""Caches that cannot run outside of a cache context."""
+from accelplug.step_caches import CACHES
 
 
 class StepCaches:
@@ -32,7 +28,7 @@ class StepCaches:
     Parameters
     ----------
     parts : denoisers by name.
-    kind : ``first_block``, ``mag`` or ``taylorseer``.
+    kind : a name of `accelplug.step_caches.CACHES`.
     settings : arguments of diffusers' config of that cache.
     """
 
@@ -63,7 +59,7 @@ class StepCaches:
                 )
         try:
             for name, part in self.parts.items():
-                hooked, config = compat.diffusers.hooks_on(part), getattr(diffusers, CONFIGS[self.kind])(**self.settings)
+                hooked, config = compat.diffusers.hooks_on(part), getattr(diffusers, CACHES[self.kind].config)(**self.settings)
                 before = {module: set(vars(module)) for module in part.modules()}
                 for module, names in before.items():
                     undo.touch(module, partial(_drop_new, before=names, part=part, config=config))
@@ -85,7 +81,7 @@ class StepCaches:
             MagCache counts them, and starts anew at the number it was told; in a longer run it would skip by the wrong ratios. If no
             cache context is on, by which a cache tells guidance branches apart.
         """
-        if context is None and self.kind in BY_CONTEXT:
+        if context is None and CACHES[self.kind].by_context:
             raise UnsupportedError(
                 f"The cache {self.kind} keeps what it knows by guidance branch, and this {type(part).__name__} was called without a "
                 "cache context, which says what branch runs: this pipeline opens none. Leave cache: out of the recipe, or call the "

@@ -17,10 +17,9 @@ from accelplug.recipe.measured import Measured
 from accelplug.recipe.reading import SCHEMA, RecipeFile, model_name, read_file
 from accelplug.recipe.recipe import Recipe
 from accelplug.recipe.recording import record_measurement
-from accelplug.recipe.rules import CACHES, DENSE, Decision, Rule, StepCache
+from accelplug.recipe.rules import DENSE, Decision, Rule, StepCache
 
 __all__ = [
-    "CACHES",
     "DENSE",
     "SCHEMA",
     "SHIPPED",

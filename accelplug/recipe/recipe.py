@@ -20,6 +20,7 @@ from accelplug.recipe.measured import Measured
 from accelplug.recipe.rules import DENSE, Decision, Ramp, Rule, StepCache, read_varying, shown, table_for
 from accelplug.recipe.strict_yaml import Loc, Source
 from accelplug.registry import patch_class
+from accelplug.step_caches import CACHES
 from accelplug.table import Table
 
 
@@ -207,7 +208,7 @@ class Recipe:
         """Return the recipe with a step cache beside its rules, the first layer dense where the cache looks at it."""
         cache = StepCache.model_validate({"kind": kind, "with": settings})
         dense_first = Rule.model_validate({"where": {"layers": 0}, "patch": "dense"})
-        rules = (dense_first, *self.rules) if kind == "first_block" else self.rules
+        rules = (dense_first, *self.rules) if CACHES[kind].by_first_block else self.rules
         return replace(self, rules=rules, cache=cache, measured=())
 
     def describe(self) -> str:

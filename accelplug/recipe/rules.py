@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from accelplug.call import Clock, Layout, Site
 from accelplug.errors import NoMatchError, nearest
-from accelplug.recipe.conditions import MAX_NAME, Strict, Where, name_list
+from accelplug.recipe.conditions import Strict, Where, name_list
 from accelplug.recipe.explaining import explain, shortened
 from accelplug.recipe.matching import ModelFacts
 from accelplug.recipe.strict_yaml import Source
 from accelplug.registry import patch_entry
+from accelplug.step_caches import CACHES
 from accelplug.table import Table
 
 
@@ -123,69 +123,29 @@ class Rule(Strict):
         return config
 
 
-def _pattern(text: str) -> str:
-    """Refuse a regular expression that is none, or could take forever to be held against the name of a module."""
-    if "(" in text or len(re.findall(r"[*+{]", text)) > 3 or text.count("?") > 8:
-        raise ValueError(
-            f"expected a pattern without groups and with at most three repeats, got {shortened(text)}; list several"
-        )
-    try:
-        re.compile(text)
-    except (re.error, OverflowError) as error:
-        raise ValueError(f"{shortened(text)} is no regular expression: {error}") from None
-    return text
-
-
-Patterns = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(_pattern)]],
-    Field(min_length=1, max_length=64),
-]
-
-
-Steps = Annotated[int, Field(ge=0, le=10_000)]
-
-
-class _FirstBlock(Strict):
-    threshold: float = Field(0.05, ge=0, le=1e6)
-
-
-class _Mag(Strict):
-    threshold: float = Field(0.06, ge=0, le=1e6)
-    max_skip_steps: Steps = 3
-    retention_ratio: float = Field(0.2, ge=0, le=1)
-    num_inference_steps: int = Field(28, ge=1, le=10_000)
-    mag_ratios: tuple[Annotated[float, Field(ge=0, le=1e6)], ...] = Field(min_length=1, max_length=10_000)
-
-
-class _TaylorSeer(Strict):
-    cache_interval: int = Field(5, ge=1, le=10_000)
-    disable_cache_before_step: Steps = 3
-    disable_cache_after_step: Steps | None = None
-    max_order: int = Field(1, ge=0, le=16)
-    skip_predict_identifiers: Patterns | None = None
-    cache_identifiers: Patterns | None = None
-    use_lite_mode: bool = False
-
-
-CACHES: dict[str, type[Strict]] = {"first_block": _FirstBlock, "mag": _Mag, "taylorseer": _TaylorSeer}
-"""Step caches of diffusers that a recipe may put on, and the settings of each, with diffusers' own defaults."""
+def _cache_kind(value: Any) -> str:
+    if not isinstance(value, str) or value not in CACHES:
+        known = f"{nearest(str(value), CACHES)}; kinds: {', '.join(CACHES)}"
+        raise ValueError(f"there is no step cache {shortened(value)}{known}")
+    return value
 
 
 class StepCache(Strict):
     """A step cache of diffusers beside the rules: ``cache: {kind: first_block, with: {threshold: 0.1}}``."""
 
-    kind: Literal["first_block", "mag", "taylorseer"]
+    kind: Annotated[str, BeforeValidator(_cache_kind)]
     settings: dict[str, Any] = Field({}, alias="with")
 
     @model_validator(mode="after")
     def _settings_are_its_own(self) -> StepCache:
-        known = CACHES[self.kind].model_fields
+        settings = CACHES[self.kind].settings
+        known = settings.model_fields
         if unknown := [key for key in self.settings if key not in known]:
             raise ValueError(
                 f"the cache {self.kind} has no {unknown[0]!r}{nearest(unknown[0], known)}; it has {', '.join(known)}"
             )
         try:
-            CACHES[self.kind].model_validate(self.settings)
+            settings.model_validate(self.settings)
         except ValidationError as error:
             raise ValueError(explain(error, Source(f"cache {self.kind}"), (), lambda _: StepCache)) from None
         return self

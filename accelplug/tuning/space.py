@@ -11,6 +11,7 @@ from accelplug.call import Layout
 from accelplug.errors import AccelplugError, nearest
 from accelplug.patches.sparse.template import BlockSparse, Scored
 from accelplug.registry import patch_class
+from accelplug.step_caches import CACHES
 from accelplug.table import Table
 from accelplug.tuning.caches import Cache
 
@@ -69,7 +70,9 @@ class Candidate:
     def rules(self) -> dict[str, Any]:
         """Return it as a recipe: rules, and the cache."""
         rules: list[dict[str, Any]] = []
-        layers = set(self.dense_layers) | ({0} if self.cache and self.cache.kind == "first_block" and self.arm else set())
+        layers = set(self.dense_layers) | (
+            {0} if self.cache and CACHES[self.cache.kind].by_first_block and self.arm else set()
+        )
         if layers:
             rules.append({"where": {"layers": sorted(layers)}, "patch": "dense"})
         if self.arm is None:
@@ -148,10 +151,11 @@ def variants(arm: Arm, sensitive_layers: Sequence[int], steps: int) -> Iterator[
 def cached(candidate: Candidate, caches: Iterable[Cache]) -> Iterator[Candidate]:
     """Yield a candidate with each step cache that goes with it.
 
-    TaylorSeer reads derivatives off consecutive steps; where a patch reads other blocks at every step, they are of its choice.
+    One that extrapolates reads derivatives off consecutive steps; where a patch reads other blocks at every step, they are of its
+    choice.
     """
     for cache in caches:
-        if cache.kind != "taylorseer" or candidate.arm is None or _fixed_in_time(candidate.arm.patch):
+        if not CACHES[cache.kind].extrapolates or candidate.arm is None or _fixed_in_time(candidate.arm.patch):
             yield replace(candidate, cache=cache)
 
 

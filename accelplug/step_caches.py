@@ -1,0 +1,173 @@
+"""Step caches of diffusers: what recipes may say of them, what the host must know to put one on, and what a search tries.
+
+A new cache is a row of `CACHES`. Nothing here imports diffusers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+WARM_UP = 0.2
+"""Share of the first steps that a search has computed: MagCache's own default, kept for all."""
+
+
+def _pattern(text: str) -> str:
+    """Refuse a regular expression that is none, or could take forever to be held against the name of a module."""
+    if "(" in text or len(re.findall(r"[*+{]", text)) > 3 or text.count("?") > 8:
+        raise ValueError(
+            f"expected a pattern without groups and with at most three repeats, got {text[:80]!r}; list several"
+        )
+    try:
+        re.compile(text)
+    except (re.error, OverflowError) as error:
+        raise ValueError(f"{text[:80]!r} is not a regular expression: {error}") from None
+    return text
+
+
+Patterns = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_pattern)]],
+    Field(min_length=1, max_length=64),
+]
+StepNumber = Annotated[int, Field(ge=0, le=10_000)]
+
+
+class CacheSettings(BaseModel):
+    """Settings of a step cache, with diffusers' own defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class FirstBlockSettings(CacheSettings):
+    """``diffusers.FirstBlockCacheConfig``."""
+
+    threshold: float = Field(0.05, ge=0, le=1e6)
+
+
+class MagSettings(CacheSettings):
+    """``diffusers.MagCacheConfig``."""
+
+    threshold: float = Field(0.06, ge=0, le=1e6)
+    max_skip_steps: StepNumber = 3
+    retention_ratio: float = Field(0.2, ge=0, le=1)
+    num_inference_steps: int = Field(28, ge=1, le=10_000)
+    mag_ratios: tuple[Annotated[float, Field(ge=0, le=1e6)], ...] = Field(min_length=1, max_length=10_000)
+
+
+class TaylorSeerSettings(CacheSettings):
+    """``diffusers.TaylorSeerCacheConfig``."""
+
+    cache_interval: int = Field(5, ge=1, le=10_000)
+    disable_cache_before_step: StepNumber = 3
+    disable_cache_after_step: StepNumber | None = None
+    max_order: int = Field(1, ge=0, le=16)
+    skip_predict_identifiers: Patterns | None = None
+    cache_identifiers: Patterns | None = None
+    use_lite_mode: bool = False
+
+
+@dataclass(frozen=True)
+class CacheLadder:
+    """What a search tries of a cache.
+
+    Attributes
+    ----------
+    name : of the cache, and of its mode.
+    rungs : values of the cache's knob, the most careful first.
+    fixed : settings that all rungs share.
+    needs : attribute that every denoiser must have, or None.
+    """
+
+    name: str
+    rungs: tuple[float, ...]
+    fixed: tuple[tuple[str, Any], ...] = ()
+    needs: str | None = None
+
+
+@dataclass(frozen=True)
+class CacheKind:
+    """One step cache.
+
+    Attributes
+    ----------
+    name : what recipes call it.
+    config : name of diffusers' config class.
+    settings : what a recipe may set of it.
+    knob : the setting that trades speed for quality.
+    ladders : what a search tries.
+    for_run : ``(steps of a run, magnitudes of the model by step) -> settings`` that a search gives to every rung. The first fifth of
+        a run and its last step are always computed.
+    by_context : it cannot run outside of a cache context, by which it tells guidance branches apart.
+    by_first_block : it predicts a step from the first block, which must be dense, or the error of a patch would pass for change.
+    counts_steps : it counts the steps of each denoiser, so that denoisers cannot share those of a run.
+    extrapolates : it reads derivatives off consecutive steps; a patch that reads other blocks at every step spoils them.
+    measured : it must be told the model's magnitudes, which a dense run shows.
+    """
+
+    name: str
+    config: str
+    settings: type[CacheSettings]
+    knob: str
+    ladders: tuple[CacheLadder, ...]
+    for_run: Callable[[int, Sequence[float]], dict[str, Any]] = lambda steps, magnitudes: {}
+    by_context: bool = False
+    by_first_block: bool = False
+    counts_steps: bool = False
+    extrapolates: bool = False
+    measured: bool = False
+
+
+def _mag_for_run(steps: int, magnitudes: Sequence[float]) -> dict[str, Any]:
+    # MagCache knows no last step, but a magnitude of 0 says that nothing of the step before is left, and it computes.
+    ratios = (*magnitudes[:-1], 0.0)
+    return {"max_skip_steps": 3, "retention_ratio": WARM_UP, "num_inference_steps": steps, "mag_ratios": ratios}
+
+
+def _taylorseer_for_run(steps: int, magnitudes: Sequence[float]) -> dict[str, Any]:
+    first = max(3, round(WARM_UP * steps))
+    return {"disable_cache_before_step": first, "disable_cache_after_step": steps - 1, "max_order": 1}
+
+
+CACHES = {
+    cache.name: cache
+    for cache in (
+        CacheKind(
+            name="first_block",
+            config="FirstBlockCacheConfig",
+            settings=FirstBlockSettings,
+            knob="threshold",
+            ladders=(CacheLadder("first_block", (0.03, 0.08, 0.15)),),
+            by_context=True,
+            by_first_block=True,
+        ),
+        CacheKind(
+            name="mag",
+            config="MagCacheConfig",
+            settings=MagSettings,
+            knob="threshold",
+            ladders=(CacheLadder("mag", (0.03, 0.06, 0.12)),),
+            for_run=_mag_for_run,
+            counts_steps=True,
+            measured=True,
+        ),
+        CacheKind(
+            name="taylorseer",
+            config="TaylorSeerCacheConfig",
+            settings=TaylorSeerSettings,
+            knob="cache_interval",
+            ladders=(  # it extrapolates each attention, in its lite mode the last projection of the model
+                CacheLadder("taylorseer", (3, 5)),
+                CacheLadder("taylorseer lite", (2, 3), (("use_lite_mode", True),), needs="proj_out"),
+            ),
+            for_run=_taylorseer_for_run,
+            by_context=True,
+            counts_steps=True,
+            extrapolates=True,
+        ),
+    )
+}
+"""By the name that recipes use."""
