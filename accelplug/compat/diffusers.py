@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelplug.compat.contracts import contract, expect
+from accelplug.step_caches import CACHES
 
 ENTRY_POINTS = frozenset({"dispatch_attention_fn", "scaled_dot_product_attention"})
 """The two names by which every processor of diffusers reaches attention."""
@@ -160,7 +161,7 @@ def _listening() -> None:
     expect(len(heard) == 3, "a hook that was taken out of _hook_order still hears")
 
 
-_CACHES = tuple(f"diffusers.hooks.{kind}_cache" for kind in ("first_block", "mag", "taylorseer"))
+_CACHES = tuple(f"diffusers.hooks.{kind}_cache" for kind in CACHES)
 """Where the hooks of step caches are defined."""
 
 

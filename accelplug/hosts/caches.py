@@ -59,7 +59,10 @@ class StepCaches:
                 )
         try:
             for name, part in self.parts.items():
-                hooked, config = compat.diffusers.hooks_on(part), getattr(diffusers, CACHES[self.kind].config)(**self.settings)
+                hooked, config = (
+                    compat.diffusers.hooks_on(part),
+                    getattr(diffusers, CACHES[self.kind].config)(**self.settings),
+                )
                 before = {module: set(vars(module)) for module in part.modules()}
                 for module, names in before.items():
                     undo.touch(module, partial(_drop_new, before=names, part=part, config=config))
