@@ -9,6 +9,7 @@ rest=pool. Runs are interleaved; medians with 20/80 % quantiles.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -27,7 +28,7 @@ BLOCKS = (64, 128)
 REPEATS = 7
 
 
-def milliseconds(run) -> float:
+def milliseconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - start)

@@ -151,7 +151,16 @@ def cluster_order(
 
 
 @cluster_order.register_fake
-def _(x, valid, first, number, clusters, iterations, warm_iterations, ticket):
+def _(
+    x: Tensor,
+    valid: Tensor | None,
+    first: int,
+    number: int,
+    clusters: int,
+    iterations: int,
+    warm_iterations: int,
+    ticket: Tensor,
+) -> Tensor:
     return x.new_empty((*x.shape[:2], number), dtype=torch.int64)
 
 

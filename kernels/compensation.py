@@ -69,5 +69,5 @@ def compensation_error(
 
 
 @compensation_error.register_fake
-def _(q_pool, k, v, k_len, block_k, scale, key_mask):
+def _(q_pool: Tensor, k: Tensor, v: Tensor, k_len: Tensor, block_k: int, scale: float, key_mask: Tensor | None) -> Tensor:
     return q_pool.new_empty((*q_pool.shape[:-1], len(k_len)))

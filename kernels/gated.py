@@ -54,5 +54,5 @@ def gated_attention(
 
 
 @gated_attention.register_fake
-def _(q, k, v, gate, region, scale, key_mask=None):
+def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, region: Tensor, scale: float, key_mask: Tensor | None = None) -> Tensor:
     return q.new_empty(*q.shape[:3], v.shape[-1])

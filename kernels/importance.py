@@ -80,7 +80,17 @@ def sampled_importance(
 
 
 @sampled_importance.register_fake
-def _(q, k, q_len, k_len, block_q, block_k, scale, key_mask=None, seed=0):
+def _(
+    q: Tensor,
+    k: Tensor,
+    q_len: Tensor,
+    k_len: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    key_mask: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
     return q.new_empty(*q.shape[:2], len(q_len), len(k_len), dtype=torch.float32)
 
 

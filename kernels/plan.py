@@ -119,7 +119,17 @@ class BlockPlan:
         return cls._pack(members & (k_len > 0), level, skipped, q_len, k_len, block_q, block_k, box)
 
     @classmethod
-    def _pack(cls, members, level, skipped, q_len, k_len, block_q, block_k, box) -> BlockPlan:
+    def _pack(
+        cls,
+        members: Tensor,
+        level: Tensor | None,
+        skipped: Tensor | None,
+        q_len: Tensor,
+        k_len: Tensor,
+        block_q: int,
+        block_k: int,
+        box: Box | None,
+    ) -> BlockPlan:
         blocks, filled = members.shape[-1], k_len == block_k
         count, whole = (part.sum(-1, dtype=torch.int32) for part in (members, members & filled))
         part = torch.where(members, torch.where(filled, 0, 1), 2 + len(LEVELS))  # [B|1, H|1, M, N], its place in the list

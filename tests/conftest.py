@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 # Where test_kernels.py runs: ACCELPLUG_TEST_DEVICE=cuda runs it on a GPU, with the kernels compiled.
 DEVICE = os.environ.get("ACCELPLUG_TEST_DEVICE", "cpu")
@@ -27,8 +29,8 @@ def _seeded() -> None:
 def nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what torch.empty and torch.empty_like return with NaN, so that an output nobody wrote cannot pass by luck."""
 
-    def poisoned(make):
-        def made(*args, **kwargs):
+    def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*args: Any, **kwargs: Any) -> torch.Tensor:
             x = make(*args, **kwargs)
             return x.fill_(float("nan")) if x.is_floating_point() else x
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 from PIL import Image
 
 import accelplug
+from accelplug.calibration import Calibration
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.questions import items, require_pictures
+from accelplug.comparison.result import Comparison
 from accelplug.comparison.vlm import compare_vlm
 from accelplug.errors import AccelplugError
 from accelplug.tuning import Bound
@@ -20,18 +23,18 @@ from tests import tiny_models
 
 
 @pytest.fixture(scope="module")
-def waiting():
+def waiting() -> tuple[Any, dict[str, Any]]:
     """A pipeline whose denoiser must not be called."""
     pipe, inputs = tiny_models.pipeline("wan")
     pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("something ran before all arguments were checked"))
     return pipe, {key: value for key, value in inputs.items() if key != "output_type"}
 
 
-def calibrate(pipe, inputs=None, **more):
+def calibrate(pipe: Any, inputs: Any = None, **more: Any) -> Calibration:
     return accelplug.calibrate(pipe, **{"patch": "sparse_vdit", "prompts": inputs, "progress": False, **more})
 
 
-def compare(pipe, inputs=None, **more):
+def compare(pipe: Any, inputs: Any = None, **more: Any) -> Comparison:
     return accelplug.compare(pipe, {"rules": [{"patch": "dense"}]}, inputs, **more)
 
 
@@ -60,7 +63,9 @@ ASKED = {"inputs", "seeds"}
 
 @COMMANDS
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_inputs_are_told_by_all_commands_alike(waiting, command, wrong: str) -> None:
+def test_wrong_inputs_are_told_by_all_commands_alike(
+    waiting: tuple[Any, dict[str, Any]], command: Callable[..., object], wrong: str
+) -> None:
     pipe, inputs = waiting
     says, not_of, change = WRONG[wrong]
     if command.__name__ in not_of:
@@ -74,7 +79,9 @@ def test_wrong_inputs_are_told_by_all_commands_alike(waiting, command, wrong: st
 
 @COMMANDS
 @pytest.mark.parametrize("what", [lambda pipe: pipe.transformer, lambda pipe: object(), lambda pipe: None])
-def test_what_is_no_pipeline_is_refused(waiting, command, what) -> None:
+def test_what_is_no_pipeline_is_refused(
+    waiting: tuple[Any, dict[str, Any]], command: Callable[..., object], what: Callable[[Any], object]
+) -> None:
     pipe, inputs = waiting
     with pytest.raises(AccelplugError):
         command(what(pipe), inputs=inputs)
@@ -97,7 +104,7 @@ def test_what_is_no_pipeline_is_refused(waiting, command, what) -> None:
         ({"objective": "accuracy"}, "a language model's"),
     ],
 )
-def test_tune_is_asked_wrongly(waiting, change: dict[str, Any], says: str) -> None:
+def test_tune_is_asked_wrongly(waiting: tuple[Any, dict[str, Any]], change: dict[str, Any], says: str) -> None:
     pipe, inputs = waiting
     with pytest.raises(AccelplugError, match=says):
         accelplug.tune(pipe, inputs, progress=False, **change)
@@ -117,7 +124,7 @@ def test_tune_is_asked_wrongly(waiting, change: dict[str, Any], says: str) -> No
         ({"patch": "radial"}, "nothing to calibrate"),
     ],
 )
-def test_calibrate_is_asked_wrongly(waiting, change: dict[str, Any], says: str) -> None:
+def test_calibrate_is_asked_wrongly(waiting: tuple[Any, dict[str, Any]], change: dict[str, Any], says: str) -> None:
     pipe, inputs = waiting
     with pytest.raises(AccelplugError, match=says):
         calibrate(pipe, inputs, **change)

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.tune import overturned, splits, summary
 
 
-def runs(gain: float, *margins: float):
+def runs(gain: float, *margins: float) -> list[dict[str, float]]:
     return [{"gain": gain, "margin": margin, "psnr": 26 + margin} for margin in margins]
 
 

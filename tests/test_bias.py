@@ -26,13 +26,15 @@ def make_call(layout: Layout, dtype: torch.dtype, scale: float | None = 0.4) -> 
     v = torch.randn(B, H, layout.length, DV, generator=generator).to(dtype)
     scale = D**-0.5 if scale is None else scale
 
-    def dense(q=q, k=k, v=v):
+    def dense(q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> torch.Tensor:
         return scaled_dot_product_attention(q, k, v, scale=scale)
 
     return AttentionCall(q, k, v, None, scale, dense)
 
 
-def written_out(layout: Layout, form: str, strength: float, axes, heads: str = "equal") -> torch.Tensor:
+def written_out(
+    layout: Layout, form: str, strength: float, axes: tuple[float, ...] | str, heads: str = "equal"
+) -> torch.Tensor:
     """The bias of all pairs, float64 (H, S, S), from the definition."""
     grid = [x.flatten().double() for x in torch.meshgrid(*(torch.arange(n) for n in layout.grid_thw), indexing="ij")]
     if axes == "token":

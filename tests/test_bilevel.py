@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.orders import compact_tile
+from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.sparse.bilevel import Bilevel
 from accelplug.patches.sparse.template import Blocks
 
@@ -14,7 +17,7 @@ SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
 LAYOUT = Layout((3, 5, 7), text_before=2, text_after=9)
 
 
-def routed(layout: Layout, mask=None, **config):
+def routed(layout: Layout, mask: torch.Tensor | None = None, **config: Any) -> tuple[Bilevel, Blocks, BlockPlan]:
     method = Bilevel({"block": 8, **config})
     params = method.prepare(SITE, layout, Clock(), {})
     q, k, v = (torch.randn(2, heads, layout.length, 16) for heads in (4, 2, 2))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import accelplug
+from accelplug.calibration import Calibration
 from accelplug.errors import AccelplugError, NoMatchError, RecipeError
 from tests import tiny_models
 
 CONFIG = {"block": 8, "backend": "reference"}
 
 
-def run(pipe, path, inputs, patch="sparse_vdit", **more):
+def run(pipe: Any, path: Path, inputs: dict[str, Any], patch: str = "sparse_vdit", **more: Any) -> Calibration:
     inputs = {key: value for key, value in inputs.items() if key != "output_type"}
     given = {"config": CONFIG, "buckets": 2, "dense_steps": None, "progress": False, **more}
     return accelplug.calibrate(pipe, patch, [inputs, inputs], path=path, **given)
@@ -42,7 +44,7 @@ def test_cut_off_and_taken_up_again_gives_the_same_bytes(tmp_path: Path) -> None
     run(pipe, tmp_path / "whole.yaml", inputs)
     forwards = []
 
-    def cut(*_) -> None:
+    def cut(*_: object) -> None:
         forwards.append(1)
         if len(forwards) > 12:  # in the second run, of four steps and two branches
             raise KeyboardInterrupt

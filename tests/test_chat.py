@@ -23,7 +23,7 @@ from tests.test_exam import gemma_3
 
 
 @pytest.fixture(scope="module")
-def bundled():
+def bundled() -> tuple[Any, Any]:
     folder = path("llava-scenes")
     return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
@@ -80,7 +80,7 @@ def test_what_a_processor_or_pil_refuses_is_told() -> None:
         ("I;16", 257 * 77, (77, 77, 77)),
     ],
 )
-def test_every_mode_is_seen_as_people_see_it(mode: str, value, seen: tuple[int, int, int]) -> None:
+def test_every_mode_is_seen_as_people_see_it(mode: str, value: int | tuple[int, ...], seen: tuple[int, int, int]) -> None:
     assert open_picture(Image.new(mode, (2, 2), value)).getpixel((0, 0)) == seen
 
 
@@ -118,7 +118,9 @@ def test_a_sequence_begins_once() -> None:
         assert made["input_ids"][0, 0] == 1
 
 
-def test_a_processor_without_a_template_shows_the_picture_too(bundled, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_without_a_template_shows_the_picture_too(
+    bundled: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, processor = bundled
     monkeypatch.setattr(processor, "chat_template", None)
     text = prompt(processor, "Is there a tree?", picture=True)
@@ -131,7 +133,7 @@ def test_margins_are_of_whole_words() -> None:
 
         ids = {"yes": [1], "Yes": [2], "YES": [3, 4], "no": [5], "No": [6], "NO": [7, 8]}  # noqa: RUF012
 
-        def __call__(self, text, add_special_tokens):
+        def __call__(self, text: str, add_special_tokens: bool) -> Any:
             found = self.ids[text.strip()]
             return type("Found", (), {"input_ids": [9, *found] if text[0] == " " else found})
 
@@ -156,7 +158,7 @@ DECODING = [
 
 
 @pytest.fixture(scope="module")
-def plainly(bundled):
+def plainly(bundled: tuple[Any, Any]) -> tuple[Any, ...]:
     model, processor = bundled
     exam = replace(Exam.scenes(2), max_new_tokens=5)
     asked = items(exam)[:2]
@@ -170,7 +172,7 @@ def plainly(bundled):
 
 @pytest.mark.parametrize("asks_for", DECODING, ids=lambda asks_for: "+".join(asks_for))
 def test_the_checkpoints_decoding_changes_no_answer(
-    bundled, plainly, monkeypatch: pytest.MonkeyPatch, asks_for: dict[str, Any]
+    bundled: tuple[Any, Any], plainly: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, asks_for: dict[str, Any]
 ) -> None:
     model, processor = bundled
     exam, asked, replies, descriptions = plainly
@@ -185,7 +187,7 @@ def test_the_checkpoints_decoding_changes_no_answer(
     assert model.generation_config is asked_for
 
 
-def test_the_generation_config_comes_back_after_an_error(bundled) -> None:
+def test_the_generation_config_comes_back_after_an_error(bundled: tuple[Any, Any]) -> None:
     model, processor = bundled
     own = model.generation_config
     with greedy(model):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import nn
 
 from accelplug.call import Clock
 from accelplug.hosts.clock import HOOK, Ear, StepClock
@@ -17,7 +18,7 @@ class Pipe(SimpleNamespace):
     """Stands in for a pipeline; weakly referable."""
 
 
-def euler(steps: int):
+def euler(steps: int) -> FlowMatchEulerDiscreteScheduler:
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(steps)
     return scheduler
@@ -91,7 +92,7 @@ def test_the_ear_lives_with_other_hooks_in_any_order(ours_first: bool, remove_ou
     from diffusers.hooks.hooks import HookRegistry, ModelHook
 
     class Double(ModelHook):
-        def post_forward(self, module, output):
+        def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
             return output * 2
 
     module = torch.nn.Linear(2, 2)

@@ -16,11 +16,11 @@ from accelplug.patches.sparse.sol import Sol
 SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
 
 
-def lloyd(x, centres, iterations, valid):
+def lloyd(x: torch.Tensor, centres: torch.Tensor, iterations: int, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One row, float64, one token and one cluster at a time."""
     x, centres = x.double(), centres.double().clone()
 
-    def labels():
+    def labels() -> list[int]:
         return [min(range(len(centres)), key=lambda c: float((token - centres[c]).square().sum())) for token in x]
 
     for _ in range(iterations):
@@ -70,7 +70,16 @@ def test_line_up_along_the_direction_of_greatest_spread() -> None:
         assert same_or_reversed(lined_up(far, size)[row, :20].argsort().argsort(), at[row])
 
 
-def order_of(x, valid=None, first=0, number=None, clusters=5, iterations=20, warm=2, ticket=COLD):
+def order_of(
+    x: torch.Tensor,
+    valid: torch.Tensor | None = None,
+    first: int = 0,
+    number: int | None = None,
+    clusters: int = 5,
+    iterations: int = 20,
+    warm: int = 2,
+    ticket: torch.Tensor = COLD,
+) -> torch.Tensor:
     return cluster_order(x, valid, first, number or x.shape[2], clusters, iterations, warm, ticket)
 
 
@@ -173,13 +182,13 @@ def test_centres_die_with_the_state_of_the_run() -> None:
     assert [memory.start for memory in state["clusters"]] == [None, None]
 
 
-def call_of(layout, heads=2, kv_heads=2, mask=False, dim=8):
+def call_of(layout: Layout, heads: int = 2, kv_heads: int = 2, mask: bool = False, dim: int = 8) -> AttentionCall:
     q = torch.randn(2, heads, layout.length, dim)
     k, v = torch.randn(2, 2, kv_heads, layout.length, dim)
     valid = torch.rand(2, layout.length) < 0.8 if mask else None
     group = heads // kv_heads
 
-    def dense():
+    def dense() -> torch.Tensor:
         keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
         allowed = None if valid is None else valid[:, None, None]
         return torch.nn.functional.scaled_dot_product_attention(q, keys, values, allowed, scale=0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,11 @@ from tests.test_laws import run, snapshot
 RECIPE = ROWS[0].recipe(ROWS[0].working)
 
 
-def generate(pipe, inputs) -> torch.Tensor:
+def generate(pipe: Any, inputs: dict[str, Any]) -> torch.Tensor:
     return pipe(**inputs, generator=torch.Generator().manual_seed(0)).frames
 
 
-def caches(pipe) -> dict:
+def caches(pipe: Any) -> dict:
     return {
         "first_block": FirstBlockCacheConfig(threshold=0.02),
         "taylorseer": TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1),
@@ -50,7 +51,7 @@ def caches(pipe) -> dict:
 
 @pytest.mark.parametrize("name", ["first_block", "taylorseer", "pyramid", "faster"])
 def test_caches_in_either_order(name: str) -> None:
-    def make():
+    def make() -> tuple[Any, dict[str, Any], Any]:
         pipe, inputs = tiny_models.pipeline("wan")
         return pipe, inputs, caches(pipe)[name]
 

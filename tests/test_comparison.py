@@ -7,6 +7,7 @@ import io
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,18 +27,18 @@ from tests.test_report import Page
 
 
 @pytest.fixture
-def clips():
+def clips() -> tuple[np.ndarray, np.ndarray]:
     g = np.random.default_rng(0)
     return g.random((5, 24, 36, 3), np.float32), g.random((5, 24, 36, 3), np.float32)
 
 
-def test_psnr_by_hand(clips) -> None:
+def test_psnr_by_hand(clips: tuple[np.ndarray, np.ndarray]) -> None:
     a, _ = clips
     assert metrics.psnr_db(a, a) == math.inf
     assert metrics.psnr_db(np.full_like(a, 0.5), np.full_like(a, 0.6)) == pytest.approx(20.0, abs=1e-4)
 
 
-def test_psnr_agrees_with_torchmetrics(clips) -> None:
+def test_psnr_agrees_with_torchmetrics(clips: tuple[np.ndarray, np.ndarray]) -> None:
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     a, b = clips
@@ -49,7 +50,7 @@ def test_foreground_counts_what_is_missing() -> None:
     dense, patched = (np.zeros((2, 40, 40, 3), np.float32) for _ in range(2))
     dense[:, 5:15, 5:15] = 1.0  # the object is gone in the patched clip
 
-    def bright(clip):
+    def bright(clip: np.ndarray) -> np.ndarray:
         return clip.max(-1) > 127
 
     assert metrics.foreground_psnr_db(patched, dense, bright) == pytest.approx(0.0)
@@ -57,7 +58,7 @@ def test_foreground_counts_what_is_missing() -> None:
     assert math.isnan(metrics.foreground_psnr_db(patched, patched, bright))
 
 
-def test_ssim_and_latent_distance(clips) -> None:
+def test_ssim_and_latent_distance(clips: tuple[np.ndarray, np.ndarray]) -> None:
     a, b = clips
     assert metrics.ssim(a, a) == pytest.approx(1.0)
     assert metrics.ssim(a, b) < 0.2
@@ -71,14 +72,14 @@ def test_quantiles() -> None:
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == Spread(2.0, 3.5, 5.0)
 
 
-def small():
+def small() -> tuple[Any, dict[str, Any]]:
     pipe, inputs = tiny_models.pipeline("wan")
     inputs = {key: value for key, value in inputs.items() if key != "output_type"}
     return pipe, {**inputs, "height": 64, "width": 96}
 
 
 @pytest.fixture(scope="module")
-def compared():
+def compared() -> tuple[Comparison, dict[str, Any], dict[str, Any]]:
     pipe, inputs = small()
     before = snapshot(pipe.transformer)
     row = ROWS[0]
@@ -90,7 +91,7 @@ def compared():
     return result, before, after
 
 
-def test_rows_and_quality(compared) -> None:
+def test_rows_and_quality(compared: tuple[Comparison, dict[str, Any], dict[str, Any]]) -> None:
     result, _, _ = compared
     names = ["dense", "same", "radial", "FirstBlockCache", "FirstBlockCache + same", "FirstBlockCache + radial"]
     assert [row.name for row in result.rows] == [*names, "dense, math kernel", "dense, another seed"]
@@ -103,7 +104,7 @@ def test_rows_and_quality(compared) -> None:
     assert all(len(sample.step_ms) == result.settings["num_inference_steps"] for sample in result.dense.samples)
 
 
-def test_density_and_plans(compared) -> None:
+def test_density_and_plans(compared: tuple[Comparison, dict[str, Any], dict[str, Any]]) -> None:
     result, _, _ = compared
     radial = result.row("radial")
     assert len(radial.density) == 2
@@ -118,7 +119,7 @@ def test_density_and_plans(compared) -> None:
     assert result.row("same").denoising_predicted == pytest.approx(1.0)
 
 
-def test_the_pipe_is_left_as_it_was(compared) -> None:
+def test_the_pipe_is_left_as_it_was(compared: tuple[Comparison, dict[str, Any], dict[str, Any]]) -> None:
     _, before, after = compared
     assert after["processors"] == before["processors"]
     assert after["hooks"] == before["hooks"]
@@ -127,7 +128,7 @@ def test_the_pipe_is_left_as_it_was(compared) -> None:
     assert leftovers <= {"_diffusers_hook"}  # that of the root comes with any run of a stock pipeline
 
 
-def test_json_round_trip(compared, tmp_path: Path) -> None:
+def test_json_round_trip(compared: tuple[Comparison, dict[str, Any], dict[str, Any]], tmp_path: Path) -> None:
     result, _, _ = compared
     path = result.to_json(tmp_path / "r.json")
     again = Comparison.from_json(path)
@@ -136,7 +137,7 @@ def test_json_round_trip(compared, tmp_path: Path) -> None:
     assert "Infinity" not in path.read_text()
 
 
-def test_the_page_is_self_contained(compared, tmp_path: Path) -> None:
+def test_the_page_is_self_contained(compared: tuple[Comparison, dict[str, Any], dict[str, Any]], tmp_path: Path) -> None:
     result, _, _ = compared
     text = result.to_html(tmp_path / "r.html").read_text()
     assert "http://" not in text.replace("http://www.w3.org", "")
@@ -152,7 +153,7 @@ def test_the_page_is_self_contained(compared, tmp_path: Path) -> None:
     assert data["clips"][0]["frames"] == 9
 
 
-def test_the_table_prints(compared) -> None:
+def test_the_table_prints(compared: tuple[Comparison, dict[str, Any], dict[str, Any]]) -> None:
     text = str(compared[0])
     assert "radial" in text
     assert "same" in text
@@ -288,7 +289,7 @@ def test_inputs_may_hold_a_callback_and_an_output_type() -> None:
     pipe, inputs = small()
     seen = []
 
-    def callback(pipe, step, timestep, tensors):
+    def callback(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         seen.append(step)
         return tensors
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import accelplug
@@ -16,13 +19,13 @@ from tests.test_laws import run
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo():
+def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
-def compiled(model, kind: str, counter: CompileCounter):
+def compiled(model: Any, kind: str, counter: CompileCounter) -> Any:
     if kind == "regional":
         model.compile_repeated_blocks(fullgraph=True, backend=counter)
         return model
@@ -120,7 +123,7 @@ def test_stock_and_patched_compiled_in_one_process(name: str, patched_first: boo
                 torch.testing.assert_close(run(forward, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
-def _break_the_graph(module, args, output):
+def _break_the_graph(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     torch._dynamo.graph_break()
     return output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -26,14 +27,14 @@ def steps(order: torch.Tensor, grid_thw: tuple[int, int, int]) -> torch.Tensor:
 
 
 @CURVES
-def test_is_a_permutation_of_every_small_grid(curve) -> None:
+def test_is_a_permutation_of_every_small_grid(curve: Callable[..., torch.Tensor]) -> None:
     for grid_thw in product(range(1, 8), repeat=3):
         assert torch.equal(curve(grid_thw).sort().values, torch.arange(math.prod(grid_thw))), grid_thw
 
 
 @CURVES
 @pytest.mark.parametrize("grid_thw", VIDEOS, ids=str)
-def test_is_a_permutation_of_a_video(curve, grid_thw: tuple[int, int, int]) -> None:
+def test_is_a_permutation_of_a_video(curve: Callable[..., torch.Tensor], grid_thw: tuple[int, int, int]) -> None:
     assert torch.equal(curve(grid_thw).sort().values, torch.arange(math.prod(grid_thw)))
 
 
@@ -61,7 +62,9 @@ def test_hilbert_fills_every_cube_of_a_power_of_two_before_it_goes_on() -> None:
 
 @CURVES
 @pytest.mark.parametrize("grid_thw", VIDEOS, ids=str)
-def test_blocks_are_more_compact_than_in_raster_order(curve, grid_thw: tuple[int, int, int]) -> None:
+def test_blocks_are_more_compact_than_in_raster_order(
+    curve: Callable[..., torch.Tensor], grid_thw: tuple[int, int, int]
+) -> None:
     def extent(order: torch.Tensor) -> float:
         blocks = [block.amax(0) - block.amin(0) + 1 for block in cells(order, grid_thw).split(128)]
         return float(torch.stack(blocks).sum(-1).float().mean())

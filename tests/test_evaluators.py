@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def words() -> Vocabulary:
     return Vocabulary.coco()
 
 
-def objects(text: str):
+def objects(text: str) -> Iterator[dict[str, Any]]:
     """JSON objects one after the other, with blanks between them."""
     decoder, at, end = json.JSONDecoder(), 0, len(text.rstrip())
     while at < end:
@@ -426,7 +427,7 @@ def test_chair_rows_make_a_paired_bootstrap() -> None:
     before = chair.score(dict.fromkeys(range(20), "a dog and a cat"), {i: {"dog"} for i in range(20)}, CLOSED)
     after = chair.score(dict.fromkeys(range(20), "a dog"), {i: {"dog"} for i in range(20)}, CLOSED)
 
-    def change(pairs):
+    def change(pairs: list[tuple[Any, Any]]) -> float:
         first, second = zip(*pairs, strict=True)
         return chair.Chair.of(second, "none").chair_i - chair.Chair.of(first, "none").chair_i
 
@@ -460,7 +461,7 @@ def test_amber_credits_words_as_the_release_does() -> None:
     nouns = Vocabulary(dict.fromkeys(("grass", "ground", "ship", "boat", "cloud", "sky"), ()), None)
     associations = {"grass": ["ground"], "ship": ["boat"], "cloud": ["sky"], "sky": []}
 
-    def of(text, *there, likely=()):
+    def of(text: str, *there: str, likely: tuple[str, ...] = ()) -> amber.Amber:
         return amber.score({1: text}, {1: there}, nouns, likely={1: likely}, associations=associations)
 
     assert of("the ground", "ground", "grass").cover == 1 / 2
@@ -472,7 +473,7 @@ def test_amber_credits_words_as_the_release_does() -> None:
     assert amber.score({1: "ground"}, {1: {"grass", "ground"}}, nouns, associations=associations).cover == 1 / 2
 
 
-def amber_question(truth, split):
+def amber_question(truth: bool, split: str) -> Question:
     return Question("AMBER_1.jpg", "?", truth, "", split)
 
 
@@ -505,7 +506,7 @@ AMBER = [
 
 
 @pytest.fixture
-def benchmark_files(tmp_path: Path):
+def benchmark_files(tmp_path: Path) -> Path:
     """AMBER's folder data in its own form: a picture, a description and six questions."""
     kinds = [
         ("generative", ["grass", "person", "ground"]),
@@ -531,7 +532,7 @@ def benchmark_files(tmp_path: Path):
     return tmp_path
 
 
-def test_amber_reads_its_files(benchmark_files) -> None:
+def test_amber_reads_its_files(benchmark_files: Path) -> None:
     held = amber.read(benchmark_files)
     assert held.truth == {"AMBER_1.jpg": ["grass", "person", "ground"]}
     assert held.likely == {"AMBER_1.jpg": ["sky"]}
@@ -551,7 +552,7 @@ def test_amber_reads_its_files(benchmark_files) -> None:
 
 @pytest.mark.parametrize("file", ["annotations.json", "relation.json", "safe_words.txt", "query/query_all.json"])
 @pytest.mark.parametrize("bad", [None, b"\xff", b"[{}]"])
-def test_amber_says_which_file_is_wrong(benchmark_files, file: str, bad: bytes | None) -> None:
+def test_amber_says_which_file_is_wrong(benchmark_files: Path, file: str, bad: bytes | None) -> None:
     path = benchmark_files / file
     path.unlink() if bad is None else path.write_bytes(bad)
     if file == "safe_words.txt" and bad == b"[{}]":
@@ -587,7 +588,7 @@ def test_amber_reads_associations(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path):
+def folder(tmp_path: Path) -> Path:
     (tmp_path / "annotations").mkdir()
     instances = {
         "images": [{"id": i, "file_name": f"COCO_val2014_{i:012}.jpg"} for i in (9, 3, 5)],
@@ -603,7 +604,7 @@ def captions(folder: Path, *pairs: tuple[int, str]) -> None:
     (folder / "annotations" / "captions_val2014.json").write_text(json.dumps({"annotations": rows}))
 
 
-def test_coco_instances(folder) -> None:
+def test_coco_instances(folder: Path) -> None:
     data = coco.read(folder)
     assert data.things == {9: ["dog", "person"], 3: ["person"], 5: []}
     assert data.files[9] == "COCO_val2014_000000000009.jpg"
@@ -617,7 +618,7 @@ def test_coco_instances(folder) -> None:
         data.truth(CLOSED, [7])
 
 
-def test_coco_captions_count_only_if_all_images_have_one(folder) -> None:
+def test_coco_captions_count_only_if_all_images_have_one(folder: Path) -> None:
     captions(folder, (9, "a cup"), (9, "a fork"), (3, "a dog"))
     assert coco.read(folder).source == "instances"
     assert coco.read(folder).truth(CLOSED, [9]) == {9: {"dog", "person"}}
@@ -627,7 +628,7 @@ def test_coco_captions_count_only_if_all_images_have_one(folder) -> None:
     assert data.truth(CLOSED) == {9: {"dog", "person", "cup", "fork"}, 3: {"person", "dog"}, 5: set()}
 
 
-def test_coco_says_what_it_looked_for(folder) -> None:
+def test_coco_says_what_it_looked_for(folder: Path) -> None:
     with pytest.raises(AccelplugError, match=r"instances_val2017\.json, got \['instances_val2014\.json'\]"):
         coco.read(folder, "val2017")
     with pytest.raises(AccelplugError, match="no such folder"):
@@ -685,7 +686,7 @@ def test_wilson_by_hand() -> None:
 
 
 def test_bootstrap() -> None:
-    def mean(values):
+    def mean(values: list[float]) -> float:
         return sum(values) / len(values)
 
     value, low, high = paired_bootstrap(mean, [0.0, 1.0] * 50)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -19,7 +20,7 @@ from accelplug.zoo import path, scenes
 
 
 @pytest.fixture(scope="module")
-def bundled():
+def bundled() -> tuple[Any, Any]:
     folder = path("llava-scenes")
     return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
@@ -58,7 +59,7 @@ def test_themes_make_the_adversarial_split_hard() -> None:
     assert all(not exam.likely[key] & exam.truth[key] for key in exam.pictures)
 
 
-def test_neutral_changes_no_answer_and_the_model_is_left_as_it_was(bundled, tmp_path: Path) -> None:
+def test_neutral_changes_no_answer_and_the_model_is_left_as_it_was(bundled: tuple[Any, Any], tmp_path: Path) -> None:
     model, processor = bundled
     exam = Exam.scenes(6)
     before = {name: list(vars(module)) for name, module in model.named_modules()}
@@ -96,7 +97,7 @@ def test_neutral_changes_no_answer_and_the_model_is_left_as_it_was(bundled, tmp_
         result["nobody"]
 
 
-def test_compare_asks_for_what_it_needs(bundled) -> None:
+def test_compare_asks_for_what_it_needs(bundled: tuple[Any, Any]) -> None:
     model, processor = bundled
     with pytest.raises(AccelplugError, match="processor"):
         accelplug.compare(model, "vhr")
@@ -142,7 +143,7 @@ def test_rows_are_held_against_dense() -> None:
     assert control.alarms
 
 
-def judged(replies, asked, **more):
+def judged(replies: list[dict[str, Any]], asked: list[Any], **more: Any) -> list[Outcome]:
     """Rows of made-up replies to questions, the first one dense."""
     rows = [Outcome(DENSE if i == 0 else f"row {i}", "recipe", said, {}) for i, said in enumerate(replies)]
     exam = replace(exam_of(asked), **more)
@@ -178,7 +179,7 @@ def test_answers_are_read_as_the_exam_says() -> None:
     assert (strict.interval[0], official.interval[1]) == (0.0, 1.0)
 
 
-def test_ambers_files_become_an_exam(bundled, tmp_path: Path) -> None:
+def test_ambers_files_become_an_exam(bundled: tuple[Any, Any], tmp_path: Path) -> None:
     """Two pictures, a question of each dimension about either, its words and its score, stock and with a recipe."""
     data, dimensions = tmp_path / "data", ("state", "number", "action")
     (data / "query").mkdir(parents=True)
@@ -257,7 +258,7 @@ IDS = {
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="no photographs beside the project (shared/data/images)")
-def test_photographs_in_a_coco_folder_are_examined_whole(bundled, tmp_path: Path) -> None:
+def test_photographs_in_a_coco_folder_are_examined_whole(bundled: tuple[Any, Any], tmp_path: Path) -> None:
     """Annotations in COCO's own form, with everything that its files carry, and pictures of many sizes."""
     (tmp_path / "annotations").mkdir()
     (tmp_path / "val2017").mkdir()
@@ -319,7 +320,7 @@ def test_photographs_in_a_coco_folder_are_examined_whole(bundled, tmp_path: Path
         assert set(row.amber) == {"chair", "cover", "hal", "cog"}
 
 
-def gemma_3():
+def gemma_3() -> tuple[Any, Any]:
     """A tiny Gemma 3 with its own processor, around words of one's own: its image text is not LLaVA's."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import Gemma3ImageProcessorPil, Gemma3Processor, PreTrainedTokenizerFast

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from accelplug import compat
 from accelplug.call import Layout
 from accelplug.families import FAMILIES, find
-from accelplug.families.base import Geometry, site_kinds
+from accelplug.families.base import Family, Geometry, site_kinds
 from accelplug.families.flux import raster_grid
 from tests import tiny_models
 
@@ -339,7 +339,7 @@ PUBLISHED = [
 ]
 
 
-def family_of(class_name: str):
+def family_of(class_name: str) -> Family:
     return next(family for family in FAMILIES if class_name in family.classes)
 
 

@@ -89,7 +89,7 @@ class Flash:
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch):
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Flash:
     """The stand-ins where transformers keeps the functions that it loaded."""
     found = Flash()
     loaded = {
@@ -118,7 +118,7 @@ FAMILIES = ("llava", "qwen2_5_vl", "smolvlm")
 
 
 @pytest.mark.parametrize(("patch", "name"), [(patch, name) for patch, name in PAIRS if name in FAMILIES])
-def test_patches_ride_on_flash_attention(patch: str, name: str, kernel) -> None:
+def test_patches_ride_on_flash_attention(patch: str, name: str, kernel: Flash) -> None:
     """A padded batch goes by the varlen function, a row of its own by the other; both say what SDPA says."""
     model, other, given, one = on_flash(name), build(name), inputs(name), inputs(name, ((3, "I", 6),))
     valid = given["attention_mask"].bool()
@@ -144,7 +144,7 @@ def test_patches_ride_on_flash_attention(patch: str, name: str, kernel) -> None:
 
 
 @pytest.mark.parametrize("patch", [patch for patch in WORKING if patch != "imbalance"])
-def test_neutral_on_flash_attention_is_exact(patch: str, kernel) -> None:
+def test_neutral_on_flash_attention_is_exact(patch: str, kernel: Flash) -> None:
     from tests.test_language_host import NEUTRAL
 
     model, given = on_flash("llava"), inputs("llava")
@@ -154,7 +154,7 @@ def test_neutral_on_flash_attention_is_exact(patch: str, kernel) -> None:
         assert torch.equal(generate(model, given), tokens)
 
 
-def test_inspect_reads_a_model_on_flash_attention(kernel) -> None:
+def test_inspect_reads_a_model_on_flash_attention(kernel: Flash) -> None:
     given = inputs("llava")
     ours, theirs = accelplug.inspect(on_flash("llava"), given), accelplug.inspect(build("llava"), given)
     assert ours.attention == "flash_attention_2"

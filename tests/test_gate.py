@@ -55,7 +55,7 @@ class MadeUpTime:
 
 
 @pytest.fixture
-def wan(monkeypatch: pytest.MonkeyPatch):
+def wan(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, dict[str, Any], MadeUpTime]:
     model, inputs = tiny_models.build("wan")
     return model, inputs, MadeUpTime(monkeypatch, model)
 
@@ -67,7 +67,9 @@ def test_amdahl_by_hand() -> None:
     assert amdahl(0.0, 5.0) == 1.0
 
 
-def test_the_share_of_attention_is_that_of_a_dense_forward_and_the_gate_counts_nowhere(wan) -> None:
+def test_the_share_of_attention_is_that_of_a_dense_forward_and_the_gate_counts_nowhere(
+    wan: tuple[Any, dict[str, Any], MadeUpTime],
+) -> None:
     model, inputs, time = wan
     with accelplug.apply(model, sparse()) as plug:
         run(model, inputs)
@@ -81,7 +83,7 @@ def test_the_share_of_attention_is_that_of_a_dense_forward_and_the_gate_counts_n
     assert found.shape == tuple(inputs["hidden_states"].shape)
 
 
-def test_the_run_counts_its_dense_steps_and_layers(wan) -> None:
+def test_the_run_counts_its_dense_steps_and_layers(wan: tuple[Any, dict[str, Any], MadeUpTime]) -> None:
     model, inputs, _ = wan
     with accelplug.apply(model, sparse(steps="50%:", layers="1:")) as plug:
         plug.step(0, 8)
@@ -122,7 +124,7 @@ def test_gate_report_foretells_what_it_forces(monkeypatch: pytest.MonkeyPatch) -
         assert plug.forecasts[0].forward_gain == pytest.approx(DENSE_FORWARD_MS / (OTHER_MS + LAYERS * 15.0))
 
 
-def test_a_forward_that_a_cache_cut_short_does_not_stand(wan) -> None:
+def test_a_forward_that_a_cache_cut_short_does_not_stand(wan: tuple[Any, dict[str, Any], MadeUpTime]) -> None:
     model, inputs, _ = wan
     with accelplug.apply(model, sparse()) as plug:
         run(model, inputs)
@@ -132,7 +134,9 @@ def test_a_forward_that_a_cache_cut_short_does_not_stand(wan) -> None:
         assert plug.forecasts[0].attention_share == pytest.approx(LAYERS * DENSE_MS / DENSE_FORWARD_MS)
 
 
-def test_only_the_first_forwards_of_a_size_are_timed(wan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_forwards_of_a_size_are_timed(
+    wan: tuple[Any, dict[str, Any], MadeUpTime], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, inputs, time = wan
     with accelplug.apply(model, sparse()) as plug:
         for _ in range(forecast.FORWARDS):
@@ -144,7 +148,7 @@ def test_only_the_first_forwards_of_a_size_are_timed(wan, monkeypatch: pytest.Mo
         assert len(plug.forecasts) == 1
 
 
-def test_with_the_gate_off_nothing_is_timed_or_foretold(wan) -> None:
+def test_with_the_gate_off_nothing_is_timed_or_foretold(wan: tuple[Any, dict[str, Any], MadeUpTime]) -> None:
     model, inputs, time = wan
     for options in ({"gate": "off"}, {"deterministic": True}):
         with accelplug.apply(model, sparse(), **options) as plug:
@@ -153,7 +157,7 @@ def test_with_the_gate_off_nothing_is_timed_or_foretold(wan) -> None:
             assert time.judged == 0
 
 
-def test_compiled_attention_has_no_share(wan) -> None:
+def test_compiled_attention_has_no_share(wan: tuple[Any, dict[str, Any], MadeUpTime]) -> None:
     model, inputs, time = wan
     for block in model.blocks:
         block.compile(backend="eager")
@@ -173,7 +177,9 @@ def test_a_denoiser_compiled_whole_foretells_nothing() -> None:
         assert not plug.forecasts
 
 
-def test_nothing_is_timed_while_a_graph_is_captured(wan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_timed_while_a_graph_is_captured(
+    wan: tuple[Any, dict[str, Any], MadeUpTime], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, inputs, time = wan
     monkeypatch.setattr(gate, "capturing", lambda device: True)
     measured = []
@@ -231,7 +237,9 @@ def test_choices_are_replayed_untimed(monkeypatch: pytest.MonkeyPatch, sparse_ms
     assert time.judged == 2
 
 
-def test_what_choices_do_not_hold_is_judged_or_under_deterministic_forced(wan) -> None:
+def test_what_choices_do_not_hold_is_judged_or_under_deterministic_forced(
+    wan: tuple[Any, dict[str, Any], MadeUpTime],
+) -> None:
     model, inputs, time = wan
     with accelplug.apply(model, sparse()) as plug:
         run(model, inputs)
@@ -249,7 +257,7 @@ def test_what_choices_do_not_hold_is_judged_or_under_deterministic_forced(wan) -
         assert "no verdict" in plug.report().unjudged[0]
 
 
-def test_a_verdict_is_on_one_config(wan) -> None:
+def test_a_verdict_is_on_one_config(wan: tuple[Any, dict[str, Any], MadeUpTime]) -> None:
     model, inputs, time = wan
     with accelplug.apply(model, sparse()) as plug:
         run(model, inputs)
@@ -289,7 +297,7 @@ def test_deterministic_takes_no_kernel_that_another_plug_measured(monkeypatch: p
     ran: list[str] = []
     kernel = attention._run
 
-    def noted(backend, *arguments):
+    def noted(backend: str, *arguments: Any) -> torch.Tensor:
         ran.append(backend)
         return kernel(backend, *arguments)
 
@@ -306,7 +314,7 @@ def test_deterministic_takes_no_kernel_that_another_plug_measured(monkeypatch: p
     assert set(ran) == {"blocked"}
 
 
-def test_choices_of_something_else_are_refused(wan) -> None:
+def test_choices_of_something_else_are_refused(wan: tuple[Any, dict[str, Any], MadeUpTime]) -> None:
     model, inputs, _ = wan
     with accelplug.apply(model, sparse()) as plug:
         run(model, inputs)

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_language_models as tiny
 import tokenizers
 import torch
 import transformers as hf
@@ -19,6 +18,7 @@ from accelplug.errors import AccelplugError, RecipeError, ShapeError, Unsupporte
 from accelplug.families import pixels
 from accelplug.families.vlm import find
 from accelplug.patches.guidance import agla, branch, carve, contrast, gaze
+from tests import tiny_language_models as tiny
 
 ONE_EACH: tiny.Rows = ((3, "I", 6), (2, "I", 4))
 WITHOUT: tiny.Rows = ((3, "I", 6), (5,))

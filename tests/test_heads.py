@@ -42,7 +42,7 @@ def make(dtype: torch.dtype = torch.float64, queries: int = S, heads: int = H, k
     return AttentionCall(q, k, v, mask, D**-0.5, dense, Place(first_query=keys - queries))
 
 
-def prompt(length: int = S, rows: int = S, **more) -> Prompt:
+def prompt(length: int = S, rows: int = S, **more: Any) -> Prompt:
     """Two rows: one image at VISUAL; the second row has two tokens of padding and one image more."""
     image = torch.zeros(B, length, dtype=torch.int16)
     image[:, VISUAL] = 1

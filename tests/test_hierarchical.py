@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,13 +15,13 @@ SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
 SCALE = 0.4
 
 
-def attend(layout: Layout, q: Tensor, k: Tensor, v: Tensor, **config) -> Tensor:
+def attend(layout: Layout, q: Tensor, k: Tensor, v: Tensor, **config: Any) -> Tensor:
     patch = Hierarchical({"block": 8, "backend": "reference", **config})
     params = patch.prepare(SITE, layout, Clock(), {})
     return patch.attend(AttentionCall(q, k, v, None, SCALE, dense=lambda **_: pytest.fail("ran dense")), params)
 
 
-def attention_map(layout: Layout, q: Tensor, k: Tensor, **config) -> Tensor:
+def attention_map(layout: Layout, q: Tensor, k: Tensor, **config: Any) -> Tensor:
     """What the patch does to values is linear: the values of the identity show it, float64 (S, S)."""
     identity = torch.eye(layout.length).expand(*q.shape[:2], -1, -1)
     return attend(layout, q, k, identity, **config)[0, 0].double()

@@ -6,13 +6,14 @@ import copy
 import io
 import json
 from pathlib import Path
-from typing import Never
+from typing import Any, Never
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch import nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -43,7 +44,7 @@ TEXT = {
 }
 
 
-def llava(**text):
+def llava(**text: Any) -> Any:
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8
     )
@@ -57,7 +58,7 @@ def llava(**text):
     return _louder(LlavaForConditionalGeneration(config))
 
 
-def qwen():
+def qwen() -> Any:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     vision = {
         "depth": 2,
@@ -81,7 +82,7 @@ def qwen():
     return _louder(Qwen2_5_VLForConditionalGeneration(config))
 
 
-def _louder(model):
+def _louder(model: Any) -> Any:
     """Weights large enough that heads differ."""
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
@@ -134,19 +135,19 @@ BATCH = [[3, "I", 5], [6, "I", 7]]
 
 
 @pytest.fixture(params=list(KINDS))
-def kind(request: pytest.FixtureRequest):
+def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
-def model(kind):
+def model(kind: str) -> Any:
     return KINDS[kind]()
 
 
 # ------------------------------------------------------------------------------------------------------ against by-hand forwards
 
 
-def eager(model, inputs):
+def eager(model: Any, inputs: dict[str, Any]) -> np.ndarray:
     """Attention (L, H, S, S) of eager attention, float64."""
     twin = copy.deepcopy(model)
     twin.set_attn_implementation("eager")
@@ -155,14 +156,14 @@ def eager(model, inputs):
     return torch.stack([a[0] for a in out.attentions]).double().numpy()
 
 
-def spans(inputs):
+def spans(inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image, system and question tokens of a row without padding."""
     image = (inputs["input_ids"][0] == IMG).numpy()
     seen = image.cumsum()
     return image, seen == 0, (seen > 0) & ~image
 
 
-def test_masses_vas_and_maps_are_those_of_eager_attention(kind: str, model) -> None:
+def test_masses_vas_and_maps_are_those_of_eager_attention(kind: str, model: Any) -> None:
     inputs = prompt(kind, [[4, "I", 6]])
     found = accelplug.inspect(model, inputs)
     p = eager(model, inputs)
@@ -199,7 +200,7 @@ def test_a_head_that_does_not_read_the_system_text_has_a_bounded_score(bias: flo
     assert len(found.rows()) == 4
 
 
-def head_outputs(model, **inputs):
+def head_outputs(model: Any, **inputs: Any) -> np.ndarray:
     """What enters the output projections at the last token: (L, H, D)."""
     taken, handles = [], []
     for layer in model.get_decoder().layers:
@@ -211,7 +212,7 @@ def head_outputs(model, **inputs):
     return torch.stack(taken).unflatten(-1, (4, -1)).numpy()
 
 
-def test_vision_aware_head_divergence_is_that_of_two_forwards(kind: str, model) -> None:
+def test_vision_aware_head_divergence_is_that_of_two_forwards(kind: str, model: Any) -> None:
     inputs = prompt(kind, [[4, "I", 6]])
     found = accelplug.inspect(model, inputs)
     text = inputs["input_ids"][:, inputs["input_ids"][0] != IMG]
@@ -227,7 +228,7 @@ def test_vision_aware_head_divergence_is_that_of_two_forwards(kind: str, model) 
         assert set(np.flatnonzero(found.vision_heads[layer])) == set(np.argsort(counted)[2:])
 
 
-def test_a_padded_batch_is_its_rows_one_by_one(kind: str, model) -> None:
+def test_a_padded_batch_is_its_rows_one_by_one(kind: str, model: Any) -> None:
     inputs = prompt(kind, BATCH)
     both = accelplug.inspect(model, inputs)
     first, second = (accelplug.inspect(model, row_of(inputs, row)) for row in (0, 1))
@@ -241,7 +242,7 @@ def test_a_padded_batch_is_its_rows_one_by_one(kind: str, model) -> None:
     assert both.grids == first.grids
 
 
-def test_every_image_of_a_row_is_told_apart(kind: str, model) -> None:
+def test_every_image_of_a_row_is_told_apart(kind: str, model: Any) -> None:
     inputs = prompt(kind, [[3, "I", 2, "I", 5]])
     found = accelplug.inspect(model, inputs)
     sizes = [6, 8] if kind == "qwen" else [16, 16]
@@ -275,7 +276,7 @@ def test_a_planted_sink_is_discovered() -> None:
     assert (found.phi[:, 1:] < 20).all()
 
     # an image token that the projector makes like the first one is a sink of the image, by either rule
-    def plant(module, args, output):
+    def plant(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         output[0, 5, 77] += 80
         return output
 
@@ -302,7 +303,7 @@ def test_a_narrow_model_says_why_it_has_no_sinks() -> None:
 # ------------------------------------------------------------------------------------------------------- the model as it was
 
 
-def state(model):
+def state(model: Any) -> dict[str, tuple[object, ...]]:
     """Everything that a host could have left behind."""
     return {
         name: (
@@ -315,7 +316,7 @@ def state(model):
     }
 
 
-def test_the_model_is_as_before(kind: str, model) -> None:
+def test_the_model_is_as_before(kind: str, model: Any) -> None:
     inputs = prompt(kind, BATCH)
     with torch.no_grad():
         want = model(**inputs).logits
@@ -329,13 +330,13 @@ def test_the_model_is_as_before(kind: str, model) -> None:
         assert torch.equal(model(**inputs).logits, want)
 
 
-def test_the_model_is_as_before_also_when_it_raises(kind: str, model) -> None:
+def test_the_model_is_as_before_also_when_it_raises(kind: str, model: Any) -> None:
     inputs = prompt(kind, BATCH)
     with torch.no_grad():
         want = model(**inputs).logits
     last = model.get_decoder().layers[-1].mlp
 
-    def fail(*args) -> Never:
+    def fail(*args: Any) -> Never:
         raise RuntimeError("out of luck")
 
     handle = last.register_forward_pre_hook(fail)
@@ -352,7 +353,7 @@ def test_the_model_is_as_before_also_when_it_raises(kind: str, model) -> None:
 # ---------------------------------------------------------------------------------------------------------------------- output
 
 
-def test_pages_and_pictures_are_written(kind: str, model, tmp_path: Path) -> None:
+def test_pages_and_pictures_are_written(kind: str, model: Any, tmp_path: Path) -> None:
     found = accelplug.inspect(model, prompt(kind, [[3, "I", 2, "I", 5], [4, "I", 3]]))
     found.to_png(tmp_path / "a.png")
     picture = np.asarray(Image.open(tmp_path / "a.png"))
@@ -406,7 +407,7 @@ def test_colours_go_from_dark_to_light_and_layers_over_all_depth() -> None:
 # --------------------------------------------------------------------------------------------------------- summary and errors
 
 
-def test_without_inputs_it_is_a_summary(kind: str, model) -> None:
+def test_without_inputs_it_is_a_summary(kind: str, model: Any) -> None:
     found = accelplug.inspect(model)
     assert (found.layers, found.heads, found.kv_heads, found.attention) == (4, 4, 2, "sdpa")
     assert found.family in ("llava", "qwen2.5-vl")

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from typing import Never
+from typing import Any, Never
 
 import pytest
 import torch
@@ -45,7 +45,15 @@ on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="about what a CPU chooses or
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
-def make(shape, *, per_head=False, dtype=torch.float32, density=0.4, box=False, seed=0):
+def make(
+    shape: tuple[int, ...],
+    *,
+    per_head: bool = False,
+    dtype: torch.dtype = torch.float32,
+    density: float = 0.4,
+    box: bool = False,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, BlockPlan]:
     batch, heads, kv_heads, tokens, dim, dim_v, block_q, block_k = shape
     g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     q, k, v = (
@@ -70,7 +78,7 @@ def lengths(tokens: int, block: int) -> torch.Tensor:
     return out
 
 
-def close(got, expected, dtype=torch.float32) -> None:
+def close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
     assert torch.isfinite(got).all()
     error = (got.double() - expected.double()).abs().max()
     assert error <= TOLERANCE[dtype] * max(1.0, float(expected.abs().max())), f"error {error:.2e}"
@@ -100,7 +108,9 @@ MEANS_SHAPES = {
 }
 
 
-def levelled(shape, *, skipped=False, seed=0):
+def levelled(
+    shape: tuple[int, ...], *, skipped: bool = False, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, BlockPlan]:
     """A plan in which every level occurs, and some heads skip their first query blocks."""
     q, k, v, plan = make(shape, per_head=True, density=0.2, seed=seed)
     level = torch.tensor([0, 2, 4, 8], dtype=torch.uint8)[torch.randint(4, plan.members.shape)]
@@ -256,7 +266,7 @@ def test_8_bit_errors_are_those_of_rounding(precision: str) -> None:
     q, k, shared = 0.4 * q, 0.4 * k, torch.full((16,), 9.0)
     out, lse = block_attention(q, k + shared, v, plan, precision=precision, backend="reference", return_lse=True)
 
-    def rounding(x):
+    def rounding(x: torch.Tensor) -> torch.Tensor:
         top = x.unflatten(-2, (-1, 32)).abs().amax((-1, -2)).repeat_interleave(32, -1)[..., None]
         if precision == "int8":
             return (top / 254).expand_as(x)
@@ -343,7 +353,7 @@ def test_flex_equals_reference(case: str, rest: str) -> None:
     )
 
 
-def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch, capability=(9, 0)):
+def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> list[dict[str, Any]]:
     """Let q, k, v on the CPU pass for tensors on a GPU with flash-attn-4; returns what FlexAttention is then asked for.
 
     This tests what is asked for and refused; FlashAttention-4 itself never ran here.
@@ -351,7 +361,9 @@ def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch, capability=(9, 0)):
     asked = []
     monkeypatch.setattr(flex, "_compiled", Bounded(8))
 
-    def run(q, k, v, **options):
+    def run(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         asked.append(options)
         out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
         return (out, torch.zeros(q.shape[:-1])) if options["return_lse"] else out
@@ -422,7 +434,7 @@ def test_flash_is_measured_beside_the_others_and_left_out_where_it_fails(monkeyp
     assert set(measure_choice(q, k, v, plan)) >= {"flash", "blocked"}
     assert asked
 
-    def fail(*args, **options) -> Never:
+    def fail(*args: Any, **options: Any) -> Never:
         raise RuntimeError("no kernel image")
 
     flex._compiled.clear()
@@ -562,7 +574,7 @@ def test_plans_made_inside_a_graph(rest: Pool | Tied) -> None:
     members, sizes = plan.members, (plan.q_len, plan.k_len, plan.block_q, plan.block_k)
     level = torch.where(torch.rand(members.shape) < 0.2, 4, 0).to(torch.uint8)
 
-    def attend(q, k, v, members):
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
         made = BlockPlan.from_members(members, *sizes, level=level)
         return block_attention(q, k, v, made, rest=rest, precision="int8", backend="blocked")
 
@@ -691,7 +703,7 @@ def test_a_mask_by_head_is_each_head_with_its_own(per_head: bool, rest: str) -> 
     theta = torch.randn(2, 3, 7)
     none = torch.zeros(7, dtype=torch.bool)
 
-    def read(one: slice):
+    def read(one: slice) -> BlockPlan | Threshold:
         if rest == "threshold":
             return Threshold(theta[:, one], 0, none, none, plan.q_len, plan.k_len, 16, 16)
         members = plan.members[:, one] if per_head else plan.members

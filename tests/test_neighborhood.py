@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,12 +19,12 @@ from accelplug.patches.sparse.windows import Axis, visited_tiles
 SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
 
 
-def plan_of(layout: Layout, **config) -> BlockPlan:
+def plan_of(layout: Layout, **config: Any) -> BlockPlan:
     method = Neighborhood(config)
     return method.select(method.order(layout))
 
 
-def token_mask(layout: Layout, **config) -> torch.Tensor:
+def token_mask(layout: Layout, **config: Any) -> torch.Tensor:
     """The plan's mask in token order, bool (S, S)."""
     method = Neighborhood(config)
     tiles = method.order(layout)
@@ -47,7 +48,13 @@ def neighbours(i: int, length: int, window: int, stride: int = 1, dilation: int 
     return {key * dilation + residue for key in range(start, end)}
 
 
-def mask_by_tokens(layout: Layout, window, stride=(1, 1, 1), dilation=(1, 1, 1), causal=(False,) * 3) -> torch.Tensor:
+def mask_by_tokens(
+    layout: Layout,
+    window: tuple[int, int, int],
+    stride: tuple[int, int, int] = (1, 1, 1),
+    dilation: tuple[int, int, int] = (1, 1, 1),
+    causal: tuple[bool, bool, bool] = (False,) * 3,
+) -> torch.Tensor:
     rules = list(zip(layout.grid_thw, window, stride, dilation, causal, strict=True))
     places = list(itertools.product(*map(range, layout.grid_thw)))
     mask = torch.ones(layout.length, layout.length, dtype=torch.bool)
@@ -129,7 +136,7 @@ def test_stride_equal_to_window_is_blocked_attention() -> None:
     assert torch.equal(mask, (cell[:, None] == cell).all(-1))
 
 
-def separable(layout: Layout, *rules) -> torch.Tensor:
+def separable(layout: Layout, *rules: Callable[[int, int], bool]) -> torch.Tensor:
     """Bool (S, S): whether every axis's rule (query, key) -> bool holds; no text."""
     masks = [
         torch.tensor([[bool(rule(i, j)) for j in range(n)] for i in range(n)])
@@ -232,7 +239,7 @@ def test_blocks_hold_tokens_of_one_residue() -> None:
 
 
 @pytest.mark.parametrize("window", [("full", "full", "full"), (99, 99, 99), (3, "full", 7)])
-def test_windows_as_wide_as_the_axes_are_neutral(window) -> None:
+def test_windows_as_wide_as_the_axes_are_neutral(window: tuple[int | str, ...]) -> None:
     layout, method = Layout((3, 5, 7), text_after=2), Neighborhood({"window": window, "block": 8})
     assert method.prepare(SITE, layout, Clock(), {}) is None
     assert method.select(method.order(layout)).members.all()
@@ -266,7 +273,7 @@ def test_settings_that_make_no_sense_are_refused(config: dict[str, Any]) -> None
 def test_freeswim_follows_the_published_bounds(native: tuple[int, int], grid_thw: tuple[int, int, int]) -> None:
     layout, method = Layout(grid_thw), FreeSwim({"native_hw": native, "block": 16})
 
-    def bounds(length: int, native: int):
+    def bounds(length: int, native: int) -> Callable[[int, int], bool]:
         d = native // 2
 
         def reads(i: int, j: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -229,7 +230,7 @@ def test_every_patch_on_every_family(patch: str, name: str) -> None:
 
 @pytest.mark.parametrize("patch", [patch for patch in WORKING if patch != "imbalance"])
 @pytest.mark.parametrize("build", UNLISTED)
-def test_families_that_are_not_listed(patch: str, build) -> None:
+def test_families_that_are_not_listed(patch: str, build: Callable[[], Any]) -> None:
     torch.manual_seed(0)
     given = inputs(UNLISTED[build])
     given.pop("token_type_ids", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_cross_attention_is_left_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("build", [mllama, instruct_blip, llama4])
-def test_models_that_cannot_be_read_without_their_images_are_refused_at_apply(build) -> None:
+def test_models_that_cannot_be_read_without_their_images_are_refused_at_apply(build: Callable[[], Any]) -> None:
     made = build()
     model = made[0] if isinstance(made, tuple) else made
     with pytest.raises(UnsupportedError, match="a second time without its images"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.errors import RecipeError, ShapeError, UnsupportedError
 from accelplug.kernels.plan import pack_bits
 from accelplug.kernels.static import band_width
+from accelplug.patches.base import Patch
 from accelplug.patches.calibration import Seen
 from accelplug.patches.sparse import template
 from accelplug.patches.sparse.paro import ORDERS, Paro, ParoSearch, mask_row
@@ -36,7 +38,7 @@ def noise(heads: int, tokens: int, width: int = 16) -> AttentionCall:
     return call_of(*torch.randn(3, 1, heads, tokens, width).unbind())
 
 
-def answer(patch, call, layout=LAYOUT):
+def answer(patch: Patch, call: AttentionCall, layout: Layout = LAYOUT) -> torch.Tensor:
     return patch.attend(call, patch.prepare(SITE, layout, Clock(0, 4), {}))
 
 
@@ -301,7 +303,9 @@ WAN_14B, HUNYUAN = (40, 40, (21, 45, 80)), (24, 60, (33, 45, 80))  # heads, laye
         ((400, 400, (99, 90, 160)), 1024, 1, "What fits: nothing"),
     ],
 )
-def test_calibration_refuses_at_once_what_does_not_fit(model, block: int, buckets: int, refusal: str | None) -> None:
+def test_calibration_refuses_at_once_what_does_not_fit(
+    model: tuple[int, int, tuple[int, int, int]], block: int, buckets: int, refusal: str | None
+) -> None:
     heads, layers, grid = model
     layout = Layout(grid)
     x = torch.zeros(1, 1, 1, 1).expand(1, heads, layout.visual, 1)
@@ -315,7 +319,7 @@ def test_calibration_refuses_at_once_what_does_not_fit(model, block: int, bucket
         search.observe(first, 0)
 
 
-def error(patch, call: AttentionCall, layout: Layout) -> float:
+def error(patch: Patch, call: AttentionCall, layout: Layout) -> float:
     exact = call.dense()
     return float((answer(patch, call, layout) - exact).norm() / exact.norm())
 
@@ -323,7 +327,7 @@ def error(patch, call: AttentionCall, layout: Layout) -> float:
 # ------------------------------------------------------------------------------------------------------ weights of the rest
 
 
-def pooled(**config):
+def pooled(**config: Any) -> Radial:
     return Radial({"block": 8, "decay": 0.2, "rest": "pool", "backend": "reference", "sink": False, **config})
 
 

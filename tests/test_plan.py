@@ -14,7 +14,7 @@ from accelplug.kernels.orders import Tiles, axis_order, compact_tile, tiles
 from accelplug.kernels.plan import BlockPlan, pack_bits, pool, unpack_bits
 
 
-def plan_of(members, tokens_q, tokens_k, block):
+def plan_of(members: torch.Tensor, tokens_q: int, tokens_k: int, block: int) -> BlockPlan:
     lengths = [torch.full((-(-t // block),), block, dtype=torch.int32) for t in (tokens_q, tokens_k)]
     for length, tokens in zip(lengths, (tokens_q, tokens_k), strict=True):
         length[-1] = tokens - (len(length) - 1) * block

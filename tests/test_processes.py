@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import accelplug
+from accelplug.calibration import Calibration
 from accelplug.comparison import ranks
 from accelplug.comparison.ranks import Ranks, working
+from accelplug.comparison.result import Comparison
 from accelplug.errors import AccelplugError
 from accelplug.plug import model_facts
 from accelplug.tuning import Bound
@@ -22,16 +25,16 @@ SPARSE = {"rules": [{"patch": "radial", "with": {"block": 8, "decay": 0.2, "back
 SEEDS = (0, 1, 2)
 
 
-def small():
+def small() -> tuple[Any, dict[str, Any]]:
     pipe, inputs = tiny_models.pipeline("wan")
     return pipe, {key: value for key, value in inputs.items() if key != "output_type"}
 
 
-def compared(pipe, inputs):
+def compared(pipe: Any, inputs: dict[str, Any]) -> Comparison:
     return accelplug.compare(pipe, {"sparse": SPARSE}, inputs, SEEDS, progress=False)
 
 
-def calibrated(pipe, inputs, path):
+def calibrated(pipe: Any, inputs: dict[str, Any], path: Path) -> Calibration:
     """In two parts, of three prompts each."""
     config = {"block": 8, "backend": "reference"}
     return accelplug.calibrate(pipe, "paro", [inputs] * 3, path=path, config=config, buckets=2, progress=False)

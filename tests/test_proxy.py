@@ -203,7 +203,7 @@ def test_each_part_of_the_far_term_helps_on_smooth_fields(sigma: float) -> None:
     call = AttentionCall(q, k, v, None, 32**-0.5, dense_sdpa(q, k, v))
     exact = call.dense()
 
-    def error(**config) -> float:
+    def error(**config: Any) -> float:
         out = attend({"window_thw": (1, 4, 4), "halo_thw": (0, 1, 1), **config}, Layout((1, 32, 32)), call)
         return float((out - exact).norm() / exact.norm())
 

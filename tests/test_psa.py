@@ -11,11 +11,11 @@ from torch import Tensor
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.importance import sampled_importance, sampled_slots
-from accelplug.patches.sparse.psa import LEVELS, Psa
+from accelplug.patches.sparse.psa import LEVELS, Psa, PsaConfig
 from accelplug.patches.sparse.template import Blocks
 
 
-def psa(**config) -> Psa:
+def psa(**config: Any) -> Psa:
     return Psa({"block": 8, **config})
 
 
@@ -71,7 +71,7 @@ def test_importance_is_the_largest_probability_among_samples(
         assert not found[0, ..., 0].any()
 
 
-def levels_by_hand(row: list[float], allowed: list[bool], config) -> list[int]:
+def levels_by_hand(row: list[float], allowed: list[bool], config: PsaConfig) -> list[int]:
     """One row, one level after another, on exact binary fractions."""
     ranked = sorted((j for j in range(len(row)) if allowed[j]), key=lambda j: (-row[j], j))
     total, level, start = sum(row[j] for j in ranked), [0] * len(row), 0
@@ -240,7 +240,7 @@ def test_route_is_traced_without_a_graph_break() -> None:
     params = patch.prepare(SITE, layout, Clock(), {})
     q, k, v = torch.randn(3, 1, 2, layout.length, 16)
 
-    def level(q, k, v):
+    def level(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         call = AttentionCall(q, k, v, None, 0.25, dense=lambda **_: None)
         return patch.route(Blocks.of(call, params.tiles, params.tiles, 8, 8)).level
 

@@ -17,7 +17,7 @@ SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
 GRIDS_THW = [(5, 4, 4), (7, 3, 5), (9, 2, 3), (1, 3, 7), (17, 1, 1)]
 
 
-def plan_of(layout: Layout, **config) -> BlockPlan:
+def plan_of(layout: Layout, **config: Any) -> BlockPlan:
     radial = Radial(config)
     return radial.select(radial.order(layout))
 

@@ -7,13 +7,14 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from accelplug import recipe as recipes
-from accelplug.call import Clock, Layout, Site
+from accelplug.call import Clock, Kind, Layout, Site
 from accelplug.errors import AccelplugError, NoMatchError, RecipeError
-from accelplug.recipe import ModelFacts, Span, load, matching_files, read_file, record_measurement, shipped_files
+from accelplug.recipe import ModelFacts, Recipe, Span, load, matching_files, read_file, record_measurement, shipped_files
 from accelplug.registry import patch_class
 
 FACTS = ModelFacts(("AnyTransformer",), {})
@@ -55,15 +56,15 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes.Recipe, "check", lambda self: None)
 
 
-def site(layer=1, kind="self", denoiser="transformer"):
+def site(layer: int = 1, kind: Kind = "self", denoiser: str = "transformer") -> Site:
     return Site(f"blocks.{layer}.attn1", denoiser, kind, layer, 40)
 
 
-def inline(**rule):
+def inline(**rule: Any) -> Recipe:
     return load({"rules": [{"patch": "radial", **rule}]}, FACTS)
 
 
-def write(tmp_path: Path, text, name="mine.yaml"):
+def write(tmp_path: Path, text: str, name: str = "mine.yaml") -> Path:
     path = tmp_path / name
     path.write_bytes(text.encode())
     return path
@@ -112,7 +113,7 @@ def test_spans(text: int | str, count: int, inside: list[int] | range) -> None:
 
 
 @pytest.mark.parametrize("text", ["a", "5:3", "2:2", "50%", "0:120%", "1:2:3", "", True, 1.5])
-def test_spans_that_mean_nothing_are_refused(text) -> None:
+def test_spans_that_mean_nothing_are_refused(text: object) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         Span.parse(text)
 
@@ -195,7 +196,7 @@ def test_names_reach_no_path(name: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [{"x": 1}, {}, 7, {"rules": []}, {"patch": "dense", "with": {"a": 1}}, "no-such/file"])
-def test_every_error_is_ours(bad) -> None:
+def test_every_error_is_ours(bad: object) -> None:
     with pytest.raises(AccelplugError):
         load(bad, FACTS)
 

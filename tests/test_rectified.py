@@ -10,7 +10,7 @@ import torch
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.orders import Tiles, tiles
-from accelplug.patches.sparse.rectified import Rectified, adjacency
+from accelplug.patches.sparse.rectified import Rectified, RectifiedConfig, adjacency
 from accelplug.patches.sparse.template import Blocks
 from accelplug.registry import patch_class
 
@@ -48,13 +48,22 @@ def test_blocks_touch_where_their_tokens_do(layout: Layout, block: int, block_k:
     assert found[~text & (laid.lengths(block) > 0)].any(-1).all()
 
 
-def blocks_of(patch: Rectified, layout: Layout, q, k, key_mask=None, scale=0.5) -> tuple[Blocks, dict]:
+def blocks_of(
+    patch: Rectified,
+    layout: Layout,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+    scale: float = 0.5,
+) -> tuple[Blocks, dict]:
     params = patch.prepare(SITE, layout, Clock(), {})
     call = AttentionCall(q, k, k, key_mask, scale, dense=lambda **_: pytest.fail("ran dense"))
     return Blocks.of(call, params.tiles, params.tiles, patch.config.block, patch.config.key_block), params.where
 
 
-def members_by_hand(layout, blocks, config, key_mask=None) -> torch.Tensor:
+def members_by_hand(
+    layout: Layout, blocks: Blocks, config: RectifiedConfig, key_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """One head, batch row 0, one row of blocks at a time; float64."""
     queries, keys = (tokens_by_block(blocks.q_tiles, size) for size in (blocks.block, blocks.block_k))
     q, k = (blocks.q_tiles.unpermute(x)[0, 0].double() for x in (blocks.q, blocks.k))
@@ -128,7 +137,7 @@ def test_batches_do_not_mix() -> None:
     layout, patch = Layout((3, 5, 7), 2, 3), Rectified({"block": 8, "drop_rate": 0.9, "rest": "drop"})
     q, k = torch.randn(2, 3, 2, layout.length, 16)
 
-    def members(q, k):
+    def members(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         blocks, where = blocks_of(patch, layout, q, k)
         return patch.route(blocks, **where).members
 
@@ -144,7 +153,7 @@ def test_orders_by_head_have_neighbours_by_head() -> None:
     assert not torch.equal(found[0], found[1])
 
 
-def attend(layout: Layout, q, k, v, **config) -> torch.Tensor:
+def attend(layout: Layout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **config: Any) -> torch.Tensor:
     patch = Rectified({"block": 8, "drop_rate": 0.9, "adjacent": False, "backend": "reference", **config})
     params = patch.prepare(SITE, layout, Clock(), {})
     return patch.attend(AttentionCall(q, k, v, None, 0.5, dense=lambda **_: pytest.fail("ran dense")), params)

@@ -29,7 +29,9 @@ def slots_of(block: int, plan: BlockPlan, key_mask: Tensor | None = None) -> lis
     return [slot for slot in slots if key_mask is None or key_mask[slot]]
 
 
-def by_hand(q, k, plan, text_blocks, key_mask=None, gain=True) -> tuple[Tensor, Tensor]:
+def by_hand(
+    q: Tensor, k: Tensor, plan: BlockPlan, text_blocks: int, key_mask: Tensor | None = None, gain: bool = True
+) -> tuple[Tensor, Tensor]:
     """One head, q and k (P, D): the paper's two steps, probabilities first and block sizes after; float64."""
     q, k, blocks = q.double(), k.double(), len(plan.k_len)
     visual = range(blocks - text_blocks)
@@ -142,7 +144,7 @@ def test_is_traced_without_a_graph_break() -> None:
     plan = a_plan([8, 8, 8, 3], text_blocks=1)
     q, k = torch.randn(2, 1, 1, 27, 16)  # slots end with the last token
 
-    def share(q, k):
+    def share(q: Tensor, k: Tensor) -> Tensor:
         return rectify(q, k, plan, visual_slots=24, scale=SCALE)[0]
 
     torch.testing.assert_close(torch.compile(share, backend="eager", fullgraph=True)(q, k), share(q, k))

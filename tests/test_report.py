@@ -6,6 +6,7 @@ import json
 import math
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,22 +34,22 @@ class Page(HTMLParser):
         self.close()
         assert not self.open, f"never closed: {self.open}"
 
-    def handle_starttag(self, tag, attrs) -> None:
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.links += [value for name, value in attrs if name in ("src", "href") and not value.startswith("data:")]
         if tag not in VOID:
             self.open.append(tag)
         if tag in ("td", "script"):
             (self.cells if tag == "td" else self.scripts).append("")
 
-    def handle_endtag(self, tag) -> None:
+    def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
-    def handle_data(self, data) -> None:
+    def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] in ("td", "script"):
             (self.cells if self.open[-1] == "td" else self.scripts)[-1] += data
 
     @property
-    def data(self):
+    def data(self) -> dict[str, Any]:
         assert len(self.scripts) == 2, "the data and the script, and no other"
         return json.loads(self.scripts[0])
 

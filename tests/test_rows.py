@@ -80,7 +80,7 @@ def test_rules_are_traced_without_a_graph_break() -> None:
     probability = torch.rand(2, 3, 16).softmax(-1)
     candidates = torch.arange(16) < 13
 
-    def both(x):
+    def both(x: torch.Tensor) -> torch.Tensor:
         return top_p(x, 0.4, 2, candidates=candidates) | top_k(x, 3)
 
     assert torch.equal(torch.compile(both, backend="eager", fullgraph=True)(probability), both(probability))

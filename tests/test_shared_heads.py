@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,14 +27,14 @@ LAYERS, HEADS, BLOCKS = 3, 4, 9
 """Of the tiny Wan; every table has another entry for each of its heads."""
 
 
-def wan():
+def wan() -> tuple[Any, dict[str, Any]]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, given = tiny_models.wan(num_attention_heads=HEADS)
     return tiny_models.settle(model), given
 
 
-def wan_recipes():
+def wan_recipes() -> dict[str, dict[str, Any]]:
     modes = torch.tensor([[[1, 2, 3, 1], [2, 3, 1, 2], [3, 1, 2, 0]]], dtype=torch.uint8)
     masks = torch.rand(1, LAYERS, HEADS, BLOCKS, BLOCKS, generator=torch.Generator().manual_seed(0)) < 0.4
     by_step = ("steps", "layers", "heads")
@@ -47,7 +49,7 @@ def wan_recipes():
     }
 
 
-def joint(name: str):
+def joint(name: str) -> tuple[Any, dict[str, Any]]:
     model, given = tiny_models.build(name)
     if name != "qwen_image":  # as much text for either rank
         ids = torch.zeros(8, 3) if name == "flux" else tiny_models.raster(1, 1, 1, 8)[None]
@@ -55,7 +57,7 @@ def joint(name: str):
     return model, given
 
 
-def joint_recipes(name: str):
+def joint_recipes(name: str) -> dict[str, dict[str, Any]]:
     layers = {"flux": 4, "flux2": 3, "qwen_image": 2}[name]
     weight = Table(torch.linspace(0, 1, layers * 2).view(layers, 2))
     return {"sol": {"patch": "sol", "with": {**BLOCK, "tau": 0.5, "band": 0, "rest": "pool", "rest_weight": weight}}}
@@ -69,11 +71,11 @@ CASES = {"wan, context": (wan, wan_recipes)} | {
 
 
 @torch.no_grad()
-def forward(model, given):
+def forward(model: Any, given: dict[str, Any]) -> torch.Tensor:
     return model(**given, return_dict=False)[0].clone()
 
 
-def answers(model, given, recipes):
+def answers(model: Any, given: dict[str, Any], recipes: dict[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
     """What it gives dense, with every recipe, and dense again."""
     found = {"dense": forward(model, given)}
     for name, recipe in recipes.items():
@@ -83,7 +85,7 @@ def answers(model, given, recipes):
     return {**found, "after": forward(model, given)}
 
 
-def share(model, kind: str) -> None:
+def share(model: Any, kind: str) -> None:
     """What ``enable_parallelism`` does, which asks for an accelerator."""
     from diffusers import ContextParallelConfig, ParallelConfig, TensorParallelConfig
     from diffusers.hooks import apply_context_parallel, tensor_parallel
@@ -102,7 +104,7 @@ def share(model, kind: str) -> None:
     apply_context_parallel(model, context, model._cp_plan)
 
 
-def set_on_processors(model, config) -> None:
+def set_on_processors(model: Any, config: Any) -> None:
     for module in model.modules():
         if hasattr(getattr(module, "processor", None), "_parallel_config"):
             module.processor._parallel_config = config
@@ -171,7 +173,17 @@ def test_what_is_not_known_runs_dense_and_is_counted(
     set_on_processors(model, model._parallel_config)
     stock = rebind._stock_dispatch  # one process: it exchanges with nobody
 
-    def exchange(q, k, v, mask, *, scale, forward_op, backward_op, _parallel_config):
+    def exchange(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        scale: float,
+        forward_op: Callable[..., torch.Tensor],
+        backward_op: object,
+        _parallel_config: object,
+    ) -> torch.Tensor:
         return forward_op(None, q, k, v, mask)
 
     monkeypatch.setattr(rebind, "_stock_dispatch", lambda *args, parallel_config=None, **more: stock(*args, **more))

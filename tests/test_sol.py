@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,18 +18,36 @@ from accelplug.patches.sparse.template import Blocks
 SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
 
 
-def plan_of(layout: Layout, q: torch.Tensor, k: torch.Tensor, key_mask=None, scale=0.25, **config) -> BlockPlan:
+def plan_of(
+    layout: Layout,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+    scale: float = 0.25,
+    **config: Any,
+) -> BlockPlan:
     """Select on q (B, H, S, D) and k (B, H_kv, S, D), tokens in raster order."""
     sol = Sol({"block": 8, **config})
     blocks = blocks_of(q, k, sol.order(layout), key_mask, scale)
     return sol.route(blocks).lower(blocks.q_pool, blocks.k_pool, scale)
 
 
-def blocks_of(q, k, laid: Tiles, key_mask=None, scale=0.25, block=8) -> Blocks:
+def blocks_of(
+    q: torch.Tensor, k: torch.Tensor, laid: Tiles, key_mask: torch.Tensor | None = None, scale: float = 0.25, block: int = 8
+) -> Blocks:
     return Blocks.of(AttentionCall(q, k, k, key_mask, scale, lambda: q), laid, laid, block, block)
 
 
-def members_by_blocks(layout, q, k, tau, statistic, scale=0.25, band=1, block=8) -> torch.Tensor:
+def members_by_blocks(
+    layout: Layout,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    tau: float,
+    statistic: str,
+    scale: float = 0.25,
+    band: int = 1,
+    block: int = 8,
+) -> torch.Tensor:
     """The rule for one head, q and k (S, D), text behind the visual tokens: float64, one block at a time."""
     starts = [*range(0, layout.visual, block), *range(layout.visual, layout.length, block)]
     ends = [min(s + block, layout.visual if s < layout.visual else layout.length) for s in starts]
@@ -155,7 +174,7 @@ def test_theta_is_traced_without_a_graph_break() -> None:
     laid = sol.order(layout)
     q, k = torch.randn(2, 1, 2, layout.length, 16)
 
-    def theta(q, k):
+    def theta(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return sol.route(blocks_of(q, k, laid)).theta
 
     compiled = torch.compile(theta, backend="eager", fullgraph=True)

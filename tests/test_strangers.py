@@ -13,15 +13,14 @@ import os
 import random
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Never
 
 import pytest
-import tiny_models
 import torch
 import yaml
 from diffusers import WanPipeline
-from patch_rows import ROWS
 from PIL import Image
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save, save_file
@@ -42,6 +41,8 @@ from accelplug.tuning.forecast import Probe
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.refine import with_weights
 from accelplug.tuning.space import Arm
+from tests import tiny_models
+from tests.patch_rows import ROWS
 
 NUMBER = int(os.environ.get("STRANGERS", "150"))
 SEED = int(os.environ.get("STRANGERS_SEED", "0"))
@@ -105,7 +106,7 @@ WORDS = [
 ]
 
 
-def nasty(rng):
+def nasty(rng: random.Random) -> Any:
     value = rng.choice(NASTY)
     if rng.random() < 0.02:
         for _ in range(rng.choice([40, 3000])):
@@ -113,7 +114,7 @@ def nasty(rng):
     return value
 
 
-def places(data, depth=8):
+def places(data: Any, depth: int = 8) -> Iterator[tuple[Any, Any]]:
     """Every container of a recipe with one of its keys."""
     keys = data.keys() if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()
     for key in keys if depth else ():
@@ -121,7 +122,7 @@ def places(data, depth=8):
         yield from places(data[key], depth - 1)
 
 
-def mutated(rng, data):
+def mutated(rng: random.Random, data: Any) -> Any:
     """A recipe's data with one to three slips."""
     data = json.loads(json.dumps(data))
     for _ in range(rng.randint(1, 3)):
@@ -146,7 +147,7 @@ def mutated(rng, data):
     return data
 
 
-def rule_of(rng):
+def rule_of(rng: random.Random) -> dict[str, Any]:
     """A rule with a patch's own settings, one or two of them nasty, and perhaps a cache."""
     entry = rng.choice(list_patches())
     row = next((row for row in ROWS if row.patch == entry.name), None)
@@ -166,7 +167,7 @@ def rule_of(rng):
     return recipe
 
 
-def bytes_of(rng, text):
+def bytes_of(rng: random.Random, text: str) -> bytes:
     """A file's bytes with a few of them wrong."""
     raw = bytearray(text.encode())
     for _ in range(rng.randint(1, 4)):
@@ -197,7 +198,7 @@ def bytes_of(rng, text):
     return bytes(raw)
 
 
-def facts_of(data):
+def facts_of(data: Any) -> ModelFacts:
     """A model that the file is for, as far as the file says one."""
     match = data.get("match") if isinstance(data, dict) else None
     match = {key: value for key, value in match.items() if isinstance(key, str)} if isinstance(match, dict) else {}
@@ -206,16 +207,16 @@ def facts_of(data):
 
 
 @pytest.fixture(scope="module")
-def wan():
+def wan() -> tuple[Any, dict[str, Any]]:
     return tiny_models.build("wan")
 
 
 @pytest.fixture(scope="module")
-def shipped():
+def shipped() -> list[tuple[str, Any]]:
     return [(path.read_text(), yaml.safe_load(path.read_text())) for path in shipped_files().values()]
 
 
-def soon(do):
+def soon(do: Callable[[], Any]) -> Any:
     """Do it; AccelplugError is an answer, another error is none, nor is a long wait."""
     start, said = time.process_time(), None
     try:
@@ -229,7 +230,9 @@ def soon(do):
 
 
 @pytest.mark.parametrize("number", range(NUMBER))
-def test_a_strangers_recipe_works_or_is_refused(number: int, wan, shipped, tmp_path: Path) -> None:
+def test_a_strangers_recipe_works_or_is_refused(
+    number: int, wan: tuple[Any, dict[str, Any]], shipped: list[tuple[str, Any]], tmp_path: Path
+) -> None:
     rng = random.Random(f"{SEED} {number}")
     text, data = rng.choice(shipped)
     form = number % 4
@@ -261,10 +264,10 @@ def test_a_strangers_recipe_works_or_is_refused(number: int, wan, shipped, tmp_p
 
 
 class _Nothing:
-    def __enter__(self):
+    def __enter__(self) -> None:
         return None
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         return None
 
 
@@ -273,7 +276,7 @@ class _Nothing:
 TABLED = dict.fromkeys(("radial", "sol"), "rest_weight") | {"sta": "choice", "paro": "order", "sparse_vdit": "modes"}
 
 
-def table_file(folder, values, key="x", header=None):
+def table_file(folder: Path, values: torch.Tensor, key: str = "x", header: dict[str, str] | None = None) -> dict[str, Any]:
     raw = save({key: values}, Origin(axes={key: ("layers", "heads")}).to_header() if header is None else header)
     (folder / "t.safetensors").write_bytes(raw)
     return {"table": {"file": str(folder / "t.safetensors"), "sha256": hashlib.sha256(raw).hexdigest(), "key": key}}
@@ -281,7 +284,9 @@ def table_file(folder, values, key="x", header=None):
 
 @pytest.mark.parametrize("patch", TABLED)
 @pytest.mark.parametrize("bad", [float("nan"), -50.0, 1e30, float("inf"), -1, 99])
-def test_entries_of_tables_have_the_range_of_the_value_they_replace(patch: str, bad: float, wan, tmp_path: Path) -> None:
+def test_entries_of_tables_have_the_range_of_the_value_they_replace(
+    patch: str, bad: float, wan: tuple[Any, dict[str, Any]], tmp_path: Path
+) -> None:
     values = torch.zeros(3, 2)
     values[2, 1] = bad
     if patch in ("sta", "paro", "sparse_vdit"):
@@ -305,7 +310,9 @@ def test_entries_of_tables_have_the_range_of_the_value_they_replace(patch: str, 
     ],
     ids=lambda x: f"{tuple(x.shape)} {x.dtype}",
 )
-def test_tables_have_the_axes_and_types_that_they_say(values: torch.Tensor, wan, tmp_path: Path) -> None:
+def test_tables_have_the_axes_and_types_that_they_say(
+    values: torch.Tensor, wan: tuple[Any, dict[str, Any]], tmp_path: Path
+) -> None:
     rest = {"rest": "pool", "rest_weight": table_file(tmp_path, values)}
     with pytest.raises(AccelplugError):
         accelplug.apply(wan[0], {"patch": "radial", "with": {"block": 8, **rest}}, gate="off")
@@ -314,7 +321,9 @@ def test_tables_have_the_axes_and_types_that_they_say(values: torch.Tensor, wan,
 @pytest.mark.parametrize("patch", TABLED)
 @pytest.mark.parametrize("axes", [("layers", "heads"), ("heads",)])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_tables_for_other_heads_are_refused_at_apply(patch: str, axes, heads: int, wan, tmp_path: Path) -> None:
+def test_tables_for_other_heads_are_refused_at_apply(
+    patch: str, axes: tuple[str, ...], heads: int, wan: tuple[Any, dict[str, Any]], tmp_path: Path
+) -> None:
     values = torch.zeros([3, heads][-len(axes) :], dtype=torch.uint8)
     header = Origin(axes={"x": axes}).to_header()
     setting = {TABLED[patch]: table_file(tmp_path, values, header=header)}
@@ -351,7 +360,7 @@ HEADERS = [
 
 
 @pytest.mark.parametrize("header", HEADERS, ids=lambda text: text[:30])
-def test_headers_of_tables(header: str, wan, tmp_path: Path) -> None:
+def test_headers_of_tables(header: str, wan: tuple[Any, dict[str, Any]], tmp_path: Path) -> None:
     setting = table_file(tmp_path, torch.ones(3, 2), header={"accelplug": header})
     recipe = {"patch": "radial", "with": {"block": 8, "rest": "pool", "rest_weight": setting}}
     with pytest.raises(AccelplugError):
@@ -359,7 +368,7 @@ def test_headers_of_tables(header: str, wan, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", range(NUMBER // 5))
-def test_a_strangers_table_works_or_is_refused(number: int, wan, tmp_path: Path) -> None:
+def test_a_strangers_table_works_or_is_refused(number: int, wan: tuple[Any, dict[str, Any]], tmp_path: Path) -> None:
     rng = random.Random(f"{SEED} table {number}")
     values = torch.full(rng.choice([(3, 2), (2, 3), (3,), (3, 2, 1), (1, 3, 2)]), rng.choice([0.5, 1.0, 0.0, 2.0]))
     setting = table_file(tmp_path, values.to(rng.choice([torch.float32, torch.float16, torch.int32, torch.uint8])))
@@ -407,7 +416,7 @@ def test_journals_in_wrong_places(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "bad", [None, 3, "x", [], {}, {"errors": 3}, {"errors": {"a": 1}, "ratio": 1}, {"values": [["x"]]}, [["x"]]]
 )
-def test_values_of_a_journal_are_measurements(bad, tmp_path: Path) -> None:
+def test_values_of_a_journal_are_measurements(bad: object, tmp_path: Path) -> None:
     readers = [TypeAdapter(Probe).validate_python, lambda found: with_weights(Arm("sol", ()), found), _sheet]
     for read in readers:
         (tmp_path / "j").write_text('{"fingerprint": "f"}\n' + json.dumps({"key": "a", "value": bad}) + "\n")
@@ -416,7 +425,7 @@ def test_values_of_a_journal_are_measurements(bad, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoiled", ["", "x", "[]", "{}", '{"settings": 3}', '{"settings": "", "turns": -1}'])
-def test_partial_calibrations_of_strangers(spoiled: str, video, tmp_path: Path) -> None:
+def test_partial_calibrations_of_strangers(spoiled: str, video: WanPipeline, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "c.partial.safetensors", {"partial": spoiled})
     for raw in (None, b"", b"x" * 100):
         if raw is not None:
@@ -437,13 +446,13 @@ def test_a_comparison_that_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", [accelplug.Exam.coco, accelplug.Exam.amber, questions.read])
-def test_exams_and_questions_in_wrong_places(read, tmp_path: Path) -> None:
+def test_exams_and_questions_in_wrong_places(read: Callable[..., object], tmp_path: Path) -> None:
     for place in (3, None, "", b"x", "\0", [], tmp_path, tmp_path / "none", "x" * 5000):
         with pytest.raises(AccelplugError):
             read(place)
 
 
-def test_steps_that_are_none(wan) -> None:
+def test_steps_that_are_none(wan: tuple[Any, dict[str, Any]]) -> None:
     with accelplug.apply(wan[0], {"patch": "radial", "with": {"block": 8}}, gate="off") as plug:
         for step in ((-1, 4), (4, 4), (0, 0), (1.5, 4), (True, 4), ("1", 4), (1, "4")):
             with pytest.raises(AccelplugError):
@@ -541,7 +550,7 @@ BAD_FOLDERS = ["{out}", "{out}/none", "{latin}", "", "x" * 5000, "{broken}"]
 
 
 @pytest.fixture(scope="module")
-def around(tmp_path_factory: pytest.TempPathFactory):
+def around(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Files that a command may be pointed to."""
     out = tmp_path_factory.mktemp("out")
     (out / "prompts.txt").write_text("a red square moves left\na blue disc\n")
@@ -565,7 +574,7 @@ def around(tmp_path_factory: pytest.TempPathFactory):
     return {"out": str(out)} | {name: str(out / file) for name, file in names.items()}
 
 
-def refused(arguments, around, capsys: pytest.CaptureFixture[str]) -> None:
+def refused(arguments: list[str], around: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     """Run a command that asks wrongly; it says so in one line."""
     before = sorted(os.listdir(around["out"]))
     try:
@@ -581,7 +590,11 @@ def refused(arguments, around, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("command", "more"), BAD_ARGUMENTS, ids=lambda x: x if isinstance(x, str) else " ".join(x)[:40])
 def test_a_command_that_asks_wrongly_says_so_in_a_line(
-    command: str, more: list[str], around, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str,
+    more: list[str],
+    around: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(around["out"])
     refused([*ASKED[command], *more], around, capsys)
@@ -589,7 +602,9 @@ def test_a_command_that_asks_wrongly_says_so_in_a_line(
 
 @pytest.mark.parametrize("folder", BAD_FOLDERS, ids=lambda text: text[:20])
 @pytest.mark.parametrize("command", ["compare", "tune", "calibrate", "inspect", "verify"])
-def test_folders_that_hold_no_model(command: str, folder: str, around, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_that_hold_no_model(
+    command: str, folder: str, around: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     refused([folder if text in (WAN, LLAVA) else text for text in ASKED[command]], around, capsys)
 
 
@@ -597,12 +612,12 @@ def test_folders_that_hold_no_model(command: str, folder: str, around, capsys: p
     "arguments",
     [[], ["nonsense"], ["show"], ["show", "../x"], ["show", "no/no"], ["show", "{latin}.yaml"], ["show", "{out}"]],
 )
-def test_commands_that_are_none(arguments: list[str], around, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_that_are_none(arguments: list[str], around: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     refused(arguments, around, capsys)
 
 
 def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(options) -> Never:
+    def interrupted(options: object) -> Never:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("accelplug.cli._list", interrupted)
@@ -613,7 +628,7 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 @pytest.mark.parametrize("spoiled", ["weights", "no weights", "a weight", "config", "tokenizer"])
 @pytest.mark.parametrize("model", ["wan-shapes", "llava-scenes"])
 def test_models_with_spoiled_files(
-    model: str, spoiled: str, around, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    model: str, spoiled: str, around: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "m"
     shutil.copytree(zoo.path(model), folder)
@@ -695,13 +710,18 @@ SLIPS: dict[str, dict[str, list[Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def video():
+def video() -> WanPipeline:
     return WanPipeline.from_pretrained(zoo.path())
 
 
 @pytest.mark.parametrize(("function", "argument"), [(name, slip) for name, slips in SLIPS.items() for slip in slips])
 def test_a_wrong_argument_is_refused_before_anything_runs(
-    function: str, argument: str, wan, video, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    function: str,
+    argument: str,
+    wan: tuple[Any, dict[str, Any]],
+    video: WanPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(type(video.transformer), "forward", lambda *_, **__: pytest.fail("something ran"))
@@ -739,7 +759,7 @@ LANGUAGE_SLIPS = {
     ("function", "argument"), [(name, slip) for name, slips in LANGUAGE_SLIPS.items() for slip in slips]
 )
 def test_a_wrong_argument_beside_a_language_model(
-    function: str, argument: str, seeing, monkeypatch: pytest.MonkeyPatch
+    function: str, argument: str, seeing: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = seeing
     monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("something ran"))
@@ -750,13 +770,13 @@ def test_a_wrong_argument_beside_a_language_model(
 
 
 @pytest.fixture(scope="module")
-def seeing():
+def seeing() -> tuple[Any, Any]:
     folder = zoo.path("llava-scenes")
     return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("number", range(NUMBER // 10))
-def test_a_strangers_recipe_for_a_language_model_works_or_is_refused(number: int, seeing) -> None:
+def test_a_strangers_recipe_for_a_language_model_works_or_is_refused(number: int, seeing: tuple[Any, Any]) -> None:
     model, processor = seeing
     rng = random.Random(f"{SEED} language {number}")
     entry = rng.choice([entry for entry in list_patches() if entry.family in ("heads", "generation")])
@@ -775,7 +795,7 @@ def test_a_strangers_recipe_for_a_language_model_works_or_is_refused(number: int
                 assert not any(logits.isnan().any() for logits in model.generate(**inputs, **told).logits)
 
 
-def asked(processor):
+def asked(processor: Any) -> Any:
     """A question about a grey picture."""
     text = chat.prompt(processor, "Is there a cat?", picture=True)
     return chat.tokenized(processor, [text], [Image.new("RGB", (96, 96), "grey")])
@@ -822,7 +842,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("recipe", REFUSED, ids=lambda recipe: str(recipe)[:70])
-def test_recipes_that_mean_nothing_are_refused_at_apply(recipe: dict[str, Any], wan) -> None:
+def test_recipes_that_mean_nothing_are_refused_at_apply(recipe: dict[str, Any], wan: tuple[Any, dict[str, Any]]) -> None:
     start = time.process_time()
     with pytest.raises(AccelplugError):
         accelplug.apply(wan[0], recipe, gate="off")
@@ -830,7 +850,7 @@ def test_recipes_that_mean_nothing_are_refused_at_apply(recipe: dict[str, Any], 
 
 
 @pytest.mark.parametrize("patch", [entry.name for entry in list_patches() if entry.family in ("sparse", "tokens", "bias")])
-def test_what_may_ramp_ramps(patch: str, wan) -> None:
+def test_what_may_ramp_ramps(patch: str, wan: tuple[Any, dict[str, Any]]) -> None:
     model, inputs = wan
     row = next((row for row in ROWS if row.patch == patch), None)
     fields = patch_class(patch).Config.model_fields
@@ -848,7 +868,7 @@ def test_what_may_ramp_ramps(patch: str, wan) -> None:
                 assert model(**inputs)[0].isfinite().all()
 
 
-def test_bounds_on_tokens_may_have_space(wan) -> None:
+def test_bounds_on_tokens_may_have_space(wan: tuple[Any, dict[str, Any]]) -> None:
     model, inputs = wan
     with accelplug.apply(
         model, {"patch": "radial", "with": {"block": 8}, "where": {"tokens": " >=\t8 "}}, gate="off"
@@ -858,7 +878,7 @@ def test_bounds_on_tokens_may_have_space(wan) -> None:
         assert plug.report().served
 
 
-def test_results_print_what_they_show(seeing) -> None:
+def test_results_print_what_they_show(seeing: tuple[Any, Any]) -> None:
     found = accelplug.inspect(seeing[0])
     assert "can be entered" in str(found)
     assert str(found) == repr(found)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +22,8 @@ LAYOUT = Layout((6, 4, 5), text_before=3, text_after=2)
 B, D = 2, 16
 
 
-def call_of(q, k, v, mask=None) -> AttentionCall:
-    def dense(q=q, k=k, v=v):
+def call_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> AttentionCall:
+    def dense(q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> torch.Tensor:
         keep = None if mask is None else mask[:, None, None]
         return scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -145,7 +147,7 @@ def test_a_kept_choice_in_compiled_code() -> None:
     settings = {"density": 0.3, "block": 8, "backend": "reference", "profile_interval": 2}
     recipe = {"rules": [{"patch": "svg", "with": settings}]}
 
-    def runs(forward) -> list[torch.Tensor]:
+    def runs(forward: Callable[..., Any]) -> list[torch.Tensor]:
         outs = []
         with accelplug.apply(model, recipe, gate="off") as plug:
             for step in range(4):

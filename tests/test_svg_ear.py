@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,15 @@ from accelplug.patches.sparse.template import Blocks
 SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
 
 
-def error_by_keys(q_pool, k, v, lengths, block, scale, valid) -> torch.Tensor:
+def error_by_keys(
+    q_pool: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    block: int,
+    scale: float,
+    valid: torch.Tensor,
+) -> torch.Tensor:
     """One head, float64, one key at a time; rows over their squared softmax sum."""
     q_pool, k, v = q_pool.double(), k.double(), v.double()
     keys = [[i for i in range(n * block, n * block + int(size)) if valid[i]] for n, size in enumerate(lengths)]
@@ -61,14 +70,14 @@ def test_equal_keys_and_values_cost_nothing_to_pool() -> None:
     assert (error[..., others] < 1e-9).all()
 
 
-def blocks_of(layout, q, k, v, **config) -> tuple[SvgEar, Blocks]:
+def blocks_of(layout: Layout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **config: Any) -> tuple[SvgEar, Blocks]:
     patch = SvgEar({"block": 8, "block_k": 8, "order": "raster", "backend": "reference", **config})
     call = AttentionCall(q, k, v, None, 0.5, dense=None)
     params = patch.prepare(SITE, layout, Clock(0, 2), {})
     return patch, Blocks.of(call, *patch.arrange(call, params), 8, 8)
 
 
-def members_by_hand(blocks, top_p, min_ratio) -> torch.Tensor:
+def members_by_hand(blocks: Blocks, top_p: float, min_ratio: float) -> torch.Tensor:
     """The released rule, one row of 14 visual blocks at a time, float64: attention to means says how much, error says what."""
     error = compensation_error(blocks.q_pool, blocks.k, blocks.v, blocks.key_lengths, 8, 0.5, None)[..., :14, :14].double()
     keys = blocks.key_lengths[:14].double()

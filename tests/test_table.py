@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def site(layer: int | None = 1, layers: int = 2) -> Site:
 
 
 @pytest.fixture
-def folder(tmp_path: Path):
+def folder(tmp_path: Path) -> Path:
     save_file(
         {"weight": torch.tensor([[0.25, 0.5], [0.75, 1.0]]), "steps": torch.arange(12).view(3, 2, 2)},
         tmp_path / "t.safetensors",
@@ -46,12 +47,12 @@ def folder(tmp_path: Path):
     return tmp_path
 
 
-def ref(folder, **changes):
+def ref(folder: Path, **changes: Any) -> dict[str, Any]:
     sha256 = hashlib.sha256((folder / "t.safetensors").read_bytes()).hexdigest()
     return {"table": {"file": "t.safetensors", "sha256": sha256, "key": "weight", **changes}}
 
 
-def recipe_file(folder, **changes):
+def recipe_file(folder: Path, **changes: Any) -> Path:
     values = ref(folder, **changes)["table"]
     text = f"""\
 schema: 1
@@ -70,7 +71,7 @@ recipes:
     return folder / "mine.yaml"
 
 
-def test_a_recipe_reads_the_table_beside_it(folder) -> None:
+def test_a_recipe_reads_the_table_beside_it(folder: Path) -> None:
     recipe = load(recipe_file(folder), FACTS)
     config = recipe.decide(site(), Layout(GRID), Clock(0, 4)).config
     table = config["rest_weight"]
@@ -91,7 +92,7 @@ def test_a_recipe_reads_the_table_beside_it(folder) -> None:
         ({"sha256": "abc"}, r"line 8.*a table \{table"),
     ],
 )
-def test_what_is_not_that_table_is_refused_with_the_line(folder, changes: dict[str, str], says: str) -> None:
+def test_what_is_not_that_table_is_refused_with_the_line(folder: Path, changes: dict[str, str], says: str) -> None:
     with pytest.raises(RecipeError, match=f"(?s){says}"):
         load(recipe_file(folder, **changes), FACTS)
 
@@ -118,14 +119,14 @@ def test_files_that_are_no_tables_are_refused(tmp_path: Path, monkeypatch: pytes
         (ModelFacts(FACTS.class_names, {"num_layers": 2}), "patch_size '<none>'"),
     ],
 )
-def test_another_model_is_refused(folder, facts: ModelFacts, says: str) -> None:
+def test_another_model_is_refused(folder: Path, facts: ModelFacts, says: str) -> None:
     inline = {"patch": "radial", "with": {"rest": "pool", "rest_weight": ref(folder, file=str(folder / "t.safetensors"))}}
     load(inline, FACTS)
     with pytest.raises(RecipeError, match=f"made for another model.*{says}"):
         load(inline, facts)
 
 
-def test_another_grid_and_other_layers_are_refused(folder) -> None:
+def test_another_grid_and_other_layers_are_refused(folder: Path) -> None:
     recipe = load(recipe_file(folder), FACTS)
     with pytest.raises(RecipeError, match=r"made for 3x4x6 tokens.*this run has 3x6x4"):
         recipe.decide(site(), Layout((3, 6, 4)), Clock(0, 4))

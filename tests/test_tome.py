@@ -216,7 +216,7 @@ class Matches(list):
 def made(monkeypatch: pytest.MonkeyPatch) -> Matches:
     made = Matches()
 
-    def counting(metric, *others):
+    def counting(metric: torch.Tensor, *others: torch.Tensor) -> Any:
         made.append(metric)
         return match(metric, *others)
 
@@ -224,7 +224,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Matches:
     return made
 
 
-def recipe(**config) -> dict:
+def recipe(**config: Any) -> dict:
     return {"patch": "tome", "with": config}
 
 

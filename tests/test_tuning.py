@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Never
+from typing import Any, Never
 
 import numpy as np
 import peft
@@ -17,7 +17,7 @@ import torch
 import accelplug
 from accelplug.call import Layout
 from accelplug.comparison.result import DENSE, Comparison, Row, Sample
-from accelplug.comparison.study import Study
+from accelplug.comparison.study import Study, Variant
 from accelplug.errors import AccelplugError
 from accelplug.patches.sparse.rest_weights import RestWeights
 from accelplug.plug import model_facts
@@ -32,6 +32,7 @@ from accelplug.tuning.forecast import Forecast, Probe, Trajectory
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.probing import Prober
 from accelplug.tuning.refine import in_8_bits, no_8_bits
+from accelplug.tuning.result import Tuned
 from accelplug.tuning.space import Arm, Candidate, arms, variants
 from accelplug.tuning.verdict import limit
 from tests import tiny_models
@@ -45,7 +46,7 @@ LADDERS = {
 SIZE = {"height": 48, "width": 64, "num_inference_steps": 2}
 
 
-def pipeline():
+def pipeline() -> tuple[Any, dict[str, Any]]:
     """A pipeline whose latents are shown as they are: decoding is the half of a run that nothing is tuned in."""
     pipe, inputs = tiny_models.pipeline("wan")
     pipe.vae.decode = lambda latents, return_dict: (latents[:, :3],)
@@ -60,7 +61,7 @@ def told_times(monkeypatch: pytest.MonkeyPatch) -> None:
 def tell_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense runs take 10 s; a patched run as many seconds less as its arm is bold; a cached one 8 s."""
 
-    def timed(self, variant, prompt, seed) -> None:
+    def timed(self: Study, variant: Variant, prompt: int, seed: int) -> None:
         real(self, variant, prompt, seed)
         sample = self.rows[variant.name].samples[-1]
         sample.denoise_ms = sample.latency_ms = 10_000.0
@@ -71,7 +72,7 @@ def tell_times(monkeypatch: pytest.MonkeyPatch) -> None:
     real = Study.time
     probed = Trajectory.probe
 
-    def probe(self, pipe, recipe, moments=None):
+    def probe(self: Any, pipe: Any, recipe: dict[str, Any], moments: Any = None) -> Probe:
         found = probed(self, pipe, recipe, moments)
         return Probe(found.errors, {"sol": 0.5, "radial": 0.7}[recipe["rules"][-1]["patch"]], found.density)
 
@@ -82,7 +83,7 @@ def tell_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search.time, "monotonic", lambda: next(clock) * 1e-3)
 
 
-def run(pipe, inputs, budget, **more):
+def run(pipe: Any, inputs: dict[str, Any], budget: str, **more: Any) -> Tuned:
     more = {"seeds": 2, "patches": ["sol", "radial"], "caches": False, "time_budget_s": 400.0, "progress": False, **more}
     return accelplug.tune(pipe, inputs, budget, **more)
 
@@ -141,7 +142,7 @@ def test_measurements_are_kept_and_taken_up_again(told_times: None, tmp_path: Pa
     lines = (tmp_path / "journal").read_text().splitlines()
     assert any("probe sol" in line for line in lines)
 
-    def never(*_) -> Never:
+    def never(*_: object) -> Never:
         raise AssertionError("a probe was measured again")
 
     monkeypatch.setattr(Trajectory, "probe", never)
@@ -199,7 +200,7 @@ def test_an_interrupt_in_any_phase_keeps_the_best_so_far(
     owner = Prober if where == "arm" else search.Search
     real, asked = getattr(owner, where), []
 
-    def interrupted(self, *given):
+    def interrupted(self: Any, *given: Any) -> Any:
         asked.append("")
         if len(asked) == at:
             raise KeyboardInterrupt
@@ -216,7 +217,7 @@ def test_an_interrupt_in_any_phase_keeps_the_best_so_far(
 ARMS = [Arm(name, (("strength", k),)) for k in range(4) for name in ("a", "b")]
 
 
-def offline(seeds, budget="psnr>=26"):
+def offline(seeds: int, budget: str = "psnr>=26") -> tuple[search.Search, list[tuple[str, int]]]:
     """A search among made-up arms, whose whole runs are told: the stronger the faster and the worse, `b` more so than `a`."""
     row = Row(DENSE, "dense", samples=[Sample(0, 0, 1000.0, 900.0)])
     study = SimpleNamespace(rows={DENSE: row}, dense_runs={})
@@ -227,7 +228,7 @@ def offline(seeds, budget="psnr>=26"):
     found.candidates = [candidate for arm in ARMS for candidate in variants(arm, [], 10)]
     runs = []
 
-    def told(candidate, pairs) -> None:
+    def told(candidate: Candidate, pairs: list[tuple[int, int]]) -> None:
         runs.append((str(candidate), len(pairs)))
         point = found.points.setdefault(candidate, search.Point(str(candidate), {}, 0, 0.0, {}, 0.0))
         psnr = 38 - 5 * strength[candidate.arm] + candidate.dense_steps / 10
@@ -252,7 +253,7 @@ def test_a_dense_run_that_was_held_up_flatters_nobody(monkeypatch: pytest.Monkey
     times, clip = {DENSE: iter([2300.0, 1000.0, 1000.0]), "idle": iter([1000.0])}, np.zeros((1, 2, 2, 3), np.uint8)
     rows = {DENSE: Row(DENSE, "dense")}
 
-    def run(variant, prompt, seed) -> None:
+    def run(variant: Variant, prompt: int, seed: int) -> None:
         ms = next(times[variant.name])
         rows[variant.name].samples.append(Sample(prompt, seed, ms, 0.9 * ms, psnr_db=40.0))
         study.dense_runs[prompt, seed] = study.clips[variant.name, prompt, seed] = clip
@@ -287,7 +288,7 @@ def test_the_search_goes_on_where_no_finalist_is_proven(monkeypatch: pytest.Monk
     found, _ = offline(1)
     told = found._run
 
-    def unseen_is_harder(candidate, pairs) -> None:
+    def unseen_is_harder(candidate: Candidate, pairs: list[tuple[int, int]]) -> None:
         told(candidate, pairs)
         if pairs == found.unseen and found.points[candidate].speedup > 1.35:
             found.points[candidate].margin = -1.0
@@ -308,7 +309,7 @@ def test_what_an_overturned_finalist_lost_the_next_must_have_to_lose() -> None:
         point = search.Point(str(number), {}, 1, 3.0 - number / 10, {"psnr": 26 + margin}, margin)
         found.points[found.candidates[number]] = point
 
-    def told(candidate, pairs) -> None:
+    def told(candidate: Candidate, pairs: list[tuple[int, int]]) -> None:
         found.points[candidate].margin -= 4.0
 
     found._run = told
@@ -416,7 +417,7 @@ def test_caches_are_set_for_the_model_or_said_not_to_fit() -> None:
     assert "share those of a run" in caches._obstacle(mag, mag.ladders[0], two, caches.Seen(9, frozenset(), {}))
 
 
-def measured_ratios(pipe, study):
+def measured_ratios(pipe: Any, study: Study) -> list[float]:
     """MagCache's ratios by their definition, from what goes into the first block and comes out of the last; 0 at the last step."""
     entered, residuals = [], []
     first, last = pipe.transformer.blocks[0], pipe.transformer.blocks[-1]
@@ -531,7 +532,7 @@ def test_a_forecast_learns_the_line_that_full_runs_draw() -> None:
     forecast = Forecast(trajectory, parse("psnr>=26"), 1000.0, 100.0)
     forecast.probes = {arm: Probe({0: e, 9: e}, 0.5) for arm, e in zip(arms_, (0.01, 0.02, 0.05, 0.1), strict=True)}
 
-    def true(candidate):
+    def true(candidate: Candidate) -> float:
         return 40 - 20 * math.log10(1000 * forecast.spoil(candidate, 0.0))
 
     known = [*map(Candidate, arms_[:3]), Candidate(arms_[0], dense_steps=25)]
@@ -589,7 +590,7 @@ def test_one_gain_is_told_everywhere(told_times: None, monkeypatch: pytest.Monke
     pipe, inputs = pipeline()
     timed, slow = Study.time, itertools.cycle([2.3, 1.0, 1.1, 1.7])
 
-    def held_up(self, variant, prompt, seed) -> None:
+    def held_up(self: Study, variant: Variant, prompt: int, seed: int) -> None:
         timed(self, variant, prompt, seed)
         if variant.name == DENSE:
             self.rows[DENSE].samples[-1].latency_ms *= next(slow)
@@ -629,7 +630,7 @@ def test_a_cache_that_skips_nothing_is_not_on_the_front(told_times: None, monkey
     pipe, inputs = pipeline()
     timed = Study.time
 
-    def noisy(self, variant, prompt, seed) -> None:
+    def noisy(self: Study, variant: Variant, prompt: int, seed: int) -> None:
         timed(self, variant, prompt, seed)
         if variant.kind == "cache":
             self.rows[variant.name].samples[-1].latency_ms = 5_000.0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,12 +32,12 @@ from tests.tiny_language_models import build
 
 
 @pytest.fixture(scope="module")
-def bundled():
+def bundled() -> tuple[Any, Any]:
     folder = path("llava-scenes")
     return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
 
-def weights(model) -> tuple:
+def weights(model: Any) -> tuple:
     return [sorted(k for k in vars(m) if not k.startswith("_output_capturing")) for m in model.modules()]
 
 
@@ -51,7 +53,7 @@ def weights(model) -> tuple:
         (23, 2, [(23, 1), (12, 2)]),
     ],
 )
-def test_half_of_the_candidates_go_on_to_twice_the_pages(candidates: int, pages: int, left) -> None:
+def test_half_of_the_candidates_go_on_to_twice_the_pages(candidates: int, pages: int, left: list[tuple[int, int]]) -> None:
     assert rungs(candidates, pages) == left
 
 
@@ -60,21 +62,21 @@ class Scripted:
 
     says, likelihoods, processor = True, False, None
 
-    def __init__(self, script, seen=()) -> None:
+    def __init__(self, script: dict[str, tuple[float, float, float]], seen: Iterable[int] = ()) -> None:
         self.script, self.seen, self.on = script, set(seen), "stock"
         self.model = torch.nn.Linear(1, 1)
         self.model.device = torch.device("cpu")
         self.clock = 0.0
 
     @contextmanager
-    def apply(self, model, recipe, **_):
+    def apply(self, model: Any, recipe: dict[str, Any], **_: object) -> Iterator[None]:
         if recipe["rules"][0]["patch"] == "refused":
             raise AccelplugError("not here")
         self.on = recipe["rules"][0]["patch"]
         yield
         self.on = "stock"
 
-    def ask(self, asked):
+    def ask(self, asked: list[Item]) -> list[Reply]:
         share, elsewhere, seconds = self.script[self.on]
         self.clock += seconds
         replies = []
@@ -86,7 +88,9 @@ class Scripted:
         return replies
 
 
-def held(script, monkeypatch: pytest.MonkeyPatch, budget=(), seconds=1e9):
+def held(
+    script: dict[str, tuple[float, float, float]], monkeypatch: pytest.MonkeyPatch, budget: str = (), seconds: float = 1e9
+) -> Contest:
     asked = [Item(i // 4, str(i), "yes" if i % 2 else "no", "a.png") for i in range(640)]
     seen, unseen = language.split(asked, 0)
     asker = Scripted({"stock": (0.7, 0.7, 1.0), **script}, [item.group for item in seen])
@@ -142,7 +146,7 @@ def test_few_questions_are_put_to_most(monkeypatch: pytest.MonkeyPatch) -> None:
 # -------------------------------------------------------------------------------------------------------------- questions
 
 
-def tokenizer(words):
+def tokenizer(words: list[str]) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -169,7 +173,9 @@ def test_likelihoods_are_those_of_a_plain_forward() -> None:
     assert figures(asked, replies)["nll"] == pytest.approx(sum(r.nll for r in replies) / 3)
 
 
-def test_a_tokenizer_that_pads_on_the_right_makes_no_difference(bundled, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_pads_on_the_right_makes_no_difference(
+    bundled: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, processor = bundled
     monkeypatch.setattr(processor.tokenizer, "padding_side", "right")
     picture = Image.new("RGB", (96, 96), (200, 30, 30))
@@ -213,7 +219,7 @@ def test_text_alone_has_nothing_to_gain() -> None:
     assert [rule.patch for rule in found.rules] == ["dense"]
 
 
-def test_unusable_requests_say_what_to_do(bundled, tmp_path: Path) -> None:
+def test_unusable_requests_say_what_to_do(bundled: tuple[Any, Any], tmp_path: Path) -> None:
     model, processor = bundled
     picture = Image.new("RGB", (96, 96))
     plain = [{"text": "What?", "answer": "a tree", "image": picture}, {"text": "What?", "answer": "a cup", "image": "b.png"}]
@@ -242,7 +248,7 @@ def test_unusable_requests_say_what_to_do(bundled, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def described(bundled):
+def described(bundled: tuple[Any, Any]) -> list[dict[str, Any]]:
     """Questions whose references are what a loud patch says: under that patch they are likelier than stock."""
     model, processor = bundled
     drawn = [Image.fromarray(scenes.render(scenes.sample(number))[0]) for number in scenes.SPLITS["dev"][:16]]
@@ -258,7 +264,7 @@ LOUD = {"patch": "visual_bias", "with": {"image_weight": 50.0}}
 
 
 def test_a_patch_that_helps_is_proven_written_and_verified(
-    bundled, described, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundled: tuple[Any, Any], described: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = bundled
     monkeypatch.setattr(aims, "LADDERS", {"visual_bias": [((0.0, 1.0), LOUD["with"])]})
@@ -289,7 +295,9 @@ def test_a_patch_that_helps_is_proven_written_and_verified(
     assert again.why == found.why
 
 
-def test_no_patch_helps_the_bundled_model_on_a_few_scenes(bundled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_patch_helps_the_bundled_model_on_a_few_scenes(
+    bundled: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, processor = bundled
     monkeypatch.setattr(aims, "LADDERS", {"pai": [((0.0, 0.5), {"alpha": 0.5})]})
     found = accelplug.tune(model, Exam.scenes(4), "speed>=0.01", processor=processor, patches=["pai"], progress=False)
@@ -301,14 +309,16 @@ def test_no_patch_helps_the_bundled_model_on_a_few_scenes(bundled, tmp_path: Pat
     assert "Stay stock" in str(found)
 
 
-def test_an_interrupt_keeps_what_is_known(bundled, described, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_keeps_what_is_known(
+    bundled: tuple[Any, Any], described: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, processor = bundled
     monkeypatch.setattr(
         aims, "LADDERS", {"visual_bias": [((0.0, 1.0), LOUD["with"])], "pai": [((0.0, 1.0), {"alpha": 0.2})]}
     )
     real = Contest._answer
 
-    def interrupted(self, aim, page) -> None:
+    def interrupted(self: Contest, aim: Aim, page: Any) -> None:
         if aim.name.startswith("pai"):
             raise KeyboardInterrupt
         real(self, aim, page)
@@ -332,7 +342,9 @@ def test_a_row_is_judged_by_what_is_still_gained(dense: float, value: float, spe
     assert found[0] == outcome
 
 
-def test_the_command_line_takes_questions(bundled, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_takes_questions(
+    bundled: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = []
     for i in range(4):
         scene = scenes.sample(scenes.SPLITS["dev"][i])

@@ -23,7 +23,7 @@ RULES = {
 }
 
 
-def test_a_denoiser_says_what_its_rules_say_and_then_what_ran():
+def test_a_denoiser_says_what_its_rules_say_and_then_what_ran() -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, RULES, gate="off") as plug:
         first, *others = plug.where()
@@ -42,7 +42,7 @@ def test_a_denoiser_says_what_its_rules_say_and_then_what_ran():
     assert rows[0].config["window"] == [1, 3, 3]
 
 
-def test_it_prints_by_layers_and_is_plain_data():
+def test_it_prints_by_layers_and_is_plain_data() -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, RULES, gate="off") as plug:
         plug.step(1, 2)
@@ -57,7 +57,7 @@ def test_it_prints_by_layers_and_is_plain_data():
     assert rows[0]["site"]["module"] == "blocks.0.attn1"
 
 
-def test_a_language_model_says_what_stands_for_the_sequence_read_last():
+def test_a_language_model_says_what_stands_for_the_sequence_read_last() -> None:
     model, given = tiny_language_models.build("llava"), tiny_language_models.inputs("llava")
     rule = {"where": {"layers": "1:"}, "patch": "visual_bias", "with": {"image_weight": 6.0}}
     with accelplug.apply(model, rule) as plug:

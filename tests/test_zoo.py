@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import WanPipeline
 
 from accelplug import zoo
 from accelplug.errors import NoMatchError
@@ -107,15 +108,13 @@ def test_the_bundled_model_is_small_and_holds_no_pickles() -> None:
 
 
 @pytest.fixture(scope="module")
-def pipeline():
-    from diffusers import WanPipeline
-
+def pipeline() -> WanPipeline:
     pipe = WanPipeline.from_pretrained(zoo.path(), dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def test_the_bundled_model_draws_what_it_is_asked_for(pipeline) -> None:
+def test_the_bundled_model_draws_what_it_is_asked_for(pipeline: WanPipeline) -> None:
     agreeing = 0
     for seed, text in enumerate(HELD_OUT_CAPTIONS[:5]):
         generator = torch.Generator().manual_seed(seed)
@@ -126,7 +125,7 @@ def test_the_bundled_model_draws_what_it_is_asked_for(pipeline) -> None:
 
 
 @pytest.mark.parametrize("name", ["zoo_detector", "zoo_detector_small"])
-def test_the_published_figure_is_of_these_weights(pipeline, name: str) -> None:
+def test_the_published_figure_is_of_these_weights(pipeline: WanPipeline, name: str) -> None:
     result = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / f"{name}.json").read_text())
     assert result["sha256_of_transformer_weights"] == digest(pipeline.transformer)
     assert [clip["caption"] for clip in result["clips"]] == list(HELD_OUT_CAPTIONS)

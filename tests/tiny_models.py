@@ -14,7 +14,7 @@ from diffusers.models import embeddings
 from torch import Tensor, nn
 
 Inputs = dict[str, Any]
-Built = tuple[nn.Module, Inputs]
+Built = tuple[Any, Inputs]  # a model of diffusers, which mypy does not read
 
 diffusers.utils.logging.set_verbosity_error()
 

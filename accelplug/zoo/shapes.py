@@ -9,6 +9,7 @@ The shape named first is on the left. This rule is part of the data: it spares a
 """
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +63,7 @@ class Scene:
         return caption(body.shape for body in self.bodies)
 
 
-def caption(shapes) -> str:
+def caption(shapes: Iterable[Shape]) -> str:
     """The caption of some shapes, the one on the left first."""
     return ", ".join(map(str, shapes))
 

@@ -96,7 +96,14 @@ class TrainingAttention:
     def __init__(self) -> None:
         self.padding = 1.0  # how many tokens the last text token stands for
 
-    def __call__(self, attn: WanAttention, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(context))
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(context)))

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelplug.comparison.evaluators.statistics import ratio
 from accelplug.errors import AccelplugError, UnsupportedError
@@ -270,7 +270,7 @@ def _split(line: str) -> list[str]:
 
 
 @functools.cache
-def _engine():
+def _engine() -> Any:
     try:
         return importlib.import_module("inflect").engine()
     except ImportError as error:
