@@ -3,7 +3,7 @@ PY := .venv/bin/python
 # A CUDA build where there is an NVIDIA driver, else the pinned build, which is found as a CPU wheel where one is offered.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.13,torch==2.13.0)
 # What runs on the oldest versions: all that leans on a host library or on torch's compiler.
-OLDEST := clock coexistence compat families flash_attention guidance head_laws heads hoist inspection_vlm language_host recipe rows runs
+OLDEST := clock coexistence compat families flash_attention guidance head_laws heads hoist inspection language_host recipe rows runs
 
 .PHONY: demo test test-oldest lint bench clean
 

@@ -248,15 +248,13 @@ def _report(options: argparse.Namespace, *suffixes: str) -> Path | None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from accelplug import loading
-    from accelplug.chat import open_picture
+    from accelplug import chat, loading
     from accelplug.inspection import inspect
 
     report = _report(options, ".png")
     if report is not None and options.image is None:
         raise AccelplugError("--report shows where a model looks in a picture: expected --image too. Add --image FILE.")
-    if options.image is not None:
-        open_picture(options.image)
+    picture = None if options.image is None else chat.open_picture(options.image)
     if loading.kind_of(options.model_dir) == "pipeline":
         if options.image is not None:
             raise AccelplugError("--image is for vision-language models, and this is a pipeline. Leave it out.")
@@ -266,9 +264,8 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.image is None:
         _console().print(inspect(model))
         return 0
-    from accelplug.inspection_vlm import ask
-
-    found: Any = inspect(model, ask(processor, options.image, options.prompt))
+    asked = [chat.prompt(processor, options.prompt, picture=True)]
+    found: Any = inspect(model, chat.tokenized(processor, asked, [picture]))
     _console().print(found)
     if report is not None:
         {".json": found.to_json, ".png": found.to_png}.get(report.suffix.lower(), found.to_html)(report)

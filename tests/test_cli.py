@@ -13,7 +13,7 @@ import accelplug
 from accelplug import zoo
 from accelplug.cli import main
 from accelplug.comparison import Comparison
-from accelplug.inspection import STEPS, TOKENS
+from accelplug.inspection.denoiser import STEPS, TOKENS
 
 
 def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:

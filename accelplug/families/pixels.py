@@ -34,8 +34,9 @@ def pictures(family: Vlm, inputs: Mapping[str, Any], vision: Any = None) -> list
     pixels = _pixels(family, inputs)
     if family.pixels == "images":
         return [picture.float() for picture in pixels]
-    parts = pixels.split([rows * columns for rows, columns in _grids(inputs, pixels)])
-    return [_joined(part, grid, vision).float() for part, grid in zip(parts, _grids(inputs, pixels), strict=True)]
+    grids = _grids(inputs, pixels)
+    parts = pixels.split([rows * columns for rows, columns in grids])
+    return [frames(part, (1, *grid), vision)[0].float() for part, grid in zip(parts, grids, strict=True)]
 
 
 def replace(family: Vlm, inputs: Mapping[str, Any], pictures: Sequence[Tensor], vision: Any = None) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def replace(family: Vlm, inputs: Mapping[str, Any], pictures: Sequence[Tensor], 
     ``pixel_values`` keep shape, dtype and device. Of the frames that a still picture is repeated in, all are replaced.
     """
     pixels = _pixels(family, inputs)
-    rows = [p.to(pixels) if family.pixels == "images" else _cut(p.to(pixels), vision) for p in pictures]
+    rows = [p.to(pixels) if family.pixels == "images" else _patches(p.to(pixels), vision) for p in pictures]
     new = torch.stack(rows) if family.pixels == "images" else torch.cat(rows)
     if new.shape != pixels.shape:
         raise ShapeError(
@@ -78,17 +79,24 @@ def _grids(inputs: Mapping[str, Any], pixels: Tensor) -> list[tuple[int, int]]:
     return [(rows, columns) for _, rows, columns in grids]
 
 
-def _joined(patches: Tensor, grid: tuple[int, int], vision: Any) -> Tensor:
-    """Put patches (rows * columns, C * frames * P * P) together: (C, H, W), of the first frame."""
-    size, frames, merge = vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size
-    rows, columns = grid
-    x = patches.reshape(rows // merge, columns // merge, merge, merge, -1, frames, size, size)[..., 0, :, :]
-    x = x.permute(4, 0, 2, 5, 1, 3, 6)  # [C, rows/m, m, P, columns/m, m, P]
-    return x.reshape(x.shape[0], rows * size, columns * size)
+def frames(patches: Tensor, grid_thw: Sequence[int], vision: Any) -> Tensor:
+    """Put patches together: (T, C, H, W), of every T the first of the frames that its patches hold.
+
+    Parameters
+    ----------
+    patches : (T * rows * columns, C * frames * P * P), those of a merged token side by side.
+    grid_thw : T, and rows and columns of patches.
+    vision : the model's ``vision_config``.
+    """
+    size, held, merge = vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size
+    times, rows, columns = grid_thw
+    x = patches.reshape(times, rows // merge, columns // merge, merge, merge, -1, held, size, size)[..., 0, :, :]
+    x = x.permute(0, 5, 1, 3, 6, 2, 4, 7)  # [T, C, rows/m, m, P, columns/m, m, P]
+    return x.reshape(times, x.shape[1], rows * size, columns * size)
 
 
-def _cut(picture: Tensor, vision: Any) -> Tensor:
-    """Undo `_joined`, every frame the same."""
+def _patches(picture: Tensor, vision: Any) -> Tensor:
+    """Undo `frames` of one, every frame the same."""
     size, frames, merge = vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size
     channels, height, width = picture.shape
     rows, columns = height // size, width // size

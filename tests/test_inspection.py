@@ -27,7 +27,8 @@ from transformers import (
 import accelplug
 from accelplug.cli import main
 from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, ShapeError, UnsupportedError
-from accelplug.inspection_vlm import colours, sink_dimensions, spread
+from accelplug.inspection.drawing import colours, spread
+from accelplug.inspection.reading import sink_dimensions
 
 IMG, START, END = 500, 502, 503
 TEXT = {
@@ -423,7 +424,7 @@ def test_what_cannot_be_inspected_says_so() -> None:
     model, inputs = llava(), prompt("llava", [[4, "I", 6]])
     text = LlamaForCausalLM(LlamaConfig(**TEXT)).eval()
     assert accelplug.inspect(text).family is None
-    with pytest.raises(NoMatchError, match="no known vision-language model"):
+    with pytest.raises(NoMatchError, match="not a known vision-language model"):
         accelplug.inspect(text, {"input_ids": inputs["input_ids"]})
     with pytest.raises(NoMatchError, match="show no image"):
         accelplug.inspect(model, {"input_ids": torch.randint(3, 400, (1, 9))})
@@ -431,7 +432,7 @@ def test_what_cannot_be_inspected_says_so() -> None:
     right["attention_mask"][:, -2:] = 0
     with pytest.raises(ShapeError, match="padded on the right"):
         accelplug.inspect(model, right)
-    with pytest.raises(AccelplugError, match="no language model"):
+    with pytest.raises(AccelplugError, match="not a language model"):
         accelplug.inspect(torch.nn.Linear(2, 2), inputs)
     with accelplug.apply(model, {"patch": "var"}), pytest.raises(AlreadyAppliedError):
         accelplug.inspect(model, inputs)

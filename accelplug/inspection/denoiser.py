@@ -1,10 +1,10 @@
-"""inspect(): what a model's attention looks like to accelplug, before anything is applied."""
+"""inspect() of denoisers: what can be patched, and what there is to gain at most."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,12 @@ from accelplug.families import find
 from accelplug.families.base import site_kinds
 from accelplug.hosts.diffusers import PATCHABLE, denoisers, processor_owners
 from accelplug.hosts.forecast import amdahl
-from accelplug.hosts.transformers import is_language_model, model_in
 from accelplug.plug import model_facts
 from accelplug.recipe import ModelFacts, Recipe, matching_files, recipes_for
 from accelplug.show import Shown
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
-
-    from accelplug.inspection_vlm import LanguageInspection, VlmInspection
+    from rich.console import Group, RenderableType
 
 STEPS = 50
 """Steps of the run that ceilings of recipes are computed for."""
@@ -73,9 +70,11 @@ class Inspection(Shown):
     ceilings: dict[str, list[float]] = field(default_factory=dict)
     """By recipe, at each of `TOKENS`: gain of denoising if the attention it patches took no time, its dense steps and layers counted."""
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich__(self) -> Group:
+        from rich.console import Group
         from rich.table import Table
 
+        shown: list[RenderableType] = []
         for part in self.denoisers:
             table = Table("", "", title=f"{part.name}: {part.cls}", title_justify="left", show_header=False)
             table.add_row("family", f"{part.family or 'unknown'} ({part.status})")
@@ -84,43 +83,24 @@ class Inspection(Shown):
             for tokens in TOKENS:
                 share, ceiling = part.attention_share(tokens), part.ceiling(tokens)
                 table.add_row(f"at {tokens:,} tokens", f"self-attention is {share:.0%} of the work: at most {ceiling:.1f}x")
-            yield table
+            shown.append(table)
         columns = [f"at {tokens:,} tokens" for tokens in TOKENS]
         recipes = Table("recipe", "touches", *columns, title="recipes that match this model", title_justify="left")
-        recipes.caption = "at most so much faster, dense steps and layers counted; plug.report() foretells it from timings"
+        recipes.caption = "at most so much faster, dense steps and layers counted; plug.report() predicts it from timings"
         for name, touches in self.recipes.items():
             recipes.add_row(name, touches, *(f"{gain:.1f}x" for gain in self.ceilings.get(name, ())))
-        yield (
-            recipes if self.recipes else "No shipped recipe matches this model; apply() takes a mapping or a file of yours."
-        )
+        none = "No shipped recipe matches this model; apply() takes a mapping or a file of your own."
+        return Group(*shown, recipes if self.recipes else none)
 
 
-def inspect(model: Any, inputs: Mapping[str, Any] | None = None) -> Inspection | LanguageInspection | VlmInspection:
-    """Say what accelplug sees in a model: attention sites, recipes that match and what they touch, and what there is to gain.
-
-    Parameters
-    ----------
-    model : a diffusers pipeline or a bare denoiser, or a transformers language or vision-language model; it is not changed.
-    inputs : vision-language models: what the processor makes of text and images. They are read once, with the images and without,
-        and `VlmInspection` says where the model looks, layer by layer.
+def inspect_denoiser(model: Any) -> Inspection:
+    """Say what accelplug sees in a diffusers pipeline or a bare denoiser; nothing is run.
 
     Raises
     ------
     NoMatchError
-        If it has no denoiser; with inputs, if it is no known vision-language model or they show no image.
-    AccelplugError
-        If it has a denoiser and inputs are given.
+        If it has no denoiser.
     """
-    model = model_in(model)
-    if is_language_model(model):
-        from accelplug.inspection_vlm import inspect_vlm, summary
-
-        return summary(model) if inputs is None else inspect_vlm(model, inputs)
-    if inputs is not None:
-        raise AccelplugError(
-            f"{type(model).__name__} is no language model: expected inputs for none but those, got {type(inputs).__name__}. "
-            "Leave the inputs out."
-        )
     parts = tuple(_facts(name, denoiser) for name, denoiser in denoisers(model).items())
     sites = [site for part in parts for site in part.sites]
     facts = model_facts(model)

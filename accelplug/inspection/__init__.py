@@ -1,0 +1,42 @@
+"""inspect(): what a model's attention looks like to accelplug, before anything is applied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from accelplug.errors import AccelplugError
+from accelplug.hosts.transformers import is_language_model, model_in
+from accelplug.inspection.denoiser import Inspection, inspect_denoiser
+from accelplug.inspection.language import LanguageInspection, inspect_language
+from accelplug.inspection.looking import VlmInspection
+from accelplug.inspection.reading import inspect_vlm
+
+__all__ = ["Inspection", "LanguageInspection", "VlmInspection", "inspect"]
+
+
+def inspect(model: Any, inputs: Mapping[str, Any] | None = None) -> Inspection | LanguageInspection | VlmInspection:
+    """Say what accelplug sees in a model: attention sites, recipes that match and what they touch, and what there is to gain.
+
+    Parameters
+    ----------
+    model : a diffusers pipeline or a bare denoiser, or a transformers language or vision-language model; it is not changed.
+    inputs : vision-language models: what the processor makes of text and images. They are read once, with the images and without,
+        and `VlmInspection` says where the model looks, layer by layer.
+
+    Raises
+    ------
+    NoMatchError
+        If it has no denoiser; with inputs, if it is not a known vision-language model or they show no image.
+    AccelplugError
+        If it has a denoiser and inputs are given.
+    """
+    model = model_in(model)
+    if is_language_model(model):
+        return inspect_language(model) if inputs is None else inspect_vlm(model, inputs)
+    if inputs is not None:
+        raise AccelplugError(
+            f"{type(model).__name__} is not a language model: expected inputs for none but those, got {type(inputs).__name__}. "
+            "Leave the inputs out."
+        )
+    return inspect_denoiser(model)

@@ -1,0 +1,219 @@
+"""Drawings of where a model looks, made of plain arrays: heat maps on a picture; masses and heads, by layer."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SHEET, EDGE, GAP = 1600, 40, 16
+"""Pixels: width of a figure, of its margin, and between what stands side by side."""
+PAPER, INK, SOFT, LINE = (255, 255, 255), (29, 32, 36), (100, 107, 117), (226, 227, 223)
+SPANS = {"image": (194, 87, 26), "system": (176, 182, 190), "question": (45, 108, 223)}
+MAPS = 6
+"""Layers that heat maps are drawn for, spread over depth."""
+HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)], np.float32)
+"""Anchors of a perceptually even colour map, dark to light."""
+
+
+def colours(x: np.ndarray) -> np.ndarray:
+    """Return colours (..., 3) uint8 of values in [0, 1]."""
+    place = np.clip(x, 0, 1) * (len(HEAT) - 1)
+    return np.stack([np.interp(place, range(len(HEAT)), channel) for channel in HEAT.T], -1).round().astype(np.uint8)
+
+
+def spread(layers: int, number: int = MAPS) -> list[int]:
+    """Return up to `number` indices from the first layer to the last, evenly spaced."""
+    return sorted({round(x) for x in np.linspace(0, layers - 1, min(number, layers))})
+
+
+def stacked(figures: Sequence[Image.Image]) -> bytes:
+    """Return figures one under another as a PNG file."""
+    sheet = Image.new("RGB", (SHEET, sum(figure.height for figure in figures)), PAPER)
+    top = 0
+    for figure in figures:
+        sheet.paste(figure, (0, top))
+        top += figure.height
+    return _png(sheet)
+
+
+def inlined(figure: Image.Image) -> str:
+    """Return a figure as the address that shows it in a page."""
+    return "data:image/png;base64," + base64.b64encode(_png(figure)).decode()
+
+
+def _png(figure: Image.Image) -> bytes:
+    file = io.BytesIO()
+    figure.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def _figure(height: int, title: str, under: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    sheet = Image.new("RGB", (SHEET, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    _text(draw, (EDGE, 30), title, 28)
+    _text(draw, (EDGE, 70), under, 18, SOFT)
+    return sheet, draw
+
+
+def _text(
+    draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, ink: Any = INK, anchor: str = "la"
+) -> None:
+    draw.text(at, text, ink, _font(size), anchor)
+
+
+def _scale(sheet: Image.Image, draw: ImageDraw.ImageDraw, right: int, top: int, largest: str) -> None:
+    """A colour bar that ends at `right`."""
+    end = right - round(draw.textlength(largest, _font(18))) - 8
+    bar = np.broadcast_to(colours(np.linspace(0, 1, 160)), (16, 160, 3))
+    sheet.paste(Image.fromarray(np.ascontiguousarray(bar)), (end - 160, top))
+    _text(draw, (end - 168, top + 8), "0", 18, SOFT, "rm")
+    _text(draw, (right, top + 8), largest, 18, SOFT, "rm")
+
+
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)
+
+
+def image_figure(
+    attention: np.ndarray,
+    layers: Sequence[int],
+    sinks: Sequence[np.ndarray],
+    picture: np.ndarray | None,
+    grid: tuple[int, int] | None,
+    title: str,
+    marks: str,
+) -> Image.Image:
+    """Draw an image and heat maps of the attention to it, side by side, for a few layers from the first to the last.
+
+    Parameters
+    ----------
+    attention : (L, tokens), attention to the image's tokens.
+    layers : numbers of the L layers.
+    sinks : by layer, the tokens that are marked.
+    picture : uint8 (H, W, 3), or None for a grey ground.
+    grid : rows and columns of the tokens; None where they lie on no single grid: they are drawn in reading order, on grey.
+    marks : what the marks say.
+    """
+    lie = f"{attention.shape[1]} tokens, reading order" if grid is None else f"{grid[1]} x {grid[0]} tokens"
+    if grid is None:
+        columns = math.ceil(math.sqrt(attention.shape[1]))
+        grid, picture = (-(-attention.shape[1] // columns), columns), None
+    shape = picture.shape[:2] if picture is not None else grid
+    chosen = spread(len(attention))
+    pitch = (SHEET - 2 * EDGE - MAPS * GAP) // (MAPS + 1)
+    shrink = max(1.0, shape[0] / shape[1] / 1.6)  # tall pictures get narrower, not longer
+    size = round(pitch / shrink), max(1, round(pitch / shrink * shape[0] / shape[1]))
+    ground = Image.new("RGB", size, (150, 150, 150))
+    if picture is not None:
+        ground = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
+
+    under = f"Attention to image tokens, mean over heads; each map has its own peak. {marks}"
+    sheet, draw = _figure(118 + size[1] + 66, title, under)
+    _scale(sheet, draw, SHEET - EDGE, 38, "peak")
+    for place, layer in enumerate([None, *chosen]):
+        left, top = EDGE + place * (pitch + GAP), 118
+        if layer is None:
+            sheet.paste(ground, (left, top))
+            _text(draw, (left, top + size[1] + 8), "picture" if picture is not None else "picture not shown", 20)
+            _text(draw, (left, top + size[1] + 34), lie, 17, SOFT)
+            continue
+        heat = attention[layer]
+        sheet.paste(_overlay(ground, heat, grid), (left, top))
+        for token in sinks[layer]:
+            _mark(draw, left, top, size, grid, int(token))
+        _text(draw, (left, top + size[1] + 8), f"layer {layers[layer]}", 20)
+        _text(draw, (left, top + size[1] + 34), f"image {heat.sum():.1%}, peak {heat.max():.1%}", 17, SOFT)
+    return sheet
+
+
+def _overlay(ground: Image.Image, heat: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+    """A heat map on a dimmed picture; where there is more, less of the picture shows."""
+    cells = np.zeros(grid, np.float32)
+    cells.flat[: len(heat)] = heat / max(float(heat.max()), 1e-12)
+    strength = Image.fromarray(np.round(255 * (0.35 + 0.55 * cells)).astype(np.uint8)).resize(ground.size, 0)
+    dim = ground.convert("L").point(lambda x: 0.75 * x).convert("RGB")
+    return Image.composite(Image.fromarray(colours(cells)).resize(ground.size, 0), dim, strength)
+
+
+def _mark(draw: ImageDraw.ImageDraw, left: int, top: int, size: tuple[int, int], grid: tuple[int, int], token: int) -> None:
+    row, column = divmod(token, grid[1])
+    height, width = size[1] / grid[0], size[0] / grid[1]
+    x, y, half = left + (column + 0.5) * width, top + (row + 0.5) * height, max(3.0, min(5.0, min(height, width) / 4))
+    draw.rectangle((x - half, y - half, x + half, y + half), outline=(90, 240, 250), width=2)
+
+
+def layer_figure(
+    layers: Sequence[int], masses: Sequence[np.ndarray], vhd: np.ndarray, chosen: np.ndarray, under: str
+) -> Image.Image:
+    """Draw masses of the three spans by layer, and VHD by layer and head, side by side.
+
+    Parameters
+    ----------
+    layers : numbers of the L layers.
+    masses : (L,) each, in [0, 1]: attention to image, system text and question.
+    vhd : (L, H), vision-aware head divergence.
+    chosen : bool (L, H), heads that get a dot.
+    under : the line under the title of the masses.
+    """
+    depth, heads = vhd.shape
+    high, wide, top, gutter = 330, 680, 118, 60
+    sheet, draw = _figure(top + high + 80, "Attention by layer", under)
+    left = EDGE + gutter
+    at = left + wide
+    for name, ink in reversed(SPANS.items()):
+        at -= round(draw.textlength(name, _font(18)))
+        _text(draw, (at, 48), name, 18, SOFT, "lm")
+        draw.rectangle((at - 24, 40, at - 8, 56), fill=ink)
+        at -= 46
+    for part in (0, 0.5, 1):
+        y = top + high * (1 - part)
+        draw.line((left - 6, y, left + wide, y), fill=LINE)
+        _text(draw, (left - 10, y), f"{part:.0%}", 17, SOFT, "rm")
+    pitch = wide / depth
+    space = min(6.0, pitch / 5)
+    for i in range(depth):
+        floor = float(top + high)
+        for mass, ink in zip(masses, SPANS.values(), strict=True):
+            roof = floor - high * float(mass[i])
+            if floor - roof >= 1:
+                draw.rectangle((left + i * pitch + space / 2, roof, left + (i + 1) * pitch - space / 2, floor - 1), fill=ink)
+            floor = roof
+    _layer_ticks(draw, layers, left, top + high, pitch)
+
+    left = SHEET - EDGE - wide
+    _text(draw, (left - gutter, 30), "Vision-aware head divergence", 28)
+    _text(
+        draw,
+        (left - gutter, 70),
+        "What the image changes in each head; dots: upper half of a layer, outliers left out.",
+        18,
+        SOFT,
+    )
+    largest = max(float(vhd.max()), 1e-12)
+    _scale(sheet, draw, SHEET - EDGE, 38, f"{largest:.2g}")
+    tall = high / heads
+    for i in range(depth):
+        for h in range(heads):
+            value = vhd[i, h] / largest
+            box = left + i * pitch, top + h * tall, left + (i + 1) * pitch - 1, top + (h + 1) * tall - 1
+            draw.rectangle(box, fill=tuple(colours(value).tolist()))
+            if chosen[i, h] and min(pitch, tall) >= 6:
+                x, y, r = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, min(5.0, min(pitch, tall) / 4)
+                draw.ellipse((x - r, y - r, x + r, y + r), fill=INK if value > 0.6 else PAPER)
+    for h in range(0, heads, max(1, -(-heads // 16))):
+        _text(draw, (left - 10, top + (h + 0.5) * tall), str(h), 17, SOFT, "rm")
+    _text(draw, (left - 10, top + high + 8), "head", 17, SOFT, "ra")
+    _layer_ticks(draw, layers, left, top + high, pitch)
+    return sheet
+
+
+def _layer_ticks(draw: ImageDraw.ImageDraw, layers: Sequence[int], left: int, floor: int, pitch: float) -> None:
+    for i in range(0, len(layers), max(1, math.ceil(34 / pitch))):
+        _text(draw, (left + (i + 0.5) * pitch, floor + 8), str(layers[i]), 17, SOFT, "ma")
+    _text(draw, (left + len(layers) * pitch / 2, floor + 34), "layer", 17, SOFT, "ma")

@@ -1,0 +1,81 @@
+"""inspect() of language models, ahead of any run: what can be entered, and which recipes match."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from accelplug import compat
+from accelplug.call import Site
+from accelplug.families.vlm import find
+from accelplug.hosts.transformers import LanguageHost, attention_modules
+from accelplug.plug import model_facts
+from accelplug.recipe import recipes_for
+from accelplug.show import Shown
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+@dataclass(frozen=True, repr=False)
+class LanguageInspection(Shown):
+    """What `inspect` sees in a language model before it runs. Prints as tables.
+
+    Attributes
+    ----------
+    family : the vision-language family, None for a text model or an unknown one.
+    layers, heads, kv_heads : of the decoder, from its config.
+    attention : name of the attention implementation in use.
+    modules : attention modules of the decoder, and why one cannot be entered; empty where it can.
+    recipes : recipes that match, with what each would touch.
+    """
+
+    model: str
+    family: str | None
+    layers: int
+    heads: int
+    kv_heads: int
+    attention: str
+    modules: dict[str, str]
+    recipes: dict[str, str]
+
+    def __rich__(self) -> Group:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table("", "", title=self.model, title_justify="left", show_header=False)
+        table.add_row("family", self.family or "no known vision-language family")
+        table.add_row("decoder", f"{self.layers} layers of {self.heads} heads, {self.kv_heads} key-value heads")
+        table.add_row("attention", self.attention)
+        open_to_us = sum(not why for why in self.modules.values())
+        table.add_row("can be entered", f"{open_to_us} of {len(self.modules)} attention modules")
+        for path, why in self.modules.items():
+            if why:
+                table.add_row(path, why)
+        recipes = Table("recipe", "touches", title="recipes that match this model", title_justify="left")
+        for name, touches in self.recipes.items():
+            recipes.add_row(name, touches)
+        none = "No shipped recipe matches this model; apply() takes a mapping or a file of your own."
+        return Group(table, recipes if self.recipes else none)
+
+
+def inspect_language(model: Any) -> LanguageInspection:
+    """Say what accelplug sees in a language model; nothing is run."""
+    decoder, config = model.get_decoder(), model.config.get_text_config()
+    family, layers = find(model), compat.transformers.number_of_layers(decoder)
+    modules, sites = {}, []
+    for path, module in attention_modules(decoder):
+        asks = compat.transformers.looks_kernel_up(type(module))
+        modules[path] = "" if asks else f"{type(module).__name__} does not ask transformers for its attention function"
+        if asks:
+            sites.append(Site(path, LanguageHost.name, "self", module.layer_idx, layers))
+    return LanguageInspection(
+        model=type(model).__name__,
+        family=family.name if family else None,
+        layers=layers,
+        heads=config.num_attention_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        attention=compat.transformers.attention_name(config),
+        modules=modules,
+        recipes=recipes_for(model_facts(model), sites),
+    )
