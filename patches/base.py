@@ -106,7 +106,7 @@ class Patch:
         self.config = self.Config.model_validate(config or {})
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.config!r})"
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.config)})"
 
     def check(self, sites: Sequence[Site], heads: int, width: int) -> None:
         """Refuse a config that cannot work at the sites that a language model's rules give it, of `heads` heads and `width` channels.

@@ -133,7 +133,6 @@ class Agla(GenerationPatch):
             in_order(self.layers)
             return self
 
-    cite = "arXiv 2406.12718"
     config: Config
 
     def __init__(self, config: Any = None) -> None:

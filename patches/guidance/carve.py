@@ -146,7 +146,6 @@ class Carve(GenerationPatch):
             in_order(self.layers)
             return self
 
-    cite = "arXiv 2509.06461"
     config: Config
 
     def check(self, sites: Sequence[Site], heads: int, width: int) -> None:

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch.nn.utils.rnn import pad_sequence
 
 from accelplug.errors import UnsupportedError
-from accelplug.patches import base
+from accelplug.patches.base import Config
 from accelplug.patches.generation import GenerationPatch
 from accelplug.patches.guidance.branch import Branch, Mixer, likely, refuse
 
@@ -64,13 +64,12 @@ class Contrast(GenerationPatch):
     Greedy decoding and sampling stay with ``generate``. Rows without a picture are answered as ever.
     """
 
-    class Config(base.Config):
+    class Config(Config):
         gamma: float = Field(
             1.1, ge=0, le=100, description="Factor on what the pictures add; 1 for as much as it is. Paper: 1.1."
         )
         cutoff: float = Field(0.1, ge=0, le=1, description="Tokens less likely than this times the best are out. Code: 0.1.")
 
-    cite = "arXiv 2407.21771"
     config: Config
 
     def generate(self, model: Any, call: Callable[..., Any], inputs: dict[str, Any], tools: Tools) -> Any:

@@ -1,9 +1,25 @@
-"""FlashBias: an additive bias of low rank, on any attention kernel."""
+"""FlashBias: an additive bias of low rank, on any attention kernel.
+
+FlashBias (arXiv 2505.12044): ``softmax(scale q k^T + b) v`` by a kernel that knows no bias, where b has low rank.
+
+With ``b = rows @ columns.T`` of rank R, ``[q, rows / scale] [k, columns]^T`` is the biased score over scale, so R more head
+dimensions do what would take S x S numbers. Distances are on the token grid, between query i and key j, a the weights of
+its axes, s the strength:
+
+* ``linear``: ``s sum_a a (j - i)``, rank 2. ALiBi's; where attention is not causal it favours what comes later.
+* ``square``: ``-s sum_a a (i - j)^2``, rank 2 and one for each axis: a Gaussian window without an edge.
+* ``absolute``: ``-s sum_a a |i - j|``, ALiBi's in both directions. Not of low rank, but each axis's table nearly is: singular
+  vectors that hold `energy` of its squares, 4 at 0.995 for axes of 17 to 256.
+
+Positions count from the middle of their axis, so that factors stay small; still, what ``square`` loses goes by the largest
+square, 2^-16 of it in bfloat16. Text is neither biased nor biases. It is not a speed
+patch: the model's own dense kernel runs, at a head dimension that is a multiple of 8 larger.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -25,79 +41,66 @@ Factors = tuple["Tensor", "Tensor"]
 """Float64 (N, R) each, of rows and of columns: the bias is their product ``rows @ columns.T``."""
 
 
-class BiasConfig(Config):
-    """Knobs of `Bias`. Nobody published values for denoisers without training: `strength` has no default."""
-
-    form: Literal["linear", "square", "absolute"] = Field(
-        "absolute", description="Of the distance: signed as in ALiBi, its negative square, or its negative size."
-    )
-    strength: float = Field(
-        ge=-100, le=100, description="Of the bias per token of distance, in nats; 0 is dense, below 0 favours the far."
-    )
-    axes: tuple[float, float, float] | Literal["token"] = Field(
-        (1.0, 1.0, 1.0), description="Weight of the distance in frames, rows, columns; token: along the sequence instead."
-    )
-    heads: Literal["equal", "alibi"] = Field(
-        "equal", description="alibi: head h of H has 2^(-8 h / H) of the strength, h from 1 (arXiv 2108.12409)."
-    )
-    energy: float = Field(
-        0.995, gt=0.0, le=1.0, description="Share of a table's squared entries that its factors hold. Paper's, for tables."
-    )
-
-    @model_validator(mode="after")
-    def _factors_are_at_hand(self) -> BiasConfig:
-        if self.axes != "token" and max(map(abs, self.axes)) > 100:
-            raise ValueError(f"axes: expected weights from -100 to 100, got {self.axes}")
-        if self.form == "absolute" and self.axes == "token":
-            raise ValueError(
-                "form absolute takes the distance on axes of the grid: its table over all tokens is too large to factor. "
-                "Give axes as three weights"
-            )
-        return self
-
-
 @dataclass(frozen=True, eq=False)
-class BiasParams:
+class Params:
     """Float32 (S, R) each; text has zeros in both, so that no pair with it is biased."""
 
     rows: Tensor
     columns: Tensor
 
-    def to(self, device: torch.device | str) -> BiasParams:
+    def to(self, device: torch.device | str) -> Params:
         """Return the params with their tensors on `device`."""
-        return BiasParams(self.rows.to(device), self.columns.to(device))
+        return Params(self.rows.to(device), self.columns.to(device))
 
 
 class Bias(Patch):
-    """FlashBias (arXiv 2505.12044): ``softmax(scale q k^T + b) v`` by a kernel that knows no bias, where b has low rank.
+    """Add a bias of low rank by distance, in extra head dimensions of the model's own kernel."""
 
-    With ``b = rows @ columns.T`` of rank R, ``[q, rows / scale] [k, columns]^T`` is the biased score over scale, so R more head
-    dimensions do what would take S x S numbers. Distances are on the token grid, between query i and key j, a the weights of
-    its axes, s the strength:
+    class Config(Config):
+        """Nobody published values for denoisers without training: `strength` has no default."""
 
-    * ``linear``: ``s sum_a a (j - i)``, rank 2. ALiBi's; where attention is not causal it favours what comes later.
-    * ``square``: ``-s sum_a a (i - j)^2``, rank 2 and one for each axis: a Gaussian window without an edge.
-    * ``absolute``: ``-s sum_a a |i - j|``, ALiBi's in both directions. Not of low rank, but each axis's table nearly is: singular
-      vectors that hold `energy` of its squares, 4 at 0.995 for axes of 17 to 256.
+        form: Literal["linear", "square", "absolute"] = Field(
+            "absolute", description="Of the distance: signed as in ALiBi, its negative square, or its negative size."
+        )
+        strength: float = Field(
+            ge=-100, le=100, description="Of the bias per token of distance, in nats; 0 is dense, below 0 favours the far."
+        )
+        axes: tuple[float, float, float] | Literal["token"] = Field(
+            (1.0, 1.0, 1.0),
+            description="Weight of the distance in frames, rows, columns; token: along the sequence instead.",
+        )
+        heads: Literal["equal", "alibi"] = Field(
+            "equal", description="alibi: head h of H has 2^(-8 h / H) of the strength, h from 1 (arXiv 2108.12409)."
+        )
+        energy: float = Field(
+            0.995,
+            gt=0.0,
+            le=1.0,
+            description="Share of a table's squared entries that its factors hold. Paper's, for tables.",
+        )
 
-    Positions count from the middle of their axis, so that factors stay small; still, what ``square`` loses goes by the largest
-    square, 2^-16 of it in bfloat16. Text is neither biased nor biases. It is no speed
-    patch: the model's own dense kernel runs, at a head dimension that is a multiple of 8 larger.
-    """
+        @model_validator(mode="after")
+        def _factors_are_at_hand(self) -> Self:
+            if self.axes != "token" and max(map(abs, self.axes)) > 100:
+                raise ValueError(f"axes: expected weights from -100 to 100, got {self.axes}")
+            if self.form == "absolute" and self.axes == "token":
+                raise ValueError(
+                    "form absolute takes the distance on axes of the grid: its table over all tokens is too large to factor. "
+                    "Give axes as three weights"
+                )
+            return self
 
-    Config = BiasConfig
-    config: BiasConfig
-    cite = "arXiv 2505.12044"
+    config: Config
     speed = False
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
-        self._prepared: Bounded[Layout, BiasParams | None] = Bounded(16)
+        self._prepared: Bounded[Layout, Params | None] = Bounded(16)
 
-    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> BiasParams | None:
+    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Params | None:
         return self._prepared.get(layout, lambda: self.params(layout))
 
-    def params(self, layout: Layout) -> BiasParams | None:
+    def params(self, layout: Layout) -> Params | None:
         """Return the factors of the tokens of `layout`; None where they are zero."""
         rows, columns = self.factors(layout)
         used = rows.any(0) & columns.any(0)
@@ -106,7 +109,7 @@ class Bias(Patch):
         rows, columns = rows[:, used], columns[:, used]
         around = (0, 0, layout.text_before, layout.text_after)
         rows, columns = (torch.nn.functional.pad(x.float(), around) for x in balanced(rows, columns))
-        return BiasParams(rows, columns)
+        return Params(rows, columns)
 
     def factors(self, layout: Layout) -> Factors:
         """Return the factors of the visual tokens, strength included.
@@ -136,7 +139,7 @@ class Bias(Patch):
             )
         return rows, columns
 
-    def attend(self, call: AttentionCall, params: BiasParams) -> Tensor:
+    def attend(self, call: AttentionCall, params: Params) -> Tensor:
         rows = params.rows
         if self.config.heads == "alibi":
             heads = call.q.shape[1]

@@ -147,10 +147,9 @@ class Gift(Patch):
                 raise ValueError(f"enhance: expected layers from and up to, 0 <= from < to, got {list(self.enhance)}")
             return self
 
-    cite = "arXiv 2510.22067"
+    config: Config
     needs = frozenset({"whole_prompt", "turns", "probabilities"})
     speed = False
-    config: Config
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)

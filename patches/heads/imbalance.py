@@ -56,10 +56,9 @@ class Imbalance(Patch):
         )
         head_share: float = Field(1.0, gt=0, le=1, description="Share of heads that are changed, by visual mass. Code: all.")
 
-    cite = "arXiv 2501.12206"
+    config: Config
     needs = frozenset({"answers", "vision_attention", "probabilities"})
     speed = False
-    config: Config
 
     def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> Params | None:
         if self.config.local_alpha == self.config.summary_alpha == 0:

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from accelplug.kernels.spans import raised, roomy
-from accelplug.patches import base
-from accelplug.patches.base import Patch
+from accelplug.patches.base import Config, Patch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,15 +36,14 @@ class Params:
 class Pai(Patch):
     """Raise the scores of image tokens in the rows that answer."""
 
-    class Config(base.Config):
+    class Config(Config):
         alpha: float = Field(
             0.2, ge=0, le=10, description="Share of a score's size that is added. Paper: 0.2; 0.5 captions."
         )
 
-    cite = "arXiv 2407.21771"
+    config: Config
     needs = frozenset({"answers", "probabilities"})
     speed = False
-    config: Config
 
     def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> Params | None:
         return Params(roomy(self.config.alpha * layout.visual.float())) if self.config.alpha else None

@@ -91,10 +91,9 @@ class Var(Patch):
         )
         sink_threshold: float = Field(20.0, gt=0, description="Normalised value from which a token is a sink. Paper.")
 
-    cite = "arXiv 2503.03321"
+    config: Config
     needs = frozenset({"hidden_states", "probabilities"})
     speed = False
-    config: Config
     _warned = False
 
     def check(self, sites: Sequence[Site], heads: int, width: int) -> None:

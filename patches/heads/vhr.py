@@ -52,10 +52,9 @@ class Vhr(Patch):
         drop_outliers: bool = Field(True, description="Whether heads that fire without the image are left out. Paper.")
         control_seed: Seed | None = Field(None, description="Control: as many heads, drawn with this seed. Ours.")
 
-    cite = "arXiv 2412.13949"
+    config: Config
     needs = frozenset({"blind", "whole_prompt"})
     speed = False
-    config: Config
 
     def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> Params | None:
         if self.config.gain == 1:

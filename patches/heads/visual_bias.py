@@ -57,10 +57,9 @@ class VisualBias(Patch):
         heads: Numbers | None = Field(None, description="Heads that are changed, 0-based; all if left out.")
         control_seed: Seed | None = Field(None, description="Control: as many tokens, drawn with this seed. Ours.")
 
-    cite = "arXiv 2603.03825, 2503.13107"
+    config: Config
     needs = frozenset({"scores", "turns"})
     speed = False
-    config: Config
 
     def check(self, sites: Sequence[Site], heads: int, width: int) -> None:
         if self.config.heads and max(self.config.heads) >= heads:

@@ -1,4 +1,15 @@
-"""Bi-level routing: a region of queries reads the regions that it resembles most, and those around it."""
+"""Bi-level routing: a region of queries reads the regions that it resembles most, and those around it.
+
+BiFormer's bi-level routing attention (arXiv 2303.08810), without training.
+
+Regions are tiles of the token grid. With mean queries q_m and mean keys k_j of regions, ``A = softmax(scale q_m . k_j)``
+over all visual regions, region m reads the `k` regions of the largest A (or, with `p`, the fewest whose sum reaches p,
+at least k), token by token. Always read besides: itself, the tiles within `halo` on every axis, and text.
+
+The published network routes once for all heads, on queries and keys before they are split, and was trained to; here
+every head routes for itself. Its convolution on the values is trained, and left out. Where `block_k` is smaller than
+`block`, parts of a region compete.
+"""
 
 from __future__ import annotations
 
@@ -18,32 +29,23 @@ if TYPE_CHECKING:
     from accelplug.kernels.plan import BlockPlan
 
 
-class BilevelConfig(ScoredConfig):
-    """Knobs of `Bilevel`."""
-
-    order: Literal["tile"] = Field("tile", description="Tokens of a region lie together.")
-    k: int = Field(4, ge=1, description="Regions that a region chooses. Paper: 1 to 16, of 49.")
-    p: float | None = Field(
-        None, gt=0.0, le=1.0, description="Instead of exactly k: as many as hold this mass, at least k; 1 is dense. Ours."
-    )
-    halo: int = Field(1, ge=0, description="Regions to each side, on every axis, that are always read. Ours; published: 0.")
-
-
 class Bilevel(Scored):
-    """BiFormer's bi-level routing attention (arXiv 2303.08810), without training.
+    """Each region of queries reads the regions whose mean keys score highest with its mean query, and those around it."""
 
-    Regions are tiles of the token grid. With mean queries q_m and mean keys k_j of regions, ``A = softmax(scale q_m . k_j)``
-    over all visual regions, region m reads the `k` regions of the largest A (or, with `p`, the fewest whose sum reaches p,
-    at least k), token by token. Always read besides: itself, the tiles within `halo` on every axis, and text.
+    class Config(ScoredConfig):
+        order: Literal["tile"] = Field("tile", description="Tokens of a region lie together.")
+        k: int = Field(4, ge=1, description="Regions that a region chooses. Paper: 1 to 16, of 49.")
+        p: float | None = Field(
+            None,
+            gt=0.0,
+            le=1.0,
+            description="Instead of exactly k: as many as hold this mass, at least k; 1 is dense. Ours.",
+        )
+        halo: int = Field(
+            1, ge=0, description="Regions to each side, on every axis, that are always read. Ours; published: 0."
+        )
 
-    The published network routes once for all heads, on queries and keys before they are split, and was trained to; here
-    every head routes for itself. Its convolution on the values is trained, and left out. Where `block_k` is smaller than
-    `block`, parts of a region compete.
-    """
-
-    Config = BilevelConfig
-    config: BilevelConfig
-    cite = "arXiv 2303.08810"
+    config: Config
 
     def neutral(self, layout: Layout) -> bool:
         return self.config.p == 1.0

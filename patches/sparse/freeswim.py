@@ -1,10 +1,25 @@
-"""FreeSwim: windows of the size a model was trained on, for images and frames larger than that."""
+"""FreeSwim: windows of the size a model was trained on, for images and frames larger than that.
+
+FreeSwim's inward windows (arXiv 2511.14712): training-free video at several times the training size.
+
+On an axis whose native length is n, with ``d = n // 2``, position i of L reads
+
+    ``[i - d - max(0, d + i - L + 1), i + d + max(0, d - i)]``
+
+cut to the axis: always 2d + 1 positions, moved inward at the borders, so that every query has the field of view that the
+model was trained on; all frames are read. Scores are scaled by ``sqrt(log_n0(2 n0))`` more, n0 the native tokens of a
+frame: 1.046 at 30 x 52 (`entropy`). A grid no larger than the window runs dense, at the model's own scale.
+
+This is one of the paper's two paths. There, a second batch row attends to everything, and its cross-attention output
+replaces that of the first in every block, so that distant windows agree on the scene. That is more than queries, keys and
+values can say, and is not done here: expect repeated objects where the prompt alone does not place them.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -14,42 +29,24 @@ from accelplug.patches.sparse.template import BlockParams
 from accelplug.patches.sparse.windows import Axis, WindowConfig, Windowed
 
 
-class FreeSwimConfig(WindowConfig):
-    """Knobs of `FreeSwim`."""
-
-    native_hw: tuple[Positive, Positive] = Field(
-        (30, 52), description="Rows and columns of tokens of the training size. Released code: Wan 2.1 at 480x832."
-    )
-    entropy: bool = Field(True, description="Sharpen the scores, for windows that hold more keys than training had.")
-
-    @model_validator(mode="after")
-    def _has_an_entropy(self) -> FreeSwimConfig:
-        if math.prod(self.native_hw) < 2:
-            raise ValueError(
-                f"native_hw {self.native_hw} must hold at least 2 tokens: the scale is a logarithm to their number"
-            )
-        return self
-
-
 class FreeSwim(Windowed):
-    """FreeSwim's inward windows (arXiv 2511.14712): training-free video at several times the training size.
+    """Every query reads a window of the training size, moved inward at the borders, in all frames."""
 
-    On an axis whose native length is n, with ``d = n // 2``, position i of L reads
+    class Config(WindowConfig):
+        native_hw: tuple[Positive, Positive] = Field(
+            (30, 52), description="Rows and columns of tokens of the training size. Released code: Wan 2.1 at 480x832."
+        )
+        entropy: bool = Field(True, description="Sharpen the scores, for windows that hold more keys than training had.")
 
-        ``[i - d - max(0, d + i - L + 1), i + d + max(0, d - i)]``
+        @model_validator(mode="after")
+        def _has_an_entropy(self) -> Self:
+            if math.prod(self.native_hw) < 2:
+                raise ValueError(
+                    f"native_hw {self.native_hw} must hold at least 2 tokens: the scale is a logarithm to their number"
+                )
+            return self
 
-    cut to the axis: always 2d + 1 positions, moved inward at the borders, so that every query has the field of view that the
-    model was trained on; all frames are read. Scores are scaled by ``sqrt(log_n0(2 n0))`` more, n0 the native tokens of a
-    frame: 1.046 at 30 x 52 (`entropy`). A grid no larger than the window runs dense, at the model's own scale.
-
-    This is one of the paper's two paths. There, a second batch row attends to everything, and its cross-attention output
-    replaces that of the first in every block, so that distant windows agree on the scene. That is more than queries, keys and
-    values can say, and is not done here: expect repeated objects where the prompt alone does not place them.
-    """
-
-    Config = FreeSwimConfig
-    config: FreeSwimConfig
-    cite = "arXiv 2511.14712"
+    config: Config
 
     def axes(self, layout: Layout) -> tuple[Axis, ...]:
         frames, *lengths = layout.grid_thw

@@ -1,4 +1,26 @@
-"""PAROAttention: for every head the order of axes in which its attention falls into blocks, and a static mask of those blocks."""
+"""PAROAttention: for every head the order of axes in which its attention falls into blocks, and a static mask of those blocks.
+
+PAROAttention (arXiv 2506.16054): each head's tokens in that order of frames, rows and columns that makes its map blocky.
+
+Locality in time, rows and columns turns into blocks on the diagonal when that axis counts fastest. One of the six orders
+per head, for all steps and prompts; static masks per head over blocks in that order, one for each of several spans of the
+first half of the steps, one for the second half. Both come from a calibration (`ParoSearch`).
+
+Not taken over: heads whose output is left out, and the last row and column of blocks, which the release always reads since
+they hold its text and padding. Text stands in blocks of its own here, is read by all rows, and reads all.
+
+*The calibration*: first an order for every head, then, in that order, the masks. Both terms of an order's cost are to be small, and
+are divided by their sums over the six orders:
+
+    ``cost = alpha * (1 - M_sp) / sum(1 - M_sp) + (1 - alpha) * M_q / sum(M_q)``
+
+M_sp is the share of blocks of the attention map that are sparse; M_q the mean over blocks of ``max / mean``, which is what
+quantisation suffers from. The map is never made: query blocks are sampled for the metrics, rows of each for the masks.
+
+A mask keeps the blocks with the largest sums, over all prompts, until the density is reached, and each row's largest. Sums are
+float16 (masks, layers, H, M, M) on the CPU: 3.1 GiB for the 40 layers and heads of Wan 2.1 14B at 720p, 591 blocks of 128, with
+three masks, which take 206 MiB in the file.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +46,6 @@ CHUNK = 1 << 24
 """Entries of the attention map that are there at a time."""
 
 
-class ParoConfig(BlockConfig):
-    """Knobs of `Paro`. Released: blocks of 64, density 0.2 to 0.5, 4 (Wan) or 10 (CogVideoX) masks over the steps."""
-
-    block: int = Field(64, ge=8, le=1024, multiple_of=8, description="Slots per query and key block.")
-    order: AxisOrder | Table = Field(
-        "thw",
-        description="Which axis counts slowest, then next, for all heads, or a table (layers, heads) of their numbers.",
-    )
-    masks: Literal["all", "diagonal"] | Annotated[Table, Bits(2)] = Field(
-        "diagonal",
-        description="A table (steps, layers, heads) of packed masks; uncalibrated, all blocks, or a band of `density`.",
-    )
-    density: float = Field(0.3, gt=0.0, le=1.0, description="Share of the blocks that are read (masks: diagonal).")
-
-
 def mask_row(clock: Clock, rows: int) -> int:
     """Which mask holds now: all but the last share the first half of the steps evenly, the last has the second half."""
     return min(bucket(clock, 2 * (rows - 1)), rows - 1) if rows > 1 else 0
@@ -49,36 +56,22 @@ def mask_rows(buckets: int) -> int:
     return buckets // 2 + 1
 
 
-class ParoSearchConfig(CalibrationConfig):
-    """Knobs of the calibration. The thresholds are not published: small and sparse are ours."""
-
-    rows: int = Field(16, ge=1, description="Queries sampled per block, for the sums.")
-    blocks: int = Field(4, ge=1, description="Query blocks sampled per call and order, for the metrics.")
-    alpha: float = Field(
-        0.5, ge=0.0, le=1.0, description="Weight of sparsity against incoherence in the choice of an order."
-    )
-    small: float = Field(0.5, gt=0.0, description="Below which a probability is small, in units of 1 / S.")
-    sparse: float = Field(0.9, gt=0.0, le=1.0, description="Share of small entries from which a block is sparse.")
-    density: float = Field(0.3, gt=0.0, le=1.0, description="Share of each head's blocks that the masks keep.")
-
-
 class ParoSearch(Calibration):
-    """The calibration of PAROAttention: first an order for every head, then, in that order, the masks.
+    """Find an order for every head; then, in that order, its masks."""
 
-    Both terms of an order's cost are to be small, and are divided by their sums over the six orders:
+    class Config(CalibrationConfig):
+        """The thresholds are not published: small and sparse are ours."""
 
-        ``cost = alpha * (1 - M_sp) / sum(1 - M_sp) + (1 - alpha) * M_q / sum(M_q)``
+        rows: int = Field(16, ge=1, description="Queries sampled per block, for the sums.")
+        blocks: int = Field(4, ge=1, description="Query blocks sampled per call and order, for the metrics.")
+        alpha: float = Field(
+            0.5, ge=0.0, le=1.0, description="Weight of sparsity against incoherence in the choice of an order."
+        )
+        small: float = Field(0.5, gt=0.0, description="Below which a probability is small, in units of 1 / S.")
+        sparse: float = Field(0.9, gt=0.0, le=1.0, description="Share of small entries from which a block is sparse.")
+        density: float = Field(0.3, gt=0.0, le=1.0, description="Share of each head's blocks that the masks keep.")
 
-    M_sp is the share of blocks of the attention map that are sparse; M_q the mean over blocks of ``max / mean``, which is what
-    quantisation suffers from. The map is never made: query blocks are sampled for the metrics, rows of each for the masks.
-
-    A mask keeps the blocks with the largest sums, over all prompts, until the density is reached, and each row's largest. Sums are
-    float16 (masks, layers, H, M, M) on the CPU: 3.1 GiB for the 40 layers and heads of Wan 2.1 14B at 720p, 591 blocks of 128, with
-    three masks, which take 206 MiB in the file.
-    """
-
-    Config = ParoSearchConfig
-    config: ParoSearchConfig
+    config: Config
     patch: Paro
     parts = 2
     axes = {"order": ("layers", "heads"), "masks": ("steps", "layers", "heads")}  # noqa: RUF012
@@ -180,20 +173,24 @@ class ParoSearch(Calibration):
 
 
 class Paro(BlockSparse):
-    """PAROAttention (arXiv 2506.16054): each head's tokens in that order of frames, rows and columns that makes its map blocky.
+    """Read a static mask of blocks, in that order of frames, rows and columns that suits the head."""
 
-    Locality in time, rows and columns turns into blocks on the diagonal when that axis counts fastest. One of the six orders
-    per head, for all steps and prompts; static masks per head over blocks in that order, one for each of several spans of the
-    first half of the steps, one for the second half. Both come from a calibration (`ParoSearch`).
+    class Config(BlockConfig):
+        """Released: blocks of 64, density 0.2 to 0.5, 4 (Wan) or 10 (CogVideoX) masks over the steps."""
 
-    Not taken over: heads whose output is left out, and the last row and column of blocks, which the release always reads since
-    they hold its text and padding. Text stands in blocks of its own here, is read by all rows, and reads all.
-    """
+        block: int = Field(64, ge=8, le=1024, multiple_of=8, description="Slots per query and key block.")
+        order: AxisOrder | Table = Field(
+            "thw",
+            description="Which axis counts slowest, then next, for all heads, or a table (layers, heads) of their numbers.",
+        )
+        masks: Literal["all", "diagonal"] | Annotated[Table, Bits(2)] = Field(
+            "diagonal",
+            description="A table (steps, layers, heads) of packed masks; uncalibrated, all blocks, or a band of `density`.",
+        )
+        density: float = Field(0.3, gt=0.0, le=1.0, description="Share of the blocks that are read (masks: diagonal).")
 
-    Config = ParoConfig
+    config: Config
     Calibration = ParoSearch
-    config: ParoConfig
-    cite = "arXiv 2506.16054"
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)

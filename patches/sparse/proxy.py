@@ -1,11 +1,31 @@
-"""Proxy tokens: near windows are read exactly, each far window through one key that stands for it."""
+"""Proxy tokens: near windows are read exactly, each far window through one key that stands for it.
+
+Proxy tokens (PT-DiT, arXiv 2409.04005) for models that were not trained with them.
+
+PT-DiT cuts the grid into windows, lets all tokens read one proxy a window, its mean, and refines within the window and one
+shifted by half. Its projections are its own, so what can be had without training is the scheme: a query reads its own window,
+the windows around it (`halo_thw`) and text exactly, and a far window C of n tokens through its proxy,
+
+    ``z_iC = s q_i.k_C + log n  [ + s^2 / 2 * sum_d q_id^2 var_C(k_d) ]``,   value ``v_C``,
+
+in one softmax with the exact keys. A proxy is the mean of its window's keys and values; or the token at the window's centre is, or
+lends its key (`representative`). Among all maps that are constant within far windows, and without the bracket, the mean
+is the one of least KL divergence from the true softmax. The bracket (`variance`) makes good that a mean of exponentials exceeds the
+exponential of the mean, by Gaussian spread and without covariances.
+
+The paper keeps the number of windows: 8 x 8 at all resolutions, of one frame in images and of four in videos, so that a
+recipe gives each resolution its own `window_thw`. A layout of which more than 90 % would be read all the same stays dense.
+
+Experimental: nobody published it without training. Whole runs of the bundled model come no nearer to dense than with random
+blocks: 14.3 dB of foreground PSNR at density .29, those with the rest dropped 14.1. Single layers do: they err by .18 and .32.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 from dataclasses import replace
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -29,71 +49,52 @@ WORTH = 0.9
 Halo = Annotated[int, Field(ge=0)]
 
 
-class ProxyConfig(BlockConfig):
-    """Knobs of `Proxy`; triples are frames, rows, columns.
-
-    A key block holds a window, a query block a part of it: by default the next power of two and at most 128 slots.
-    """
-
-    window_thw: tuple[Positive, Positive, Positive] = Field(
-        (1, 8, 8), description="Tokens of a window on each axis; at the far borders it may hold fewer."
-    )
-    halo_thw: tuple[Halo, Halo, Halo] = Field(
-        (1, 1, 1), description="Windows on either side of its own, on each axis, that a query reads exactly."
-    )
-    rest: Literal["drop", "pool"] = Field("pool", description="Far windows: pool reads each as one key, drop not at all.")
-    variance: bool = Field(
-        False,
-        description="Whether a far window's score has the second-order term of its keys' spread (representative: mean).",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _blocks_hold_windows(cls, values: Any) -> Any:
-        window = values.get("window_thw", cls.model_fields["window_thw"].default)
-        try:
-            slots = 1 << max(math.prod(map(int, window)) - 1, 7).bit_length()  # a power of two, as kernels want it
-        except (TypeError, ValueError):  # the field says what is wrong with it
-            return values
-        return {"block": min(slots, 128), "block_k": slots, **values}
-
-    @model_validator(mode="after")
-    def _fits(self) -> ProxyConfig:
-        window = math.prod(self.window_thw)
-        if self.key_block < window or self.key_block % self.block:
-            raise ValueError(
-                f"a key block must hold the {window} tokens of window_thw {self.window_thw}, and query blocks divide it; "
-                f"got block {self.block}, block_k {self.key_block}"
-            )
-        if self.variance and (self.rest, self.representative) != ("pool", "mean"):
-            raise ValueError("variance is that of keys around their mean: it needs rest: pool and representative: mean")
-        return self
-
-
 class Proxy(BlockSparse):
-    """Proxy tokens (PT-DiT, arXiv 2409.04005) for models that were not trained with them.
+    """Read near windows exactly, and each far window through one key that stands for it."""
 
-    PT-DiT cuts the grid into windows, lets all tokens read one proxy a window, its mean, and refines within the window and one
-    shifted by half. Its projections are its own, so what can be had without training is the scheme: a query reads its own window,
-    the windows around it (`halo_thw`) and text exactly, and a far window C of n tokens through its proxy,
+    class Config(BlockConfig):
+        """Triples are frames, rows, columns.
 
-        ``z_iC = s q_i.k_C + log n  [ + s^2 / 2 * sum_d q_id^2 var_C(k_d) ]``,   value ``v_C``,
+        A key block holds a window, a query block a part of it: by default the next power of two and at most 128 slots.
+        """
 
-    in one softmax with the exact keys. A proxy is the mean of its window's keys and values; or the token at the window's centre is, or
-    lends its key (`representative`). Among all maps that are constant within far windows, and without the bracket, the mean
-    is the one of least KL divergence from the true softmax. The bracket (`variance`) makes good that a mean of exponentials exceeds the
-    exponential of the mean, by Gaussian spread and without covariances.
+        window_thw: tuple[Positive, Positive, Positive] = Field(
+            (1, 8, 8), description="Tokens of a window on each axis; at the far borders it may hold fewer."
+        )
+        halo_thw: tuple[Halo, Halo, Halo] = Field(
+            (1, 1, 1), description="Windows on either side of its own, on each axis, that a query reads exactly."
+        )
+        rest: Literal["drop", "pool"] = Field(
+            "pool", description="Far windows: pool reads each as one key, drop not at all."
+        )
+        variance: bool = Field(
+            False,
+            description="Whether a far window's score has the second-order term of its keys' spread (representative: mean).",
+        )
 
-    The paper keeps the number of windows: 8 x 8 at all resolutions, of one frame in images and of four in videos, so that a
-    recipe gives each resolution its own `window_thw`. A layout of which more than 90 % would be read all the same stays dense.
+        @model_validator(mode="before")
+        @classmethod
+        def _blocks_hold_windows(cls, values: Any) -> Any:
+            window = values.get("window_thw", cls.model_fields["window_thw"].default)
+            try:
+                slots = 1 << max(math.prod(map(int, window)) - 1, 7).bit_length()  # a power of two, as kernels want it
+            except (TypeError, ValueError):  # the field says what is wrong with it
+                return values
+            return {"block": min(slots, 128), "block_k": slots, **values}
 
-    Experimental: nobody published it without training. Whole runs of the bundled model come no nearer to dense than with random
-    blocks: 14.3 dB of foreground PSNR at density .29, those with the rest dropped 14.1. Single layers do: they err by .18 and .32.
-    """
+        @model_validator(mode="after")
+        def _fits(self) -> Self:
+            window = math.prod(self.window_thw)
+            if self.key_block < window or self.key_block % self.block:
+                raise ValueError(
+                    f"a key block must hold the {window} tokens of window_thw {self.window_thw}, and query blocks divide it; "
+                    f"got block {self.block}, block_k {self.key_block}"
+                )
+            if self.variance and (self.rest, self.representative) != ("pool", "mean"):
+                raise ValueError("variance is that of keys around their mean: it needs rest: pool and representative: mean")
+            return self
 
-    Config = ProxyConfig
-    config: ProxyConfig
-    cite = "arXiv 2409.04005"
+    config: Config
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)

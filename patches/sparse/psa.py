@@ -1,9 +1,31 @@
-"""Pyramid sparse attention: the less a key block matters, the more of its keys are read as one."""
+"""Pyramid sparse attention: the less a key block matters, the more of its keys are read as one.
+
+Pyramid Sparse Attention (arXiv 2512.04025): exact, coarse and coarser blocks, then none.
+
+A block at level h is read as the means of h consecutive keys and values, each with the logarithm of its count added to
+its logit (``ln h``; less in a short tail, where the release repeats the last key instead).
+
+* Importance of key block j to query block m: of a quarter of the tokens of both, the largest attention probability,
+  divided by its sum over the row. All blocks are sampled by one permutation of their slots.
+* Each row ranks its blocks by importance. ``thresholdbound``: a level takes blocks until their importance, with that of
+  all before them, reaches its bound; level 1 takes at least ``floor(least_exact * blocks) + 1``. ``topk``: bounds are
+  shares of ranks.
+* A level's blocks are rounded up to fill whole tiles of keys, ``ceil(h * tile / block_k)`` blocks at a time, or down at
+  the end of the row: what does not fill a tile there is not read. The release has tile 32; our kernels need none.
+* `similarity` (off in most presets, as by default): the mean cosine of the first and the last key of each group of 2, 4
+  and 8 must exceed its threshold, or the block is read at the finest level that it passes.
+
+Text blocks are no candidates: they are read exactly, and read all. A row reads at least one visual block exactly (ours:
+a small share of few blocks may be none).
+
+On the bundled model (blocks of 64 by 32, twelve calls) attention outputs err by 13.4 % at density 0.135, random blocks of
+equal density by 29.6 %; ``rest: pool`` brings 9.3 and 21.8 %. Rectification of the blocks of level 0 made it worse (14.0 %).
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -21,62 +43,42 @@ Bound = Annotated[float, Field(ge=0.0, le=1.0)]
 Threshold = Annotated[float, Field(ge=-1.0, le=1.0)]
 
 
-class PsaConfig(ScoredConfig):
-    """Knobs of `Psa`. The released presets have block 128, block_k 128 or 32, and Gilbert order on Wan."""
-
-    bounds: tuple[Bound, Bound, Bound, Bound] = Field(
-        (0.4, 0.5, 0.6, 0.8), description="Where levels 1, 2, 4 and 8 end, cumulative; blocks behind are not read."
-    )
-    rule: Literal["thresholdbound", "topk"] = Field(
-        "thresholdbound", description="Whether bounds are shares of a row's importance, or of its blocks."
-    )
-    least_exact: float = Field(
-        0.06, ge=0.0, le=1.0, description="Share of its blocks that a row reads at level 1 at least (rule: thresholdbound)."
-    )
-    tile: int | None = Field(
-        None,
-        ge=8,
-        le=128,
-        description="Keys that the blocks of a level are rounded to fill, 32 as released; none: no rounding.",
-    )
-    similarity: tuple[Threshold, Threshold, Threshold] | None = Field(
-        None, description="Cosine above which the keys of a block may be read at level 2, 4 and 8; none: always."
-    )
-    seed: int = Field(0, ge=0, description="Of the permutation that says which tokens of a block are sampled.")
-
-    @model_validator(mode="after")
-    def _ascend(self) -> PsaConfig:
-        if any(lower > upper for lower, upper in pairwise(self.bounds)):
-            raise ValueError(f"bounds {self.bounds} must not descend: each is where a level ends and the next begins")
-        return self
-
-
 class Psa(Scored):
-    """Pyramid Sparse Attention (arXiv 2512.04025): exact, coarse and coarser blocks, then none.
+    """Read key blocks exactly, as means of 2, 4 or 8 keys, or not at all, by their importance."""
 
-    A block at level h is read as the means of h consecutive keys and values, each with the logarithm of its count added to
-    its logit (``ln h``; less in a short tail, where the release repeats the last key instead).
+    class Config(ScoredConfig):
+        """The released presets have block 128, block_k 128 or 32, and Gilbert order on Wan."""
 
-    * Importance of key block j to query block m: of a quarter of the tokens of both, the largest attention probability,
-      divided by its sum over the row. All blocks are sampled by one permutation of their slots.
-    * Each row ranks its blocks by importance. ``thresholdbound``: a level takes blocks until their importance, with that of
-      all before them, reaches its bound; level 1 takes at least ``floor(least_exact * blocks) + 1``. ``topk``: bounds are
-      shares of ranks.
-    * A level's blocks are rounded up to fill whole tiles of keys, ``ceil(h * tile / block_k)`` blocks at a time, or down at
-      the end of the row: what does not fill a tile there is not read. The release has tile 32; our kernels need none.
-    * `similarity` (off in most presets, as by default): the mean cosine of the first and the last key of each group of 2, 4
-      and 8 must exceed its threshold, or the block is read at the finest level that it passes.
+        bounds: tuple[Bound, Bound, Bound, Bound] = Field(
+            (0.4, 0.5, 0.6, 0.8), description="Where levels 1, 2, 4 and 8 end, cumulative; blocks behind are not read."
+        )
+        rule: Literal["thresholdbound", "topk"] = Field(
+            "thresholdbound", description="Whether bounds are shares of a row's importance, or of its blocks."
+        )
+        least_exact: float = Field(
+            0.06,
+            ge=0.0,
+            le=1.0,
+            description="Share of its blocks that a row reads at level 1 at least (rule: thresholdbound).",
+        )
+        tile: int | None = Field(
+            None,
+            ge=8,
+            le=128,
+            description="Keys that the blocks of a level are rounded to fill, 32 as released; none: no rounding.",
+        )
+        similarity: tuple[Threshold, Threshold, Threshold] | None = Field(
+            None, description="Cosine above which the keys of a block may be read at level 2, 4 and 8; none: always."
+        )
+        seed: int = Field(0, ge=0, description="Of the permutation that says which tokens of a block are sampled.")
 
-    Text blocks are no candidates: they are read exactly, and read all. A row reads at least one visual block exactly (ours:
-    a small share of few blocks may be none).
+        @model_validator(mode="after")
+        def _ascend(self) -> Self:
+            if any(lower > upper for lower, upper in pairwise(self.bounds)):
+                raise ValueError(f"bounds {self.bounds} must not descend: each is where a level ends and the next begins")
+            return self
 
-    On the bundled model (blocks of 64 by 32, twelve calls) attention outputs err by 13.4 % at density 0.135, random blocks of
-    equal density by 29.6 %; ``rest: pool`` brings 9.3 and 21.8 %. Rectification of the blocks of level 0 made it worse (14.0 %).
-    """
-
-    Config = PsaConfig
-    config: PsaConfig
-    cite = "arXiv 2512.04025"
+    config: Config
 
     def neutral(self, layout: Layout) -> bool:
         return self.config.bounds[0] == 1.0

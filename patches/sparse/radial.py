@@ -1,4 +1,20 @@
-"""Radial attention: a static mask whose spatial window halves as the distance in time doubles."""
+"""Radial attention: a static mask whose spatial window halves as the distance in time doubles.
+
+Radial attention (arXiv 2506.19852, equation 4), with windows as released or as published.
+
+Attention between two frames fades with their distance d in time, so query token k of a frame reads key token l of
+another iff ``|k - l| <= w(d)``, tokens in raster order inside their frames of s tokens, and w halves when d doubles:
+
+* ``code``, with ``L(d) = 2^bit_length(s) / 2^bit_length(d)``: w is s for d <= 1, else ``max(decay * L, block)``. Where
+  ``L < block``, only every ``floor(block / L)``-th distance is read. A block is kept iff more than 0.6 of the columns
+  that the window touches in it are read by more than 1/3 of its rows.
+* ``paper``, with ``r(d) = 2^floor(log2 d)``: w is ``s / r - 1``; where ``r > s``, w is 0 and only every ``ceil(r / s)``-th
+  distance is read. A block is kept iff the window touches it, so that no pair of equation 4 is lost.
+
+Both judge the part of a block that lies in one pair of frames by itself, and keep the block if any part says so. That
+is the released rule where s is a multiple of the block, and every frame keeps its share of a block where it is not
+(the release drops part of the last blocks there). The release thins distances at 128 tokens whatever the block.
+"""
 
 from __future__ import annotations
 
@@ -14,39 +30,22 @@ from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.sparse.template import BlockConfig, BlockSparse
 
 
-class RadialConfig(BlockConfig):
-    """Knobs of `Radial`. The released script uses decay 0.2 for Wan 2.1, 0.8 for Wan 2.2, 0.95 for HunyuanVideo (sink off)."""
-
-    decay: float = Field(
-        0.2, gt=0.0, le=1.0, description="Factor on the windows of frames two or more apart (variant: code)."
-    )
-    variant: Literal["code", "paper"] = Field(
-        "code", description="The mask of the released code, or equation 4 of the paper."
-    )
-    window: Literal["radial", "full"] = Field("radial", description="full reads every key: the call runs dense.")
-    sink: bool = Field(True, description="Every query reads the whole first frame.")
-
-
 class Radial(BlockSparse):
-    """Radial attention (arXiv 2506.19852, equation 4), with windows as released or as published.
+    """Read windows that narrow as frames lie further apart in time."""
 
-    Attention between two frames fades with their distance d in time, so query token k of a frame reads key token l of
-    another iff ``|k - l| <= w(d)``, tokens in raster order inside their frames of s tokens, and w halves when d doubles:
+    class Config(BlockConfig):
+        """The released script uses decay 0.2 for Wan 2.1, 0.8 for Wan 2.2, 0.95 for HunyuanVideo (sink off)."""
 
-    * ``code``, with ``L(d) = 2^bit_length(s) / 2^bit_length(d)``: w is s for d <= 1, else ``max(decay * L, block)``. Where
-      ``L < block``, only every ``floor(block / L)``-th distance is read. A block is kept iff more than 0.6 of the columns
-      that the window touches in it are read by more than 1/3 of its rows.
-    * ``paper``, with ``r(d) = 2^floor(log2 d)``: w is ``s / r - 1``; where ``r > s``, w is 0 and only every ``ceil(r / s)``-th
-      distance is read. A block is kept iff the window touches it, so that no pair of equation 4 is lost.
+        decay: float = Field(
+            0.2, gt=0.0, le=1.0, description="Factor on the windows of frames two or more apart (variant: code)."
+        )
+        variant: Literal["code", "paper"] = Field(
+            "code", description="The mask of the released code, or equation 4 of the paper."
+        )
+        window: Literal["radial", "full"] = Field("radial", description="full reads every key: the call runs dense.")
+        sink: bool = Field(True, description="Every query reads the whole first frame.")
 
-    Both judge the part of a block that lies in one pair of frames by itself, and keep the block if any part says so. That
-    is the released rule where s is a multiple of the block, and every frame keeps its share of a block where it is not
-    (the release drops part of the last blocks there). The release thins distances at 128 tokens whatever the block.
-    """
-
-    Config = RadialConfig
-    config: RadialConfig
-    cite = "arXiv 2506.19852"
+    config: Config
 
     def neutral(self, layout: Layout) -> bool:
         return self.config.window == "full" or layout.grid_thw[0] <= 2  # frames next to each other read each other whole

@@ -1,4 +1,25 @@
-"""Rectified sparse attention: pooled scores select, neighbours in space and time are read too, and the rest is compensated."""
+"""Rectified sparse attention: pooled scores select, neighbours in space and time are read too, and the rest is compensated.
+
+Rectified SpaAttn (arXiv 2511.19835): Jenga's selection, its output weighed against what it leaves out.
+
+With pooled queries and keys (the mean of each block) and ``P = softmax(scale q_m.k_j)`` over visual blocks j, a row of
+blocks m reads
+
+* its likeliest blocks until their sum exceeds p, and at least ``floor((1 - drop_rate) * blocks)`` of them. In joint
+  attention P is the reallocated one (`kernels.rectify`), and all text together is one candidate more, as released: where
+  it ranks high, a row reads fewer visual blocks;
+* every block that holds a token within one step of one of its own, on all three axes (26 neighbours; `adjacent`);
+* with `first_frame`, if it is one of the first ``floor(blocks / frames)`` blocks, the others of these. In raster order
+  they are the first frame; along a curve, where it begins;
+* all text; text rows read everything.
+
+What it does not read is compensated by ``rest: rectified`` (reallocation and gain, see `kernels.rectify`), which every
+other selector may have as well.
+
+On the bundled model (blocks of 64, twelve calls) the selection errs less than random blocks of equal density with every
+rest. Attention outputs err by 14.4 % with this rest at density 0.19 (19.2 % dropped, 16.8 % without gain), yet by 10.8 %
+with ``rest: pool``, which weighs the blocks row by row: there, and for all selectors tried, pool was the better one.
+"""
 
 from __future__ import annotations
 
@@ -18,54 +39,34 @@ from accelplug.kernels.rows import top_p
 from accelplug.patches.sparse.template import BlockParams, Blocks, RestKind, Scored, ScoredConfig
 
 
-class RectifiedConfig(ScoredConfig):
-    """Knobs of `Rectified`. The release has Gilbert order, block 128, p 0.3, and a drop_rate of 0.75 to 0.9 by model."""
-
-    rest: RestKind = Field(
-        "rectified", description="What becomes of the key blocks that are not read; rectified is the method."
-    )
-    drop_rate: float = Field(
-        0.75,
-        ge=0.0,
-        le=1.0,
-        description="Share of the visual blocks that a row need not read; 0 reads all: the call runs dense.",
-    )
-    p: float = Field(0.3, ge=0.0, le=1.0, description="Probability that a row's likeliest blocks reach together, at least.")
-    adjacent: bool = Field(True, description="Whether a block reads all blocks that it touches in time and space.")
-    first_frame: bool = Field(False, description="Whether the first blocks, a frame's worth, read each other.")
-
-    @model_validator(mode="after")
-    def _clusters_have_no_neighbours(self) -> Self:
-        if self.order == "kmeans" and (self.adjacent or self.first_frame):
-            raise ValueError("blocks of order: kmeans have no place on the grid: set adjacent and first_frame to false")
-        return self
-
-
 class Rectified(Scored):
-    """Rectified SpaAttn (arXiv 2511.19835): Jenga's selection, its output weighed against what it leaves out.
+    """Read the likeliest and the neighbouring key blocks, and weigh them against the mean values of the others."""
 
-    With pooled queries and keys (the mean of each block) and ``P = softmax(scale q_m.k_j)`` over visual blocks j, a row of
-    blocks m reads
+    class Config(ScoredConfig):
+        """The release has Gilbert order, block 128, p 0.3, and a drop_rate of 0.75 to 0.9 by model."""
 
-    * its likeliest blocks until their sum exceeds p, and at least ``floor((1 - drop_rate) * blocks)`` of them. In joint
-      attention P is the reallocated one (`kernels.rectify`), and all text together is one candidate more, as released: where
-      it ranks high, a row reads fewer visual blocks;
-    * every block that holds a token within one step of one of its own, on all three axes (26 neighbours; `adjacent`);
-    * with `first_frame`, if it is one of the first ``floor(blocks / frames)`` blocks, the others of these. In raster order
-      they are the first frame; along a curve, where it begins;
-    * all text; text rows read everything.
+        rest: RestKind = Field(
+            "rectified", description="What becomes of the key blocks that are not read; rectified is the method."
+        )
+        drop_rate: float = Field(
+            0.75,
+            ge=0.0,
+            le=1.0,
+            description="Share of the visual blocks that a row need not read; 0 reads all: the call runs dense.",
+        )
+        p: float = Field(
+            0.3, ge=0.0, le=1.0, description="Probability that a row's likeliest blocks reach together, at least."
+        )
+        adjacent: bool = Field(True, description="Whether a block reads all blocks that it touches in time and space.")
+        first_frame: bool = Field(False, description="Whether the first blocks, a frame's worth, read each other.")
 
-    What it does not read is compensated by ``rest: rectified`` (reallocation and gain, see `kernels.rectify`), which every
-    other selector may have as well.
+        @model_validator(mode="after")
+        def _clusters_have_no_neighbours(self) -> Self:
+            if self.order == "kmeans" and (self.adjacent or self.first_frame):
+                raise ValueError("blocks of order: kmeans have no place on the grid: set adjacent and first_frame to false")
+            return self
 
-    On the bundled model (blocks of 64, twelve calls) the selection errs less than random blocks of equal density with every
-    rest. Attention outputs err by 14.4 % with this rest at density 0.19 (19.2 % dropped, 16.8 % without gain), yet by 10.8 %
-    with ``rest: pool``, which weighs the blocks row by row: there, and for all selectors tried, pool was the better one.
-    """
-
-    Config = RectifiedConfig
-    config: RectifiedConfig
-    cite = "arXiv 2511.19835"
+    config: Config
 
     def neutral(self, layout: Layout) -> bool:
         return self.config.drop_rate == 0.0

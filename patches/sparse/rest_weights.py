@@ -1,4 +1,12 @@
-"""How much a pooled block weighs: one factor on log n per head, for any selector whose rest is pooled."""
+"""How much a pooled block weighs: one factor on log n per head, for any selector whose rest is pooled.
+
+A pooled block of n keys enters the softmax as one key with ``weight * log n`` added to its logit. The textbook weight 1 is
+right where the keys of a block are alike. Where they are not, the value that enters is the plain mean, not that of the
+keys which matter, and how much of it the output can do with belongs to the head.
+
+Weights in [0, 1] are tried on the selector's own plan and kernel; for each layer and head, the one with the least sum of
+relative squared errors wins.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +22,15 @@ from accelplug.patches.calibration import Calibration, CalibrationConfig, Seen, 
 from accelplug.patches.sparse.template import BlockSparse
 
 
-class RestWeightsConfig(CalibrationConfig):
-    """Knobs of `RestWeights`, which looks at all queries of a call."""
-
-    weights: int = Field(11, ge=2, le=101, description="How many weights are tried, evenly spaced from 0 to 1.")
-
-
 class RestWeights(Calibration):
-    """The weight in [0, 1] on log n, per layer and head, with which a selector's output is nearest to dense.
+    """Find the factor on log n with which a selector's output is nearest to dense, per layer and head."""
 
-    A pooled block of n keys enters the softmax as one key with ``weight * log n`` added to its logit. The textbook weight 1 is
-    right where the keys of a block are alike. Where they are not, the value that enters is the plain mean, not that of the
-    keys which matter, and how much of it the output can do with belongs to the head.
+    class Config(CalibrationConfig):
+        """Of each call all queries are looked at; `rows` is not used."""
 
-    Each weight is tried on the selector's own plan and kernel; the one with the least sum of relative squared errors wins.
-    """
+        weights: int = Field(11, ge=2, le=101, description="How many weights are tried, evenly spaced from 0 to 1.")
 
-    Config = RestWeightsConfig
-    config: RestWeightsConfig
+    config: Config
     axes = {"rest_weight": ("layers", "heads")}  # noqa: RUF012
 
     def __init__(self, choose: Callable[..., BlockSparse | None], config: Any = None) -> None:

@@ -1,4 +1,20 @@
-"""Sol attention: blocks whose pooled score stands out are read exactly, the others as one pooled key each."""
+"""Sol attention: blocks whose pooled score stands out are read exactly, the others as one pooled key each.
+
+Sol-Attn (arXiv 2607.24027): a threshold on pooled scores, set per query block from statistics of the pooled keys.
+
+With pooled queries q_m and keys k_j (the mean of each block), ``a = scale * log2(e)``, and mean mu and variance var of
+k_j over the blocks j, block j is read exactly by the rows of block m iff
+
+    ``a <q_m, k_j>  >  theta_m = a <q_m, mu> + tau * sqrt(a^2 sum_d q_md^2 var_d + 1e-6)``
+
+that is, iff its score lies tau standard deviations above the mean; ``statistic: exact`` has ``q_m^T Cov q_m`` for the
+sum. Were the scores Gaussian, tau 1, 1.5 and 2 would read 15.9, 6.7 and 2.3 % of the blocks. Blocks within `band` are
+always read. Every other block is read as one key (``rest: pool``). No sort, no top-k, a budget that follows the row.
+
+Text blocks are read by all, and read all. They are no candidates, so mu and var are taken over visual blocks alone:
+text keys lie far from visual ones, and would raise the threshold beyond what tau says. Blocks whose keys are all masked
+do not count either. Both statistics are of the population, over blocks, whatever the blocks' lengths.
+"""
 
 from __future__ import annotations
 
@@ -13,40 +29,21 @@ from accelplug.kernels.plan import Threshold
 from accelplug.patches.sparse.template import Blocks, RestKind, Scored, ScoredConfig
 
 
-class SolConfig(ScoredConfig):
-    """Knobs of `Sol`."""
-
-    block: int = Field(64, ge=8, le=1024, multiple_of=8, description="Slots per query and key block.")
-    rest: RestKind = Field("pool", description="What becomes of the key blocks that are not read exactly.")
-    tau: float | Literal["dense"] = Field(
-        1.0, description="Standard deviations above the mean score from which a block is read exactly; dense reads all."
-    )
-    statistic: Literal["diag", "exact"] = Field(
-        "diag", description="Spread of the scores by channel variances or covariance."
-    )
-    band: int = Field(1, ge=0, description="Blocks on either side of its own that a query block always reads.")
-
-
 class Sol(Scored):
-    """Sol-Attn (arXiv 2607.24027): a threshold on pooled scores, set per query block from statistics of the pooled keys.
+    """Read the key blocks whose pooled score stands out exactly, all others through one key each."""
 
-    With pooled queries q_m and keys k_j (the mean of each block), ``a = scale * log2(e)``, and mean mu and variance var of
-    k_j over the blocks j, block j is read exactly by the rows of block m iff
+    class Config(ScoredConfig):
+        block: int = Field(64, ge=8, le=1024, multiple_of=8, description="Slots per query and key block.")
+        rest: RestKind = Field("pool", description="What becomes of the key blocks that are not read exactly.")
+        tau: float | Literal["dense"] = Field(
+            1.0, description="Standard deviations above the mean score from which a block is read exactly; dense reads all."
+        )
+        statistic: Literal["diag", "exact"] = Field(
+            "diag", description="Spread of the scores by channel variances or covariance."
+        )
+        band: int = Field(1, ge=0, description="Blocks on either side of its own that a query block always reads.")
 
-        ``a <q_m, k_j>  >  theta_m = a <q_m, mu> + tau * sqrt(a^2 sum_d q_md^2 var_d + 1e-6)``
-
-    that is, iff its score lies tau standard deviations above the mean; ``statistic: exact`` has ``q_m^T Cov q_m`` for the
-    sum. Were the scores Gaussian, tau 1, 1.5 and 2 would read 15.9, 6.7 and 2.3 % of the blocks. Blocks within `band` are
-    always read. Every other block is read as one key (``rest: pool``). No sort, no top-k, a budget that follows the row.
-
-    Text blocks are read by all, and read all. They are no candidates, so mu and var are taken over visual blocks alone:
-    text keys lie far from visual ones, and would raise the threshold beyond what tau says. Blocks whose keys are all masked
-    do not count either. Both statistics are of the population, over blocks, whatever the blocks' lengths.
-    """
-
-    Config = SolConfig
-    config: SolConfig
-    cite = "arXiv 2607.24027"
+    config: Config
 
     def neutral(self, layout: Layout) -> bool:
         return self.config.tau == "dense"

@@ -1,4 +1,17 @@
-"""Sliding tile attention: windows of whole tiles, one for each head, as a search on dense runs found."""
+"""Sliding tile attention: windows of whole tiles, one for each head, as a search on dense runs found.
+
+STA (arXiv 2502.04507): the grid is cut into tiles, and a query tile reads the tiles in a window around its own.
+
+Windows count in tiles. At the borders they are shifted inside, ``c = clamp(c, k // 2, n - 1 - k // 2)`` for k of n tiles on
+an axis, so that every tile reads equally many: neighbourhood attention (arXiv 2504.16922) of tiles, stride 1.
+
+A tile is one block. Of (6, 8, 8), the published tile, a block of b slots takes what it holds: columns first, then rows,
+then frames; 384 slots hold all of it, 128 hold (2, 8, 8). Tiles at the far borders are cut, not padded.
+
+*The search* (algorithm 1): per step, layer and head, the window with the least error, over all prompts. Steps
+count by spans of equal length (`buckets`); as many as steps are the published search. The least error alone prefers
+large windows, so that those on the list should cost alike; the maximal windows of one density do.
+"""
 
 from __future__ import annotations
 
@@ -22,36 +35,11 @@ from accelplug.table import Table
 Triple = tuple[Extent, Extent, Extent]
 
 
-class StaConfig(BlockConfig):
-    """Knobs of `Sta`; triples are frames, rows, columns. Tiles of (6, 8, 8) take ``block: 384``, as published."""
-
-    windows: tuple[Triple, ...] | Literal["maximal"] = Field(
-        ((3, 3, 3),),
-        min_length=1,
-        max_length=256,
-        description="Windows that heads choose from, in tiles; maximal: all of `density`, no larger one.",
-    )
-    density: float = Field(0.3, gt=0.0, le=1.0, description="Share of the tiles that a maximal window reads at most.")
-    choice: Annotated[int, Field(ge=0)] | Table = Field(
-        0, description="Which of the windows, for all heads, or a table (steps, layers, heads)."
-    )
-
-    @model_validator(mode="after")
-    def _windows_are_there(self) -> Self:
-        most = int(self.choice.values.max()) if isinstance(self.choice, Table) else self.choice
-        if self.windows != "maximal" and most >= len(self.windows):
-            raise ValueError(f"choice {most} is none of the {len(self.windows)} windows, which count from 0")
-        return self
-
-
 class StaSearch(WayErrors):
-    """The mask search of STA (algorithm 1): per step, layer and head, the window with the least error, over all prompts.
-
-    Steps count by spans of equal length (`buckets`); as many as steps are the published search. The least error alone prefers
-    large windows, so that those on the list should cost alike; the maximal windows of one density do.
-    """
+    """Find the window with the least error, per span of steps, layer and head."""
 
     Config = CalibrationConfig
+
     axes = {"choice": ("steps", "layers", "heads")}  # noqa: RUF012
 
     def tables(self) -> dict[str, Tensor]:
@@ -60,20 +48,32 @@ class StaSearch(WayErrors):
 
 
 class Sta(PerHead):
-    """STA (arXiv 2502.04507): the grid is cut into tiles, and a query tile reads the tiles in a window around its own.
+    """Query tiles read the tiles in a window around their own, one of several windows for each head."""
 
-    Windows count in tiles. At the borders they are shifted inside, ``c = clamp(c, k // 2, n - 1 - k // 2)`` for k of n tiles on
-    an axis, so that every tile reads equally many: neighbourhood attention (arXiv 2504.16922) of tiles, stride 1.
+    class Config(BlockConfig):
+        """Triples are frames, rows, columns. Tiles of (6, 8, 8) take ``block: 384``, as published."""
 
-    A tile is one block. Of (6, 8, 8), the published tile, a block of b slots takes what it holds: columns first, then rows,
-    then frames; 384 slots hold all of it, 128 hold (2, 8, 8). Tiles at the far borders are cut, not padded.
-    """
+        windows: tuple[Triple, ...] | Literal["maximal"] = Field(
+            ((3, 3, 3),),
+            min_length=1,
+            max_length=256,
+            description="Windows that heads choose from, in tiles; maximal: all of `density`, no larger one.",
+        )
+        density: float = Field(0.3, gt=0.0, le=1.0, description="Share of the tiles that a maximal window reads at most.")
+        choice: Annotated[int, Field(ge=0)] | Table = Field(
+            0, description="Which of the windows, for all heads, or a table (steps, layers, heads)."
+        )
 
-    Config = StaConfig
+        @model_validator(mode="after")
+        def _windows_are_there(self) -> Self:
+            most = int(self.choice.values.max()) if isinstance(self.choice, Table) else self.choice
+            if self.windows != "maximal" and most >= len(self.windows):
+                raise ValueError(f"choice {most} is none of the {len(self.windows)} windows, which count from 0")
+            return self
+
+    config: Config
     Calibration = StaSearch
     writes = ()  # the plan is made for each layer, of its windows
-    config: StaConfig
-    cite = "arXiv 2502.04507"
 
     def neutral(self, layout: Layout) -> bool:
         return all(axis.full for window in self.windows(layout) for axis in self.axes(layout, window))

@@ -1,4 +1,22 @@
-"""Sparse VideoGen: each head looks around in space or along time, and a few of its queries tell which."""
+"""Sparse VideoGen: each head looks around in space or along time, and a few of its queries tell which.
+
+Sparse VideoGen (SVG, arXiv 2502.01776): one band for all heads, over tokens in one of two orders.
+
+*Spatial* heads have their tokens frame by frame, so that a band along the diagonal is the frames around; *temporal* heads
+place by place, all frames of a place side by side, so that the same band is the places around at all times. For density D
+of S tokens, S_text of them text, which reads and is read by all, ``D' = D - 2 S_text / S``, and a query reads keys up to
+
+    ``w = S (1 - sqrt(1 - D'))``
+
+away: the share of a band of that half-width. Here a block reads the blocks whose middles are within w of its own, whole.
+
+With `sink`, all read the first ``H W`` tokens besides, in the head's own order, as the released code does: the first frame
+for spatial heads, the first places at all times for temporal ones.
+
+Which of the two a head is, its queries say at every step: for `rows` of them, drawn from all visual ones, the output
+under either mask is compared with the exact one, and the head takes the order with the smaller squared error. Published
+masks for that are fixed at two frames; here they are those that will run. The choice is the batch row's own.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +40,6 @@ if TYPE_CHECKING:
     from accelplug.call import AttentionCall, Clock, Layout, Site
 
 SPATIAL, TEMPORAL = 0, 1
-
-
-class SvgConfig(BlockConfig):
-    """Knobs of `Svg`."""
-
-    density: float = Field(
-        0.3, gt=0.0, le=1.0, description="Share of all pairs that the band and the text read. Wan 0.3, HunyuanVideo 0.25."
-    )
-    sink: bool = Field(
-        True,
-        description="Heads read as many tokens as a frame has, the first ones in their order, besides. Released: Wan only.",
-    )
-    rows: int = Field(64, ge=1, description="Queries that the two masks are tried on. Released code.")
-    seed: int = Field(0, description="Draws these queries.")
-    profile_interval: int = Field(
-        1, ge=1, description="Steps for which what a head turned out to be is kept. Published: 1, tried at every step. Ours."
-    )
 
 
 @dataclass(eq=False)
@@ -72,7 +73,7 @@ class Masks(OncePerDevice):
 
 
 @dataclass(frozen=True, eq=False)
-class SvgParams:
+class Params:
     """What `attend` needs.
 
     Attributes
@@ -88,40 +89,41 @@ class SvgParams:
     kept: Kept | None = None
     rest_weight: Tensor | None = None
 
-    def to(self, device: torch.device | str) -> SvgParams:
+    def to(self, device: torch.device | str) -> Params:
         """Return the params with their tensors on `device`."""
         modes, weight = (x if x is None else x.to(device) for x in (self.modes, self.rest_weight))
-        return SvgParams(self.masks.to(device), modes, self.kept, weight)
+        return Params(self.masks.to(device), modes, self.kept, weight)
 
 
 class Svg(BlockSparse):
-    """Sparse VideoGen (SVG, arXiv 2502.01776): one band for all heads, over tokens in one of two orders.
+    """Each head reads one band of blocks, frame by frame or place by place, as a few of its queries tell."""
 
-    *Spatial* heads have their tokens frame by frame, so that a band along the diagonal is the frames around; *temporal* heads
-    place by place, all frames of a place side by side, so that the same band is the places around at all times. For density D
-    of S tokens, S_text of them text, which reads and is read by all, ``D' = D - 2 S_text / S``, and a query reads keys up to
+    class Config(BlockConfig):
+        density: float = Field(
+            0.3,
+            gt=0.0,
+            le=1.0,
+            description="Share of all pairs that the band and the text read. Wan 0.3, HunyuanVideo 0.25.",
+        )
+        sink: bool = Field(
+            True,
+            description="Heads read as many tokens as a frame has, the first ones in their order, besides. Released: Wan only.",
+        )
+        rows: int = Field(64, ge=1, description="Queries that the two masks are tried on. Released code.")
+        seed: int = Field(0, description="Draws these queries.")
+        profile_interval: int = Field(
+            1,
+            ge=1,
+            description="Steps for which what a head turned out to be is kept. Published: 1, tried at every step. Ours.",
+        )
 
-        ``w = S (1 - sqrt(1 - D'))``
-
-    away: the share of a band of that half-width. Here a block reads the blocks whose middles are within w of its own, whole.
-
-    With `sink`, all read the first ``H W`` tokens besides, in the head's own order, as the released code does: the first frame
-    for spatial heads, the first places at all times for temporal ones.
-
-    Which of the two a head is, its queries say at every step: for `rows` of them, drawn from all visual ones, the output
-    under either mask is compared with the exact one, and the head takes the order with the smaller squared error. Published
-    masks for that are fixed at two frames; here they are those that will run. The choice is the batch row's own.
-    """
-
-    Config = SvgConfig
+    config: Config
     writes = ()  # the plan is made per call, of two masks
-    config: SvgConfig
-    cite = "arXiv 2502.01776"
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self._masks: Bounded[Layout, Masks] = Bounded(16)
-        self._tried: Bounded[tuple, SvgParams] = Bounded(256)
+        self._tried: Bounded[tuple, Params] = Bounded(256)
 
     def neutral(self, layout: Layout) -> bool:
         frames, rows, columns = layout.grid_thw
@@ -131,19 +133,19 @@ class Svg(BlockSparse):
         unit = self.config.unit
         return Tiles.per_head([tiles(layout, "thw", unit), tiles(layout, "hwt", unit)])
 
-    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> SvgParams | None:
+    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Params | None:
         if self.neutral(layout):
             return None
         masks = self._masks.get(layout, lambda: self.masks(layout))
         weight = self.rest_weights(site, clock)
         if self.config.profile_interval == 1 or clock.step is None:
             key = (layout, None if weight is None else tuple(weight.tolist()))
-            return self._tried.get(key, lambda: SvgParams(masks, rest_weight=weight))
+            return self._tried.get(key, lambda: Params(masks, rest_weight=weight))
         kept = state.setdefault("svg", Kept())
         if kept.modes is not None and kept.step < clock.step < kept.step + self.config.profile_interval:
-            return SvgParams(masks, kept.modes, None, weight)
+            return Params(masks, kept.modes, None, weight)
         kept.step, kept.modes = clock.step, None
-        return SvgParams(masks, None, kept, weight)
+        return Params(masks, None, kept, weight)
 
     def masks(self, layout: Layout) -> Masks:
         """Return both masks of a layout, and the queries that they are tried on."""
@@ -185,7 +187,7 @@ class Svg(BlockSparse):
         )
         return (temporal < spatial).long()
 
-    def _laid_out(self, call: AttentionCall, params: SvgParams) -> tuple[Blocks, BlockPlan]:
+    def _laid_out(self, call: AttentionCall, params: Params) -> tuple[Blocks, BlockPlan]:
         modes = params.modes
         if modes is None or modes.shape != call.q.shape[:2]:
             modes = self.modes(call, params.masks)

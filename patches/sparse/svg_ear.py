@@ -1,4 +1,30 @@
-"""SVG-EAR: tokens by cluster, the rest pooled, and read exactly what pooling would get most wrong."""
+"""SVG-EAR: tokens by cluster, the rest pooled, and read exactly what pooling would get most wrong.
+
+SVG-EAR (arXiv 2603.08982): error-aware routing over clusters of queries and keys.
+
+What is not read exactly is read as one key a block (``rest: pool``), so a block is worth reading by the error that its
+mean would make, not by its score: a block of equal keys and values may score high and be pooled for nothing. For query
+block m with mean query q, and key block n with means k' and v',
+
+    ``error_mn = mean_j |exp(scale q.k') v' - exp(scale q.k_j) v_j|^2``    over the keys j of n
+
+(`kernels.compensation`), here over the squared softmax sum of q, so that rows compare. It is the error per key, hence
+per cost. How much a row reads, its attention to the means says, ``P = softmax(scale q.k' + log n)`` for blocks of n keys:
+
+* its budget is the keys of its likeliest blocks, up to a mass of `top_p`, and of ``floor(2 min_ratio N)`` at least;
+* the ``floor(min_ratio N)`` likeliest blocks are read in any case;
+* what is left of the budget goes to the blocks of largest error per key.
+
+With `density` (ours), in place of the first, each head spends that share of its pairs of blocks where the error is largest.
+Text is read by all, and reads all.
+
+The paper routes whole clusters of uneven length; here clusters are sorted and cut into blocks of equal length, which
+every kernel takes, and each block is judged by itself.
+
+On the bundled model (blocks of 64, twelve calls of one clip, the rest pooled) a budget for each head is the better one: attention
+outputs err by 3.6 % with `density` at 0.39, where pairs compete over all rows, and by 5.4 % with the released budget by row, at
+0.42 (random blocks: 17 %); `python -m benchmarks.rest_layers --steps 5 13`.
+"""
 
 from __future__ import annotations
 
@@ -16,61 +42,37 @@ from accelplug.kernels.rows import top_k, top_p, within_budget
 from accelplug.patches.sparse.template import Blocks, RestKind, Scored, ScoredConfig
 
 
-class SvgEarConfig(ScoredConfig):
-    """Knobs of `SvgEar`."""
-
-    block_k: int | None = Field(
-        64, ge=8, le=1024, multiple_of=8, description="Slots per key block; 64 is near SVG2's 76 keys a cluster. Ours."
-    )
-    order: Order | Literal["kmeans"] = Field("kmeans", description="How visual tokens line up in blocks; kmeans: published.")
-    rest: RestKind = Field("pool", description="What becomes of the key blocks that are not read; pool is the method.")
-    top_p: float = Field(
-        0.9,
-        ge=0.0,
-        le=1.0,
-        description="Share of its attention that a row's likeliest blocks hold: their size is what it may read. 1: dense. Released.",
-    )
-    min_ratio: float = Field(
-        0.1,
-        ge=0.0,
-        le=1.0,
-        description="Share of the visual key blocks that a row reads as its likeliest; it reads twice as many at least. Released.",
-    )
-    density: float | None = Field(
-        None, gt=0.0, le=1.0, description="Share of its visual pairs of blocks that a head reads, in place of top_p. Ours."
-    )
-
-
 class SvgEar(Scored):
-    """SVG-EAR (arXiv 2603.08982): error-aware routing over clusters of queries and keys.
+    """Read exactly the blocks that pooling would get most wrong, and pool the rest."""
 
-    What is not read exactly is read as one key a block (``rest: pool``), so a block is worth reading by the error that its
-    mean would make, not by its score: a block of equal keys and values may score high and be pooled for nothing. For query
-    block m with mean query q, and key block n with means k' and v',
+    class Config(ScoredConfig):
+        block_k: int | None = Field(
+            64, ge=8, le=1024, multiple_of=8, description="Slots per key block; 64 is near SVG2's 76 keys a cluster. Ours."
+        )
+        order: Order | Literal["kmeans"] = Field(
+            "kmeans", description="How visual tokens line up in blocks; kmeans: published."
+        )
+        rest: RestKind = Field("pool", description="What becomes of the key blocks that are not read; pool is the method.")
+        top_p: float = Field(
+            0.9,
+            ge=0.0,
+            le=1.0,
+            description="Share of its attention that a row's likeliest blocks hold: their size is what it may read. 1: dense. Released.",
+        )
+        min_ratio: float = Field(
+            0.1,
+            ge=0.0,
+            le=1.0,
+            description="Share of the visual key blocks that a row reads as its likeliest; it reads twice as many at least. Released.",
+        )
+        density: float | None = Field(
+            None,
+            gt=0.0,
+            le=1.0,
+            description="Share of its visual pairs of blocks that a head reads, in place of top_p. Ours.",
+        )
 
-        ``error_mn = mean_j |exp(scale q.k') v' - exp(scale q.k_j) v_j|^2``    over the keys j of n
-
-    (`kernels.compensation`), here over the squared softmax sum of q, so that rows compare. It is the error per key, hence
-    per cost. How much a row reads, its attention to the means says, ``P = softmax(scale q.k' + log n)`` for blocks of n keys:
-
-    * its budget is the keys of its likeliest blocks, up to a mass of `top_p`, and of ``floor(2 min_ratio N)`` at least;
-    * the ``floor(min_ratio N)`` likeliest blocks are read in any case;
-    * what is left of the budget goes to the blocks of largest error per key.
-
-    With `density` (ours), in place of the first, each head spends that share of its pairs of blocks where the error is largest.
-    Text is read by all, and reads all.
-
-    The paper routes whole clusters of uneven length; here clusters are sorted and cut into blocks of equal length, which
-    every kernel takes, and each block is judged by itself.
-
-    On the bundled model (blocks of 64, twelve calls of one clip, the rest pooled) a budget for each head is the better one: attention
-    outputs err by 3.6 % with `density` at 0.39, where pairs compete over all rows, and by 5.4 % with the released budget by row, at
-    0.42 (random blocks: 17 %); `python -m benchmarks.rest_layers --steps 5 13`.
-    """
-
-    Config = SvgEarConfig
-    config: SvgEarConfig
-    cite = "arXiv 2603.08982"
+    config: Config
 
     def neutral(self, layout: Layout) -> bool:
         return self.config.density == 1.0 if self.config.density is not None else self.config.top_p == 1.0

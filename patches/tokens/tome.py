@@ -1,4 +1,21 @@
-"""ToMe: tokens that look alike are averaged before attention, and share its result."""
+"""ToMe: tokens that look alike are averaged before attention, and share its result.
+
+Token merging for diffusion (arXiv 2303.17604) at attention's q, k and v, with keys weighed as in arXiv 2210.09461.
+
+In every cell of the grid one token is a destination, all others are sources. A source's likeness is its cosine with the
+destination of its tile that is most like it; the ``ratio * N`` sources that are most like theirs are averaged into them.
+A key that stands for n tokens gets log n added to its scores. With ``mode: qkv`` queries are averaged too, and all tokens
+of a slot get the result of its query.
+
+The metric is the key, mean over heads, as attention sees it: after norm and RoPE (the release takes the block's input, which
+is not known here; spatial positions differ by less than a tile). Search is local to a tile, so that matching costs
+O(N * tile). Text is never merged, and text queries read every key.
+
+Destinations are drawn from (seed, step // interval) alone, so they are the same for all layers, samples and guidance
+branches; matches are each sample's own, so that a batch is what its samples are alone. Layers share a match within one guidance
+branch; where a pipeline does not name the branch and calls twice a step, steps after the first of an `interval` take the
+later call's. Where the step is not known, every forward matches anew.
+"""
 
 from __future__ import annotations
 
@@ -22,28 +39,6 @@ EXTRA = 8
 
 NEVER = -6e4
 """Bias of a key that stands for no token: float16 holds it, and the softmax makes it 0."""
-
-
-class TomeConfig(Config):
-    """Knobs of `Tome`; triples are frames, rows, columns, in tokens. Ratio and cells are those of the release."""
-
-    ratio: float = Field(0.5, ge=0.0, lt=1.0, description="Share of the visual tokens that is merged away.")
-    mode: Literal["kv", "qkv"] = Field("kv", description="kv merges keys and values; qkv queries too, and copies back.")
-    cell_thw: tuple[Positive, Positive, Positive] = Field(
-        (1, 2, 2), description="Tokens of a cell, in which one is the destination: at most all others can be merged."
-    )
-    tile_thw: tuple[Positive, Positive, Positive] = Field(
-        (1, 16, 16), description="Tokens of a tile, in which a token looks for its destination."
-    )
-    destination: Literal["random", "first"] = Field(
-        "random", description="Which token of a cell is the destination: drawn anew every `interval` steps, or its first."
-    )
-    seed: int = Field(0, ge=0, lt=1 << 32, description="Seed of that draw.")
-    interval: Positive = Field(1, description="Steps that share a match.")
-    reuse_layers: Positive = Field(1, description="Layers in a row that share a match, that of the first of them.")
-    proportional: bool = Field(
-        True, description="Whether a merged key counts as often as it has tokens: log(size) is added."
-    )
 
 
 @dataclass(eq=False)
@@ -87,26 +82,31 @@ class Params:
 
 
 class Tome(Patch):
-    """Token merging for diffusion (arXiv 2303.17604) at attention's q, k and v, with keys weighed as in arXiv 2210.09461.
+    """Merge tokens that look alike before attention; each key counts as often as it has tokens."""
 
-    In every cell of the grid one token is a destination, all others are sources. A source's likeness is its cosine with the
-    destination of its tile that is most like it; the ``ratio * N`` sources that are most like theirs are averaged into them.
-    A key that stands for n tokens gets log n added to its scores. With ``mode: qkv`` queries are averaged too, and all tokens
-    of a slot get the result of its query.
+    class Config(Config):
+        """Triples are frames, rows, columns, in tokens. Ratio and cells are those of the release."""
 
-    The metric is the key, mean over heads, as attention sees it: after norm and RoPE (the release takes the block's input, which
-    is not known here; spatial positions differ by less than a tile). Search is local to a tile, so that matching costs
-    O(N * tile). Text is never merged, and text queries read every key.
+        ratio: float = Field(0.5, ge=0.0, lt=1.0, description="Share of the visual tokens that is merged away.")
+        mode: Literal["kv", "qkv"] = Field("kv", description="kv merges keys and values; qkv queries too, and copies back.")
+        cell_thw: tuple[Positive, Positive, Positive] = Field(
+            (1, 2, 2), description="Tokens of a cell, in which one is the destination: at most all others can be merged."
+        )
+        tile_thw: tuple[Positive, Positive, Positive] = Field(
+            (1, 16, 16), description="Tokens of a tile, in which a token looks for its destination."
+        )
+        destination: Literal["random", "first"] = Field(
+            "random",
+            description="Which token of a cell is the destination: drawn anew every `interval` steps, or its first.",
+        )
+        seed: int = Field(0, ge=0, lt=1 << 32, description="Seed of that draw.")
+        interval: Positive = Field(1, description="Steps that share a match.")
+        reuse_layers: Positive = Field(1, description="Layers in a row that share a match, that of the first of them.")
+        proportional: bool = Field(
+            True, description="Whether a merged key counts as often as it has tokens: log(size) is added."
+        )
 
-    Destinations are drawn from (seed, step // interval) alone, so they are the same for all layers, samples and guidance
-    branches; matches are each sample's own, so that a batch is what its samples are alone. Layers share a match within one guidance
-    branch; where a pipeline does not name the branch and calls twice a step, steps after the first of an `interval` take the
-    later call's. Where the step is not known, every forward matches anew.
-    """
-
-    Config = TomeConfig
-    config: TomeConfig
-    cite = "arXiv 2303.17604"
+    config: Config
 
     def merged(self, layout: Layout) -> int:
         """Return how many of the visual tokens are merged away."""
