@@ -46,7 +46,7 @@ def shelf(monkeypatch: pytest.MonkeyPatch) -> Iterator[catalog.Catalog[Any]]:
     return fresh
 
 
-def test_our_own_keep_what_is_asked_of_others():
+def test_our_own_keep_what_is_asked_of_others() -> None:
     for entry in list_patches():
         cls = patch_class(entry.name)
         assert not list(registry._unfinished(cls, entry.family)), entry.name
@@ -56,7 +56,7 @@ def test_our_own_keep_what_is_asked_of_others():
 
 
 @pytest.mark.usefixtures("shelf")
-def test_a_registered_patch_is_found_by_its_name():
+def test_a_registered_patch_is_found_by_its_name() -> None:
     before = list_patches()
     assert register_patch(Diagonal) is Diagonal
     assert register_patch(Diagonal) is Diagonal
@@ -67,7 +67,7 @@ def test_a_registered_patch_is_found_by_its_name():
 
 
 @pytest.mark.usefixtures("shelf")
-def test_the_cell_of_a_notebook_may_run_again():
+def test_the_cell_of_a_notebook_may_run_again() -> None:
     def cell(summary: str) -> type[Patch]:
         class Mine(Diagonal):
             name = "mine"
@@ -82,7 +82,7 @@ def test_the_cell_of_a_notebook_may_run_again():
 
 
 @pytest.mark.usefixtures("shelf")
-def test_an_instance_needs_no_registration():
+def test_an_instance_needs_no_registration() -> None:
     class TwoHalves(Diagonal):
         name = ""
 
@@ -117,7 +117,7 @@ def bare(**attributes: Any) -> type:
         (type("Half", (GenerationPatch,), {}), r"define generate\(\)"),
     ],
 )
-def test_what_is_lacking_is_named(cls: Any, said: str):
+def test_what_is_lacking_is_named(cls: Any, said: str) -> None:
     before = list_patches()
     with pytest.raises(AccelplugError, match=said):
         register_patch(cls)
@@ -125,14 +125,14 @@ def test_what_is_lacking_is_named(cls: Any, said: str):
 
 
 @pytest.mark.usefixtures("shelf")
-def test_all_that_is_lacking_is_named_at_once():
+def test_all_that_is_lacking_is_named_at_once() -> None:
     with pytest.raises(AccelplugError) as caught:
         register_patch(type("Half", (Scored,), {}))
     assert all(word in str(caught.value) for word in ("route()", "`name`", "`cite`", "`summary`"))
 
 
 @pytest.mark.usefixtures("shelf")
-def test_an_instance_that_cannot_run_or_be_told_apart_is_refused():
+def test_an_instance_that_cannot_run_or_be_told_apart_is_refused() -> None:
     with pytest.raises(AccelplugError, match=r"define select\(\)"):
         entry_of(type("Half", (BlockSparse,), {})())
     with pytest.raises(AccelplugError, match="give it a `name` of its own"):
@@ -142,7 +142,7 @@ def test_an_instance_that_cannot_run_or_be_told_apart_is_refused():
 
 
 @pytest.mark.usefixtures("shelf")
-def test_entry_points_are_read_when_a_name_is_missing_and_broken_ones_break_nothing(monkeypatch: pytest.MonkeyPatch):
+def test_entry_points_are_read_when_a_name_is_missing_and_broken_ones_break_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     group = "accelplug.patches"
     offered = [
         EntryPoint("gone", "no_such_package_of_theirs:Gone", group),
@@ -172,5 +172,5 @@ NOT_A_PATCH = "a string"
 
 
 @pytest.mark.usefixtures("shelf")
-def test_the_decorator_is_public():
+def test_the_decorator_is_public() -> None:
     assert accelplug.register_patch is register_patch
