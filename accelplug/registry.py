@@ -63,7 +63,7 @@ _OWN = (
         cls="Neighborhood",
         family="sparse",
         summary="Every query reads a window around it on the token grid; strided, dilated or causal.",
-        cite="arXiv 2504.16922",
+        cite="arXiv 2504.16922, 2403.04690, 2209.15001",
     ),
     PatchEntry(
         name="sol",
@@ -87,7 +87,7 @@ _OWN = (
         cls="Tome",
         family="tokens",
         summary="Tokens that look alike are merged before attention; each key counts as often as it has tokens.",
-        cite="arXiv 2303.17604",
+        cite="arXiv 2303.17604, 2210.09461, 2509.10918",
     ),
     PatchEntry(
         name="freeswim",
@@ -151,7 +151,7 @@ _OWN = (
         cls="SvgEar",
         family="sparse",
         summary="Alike tokens share blocks; what pooling would get most wrong is read exactly, the rest is pooled.",
-        cite="arXiv 2603.08982",
+        cite="arXiv 2603.08982, 2505.18875",
     ),
     PatchEntry(
         name="hierarchical",
@@ -191,7 +191,7 @@ _OWN = (
         cls="VisualBias",
         family="heads",
         summary="Later text attends more to images and less to the system prompt: a bias on spans.",
-        cite="arXiv 2603.03825",
+        cite="arXiv 2603.03825, 2503.13107",
     ),
     PatchEntry(
         name="var",
@@ -239,7 +239,7 @@ _OWN = (
         cls="Contrast",
         family="generation",
         summary="What pictures add to the logits of the text alone counts more, among likely tokens.",
-        cite="arXiv 2407.21771",
+        cite="arXiv 2407.21771, 2501.12206",
     ),
     PatchEntry(
         name="carve",

@@ -11,7 +11,7 @@ import pytest
 from accelplug.call import Clock, Layout, Site
 from accelplug.families.vlm import VLMS
 from accelplug.recipe import named, read_file, shipped_files
-from accelplug.registry import list_patches, patch_class
+from accelplug.registry import patch_class
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,3 @@ def test_the_table_has_every_recipe_of_a_denoiser() -> None:
 def _is_for_language(path: Any) -> bool:
     classes = {cls for family in VLMS for cls in family.classes}
     return bool(classes & set(str(read_file(path).match).replace(",", " ").replace("=", " ").split()))
-
-
-def test_the_notice_names_every_patch_and_what_it_was_made_from() -> None:
-    notice = (shipped_files()["flux.1-dev"].resolve().parents[1] / "NOTICE").read_text(encoding="utf-8")
-    entries = {line.split(maxsplit=1)[0]: line for line in notice.splitlines() if line and not line.startswith(" ")}
-    for entry in list_patches():
-        assert entry.name in entries, f"NOTICE does not name {entry.name}"
-        assert entry.cite.split(",")[0] in notice

@@ -1,0 +1,113 @@
+"""Citations stand once, in the registry: what NOTICE, the documentation, the modules and the recipes cite follows from it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from accelplug.recipe import SHIPPED, read_file, shipped_files
+from accelplug.registry import PatchEntry, list_patches
+
+ROOT = Path(SHIPPED).resolve().parent
+
+OTHER_WORKS = {
+    "1809.02156": "CHAIR, an evaluator",
+    "2103.12731": "HaloNet, which neighborhood has by settings",
+    "2103.14030": "Swin, likewise",
+    "2108.12409": "ALiBi, whose slopes bias offers",
+    "2204.01697": "MaxViT, which neighborhood has by settings",
+    "2305.10355": "POPE, an evaluator",
+    "2306.13394": "MME, an evaluator",
+    "2309.14509": "DeepSpeed-Ulysses, context parallelism",
+    "2311.07397": "AMBER, an evaluator",
+    "2410.02367": "SageAttention, the setting precision",
+    "2512.01540": "FlashVGGT, the setting representative",
+    "2602.01077": "PISA, the setting rest",
+}
+"""Works that are cited and are not a patch."""
+
+OWN = [entry for entry in list_patches() if entry.module.startswith("accelplug.")]
+
+
+def works(text: str) -> list[str]:
+    """Numbers of the papers on arXiv that a text cites, in order."""
+    return re.findall(r"(?<![\d.])\d{4}\.\d{5}(?!\d)", text)
+
+
+KNOWN = {work for entry in OWN for work in works(entry.cite)} | OTHER_WORKS.keys()
+
+
+def notice() -> dict[str, str]:
+    """What NOTICE says, by the word that a paragraph of it begins with."""
+    paragraphs: dict[str, str] = {}
+    for line in (ROOT / "NOTICE").read_text(encoding="utf-8").splitlines():
+        name = line.split(maxsplit=1)[0] if line[:1].strip() else (list(paragraphs) or [""])[-1]
+        paragraphs[name] = f"{paragraphs.get(name, '')}\n{line}"
+    return paragraphs
+
+
+def documents() -> dict[str, str]:
+    """README and the pages of docs/, by name."""
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return {path.name: path.read_text(encoding="utf-8") for path in paths}
+
+
+def rows(name: str) -> Iterator[str]:
+    """Lines of tables in the documents that are about a patch."""
+    for text in documents().values():
+        yield from re.findall(rf"^\| *`{name}` *\|.*$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("entry", OWN, ids=lambda entry: entry.name)
+def test_a_patch_is_cited_alike_by_the_registry_its_module_notice_and_documents(entry: PatchEntry) -> None:
+    cited = works(entry.cite)
+    assert re.fullmatch(r"arXiv \d{4}\.\d{5}(, \d{4}\.\d{5})*", entry.cite)
+    assert works(inspect.getdoc(import_module(entry.module)) or "")[0] == cited[0], "the module names its own paper first"
+    paragraph = notice()[entry.name]
+    assert not set(cited) - set(works(paragraph)), f"NOTICE: {entry.name} lacks some of {entry.cite}"
+    assert set(works(paragraph)) <= set(cited), f"NOTICE: {entry.name} has works that the registry has not"
+    found = [works(row) for row in rows(entry.name) if works(row)]
+    assert found, f"no table of README.md or docs/ cites {entry.name}"
+    for numbers in found:
+        assert cited[0] in numbers
+        assert set(numbers) <= set(cited)
+
+
+@pytest.mark.parametrize("folder", ["patches", "kernels", "accelplug"])
+def test_the_code_cites_nothing_that_is_not_known(folder: str) -> None:
+    unknown = {
+        str(path.relative_to(ROOT)): found
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if (found := set(works(path.read_text(encoding="utf-8"))) - KNOWN)
+    }
+    assert not unknown
+
+
+def test_the_documents_cite_nothing_that_is_not_known_and_notice_all_that_is() -> None:
+    for name, text in documents().items():
+        assert not set(works(text)) - KNOWN, name
+    assert set(works(" ".join(notice().values()))) == KNOWN
+
+
+def test_nothing_is_on_the_list_of_other_works_that_a_patch_cites_or_nobody_does() -> None:
+    assert not {work for entry in OWN for work in works(entry.cite)} & OTHER_WORKS.keys()
+    code = "".join(
+        path.read_text(encoding="utf-8")
+        for name in ("patches", "kernels", "accelplug")
+        for path in (ROOT / name).rglob("*.py")
+    )
+    assert not OTHER_WORKS.keys() - set(works(code))
+
+
+@pytest.mark.parametrize("path", shipped_files().values(), ids=lambda path: path.stem)
+def test_a_recipe_cites_works_of_its_patches(path: Path) -> None:
+    cites = {entry.name: set(works(entry.cite)) for entry in OWN}
+    for name, recipe in read_file(path).recipes.items():
+        theirs = set().union(*(cites[rule.patch] for rule in recipe.rules if rule.patch != "dense"))
+        assert works(recipe.cite), name
+        assert set(works(recipe.cite)) <= theirs, f"{path.stem}/{name} cites {recipe.cite}, its patches {sorted(theirs)}"
