@@ -132,7 +132,7 @@ _OWN = (
     PatchEntry(
         name="rectified",
         module="accelplug.patches.sparse.rectified",
-        cls="Rectified",
+        cls="RectifiedSpaAttn",
         family="sparse",
         summary="Likeliest and neighbouring key blocks are read, weighed against the mean values of the others.",
         cite="arXiv 2511.19835",

@@ -13,10 +13,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from accelplug.kernels.chunks import at_once
 from accelplug.kernels.orders import Tiles
-
-CHUNK = 1 << 24
-"""Most scores (tokens x clusters) held at a time."""
 
 
 @dataclass(eq=False)
@@ -145,13 +143,13 @@ def cluster_order(
     centres, label = kmeans(tokens, centres, iterations, counts)
     if memory is not None:
         memory.end = centres.view(shape).to(x.dtype)
-    place = lined_up(centres, sizes(label, counts, shape[2])).gather(-1, label)
+    place = lined_up(centres, cluster_sizes(label, counts, shape[2])).gather(-1, label)
     place = place if counts is None else place.masked_fill(~counts, shape[2])
     return place.sort(dim=-1, stable=True).indices.view(batch, heads, number)
 
 
 @cluster_order.register_fake
-def _(
+def _cluster_order_fake(
     x: Tensor,
     valid: Tensor | None,
     first: int,
@@ -178,21 +176,21 @@ def kmeans(x: Tensor, centres: Tensor, iterations: int, valid: Tensor | None = N
     centres : float32 (R, C, D).
     label : int64 (R, n), nearest centre of each token; of equally near ones the first.
     """
-    label = nearest(x, centres)
+    label = nearest_centres(x, centres)
     for _ in range(iterations):
         centres = means(x, centres, label, valid)
-        moved = nearest(x, centres)
+        moved = nearest_centres(x, centres)
         if torch.equal(moved, label):
             break
         label = moved
     return centres, label
 
 
-def nearest(x: Tensor, centres: Tensor) -> Tensor:
+def nearest_centres(x: Tensor, centres: Tensor) -> Tensor:
     """Return the nearest centre of each token, int64 (R, n), a chunk of tokens at a time."""
     rows, clusters, _ = centres.shape
     offset = -0.5 * centres.square().sum(-1)[:, None]  # |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2)
-    chunks = x.split(max(CHUNK // (rows * clusters), 1), 1)
+    chunks = x.split(at_once(rows * clusters), 1)
     return torch.cat([torch.baddbmm(offset, part, centres.transpose(-1, -2)).argmax(-1) for part in chunks], 1)
 
 
@@ -212,7 +210,7 @@ def means(x: Tensor, centres: Tensor, label: Tensor, valid: Tensor | None = None
     return torch.where(number > 0, total / number.clamp(min=1), centres)
 
 
-def sizes(label: Tensor, valid: Tensor | None, clusters: int) -> Tensor:
+def cluster_sizes(label: Tensor, valid: Tensor | None, clusters: int) -> Tensor:
     """Return how many tokens that count each cluster has, float32 (R, C)."""
     weight = torch.ones_like(label) if valid is None else valid.long()
     return label.new_zeros(len(label), clusters).scatter_add_(-1, label, weight).float()

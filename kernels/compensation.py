@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from accelplug.kernels.chunks import at_once
 from accelplug.kernels.plan import pool
-
-CHUNK = 1 << 24
-"""Most logits (query blocks x keys, over heads and batch) held at a time."""
 
 
 @torch.library.custom_op("accelplug::compensation_error", mutates_args=())
@@ -64,10 +62,12 @@ def compensation_error(
         total = weight.sum(-1, keepdim=True)
         return error.clamp(min=0) / total.square().clamp(min=torch.finfo(torch.float32).tiny)
 
-    step = max(CHUNK // (key.shape[0] * key.shape[1] * key.shape[-1]), 1)
+    step = at_once(key.shape[0] * key.shape[1] * key.shape[-1])
     return torch.cat([of_rows(rows) for rows in (q_pool * scale).split(step, -2)], -2)
 
 
 @compensation_error.register_fake
-def _(q_pool: Tensor, k: Tensor, v: Tensor, k_len: Tensor, block_k: int, scale: float, key_mask: Tensor | None) -> Tensor:
+def _compensation_error_fake(
+    q_pool: Tensor, k: Tensor, v: Tensor, k_len: Tensor, block_k: int, scale: float, key_mask: Tensor | None
+) -> Tensor:
     return q_pool.new_empty((*q_pool.shape[:-1], len(k_len)))

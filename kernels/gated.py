@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 24
-"""Most logits (queries x keys of a region) held at a time."""
+from accelplug.kernels.chunks import at_once
 
 
 @torch.library.custom_op("accelplug::gated_attention", mutates_args=())
@@ -43,7 +42,7 @@ def gated_attention(
                 if not len(keys) or not len(chosen):
                     continue
                 key, value = (x[row, head // group, keys].float() for x in (k, v))
-                for queries in chosen.split(max(CHUNK // len(keys), 1)):
+                for queries in chosen.split(at_once(len(keys))):
                     logits = (q[row, head, queries].float() * scale) @ key.T  # [n, keys]
                     here = logits.logsumexp(-1)
                     both = torch.logaddexp(lse[queries], here)
@@ -54,5 +53,7 @@ def gated_attention(
 
 
 @gated_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, region: Tensor, scale: float, key_mask: Tensor | None = None) -> Tensor:
+def _gated_attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, region: Tensor, scale: float, key_mask: Tensor | None = None
+) -> Tensor:
     return q.new_empty(*q.shape[:3], v.shape[-1])

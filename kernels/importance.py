@@ -80,7 +80,7 @@ def sampled_importance(
 
 
 @sampled_importance.register_fake
-def _(
+def _sampled_importance_fake(
     q: Tensor,
     k: Tensor,
     q_len: Tensor,

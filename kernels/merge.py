@@ -15,9 +15,6 @@ from torch import Tensor
 
 from accelplug.errors import ShapeError
 
-Grid = tuple[int, int, int]
-"""Frames, rows, columns."""
-
 
 @dataclass(frozen=True, eq=False)
 class Partition:
@@ -41,9 +38,9 @@ class Partition:
 
 @lru_cache(maxsize=64)
 def partition(
-    grid_thw: Grid,
-    cell_thw: Grid = (1, 2, 2),
-    tile_thw: Grid = (1, 16, 16),
+    grid_thw: tuple[int, int, int],
+    cell_thw: tuple[int, int, int] = (1, 2, 2),
+    tile_thw: tuple[int, int, int] = (1, 16, 16),
     seed: int | None = 0,
     protected: frozenset[int] = frozenset(),
     device: torch.device | str = "cpu",
@@ -76,8 +73,8 @@ def partition(
 
     cuts = [_cuts(*axis) for axis in zip(grid_thw, cell, tile_thw, strict=True)]
     tiles = [tuple(slice(*ends) for ends in place) for place in product(*(pairwise(cut) for cut in cuts))]
-    source, is_source = _padded([token[tile][mergeable[tile]] for tile in tiles])
-    destination, is_destination = _padded([token[tile][chosen[tile]] for tile in tiles])
+    source, is_source = _in_rows([token[tile][mergeable[tile]] for tile in tiles])
+    destination, is_destination = _in_rows([token[tile][chosen[tile]] for tile in tiles])
     source, destination, is_source, is_destination = (x.to(device) for x in (source, destination, is_source, is_destination))
     return Partition(source, destination, is_source, is_destination, int(mergeable.sum()), token.numel())
 
@@ -89,7 +86,7 @@ def _cuts(length: int, cell: int, tile: int) -> list[int]:
     return [cells * i // tiles * cell for i in range(tiles)] + [length]
 
 
-def _padded(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _in_rows(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Lists of tokens as rows of equal length, and which entries are real."""
     length = torch.tensor([len(part) for part in parts])
     rows = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
@@ -145,13 +142,13 @@ def merge(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None = None) -> 
     -------
     mean : (B, H, slots, D) in x's dtype; 0 where nothing counts.
     """
-    number = sizes(slot, slots, weight).clamp(min=1)[:, None, :, None]
+    number = slot_sizes(slot, slots, weight).clamp(min=1)[:, None, :, None]
     x32 = x.float() if weight is None else x.float() * weight[:, None, :, None]
     total = x32.new_zeros((*x.shape[:2], slots, x.shape[-1]))
     return (total.scatter_add(2, _expand(slot, x), x32) / number).to(x.dtype)
 
 
-def sizes(slot: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
+def slot_sizes(slot: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
     """How many tokens each slot stands for: float32 (B, slots)."""
     ones = torch.ones_like(slot, dtype=torch.float32) if weight is None else weight
     return ones.new_zeros((len(slot), slots)).scatter_add(1, slot, ones)

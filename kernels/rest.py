@@ -115,7 +115,7 @@ def coarse(
     if isinstance(rest, Pool):
         for x, out, by_centre in ((k, keys, rest.representative != "mean"), (v, values, rest.representative == "centre")):
             block = (plan.k_len, plan.block_k, key_mask)
-            out.append(_take(x, _centre(*block)) if by_centre else mean(x, *block))
+            out.append(_at_slots(x, _centre(*block)) if by_centre else mean(x, *block))
         biases.append(_log_number(plan, rest.weight, key_mask))
     heads = max(x.shape[1] for x in biases)
     bias = torch.cat([x.expand(-1, heads, -1) for x in biases], -1)
@@ -138,7 +138,7 @@ def _centre(lengths: Tensor, block: int, key_mask: Tensor | None) -> Tensor:
     return middle + torch.arange(len(lengths), device=lengths.device) * block
 
 
-def _take(x: Tensor, slots: Tensor) -> Tensor:
+def _at_slots(x: Tensor, slots: Tensor) -> Tensor:
     """x (B, H, P, D) at slots (B|1, N): (B, H, N, D). Slots behind P are of empty blocks."""
     slots = slots.clamp(max=x.shape[-2] - 1)
     return x.take_along_dim(slots[:, None, :, None], -2)

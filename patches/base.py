@@ -47,15 +47,15 @@ class Config(BaseModel):
     def _values_are_sound(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, Table):
             value.require_entries(*cls._choices(info.field_name or "")[:2])
-        elif any(abs(number) > MAX_NUMBER for number in _numbers(value)):
+        elif any(abs(number) > MAX_NUMBER for number in _entries(value)):
             raise ValueError(f"numbers go to {MAX_NUMBER} in size")
         return value
 
 
-def _numbers(value: Any) -> Iterator[float]:
+def _entries(value: Any) -> Iterator[float]:
     if isinstance(value, tuple | list):
         for item in value:
-            yield from _numbers(item)
+            yield from _entries(item)
     elif isinstance(value, int | float):
         yield value
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
-from accelplug.kernels import clusters
+from accelplug.kernels import chunks, clusters
 from accelplug.kernels.clusters import COLD, Memory, cluster_order, cluster_tiles, kmeans, lined_up
 from accelplug.kernels.orders import tiles
 from accelplug.patches.sparse.sol import Sol
@@ -41,9 +41,9 @@ def blobs(*shape: int, centres: int = 5, spread: float = 0.3) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 3, 30])
-@pytest.mark.parametrize("chunk", [clusters.CHUNK, 40])
+@pytest.mark.parametrize("chunk", [chunks.CHUNK, 40])
 def test_is_lloyds_algorithm(iterations: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clusters, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     x, valid = blobs(3, 41, 4), torch.rand(3, 41) < 0.8
     start = torch.cat([x[:, :5], torch.full((3, 1, 4), 100.0)], 1)  # a last cluster that gets no token
     centres, label = kmeans(x, start, iterations, valid)

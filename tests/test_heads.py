@@ -262,7 +262,7 @@ def test_pai_raises_signed_scores_in_answering_rows(answers: int) -> None:
 
 @pytest.mark.parametrize("at_a_time", [128, 3])
 def test_gift_reads_the_gaze_and_shifts_the_answer(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gift, "ROWS", at_a_time)
+    monkeypatch.setattr(gift, "QUESTION_ROWS", at_a_time)
     call, layout, state = make(), prompt(), {}
     patch = gift.Gift({"saliency_layer": 0, "enhance": [1, 4], "alpha": 2.0})
     assert torch.equal(patch.attend(call, patch.prepare(SITE, layout, PREFILL, state)), call.dense())

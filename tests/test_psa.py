@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.importance import sampled_importance, sampled_slots
-from accelplug.patches.sparse.psa import LEVELS, Psa, PsaConfig
+from accelplug.patches.sparse.psa import PYRAMID, Psa
 from accelplug.patches.sparse.template import Blocks
 
 
@@ -71,11 +71,11 @@ def test_importance_is_the_largest_probability_among_samples(
         assert not found[0, ..., 0].any()
 
 
-def levels_by_hand(row: list[float], allowed: list[bool], config: PsaConfig) -> list[int]:
+def levels_by_hand(row: list[float], allowed: list[bool], config: Psa.Config) -> list[int]:
     """One row, one level after another, on exact binary fractions."""
     ranked = sorted((j for j in range(len(row)) if allowed[j]), key=lambda j: (-row[j], j))
     total, level, start = sum(row[j] for j in ranked), [0] * len(row), 0
-    for h, bound in zip(LEVELS, config.bounds, strict=True):
+    for h, bound in zip(PYRAMID, config.bounds, strict=True):
         if config.rule == "topk":
             end = math.floor(len(ranked) * bound + 1e-9)
             least = 1
@@ -170,7 +170,7 @@ def test_every_block_at_level_one_is_dense(layout: Layout, config: dict[str, Any
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_level_is_exact_where_so_many_keys_are_equal(layout: Layout, h: int) -> None:
     """One block in six is exact, all others are read at level h; the visual tail may be short."""
-    patch = psa(rule="topk", bounds=[0.17 if level < h else 1.0 for level in LEVELS], backend="reference")
+    patch = psa(rule="topk", bounds=[0.17 if level < h else 1.0 for level in PYRAMID], backend="reference")
     q, k, v = torch.randn(3, 1, 2, layout.length, 16)
     visual = layout.visual
     for x in (k, v):

@@ -10,7 +10,7 @@ import torch
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.orders import Tiles, tiles
-from accelplug.patches.sparse.rectified import Rectified, RectifiedConfig, adjacency
+from accelplug.patches.sparse.rectified import RectifiedSpaAttn, adjacency
 from accelplug.patches.sparse.template import Blocks
 from accelplug.registry import patch_class
 
@@ -49,7 +49,7 @@ def test_blocks_touch_where_their_tokens_do(layout: Layout, block: int, block_k:
 
 
 def blocks_of(
-    patch: Rectified,
+    patch: RectifiedSpaAttn,
     layout: Layout,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -62,7 +62,7 @@ def blocks_of(
 
 
 def members_by_hand(
-    layout: Layout, blocks: Blocks, config: RectifiedConfig, key_mask: torch.Tensor | None = None
+    layout: Layout, blocks: Blocks, config: RectifiedSpaAttn.Config, key_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """One head, batch row 0, one row of blocks at a time; float64."""
     queries, keys = (tokens_by_block(blocks.q_tiles, size) for size in (blocks.block, blocks.block_k))
@@ -107,7 +107,7 @@ def members_by_hand(
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
 def test_equals_the_rule_stated_block_by_block(layout: Layout, config: dict[str, Any], masked: bool) -> None:
-    patch = Rectified({"block": 8, "drop_rate": 0.8, "order": "morton", "rest": "drop", **config})
+    patch = RectifiedSpaAttn({"block": 8, "drop_rate": 0.8, "order": "morton", "rest": "drop", **config})
     q, k = torch.randn(2, 1, 1, layout.length, 16)
     key_mask = torch.rand(1, layout.length) < 0.7 if masked else None
     blocks, where = blocks_of(patch, layout, q, k, key_mask)
@@ -124,17 +124,17 @@ def test_p_reads_beyond_the_drop_rate() -> None:
     q, k = torch.randn(2, 1, 1, 105, 16)
     density = []
     for p in (0.0, 0.5, 0.9, 1.0):
-        patch = Rectified({"block": 8, "drop_rate": 1.0, "p": p, "adjacent": False, "rest": "drop"})
+        patch = RectifiedSpaAttn({"block": 8, "drop_rate": 1.0, "p": p, "adjacent": False, "rest": "drop"})
         blocks, where = blocks_of(patch, layout, q, k)
         density.append(float(patch.route(blocks, **where).members.float().mean()))
     assert density[0] == pytest.approx(1 / 14)  # one block a row
     assert density == sorted(set(density))
     assert density[-1] == 1
-    assert Rectified({"drop_rate": 0}).prepare(SITE, layout, Clock(), {}) is None
+    assert RectifiedSpaAttn({"drop_rate": 0}).prepare(SITE, layout, Clock(), {}) is None
 
 
 def test_batches_do_not_mix() -> None:
-    layout, patch = Layout((3, 5, 7), 2, 3), Rectified({"block": 8, "drop_rate": 0.9, "rest": "drop"})
+    layout, patch = Layout((3, 5, 7), 2, 3), RectifiedSpaAttn({"block": 8, "drop_rate": 0.9, "rest": "drop"})
     q, k = torch.randn(2, 3, 2, layout.length, 16)
 
     def members(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -154,7 +154,7 @@ def test_orders_by_head_have_neighbours_by_head() -> None:
 
 
 def attend(layout: Layout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **config: Any) -> torch.Tensor:
-    patch = Rectified({"block": 8, "drop_rate": 0.9, "adjacent": False, "backend": "reference", **config})
+    patch = RectifiedSpaAttn({"block": 8, "drop_rate": 0.9, "adjacent": False, "backend": "reference", **config})
     params = patch.prepare(SITE, layout, Clock(), {})
     return patch.attend(AttentionCall(q, k, v, None, 0.5, dense=lambda **_: pytest.fail("ran dense")), params)
 

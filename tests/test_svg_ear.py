@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
-from accelplug.kernels import compensation
+from accelplug.kernels import chunks
 from accelplug.kernels.compensation import compensation_error
 from accelplug.patches.sparse.svg_ear import SvgEar
 from accelplug.patches.sparse.template import Blocks
@@ -40,12 +40,12 @@ def error_by_keys(
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("chunk", [compensation.CHUNK, 1])
+@pytest.mark.parametrize("chunk", [chunks.CHUNK, 1])
 @pytest.mark.parametrize("shift", [0.0, 60.0])  # logits that overflow exp in float32
 def test_the_error_is_the_formula_stated_key_by_key(
     masked: bool, chunk: int, shift: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compensation, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     lengths = torch.tensor([8, 8, 5, 8, 3], dtype=torch.int32)
     q_pool, k, v = torch.randn(2, 4, 3, 6), torch.randn(2, 2, 40, 6), torch.randn(2, 2, 40, 4)
     q_pool[..., 0], k[..., 0] = 1.0, k[..., 0] * 0.1 + shift * 2

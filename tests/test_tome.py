@@ -16,7 +16,7 @@ import accelplug
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.errors import ShapeError
 from accelplug.hosts.rebind import dense_sdpa
-from accelplug.kernels.merge import match, merge, partition, sizes, unmerge
+from accelplug.kernels.merge import match, merge, partition, slot_sizes, unmerge
 from accelplug.patches.tokens import tome
 from accelplug.patches.tokens.tome import Tome
 from tests import tiny_models
@@ -99,7 +99,7 @@ def test_match_and_merge_against_loops(grid: tuple[int, int, int]) -> None:
             members = [owner, *(token for token, end in into.items() if end == owner)]
             mean = merge(x, slot, len(kept))[sample, :, place]
             torch.testing.assert_close(mean, x[sample, :, members].mean(1))
-            assert sizes(slot, len(kept))[sample, place] == len(members)
+            assert slot_sizes(slot, len(kept))[sample, place] == len(members)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(8, 12), (7, 9)])
@@ -123,8 +123,8 @@ def test_equal_tokens_survive_merging_and_sizes_add_up() -> None:
         slots = drawn.tokens - merged
         constant = torch.full((2, 1, drawn.tokens, 3), 0.7)
         assert torch.allclose(unmerge(merge(constant, slot, slots), slot), constant)
-        assert (sizes(slot, slots).sum(-1) == drawn.tokens).all()
-        assert (sizes(slot, slots) >= 1).all()
+        assert (slot_sizes(slot, slots).sum(-1) == drawn.tokens).all()
+        assert (slot_sizes(slot, slots) >= 1).all()
 
 
 def test_protected_tokens_and_zero_vectors() -> None:
@@ -172,8 +172,8 @@ def test_against_attention_with_bias_and_mask(proportional: bool) -> None:
     drawn = partition((1, 6, 8), seed=0)
     slot = match(call.k[..., 4:52, :].mean(1), drawn, 24)
     weight = valid[:, 4:52].float()
-    bias = sizes(slot, 24, weight).log() if proportional else torch.zeros(2, 24)
-    bias = bias.masked_fill(sizes(slot, 24, weight) == 0, -torch.inf)
+    bias = slot_sizes(slot, 24, weight).log() if proportional else torch.zeros(2, 24)
+    bias = bias.masked_fill(slot_sizes(slot, 24, weight) == 0, -torch.inf)
     ends = torch.zeros(2, layout.length).masked_fill(~valid, -torch.inf)
     bias = torch.cat([ends[:, :4], bias, ends[:, 52:]], -1)[:, None, None]
     k, v = (

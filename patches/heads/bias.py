@@ -123,14 +123,14 @@ class Bias(Patch):
         lengths, axes = ((layout.visual,), (1.0,)) if config.axes == "token" else (layout.grid_thw, config.axes)
         weights = [config.strength * weight for weight in axes]
         if config.form == "absolute":
-            per_axis = [low_rank(-weight * _distance(n), config.energy) for n, weight in zip(lengths, weights, strict=True)]
+            per_axis = [low_rank(-weight * _distances(n), config.energy) for n, weight in zip(lengths, weights, strict=True)]
             places = torch.meshgrid(*(torch.arange(n) for n in lengths), indexing="ij")
             rows, columns = (
                 torch.cat([factor[place.flatten()] for factor, place in zip(side, places, strict=True)], -1)
                 for side in zip(*per_axis, strict=True)
             )
         else:
-            at = centred(lengths)  # [N, A]
+            at = from_the_middle(lengths)  # [N, A]
             rows, columns = (linear if config.form == "linear" else square)(at, at.new_tensor(weights))
         if rows.shape[-1] > MAX_RANK:
             raise UnsupportedError(
@@ -148,7 +148,7 @@ class Bias(Patch):
         return dense_at_one_width(call, *with_low_rank(call, rows, params.columns))
 
 
-def centred(lengths: tuple[int, ...]) -> Tensor:
+def from_the_middle(lengths: tuple[int, ...]) -> Tensor:
     """Positions of all tokens of a grid, from the middle of each axis: float64 (N, A), last axis fastest."""
     axes = [torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in lengths]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
@@ -183,6 +183,6 @@ def balanced(rows: Tensor, columns: Tensor) -> Factors:
     return rows * share, columns / share
 
 
-def _distance(length: int) -> Tensor:
+def _distances(length: int) -> Tensor:
     at = torch.arange(length, dtype=torch.float64)
     return (at[:, None] - at).abs()

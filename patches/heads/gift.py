@@ -42,7 +42,7 @@ _STOP = """a an the this that these those is are was were be been do does did ha
     how and or but if not no of in on at to for from with by as about into over under than then so very please"""
 STOP_WORDS = frozenset(_STOP.split())
 """Words that carry no content, in place of the paper's part-of-speech tagger."""
-ROWS = 128
+QUESTION_ROWS = 128
 """Rows of the question that are read at a time."""
 _WORD = re.compile(r"([^\W_]+?)(n?['\u2019][^\W_]+)?(?![^\W_])")
 
@@ -215,7 +215,7 @@ class Gift(Patch):
         near = fit(visual, call).to(call.q.device)
         by_head, first = torch.zeros(*call.q.shape[:2], near.shape[1], device=call.q.device), 0
         rows, begin = torch.arange(content.shape[1], device=call.q.device), int(content.any(0).long().argmax())
-        for some in rows[begin:].split(ROWS):  # of which there is one ahead: an image's
+        for some in rows[begin:].split(QUESTION_ROWS):  # of which there is one ahead: an image's
             at = torch.cat([some[:1] - 1, some])
             by_head += moves(row_attention(call, at.expand(len(content), -1)), content[:, some], near)
         if call.place is not None:  # a sliding window has lost the first keys

@@ -76,7 +76,7 @@ class VisualBias(Patch):
         if clock.phase == "prefill":
             return Params(columns, logs, layout.rows)
         columns = roomy(columns)
-        return Params(columns, logs, None, _bias(logs, columns) if self.config.heads is None else None)
+        return Params(columns, logs, None, _laid_on_keys(logs, columns) if self.config.heads is None else None)
 
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
         here = call.q.device
@@ -86,7 +86,7 @@ class VisualBias(Patch):
         columns = fit(params.columns, call).to(here)  # [B, 2, S_k]
         logs = self._by_head(params.logs.to(here), call)  # [H|1, 2]
         if single:
-            return decode_biased(call, _bias(logs, columns))
+            return decode_biased(call, _laid_on_keys(logs, columns))
         rows = columns.new_ones(1, 1) if params.rows is None else params.rows[:, -call.q.shape[2] :].to(columns)  # [B, S_q]
         return attend_biased(call, rows[:, None, :, None] * logs[:, None], columns.mT)
 
@@ -100,6 +100,6 @@ class VisualBias(Patch):
         return torch.isin(chosen, wanted)[:, None] * weights
 
 
-def _bias(logs: Tensor, columns: Tensor) -> Tensor:
+def _laid_on_keys(logs: Tensor, columns: Tensor) -> Tensor:
     """Log-weights (H|1, 2) laid on both kinds of keys (B, 2, S): (B, H|1, 1, S)."""
     return (logs[:, :, None, None] * columns[:, None, :, None]).sum(2)

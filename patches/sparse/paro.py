@@ -33,6 +33,7 @@ from torch import Tensor
 from accelplug.bounded import Bounded
 from accelplug.call import Clock, Layout, Site
 from accelplug.errors import RecipeError, UnsupportedError
+from accelplug.kernels.chunks import at_once
 from accelplug.kernels.orders import Tiles, tiles
 from accelplug.kernels.plan import BlockPlan, pack_bits, unpack_bits
 from accelplug.kernels.static import band, band_width
@@ -42,8 +43,6 @@ from accelplug.table import MAX_BYTES, Bits, Table, bucket
 
 AxisOrder = Literal["thw", "twh", "hwt", "htw", "wht", "wth"]
 ORDERS = get_args(AxisOrder)
-CHUNK = 1 << 24
-"""Entries of the attention map that are there at a time."""
 
 
 def mask_row(clock: Clock, rows: int) -> int:
@@ -132,7 +131,7 @@ class ParoSearch(Calibration):
         number = -(-seen.layout.visual // block)
         sums = torch.zeros(heads, number, number)
         pick = seen.sample(self.config.rows * number, block).view(number, -1)  # slots, in a short block from its start again
-        chunk = max(CHUNK // (self.config.rows * seen.call.k.shape[-2]), 1)
+        chunk = at_once(self.config.rows * seen.call.k.shape[-2])
         for row, head in seen.heads():
             order = self._visual(seen.layout, ORDERS[int(self.orders()[seen.site.layer or 0, head])]).to(pick.device)
             starts = torch.arange(number, device=pick.device)[:, None] * block

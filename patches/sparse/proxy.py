@@ -126,7 +126,7 @@ class Proxy(BlockSparse):
 
     def order(self, layout: Layout, **where: Any) -> Tiles:
         windows = tiles(layout, "tile", self.config.unit, self.config.window_thw)
-        return windows if self.config.representative == "mean" else centred(windows, self.config.unit)
+        return windows if self.config.representative == "mean" else centre_in_the_middle(windows, self.config.unit)
 
     def select(self, tiles: Tiles, **where: Any) -> BlockPlan:
         axes = zip(tiles.layout.grid_thw, self.config.window_thw, self.config.halo_thw, strict=True)
@@ -154,7 +154,7 @@ def _axis(length: int, tile: int, halo: int) -> tuple[Tensor, Tensor]:
     return size, (place[:, None] - place).abs() <= halo
 
 
-def centred(tiles: Tiles, block: int) -> Tiles:
+def centre_in_the_middle(tiles: Tiles, block: int) -> Tiles:
     """Let the token nearest to the centroid of each block change places with the middle one, which stands for the block."""
     held, place = tiles.held.unflatten(0, (-1, block)), tiles.coordinates().double().unflatten(0, (-1, block))
     number = held.sum(-1)

@@ -33,14 +33,14 @@ from torch import Tensor
 
 from accelplug.call import Layout
 from accelplug.kernels.importance import sampled_importance
-from accelplug.kernels.plan import BlockPlan
+from accelplug.kernels.plan import LEVELS, BlockPlan
 from accelplug.patches.sparse.template import Blocks, Scored, ScoredConfig
 
-LEVELS = (1, 2, 4, 8)
+PYRAMID = (1, *LEVELS)
 """Consecutive keys that are read as one; 0 stands for a block that is not read."""
 
 Bound = Annotated[float, Field(ge=0.0, le=1.0)]
-Threshold = Annotated[float, Field(ge=-1.0, le=1.0)]
+Cosine = Annotated[float, Field(ge=-1.0, le=1.0)]
 
 
 class Psa(Scored):
@@ -67,7 +67,7 @@ class Psa(Scored):
             le=128,
             description="Keys that the blocks of a level are rounded to fill, 32 as released; none: no rounding.",
         )
-        similarity: tuple[Threshold, Threshold, Threshold] | None = Field(
+        similarity: tuple[Cosine, Cosine, Cosine] | None = Field(
             None, description="Cosine above which the keys of a block may be read at level 2, 4 and 8; none: always."
         )
         seed: int = Field(0, ge=0, description="Of the permutation that says which tokens of a block are sampled.")
@@ -118,7 +118,7 @@ class Psa(Scored):
         rank = torch.arange(importance.shape[-1], device=importance.device)
         ranked_level = torch.zeros_like(block, dtype=torch.uint8)
         start = torch.zeros_like(number)
-        for h, bound in zip(LEVELS, self.config.bounds, strict=True):
+        for h, bound in zip(PYRAMID, self.config.bounds, strict=True):
             end = self.end(h, bound, before, number)
             end = self.whole_tiles(h, start, torch.maximum(end, start), number)
             ranked_level = torch.where((rank >= start[..., None]) & (rank < end[..., None]), h, ranked_level)
@@ -160,7 +160,7 @@ class Psa(Scored):
             valid = valid & torch.nn.functional.pad(blocks.key_mask, gap)
         valid = valid[:, None] if valid.ndim == 2 else valid  # [P], [B, 1, P] or [B, H, P]
         coarsest = torch.ones(*keys.shape[:2], len(blocks.key_lengths), dtype=torch.uint8, device=keys.device)
-        for h, threshold in zip(LEVELS[1:], self.config.similarity or (), strict=True):
+        for h, threshold in zip(PYRAMID[1:], self.config.similarity or (), strict=True):
             groups = keys.unflatten(-2, (-1, blocks.block_k // h, h))  # [B, H, N, block_k / h, h, D]
             whole = valid.unflatten(-1, (-1, blocks.block_k // h, h))[..., [0, -1]].all(-1)
             cosine = (groups[..., 0, :] * groups[..., -1, :]).sum(-1).masked_fill(~whole, 0.0)

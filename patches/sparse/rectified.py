@@ -39,7 +39,7 @@ from accelplug.kernels.rows import top_p
 from accelplug.patches.sparse.template import BlockParams, Blocks, RestKind, Scored, ScoredConfig
 
 
-class Rectified(Scored):
+class RectifiedSpaAttn(Scored):
     """Read the likeliest and the neighbouring key blocks, and weigh them against the mean values of the others."""
 
     class Config(ScoredConfig):

@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 
 from accelplug.bounded import Bounded
 from accelplug.call import AttentionCall, Clock, Layout, Site
-from accelplug.kernels.merge import Partition, match, merge, partition, sizes, unmerge
+from accelplug.kernels.merge import Partition, match, merge, partition, slot_sizes, unmerge
 from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.base import Config, Patch, Positive
 
@@ -42,7 +42,7 @@ NEVER = -6e4
 
 
 @dataclass(eq=False)
-class Memory:
+class SharedMatch:
     """The match that several calls share. Graphs write `slot`, and look at nothing else.
 
     Attributes
@@ -73,7 +73,7 @@ class Params:
     drawn: tuple
     before: int
     merged: int
-    memory: Memory | None
+    memory: SharedMatch | None
     reads: bool
 
     def to(self, device: torch.device | str) -> Params:
@@ -125,12 +125,12 @@ class Tome(Patch):
 
     def _memory(
         self, site: Site, layout: Layout, step: int | None, period: int | None, state: dict[str, Any]
-    ) -> tuple[Memory | None, bool]:
+    ) -> tuple[SharedMatch | None, bool]:
         """Return the memory that `site` shares with other layers and steps, and whether a match that is in it will be good."""
         if self.config.interval == self.config.reuse_layers == 1 or site.layer is None:
             return None, False
         memories = state.setdefault("shared", {}).setdefault("tome", Bounded(256))
-        memory = memories.get((self, layout, site.layer // self.config.reuse_layers), Memory)
+        memory = memories.get((self, layout, site.layer // self.config.reuse_layers), SharedMatch)
         if memory.period != period:
             memory.period, memory.leader, memory.slot = period, None, None
         if memory.leader is not None and site.layer > memory.leader:
@@ -158,7 +158,7 @@ class Tome(Patch):
         number = None  # [B, S - merged], tokens that each key stands for
         if self.config.proportional or valid is not None:
             valid = torch.ones_like(call.k[:, 0, :, 0], dtype=torch.float32) if valid is None else valid
-            number = torch.cat([valid[:, :before], sizes(slot, slots, weight), valid[:, behind:]], -1)
+            number = torch.cat([valid[:, :before], slot_sizes(slot, slots, weight), valid[:, behind:]], -1)
             number = number if self.config.proportional else (number > 0).float()
         out = _attend_counted(call, q, fewer(call.k), fewer(call.v), number)
         if self.config.mode == "qkv":
