@@ -33,13 +33,14 @@ from accelplug.errors import (
 )
 from accelplug.hosts.caches import StepCaches
 from accelplug.hosts.clock import StepClock
-from accelplug.hosts.diffusers import DENOISERS, DenoiserHost, denoisers
+from accelplug.hosts.diffusers import DenoiserHost
 from accelplug.hosts.forecast import Forecast, amdahl
 from accelplug.hosts.gate import Gate, Verdict
 from accelplug.hosts.ledger import Event, Ledger
+from accelplug.hosts.models import DENOISERS, denoisers, is_language_model, model_in
 from accelplug.hosts.placement import Placement
 from accelplug.hosts.record import Choice
-from accelplug.hosts.transformers import LanguageHost, is_language_model, model_in
+from accelplug.hosts.transformers import LanguageHost
 from accelplug.hosts.undo import Undo
 from accelplug.kernels.attention import Backend
 from accelplug.recipe import ModelFacts, Recipe, Rule, load

@@ -59,7 +59,8 @@ def decay(model: Any, processor: Any, shown: list, prompt: str) -> list[float]:
     """Mean attention to the image over layers and heads, at answer tokens 1 to 8, 9 to 16, 17 to 24 ..."""
     from accelplug.hosts.ledger import Ledger
     from accelplug.hosts.record import DENSE
-    from accelplug.hosts.transformers import LanguageHost, watching
+    from accelplug.hosts.stream import watching
+    from accelplug.hosts.transformers import LanguageHost
     from accelplug.hosts.undo import Undo
     from accelplug.kernels.spans import fit, row_attention
 

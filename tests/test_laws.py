@@ -13,7 +13,7 @@ from torch import nn
 import accelplug
 from accelplug import compat
 from accelplug.errors import AccelplugError, AlreadyAppliedError, FallbackError, NoMatchError, UnsupportedError
-from accelplug.hosts.diffusers import processor_owners
+from accelplug.hosts.models import processor_owners
 from tests import tiny_models
 from tests.patch_rows import ROWS, Row
 

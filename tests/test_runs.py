@@ -15,7 +15,7 @@ from torch import Tensor
 
 import accelplug
 from accelplug.errors import FallbackError, NoMatchError, UnsupportedError
-from accelplug.hosts.diffusers import denoisers
+from accelplug.hosts.models import denoisers
 from tests import tiny_models, tiny_pipelines
 from tests.patch_rows import ROWS
 from tests.tiny_models import Inputs

@@ -265,7 +265,7 @@ def test_a_dense_run_that_was_held_up_flatters_nobody(monkeypatch: pytest.Monkey
     found.forecast.probes = {Arm("idle", ()): Probe({0: 0.01}, 0.5)}
     monkeypatch.setattr(crew, "load", lambda *_: None)
     monkeypatch.setattr(crew, "model_facts", lambda _: None)
-    monkeypatch.setattr(crew, "is_compiled", lambda _: False)
+    monkeypatch.setattr(crew, "runs_compiled", lambda _: False)
     monkeypatch.setattr(Arm, "__str__", lambda arm: arm.patch)
     found._run(Candidate(Arm("idle", ())), [(0, 0)])
     assert [point.speedup for point in found.points.values()] == [1.0]

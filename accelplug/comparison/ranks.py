@@ -15,7 +15,7 @@ from torch import distributed, nn
 
 from accelplug import compat, files
 from accelplug.errors import AccelplugError, UnsupportedError
-from accelplug.hosts.diffusers import denoisers
+from accelplug.hosts.models import denoisers
 
 T = TypeVar("T")
 

@@ -20,10 +20,9 @@ from accelplug.comparison.environment import environment, forget_peak, peak_mib
 from accelplug.comparison.ranks import Ranks, working
 from accelplug.comparison.result import DENSE, Comparison, Row, Sample
 from accelplug.errors import AccelplugError
-from accelplug.hosts.diffusers import DENOISERS, denoisers
 from accelplug.hosts.forecast import amdahl, joined
 from accelplug.hosts.ledger import Event
-from accelplug.hosts.transformers import is_language_model, model_in
+from accelplug.hosts.models import DENOISERS, denoisers, is_language_model, model_in
 from accelplug.kernels.timing import synchronise
 from accelplug.plug import apply, model_facts
 from accelplug.recipe import Recipe, load, record_measurement

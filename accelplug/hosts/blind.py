@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from accelplug import compat
 from accelplug.call import Prompt
 from accelplug.errors import UnsupportedError
+from accelplug.hosts.stream import FORWARD, Attending, Forward
 from accelplug.hosts.undo import Undo
 
 
@@ -31,19 +32,16 @@ class Blind:
     """
 
     def __init__(self, base: Any, decoder: Any, prompt: Prompt, inputs: dict[str, Any], undo: Undo) -> None:
-        from accelplug.hosts.transformers import RUN, Run
-
-        self._key, self._run = RUN, Run
         self._layers = list(decoder.layers)
         self._calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
         self._hidden: dict[int, Tensor] = {}
-        self._heads: dict[int, Tensor] = {}
+        self._heads: dict[int | None, Tensor] = {}
         self._front = len(self._layers)  # layers before this one have been run with the gains that were set
         with Undo(within=undo) as own:
             own.add(partial(compat.transformers.set_position_offset, base, compat.transformers.position_offset(base)))
             for index, layer in enumerate(self._layers):
                 own.hook(layer, "register_forward_pre_hook", self._recorder(index), with_kwargs=True)
-            base(**self._inputs(prompt, inputs), use_cache=False, **{RUN: Run(companion=self._note)})
+            base(**self._inputs(prompt, inputs), use_cache=False, **{FORWARD: Forward(companion=self._note)})
 
     @staticmethod
     def _inputs(prompt: Prompt, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -66,16 +64,16 @@ class Blind:
 
     def _recorder(self, index: int) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-            run = (kwargs or {}).get(self._key)
-            if kwargs is None or run is None or run.companion != self._note:  # another thread's forward
+            forward = (kwargs or {}).get(FORWARD)
+            if kwargs is None or forward is None or forward.companion != self._note:  # another thread's forward
                 return
-            rest = {name: value for name, value in kwargs.items() if name not in ("hidden_states", self._key)}
+            rest = {name: value for name, value in kwargs.items() if name not in ("hidden_states", FORWARD)}
             self._calls[index] = args[1:], rest
             self._hidden[index] = args[0] if args else kwargs["hidden_states"]
 
         return record
 
-    def _note(self, record: Any, out: Tensor) -> Tensor:
+    def _note(self, record: Attending, out: Tensor) -> Tensor:
         self._heads[record.site.layer] = out[:, :, -1]
         return out
 
@@ -93,12 +91,12 @@ class Blind:
         self._step(index, gain)
 
     def _step(self, index: int, gain: Tensor | None) -> None:
-        def companion(record: Any, out: Tensor) -> Tensor:
+        def companion(record: Attending, out: Tensor) -> Tensor:
             self._heads[record.site.layer] = out[:, :, -1]
             return out if gain is None else out * gain[..., None, None].to(out.dtype)
 
         args, kwargs = self._calls[index]
         with compat.transformers.uncollected():
-            out = self._layers[index](self._hidden[index], *args, **kwargs, **{self._key: self._run(companion=companion)})
+            out = self._layers[index](self._hidden[index], *args, **kwargs, **{FORWARD: Forward(companion=companion)})
         self._hidden[index + 1] = out[0] if isinstance(out, tuple) else out
         self._front = index + 1

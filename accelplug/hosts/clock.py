@@ -17,6 +17,7 @@ from torch import Tensor
 from accelplug import compat
 from accelplug.bounded import Bounded
 from accelplug.call import Clock
+from accelplug.hosts.run import Moment
 from accelplug.hosts.undo import Undo
 
 if TYPE_CHECKING:
@@ -33,23 +34,6 @@ SCALES: Mapping[str, Callable[[Any], Tensor]] = {
     "sigma_share": lambda scheduler: (lambda sigma: sigma / (sigma + 1))(scheduler.sigmas[: len(scheduler.timesteps)]),
 }
 """What a pipeline makes of its scheduler's timesteps before it hands one to the denoiser."""
-
-
-@dataclass(frozen=True, eq=False)
-class Moment:
-    """When a forward happens.
-
-    Attributes
-    ----------
-    clock : step, steps and branch, as far as they are known.
-    schedules : the tensors of timesteps that it may go by, of which every call of a pipeline makes one; several where pipelines run
-        side by side by equal ones, none where none is known.
-    given : the timestep as a number, where it had to be read and is in no schedule.
-    """
-
-    clock: Clock
-    schedules: tuple[Tensor, ...] = ()
-    given: float | None = None
 
 
 @dataclass(eq=False)

@@ -8,8 +8,8 @@ import math
 import statistics
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,14 +22,16 @@ from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families import find
 from accelplug.families.base import Geometry, site_kinds
 from accelplug.hosts import rebind, ulysses
-from accelplug.hosts.clock import Ear, Moment, StepClock
+from accelplug.hosts.clock import Ear, StepClock
 from accelplug.hosts.forecast import Cost, Forecast, Meter
 from accelplug.hosts.gate import Gate, Verdict
 from accelplug.hosts.hoist import Hoist
 from accelplug.hosts.ledger import Event, Ledger
+from accelplug.hosts.models import PATCHABLE, processor_owners
 from accelplug.hosts.placement import Placed
-from accelplug.hosts.record import DENSE, Choice, Decide, given
-from accelplug.hosts.run import Run
+from accelplug.hosts.record import Choice, Decide, given
+from accelplug.hosts.run import Moment, Run
+from accelplug.hosts.site import Entered, Region, SiteRecord, key_validity, scale_of
 from accelplug.hosts.ulysses import Gathered
 from accelplug.hosts.undo import Undo
 from accelplug.kernels.timing import timed_ms
@@ -38,189 +40,11 @@ from accelplug.recipe import Seen
 if TYPE_CHECKING:
     from accelplug.hosts.caches import StepCaches
     from accelplug.kernels.orders import Tiles
-    from accelplug.patches.base import Patch
 
-DENOISERS = ("transformer", "transformer_2", "unet", "prior")
-"""Names of the components that denoise, in every pipeline of diffusers."""
-
-PATCHABLE = frozenset({"self", "joint", "temporal", "frame", "global"})
-"""Kinds of attention that a rule can name; cross-attention is left alone."""
 
 INSTALL = "_accelplug_install"
 """Attribute of a denoiser: which installation of ours is on it. Dynamo guards no hooks, so that its graphs need this to tell."""
 _installs = itertools.count()
-
-
-def denoisers(model: Any) -> dict[str, nn.Module]:
-    """Return the denoisers of a pipeline by component name, or a bare denoiser by the name it would have there."""
-    if isinstance(model, nn.Module):
-        inner = compat.torch.unwrap_compiled(model)
-        return {"unet" if "UNet" in type(inner).__name__ else "transformer": inner}
-    found = {name: getattr(model, name, None) for name in DENOISERS}
-    return {name: compat.torch.unwrap_compiled(module) for name, module in found.items() if isinstance(module, nn.Module)}
-
-
-def processor_owners(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (path, module) for every module of `denoiser` that owns a callable processor."""
-    for path, module in denoiser.named_modules():
-        processor = compat.torch.held(module, "processor")
-        if callable(processor):
-            yield path, module
-
-
-@dataclass(eq=False)
-class Settled:
-    """What runs at an attention module during one forward. Never changed, but replaced. Read inside compiled graphs."""
-
-    choice: Choice = DENSE
-    reason: str | None = None
-    patch: Patch | None = None
-    params: Any = None
-    layout: Layout | None = None
-    order: Tiles | None = None
-    """The order that every call here puts its tokens in; the same object where others share it."""
-    exchanged: Gathered | None = None
-    """Where tokens lie after an exchange between ranks, if not in order."""
-    length: int = -1
-    known: bool = True
-    """Whether the forward of the denoiser was seen in this thread."""
-
-
-class _Here(threading.local):
-    """What a thread's own forward has settled. (Set in every thread: Dynamo guards on what the instance holds.)"""
-
-    def __init__(self) -> None:
-        self.settled = Settled(known=False)
-
-
-@dataclass(eq=False)
-class SiteRecord:
-    """What stands at one attention module: its site, and, for each thread its own, what runs there now."""
-
-    host: DenoiserHost
-    module: Any
-    site: Site | None
-    """None where rules cannot name it: cross-attention, refiners, audio."""
-    original: Any = None
-    routed: bool = False
-    traced: bool = False
-    """Whether it ran in compiled code, where calls are not counted."""
-    missed: bool = False
-    latest: Settled = field(default_factory=lambda: Settled(known=False))
-    """What any thread has settled last, for reports."""
-    _here: _Here = field(default_factory=_Here)
-
-    @property
-    def settled(self) -> Settled:
-        """What runs here in this thread's forward."""
-        return self._here.settled
-
-    @settled.setter
-    def settled(self, settled: Settled) -> None:
-        self._here.settled = self.latest = settled
-
-    @property
-    def patch(self) -> Patch | None:
-        """What answers, in this thread's forward."""
-        return self._here.settled.patch
-
-    @property
-    def params(self) -> Any:
-        """What the patch was given, in this thread's forward."""
-        return self._here.settled.params
-
-    @property
-    def layout(self) -> Layout | None:
-        """How tokens lie, in this thread's forward."""
-        return self._here.settled.layout
-
-    def placed(self, site: Site) -> Placed:
-        """Say what runs here in this thread's forward, or in the latest one; ahead of the first, what the rules say already."""
-        seen = self.settled if self.settled.known else self.latest
-        choice = seen.choice if seen.known else self.host.decide(site, None, self.host.now)
-        return Placed(
-            site, choice.name, choice.patch, seen.params, seen.layout, seen.reason if seen.known else choice.reason
-        )
-
-    @property
-    def gathered(self) -> Gathered | None:
-        """Where tokens lie that are to be put in order: dense attention takes them in any."""
-        return self.settled.exchanged if self.settled.patch is not None else None
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Any,
-        scale: float | None,
-        dense: Callable[..., Tensor],
-        blocked: str | None,
-    ) -> Tensor:
-        """Answer one attention call; all tensors (B, H, S, D)."""
-        if not torch.compiler.is_compiling():
-            return self.host.attend(self, q, k, v, mask, scale, dense, blocked)
-        self.routed = self.traced = True
-        here = self._here.settled
-        patch = here.patch
-        if patch is None or not here.known:  # a thread of which nothing is known yet has a graph of its own, traced anew
-            return dense()
-        key_mask, understood = key_validity(mask, here.length, self.host.family.outer_mask)
-        if blocked is not None or not understood or not q.shape[-2] == k.shape[-2] == here.length:
-            self.missed = True  # counted by the host, outside the graph
-            return dense()
-        return patch.attend(AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense), here.params)
-
-    def settle(
-        self, choice: Choice, layout: Layout | None, params: Any, order: Tiles | None, exchanged: Gathered | None = None
-    ) -> None:
-        """Set what runs here from now on."""
-        reason = choice.reason
-        if choice.patch is not None and layout is None:
-            where = " under context parallelism" if self.host.exchanging else ""
-            reason = f"{type(self.host.denoiser).__name__} was given tokens whose layout is not understood{where}"
-        patch = choice.patch if params is not None else None
-        length = layout.length if layout else -1
-        self.settled = Settled(choice, reason, patch, params, layout, order, exchanged, length)
-
-
-@dataclass(frozen=True, eq=False)
-class Entered:
-    """What one forward's input says about a region."""
-
-    geometry: Geometry | None = None
-    device: torch.device | None = None
-    dtype: torch.dtype | None = None
-    batch: int = 1
-
-
-class _Inside(threading.local):
-    """What a thread's own forward brought to a region, and what was settled for."""
-
-    def __init__(self) -> None:
-        self.entered: Entered | None = None
-        self.seen: tuple | None = None
-
-
-@dataclass(eq=False)
-class Region:
-    """A part of a denoiser in which all tokens lie on one grid: all of it, or one resolution of a UNet."""
-
-    path: str
-    module: nn.Module
-    records: list[SiteRecord] = field(default_factory=list)
-    here: _Inside = field(default_factory=_Inside)
-    latest: Entered = Entered()
-    """What any thread's forward has brought last: a compiled forward brings nothing that can be read."""
-
-    @property
-    def entered(self) -> Entered:
-        """What this thread's forward has brought."""
-        return self.here.entered or self.latest
-
-    @entered.setter
-    def entered(self, entered: Entered) -> None:
-        self.here.entered = self.latest = entered
 
 
 class _Mine(threading.local):
@@ -812,27 +636,3 @@ def _settle_at_trace(ctx: Any) -> None:
 def _latents(inputs: Mapping[str, Any]) -> Tensor | None:
     """The first tensor of numbers among a forward's inputs."""
     return next((x for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point()), None)
-
-
-def key_validity(mask: Any, length: int, outer: bool) -> tuple[Tensor | None, bool]:
-    """Reduce a mask to key validity, bool (B, S_k).
-
-    Returns
-    -------
-    validity : bool (B, S_k), or None where every key may be read.
-    understood : whether `mask` says no more than that. `outer`: a (B, 1, S, S) mask is an outer product of one validity.
-    """
-    if mask is None:
-        return None, True
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape[-1] != length:
-        return None, False
-    if mask.ndim == 2:
-        return mask, True
-    if mask.ndim == 4 and mask.shape[1] == 1 and (mask.shape[2] == 1 or outer):
-        return mask[:, 0, 0], True
-    return None, False
-
-
-def scale_of(q: Tensor, scale: float | None) -> float:
-    """Return the factor on q.k, 1 / sqrt(D) by default."""
-    return q.shape[-1] ** -0.5 if scale is None else scale

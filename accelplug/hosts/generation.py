@@ -16,11 +16,12 @@ from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.families import pixels
 from accelplug.families.vlm import Vlm, token_grid
 from accelplug.hosts.prompts import number_images
+from accelplug.hosts.stream import Stream, stock, watching
 from accelplug.hosts.undo import Undo
 from accelplug.patches.generation import Tools
 
 if TYPE_CHECKING:
-    from accelplug.hosts.transformers import LanguageHost, Stream
+    from accelplug.hosts.transformers import LanguageHost
     from accelplug.patches.generation import GenerationPatch
 
 _INSIDE: ContextVar[bool] = ContextVar("accelplug_generating", default=False)
@@ -36,8 +37,6 @@ class Generation:
 
     def tools(self) -> Tools:
         """Return what patches are lent."""
-        from accelplug.hosts.transformers import stock, watching
-
         prompts = _Prompts(self.host, self.processor)
         return Tools(
             self.processor,

@@ -31,8 +31,8 @@ from accelplug.hosts.undo import Undo
 
 if TYPE_CHECKING:
     from accelplug.families.base import AnyOrder
-    from accelplug.hosts.diffusers import Settled, SiteRecord
     from accelplug.hosts.ledger import Ledger
+    from accelplug.hosts.site import Settled, SiteRecord
     from accelplug.kernels.orders import Tiles
 
 LEAST = 2

@@ -139,7 +139,7 @@ class _VisionRecord:
     def __init__(self, key: str, module: Any) -> None:
         self.key, self.module, self.config = key, module, module.config
 
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, run: Any, kwargs: dict[str, Any]) -> Any:
+    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, forward: Any, kwargs: dict[str, Any]) -> Any:
         """Run the tower's own attention, and note where the class token looks: (N, tokens), summed over heads."""
         name = compat.transformers.attention_name(self.config)
         if not torch.compiler.is_compiling():

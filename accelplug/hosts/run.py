@@ -1,4 +1,4 @@
-"""A run has a beginning and an end, and both are noticed here: what was kept for its steps does not outlive it."""
+"""When a forward happens, and of which run: its beginning and end are noticed here, and what it kept does not outlive it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,27 @@ from typing import Any
 
 from torch import Tensor
 
-from accelplug.hosts.clock import Moment
+from accelplug.call import Clock
 
 State = dict[tuple[str | None, str | None], dict[str, Any]]
 """What patches keep, by (attention module, guidance branch); module None is shared by all of the branch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """When a forward happens.
+
+    Attributes
+    ----------
+    clock : step, steps and branch, as far as they are known.
+    schedules : the tensors of timesteps that it may go by, of which every call of a pipeline makes one; several where pipelines run
+        side by side by equal ones, none where none is known.
+    given : the timestep as a number, where it had to be read and is in no schedule.
+    """
+
+    clock: Clock
+    schedules: tuple[Tensor, ...] = ()
+    given: float | None = None
 
 
 @dataclass(eq=False)

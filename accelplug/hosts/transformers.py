@@ -15,10 +15,8 @@ import inspect
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -36,9 +34,26 @@ from accelplug.hosts.blind import Blind
 from accelplug.hosts.generation import Generation
 from accelplug.hosts.images import ImageEncoder, VisionTower
 from accelplug.hosts.ledger import Event, Ledger
+from accelplug.hosts.models import attention_modules
 from accelplug.hosts.placement import Placed
 from accelplug.hosts.prompts import NO_IMAGE, answering, asked_of, number_images, opened, together, turns, visual_tokens
 from accelplug.hosts.record import DENSE, Choice, Decide, given
+from accelplug.hosts.stream import (
+    AHEAD,
+    ASKED,
+    CURRENT,
+    DECODE,
+    FORWARD,
+    MARKED,
+    PREFILL,
+    STREAM,
+    UNPATCHED,
+    WATCHER,
+    Forward,
+    Stream,
+    as_it_is,
+)
+from accelplug.hosts.tensor_parallel import TensorParallel
 from accelplug.hosts.undo import Undo
 
 if TYPE_CHECKING:
@@ -46,99 +61,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("accelplug")
 
-RUN = "accelplug_run"
-"""The keyword argument that carries a `Run` from the decoder to the attention function."""
-STREAM = "_accelplug"
-"""Attribute of a cache that holds its `Stream`, and of an attention module that holds its `AttentionRecord`."""
 
 ROUNDING = 0.02
 """Rows of a cache whose largest keys differ by less, as a share of the largest of all, are of one prompt: beams."""
 
-DECODE = Clock(phase="decode")
-PREFILL = Clock(phase="prefill")
-AHEAD = Clock(phase="ahead")
 
-Watch = Callable[["AttentionRecord", AttentionCall, Prompt, Clock], None]
-"""Looks at an attention call: (record, call, tokens of its sequence up to the prompt's end, clock)."""
-
-_RUN: ContextVar[Run | None] = ContextVar("accelplug_run", default=None)
-_ASKED: ContextVar[Rows] = ContextVar("accelplug_asked", default=1)
-"""What the model was asked for: logits of the last so many tokens, or of those in a bool (1|B, S)."""
-_MARK: ContextVar[tuple[LanguageHost, Tensor] | None] = ContextVar("accelplug_mark", default=None)
-_WATCH: ContextVar[Watch | None] = ContextVar("accelplug_watch", default=None)
-_STOCK: ContextVar[bool] = ContextVar("accelplug_stock", default=False)
 _users: WeakSet[LanguageHost] = WeakSet()
 """Hosts for which our attention function stands in transformers' table."""
 _lock = threading.RLock()  # an interrupt on the way out of it must not lock the undo out
 
 
-def is_language_model(model: Any) -> bool:
-    """Whether `model` is a transformers model with a decoder that this host can enter."""
-    return isinstance(model, nn.Module) and hasattr(model, "get_decoder") and hasattr(model, "base_model")
-
-
-def model_in(model: Any) -> Any:
-    """Return the language model inside of its wrappers: compiled, with adapters, parallel, a pipeline; any other model as it is."""
-    inside = model
-    while (held := compat.transformers.held_by(inside)) is not None:
-        inside = held
-    return inside if is_language_model(inside) else model
-
-
-def attention_modules(decoder: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (path, module) of a decoder's attention modules that look their kernel up at every call."""
-    for path, module in decoder.named_modules():
-        if hasattr(module, "layer_idx") and hasattr(module, "config") and hasattr(module, "num_key_value_groups"):
-            yield path, module
-
-
 # ------------------------------------------------------------------------------------------------- what a sequence carries
-
-
-@dataclass(eq=False)
-class Stream:
-    """What is known of one batch of sequences. It lives on their cache, and is copied with it."""
-
-    host: LanguageHost
-    prompt: Prompt
-    states: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """By patch, what it must remember: sinks, chosen heads, maps."""
-    decode: list[Any] = field(default_factory=list)
-    """By record, what its patch needs at a decode step."""
-    step: Run | None = None
-    """A decode step, made ahead for compiled code."""
-    tokens: int = 0
-    """How many tokens it has, with those of the present forward."""
-    keys: int | None = None
-    """Where its first layer's keys lay behind the last forward: there too if the cache was cropped, not if it was pruned."""
-    told_apart: Tensor | None = None
-    """What tells the rows of its cache apart, where it has several."""
-    shift: int = 0
-    """How far its last position id was ahead of its prompt's last place: 1 where ids begin at 1, below 0 behind padding in all rows."""
-
-    def lacks(self, needs: frozenset[str]) -> str | None:
-        """Why patches with such needs cannot answer, or None."""
-        if not self.host.sees:
-            return None
-        if not self.prompt.shows:
-            return self.host.no_image
-        if "whole_prompt" in needs and not self.prompt.asks:
-            return "the labels ask for tokens ahead of the image; give the prompt's the label -100"
-        return None
-
-
-@dataclass(eq=False)
-class Run:
-    """One forward. Patches answer where it has a stream; `companion` stands in for them in a forward of our own."""
-
-    stream: Stream | None = None
-    cache: Any = None
-    clock: Clock = DECODE
-    hidden: Tensor | None = None
-    companion: Callable[[AttentionRecord, Tensor], Tensor] | None = None
-    inputs: dict[str, Any] | None = None
-    """Arguments of the base model's forward, until the decoder begins: images are encoded in between."""
-    parent: Run | None = None
 
 
 @dataclass(eq=False)
@@ -156,7 +89,7 @@ class AttentionRecord:
     routed: bool = False
 
     def attend(
-        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, run: Run | None, kwargs: dict[str, Any]
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, forward: Forward | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """Answer one attention call as transformers asks it: (B, H, S, D) in, ((B, S_q, H, D_v), probabilities or None) out."""
         name = compat.transformers.attention_name(self.config)
@@ -168,10 +101,10 @@ class AttentionRecord:
         def whole() -> tuple[Tensor, Tensor | None]:
             return base(asked, q, k, v, mask, **kwargs)
 
-        if run is not None and run.companion is not None:
-            return run.companion(self, whole()[0].transpose(1, 2)).transpose(1, 2).contiguous(), None
+        if forward is not None and forward.companion is not None:
+            return forward.companion(self, whole()[0].transpose(1, 2)).transpose(1, 2).contiguous(), None
         compiling = torch.compiler.is_compiling()
-        watch = None if compiling else _WATCH.get()
+        watch = None if compiling else WATCHER.get()
         patch = self.choice.patch
         if patch is None and watch is None and self.choice.reason is None:
             return whole()
@@ -179,22 +112,24 @@ class AttentionRecord:
         def dense(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
             return base(asked, q, k, v, mask, **kwargs)[0].transpose(1, 2)
 
-        ahead = run is not None and run.clock is AHEAD
-        reason = self.obstacle(q, k, mask, run, kwargs)
-        if reason is not None or run is None or run.stream is None:
+        ahead = forward is not None and forward.clock is AHEAD
+        reason = self.obstacle(q, k, mask, forward, kwargs)
+        if reason is not None or forward is None or forward.stream is None:
             if not ahead and (patch is not None or self.choice.reason is not None):
                 self.fell_back(str(reason))
             return whole()
-        call = AttentionCall(q, k, v, mask, self.scale(q, kwargs), dense, self.place(q, k, mask, run, kwargs), run.hidden)
+        call = AttentionCall(
+            q, k, v, mask, self.scale(q, kwargs), dense, self.place(q, k, mask, forward, kwargs), forward.hidden
+        )
         if watch is not None and not ahead:
-            watch(self, call, run.stream.prompt, run.clock)
-        decoding = run.clock.phase == "decode"
-        params = run.stream.decode[self.index] if decoding else self.host.prepare(self, run.stream, run.clock)
+            watch(self, call, forward.stream.prompt, forward.clock)
+        decoding = forward.clock.phase == "decode"
+        params = forward.stream.decode[self.index] if decoding else self.host.prepare(self, forward.stream, forward.clock)
         if isinstance(params, str):
             self.fell_back(params)
             return whole()
         if not compiling and not ahead:
-            self.note(params is not None, run.clock, q)
+            self.note(params is not None, forward.clock, q)
         if patch is None or params is None:
             return whole()
         out = patch.attend(call, params).transpose(1, 2).contiguous()
@@ -216,7 +151,7 @@ class AttentionRecord:
         if self.host.ledger.traces:
             self.host.ledger.note(Event(self.site, clock, name, None, None, q.shape[2]))
 
-    def obstacle(self, q: Tensor, k: Tensor, mask: Any, run: Run | None, kwargs: dict[str, Any]) -> str | None:
+    def obstacle(self, q: Tensor, k: Tensor, mask: Any, forward: Forward | None, kwargs: dict[str, Any]) -> str | None:
         """Why a call that a patch is there for must run dense, or None."""
         patch = self.choice.patch
         if compat.transformers.packs_sequences(kwargs):
@@ -226,16 +161,16 @@ class AttentionRecord:
             )
         if self.choice.reason is not None:
             return self.choice.reason
-        if run is None:
+        if forward is None:
             return "the decoder was called past its model, which is told the tokens"
-        if run.stream is None:
+        if forward.stream is None:
             return "the cache was filled before apply(), or in a compiled graph: where its images lie is not known"
         if mask is not None and not isinstance(mask, Tensor):
             return f"a mask of type {type(mask).__name__} is not understood; use sdpa, eager or flash attention"
         if kwargs.get("dropout"):
             return "the call has dropout"
         if not torch.compiler.is_compiling() and patch is not None:
-            why = self.pruned(q, k, run, run.stream, patch.needs, kwargs) or run.stream.lacks(patch.needs)
+            why = self.pruned(q, k, forward, forward.stream, patch.needs, kwargs) or forward.stream.lacks(patch.needs)
             if why is not None:
                 return why
         if patch is not None and "probabilities" in patch.needs and not self.explicit(kwargs):
@@ -259,44 +194,44 @@ class AttentionRecord:
         return None
 
     def pruned(
-        self, q: Tensor, k: Tensor, run: Run, stream: Stream, needs: frozenset[str], kwargs: dict[str, Any]
+        self, q: Tensor, k: Tensor, forward: Forward, stream: Stream, needs: frozenset[str], kwargs: dict[str, Any]
     ) -> str | None:
         """Why it is not known which tokens the queries and keys are, or None."""
-        if k.shape[2] < stream.tokens and not self.slides(run, kwargs):
+        if k.shape[2] < stream.tokens and not self.slides(forward, kwargs):
             return f"the cache was pruned to {k.shape[2]} keys of {stream.tokens} tokens: which are the image's is not known"
-        if run.cache is None and run.clock.phase == "prefill" and k.shape[2] > stream.tokens:
+        if forward.cache is None and forward.clock.phase == "prefill" and k.shape[2] > stream.tokens:
             return (
                 f"there are keys of {k.shape[2]} tokens and {stream.tokens} are known: the cache of the others was not found"
             )
         new = stream.prompt.image.shape[1] - stream.prompt.past
-        if run.clock.phase == "prefill" and q.shape[2] < new and {"hidden_states", "blind"} & needs:
+        if forward.clock.phase == "prefill" and q.shape[2] < new and {"hidden_states", "blind"} & needs:
             return f"the layer is given the last {q.shape[2]} of {new} tokens alone"
         return None
 
-    def slides(self, run: Run, kwargs: dict[str, Any]) -> bool:
+    def slides(self, forward: Forward, kwargs: dict[str, Any]) -> bool:
         """Whether the keys are those of a window; a layer without a cache of its own shares another's."""
-        layer = compat.transformers.cache_layer(run.cache, self.module.layer_idx)
+        layer = compat.transformers.cache_layer(forward.cache, self.module.layer_idx)
         return kwargs.get("sliding_window") is not None if layer is None else compat.transformers.slides(layer)
 
     def scale(self, q: Tensor, kwargs: dict[str, Any]) -> float:
         given = kwargs.get("scaling")
         return q.shape[-1] ** -0.5 if given is None else given
 
-    def place(self, q: Tensor, k: Tensor, mask: Tensor | None, run: Run, kwargs: dict[str, Any]) -> Place:
+    def place(self, q: Tensor, k: Tensor, mask: Tensor | None, forward: Forward, kwargs: dict[str, Any]) -> Place:
         """Say where the call stands. In a compiled decode step only the layers that see the whole sequence are known."""
         tensors = self.host.tensor_parallel
         first_head = tensors.rank * q.shape[1] if tensors else 0
         gather = tensors.gather if tensors else _identity
         first_query, first_key = 0, 0
         answers: Rows = 1
-        if run.stream is not None and run.clock.phase != "decode":
-            prompt = run.stream.prompt
+        if forward.stream is not None and forward.clock.phase != "decode":
+            prompt = forward.stream.prompt
             first_query, answers = prompt.image.shape[1] - q.shape[2], prompt.answers
             if isinstance(answers, Tensor):  # a layer may be given the last tokens alone
                 answers = answers - (first_query - prompt.past)
-        if run.stream is not None and self.slides(run, kwargs):
-            layer = compat.transformers.cache_layer(run.cache, self.module.layer_idx)
-            seen = run.stream.tokens if layer is None else int(compat.transformers.tokens_seen(layer))
+        if forward.stream is not None and self.slides(forward, kwargs):
+            layer = compat.transformers.cache_layer(forward.cache, self.module.layer_idx)
+            seen = forward.stream.tokens if layer is None else int(compat.transformers.tokens_seen(layer))
             first_key = max(0, seen - k.shape[2])
         return Place(
             first_query=first_query,
@@ -315,31 +250,6 @@ class AttentionRecord:
         return all(kwargs.get(name) is None for name in ("s_aux", "softcap", "position_bias"))
 
 
-@contextmanager
-def watching(watch: Watch) -> Iterator[None]:
-    """Have `watch` look at every attention call of this thread, in modules that a host made with ``watched=True`` holds."""
-    token = _WATCH.set(watch)
-    try:
-        yield
-    finally:
-        _WATCH.reset(token)
-
-
-@contextmanager
-def stock() -> Iterator[None]:
-    """Have this thread's forwards be the stock model's, past all patches."""
-    token = _STOCK.set(True)
-    try:
-        yield
-    finally:
-        _STOCK.reset(token)
-
-
-def _as_it_is(record: AttentionRecord, out: Tensor) -> Tensor:
-    """What stands in for patches in the stock model's forwards."""
-    return out
-
-
 def _nothing() -> None:
     """What a reference gives whose thing is gone."""
 
@@ -350,26 +260,11 @@ def _identity(x: Tensor) -> Tensor:
 
 def _dispatch(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     """The registered attention function."""
-    run = kwargs.pop(RUN, None)
-    return getattr(module, STREAM).attend(module, query, key, value, attention_mask, run, kwargs)
+    forward = kwargs.pop(FORWARD, None)
+    return getattr(module, STREAM).attend(module, query, key, value, attention_mask, forward, kwargs)
 
 
 # --------------------------------------------------------------------------------------------------------------- the host
-
-
-@dataclass(frozen=True)
-class TensorParallel:
-    """This process's place among those that share each layer's heads."""
-
-    rank: int
-    ranks: int
-    group: Any
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Put the heads of all ranks side by side: (B, H, ...) -> (B, ranks * H, ...)."""
-        parts = [torch.empty_like(x) for _ in range(self.ranks)]
-        torch.distributed.all_gather(parts, x.contiguous(), group=self.group)
-        return torch.cat(parts, 1)
 
 
 class LanguageHost:
@@ -401,7 +296,7 @@ class LanguageHost:
         self._said = False
         self.sees = self.family is not None or getattr(self.base.config, "vision_config", None) is not None
         """Whether the model looks at images."""
-        self.tensor_parallel = _tensor_parallel(model)
+        self.tensor_parallel = TensorParallel.of(model)
         self.records = self._records(decide)
         crosses = any(record.site.kind == "cross" for record in self.records)
         self.visual_tokens = {} if crosses else visual_tokens(self.base.config)
@@ -560,35 +455,35 @@ class LanguageHost:
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module is self.model and not torch.compiler.is_compiling():
             inputs = self.outer.bind_partial(module, *args, **kwargs).arguments
-            _ASKED.set(asked_of({**inputs, **inputs.get("kwargs", {})}))
+            ASKED.set(asked_of({**inputs, **inputs.get("kwargs", {})}))
 
     def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module is self.model and not torch.compiler.is_compiling():
-            _ASKED.set(1)
+            ASKED.set(1)
 
     def _before_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if module is not self.base or torch.compiler.is_compiling():
             return None
-        if RUN in kwargs:  # a forward of our own
-            run = kwargs.pop(RUN)
-        elif _STOCK.get():
-            run = Run(companion=_as_it_is)
+        if FORWARD in kwargs:  # a forward of our own
+            forward = kwargs.pop(FORWARD)
+        elif UNPATCHED.get():
+            forward = Forward(companion=as_it_is)
         else:
-            run = Run(inputs=given(self.signature, args, kwargs))
-        run.parent = _RUN.get()
-        _RUN.set(run)
+            forward = Forward(inputs=given(self.signature, args, kwargs))
+        forward.parent = CURRENT.get()
+        CURRENT.set(forward)
         return args, kwargs
 
-    def _open(self, run: Run, inputs: dict[str, Any]) -> None:
+    def _open(self, forward: Forward, inputs: dict[str, Any]) -> None:
         """Say what a forward is: which sequences, and whether it reads a prompt or decodes."""
         ids, embeds, cache = inputs.get("input_ids"), inputs.get("inputs_embeds"), compat.transformers.cache_given(inputs)
         tokens = ids if ids is not None else embeds
         if tokens is None or compat.transformers.packs_sequences(inputs):
             return
-        run.cache = cache
+        forward.cache = cache
         rows, new = tokens.shape[:2]
         if ids is not None and cache is None and (begun := self.generation.begun(ids)) is not None:
-            self._grow(run, begun, ids, inputs)
+            self._grow(forward, begun, ids, inputs)
             return
         stream = None if cache is None else vars(cache).get(STREAM)
         stream = stream if stream is not None and stream.host is self else None
@@ -600,7 +495,7 @@ class LanguageHost:
         if stream is not None and past:
             stream.tokens = _tokens(stream, cache, past, new, inputs)
             if new == 1:
-                run.stream = stream
+                forward.stream = stream
                 return
             known, past = stream.prompt, stream.tokens - new
             prompt = self._prompt(known, ids, embeds, inputs, past)
@@ -615,7 +510,7 @@ class LanguageHost:
             self._keep(stream, cache)
         self._prepare_blind(stream, inputs)
         self._prepare_tower(stream)
-        run.stream, run.clock = stream, PREFILL
+        forward.stream, forward.clock = stream, PREFILL
 
     def _refuse_pieces(self, known: Prompt, prompt: Prompt) -> None:
         """Refuse a prompt that is read in pieces where a patch must have it whole, or has changed a row that it took for the answer's.
@@ -631,7 +526,7 @@ class LanguageHost:
                 "prefill_chunk_size, read a prefix that questions share with each of them, or start a new cache for a new turn."
             )
 
-    def _grow(self, run: Run, begun: Stream, ids: Tensor, inputs: dict[str, Any]) -> None:
+    def _grow(self, forward: Forward, begun: Stream, ids: Tensor, inputs: dict[str, Any]) -> None:
         """Go on with an answer that is generated without a cache: all of it is read anew, and patches choose where its prompt ends."""
         known = begun.prompt
         more = ids.shape[1] - known.image.shape[1]
@@ -640,7 +535,7 @@ class LanguageHost:
         prompt = Prompt(pad(known.image, (0, more)), valid, known.length, 0, answers, ids, spoken)
         stream = Stream(self, prompt, begun.states, tokens=ids.shape[1])
         self._prepare_blind(stream, inputs)
-        run.stream, run.clock = stream, PREFILL
+        forward.stream, forward.clock = stream, PREFILL
 
     @staticmethod
     def _valid(inputs: dict[str, Any], past: int, tokens: int, like: Tensor) -> Tensor:
@@ -657,7 +552,7 @@ class LanguageHost:
         image = self._numbers(ids, embeds, past)
         new = image.shape[1]
         valid = self._valid(inputs, past, past + new, image)
-        answers = answering(valid[:, past:], _ASKED.get())
+        answers = answering(valid[:, past:], ASKED.get())
         if known is None:
             length = new - answers + 1 if isinstance(answers, int) else answers[:, :1] + 1
             return self._spoken(Prompt(image, valid, length, 0, answers, ids))
@@ -734,7 +629,7 @@ class LanguageHost:
                 f"mark(): expected (B, S), True or a number from 1 where a token shows an image, got {image.dtype} of shape "
                 f"{tuple(image.shape)}."
             )
-        _MARK.set(None if image is None else (self, image))
+        MARKED.set(None if image is None else (self, image))
 
     def _marked(self, image: Tensor, tokens: Tensor) -> Tensor:
         """Numbers of images as they were marked, for these tokens (B, S, ...)."""
@@ -751,7 +646,7 @@ class LanguageHost:
         """Number the images and videos of every row from 1: int16 (B, S_q)."""
         tokens = ids if ids is not None else embeds
         assert tokens is not None
-        marked = _MARK.get()
+        marked = MARKED.get()
         if marked is not None and marked[0] is self and not past:
             return self._marked(marked[1], tokens)
         numbers = [torch.zeros(tokens.shape[:2], dtype=torch.int16, device=tokens.device)]
@@ -768,45 +663,47 @@ class LanguageHost:
     def _after_base(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module is not self.base or torch.compiler.is_compiling():
             return
-        run = _RUN.get()
-        if run is None:
+        forward = CURRENT.get()
+        if forward is None:
             return
-        _RUN.set(run.parent)
-        if output is None or run.stream is None:
+        CURRENT.set(forward.parent)
+        if output is None or forward.stream is None:
             return
-        cache = run.cache if run.cache is not None else compat.transformers.cache_of(output)
+        cache = forward.cache if forward.cache is not None else compat.transformers.cache_of(output)
         if cache is not None:
-            whole = cache.get_seq_length() == run.stream.tokens
-            run.stream.keys = compat.transformers.keys_at(cache) if whole else None
-            if run.stream.told_apart is not None or run.clock is PREFILL:
+            whole = cache.get_seq_length() == forward.stream.tokens
+            forward.stream.keys = compat.transformers.keys_at(cache) if whole else None
+            if forward.stream.told_apart is not None or forward.clock is PREFILL:
                 self._leave(cache)
-        if run.clock is not PREFILL:
+        if forward.clock is not PREFILL:
             return
-        for state in run.stream.states.values():
+        for state in forward.stream.states.values():
             state.pop("blind", None)
         if cache is not None:
-            if run.cache is None:
-                self._keep(run.stream, cache)
-            several = len(run.stream.prompt.image) > 1
-            run.stream.told_apart = compat.transformers.rows_told_apart(cache, run.stream.tokens) if several else None
-            self._prepare_decode(run.stream)
+            if forward.cache is None:
+                self._keep(forward.stream, cache)
+            several = len(forward.stream.prompt.image) > 1
+            forward.stream.told_apart = (
+                compat.transformers.rows_told_apart(cache, forward.stream.tokens) if several else None
+            )
+            self._prepare_decode(forward.stream)
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if module is not self.decoder or RUN in kwargs:
+        if module is not self.decoder or FORWARD in kwargs:
             return None
         if torch.compiler.is_compiling():
             cache = compat.transformers.cache_given(kwargs)
             stream = getattr(cache, STREAM, None)
-            run = stream.step if stream is not None else None
+            forward = stream.step if stream is not None else None
         else:
-            run = _RUN.get()
-            if run is not None and run.inputs is not None:
-                inputs, run.inputs = run.inputs, None
-                self._open(run, inputs)
-                self._read_ahead(run, args, kwargs)
-        if run is None:
+            forward = CURRENT.get()
+            if forward is not None and forward.inputs is not None:
+                inputs, forward.inputs = forward.inputs, None
+                self._open(forward, inputs)
+                self._read_ahead(forward, args, kwargs)
+        if forward is None:
             return None
-        return args, {**kwargs, RUN: run}
+        return args, {**kwargs, FORWARD: forward}
 
     # ----------------------------------------------------------------------------------------------------- patches
 
@@ -821,12 +718,12 @@ class LanguageHost:
         """Have everything ready that decode steps need, outside of their graph."""
         self._read_last = ref(stream)
         stream.decode = [self.prepare(record, stream, DECODE) for record in self.records]
-        stream.step = Run(stream)
+        stream.step = Forward(stream)
 
-    def _read_ahead(self, run: Run, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _read_ahead(self, forward: Forward, args: tuple, kwargs: dict[str, Any]) -> None:
         """For patches that ask what the model makes of a prompt before they change it: read it once, without a cache."""
-        stream = run.stream
-        if "ahead" not in self.needs or stream is None or run.clock is not PREFILL or stream.prompt.past:
+        stream = forward.stream
+        if "ahead" not in self.needs or stream is None or forward.clock is not PREFILL or stream.prompt.past:
             return
         if not bool(stream.prompt.visual.any()):
             return
@@ -834,7 +731,7 @@ class LanguageHost:
         plain = {name: x for name, x in kwargs.items() if name not in compat.transformers.CACHE_NAMES}
         plain |= {name: False for name in ("use_cache", "output_attentions", "output_hidden_states") if name in kwargs}
         masks = compat.transformers.without_room(kwargs.get("attention_mask"), tokens)
-        self.decoder(*args, **{**plain, "attention_mask": masks, RUN: Run(stream, clock=AHEAD)})
+        self.decoder(*args, **{**plain, "attention_mask": masks, FORWARD: Forward(stream, clock=AHEAD)})
 
     def _prepare_blind(self, stream: Stream, inputs: dict[str, Any]) -> None:
         """For patches that ask what the model would do without the images: read the text alone."""
@@ -863,11 +760,11 @@ class LanguageHost:
 
 def _before_layer(host: LanguageHost, layer: nn.Module, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Hand what enters a layer to its attention, while a prompt is read."""
-    run = kwargs.get(RUN)
-    if module is not layer or run is None or run.clock is not PREFILL:
+    forward = kwargs.get(FORWARD)
+    if module is not layer or forward is None or forward.clock is not PREFILL:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
-    return args, {**kwargs, RUN: replace(run, hidden=hidden)}
+    return args, {**kwargs, FORWARD: replace(forward, hidden=hidden)}
 
 
 def _tokens(stream: Stream, cache: Any, past: int, new: int, inputs: dict[str, Any]) -> int:
@@ -901,9 +798,3 @@ def _joined(known: Tensor | None, new: Tensor | None, past: int) -> Tensor | Non
     if known is None or new is None:
         return None
     return torch.cat([pad(known[:, :past], (0, past - min(past, known.shape[1])), value=-1), new], 1)
-
-
-def _tensor_parallel(model: Any) -> TensorParallel | None:
-    part = compat.transformers.tensor_mesh(model)
-    shared = part is not None and part.size() > 1
-    return TensorParallel(part.get_local_rank(), part.size(), part.get_group()) if shared else None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelplug.errors import AccelplugError
-from accelplug.hosts.transformers import is_language_model, model_in
+from accelplug.hosts.models import is_language_model, model_in
 from accelplug.inspection.denoiser import Inspection, inspect_denoiser
 from accelplug.inspection.language import LanguageInspection, inspect_language
 from accelplug.inspection.looking import VlmInspection

@@ -12,8 +12,8 @@ from accelplug.call import Clock, Layout, Site
 from accelplug.errors import AccelplugError
 from accelplug.families import find
 from accelplug.families.base import site_kinds
-from accelplug.hosts.diffusers import PATCHABLE, denoisers, processor_owners
 from accelplug.hosts.forecast import amdahl
+from accelplug.hosts.models import PATCHABLE, denoisers, processor_owners
 from accelplug.plug import model_facts
 from accelplug.recipe import ModelFacts, Recipe, matching_files, recipes_for
 from accelplug.show import Shown

@@ -21,7 +21,8 @@ from accelplug.hosts.blind import Blind
 from accelplug.hosts.ledger import Ledger
 from accelplug.hosts.prompts import visual_tokens
 from accelplug.hosts.record import DENSE
-from accelplug.hosts.transformers import AttentionRecord, LanguageHost, watching
+from accelplug.hosts.stream import watching
+from accelplug.hosts.transformers import AttentionRecord, LanguageHost
 from accelplug.hosts.undo import Undo
 from accelplug.inspection.looking import SINK, VlmInspection
 from accelplug.kernels.spans import on_spans, probabilities, read_rows, row_scores

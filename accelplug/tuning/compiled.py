@@ -7,21 +7,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelplug import compat
-from accelplug.hosts.diffusers import denoisers
+from accelplug.hosts.models import runs_compiled
 
 GRAPHS = 512
 """Graphs that a compiled function may have during a search. Dynamo gives a function up after 8."""
 
 
-def is_compiled(pipe: Any) -> bool:
-    """Whether a denoiser, or blocks of it, go through torch.compile."""
-    return any(compat.torch.is_compiled(getattr(pipe, name)) for name in denoisers(pipe))
-
-
 @contextmanager
 def room_to_compile(pipe: Any) -> Iterator[None]:
     """Let a compiled denoiser have a graph for each candidate. All graphs of the process are dropped at the end."""
-    if not is_compiled(pipe):
+    if not runs_compiled(pipe):
         yield
         return
     with compat.torch.room_for_graphs(GRAPHS):

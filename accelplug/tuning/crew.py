@@ -11,10 +11,10 @@ from accelplug.comparison.ranks import Ranks
 from accelplug.comparison.result import DENSE, Sample
 from accelplug.comparison.study import Study, Variant
 from accelplug.errors import AccelplugError
+from accelplug.hosts.models import runs_compiled
 from accelplug.plug import model_facts
 from accelplug.recipe import load
 from accelplug.tuning.budget import Bound
-from accelplug.tuning.compiled import is_compiled
 
 Pair = tuple[int, int]
 """Numbers of a prompt and of a seed."""
@@ -115,7 +115,7 @@ class Crew:
 
     def _time(self, variant: Variant, pair: Pair, done: Share) -> None:
         """Time one run; where it has to be compiled first, after one that is not timed."""
-        if variant.name not in self.study.rows and is_compiled(self.study.pipe):
+        if variant.name not in self.study.rows and runs_compiled(self.study.pipe):
             self.study.warm_up(variant, *pair)
         row = self._row(variant)
         self.study.time(variant, *pair)

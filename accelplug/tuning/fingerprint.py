@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from accelplug.comparison.environment import device_name
-from accelplug.hosts.diffusers import denoisers
+from accelplug.hosts.models import denoisers, runs_compiled
 from accelplug.plug import model_facts
-from accelplug.tuning.compiled import is_compiled
 
 SAMPLES = 16
 """Numbers of each tensor that are looked at."""
@@ -28,7 +27,7 @@ def fingerprint(pipe: Any, prompts: Sequence[Mapping[str, Any]], seeds: Sequence
         adapters(pipe),
         list(seeds),
         device_name(),
-        is_compiled(pipe),
+        runs_compiled(pipe),
     )
     digest = hashlib.sha256(repr(facts).encode())
     for prompt in prompts:

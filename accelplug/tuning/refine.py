@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from accelplug.calibration import calibrate
-from accelplug.hosts.diffusers import denoisers
+from accelplug.hosts.models import denoisers, runs_compiled
 from accelplug.kernels.attention import triton_missing
 from accelplug.patches.sparse.template import BlockSparse
 from accelplug.registry import patch_class
 from accelplug.table import HEADER, Origin, Table
-from accelplug.tuning.compiled import is_compiled
 from accelplug.tuning.space import Arm
 
 
@@ -40,7 +39,9 @@ def no_weights(pipe: Any) -> str | None:
     """Why weights of pooled blocks cannot be calibrated here, or None."""
     if len(denoisers(pipe)) > 1:
         return "No calibrated weights of pooled blocks: each denoiser has its own, and a candidate is one for all of them."
-    return "No calibrated weights of pooled blocks: compiled attention cannot be looked into." if is_compiled(pipe) else None
+    return (
+        "No calibrated weights of pooled blocks: compiled attention cannot be looked into." if runs_compiled(pipe) else None
+    )
 
 
 def weights(pipe: Any, arm: Arm, inputs: Mapping[str, Any], seed: int) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from accelplug.comparison.ranks import Ranks, require_one, working
 from accelplug.comparison.result import DENSE, gains
 from accelplug.comparison.study import Study
 from accelplug.errors import AccelplugError, UnsupportedError
-from accelplug.hosts.diffusers import denoisers
-from accelplug.hosts.transformers import is_language_model, model_in
+from accelplug.hosts.models import denoisers, is_language_model, model_in
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, Recipe, load
 from accelplug.tuning import space

@@ -14,7 +14,7 @@ from accelplug.comparison.environment import device_name
 from accelplug.comparison.questions import Asker, Item, digest, figures, require_pictures
 from accelplug.comparison.study import compare
 from accelplug.errors import AccelplugError, RecipeError
-from accelplug.hosts.transformers import model_in
+from accelplug.hosts.models import model_in
 from accelplug.recipe import Measured, Recipe, read_file
 from accelplug.tuning.aims import Aim, plain
 from accelplug.tuning.contest import STOCK, Contest, gain
