@@ -21,6 +21,7 @@ from accelplug.call import Layout
 from accelplug.families import FAMILIES, find
 from accelplug.families.base import Family, Geometry, site_kinds
 from accelplug.families.flux import raster_grid
+from accelplug.testing.models import batch_of_two, noise, raster_ids
 from tests import tiny_models
 
 GRIDLESS = ("sana", "stable_audio")
@@ -218,7 +219,7 @@ def test_a_place_of_a_resolution_lands_on_its_raster_place(name: str, monkeypatc
     level = next(m for m in model.modules() if type(m).__name__ == "Transformer2DModel")
     level.norm = nn.Identity()  # a group norm spreads a change over its whole group
     channels = level.config.in_channels
-    inputs = {"hidden_states": tiny_models.noise(1, channels, 6, 8), "encoder_hidden_states": tiny_models.noise(1, 7, 16)}
+    inputs = {"hidden_states": noise(1, channels, 6, 8), "encoder_hidden_states": noise(1, 7, 16)}
     geometry = find(model).geometry(level.config, inputs)
     assert geometry == Geometry((1, 6, 8))
 
@@ -322,7 +323,7 @@ PUBLISHED = [
         "FluxTransformer2DModel",
         1,
         None,
-        packed(64 * 64, 512, img_ids=tiny_models.raster(1, 64, 64).bfloat16()),
+        packed(64 * 64, 512, img_ids=raster_ids(1, 64, 64).bfloat16()),
         (1, 64, 64),
         4_608,
     ),
@@ -363,7 +364,7 @@ def test_published_sizes(
 
 def kontext() -> Tensor:
     """Ids of a 6 x 8 image and a reference of the same size behind it."""
-    image = tiny_models.raster(1, 6, 8).float()
+    image = raster_ids(1, 6, 8).float()
     return torch.cat([image, image + torch.tensor([1.0, 0.0, 0.0])])
 
 
@@ -381,14 +382,14 @@ DENSE = {
     ),
     "flux with a reference": ("FluxTransformer2DModel", FLUX_REFS),
     "flux without ids": ("FluxTransformer2DModel", packed(48, 7)),
-    "flux with ids of other tokens": ("FluxTransformer2DModel", packed(48, 7, img_ids=tiny_models.raster(1, 6, 9).float())),
+    "flux with ids of other tokens": ("FluxTransformer2DModel", packed(48, 7, img_ids=raster_ids(1, 6, 9).float())),
     "flux with columns first": (
         "FluxTransformer2DModel",
-        packed(48, 7, img_ids=tiny_models.raster(1, 8, 6)[:, [0, 2, 1]].float()),
+        packed(48, 7, img_ids=raster_ids(1, 8, 6)[:, [0, 2, 1]].float()),
     ),
     "flux 2 with cached references": (
         "Flux2Transformer2DModel",
-        packed(48, 7, img_ids=tiny_models.raster(1, 6, 8, 1)[None], kv_cache_mode="cached"),
+        packed(48, 7, img_ids=raster_ids(1, 6, 8, 1)[None], kv_cache_mode="cached"),
     ),
     "qwen edit": ("QwenImageTransformer2DModel", packed(96, 7, img_shapes=[[(1, 6, 8), (1, 6, 8)]])),
     "qwen of two sizes": ("QwenImageTransformer2DModel", packed(48, 7, img_shapes=[[(1, 6, 8)], [(1, 8, 6)]])),
@@ -409,20 +410,20 @@ def test_what_is_not_understood_is_dense(case: str) -> None:
 
 
 def test_raster_ids() -> None:
-    assert raster_grid(tiny_models.raster(1, 6, 8)) == (1, 6, 8)
-    assert raster_grid(tiny_models.raster(1, 6, 8, 1).expand(2, -1, -1)) == (1, 6, 8)
-    assert raster_grid(tiny_models.raster(1, 6, 8) + 3) == (1, 6, 8), "a raster may start elsewhere"
-    assert raster_grid(tiny_models.raster(1, 1, 8)) == (1, 1, 8)
-    assert raster_grid(tiny_models.raster(2, 6, 8)) is None
-    assert raster_grid(tiny_models.raster(1, 6, 8).flip(0)) is None
-    swapped = tiny_models.raster(1, 6, 8)
+    assert raster_grid(raster_ids(1, 6, 8)) == (1, 6, 8)
+    assert raster_grid(raster_ids(1, 6, 8, 1).expand(2, -1, -1)) == (1, 6, 8)
+    assert raster_grid(raster_ids(1, 6, 8) + 3) == (1, 6, 8), "a raster may start elsewhere"
+    assert raster_grid(raster_ids(1, 1, 8)) == (1, 1, 8)
+    assert raster_grid(raster_ids(2, 6, 8)) is None
+    assert raster_grid(raster_ids(1, 6, 8).flip(0)) is None
+    swapped = raster_ids(1, 6, 8)
     swapped[[10, 11]] = swapped[[11, 10]]
     assert raster_grid(swapped) is None
 
 
 def test_captions_of_two_lengths_share_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build("z_image")
-    both = {"x": inputs["x"] * 2, "cap_feats": [tiny_models.noise(14, 16), tiny_models.noise(40, 16)], "t": torch.ones(2)}
+    both = {"x": inputs["x"] * 2, "cap_feats": [noise(14, 16), noise(40, 16)], "t": torch.ones(2)}
     calls = list(forward(model, both, monkeypatch).sites())
     assert calls
     for call, layout in calls:
@@ -434,7 +435,7 @@ def test_captions_of_two_lengths_share_one_layout(monkeypatch: pytest.MonkeyPatc
 
 def test_mochi_attends_to_as_much_text_as_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build("mochi")
-    both, _ = tiny_models.batch_of_two("mochi", inputs)
+    both, _ = batch_of_two(inputs)
     calls = list(forward(model, both, monkeypatch).sites())
     assert [layout.text_after for _, layout in calls] == [10, 9] * 2
     assert {call.q.shape[0] for call, _ in calls} == {1}

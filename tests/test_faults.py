@@ -22,6 +22,7 @@ from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, 
 from accelplug.hosts import rebind
 from accelplug.hosts import transformers as language
 from accelplug.plug import plug_of
+from accelplug.testing.models import MIDDLE, noise
 from tests import tiny_language_models as tiny
 from tests import tiny_models
 from tests.test_guidance import CARVE, processor
@@ -114,9 +115,9 @@ class Denoiser(Case):
 
     def run(self) -> torch.Tensor:
         inputs = {
-            "hidden_states": tiny_models.noise(1, self.root.config.in_channels, 3, 8, 12),
-            "timestep": tiny_models.STEP,
-            "encoder_hidden_states": tiny_models.noise(1, 12, self.root.config.text_dim),
+            "hidden_states": noise(1, self.root.config.in_channels, 3, 8, 12),
+            "timestep": MIDDLE,
+            "encoder_hidden_states": noise(1, 12, self.root.config.text_dim),
         }
         with torch.no_grad(), self.root.cache_context("cond"):
             out = self.root(**inputs, return_dict=False)[0]

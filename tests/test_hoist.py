@@ -15,6 +15,7 @@ import accelplug
 from accelplug.call import Layout
 from accelplug.kernels import orders
 from accelplug.kernels.orders import tiles
+from accelplug.testing.models import WAN_CONFIG, noise
 from tests import tiny_models
 from tests.test_laws import run, snapshot
 
@@ -24,12 +25,12 @@ LAYERS = 5
 
 def built(**config: Any) -> tuple[Any, dict[str, Any]]:
     """Five blocks, a batch of two, and 3 x 5 x 7 = 105 tokens: the last block of 8 has one."""
-    model = diffusers.WanTransformer3DModel(**tiny_models.WAN, num_layers=LAYERS, in_channels=4, out_channels=4, **config)
+    model = diffusers.WanTransformer3DModel(**WAN_CONFIG, num_layers=LAYERS, in_channels=4, out_channels=4, **config)
     model.eval().requires_grad_(False)
     inputs = {
-        "hidden_states": tiny_models.noise(2, 4, 3, 10, 14),
+        "hidden_states": noise(2, 4, 3, 10, 14),
         "timestep": torch.tensor([500, 300]),
-        "encoder_hidden_states": tiny_models.noise(2, 12, 16),
+        "encoder_hidden_states": noise(2, 12, 16),
     }
     return model, inputs
 
@@ -100,7 +101,7 @@ def test_methods_that_ask_where_tokens_are_are_told(patch: str, config: dict[str
 
 def test_a_static_plan_in_tiles_that_fill_blocks() -> None:
     model, inputs = built()
-    inputs["hidden_states"] = tiny_models.noise(2, 4, 4, 8, 16)  # 4 x 4 x 8 tokens
+    inputs["hidden_states"] = noise(2, 4, 4, 8, 16)  # 4 x 4 x 8 tokens
     rule = {
         "patch": "neighborhood",
         "with": {"block": 8, "window": [1, 3, 3], "tile_thw": [1, 2, 4], "backend": "reference"},

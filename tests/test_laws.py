@@ -14,6 +14,7 @@ import accelplug
 from accelplug import compat
 from accelplug.errors import AccelplugError, AlreadyAppliedError, FallbackError, NoMatchError, UnsupportedError
 from accelplug.hosts.models import processor_owners
+from accelplug.testing.models import batch_of_two, sample_of
 from tests import tiny_models
 from tests.patch_rows import ROWS, Row
 
@@ -28,7 +29,7 @@ DENSE = {"rules": [{"patch": "dense"}]}
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
-        return tiny_models.output(model(**copy.deepcopy(inputs)))
+        return sample_of(model(**copy.deepcopy(inputs)))
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def test_the_kernel_at_density_one_is_dense(name: str) -> None:
 @rows
 def test_batch_two_is_two_batches_of_one(row: Row, name: str, rest: str) -> None:
     model, inputs = tiny_models.build(name)
-    both, singles = tiny_models.batch_of_two(name, inputs)
+    both, singles = batch_of_two(inputs)
     config = {**row.working, "rest": rest} if row.blocks else row.working
     with accelplug.apply(model, row.recipe(config), gate="off"):
         together = run(model, both)

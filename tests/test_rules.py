@@ -10,6 +10,7 @@ import torch
 import accelplug
 from accelplug.errors import FallbackError, NoMatchError, RecipeError, UnsupportedError
 from accelplug.recipe import Span, Where
+from accelplug.testing.models import MIDDLE, noise, sample_of
 from tests import tiny_language_models, tiny_models
 
 PATCH = {"patch": "neighborhood", "with": {"block": 8, "backend": "reference", "window": [1, 3, 3]}}
@@ -163,12 +164,12 @@ def test_a_forward_of_somebody_elses_may_take_more_keywords(name: str) -> None:
     stock = type(model).forward
     model.forward = types.MethodType(lambda self, *a, id_embeddings=None, **k: stock(self, *a, **k), model)
     with torch.no_grad():
-        dense = tiny_models.output(model(**inputs, id_embeddings=1))
+        dense = sample_of(model(**inputs, id_embeddings=1))
         with accelplug.apply(model, {"patch": "tome", "with": {"ratio": 0.5}}, gate="off", strict=True) as plug:
-            patched = tiny_models.output(model(**inputs, id_embeddings=1))
+            patched = sample_of(model(**inputs, id_embeddings=1))
             assert plug.report().served["tome"] > 0
         assert not torch.equal(patched, dense)
-        assert torch.equal(tiny_models.output(model(**inputs, id_embeddings=1)), dense)
+        assert torch.equal(sample_of(model(**inputs, id_embeddings=1)), dense)
     assert "forward" in vars(model)
 
 
@@ -187,8 +188,8 @@ def test_the_gate_judges_denoisers_compiled_whole(how: str, monkeypatch: pytest.
     with accelplug.apply(pipe, {"rules": [PATCH]}) as plug:
         with torch.no_grad(), pipe.transformer.cache_context("cond"):
             pipe.transformer(
-                hidden_states=tiny_models.noise(1, 16, 3, 8, 12),
-                timestep=tiny_models.STEP,
+                hidden_states=noise(1, 16, 3, 8, 12),
+                timestep=MIDDLE,
                 encoder_hidden_states=inputs["prompt_embeds"],
             )
         (unjudged,) = plug.report().unjudged

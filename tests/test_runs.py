@@ -16,9 +16,9 @@ from torch import Tensor
 import accelplug
 from accelplug.errors import FallbackError, NoMatchError, UnsupportedError
 from accelplug.hosts.models import denoisers
+from accelplug.testing.models import Arguments, noise, sample_of
 from tests import tiny_models, tiny_pipelines
 from tests.patch_rows import ROWS
-from tests.tiny_models import Inputs
 
 STEPS = 4
 EIGHT = {"block": 8, "backend": "reference"}
@@ -50,11 +50,11 @@ class Stop(Exception):
     """Somebody wants no more of it."""
 
 
-def run(pipe: Any, inputs: Inputs, seed: int = 0, **more: Any) -> Tensor:
+def run(pipe: Any, inputs: Arguments, seed: int = 0, **more: Any) -> Tensor:
     return pipe(**{**copy.deepcopy(inputs), **more}, generator=torch.Generator().manual_seed(seed))[0]
 
 
-def other(inputs: Inputs) -> Inputs:
+def other(inputs: Arguments) -> Arguments:
     """Another prompt."""
     return {
         name: given.flip(-1) * 1.5 if isinstance(given, Tensor) and "embeds" in name and given.is_floating_point() else given
@@ -62,18 +62,18 @@ def other(inputs: Inputs) -> Inputs:
     }
 
 
-def larger(inputs: Inputs) -> Inputs:
+def larger(inputs: Arguments) -> Arguments:
     """The other way up, which is another grid of as many tokens."""
     return {**inputs, "height": inputs["width"], "width": inputs["height"]}
 
 
-def twice(inputs: Inputs) -> Inputs:
+def twice(inputs: Arguments) -> Arguments:
     """Two pictures at a time."""
     name = "num_videos_per_prompt" if "num_frames" in inputs else "num_images_per_prompt"
     return {**inputs, name: 2}
 
 
-def stop_in_the_model(pipe: Any, inputs: Inputs, step: int) -> None:
+def stop_in_the_model(pipe: Any, inputs: Arguments, step: int) -> None:
     """Run until a forward raises, where its blocks have run and its output has not."""
     forwards = []
     denoiser = next(iter(denoisers(pipe).values()))
@@ -94,7 +94,7 @@ def stop_in_the_model(pipe: Any, inputs: Inputs, step: int) -> None:
         handle.remove()
 
 
-def stop_in_a_callback(pipe: Any, inputs: Inputs, step: int) -> None:
+def stop_in_a_callback(pipe: Any, inputs: Arguments, step: int) -> None:
     def callback(pipe: Any, at: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         if at == step:
             raise KeyboardInterrupt
@@ -107,7 +107,7 @@ def stop_in_a_callback(pipe: Any, inputs: Inputs, step: int) -> None:
 STOPS = {"model": stop_in_the_model, "callback": stop_in_a_callback}
 
 
-def nothing_is_left(make: Callable[[], tuple[Any, Inputs]], recipe: dict[str, Any], stop: str, step: int) -> None:
+def nothing_is_left(make: Callable[[], tuple[Any, Arguments]], recipe: dict[str, Any], stop: str, step: int) -> None:
     pipe, inputs = make()
     kinds = [inputs, larger(inputs), twice(inputs)]
     fresh = []
@@ -188,7 +188,7 @@ def test_a_loop_by_hand_over_one_schedule_begins_anew_where_it_starts_over(patch
     """Nothing sets a schedule, nothing raises in the model, and the branches have no names."""
     pipe, _ = tiny_pipelines.pipeline("wan")
     _, given = tiny_models.build("wan")
-    given["hidden_states"] = tiny_models.noise(1, 16, 3, 8, 12)
+    given["hidden_states"] = noise(1, 16, 3, 8, 12)
     pipe.scheduler.set_timesteps(STEPS)
 
     def loop(seed: int, steps: int = STEPS) -> Tensor:
@@ -236,7 +236,7 @@ def steps_by_what_was_given(pipe: Any, forwards: list[float]) -> list[int]:
     return list(range(len(schedule)))  # one forward for each timestep, some of which are equal
 
 
-def check_steps(plug: accelplug.Plug, pipe: Any, inputs: Inputs) -> None:
+def check_steps(plug: accelplug.Plug, pipe: Any, inputs: Arguments) -> None:
     """Run a pipeline, and compare the steps that were seen with those that should have been, forward by forward."""
     forwards: list[float] = []
     seen: list[int | None] = []
@@ -395,7 +395,7 @@ def test_a_grid_that_compiled_code_cannot_read_is_counted() -> None:
 # ----------------------------------------------------------------------------------------------------------- threads
 
 
-def side_by_side(pipe: Any, kinds: list[Inputs]) -> list[Tensor]:
+def side_by_side(pipe: Any, kinds: list[Arguments]) -> list[Tensor]:
     """Run a pipeline in as many threads, each forward beginning in all of them before it goes on in any."""
     meet = threading.Barrier(len(kinds), timeout=60)
     found: dict[int, Tensor] = {}
@@ -487,9 +487,9 @@ def test_attention_called_where_its_denoiser_was_not_is_counted() -> None:
     assert any("was not called in this thread" in reason for reason in plug.report().fallbacks)
 
 
-def run_alone(model: Any, inputs: Inputs) -> Tensor:
+def run_alone(model: Any, inputs: Arguments) -> Tensor:
     with torch.no_grad():
-        return tiny_models.output(model(**copy.deepcopy(inputs)))
+        return sample_of(model(**copy.deepcopy(inputs)))
 
 
 # ---------------------------------------------------------------------------------------------- another denoiser

@@ -19,6 +19,8 @@ from accelplug.hosts import rebind
 from accelplug.hosts.ulysses import Gathered
 from accelplug.kernels.plan import pack_bits
 from accelplug.table import Table
+from accelplug.testing import models
+from accelplug.testing.models import noise, raster_ids, settle
 from tests import tiny_models
 from tests.two_ranks import together
 
@@ -30,8 +32,8 @@ LAYERS, HEADS, BLOCKS = 3, 4, 9
 def wan() -> tuple[Any, dict[str, Any]]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model, given = tiny_models.wan(num_attention_heads=HEADS)
-    return tiny_models.settle(model), given
+        model, given = models.wan(num_attention_heads=HEADS)
+    return settle(model), given
 
 
 def wan_recipes() -> dict[str, dict[str, Any]]:
@@ -52,8 +54,8 @@ def wan_recipes() -> dict[str, dict[str, Any]]:
 def joint(name: str) -> tuple[Any, dict[str, Any]]:
     model, given = tiny_models.build(name)
     if name != "qwen_image":  # as much text for either rank
-        ids = torch.zeros(8, 3) if name == "flux" else tiny_models.raster(1, 1, 1, 8)[None]
-        given = {**given, "encoder_hidden_states": tiny_models.noise(1, 8, 32), "txt_ids": ids}
+        ids = torch.zeros(8, 3) if name == "flux" else raster_ids(1, 1, 1, 8)[None]
+        given = {**given, "encoder_hidden_states": noise(1, 8, 32), "txt_ids": ids}
     return model, given
 
 

@@ -19,6 +19,7 @@ from accelplug.hosts.rebind import dense_sdpa
 from accelplug.kernels.merge import match, merge, partition, slot_sizes, unmerge
 from accelplug.patches.tokens import tome
 from accelplug.patches.tokens.tome import Tome
+from accelplug.testing.models import batch_of_two
 from tests import tiny_models
 from tests.test_laws import run
 
@@ -254,7 +255,7 @@ def test_an_unknown_step_never_sees_an_older_forward(made: Matches) -> None:
 def test_branches_have_matches_of_their_own_and_the_same_destinations(made: Matches) -> None:
     """Two calls with named branches are what one call with both halves is."""
     model, inputs = tiny_models.build("wan")
-    both, halves = tiny_models.batch_of_two("wan", inputs)
+    both, halves = batch_of_two(inputs)
     with accelplug.apply(model, recipe(interval=2), gate="off") as plug:
         apart = []
         for step in range(2):

@@ -11,46 +11,30 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.models import embeddings
-from torch import Tensor, nn
 
-Inputs = dict[str, Any]
-Built = tuple[Any, Inputs]  # a model of diffusers, which mypy does not read
+from accelplug.testing.models import (
+    MIDDLE,
+    WAN_CONFIG,
+    Arguments,
+    Built,
+    build_denoiser,
+    build_pipeline,
+    cogvideox,
+    flux,
+    hunyuan_video,
+    noise,
+    raster_ids,
+    sd3,
+    unet_sd15,
+    valid_first,
+    wan,
+    wan_pipeline,
+)
 
 diffusers.utils.logging.set_verbosity_error()
 
 
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    """Return standard normal numbers, the same for the same shape and seed."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def mask(length: int, valid: int) -> Tensor:
-    """Return int (1, length): ones for the first `valid` tokens."""
-    return (torch.arange(length) < valid)[None].long()
-
-
-def raster(*sizes: int) -> Tensor:
-    """Return the coordinates (N, axes) of a grid in raster order."""
-    return torch.cartesian_prod(*[torch.arange(size) for size in sizes])
-
-
 # -------------------------------------------------------------------------------------------------------------- video
-
-STEP = torch.tensor([500])
-WAN = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "text_dim": 16,
-    "freq_dim": 32,
-    "ffn_dim": 32,
-    "rope_max_seq_len": 32,
-}
-
-
-def wan(**config: Any) -> Built:
-    model = diffusers.WanTransformer3DModel(**{**WAN, "num_layers": 3, "in_channels": 4, "out_channels": 4, **config})
-    return model, {"hidden_states": noise(1, 4, 3, 8, 12), "timestep": STEP, "encoder_hidden_states": noise(1, 12, 16)}
 
 
 def wan_5b() -> Built:
@@ -69,39 +53,15 @@ def wan_i2v() -> Built:
 
 def wan_vace() -> Built:
     model = diffusers.WanVACETransformer3DModel(
-        **WAN, num_layers=3, in_channels=4, out_channels=4, vace_layers=[0, 2], vace_in_channels=8
+        **WAN_CONFIG, num_layers=3, in_channels=4, out_channels=4, vace_layers=[0, 2], vace_in_channels=8
     )
     _, inputs = wan()
     return model, inputs | {"control_hidden_states": noise(1, 8, 3, 8, 12)}
 
 
 def skyreels() -> Built:
-    model = diffusers.SkyReelsV2Transformer3DModel(**WAN, num_layers=2, in_channels=4, out_channels=4)
+    model = diffusers.SkyReelsV2Transformer3DModel(**WAN_CONFIG, num_layers=2, in_channels=4, out_channels=4)
     return model, wan()[1]
-
-
-def hunyuan_video() -> Built:
-    model = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=10,
-        num_layers=1,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        patch_size=2,
-        text_embed_dim=16,
-        pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 4),
-    )
-    return model, {
-        "hidden_states": noise(1, 4, 3, 8, 12),
-        "timestep": STEP,
-        "encoder_hidden_states": noise(1, 12, 16),
-        "encoder_attention_mask": mask(12, 8),
-        "pooled_projections": noise(1, 8),
-        "guidance": torch.tensor([6000.0]),
-    }
 
 
 def hunyuan_video_15() -> Built:
@@ -125,35 +85,9 @@ def hunyuan_video_15() -> Built:
         "timestep": torch.tensor([1.0]),
         "encoder_hidden_states": noise(1, 6, 16),
         "encoder_hidden_states_2": noise(1, 4, 8),
-        "encoder_attention_mask": mask(6, 4),
-        "encoder_attention_mask_2": mask(4, 3),
+        "encoder_attention_mask": valid_first(6, 4),
+        "encoder_attention_mask_2": valid_first(4, 3),
         "image_embeds": torch.zeros(1, 3, 12),
-    }
-
-
-def cogvideox(patch_size_t: int | None = None) -> Built:
-    frames = 3 * (patch_size_t or 1)
-    model = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=8,
-        num_layers=2,
-        sample_width=12,
-        sample_height=8,
-        sample_frames=4 * frames - 3,
-        patch_size=2,
-        patch_size_t=patch_size_t,
-        max_text_seq_length=8,
-        use_rotary_positional_embeddings=True,
-    )
-    return model, {
-        "hidden_states": noise(1, frames, 4, 8, 12),
-        "encoder_hidden_states": noise(1, 8, 8),
-        "timestep": STEP,
-        "image_rotary_emb": embeddings.get_3d_rotary_pos_embed(16, ((0, 0), (4, 6)), (4, 6), 3),
     }
 
 
@@ -176,8 +110,8 @@ def mochi() -> Built:
     return model, {
         "hidden_states": noise(1, 4, 3, 8, 12),
         "encoder_hidden_states": noise(1, 16, 16),
-        "timestep": STEP,
-        "encoder_attention_mask": mask(16, 10).bool(),
+        "timestep": MIDDLE,
+        "encoder_attention_mask": valid_first(16, 10).bool(),
     }
 
 
@@ -197,8 +131,8 @@ def ltx() -> Built:
     return model, {
         "hidden_states": noise(1, 3 * 4 * 6, 4),
         "encoder_hidden_states": noise(1, 16, 16),
-        "timestep": STEP,
-        "encoder_attention_mask": mask(16, 11),
+        "timestep": MIDDLE,
+        "encoder_attention_mask": valid_first(16, 11),
         **PACKED_VIDEO,
     }
 
@@ -245,9 +179,9 @@ def cosmos() -> Built:
     )
     return model, {
         "hidden_states": noise(1, 4, 3, 8, 12),
-        "timestep": STEP,
+        "timestep": MIDDLE,
         "encoder_hidden_states": noise(1, 12, 16),
-        "attention_mask": mask(12, 9).bool(),
+        "attention_mask": valid_first(12, 9).bool(),
         "fps": 30,
     }
 
@@ -276,7 +210,7 @@ def allegro() -> Built:
     return model, {
         "hidden_states": noise(1, 4, 3, 8, 12),
         "encoder_hidden_states": noise(1, 16, 8),
-        "timestep": STEP,
+        "timestep": MIDDLE,
         "image_rotary_emb": (tuple(freqs), tuple(places.T.reshape(3, 1, -1).contiguous())),
     }
 
@@ -334,27 +268,6 @@ def latte() -> Built:
 # -------------------------------------------------------------------------------------------------------------- image
 
 
-def flux() -> Built:
-    model = diffusers.FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=[4, 4, 8],
-    )
-    return model, {
-        "hidden_states": noise(1, 6 * 8, 4),
-        "encoder_hidden_states": noise(1, 7, 32),
-        "pooled_projections": noise(1, 32),
-        "img_ids": raster(1, 6, 8).float(),
-        "txt_ids": torch.zeros(7, 3),
-        "timestep": torch.tensor([1.0]),
-    }
-
-
 def flux2() -> Built:
     model = diffusers.Flux2Transformer2DModel(
         in_channels=4,
@@ -369,8 +282,8 @@ def flux2() -> Built:
     return model, {
         "hidden_states": noise(1, 6 * 8, 4),
         "encoder_hidden_states": noise(1, 7, 32),
-        "img_ids": raster(1, 6, 8, 1)[None],
-        "txt_ids": raster(1, 1, 1, 7)[None],
+        "img_ids": raster_ids(1, 6, 8, 1)[None],
+        "txt_ids": raster_ids(1, 1, 1, 7)[None],
         "timestep": torch.tensor([1.0]),
         "guidance": torch.tensor([1.0]),
     }
@@ -392,32 +305,9 @@ def chroma() -> Built:
     return model, {
         "hidden_states": noise(1, 6 * 8, 4),
         "encoder_hidden_states": noise(1, 7, 32),
-        "img_ids": raster(1, 6, 8).float(),
+        "img_ids": raster_ids(1, 6, 8).float(),
         "txt_ids": torch.zeros(7, 3),
         "timestep": torch.tensor([1.0]),
-    }
-
-
-def sd3() -> Built:
-    model = diffusers.SD3Transformer2DModel(
-        sample_size=32,
-        patch_size=2,
-        in_channels=4,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        caption_projection_dim=32,
-        joint_attention_dim=32,
-        pooled_projection_dim=64,
-        out_channels=4,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
-    return model, {
-        "hidden_states": noise(1, 4, 12, 16),
-        "encoder_hidden_states": noise(1, 11, 32),
-        "pooled_projections": noise(1, 64),
-        "timestep": STEP,
     }
 
 
@@ -435,7 +325,7 @@ def qwen_image() -> Built:
     return model, {
         "hidden_states": noise(1, 6 * 8, 16),
         "encoder_hidden_states": noise(1, 8, 16),
-        "encoder_hidden_states_mask": mask(8, 6),
+        "encoder_hidden_states_mask": valid_first(8, 6),
         "timestep": torch.tensor([1.0]),
         "img_shapes": [[(1, 6, 8)]],
     }
@@ -490,20 +380,7 @@ def sana() -> Built:
         caption_channels=8,
         sample_size=8,
     )
-    return model, {"hidden_states": noise(1, 4, 6, 8), "encoder_hidden_states": noise(1, 8, 8), "timestep": STEP}
-
-
-def unet_sd15() -> Built:
-    model = diffusers.UNet2DConditionModel(
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-    )
-    return model, {"sample": noise(1, 4, 12, 16), "timestep": torch.tensor(500), "encoder_hidden_states": noise(1, 7, 16)}
+    return model, {"hidden_states": noise(1, 4, 6, 8), "encoder_hidden_states": noise(1, 8, 8), "timestep": MIDDLE}
 
 
 def unet_sdxl() -> Built:
@@ -607,112 +484,17 @@ MODELS: dict[str, Callable[[], Built]] = {
 
 def build(name: str, seed: int = 0) -> Built:
     """Return (model, keyword arguments of its forward): the same weights for the same seed, ready for inference."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model, inputs = MODELS[name]()
-        settle(model, seed)
-    return model, inputs
-
-
-def settle(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Make a fresh model ready for inference. A little noise on each weight lets no zero initialisation hide a path."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    model.eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    return model
-
-
-def output(result: Any) -> Tensor:
-    """Return the main tensor of what a denoiser returned."""
-    sample = result[0] if isinstance(result, tuple) else result.sample
-    return torch.stack(list(sample)) if isinstance(sample, list) else sample
-
-
-# -------------------------------------------------------------------------------------------------------------- batch
-
-SHARED = frozenset({"txt_ids", "image_rotary_emb", "rotary_embedding", "visual_rope_pos", "text_rope_pos"})
-"""Arguments that a batch has once."""
-
-
-def batch_of_two(name: str, inputs: Inputs) -> tuple[Inputs, list[Inputs]]:
-    """Return inputs of batch 2, and its two samples as inputs of batch 1: `inputs`, and others of the same shapes."""
-    other = {key: _other(key, value) for key, value in inputs.items()}
-    both = {key: _joined(key, value, other[key]) for key, value in inputs.items()}
-    return both, [inputs, other]
-
-
-def _is_shared(key: str, value: Any) -> bool:
-    return key in SHARED or (key == "img_ids" and value.ndim == 2)
-
-
-def _other(key: str, value: Any) -> Any:
-    """Return another sample's value: other latents and text, and one valid text token fewer."""
-    if _is_shared(key, value) or key in {"img_ids", "timestep", "t", "guidance"}:
-        return value
-    if isinstance(value, Tensor) and "mask" in key:
-        last = int(value[0].nonzero()[-1])
-        shorter = value.clone()
-        shorter[:, last if key.startswith("encoder") else 0] = 0
-        return shorter
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.flip(-1) * 0.9
-    if isinstance(value, list):
-        return [_other(key, item) for item in value]
-    if isinstance(value, dict):
-        return {inner: _other(inner, item) for inner, item in value.items()}
-    return value
-
-
-def _joined(key: str, value: Any, other: Any) -> Any:
-    if _is_shared(key, value):
-        return value
-    if isinstance(value, Tensor) and value.ndim:
-        return torch.cat([value, other])
-    if isinstance(value, list):
-        return [*value, *other]
-    if isinstance(value, dict):
-        return {inner: _joined(inner, item, other[inner]) for inner, item in value.items()}
-    return value
+    return build_denoiser(MODELS[name], seed)
 
 
 # ---------------------------------------------------------------------------------------------------------- pipelines
 
 
-def _wan_pipe(experts: int) -> tuple[Any, Inputs]:
-    def transformer() -> nn.Module:
-        return diffusers.WanTransformer3DModel(**WAN, num_layers=2, in_channels=16, out_channels=16)
-
-    pipe = diffusers.WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=diffusers.AutoencoderKLWan(
-            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
-        ),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        transformer=transformer(),
-        transformer_2=transformer() if experts == 2 else None,
-        boundary_ratio=0.875 if experts == 2 else None,
-    )
-    return pipe, {
-        "prompt_embeds": noise(1, 16, 16),
-        "negative_prompt_embeds": noise(1, 16, 16, seed=1),
-        "height": 64,
-        "width": 96,
-        "num_frames": 9,
-        "guidance_scale": 5.0,
-    }
+def _wan22_moe() -> tuple[Any, Arguments]:
+    return wan_pipeline(experts=2)
 
 
-def _wan() -> tuple[Any, Inputs]:
-    return _wan_pipe(experts=1)
-
-
-def _wan22_moe() -> tuple[Any, Inputs]:
-    return _wan_pipe(experts=2)
-
-
-def _flux() -> tuple[Any, Inputs]:
+def _flux() -> tuple[Any, Arguments]:
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=4,
         num_layers=2,
@@ -750,7 +532,7 @@ def _flux() -> tuple[Any, Inputs]:
     }
 
 
-def _cogvideox() -> tuple[Any, Inputs]:
+def _cogvideox() -> tuple[Any, Arguments]:
     transformer = diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,
@@ -791,7 +573,7 @@ def _cogvideox() -> tuple[Any, Inputs]:
     }
 
 
-def _hunyuan_video() -> tuple[Any, Inputs]:
+def _hunyuan_video() -> tuple[Any, Arguments]:
     transformer, _ = hunyuan_video()
     vae = diffusers.AutoencoderKLHunyuanVideo(
         latent_channels=4,
@@ -813,14 +595,14 @@ def _hunyuan_video() -> tuple[Any, Inputs]:
     return pipe, {
         "prompt_embeds": noise(1, 12, 16),
         "pooled_prompt_embeds": noise(1, 8),
-        "prompt_attention_mask": mask(12, 9).float(),
+        "prompt_attention_mask": valid_first(12, 9).float(),
         "height": 64,
         "width": 96,
         "num_frames": 9,
     }
 
 
-def _sd15() -> tuple[Any, Inputs]:
+def _sd15() -> tuple[Any, Arguments]:
     unet, _ = unet_sd15()
     vae = diffusers.AutoencoderKL(
         block_out_channels=[8, 16],
@@ -848,8 +630,8 @@ def _sd15() -> tuple[Any, Inputs]:
     }
 
 
-PIPELINES: dict[str, Callable[[], tuple[Any, Inputs]]] = {
-    "wan": _wan,
+PIPELINES: dict[str, Callable[[], tuple[Any, Arguments]]] = {
+    "wan": wan_pipeline,
     "wan22_moe": _wan22_moe,
     "flux": _flux,
     "cogvideox": _cogvideox,
@@ -858,12 +640,6 @@ PIPELINES: dict[str, Callable[[], tuple[Any, Inputs]]] = {
 }
 
 
-def pipeline(name: str, seed: int = 0) -> tuple[Any, Inputs]:
+def pipeline(name: str, seed: int = 0) -> tuple[Any, Arguments]:
     """Return (pipe, keyword arguments of its call): four steps from given embeddings, tensors out."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        pipe, inputs = PIPELINES[name]()
-        for component in pipe.components.values():
-            if isinstance(component, nn.Module):
-                settle(component, seed)
-    return pipe, {**inputs, "num_inference_steps": 4, "output_type": "pt"}
+    return build_pipeline(PIPELINES[name], seed)

@@ -14,10 +14,11 @@ import PIL.Image
 import torch
 from torch import nn
 
+from accelplug.testing.models import Arguments, noise, settle, valid_first
 from tests import tiny_models
-from tests.tiny_models import Inputs, build, mask, noise
+from tests.tiny_models import build
 
-Built = tuple[Any, Inputs]
+Built = tuple[Any, Arguments]
 
 
 class NoVae(nn.Module):
@@ -58,9 +59,9 @@ def piped(cls: Any, model: str, scheduler: Any, *absent: str, **given: Any) -> A
     return cls(**{**parts, name: denoiser, "scheduler": scheduler, **given})
 
 
-def guided(*embeds: tuple[str, int | None, Any], height: int, width: int, **more: Any) -> Inputs:
+def guided(*embeds: tuple[str, int | None, Any], height: int, width: int, **more: Any) -> Arguments:
     """Embeddings (name, dimension, tokens or mask) of a prompt and of a negative one."""
-    inputs: Inputs = {"height": height, "width": width, **more}
+    inputs: Arguments = {"height": height, "width": width, **more}
     for name, dim, tokens in embeds:
         for seed, sign in enumerate(("", "negative_")):
             shape = (1, dim) if tokens is None else (1, tokens, dim)
@@ -76,7 +77,7 @@ def sd3() -> Built:
 
 def qwen_image() -> Built:
     pipe = piped(diffusers.QwenImagePipeline, "qwen_image", euler())
-    embeds = ("prompt_embeds", 16, 8), ("prompt_embeds_mask", None, mask(8, 8))
+    embeds = ("prompt_embeds", 16, 8), ("prompt_embeds_mask", None, valid_first(8, 8))
     return pipe, guided(*embeds, true_cfg_scale=4.0, height=96, width=128)
 
 
@@ -88,19 +89,19 @@ def z_image() -> Built:
 
 def pixart() -> Built:
     pipe = piped(diffusers.PixArtSigmaPipeline, "pixart", diffusers.DPMSolverMultistepScheduler())
-    embeds = ("prompt_embeds", 16, 8), ("prompt_attention_mask", None, mask(8, 8))
+    embeds = ("prompt_embeds", 16, 8), ("prompt_attention_mask", None, valid_first(8, 8))
     return pipe, guided(*embeds, negative_prompt=None, use_resolution_binning=False, height=96, width=128)
 
 
 def ltx() -> Built:
     pipe = piped(diffusers.LTXPipeline, "ltx", euler())
-    embeds = ("prompt_embeds", 16, 16), ("prompt_attention_mask", None, mask(16, 11))
+    embeds = ("prompt_embeds", 16, 16), ("prompt_attention_mask", None, valid_first(16, 11))
     return pipe, guided(*embeds, height=128, width=192, num_frames=17)
 
 
 def ltx_condition() -> Built:
     pipe = piped(diffusers.LTXConditionPipeline, "ltx", euler(), vae=NoVae())
-    embeds = ("prompt_embeds", 16, 16), ("prompt_attention_mask", None, mask(16, 11))
+    embeds = ("prompt_embeds", 16, 16), ("prompt_attention_mask", None, valid_first(16, 11))
     late = {"latents": noise(1, 4, 3, 4, 6), "denoise_strength": 0.6}
     return pipe, guided(*embeds, **late, height=64, width=96, num_frames=9)
 
@@ -119,13 +120,13 @@ def cosmos_2() -> Built:
 
 def allegro() -> Built:
     pipe = piped(diffusers.AllegroPipeline, "allegro", diffusers.EulerAncestralDiscreteScheduler())
-    embeds = ("prompt_embeds", 8, 16), ("prompt_attention_mask", None, mask(16, 16))
+    embeds = ("prompt_embeds", 8, 16), ("prompt_attention_mask", None, valid_first(16, 16))
     return pipe, guided(*embeds, negative_prompt=None, height=64, width=96, num_frames=3)
 
 
 def kandinsky5() -> Built:
     pipe = piped(diffusers.Kandinsky5T2VPipeline, "kandinsky5", euler(), "text_encoder_2", "tokenizer_2")
-    inputs: Inputs = {"height": 64, "width": 96, "num_frames": 9}
+    inputs: Arguments = {"height": 64, "width": 96, "num_frames": 9}
     for seed, sign in enumerate(("", "negative_")):
         inputs[f"{sign}prompt_embeds_qwen"] = noise(1, 7, 16, seed=seed)
         inputs[f"{sign}prompt_embeds_clip"] = noise(1, 8, seed=seed)
@@ -135,13 +136,13 @@ def kandinsky5() -> Built:
 
 def mochi() -> Built:
     pipe = piped(diffusers.MochiPipeline, "mochi", euler(invert_sigmas=True))
-    embeds = ("prompt_embeds", 16, 16), ("prompt_attention_mask", None, mask(16, 10).bool())
+    embeds = ("prompt_embeds", 16, 16), ("prompt_attention_mask", None, valid_first(16, 10).bool())
     return pipe, guided(*embeds, max_sequence_length=16, height=64, width=96, num_frames=13)
 
 
 def chroma() -> Built:
     pipe = piped(diffusers.ChromaPipeline, "chroma", euler())
-    embeds = ("prompt_embeds", 32, 7), ("prompt_attention_mask", None, mask(7, 7).bool())
+    embeds = ("prompt_embeds", 32, 7), ("prompt_attention_mask", None, valid_first(7, 7).bool())
     return pipe, guided(*embeds, height=96, width=128)
 
 
@@ -190,9 +191,9 @@ def hunyuan_video_15() -> Built:
     )
     embeds = (
         ("prompt_embeds", 16, 6),
-        ("prompt_embeds_mask", None, mask(6, 4)),
+        ("prompt_embeds_mask", None, valid_first(6, 4)),
         ("prompt_embeds_2", 8, 4),
-        ("prompt_embeds_mask_2", None, mask(4, 3)),
+        ("prompt_embeds_mask_2", None, valid_first(4, 3)),
     )
     return pipe, guided(*embeds, height=64, width=96, num_frames=9)
 
@@ -294,6 +295,6 @@ def pipeline(name: str, seed: int = 0) -> Built:
         pipe, inputs = PIPELINES[name]()
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
-                tiny_models.settle(part, seed)
+                settle(part, seed)
     pipe.set_progress_bar_config(disable=True)
     return pipe, {**inputs, "num_inference_steps": 4, "output_type": "latent"}

@@ -1,0 +1,1 @@
+"""What tests of a patch need: tiny models to try it on."""
