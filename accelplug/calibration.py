@@ -27,7 +27,7 @@ from accelplug.patches.base import Patch
 from accelplug.patches.calibration import Calibration, Seen
 from accelplug.patches.sparse.rest_weights import RestWeights
 from accelplug.patches.sparse.template import BlockSparse
-from accelplug.plug import model_facts, watch
+from accelplug.plug import apply, model_facts
 from accelplug.recipe import DENSE, ModelFacts, Recipe, load, matching_files, model_name, read_file, strict_yaml
 from accelplug.registry import list_patches, patch_class, patch_entry
 from accelplug.table import Origin, Table, bucket, write_tables
@@ -97,6 +97,8 @@ def calibrate(
             raise AccelplugError(f"calibrate, {name}: expected a mapping of settings, got {settings!r}.")
     facts = model_facts(pipe)
     base = load(recipe, facts) if patch == "rest" else None
+    if base is not None:
+        base.to_mapping()  # so that a rule that cannot be written is told, too
     task = Task(patch, dict(config or {}), dict(options or {}), base)
     task.make()  # so that a wrong knob is told before anything runs
     if dense_steps is not None:
@@ -118,7 +120,7 @@ def calibrate(
     done = study.resume(place.partial) if place is not None else 0
     with (
         working(pipe) as ranks,
-        watch(pipe, study.watcher) as plug,
+        apply(pipe, study.watcher, gate="off", deterministic=True) as plug,
         _bar(progress and ranks.first, study.turns) as tell,
         compat.diffusers.quiet(pipe),
         torch.no_grad(),
@@ -270,11 +272,7 @@ class Task:
 
     def _weighted(self, rule: Any, study: Study, tables: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """A rule of the base recipe; where its patch pools, one per denoiser, with the weights."""
-        plain = {
-            "where": _plain_where(rule.where),
-            "patch": rule.patch,
-            **({"with": dict(rule.settings)} if rule.settings else {}),
-        }
+        plain = {"where": {}, **rule.to_mapping()}
         pools = (
             rule.patch != "dense"
             and getattr(patch_class(rule.patch)(_constants(rule.settings)).config, "rest", "") == "pool"
@@ -291,13 +289,6 @@ class Task:
 def _constants(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings but for ramps, whose values do not matter here."""
     return {key: value for key, value in settings.items() if not isinstance(value, Mapping)}
-
-
-def _plain_where(where: Any) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        return [getattr(item, "text", item) for item in value] if isinstance(value, tuple) else value
-
-    return {key: plain(value) for key, value in where if value is not None}
 
 
 @dataclass
@@ -467,6 +458,7 @@ class Place:
 class Watcher(Patch):
     """Runs dense, and shows what is due to a study."""
 
+    name, family = "watch", "sparse"
     speed = False
 
     def __init__(self, study: Study) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import weakref
@@ -43,8 +44,8 @@ from accelplug.hosts.record import Choice
 from accelplug.hosts.transformers import LanguageHost
 from accelplug.hosts.undo import Undo
 from accelplug.kernels.attention import Backend
-from accelplug.recipe import ModelFacts, Recipe, Rule, load
-from accelplug.registry import patch_class, patch_entry
+from accelplug.recipe import ModelFacts, Recipe, load
+from accelplug.registry import patch_class
 from accelplug.show import Shown, as_html
 from accelplug.step_caches import CACHES
 
@@ -64,7 +65,7 @@ _LOCK = threading.RLock()
 
 def apply(
     model: Any,
-    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    recipe: str | Path | Mapping[str, Any] | Recipe | Patch | None = None,
     *,
     strict: bool = False,
     gate: str = "auto",
@@ -80,7 +81,8 @@ def apply(
     model : a diffusers pipeline (classic or modular) or a bare denoiser; a transformers language or vision-language model, also
         inside of a transformers pipeline, a PeftModel, what torch.compile returned, or a parallel wrapper.
     recipe : None for the default of the file that matches the model; a name in that file, ``radial``; a full name,
-        ``wan2.1-t2v-14b/radial``; the path of a recipe file; a mapping; or a `Recipe`.
+        ``wan2.1-t2v-14b/radial``; the path of a recipe file; a mapping; a `Recipe`; or an instance of a patch, for every self- and
+        joint-attention module. A rule of a mapping may hold an instance, too: ``{"where": {...}, "patch": MyPatch({...})}``.
     strict : raise `FallbackError` where an attention call that a rule names would run dense, and where a rule cannot hold: of steps
         that no run has at the first forward, of a guidance branch that never comes at the end of a run. Rules for other sizes than
         that of the run are no error, unless no patch of the recipe is for this one.
@@ -158,23 +160,6 @@ def _replayed(choices: Mapping[str, Any]) -> tuple[str, str]:
         found = list(map(str, choices)) if isinstance(choices, Mapping) else type(choices).__name__
         raise AccelplugError(f"choices must be what plug.choices gave, with {sorted(expected)}, got {found}.")
     return choices["gate"], choices["backend"]
-
-
-def watch(model: Any, patch: Patch) -> Plug:
-    """Have `patch` answer every self- and joint-attention call of a model, whatever recipes there are; for calibration.
-
-    Raises
-    ------
-    AlreadyAppliedError
-        If a recipe is on one of the model's denoisers.
-    UnsupportedError
-        If a library newer than what accelplug was tested with no longer keeps what it relies on.
-    """
-    with _LOCK:
-        compat.versions.require("transformers" if is_language_model(model) else "diffusers")
-        watching = _Watch(model, _free_parts(model), patch)
-        watching._install()
-    return watching
 
 
 def remove(model: Any) -> None:
@@ -310,9 +295,10 @@ class Plug(AbstractContextManager["Plug"]):
         decision = self.recipe.decide(site, layout, clock)
         if decision.patch is None:
             return Choice(reason=decision.reason, rule=decision.rule)
-        return Choice(self._patch(decision.patch, decision.config), decision.patch, rule=decision.rule)
+        patch = self._patch(decision.patch, decision.config, decision.instance)
+        return Choice(patch, decision.patch, rule=decision.rule)
 
-    def _patch(self, name: str, config: Mapping[str, Any]) -> Patch:
+    def _patch(self, name: str, config: Mapping[str, Any], instance: Patch | None = None) -> Patch:
         """Return the one instance of a patch and config: sites that share it share compiled graphs and plans."""
 
         def make() -> Patch:
@@ -323,11 +309,26 @@ class Plug(AbstractContextManager["Plug"]):
             patch.processor = self._processor
             return patch
 
+        if instance is not None:
+            return self._patches.get((name, f"instance {id(instance)}"), lambda: self._as_told(instance))
         return self._patches.get((name, repr(sorted(config.items()))), make)
+
+    def _as_told(self, instance: Patch) -> Patch:
+        """A patch that a rule holds; where it leaves open what `apply` was told, a copy that has it."""
+        told: dict[str, Any] = {}
+        if self._backend != "auto" and getattr(instance.config, "backend", None) == "auto":
+            told["config"] = instance.config.model_copy(update={"backend": self._backend})
+        if self._processor is not None and instance.processor is None:
+            told["processor"] = self._processor
+        if not told:
+            return instance
+        patch = copy.copy(instance)
+        vars(patch).update(told)
+        return patch
 
     def _around(self) -> tuple[Any, ...]:
         """The recipe's patches that stand around ``generate``."""
-        return tuple(self._patch(rule.patch, rule.settings) for rule in self.recipe.around())
+        return tuple(self._patch(rule.name, rule.values, rule.instance) for rule in self.recipe.around())
 
     def _step_caches(self, parts: dict[str, Any]) -> StepCaches | None:
         """The recipe's step cache. The block from which it predicts the others must be dense."""
@@ -347,11 +348,10 @@ class Plug(AbstractContextManager["Plug"]):
 
     def _require_patches_of_its_kind(self) -> None:
         host = self._hosts[0]
-        for name in self.recipe.patches():
-            family = patch_entry(name).family
-            if family not in host.serves:
+        for entry in self.recipe.patches():
+            if entry.family not in host.serves:
                 raise UnsupportedError(
-                    f"{self.recipe.name} uses {name}, a patch of the family {family}; {type(host.root).__name__} takes "
+                    f"{self.recipe.name} uses {entry.name}, a patch of the family {entry.family}; {type(host.root).__name__} takes "
                     f"{' and '.join(sorted(host.serves))}. `accelplug list` shows which recipes there are for which model."
                 )
 
@@ -634,20 +634,6 @@ class Plug(AbstractContextManager["Plug"]):
 
     def _repr_html_(self) -> str:
         return as_html(self)
-
-
-class _Watch(Plug):
-    """One patch everywhere, without a recipe."""
-
-    def __init__(self, model: Any, parts: dict[str, Any], patch: Patch) -> None:
-        self._patch_everywhere = Choice(patch, "watch")
-        rules = (Rule.model_validate({"patch": "dense"}),)
-        super().__init__(
-            model, Recipe("watch", "any", rules), parts, strict=False, gate="off", backend="auto", measure=False
-        )
-
-    def _decide(self, site: Site, layout: Any, clock: Clock) -> Choice:
-        return self._patch_everywhere
 
 
 @dataclass(frozen=True)

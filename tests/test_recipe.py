@@ -14,6 +14,8 @@ import pytest
 from accelplug import recipe as recipes
 from accelplug.call import Clock, Kind, Layout, Site
 from accelplug.errors import AccelplugError, NoMatchError, RecipeError
+from accelplug.patches.guidance.contrast import Contrast
+from accelplug.patches.sparse.radial import Radial
 from accelplug.recipe import ModelFacts, Recipe, Span, load, matching_files, read_file, record_measurement, shipped_files
 from accelplug.registry import patch_class
 
@@ -264,3 +266,41 @@ def test_a_row_that_is_wrong_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(NoMatchError):
         record_measurement(path, "c", ROW)
     assert path.read_text() == FILE
+
+
+def test_what_holds_an_instance_is_told_by_class_and_settings_and_cannot_be_written():
+    recipe = load({"rules": [{"where": {"layers": "1:"}, "patch": Radial({"decay": 0.5})}]}, FACTS)
+    decision = recipe.decide(site(2), Layout((4, 4, 9)), Clock())
+    assert (decision.patch, decision.config, decision.instance) == ("radial", {"decay": 0.5}, recipe.rules[0].patch)
+    assert recipe.describe().splitlines()[1] == "  layers 1:: Radial(decay=0.5)"
+    assert recipe.named(0) == "Rule 1 of custom (radial where layers 1:)"
+    with pytest.raises(RecipeError, match=r"holds an instance, Radial\(decay=0.5\), which no file can hold"):
+        recipe.to_mapping()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [
+        (Radial, r"got the class Radial; call it: Radial\(\)"),
+        ({"patch": Radial}, "got the class Radial"),
+        (
+            {"patch": Radial(), "with": {"decay": 0.5}},
+            r"an instance, Radial\(\), and has its settings; remove with: {decay}",
+        ),
+        ({"patch": [Radial()]}, "expected a name or a list of names"),
+        (object(), "a class that derives from"),
+        (5, "A recipe is a name, .* or an instance of a patch, got 5"),
+        ({"where": {"layers": 1}, "patch": Contrast()}, "contrast stands around generate"),
+    ],
+)
+def test_what_is_no_instance_of_a_patch_is_refused(recipe, why):
+    with pytest.raises(RecipeError, match=why):
+        load(recipe, FACTS)
+
+
+def test_a_recipe_as_a_mapping_reads_back():
+    for path in shipped_files().values():
+        for recipe in read_file(path).recipes.values():
+            again = load(recipe.to_mapping(), FACTS)
+            assert again.rules == recipe.rules
+            assert again.cache == recipe.cache

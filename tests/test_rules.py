@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import accelplug
+from accelplug.call import AttentionCall, Clock, Site
 from accelplug.errors import FallbackError, NoMatchError, RecipeError, UnsupportedError
+from accelplug.patches.base import Patch
+from accelplug.patches.sparse.neighborhood import Neighborhood
 from accelplug.recipe import Span, Where
 from accelplug.testing.models import MIDDLE, noise, sample_of
 from tests import tiny_language_models, tiny_models
@@ -40,6 +43,49 @@ def test_a_rule_that_can_never_hold_is_refused_at_apply(rules: list, why: str | 
     with pytest.raises(RecipeError if why else NoMatchError, match=why):
         accelplug.apply(model, {"rules": rules})
     assert set(vars(model)) == before
+
+
+class Doubled(Patch):
+    """Twice what attention gives."""
+
+    family = "bias"
+
+    def prepare(self, site: Site, layout: Any, clock: Clock, state: dict[str, Any]) -> float:
+        return 2.0
+
+    def attend(self, call: AttentionCall, params: float) -> torch.Tensor:
+        return params * call.dense()
+
+
+def test_a_patch_goes_on_as_it_is_alone_and_in_a_rule() -> None:
+    model, inputs = tiny_models.build("wan")
+    doubled, windows = Doubled(), Neighborhood(PATCH["with"])
+    with torch.no_grad():
+        before = model(**inputs)[0]
+        with accelplug.apply(model, PATCH, gate="off"):
+            by_name = model(**inputs)[0]
+        with accelplug.apply(model, windows, gate="off") as plug:
+            assert torch.equal(model(**inputs)[0], by_name)
+            assert plug.recipe.name == "Neighborhood(block=8, backend=reference, window=1x3x3)"
+            assert plug.report().served == {"neighborhood": 3}
+            assert {id(row.patch) for row in plug.where() if row.patch is not None} == {id(windows)}
+        rules = {"rules": [{"where": {"layers": 0}, "patch": doubled}, {"where": {"layers": 1}, "patch": windows}]}
+        with accelplug.apply(model, rules, gate="off") as plug:
+            assert not torch.equal(model(**inputs)[0], by_name)
+            assert plug.report().served == {"doubled": 1, "neighborhood": 1, "dense": 1}
+            assert "layers 0: Doubled()" in plug.recipe.describe()
+        with accelplug.apply(model, rules, backend="blocked", gate="off") as plug, torch.no_grad():
+            assert doubled is next(row.patch for row in plug.where() if row.name == "doubled")
+        open_choice = Neighborhood({"block": 8, "window": [1, 3, 3]})
+        with accelplug.apply(model, open_choice, backend="reference", gate="off"):
+            assert torch.equal(model(**inputs)[0], by_name)
+        assert open_choice.config.backend == "auto"
+        assert torch.equal(model(**inputs)[0], before)
+
+
+def test_a_patch_of_another_family_is_refused_as_an_instance_too() -> None:
+    with pytest.raises(UnsupportedError, match="uses doubled, a patch of the family bias"):
+        accelplug.apply(tiny_language_models.build("llava"), Doubled())
 
 
 def test_rules_of_other_denoisers_are_fine_on_a_bare_one_and_refused_on_a_pipeline() -> None:

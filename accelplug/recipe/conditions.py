@@ -78,6 +78,13 @@ def listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+def listed_out(value: Any) -> Any:
+    """A value as YAML and JSON have it: lists for tuples, spans as text."""
+    if isinstance(value, list | tuple):
+        return [listed_out(item) for item in value]
+    return value.text if isinstance(value, Span) else value
+
+
 def _few(value: Any) -> list[Any]:
     """A value or a list of values as a list, which must not be endless."""
     if len(items := listed(value)) > MAX_LIST:
@@ -143,6 +150,10 @@ class Where(Strict):
     tokens: Annotated[str, BeforeValidator(_tokens)] | None = None
     """Bound on the number of visual tokens."""
     grid: Annotated[str, BeforeValidator(_grid)] | None = None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return it as it stands in a file."""
+        return {key: listed_out(value) for key, value in self if value is not None}
 
     def fits(self, site: Site) -> bool:
         """Whether the conditions on the place hold."""

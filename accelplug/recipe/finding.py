@@ -15,11 +15,13 @@ from accelplug.recipe.explaining import shortened
 from accelplug.recipe.matching import ModelFacts
 from accelplug.recipe.reading import Entry, RecipeFile, file_from, read_file, validated
 from accelplug.recipe.recipe import Recipe
-from accelplug.recipe.rules import Rule
+from accelplug.recipe.rules import Rule, instance_name
 from accelplug.recipe.strict_yaml import Source
 
 if TYPE_CHECKING:
     from rich.text import Text
+
+    from accelplug.patches.base import Patch
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 
@@ -60,14 +62,15 @@ def matching_files(facts: ModelFacts) -> list[RecipeFile]:
     return [file for file in files if file.match.weight(facts) == best]
 
 
-def load(recipe: str | Path | Mapping[str, Any] | Recipe | None, facts: ModelFacts) -> Recipe:
+def load(recipe: str | Path | Mapping[str, Any] | Recipe | Patch | None, facts: ModelFacts) -> Recipe:
     """Return the recipe that is meant, checked in full and fitting the model.
 
     Parameters
     ----------
     recipe : None for the default of the shipped file that matches; ``radial``, a recipe of that file; ``wan2.1-t2v-14b`` or
         ``wan2.1-t2v-14b/radial``, by full name; a path (a `Path`, or text that ends in .yaml or .yml), its default; a mapping
-        like a file, like one recipe ``{rules: [...]}``, or like one rule ``{patch: radial, with: {...}}``; or a `Recipe`.
+        like a file, like one recipe ``{rules: [...]}``, or like one rule ``{patch: radial, with: {...}}``; a `Recipe`; or an
+        instance of a patch, for every self- and joint-attention. The rule of a mapping may hold an instance as its patch, too.
     facts : the model.
 
     Raises
@@ -90,7 +93,7 @@ def load(recipe: str | Path | Mapping[str, Any] | Recipe | None, facts: ModelFac
     return found
 
 
-def _find(recipe: str | Path | Mapping[str, Any] | None, facts: ModelFacts) -> Recipe:
+def _find(recipe: str | Path | Mapping[str, Any] | Patch | None, facts: ModelFacts) -> Recipe:
     if isinstance(recipe, Mapping):
         return _inline(recipe)
     if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.endswith((".yaml", ".yml"))):
@@ -98,10 +101,18 @@ def _find(recipe: str | Path | Mapping[str, Any] | None, facts: ModelFacts) -> R
     if recipe is None:
         return _matching_file(facts).recipe()
     if not isinstance(recipe, str):
-        raise RecipeError(f"A recipe is a name, a path, a mapping or a Recipe, got {type(recipe).__name__}.")
+        return _everywhere(recipe)
     if "/" in recipe or recipe in shipped_files():
         return named(recipe)
     return _matching_file(facts, _plain(recipe)).recipe(recipe)
+
+
+def _everywhere(patch: Any) -> Recipe:
+    if isinstance(patch, int | float | list | tuple):
+        kinds = "a name, a path, a mapping, a Recipe or an instance of a patch"
+        raise RecipeError(f"A recipe is {kinds}, got {shortened(patch)}.")
+    rule = validated(Rule, {"patch": patch}, Source("<instance>"))
+    return Recipe(instance_name(rule.patch), "custom", (rule,))
 
 
 def named(name: str) -> Recipe:

@@ -17,9 +17,9 @@ from accelplug.recipe.conditions import Where
 from accelplug.recipe.explaining import explain
 from accelplug.recipe.matching import Match, ModelFacts
 from accelplug.recipe.measured import Measured
-from accelplug.recipe.rules import DENSE, Decision, Ramp, Rule, StepCache, read_varying, shown, table_for
+from accelplug.recipe.rules import DENSE, Decision, Ramp, Rule, StepCache, read_varying, table_for
 from accelplug.recipe.strict_yaml import Loc, Source
-from accelplug.registry import patch_class
+from accelplug.registry import PatchEntry, patch_class
 from accelplug.step_caches import CACHES
 from accelplug.table import Table
 
@@ -55,12 +55,12 @@ class Recipe:
                 return Decision(reason=holds)
             if not holds:
                 continue
-            if rule.patch == "dense":
+            if (entry := rule.entry) is None:
                 return Decision(rule=number)
             config = rule.config(site, layout, clock)
             if isinstance(config, str):
                 return Decision(reason=config, rule=number)
-            return Decision(rule.patch, config, rule=number)
+            return Decision(entry.name, config, rule=number, instance=rule.instance)
         return DENSE
 
     def may_touch(self, site: Site) -> bool:
@@ -124,15 +124,26 @@ class Recipe:
         """Name a rule in words, counted from 1."""
         rule = self.rules[number]
         where = "everywhere" if rule.where == Where() else f"where {rule.where}"
-        return f"Rule {number + 1} of {self.name} ({rule.patch} {where})"
+        return f"Rule {number + 1} of {self.name} ({rule.name} {where})"
 
     def chosen_among(self, sites: Iterable[Site]) -> list[int]:
         """Return the numbers of the rules that may hold at some of these sites."""
         return sorted({number for site in sites for number in self._rules_at(site)})
 
-    def patches(self) -> tuple[str, ...]:
-        """Names of the patches that its rules use, each once."""
-        return tuple(dict.fromkeys(rule.patch for rule in self.rules if rule.patch != "dense"))
+    def patches(self) -> tuple[PatchEntry, ...]:
+        """What the registry says of the patches that its rules use, each once."""
+        return tuple(dict.fromkeys(rule.entry for rule in self.rules if rule.entry is not None))
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return its rules and its step cache as they stand in a file, tables as they are.
+
+        Raises
+        ------
+        RecipeError
+            If a rule holds an instance of a patch.
+        """
+        cache = {} if self.cache is None else {"cache": {"kind": self.cache.kind, "with": dict(self.cache.settings)}}
+        return {"rules": [rule.to_mapping() for rule in self.rules], **cache}
 
     def with_tables(self, facts: ModelFacts | None = None) -> Recipe:
         """Return the recipe with the tables that it names read from their files, and fit for a model, where one is given.
@@ -142,18 +153,18 @@ class Recipe:
         RecipeError
             If a table cannot be read, or was made for another model.
         """
-        if not any(isinstance(value, Mapping | Table) for rule in self.rules for value in rule.settings.values()):
+        if not any(isinstance(value, Mapping | Table) for rule in self.rules for value in rule.values.values()):
             return self
         rules = []
         for i, rule in enumerate(self.rules):
             settings = {}
-            for key, value in rule.settings.items():
+            for key, value in rule.values.items():
                 where = self.source.at((*self.loc, "rules", i, "with", key))
                 try:
                     settings[key] = table_for(key, value, self.path and self.path.parent, facts)
                 except ValueError as error:
                     raise RecipeError(f"{where}: {error}") from error
-            rules.append(rule.model_copy(update={"settings": settings}))
+            rules.append(rule.model_copy(update={"settings": settings}) if isinstance(rule.patch, str) else rule)
         return replace(self, rules=tuple(rules))
 
     def require_tables_for(self, heads: Mapping[Site, int | None]) -> None:
@@ -166,7 +177,7 @@ class Recipe:
         """
         for site, known in heads.items():
             for number in self._rules_at(site):
-                for table in self.rules[number].settings.values():
+                for table in self.rules[number].values.values():
                     if isinstance(table, Table) and site.layer is not None:
                         table.require(site, None, known)
 
@@ -179,7 +190,7 @@ class Recipe:
             If a setting is unknown or has a value that the patch refuses.
         """
         for i, rule in enumerate(self.with_tables().rules):
-            if rule.patch == "dense":
+            if rule.patch == "dense" or not isinstance(rule.patch, str):
                 continue
             varying = {key: read_varying(key, value) for key, value in rule.settings.items() if isinstance(value, Mapping)}
             ramps = {key: value for key, value in varying.items() if isinstance(value, Ramp)}
@@ -215,8 +226,7 @@ class Recipe:
         """Return the recipe as text for people."""
         lines = [f"{self.name}  {self.cite}".rstrip(), *([f"  {self.summary}"] if self.summary else [])]
         for rule in self.rules:
-            settings = ", ".join(f"{key}: {shown(value)}" for key, value in rule.settings.items())
-            lines.append(f"  {rule.where}: {rule.patch}" + (f" ({settings})" if settings else ""))
+            lines.append(f"  {rule.where}: {rule}")
         lines.append("  elsewhere: dense")
         if self.cache is not None:
             settings = ", ".join(f"{key}: {value}" for key, value in self.cache.settings.items())

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from accelplug.call import Clock, Layout, Site
-from accelplug.errors import NoMatchError, nearest
-from accelplug.recipe.conditions import Strict, Where, name_list
+from accelplug.errors import AccelplugError, NoMatchError, RecipeError, nearest
+from accelplug.recipe.conditions import Strict, Where, listed_out, name_list
 from accelplug.recipe.explaining import explain, shortened
 from accelplug.recipe.matching import ModelFacts
 from accelplug.recipe.strict_yaml import Source
-from accelplug.registry import patch_entry
+from accelplug.registry import PatchEntry, entry_of, patch_entry
 from accelplug.step_caches import CACHES
 from accelplug.table import Table
+
+if TYPE_CHECKING:
+    from accelplug.patches.base import Patch
 
 
 class TableRef(Strict):
@@ -56,7 +59,9 @@ class Ramp(Strict):
         return float(f"{self.first + (self.last - self.first) * way:.6g}")
 
 
-def _one_patch(value: Any) -> str:
+def _one_patch(value: Any) -> Any:
+    if not (value is None or isinstance(value, str | int | float | list | tuple | Mapping)):
+        return _instance(value)
     names = name_list(value)
     entries = []
     for name in names:
@@ -73,26 +78,84 @@ def _one_patch(value: Any) -> str:
     return names[0]
 
 
+def _instance(value: Any) -> Patch:
+    if isinstance(value, type):
+        raise ValueError(
+            f"expected a patch's name or an instance, got the class {value.__name__}; call it: {value.__name__}()"
+        )
+    try:
+        entry_of(value)
+    except AccelplugError as error:
+        raise ValueError(str(error).rstrip(".")) from None
+    return value
+
+
 class Rule(Strict):
     """Where the conditions hold, `patch` serves the call with these settings."""
 
     where: Where = Where()
-    patch: Annotated[str, BeforeValidator(_one_patch)]
+    patch: Annotated[Any, BeforeValidator(_one_patch)]
+    """Name of a patch, ``dense``, or an instance of a patch, which has its settings."""
     settings: dict[str, Any] = Field({}, alias="with")
+
+    @property
+    def entry(self) -> PatchEntry | None:
+        """What the registry says of its patch; None for dense."""
+        return None if self.patch == "dense" else entry_of(self.patch)
+
+    @property
+    def name(self) -> str:
+        """Name of its patch, or ``dense``."""
+        return "dense" if self.entry is None else self.entry.name
+
+    @property
+    def instance(self) -> Patch | None:
+        """Its patch, where it holds one and not a name."""
+        return None if isinstance(self.patch, str) else self.patch
 
     @property
     def around(self) -> bool:
         """Whether its patch stands around ``generate``, and so has no site."""
-        return self.patch != "dense" and patch_entry(self.patch).family == "generation"
+        return self.entry is not None and self.entry.family == "generation"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The settings that were given, those of an instance too."""
+        return self.settings if isinstance(self.patch, str) else given_settings(self.patch)
+
+    def __str__(self) -> str:
+        if isinstance(self.patch, str):
+            settings = ", ".join(f"{key}: {shown(value)}" for key, value in self.settings.items())
+            return f"{self.patch} ({settings})" if settings else self.patch
+        return instance_name(self.patch)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return it as it stands in a file, tables as they are.
+
+        Raises
+        ------
+        RecipeError
+            If it holds an instance of a patch.
+        """
+        if not isinstance(self.patch, str):
+            raise RecipeError(
+                f"A rule holds an instance, {self}, which no file can hold. Register its class with accelplug.register_patch and "
+                "write the rule as {patch: name, with: {...}}."
+            )
+        where = self.where.to_mapping()
+        settings = {"with": {key: listed_out(value) for key, value in self.settings.items()}} if self.settings else {}
+        return {**({"where": where} if where else {}), "patch": self.patch, **settings}
 
     @model_validator(mode="after")
     def _what_stands_around_has_no_place(self) -> Rule:
         if self.around and self.where != Where():
-            raise ValueError(f"{self.patch} stands around generate(), everywhere and always; remove where: {self.where}")
+            raise ValueError(f"{self.name} stands around generate(), everywhere and always; remove where: {self.where}")
         return self
 
     @model_validator(mode="after")
-    def _dense_has_no_settings(self) -> Rule:
+    def _settings_are_its_own(self) -> Rule:
+        if not isinstance(self.patch, str) and self.settings:
+            raise ValueError(f"the patch is an instance, {self}, and has its settings; remove with: {{{', '.join(self.settings)}}}")
         if self.patch == "dense" and self.settings:
             raise ValueError(f"dense takes no settings; remove with: {{{', '.join(self.settings)}}}")
         for key, value in self.settings.items():
@@ -109,13 +172,13 @@ class Rule(Strict):
 
     def config(self, site: Site, layout: Layout | None, clock: Clock) -> dict[str, Any] | str:
         """Return the settings with ramps resolved, or the reason why they are not known. Tables stay whole: patches read rows."""
-        config = dict(self.settings)
+        config = dict(self.values)
         for key, value in config.items():
             if isinstance(value, Table):
                 value.require(site, layout)
                 if (reason := value.missing(site, clock)) is not None:
                     return reason
-            elif isinstance(value, Mapping) and isinstance(ramp := read_varying(key, value), Ramp):
+            elif key in self.settings and isinstance(value, Mapping) and isinstance(ramp := read_varying(key, value), Ramp):
                 resolved = ramp.at(site, clock)
                 if isinstance(resolved, str):
                     return resolved
@@ -172,6 +235,8 @@ class Decision:
     reason: str | None = None
     rule: int | None = None
     """Number of the rule that says so, from 0."""
+    instance: Patch | None = None
+    """The patch itself, where the rule holds one."""
 
 
 DENSE = Decision()
@@ -197,6 +262,17 @@ def table_for(key: str, value: Any, folder: Path | None, facts: ModelFacts | Non
 def _plainly(value: Any) -> Any:
     """A config's value as JSON gives it back."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def given_settings(patch: Patch) -> dict[str, Any]:
+    """Return the settings that a patch was made with."""
+    return {key: value for key, value in patch.config if key in patch.config.model_fields_set}
+
+
+def instance_name(patch: Patch) -> str:
+    """Return the class and the settings of a patch: ``Radial(decay=0.5)``."""
+    settings = given_settings(patch)
+    return f"{type(patch).__name__}({', '.join(f'{key}={shown(value)}' for key, value in settings.items())})"
 
 
 def shown(value: Any) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from accelplug.recipe import ModelFacts, Recipe, Span, matching_files
+from accelplug.recipe import ModelFacts, matching_files
 from accelplug.registry import patch_class
 from accelplug.tuning.space import require_ladders
 
@@ -51,7 +51,7 @@ def aims(facts: ModelFacts, depth: int, patches: Sequence[str] | None = None) ->
     require_ladders(patches, LADDERS, "a language model")
     wanted = set(patches or LADDERS)
     files = matching_files(facts)
-    shipped = [Aim(r.name, plain(r)) for file in files[:1] for r in file.recipes.values()] if len(files) == 1 else []
+    shipped = [Aim(r.name, r.to_mapping()) for file in files[:1] for r in file.recipes.values()] if len(files) == 1 else []
     ladders = [list(_ladder(name, depth)) for name in LADDERS if name in wanted]
     # One of each patch before the second of any: where time is short, each has been seen.
     steps = [aim for rung in zip_longest(*ladders) for aim in rung if aim is not None]
@@ -71,24 +71,6 @@ def _ladder(name: str, depth: int) -> Iterator[Aim]:
         layers = f"{first}:{stop}"
         rule = {"where": {"layers": layers}, "patch": name, "with": {**settings, **told}}
         yield Aim(f"{said}, layers {layers}", {"rules": [rule]})
-
-
-def plain(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe's rules as a mapping, as they stand in a file."""
-
-    def written(value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return [written(item) for item in value]
-        return value.text if isinstance(value, Span) else value
-
-    rules = []
-    for rule in recipe.rules:
-        where = {key: written(value) for key, value in rule.where if value is not None}
-        rules.append(
-            {**({"where": where} if where else {}), "patch": rule.patch}
-            | ({"with": {key: written(value) for key, value in rule.settings.items()}} if rule.settings else {})
-        )
-    return {"rules": rules}
 
 
 def _distinct(found: Iterable[Aim]) -> list[Aim]:

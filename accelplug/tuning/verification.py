@@ -16,7 +16,7 @@ from accelplug.comparison.study import compare
 from accelplug.errors import AccelplugError, RecipeError
 from accelplug.hosts.models import model_in
 from accelplug.recipe import Measured, Recipe, read_file
-from accelplug.tuning.aims import Aim, plain
+from accelplug.tuning.aims import Aim
 from accelplug.tuning.contest import STOCK, Contest, gain
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.language import questions, split
@@ -151,7 +151,7 @@ def _ask_again(
     """Put the questions of a `measured` row again, stock and with the recipe, by turns."""
     parse: Any = row.inputs.get("parse", "strict")
     asker = Asker(model, processor, says="accuracy" in row.task, likelihoods="nll" in row.task, parse=parse)
-    aim = Aim(recipe.name, plain(recipe))
+    aim = Aim(recipe.name, recipe.to_mapping())
     contest = Contest(asker, [], asked, row.objective or "accuracy", (), math.inf, Journal(None, ""))
     asker.ask(contest.pages[0])  # warms up
     contest.answer_all([STOCK, aim], range(len(contest.pages)))
