@@ -268,7 +268,7 @@ def test_a_row_that_is_wrong_changes_nothing(tmp_path: Path) -> None:
     assert path.read_text() == FILE
 
 
-def test_what_holds_an_instance_is_told_by_class_and_settings_and_cannot_be_written():
+def test_what_holds_an_instance_is_told_by_class_and_settings_and_cannot_be_written() -> None:
     recipe = load({"rules": [{"where": {"layers": "1:"}, "patch": Radial({"decay": 0.5})}]}, FACTS)
     decision = recipe.decide(site(2), Layout((4, 4, 9)), Clock())
     assert (decision.patch, decision.config, decision.instance) == ("radial", {"decay": 0.5}, recipe.rules[0].patch)
@@ -293,12 +293,12 @@ def test_what_holds_an_instance_is_told_by_class_and_settings_and_cannot_be_writ
         ({"where": {"layers": 1}, "patch": Contrast()}, "contrast stands around generate"),
     ],
 )
-def test_what_is_no_instance_of_a_patch_is_refused(recipe, why):
+def test_what_is_no_instance_of_a_patch_is_refused(recipe: Any, why: str) -> None:
     with pytest.raises(RecipeError, match=why):
         load(recipe, FACTS)
 
 
-def test_a_recipe_as_a_mapping_reads_back():
+def test_a_recipe_as_a_mapping_reads_back() -> None:
     for path in shipped_files().values():
         for recipe in read_file(path).recipes.values():
             again = load(recipe.to_mapping(), FACTS)

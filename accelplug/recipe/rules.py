@@ -155,7 +155,9 @@ class Rule(Strict):
     @model_validator(mode="after")
     def _settings_are_its_own(self) -> Rule:
         if not isinstance(self.patch, str) and self.settings:
-            raise ValueError(f"the patch is an instance, {self}, and has its settings; remove with: {{{', '.join(self.settings)}}}")
+            raise ValueError(
+                f"the patch is an instance, {self}, and has its settings; remove with: {{{', '.join(self.settings)}}}"
+            )
         if self.patch == "dense" and self.settings:
             raise ValueError(f"dense takes no settings; remove with: {{{', '.join(self.settings)}}}")
         for key, value in self.settings.items():
