@@ -19,6 +19,7 @@ from accelplug.version import __version__
 if TYPE_CHECKING:
     from accelplug.calibration import calibrate
     from accelplug.comparison import Comparison, Exam, compare
+    from accelplug.families.vlm import register_vlm
     from accelplug.inspection import inspect
     from accelplug.plug import Plug, apply, remove
     from accelplug.recipe import Recipe, list_recipes
@@ -41,6 +42,7 @@ __all__ = [
     "list_patches",
     "list_recipes",
     "register_patch",
+    "register_vlm",
     "remove",
     "tune",
     "verify",
@@ -64,6 +66,7 @@ _HOMES = {
     "list_patches": "registry",
     "list_recipes": "recipe",
     "register_patch": "registry",
+    "register_vlm": "families.vlm",
     "remove": "plug",
 }
 

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 import accelplug
 from accelplug.errors import AccelplugError, RecipeError, ShapeError, UnsupportedError
 from accelplug.families import pixels
-from accelplug.families.vlm import find
+from accelplug.families.vlm import vlm_of
 from accelplug.patches.guidance import agla, branch, carve, contrast, gaze
 from tests import tiny_language_models as tiny
 
@@ -183,11 +183,11 @@ def test_qwen_patches_are_the_picture_that_its_processor_saw() -> None:
     made = hf.Qwen2VLImageProcessorPil(patch_size=8, size={"shortest_edge": 256, "longest_edge": 9999})
     given = made(image, return_tensors="pt")
     model = tiny.build("qwen2_5_vl")
-    (picture,) = pixels.pictures(find(model), given, model.config.vision_config)
+    (picture,) = pixels.pictures(vlm_of(model), given, model.config.vision_config)
     colours = torch.tensor(list(image.tobytes())).reshape(48, 64, 3).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(x)[:, None, None] for x in (made.image_mean, made.image_std))
     assert torch.allclose(picture, (colours - mean) / std, atol=1e-5)
-    back = pixels.replace(find(model), given, [picture], model.config.vision_config)
+    back = pixels.replace(vlm_of(model), given, [picture], model.config.vision_config)
     assert torch.equal(back["pixel_values"], given["pixel_values"])
 
 
@@ -196,8 +196,8 @@ def test_qwen_patches_are_the_picture_that_its_processor_saw() -> None:
 def test_pixels_there_and_back(name: str, dtype: torch.dtype) -> None:
     model, given = tiny.build(name), inputs(name, tiny.TWO_ROWS)
     given["pixel_values"] = given["pixel_values"].to(dtype)
-    shown = pixels.pictures(find(model), given, model.config.vision_config)
-    back = pixels.replace(find(model), given, shown, model.config.vision_config)["pixel_values"]
+    shown = pixels.pictures(vlm_of(model), given, model.config.vision_config)
+    back = pixels.replace(vlm_of(model), given, shown, model.config.vision_config)["pixel_values"]
     assert len(shown) == 3
     assert all(picture.ndim == 3 and len(picture) == 3 and picture.dtype == torch.float32 for picture in shown)
     assert torch.equal(back, given["pixel_values"])
@@ -206,7 +206,7 @@ def test_pixels_there_and_back(name: str, dtype: torch.dtype) -> None:
 
 def test_pixels_refuse() -> None:
     model, given = tiny.build("qwen2_vl"), inputs("qwen2_vl")
-    family, vision = find(model), model.config.vision_config
+    family, vision = vlm_of(model), model.config.vision_config
     shown = pixels.pictures(family, given, vision)
     with pytest.raises(ShapeError, match="new pictures"):
         pixels.replace(family, given, shown[:1], vision)
@@ -215,9 +215,9 @@ def test_pixels_refuse() -> None:
     with pytest.raises(UnsupportedError, match="one frame"):
         pixels.pictures(family, {**given, "image_grid_thw": torch.tensor([[2, 4, 6]])}, vision)
     with pytest.raises(UnsupportedError, match="tiles"):
-        pixels.pictures(find(tiny.build("llava_next")), tiny.inputs("llava_next", ONE_EACH))
+        pixels.pictures(vlm_of(tiny.build("llava_next")), tiny.inputs("llava_next", ONE_EACH))
     with pytest.raises(ShapeError, match="pixel_values"):
-        pixels.pictures(find(tiny.build("llava")), {})
+        pixels.pictures(vlm_of(tiny.build("llava")), {})
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts

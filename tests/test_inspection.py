@@ -27,6 +27,7 @@ from transformers import (
 import accelplug
 from accelplug.cli import main
 from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, ShapeError, UnsupportedError
+from accelplug.families import vlm
 from accelplug.inspection.drawing import colours, spread
 from accelplug.inspection.reading import sink_dimensions
 
@@ -418,6 +419,22 @@ def test_without_inputs_it_is_a_summary(kind: str, model: Any) -> None:
     console.print(found)
     assert "4 of 4 attention modules" in console.file.getvalue()
     assert found.family in found._repr_html_()
+
+
+def test_a_model_of_another_package_is_known_once_it_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OwnModel:
+        pass
+
+    monkeypatch.setattr(vlm, "_VLMS", copy.copy(vlm._VLMS))
+    family = vlm.Vlm("own", ("OwnModel",), "patches", "thw")
+    assert vlm.vlm_of(OwnModel()) is None
+    assert accelplug.register_vlm(family) is accelplug.register_vlm(family)
+    assert vlm.vlm_of(OwnModel()) is family
+    assert family in vlm.list_vlms()
+    with pytest.raises(AccelplugError, match="LlavaForConditionalGeneration"):
+        accelplug.register_vlm(vlm.Vlm("own", ("LlavaForConditionalGeneration",)))
+    with pytest.raises(AccelplugError, match="names model classes"):
+        accelplug.register_vlm(vlm.Vlm("own", ()))
 
 
 def test_what_cannot_be_inspected_says_so() -> None:

@@ -16,7 +16,7 @@ from accelplug import zoo
 from accelplug.call import Prompt
 from accelplug.chat import speakers
 from accelplug.errors import FallbackError, ShapeError, UnsupportedError
-from accelplug.families.vlm import find
+from accelplug.families.vlm import vlm_of
 from accelplug.hosts.prompts import NO_IMAGE, opened, together, turns
 from accelplug.registry import patch_class
 from tests.test_language_host import LOUD, PAIRS, WORKING, recipe
@@ -369,7 +369,7 @@ def test_turns_by_a_familys_own_tokens() -> None:
     end, image = (151645, 198), (151655,) * 3
     row = [*QWEN["system"], 7, 8, *end, *QWEN["user"], 9, 10, *image, 11, *end, *QWEN["model"]]
     ids = torch.tensor([[0, 0, *row]])
-    told = partial(opened, find(build("qwen2_vl")).turns)
+    told = partial(opened, vlm_of(build("qwen2_vl")).turns)
     found = turns(ids, ids == 151655, ids > 0, told, alone=False)
     prompt = Prompt((ids == 151655).to(torch.int16), ids > 0, ids.shape[1], ids=ids, turns=found)
     assert ids[prompt.system].tolist() == [*QWEN["system"], 7, 8, *end]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from accelplug.call import Clock, Layout, Site
-from accelplug.families.vlm import VLMS
+from accelplug.families.vlm import list_vlms
 from accelplug.recipe import named, read_file, shipped_files
 from accelplug.registry import patch_class
 
@@ -187,5 +187,5 @@ def test_the_table_has_every_recipe_of_a_denoiser() -> None:
 
 
 def _is_for_language(path: Any) -> bool:
-    classes = {cls for family in VLMS for cls in family.classes}
+    classes = {cls for family in list_vlms() for cls in family.classes}
     return bool(classes & set(str(read_file(path).match).replace(",", " ").replace("=", " ").split()))

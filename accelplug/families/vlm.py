@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from accelplug.catalog import Catalog, EntryPoints
+from accelplug.errors import AccelplugError
+
 
 @dataclass(frozen=True)
 class Vlm:
@@ -38,7 +41,7 @@ CHATML = {1: (151644, 872), -1: (151644, 77091), 0: (151644, 8948)}
 GEMMA = {1: (105, 2364), -1: (105, 4368)}
 """``<start_of_turn>user`` and ``model`` of Gemma 3's tokenizer."""
 
-VLMS: tuple[Vlm, ...] = (
+KNOWN_VLMS = (
     Vlm("llava", ("LlavaForConditionalGeneration",), turns=VICUNA),
     Vlm("llava-next", ("LlavaNextForConditionalGeneration",), "tiles", "anyres", turns=VICUNA),
     Vlm("llava-onevision", ("LlavaOnevisionForConditionalGeneration",), "tiles", "anyres", turns=CHATML),
@@ -50,12 +53,42 @@ VLMS: tuple[Vlm, ...] = (
     Vlm("smolvlm", ("SmolVLMForConditionalGeneration", "Idefics3ForConditionalGeneration"), "tiles", "tiles", False),
 )
 
-_BY_CLASS = {name: family for family in VLMS for name in family.classes}
 
-
-def find(model: Any) -> Vlm | None:
+def vlm_of(model: Any) -> Vlm | None:
     """Return the family of a model by the names of its class and the classes that it derives from, or None."""
-    return next((_BY_CLASS[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _BY_CLASS), None)
+    return next((family for cls in type(model).__mro__ if (family := _VLMS.get(cls.__name__)) is not None), None)
+
+
+def list_vlms() -> tuple[Vlm, ...]:
+    """Return all known families: ours, then those of others."""
+    return _VLMS.all()
+
+
+def register_vlm(family: Vlm) -> Vlm:
+    """Have models of a family's classes known as vision-language models: head patches go on, and the recipes of `vlm` fit.
+
+    Parameters
+    ----------
+    family : its classes, and how its pixels and its image tokens lie. What is registered already may come again.
+
+    Raises
+    ------
+    AccelplugError
+        If it is not a `Vlm`, names no class, or another family has one of its classes.
+    """
+    if not isinstance(family, Vlm) or not family.classes or isinstance(family.classes, str):
+        raise AccelplugError(
+            f"register_vlm: expected a Vlm that names model classes, got {family!r}. Give it classes=(...)."
+        )
+    _VLMS.add(family.classes, family)
+    return family
+
+
+_VLMS: Catalog[Vlm] = Catalog(
+    "vision-language model",
+    {cls: family for family in KNOWN_VLMS for cls in family.classes},
+    EntryPoints("accelplug.vlms", register_vlm),
+)
 
 
 def token_grid(family: Vlm, tokens: int, grid_thw: Sequence[int] | None = None, merge: int = 1) -> tuple[int, int] | None:

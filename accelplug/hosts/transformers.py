@@ -29,7 +29,7 @@ from accelplug import compat
 from accelplug.call import AttentionCall, Clock, Place, Prompt, Rows, Site
 from accelplug.chat import speakers, tokenizer_of
 from accelplug.errors import NoMatchError, ShapeError, UnsupportedError
-from accelplug.families.vlm import Vlm, find
+from accelplug.families.vlm import Vlm, vlm_of
 from accelplug.hosts.blind import Blind
 from accelplug.hosts.generation import Generation
 from accelplug.hosts.images import ImageEncoder, VisionTower
@@ -290,7 +290,7 @@ class LanguageHost:
         self.model, self.ledger = model, ledger
         self.root = self.base = model.base_model
         self.decoder = model.get_decoder()
-        self.family: Vlm | None = find(model)
+        self.family: Vlm | None = vlm_of(model)
         self.signature, self.outer = (inspect.signature(type(m).forward) for m in (self.base, model))
         self.skipped: dict[str, str] = {}
         self._said = False

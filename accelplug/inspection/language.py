@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelplug import compat
 from accelplug.call import Site
-from accelplug.families.vlm import find
+from accelplug.families.vlm import vlm_of
 from accelplug.hosts.models import attention_modules
 from accelplug.hosts.transformers import LanguageHost
 from accelplug.plug import model_facts
@@ -63,7 +63,7 @@ class LanguageInspection(Shown):
 def inspect_language(model: Any) -> LanguageInspection:
     """Say what accelplug sees in a language model; nothing is run."""
     decoder, config = model.get_decoder(), model.config.get_text_config()
-    family, layers = find(model), compat.transformers.number_of_layers(decoder)
+    family, layers = vlm_of(model), compat.transformers.number_of_layers(decoder)
     modules, sites = {}, []
     for path, module in attention_modules(decoder):
         asks = compat.transformers.looks_kernel_up(type(module))

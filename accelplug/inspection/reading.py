@@ -63,7 +63,7 @@ def inspect_vlm(model: Any, inputs: Mapping[str, Any]) -> VlmInspection:
     if host.family is None:
         raise NoMatchError(
             f"{name} is not a known vision-language model: with inputs, inspect() expects one whose images lie in the prompt "
-            "(accelplug.families.vlm.VLMS). Leave the inputs out for a summary."
+            "(accelplug.register_vlm makes one known). Leave the inputs out for a summary."
         )
     if host.tensor_parallel:
         raise UnsupportedError(
