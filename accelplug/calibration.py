@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from accelplug import compat, files
+from accelplug import compat, files, show
 from accelplug.bounded import Bounded
 from accelplug.call import ALL_HEADS, AttentionCall, Clock, Layout, Site
 from accelplug.comparison import arguments
@@ -121,7 +120,7 @@ def calibrate(
     with (
         working(pipe) as ranks,
         apply(pipe, study.watcher, gate="off", deterministic=True) as plug,
-        _bar(progress and ranks.first, study.turns) as tell,
+        show.progress("calibrating", study.turns, progress and ranks.first) as tell,
         compat.diffusers.quiet(pipe),
         torch.no_grad(),
     ):
@@ -315,9 +314,9 @@ class Study:
     def __post_init__(self) -> None:
         self.watcher = Watcher(self)
         self.turns = self.task.make().parts * self.prompts
-        self._tell: Callable[[float, str], None] = lambda done, what: None
+        self._tell: show.Tell = lambda done, now="": None
 
-    def start(self, turn: int, tell: Callable[[float, str], None]) -> int:
+    def start(self, turn: int, tell: show.Tell) -> int:
         """Begin a run of the pipeline; return which prompt it is for."""
         self.turn, self._tell = turn, tell
         return turn % self.prompts
@@ -518,13 +517,3 @@ def _flow(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_flow, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
-
-
-@contextlib.contextmanager
-def _bar(show: bool, total: int) -> Iterator[Callable[[float, str], None]]:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not show, transient=True) as bar:
-        running = bar.add_task("calibrating", total=total)
-        yield lambda done, what: bar.update(running, completed=done, description=f"calibrating, {what}")

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         # Of several processes that were launched together, the first speaks.
-        with contextlib.nullcontext() if is_first() else contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.nullcontext() if files.is_first() else contextlib.redirect_stdout(io.StringIO()):
             status: int = options.run(options)
             sys.stdout.flush()
             return status
@@ -75,11 +75,6 @@ def _number(text: str) -> float:
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"expected a number, got {text[:40]!r}")
     return number
-
-
-def is_first() -> bool:
-    """Whether this is the first of several processes, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _parser() -> argparse.ArgumentParser:

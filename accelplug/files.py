@@ -1,10 +1,11 @@
-"""A user's files: places that are checked before the work, text that is UTF-8 or refused, and writing whole or not at all."""
+"""A user's files: places that are checked before the work, text that is UTF-8 or refused, writing whole or not at all, by one process."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,28 @@ def lines(given: Any, what: str = "The file") -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+def is_running() -> bool:
+    """Whether processes of torch.distributed know of each other; torch is not loaded to ask."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def launched() -> bool:
+    """Whether accelerate launch or torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes files."""
+    if is_running():
+        return sys.modules["torch.distributed"].get_rank() == 0
+    return not launched() or int(os.environ.get("RANK", "0")) == 0
+
+
 def write(given: Any, data: str | bytes) -> Path:
-    """Write a file whole or not at all: beside it, then moved over it. Links are followed, a file's mode is kept.
+    """Write a file whole or not at all: beside it, then moved over it; of several processes the first one does.
+
+    Links are followed, a file's mode is kept.
 
     Raises
     ------
@@ -107,6 +128,8 @@ def write(given: Any, data: str | bytes) -> Path:
         If it cannot be written; what was there is then as before.
     """
     path = path_of(given, "The file to write")
+    if not is_first():
+        return path
     data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():

@@ -67,7 +67,7 @@ def pipeline(folder: Path, dtype: str = "auto", device: str | None = None) -> An
     require_device(device)
     wanted = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
     if device is None:
-        device = str(ranks.device() if ranks.launched() else torch.accelerator.current_accelerator() or "cpu")
+        device = str(ranks.device() if files.launched() else torch.accelerator.current_accelerator() or "cpu")
     with _told(f"{folder} cannot be loaded as a pipeline"), quietly():
         pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **wanted)
         _require_weights(pipe.components)

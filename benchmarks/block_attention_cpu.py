@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from accelplug.comparison.environment import environment
-from accelplug.comparison.result import Spread
+from accelplug.comparison.rows import Spread
 from accelplug.kernels.attention import block_attention
 from accelplug.kernels.rest import Drop, Pool
 from benchmarks.common import random_plan, write_json

@@ -32,7 +32,8 @@ from diffusers import WanPipeline
 
 from accelplug import zoo
 from accelplug.comparison.environment import environment
-from accelplug.comparison.result import DENSE, gains, jsonable
+from accelplug.comparison.result import jsonable
+from accelplug.comparison.rows import DENSE, gains
 from accelplug.comparison.study import Study, Variant
 from accelplug.compat.diffusers import quiet
 from accelplug.plug import model_facts
@@ -41,9 +42,8 @@ from accelplug.tuning.budget import Bound, parse
 from accelplug.tuning.forecast import Probe
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.result import Point, Tuned
-from accelplug.tuning.search import FINALISTS, Search
-from accelplug.tuning.space import Arm, Candidate, cached
-from accelplug.tuning.verdict import WORTH
+from accelplug.tuning.search import Search
+from accelplug.tuning.space import FINALISTS, WORTH, Arm, Candidate, cached
 from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, foreground
 from benchmarks.common import write_json
 

@@ -16,8 +16,9 @@ from PIL import Image
 
 import accelplug
 from accelplug.comparison import metrics
-from accelplug.comparison.report import page, sprite
-from accelplug.comparison.result import Comparison, Row, Sample, Spread
+from accelplug.comparison.report import sprite
+from accelplug.comparison.result import Comparison
+from accelplug.comparison.rows import Row, Sample, Spread
 from accelplug.errors import AccelplugError
 from accelplug.recipe import Measured, read_file
 from tests import tiny_models
@@ -249,7 +250,7 @@ def test_what_is_dense_to_the_last_bit_gained_nothing(row: Row, gain: float) -> 
     result = Comparison("", [""], [0, 1], {}, "", {}, [dense, row])
     assert result.speedup(row).p50 == gain
     assert (result.best is None) == (gain == 1.0 or row.kind == "cache")
-    (dot,) = Page(page(result)).data["dots"] or [None] if row.mean("psnr_db") is not None else [None]
+    (dot,) = Page(result.page()).data["dots"] or [None] if row.mean("psnr_db") is not None else [None]
     if dot is not None:
         assert (dot["speedup"], dot["front"]) == (gain, gain > 1)
 

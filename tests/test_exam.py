@@ -14,7 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import accelplug
 from accelplug.comparison.evaluators.pope import Question
 from accelplug.comparison.exam import SPLITS, Exam
-from accelplug.comparison.vlm import DENSE, Examiner, Outcome, Variant, _judge, compare_vlm, matched_offset
+from accelplug.comparison.outcome import Outcome, hold_against_dense, matched_offset
+from accelplug.comparison.vlm import DENSE, Examiner, Variant, compare_vlm
 from accelplug.errors import AccelplugError
 from accelplug.zoo import path, scenes
 
@@ -132,7 +133,7 @@ def test_rows_are_held_against_dense() -> None:
     examiner = Examiner(None, None, exam, 1)
     for row in rows:
         examiner._score(row)
-    _judge(rows, exam)
+    hold_against_dense(rows, exam)
     assert dense.pope["adversarial"].hallucination_rate == 1
     assert better.hallucination.value == -1
     assert better.p == pytest.approx(2 / 2**10)
@@ -149,7 +150,7 @@ def judged(replies: list[dict[str, Any]], asked: list[Any], **more: Any) -> list
     exam = replace(exam_of(asked), **more)
     for row in rows:
         Examiner(None, None, exam, 1)._score(row)
-    _judge(rows, exam)
+    hold_against_dense(rows, exam)
     return rows
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from accelplug.comparison.result import DENSE, Comparison, Row, Sample
+from accelplug.comparison.result import Comparison
+from accelplug.comparison.rows import DENSE, Row, Sample
 from accelplug.recipe import Recipe, load
 from accelplug.tuning.budget import parse
 from accelplug.tuning.result import Point, Tuned

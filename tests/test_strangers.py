@@ -30,7 +30,8 @@ import accelplug
 from accelplug import chat, files, zoo
 from accelplug.cli import main
 from accelplug.comparison import questions
-from accelplug.comparison.vlm import Outcome, VlmComparison
+from accelplug.comparison.outcome import Outcome
+from accelplug.comparison.vlm import VlmComparison
 from accelplug.errors import AccelplugError
 from accelplug.recipe import ModelFacts, describe, load, model_name, read_file, shipped_files
 from accelplug.registry import list_patches, patch_class
@@ -39,7 +40,7 @@ from accelplug.table import Origin
 from accelplug.tuning.contest import _sheet
 from accelplug.tuning.forecast import Probe
 from accelplug.tuning.journal import Journal
-from accelplug.tuning.refine import with_weights
+from accelplug.tuning.probing import with_weights
 from accelplug.tuning.space import Arm
 from tests import tiny_models
 from tests.patch_rows import ROWS

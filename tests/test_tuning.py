@@ -16,7 +16,8 @@ import torch
 
 import accelplug
 from accelplug.call import Layout
-from accelplug.comparison.result import DENSE, Comparison, Row, Sample
+from accelplug.comparison.result import Comparison
+from accelplug.comparison.rows import DENSE, Row, Sample
 from accelplug.comparison.study import Study, Variant
 from accelplug.errors import AccelplugError
 from accelplug.patches.sparse.rest_weights import RestWeights
@@ -27,11 +28,9 @@ from accelplug.tuning import Bound, caches, crew, search, space, verification
 from accelplug.tuning.budget import parse
 from accelplug.tuning.caches import Cache
 from accelplug.tuning.crew import Order
-from accelplug.tuning.fingerprint import adapters, fingerprint
 from accelplug.tuning.forecast import Forecast, Probe, Trajectory
-from accelplug.tuning.journal import Journal
-from accelplug.tuning.probing import Prober
-from accelplug.tuning.refine import in_8_bits, no_8_bits
+from accelplug.tuning.journal import Journal, adapters, fingerprint
+from accelplug.tuning.probing import Prober, in_8_bits, no_8_bits
 from accelplug.tuning.result import Tuned
 from accelplug.tuning.space import Arm, Candidate, arms, variants
 from accelplug.tuning.verdict import limit

@@ -18,13 +18,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import accelplug
 from accelplug.cli import main
 from accelplug.comparison.exam import Exam
+from accelplug.comparison.metrics import TASK_METRICS
 from accelplug.comparison.questions import Asker, Item, Reply, figures, is_right, items, read
 from accelplug.errors import AccelplugError
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, load, read_file
 from accelplug.tuning import aims, contest, language, verification
 from accelplug.tuning.aims import Aim
-from accelplug.tuning.budget import TASK_METRICS, parse
+from accelplug.tuning.budget import parse
 from accelplug.tuning.contest import STOCK, Contest, rungs
 from accelplug.tuning.journal import Journal
 from accelplug.zoo import path, scenes

@@ -1,8 +1,9 @@
 """Before and after: speed, quality, the table and the page."""
 
+from accelplug.comparison.entry import compare
 from accelplug.comparison.exam import Exam
-from accelplug.comparison.result import Comparison, Row, Sample
-from accelplug.comparison.study import compare
+from accelplug.comparison.result import Comparison
+from accelplug.comparison.rows import Row, Sample
 from accelplug.comparison.vlm import Variant, VlmComparison, compare_vlm
 
 __all__ = ["Comparison", "Exam", "Row", "Sample", "Variant", "VlmComparison", "compare", "compare_vlm"]

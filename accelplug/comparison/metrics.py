@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
 import math
 from collections.abc import Callable
 
@@ -50,3 +55,24 @@ def relative_distance(latents: torch.Tensor, reference: torch.Tensor) -> float:
 def to_uint8(clip: Clip) -> NDArray[np.uint8]:
     """Float in [0, 1] to bytes."""
     return np.rint(np.clip(clip, 0, 1) * 255).astype(np.uint8)
+
+
+METRICS = {
+    "psnr": ("psnr_db", ">="),
+    "fg_psnr": ("fg_psnr_db", ">="),
+    "ssim": ("ssim", ">="),
+    "agreement": ("agreement", ">="),
+    "latent_distance": ("latent_distance", "<="),
+}
+"""Name in a budget -> attribute of a `Sample`, and the side on which it is good."""
+
+
+TASK_METRICS = {
+    "accuracy": ("accuracy", ">="),
+    "mcc": ("mcc", ">="),
+    "recall": ("recall", ">="),
+    "hallucination": ("hallucination", "<="),
+    "nll": ("nll", "<="),
+    "speed": ("speed", ">="),
+}
+"""The same for language models: figures of `accelplug.comparison.questions.figures`, and stock seconds over a patch's."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed, nn
 
-from accelplug import compat, files
+from accelplug import compat
 from accelplug.errors import AccelplugError, UnsupportedError
+from accelplug.files import is_running, launched
 from accelplug.hosts.models import denoisers
 
 T = TypeVar("T")
@@ -76,11 +75,6 @@ class Ranks:
         return [x] if found is None else found[: self.parts]
 
 
-def launched() -> bool:
-    """Whether accelerate launch or torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def require_one(what: str) -> None:
     """Refuse to run in one of several processes.
 
@@ -89,7 +83,7 @@ def require_one(what: str) -> None:
     UnsupportedError
         If there are several: each would decide by times of its own.
     """
-    if launched() or (_is_running() and distributed.get_world_size() > 1):
+    if launched() or (is_running() and distributed.get_world_size() > 1):
         raise UnsupportedError(f"{what} runs in one process, and several were launched together. Launch one.")
 
 
@@ -98,18 +92,6 @@ def device() -> torch.device:
     from accelerate import PartialState
 
     return PartialState().device
-
-
-def is_first() -> bool:
-    """Whether this process is the one that prints and writes files."""
-    if _is_running():
-        return distributed.get_rank() == 0
-    return not launched() or int(os.environ.get("RANK", "0")) == 0
-
-
-def write(path: str | Path, text: str) -> Path:
-    """Write a file, in the first of several processes alone."""
-    return files.write(path, text) if is_first() else Path(path)
 
 
 @contextmanager
@@ -121,9 +103,9 @@ def working(model: Any) -> Iterator[Ranks]:
     AccelplugError
         If some do not come within `MEETING`.
     """
-    if launched() and not _is_running():
+    if launched() and not is_running():
         device()
-    if not _is_running() or distributed.get_world_size() == 1:
+    if not is_running() or distributed.get_world_size() == 1:
         yield Ranks()
         return
     try:
@@ -142,7 +124,3 @@ def working(model: Any) -> Iterator[Ranks]:
     finally:
         distributed.destroy_process_group(group)
         distributed.destroy_process_group(meeting)
-
-
-def _is_running() -> bool:
-    return distributed.is_available() and distributed.is_initialized()

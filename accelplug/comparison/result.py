@@ -13,138 +13,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from accelplug import files
-from accelplug.comparison.ranks import is_first, write
+from accelplug.comparison import report
+from accelplug.comparison.report import Axis, Dot
+from accelplug.comparison.rows import DENSE, Row, Sample, Spread, gains
 from accelplug.errors import AccelplugError
-from accelplug.show import Shown
+from accelplug.show import Shown, jsonable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-DENSE = "dense"
 GOOD_DB = 25.0
 """Below this PSNR a clip is another sample rather than the same one, in dB."""
-
-
-@dataclass
-class Sample:
-    """One run of one row, at one prompt and seed, and its quality against the dense run of the same prompt and seed.
-
-    Times in milliseconds: `latency_ms` end to end, `denoise_ms` from the first denoiser call to the last step's end,
-    `step_ms` per step. Quality is None for the dense run itself.
-    """
-
-    prompt: int
-    seed: int
-    latency_ms: float
-    denoise_ms: float
-    step_ms: list[float] = field(default_factory=list)
-    psnr_db: float | None = None
-    ssim: float | None = None
-    fg_psnr_db: float | None = None
-    latent_distance: float | None = None
-    agreement: float | None = None
-
-
-@dataclass
-class Spread:
-    """Median with 20 and 80 % quantiles."""
-
-    p20: float
-    p50: float
-    p80: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        """Summarise values; one value is its own quantiles."""
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0])
-        low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
-        return cls(low, statistics.median(values), high)
-
-
-@dataclass
-class Row:
-    """One line of the table: the dense run, a recipe, a cache, or a floor.
-
-    Attributes
-    ----------
-    kind : ``dense``, ``recipe``, ``cache`` or ``floor``.
-    rules : the recipe as text for people.
-    attention_ms : self- and joint-attention of one traced run, in all.
-    density : by layer and step, fraction of (query, key) pairs computed, pooled keys counted; None where it did not run.
-    plans : a few block plans: layer -> {step, blocks (M, N) as rows of "0" and "1", density}.
-    predicted : end-to-end gain over dense that the gate foretold (see `Forecast`), text encoder and decoding counted.
-    denoising_predicted, forward_predicted : the same for denoising alone, and for a forward in which patches answer.
-    ideal : end-to-end gain if attention time went with density.
-    answered : calls that patches answered in the traced run; None where none was traced, or a step cache is on too.
-    """
-
-    name: str
-    kind: str
-    recipe: str = ""
-    rules: str = ""
-    samples: list[Sample] = field(default_factory=list)
-    attention_ms: float | None = None
-    density: list[list[float | None]] = field(default_factory=list)
-    plans: list[dict[str, Any]] = field(default_factory=list)
-    predicted: float | None = None
-    denoising_predicted: float | None = None
-    forward_predicted: float | None = None
-    ideal: float | None = None
-    peak_mib: float | None = None
-    notes: list[str] = field(default_factory=list)
-    choices: dict[str, Any] = field(default_factory=dict)
-    answered: int | None = None
-
-    @property
-    def fastest_ms(self) -> dict[tuple[int, int], float]:
-        """End-to-end milliseconds of the fastest run at each prompt and seed: what else a machine does only slows down."""
-        found: dict[tuple[int, int], float] = {}
-        for sample in self.samples:
-            pair = sample.prompt, sample.seed
-            found[pair] = min(sample.latency_ms, found.get(pair, math.inf))
-        return found
-
-    @property
-    def latency(self) -> Spread:
-        """End-to-end milliseconds, the fastest run at each prompt and seed."""
-        return Spread.of(list(self.fastest_ms.values()))
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether it is dense under another name: patches answered no call, or every run gave what dense gave, to the last bit."""
-        same = [s.psnr_db == math.inf and s.latent_distance in (None, 0.0) for s in self.samples]
-        return self.kind == "dense" or self.answered == 0 or (bool(same) and all(same))
-
-    @property
-    def mean_density(self) -> float | None:
-        """Mean over the calls that ran."""
-        values = [value for layer in self.density for value in layer if value is not None]
-        return statistics.fmean(values) if values else None
-
-    def values(self, metric: str) -> list[float]:
-        """All values of a quality metric that are known."""
-        found = [getattr(sample, metric) for sample in self.samples]
-        return [value for value in found if value is not None and not math.isnan(value)]
-
-    def mean(self, metric: str) -> float | None:
-        """Mean of a metric over samples."""
-        values = self.values(metric)
-        return statistics.fmean(values) if values else None
-
-    def worst(self, metric: str) -> float | None:
-        """Worst sample of a metric."""
-        values = self.values(metric)
-        return (max if metric == "latent_distance" else min)(values) if values else None
-
-
-def gains(dense: Row, row: Row) -> list[float]:
-    """Return how much faster than dense a row ran at each prompt and seed that both ran, 1 where the row is dense itself.
-
-    All that is said of speed, in tables, pages, searches and `measured` rows, is the median of these.
-    """
-    dense_ms = dense.fastest_ms
-    return [1.0 if row.is_dense else dense_ms[pair] / ms for pair, ms in row.fastest_ms.items() if pair in dense_ms]
+METRIC_NAMES = {
+    "fg_psnr_db": "foreground PSNR, dB",
+    "psnr_db": "PSNR, dB",
+    "ssim": "SSIM",
+    "agreement": "agreement",
+    "latent_distance": "distance of latents",
+}
+"""Attribute of a `Sample` -> what the page calls it."""
 
 
 @dataclass(repr=False)
@@ -236,7 +123,7 @@ class Comparison(Shown):
         mean, worst = best.mean(metric), best.worst(metric)
         if mean is None:
             return f"{best.name}: {pace} end to end"
-        return f"{best.name}: {pace} end to end, {what} {_number(mean, 1)} dB (worst {_number(worst, 1)} dB)"
+        return f"{best.name}: {pace} end to end, {what} {rounded(mean, 1)} dB (worst {rounded(worst, 1)} dB)"
 
     def table(self) -> Table:
         """Return the figures as a rich table."""
@@ -284,9 +171,9 @@ class Comparison(Shown):
             (f"{step.p50:.2f}x" + (f" ({row.forward_predicted:.2f}x)" if row.forward_predicted else "")) if step else "",
             f"{row.mean_density:.3f}" if row.mean_density is not None else "",
             f"{row.peak_mib:.0f}" if row.peak_mib else "",
-            *(_number(value, 1) for m in ("psnr_db", "fg_psnr_db") for value in (row.mean(m), row.worst(m))),
-            _number(row.mean("ssim"), 3),
-            _number(row.mean("agreement"), 2),
+            *(rounded(value, 1) for m in ("psnr_db", "fg_psnr_db") for value in (row.mean(m), row.worst(m))),
+            rounded(row.mean("ssim"), 3),
+            rounded(row.mean("agreement"), 2),
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -296,10 +183,6 @@ class Comparison(Shown):
             for name in ("model", "prompts", "seeds", "settings", "timed", "environment", "headline")
         }
         return jsonable({**data, "verdict": self.verdict, "rows": [asdict(row) for row in self.rows]})
-
-    def to_json(self, path: str | Path) -> Path:
-        """Write the figures."""
-        return write(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:
@@ -323,17 +206,66 @@ class Comparison(Shown):
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise AccelplugError(f"{path} holds no comparison: expected what to_json() wrote, got {error!r}.") from error
 
-    def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained page: Pareto plot, clips side by side, difference, table, densities, plans."""
-        from accelplug.comparison.report import page
+    def page(self) -> str:
+        """Return one self-contained page: Pareto plot, clips side by side, difference, table, densities, plans."""
+        metric = self.metric
+        dots = self._dots()
+        shown = {DENSE, *(dot.name for dot in dots)}
+        floors = [{"name": row.name, "worst": row.worst(metric)} for row in self.rows if row.kind == "floor"]
+        return report.page(
+            self.subject,
+            self.verdict,
+            f"Timed {self.timed}.",
+            {**self.to_dict(), "chosen": self.best.name if self.best else None, "notes": (), "floors": floors},
+            axis=Axis(METRIC_NAMES[metric]),
+            dots=dots,
+            clips={key: clip for key, clip in self.clips.items() if key[0] in shown},
+            headings=self.headings(),
+            lines=((row.name, row.kind, self.cells(row)) for row in self.rows),
+        )
 
-        return write(path, page(self))
+    @property
+    def subject(self) -> str:
+        """What ran where."""
+        return f"{self.model} on {self.environment.get('device', 'a device that was not noted')}"
+
+    def run_name(self, prompt: int, seed: int) -> str:
+        """A run in words."""
+        return f"seed {seed}, {self.prompts[prompt]}"
+
+    def _dots(self) -> list[Dot]:
+        """Every recipe and cache, by its worst run."""
+        metric = self.metric
+        dots = []
+        for row in self.rows:
+            worst = row.worst(metric)
+            if row.kind not in ("recipe", "cache") or worst is None:
+                continue
+            gain, step = self.speedup(row), self.step_gain(row)
+            facts = [("speed-up", spread_text(gain), times_text(row.predicted))]
+            if step is not None:
+                facts.append(("in steps with patches", spread_text(step), times_text(row.forward_predicted)))
+            if row.mean_density is not None:
+                facts.append(("density", f"{row.mean_density:.3f}", ""))
+            facts += qualities(row)
+            facts += [("runs", str(len(row.samples)), ""), ("worst run", self._worst_run(row, metric), "")]
+            mean = row.mean(metric)
+            dots.append(Dot(row.name, row.name, row.kind, "tried", gain.p50, worst, mean, False, True, facts, row.rules))
+        best = -math.inf
+        for dot in sorted(dots, key=lambda dot: (-dot.speedup, -dot.worst)):
+            if dot.speedup > 1 and dot.worst > best:
+                best, dot.front, dot.verdict = dot.worst, True, "front"
+        return dots
+
+    def _worst_run(self, row: Row, metric: str) -> str:
+        worst = min((s for s in row.samples if getattr(s, metric) is not None), key=lambda s: getattr(s, metric))
+        return self.run_name(worst.prompt, worst.seed)
 
     def record(self) -> list[Path]:
         """Append a `measured` row to the file of each recipe that came from one; return the files, none in later processes."""
         return (
             []
-            if not is_first()
+            if not files.is_first()
             else [self.recorders[row.name](self.measured(row)) for row in self.rows if row.name in self.recorders]
         )
 
@@ -375,21 +307,32 @@ class Comparison(Shown):
         return self.table()
 
 
-def _number(value: float | None, digits: int) -> str:
+def qualities(row: Row) -> list[tuple[str, str, str]]:
+    """Worst value and mean of each metric that was measured."""
+    found = []
+    for metric, name in METRIC_NAMES.items():
+        worst, mean = row.worst(metric), row.mean(metric)
+        if worst is not None and mean is not None:
+            digits = 1 if name.endswith("dB") else 3
+            found.append((name, f"{rounded(worst, digits)} worst, {rounded(mean, digits)} mean", ""))
+    return found
+
+
+def spread_text(gain: Spread) -> str:
+    """A gain with its quantiles, where they differ."""
+    return f"{gain.p50:.2f}x" + (f" ({gain.p20:.2f} to {gain.p80:.2f})" if gain.p20 != gain.p80 else "")
+
+
+def times_text(value: float | None) -> str:
+    """A gain, or nothing."""
+    return "" if value is None else f"{value:.2f}x"
+
+
+def rounded(value: float | None, digits: int) -> str:
+    """A figure as text; ``same`` where it is infinite, for the runs are alike to the last bit."""
     if value is None:
         return ""
     return "same" if math.isinf(value) else f"{value:.{digits}f}"
-
-
-def jsonable(value: Any) -> Any:
-    """Plain data for JSON; a float that is not finite is text."""
-    if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def _from_jsonable(value: Any) -> Any:

@@ -8,31 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from accelplug.comparison.metrics import METRICS
 from accelplug.errors import AccelplugError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from accelplug.comparison.result import Sample
+    from accelplug.comparison.rows import Sample
 
-METRICS = {
-    "psnr": ("psnr_db", ">="),
-    "fg_psnr": ("fg_psnr_db", ">="),
-    "ssim": ("ssim", ">="),
-    "agreement": ("agreement", ">="),
-    "latent_distance": ("latent_distance", "<="),
-}
-"""Name in a budget -> attribute of a `Sample`, and the side on which it is good."""
-
-TASK_METRICS = {
-    "accuracy": ("accuracy", ">="),
-    "mcc": ("mcc", ">="),
-    "recall": ("recall", ">="),
-    "hallucination": ("hallucination", "<="),
-    "nll": ("nll", "<="),
-    "speed": ("speed", ">="),
-}
-"""The same for language models: figures of `accelplug.comparison.questions.figures`, and stock seconds over a patch's."""
 
 NUMBER = r"\d*\.?\d+"
 

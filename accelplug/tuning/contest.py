@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -14,19 +14,20 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from accelplug.comparison.evaluators.statistics import holm, mcc, mcnemar, paired_bootstrap
+from accelplug.comparison.metrics import TASK_METRICS
 from accelplug.comparison.questions import Asker, Item, Reply, figures
 from accelplug.errors import AccelplugError
 from accelplug.kernels.timing import synchronise
 from accelplug.plug import apply
+from accelplug.show import Tell
 from accelplug.tuning.aims import Aim
-from accelplug.tuning.budget import TASK_METRICS, Bound
+from accelplug.tuning.budget import Bound
 from accelplug.tuning.journal import Journal
+from accelplug.tuning.space import FINALISTS
 
 STOCK = Aim("stock", {"rules": [{"patch": "dense"}]})
 PAGE = 32
 """Questions that are put at a time: a page."""
-FINALISTS = 4
-"""Candidates that are put to the proof at most; p-values are corrected for their number."""
 LEVEL = 0.05
 SEARCH_SHARE = 0.6
 """Share of the time for the search; the rest is for the proof."""
@@ -90,7 +91,7 @@ class Contest:
     bounds: tuple[Bound, ...]
     time_budget_s: float
     journal: Journal
-    tell: Callable[[str, float], None] = lambda what, spent: None
+    tell: Tell = lambda done, now="": None
     started: float = field(default_factory=lambda: time.monotonic())
     candidates: list[Aim] = field(default_factory=list)
     all_candidates: list[Aim] = field(default_factory=list)
@@ -174,7 +175,7 @@ class Contest:
         key = f"{aim.name}, page {page}"
 
         def measure() -> dict[str, Any]:
-            self.tell(f"{key}; best so far {self._best()}", self.spent_s)
+            self.tell(self.spent_s, f"{key}; best so far {self._best()}")
             if (mixing := {"agla", "contrast"} & set(aim.patches)) and self.asker.likelihoods:
                 said = f"{' and '.join(sorted(mixing))} mix logits behind every other processor, where likelihoods cannot be read"
                 return {"refused": said}

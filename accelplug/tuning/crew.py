@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelplug.comparison.ranks import Ranks
-from accelplug.comparison.result import DENSE, Sample
+from accelplug.comparison.rows import DENSE, Sample
 from accelplug.comparison.study import Study, Variant
 from accelplug.errors import AccelplugError
 from accelplug.hosts.models import runs_compiled

@@ -12,26 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from accelplug import compat
+from accelplug import compat, show
 from accelplug.comparison import arguments
 from accelplug.comparison.environment import device_name, environment
 from accelplug.comparison.exam import Exam
+from accelplug.comparison.metrics import TASK_METRICS
 from accelplug.comparison.questions import Asker, Item, digest, figures, items, require_pictures, shifted_accuracy
-from accelplug.comparison.ranks import write
-from accelplug.comparison.result import Spread
+from accelplug.comparison.rows import Spread
 from accelplug.errors import AccelplugError
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, load
-from accelplug.show import as_html
+from accelplug.show import Shown
 from accelplug.tuning import aims
 from accelplug.tuning.aims import Aim
-from accelplug.tuning.budget import TASK_METRICS, Bound, parse
-from accelplug.tuning.contest import FINALISTS, PAGE, SEARCH_SHARE, STOCK, Contest
-from accelplug.tuning.fingerprint import _sample
-from accelplug.tuning.journal import Journal
+from accelplug.tuning.budget import Bound, parse
+from accelplug.tuning.contest import PAGE, SEARCH_SHARE, STOCK, Contest
+from accelplug.tuning.journal import Journal, few_numbers
 from accelplug.tuning.result import Point, Tuned
-from accelplug.tuning.search import _bar
-from accelplug.tuning.space import require_ladders
+from accelplug.tuning.space import FINALISTS, require_ladders
 
 logger = logging.getLogger("accelplug")
 
@@ -76,7 +74,7 @@ def tune_language(
     asker = Asker(model, processor, says=says, likelihoods="nll" in named, parse=getattr(given, "parse", "strict"))
     journal = Journal(resume, _fingerprint(model, asked, seed, asker))
     contest = Contest(asker, *split(asked, seed), objective, bounds, time_budget_s, journal)
-    with _bar(progress, time_budget_s) as contest.tell:
+    with show.progress("tuning", time_budget_s, progress) as contest.tell:
         try:
             if asked[0].picture is not None:
                 contest.candidates = aims.aims(model_facts(model), model.config.get_text_config().num_hidden_layers, patches)
@@ -122,7 +120,7 @@ def _fingerprint(model: Any, asked: Sequence[Item], seed: int, asker: Asker) -> 
     facts = (config, digest(asked), seed, asker.says, asker.likelihoods, asker.parse, PAGE, device_name())
     sha = hashlib.sha256(repr(facts).encode())
     for name, weight in model.named_parameters():
-        sha.update(f"{name} {weight.device} {weight.dtype} {'' if weight.is_meta else _sample(weight)}".encode())
+        sha.update(f"{name} {weight.device} {weight.dtype} {'' if weight.is_meta else few_numbers(weight)}".encode())
     return sha.hexdigest()[:16]
 
 
@@ -158,9 +156,9 @@ class Answered(Tuned):
             point.verdict,
         ]
 
-    def to_html(self, path: str | Path) -> Path:
-        """Write the table as a page."""
-        return write(path, f"<!doctype html><meta charset=utf-8><title>tune</title>{as_html(self)}")
+    def page(self) -> str:
+        """Return the table as a page."""
+        return Shown.page(self)
 
 
 def _tuned(contest: Contest, seed: int) -> Answered:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,17 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from accelplug.comparison.ranks import is_first, write
+from accelplug import files
+from accelplug.comparison import report
+from accelplug.comparison.metrics import METRICS
+from accelplug.comparison.report import Axis, Dot
+from accelplug.comparison.result import METRIC_NAMES, Comparison, qualities, times_text
+from accelplug.comparison.rows import DENSE
 from accelplug.errors import AccelplugError
 from accelplug.recipe import SCHEMA, ModelFacts, Recipe, model_name
-from accelplug.show import Shown
+from accelplug.show import Shown, jsonable
 from accelplug.table import Table as Tensors
+from accelplug.table import write_tables
+from accelplug.tuning.budget import Bound
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from accelplug.comparison.result import Comparison
-    from accelplug.tuning.budget import Bound
 
 LANGUAGE_KEYS = ("text_config.num_hidden_layers", "text_config.hidden_size", "num_hidden_layers", "hidden_size")
 """What a recipe file matches a language model by, beside its class."""
@@ -114,7 +116,7 @@ class Tuned(Shown, Recipe):
 
     def to_yaml(self, path: str | Path, facts: ModelFacts) -> Path:
         """Write a recipe file for the model, with a `measured` row where the recipe was proven, and beside it the table it refers to."""
-        if not is_first():
+        if not files.is_first():
             return Path(path)
         keys = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", *LANGUAGE_KEYS)
         match = {"class": facts.class_names[0], **{k: facts.config[k] for k in keys if k in facts.config}}
@@ -128,27 +130,76 @@ class Tuned(Shown, Recipe):
             "default": "tuned",
             "recipes": {"tuned": entry},
         }
-        return write(path, yaml.safe_dump(_plain(file), sort_keys=False, width=120))
+        return files.write(path, yaml.safe_dump(jsonable(file), sort_keys=False, width=120))
 
-    def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained page: all points in a Pareto plot, clips of the front beside dense, and the table.
+    def page(self) -> str:
+        """Return one self-contained page: all points in a Pareto plot, clips of the front beside dense, and the table.
 
         Raises
         ------
         AccelplugError
             If nothing was run.
         """
-        if self.comparison is None:
+        if (comparison := self.comparison) is None:
             raise AccelplugError("There is no comparison to show: this recipe was not made by tune().")
-        from accelplug.comparison.report import page
+        proven = self.proven
+        dots = [self._dot(point, comparison) for point in self.points]
+        shown = {DENSE, *(dot.name for dot in dots if dot.front or dot.verdict == "proven")}
+        spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in self.seconds.items())
+        against = "Every speed-up is against a dense run of the same prompt and seed."
+        return report.page(
+            comparison.subject,
+            self.why,
+            f"Budget: {self.budget}, on every run. {against} Spent: {spent}.",
+            {**comparison.to_dict(), "chosen": proven.name if proven else None, "notes": self.notes, "floors": ()},
+            axis=self._axis,
+            dots=dots,
+            clips={key: clip for key, clip in comparison.clips.items() if key[0] in shown},
+            headings=self.headings(),
+            lines=((point.name, "recipe", self.cells(point)) for point in self.points),
+        )
 
-        return write(path, page(self.comparison, self))
+    @property
+    def _axis(self) -> Axis:
+        """The bound, or the margin where there are several."""
+        if len(self.bounds) != 1:
+            return Axis("margin to the nearest bound", 0.0)
+        (bound,) = self.bounds
+        attribute, _ = METRICS.get(bound.name, (bound.name, ""))
+        return Axis(METRIC_NAMES.get(attribute, bound.name), bound.limit, bound.higher_is_better)
 
-    def to_json(self, path: str | Path) -> Path:
-        """Write what was tried."""
-        data = {key: getattr(self, key) for key in ("why", "budget", "notes", "seconds")}
-        data["points"] = [vars(point) for point in self.points]
-        return write(path, json.dumps(_plain(data), indent=1) + "\n")
+    def _dot(self, point: Point, comparison: Comparison) -> Dot:
+        """A candidate that was run whole, by its worst run."""
+        told, row = point.foretold, comparison.row(point.name)
+        margin, density = told.get("margin"), told.get("density")
+        facts = [
+            ("speed-up", times_text(point.speedup), times_text(told.get("speedup"))),
+            *((f"worst {bound.name}, bound {bound.limit:g}", f"{point.worst[bound.name]:.2f}", "") for bound in self.bounds),
+            ("margin", f"{point.margin:+.2f}", "" if margin is None else f"{margin:+.2f}"),
+            ("density", "", "" if density is None else f"{density:.3f}"),
+            *qualities(row),
+            ("runs", str(point.runs), ""),
+        ]
+        if point.worst_run is not None:
+            facts.append(("worst run", comparison.run_name(*point.worst_run), ""))
+        return Dot(
+            name=point.name,
+            label=_label(point),
+            kind=row.kind,
+            verdict=self.verdict(point),
+            speedup=point.speedup,
+            worst=point.worst[self.bounds[0].name] if len(self.bounds) == 1 else point.margin,
+            mean=None,
+            front=point in self.front,
+            holds=point.margin >= 0,
+            facts=facts,
+            rules=row.rules,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was tried, as plain data."""
+        tried = [{**vars(point), "recipe": _named_tables(point.recipe)} for point in self.points]
+        return jsonable({name: getattr(self, name) for name in ("why", "budget", "notes", "seconds")} | {"points": tried})
 
     def without_clips(self) -> Tuned:
         """Return it without the clips, which are most of its size."""
@@ -190,10 +241,15 @@ class Tuned(Shown, Recipe):
         return self.table()
 
 
+def _label(point: Point) -> str:
+    """The patch and its first setting; the cache beside it is only named."""
+    words = point.name.split(" + ")[0].split()[:2]
+    beside = "cache" in point.recipe and point.recipe["rules"][-1]["patch"] != DENSE
+    return " ".join(words) + (" + cache" if beside else "")
+
+
 def _referring(recipe: dict[str, Any], path: Path) -> dict[str, Any]:
     """A recipe mapping whose tables were written beside `path`, and that refers to them."""
-    from accelplug.table import write_tables
-
     rules = []
     for rule in recipe["rules"]:
         tables = {key: value for key, value in rule.get("with", {}).items() if isinstance(value, Tensors)}
@@ -205,10 +261,13 @@ def _referring(recipe: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**recipe, "rules": rules}
 
 
-def _plain(value: Any) -> Any:
-    """YAML- and JSON-safe data."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Tensors) or (isinstance(value, float) and not math.isfinite(value)) else value
+def _named_tables(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe mapping with words in place of its tables."""
+
+    def named(settings: dict[str, Any]) -> dict[str, Any]:
+        return {key: str(value) if isinstance(value, Tensors) else value for key, value in settings.items()}
+
+    return {
+        **recipe,
+        "rules": [{**rule, "with": named(rule["with"])} if "with" in rule else rule for rule in recipe["rules"]],
+    }

@@ -15,6 +15,9 @@ from accelplug.step_caches import CACHES
 from accelplug.table import Table
 from accelplug.tuning.caches import Cache
 
+WORTH = 1.03
+"""A gain below this is not worth a recipe."""
+
 DENSE_STEPS = (0, 10, 25, 40)
 """Shares of the first steps that may stay dense, in percent."""
 
@@ -22,6 +25,9 @@ PYRAMIDS = ((0.4, 0.5, 0.6, 0.8), (0.6, 0.7, 0.8, 0.9))
 """Bounds of levels 1, 2, 4 and 8: the preset of Wan 2.1, and a more careful one."""
 
 BOTH = ("pool", "drop")
+
+FINALISTS = 4
+"""Candidates that are put to the proof at most, before a search goes on: pipelines one after the other, the fastest first."""
 
 LADDERS: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
     "sol": ([{"tau": tau, "order": "morton"} for tau in (0.5, 1.0, 0.0, 1.5)], BOTH),

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from accelplug.tuning.caches import FEW_STEPS
-
-if TYPE_CHECKING:
-    from accelplug.tuning.forecast import Forecast
-    from accelplug.tuning.result import Point
-    from accelplug.tuning.search import Search
-
-WORTH = 1.03
-"""A gain below this is not worth a recipe."""
+from accelplug.tuning.forecast import Forecast
+from accelplug.tuning.result import Point
+from accelplug.tuning.space import WORTH
 
 
 def limit(forecast: Forecast) -> str:
@@ -29,32 +24,54 @@ def limit(forecast: Forecast) -> str:
     )
 
 
-def why(search: Search, proven: Point | None) -> str:
-    """Say what came of a search. In runs of few steps, also how little there was to gain."""
-    said = _outcome(search, proven)
-    few = search.forecast is not None and search.forecast.trajectory.steps <= FEW_STEPS
-    return f"{said}. {limit(search.forecast)}" if few and search.forecast is not None else said
+def why(
+    budget: str,
+    points: Sequence[Point],
+    proven: Point | None,
+    forecast: Forecast | None,
+    *,
+    proposed: bool,
+    interrupted: bool,
+    time_budget_s: float,
+    run_s: float,
+) -> str:
+    """Say what came of a search. In runs of few steps, also how little there was to gain.
 
-
-def _outcome(search: Search, proven: Point | None) -> str:
-    budget = search.budget
+    Parameters
+    ----------
+    budget : the bounds, in words.
+    points : all that was run whole, the fastest first.
+    proven : the point that the recipe is, None for dense.
+    forecast : None if the search ended before one was made.
+    proposed : whether there were candidates to run.
+    interrupted : whether the user ended the search.
+    time_budget_s, run_s : the time that the search had, and that a dense run takes.
+    """
     if proven is not None:
         worst = ", ".join(f"{name} {value:.2f}" for name, value in proven.worst.items())
-        return f"{proven.name}: {proven.speedup:.2f}x within {budget}, worst of {proven.runs} runs {worst}"
-    points = sorted(search.points.values(), key=lambda point: -point.speedup)
-    held = [point for point in points if point.margin >= 0]
-    if search.interrupted:
-        best = [f"{p.name} kept {budget} at {p.speedup:.2f}x in {p.runs} runs of the search" for p in held[:1]]
-        return f"Stay dense: interrupted before anything was proven; {best[0] if best else 'nothing was seen to hold'}"
-    if search.forecast is None or not search.forecast.probes:
-        return (
-            f"Stay dense: {search.time_budget_s:.0f} s were over before a patch could be probed, a dense run takes "
-            f"{search.run_s:.0f} s. Give time_budget_s of at least {30 * search.run_s:.0f}"
+        said = f"{proven.name}: {proven.speedup:.2f}x within {budget}, worst of {proven.runs} runs {worst}"
+    elif interrupted:
+        held = [
+            f"{p.name} kept {budget} at {p.speedup:.2f}x in {p.runs} runs of the search" for p in points if p.margin >= 0
+        ]
+        said = f"Stay dense: interrupted before anything was proven; {held[0] if held else 'nothing was seen to hold'}"
+    elif forecast is None or not forecast.probes:
+        said = (
+            f"Stay dense: {time_budget_s:.0f} s were over before a patch could be probed, a dense run takes {run_s:.0f} s. "
+            f"Give time_budget_s of at least {30 * run_s:.0f}"
         )
-    if not search.candidates and not points:
-        return "Stay dense: no patch was faster than dense attention at this shape on this device"
+    elif not proposed and not points:
+        said = "Stay dense: no patch was faster than dense attention at this shape on this device"
+    else:
+        said = _why_not(budget, points)
+    few = forecast is not None and forecast.trajectory.steps <= FEW_STEPS
+    return f"{said}. {limit(forecast)}" if few and forecast is not None else said
+
+
+def _why_not(budget: str, points: Sequence[Point]) -> str:
+    """Why nothing that was run is recommended."""
     if any(point.verdict == "overturned" for point in points):
         return f"Stay dense: what held {budget} in the search did not on unseen prompts and seeds"
-    if held:
+    if held := [point for point in points if point.margin >= 0]:
         return f"Stay dense: what keeps {budget} gains less than {WORTH:.2f}x, at best {held[0].speedup:.2f}x"
     return f"Stay dense: none of {len(points)} candidates that were run keeps {budget}"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from accelplug import compat, files
 from accelplug.comparison import arguments
+from accelplug.comparison.entry import compare
 from accelplug.comparison.environment import device_name
 from accelplug.comparison.questions import Asker, Item, digest, figures, require_pictures
-from accelplug.comparison.study import compare
 from accelplug.errors import AccelplugError, RecipeError
 from accelplug.hosts.models import model_in
 from accelplug.recipe import Measured, Recipe, read_file

@@ -5,8 +5,8 @@ from accelplug.comparison.evaluators.amber import Amber
 from accelplug.comparison.evaluators.chair import Chair, Vocabulary
 from accelplug.comparison.evaluators.coco import Coco
 from accelplug.comparison.evaluators.mme import Mme, Pair
-from accelplug.comparison.evaluators.pope import Question, YesNo
-from accelplug.comparison.evaluators.statistics import Health, collapsed, holm, mcc, mcnemar, paired_bootstrap, wilson
+from accelplug.comparison.evaluators.pope import Question
+from accelplug.comparison.evaluators.statistics import Health, YesNo, collapsed, holm, mcc, mcnemar, paired_bootstrap, wilson
 
 __all__ = [
     "Amber",

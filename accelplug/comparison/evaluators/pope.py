@@ -13,7 +13,7 @@ from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
-from accelplug.comparison.evaluators.statistics import mcc, ratio, same_length
+from accelplug.comparison.evaluators.statistics import YesNo, mcc, ratio, same_length
 from accelplug.errors import AccelplugError
 
 Image = TypeVar("Image", str, int)
@@ -141,30 +141,6 @@ def parse(answer: str, parse: Parse = "strict") -> bool | None:
     words = next(filter(None, sentences), [""])
     said = {"yes": {True}, "no": {False}}.get(words[0]) or {word == "yes" for word in words if word in ("yes", "no", "not")}
     return said.pop() if len(said) == 1 else None
-
-
-@dataclass(frozen=True)
-class YesNo:
-    """Figures of yes/no answers; yes is the positive class, and all but the counts are shares, NaN where undefined.
-
-    Attributes
-    ----------
-    n : questions.
-    unparsed : answers that are neither yes nor no. They are wrong in the accuracy, missed in the recall, no yes in precision and
-        hallucination rate, left out of the yes-ratio, and the opposite of the truth in the MCC.
-    yes_ratio : yes among the parsed answers (of the predictions, not of the truth).
-    hallucination_rate : yes among the answers to questions whose truth is no.
-    """
-
-    n: int
-    unparsed: int
-    accuracy: float
-    precision: float
-    recall: float
-    f1: float
-    yes_ratio: float
-    mcc: float
-    hallucination_rate: float
 
 
 def score(truth: Sequence[bool], answers: Sequence[bool | None]) -> YesNo:

@@ -17,7 +17,7 @@ import numpy as np
 from accelplug.errors import AccelplugError
 
 if TYPE_CHECKING:
-    from accelplug.comparison.evaluators.pope import YesNo
+    pass
 
 Item = TypeVar("Item")
 
@@ -213,3 +213,27 @@ def same_length(what: str, first: Sequence[object], second: Sequence[object]) ->
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise AccelplugError(f"The level of an interval is expected in (0, 1), got {level}; 95 % is 0.95.")
+
+
+@dataclass(frozen=True)
+class YesNo:
+    """Figures of yes/no answers; yes is the positive class, and all but the counts are shares, NaN where undefined.
+
+    Attributes
+    ----------
+    n : questions.
+    unparsed : answers that are neither yes nor no. They are wrong in the accuracy, missed in the recall, no yes in precision and
+        hallucination rate, left out of the yes-ratio, and the opposite of the truth in the MCC.
+    yes_ratio : yes among the parsed answers (of the predictions, not of the truth).
+    hallucination_rate : yes among the answers to questions whose truth is no.
+    """
+
+    n: int
+    unparsed: int
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    yes_ratio: float
+    mcc: float
+    hallucination_rate: float

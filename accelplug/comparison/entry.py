@@ -1,0 +1,151 @@
+"""compare(): a model dense and with recipes, on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from accelplug import compat, show
+from accelplug.comparison import arguments
+from accelplug.comparison.exam import Exam
+from accelplug.comparison.ranks import working
+from accelplug.comparison.rows import DENSE
+from accelplug.comparison.study import OBSERVED, Study, Variant
+from accelplug.comparison.vlm import compare_vlm
+from accelplug.errors import AccelplugError
+from accelplug.hosts.models import denoisers, is_language_model, model_in
+from accelplug.plug import model_facts
+from accelplug.recipe import Recipe, load
+
+CACHED = "FirstBlockCache"
+CACHE_THRESHOLD = 0.2
+"""Residual difference below which FirstBlockCache skips the other blocks."""
+
+
+def compare(
+    pipe: Any,
+    recipe: Any = None,
+    inputs: Any = None,
+    seeds: Sequence[int] = (0,),
+    *,
+    caches: bool = False,
+    floors: bool = True,
+    foreground: Callable[[np.ndarray], np.ndarray] | None = None,
+    detect: Callable[[np.ndarray, str], float] | None = None,
+    processor: Any = None,
+    progress: bool = True,
+) -> Any:
+    """Run a model dense and with recipes, on the same inputs, and measure speed and quality.
+
+    A vision-language model is examined on an `Exam` and gives a `VlmComparison` (see `accelplug.comparison.vlm`); the rest of
+    this is about pipelines, which give a `Comparison`.
+
+    Several processes (`accelerate launch`, torchrun) share the prompts and seeds, each with a pipeline of its own: dense and recipes
+    of one prompt and seed are timed in one process. All get all figures, the first one the clips too; it alone writes files.
+
+    For each recipe one traced run comes first (attention time, density, plans, kernels chosen; it also compiles what there is to
+    compile), then the timed runs, interleaved: dense, every recipe, dense, ... The pipeline is left as it was.
+
+    Parameters
+    ----------
+    pipe : a diffusers pipeline, or a transformers vision-language model.
+    recipe : one recipe or several: anything that `accelplug.apply` takes, a list of such, or a mapping name -> recipe.
+    inputs : arguments of the pipeline's call; one mapping, or one per prompt. `output_type` is set here, to arrays. For a
+        vision-language model an `Exam`; generated scenes if left out.
+    seeds : one run of everything per seed and prompt.
+    caches : add FirstBlockCache alone, and with each recipe.
+    floors : add the two floors: dense in another attention kernel or dtype, and dense at another seed.
+    foreground : uint8 (F, H, W, 3) -> bool (F, H, W), the objects, for the foreground PSNR.
+    detect : (uint8 clip, prompt) -> agreement in [0, 1].
+    processor : a vision-language model's.
+    progress : show a progress bar.
+
+    Raises
+    ------
+    AccelplugError
+        If there is nothing to run.
+    """
+    pipe, processor = model_in(pipe), processor or compat.transformers.processor_of(pipe)
+    if is_language_model(pipe):
+        if caches or foreground is not None or detect is not None:
+            raise AccelplugError("caches, foreground and detect are about pipelines; leave them out for a language model.")
+        return _examine(pipe, recipe, inputs, processor, progress)
+    arguments.require_pipeline(pipe, "compare")
+    prompts, seeds = arguments.calls(pipe, inputs, "compare"), arguments.seeds_of(seeds, "compare")
+    arguments.require_functions(foreground=foreground, detect=detect)
+    recipes = _named(pipe, recipe)
+    study = Study(pipe, prompts, seeds, foreground, detect)
+    variants = [Variant(DENSE, "dense"), *(Variant(name, "recipe", loaded) for name, loaded in recipes.items())]
+    if caches:
+        _require_caches(pipe)
+        cached = {CACHED: load(OBSERVED, model_facts(pipe))}
+        cached |= {f"{CACHED} + {name}": loaded for name, loaded in recipes.items()}
+        variants += [
+            Variant(name, "cache", loaded.with_cache("first_block", threshold=CACHE_THRESHOLD))
+            for name, loaded in cached.items()
+        ]
+    with working(pipe) as ranks, compat.diffusers.quiet(pipe):
+        pairs = ranks.share(study.pairs)
+        floors = floors and (ranks.first or ranks.joined)
+        jobs = [(f"tracing {variant.name}", partial(study.trace, variant)) for variant in variants]
+        jobs += [
+            (f"timing {variant.name}, seed {seed}", partial(study.time, variant, prompt, seed))
+            for (prompt, seed), variant in product(pairs, variants)
+        ]
+        if floors:
+            jobs += [("floor: dense in another kernel", partial(study.floor_of_kernels))]
+            jobs += [("floor: dense at another seed", partial(study.floor_of_seeds))]
+        with show.progress("comparing", len(jobs), progress and ranks.first) as tell:
+            for done, (what, run) in enumerate(jobs):
+                tell(done, what)
+                run()
+        study.gather(ranks)
+    return study.finish(recipes)
+
+
+def _examine(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool) -> Any:
+    """Examine a vision-language model."""
+    arguments.require_processor(processor, "compare")
+    if not hasattr(processor, "image_processor"):
+        raise AccelplugError(
+            f"compare asks about pictures, and {type(processor).__name__} takes none. Pass a vision-language model's processor; "
+            "models of text alone are asked by tune."
+        )
+    if exam is not None and not isinstance(exam, Exam):
+        raise AccelplugError(
+            f"A vision-language model is examined on an Exam, got {type(exam).__name__}; see Exam.scenes() and Exam.coco(folder)."
+        )
+    return compare_vlm(model, _named(model, recipe), exam or Exam.scenes(), processor, progress=progress)
+
+
+def _named(pipe: Any, recipe: Any) -> dict[str, Recipe]:
+    """The recipes by the names of their rows."""
+    named = _loaded(pipe, recipe)
+    if taken := [name for name in named if name.split(",")[0] == DENSE or name.startswith(CACHED)]:
+        raise AccelplugError(
+            f"A recipe is called {taken[0]!r}, as a row of the comparison is. Pass {{'another name': recipe}}."
+        )
+    return named
+
+
+def _loaded(pipe: Any, recipe: Any) -> dict[str, Recipe]:
+    facts = model_facts(pipe)
+    if isinstance(recipe, Mapping) and not {"rules", "patch", "recipes"} & set(recipe):
+        return {name: load(item, facts) for name, item in recipe.items()}
+    items = recipe if isinstance(recipe, list | tuple) else [recipe]
+    loaded = [load(item, facts) for item in items]
+    names = [item.name.split("/")[-1] for item in loaded]
+    return {
+        name if names.count(name) == 1 else f"{name} {i}": item
+        for i, (name, item) in enumerate(zip(names, loaded, strict=True))
+    }
+
+
+def _require_caches(pipe: Any) -> None:
+    for part in denoisers(pipe).values():
+        if not hasattr(part, "enable_cache"):
+            raise AccelplugError(f"{type(part).__name__} takes no FirstBlockCache; compare with caches=False.")

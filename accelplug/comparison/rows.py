@@ -1,0 +1,133 @@
+"""One line of a comparison: its runs, their times and quality. Plain data."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+DENSE = "dense"
+"""Name of the row that all others are held against."""
+
+
+@dataclass
+class Sample:
+    """One run of one row, at one prompt and seed, and its quality against the dense run of the same prompt and seed.
+
+    Times in milliseconds: `latency_ms` end to end, `denoise_ms` from the first denoiser call to the last step's end,
+    `step_ms` per step. Quality is None for the dense run itself.
+    """
+
+    prompt: int
+    seed: int
+    latency_ms: float
+    denoise_ms: float
+    step_ms: list[float] = field(default_factory=list)
+    psnr_db: float | None = None
+    ssim: float | None = None
+    fg_psnr_db: float | None = None
+    latent_distance: float | None = None
+    agreement: float | None = None
+
+
+@dataclass
+class Spread:
+    """Median with 20 and 80 % quantiles."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """Summarise values; one value is its own quantiles."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
+        return cls(low, statistics.median(values), high)
+
+
+@dataclass
+class Row:
+    """One line of the table: the dense run, a recipe, a cache, or a floor.
+
+    Attributes
+    ----------
+    kind : ``dense``, ``recipe``, ``cache`` or ``floor``.
+    rules : the recipe as text for people.
+    attention_ms : self- and joint-attention of one traced run, in all.
+    density : by layer and step, fraction of (query, key) pairs computed, pooled keys counted; None where it did not run.
+    plans : a few block plans: layer -> {step, blocks (M, N) as rows of "0" and "1", density}.
+    predicted : end-to-end gain over dense that the gate foretold (see `Forecast`), text encoder and decoding counted.
+    denoising_predicted, forward_predicted : the same for denoising alone, and for a forward in which patches answer.
+    ideal : end-to-end gain if attention time went with density.
+    answered : calls that patches answered in the traced run; None where none was traced, or a step cache is on too.
+    """
+
+    name: str
+    kind: str
+    recipe: str = ""
+    rules: str = ""
+    samples: list[Sample] = field(default_factory=list)
+    attention_ms: float | None = None
+    density: list[list[float | None]] = field(default_factory=list)
+    plans: list[dict[str, Any]] = field(default_factory=list)
+    predicted: float | None = None
+    denoising_predicted: float | None = None
+    forward_predicted: float | None = None
+    ideal: float | None = None
+    peak_mib: float | None = None
+    notes: list[str] = field(default_factory=list)
+    choices: dict[str, Any] = field(default_factory=dict)
+    answered: int | None = None
+
+    @property
+    def fastest_ms(self) -> dict[tuple[int, int], float]:
+        """End-to-end milliseconds of the fastest run at each prompt and seed: what else a machine does only slows down."""
+        found: dict[tuple[int, int], float] = {}
+        for sample in self.samples:
+            pair = sample.prompt, sample.seed
+            found[pair] = min(sample.latency_ms, found.get(pair, math.inf))
+        return found
+
+    @property
+    def latency(self) -> Spread:
+        """End-to-end milliseconds, the fastest run at each prompt and seed."""
+        return Spread.of(list(self.fastest_ms.values()))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is dense under another name: patches answered no call, or every run gave what dense gave, to the last bit."""
+        same = [s.psnr_db == math.inf and s.latent_distance in (None, 0.0) for s in self.samples]
+        return self.kind == "dense" or self.answered == 0 or (bool(same) and all(same))
+
+    @property
+    def mean_density(self) -> float | None:
+        """Mean over the calls that ran."""
+        values = [value for layer in self.density for value in layer if value is not None]
+        return statistics.fmean(values) if values else None
+
+    def values(self, metric: str) -> list[float]:
+        """All values of a quality metric that are known."""
+        found = [getattr(sample, metric) for sample in self.samples]
+        return [value for value in found if value is not None and not math.isnan(value)]
+
+    def mean(self, metric: str) -> float | None:
+        """Mean of a metric over samples."""
+        values = self.values(metric)
+        return statistics.fmean(values) if values else None
+
+    def worst(self, metric: str) -> float | None:
+        """Worst sample of a metric."""
+        values = self.values(metric)
+        return (max if metric == "latent_distance" else min)(values) if values else None
+
+
+def gains(dense: Row, row: Row) -> list[float]:
+    """Return how much faster than dense a row ran at each prompt and seed that both ran, 1 where the row is dense itself.
+
+    All that is said of speed, in tables, pages, searches and `measured` rows, is the median of these.
+    """
+    dense_ms = dense.fastest_ms
+    return [1.0 if row.is_dense else dense_ms[pair] / ms for pair, ms in row.fastest_ms.items() if pair in dense_ms]
