@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["self", "joint", "cross", "temporal", "frame", "global"]
+Kind = Literal["self", "joint", "cross", "temporal"]
 Rows: TypeAlias = "int | Tensor"
 """Some of a forward's queries: the last so many, or their places, int64 (B, n), of which some may be named twice."""
 
@@ -71,7 +71,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Share:
-    """Which of a layer's heads are in this process: part `rank` of `ranks`, all of one size but the last."""
+    """Which of a layer's heads are in this process. Heads are split evenly over ranks; the last rank may hold fewer."""
 
     rank: int = 0
     ranks: int = 1
@@ -128,7 +128,7 @@ class Layout:
 
 
 TEMPLATE = -(2**15)
-"""In `Prompt.turns`: a token that opens or ends a turn, said by nobody."""
+"""In `Prompt.turns`: a token that opens or ends a turn, which belongs to neither speaker."""
 
 
 @dataclass(frozen=True, eq=False)

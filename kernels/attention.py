@@ -237,13 +237,12 @@ def measure_choice(
     precision: Precision = "native",
     key_mask: Tensor | None = None,
     backend: Backend = "auto",
-    repeats: int = 2,
 ) -> dict[str, float]:
     """Time the backends that could serve this call, and remember the fastest for its shape. Never call it inside a graph.
 
     Returns
     -------
-    Milliseconds by backend, the fastest of `repeats` after one call to warm up. A backend that fails here is left out.
+    Milliseconds by backend, the fastest of two after one call to warm up. A backend that fails here is left out.
     """
     rest = Drop() if rest is None else rest
 
@@ -259,7 +258,7 @@ def measure_choice(
                     "backend": name,
                 }
                 run = partial(block_attention, q, k, v, plan, **arguments)
-                times[name] = min(timed_ms(run, q.device)[1] for _ in range(repeats + 1))
+                times[name] = min(timed_ms(run, q.device)[1] for _ in range(3))
             except UnsupportedError:
                 continue
         return min(times, key=times.__getitem__), times
@@ -288,7 +287,7 @@ def recall(chosen: Iterable[Mapping[str, Any]]) -> None:
                 raise ValueError(f"no kernel is called {entry['backend']!r}")
             _choices.put(key, (entry["backend"], dict(entry["ms"])))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UnsupportedError(f"These are no choices of kernels: expected what plug.choices gave, got {error}.") from error
+        raise UnsupportedError(f"These are not choices of kernels: expected what plug.choices gave, got {error}.") from error
 
 
 def _plain(key: Any) -> Any:

@@ -43,8 +43,8 @@ def compensation_error(
         reads = reads & torch.nn.functional.pad(key_mask, (0, reads.shape[-1] - key_mask.shape[-1]))
     reads = reads[:, None, None]  # [B|1, 1, 1, N * block_k]
     apart = value - v_pool.repeat_interleave(block_k, -2)
-    moments = [(apart.square(), "spread"), (apart * value, "lean"), (value.square(), "size")]
-    spread, lean, size = (x.sum(-1).repeat_interleave(group, 1)[:, :, None] for x, _ in moments)  # [B, H, 1, N * block_k]
+    moments = apart.square(), apart * value, value.square()
+    spread, lean, size = (x.sum(-1).repeat_interleave(group, 1)[:, :, None] for x in moments)  # [B, H, 1, N * block_k]
     key, k_pool = (x.repeat_interleave(group, 1).transpose(-1, -2) for x in (key, k_pool))
     exists = number[..., None, :] > 0  # [B|1, 1, 1, N]
 

@@ -166,7 +166,7 @@ def _compile(q: Tensor, k: Tensor) -> Callable[..., Any]:
 def _score_mod(bias: Tensor, slots: int) -> Callable[..., Tensor]:
     """Add `bias`, float32 (B|1, H|1, E), to the logits of the coarse keys, which stand from `slots` on."""
     one_batch, one_head = bias.shape[0] == 1, bias.shape[1] == 1
-    last = bias.shape[-1] - 1  # behind it stand keys that fill the last block; nobody reads them
+    last = bias.shape[-1] - 1  # behind it stand keys that fill the last block, which no query reads
 
     def add_bias(score: Tensor, b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         mean = torch.where(key < slots, 0, torch.where(key - slots < last, key - slots, last))

@@ -42,7 +42,6 @@ def partition(
     cell_thw: tuple[int, int, int] = (1, 2, 2),
     tile_thw: tuple[int, int, int] = (1, 16, 16),
     seed: int | None = 0,
-    protected: frozenset[int] = frozenset(),
     device: torch.device | str = "cpu",
 ) -> Partition:
     """Choose one destination in each whole cell of a grid; all other tokens are sources.
@@ -54,7 +53,6 @@ def partition(
     tile_thw : tokens of a tile, in which sources look for a destination: rounded to whole cells, of about equal tiles, so that none
         is without a destination.
     seed : of the draw of destinations, which is this alone (no global generator); None takes the first token of each cell.
-    protected : tokens that are not merged. One may still be a destination.
     """
     cell = tuple(min(c, n) for c, n in zip(cell_thw, grid_thw, strict=True))
     cells = tuple(n // c for n, c in zip(grid_thw, cell, strict=True))
@@ -68,15 +66,13 @@ def partition(
     token = torch.arange(grid_thw[0] * grid_thw[1] * grid_thw[2]).view(grid_thw)
     chosen = torch.zeros(grid_thw, dtype=torch.bool)
     chosen[frame, row, column] = True
-    mergeable = ~chosen
-    mergeable.view(-1)[list(protected)] = False
 
     cuts = [_cuts(*axis) for axis in zip(grid_thw, cell, tile_thw, strict=True)]
     tiles = [tuple(slice(*ends) for ends in place) for place in product(*(pairwise(cut) for cut in cuts))]
-    source, is_source = _in_rows([token[tile][mergeable[tile]] for tile in tiles])
+    source, is_source = _in_rows([token[tile][~chosen[tile]] for tile in tiles])
     destination, is_destination = _in_rows([token[tile][chosen[tile]] for tile in tiles])
     source, destination, is_source, is_destination = (x.to(device) for x in (source, destination, is_source, is_destination))
-    return Partition(source, destination, is_source, is_destination, int(mergeable.sum()), token.numel())
+    return Partition(source, destination, is_source, is_destination, int((~chosen).sum()), token.numel())
 
 
 def _cuts(length: int, cell: int, tile: int) -> list[int]:

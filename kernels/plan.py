@@ -51,8 +51,8 @@ class BlockPlan:
 
     Attributes
     ----------
-    index : int32 (B|1, H|1, M, K), listed key blocks: those read exactly that tokens fill, those read exactly that they do
-        not, those of level 2, 4 and 8; each part ascending, padded with 0 behind the last; K is a power of two or N.
+    index : int32 (B|1, H|1, M, K), listed key blocks: those read exactly, first the full, then the partly filled ones; then those of
+        level 2, 4 and 8. Each part is ascending; 0 behind the last. K is a power of two or N.
     count, whole : int32 (B|1, H|1, M), how many blocks are read exactly, and how many of those are filled.
     bits : int32 (B|1, H|1, M, ceil(N / 32)), packed: bit ``j % 32`` of word ``j // 32`` says that block j is read exactly.
     taken : like `bits`, the blocks that are not left to the rest: read exactly, by means, or skipped.
@@ -103,7 +103,7 @@ class BlockPlan:
         Raises
         ------
         ShapeError
-            If `members` or `level` do not fit `q_len` and `k_len`, a level is none of 0, 2, 4 and 8 or does not divide
+            If `members` or `level` do not fit `q_len` and `k_len`, a level is not one of 0, 2, 4 and 8 or does not divide
             `block_k`, or a row that holds queries reads no block in a head that is not skipped.
         """
         members = members[None, None] if members.ndim == 2 else members

@@ -2,8 +2,8 @@
 
 Keys are first freed of what all of them share, ``k' = k - mean(k)``: that shifts every logit of a row alike, so the softmax
 does not see it, and what is left needs a smaller step. Each block of queries and of keys then has one step,
-``max|x| / 127`` for int8 and ``max|x| / 448`` for fp8 (e4m3). Only q.k of the keys read exactly is affected: means, pooled
-keys and the product with the values stay as they are, though they see the rounded queries.
+``max|x| / 127`` for int8 and ``max|x| / 448`` for fp8 (e4m3). Only q.k of the keys read exactly is in 8 bits.
+Pooled keys and the product with the values keep full precision, but their queries are the rounded ones.
 
 The Triton kernel multiplies 8-bit numbers. The other backends round and multiply in the dtype of q: the same result, no gain.
 """

@@ -47,15 +47,15 @@ class Config(BaseModel):
     def _values_are_sound(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, Table):
             value.require_entries(*cls._choices(info.field_name or "")[:2])
-        elif any(abs(number) > MAX_NUMBER for number in _entries(value)):
+        elif any(abs(number) > MAX_NUMBER for number in _scalars(value)):
             raise ValueError(f"numbers go to {MAX_NUMBER} in size")
         return value
 
 
-def _entries(value: Any) -> Iterator[float]:
+def _scalars(value: Any) -> Iterator[float]:
     if isinstance(value, tuple | list):
         for item in value:
-            yield from _entries(item)
+            yield from _scalars(item)
     elif isinstance(value, int | float):
         yield value
 
@@ -91,11 +91,17 @@ class Patch:
     Calibration: ClassVar[type[Any] | None] = None
     """What `accelplug.calibrate` measures for the method, where it takes tables: a `patches.calibration.Calibration`."""
     needs: frozenset[str] = frozenset()
-    """What the host must supply or refuse. Language models: ``hidden_states``, what enters the layer; ``blind``, a reading without
-    the images; ``ahead``, a plain reading of a prompt before the one that is answered, in which it is asked with that phase;
-    ``vision_attention``, the vision tower's; ``turns``, where the system's ends and the user's begins; ``whole_prompt``, no prompt in
-    pieces; ``answers``, likewise but for a new turn, that a row which answers is known when it is read; ``scores``, that what is
-    added to q.k is added to what the softmax takes; ``probabilities``, that q, k and the mask say that in full.
+    """What the host must supply or refuse, of `NEEDS`. All are a language model's:
+
+    ``hidden_states`` : what enters the layer.
+    ``blind`` : outputs of the same prompt with its image tokens removed.
+    ``ahead`` : a plain forward over the prompt before the one that answers; `prepare` is called in it with phase ``ahead``.
+    ``vision_attention`` : attention maps of the vision tower.
+    ``turns`` : where the system's turn ends and the user's begins.
+    ``whole_prompt`` : the prompt in one forward, not in pieces.
+    ``answers`` : as ``whole_prompt``, but later turns may follow: a row that answers is known when it is read.
+    ``scores`` : what is added to q.k is added to what the softmax takes; no soft cap comes between.
+    ``probabilities`` : q, k and the mask say in full what the softmax takes; no sink logits, soft cap or position bias.
     """
     speed: ClassVar[bool] = True
     """Whether the method exists to be faster: such a patch is left dense where it would not pay (`gate="auto"`)."""
@@ -121,12 +127,12 @@ class Patch:
     def prepare(self, site: Site, layout: Any, clock: Clock, state: dict[str, Any]) -> Any:
         """Return what `attend` needs here and now (tensors and floats), None to run dense, or why it must, which is counted.
 
-        `layout` is a `Layout` for denoisers and a `Prompt` for language models. `state` lives until the end of a run.
-
-        A denoiser has one for each site and guidance branch; its key "shared" holds one that all sites of the branch share. In
-        language models it is the sequence's own, shared by all layers, and `attend` may write to it while the prompt is read, which
-        is never compiled; there `prepare` is called at every layer of a forward that reads a prompt, and once, ahead of time, for
-        all decode steps that follow.
+        * Denoiser: `layout` is a `Layout`. Called when the layout, the step's policy or a table changes. `state` belongs to one site
+          and guidance branch; its key "shared" holds a dict that all sites of the branch share.
+        * Language model, prefill: `layout` is a `Prompt`. Called at every layer of a forward that reads a prompt. `state` belongs to
+          the sequence and is shared by all layers; `attend` may write to it, since prefill is never compiled.
+        * Language model, decode: called once, ahead of time, for all decode steps that follow.
+        * `state` lives until the end of the run, or of the sequence.
         """
         raise UnimplementedHalf(type(self), "prepare")
 

@@ -120,7 +120,7 @@ def test_text_stays_dense_and_cross_attention_is_untouched(name: str) -> None:
     row = ROWS[1]
     with accelplug.apply(model, row.recipe(row.working), gate="off") as plug, plug.trace(plans=True) as events:
         run(model, inputs)
-    assert {event.site.kind for event in events} <= {"self", "joint", "temporal", "frame", "global"}
+    assert {event.site.kind for event in events} <= {"self", "joint", "temporal"}
     for event in (event for event in events if event.site.kind == "joint" and event.plan is not None):
         blocks = event.plan.members
         host = plug._hosts[0]

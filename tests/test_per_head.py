@@ -220,7 +220,7 @@ def test_the_mask_search_finds_the_axis() -> None:
 
 
 def test_a_choice_beyond_the_windows_is_an_error() -> None:
-    with pytest.raises(ValueError, match="choice 2 is none of the 1 windows"):
+    with pytest.raises(ValueError, match="choice 2 is not one of the 1 windows"):
         Sta({"block": 8, "choice": 2})
     with pytest.raises(ShapeError, match="way 99, and Sta has"):
         Sta({"block": 8, "windows": "maximal", "choice": 99}).prepare(SITE, VIDEO, Clock(), {})

@@ -128,13 +128,12 @@ def test_equal_tokens_survive_merging_and_sizes_add_up() -> None:
         assert (slot_sizes(slot, slots) >= 1).all()
 
 
-def test_protected_tokens_and_zero_vectors() -> None:
-    protected = frozenset(range(0, 60, 3))
-    drawn = partition((1, 6, 10), seed=4, protected=protected)
+def test_zero_vectors_are_merged_like_others() -> None:
+    drawn = partition((1, 6, 10), seed=4)
     slot = match(torch.zeros(1, 60, 8), drawn, drawn.sources)
-    owners = [int(slot[0, token]) for token in sorted(protected)]
-    assert len(set(owners)) == len(owners)
-    assert not protected & set(drawn.source[drawn.is_source].tolist())
+    owners = slot[0, drawn.destination[drawn.is_destination]].tolist()
+    assert sorted(owners) == list(range(60 - drawn.sources))
+    assert set(slot.flatten().tolist()) == set(owners)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

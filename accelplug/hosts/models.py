@@ -12,7 +12,7 @@ from accelplug import compat
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 """Names of the components that denoise, in every pipeline of diffusers."""
 
-PATCHABLE = frozenset({"self", "joint", "temporal", "frame", "global"})
+PATCHABLE = frozenset({"self", "joint", "temporal"})
 """Kinds of attention that a rule can name; cross-attention is left alone."""
 
 

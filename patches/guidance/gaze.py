@@ -45,7 +45,7 @@ _NOT_THE_MODELS = frozenset(
 
 
 def in_order(layers: Layers | None) -> None:
-    """Refuse layers that are none.
+    """Refuse layers that do not exist.
 
     Raises
     ------
@@ -145,7 +145,7 @@ def look(model: Any, tools: Tools, inputs: Mapping[str, Any], layers: Layers | N
         ids = model.generate(**given, max_new_tokens=tokens)[:, inputs["input_ids"].shape[1] :]
     if not gaze.rows:
         raise UnsupportedError(
-            f"No attention of {type(model).__name__} in the layers {layers or 'that were asked for'} could be read: they are none of "
+            f"No attention of {type(model).__name__} in the layers {layers or 'that were asked for'} could be read: they are not "
             "transformers', or add sink logits or a soft cap. Set other layers, or take a recipe that does not look."
         )
     maps = torch.stack([torch.stack(steps, 1) for steps in gaze.rows.values()])  # [L, B, T, S]

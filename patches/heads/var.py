@@ -2,13 +2,13 @@
 
 VAR ("See What You Are Told: Visual Attention Sink in Large Multimodal Models", arXiv 2503.03321, ICLR 2025). A few tokens with
 huge hidden states, the first one and some of the background, draw attention that means nothing. In heads that do look at the
-image, a fraction of the attention to all sinks is handed to the image tokens that are none, in proportion; rows still sum to 1.
+image, a fraction of the attention to all sinks is handed to the image tokens that are not sinks, in proportion; rows still sum to 1.
 
 The paper's p and rho stand the other way round in the released code (its p is the fraction that stays), hence other names here.
 No probabilities are stored: with P_c the mass on span c and o_c its part of the output,
 ``o' = o - f o_sinks + f P_sinks / P_rest o_rest`` for the fraction f.
 
-Experimental. Not testable on the bundled model, whose image tokens are no sinks.
+Experimental. Not testable on the bundled model, whose image tokens are not sinks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def redistribute(out: Tensor, sinks: Tensor, rest: Tensor, masses: Tensor, fract
 
     Parameters
     ----------
-    out, sinks, rest : (B, H, S_q, D_v), the output and its parts from sinks and from image tokens that are none.
+    out, sinks, rest : (B, H, S_q, D_v), the output and its parts from sinks and from the other image tokens.
     masses : (B, H, S_q, 2), attention to sinks and to the rest.
     """
     gain = (masses[..., 0] / masses[..., 1].clamp(min=1e-9))[..., None]
@@ -72,7 +72,7 @@ class Params:
 
 
 class Var(Patch):
-    """Hand attention that sinks draw to the image tokens that are no sinks."""
+    """Hand attention that sinks draw to the image tokens that are not."""
 
     class Config(Config):
         move_fraction: float = Field(
@@ -159,7 +159,7 @@ class Var(Patch):
         if middle and not self._warned and not bool((first.abs() * dims >= self.config.sink_threshold).any()):
             self._warned = True
             logger.warning(
-                "var: the first token is no sink in dimensions %s at layer %d; the list may be another model's. Try "
+                "var: the first token is not a sink in dimensions %s at layer %d; the list may be another model's. Try "
                 "sink_dims: auto, and accelplug.inspect(model, inputs).sink_dims",
                 list(self.config.sink_dims),
                 layer,
@@ -167,7 +167,7 @@ class Var(Patch):
         return dims
 
     def _spans(self, call: AttentionCall, visual: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-        """Sinks, and image tokens that are none: bool (B, S_k) each."""
+        """Sinks, and the other image tokens: bool (B, S_k) each."""
         sinks, visual = fit(sinks, call).to(call.q.device), fit(visual, call).to(call.q.device)
         return sinks, visual & ~sinks
 

@@ -15,7 +15,7 @@ its logit (``ln h``; less in a short tail, where the release repeats the last ke
 * `similarity` (off in most presets, as by default): the mean cosine of the first and the last key of each group of 2, 4
   and 8 must exceed its threshold, or the block is read at the finest level that it passes.
 
-Text blocks are no candidates: they are read exactly, and read all. A row reads at least one visual block exactly (ours:
+Text blocks are not candidates: they are read exactly, and read all. A row reads at least one visual block exactly (ours:
 a small share of few blocks may be none).
 
 On the bundled model (blocks of 64 by 32, twelve calls) attention outputs err by 13.4 % at density 0.135, random blocks of

@@ -11,7 +11,7 @@ that is, iff its score lies tau standard deviations above the mean; ``statistic:
 sum. Were the scores Gaussian, tau 1, 1.5 and 2 would read 15.9, 6.7 and 2.3 % of the blocks. Blocks within `band` are
 always read. Every other block is read as one key (``rest: pool``). No sort, no top-k, a budget that follows the row.
 
-Text blocks are read by all, and read all. They are no candidates, so mu and var are taken over visual blocks alone:
+Text blocks are read by all, and read all. They are not candidates, so mu and var are taken over visual blocks alone:
 text keys lie far from visual ones, and would raise the threshold beyond what tau says. Blocks whose keys are all masked
 do not count either. Both statistics are of the population, over blocks, whatever the blocks' lengths.
 """

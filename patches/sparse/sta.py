@@ -68,7 +68,7 @@ class Sta(PerHead):
         def _windows_are_there(self) -> Self:
             most = int(self.choice.values.max()) if isinstance(self.choice, Table) else self.choice
             if self.windows != "maximal" and most >= len(self.windows):
-                raise ValueError(f"choice {most} is none of the {len(self.windows)} windows, which count from 0")
+                raise ValueError(f"choice {most} is not one of the {len(self.windows)} windows, which count from 0")
             return self
 
     config: Config

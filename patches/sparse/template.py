@@ -435,7 +435,7 @@ class Blocks:
     def plan(self, members: Tensor, level: Tensor | None = None) -> BlockPlan:
         """Make a plan from block membership, bool (B|1, H|1, M, N): text is read by all rows, and reads all.
 
-        `level`, uint8 like `members`: what is no member and has level 2, 4 or 8 is read as means of so many slots.
+        `level`, uint8 like `members`: what is not a member and has level 2, 4 or 8 is read as means of so many slots.
         """
         return _text_dense(members, self.q_tiles, self.k_tiles, self.block, self.block_k, level=level)
 

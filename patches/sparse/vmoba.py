@@ -153,7 +153,7 @@ def strongest_pairs(gate: Tensor, own: Tensor, readable: Tensor, lengths: Tensor
     Parameters
     ----------
     gate : float32 (B, H, M, R).
-    own : bool (M, R), the region that a block lies in; none in rows of text, which are no candidates.
+    own : bool (M, R), the region that a block lies in; none in rows of text, which are not candidates.
     readable : bool (B|1, H|1, R), regions with a key.
     lengths : int32 (M,), queries of each block.
     tau : share of the sum of gates, normalised to [0, 1], that is read.
