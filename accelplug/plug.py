@@ -32,6 +32,7 @@ from accelplug.errors import (
     UnsupportedError,
     nearest,
 )
+from accelplug.families.vlm import vlm_of
 from accelplug.hosts.caches import StepCaches
 from accelplug.hosts.clock import StepClock
 from accelplug.hosts.diffusers import DenoiserHost
@@ -191,7 +192,8 @@ def model_facts(model: Any) -> ModelFacts:
     """Return what recipes match a model by: class names, its config (of its first denoiser), components of the pipeline."""
     model = model_in(model)
     if is_language_model(model):
-        return ModelFacts(tuple(cls.__name__ for cls in type(model).__mro__), _flat(model.config.to_dict()))
+        names = tuple(cls.__name__ for cls in type(model).__mro__)
+        return ModelFacts(names, _flat(model.config.to_dict()), vlm=vlm_of(model) is not None)
     denoiser = next(iter(_parts(model).values()))
     components = getattr(model, "components", None)
     present = {name for name, part in components.items() if part is not None} if isinstance(components, Mapping) else set()

@@ -31,6 +31,8 @@ class Config(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    layer_numbers: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are layers, or ranges of them, 0-based: a recipe may tell them in percent of the model's depth."""
 
     @classmethod
     def kinds(cls, field: str) -> tuple[Any, ...]:

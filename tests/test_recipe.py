@@ -16,7 +16,18 @@ from accelplug.call import Clock, Kind, Layout, Site
 from accelplug.errors import AccelplugError, NoMatchError, RecipeError
 from accelplug.patches.guidance.contrast import Contrast
 from accelplug.patches.sparse.radial import Radial
-from accelplug.recipe import ModelFacts, Recipe, Span, load, matching_files, read_file, record_measurement, shipped_files
+from accelplug.recipe import (
+    ModelFacts,
+    Recipe,
+    Span,
+    at_depth,
+    finding,
+    load,
+    matching_files,
+    read_file,
+    record_measurement,
+    shipped_files,
+)
 from accelplug.registry import patch_class
 
 FACTS = ModelFacts(("AnyTransformer",), {})
@@ -85,7 +96,7 @@ def test_shipped_files_load_and_their_settings_are_valid(path: Path) -> None:
 def test_recipes_and_patches_that_were_used_can_be_copied_and_sent_to_other_processes(path: Path) -> None:
     for recipe in read_file(path).recipes.values():
         before = recipe.decide(site(), Layout((4, 8, 8)), Clock(9, 10))
-        patches = [patch_class(rule.patch)(rule.settings) for rule in recipe.rules if rule.patch != "dense"]
+        patches = [patch_class(rule.patch)(at_depth(rule.settings, 40)) for rule in recipe.rules if rule.patch != "dense"]
         for twin, *copies in (copy.deepcopy([recipe, *patches]), pickle.loads(pickle.dumps([recipe, *patches]))):
             assert twin.decide(site(), Layout((4, 8, 8)), Clock(9, 10)) == before
             assert [patch.config for patch in copies] == [patch.config for patch in patches]
@@ -304,3 +315,48 @@ def test_a_recipe_as_a_mapping_reads_back() -> None:
             again = load(recipe.to_mapping(), FACTS)
             assert again.rules == recipe.rules
             assert again.cache == recipe.cache
+
+
+@pytest.mark.parametrize(
+    ("layers", "saliency", "enhance"), [(32, 11, (12, 23)), (28, 10, (11, 20)), (40, 14, (15, 29)), (2, 1, (1, 2))]
+)
+def test_layers_that_a_setting_names_scale_with_the_depth(layers: int, saliency: int, enhance: tuple[int, int]) -> None:
+    recipe = load({"patch": "gift", "with": {"saliency_layer": "34%", "enhance": ["38%", "72%"]}}, FACTS)
+    decision = recipe.decide(Site("layers.1.self_attn", "language_model", "self", 1, layers), None, Clock())
+    config = patch_class("gift")(decision.config).config.model_dump()
+    assert (config["saliency_layer"], config["enhance"]) == (saliency, enhance)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (
+            {"patch": "gift", "with": {"alpha": "50%"}},
+            "alpha: only layers are told in percent of the depth, and alpha of gift",
+        ),
+        ({"patch": "radial", "with": {"block": "50%"}}, "block of radial is not one; write a number"),
+        ({"patch": "gift", "with": {"enhance": ["72%", "38%"]}}, "enhance: expected layers from and up to"),
+        ({"patch": "gift", "with": {"enhance": ["38%", "200%"]}}, "enhance"),
+        ({"patch": "gift", "with": {"enhance": [["38%", "72%"], 30]}}, "enhance"),
+    ],
+)
+def test_percents_elsewhere_are_refused(settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(RecipeError, match=why):
+        load(settings, FACTS)
+
+
+def test_a_file_for_every_vision_language_model_serves_where_none_is_for_its_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    general = FILE.replace("mine", "vlm").replace("class: AnyTransformer", "vlm: true")
+    monkeypatch.setattr(finding, "SHIPPED", tmp_path)
+    write(tmp_path, FILE)
+    write(tmp_path, general, "vlm.yaml")
+    known, other = ModelFacts(FACTS.class_names, {}, vlm=True), ModelFacts(("Other",), {}, vlm=True)
+    assert [file.model for file in matching_files(known)] == ["mine"]
+    assert [file.model for file in matching_files(other)] == ["vlm"]
+    assert matching_files(ModelFacts(("Other",), {})) == []
+    with pytest.raises(RecipeError, match="is for vlm: True; this model has vlm: False"):
+        load("vlm/a", FACTS)
+    with pytest.raises(RecipeError, match="expected the key class, the model's class name, or vlm: true"):
+        read_file(write(tmp_path, FILE.replace("class: AnyTransformer", "vlm: false"), "no.yaml"))

@@ -17,7 +17,7 @@ from accelplug.recipe.measured import Measured
 from accelplug.recipe.reading import SCHEMA, RecipeFile, model_name, read_file
 from accelplug.recipe.recipe import Recipe
 from accelplug.recipe.recording import record_measurement
-from accelplug.recipe.rules import DENSE, Decision, Rule, StepCache
+from accelplug.recipe.rules import DENSE, Decision, Rule, StepCache, at_depth
 
 __all__ = [
     "DENSE",
@@ -35,6 +35,7 @@ __all__ = [
     "Span",
     "StepCache",
     "Where",
+    "at_depth",
     "describe",
     "list_recipes",
     "load",

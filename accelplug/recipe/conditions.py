@@ -63,13 +63,14 @@ class Span:
             if self.relative:
                 return None
             count = 1 << 62
-        first = _place(self.start or "0", count)
+        first = index_of(self.start or "0", count)
         if self.stop is None:
             return index == first
-        return max(first, 0) <= index < (_place(self.stop, count) if self.stop else count)
+        return max(first, 0) <= index < (index_of(self.stop, count) if self.stop else count)
 
 
-def _place(bound: str, count: int) -> int:
+def index_of(bound: str, count: int) -> int:
+    """Return which of `count` indices a bound names: ``3``, ``25%``, ``-1``."""
     number = round(float(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
     return count + number if bound.startswith("-") else number
 

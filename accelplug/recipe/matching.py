@@ -19,15 +19,18 @@ class ModelFacts:
     """The denoiser's config."""
     components: frozenset[str] = frozenset()
     """Components of the pipeline that are loaded; empty for a bare denoiser."""
+    vlm: bool = False
+    """Whether it is a vision-language model of a family that is known."""
 
     def value(self, key: str) -> Any:
         """Return what stands for `key` of a match."""
-        return self.class_names[0] if key == "class" else self.config.get(key, "<none>")
+        own = {"class": self.class_names[0], "vlm": self.vlm}
+        return own.get(key, self.config.get(key, "<none>"))
 
 
 @dataclass(frozen=True)
 class Match:
-    """Which models a file is for. A value may be a list: any of."""
+    """Which models a file is for. A value may be a list: any of. ``vlm: true`` is any vision-language model that is known."""
 
     keys: Mapping[str, Any]
     pipeline: tuple[str, ...] = ()
@@ -42,6 +45,8 @@ class Match:
     def _has(facts: ModelFacts, key: str, wanted: Any) -> bool:
         if key == "class":
             return any(name in facts.class_names for name in listed(wanted))
+        if key == "vlm":
+            return facts.vlm is wanted
         if key not in facts.config:
             return False
         value = facts.config[key]
@@ -50,8 +55,8 @@ class Match:
         return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in listed(wanted))
 
     def weight(self, facts: ModelFacts) -> int:
-        """Number of keys that fitted: the file with most wins."""
-        return len(self.keys) + (len(self.pipeline) if facts.components else 0)
+        """Number of keys that fitted, but for ``vlm``: the file with most wins, and one for a class over one for all."""
+        return len(self.keys.keys() - {"vlm"}) + (len(self.pipeline) if facts.components else 0)
 
     def __str__(self) -> str:
         pipeline = f", a pipeline with {', '.join(self.pipeline)}" if self.pipeline else ""

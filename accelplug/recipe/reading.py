@@ -132,9 +132,10 @@ def _match(keys: Mapping[str, Any], source: Source) -> Match:
     pipeline: tuple[str, ...] = ()
     if "pipeline" in keys:
         pipeline = validated(_Pipeline, keys.pop("pipeline"), source, ("match", "pipeline")).has
-    if "class" not in keys:
+    if "class" not in keys and keys.get("vlm") is not True:
         raise RecipeError(
-            f"{source.at(('match',))}: expected the key class, the denoiser's class name, got {', '.join(keys)}."
+            f"{source.at(('match',))}: expected the key class, the model's class name, or vlm: true, for every vision-language model "
+            f"that is known, got {', '.join(keys) or 'pipeline alone'}."
         )
     for key, value in keys.items():
         if any(isinstance(item, Mapping | list | tuple) for item in listed(value)):

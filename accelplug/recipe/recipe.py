@@ -17,7 +17,7 @@ from accelplug.recipe.conditions import Where
 from accelplug.recipe.explaining import explain
 from accelplug.recipe.matching import Match, ModelFacts
 from accelplug.recipe.measured import Measured
-from accelplug.recipe.rules import DENSE, Decision, Ramp, Rule, StepCache, read_varying, table_for
+from accelplug.recipe.rules import DENSE, Decision, Ramp, Rule, StepCache, at_depth, in_percent, read_varying, table_for
 from accelplug.recipe.strict_yaml import Loc, Source
 from accelplug.registry import PatchEntry, patch_class
 from accelplug.step_caches import CACHES
@@ -195,25 +195,33 @@ class Recipe:
             varying = {key: read_varying(key, value) for key, value in rule.settings.items() if isinstance(value, Mapping)}
             ramps = {key: value for key, value in varying.items() if isinstance(value, Ramp)}
             model = patch_class(rule.patch).Config
-            for key in ramps:
-                if rule in self.around():
-                    where = self.source.at((*self.loc, "rules", i, "with", key))
-                    raise RecipeError(
-                        f"{where}: {rule.patch} stands around generate, where there is no step and no layer to ramp over."
-                    )
-                if key in model.model_fields and float not in model.kinds(key):
-                    where = self.source.at((*self.loc, "rules", i, "with", key))
-                    raise RecipeError(
-                        f"{where}: only real numbers ramp, and {key} of {rule.patch} is none; write a rule for each value, with "
-                        "where: {steps: ...} or {layers: ...}."
-                    )
+            for key, value in rule.settings.items():
+                if (why := self._misplaced(rule, key, value, model)) is not None:
+                    raise RecipeError(f"{self.source.at((*self.loc, 'rules', i, 'with', key))}: {why}")
             for way in (0.0, 1.0) if ramps else (0.0,):  # the ends of a straight line are its extremes
-                config = {**rule.settings, **{key: ramp.value(way) for key, ramp in ramps.items()}}
+                # Of what is told in percent, the order is the same at any depth.
+                config = {**at_depth(rule.settings, 100), **{key: ramp.value(way) for key, ramp in ramps.items()}}
                 try:
                     model.model_validate(config)
                 except ValidationError as error:
                     loc = (*self.loc, "rules", i, "with")
                     raise RecipeError(explain(error, self.source, loc, lambda _, model=model: model)) from error
+
+    @staticmethod
+    def _misplaced(rule: Rule, key: str, value: Any, model: Any) -> str | None:
+        """Why a setting cannot vary as it does, or None."""
+        if key in model.model_fields and in_percent(value) and key not in model.layer_numbers:
+            return f"only layers are told in percent of the depth, and {key} of {rule.patch} is not one; write a number."
+        if not (isinstance(value, Mapping) and isinstance(read_varying(key, value), Ramp)):
+            return None
+        if rule.around:
+            return f"{rule.patch} stands around generate, where there is no step and no layer to ramp over."
+        if key in model.model_fields and float not in model.kinds(key):
+            return (
+                f"only real numbers ramp, and {key} of {rule.patch} is not one; write a rule for each value, with "
+                "where: {steps: ...} or {layers: ...}."
+            )
+        return None
 
     def with_cache(self, kind: str, **settings: Any) -> Recipe:
         """Return the recipe with a step cache beside its rules, the first layer dense where the cache looks at it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from accelplug.call import Clock, Layout, Site
 from accelplug.errors import AccelplugError, NoMatchError, RecipeError, nearest
-from accelplug.recipe.conditions import Strict, Where, listed_out, name_list
+from accelplug.recipe.conditions import Strict, Where, index_of, listed_out, name_list
 from accelplug.recipe.explaining import explain, shortened
 from accelplug.recipe.matching import ModelFacts
 from accelplug.recipe.strict_yaml import Source
@@ -173,8 +174,11 @@ class Rule(Strict):
         return " and ".join([*(f"where.{key}" for key in conditions), *ramps]) or None
 
     def config(self, site: Site, layout: Layout | None, clock: Clock) -> dict[str, Any] | str:
-        """Return the settings with ramps resolved, or the reason why they are not known. Tables stay whole: patches read rows."""
-        config = dict(self.values)
+        """Return the settings here and now, or the reason why they are not known: values of ramps, and layers told in percent.
+
+        Tables stay whole: patches read rows.
+        """
+        config = at_depth(self.values, site.layers)
         for key, value in config.items():
             if isinstance(value, Table):
                 value.require(site, layout)
@@ -264,6 +268,31 @@ def table_for(key: str, value: Any, folder: Path | None, facts: ModelFacts | Non
 def _plainly(value: Any) -> Any:
     """A config's value as JSON gives it back."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def _percent(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"([0-9]{1,2}(\.[0-9]{1,9})?|100)%", value) is not None
+
+
+def in_percent(value: Any) -> bool:
+    """Whether a setting is a layer in percent of the depth, ``34%``, or a range with such an end, ``[38%, 72%]``."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return any(map(_percent, value)) and all(type(end) is int or _percent(end) for end in value)
+    return _percent(value)
+
+
+def at_depth(settings: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """Return settings with layers that are told in percent as numbers in a model of so many; no range comes to nothing."""
+
+    def resolved(value: Any) -> Any:
+        if not in_percent(value):
+            return value
+        if isinstance(value, str):
+            return index_of(value, layers)
+        first, end = map(resolved, value)
+        return [first, end + (end == first)]
+
+    return {key: resolved(value) for key, value in settings.items()}
 
 
 def given_settings(patch: Patch) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from accelplug.recipe import ModelFacts, matching_files
+from accelplug.recipe import ModelFacts, at_depth, matching_files
 from accelplug.registry import patch_class
 from accelplug.tuning.space import require_ladders
 
@@ -55,7 +55,7 @@ def aims(facts: ModelFacts, depth: int, patches: Sequence[str] | None = None) ->
     ladders = [list(_ladder(name, depth)) for name in LADDERS if name in wanted]
     # One of each patch before the second of any: where time is short, each has been seen.
     steps = [aim for rung in zip_longest(*ladders) for aim in rung if aim is not None]
-    return _distinct([aim for aim in shipped if aim.patches and aim.patches <= wanted] + steps)
+    return _distinct([aim for aim in shipped if aim.patches and aim.patches <= wanted] + steps, depth)
 
 
 def _ladder(name: str, depth: int) -> Iterator[Aim]:
@@ -73,12 +73,12 @@ def _ladder(name: str, depth: int) -> Iterator[Aim]:
         yield Aim(f"{said}, layers {layers}", {"rules": [rule]})
 
 
-def _distinct(found: Iterable[Aim]) -> list[Aim]:
+def _distinct(found: Iterable[Aim], depth: int) -> list[Aim]:
     """Leave out what only has another name."""
     kept: dict[str, Aim] = {}
     for aim in found:
         rules = [
-            (str(rule.get("where")), rule["patch"], patch_class(rule["patch"])(rule.get("with")).config)
+            (str(rule.get("where")), rule["patch"], patch_class(rule["patch"])(at_depth(rule.get("with", {}), depth)).config)
             for rule in aim.recipe["rules"]
             if rule["patch"] != "dense"
         ]

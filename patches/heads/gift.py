@@ -131,6 +131,7 @@ class Gift(Patch):
     """
 
     class Config(Config):
+        layer_numbers = frozenset({"saliency_layer", "enhance"})
         saliency_layer: int = Field(
             11, ge=0, description="Layer whose gaze is read, 0-based. LLaVA-1.5-7B: 11. Give the rule both."
         )
