@@ -1,4 +1,7 @@
-"""Citations stand once, in the registry: what NOTICE, the documentation, the modules and the recipes cite follows from it."""
+"""A published method is one page: its module says what it is, its class is short, and its citation stands once, in the registry.
+
+What NOTICE, the documentation, the modules and the recipes cite follows from that.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from accelplug.patches.base import Patch
 from accelplug.recipe import SHIPPED, read_file, shipped_files
-from accelplug.registry import PatchEntry, list_patches
+from accelplug.registry import PatchEntry, list_patches, patch_class
 
 ROOT = Path(SHIPPED).resolve().parent
 
@@ -78,12 +82,22 @@ def test_a_patch_is_cited_alike_by_the_registry_its_module_notice_and_documents(
         assert set(numbers) <= set(cited)
 
 
-@pytest.mark.parametrize("folder", ["patches", "kernels", "accelplug"])
+@pytest.mark.parametrize("entry", OWN, ids=lambda entry: entry.name)
+def test_the_method_stands_on_the_module_and_config_in_the_class(entry: PatchEntry) -> None:
+    cls = patch_class(entry.name)
+    assert len((cls.__doc__ or "").splitlines()) == 1, "one line; the module says what the method is"
+    assert not works(cls.__doc__ or ""), "the paper is cited on the module"
+    assert cls.Config.__qualname__ == f"{cls.__name__}.Config"
+    assert cls.Config.__module__ == cls.__module__
+    assert cls.cite == Patch.cite, "the registry has the citation"
+
+
+@pytest.mark.parametrize("folder", ["patches", "kernels", "recipes", "accelplug"])
 def test_the_code_cites_nothing_that_is_not_known(folder: str) -> None:
     unknown = {
         str(path.relative_to(ROOT)): found
-        for path in sorted((ROOT / folder).rglob("*.py"))
-        if (found := set(works(path.read_text(encoding="utf-8"))) - KNOWN)
+        for path in sorted((ROOT / folder).rglob("*.*"))
+        if path.suffix in (".py", ".yaml") and (found := set(works(path.read_text(encoding="utf-8"))) - KNOWN)
     }
     assert not unknown
 

@@ -8,6 +8,13 @@ The paper's matcher is a BLIP: the map is a GradCAM of one layer's cross-attenti
 makes of picture and question apart. The released code masks in black and blurs the map; here masked pixels are the mean pixel and
 the map is bilinear.
 
+Attention patches of the same recipe apply to both branches. Greedy decoding and sampling stay with ``generate``. Rows without
+a picture are answered as ever.
+
+``matcher: own`` is an experiment of ours, not the paper's: where the model itself looks, at the prompt's
+end, stands in for the matcher's map (against a general prompt, as in `carve`, where a processor was given), and how far that
+map is from flat, 1 minus its normalised entropy, for its score.
+
 Experimental. On the bundled model, one small model of coloured shapes, with its own attention as the matcher, it made no difference that
 shows: +1.4 points of hallucination (95 %: -0.8 to +3.9), at 0.29 of the speed. BLIP's matcher was not measured.
 """
@@ -105,15 +112,7 @@ def grad_cam(blip: Any, pixels: Tensor, ids: Tensor, layer: int) -> tuple[Tensor
 
 
 class Agla(GenerationPatch):
-    """Add the logits on a picture that is masked down to what the question is about.
-
-    Attention patches of the same recipe apply to both branches. Greedy decoding and sampling stay with ``generate``. Rows without
-    a picture are answered as ever.
-
-    ``matcher: own`` is an experiment of ours, not the paper's: where the model itself looks, at the prompt's
-    end, stands in for the matcher's map (against a general prompt, as in `carve`, where a processor was given), and how far that
-    map is from flat, 1 minus its normalised entropy, for its score.
-    """
+    """Add the logits on a picture that is masked down to what the question is about."""
 
     class Config(Config):
         alpha: float = Field(2.0, ge=0, le=10, description="Weight of the second branch's logits; 0 for none. Paper: 2.")

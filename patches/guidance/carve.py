@@ -9,6 +9,10 @@ The paper's figures cap Qwen-VL at 448 x 448 pixels, where enlarging brings back
 shows the model both pictures. Here it sees the refined one alone, and that has the size of the picture: the cut is enlarged until
 it fills one side of it and lies in the middle, blank on both sides. Resizing is bicubic, the paper's Lanczos.
 
+Rows without a picture are answered as ever. Both passes of its own are greedy and run with the attention patches of the same
+recipe, but without other patches around ``generate``; the answer runs with the arguments that were given. Where the recipe
+has `agla` too, put this one first.
+
 Experimental. On the bundled model, which knows whole pictures of one scale, it made +9.4 points of hallucination
 (95 %: +2.5 to +16.4) and +40 points of CHAIR_I: answers no longer depend on what is asked for. The cut was stretched then to the
 picture's ratio of sides.
@@ -115,12 +119,7 @@ def refined(picture: Tensor, values: Tensor, keep_area: float, regions: int, sha
 
 
 class Carve(GenerationPatch):
-    """Answer on a picture that is cut down to what the question is about.
-
-    Rows without a picture are answered as ever. Both passes of its own are greedy and run with the attention patches of the same
-    recipe, but without other patches around ``generate``; the answer runs with the arguments that were given. Where the recipe
-    has `agla` too, put this one first.
-    """
+    """Answer on a picture that is cut down to what the question is about."""
 
     class Config(Config):
         keep_area: float = Field(

@@ -8,6 +8,8 @@ is its first). With z and z_text the log-probabilities of the next token with th
 Without its pictures means that the prompt's image tokens are taken out. That branch is the stock model's: no patch of the recipe
 changes it. ``guidance_scale`` of ``generate`` is neither: it needs a negative prompt, and has no cut-off.
 
+Greedy decoding and sampling stay with ``generate``. Rows without a picture are answered as ever.
+
 Experimental. Nothing was measured with it.
 """
 
@@ -59,10 +61,7 @@ def without_pictures(inputs: Mapping[str, Any], visual: Tensor) -> dict[str, Ten
 
 
 class Contrast(GenerationPatch):
-    """Have what the pictures add count more.
-
-    Greedy decoding and sampling stay with ``generate``. Rows without a picture are answered as ever.
-    """
+    """Have what the pictures add count more."""
 
     class Config(Config):
         gamma: float = Field(
