@@ -15,9 +15,9 @@ from typing import Any
 
 from accelplug import files
 
-COLUMNS = 150
+TEXT_WIDTH = 150
 """Width of a table that is printed as text, where no terminal says how wide it is."""
-NOTEBOOK_COLUMNS = 110
+NOTEBOOK_WIDTH = 110
 
 
 class Shown:
@@ -67,7 +67,7 @@ def as_text(renderable: Any) -> str:
     """Render as plain text, without a line's end."""
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=COLUMNS)
+    console = Console(file=io.StringIO(), width=TEXT_WIDTH)
     with console.capture() as capture:
         console.print(renderable)
     return capture.get().rstrip("\n")
@@ -77,7 +77,7 @@ def as_html(renderable: Any) -> str:
     """Render for a notebook or a page."""
     from rich.console import Console
 
-    console = Console(record=True, width=NOTEBOOK_COLUMNS, file=io.StringIO())
+    console = Console(record=True, width=NOTEBOOK_WIDTH, file=io.StringIO())
     console.print(renderable)
     return console.export_html(inline_styles=True, code_format="<pre style='font-family:monospace'>{code}</pre>")
 

@@ -441,7 +441,7 @@ def positions_kept(base: Any) -> Iterator[None]:
 
 
 @contract("transformers: Qwen's models keep where positions have got to on the base model")
-def _positions() -> None:
+def _offset_of_positions() -> None:
     import torch
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
