@@ -27,12 +27,9 @@ from accelplug.patches.calibration import Calibration, Seen
 from accelplug.patches.sparse.rest_weights import RestWeights
 from accelplug.patches.sparse.template import BlockSparse
 from accelplug.plug import apply, model_facts
-from accelplug.recipe import DENSE, ModelFacts, Recipe, load, matching_files, model_name, read_file, strict_yaml
+from accelplug.recipe import DENSE, ModelFacts, Recipe, load, match_for, matching_files, model_name, read_file, strict_yaml
 from accelplug.registry import list_patches, patch_class, patch_entry
 from accelplug.table import Origin, Table, bucket, write_tables
-
-MATCHED = ("num_layers", "num_attention_heads", "attention_head_dim", "num_single_layers", "in_channels")
-"""Config keys that a written recipe matches by, as far as the denoiser has them and no shipped file says others."""
 
 
 def calibrate(
@@ -174,7 +171,7 @@ def split_settings(patch: str, settings: Sequence[str]) -> tuple[dict[str, Any],
             raise AccelplugError(
                 f"--set takes key=value, of {', '.join(sorted({*fields, *knobs}))}{nearest(key, [*fields, *knobs])}."
             )
-        parsed, _ = strict_yaml.parse(f"value: {value}", f"--set {text}")
+        parsed, _ = strict_yaml.parse_yaml(f"value: {value}", f"--set {text}")
         if key in fields:
             config[key] = parsed["value"]
         if key in knobs:
@@ -484,12 +481,7 @@ class Watcher(Patch):
 def _yaml(model: str, facts: ModelFacts, patch: str, task: Task, summary: str, rules: list[dict[str, Any]]) -> str:
     """Write a recipe file with one recipe."""
     shipped = matching_files(facts)
-    if len(shipped) == 1:
-        match = dict(shipped[0].match.keys)
-        if shipped[0].match.pipeline:
-            match["pipeline"] = {"has": list(shipped[0].match.pipeline)}
-    else:
-        match = {"class": facts.class_names[0], **{key: facts.config[key] for key in MATCHED if key in facts.config}}
+    match = shipped[0].match.to_mapping() if len(shipped) == 1 else match_for(facts)
     cite = task.base.cite if task.base is not None else patch_entry(patch).cite
     lines = [
         "# Written by accelplug calibrate.",

@@ -78,7 +78,7 @@ class Origin:
         data = json.loads((header or {}).get(HEADER, "{}"))
         if not isinstance(data, dict) or (unknown := sorted(set(data) - set(cls.__dataclass_fields__))):
             raise ValueError(
-                f"its header has unknown entries: {unknown}" if isinstance(data, dict) else "its header is no mapping"
+                f"its header has unknown entries: {unknown}" if isinstance(data, dict) else "its header is not a mapping"
             )
         return TypeAdapter(cls).validate_python(data)
 
@@ -151,7 +151,7 @@ class Table:
         except RecipeError:
             raise
         except (SafetensorError, ValueError, LookupError, AttributeError, OSError, RuntimeError) as error:
-            raise RecipeError(f"{path}: no file of tables: {error}") from error
+            raise RecipeError(f"{path}: not a file of tables: {error}") from error
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Table) and (self.sha256, self.key) == (other.sha256, other.key)

@@ -175,7 +175,7 @@ def test_ramps(unchecked: None) -> None:
         ("patch: radial", "patch: radail", r"line 11.*nearest: radial"),
         ("decay: 0.5", "decay: .nan", "line 12.*finite"),
         ("schema: 1", "schema: 2", "upgrade"),
-        ("default: a", "default: c", "default: 'c' is no recipe"),
+        ("default: a", "default: c", "default: 'c' is not a recipe"),
         ("default: a", "default: a\ndefault: b", "line 6.*twice, first in line 5"),
         ("decay: 0.5", "decay: !!python/name:os.system x", "tags"),
         ("layers:", "heads:", "line 10.*heads is not built"),
@@ -204,7 +204,7 @@ def test_alias_bombs_and_huge_files_are_refused_before_they_cost(tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["../x", "..", "/etc/passwd", "a\\b", "wan2.1-t2v-14b/../x", "a/b/c", "C:x", "a\0b", ""])
 def test_names_reach_no_path(name: str) -> None:
-    with pytest.raises(RecipeError, match="no recipe name"):
+    with pytest.raises(RecipeError, match="not a recipe name"):
         load(name, FACTS)
 
 

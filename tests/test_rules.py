@@ -149,13 +149,15 @@ def test_rules_for_other_sizes_are_reported_and_no_error_where_one_is_for_this()
 
 
 def test_conditions_are_held_against_all_that_was_seen() -> None:
-    from accelplug.recipe import Seen
+    from accelplug.recipe import RunFacts
 
-    seen = Seen(10, frozenset({"cond", None}))
+    seen = RunFacts(10, frozenset({"cond", None}))
     assert Where(steps=(Span.parse("-1:"),)).unmet(seen) is None
     assert Where(steps=(Span.parse("10:"),)).unmet(seen) == ("steps", "a run has 10 steps")
     assert Where(branch="cond").unmet(seen) is None
-    assert Where(steps=(Span.parse("10:"),), branch="uncond").unmet(Seen(None, frozenset({None}))) is None  # nobody can know
+    assert (
+        Where(steps=(Span.parse("10:"),), branch="uncond").unmet(RunFacts(None, frozenset({None}))) is None
+    )  # nobody can know
 
 
 # --------------------------------------------------------------------------------------- what keeps a recipe from working

@@ -101,7 +101,7 @@ def test_files_that_are_no_tables_are_refused(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "t.safetensors"
     path.write_bytes(b"nonsense" * 10)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(RecipeError, match="no file of tables"):
+    with pytest.raises(RecipeError, match="not a file of tables"):
         Table.read(path, digest, "a")
     save_file({"a": torch.zeros(1)}, path, {"accelplug": '{"grid": [1, 2, 3]}'})
     with pytest.raises(RecipeError, match="unknown entries"):

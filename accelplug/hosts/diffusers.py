@@ -35,7 +35,7 @@ from accelplug.hosts.site import Entered, Region, SiteRecord, key_validity, scal
 from accelplug.hosts.ulysses import Gathered
 from accelplug.hosts.undo import Undo
 from accelplug.kernels.timing import timed_ms
-from accelplug.recipe import Seen
+from accelplug.recipe import RunFacts
 
 if TYPE_CHECKING:
     from accelplug.hosts.caches import StepCaches
@@ -590,10 +590,10 @@ class DenoiserHost:
         return spent, answers
 
     @property
-    def seen(self) -> Seen:
+    def seen(self) -> RunFacts:
         """What forwards came by so far, for rules to be held against."""
         layouts = {record.latest.layout for record in self.records if record.latest.layout is not None}
-        return Seen(self.latest.steps, frozenset(self._branches), frozenset(layouts))
+        return RunFacts(self.latest.steps, frozenset(self._branches), frozenset(layouts))
 
     def compiled(self) -> list[str]:
         """What ran in compiled code, where calls are not counted: each patch, and at how many modules."""

@@ -1,6 +1,6 @@
 """Recipes: strict per-model YAML that says which patch serves which attention, when, and with which settings."""
 
-from accelplug.recipe.conditions import Seen, Span, Where
+from accelplug.recipe.conditions import RunFacts, Span, Where
 from accelplug.recipe.finding import (
     SHIPPED,
     RecipeInfo,
@@ -12,7 +12,7 @@ from accelplug.recipe.finding import (
     recipes_for,
     shipped_files,
 )
-from accelplug.recipe.matching import Match, ModelFacts
+from accelplug.recipe.matching import Match, ModelFacts, match_for
 from accelplug.recipe.measured import Measured
 from accelplug.recipe.reading import SCHEMA, RecipeFile, model_name, read_file
 from accelplug.recipe.recipe import Recipe
@@ -31,7 +31,7 @@ __all__ = [
     "RecipeFile",
     "RecipeInfo",
     "Rule",
-    "Seen",
+    "RunFacts",
     "Span",
     "StepCache",
     "Where",
@@ -39,6 +39,7 @@ __all__ = [
     "describe",
     "list_recipes",
     "load",
+    "match_for",
     "matching_files",
     "model_name",
     "named",

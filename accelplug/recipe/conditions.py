@@ -113,7 +113,7 @@ def _kinds(value: Any) -> tuple[str, ...]:
     return names
 
 
-def _tokens(value: Any) -> str:
+def _token_bound(value: Any) -> str:
     found = re.fullmatch(r"\s*(>=|<=|>|<)\s*([0-9]{1,12})\s*", value) if isinstance(value, str) else None
     if found is None:
         raise ValueError(f"expected a bound like '>=8192' or '<65536', got {shortened(value)}")
@@ -148,7 +148,7 @@ class Where(Strict):
     branch: Names | None = None
     module: Names | None = None
     """Globs on the attention module's path, ``blocks.*.attn1``."""
-    tokens: Annotated[str, BeforeValidator(_tokens)] | None = None
+    tokens: Annotated[str, BeforeValidator(_token_bound)] | None = None
     """Bound on the number of visual tokens."""
     grid: Annotated[str, BeforeValidator(_grid)] | None = None
 
@@ -174,7 +174,7 @@ class Where(Strict):
         at_all_steps = self.steps is None or any(span.whole for span in self.steps)
         return at_all_steps and self.branch is None and self.tokens in (None, ">=0") and self.grid in (None, "*x*x*")
 
-    def unmet(self, seen: Seen) -> tuple[str, str] | None:
+    def unmet(self, seen: RunFacts) -> tuple[str, str] | None:
         """The key of a condition that nothing seen so far meets, and in words why; None where each was met by something."""
         run = range(seen.steps or 0)
         if self.steps is not None and run and not any(s.holds(step, len(run)) for s in self.steps for step in run):
@@ -234,7 +234,7 @@ _COMPARE = {">=": int.__ge__, "<=": int.__le__, ">": int.__gt__, "<": int.__lt__
 
 
 @dataclass(frozen=True)
-class Seen:
+class RunFacts:
     """What forwards of a denoiser came by: how many steps a run has (None: unknown), guidance branches, layouts."""
 
     steps: int | None = None

@@ -104,7 +104,7 @@ def _find(recipe: str | Path | Mapping[str, Any] | Patch | None, facts: ModelFac
         return _everywhere(recipe)
     if "/" in recipe or recipe in shipped_files():
         return named(recipe)
-    return _matching_file(facts, _plain(recipe)).recipe(recipe)
+    return _matching_file(facts, _require_name(recipe)).recipe(recipe)
 
 
 def _everywhere(patch: Any) -> Recipe:
@@ -117,15 +117,15 @@ def _everywhere(patch: Any) -> Recipe:
 
 def named(name: str) -> Recipe:
     """Return a shipped recipe by full name, ``wan2.1-t2v-14b/radial``, or a file's default by the model's name."""
-    model, _, short = _plain(name).partition("/")
+    model, _, short = _require_name(name).partition("/")
     return _shipped(model).recipe(short or None)
 
 
-def _plain(name: str) -> str:
+def _require_name(name: str) -> str:
     """Refuse names that could be taken for paths; names are only ever looked up in the list of shipped files."""
     if ".." in name or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?", name):
         raise RecipeError(
-            f"{shortened(name)} is no recipe name: expected 'radial' or 'wan2.1-t2v-14b/radial'. "
+            f"{shortened(name)} is not a recipe name: expected 'radial' or 'wan2.1-t2v-14b/radial'. "
             "For a file of your own give its path, as a Path or ending in .yaml."
         )
     return name
@@ -154,7 +154,7 @@ def _matching_file(facts: ModelFacts, name: str | None = None) -> RecipeFile:
 
 def _inline(data: Mapping[str, Any]) -> Recipe:
     source = Source("<mapping>")
-    data = strict_yaml.plain(data, source)
+    data = strict_yaml.bounded_copy(data, source)
     if "recipes" in data or "schema" in data:
         return file_from(data, source).recipe()
     if "rules" in data:
@@ -170,12 +170,12 @@ def _inline(data: Mapping[str, Any]) -> Recipe:
 
 
 def describe(recipe: str | Path) -> Text:
-    """Return a shipped file, a shipped recipe or a file of yours as text for people."""
+    """Return a shipped file, a shipped recipe or a file of your own as text for people."""
     from rich.text import Text  # so that reading recipes does not bring the terminal along
 
     if isinstance(recipe, Path) or recipe.endswith((".yaml", ".yml")):
         return Text(read_file(Path(recipe)).describe())
-    return Text(named(recipe).describe() if "/" in recipe else _shipped(_plain(recipe)).describe())
+    return Text(named(recipe).describe() if "/" in recipe else _shipped(_require_name(recipe)).describe())
 
 
 def recipes_for(facts: ModelFacts, sites: Sequence[Site]) -> dict[str, str]:

@@ -28,6 +28,18 @@ class ModelFacts:
         return own.get(key, self.config.get(key, "<none>"))
 
 
+MATCHED = (
+    *("num_layers", "num_attention_heads", "attention_head_dim", "num_single_layers", "in_channels"),
+    *("text_config.num_hidden_layers", "text_config.hidden_size", "num_hidden_layers", "hidden_size"),
+)
+"""Config keys that tell a model from others of its class: of denoisers, and of language models."""
+
+
+def match_for(facts: ModelFacts) -> dict[str, Any]:
+    """Return what a recipe made for a model matches by, as it stands in a file: its class, and `MATCHED` as far as it has them."""
+    return {"class": facts.class_names[0], **{key: facts.config[key] for key in MATCHED if key in facts.config}}
+
+
 @dataclass(frozen=True)
 class Match:
     """Which models a file is for. A value may be a list: any of. ``vlm: true`` is any vision-language model that is known."""
@@ -57,6 +69,10 @@ class Match:
     def weight(self, facts: ModelFacts) -> int:
         """Number of keys that fitted, but for ``vlm``: the file with most wins, and one for a class over one for all."""
         return len(self.keys.keys() - {"vlm"}) + (len(self.pipeline) if facts.components else 0)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return it as it stands in a file."""
+        return {**self.keys, **({"pipeline": {"has": list(self.pipeline)}} if self.pipeline else {})}
 
     def __str__(self) -> str:
         pipeline = f", a pipeline with {', '.join(self.pipeline)}" if self.pipeline else ""

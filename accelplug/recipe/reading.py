@@ -49,7 +49,7 @@ class _File(Strict):
     def _default_is_there(self) -> _File:
         if self.default not in self.recipes:
             raise ValueError(
-                f"default: {shortened(self.default)} is no recipe of this file; recipes: {', '.join(self.recipes)}"
+                f"default: {shortened(self.default)} is not a recipe of this file; recipes: {', '.join(self.recipes)}"
             )
         return self
 
@@ -97,7 +97,7 @@ def read_file(path: Path) -> RecipeFile:
     RecipeError
         If the file cannot be read or does not follow the schema; the message gives the line.
     """
-    data, source = strict_yaml.parse(strict_yaml.read(path), str(path))
+    data, source = strict_yaml.parse_yaml(strict_yaml.yaml_text(path), str(path))
     return file_from(data, source, path)
 
 

@@ -35,14 +35,14 @@ def record_measurement(path: Path, recipe: str, row: Mapping[str, Any]) -> None:
         If the file has no such recipe.
     """
     source = Source("<measured row>")
-    measured = validated(Measured, strict_yaml.plain(row, source), source)
+    measured = validated(Measured, strict_yaml.bounded_copy(row, source), source)
     plain = measured.model_dump(exclude_defaults=True)
-    text = strict_yaml.read(path)
+    text = strict_yaml.yaml_text(path)
     before = read_file(path)
     before.recipe(recipe)
     after = _with_row(text, str(path), recipe, plain)
-    new, _ = strict_yaml.parse(after, str(path))
-    old, _ = strict_yaml.parse(text, str(path))
+    new, _ = strict_yaml.parse_yaml(after, str(path))
+    old, _ = strict_yaml.parse_yaml(text, str(path))
     old["recipes"][recipe]["measured"] = [*(old["recipes"][recipe].get("measured") or []), plain]
     if new != old:
         raise RecipeError(f"{path}: the row cannot be added without changing the rest; write measured: as a block list.")
@@ -50,7 +50,7 @@ def record_measurement(path: Path, recipe: str, row: Mapping[str, Any]) -> None:
 
 
 def _with_row(text: str, name: str, recipe: str, row: Mapping[str, Any]) -> str:
-    node = _child(_child(strict_yaml.compose(text, name), "recipes"), recipe)
+    node = _child(_child(strict_yaml.compose_yaml(text, name), "recipes"), recipe)
     if node.flow_style:
         raise RecipeError(f"{name}: write recipe {recipe!r} as a block, one key a line, so that a row can be added.")
     newline = "\r\n" if "\r\n" in text else "\n"

@@ -32,7 +32,7 @@ class TableRef(Strict):
     key: str = Field(min_length=1)
 
     def path(self, folder: Path | None) -> Path:
-        """Where the file is: beside the recipe's; for recipes that are no file, wherever `file` says. ValueError outside."""
+        """Where the file is: beside the recipe's; for recipes given as mappings, wherever `file` says. ValueError outside."""
         if folder is None:
             return Path(self.file)
         if self.file != Path(self.file).name or self.file == "..":

@@ -14,7 +14,7 @@ import yaml
 from accelplug import files
 from accelplug.errors import AccelplugError, RecipeError
 
-MAX_BYTES = 128 << 10
+MAX_FILE = 128 << 10
 """Largest file that is read at all; a shipped recipe file has a few KiB."""
 MAX_VALUES = 20_000
 """Keys, values and list items that a recipe may have."""
@@ -83,21 +83,21 @@ for _tag, _pattern, _first in (
     )
 
 
-def read(path: Path) -> str:
+def yaml_text(path: Path) -> str:
     """Return the text of a file, refusing by its size before reading any of it.
 
     Raises
     ------
     RecipeError
-        If it is missing, no regular file, too large, or not UTF-8.
+        If it is missing, not a regular file, too large, or not UTF-8.
     """
     try:
-        return files.read(path, "A recipe file", MAX_BYTES)
+        return files.read(path, "A recipe file", MAX_FILE)
     except AccelplugError as error:
         raise RecipeError(f"{error} Give the path of a recipe file, or the name of a shipped recipe.") from error
 
 
-def compose(text: str, name: str) -> yaml.Node:
+def compose_yaml(text: str, name: str) -> yaml.Node:
     """Return the tree of nodes of a YAML document.
 
     Raises
@@ -119,7 +119,7 @@ def compose(text: str, name: str) -> yaml.Node:
     return node
 
 
-def parse(text: str, name: str) -> tuple[Any, Source]:
+def parse_yaml(text: str, name: str) -> tuple[Any, Source]:
     """Return the plain data of a YAML document and the lines of its values.
 
     Raises
@@ -129,11 +129,11 @@ def parse(text: str, name: str) -> tuple[Any, Source]:
     """
     lines: dict[Loc, int] = {}
     source = Source(name, lines)
-    return _build(compose(text, name), (), source, lines), source
+    return _build(compose_yaml(text, name), (), source, lines), source
 
 
-def plain(data: Any, source: Source) -> Any:
-    """Return the copy of a recipe that is no file, held to a file's bounds: keys that are text, size, depth, numbers.
+def bounded_copy(data: Any, source: Source) -> Any:
+    """Return a copy of a recipe given as a mapping, held to a file's bounds: keys that are text, size, depth, numbers.
 
     Raises
     ------
@@ -170,13 +170,13 @@ def _require_key(key: Any, source: Source, loc: Loc) -> None:
 
 
 def _within(value: Any, source: Source, loc: Loc) -> Any:
-    """Return a value if it is no number beyond all bounds and no text longer than a file."""
+    """Return a value, unless it is a number beyond all bounds or a text longer than a file."""
     if isinstance(value, int) and abs(value) > MAX_INTEGER:
         raise RecipeError(f"{source.at(loc)}: whole numbers go to {MAX_INTEGER}, this one has {value.bit_length()} bits.")
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{source.at(loc)}: numbers must be finite, got {value}.")
-    if isinstance(value, str) and len(value) > MAX_BYTES:
-        raise RecipeError(f"{source.at(loc)}: a text has at most {MAX_BYTES} characters, this one has {len(value)}.")
+    if isinstance(value, str) and len(value) > MAX_FILE:
+        raise RecipeError(f"{source.at(loc)}: a text has at most {MAX_FILE} characters, this one has {len(value)}.")
     if isinstance(value, str) and (found := _CONTROL.search(value)):  # they would steer the terminal that shows them
         raise RecipeError(f"{source.at(loc)}: a text holds no control characters, this one has {found[0]!r}.")
     return value
@@ -206,7 +206,9 @@ def _build(node: yaml.Node, loc: Loc, source: Source, lines: dict[Loc, int]) -> 
         try:
             value = _SCALARS[kind](node.value)
         except (ValueError, KeyError) as error:
-            raise RecipeError(f"{source.at(loc)}: {node.value[:40]!r} is no {kind}, or has too many digits.") from error
+            raise RecipeError(
+                f"{source.at(loc)}: {node.value[:40]!r} is not a valid {kind}, or has too many digits."
+            ) from error
         return _within(value, source, loc)
     raise RecipeError(f"{source.at(loc)}: tags such as {node.tag} are not allowed; recipes are plain data.")
 

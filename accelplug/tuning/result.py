@@ -16,7 +16,7 @@ from accelplug.comparison.report import Axis, Dot
 from accelplug.comparison.result import METRIC_NAMES, Comparison, qualities, times_text
 from accelplug.comparison.rows import DENSE
 from accelplug.errors import AccelplugError
-from accelplug.recipe import SCHEMA, ModelFacts, Recipe, model_name
+from accelplug.recipe import SCHEMA, ModelFacts, Recipe, match_for, model_name
 from accelplug.show import Shown, jsonable
 from accelplug.table import Table as Tensors
 from accelplug.table import write_tables
@@ -24,9 +24,6 @@ from accelplug.tuning.budget import Bound
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-LANGUAGE_KEYS = ("text_config.num_hidden_layers", "text_config.hidden_size", "num_hidden_layers", "hidden_size")
-"""What a recipe file matches a language model by, beside its class."""
 
 
 @dataclass
@@ -118,15 +115,13 @@ class Tuned(Shown, Recipe):
         """Write a recipe file for the model, with a `measured` row where the recipe was proven, and beside it the table it refers to."""
         if not files.is_first():
             return Path(path)
-        keys = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", *LANGUAGE_KEYS)
-        match = {"class": facts.class_names[0], **{k: facts.config[k] for k in keys if k in facts.config}}
         entry: dict[str, Any] = {"summary": self.summary}
         entry |= _referring(self.proven.recipe, Path(path)) if self.proven else {"rules": [{"patch": "dense"}]}
         entry["measured"] = [row.model_dump(exclude_defaults=True) for row in self.measured]
         file = {
             "schema": SCHEMA,
             "model": model_name(Path(path)),
-            "match": match,
+            "match": match_for(facts),
             "default": "tuned",
             "recipes": {"tuned": entry},
         }
