@@ -72,7 +72,7 @@ def block_attention(
     rest = Drop() if rest is None else rest
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend in ("auto", "first"):
-        measured = _choices.peek(_key(q, k, v, plan, rest, key_mask, precision)) if backend == "auto" else None
+        measured = _choices.peek(_call_key(q, k, v, plan, rest, key_mask, precision)) if backend == "auto" else None
         serve = _candidates(q, v, plan, precision, return_lse or isinstance(rest, Tied))
         backend = measured[0] if measured is not None and measured[0] in serve else serve[0]  # type: ignore[assignment]
     if key_mask is not None and key_mask.ndim == 3:
@@ -263,12 +263,12 @@ def measure_choice(
                 continue
         return min(times, key=times.__getitem__), times
 
-    return _choices.get(_key(q, k, v, plan, rest, key_mask, precision), measure)[1]
+    return _choices.get(_call_key(q, k, v, plan, rest, key_mask, precision), measure)[1]
 
 
 def choices() -> list[dict[str, Any]]:
     """Return what this process chose by measurement, as plain data that `recall` takes."""
-    return [{"call": _plain(key), "backend": name, "ms": times} for key, (name, times) in _choices.items()]
+    return [{"call": _as_json(key), "backend": name, "ms": times} for key, (name, times) in _choices.items()]
 
 
 def recall(chosen: Iterable[Mapping[str, Any]]) -> None:
@@ -290,10 +290,10 @@ def recall(chosen: Iterable[Mapping[str, Any]]) -> None:
         raise UnsupportedError(f"These are not choices of kernels: expected what plug.choices gave, got {error}.") from error
 
 
-def _plain(key: Any) -> Any:
+def _as_json(key: Any) -> Any:
     """A key of `_choices` as JSON has it."""
     if isinstance(key, tuple):
-        return [_plain(part) for part in key]
+        return [_as_json(part) for part in key]
     return str(key).removeprefix("torch.") if isinstance(key, torch.device | torch.dtype) else key
 
 
@@ -306,7 +306,7 @@ def forget_choices() -> None:
     _choices.clear()
 
 
-def _key(q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Rest, key_mask: Tensor | None, precision: str) -> tuple:
+def _call_key(q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Rest, key_mask: Tensor | None, precision: str) -> tuple:
     shapes = (tuple(q.shape), tuple(k.shape), v.shape[-1], plan.block_q, plan.block_k)
     kind: Any = type(plan).__name__
     if isinstance(plan, BlockPlan):

@@ -64,7 +64,7 @@ def text_keys(k: Tensor, k_len: Tensor, block_k: int, visual_slots: int, key_mas
     return k[..., visual_slots:, :].float(), valid
 
 
-def gains(q_pool: Tensor, k_pool: Tensor, q_deviation: Tensor, k_deviation: Tensor) -> Tensor:
+def worth_a_key(q_pool: Tensor, k_pool: Tensor, q_deviation: Tensor, k_deviation: Tensor) -> Tensor:
     """Return which pairs of blocks are worth a pooled key, bool (B, H, M, N): means (B, H, M|N, D) and their deviations."""
     keys, key_deviation = k_pool.transpose(-1, -2), k_deviation.transpose(-1, -2)
     return (q_pool @ keys).abs() > (q_deviation @ keys).abs() + (q_pool @ key_deviation).abs()
@@ -96,7 +96,7 @@ def rectify(
     visual_slots : key slots before those of text, a multiple of ``plan.block_k``.
     scale : factor on q.k.
     key_mask : bool (B, P_k) or (B, H, P_k), keys that may be read.
-    gain : whether blocks that are not worth a pooled key (`gains`) are left to those that are read.
+    gain : whether blocks that are not worth a pooled key (`worth_a_key`) are left to those that are read.
 
     Returns
     -------
@@ -114,7 +114,7 @@ def rectify(
     if gain:
         q_deviation = deviation(q, q_pool, plan.q_len, plan.block_q)
         k_deviation = deviation(k, k_mean, plan.k_len, plan.block_k, key_mask)[..., :blocks, :].repeat_interleave(ratio, 1)
-        rest = rest & gains(q_pool, k_pool, q_deviation, k_deviation)
+        rest = rest & worth_a_key(q_pool, k_pool, q_deviation, k_deviation)
     weights = torch.where(rest, probability, 0.0)
     share = (1 - weights.sum(-1)).clamp(min=0)
     return share, torch.nn.functional.pad(weights, (0, len(plan.k_len) - blocks))

@@ -48,7 +48,7 @@ STOP_WORDS = frozenset(_STOP.split())
 """Words that carry no content, in place of the paper's part-of-speech tagger."""
 QUESTION_ROWS = 128
 """Rows of the question that are read at a time."""
-_WORD = re.compile(r"([^\W_]+?)(n?['\u2019][^\W_]+)?(?![^\W_])")
+_ENGLISH_WORD = re.compile(r"([^\W_]+?)(n?['\u2019][^\W_]+)?(?![^\W_])")
 
 
 def words(tokenizer: Any, ids: Sequence[int | None]) -> tuple[list[bool], list[bool]]:
@@ -59,7 +59,7 @@ def words(tokenizer: Any, ids: Sequence[int | None]) -> tuple[list[bool], list[b
     text, spans = spelled(tokenizer, ids)
     text = TEMPLATE.sub(lambda found: " " * len(found[0]), text)
     content = [False] * len(text)
-    for found in _WORD.finditer(text):
+    for found in _ENGLISH_WORD.finditer(text):
         idle = found[1].lower() in STOP_WORDS or (found[2] or "").startswith("n")  # isn't, won't
         content[slice(*found.span())] = [not idle] * len(found[0])
     return [bool(text[span].strip()) for span in spans], [any(content[span]) for span in spans]

@@ -43,7 +43,7 @@ from accelplug.patches.sparse.template import BlockConfig, BlockParams, BlockSpa
 
 logger = logging.getLogger("accelplug")
 
-WORTH = 0.9
+MOST_PAIRS = 0.9
 """Share of dense's pairs above which a layout is left dense."""
 
 Halo = Annotated[int, Field(ge=0)]
@@ -117,12 +117,12 @@ class Proxy(BlockSparse):
 
     def _not_worth_it(self, layout: Layout) -> bool:
         cost = self.cost(layout)
-        if WORTH < cost < 1:
+        if MOST_PAIRS < cost < 1:
             logger.warning(
                 "proxy with window_thw %s and halo_thw %s would compute %.0f %% of the pairs of grid %s: left dense.",
                 *(self.config.window_thw, self.config.halo_thw, 100 * cost, layout.grid_thw),
             )
-        return cost > WORTH
+        return cost > MOST_PAIRS
 
     def order(self, layout: Layout, **where: Any) -> Tiles:
         windows = tiles(layout, "tile", self.config.unit, self.config.window_thw)
@@ -144,7 +144,7 @@ class Proxy(BlockSparse):
         plan = cast(BlockPlan, plan)  # `select` makes no threshold
         near = block_attention(**{**self._arguments(blocks, plan, params), "rest": Drop()}, return_lse=True)
         far = spread_attention(blocks.q, blocks.k, blocks.v, plan, call.scale, blocks.key_mask)
-        return blocks.q_tiles.unpermute(joined(near, far))
+        return blocks.q_tiles.unpermute(joined_by_lse(near, far))
 
 
 def _axis(length: int, tile: int, halo: int) -> tuple[Tensor, Tensor]:
@@ -193,7 +193,7 @@ def spread_attention(
     return weights @ v_pool.repeat_interleave(groups, 1), lse
 
 
-def joined(*parts: tuple[Tensor, Tensor]) -> Tensor:
+def joined_by_lse(*parts: tuple[Tensor, Tensor]) -> Tensor:
     """Attention over the union of disjoint key sets, from each set's (out, log-sum-exp), in the first one's dtype."""
     outs, lses = zip(*parts, strict=True)
     share = torch.stack(lses).softmax(0)  # [parts, B, H, P]

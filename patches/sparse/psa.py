@@ -39,7 +39,7 @@ from accelplug.patches.sparse.template import Blocks, Scored, ScoredConfig
 PYRAMID = (1, *LEVELS)
 """Consecutive keys that are read as one; 0 stands for a block that is not read."""
 
-Bound = Annotated[float, Field(ge=0.0, le=1.0)]
+LevelEnd = Annotated[float, Field(ge=0.0, le=1.0)]
 Cosine = Annotated[float, Field(ge=-1.0, le=1.0)]
 
 
@@ -49,7 +49,7 @@ class Psa(Scored):
     class Config(ScoredConfig):
         """The released presets have block 128, block_k 128 or 32, and Gilbert order on Wan."""
 
-        bounds: tuple[Bound, Bound, Bound, Bound] = Field(
+        bounds: tuple[LevelEnd, LevelEnd, LevelEnd, LevelEnd] = Field(
             (0.4, 0.5, 0.6, 0.8), description="Where levels 1, 2, 4 and 8 end, cumulative; blocks behind are not read."
         )
         rule: Literal["thresholdbound", "topk"] = Field(
