@@ -17,7 +17,8 @@ from accelplug.recipe.measured import Measured
 from accelplug.recipe.reading import SCHEMA, RecipeFile, model_name, read_file
 from accelplug.recipe.recipe import Recipe
 from accelplug.recipe.recording import record_measurement
-from accelplug.recipe.rules import DENSE, Decision, Rule, StepCache, at_depth
+from accelplug.recipe.rules import DENSE, Decision, Rule, StepCache
+from accelplug.recipe.settings import at_depth
 
 __all__ = [
     "DENSE",

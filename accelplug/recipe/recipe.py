@@ -17,7 +17,8 @@ from accelplug.recipe.conditions import Where
 from accelplug.recipe.explaining import explain
 from accelplug.recipe.matching import Match, ModelFacts
 from accelplug.recipe.measured import Measured
-from accelplug.recipe.rules import DENSE, Decision, Ramp, Rule, StepCache, at_depth, in_percent, read_varying, table_for
+from accelplug.recipe.rules import DENSE, Decision, Rule, StepCache
+from accelplug.recipe.settings import Ramp, at_depth, in_percent, read_varying, table_for
 from accelplug.recipe.strict_yaml import Loc, Source
 from accelplug.registry import PatchEntry, patch_class
 from accelplug.step_caches import CACHES
