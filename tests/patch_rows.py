@@ -23,14 +23,14 @@ class Row:
     graphs: int = 1
     """Graphs that layers of one policy take at most: as many as there are ways of lining tokens up by layer."""
 
-    def recipe(self, config: dict[str, Any], **where: Any) -> dict[str, Any]:
-        """A recipe with one rule."""
+    def recipe(self, config: dict[str, Any] | None = None, **where: Any) -> dict[str, Any]:
+        """A recipe with one rule; without settings, those that do something."""
         common = {"block": 8, "backend": "reference"} if self.blocks else {}
-        rule = {"patch": self.patch, "with": {**common, **config}}
+        rule = {"patch": self.patch, "with": {**common, **(self.working if config is None else config)}}
         return {"rules": [{"where": where, **rule} if where else rule]}
 
 
-ROWS = (
+_ROWS = (
     Row("radial", {"window": "full"}, {"decay": 0.2}, {}, video_only=True),
     Row(
         "neighborhood",
@@ -59,3 +59,4 @@ ROWS = (
     Row("vmoba", {"tau": 1.0}, {"tau": 0.25, "parts": [[4, 1, 1], [1, 2, 3], [2, 2, 2]]}, {}, graphs=3),
     Row("bilevel", {"p": 1.0}, {"k": 1, "halo": 0}, {}),
 )
+ROWS = {row.patch: row for row in _ROWS}

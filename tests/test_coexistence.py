@@ -22,7 +22,7 @@ from tests import tiny_models
 from tests.patch_rows import ROWS
 from tests.test_laws import run, snapshot
 
-RECIPE = ROWS[0].recipe(ROWS[0].working)
+RECIPE = ROWS["radial"].recipe()
 
 
 def generate(pipe: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -175,7 +175,7 @@ def test_perturbed_attention_guidance_keeps_its_meaning() -> None:
     for plugged in (False, True):
         model, inputs = tiny_models.build("pixart")
         # A window on layers that are not skipped would differ by itself: only layer 0 is named here.
-        plug = accelplug.apply(model, ROWS[1].recipe(ROWS[1].working, layers=0), gate="off") if plugged else None
+        plug = accelplug.apply(model, ROWS["neighborhood"].recipe(layers=0), gate="off") if plugged else None
         skip = LayerSkipConfig(
             indices=[0],
             fqn="transformer_blocks",
@@ -194,7 +194,7 @@ def test_perturbed_attention_guidance_keeps_its_meaning() -> None:
 def test_two_experts_share_a_clock_and_split_the_steps() -> None:
     pipe, inputs = tiny_models.pipeline("wan22_moe")
     stock = generate(pipe, inputs)
-    recipe = ROWS[0].recipe(ROWS[0].working, denoiser="transformer_2")
+    recipe = ROWS["radial"].recipe(denoiser="transformer_2")
     with accelplug.apply(pipe, recipe, gate="off", strict=True) as plug, plug.trace() as events:
         assert not torch.equal(generate(pipe, inputs), stock)
     by_denoiser = {
@@ -213,7 +213,7 @@ def test_every_pipeline_tells_its_steps(name: str) -> None:
     pipe.set_progress_bar_config(disable=True)
     make = lambda: pipe(**inputs, generator=torch.Generator().manual_seed(0))[0]  # noqa: E731
     stock = make()
-    recipe = ROWS[1].recipe(ROWS[1].working, steps="50%:")
+    recipe = ROWS["neighborhood"].recipe(steps="50%:")
     with accelplug.apply(pipe, recipe, gate="off", strict=True) as plug, plug.trace() as events:
         patched = make()
     steps = inputs["num_inference_steps"]

@@ -83,8 +83,7 @@ def small() -> tuple[Any, dict[str, Any]]:
 def compared() -> tuple[Comparison, dict[str, Any], dict[str, Any]]:
     pipe, inputs = small()
     before = snapshot(pipe.transformer)
-    row = ROWS[0]
-    recipes = {"same": {"rules": [{"patch": "dense"}]}, "radial": row.recipe(row.working)}
+    recipes = {"same": {"rules": [{"patch": "dense"}]}, "radial": ROWS["radial"].recipe()}
     result = accelplug.compare(
         pipe, recipes, inputs, seeds=[0, 1], caches=True, foreground=lambda c: c.max(-1) > 90, progress=False
     )
@@ -180,11 +179,10 @@ def test_recording_adds_a_row_to_the_file(tmp_path: Path) -> None:
 def test_an_exception_in_a_run_leaves_the_pipe_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, inputs = small()
     before = snapshot(pipe.transformer)
-    row = ROWS[0]
     with monkeypatch.context() as patch:
         patch.setattr(type(pipe.vae), "decode", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            accelplug.compare(pipe, row.recipe(row.working), inputs, progress=False)
+            accelplug.compare(pipe, ROWS["radial"].recipe(), inputs, progress=False)
     assert snapshot(pipe.transformer)["processors"] == before["processors"]
     assert snapshot(pipe.transformer)["hooks"] == before["hooks"]
 
@@ -257,9 +255,8 @@ def test_what_is_dense_to_the_last_bit_gained_nothing(row: Row, gain: float) -> 
 
 def test_no_steps_are_no_gain() -> None:
     pipe, inputs = small()
-    row = ROWS[0]
     inputs |= {"num_inference_steps": 0}
-    result = accelplug.compare(pipe, {"radial": row.recipe(row.working)}, inputs, floors=False, caches=True, progress=False)
+    result = accelplug.compare(pipe, {"radial": ROWS["radial"].recipe()}, inputs, floors=False, caches=True, progress=False)
     assert [result.speedup(row).p50 for row in result.rows] == [1.0] * 4
     assert result.verdict == "radial: no attention call was answered, so nothing was gained or lost."
 
@@ -304,8 +301,7 @@ def test_inputs_may_hold_a_callback_and_an_output_type() -> None:
 def test_a_compiled_denoiser_is_timed_from_outside_its_graph() -> None:
     pipe, inputs = small()
     pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend="eager")
-    row = ROWS[0]
-    result = accelplug.compare(pipe, row.recipe(row.working), inputs, floors=False, progress=False)
+    result = accelplug.compare(pipe, ROWS["radial"].recipe(), inputs, floors=False, progress=False)
     assert all(sample.denoise_ms > 0 for sample in result.dense.samples)
 
 

@@ -36,7 +36,7 @@ EVERY_WAY = ("radial", "sol", "tome", "vmoba")
 """Rows for every way of compiling: one by layout, one by scores, one without blocks, and one with a graph for each kind of layer."""
 WAYS = [
     pytest.param(row, kind, first, id=f"{row.patch}-{kind}-{first}-first")
-    for row in ROWS
+    for row in ROWS.values()
     for kind in ("regional", "whole")
     for first in ("apply", "compile")
     if row.patch in EVERY_WAY or (kind, first) == ("regional", "apply")
@@ -47,7 +47,7 @@ WAYS = [
 def test_compiled_equals_eager_with_a_graph_a_policy(row: Row, kind: str, first: str) -> None:
     model, inputs = tiny_models.build("wan")
     dense = run(model, inputs)
-    recipe = row.recipe(row.working, steps="1:")
+    recipe = row.recipe(steps="1:")
     eager = []
     with accelplug.apply(model, recipe, gate="off") as plug:
         for step in range(4):
@@ -76,7 +76,7 @@ def test_many_layers_share_a_graph(name: str) -> None:
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
     run(model, inputs)
     stock = counter.frame_count
-    with accelplug.apply(model, ROWS[0].recipe(ROWS[0].working), gate="off") as plug:
+    with accelplug.apply(model, ROWS["radial"].recipe(), gate="off") as plug:
         run(model, inputs)
         assert not plug.report().fallbacks
     assert counter.frame_count <= 2 * stock
@@ -87,7 +87,7 @@ def test_the_first_patched_call_of_a_thread_may_be_compiled() -> None:
     model, inputs = tiny_models.build("wan")
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
     eager, _ = tiny_models.build("wan")
-    recipe = ROWS[0].recipe(ROWS[0].working)
+    recipe = ROWS["radial"].recipe()
     with accelplug.apply(model, recipe, gate="off"), ThreadPoolExecutor(1) as thread:
         there = thread.submit(run, model, inputs).result()
     with accelplug.apply(eager, recipe, gate="off"):
@@ -98,7 +98,7 @@ def test_a_unet_compiled_whole_is_dense_and_counted() -> None:
     """The grids of its levels come from hooks that a whole graph does not run."""
     model, inputs = tiny_models.build("unet_sd15")
     dense = run(model, inputs)
-    with accelplug.apply(model, ROWS[1].recipe(ROWS[1].working), gate="off") as plug:
+    with accelplug.apply(model, ROWS["neighborhood"].recipe(), gate="off") as plug:
         torch.testing.assert_close(run(torch.compile(model, backend="eager"), inputs), dense, rtol=1e-4, atol=1e-5)
         assert plug.report().fallbacks
 
@@ -110,7 +110,7 @@ def test_stock_and_patched_compiled_in_one_process(name: str, patched_first: boo
     stock, inputs = tiny_models.build(name)
     patched, _ = tiny_models.build(name)
     dense = run(stock, inputs)
-    recipe = ROWS[1].recipe(ROWS[1].working)
+    recipe = ROWS["neighborhood"].recipe()
     with accelplug.apply(patched, recipe, gate="off"):
         sparse = run(patched, inputs)
         assert not torch.equal(dense, sparse)
@@ -132,7 +132,7 @@ def _break_the_graph(module: nn.Module, args: tuple[Any, ...], output: Any) -> A
 def test_a_recipe_that_goes_on_again_is_on_in_what_was_compiled(kind: str) -> None:
     """Dynamo guards no hooks: graphs of an earlier plug must not serve a later one."""
     model, inputs = tiny_models.build("wan")
-    recipe, dense = ROWS[0].recipe(ROWS[0].working), run(model, inputs)
+    recipe, dense = ROWS["radial"].recipe(), run(model, inputs)
     with accelplug.apply(model, recipe, gate="off"):
         eager = run(model, inputs)
     if kind == "in place":
@@ -147,11 +147,11 @@ def test_a_recipe_that_goes_on_again_is_on_in_what_was_compiled(kind: str) -> No
 def test_a_deep_copy_of_a_patched_model_is_stock() -> None:
     model, inputs = tiny_models.build("wan")
     dense = run(model, inputs)
-    with accelplug.apply(model, ROWS[0].recipe(ROWS[0].working), gate="off") as plug:
+    with accelplug.apply(model, ROWS["radial"].recipe(), gate="off") as plug:
         twin = copy.deepcopy(model)
         assert torch.equal(run(twin, inputs), dense)
         assert all(type(a) is type(a).__mro__[0] and not hasattr(type(a), "stock") for a in twin.attn_processors.values())
-        with accelplug.apply(twin, ROWS[0].recipe(ROWS[0].working), gate="off"):
+        with accelplug.apply(twin, ROWS["radial"].recipe(), gate="off"):
             assert not torch.equal(run(twin, inputs), dense)
         assert plug.active
     assert torch.equal(run(twin, inputs), dense)
@@ -167,7 +167,7 @@ def test_the_gate_judges_compiled_blocks_ahead(monkeypatch: pytest.MonkeyPatch) 
     for dense_ms, sparse_ms, pays in ((1.0, 2.0, False), (2.0, 1.0, True)):
         ms = iter([dense_ms, sparse_ms] * 10)
         monkeypatch.setattr(gate, "median_ms", lambda run, device: next(ms))  # noqa: B023
-        with accelplug.apply(model, ROWS[0].recipe(ROWS[0].working)) as plug:
+        with accelplug.apply(model, ROWS["radial"].recipe()) as plug:
             out = run(model, inputs)
             assert [verdict["pays"] for verdict in plug.choices["verdicts"]] == [pays]
         assert torch.allclose(out, dense, rtol=1e-4, atol=1e-5) is not pays

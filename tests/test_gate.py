@@ -27,7 +27,7 @@ DENSE_FORWARD_MS = OTHER_MS + LAYERS * DENSE_MS
 
 
 def sparse(**where: Any) -> dict[str, Any]:
-    return ROWS[0].recipe(ROWS[0].working, **where)
+    return ROWS["radial"].recipe(**where)
 
 
 class MadeUpTime:
@@ -184,7 +184,7 @@ def test_nothing_is_timed_while_a_graph_is_captured(
     monkeypatch.setattr(gate, "capturing", lambda device: True)
     measured = []
     monkeypatch.setattr("accelplug.patches.sparse.template.measure_choice", lambda **_: measured.append(1))
-    with accelplug.apply(model, ROWS[0].recipe({**ROWS[0].working, "backend": "auto"})) as plug:
+    with accelplug.apply(model, ROWS["radial"].recipe({**ROWS["radial"].working, "backend": "auto"})) as plug:
         run(model, inputs)
         assert time.judged == 0
         assert not measured
@@ -262,14 +262,14 @@ def test_a_verdict_is_on_one_config(wan: tuple[Any, dict[str, Any], MadeUpTime])
     with accelplug.apply(model, sparse()) as plug:
         run(model, inputs)
         choices = stored(plug)
-    other = ROWS[0].recipe({"decay": 0.9})
+    other = ROWS["radial"].recipe({"decay": 0.9})
     with accelplug.apply(model, other, choices=choices) as plug:
         run(model, inputs)
         assert time.judged == 4
 
 
 def test_kernels_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = ROWS[0].recipe({"decay": 0.2, "backend": "auto"})
+    recipe = ROWS["radial"].recipe({"decay": 0.2, "backend": "auto"})
     model, inputs = tiny_models.build("wan")
     attention.forget_choices()
     monkeypatch.setattr(attention, "_candidates", lambda *_: ["blocked", "reference"])
@@ -292,7 +292,7 @@ def test_kernels_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_deterministic_takes_no_kernel_that_another_plug_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = ROWS[0].recipe({"decay": 0.2, "backend": "auto"})
+    recipe = ROWS["radial"].recipe({"decay": 0.2, "backend": "auto"})
     model, inputs = tiny_models.build("wan")
     ran: list[str] = []
     kernel = attention._run

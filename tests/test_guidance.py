@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ import accelplug
 from accelplug.errors import AccelplugError, RecipeError, ShapeError, UnsupportedError
 from accelplug.families import pixels
 from accelplug.families.vlm import vlm_of
+from accelplug.patches.generation import GenerationPatch, Tools
 from accelplug.patches.guidance import agla, branch, carve, contrast, gaze
 from tests import tiny_language_models as tiny
 
@@ -223,11 +226,28 @@ def test_pixels_refuse() -> None:
 # ------------------------------------------------------------------------------------------------------------- prompts
 
 
+@contextmanager
+def lent(
+    model: Any, given: dict[str, torch.Tensor], processor: Any, patch: tuple[str, dict[str, Any]] = CARVE
+) -> Iterator[Tools]:
+    """What a patch around ``generate`` is lent, while it is on."""
+    found: list[Tools] = []
+
+    def keep(self: GenerationPatch, model: Any, call: Callable[..., Any], inputs: dict[str, Any], tools: Tools) -> Any:
+        found.append(tools)
+        return call(**inputs)
+
+    with accelplug.apply(model, rules(patch), processor=processor):
+        with pytest.MonkeyPatch.context() as instead:
+            instead.setattr(carve.Carve, "generate", keep)
+            tiny.generate(model, given, 1)
+        yield found[0]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_prompt_like_another(name: str, processor: Any) -> None:
     model, given = tiny.build(name), inputs(name, WITHOUT)
-    with accelplug.apply(model, rules(CARVE), processor=processor) as plug:
-        tools = plug._hosts[0].generation.tools()
+    with lent(model, given, processor) as tools:
         new = tools.prompt_like(given, "w9 w8")
         token = model.config.image_token_id
         pictures = [tiny.IMAGE] * int((given["input_ids"][0] == token).sum())
@@ -246,8 +266,8 @@ def test_prompts_of_processors_with_marks_around_a_picture(processor: Any) -> No
     intern = SimpleNamespace(**shared, image_token="<image>", start_image_token="w3 ", end_image_token=" w4")
     for name, theirs, size in (("gemma3", gemma, 4), ("internvl", intern, 16)):
         model, given = tiny.build(name), inputs(name)
-        with accelplug.apply(model, rules(CARVE), processor=theirs) as plug:
-            new = plug._hosts[0].generation.tools().prompt_like(given, "w9")
+        with lent(model, given, theirs) as tools:
+            new = tools.prompt_like(given, "w9")
             before, behind = (
                 [processor.tokenizer.convert_tokens_to_ids(w) for w in x] for x in (("w1", "w3"), ("w4", "w9"))
             )
@@ -259,12 +279,12 @@ def test_prompts_of_processors_with_marks_around_a_picture(processor: Any) -> No
         tiny.generate(model, given)
 
 
-def test_gaze_reads_what_eager_attention_reads() -> None:
+def test_gaze_reads_what_eager_attention_reads(processor: Any) -> None:
     model, given = tiny.build("llava"), inputs("llava")
     model.set_attn_implementation("eager")
     out = tiny.generate(model, given, 3, return_dict_in_generate=True, output_attentions=True)
-    with accelplug.apply(model, rules(("carve", {"keep_area": 1}))) as plug:
-        maps = gaze.look(model, plug._hosts[0].generation.tools(), given, (0.5, 1.0), 3)
+    with lent(model, given, processor, ("carve", {"keep_area": 1})) as tools:
+        maps = gaze.look(model, tools, given, (0.5, 1.0), 3)
     for row, seen in enumerate(maps):
         visual = given["input_ids"][row] == tiny.IMAGE
         for step, layers in enumerate(out.attentions[: seen.shape[1]]):
@@ -475,7 +495,7 @@ def test_together_with_attention_patches(name: str, processor: Any) -> None:
         with accelplug.apply(model, recipe, processor=processor) as plug:
             ask = {"return_dict_in_generate": True, "output_scores": True}
             outs.append(tiny.generate(model, given, **ask).scores[0])
-            served = plug._ledger.served
+            served = plug.report().served
             assert served["carve"] == served["agla"] == 1
     assert not torch.equal(*outs)
     assert torch.equal(tiny.generate(model, given), plain)

@@ -483,8 +483,9 @@ def test_attention_and_hidden_states_that_are_asked_for(patch: str, name: str) -
             at = said.attentions[step][layer][:, :, 0].double()
             end = asked + step
             torch.testing.assert_close(at, attention[:, end - 1, :, end - at.shape[-1] : end], **close)
-    with patched(sharp(name), patch) as plug:
-        assert not plug._hosts[0].model(**double(given), output_attentions=True).attentions
+    flat = sharp(name)
+    with patched(flat, patch):
+        assert not flat(**double(given), output_attentions=True).attentions
 
 
 def test_sinks_in_dimensions_of_the_first_token() -> None:
@@ -523,8 +524,8 @@ def test_shipped_recipes_on_the_bundled_model(name: str, order: str) -> None:
         assert any("no gaze" in reason for reason in plug.report().fallbacks)
         return
     with accelplug.apply(model, name, processor=processor, strict=True) as plug:
-        layers = [record.site.layer for record in plug._hosts[0].records if record.choice.patch]
-        config = plug._hosts[0].records[layers[-1]].choice.patch.config.model_dump(exclude={"control_seed"})
+        placed = {row.site.layer: row.patch for row in plug.where() if row.site and row.site.layer is not None and row.patch}
+        layers, config = list(placed), placed[max(placed)].config.model_dump(exclude={"control_seed"})
         prompt = forward(model, given)
         ids, steps = answered(model, given, suppress_tokens=[model.config.image_token_id])
     said = [[processor.decode([token]) for token in row] for row in given["input_ids"].tolist()]

@@ -43,7 +43,7 @@ CACHES = {
 }
 LATER = [{"where": {"layers": "1:"}, "patch": "neighborhood", "with": {**EIGHT, "window": [1, 3, 3]}}]
 CACHED = {f"cache {kind}": {"rules": LATER, "cache": {"kind": kind, "with": CACHES[kind]}} for kind in CACHES}
-STATELESS = {row.patch: row.recipe(row.working) for row in ROWS if row.patch not in STATEFUL}
+STATELESS = {row.patch: row.recipe() for row in ROWS.values() if row.patch not in STATEFUL}
 
 
 class Stop(Exception):
@@ -268,13 +268,13 @@ def test_the_step_is_the_place_of_the_timestep_that_was_given(name: str) -> None
     pipe, inputs = tiny_pipelines.pipeline(name)
     with accelplug.apply(pipe, STEPPED, gate="off") as plug:
         check_steps(plug, pipe, inputs)
-        assert not [reason for _, reason in plug._ledger.fallbacks if "step" in reason]
+        assert not [reason for reason in plug.report().fallbacks if "step" in reason]
         twin = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler), **_settings(pipe)})
         twin.set_progress_bar_config(disable=True)
         check_steps(plug, twin, {**inputs, "num_inference_steps": 6})
         check_steps(plug, pipe, inputs)
         check_steps(plug, twin, {**inputs, "num_inference_steps": 5})
-        assert not [reason for _, reason in plug._ledger.fallbacks if "step" in reason]
+        assert not [reason for reason in plug.report().fallbacks if "step" in reason]
 
 
 def _settings(pipe: Any) -> dict[str, Any]:

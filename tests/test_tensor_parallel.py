@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import accelplug
+from accelplug.call import AttentionCall
+from accelplug.hosts.stream import watching
 from tests.tiny_language_models import build, forward, inputs
 from tests.two_ranks import together
 
@@ -32,11 +35,15 @@ def work(rank: int, folder: str) -> list[torch.Tensor]:
     given = inputs("llava")
     found = [forward(model, given)]
     for recipe in RECIPES:
-        with accelplug.apply(model, recipe) as plug:
-            host = plug._hosts[0]
-            assert host.tensor_parallel is not None
-            assert host.tensor_parallel.rank == rank
+        first_heads: set[int] = set()
+
+        def look(record: Any, call: AttentionCall, *_: object, seen: set[int] = first_heads) -> None:
+            assert call.place is not None
+            seen.add(call.place.first_head)
+
+        with accelplug.apply(model, recipe), watching(look):
             found.append(forward(model, given))
+        assert first_heads == {2 * rank}
     found.append(forward(model, given))
     return found
 

@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import tomesd.merge
 import torch
+from diffusers.hooks import HookRegistry
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -291,8 +292,7 @@ def test_a_reset_forgets_matches(made: Matches) -> None:
     with accelplug.apply(model, recipe(interval=4), gate="off") as plug:
         plug.step(1, 4)
         run(model, inputs)
-        for host in plug._hosts:
-            host.reset()
+        HookRegistry.check_if_exists_or_initialize(model).reset_stateful_hooks()  # as pipelines do where a run ends
         plug.step(2, 4)
         run(model, inputs)
         assert len(made) == 6
