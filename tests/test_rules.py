@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import accelplug
 from accelplug.call import AttentionCall, Clock, Site
 from accelplug.errors import FallbackError, NoMatchError, RecipeError, UnsupportedError
 from accelplug.patches.base import Patch
+from accelplug.patches.guidance.contrast import Contrast
 from accelplug.patches.sparse.neighborhood import Neighborhood
 from accelplug.recipe import Span, Where
 from accelplug.testing.models import MIDDLE, noise, sample_of
@@ -81,6 +83,20 @@ def test_a_patch_goes_on_as_it_is_alone_and_in_a_rule() -> None:
             assert torch.equal(model(**inputs)[0], by_name)
         assert open_choice.config.backend == "auto"
         assert torch.equal(model(**inputs)[0], before)
+
+
+def test_what_stands_around_generate_goes_on_as_it_is() -> None:
+    model, given = tiny_language_models.build("llava"), tiny_language_models.inputs("llava", ((3, "I", 6),))
+    answers = []
+    for recipe in (None, {"patch": "contrast", "with": {"gamma": 9.0}}, Contrast({"gamma": 9.0})):
+        with nullcontext() if recipe is None else accelplug.apply(model, recipe):
+            made = model.generate(
+                **given, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+            answers.append(torch.stack(made.logits))
+    stock, by_name, as_it_is = answers
+    assert torch.equal(as_it_is, by_name)
+    assert not torch.equal(as_it_is, stock)
 
 
 def test_a_patch_of_another_family_is_refused_as_an_instance_too() -> None:
