@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -48,8 +49,12 @@ def test_the_wheel_holds_what_git_tracks(tmp_path: Path) -> None:
         for name in tracked.split()
         if name not in {f"accelplug/{link}" for link in LINKED}
     }
+    tree = tmp_path / "tree"  # of its own: what an earlier build left beside a checkout goes into the wheel too
+    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tree / name, follow_symlinks=False)
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT],
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, tree],
         capture_output=True,
         text=True,
         check=True,
