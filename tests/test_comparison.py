@@ -219,8 +219,8 @@ def test_gains_are_measured_in_the_steps_that_were_foretold() -> None:
 
 def test_a_recipe_that_ran_dense_is_no_headline() -> None:
     dense = Row("dense", "dense", samples=[Sample(0, 0, 100.0, 90.0)])
-    idle = Row("idle", "recipe", samples=[Sample(0, 0, 80.0, 70.0, psnr_db=math.inf)], density=[[1.0]])
-    busy = Row("busy", "recipe", samples=[Sample(0, 0, 90.0, 80.0, psnr_db=30.0)], density=[[0.5]])
+    idle = Row("idle", "recipe", samples=[Sample(0, 0, 80.0, 70.0, scores={"psnr_db": math.inf})], density=[[1.0]])
+    busy = Row("busy", "recipe", samples=[Sample(0, 0, 90.0, 80.0, scores={"psnr_db": 30.0})], density=[[0.5]])
     assert "ran dense" in Comparison("", [""], [0], {}, "", {}, [replace(dense, density=[[1.0]]), idle]).verdict
     assert Comparison("", [""], [0], {}, "", {}, [dense, idle, busy]).verdict.startswith("busy: 1.11x")
 
@@ -228,18 +228,30 @@ def test_a_recipe_that_ran_dense_is_no_headline() -> None:
 @pytest.mark.parametrize(
     ("row", "gain"),
     [
-        (Row("skipped nothing", "cache", samples=[Sample(0, 0, 80.0, 70.0, psnr_db=math.inf, latent_distance=0.0)]), 1.0),
-        (Row("answered nothing", "recipe", samples=[Sample(0, 0, 80.0, 70.0, psnr_db=60.0)], answered=0), 1.0),
+        (
+            Row(
+                "skipped nothing",
+                "cache",
+                samples=[Sample(0, 0, 80.0, 70.0, scores={"psnr_db": math.inf, "latent_distance": 0.0})],
+            ),
+            1.0,
+        ),
+        (Row("answered nothing", "recipe", samples=[Sample(0, 0, 80.0, 70.0, scores={"psnr_db": 60.0})], answered=0), 1.0),
         (
             Row(
                 "at one seed only",
                 "cache",
-                samples=[Sample(0, s, 80.0, 1.0, psnr_db=db) for s, db in ((0, math.inf), (1, 30.0))],
+                samples=[Sample(0, s, 80.0, 1.0, scores={"psnr_db": db}) for s, db in ((0, math.inf), (1, 30.0))],
             ),
             1.25,
         ),
-        (Row("clipped", "recipe", samples=[Sample(0, 0, 80.0, 70.0, psnr_db=math.inf, latent_distance=0.1)]), 1.25),
-        (Row("undefined", "recipe", samples=[Sample(0, 0, 80.0, 70.0, psnr_db=math.nan)], answered=3), 1.25),
+        (
+            Row(
+                "clipped", "recipe", samples=[Sample(0, 0, 80.0, 70.0, scores={"psnr_db": math.inf, "latent_distance": 0.1})]
+            ),
+            1.25,
+        ),
+        (Row("undefined", "recipe", samples=[Sample(0, 0, 80.0, 70.0, scores={"psnr_db": math.nan})], answered=3), 1.25),
     ],
     ids=lambda x: getattr(x, "name", None),
 )
@@ -266,7 +278,12 @@ def test_a_row_is_recorded_with_the_gain_that_was_told() -> None:
     times = [(0, 0, 900.0), (0, 0, 200.0), (0, 1, 600.0), (1, 0, 50.0)]
     dense = Row("dense", "dense", samples=[Sample(p, s, ms, ms) for p, s, ms in times])
     fast = Row(
-        "fast", "recipe", samples=[Sample(0, 0, 100.0, 90.0, psnr_db=30.0), Sample(0, 1, 200.0, 90.0, psnr_db=math.inf)]
+        "fast",
+        "recipe",
+        samples=[
+            Sample(0, 0, 100.0, 90.0, scores={"psnr_db": 30.0}),
+            Sample(0, 1, 200.0, 90.0, scores={"psnr_db": math.inf}),
+        ],
     )
     environment = {"date": "2026-01-01", "device": "here", "versions": {}}
     result = Comparison("", ["a", "b"], [0, 1], {}, "", environment, [dense, fast])

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import accelplug
 from accelplug.comparison.evaluators.pope import Question
 from accelplug.comparison.exam import SPLITS, Exam
-from accelplug.comparison.outcome import Outcome, hold_against_dense, matched_offset
+from accelplug.comparison.outcome import Outcome, hold_against_dense
 from accelplug.comparison.vlm import DENSE, Examiner, Variant, compare_vlm
 from accelplug.errors import AccelplugError
 from accelplug.zoo import path, scenes
@@ -116,7 +116,9 @@ def test_a_shifted_threshold_says_yes_as_often() -> None:
     asked = [Question(i, "?", i < 2, "x", "adversarial") for i in range(4)]
     dense = Outcome(DENSE, "dense", {"adversarial": ["no"] * 4}, {"adversarial": [-1.0, -3.0, -2.0, -4.0]})
     row = Outcome("a", "recipe", {"adversarial": ["yes", "no", "no", "yes"]}, {"adversarial": [1.0, -1.0, -1.0, 1.0]})
-    matched = matched_offset(dense, row, exam_of(asked))
+    hold_against_dense([dense, row], exam_of(asked))
+    matched = row.matched
+    assert matched is not None
     assert matched.yes_ratio == 0.5
     assert matched.accuracy == 0.5  # the two largest margins are of questions 0 and 2
 

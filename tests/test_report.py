@@ -65,7 +65,9 @@ def comparison(*rows: Row) -> Comparison:
 
 
 def row(name: str, seconds: float, *quality: float, kind: str = "recipe") -> Row:
-    samples = [Sample(0, seed, 1e3 * seconds, 1e3 * seconds, psnr_db=value) for seed, value in enumerate(quality)]
+    samples = [
+        Sample(0, seed, 1e3 * seconds, 1e3 * seconds, scores={"psnr_db": value}) for seed, value in enumerate(quality)
+    ]
     return Row(name, kind, "file/" + name, "everywhere: " + name, samples, predicted=1.5)
 
 
@@ -106,7 +108,7 @@ def tuned() -> Tuned:
         told = {"speedup": 1.9, "margin": 2.0, "density": 0.25}
         point = Point(line.name, {"rules": [{"patch": "sol"}]}, 0, 0.0, {}, math.inf, verdict, foretold=told)
         for sample in line.samples:
-            point.add((sample.prompt, sample.seed), {"psnr": sample.psnr_db}, parse("psnr>=26"))
+            point.add((sample.prompt, sample.seed), {"psnr": sample.scores["psnr_db"]}, parse("psnr>=26"))
         point.speedup = 1e3 / line.samples[0].latency_ms
         points.append(point)
     assert isinstance(base, Recipe)

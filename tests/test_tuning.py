@@ -254,7 +254,7 @@ def test_a_dense_run_that_was_held_up_flatters_nobody(monkeypatch: pytest.Monkey
 
     def run(variant: Variant, prompt: int, seed: int) -> None:
         ms = next(times[variant.name])
-        rows[variant.name].samples.append(Sample(prompt, seed, ms, 0.9 * ms, psnr_db=40.0))
+        rows[variant.name].samples.append(Sample(prompt, seed, ms, 0.9 * ms, scores={"psnr_db": 40.0}))
         study.dense_runs[prompt, seed] = study.clips[variant.name, prompt, seed] = clip
 
     study = SimpleNamespace(rows=rows, pipe=None, dense_runs={}, clips={}, time=run, new_row=lambda v: Row(v.name, "recipe"))
@@ -579,7 +579,7 @@ def test_verify_judges_against_the_record(
     )
     rows = [
         Row(DENSE, "dense", samples=[Sample(0, 0, 1e4, 1e4)]),
-        Row("now", "recipe", samples=[Sample(0, 0, 1e3 * seconds, 1e3, psnr_db=psnr)]),
+        Row("now", "recipe", samples=[Sample(0, 0, 1e3 * seconds, 1e3, scores={"psnr_db": psnr})]),
     ]
     assert verification.judge(row, Comparison("", [], [0], {}, "", {}, rows))[0] == outcome
 
@@ -620,7 +620,7 @@ def test_where_a_prompt_was_held_out_all_is_told_of_it(told_times: None, tmp_pat
     assert [(sample.prompt, sample.seed) for sample in samples] == [(1, 2), (1, 3)]
     assert (point.runs, point.worst_run[0]) == (2, 1)
     assert (row.seeds, row.inputs["guidance_scale"]) == ([2, 3], 1.0)
-    assert row.psnr_db.worst == point.worst["psnr"] == min(sample.psnr_db for sample in samples)
+    assert row.psnr_db.worst == point.worst["psnr"] == min(sample.scores["psnr_db"] for sample in samples)
     assert row.gain == point.speedup
 
 

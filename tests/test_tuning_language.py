@@ -18,8 +18,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import accelplug
 from accelplug.cli import main
 from accelplug.comparison.exam import Exam
-from accelplug.comparison.metrics import TASK_METRICS
-from accelplug.comparison.questions import Asker, Item, Reply, figures, is_right, items, read
+from accelplug.comparison.metrics import ANSWER_METRICS, figures
+from accelplug.comparison.questions import Asker, Item, Reply, is_right, items, read
 from accelplug.errors import AccelplugError
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, load, read_file
@@ -99,7 +99,7 @@ def held(
     monkeypatch.setattr(contest.time, "perf_counter", lambda: asker.clock)
     monkeypatch.setattr(contest.time, "monotonic", lambda: asker.clock)
     found = Contest(
-        asker, seen, unseen, "accuracy", parse(budget, TASK_METRICS) if budget else (), seconds, Journal(None, "")
+        asker, seen, unseen, "accuracy", parse(budget, ANSWER_METRICS) if budget else (), seconds, Journal(None, "")
     )
     found.candidates = [Aim(name, {"rules": [{"patch": name}]}) for name in [*script, "refused"]]
     found.explore()
@@ -237,7 +237,7 @@ def test_unusable_requests_say_what_to_do(bundled: tuple[Any, Any], tmp_path: Pa
     }.items():
         with pytest.raises(AccelplugError, match=says):
             accelplug.tune(model, **arguments, progress=False)
-    assert [str(bound) for bound in parse("nll<= stock - .5, accuracy>=0.8", TASK_METRICS)] == [
+    assert [str(bound) for bound in parse("nll<= stock - .5, accuracy>=0.8", ANSWER_METRICS)] == [
         "nll<=stock-0.5",
         "accuracy>=0.8",
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from accelplug.comparison.evaluators import chair, mme, pope
-from accelplug.comparison.evaluators.statistics import Health, YesNo, collapsed, holm, mcnemar, paired_bootstrap
+from accelplug.comparison.evaluators.statistics import Health, YesNo, collapsed, holm, mcnemar, paired_bootstrap, shifted
 from accelplug.comparison.exam import Exam
 
 HARDEST = "adversarial"
@@ -130,7 +130,9 @@ def hold_against_dense(rows: list[Outcome], exam: Exam) -> None:
             row.described_p = mcnemar(*([a == b for a, b in zip(said, truth, strict=True)] for said in (first, second)))
             row.described_hallucination = _rate_difference(first, second, exam)
         row.chair_i = _chair_difference(dense, row)
-        row.matched = matched_offset(dense, row, exam)
+        if HARDEST in dense.margins and HARDEST in row.margins:
+            truth = [question.answer for question in exam.of(HARDEST)]
+            row.matched = pope.score(truth, shifted(dense.margins[HARDEST], sum(row.said_yes(exam))))
         row.alarms = collapsed(before, _health(row, exam))
     tested = [row for row in rows if row.kind == "recipe"]
     for name in ("p", "described_p"):
@@ -186,18 +188,3 @@ def _chair_difference(dense: Outcome, row: Outcome) -> Delta | None:
         return float(sums[1, 0] / sums[1, 1] - sums[0, 0] / sums[0, 1]) if (sums[:, 1] > 0).all() else math.nan
 
     return Delta(*paired_bootstrap(difference, counts))
-
-
-def matched_offset(dense: Outcome, row: Outcome, exam: Exam) -> YesNo | None:
-    """Score the dense model with its yes-logit shifted by one constant, so that it says yes as often as a row does.
-
-    A patch that does no better than this has moved a threshold.
-    """
-    if HARDEST not in dense.margins or HARDEST not in row.margins:
-        return None
-    wanted = sum(row.said_yes(exam))
-    margins = np.array(dense.margins[HARDEST])
-    said_yes = np.zeros(len(margins), dtype=bool)
-    said_yes[np.argsort(-margins, kind="stable")[:wanted]] = True
-    truth = [question.answer for question in exam.of(HARDEST)]
-    return pope.score(truth, said_yes.tolist())

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from accelplug.chat import Chat, open_picture, prompt, require_files
 from accelplug.comparison.evaluators import pope
 from accelplug.comparison.evaluators.pope import Parse
+from accelplug.comparison.evaluators.statistics import ratio, shifted
 from accelplug.comparison.exam import Exam
 from accelplug.errors import AccelplugError
 from accelplug.files import path_of
@@ -164,35 +164,11 @@ def _words(text: str) -> list[str]:
     return re.findall(r"(?:(?<!\w)-(?=\d))?\w+", text.lower().replace("\u2212", "-"))
 
 
-def figures(asked: Sequence[Item], replies: Sequence[Reply]) -> dict[str, float]:
-    """Return what replies are worth; NaN where it was not asked for or nothing can be said.
-
-    ``accuracy``: share that is right. Of questions of yes and no: ``mcc``, Matthews correlation; ``recall``, yes where it is so;
-    ``hallucination``, yes where it is not. ``nll``: nats a token of the references.
-    """
-    found = dict.fromkeys(("accuracy", "mcc", "recall", "hallucination", "nll"), math.nan)
-    if replies and replies[0].said is not None:
-        found["accuracy"] = float(np.mean([reply.right for reply in replies]))
-        polar = [(item.truth, reply.yes) for item, reply in zip(asked, replies, strict=True) if item.truth is not None]
-        score = pope.score([bool(truth) for truth, _ in polar], [yes for _, yes in polar])
-        found |= {"mcc": score.mcc, "recall": score.recall, "hallucination": score.hallucination_rate}
-    if tokens := sum(reply.tokens for reply in replies):
-        found["nll"] = sum(reply.nll for reply in replies) / tokens
-    return found
-
-
 def shifted_accuracy(asked: Sequence[Item], stock: Sequence[Reply], replies: Sequence[Reply]) -> float:
-    """Accuracy on yes and no of the stock model with its yes-logit shifted to say yes as often as `replies` do; NaN without such.
-
-    A patch that does no better has moved a threshold.
-    """
+    """Accuracy on yes and no of the stock model, made to say yes as often as `replies` do by `shifted`; NaN without such questions."""
     polar = [(i.truth, s.margin, r.yes) for i, s, r in zip(asked, stock, replies, strict=True) if i.truth is not None]
-    if not polar:
-        return math.nan
-    truth, margins, said = (np.array(column) for column in zip(*polar, strict=True))
-    yes = np.zeros(len(polar), dtype=bool)
-    yes[np.argsort(-margins, kind="stable")[: int((said == True).sum())]] = True  # noqa: E712 (None is no yes)
-    return float((yes == truth).mean())
+    said_yes = shifted([margin for _, margin, _ in polar], sum(yes is True for _, _, yes in polar))
+    return ratio(sum(yes == truth for yes, (truth, _, _) in zip(said_yes, polar, strict=True)), len(polar))
 
 
 @dataclass

@@ -14,6 +14,7 @@ import numpy as np
 
 from accelplug import files
 from accelplug.comparison import report
+from accelplug.comparison.metrics import BY_KEY, METRICS
 from accelplug.comparison.report import Axis, Dot
 from accelplug.comparison.rows import DENSE, Row, Sample, Spread, gains
 from accelplug.errors import AccelplugError
@@ -24,14 +25,6 @@ if TYPE_CHECKING:
 
 GOOD_DB = 25.0
 """Below this PSNR a clip is another sample rather than the same one, in dB."""
-METRIC_NAMES = {
-    "fg_psnr_db": "foreground PSNR, dB",
-    "psnr_db": "PSNR, dB",
-    "ssim": "SSIM",
-    "agreement": "agreement",
-    "latent_distance": "distance of latents",
-}
-"""Attribute of a `Sample` -> what the page calls it."""
 
 
 @dataclass(repr=False)
@@ -117,7 +110,7 @@ class Comparison(Shown):
             what = "every attention call ran dense" if ran else "no attention call was answered"
             return f"{', '.join(recipes)}: {what}, so nothing was gained or lost."
         metric = self.metric
-        what = "foreground PSNR" if metric == "fg_psnr_db" else "PSNR"
+        what = BY_KEY[metric].title
         gain = self.speedup(best).p50
         pace = f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x slower"
         mean, worst = best.mean(metric), best.worst(metric)
@@ -149,12 +142,7 @@ class Comparison(Shown):
             "sparse steps (pred.)",
             "density",
             "peak MiB",
-            "PSNR dB",
-            "worst",
-            "fg PSNR dB",
-            "worst",
-            "SSIM",
-            "agreement",
+            *(metric.heading if column == "mean" else "worst" for metric in METRICS.values() for column in metric.columns),
         ]
 
     def cells(self, row: Row) -> list[str]:
@@ -171,9 +159,11 @@ class Comparison(Shown):
             (f"{step.p50:.2f}x" + (f" ({row.forward_predicted:.2f}x)" if row.forward_predicted else "")) if step else "",
             f"{row.mean_density:.3f}" if row.mean_density is not None else "",
             f"{row.peak_mib:.0f}" if row.peak_mib else "",
-            *(rounded(value, 1) for m in ("psnr_db", "fg_psnr_db") for value in (row.mean(m), row.worst(m))),
-            rounded(row.mean("ssim"), 3),
-            rounded(row.mean("agreement"), 2),
+            *(
+                rounded((row.mean if column == "mean" else row.worst)(metric.key), metric.digits)
+                for metric in METRICS.values()
+                for column in metric.columns
+            ),
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,7 +172,8 @@ class Comparison(Shown):
             name: getattr(self, name)
             for name in ("model", "prompts", "seeds", "settings", "timed", "environment", "headline")
         }
-        return jsonable({**data, "verdict": self.verdict, "rows": [asdict(row) for row in self.rows]})
+        rows = [{**vars(row), "samples": [sample.to_dict() for sample in row.samples]} for row in self.rows]
+        return jsonable({**data, "verdict": self.verdict, "rows": rows})
 
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:
@@ -199,7 +190,7 @@ class Comparison(Shown):
             data.pop("verdict")
             # Samples hold numbers only: there "inf" is a number, while a prompt may be any text.
             rows = [
-                Row(**{**row, "samples": [Sample(**_from_jsonable(sample)) for sample in row["samples"]]})
+                Row(**{**row, "samples": [Sample.from_dict(_from_jsonable(sample)) for sample in row["samples"]]})
                 for row in data.pop("rows")
             ]
             return cls(**data, rows=rows)
@@ -217,7 +208,7 @@ class Comparison(Shown):
             self.verdict,
             f"Timed {self.timed}.",
             {**self.to_dict(), "chosen": self.best.name if self.best else None, "notes": (), "floors": floors},
-            axis=Axis(METRIC_NAMES[metric]),
+            axis=Axis(BY_KEY[metric].heading),
             dots=dots,
             clips={key: clip for key, clip in self.clips.items() if key[0] in shown},
             headings=self.headings(),
@@ -258,7 +249,7 @@ class Comparison(Shown):
         return dots
 
     def _worst_run(self, row: Row, metric: str) -> str:
-        worst = min((s for s in row.samples if getattr(s, metric) is not None), key=lambda s: getattr(s, metric))
+        worst = min((s for s in row.samples if metric in s.scores), key=lambda s: s.scores[metric])
         return self.run_name(worst.prompt, worst.seed)
 
     def record(self) -> list[Path]:
@@ -296,9 +287,7 @@ class Comparison(Shown):
             "speedup": asdict(self.speedup(row)),
             "density": row.mean_density,
             "peak_mib": row.peak_mib,
-            "psnr_db": quality(row, "psnr_db"),
-            "ssim": quality(row, "ssim"),
-            "foreground_psnr_db": quality(row, "fg_psnr_db"),
+            **{metric.recorded: quality(row, metric.key) for metric in METRICS.values() if metric.recorded},
             "floor_psnr_db": quality(floor, "psnr_db") if floor else None,
         }
         return {key: value for key, value in entry.items() if value is not None}
@@ -310,11 +299,10 @@ class Comparison(Shown):
 def qualities(row: Row) -> list[tuple[str, str, str]]:
     """Worst value and mean of each metric that was measured."""
     found = []
-    for metric, name in METRIC_NAMES.items():
-        worst, mean = row.worst(metric), row.mean(metric)
+    for metric in METRICS.values():
+        worst, mean = row.worst(metric.key), row.mean(metric.key)
         if worst is not None and mean is not None:
-            digits = 1 if name.endswith("dB") else 3
-            found.append((name, f"{rounded(worst, digits)} worst, {rounded(mean, digits)} mean", ""))
+            found.append((metric.heading, f"{rounded(worst, metric.digits)} worst, {rounded(mean, metric.digits)} mean", ""))
     return found
 
 

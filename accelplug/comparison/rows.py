@@ -7,6 +7,8 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelplug.comparison.metrics import BY_KEY
+
 DENSE = "dense"
 """Name of the row that all others are held against."""
 
@@ -16,7 +18,7 @@ class Sample:
     """One run of one row, at one prompt and seed, and its quality against the dense run of the same prompt and seed.
 
     Times in milliseconds: `latency_ms` end to end, `denoise_ms` from the first denoiser call to the last step's end,
-    `step_ms` per step. Quality is None for the dense run itself.
+    `step_ms` per step. `scores`: by key of a metric, see `accelplug.comparison.metrics`; few of the dense run itself.
     """
 
     prompt: int
@@ -24,11 +26,18 @@ class Sample:
     latency_ms: float
     denoise_ms: float
     step_ms: list[float] = field(default_factory=list)
-    psnr_db: float | None = None
-    ssim: float | None = None
-    fg_psnr_db: float | None = None
-    latent_distance: float | None = None
-    agreement: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as one flat mapping."""
+        own = vars(self).copy()
+        return own | own.pop("scores")
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Sample:
+        """Make it of what `to_dict` gave."""
+        own = {name: data.pop(name) for name in ("prompt", "seed", "latency_ms", "denoise_ms", "step_ms")}
+        return cls(**own, scores={key: value for key, value in data.items() if value is not None})
 
 
 @dataclass
@@ -99,7 +108,7 @@ class Row:
     @property
     def is_dense(self) -> bool:
         """Whether it is dense under another name: patches answered no call, or every run gave what dense gave, to the last bit."""
-        same = [s.psnr_db == math.inf and s.latent_distance in (None, 0.0) for s in self.samples]
+        same = [s.scores.get("psnr_db") == math.inf and s.scores.get("latent_distance", 0.0) == 0.0 for s in self.samples]
         return self.kind == "dense" or self.answered == 0 or (bool(same) and all(same))
 
     @property
@@ -109,9 +118,9 @@ class Row:
         return statistics.fmean(values) if values else None
 
     def values(self, metric: str) -> list[float]:
-        """All values of a quality metric that are known."""
-        found = [getattr(sample, metric) for sample in self.samples]
-        return [value for value in found if value is not None and not math.isnan(value)]
+        """All values of a metric, by its key, that are known."""
+        found = [sample.scores.get(metric, math.nan) for sample in self.samples]
+        return [value for value in found if not math.isnan(value)]
 
     def mean(self, metric: str) -> float | None:
         """Mean of a metric over samples."""
@@ -121,7 +130,7 @@ class Row:
     def worst(self, metric: str) -> float | None:
         """Worst sample of a metric."""
         values = self.values(metric)
-        return (max if metric == "latent_distance" else min)(values) if values else None
+        return (min if BY_KEY[metric].higher_is_better else max)(values) if values else None
 
 
 def gains(dense: Row, row: Row) -> list[float]:

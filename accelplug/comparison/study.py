@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from accelplug.comparison import arguments, metrics
+from accelplug.comparison import arguments
 from accelplug.comparison.environment import environment, forget_peak, peak_mib
+from accelplug.comparison.metrics import METRICS, Beside, to_uint8
 from accelplug.comparison.ranks import Ranks
 from accelplug.comparison.result import Comparison
 from accelplug.comparison.rows import DENSE, Row, Sample
@@ -116,7 +117,7 @@ class Study:
         if variant.name == DENSE:
             self.dense_runs[prompt, seed] = run
         row.samples.append(self.sample(run, prompt, seed, variant.name == DENSE))
-        self.clips[variant.name, prompt, seed] = metrics.to_uint8(run.clip)
+        self.clips[variant.name, prompt, seed] = to_uint8(run.clip)
 
     def floor_of_kernels(self) -> None:
         """Dense attention by another kernel of torch: what a change that nobody calls a change does."""
@@ -175,19 +176,19 @@ class Study:
 
     def sample(self, run: Run, prompt: int, seed: int, is_dense: bool) -> Sample:
         """Score a run against the dense run of the same prompt and seed."""
-        sample = Sample(prompt, seed, run.latency_ms, run.denoise_ms, run.step_ms)
-        if self.detect is not None:
-            sample.agreement = float(self.detect(metrics.to_uint8(run.clip), self.prompts[prompt].get("prompt", "")))
-        if is_dense:
-            return sample
-        dense = self.dense_runs[prompt, seed]
-        sample.psnr_db = metrics.psnr_db(run.clip, dense.clip)
-        sample.ssim = metrics.ssim(run.clip, dense.clip)
-        if self.foreground is not None:
-            sample.fg_psnr_db = metrics.foreground_psnr_db(run.clip, dense.clip, self.foreground)
-        if run.latents is not None and dense.latents is not None:
-            sample.latent_distance = metrics.relative_distance(run.latents, dense.latents)
-        return sample
+        dense = None if is_dense else self.dense_runs[prompt, seed]
+        beside = Beside(
+            run.clip,
+            dense.clip if dense else None,
+            run.latents,
+            dense.latents if dense else None,
+            self.foreground,
+            self.detect,
+            self.prompts[prompt].get("prompt", ""),
+        )
+        found = {metric.key: metric.of(beside) for metric in METRICS.values() if metric.of is not None}
+        scores = {key: value for key, value in found.items() if value is not None}
+        return Sample(prompt, seed, run.latency_ms, run.denoise_ms, run.step_ms, scores)
 
     def gather(self, ranks: Ranks) -> None:
         """Put together what all processes measured: rows as the first one traced them, with the samples of all."""

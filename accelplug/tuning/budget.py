@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from accelplug.comparison.metrics import METRICS
+from accelplug.comparison.metrics import METRICS, ClipMetric, Metric
 from accelplug.errors import AccelplugError, nearest
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Bound:
 
     Attributes
     ----------
-    name : a metric of `METRICS` or `TASK_METRICS`, or any name where `score` is given.
+    name : a metric of `METRICS` or `ANSWER_METRICS`, or any name where `score` is given.
     limit : the worst value that is still good.
     higher_is_better : which side of the limit is good.
     score : ``(dense, candidate) -> float`` on clips, uint8 (F, H, W, 3), of language models on lists of (`Item`, `Reply`);
@@ -50,15 +50,15 @@ class Bound:
         """
         if self.score is not None:
             return float(self.score(dense, candidate))
-        found = getattr(sample, METRICS[self.name][0])
-        if found is None:
+        if (found := sample.scores.get(METRICS[self.name].key)) is None:
             raise self.unmeasured()
         return found
 
     def unmeasured(self) -> AccelplugError:
         """Return the error for a metric that needs what was not given."""
-        needs = {"fg_psnr": "foreground=", "agreement": "detect="}.get(self.name, "latents of the pipeline")
-        return AccelplugError(f"The budget bounds {self.name}, which needs {needs}. Pass it to tune, or bound psnr.")
+        return AccelplugError(
+            f"The budget bounds {self.name}, which needs {METRICS[self.name].needs}. Pass it to tune, or bound psnr."
+        )
 
     def margin(self, value: float, stock: float = 0.0) -> float:
         """How far a value lies on the good side; negative if it does not. NaN is bad."""
@@ -72,9 +72,7 @@ class Bound:
         return f"{self.name}{'>=' if self.higher_is_better else '<='}{limit}"
 
 
-def parse(
-    budget: str | Bound | Sequence[str | Bound], metrics: Mapping[str, tuple[str, str]] = METRICS
-) -> tuple[Bound, ...]:
+def parse(budget: str | Bound | Sequence[str | Bound], metrics: Mapping[str, Metric] = METRICS) -> tuple[Bound, ...]:
     """Read a budget: bounds split by commas, `Bound` objects, or a list of either; `metrics` are those it may name.
 
     Raises
@@ -95,7 +93,7 @@ def parse(
 
 
 def require_measured(bounds: Sequence[Bound], given: Mapping[str, Any]) -> None:
-    """Refuse bounds whose metric needs a function that was not given.
+    """Refuse bounds whose metric needs a function that was not given; `given` goes by what a metric needs, ``foreground=``.
 
     Raises
     ------
@@ -103,48 +101,25 @@ def require_measured(bounds: Sequence[Bound], given: Mapping[str, Any]) -> None:
         If there is one.
     """
     for bound in bounds:
-        if bound.score is None and given.get(bound.name, True) is None:
+        if bound.score is None and given.get(METRICS[bound.name].needs, True) is None:
             raise bound.unmeasured()
 
 
-def _bound(text: str, metrics: Mapping[str, tuple[str, str]]) -> Bound:
+def _bound(text: str, metrics: Mapping[str, Metric]) -> Bound:
     found = re.fullmatch(rf"\s*(\w+)\s*(>=|<=)\s*(?:(-?{NUMBER})|(stock)\s*([+-]\s*{NUMBER})?)\s*", text)
-    if found is None or (found[4] and metrics is METRICS):
-        example = "'psnr>=26'" if metrics is METRICS else "'accuracy>=0.8' or 'nll<=stock-0.01'"
+    of_clips = metrics is METRICS
+    if found is None or (found[4] and of_clips):
+        example = "'psnr>=26'" if of_clips else "'accuracy>=0.8' or 'nll<=stock-0.01'"
         raise AccelplugError(f"A bound is a metric, >= or <=, and a number, such as {example}, got {text!r}.")
     name, side, number, stock, offset = found.groups()
     limit = float((number or offset or "0").replace(" ", ""))
-    if name == "lpips" and metrics is METRICS:
-        return Bound(name, limit, side == ">=", _lpips())
-    if name not in metrics:
+    if (metric := metrics.get(name)) is None:
         raise AccelplugError(
-            f"There is no metric {name!r}{nearest(name, metrics)}. Known: {', '.join(metrics)}"
-            f"{', lpips' if metrics is METRICS else ''}; for one of your own "
+            f"There is no metric {name!r}{nearest(name, metrics)}. Known: {', '.join(metrics)}; for one of your own "
             "pass Bound(name, limit, score=(dense, candidate) -> float)."
         )
-    if side != metrics[name][1]:
+    if side != metric.better:
         written = number or f"{stock}{offset or ''}"
-        raise AccelplugError(f"{name} is good on the other side: write {name}{metrics[name][1]}{written}.")
-    return Bound(name, limit, side == ">=", to_stock=stock is not None)
-
-
-def _lpips() -> Callable[[np.ndarray, np.ndarray], float]:
-    """LPIPS over frames, where torchvision and the weights of AlexNet are on disk: nothing is ever downloaded."""
-    from pathlib import Path
-
-    import torch
-
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    if not list(folder.glob("alexnet-*.pth")):
-        raise AccelplugError(
-            f"lpips needs torchvision and AlexNet's weights in {folder}, and they are not there; bound psnr or ssim instead."
-        )
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    metric = LearnedPerceptualImagePatchSimilarity("alex", normalize=True)
-
-    def score(dense: np.ndarray, candidate: np.ndarray) -> float:
-        frames = [torch.from_numpy(clip).permute(0, 3, 1, 2).float() / 255 for clip in (dense, candidate)]
-        return float(metric(*frames))
-
-    return score
+        raise AccelplugError(f"{name} is good on the other side: write {name}{metric.better}{written}.")
+    score = metric.load() if isinstance(metric, ClipMetric) and metric.load is not None else None
+    return Bound(name, limit, metric.higher_is_better, score, to_stock=stock is not None)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from accelplug.comparison.evaluators.statistics import holm, mcc, mcnemar, paired_bootstrap
-from accelplug.comparison.metrics import TASK_METRICS
-from accelplug.comparison.questions import Asker, Item, Reply, figures
+from accelplug.comparison.evaluators.statistics import holm, mcnemar, paired_bootstrap
+from accelplug.comparison.metrics import ANSWER_METRICS, LIKELIHOODS, AnswerMetric, figures
+from accelplug.comparison.questions import Asker, Item, Reply
 from accelplug.errors import AccelplugError
 from accelplug.kernels.timing import synchronise
 from accelplug.plug import apply
@@ -108,6 +108,11 @@ class Contest:
     def __post_init__(self) -> None:
         self.pages = [half[i : i + PAGE] for half in (self.seen, self.held) for i in range(0, len(half), PAGE)]
         self.first_held = math.ceil(len(self.seen) / PAGE)
+
+    @property
+    def metric(self) -> AnswerMetric:
+        """What is to be better than the stock model's."""
+        return ANSWER_METRICS[self.objective]
 
     @property
     def spent_s(self) -> float:
@@ -225,7 +230,8 @@ class Contest:
             r.margin if item.truth else -r.margin for item, r in zip(asked, own, strict=True) if not math.isnan(r.margin)
         ]
         hunch = -float(np.logaddexp(0, -np.array(odds)).mean()) if odds else 0.0
-        return Standing(found, gain(self.objective, before, found), min(margins, default=math.inf), hunch)
+        gained = self.metric.gain(before[self.objective], found[self.objective])
+        return Standing(found, gained, min(margins, default=math.inf), hunch)
 
     def speeds(self, aim: Aim, pages: Sequence[int]) -> list[float]:
         """Stock's time over a candidate's, page by page."""
@@ -234,7 +240,7 @@ class Contest:
     def test(self, first: Aim, second: Aim) -> float:
         """Exact p-value that both do equally well on the proof: McNemar's, of likelihoods the sign test."""
         pair = [self._replies(aim, self.proof) for aim in (first, second)]
-        if self.objective == "nll":
+        if self.metric.needs == LIKELIHOODS:
             costs = [(a.nll, b.nll) for a, b in zip(*pair, strict=True)]
             return mcnemar([a < b for a, b in costs], [b < a for a, b in costs])
         return mcnemar(*([reply.right for reply in replies] for replies in pair))
@@ -242,13 +248,14 @@ class Contest:
     def interval(self, aim: Aim) -> tuple[float, float, float]:
         """The gain over stock on the proof, with its 95 % interval, resampled over pictures."""
         by_group: dict[Any, np.ndarray] = {}
+        counts = self.metric.counts
+        assert counts is not None
         for item, stock, own in zip(*self.answered(aim), strict=True):
-            row = np.array([_counts(self.objective, item, stock), _counts(self.objective, item, own)], dtype=float)
+            row = np.array([counts(item, stock), counts(item, own)], dtype=float)
             by_group[item.group] = by_group.get(item.group, 0) + row
 
         def difference(groups: Sequence[np.ndarray]) -> float:
-            before, after = ({self.objective: _figure(self.objective, counts)} for counts in np.sum(groups, 0))
-            return gain(self.objective, before, after)
+            return self.metric.gain(*(self.metric.figure(*sums) for sums in np.sum(groups, 0)))
 
         return paired_bootstrap(difference, list(by_group.values()))
 
@@ -273,23 +280,3 @@ class Contest:
     def _best(self) -> str:
         held = [(s.gain, aim.name) for aim in self.candidates if aim.name in self.sheets and (s := self.standing(aim)).holds]
         return max(held)[1] if held else STOCK.name
-
-
-def gain(objective: str, stock: Mapping[str, float], found: Mapping[str, float]) -> float:
-    """Return how much better a figure is than stock's. An MCC that is not defined counts as 0: saying always the same is no skill."""
-    before, after = (0.0 if objective == "mcc" and math.isnan(x[objective]) else x[objective] for x in (stock, found))
-    return after - before if TASK_METRICS[objective][1] == ">=" else before - after
-
-
-def _counts(objective: str, item: Item, reply: Reply) -> list[float]:
-    """What adds up to an objective over questions: a share's numerator and denominator; for the MCC right of yes, yes, right of no, no."""
-    if objective == "mcc":
-        return [item.truth is truth and x for truth in (True, False) for x in (reply.right, True)]
-    return [reply.nll, reply.tokens] if objective == "nll" else [reply.right, 1]
-
-
-def _figure(objective: str, counts: np.ndarray) -> float:
-    if objective == "mcc":
-        tp, yes, tn, no = map(int, counts)
-        return mcc(tp, no - tn, yes - tp, tn)
-    return float(counts[0] / counts[1])

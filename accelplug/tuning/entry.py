@@ -129,7 +129,7 @@ def tune(
         )
     bounds = parse("psnr>=26" if budget is None else budget)
     arguments.require_functions(foreground=foreground, detect=detect)
-    require_measured(bounds, {"fg_psnr": foreground, "agreement": detect})
+    require_measured(bounds, {"foreground=": foreground, "detect=": detect})
     require_ladders(patches, space.LADDERS, "a diffusers pipeline")
     half = len(numbers) // 2
     seen = list(itertools.product(range(max(len(prompts) - 1, 1)), numbers[:half]))

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from accelplug.comparison.metrics import METRICS
 from accelplug.comparison.study import Study
 from accelplug.hosts.forecast import amdahl
 from accelplug.kernels.timing import timed_ms
@@ -221,7 +222,8 @@ class Forecast:
         margins = []
         for bound in self.bounds:
             points = [(other, bound.margin(v)) for other, values in seen if math.isfinite(v := values[bound.name])]
-            slope = DECIBEL_SLOPE if bound.name in ("psnr", "fg_psnr") else -abs(bound.limit)
+            in_db = bound.score is None and METRICS[bound.name].unit == "dB"
+            slope = DECIBEL_SLOPE if in_db else -abs(bound.limit)
             if points:
                 margins.append(self._line(candidate, points, slope))
         return min(margins, default=None)

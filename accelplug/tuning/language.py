@@ -16,8 +16,8 @@ from accelplug import compat, show
 from accelplug.comparison import arguments
 from accelplug.comparison.environment import device_name, environment
 from accelplug.comparison.exam import Exam
-from accelplug.comparison.metrics import TASK_METRICS
-from accelplug.comparison.questions import Asker, Item, digest, figures, items, require_pictures, shifted_accuracy
+from accelplug.comparison.metrics import ANSWER_METRICS, ANSWERS, LIKELIHOODS, POLAR, figures
+from accelplug.comparison.questions import Asker, Item, digest, items, require_pictures, shifted_accuracy
 from accelplug.comparison.rows import Spread
 from accelplug.errors import AccelplugError
 from accelplug.plug import model_facts
@@ -33,7 +33,7 @@ from accelplug.tuning.space import FINALISTS, require_ladders
 
 logger = logging.getLogger("accelplug")
 
-OBJECTIVES = ("accuracy", "mcc", "nll")
+OBJECTIVES = tuple(name for name, metric in ANSWER_METRICS.items() if metric.objective)
 
 
 def tune_language(
@@ -57,7 +57,7 @@ def tune_language(
         If questions, processor, objective or budget cannot be used.
     """
     asked = questions(model, given, processor)
-    bounds = () if budget is None else parse(budget, TASK_METRICS)
+    bounds = () if budget is None else parse(budget, ANSWER_METRICS)
     polar = any(item.truth is not None for item in asked)
     objective = objective or ("accuracy" if all(item.truth is not None for item in asked) else "nll")
     named = {objective, *(bound.name for bound in bounds if bound.score is None)}
@@ -65,13 +65,13 @@ def tune_language(
         raise AccelplugError(
             f"The objective of a language model is one of {', '.join(OBJECTIVES)}, got {objective!r}. Bound the others."
         )
-    wanting = sorted(named & {"mcc", "recall", "hallucination"})
-    if wanting and not polar:
+    if (wanting := sorted(name for name in named if ANSWER_METRICS[name].needs == POLAR)) and not polar:
         raise AccelplugError(f"{', '.join(wanting)}: expected questions of yes and no, got none. Bound accuracy or nll.")
     require_ladders(patches, aims.LADDERS, "a language model")
     require_pictures(asked)
-    says = bool(named & {"accuracy", "mcc", "recall", "hallucination"}) or any(bound.score for bound in bounds)
-    asker = Asker(model, processor, says=says, likelihoods="nll" in named, parse=getattr(given, "parse", "strict"))
+    needs = {ANSWER_METRICS[name].needs for name in named}
+    says = bool(needs & {ANSWERS, POLAR}) or any(bound.score for bound in bounds)
+    asker = Asker(model, processor, says=says, likelihoods=LIKELIHOODS in needs, parse=getattr(given, "parse", "strict"))
     journal = Journal(resume, _fingerprint(model, asked, seed, asker))
     contest = Contest(asker, *split(asked, seed), objective, bounds, time_budget_s, journal)
     with show.progress("tuning", time_budget_s, progress) as contest.tell:

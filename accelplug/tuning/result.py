@@ -13,7 +13,7 @@ from accelplug import files
 from accelplug.comparison import report
 from accelplug.comparison.metrics import METRICS
 from accelplug.comparison.report import Axis, Dot
-from accelplug.comparison.result import METRIC_NAMES, Comparison, qualities, times_text
+from accelplug.comparison.result import Comparison, qualities, times_text
 from accelplug.comparison.rows import DENSE
 from accelplug.errors import AccelplugError
 from accelplug.recipe import SCHEMA, ModelFacts, Recipe, match_for, model_name
@@ -160,8 +160,8 @@ class Tuned(Shown, Recipe):
         if len(self.bounds) != 1:
             return Axis("margin to the nearest bound", 0.0)
         (bound,) = self.bounds
-        attribute, _ = METRICS.get(bound.name, (bound.name, ""))
-        return Axis(METRIC_NAMES.get(attribute, bound.name), bound.limit, bound.higher_is_better)
+        name = METRICS[bound.name].heading if bound.name in METRICS else bound.name
+        return Axis(name, bound.limit, bound.higher_is_better)
 
     def _dot(self, point: Point, comparison: Comparison) -> Dot:
         """A candidate that was run whole, by its worst run."""

@@ -12,12 +12,13 @@ from accelplug import compat, files
 from accelplug.comparison import arguments
 from accelplug.comparison.entry import compare
 from accelplug.comparison.environment import device_name
-from accelplug.comparison.questions import Asker, Item, digest, figures, require_pictures
+from accelplug.comparison.metrics import ANSWER_METRICS, figures
+from accelplug.comparison.questions import Asker, Item, digest, require_pictures
 from accelplug.errors import AccelplugError, RecipeError
 from accelplug.hosts.models import model_in
 from accelplug.recipe import Measured, Recipe, read_file
 from accelplug.tuning.aims import Aim
-from accelplug.tuning.contest import STOCK, Contest, gain
+from accelplug.tuning.contest import STOCK, Contest
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.language import questions, split
 
@@ -168,8 +169,9 @@ def judge_task(
 ) -> tuple[Literal["confirmed", "drifted", "broken"], str]:
     """Hold new figures against a row: broken where nothing is gained any more, drifted where less than half of it is, or speed is lost."""
     name = row.objective or "accuracy"
-    recorded = gain(name, *({name: getattr(row.task[name], side)} for side in ("dense", "value")))
-    now, recorded_speed = gain(name, stock, found), row.gain
+    gain = ANSWER_METRICS[name].gain
+    recorded = gain(row.task[name].dense, row.task[name].value)
+    now, recorded_speed = gain(stock[name], found[name]), row.gain
     said = (
         f"{name} {found[name]:.3f}, stock {stock[name]:.3f}: gain {now:+.3f} (recorded {recorded:+.3f}), "
         f"{speed:.2f}x the speed (recorded {recorded_speed:.2f}x{'' if same_device else ' on ' + row.device})"

@@ -42,6 +42,16 @@ def mcc(tp: int, fp: int, fn: int, tn: int) -> float:
     return ratio(tp * tn - fp * fn, math.sqrt(margins))
 
 
+def shifted(margins: Sequence[float], yes: int) -> list[bool]:
+    """Say yes to the `yes` questions with the largest margin of yes over no: a model whose yes-logit was shifted by a constant.
+
+    A patch that does no better than that has moved a threshold.
+    """
+    said = np.zeros(len(margins), dtype=bool)
+    said[np.argsort(-np.array(margins), kind="stable")[:yes]] = True
+    return said.tolist()
+
+
 def mcnemar(first_right: Sequence[bool], second_right: Sequence[bool]) -> float:
     """Return the exact two-sided p-value that both runs are right equally often.
 
