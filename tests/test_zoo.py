@@ -137,3 +137,8 @@ def test_the_demo_grid_differs_in_all_three_axes() -> None:
     frames, height, width = (zoo.DEMO["num_frames"] + 1) // 2, zoo.DEMO["height"] // 8, zoo.DEMO["width"] // 8
     assert len({frames, height, width}) == 3
     assert 6100 <= frames * height * width <= 6900
+
+
+def test_a_deprecated_argument_of_diffusers_is_an_error_in_tests() -> None:
+    with pytest.raises(FutureWarning, match="torch_dtype"):
+        WanPipeline.from_pretrained(zoo.path(), torch_dtype=torch.float32)
