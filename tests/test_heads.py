@@ -23,7 +23,7 @@ SITE = Site("layers.0.self_attn", "decoder", "self", 0, 4)
 PREFILL, DECODE = Clock(phase="prefill"), Clock(phase="decode")
 B, H, KV, S, D, DV = 2, 4, 2, 23, 16, 24
 VISUAL = slice(4, 13)
-TIGHT = {"atol": 1e-12, "rtol": 0.0}
+TIGHT: dict[str, Any] = {"atol": 1e-12, "rtol": 0.0}
 
 
 def make(dtype: torch.dtype = torch.float64, queries: int = S, heads: int = H, kv: int = KV, keys: int = S) -> AttentionCall:

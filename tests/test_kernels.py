@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from accelplug.bounded import Bounded
 from accelplug.errors import ShapeError, UnsupportedError
 from accelplug.kernels import flex
-from accelplug.kernels.attention import available_backends, block_attention, choices, forget_choices, measure_choice
+from accelplug.kernels.attention import (
+    Backend,
+    Precision,
+    available_backends,
+    block_attention,
+    choices,
+    forget_choices,
+    measure_choice,
+)
 from accelplug.kernels.plan import BlockPlan, Box, Threshold, pool
 from accelplug.kernels.precision import quantised
 from accelplug.kernels.rest import Drop, Pool, Rectified, Tied
@@ -88,10 +96,10 @@ def close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype = torch.
 @pytest.mark.parametrize("rest", RESTS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_backend_equals_reference(backend: str, shape: tuple[int, ...], rest: str, mask: str) -> None:
+def test_backend_equals_reference(backend: Backend, shape: tuple[int, ...], rest: str, mask: str) -> None:
     q, k, v, plan = make(shape, per_head=shape[0] == 2)
     key_mask = None if mask == "all" else torch.rand(shape[0], shape[3]) < 0.7
-    arguments = {"rest": RESTS[rest](shape[1]), "key_mask": key_mask, "return_lse": True}
+    arguments: dict[str, Any] = {"rest": RESTS[rest](shape[1]), "key_mask": key_mask, "return_lse": True}
     expected, expected_lse = block_attention(q, k, v, plan, backend="reference", **arguments)
     got, lse = block_attention(q, k, v, plan, backend=backend, **arguments)
     close(got, expected)
@@ -127,10 +135,10 @@ def levelled(
 @pytest.mark.parametrize(("rest", "padded"), [("drop", False), ("weighted", True)])
 @pytest.mark.parametrize("shape", MEANS_SHAPES.values(), ids=MEANS_SHAPES)
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_means_and_skipped_heads_equal_reference(backend: str, shape: tuple[int, ...], rest: str, padded: bool) -> None:
+def test_means_and_skipped_heads_equal_reference(backend: Backend, shape: tuple[int, ...], rest: str, padded: bool) -> None:
     q, k, v, plan = levelled(shape, skipped=True)
     key_mask = torch.rand(shape[0], shape[3]) < 0.7 if padded else None
-    arguments = {"rest": RESTS[rest](shape[1]), "key_mask": key_mask, "return_lse": True}
+    arguments: dict[str, Any] = {"rest": RESTS[rest](shape[1]), "key_mask": key_mask, "return_lse": True}
     expected, expected_lse = block_attention(q, k, v, plan, backend="reference", **arguments)
     got, lse = block_attention(q, k, v, plan, backend=backend, **arguments)
     close(got, expected)
@@ -161,7 +169,7 @@ def test_means_by_token(mask: str) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
 @pytest.mark.parametrize("tokens", [96, 97, 111])
-def test_means_are_exact_where_their_keys_and_values_are_equal(backend: str, tokens: int) -> None:
+def test_means_are_exact_where_their_keys_and_values_are_equal(backend: Backend, tokens: int) -> None:
     q, k, v, plan = levelled((1, 2, 2, tokens, 16, 16, 16, 16))
     run = torch.arange(tokens) // 8 * 8
     k, v = k[..., run, :], v[..., run, :]
@@ -197,7 +205,7 @@ def test_the_centre_stands_for_its_block(representative: str, mask: str) -> None
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_rectified_adds_fixed_weights(backend: str) -> None:
+def test_rectified_adds_fixed_weights(backend: Backend) -> None:
     q, k, v, plan = make((2, 4, 2, 45, 16, 24, 16, 16), per_head=True)
     share, weights = torch.rand(2, 4, 3), torch.rand(2, 4, 3, 3)
     exact = block_attention(q, k, v, plan, backend="reference")
@@ -210,7 +218,7 @@ def test_rectified_adds_fixed_weights(backend: str) -> None:
 
 @pytest.mark.parametrize("mask", ["all", "padded"])
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_tied_is_the_two_level_form(backend: str, mask: str) -> None:
+def test_tied_is_the_two_level_form(backend: Backend, mask: str) -> None:
     tokens, block = 45, 16
     q, k, v, _ = make((1, 2, 1, tokens, 16, 16, block, block))
     valid = torch.ones(tokens, dtype=torch.bool) if mask == "all" else torch.rand(tokens) < 0.7
@@ -232,12 +240,12 @@ def test_tied_is_the_two_level_form(backend: str, mask: str) -> None:
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize("shape", ["S113-q16k16", "B2-H2kv1-S97-q32k16"])
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_8_bit_backends_agree(backend: str, shape: str, precision: str) -> None:
+def test_8_bit_backends_agree(backend: Backend, shape: str, precision: Precision) -> None:
     shape = MEANS_SHAPES[shape]
     q, k, v, plan = levelled(shape)
     key_mask = torch.rand(shape[0], shape[3]) < 0.7
     k = torch.where(key_mask[:, None, :, None], k + 2, torch.nan)  # a key that may not be read has no say in the rounding
-    arguments = {"rest": Pool(), "precision": precision, "key_mask": key_mask, "return_lse": True}
+    arguments: dict[str, Any] = {"rest": Pool(), "precision": precision, "key_mask": key_mask, "return_lse": True}
     expected, expected_lse = block_attention(q, k, v, plan, backend="reference", **arguments)
     got, lse = block_attention(q, k, v, plan, backend=backend, **arguments)
     close(got, expected)
@@ -246,7 +254,7 @@ def test_8_bit_backends_agree(backend: str, shape: str, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_8_bits_lose_nothing_of_numbers_they_hold(backend: str, precision: str) -> None:
+def test_8_bits_lose_nothing_of_numbers_they_hold(backend: Backend, precision: Precision) -> None:
     q, k, v, plan = make((1, 2, 2, 64, 32, 16, 16, 16))
     if precision == "int8":
         q, k, largest = q.mul(40).round().clamp(-127, 127), k.mul(40).round().clamp(-127, 127), 127.0
@@ -254,12 +262,12 @@ def test_8_bits_lose_nothing_of_numbers_they_hold(backend: str, precision: str) 
         q, k, largest = (2.0 ** (3 * q).round().clamp(-6, 8)), -(2.0 ** (3 * k).round().clamp(-6, 8)), 448.0
     q[..., ::16, 0], k[..., ::16, 0] = largest, largest  # the step of each block is 1
     k[..., 1::2, :] = -k[..., ::2, :]  # nothing to smooth away
-    arguments = {"rest": Pool(), "scale": 2e-5, "backend": backend}
+    arguments: dict[str, Any] = {"rest": Pool(), "scale": 2e-5, "backend": backend}
     close(block_attention(q, k, v, plan, precision=precision, **arguments), block_attention(q, k, v, plan, **arguments))
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_8_bit_errors_are_those_of_rounding(precision: str) -> None:
+def test_8_bit_errors_are_those_of_rounding(precision: Precision) -> None:
     """No logit of row i is off by more than d_i = s sum(|q| e_k + |k'| e_q + e_q e_k), with e half a step; hence its output by
     (exp(2 d_i) - 1) sum_j p_ij |v_j - o_i|, and its log-sum-exp by d_i. Shared parts of the keys change nothing."""
     q, k, v, plan = make((1, 2, 2, 128, 16, 16, 32, 32), density=2.0)
@@ -311,7 +319,7 @@ def test_tiers_of_the_triton_kernel_equal_the_reference(monkeypatch: pytest.Monk
     got, lse = triton_block.attend(q, k, v, plan, rest, 0.2, key_mask, True, eight, tier)
     assert len(described) == {"pointers": 0, "whole": 4}[tier]
     q, k = (q, k) if eight is None else eight.restored(q.dtype)
-    arguments = {"rest": rest, "scale": 0.2, "key_mask": key_mask, "return_lse": True}
+    arguments: dict[str, Any] = {"rest": rest, "scale": 0.2, "key_mask": key_mask, "return_lse": True}
     expected, expected_lse = block_attention(q, k, v, plan, backend="reference", **arguments)
     close(got, expected)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
@@ -345,7 +353,7 @@ def test_flex_equals_reference(case: str, rest: str) -> None:
     if case == "means":
         q, k, v, plan = levelled(shape, skipped=True)
     key_mask = torch.rand(2, 200) < 0.7 if case == "padded" else None
-    arguments = {"rest": RESTS[rest](4), "key_mask": key_mask}
+    arguments: dict[str, Any] = {"rest": RESTS[rest](4), "key_mask": key_mask}
     close(
         block_attention(q, k, v, plan, backend="flex", **arguments),
         block_attention(q, k, v, plan, backend="reference", **arguments),
@@ -452,7 +460,7 @@ def test_flash_is_measured_beside_the_others_and_left_out_where_it_fails(monkeyp
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_flash_equals_reference(dtype: torch.dtype, dim: int, rest: str) -> None:
     q, k, v, plan = make((2, 4, 2, 700, dim, dim, 256, 128), per_head=True, dtype=dtype)
-    arguments = {"rest": RESTS[rest](4), "return_lse": True}
+    arguments: dict[str, Any] = {"rest": RESTS[rest](4), "return_lse": True}
     expected, expected_lse = block_attention(q, k, v, plan, backend="reference", **arguments)
     got, lse = block_attention(q, k, v, plan, backend="flash", **arguments)
     close(got, expected, dtype)
@@ -461,7 +469,7 @@ def test_flash_equals_reference(dtype: torch.dtype, dim: int, rest: str) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_half_precision(backend: str, dtype: torch.dtype) -> None:
+def test_half_precision(backend: Backend, dtype: torch.dtype) -> None:
     q, k, v, plan = make((1, 2, 1, 49, 40, 40, 32, 16), dtype=dtype)
     for rest in (Drop(), Pool()):
         close(
@@ -473,7 +481,7 @@ def test_half_precision(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
 @pytest.mark.parametrize("rest", ["drop", "pool"])
-def test_box(backend: str, rest: str) -> None:
+def test_box(backend: Backend, rest: str) -> None:
     q, k, v, plan = make((1, 2, 2, 100, 16, 16, 16, 16), box=True)
     rows, keys = torch.arange(100)[:, None], torch.arange(100)
     reads = (keys >= rows - 20) & (keys < rows + 9)
@@ -485,7 +493,7 @@ def test_box(backend: str, rest: str) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton", "flex"])
 @pytest.mark.parametrize("tokens", [64, 65, 63, 79])
-def test_density_one_is_dense_within_twice_its_own_error(backend: str, tokens: int) -> None:
+def test_density_one_is_dense_within_twice_its_own_error(backend: Backend, tokens: int) -> None:
     block = FLEX_BLOCK if backend == "flex" else 16
     q, k, v, plan = make((2, 2, 2, tokens, 32, 32, block, block), density=2.0)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
@@ -496,7 +504,7 @@ def test_density_one_is_dense_within_twice_its_own_error(backend: str, tokens: i
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_halves_merge_by_lse(backend: str) -> None:
+def test_halves_merge_by_lse(backend: Backend) -> None:
     q, k, v, plan = make((1, 2, 2, 128, 16, 16, 16, 16), density=2.0)
     first = torch.zeros(8, 8, dtype=torch.bool)
     first[:, :3] = True
@@ -507,7 +515,7 @@ def test_halves_merge_by_lse(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton", "flex"])
-def test_pool_is_exact_where_a_blocks_keys_are_equal(backend: str) -> None:
+def test_pool_is_exact_where_a_blocks_keys_are_equal(backend: Backend) -> None:
     size = FLEX_BLOCK if backend == "flex" else 16
     q, k, v, plan = make((1, 2, 2, 100, 16, 16, size, size))
     block = torch.arange(100) // size
@@ -517,15 +525,15 @@ def test_pool_is_exact_where_a_blocks_keys_are_equal(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 @pytest.mark.parametrize("rest", ["drop", "pool"])
-def test_a_negative_scale(backend: str, rest: str) -> None:
+def test_a_negative_scale(backend: Backend, rest: str) -> None:
     q, k, v, plan = make((1, 2, 2, 100, 16, 16, 16, 16))
-    arguments = {"rest": RESTS[rest](2), "scale": -0.3}
+    arguments: dict[str, Any] = {"rest": RESTS[rest](2), "scale": -0.3}
     expected = block_attention(q, k, v, plan, backend="reference", **arguments)
     close(block_attention(q, k, v, plan, backend=backend, **arguments), expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_a_row_without_a_key_is_zero(backend: str) -> None:
+def test_a_row_without_a_key_is_zero(backend: Backend) -> None:
     q, k, v, plan = make((1, 1, 1, 48, 16, 16, 16, 16))
     key_mask = torch.zeros(1, 48, dtype=torch.bool)
     out, lse = block_attention(q, k, v, plan, key_mask=key_mask, backend=backend, return_lse=True)
@@ -535,7 +543,7 @@ def test_a_row_without_a_key_is_zero(backend: str) -> None:
 
 @pytest.mark.parametrize("rest", ["drop", "pool"])
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_threshold(backend: str, rest: str) -> None:
+def test_threshold(backend: Backend, rest: str) -> None:
     tokens, block = 90, 16
     q, k, v, plan = make((2, 2, 1, tokens, 16, 16, block, block))
     n = len(plan.k_len)
@@ -548,7 +556,7 @@ def test_threshold(backend: str, rest: str) -> None:
     for theta in (-math.inf, 0.0, 0.4, math.inf):
         q_pool, k_pool = pool(q, plan.q_len, block)[0], pool(k, plan.k_len, block)[0].repeat_interleave(2, 1)
         lowered = rule(theta).lower(q_pool, k_pool, 0.25)
-        arguments = {"rest": RESTS[rest](2), "scale": 0.25}
+        arguments: dict[str, Any] = {"rest": RESTS[rest](2), "scale": 0.25}
         expected = block_attention(q, k, v, lowered, backend="reference", **arguments)
         close(block_attention(q, k, v, rule(theta), backend=backend, **arguments), expected)
         band = (torch.arange(n)[:, None] - torch.arange(n)).abs() <= 1

@@ -53,7 +53,7 @@ WORKING: dict[str, dict[str, Any]] = {
 TOWER = {"llava"}
 """Families whose vision tower has a class token and one image token a patch, which imbalance needs."""
 STEPS = 4
-CLOSE = {"atol": 5e-6, "rtol": 0.0}
+CLOSE: dict[str, Any] = {"atol": 5e-6, "rtol": 0.0}
 
 
 def llava_mistral() -> Any:
@@ -193,7 +193,7 @@ def hold(
     """
     eager, oracle = attention == "eager", Oracle(model)
     model, given = (model.float(), given) if eager else (model, double(given))
-    close = {"atol": 2e-5, "rtol": 0.0} if eager else CLOSE
+    close: dict[str, Any] = {"atol": 2e-5, "rtol": 0.0} if eager else CLOSE
     model.config.get_text_config()._attn_implementation = attention
     with patched(model, patch, config, layers):
         prompt = forward(model, given)
@@ -432,7 +432,7 @@ def test_where_inspect_says_that_a_model_looks(name: str) -> None:
     said, look, heads, oracle = accelplug.inspect(model, given), Look(), method("vhr", {"gain": 1.0}), Oracle(model)
     oracle.answer(look, given)
     oracle.answer(heads, given)
-    close = {"atol": 2e-6, "rtol": 0.0, "check_dtype": False}
+    close: dict[str, Any] = {"atol": 2e-6, "rtol": 0.0, "check_dtype": False}
     for layer, call in look.calls.items():
         tokens, reach = call.tokens, call.scores.isfinite()
         for span, found in zip(
@@ -468,7 +468,8 @@ def test_attention_and_hidden_states_that_are_asked_for(patch: str, name: str) -
         found = model(**given, **more)
         plain = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         said = model.generate(**given, **plain, **more, suppress_tokens=[IMAGE, VIDEO], return_dict_in_generate=True)
-    telling, close = Telling(method(patch)), {"atol": 2e-5, "rtol": 0.0}
+    telling = Telling(method(patch))
+    close: dict[str, Any] = {"atol": 2e-5, "rtol": 0.0}
     oracle.answer(telling, given, said.sequences)
     assert len(found.attentions) == len(found.hidden_states) - 1 == 4
     for layer in range(4):
@@ -536,7 +537,7 @@ def test_shipped_recipes_on_the_bundled_model(name: str, order: str) -> None:
     oracle.told = {"system": ~opened & valid, "question": opened & written, "content": opened & behind & carries}
     expected = oracle.answer(METHODS[name](**config), given, ids, layers)
     stock = oracle.answer(Method(), given, ids)
-    close = {"atol": 3e-5, "rtol": 0.0}  # logits of 20
+    close: dict[str, Any] = {"atol": 3e-5, "rtol": 0.0}  # logits of 20
     torch.testing.assert_close(prompt[valid], expected[:, :asked][valid], **close)
     torch.testing.assert_close(steps, expected[:, asked - 1 : -1], **close)
     assert ((expected - stock)[:, asked - 1 :].abs().amax((1, 2)) > 1e-3).all()

@@ -25,7 +25,7 @@ from tests.tiny_models import build as denoiser
 
 ONE = ((3, "I", 6),)
 PATCHES = list(WORKING)
-TIGHT = {"atol": 2e-5, "rtol": 1e-4}
+TIGHT: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 
 
 def read(model: Any, given: dict[str, Any], plug: Any) -> Any:

@@ -323,7 +323,7 @@ def held(cache: Any) -> dict[str, Any]:
     return {compat.transformers.cache_keyword(hf.LlamaForCausalLM.forward): cache}
 
 
-def generate(model: Any, given: dict[str, torch.Tensor], tokens: int = 6, **more: Any) -> torch.Tensor:
+def generate(model: Any, given: dict[str, torch.Tensor], tokens: int = 6, **more: Any) -> Any:
     """Greedy tokens that never stop early."""
     plain = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return model.generate(**given, **{**plain, **more})
