@@ -75,20 +75,21 @@ def index_of(bound: str, count: int) -> int:
     return count + number if bound.startswith("-") else number
 
 
-def listed(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """Return a value or a list of values as a list."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def listed_out(value: Any) -> Any:
-    """A value as YAML and JSON have it: lists for tuples, spans as text."""
+def written(value: Any) -> Any:
+    """Return a value as YAML and JSON have it: lists for tuples, spans as text."""
     if isinstance(value, list | tuple):
-        return [listed_out(item) for item in value]
+        return [written(item) for item in value]
     return value.text if isinstance(value, Span) else value
 
 
 def _few(value: Any) -> list[Any]:
     """A value or a list of values as a list, which must not be endless."""
-    if len(items := listed(value)) > MAX_LIST:
+    if len(items := as_list(value)) > MAX_LIST:
         raise ValueError(f"a list here has at most {MAX_LIST} items, this one has {len(items)}; write spans, '0:20'")
     return items
 
@@ -100,6 +101,7 @@ def _spans(value: Any) -> tuple[Span, ...]:
 
 
 def name_list(value: Any) -> tuple[str, ...]:
+    """Return a name or a list of names as names. ValueError where they are not."""
     items = _few(value)
     if not items or not all(isinstance(item, str) and 0 < len(item) <= MAX_NAME for item in items):
         raise ValueError(f"expected a name or a list of names, of 1 to {MAX_NAME} characters each, got {shortened(value)}")
@@ -128,12 +130,12 @@ def _grid(value: Any) -> str:
 
 
 Spans = Annotated[tuple[Span, ...], BeforeValidator(_spans)]
-
-
 Names = Annotated[tuple[str, ...], BeforeValidator(name_list)]
 
 
 class Strict(BaseModel):
+    """Base of all that a recipe is made of: unknown keys are errors, and values do not change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
@@ -154,7 +156,7 @@ class Where(Strict):
 
     def to_mapping(self) -> dict[str, Any]:
         """Return it as it stands in a file."""
-        return {key: listed_out(value) for key, value in self if value is not None}
+        return {key: written(value) for key, value in self if value is not None}
 
     def fits(self, site: Site) -> bool:
         """Whether the conditions on the place hold."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,8 +11,14 @@ from accelplug.errors import nearest
 from accelplug.recipe.strict_yaml import Loc, Source
 
 
-def explain(error: ValidationError, source: Source, loc: Loc, model_at: Any) -> str:
-    """Say in our words what pydantic found: file, line, key, what was expected, what was got."""
+def explain(error: ValidationError, source: Source, loc: Loc, model_at: Callable[[Loc], Any]) -> str:
+    """Say in our words what pydantic found: file, line, key, what was expected, what was got.
+
+    Parameters
+    ----------
+    loc : where the data that was validated stands in `source`.
+    model_at : place in that data -> the pydantic model that it is of, whose keys are known.
+    """
     lines = []
     problems = error.errors(include_url=False)
     # A list whose items are wrong also counts as too short; the items say more.
@@ -36,5 +43,6 @@ def explain(error: ValidationError, source: Source, loc: Loc, model_at: Any) -> 
 
 
 def shortened(value: Any, length: int = 80) -> str:
+    """Return a value as it was written, cut where it is longer than a message should be."""
     text = repr(value)
     return text if len(text) <= length else text[: length - 3] + "..."

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from accelplug.recipe.conditions import listed
+from accelplug.recipe.conditions import as_list
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ class Match:
     @staticmethod
     def _has(facts: ModelFacts, key: str, wanted: Any) -> bool:
         if key == "class":
-            return any(name in facts.class_names for name in listed(wanted))
+            return any(name in facts.class_names for name in as_list(wanted))
         if key == "vlm":
             return facts.vlm is wanted
         if key not in facts.config:
             return False
         value = facts.config[key]
         if isinstance(value, list | tuple):
-            return list(value) == listed(wanted)
-        return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in listed(wanted))
+            return list(value) == as_list(wanted)
+        return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in as_list(wanted))
 
     def weight(self, facts: ModelFacts) -> int:
         """Number of keys that fitted, but for ``vlm``: the file with most wins, and one for a class over one for all."""

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from accelplug.errors import NoMatchError, RecipeError, nearest
 from accelplug.recipe import strict_yaml
-from accelplug.recipe.conditions import MAX_LIST, Names, Strict, Where, listed
+from accelplug.recipe.conditions import MAX_LIST, Names, Strict, Where, as_list
 from accelplug.recipe.explaining import explain, shortened
 from accelplug.recipe.matching import Match
 from accelplug.recipe.measured import Measured, Quality, Spread, Task
@@ -138,7 +138,7 @@ def _match(keys: Mapping[str, Any], source: Source) -> Match:
             f"that is known, got {', '.join(keys) or 'pipeline alone'}."
         )
     for key, value in keys.items():
-        if any(isinstance(item, Mapping | list | tuple) for item in listed(value)):
+        if any(isinstance(item, Mapping | list | tuple) for item in as_list(value)):
             raise RecipeError(f"{source.at(('match', key))}: expected a value or a list of values, got {shortened(value)}.")
     return Match(keys, pipeline)
 
@@ -148,6 +148,8 @@ _MODELS |= dict.fromkeys(("dense_ms", "ms", "speedup"), Spread) | {"cache": Step
 
 
 def validated(model: Any, data: Any, source: Source, loc: Loc = ()) -> Any:
+    """Return `data` as a pydantic model; RecipeError, in our words, where it is none."""
+
     def at(part: Loc) -> Any:
         # The model whose key is wrong is told by the last name on the way to it: rules[0], recipes.radial, where.
         if len(part) == 2 and part[0] == "recipes":

@@ -191,38 +191,22 @@ class Recipe:
             If a setting is unknown or has a value that the patch refuses.
         """
         for i, rule in enumerate(self.with_tables().rules):
-            if rule.patch == "dense" or not isinstance(rule.patch, str):
-                continue
-            varying = {key: read_varying(key, value) for key, value in rule.settings.items() if isinstance(value, Mapping)}
-            ramps = {key: value for key, value in varying.items() if isinstance(value, Ramp)}
-            model = patch_class(rule.patch).Config
-            for key, value in rule.settings.items():
-                if (why := self._misplaced(rule, key, value, model)) is not None:
-                    raise RecipeError(f"{self.source.at((*self.loc, 'rules', i, 'with', key))}: {why}")
-            for way in (0.0, 1.0) if ramps else (0.0,):  # the ends of a straight line are its extremes
-                # Of what is told in percent, the order is the same at any depth.
-                config = {**at_depth(rule.settings, 100), **{key: ramp.value(way) for key, ramp in ramps.items()}}
-                try:
-                    model.model_validate(config)
-                except ValidationError as error:
-                    loc = (*self.loc, "rules", i, "with")
-                    raise RecipeError(explain(error, self.source, loc, lambda _, model=model: model)) from error
+            if rule.patch != "dense" and rule.instance is None:  # an instance has been checked when it was made
+                self._check_settings(rule, (*self.loc, "rules", i, "with"))
 
-    @staticmethod
-    def _misplaced(rule: Rule, key: str, value: Any, model: Any) -> str | None:
-        """Why a setting cannot vary as it does, or None."""
-        if key in model.model_fields and in_percent(value) and key not in model.layer_numbers:
-            return f"only layers are told in percent of the depth, and {key} of {rule.patch} is not one; write a number."
-        if not (isinstance(value, Mapping) and isinstance(read_varying(key, value), Ramp)):
-            return None
-        if rule.around:
-            return f"{rule.patch} stands around generate, where there is no step and no layer to ramp over."
-        if key in model.model_fields and float not in model.kinds(key):
-            return (
-                f"only real numbers ramp, and {key} of {rule.patch} is not one; write a rule for each value, with "
-                "where: {steps: ...} or {layers: ...}."
-            )
-        return None
+    def _check_settings(self, rule: Rule, loc: Loc) -> None:
+        model = patch_class(rule.patch).Config
+        varying = {key: read_varying(key, value) for key, value in rule.settings.items() if isinstance(value, Mapping)}
+        ramps = {key: value for key, value in varying.items() if isinstance(value, Ramp)}
+        for key, value in rule.settings.items():
+            if (why := _misplaced(rule, key, value, model)) is not None:
+                raise RecipeError(f"{self.source.at((*loc, key))}: {why}")
+        constant = at_depth(rule.settings, 100)  # the order of what is told in percent is the same at any depth
+        for way in (0.0, 1.0) if ramps else (0.0,):  # the ends of a straight line are its extremes
+            try:
+                model.model_validate({**constant, **{key: ramp.value(way) for key, ramp in ramps.items()}})
+            except ValidationError as error:
+                raise RecipeError(explain(error, self.source, loc, lambda _: model)) from error
 
     def with_cache(self, kind: str, **settings: Any) -> Recipe:
         """Return the recipe with a step cache beside its rules, the first layer dense where the cache looks at it."""
@@ -244,3 +228,19 @@ class Recipe:
             psnr = f", PSNR {row.psnr_db.mean:.1f} dB (worst {row.psnr_db.worst:.1f})" if row.psnr_db else ""
             lines.append(f"  measured {row.date} on {row.device}: {row.gain:.2f}x{psnr}, {len(row.seeds)} seeds")
         return "\n".join(lines)
+
+
+def _misplaced(rule: Rule, key: str, value: Any, model: Any) -> str | None:
+    """Why a setting cannot vary as it does, or None."""
+    if key in model.model_fields and in_percent(value) and key not in model.layer_numbers:
+        return f"only layers are told in percent of the depth, and {key} of {rule.patch} is not one; write a number."
+    if not (isinstance(value, Mapping) and isinstance(read_varying(key, value), Ramp)):
+        return None
+    if rule.around:
+        return f"{rule.patch} stands around generate, where there is no step and no layer to ramp over."
+    if key in model.model_fields and float not in model.kinds(key):
+        return (
+            f"only real numbers ramp, and {key} of {rule.patch} is not one; write a rule for each value, with "
+            "where: {steps: ...} or {layers: ...}."
+        )
+    return None

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from accelplug.call import Clock, Layout, Site
 from accelplug.errors import AccelplugError, NoMatchError, RecipeError, nearest
-from accelplug.recipe.conditions import Strict, Where, listed_out, name_list
+from accelplug.recipe.conditions import Strict, Where, name_list, written
 from accelplug.recipe.explaining import explain, shortened
 from accelplug.recipe.settings import Ramp, at_depth, read_varying, shown
 from accelplug.recipe.strict_yaml import Source
@@ -106,7 +106,7 @@ class Rule(Strict):
                 "write the rule as {patch: name, with: {...}}."
             )
         where = self.where.to_mapping()
-        settings = {"with": {key: listed_out(value) for key, value in self.settings.items()}} if self.settings else {}
+        settings = {"with": {key: written(value) for key, value in self.settings.items()}} if self.settings else {}
         return {**({"where": where} if where else {}), "patch": self.patch, **settings}
 
     @model_validator(mode="after")
