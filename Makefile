@@ -5,7 +5,10 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.13,torch==2.13.0)
 # What runs on the oldest versions: all that leans on a host library or on torch's compiler.
 OLDEST := clock coexistence compat families flash_attention guidance head_laws heads hoist inspection language_host recipe rows runs
 
-.PHONY: demo test test-oldest lint bench clean
+# What `accelplug fetch` brings for the tests that need real weights.
+WEIGHTS := smollm2-135m dinov2-small terrain-unet
+
+.PHONY: demo test test-oldest weights lint bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(PY) || python3 -m venv .venv
@@ -16,7 +19,12 @@ OLDEST := clock coexistence compat families flash_attention guidance head_laws h
 demo: .venv/installed
 	$(PY) -m accelplug demo --report demo.html
 
+weights: .venv/installed
+	$(PY) -m accelplug fetch $(WEIGHTS)
+
+# Where the registry is out of reach, the tests of real weights are skipped; the run's last lines say how many.
 test: .venv/installed
+	-$(PY) -m accelplug fetch $(WEIGHTS)
 	$(PY) -m pytest -n auto --dist worksteal
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from accelplug.recipe import Recipe, list_recipes
     from accelplug.registry import list_patches, register_patch
     from accelplug.tuning import Bound, Tuned, tune, verify
+    from accelplug.weights import fetch
 
 __all__ = [
     "AccelplugError",
@@ -38,6 +39,7 @@ __all__ = [
     "apply",
     "calibrate",
     "compare",
+    "fetch",
     "inspect",
     "list_patches",
     "list_recipes",
@@ -62,6 +64,7 @@ _HOMES = {
     "apply": "plug",
     "calibrate": "calibration",
     "compare": "comparison",
+    "fetch": "weights",
     "inspect": "inspection",
     "list_patches": "registry",
     "list_recipes": "recipe",

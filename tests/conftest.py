@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # Where test_kernels.py runs: ACCELPLUG_TEST_DEVICE=cuda runs it on a GPU, with the kernels compiled.
@@ -14,6 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from accelplug import zoo  # noqa: E402
+from accelplug.errors import NoMatchError  # noqa: E402
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else int(os.environ.get("OMP_NUM_THREADS", "2")))
 if DEVICE != "cpu":
@@ -38,3 +42,27 @@ def nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+ABSENT = "real weights are absent"
+
+
+@pytest.fixture(scope="session")
+def fetched() -> Callable[[str], Path]:
+    """The folder of weights that ``accelplug fetch`` brought; where they are absent the test is skipped, and counted."""
+
+    def folder(name: str) -> Path:
+        try:
+            return zoo.path(name)
+        except NoMatchError as error:
+            pytest.skip(f"{ABSENT}: {error}")
+
+    return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = [report for report in terminalreporter.stats.get("skipped", ()) if ABSENT in str(report.longrepr)]
+    if skipped:
+        terminalreporter.write_line(
+            f"{len(skipped)} tests were skipped, since {ABSENT}: `make weights` brings them", yellow=True
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,7 +11,8 @@ from pathlib import Path
 
 from accelplug.compat import diffusers, torch, transformers
 from accelplug.compat.contracts import Check, contracts_of, why_broken
-from accelplug.errors import UnsupportedError
+from accelplug.errors import AccelplugError, UnsupportedError
+from accelplug.files import cache_folder
 
 LIBRARIES = (torch, diffusers, transformers)
 
@@ -58,7 +58,7 @@ def contracts() -> Iterator[tuple[str, Check]]:
 def require(library: str) -> None:
     """Have torch and a host library keep what is relied on: checked where a version is outside of what the suite ran on.
 
-    They are checked once for each set of versions: what holds is noted in the cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``), or,
+    They are checked once for each set of versions: what holds is noted in `files.cache_folder`, or,
     where that cannot be written, for this process.
 
     Raises
@@ -80,16 +80,15 @@ def require(library: str) -> None:
         :8
     ]
     note = "-".join([*(f"{package}-{text}" for package, text in found.items()), source])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "accelplug", "contracts")
     if note in _HELD:
         return
-    with suppress(OSError, RuntimeError):  # no home, or no right to look
-        folder = folder.expanduser()
-        if (folder / note).exists():
+    with suppress(OSError, AccelplugError):  # no right to look, or no home
+        if (cache_folder() / "contracts" / note).exists():
             return
     require_contracts(library)
     _HELD.add(note)
-    with suppress(OSError):
+    with suppress(OSError, AccelplugError):
+        folder = cache_folder() / "contracts"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / note).touch()
 

