@@ -310,6 +310,16 @@ def test_no_patch_helps_the_bundled_model_on_a_few_scenes(
     assert "Stay stock" in str(found)
 
 
+def test_what_only_is_written_otherwise_is_tried_once() -> None:
+    def gift(layers: str, saliency: int | str, enhance: list[int] | list[str]) -> Aim:
+        settings = {"saliency_layer": saliency, "enhance": enhance}
+        return Aim(layers, {"rules": [{"where": {"layers": layers}, "patch": "gift", "with": settings}]})
+
+    two = [gift("34%:72%", "34%", ["38%", "72%"]), gift("11:23", 11, [12, 23])]
+    assert [aim.name for aim in aims._distinct(two, 32)] == ["34%:72%"]
+    assert [aim.name for aim in aims._distinct(two, 40)] == ["34%:72%", "11:23"]
+
+
 def test_an_interrupt_keeps_what_is_known(
     bundled: tuple[Any, Any], described: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

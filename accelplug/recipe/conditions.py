@@ -164,11 +164,15 @@ class Where(Strict):
             site.kind in (self.kind or ("self", "joint"))
             and (self.denoiser is None or site.denoiser in self.denoiser)
             and (self.module is None or any(fnmatch.fnmatchcase(site.module, glob) for glob in self.module))
-            and (
-                self.layers is None
-                or (site.layer is not None and any(s.holds(site.layer, site.layers) for s in self.layers))
-            )
+            and (self.layers is None or (site.layer is not None and self._layer_holds(site.layer, site.layers)))
         )
+
+    def layers_of(self, depth: int) -> tuple[int, ...]:
+        """Return the layers, 0-based, that it is for in a model of `depth`."""
+        return tuple(layer for layer in range(depth) if self._layer_holds(layer, depth))
+
+    def _layer_holds(self, layer: int, depth: int) -> bool:
+        return self.layers is None or any(span.holds(layer, depth) for span in self.layers)
 
     @property
     def placed(self) -> bool:

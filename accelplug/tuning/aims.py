@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from accelplug.recipe import ModelFacts, at_depth, matching_files
+from accelplug.recipe import ModelFacts, Rule, at_depth, matching_files
 from accelplug.registry import patch_class
 from accelplug.tuning.space import require_ladders
 
@@ -77,10 +77,13 @@ def _distinct(found: Iterable[Aim], depth: int) -> list[Aim]:
     """Leave out what only has another name."""
     kept: dict[str, Aim] = {}
     for aim in found:
-        rules = [
-            (str(rule.get("where")), rule["patch"], patch_class(rule["patch"])(at_depth(rule.get("with", {}), depth)).config)
-            for rule in aim.recipe["rules"]
-            if rule["patch"] != "dense"
-        ]
-        kept.setdefault(repr(rules), aim)
+        rules = [rule for rule in map(Rule.model_validate, aim.recipe["rules"]) if rule.patch != "dense"]
+        kept.setdefault(repr([_at(rule, depth) for rule in rules]), aim)
     return list(kept.values())
+
+
+def _at(rule: Rule, depth: int) -> tuple[Any, ...]:
+    """What a rule comes to in a model of `depth` layers, however its layers are written."""
+    elsewise = rule.where.model_copy(update={"layers": None})
+    config = patch_class(rule.patch)(at_depth(rule.settings, depth)).config
+    return rule.where.layers_of(depth), elsewise, rule.patch, config
