@@ -14,74 +14,26 @@ import torch
 from PIL import Image
 from rich.console import Console
 from torch import nn
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import accelplug
 from accelplug.cli import main
 from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, ShapeError, UnsupportedError
 from accelplug.families import vlm
 from accelplug.inspection.drawing import colours, spread
+from accelplug.inspection.language import LanguageInspection
+from accelplug.inspection.looking import VlmInspection
 from accelplug.inspection.reading import sink_dimensions
-
-IMG, START, END = 500, 502, 503
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from tests.tiny_language_models import IMAGE, TEXT, Rows, build
+from tests.tiny_language_models import inputs as inputs_of
 
 
 def llava(**text: Any) -> Any:
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=LlamaConfig(**{**TEXT, **text}),
-        image_token_index=IMG,
-        vision_feature_select_strategy="default",
-        image_seq_length=16,
-    )
-    return _louder(LlavaForConditionalGeneration(config))
+    return _louder(build("llava", **text))
 
 
 def qwen() -> Any:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "out_hidden_size": 64,
-        "num_heads": 2,
-        "patch_size": 8,
-        "intermediate_size": 64,
-        "spatial_merge_size": 2,
-        "window_size": 32,
-        "fullatt_block_indexes": [1],
-    }
-    config = Qwen2_5_VLConfig(
-        text_config={**TEXT, "rope_parameters": rope},
-        vision_config=vision,
-        image_token_id=IMG,
-        video_token_id=501,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-    )
-    return _louder(Qwen2_5_VLForConditionalGeneration(config))
+    return _louder(build("qwen2_5_vl"))
 
 
 def _louder(model: Any) -> Any:
@@ -90,34 +42,18 @@ def _louder(model: Any) -> Any:
     for name, weight in model.named_parameters():
         if weight.ndim == 2 and "language_model" in name:
             torch.nn.init.normal_(weight, std=0.15)
-    return model.eval().requires_grad_(False)
+    return model
 
 
-def prompt(kind: str, rows: list[list[int | str]]) -> dict[str, torch.Tensor]:
-    """Rows of text tokens (how many) and images ("I"), padded on the left."""
-    generator = torch.Generator().manual_seed(2)
-    sizes = iter([(4, 6), (8, 4), (4, 4)])
-    grids: list[list[int]] = []
-    texts = []
-    for row in rows:
-        ids: list[int] = []
-        for part in row:
-            if part == "I":
-                h, w = next(sizes) if kind == "qwen" else (8, 8)
-                grids.append([1, h, w])
-                ids += [START] + [IMG] * (h * w // 4) + [END]
-            else:
-                ids += torch.randint(3, 490, (int(part),), generator=generator).tolist()
-        texts.append(ids)
-    longest = max(map(len, texts))
-    ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
-    mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if kind == "qwen":
-        thw = torch.tensor(grids)
-        pixels = torch.randn(int(thw.prod(-1).sum()), 3 * 2 * 8 * 8, generator=generator)
-        return {**inputs, "pixel_values": pixels, "image_grid_thw": thw, "mm_token_type_ids": (ids == IMG).int()}
-    return {**inputs, "pixel_values": torch.randn(len(grids), 3, 32, 32, generator=generator)}
+def prompt(kind: str, rows: Rows) -> dict[str, torch.Tensor]:
+    return inputs_of("qwen2_5_vl" if kind == "qwen" else kind, rows)
+
+
+def looked(model: Any, inputs: dict[str, torch.Tensor]) -> VlmInspection:
+    """What an inspection finds that looks at images."""
+    found = accelplug.inspect(model, inputs)
+    assert isinstance(found, VlmInspection)
+    return found
 
 
 def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
@@ -133,7 +69,7 @@ def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]
 
 
 KINDS = {"llava": llava, "qwen": qwen}
-BATCH = [[3, "I", 5], [6, "I", 7]]
+BATCH: Rows = [[3, "I", 5], [6, "I", 7]]
 
 
 @pytest.fixture(params=list(KINDS))
@@ -160,14 +96,14 @@ def eager(model: Any, inputs: dict[str, Any]) -> np.ndarray:
 
 def spans(inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image, system and question tokens of a row without padding."""
-    image = (inputs["input_ids"][0] == IMG).numpy()
+    image = (inputs["input_ids"][0] == IMAGE).numpy()
     seen = image.cumsum()
     return image, seen == 0, (seen > 0) & ~image
 
 
 def test_masses_vas_and_maps_are_those_of_eager_attention(kind: str, model: Any) -> None:
     inputs = prompt(kind, [[4, "I", 6]])
-    found = accelplug.inspect(model, inputs)
+    found = looked(model, inputs)
     p = eager(model, inputs)
     image, system, question = spans(inputs)
     for mass, span in ((found.visual_mass, image), (found.system_mass, system), (found.question_mass, question)):
@@ -192,7 +128,7 @@ def test_a_head_that_does_not_read_the_system_text_has_a_bounded_score(bias: flo
     mask = torch.full((1, 1, len(system), len(system)), -torch.inf).triu(1)
     mask[..., torch.from_numpy(system)] += bias
     mask[..., :4, :4] = torch.full((4, 4), -torch.inf).triu(1)  # the system text itself must read something
-    found = accelplug.inspect(model, {**inputs, "attention_mask": mask})
+    found = looked(model, {**inputs, "attention_mask": mask})
     assert (found.vas_ratio > 1e20).all()
     assert (found.vas > 0.999).all()
     assert (found.vas <= 1).all()
@@ -216,8 +152,8 @@ def head_outputs(model: Any, **inputs: Any) -> np.ndarray:
 
 def test_vision_aware_head_divergence_is_that_of_two_forwards(kind: str, model: Any) -> None:
     inputs = prompt(kind, [[4, "I", 6]])
-    found = accelplug.inspect(model, inputs)
-    text = inputs["input_ids"][:, inputs["input_ids"][0] != IMG]
+    found = looked(model, inputs)
+    text = inputs["input_ids"][:, inputs["input_ids"][0] != IMAGE]
     seeing = head_outputs(copy.deepcopy(model), **inputs)
     blind = head_outputs(copy.deepcopy(model), input_ids=text, attention_mask=torch.ones_like(text))
     vhd, ta = np.linalg.norm(seeing - blind, axis=-1), (blind**2).sum(-1)
@@ -232,8 +168,8 @@ def test_vision_aware_head_divergence_is_that_of_two_forwards(kind: str, model: 
 
 def test_a_padded_batch_is_its_rows_one_by_one(kind: str, model: Any) -> None:
     inputs = prompt(kind, BATCH)
-    both = accelplug.inspect(model, inputs)
-    first, second = (accelplug.inspect(model, row_of(inputs, row)) for row in (0, 1))
+    both = looked(model, inputs)
+    first, second = (looked(model, row_of(inputs, row)) for row in (0, 1))
     for name in ("visual_mass", "system_mass", "question_mass", "vas", "vas_ratio", "visual_share", "vhd", "ta"):
         mean = (getattr(first, name) + getattr(second, name)) / 2
         np.testing.assert_allclose(getattr(both, name), mean, rtol=2e-4, atol=1e-5, err_msg=name)
@@ -246,7 +182,7 @@ def test_a_padded_batch_is_its_rows_one_by_one(kind: str, model: Any) -> None:
 
 def test_every_image_of_a_row_is_told_apart(kind: str, model: Any) -> None:
     inputs = prompt(kind, [[3, "I", 2, "I", 5]])
-    found = accelplug.inspect(model, inputs)
+    found = looked(model, inputs)
     sizes = [6, 8] if kind == "qwen" else [16, 16]
     assert [maps.shape for maps in found.image_attention[0]] == [(4, size) for size in sizes]
     total = sum(maps.sum(-1) for maps in found.image_attention[0])
@@ -262,7 +198,7 @@ def test_a_planted_sink_is_discovered() -> None:
     model = llava(hidden_size=512)
     inputs = prompt("llava", [[4, "I", 6]])
     inputs["input_ids"][0, 0] = 1
-    clean = accelplug.inspect(model, inputs)
+    clean = looked(model, inputs)
     assert clean.sink_dims == ()
     assert not clean.phi.any()
     assert any("no dimension" in note for note in clean.notes)
@@ -272,7 +208,7 @@ def test_a_planted_sink_is_discovered() -> None:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             weight.mul_(0.01)  # what layers add leaves the residual stream massive
     model.get_input_embeddings().weight[1, 77] += 50
-    found = accelplug.inspect(model, inputs)
+    found = looked(model, inputs)
     assert found.sink_dims == (77,)
     assert (found.phi[:, 0] >= 20).all()
     assert (found.phi[:, 1:] < 20).all()
@@ -283,7 +219,7 @@ def test_a_planted_sink_is_discovered() -> None:
         return output
 
     handle = model.model.multi_modal_projector.register_forward_hook(plant)
-    found = accelplug.inspect(model, inputs)
+    found = looked(model, inputs)
     handle.remove()
     assert all(list(sinks) == [5] for sinks in (*found.visual_sinks, *found.cosine_sinks))
 
@@ -298,7 +234,7 @@ def test_sink_dimensions_are_massive_in_most_middle_layers() -> None:
 
 
 def test_a_narrow_model_says_why_it_has_no_sinks() -> None:
-    found = accelplug.inspect(llava(), prompt("llava", [[4, "I", 6]]))
+    found = looked(llava(), prompt("llava", [[4, "I", 6]]))
     assert any("cannot reach 20" in note for note in found.notes)
 
 
@@ -324,7 +260,7 @@ def test_the_model_is_as_before(kind: str, model: Any) -> None:
         want = model(**inputs).logits
     before, config = state(model), copy.deepcopy(model.config.to_dict())
     kept = vars(model.model).get("rope_deltas")
-    accelplug.inspect(model, inputs)
+    looked(model, inputs)
     assert state(model) == before
     assert model.config.to_dict() == config
     assert vars(model.model).get("rope_deltas") is kept
@@ -344,19 +280,19 @@ def test_the_model_is_as_before_also_when_it_raises(kind: str, model: Any) -> No
     handle = last.register_forward_pre_hook(fail)
     before = state(model)
     with pytest.raises(RuntimeError, match="out of luck"):
-        accelplug.inspect(model, inputs)
+        looked(model, inputs)
     assert state(model) == before
     handle.remove()
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, want)
-    assert accelplug.inspect(model, inputs).visual_mass.shape == (4, 4)
+    assert looked(model, inputs).visual_mass.shape == (4, 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- output
 
 
 def test_pages_and_pictures_are_written(kind: str, model: Any, tmp_path: Path) -> None:
-    found = accelplug.inspect(model, prompt(kind, [[3, "I", 2, "I", 5], [4, "I", 3]]))
+    found = looked(model, prompt(kind, [[3, "I", 2, "I", 5], [4, "I", 3]]))
     found.to_png(tmp_path / "a.png")
     picture = np.asarray(Image.open(tmp_path / "a.png"))
     assert picture.shape[1] == 1600
@@ -371,9 +307,9 @@ def test_pages_and_pictures_are_written(kind: str, model: Any, tmp_path: Path) -
     data = json.loads((tmp_path / "a.json").read_text())
     np.testing.assert_allclose(data["visual_mass"], found.visual_mass)
     assert data["vas_mean"] == pytest.approx(found.vas_mean)
-    console = Console(width=120, file=io.StringIO())
-    console.print(found)
-    assert "VAS" in console.file.getvalue()
+    printed = io.StringIO()
+    Console(width=120, file=printed).print(found)
+    assert "VAS" in printed.getvalue()
     assert "data:image/png" in found._repr_html_()
 
 
@@ -383,7 +319,7 @@ def test_patches_are_put_back_together() -> None:
     picture = torch.rand(3, 32, 48)
     tiles = picture.reshape(3, 2, 2, 8, 3, 2, 8).permute(1, 4, 2, 5, 0, 3, 6)  # [h/2, w/2, 2, 2, C, P, P]
     inputs["pixel_values"] = tiles[..., None, :, :].expand(*tiles.shape[:5], 2, 8, 8).reshape(24, -1)
-    [shown] = accelplug.inspect(model, inputs).pictures
+    [shown] = looked(model, inputs).pictures
     low, high = picture.aminmax()
     np.testing.assert_allclose(shown, 255 * ((picture - low) / (high - low)).permute(1, 2, 0), atol=1)
 
@@ -391,7 +327,7 @@ def test_patches_are_put_back_together() -> None:
 def test_without_system_text_there_is_no_vas(tmp_path: Path) -> None:
     inputs = prompt("llava", [["I", 5]])
     inputs = {key: x[:, 1:] if x.ndim == 2 else x for key, x in inputs.items()}
-    found = accelplug.inspect(llava(), inputs)
+    found = looked(llava(), inputs)
     assert np.isnan(found.vas_mean)
     assert any("no VAS" in note for note in found.notes)
     found.to_json(tmp_path / "a.json")
@@ -411,13 +347,14 @@ def test_colours_go_from_dark_to_light_and_layers_over_all_depth() -> None:
 
 def test_without_inputs_it_is_a_summary(kind: str, model: Any) -> None:
     found = accelplug.inspect(model)
+    assert isinstance(found, LanguageInspection)
     assert (found.layers, found.heads, found.kv_heads, found.attention) == (4, 4, 2, "sdpa")
     assert found.family in ("llava", "qwen2.5-vl")
     assert len(found.modules) == 4
     assert not any(found.modules.values())
-    console = Console(width=120, file=io.StringIO())
-    console.print(found)
-    assert "4 of 4 attention modules" in console.file.getvalue()
+    printed = io.StringIO()
+    Console(width=120, file=printed).print(found)
+    assert "4 of 4 attention modules" in printed.getvalue()
     assert found.family in found._repr_html_()
 
 
@@ -440,25 +377,27 @@ def test_a_model_of_another_package_is_known_once_it_is_registered(monkeypatch: 
 def test_what_cannot_be_inspected_says_so() -> None:
     model, inputs = llava(), prompt("llava", [[4, "I", 6]])
     text = LlamaForCausalLM(LlamaConfig(**TEXT)).eval()
-    assert accelplug.inspect(text).family is None
+    summary = accelplug.inspect(text)
+    assert isinstance(summary, LanguageInspection)
+    assert summary.family is None
     with pytest.raises(NoMatchError, match="not a known vision-language model"):
         accelplug.inspect(text, {"input_ids": inputs["input_ids"]})
     with pytest.raises(NoMatchError, match="show no image"):
-        accelplug.inspect(model, {"input_ids": torch.randint(3, 400, (1, 9))})
+        looked(model, {"input_ids": torch.randint(3, 400, (1, 9))})
     right = {**inputs, "attention_mask": inputs["attention_mask"].clone()}
     right["attention_mask"][:, -2:] = 0
     with pytest.raises(ShapeError, match="padded on the right"):
-        accelplug.inspect(model, right)
+        looked(model, right)
     with pytest.raises(AccelplugError, match="not a language model"):
         accelplug.inspect(torch.nn.Linear(2, 2), inputs)
     with accelplug.apply(model, {"patch": "var"}), pytest.raises(AlreadyAppliedError):
-        accelplug.inspect(model, inputs)
+        looked(model, inputs)
     model.config.text_config.attention_dropout = 0.1
     for layer in model.get_decoder().layers:
         layer.self_attn.attention_dropout = 0.1
     model.train()
     with pytest.raises(UnsupportedError, match="eval"):
-        accelplug.inspect(model, inputs)
+        looked(model, inputs)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,10 +101,10 @@ def _qwen3_next() -> Any:
     return hf.Qwen3NextForCausalLM(config)
 
 
-def _llava() -> Any:
+def _llava(**text: Any) -> Any:
     config = hf.LlavaConfig(
         vision_config=hf.CLIPVisionConfig(**CLIP, projection_dim=32),
-        text_config=hf.LlamaConfig(**TEXT),
+        text_config=hf.LlamaConfig(**{**TEXT, **text}),
         image_token_index=IMAGE,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -202,7 +202,7 @@ def _smolvlm() -> Any:
     return hf.SmolVLMForConditionalGeneration(config)
 
 
-VLM: dict[str, Callable[[], Any]] = {
+VLM: dict[str, Callable[..., Any]] = {
     "llava": _llava,
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
@@ -213,7 +213,7 @@ VLM: dict[str, Callable[[], Any]] = {
     "gemma3": _gemma3,
     "smolvlm": _smolvlm,
 }
-LLM: dict[str, Callable[[], Any]] = {
+LLM: dict[str, Callable[..., Any]] = {
     "llama": _llama,
     "mistral": _mistral,
     "qwen3": _qwen3,
@@ -229,10 +229,10 @@ VIDEOS = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 TWO_ROWS: Rows = ((3, "I", 6), (4, "I", 5, "I", 7))
 
 
-def build(name: str) -> Any:
-    """A tiny model, always with the same weights."""
+def build(name: str, **text: Any) -> Any:
+    """A tiny model, always with the same weights; a LLaVA also with other settings of its language model."""
     torch.manual_seed(0)
-    return {**VLM, **LLM}[name]().eval().requires_grad_(False)
+    return {**VLM, **LLM}[name](**text).eval().requires_grad_(False)
 
 
 def _video_ids(name: str) -> list[int]:
@@ -289,15 +289,15 @@ def inputs(name: str, rows: Rows = TWO_ROWS) -> dict[str, torch.Tensor]:
                 ids += [OPEN, *[IMAGE] * next(left), CLOSE]
         sequences.append(ids)
     longest = max(map(len, sequences))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in sequences])
+    padded = torch.tensor([[0] * (longest - len(row)) + row for row in sequences])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in sequences])
     if videos := sum(part == "V" for row in rows for part in row):
         extra |= _videos(name, videos)
     if name.startswith("qwen") and name in VLM:
-        extra["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        extra["mm_token_type_ids"] = (padded == IMAGE).int() + 2 * (padded == VIDEO).int()
     if name == "gemma3":
-        extra["token_type_ids"] = (ids == IMAGE).int()
-    return {"input_ids": ids, "attention_mask": mask, **extra}
+        extra["token_type_ids"] = (padded == IMAGE).int()
+    return {"input_ids": padded, "attention_mask": mask, **extra}
 
 
 def right_padded(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
