@@ -76,7 +76,8 @@ NEEDS = frozenset(
 
 
 class Patch:
-    """One method. Subclasses set `Config`, and write `prepare` and `attend`.
+    """One method. A subclass nests its `Config`, and writes `prepare` and `attend`; its module says what it is, with the paper's
+    equations, shapes and units.
 
     `prepare` runs outside every compiled graph, when the layout, the step's policy or a table changes. `attend` is traced:
     it sees tensors and what `prepare` returned, neither the site nor the clock.
