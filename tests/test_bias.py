@@ -12,8 +12,8 @@ import accelplug
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.errors import UnsupportedError
 from accelplug.patches.heads.bias import Bias, balanced, low_rank
+from accelplug.testing.laws import run_once, snapshot_of
 from tests import tiny_models
-from tests.test_laws import run, snapshot
 
 SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
 B, H, D, DV = 2, 3, 12, 10
@@ -146,12 +146,12 @@ def test_settings_that_make_no_sense_are_refused(config: dict[str, Any]) -> None
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video", "flux", "unet_sd15"])
 def test_on_a_model_it_acts_at_the_model_s_scale_and_undoes_itself(name: str) -> None:
     model, inputs = tiny_models.build(name)
-    dense, before = run(model, inputs), snapshot(model)
+    dense, before = run_once(model, inputs), snapshot_of(model)
 
     def patched(strength: float) -> torch.Tensor:
         config = {"strength": strength, "form": "square"}
         with accelplug.apply(model, {"rules": [{"patch": "bias", "with": config}]}) as plug:  # gate on: it is no speed patch
-            out = run(model, inputs)
+            out = run_once(model, inputs)
             assert ("bias" in plug.report().served) == (strength != 0)
             assert not plug.report().gated
         return out
@@ -159,16 +159,16 @@ def test_on_a_model_it_acts_at_the_model_s_scale_and_undoes_itself(name: str) ->
     assert torch.equal(patched(0.0), dense)
     torch.testing.assert_close(patched(1e-7), dense, rtol=1e-3, atol=1e-4)  # a wrong scale would show
     assert (patched(0.3) - dense).abs().max() > 1e-3 * dense.abs().max()
-    assert snapshot(model) == before
-    assert torch.equal(run(model, inputs), dense)
+    assert snapshot_of(model) == before
+    assert torch.equal(run_once(model, inputs), dense)
 
 
 def test_compiled_equals_eager() -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, {"rules": [{"patch": "bias", "with": {"strength": 0.2, "heads": "alibi"}}]}):
-        eager = run(model, inputs)
+        eager = run_once(model, inputs)
         torch._dynamo.reset()
         torch.testing.assert_close(
-            run(torch.compile(model, backend="eager", fullgraph=True), inputs), eager, rtol=1e-4, atol=1e-5
+            run_once(torch.compile(model, backend="eager", fullgraph=True), inputs), eager, rtol=1e-4, atol=1e-5
         )
         torch._dynamo.reset()

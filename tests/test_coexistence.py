@@ -18,9 +18,9 @@ from diffusers.hooks import apply_group_offloading
 
 import accelplug
 from accelplug.errors import RecipeError, UnsupportedError
+from accelplug.testing.laws import run_once, snapshot_of
 from tests import tiny_models
 from tests.patch_rows import ROWS
-from tests.test_laws import run, snapshot
 
 RECIPE = ROWS["radial"].recipe()
 
@@ -57,7 +57,7 @@ def test_caches_in_either_order(name: str) -> None:
 
     pipe, inputs, config = make()
     stock = generate(pipe, inputs)
-    before = snapshot(pipe.transformer)
+    before = snapshot_of(pipe.transformer)
     pipe.transformer.enable_cache(config)
     cached = generate(pipe, inputs)
     pipe.transformer.disable_cache()
@@ -141,24 +141,24 @@ def test_fused_projections_new_style_keeps_working() -> None:
 
 def test_fused_projections_old_style_is_counted() -> None:
     model, inputs = tiny_models.build("cogvideox")
-    dense = run(model, inputs)
+    dense = run_once(model, inputs)
     with accelplug.apply(model, RECIPE, gate="off") as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         model.fuse_qkv_projections()
-        torch.testing.assert_close(run(model, inputs), dense, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run_once(model, inputs), dense, rtol=1e-4, atol=1e-5)
         assert any("replaced" in reason for reason in plug.report().fallbacks)
         model.unfuse_qkv_projections()
-        assert not torch.allclose(run(model, inputs), dense, rtol=1e-4, atol=1e-5)
-    assert torch.equal(run(model, inputs), dense)
+        assert not torch.allclose(run_once(model, inputs), dense, rtol=1e-4, atol=1e-5)
+    assert torch.equal(run_once(model, inputs), dense)
 
 
 def test_attention_backend_set_after_apply_is_used() -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, RECIPE, gate="off") as plug:
-        patched = run(model, inputs)
+        patched = run_once(model, inputs)
         model.set_attention_backend("_native_math")
         torch.testing.assert_close(
-            run(model, inputs), patched, rtol=1e-4, atol=1e-5
+            run_once(model, inputs), patched, rtol=1e-4, atol=1e-5
         )  # cross-attention runs the other kernel
         assert plug.report().served["radial"]
         assert not plug.report().fallbacks
@@ -185,7 +185,7 @@ def test_perturbed_attention_guidance_keeps_its_meaning() -> None:
             dropout=1.0,
         )
         apply_layer_skip(model, skip)
-        outs.append(run(model, inputs))
+        outs.append(run_once(model, inputs))
         if plug:
             assert any("perturbed" in reason for reason in plug.report().fallbacks)
     assert torch.equal(*outs)
@@ -233,13 +233,13 @@ def test_a_second_run_starts_afresh() -> None:
 
 def test_save_and_load_give_a_stock_pipe(tmp_path: Path) -> None:
     model, inputs = tiny_models.build("wan")
-    dense = run(model, inputs)
+    dense = run_once(model, inputs)
     with accelplug.apply(model, RECIPE, gate="off"):
         model.save_pretrained(tmp_path)
         processor = pickle.loads(pickle.dumps(model.blocks[0].attn1.processor))
     assert type(processor).__name__ == "WanAttnProcessor"
     assert not hasattr(type(processor), "stock")
-    assert torch.equal(run(type(model).from_pretrained(tmp_path).eval(), inputs), dense)
+    assert torch.equal(run_once(type(model).from_pretrained(tmp_path).eval(), inputs), dense)
 
 
 CACHES = {
@@ -253,7 +253,7 @@ CACHES = {
 def test_a_recipe_brings_its_step_cache_and_takes_it_away(kind: str) -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     inputs["num_inference_steps"] = 4
-    stock, before = generate(pipe, inputs), snapshot(pipe.transformer)
+    stock, before = generate(pipe, inputs), snapshot_of(pipe.transformer)
     rules = [{"where": {"layers": "1:"}, "patch": "neighborhood", "with": {"block": 8, "window": [1, 3, 3]}}]
     with accelplug.apply(pipe, {"rules": rules}, gate="off") as plug:
         alone, calls = generate(pipe, inputs), sum(plug.report().served.values())
@@ -261,14 +261,14 @@ def test_a_recipe_brings_its_step_cache_and_takes_it_away(kind: str) -> None:
         both, fewer = generate(pipe, inputs), sum(plug.report().served.values())
     assert fewer < calls, "the cache skipped nothing"
     assert not torch.equal(both, alone)
-    assert snapshot(pipe.transformer) == before
+    assert snapshot_of(pipe.transformer) == before
     assert torch.equal(generate(pipe, inputs), stock)
 
 
 def test_a_cache_that_the_user_puts_in_its_place_stays() -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     cached = {"rules": [{"patch": "dense"}], "cache": {"kind": "mag", "with": CACHES["mag"]}}
-    before = snapshot(pipe.transformer)
+    before = snapshot_of(pipe.transformer)
     pipe.transformer.enable_cache(caches(pipe)["first_block"])
     expected = generate(pipe, inputs)
     pipe.transformer.disable_cache()
@@ -278,24 +278,24 @@ def test_a_cache_that_the_user_puts_in_its_place_stays() -> None:
     assert pipe.transformer.is_cache_enabled
     assert torch.equal(generate(pipe, inputs), expected)
     pipe.transformer.disable_cache()
-    assert snapshot(pipe.transformer)["processors"] == before["processors"]
+    assert snapshot_of(pipe.transformer)["processors"] == before["processors"]
 
 
 def test_magcache_is_refused_in_runs_of_other_lengths() -> None:
     pipe, inputs = tiny_models.pipeline("wan")
     generate(pipe, inputs)
-    before = snapshot(pipe.transformer)
+    before = snapshot_of(pipe.transformer)
     with (
         accelplug.apply(pipe, {"rules": [{"patch": "dense"}], "cache": {"kind": "mag", "with": CACHES["mag"]}}),
         pytest.raises(UnsupportedError, match="for runs of 4 steps, this one has 5"),
     ):
         generate(pipe, {**inputs, "num_inference_steps": 5})
-    assert snapshot(pipe.transformer) == before
+    assert snapshot_of(pipe.transformer) == before
 
 
 def test_a_step_cache_that_cannot_be_had_is_refused_and_leaves_nothing() -> None:
     pipe, _ = tiny_models.pipeline("wan")
-    before = snapshot(pipe.transformer)
+    before = snapshot_of(pipe.transformer)
     cached = {"rules": [{"patch": "dense"}], "cache": {"kind": "taylorseer"}}
     pipe.transformer.enable_cache(caches(pipe)["first_block"])
     with pytest.raises(UnsupportedError, match="FirstBlockCacheConfig on already"):
@@ -310,4 +310,4 @@ def test_a_step_cache_that_cannot_be_had_is_refused_and_leaves_nothing() -> None
         accelplug.apply(pipe, cached)
     with pytest.raises(RecipeError, match="has no 'treshold'"):
         accelplug.apply(pipe, {"rules": [{"patch": "dense"}], "cache": {"kind": "first_block", "with": {"treshold": 1}}})
-    assert snapshot(pipe.transformer)["processors"] == before["processors"]
+    assert snapshot_of(pipe.transformer)["processors"] == before["processors"]

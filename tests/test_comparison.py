@@ -21,9 +21,9 @@ from accelplug.comparison.result import Comparison
 from accelplug.comparison.rows import Row, Sample, Spread
 from accelplug.errors import AccelplugError
 from accelplug.recipe import Measured, read_file
+from accelplug.testing.laws import snapshot_of
 from tests import tiny_models
 from tests.patch_rows import ROWS
-from tests.test_laws import snapshot
 from tests.test_report import Page
 
 
@@ -82,12 +82,12 @@ def small() -> tuple[Any, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def compared() -> tuple[Comparison, dict[str, Any], dict[str, Any]]:
     pipe, inputs = small()
-    before = snapshot(pipe.transformer)
+    before = snapshot_of(pipe.transformer)
     recipes = {"same": {"rules": [{"patch": "dense"}]}, "radial": ROWS["radial"].recipe()}
     result = accelplug.compare(
         pipe, recipes, inputs, seeds=[0, 1], caches=True, foreground=lambda c: c.max(-1) > 90, progress=False
     )
-    after = snapshot(pipe.transformer)
+    after = snapshot_of(pipe.transformer)
     return result, before, after
 
 
@@ -178,13 +178,13 @@ def test_recording_adds_a_row_to_the_file(tmp_path: Path) -> None:
 
 def test_an_exception_in_a_run_leaves_the_pipe_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, inputs = small()
-    before = snapshot(pipe.transformer)
+    before = snapshot_of(pipe.transformer)
     with monkeypatch.context() as patch:
         patch.setattr(type(pipe.vae), "decode", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             accelplug.compare(pipe, ROWS["radial"].recipe(), inputs, progress=False)
-    assert snapshot(pipe.transformer)["processors"] == before["processors"]
-    assert snapshot(pipe.transformer)["hooks"] == before["hooks"]
+    assert snapshot_of(pipe.transformer)["processors"] == before["processors"]
+    assert snapshot_of(pipe.transformer)["hooks"] == before["hooks"]
 
 
 @pytest.mark.parametrize("name", ["dense", "dense, math kernel", "FirstBlockCache + radial"])

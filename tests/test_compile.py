@@ -13,9 +13,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import accelplug
+from accelplug.testing.laws import Subject, run_once
 from tests import tiny_models
-from tests.patch_rows import ROWS, Row
-from tests.test_laws import run
+from tests.patch_rows import ROWS
 
 
 @pytest.fixture(autouse=True)
@@ -44,15 +44,15 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("row", "kind", "first"), WAYS)
-def test_compiled_equals_eager_with_a_graph_a_policy(row: Row, kind: str, first: str) -> None:
+def test_compiled_equals_eager_with_a_graph_a_policy(row: Subject, kind: str, first: str) -> None:
     model, inputs = tiny_models.build("wan")
-    dense = run(model, inputs)
+    dense = run_once(model, inputs)
     recipe = row.recipe(steps="1:")
     eager = []
     with accelplug.apply(model, recipe, gate="off") as plug:
         for step in range(4):
             plug.step(step, 4)
-            eager.append(run(model, inputs))
+            eager.append(run_once(model, inputs))
     assert torch.equal(eager[0], dense)
     assert not torch.equal(eager[1], dense)
     counter = CompileCounter()
@@ -62,11 +62,11 @@ def test_compiled_equals_eager_with_a_graph_a_policy(row: Row, kind: str, first:
     for step in range(4):
         plug.step(step, 4)
         with model.cache_context("cond"):
-            out = run(forward, inputs)
+            out = run_once(forward, inputs)
         torch.testing.assert_close(out, eager[step], rtol=1e-4, atol=1e-5)
     assert 2 <= counter.frame_count <= 1 + row.graphs, "more graphs than policies (dense, sparse)"
     plug.remove()
-    torch.testing.assert_close(run(forward, inputs), dense, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run_once(forward, inputs), dense, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["wan", "flux", "hunyuan_video", "qwen_image"])
@@ -74,10 +74,10 @@ def test_many_layers_share_a_graph(name: str) -> None:
     model, inputs = tiny_models.build(name)
     counter = CompileCounter()
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
-    run(model, inputs)
+    run_once(model, inputs)
     stock = counter.frame_count
     with accelplug.apply(model, ROWS["radial"].recipe(), gate="off") as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         assert not plug.report().fallbacks
     assert counter.frame_count <= 2 * stock
 
@@ -89,17 +89,17 @@ def test_the_first_patched_call_of_a_thread_may_be_compiled() -> None:
     eager, _ = tiny_models.build("wan")
     recipe = ROWS["radial"].recipe()
     with accelplug.apply(model, recipe, gate="off"), ThreadPoolExecutor(1) as thread:
-        there = thread.submit(run, model, inputs).result()
+        there = thread.submit(run_once, model, inputs).result()
     with accelplug.apply(eager, recipe, gate="off"):
-        torch.testing.assert_close(there, run(eager, inputs), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(there, run_once(eager, inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_a_unet_compiled_whole_is_dense_and_counted() -> None:
     """The grids of its levels come from hooks that a whole graph does not run."""
     model, inputs = tiny_models.build("unet_sd15")
-    dense = run(model, inputs)
+    dense = run_once(model, inputs)
     with accelplug.apply(model, ROWS["neighborhood"].recipe(), gate="off") as plug:
-        torch.testing.assert_close(run(torch.compile(model, backend="eager"), inputs), dense, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run_once(torch.compile(model, backend="eager"), inputs), dense, rtol=1e-4, atol=1e-5)
         assert plug.report().fallbacks
 
 
@@ -109,10 +109,10 @@ def test_stock_and_patched_compiled_in_one_process(name: str, patched_first: boo
     """Processors that never read ``self``, with a graph break inside, must not run each other's frames."""
     stock, inputs = tiny_models.build(name)
     patched, _ = tiny_models.build(name)
-    dense = run(stock, inputs)
+    dense = run_once(stock, inputs)
     recipe = ROWS["neighborhood"].recipe()
     with accelplug.apply(patched, recipe, gate="off"):
-        sparse = run(patched, inputs)
+        sparse = run_once(patched, inputs)
         assert not torch.equal(dense, sparse)
         pairs = [(patched, sparse), (stock, dense)]
         for model, expected in pairs if patched_first else pairs[::-1]:
@@ -120,7 +120,7 @@ def test_stock_and_patched_compiled_in_one_process(name: str, patched_first: boo
                 attention.norm_q.register_forward_hook(_break_the_graph)
             forward = torch.compile(model, backend="eager")
             for _ in range(2):
-                torch.testing.assert_close(run(forward, inputs), expected, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(run_once(forward, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
 def _break_the_graph(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -132,43 +132,43 @@ def _break_the_graph(module: nn.Module, args: tuple[Any, ...], output: Any) -> A
 def test_a_recipe_that_goes_on_again_is_on_in_what_was_compiled(kind: str) -> None:
     """Dynamo guards no hooks: graphs of an earlier plug must not serve a later one."""
     model, inputs = tiny_models.build("wan")
-    recipe, dense = ROWS["radial"].recipe(), run(model, inputs)
+    recipe, dense = ROWS["radial"].recipe(), run_once(model, inputs)
     with accelplug.apply(model, recipe, gate="off"):
-        eager = run(model, inputs)
+        eager = run_once(model, inputs)
     if kind == "in place":
         model.compile(backend="eager")
     called = model if kind == "in place" else compiled(model, kind, CompileCounter())
     for _ in range(2):
         with accelplug.apply(model, recipe, gate="off", strict=True):
-            torch.testing.assert_close(run(called, inputs), eager, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(run(called, inputs), dense, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(run_once(called, inputs), eager, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run_once(called, inputs), dense, rtol=1e-4, atol=1e-5)
 
 
 def test_a_deep_copy_of_a_patched_model_is_stock() -> None:
     model, inputs = tiny_models.build("wan")
-    dense = run(model, inputs)
+    dense = run_once(model, inputs)
     with accelplug.apply(model, ROWS["radial"].recipe(), gate="off") as plug:
         twin = copy.deepcopy(model)
-        assert torch.equal(run(twin, inputs), dense)
+        assert torch.equal(run_once(twin, inputs), dense)
         assert all(type(a) is type(a).__mro__[0] and not hasattr(type(a), "stock") for a in twin.attn_processors.values())
         with accelplug.apply(twin, ROWS["radial"].recipe(), gate="off"):
-            assert not torch.equal(run(twin, inputs), dense)
+            assert not torch.equal(run_once(twin, inputs), dense)
         assert plug.active
-    assert torch.equal(run(twin, inputs), dense)
+    assert torch.equal(run_once(twin, inputs), dense)
 
 
 def test_the_gate_judges_compiled_blocks_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelplug.hosts import gate
 
     model, inputs = tiny_models.build("wan")
-    dense = run(model, inputs)
+    dense = run_once(model, inputs)
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
     state = torch.get_rng_state()
     for dense_ms, sparse_ms, pays in ((1.0, 2.0, False), (2.0, 1.0, True)):
         ms = iter([dense_ms, sparse_ms] * 10)
         monkeypatch.setattr(gate, "median_ms", lambda run, device: next(ms))  # noqa: B023
         with accelplug.apply(model, ROWS["radial"].recipe()) as plug:
-            out = run(model, inputs)
+            out = run_once(model, inputs)
             assert [verdict["pays"] for verdict in plug.choices["verdicts"]] == [pays]
         assert torch.allclose(out, dense, rtol=1e-4, atol=1e-5) is not pays
     assert torch.equal(torch.get_rng_state(), state)

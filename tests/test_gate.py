@@ -16,9 +16,9 @@ from accelplug.errors import AccelplugError
 from accelplug.hosts import diffusers, forecast, gate
 from accelplug.hosts.forecast import Forecast, amdahl, joined
 from accelplug.kernels import attention
+from accelplug.testing.laws import run_once
 from tests import tiny_models
 from tests.patch_rows import ROWS
-from tests.test_laws import run
 
 LAYERS = 3
 """Self-attention modules of the tiny Wan."""
@@ -72,7 +72,7 @@ def test_the_share_of_attention_is_that_of_a_dense_forward_and_the_gate_counts_n
 ) -> None:
     model, inputs, time = wan
     with accelplug.apply(model, sparse()) as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         (found,) = plug.forecasts
     assert time.judged == 2
     assert found.forward_ms == pytest.approx(DENSE_FORWARD_MS)
@@ -87,13 +87,13 @@ def test_the_run_counts_its_dense_steps_and_layers(wan: tuple[Any, dict[str, Any
     model, inputs, _ = wan
     with accelplug.apply(model, sparse(steps="50%:", layers="1:")) as plug:
         plug.step(0, 8)
-        run(model, inputs)
+        run_once(model, inputs)
         (first,) = plug.forecasts
         assert first.attention_share == pytest.approx(LAYERS * DENSE_MS / DENSE_FORWARD_MS)
         assert first.forward_gain is None
         assert "warmup" in str(first)
         plug.step(4, 8)
-        run(model, inputs)
+        run_once(model, inputs)
         (found,) = plug.forecasts
         said = str(plug.report())
     patched = OTHER_MS + DENSE_MS + 2 * SPARSE_MS
@@ -108,7 +108,7 @@ def test_what_is_left_dense_gains_nothing_and_says_what_it_would_have_cost(monke
     model, inputs = tiny_models.build("wan")
     MadeUpTime(monkeypatch, model, sparse_ms=15.0)
     with accelplug.apply(model, sparse()) as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         (found,) = plug.forecasts
         (reason,) = plug.report().gated
     assert found.forward_gain == pytest.approx(1.0)
@@ -120,16 +120,16 @@ def test_gate_report_foretells_what_it_forces(monkeypatch: pytest.MonkeyPatch) -
     model, inputs = tiny_models.build("wan")
     MadeUpTime(monkeypatch, model, sparse_ms=15.0)
     with accelplug.apply(model, sparse(), gate="report") as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         assert plug.forecasts[0].forward_gain == pytest.approx(DENSE_FORWARD_MS / (OTHER_MS + LAYERS * 15.0))
 
 
 def test_a_forward_that_a_cache_cut_short_does_not_stand(wan: tuple[Any, dict[str, Any], MadeUpTime]) -> None:
     model, inputs, _ = wan
     with accelplug.apply(model, sparse()) as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         model.blocks[2].forward = lambda hidden_states, *args, **kwargs: hidden_states
-        run(model, inputs)
+        run_once(model, inputs)
         del model.blocks[2].forward
         assert plug.forecasts[0].attention_share == pytest.approx(LAYERS * DENSE_MS / DENSE_FORWARD_MS)
 
@@ -140,10 +140,10 @@ def test_only_the_first_forwards_of_a_size_are_timed(
     model, inputs, time = wan
     with accelplug.apply(model, sparse()) as plug:
         for _ in range(forecast.FORWARDS):
-            run(model, inputs)
+            run_once(model, inputs)
         before = time.ms
         monkeypatch.setattr(diffusers, "timed_ms", lambda *_: pytest.fail("timed again"))
-        run(model, inputs)
+        run_once(model, inputs)
         assert time.ms == before + OTHER_MS
         assert len(plug.forecasts) == 1
 
@@ -152,7 +152,7 @@ def test_with_the_gate_off_nothing_is_timed_or_foretold(wan: tuple[Any, dict[str
     model, inputs, time = wan
     for options in ({"gate": "off"}, {"deterministic": True}):
         with accelplug.apply(model, sparse(), **options) as plug:
-            run(model, inputs)
+            run_once(model, inputs)
             assert not plug.forecasts
             assert time.judged == 0
 
@@ -162,7 +162,7 @@ def test_compiled_attention_has_no_share(wan: tuple[Any, dict[str, Any], MadeUpT
     for block in model.blocks:
         block.compile(backend="eager")
     with accelplug.apply(model, sparse()) as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         (found,) = plug.forecasts
         assert found.attention_share is None
         assert "compiled" in str(found)
@@ -173,7 +173,7 @@ def test_compiled_attention_has_no_share(wan: tuple[Any, dict[str, Any], MadeUpT
 def test_a_denoiser_compiled_whole_foretells_nothing() -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, sparse()) as plug:
-        run(torch.compile(model, backend="eager", fullgraph=True), inputs)
+        run_once(torch.compile(model, backend="eager", fullgraph=True), inputs)
         assert not plug.forecasts
 
 
@@ -185,7 +185,7 @@ def test_nothing_is_timed_while_a_graph_is_captured(
     measured = []
     monkeypatch.setattr("accelplug.patches.sparse.template.measure_choice", lambda **_: measured.append(1))
     with accelplug.apply(model, ROWS["radial"].recipe({**ROWS["radial"].working, "backend": "auto"})) as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         assert time.judged == 0
         assert not measured
         assert not plug.forecasts
@@ -225,14 +225,14 @@ def stored(plug: accelplug.Plug) -> dict[str, Any]:
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_choices_are_replayed_untimed(monkeypatch: pytest.MonkeyPatch, sparse_ms: float, deterministic: bool) -> None:
     model, inputs = tiny_models.build("wan")
-    dense = run(model, inputs)
+    dense = run_once(model, inputs)
     time = MadeUpTime(monkeypatch, model, sparse_ms)
     with accelplug.apply(model, sparse()) as plug:
-        first, choices = run(model, inputs), stored(plug)
+        first, choices = run_once(model, inputs), stored(plug)
     assert torch.equal(first, dense) == (sparse_ms > DENSE_MS)
     time.by_gate = (DENSE_MS, 19.0 - sparse_ms)  # timed again, it would be judged the other way
     with accelplug.apply(model, sparse(), choices=choices, deterministic=deterministic) as plug:
-        assert torch.equal(run(model, inputs), first)
+        assert torch.equal(run_once(model, inputs), first)
         assert stored(plug)["verdicts"] == choices["verdicts"]
     assert time.judged == 2
 
@@ -242,16 +242,16 @@ def test_what_choices_do_not_hold_is_judged_or_under_deterministic_forced(
 ) -> None:
     model, inputs, time = wan
     with accelplug.apply(model, sparse()) as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         choices = stored(plug)
     larger = {**inputs, "hidden_states": torch.randn(1, 4, 3, 16, 16)}
     time.by_gate = (DENSE_MS, 15.0)
     with accelplug.apply(model, sparse(), choices=choices) as plug:
-        run(model, larger)
+        run_once(model, larger)
         assert len(plug.report().gated) == 1
     judged = time.judged
     with accelplug.apply(model, sparse(), choices=choices, deterministic=True) as plug:
-        run(model, larger)
+        run_once(model, larger)
         assert time.judged == judged
         assert plug.report().served == {"radial": LAYERS}
         assert "no verdict" in plug.report().unjudged[0]
@@ -260,11 +260,11 @@ def test_what_choices_do_not_hold_is_judged_or_under_deterministic_forced(
 def test_a_verdict_is_on_one_config(wan: tuple[Any, dict[str, Any], MadeUpTime]) -> None:
     model, inputs, time = wan
     with accelplug.apply(model, sparse()) as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         choices = stored(plug)
     other = ROWS["radial"].recipe({"decay": 0.9})
     with accelplug.apply(model, other, choices=choices) as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         assert time.judged == 4
 
 
@@ -274,7 +274,7 @@ def test_kernels_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     attention.forget_choices()
     monkeypatch.setattr(attention, "_candidates", lambda *_: ["blocked", "reference"])
     with accelplug.apply(model, recipe, gate="report") as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         choices = stored(plug)
     assert choices["kernels"]
     for kernel in choices["kernels"]:
@@ -285,7 +285,7 @@ def test_kernels_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     op = attention._run
     monkeypatch.setattr(attention, "_run", lambda backend, *args: asked.append(backend) or op(backend, *args))
     with accelplug.apply(model, recipe, choices=choices) as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         assert stored(plug)["kernels"] == choices["kernels"]
     assert set(asked) == {"reference"}
     attention.forget_choices()
@@ -305,11 +305,11 @@ def test_deterministic_takes_no_kernel_that_another_plug_measured(monkeypatch: p
     monkeypatch.setattr(attention, "_candidates", lambda *_: ["blocked", "reference"])
     monkeypatch.setattr(attention._choices, "peek", lambda key: ("reference", {"reference": 1.0}))  # measured elsewhere
     with accelplug.apply(model, recipe, gate="off"):
-        run(model, inputs)
+        run_once(model, inputs)
     assert set(ran) == {"reference"}
     ran.clear()
     with accelplug.apply(model, recipe, deterministic=True) as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         assert plug.choices["backend"] == "first"
     assert set(ran) == {"blocked"}
 
@@ -317,7 +317,7 @@ def test_deterministic_takes_no_kernel_that_another_plug_measured(monkeypatch: p
 def test_choices_of_something_else_are_refused(wan: tuple[Any, dict[str, Any], MadeUpTime]) -> None:
     model, inputs, _ = wan
     with accelplug.apply(model, sparse()) as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         choices = stored(plug)
     for wrong, what in (
         ({}, "plug.choices gave"),

@@ -15,9 +15,9 @@ import accelplug
 from accelplug.call import Layout
 from accelplug.kernels import orders
 from accelplug.kernels.orders import tiles
+from accelplug.testing.laws import run_once, snapshot_of
 from accelplug.testing.models import WAN_CONFIG, noise
 from tests import tiny_models
-from tests.test_laws import run, snapshot
 
 SOL = {"block": 8, "tau": 0.5, "band": 0, "backend": "reference"}
 LAYERS = 5
@@ -63,10 +63,10 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 def both_ways(model: Any, inputs: dict[str, Any], rules: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, int]]:
     with accelplug.apply(model, rules, gate="off") as plug:
         unhoisted(plug)
-        plain = run(model, inputs)
+        plain = run_once(model, inputs)
         assert not plug.report().hoisted
     with accelplug.apply(model, rules, gate="off") as plug:
-        hoisted = run(model, inputs)
+        hoisted = run_once(model, inputs)
         return plain, hoisted, plug.report().hoisted
 
 
@@ -74,7 +74,7 @@ def both_ways(model: Any, inputs: dict[str, Any], rules: dict[str, Any]) -> tupl
 @pytest.mark.parametrize("dense", [None, "0", "2", "4"])
 def test_hoisted_is_unhoisted(order: str, dense: str | None) -> None:
     model, inputs = built()
-    stock = run(model, inputs)
+    stock = run_once(model, inputs)
     plain, hoisted, where = both_ways(model, inputs, recipe(order, dense))
     assert not torch.allclose(plain, stock, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(hoisted, plain, rtol=1e-4, atol=1e-5)
@@ -128,10 +128,10 @@ def test_modulation_by_token_and_image_conditions() -> None:
 def test_attention_permutes_nothing_inside_a_run(moved: list[tuple[int, ...]]) -> None:
     model, inputs = built()
     with accelplug.apply(model, recipe("morton", "2"), gate="off") as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         assert moved == []
         unhoisted(plug)
-        run(model, inputs)
+        run_once(model, inputs)
         assert len(moved) == 4 * (LAYERS - 1)
 
 
@@ -145,7 +145,7 @@ def test_a_call_that_runs_dense_inside_a_run_is_right() -> None:
                 unhoisted(plug)
             host = plug.denoiser_hosts[0]
             host._obstacle = lambda record, *_: "as told" if record.site.layer == 2 else None
-            outputs.append(run(model, inputs))
+            outputs.append(run_once(model, inputs))
             assert plug.report().fallbacks == {"blocks.2.attn1: as told": 1}
             assert bool(plug.report().hoisted) is hoists
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
@@ -153,15 +153,15 @@ def test_a_call_that_runs_dense_inside_a_run_is_right() -> None:
 
 def test_dense_steps_and_neutral_configs_are_dense_to_the_bit() -> None:
     model, inputs = built()
-    dense = run(model, inputs)
+    dense = run_once(model, inputs)
     rules = {"rules": [{"where": {"steps": "1:"}, "patch": "sol", "with": {**SOL, "order": "morton"}}]}
     with accelplug.apply(model, rules, gate="off") as plug:
         for step, forwards in ((0, 0), (1, 1), (0, 1), (2, 2)):
             plug.step(step, 3)
-            assert torch.equal(run(model, inputs), dense) is (step == 0)
+            assert torch.equal(run_once(model, inputs), dense) is (step == 0)
             assert sum(plug.report().hoisted.values()) == forwards
     with accelplug.apply(model, recipe("morton", tau="dense"), gate="off") as plug:
-        assert torch.equal(run(model, inputs), dense)
+        assert torch.equal(run_once(model, inputs), dense)
         assert not plug.report().hoisted
 
 
@@ -173,7 +173,7 @@ def test_orders_that_differ_or_are_raster_or_pad_inside_are_not_hoisted() -> Non
     ]
     for rules in ({"rules": alternate}, recipe("raster"), recipe("tile", tile_thw=[1, 2, 3])):
         with accelplug.apply(model, rules, gate="off") as plug:
-            run(model, inputs)
+            run_once(model, inputs)
             assert plug.report().served == {"sol": LAYERS}
             assert not plug.report().hoisted
 
@@ -191,47 +191,47 @@ def test_the_gate_judges_first(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelplug.hosts import gate
 
     model, inputs = built()
-    dense = run(model, inputs)
+    dense = run_once(model, inputs)
     for dense_ms, sparse_ms, pays in ((1.0, 2.0, False), (2.0, 1.0, True)):
         ms = iter([dense_ms, sparse_ms] * 10)
         monkeypatch.setattr(gate, "median_ms", lambda run, device: next(ms))  # noqa: B023
         with accelplug.apply(model, recipe("morton")) as plug:
-            run(model, inputs)
+            run_once(model, inputs)
             assert not plug.report().hoisted
-            assert torch.equal(run(model, inputs), dense) is not pays
+            assert torch.equal(run_once(model, inputs), dense) is not pays
             assert bool(plug.report().hoisted) is pays
 
 
 def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = built()
-    dense, before = run(model, inputs), snapshot(model)
+    dense, before = run_once(model, inputs), snapshot_of(model)
     plug = accelplug.apply(model, recipe("morton"), gate="off")
-    on = snapshot(model)
-    sparse = run(model, inputs)
-    assert snapshot(model) == on, "a forward leaves something on the model"
+    on = snapshot_of(model)
+    sparse = run_once(model, inputs)
+    assert snapshot_of(model) == on, "a forward leaves something on the model"
     with monkeypatch.context() as patch:
         patch.setattr(type(model.blocks[2].ffn), "forward", lambda self, x: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run(model, inputs)
-    assert snapshot(model) == on, "an interrupted forward leaves something on the model"
+            run_once(model, inputs)
+    assert snapshot_of(model) == on, "an interrupted forward leaves something on the model"
     assert not any(record.params.tiles.applied for record in plug.denoiser_hosts[0].records if record.params)
-    assert torch.equal(run(model, inputs), sparse)
+    assert torch.equal(run_once(model, inputs), sparse)
     plug.remove()
-    assert snapshot(model) == before
-    assert torch.equal(run(model, inputs), dense)
+    assert snapshot_of(model) == before
+    assert torch.equal(run_once(model, inputs), dense)
 
 
 def test_a_deep_copy_made_in_the_middle_of_a_forward_is_stock() -> None:
     model, inputs = built()
-    dense = run(model, inputs)
+    dense = run_once(model, inputs)
     twins = []
     handle = model.condition_embedder.register_forward_hook(lambda *_: twins.append(copy.deepcopy(model)))
     with accelplug.apply(model, recipe("morton"), gate="off") as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         assert plug.report().hoisted
     handle.remove()
     twins[0].condition_embedder._forward_hooks.clear()
-    assert torch.equal(run(twins[0], inputs), dense)
+    assert torch.equal(run_once(twins[0], inputs), dense)
 
 
 def test_blocks_that_others_look_into_end_a_run() -> None:
@@ -240,11 +240,11 @@ def test_blocks_that_others_look_into_end_a_run() -> None:
     with accelplug.apply(model, recipe("morton"), gate="off") as plug:
         unhoisted(plug)
         handle = model.blocks[2].register_forward_hook(lambda module, args, output: seen.update(plain=output))
-        run(model, inputs)
+        run_once(model, inputs)
     handle.remove()
     with accelplug.apply(model, recipe("morton"), gate="off") as plug:
         handle = model.blocks[2].register_forward_hook(lambda module, args, output: seen.update(hoisted=output))
-        run(model, inputs)
+        run_once(model, inputs)
         assert set(plug.report().hoisted) == {
             "once for blocks.0 to blocks.1",
             "once for blocks.3 to blocks.4",
@@ -257,11 +257,11 @@ def test_blocks_that_others_look_into_end_a_run() -> None:
 def test_a_step_cache_sees_tokens_in_their_own_order() -> None:
     model, inputs = built()
     with accelplug.apply(model, recipe("morton", "0"), gate="off") as plug:
-        expected = run(model, inputs)
+        expected = run_once(model, inputs)
         model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=1e9))
         with model.cache_context("cond"):
-            torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-5)
-            again = run(model, inputs)  # the cache answers: the first block and the residual of the others
+            torch.testing.assert_close(run_once(model, inputs), expected, rtol=1e-4, atol=1e-5)
+            again = run_once(model, inputs)  # the cache answers: the first block and the residual of the others
         model.disable_cache()
         assert plug.report().hoisted["by every call, because others look into blocks"] >= 1
     torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-5)
@@ -271,7 +271,7 @@ def test_a_step_cache_sees_tokens_in_their_own_order() -> None:
 def test_models_between_whose_blocks_more_happens_are_left_alone(name: str) -> None:
     model, inputs = tiny_models.build(name)
     with accelplug.apply(model, recipe("morton"), gate="off") as plug:
-        run(model, inputs)
+        run_once(model, inputs)
         assert plug.report().served["sol"]
         assert not plug.report().hoisted
 
@@ -281,17 +281,17 @@ def test_compiled_blocks_permute_themselves(kind: str) -> None:
     torch._dynamo.reset()
     model, inputs = built()
     with accelplug.apply(model, recipe("morton"), gate="off") as plug:
-        hoisted = run(model, inputs)  # eager, then compiled, then eager again: nothing of one is left to the other
+        hoisted = run_once(model, inputs)  # eager, then compiled, then eager again: nothing of one is left to the other
         counter = CompileCounter()
         if kind == "regional":
             model.compile_repeated_blocks(fullgraph=True, backend=counter)
         forward = model if kind == "regional" else torch.compile(model, fullgraph=True, backend=counter)
         for _ in range(2):
-            torch.testing.assert_close(run(forward, inputs), hoisted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(run_once(forward, inputs), hoisted, rtol=1e-4, atol=1e-5)
         assert counter.frame_count == 1
         said = plug.report().hoisted
         assert said.get("by every call, because blocks are compiled", 0) == (2 if kind == "regional" else 0)
         for block in model.blocks:
             block._compiled_call_impl = None
-        assert torch.equal(run(model, inputs), hoisted)
+        assert torch.equal(run_once(model, inputs), hoisted)
     torch._dynamo.reset()

@@ -15,8 +15,8 @@ from accelplug.errors import RecipeError
 from accelplug.hosts.rebind import dense_sdpa
 from accelplug.patches.sparse.proxy import Proxy
 from accelplug.recipe import ModelFacts, load
+from accelplug.testing.laws import run_once
 from tests import tiny_models
-from tests.test_laws import run
 from tests.test_tome import noise
 
 SITE = Site("blocks.0.attn1", "transformer", "self", 0, 8)
@@ -166,11 +166,11 @@ def test_the_variance_term_compiles() -> None:
     model, inputs = tiny_models.build("wan")
     recipe = {"patch": "proxy", "with": {"window_thw": [1, 2, 4], "halo_thw": [0, 0, 0], "variance": True}}
     with accelplug.apply(model, recipe, gate="off"):
-        eager = run(model, inputs)
+        eager = run_once(model, inputs)
     torch._dynamo.reset()
     with accelplug.apply(model, recipe, gate="off"):
         model.compile_repeated_blocks(fullgraph=True, backend="eager")
-        torch.testing.assert_close(run(model, inputs), eager, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run_once(model, inputs), eager, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 
 

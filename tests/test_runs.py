@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -16,6 +15,14 @@ from torch import Tensor
 import accelplug
 from accelplug.errors import FallbackError, NoMatchError, UnsupportedError
 from accelplug.hosts.models import denoisers
+from accelplug.testing.laws import (
+    another_prompt,
+    cancel_in_a_callback,
+    cancel_in_the_model,
+    nothing_of_a_run_is_left,
+    other_way_up,
+    run_pipeline,
+)
 from accelplug.testing.models import Arguments, noise, sample_of
 from tests import tiny_models, tiny_pipelines
 from tests.patch_rows import ROWS
@@ -34,7 +41,7 @@ STATEFUL = {
     "svg": rule("svg", density=0.3, sink=False, profile_interval=4),
     "tome": {"rules": [{"patch": "tome", "with": {"ratio": 0.5, "interval": 4, "reuse_layers": 2}}]},
 }
-"""Patches that keep something from step to step."""
+"""Patches that keep something from step to step. The laws try the others."""
 
 CACHES = {
     "first_block": {"threshold": 0.5},
@@ -46,80 +53,7 @@ CACHED = {f"cache {kind}": {"rules": LATER, "cache": {"kind": kind, "with": CACH
 STATELESS = {row.patch: row.recipe() for row in ROWS.values() if row.patch not in STATEFUL}
 
 
-class Stop(Exception):
-    """Somebody wants no more of it."""
-
-
-def run(pipe: Any, inputs: Arguments, seed: int = 0, **more: Any) -> Tensor:
-    return pipe(**{**copy.deepcopy(inputs), **more}, generator=torch.Generator().manual_seed(seed))[0]
-
-
-def other(inputs: Arguments) -> Arguments:
-    """Another prompt."""
-    return {
-        name: given.flip(-1) * 1.5 if isinstance(given, Tensor) and "embeds" in name and given.is_floating_point() else given
-        for name, given in inputs.items()
-    }
-
-
-def larger(inputs: Arguments) -> Arguments:
-    """The other way up, which is another grid of as many tokens."""
-    return {**inputs, "height": inputs["width"], "width": inputs["height"]}
-
-
-def twice(inputs: Arguments) -> Arguments:
-    """Two pictures at a time."""
-    name = "num_videos_per_prompt" if "num_frames" in inputs else "num_images_per_prompt"
-    return {**inputs, name: 2}
-
-
-def stop_in_the_model(pipe: Any, inputs: Arguments, step: int) -> None:
-    """Run until a forward raises, where its blocks have run and its output has not."""
-    forwards = []
-    denoiser = next(iter(denoisers(pipe).values()))
-    attention = [path for path, module in denoiser.named_modules() if "processor" in vars(module)]
-    last = next((path for path in ("proj_out", "conv_out") if hasattr(denoiser, path)), attention[-1])
-
-    def count(*_: Any) -> None:
-        forwards.append(1)
-
-    def interrupt(*_: Any) -> None:
-        if len(forwards) > step:
-            raise Stop
-
-    handles = [denoiser.register_forward_pre_hook(count), denoiser.get_submodule(last).register_forward_pre_hook(interrupt)]
-    with pytest.raises(Stop):
-        run(pipe, inputs, seed=9)
-    for handle in handles:
-        handle.remove()
-
-
-def stop_in_a_callback(pipe: Any, inputs: Arguments, step: int) -> None:
-    def callback(pipe: Any, at: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        if at == step:
-            raise KeyboardInterrupt
-        return given
-
-    with pytest.raises(KeyboardInterrupt):
-        run(pipe, inputs, seed=9, callback_on_step_end=callback)
-
-
-STOPS = {"model": stop_in_the_model, "callback": stop_in_a_callback}
-
-
-def nothing_is_left(make: Callable[[], tuple[Any, Arguments]], recipe: dict[str, Any], stop: str, step: int) -> None:
-    pipe, inputs = make()
-    kinds = [inputs, larger(inputs), twice(inputs)]
-    fresh = []
-    for kind in kinds:
-        with accelplug.apply(pipe, recipe, gate="off"):
-            fresh.append(run(pipe, kind))
-    with accelplug.apply(pipe, recipe, gate="off"):
-        for kind, expected in zip(kinds, fresh, strict=True):
-            STOPS[stop](pipe, other(inputs), step)
-            assert torch.equal(run(pipe, kind), expected)
-        assert torch.equal(run(pipe, inputs), fresh[0])
-        assert torch.equal(run(pipe, inputs), fresh[0])
+STOPS = {"model": cancel_in_the_model, "callback": cancel_in_a_callback}
 
 
 @pytest.mark.parametrize(("stop", "step"), [("model", 2), ("callback", 0), ("callback", 2)])
@@ -127,19 +61,14 @@ def nothing_is_left(make: Callable[[], tuple[Any, Arguments]], recipe: dict[str,
     ("patch", "name"), [(patch, name) for patch in STATEFUL for name in ("wan", "sd15") if (patch, name) != ("svg", "sd15")]
 )  # svg reads everything of a picture
 def test_a_cancelled_run_leaves_nothing_in_a_patch(patch: str, name: str, stop: str, step: int) -> None:
-    nothing_is_left(lambda: tiny_pipelines.pipeline(name), STATEFUL[patch], stop, step)
-
-
-@pytest.mark.parametrize("patch", STATELESS)
-def test_nor_in_one_that_should_keep_nothing(patch: str) -> None:
-    nothing_is_left(lambda: tiny_pipelines.pipeline("wan"), STATELESS[patch], "model", 2)
+    nothing_of_a_run_is_left(lambda: tiny_pipelines.pipeline(name), STATEFUL[patch], STOPS[stop], step)
 
 
 @pytest.mark.parametrize(("stop", "step"), [("model", 1), ("model", 2), ("callback", 0), ("callback", 2)])
 @pytest.mark.parametrize("cache", CACHED)
 @pytest.mark.parametrize("name", ["wan", "flux"])
 def test_a_cancelled_run_leaves_nothing_in_a_step_cache(name: str, cache: str, stop: str, step: int) -> None:
-    nothing_is_left(lambda: tiny_pipelines.pipeline(name), CACHED[cache], stop, step)
+    nothing_of_a_run_is_left(lambda: tiny_pipelines.pipeline(name), CACHED[cache], STOPS[stop], step)
 
 
 @pytest.mark.parametrize("name", ["sd3", "z_image", "pixart", "cosmos", "wan22_moe", "qwen_image", "wan_video2video"])
@@ -147,10 +76,10 @@ def test_a_second_run_is_the_first_again(name: str) -> None:
     """Also where no context tells that a run has ended."""
     pipe, inputs = tiny_pipelines.pipeline(name)
     with accelplug.apply(pipe, STATEFUL["kmeans"], gate="off"):
-        first = run(pipe, inputs)
-        assert torch.equal(run(pipe, inputs), first)
-        stop_in_the_model(pipe, other(inputs), 1)
-        assert torch.equal(run(pipe, inputs), first)
+        first = run_pipeline(pipe, inputs)
+        assert torch.equal(run_pipeline(pipe, inputs), first)
+        cancel_in_the_model(pipe, another_prompt(inputs), 1)
+        assert torch.equal(run_pipeline(pipe, inputs), first)
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.8])
@@ -162,11 +91,11 @@ def test_a_run_that_begins_late_begins_anew(strength: float) -> None:
     late = {name: given for name, given in inputs.items() if name not in ("height", "width")}
     late |= {"image": torch.rand(1, 3, 24, 32), "strength": strength}
     with accelplug.apply(text, STATEFUL["kmeans"], gate="off"):
-        fresh = run(picture, late)
+        fresh = run_pipeline(picture, late)
     for first in (text, picture):
         with accelplug.apply(text, STATEFUL["kmeans"], gate="off"):
-            stop_in_a_callback(first, inputs if first is text else {**late, "strength": 1.0}, 0)
-            assert torch.equal(run(picture, late), fresh)
+            cancel_in_a_callback(first, inputs if first is text else {**late, "strength": 1.0}, 0)
+            assert torch.equal(run_pipeline(picture, late), fresh)
 
 
 def test_a_bare_denoiser_that_is_told_its_steps_begins_anew_where_they_do_not_advance() -> None:
@@ -250,7 +179,7 @@ def check_steps(plug: accelplug.Plug, pipe: Any, inputs: Arguments) -> None:
 
         handles.append(host.denoiser.register_forward_pre_hook(look, with_kwargs=True))
     with plug.trace() as events:
-        run(pipe, inputs)
+        run_pipeline(pipe, inputs)
     for handle in handles:
         handle.remove()
     steps = len(pipe.scheduler.timesteps)
@@ -320,7 +249,11 @@ def test_a_modular_pipeline_and_a_classic_one_on_one_denoiser() -> None:
         return modular(**given, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output="latents")
 
     with accelplug.apply(modular, STEPPED, gate="off", strict=True) as plug:
-        for one, steps in ((make, 4), (lambda steps: run(classic, inputs, num_inference_steps=steps), 5), (make, 6)):
+        for one, steps in (
+            (make, 4),
+            (lambda steps: run_pipeline(classic, inputs, num_inference_steps=steps), 5),
+            (make, 6),
+        ):
             with plug.trace() as events:
                 one(steps)
             assert {(event.clock.step, event.clock.steps) for event in events} == {(step, steps) for step in range(steps)}
@@ -339,7 +272,7 @@ def test_rounded_timesteps_are_still_told_apart(name: str) -> None:
         for key, given in inputs.items()
     }
     with accelplug.apply(pipe, STEPPED, gate="off", strict=True) as plug, plug.trace() as events:
-        run(pipe, {**inputs, "num_inference_steps": 24})
+        run_pipeline(pipe, {**inputs, "num_inference_steps": 24})
     steps = [event.clock.step for event in events]
     assert steps == sorted(steps)
     assert set(steps) == set(range(24))
@@ -349,7 +282,7 @@ def test_a_timestep_in_no_schedule_is_unknown_and_counted() -> None:
     pipe, inputs = tiny_pipelines.pipeline("flux")
     _, given = tiny_models.build("flux")
     with accelplug.apply(pipe, STEPPED, gate="off") as plug:
-        run(pipe, inputs)
+        run_pipeline(pipe, inputs)
         assert not plug.report().fallbacks
         guidance = {"guidance": torch.tensor([1.0])}
         with torch.no_grad():
@@ -370,11 +303,13 @@ def test_compiled_whole_it_goes_by_the_pipeline_that_counts() -> None:
         return other
 
     with accelplug.apply(pipe, STEPPED, gate="off"):
-        expected = [run(one, inputs, num_inference_steps=steps) for one, steps in ((twin(), 5), (pipe, 4), (twin(), 3))]
+        expected = [
+            run_pipeline(one, inputs, num_inference_steps=steps) for one, steps in ((twin(), 5), (pipe, 4), (twin(), 3))
+        ]
     pipe.transformer, seen = torch.compile(pipe.transformer, backend="eager"), []
     with accelplug.apply(pipe, STEPPED, gate="off") as plug:
         for one, steps, out in zip((twin(), pipe, twin()), (5, 4, 3), expected, strict=True):
-            torch.testing.assert_close(run(one, inputs, num_inference_steps=steps), out, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(run_pipeline(one, inputs, num_inference_steps=steps), out, rtol=1e-4, atol=1e-5)
             seen.append((plug.denoiser_hosts[0].now.step, plug.denoiser_hosts[0].now.steps))
     assert seen == [(4, 5), (3, 4), (2, 3)]
     assert not plug.report().fallbacks
@@ -387,7 +322,7 @@ def test_a_grid_that_compiled_code_cannot_read_is_counted() -> None:
     pipe, inputs = tiny_pipelines.pipeline("flux")
     pipe.transformer.compile(backend="eager")
     with accelplug.apply(pipe, STEPPED, gate="off") as plug:
-        run(pipe, inputs)
+        run_pipeline(pipe, inputs)
     assert any("layout is not understood" in reason for reason in plug.report().fallbacks)
     torch._dynamo.reset()
 
@@ -405,7 +340,7 @@ def side_by_side(pipe: Any, kinds: list[Arguments]) -> list[Tensor]:
         try:
             view = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler), **_settings(pipe)})
             view.set_progress_bar_config(disable=True)
-            found[number] = run(view, kinds[number], seed=number)
+            found[number] = run_pipeline(view, kinds[number], seed=number)
         except BaseException as error:
             failed.append(error)
             meet.abort()
@@ -434,11 +369,11 @@ HOISTED = {"rules": [{"patch": "sol", "with": {**EIGHT, "tau": 0.5, "band": 0, "
 @pytest.mark.parametrize("recipe", [STATELESS["neighborhood"], STATEFUL["kmeans"], STATEFUL["tome"], HOISTED, STEPPED])
 def test_two_threads_are_each_as_alone(name: str, recipe: dict[str, Any]) -> None:
     pipe, inputs = tiny_pipelines.pipeline(name)
-    kinds = [inputs, larger(other(inputs))]
+    kinds = [inputs, other_way_up(another_prompt(inputs))]
     alone = []
     for number, kind in enumerate(kinds):
         with accelplug.apply(pipe, recipe, gate="off"):
-            alone.append(run(pipe, kind, seed=number))
+            alone.append(run_pipeline(pipe, kind, seed=number))
     with accelplug.apply(pipe, recipe, gate="off", strict=True) as plug:
         together = side_by_side(pipe, kinds)
         assert not plug.report().fallbacks
@@ -450,12 +385,12 @@ def test_two_threads_are_each_as_alone(name: str, recipe: dict[str, Any]) -> Non
 def test_two_threads_are_each_as_alone_in_compiled_blocks() -> None:
     torch._dynamo.reset()
     pipe, inputs = tiny_pipelines.pipeline("wan")
-    kinds = [inputs, larger(other(inputs))]
+    kinds = [inputs, other_way_up(another_prompt(inputs))]
     pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
     alone = []
     for number, kind in enumerate(kinds):
         with accelplug.apply(pipe, STEPPED, gate="off"):
-            alone.append(run(pipe, kind, seed=number))
+            alone.append(run_pipeline(pipe, kind, seed=number))
     with accelplug.apply(pipe, STEPPED, gate="off", strict=True):
         for left, right in zip(side_by_side(pipe, kinds), alone, strict=True):
             assert torch.equal(left, right)
@@ -465,12 +400,14 @@ def test_two_threads_are_each_as_alone_in_compiled_blocks() -> None:
 def test_a_step_cache_in_two_threads_is_refused() -> None:
     pipe, inputs = tiny_pipelines.pipeline("wan")
     with accelplug.apply(pipe, CACHED["cache first_block"], gate="off"):
-        alone = run(pipe, inputs)
+        alone = run_pipeline(pipe, inputs)
         with pytest.raises(UnsupportedError, match="one run at a time"):
             side_by_side(pipe, [inputs, inputs])
-        assert torch.equal(run(pipe, inputs), alone)
+        assert torch.equal(run_pipeline(pipe, inputs), alone)
         thread_found: list[Tensor] = []
-        thread = threading.Thread(target=lambda: thread_found.append(run(pipe, inputs)))  # one after the other is fine
+        thread = threading.Thread(
+            target=lambda: thread_found.append(run_pipeline(pipe, inputs))
+        )  # one after the other is fine
         thread.start()
         thread.join()
         assert torch.equal(thread_found[0], alone)
@@ -497,13 +434,13 @@ def run_alone(model: Any, inputs: Arguments) -> Tensor:
 
 def test_a_denoiser_that_was_replaced_is_reported_and_the_plug_still_found() -> None:
     pipe, inputs = tiny_pipelines.pipeline("wan")
-    ours, stock = pipe.transformer, run(pipe, inputs)
+    ours, stock = pipe.transformer, run_pipeline(pipe, inputs)
     accelplug.apply(pipe, STATELESS["neighborhood"], gate="off")
     pipe.transformer = copy.deepcopy(ours)
-    assert torch.equal(run(pipe, inputs), stock)
+    assert torch.equal(run_pipeline(pipe, inputs), stock)
     accelplug.remove(pipe)
     pipe.transformer = ours
-    assert torch.equal(run(pipe, inputs), stock)
+    assert torch.equal(run_pipeline(pipe, inputs), stock)
     with pytest.raises(NoMatchError):
         accelplug.remove(pipe)
 

@@ -14,8 +14,8 @@ import accelplug
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.static import band, band_width
 from accelplug.patches.sparse.svg import SPATIAL, TEMPORAL, Svg
+from accelplug.testing.laws import run_once
 from tests import tiny_models
-from tests.test_laws import run
 
 SITE = Site("blocks.1.attn1", "transformer", "self", 1, 4)
 LAYOUT = Layout((6, 4, 5), text_before=3, text_after=2)
@@ -153,7 +153,7 @@ def test_a_kept_choice_in_compiled_code() -> None:
             for step in range(4):
                 plug.step(step, 4)
                 with model.cache_context("cond"):
-                    outs.append(run(forward, inputs))
+                    outs.append(run_once(forward, inputs))
         return outs
 
     eager = runs(model)

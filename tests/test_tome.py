@@ -20,9 +20,9 @@ from accelplug.hosts.rebind import dense_sdpa
 from accelplug.kernels.merge import match, merge, partition, slot_sizes, unmerge
 from accelplug.patches.tokens import tome
 from accelplug.patches.tokens.tome import Tome
+from accelplug.testing.laws import run_once
 from accelplug.testing.models import batch_of_two
 from tests import tiny_models
-from tests.test_laws import run
 
 GRIDS = [(1, 7, 9), (3, 5, 6), (2, 1, 11), (1, 1, 1)]
 
@@ -234,10 +234,10 @@ def test_layers_and_steps_share_a_match(made: Matches) -> None:
     with accelplug.apply(model, recipe(interval=2, reuse_layers=2), gate="off") as plug:
         for step, matches in enumerate([2, 2, 4, 4]):
             plug.step(step, 4)
-            run(model, inputs)
+            run_once(model, inputs)
             assert len(made) == matches, f"step {step}"
         plug.step(0, 4)  # the next run begins
-        run(model, inputs)
+        run_once(model, inputs)
         assert len(made) == 6
 
 
@@ -245,11 +245,11 @@ def test_an_unknown_step_never_sees_an_older_forward(made: Matches) -> None:
     model, inputs = tiny_models.build("wan")
     other = {key: value.flip(-1) if value.is_floating_point() else value for key, value in inputs.items()}
     with accelplug.apply(model, recipe(interval=5, reuse_layers=3), gate="off"):
-        run(model, inputs)
-        second = run(model, other)
+        run_once(model, inputs)
+        second = run_once(model, other)
         assert len(made) == 2
     with accelplug.apply(model, recipe(interval=5, reuse_layers=3), gate="off"):
-        assert torch.equal(run(model, other), second)
+        assert torch.equal(run_once(model, other), second)
 
 
 def test_branches_have_matches_of_their_own_and_the_same_destinations(made: Matches) -> None:
@@ -262,12 +262,12 @@ def test_branches_have_matches_of_their_own_and_the_same_destinations(made: Matc
             plug.step(step, 4)
             for branch, half in zip(("cond", "uncond"), halves, strict=True):
                 with model.cache_context(branch):
-                    apart.append(run(model, half))
+                    apart.append(run_once(model, half))
         assert len(made) == 6
     with accelplug.apply(model, recipe(interval=2), gate="off") as plug:
         for step in range(2):
             plug.step(step, 4)
-            together = run(model, both)
+            together = run_once(model, both)
             torch.testing.assert_close(together, torch.cat(apart[2 * step : 2 * step + 2]), rtol=1e-4, atol=1e-5)
 
 
@@ -291,10 +291,10 @@ def test_a_reset_forgets_matches(made: Matches) -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, recipe(interval=4), gate="off") as plug:
         plug.step(1, 4)
-        run(model, inputs)
+        run_once(model, inputs)
         HookRegistry.check_if_exists_or_initialize(model).reset_stateful_hooks()  # as pipelines do where a run ends
         plug.step(2, 4)
-        run(model, inputs)
+        run_once(model, inputs)
         assert len(made) == 6
 
 
@@ -306,7 +306,7 @@ def test_a_shared_match_crosses_compiled_graphs(kind: str) -> None:
     with accelplug.apply(model, rule, gate="off") as plug:
         for step in range(4):
             plug.step(step, 4)
-            eager.append(run(model, {**inputs, "hidden_states": inputs["hidden_states"] + step}))
+            eager.append(run_once(model, {**inputs, "hidden_states": inputs["hidden_states"] + step}))
     torch._dynamo.reset()
     counter = CompileCounter()
     forward = model
@@ -318,7 +318,7 @@ def test_a_shared_match_crosses_compiled_graphs(kind: str) -> None:
         for step in range(4):
             plug.step(step, 4)
             with model.cache_context("cond"):
-                out = run(forward, {**inputs, "hidden_states": inputs["hidden_states"] + step})
+                out = run_once(forward, {**inputs, "hidden_states": inputs["hidden_states"] + step})
             torch.testing.assert_close(out, eager[step], rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 2, "graphs that make a match, and graphs that take one"
     torch._dynamo.reset()

@@ -24,6 +24,7 @@ from accelplug.patches.sparse.rest_weights import RestWeights
 from accelplug.plug import model_facts
 from accelplug.recipe import Measured, load, read_file
 from accelplug.step_caches import CACHES
+from accelplug.testing.laws import snapshot_of
 from accelplug.tuning import Bound, caches, crew, search, space, verification
 from accelplug.tuning.budget import parse
 from accelplug.tuning.caches import Cache
@@ -35,7 +36,6 @@ from accelplug.tuning.result import Tuned
 from accelplug.tuning.space import Arm, Candidate, arms, variants
 from accelplug.tuning.verdict import limit
 from tests import tiny_models
-from tests.test_laws import snapshot
 from tests.test_report import Page
 
 LADDERS = {
@@ -91,7 +91,7 @@ def test_the_fastest_that_holds_is_proven_on_another_seed(told_times: None) -> N
     pipe, inputs = pipeline()
     with torch.no_grad():
         pipe(**inputs)  # a pipeline of diffusers leaves a registry behind at its first run
-    before = snapshot(pipe.transformer)
+    before = snapshot_of(pipe.transformer)
     found = run(pipe, inputs, "psnr>=1")
     assert found.proven is not None
     assert found.proven.name.startswith("sol")
@@ -101,7 +101,7 @@ def test_the_fastest_that_holds_is_proven_on_another_seed(told_times: None) -> N
     assert {(s.prompt, s.seed) for s in found.comparison.row(found.proven.name).samples} == {(0, 0), (0, 1)}
     assert "2.00x within psnr>=1" in found.why
     assert [rule.patch for rule in found.rules][-1] == "sol"
-    assert snapshot(pipe.transformer) == before
+    assert snapshot_of(pipe.transformer) == before
     with accelplug.apply(pipe, found, gate="off") as plug, torch.no_grad():
         pipe(**inputs)
         assert plug.report().served["sol"] > 0
@@ -388,9 +388,9 @@ def test_caches_are_set_for_the_model_or_said_not_to_fit() -> None:
     study, parts = Study(pipe, [inputs], [0], None, None), {"transformer": pipe.transformer}
     with torch.no_grad():
         pipe(**inputs)  # a pipeline of diffusers leaves a registry behind at its first run
-    before = snapshot(pipe.transformer)
+    before = snapshot_of(pipe.transformer)
     trajectory = Trajectory.record(study, 0, 0)
-    assert snapshot(pipe.transformer) == before
+    assert snapshot_of(pipe.transformer) == before
     assert trajectory.contexts == {"cond", "uncond"}
     assert 0 < trajectory.attention < 1
     ladders, why_not = caches.fitting(parts, caches.Seen(9, trajectory.contexts, trajectory.magnitudes))
@@ -407,7 +407,7 @@ def test_caches_are_set_for_the_model_or_said_not_to_fit() -> None:
             study.run(0, 0)
         computed = sorted({event.clock.step for event in events})
         assert {0, 1, 8} <= set(computed) < set(range(9)), "the first steps and the last are computed, others are not"
-    assert snapshot(pipe.transformer) == before
+    assert snapshot_of(pipe.transformer) == before
     few, why = caches.fitting(parts, caches.Seen(8, trajectory.contexts, trajectory.magnitudes))
     assert not few
     assert "too few" in why[0]

@@ -8,8 +8,8 @@ import pytest
 
 import accelplug
 from accelplug.call import Layout
+from accelplug.testing.laws import run_once
 from tests import tiny_language_models, tiny_models
-from tests.test_laws import run
 
 RULES = {
     "rules": [
@@ -31,7 +31,7 @@ def test_a_denoiser_says_what_its_rules_say_and_then_what_ran() -> None:
         assert {row.name for row in others} == {"dense"}
         assert "step" in others[0].reason, "whether a rule of steps holds is not known yet"
         plug.step(1, 2)
-        run(model, inputs)
+        run_once(model, inputs)
         rows = list(plug.where())
     assert [row.site.layer for row in rows] == [0, 1, 2]
     assert [row.name for row in rows] == ["neighborhood", "radial", "radial"]
@@ -46,7 +46,7 @@ def test_it_prints_by_layers_and_is_plain_data() -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, RULES, gate="off") as plug:
         plug.step(1, 2)
-        run(model, inputs)
+        run_once(model, inputs)
         where = plug.where()
     told = str(where)
     assert "1-2" in told

@@ -6,6 +6,7 @@ Every visual grid has at least 48 tokens (six blocks of eight) and T != H != W, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -254,8 +255,16 @@ def wan_pipeline(experts: int = 1) -> tuple[Any, Arguments]:
     }
 
 
+def wan_of(frames: int, rows: int, columns: int) -> Built:
+    """Wan on a grid of so many latent frames, patch rows and patch columns."""
+    model, inputs = wan()
+    return model, {**inputs, "hidden_states": noise(1, 4, frames, 2 * rows, 2 * columns)}
+
+
 DENOISERS_TRIED: dict[str, Callable[[], Built]] = {
     "wan": wan,
+    "wan, one slot filled": partial(wan_of, 3, 5, 7),  # 105 tokens: one in the last block of 8
+    "wan, one slot free": partial(wan_of, 3, 3, 7),  # 63 tokens
     "cogvideox": cogvideox,
     "hunyuan_video": hunyuan_video,
     "flux": flux,
