@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -17,6 +19,7 @@ from diffusers import (
 from diffusers.hooks import apply_group_offloading
 
 import accelplug
+from accelplug import step_caches
 from accelplug.errors import RecipeError, UnsupportedError
 from accelplug.testing.laws import run_once, snapshot_of
 from tests import tiny_models
@@ -247,6 +250,18 @@ CACHES = {
     "mag": {"threshold": 0.5, "num_inference_steps": 4, "mag_ratios": [1.0] * 4, "retention_ratio": 0.0},
     "taylorseer": {"cache_interval": 2, "disable_cache_before_step": 1, "use_lite_mode": True},
 }
+
+
+@pytest.mark.parametrize("cache", step_caches.CACHES.values(), ids=lambda cache: cache.name)
+def test_the_table_of_step_caches_says_what_diffusers_does(cache: step_caches.CacheKind) -> None:
+    own = {field.name: field.default for field in dataclasses.fields(getattr(diffusers, cache.config))}
+    for name, setting in cache.settings.model_fields.items():
+        assert name in own
+        assert setting.is_required() or setting.default == own[name], name
+    for ladder in cache.ladders:
+        for rung in ladder.rungs:
+            settings = {cache.knob: rung, **dict(ladder.fixed), **cache.for_run(20, [1.0] * 20)}
+            cache.settings.model_validate(settings)
 
 
 @pytest.mark.parametrize("kind", CACHES)
