@@ -11,13 +11,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from accelplug.comparison.environment import environment
 from accelplug.comparison.rows import Spread
-from accelplug.kernels.attention import block_attention
+from accelplug.kernels.attention import Backend, block_attention
 from accelplug.kernels.rest import Drop, Pool
 from benchmarks.common import random_plan, write_json
 
@@ -25,6 +26,7 @@ HEADS, DIM = 2, 64
 TOKENS = (6528, 8192)
 DENSITIES = (0.1, 0.2, 0.3, 0.5)
 BLOCKS = (64, 128)
+BACKENDS: tuple[Backend, ...] = ("flex", "blocked")
 REPEATS = 7
 
 
@@ -47,12 +49,10 @@ def main() -> None:
                 density = float(plan.density())
                 for rest in (Drop(), Pool()):
                     kind = "drop" if isinstance(rest, Drop) else "pool"
-                    for backend in ("flex", "blocked"):
+                    for backend in BACKENDS:
                         key = (backend, block, target, kind)
                         ideals[key] = density + (0 if kind == "drop" else (1 - density) / block)
-                        runs[key] = lambda q=q, k=k, v=v, p=plan, r=rest, b=backend: block_attention(
-                            q, k, v, p, rest=r, backend=b
-                        )
+                        runs[key] = partial(block_attention, q, k, v, plan, rest=rest, backend=backend)
         times: dict[tuple, list[float]] = {key: [] for key in runs}
         for run in runs.values():
             run()  # compiles

@@ -127,10 +127,10 @@ def with_tables(pipe: Any, patch: str, rest: str, config: dict[str, Any]) -> dic
     """Return the config, with tables where the curve asks for them."""
     if not rest.endswith("calibrated"):
         return config
-    runs = {"inputs": GRID, "seed": 100, "dense_steps": None, "progress": False}
+    runs: dict[str, Any] = {"inputs": GRID, "seed": 100, "dense_steps": None, "progress": False}
     if (own := registry.patch_class(patch).Calibration) is None:
         recipe = {"patch": patch, "with": config}
-        few = {"options": {"weights": 6}, "buckets": 2}
+        few: dict[str, Any] = {"options": {"weights": 6}, "buckets": 2}
         found = accelplug.calibrate(pipe, "rest", CALIBRATION_PROMPT, recipe=recipe, **few, **runs)
     else:
         options = {key: config[key] for key in own.Config.model_fields if key in config}
@@ -154,7 +154,7 @@ def layers(pipe: Any, only: Only) -> list[dict[str, Any]]:
     for _, patch, rest, value, config in settings(only):
         config = with_tables(pipe, patch, rest, config)
         method = registry.patch_class(patch)(config)
-        steps = GRID["num_inference_steps"]
+        steps = int(GRID["num_inference_steps"])
         found = [(at.layer, *measured(method, call, at, exact[at], steps)) for at, call in Capture.calls.items()]
         by_layer = {n: statistics.fmean(e for layer, _, e in found if layer == n) for n in sorted({f[0] for f in found})}
         row = {"patch": patch, "rest": rest, "knob": value, "config": plain(config)}

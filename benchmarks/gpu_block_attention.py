@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +29,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from accelplug.comparison.environment import environment
-from accelplug.kernels.attention import available_backends, block_attention
+from accelplug.kernels.attention import Backend, available_backends, block_attention
 from accelplug.kernels.plan import BlockPlan
 from accelplug.kernels.precision import Precision, quantised, smoothed
 from accelplug.kernels.rest import Drop, Pool
 from benchmarks.common import RESULTS, random_plan, write_json
+
+if TYPE_CHECKING:
+    from accelplug.kernels.triton_block import Tier
 
 Run = Callable[[], Any]
 
@@ -64,7 +67,7 @@ class Kernel:
     precision: Precision = "native"
 
 
-def ours(backend: str, rest: Drop | Pool = Drop(), precision: Precision = "native") -> Kernel:  # noqa: B008
+def ours(backend: Backend, rest: Drop | Pool = Drop(), precision: Precision = "native") -> Kernel:  # noqa: B008
     """`block_attention` as anyone calls it."""
 
     def make(*call: Any) -> Run:
@@ -73,7 +76,7 @@ def ours(backend: str, rest: Drop | Pool = Drop(), precision: Precision = "nativ
     return Kernel(make, rest, precision)
 
 
-def tiered(tier: str | None, precision: Precision = "native") -> Kernel:
+def tiered(tier: Tier | None, precision: Precision = "native") -> Kernel:
     """The Triton kernel alone, of a tier, with queries and keys rounded beforehand."""
     from accelplug.kernels import triton_block
 
@@ -93,8 +96,8 @@ def tuned_flex(smoke: bool) -> Kernel:
 
     def make(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Run:
         padded = [F.pad(x, (0, 0, 0, plan.key_slots - x.shape[-2])) for x in (q, k, v)]
-        mask = plan.block_mask()
-        return lambda: run(*padded, block_mask=mask)[..., : q.shape[-2], :]
+        call = partial(run, *padded, block_mask=plan.block_mask())  # type: ignore[misc,arg-type]  # three tensors
+        return lambda: call()[..., : q.shape[-2], :]
 
     return Kernel(make)
 

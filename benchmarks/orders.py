@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from accelplug.call import Layout
 from accelplug.comparison.environment import environment
 from accelplug.kernels import curves
 from accelplug.kernels.clusters import COLD, Memory, cluster_order
-from accelplug.kernels.orders import Tiles, tiles
+from accelplug.kernels.orders import Order, Tiles, tiles
 from benchmarks.common import write_json
 
 CELLS = (  # grid, heads, head dimension, repeats, whether dense attention and k-means run too
@@ -27,7 +28,7 @@ CELLS = (  # grid, heads, head dimension, repeats, whether dense attention and k
     ((21, 30, 52), 12, 128, 5, False),  # Wan 2.1 1.3B at 480p: tokens moved only
 )
 GRIDS_THW = ((17, 16, 24), (21, 30, 52), (21, 45, 80), (33, 45, 80))
-AXES = ("thw", "twh", "hwt", "htw", "wht", "wth")
+AXES: tuple[Order, ...] = ("thw", "twh", "hwt", "htw", "wht", "wth")
 
 
 def milliseconds(run: Callable[[], object]) -> float:
@@ -93,7 +94,7 @@ def cell(grid_thw: tuple[int, int, int], heads: int, dim: int, repeats: int, who
 def making(grid_thw: tuple[int, int, int]) -> dict:
     """Time the making of each curve, once per layout in use."""
     names = ("morton", "hilbert", "gilbert")
-    times = {name: [milliseconds(lambda name=name: getattr(curves, name)(grid_thw)) for _ in range(5)] for name in names}
+    times = {name: [milliseconds(partial(getattr(curves, name), grid_thw)) for _ in range(5)] for name in names}
     return {"grid_thw": grid_thw, "ms": {name: statistics.median(of) for name, of in times.items()}}
 
 

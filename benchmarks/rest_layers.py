@@ -98,7 +98,7 @@ def errors(name: str, patch: str, config: dict[str, Any]) -> list[dict[str, Any]
     """One row a captured call and rest, and a printed line for each rest."""
     method = registry.patch_class(patch)(config)
     sizes = {key: config[key] for key in ("block", "block_k", "order") if key in config}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for place, call in Capture.calls.items():
         exact = scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale)
         density, mine = measured(method, call, place, exact)

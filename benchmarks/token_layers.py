@@ -68,7 +68,7 @@ def errors(name: str, patch: str, config: dict[str, Any]) -> list[dict[str, Any]
     for place, call in Capture.calls.items():
         exact = scaled_dot_product_attention(call.q, call.k, call.v)
         cost, error = measured(method, call, place, exact)
-        row = {"setting": name, "layer": place.layer, "step": place.step, "cost": cost, "error": error}
+        row: dict[str, Any] = {"setting": name, "layer": place.layer, "step": place.step, "cost": cost, "error": error}
         blocks = -(-place.layout.length // BLOCK)
         for rest, density in (("drop", cost), ("pool", max(cost - 1 / BLOCK, 1 / blocks))):
             mask = Random({"block": BLOCK, "density": density, "rest": rest, "backend": "blocked"})

@@ -144,7 +144,8 @@ def beside(
     By name, one run a pair: prompt, seed, gain over the dense neighbour, margin to the nearest bound, and the bounds' values.
     With `until`, on `time.monotonic`, no pair is begun that would end later, as far as the one before it tells.
     """
-    facts, found = model_facts(study.pipe), {name: [] for name in recipes}
+    facts = model_facts(study.pipe)
+    found: dict[str, list[Any]] = {name: [] for name in recipes}
     variants = [Variant(name, "recipe", load(recipe, facts)) for name, recipe in recipes.items()]
 
     def run(variant: Variant, pair: Pair) -> Any:

@@ -144,7 +144,7 @@ def measure(model: Any, batch: int, rounds: int = ROUNDS) -> dict[str, dict[str,
                 times[name]["token"].append(token)
             else:  # warms up
                 read[name] = torch.cat([layer.values for layer in cache.layers])
-    result = {}
+    result: dict[str, dict[str, Any]] = {}
     for name, found in times.items():
         result[name] = {
             "prefill_ms": round(statistics.median(wall for wall, _ in found["prefill"]), 2),

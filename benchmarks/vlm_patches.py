@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import accelplug
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.vlm import Variant, compare_vlm
+from accelplug.inspection.looking import VlmInspection
 from accelplug.recipe import named
 from accelplug.zoo import path, scenes
 from benchmarks.common import RESULTS
@@ -42,6 +43,7 @@ def phenomena(model: Any, processor: Any, pictures: int = 64) -> dict[str, Any]:
     shown = [[Image.fromarray(scenes.render(scene)[0])] for scene in drawn]
     given = processor(text=[prompt] * len(drawn), images=shown, padding=True, return_tensors="pt")
     seen = accelplug.inspect(model, given)
+    assert isinstance(seen, VlmInspection)
     mass = seen.visual_mass
     vhd = seen.vhd
     ratio = np.median(vhd.max(1) / np.median(vhd, 1).clip(1e-9))

@@ -352,7 +352,8 @@ def test_vhr_reads_a_prompt_without_an_image_once(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_that_var_does_not_choose_are_the_model_s_own(form: str) -> None:
     """Bit for bit, and padding too: what a kernel makes of rows that may read nothing is not ours to change."""
-    call, state = make(form, S, torch.float32), {}
+    state: dict[str, Any] = {}
+    call = make(form, S, torch.float32)
     patch = patch_class("var")({**PATCHES["var"], "min_visual_mass": 0.5})
     hidden = torch.randn(B, S, 32, generator=torch.Generator().manual_seed(1))
     out = patch.attend(replace(call, hidden=hidden), patch.prepare(SITE, replace(prompt(S), answers=1), PREFILL, state))

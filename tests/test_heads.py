@@ -226,7 +226,8 @@ def test_var_finds_dimensions_and_leaves_layers_alone_whose_image_has_no_sink() 
     first[0, [7, 11]] = torch.tensor([50.0, -40.0])
     assert var.massive_dims(normalised(first), 4.0)[0].nonzero().flatten().tolist() == [7, 11]
     assert not var.massive_dims(normalised(torch.ones(1, 64)), 4.0).any()
-    call, layout, state = make(), prompt(), {}
+    state: dict[str, Any] = {}
+    call, layout = make(), prompt()
     hidden = 0.1 * torch.randn(B, S, 32, generator=torch.Generator().manual_seed(2))
     hidden[:, [0, 2], 5] = 60.0  # the first token alone
     patch = var.Var({"sink_threshold": 4.0})
@@ -263,7 +264,8 @@ def test_pai_raises_signed_scores_in_answering_rows(answers: int) -> None:
 @pytest.mark.parametrize("at_a_time", [128, 3])
 def test_gift_reads_the_gaze_and_shifts_the_answer(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gift, "QUESTION_ROWS", at_a_time)
-    call, layout, state = make(), prompt(), {}
+    state: dict[str, Any] = {}
+    call, layout = make(), prompt()
     patch = gift.Gift({"saliency_layer": 0, "enhance": [1, 4], "alpha": 2.0})
     assert torch.equal(patch.attend(call, patch.prepare(SITE, layout, PREFILL, state)), call.dense())
     p, v = probabilities(call)
@@ -341,7 +343,8 @@ def test_gift_counts_words_of_the_question_alone() -> None:
     tokenizer, (call, layout) = of_bytes(), (make(), prompt())
     ids = torch.zeros(B, S, dtype=torch.long)
     ids[:, 13:] = torch.tensor(tokenizer("of red  ux")["input_ids"])
-    layout, state = replace(layout, ids=ids), {}
+    state: dict[str, Any] = {}
+    layout = replace(layout, ids=ids)
     patch = gift.Gift({"saliency_layer": 0, "enhance": [1, 4]})
     assert torch.equal(patch._words(layout)[1], layout.question)
     patch.processor = tokenizer

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,8 @@ def main() -> None:
     if options.guidance is not None:
         settings["guidance_scale"] = options.guidance
 
-    clips, rows = [], []
+    clips: list[np.ndarray] = []
+    rows: list[dict[str, Any]] = []
     for index, text in enumerate(captions(options.captions, options.count)):
         generator = torch.Generator().manual_seed(options.seed + index)
         frames = pipeline(prompt=text, generator=generator, output_type="np", **settings).frames[0]

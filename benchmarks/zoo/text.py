@@ -88,10 +88,10 @@ def trained_encoder(steps: int = 1500) -> UMT5EncoderModel:
         captions = [sample_caption(rng) for _ in range(32)]
         scores = heads(embed(encoder, tokenizer, captions)).split([len(names) for names in _CLASSES.values()], dim=-1)
         targets = _targets(captions).unbind(-1)
-        loss = sum(
-            nn.functional.cross_entropy(score.flatten(0, 1), target.flatten())
-            for score, target in zip(scores, targets, strict=True)
-        )
+        pairs = zip(scores, targets, strict=True)
+        loss = torch.stack(
+            [nn.functional.cross_entropy(score.flatten(0, 1), target.flatten()) for score, target in pairs]
+        ).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -56,13 +56,13 @@ def trained() -> AutoencoderKLWan:
 @torch.no_grad()
 def statistics(vae: AutoencoderKLWan, rng: np.random.Generator) -> tuple[list[float], list[float], float]:
     """Mean and deviation of every latent channel, and the reconstruction's PSNR in dB, over fresh clips."""
-    latents, error = [], []
+    modes, error = [], []
     for _ in range(12):
         clips = to_model(sample_clips(rng, 4, 9, 80, 96, (0.24, 0.4))[0])
         mode = vae.encode(clips).latent_dist.mode()
-        latents.append(mode.transpose(0, 1).flatten(1))
+        modes.append(mode.transpose(0, 1).flatten(1))
         error.append((vae.decode(mode).sample - clips).div(2).square().mean())
-    latents = torch.cat(latents, dim=1)
+    latents = torch.cat(modes, dim=1)
     return latents.mean(1).tolist(), latents.std(1).tolist(), -10 * torch.stack(error).mean().log10().item()
 
 

@@ -8,6 +8,7 @@ a scene is nowhere corrected for. Two CPU cores with bf16 matrix units suffice.
 import argparse
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,7 +121,7 @@ class Collate:
         }
 
 
-def train_eyes(model: nn.Module, minutes: float, batch: int) -> None:
+def train_eyes(model: Any, minutes: float, batch: int) -> None:
     """Teach the vision tower what patches show."""
     tower = model.model.vision_tower
     head = nn.Linear(tower.config.hidden_size, (1 + len(scenes.KINDS)) + (1 + len(scenes.COLOURS)))
@@ -148,9 +149,9 @@ def train_eyes(model: nn.Module, minutes: float, batch: int) -> None:
     save({"tower": tower.state_dict()}, EYES)
 
 
-def train_all(model: nn.Module, minutes: float, batch: int) -> None:
+def train_all(model: Any, minutes: float, batch: int) -> None:
     """Teach all of it to answer and to describe."""
-    parts = {True: [], False: []}
+    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         parts["vision_tower" in name].append(parameter)
     groups = [{"params": parts[False], "peak": 1e-3}, {"params": parts[True], "peak": 2e-4}]
@@ -208,7 +209,7 @@ def train_all(model: nn.Module, minutes: float, batch: int) -> None:
 
 
 @torch.no_grad()
-def make_matcher(model: nn.Module, layer: int, words: torch.Tensor) -> None:
+def make_matcher(model: Any, layer: int, words: torch.Tensor) -> None:
     """Have a layer's last head start out as one that looks for image tokens like its own word, among the words for kinds.
 
     Found by training alone, such a head takes many thousand steps. Only slow rotary dimensions are used, so that distance hardly

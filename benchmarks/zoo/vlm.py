@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def words() -> tuple[str, ...]:
 def questions(scene: scenes.Scene, seed: int, number: int = 8) -> list[scenes.Query]:
     """Training questions on a scene: mostly existence, absent kinds drawn evenly from all."""
     rng = np.random.default_rng(seed)
-    asked = []
+    asked: list[Any] = []
     absent = [kind for kind in scenes.KINDS if kind not in scene.kinds]
     while len(asked) < number:
         if rng.random() < EXISTENCE:
