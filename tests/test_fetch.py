@@ -340,6 +340,11 @@ def test_the_command_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> 
     assert "Known: smollm2-135m" in capsys.readouterr().err
 
 
+def test_what_there_is_to_fetch_is_listed_without_torch() -> None:
+    code = "import sys; from accelplug.weights import available; available(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_the_table_is_whole() -> None:
     assert set(CONVERSIONS) == set(WHEELS)
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]

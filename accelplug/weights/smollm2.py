@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from accelplug import files
 from accelplug.errors import AccelplugError
@@ -59,7 +58,7 @@ def write_smollm2(source: Path, folder: Path) -> None:
         heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
         part = tensor.name.split(".")[-2]
         arrays[_llama_name(tensor.name)] = _unrotated(rows, heads[part]) if part in heads else rows
-    write_tensors(folder / "model.safetensors", arrays, torch.bfloat16)
+    write_tensors(folder / "model.safetensors", arrays, "bfloat16")
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", ids)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from safetensors.torch import save
 
 from accelplug import files
 from accelplug.errors import AccelplugError
 
+if TYPE_CHECKING:
+    import torch
+
 Arrays = dict[str, np.ndarray]
+Dtype = Literal["float32", "bfloat16"]
 
 
 def read_onnx(source: Path) -> tuple[Any, Arrays]:
@@ -54,13 +56,17 @@ def pick(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     return arrays[name]
 
 
-def as_tensors(arrays: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def as_tensors(arrays: Mapping[str, np.ndarray], dtype: Dtype = "float32") -> dict[str, torch.Tensor]:
     """Return arrays as tensors of their own, in `dtype`."""
-    return {name: torch.tensor(np.ascontiguousarray(array)).to(dtype) for name, array in arrays.items()}
+    import torch
+
+    return {name: torch.tensor(np.ascontiguousarray(array)).to(getattr(torch, dtype)) for name, array in arrays.items()}
 
 
-def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float32) -> None:
+def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], dtype: Dtype = "float32") -> None:
     """Write arrays as one safetensors file, in `dtype`."""
+    from safetensors.torch import save
+
     files.write(path, save(as_tensors(arrays, dtype), {"format": "pt"}))
 
 
