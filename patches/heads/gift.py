@@ -91,7 +91,7 @@ def saliency(by_head: Tensor, visual: Tensor, head_share: float) -> Tensor:
     return ((gaze - low) / (high - low).clamp(min=1e-12)).where(visual, 0.0)
 
 
-def shifted(
+def shifted_attention(
     call: AttentionCall, p: Tensor, weight: Tensor, visual: Tensor, question: Tensor, head_share: float, balance: float
 ) -> Tensor:
     """Attention of answering rows after the shift, renormalised: (B, H, R, S_k).
@@ -197,7 +197,7 @@ class Gift(Patch):
         visual, question = (fit(span, call).to(call.q.device) for span in (params.visual, params.question))
         weight = 1 + fit(params.weight - 1, call).to(call.q.device)
         p = row_attention(call, rows)
-        new = shifted(call, p, weight, visual, question, self.config.head_share, self.config.balance)
+        new = shifted_attention(call, p, weight, visual, question, self.config.head_share, self.config.balance)
         new = torch.where(visual.any(-1)[:, None, None, None], new, p)
         return replace_rows(call, read_rows(call, new), rows)
 
