@@ -21,10 +21,10 @@ from accelplug.recipe import (
     Recipe,
     Span,
     at_depth,
-    finding,
     load,
     matching_files,
     read_file,
+    reading,
     record_measurement,
     shipped_files,
 )
@@ -175,7 +175,7 @@ def test_ramps(unchecked: None) -> None:
         ("patch: radial", "patch: radail", r"line 11.*nearest: radial"),
         ("decay: 0.5", "decay: .nan", "line 12.*finite"),
         ("schema: 1", "schema: 2", "upgrade"),
-        ("default: a", "default: c", "default: 'c' is not a recipe"),
+        ("default: a", "default: c", "line 5: default: 'c' is not a recipe"),
         ("default: a", "default: a\ndefault: b", "line 6.*twice, first in line 5"),
         ("decay: 0.5", "decay: !!python/name:os.system x", "tags"),
         ("layers:", "heads:", "line 10.*heads is not built"),
@@ -349,7 +349,7 @@ def test_a_file_for_every_vision_language_model_serves_where_none_is_for_its_cla
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     general = FILE.replace("mine", "vlm").replace("class: AnyTransformer", "vlm: true")
-    monkeypatch.setattr(finding, "SHIPPED", tmp_path)
+    monkeypatch.setattr(reading, "SHIPPED", tmp_path)
     write(tmp_path, FILE)
     write(tmp_path, general, "vlm.yaml")
     known, other = ModelFacts(FACTS.class_names, {}, vlm=True), ModelFacts(("Other",), {}, vlm=True)

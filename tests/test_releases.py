@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,6 +187,6 @@ def test_the_table_has_every_recipe_of_a_denoiser() -> None:
     assert not RELEASES.keys() & set(named_beside)
 
 
-def _is_for_language(path: Any) -> bool:
-    classes = {cls for family in list_vlms() for cls in family.classes}
-    return bool(classes & set(str(read_file(path).match).replace(",", " ").replace("=", " ").split()))
+def _is_for_language(path: Path) -> bool:
+    keys = read_file(path).match.keys
+    return "vlm" in keys or keys["class"] in {cls for family in list_vlms() for cls in family.classes}

@@ -2,7 +2,6 @@
 
 from accelplug.recipe.conditions import RunFacts, Span, Where
 from accelplug.recipe.finding import (
-    SHIPPED,
     RecipeInfo,
     describe,
     list_recipes,
@@ -10,11 +9,10 @@ from accelplug.recipe.finding import (
     matching_files,
     named,
     recipes_for,
-    shipped_files,
 )
 from accelplug.recipe.matching import Match, ModelFacts, match_for
 from accelplug.recipe.measured import Measured
-from accelplug.recipe.reading import SCHEMA, RecipeFile, model_name, read_file
+from accelplug.recipe.reading import SCHEMA, SHIPPED, RecipeFile, model_name, read_file, shipped_files
 from accelplug.recipe.recipe import Recipe
 from accelplug.recipe.recording import record_measurement
 from accelplug.recipe.rules import DENSE, Decision, Rule, StepCache

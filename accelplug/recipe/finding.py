@@ -13,7 +13,7 @@ from accelplug.errors import NoMatchError, RecipeError, nearest
 from accelplug.recipe import strict_yaml
 from accelplug.recipe.explaining import shortened
 from accelplug.recipe.matching import ModelFacts
-from accelplug.recipe.reading import Entry, RecipeFile, file_from, read_file, validated
+from accelplug.recipe.reading import Entry, RecipeFile, file_from, read_file, shipped_files, validated
 from accelplug.recipe.recipe import Recipe
 from accelplug.recipe.rules import Rule, instance_name
 from accelplug.recipe.strict_yaml import Source
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from accelplug.patches.base import Patch
-
-SHIPPED = Path(__file__).parents[1] / "recipes"
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,6 @@ class RecipeInfo:
     measured: int
     """Number of measured rows."""
     path: Path
-
-
-def shipped_files() -> dict[str, Path]:
-    """Return the recipe files that come with the package, by model name."""
-    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
 
 
 def list_recipes() -> list[RecipeInfo]:

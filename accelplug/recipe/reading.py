@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +20,12 @@ from accelplug.recipe.recipe import Recipe
 from accelplug.recipe.rules import Rule, StepCache
 from accelplug.recipe.strict_yaml import Loc, Source
 
+SHIPPED = Path(__file__).parents[1] / "recipes"
 SCHEMA = 1
 MAX_RULES = 256
+
+
+_NAME = r"^[a-z0-9][a-z0-9._-]*$"
 
 
 class Entry(Strict):
@@ -38,19 +42,19 @@ class _Pipeline(Strict):
 
 class _File(Strict):
     schema_: int = Field(alias="schema")
-    model: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    model: str = Field(pattern=_NAME)
+    base: str | None = Field(None, pattern=_NAME)
+    """A shipped file that has what this one lacks: recipes, a default, what they are worth."""
     match: dict[str, Any] = Field(min_length=1)
-    default: str
+    default: str | None = None
     summary: str = ""
     worth: str = ""
-    recipes: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")], Entry] = Field(min_length=1)
+    recipes: dict[Annotated[str, Field(pattern=_NAME)], Entry] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _default_is_there(self) -> _File:
-        if self.default not in self.recipes:
-            raise ValueError(
-                f"default: {shortened(self.default)} is not a recipe of this file; recipes: {', '.join(self.recipes)}"
-            )
+    def _default_is_said(self) -> _File:
+        if self.default is None and self.base is None:
+            raise ValueError(f"the key 'default' is missing; add it. Recipes: {', '.join(self.recipes)}")
         return self
 
 
@@ -82,6 +86,11 @@ class RecipeFile:
         """Return the file as text for people."""
         head = [self.model, self.summary, self.worth, f"for: {self.match}", f"default: {self.default}"]
         return "\n".join(line for line in head if line) + "\n\n" + "\n\n".join(r.describe() for r in self.recipes.values())
+
+
+def shipped_files() -> dict[str, Path]:
+    """Return the recipe files that come with the package, by model name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
 
 
 def model_name(path: Path) -> str:
@@ -124,7 +133,28 @@ def file_from(data: Any, source: Source, path: Path | None = None) -> RecipeFile
         )
         for name, entry in parsed.recipes.items()
     }
-    return RecipeFile(parsed.model, match, parsed.default, recipes, parsed.summary, parsed.worth, path)
+    default, worth = parsed.default, parsed.worth
+    if parsed.base is not None:
+        base = _base(parsed.base, source)
+        lacking = {
+            name: replace(recipe, name=f"{parsed.model}/{name}", model=parsed.model, match=match)
+            for name, recipe in base.recipes.items()
+        }
+        recipes, default, worth = lacking | recipes, default or base.default, worth or base.worth
+    if default not in recipes:
+        where = source.at(("default",))
+        raise RecipeError(f"{where}: {shortened(default)} is not a recipe of this file; recipes: {', '.join(recipes)}.")
+    return RecipeFile(parsed.model, match, default, recipes, parsed.summary, worth, path)
+
+
+def _base(name: str, source: Source) -> RecipeFile:
+    """The file that another one starts from, by name."""
+    files = shipped_files()
+    if name not in files:
+        raise RecipeError(
+            f"{source.at(('base',))}: there is no recipe file {name!r}{nearest(name, files)}. Shipped: {', '.join(files)}."
+        )
+    return read_file(files[name])
 
 
 def _match(keys: Mapping[str, Any], source: Source) -> Match:

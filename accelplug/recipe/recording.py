@@ -39,7 +39,10 @@ def record_measurement(path: Path, recipe: str, row: Mapping[str, Any]) -> None:
     plain = measured.model_dump(exclude_defaults=True)
     text = strict_yaml.yaml_text(path)
     before = read_file(path)
-    before.recipe(recipe)
+    if (stands := before.recipe(recipe).path) != path:
+        raise RecipeError(
+            f"{path}: {recipe!r} stands in {stands}, its base; copy it into this file, and the row can be added."
+        )
     after = _with_row(text, str(path), recipe, plain)
     new, _ = strict_yaml.parse_yaml(after, str(path))
     old, _ = strict_yaml.parse_yaml(text, str(path))
