@@ -11,6 +11,7 @@ import torch
 import accelplug
 from accelplug.calibration import Calibration
 from accelplug.errors import AccelplugError, NoMatchError, RecipeError
+from accelplug.patches.sparse.radial import Radial
 from tests import tiny_models
 
 CONFIG = {"block": 8, "backend": "reference"}
@@ -81,3 +82,5 @@ def test_what_cannot_be_calibrated(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("")
     with pytest.raises(AccelplugError, match="there already"):
         run(pipe, tmp_path / "my.yaml", inputs)
+    with pytest.raises(RecipeError, match=r"holds an instance, Radial\(rest=pool\), which no file can hold"):
+        run(pipe, None, inputs, "rest", recipe=Radial({"rest": "pool"}), config={})

@@ -33,6 +33,7 @@ from accelplug.comparison import questions
 from accelplug.comparison.outcome import Outcome
 from accelplug.comparison.vlm import VlmComparison
 from accelplug.errors import AccelplugError
+from accelplug.patches.sparse.radial import Radial
 from accelplug.recipe import ModelFacts, describe, load, model_name, read_file, shipped_files
 from accelplug.registry import list_patches, patch_class
 from accelplug.step_caches import CACHES
@@ -665,6 +666,11 @@ NO_RECIPE = [
     "/",
     {"patch": None},
     {"rules": None},
+    Radial,
+    {"patch": Radial},
+    {"patch": Radial(), "with": {"decay": 0.2}},
+    {"rules": [{"patch": [Radial()]}]},
+    torch.zeros(2),
 ]
 SLIPS: dict[str, dict[str, list[Any]]] = {
     "apply": {
@@ -706,7 +712,7 @@ SLIPS: dict[str, dict[str, list[Any]]] = {
         "dense_steps": [3.5, "x", "9:1", []],
         "path": [3, "", Path("/"), Path("/none/b.yaml"), "b.txt", b"x"],
     },
-    "verify": {"pipe": [None, *NOTHING], "recipe": [None, *NOTHING, "none.yaml", Path("/none.yaml")]},
+    "verify": {"pipe": [None, *NOTHING], "recipe": [None, *NOTHING, "none.yaml", Path("/none.yaml"), Radial()]},
 }
 
 
