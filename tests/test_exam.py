@@ -12,10 +12,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import accelplug
-from accelplug.comparison.evaluators.pope import Question
+from accelplug.comparison.evaluators.evaluator import Question, Said
 from accelplug.comparison.exam import SPLITS, Exam
 from accelplug.comparison.outcome import Outcome, hold_against_dense
-from accelplug.comparison.vlm import DENSE, Examiner, Variant, compare_vlm
+from accelplug.comparison.vlm import DENSE, Variant, compare_vlm
 from accelplug.errors import AccelplugError
 from accelplug.zoo import path, scenes
 
@@ -72,18 +72,18 @@ def test_neutral_changes_no_answer_and_the_model_is_left_as_it_was(bundled: tupl
     result = compare_vlm(model, rows, exam, processor, progress=False)
     assert [row.name for row in result.rows] == [DENSE, "neutral", "loud", "blind"]
     dense, neutral = result[DENSE], result["neutral"]
-    assert neutral.replies == dense.replies
-    assert neutral.descriptions == dense.descriptions
-    assert neutral.hallucination.value == 0
-    assert neutral.p == 1
-    assert result["loud"].margins != dense.margins
-    assert result["blind"].descriptions != dense.descriptions
-    assert dense.chair.n_captions == 6
-    assert set(dense.mme.tasks) == {"existence", "color", "count", "position"}
-    assert dense.mme.tasks["existence"].n == 6
-    assert 0 < dense.mme.hallucination <= 800
-    assert neutral.mme == dense.mme
-    assert result["blind"].mme != dense.mme
+    assert neutral.said.replies == dense.said.replies
+    assert neutral.said.descriptions == dense.said.descriptions
+    assert neutral.figures["pope"].hallucination.value == 0
+    assert neutral.p["questions"] == 1
+    assert result["loud"].said.margins != dense.said.margins
+    assert result["blind"].said.descriptions != dense.said.descriptions
+    assert dense.figures["chair"].n_captions == 6
+    assert set(dense.figures["mme"].tasks) == {"existence", "color", "count", "position"}
+    assert dense.figures["mme"].tasks["existence"].n == 6
+    assert 0 < dense.figures["mme"].hallucination <= 800
+    assert neutral.figures["mme"] == dense.figures["mme"]
+    assert result["blind"].figures["mme"] != dense.figures["mme"]
     assert {name: [k for k in vars(m) if not k.startswith("_output_capturing")] for name, m in model.named_modules()} == {
         name: [k for k in keys if not k.startswith("_output_capturing")] for name, keys in before.items()
     }
@@ -107,17 +107,19 @@ def test_compare_asks_for_what_it_needs(bundled: tuple[Any, Any]) -> None:
 
 
 def exam_of(questions: list[Question]) -> Exam:
-    from accelplug.comparison.evaluators.chair import Vocabulary
+    from accelplug.comparison.evaluators.vocabulary import Vocabulary
 
     return Exam("made up", {}, {}, tuple(questions), Vocabulary({}, None))
 
 
 def test_a_shifted_threshold_says_yes_as_often() -> None:
     asked = [Question(i, "?", i < 2, "x", "adversarial") for i in range(4)]
-    dense = Outcome(DENSE, "dense", {"adversarial": ["no"] * 4}, {"adversarial": [-1.0, -3.0, -2.0, -4.0]})
-    row = Outcome("a", "recipe", {"adversarial": ["yes", "no", "no", "yes"]}, {"adversarial": [1.0, -1.0, -1.0, 1.0]})
+    dense = Outcome(DENSE, "dense", Said({"adversarial": ["no"] * 4}, {"adversarial": [-1.0, -3.0, -2.0, -4.0]}))
+    row = Outcome("a", "recipe", Said({"adversarial": ["yes", "no", "no", "yes"]}, {"adversarial": [1.0, -1.0, -1.0, 1.0]}))
+    for one in (dense, row):
+        one.score(exam_of(asked))
     hold_against_dense([dense, row], exam_of(asked))
-    matched = row.matched
+    matched = row.figures["pope"].matched
     assert matched is not None
     assert matched.yes_ratio == 0.5
     assert matched.accuracy == 0.5  # the two largest margins are of questions 0 and 2
@@ -127,31 +129,30 @@ def test_rows_are_held_against_dense() -> None:
     asked = [Question(i, "?", i % 2 == 0, "x", "adversarial") for i in range(20)]
     right = ["yes" if q.answer else "no" for q in asked]
     margins = {"adversarial": [0.0] * 20}
-    dense = Outcome(DENSE, "dense", {"adversarial": ["yes"] * 20}, margins)
-    better = Outcome("better", "recipe", {"adversarial": right}, margins)
-    same = Outcome("same", "recipe", {"adversarial": ["yes"] * 20}, margins)
-    control = Outcome("control", "control", {"adversarial": ["no"] * 20}, margins)
+    dense = Outcome(DENSE, "dense", Said({"adversarial": ["yes"] * 20}, margins))
+    better = Outcome("better", "recipe", Said({"adversarial": right}, margins))
+    same = Outcome("same", "recipe", Said({"adversarial": ["yes"] * 20}, margins))
+    control = Outcome("control", "control", Said({"adversarial": ["no"] * 20}, margins))
     rows, exam = [dense, better, same, control], exam_of(asked)
-    examiner = Examiner(None, None, exam, 1)
     for row in rows:
-        examiner._score(row)
+        row.score(exam)
     hold_against_dense(rows, exam)
-    assert dense.pope["adversarial"].hallucination_rate == 1
-    assert better.hallucination.value == -1
-    assert better.p == pytest.approx(2 / 2**10)
-    assert better.holm == pytest.approx(2 * better.p)
-    assert same.holm == 1
-    assert control.holm != control.holm  # controls are not tested
+    assert dense.figures["pope"].splits["adversarial"].hallucination_rate == 1
+    assert better.figures["pope"].hallucination.value == -1
+    assert better.p["questions"] == pytest.approx(2 / 2**10)
+    assert better.holm["questions"] == pytest.approx(2 * better.p["questions"])
+    assert same.holm["questions"] == 1
+    assert not control.holm  # controls are not tested
     assert not better.alarms
     assert control.alarms
 
 
 def judged(replies: list[dict[str, Any]], asked: list[Any], **more: Any) -> list[Outcome]:
     """Rows of made-up replies to questions, the first one dense."""
-    rows = [Outcome(DENSE if i == 0 else f"row {i}", "recipe", said, {}) for i, said in enumerate(replies)]
+    rows = [Outcome(DENSE if i == 0 else f"row {i}", "recipe", Said(said, {})) for i, said in enumerate(replies)]
     exam = replace(exam_of(asked), **more)
     for row in rows:
-        Examiner(None, None, exam, 1)._score(row)
+        row.score(exam)
     hold_against_dense(rows, exam)
     return rows
 
@@ -169,17 +170,18 @@ def test_a_question_that_several_splits_ask_counts_once() -> None:
     asked = [Question(i, "?", True, "x", split) for split in SPLITS for i in range(5)]
     wrong, right = ({split: [word] * 5 for split in SPLITS} for word in ("no", "yes"))
     _, row = judged([wrong, right], asked)
-    assert row.p == 2 / 2**5
+    assert row.p["questions"] == 2 / 2**5
 
 
 def test_answers_are_read_as_the_exam_says() -> None:
     asked = [Question(0, "?", True, "x", "adversarial"), Question(1, "?", False, "x", "adversarial")]
     said = {"adversarial": ["There is a dog.", "NO"]}
     (strict,), (official,) = judged([said], asked), judged([said], asked, parse="official")
-    assert (strict.pope["adversarial"].accuracy, strict.pope["adversarial"].unparsed) == (0.5, 1)
-    assert (official.pope["adversarial"].accuracy, official.pope["adversarial"].unparsed) == (0.5, 0)
-    assert (strict.hallucination, official.pope["adversarial"].hallucination_rate) == (None, 1.0)
-    assert (strict.interval[0], official.interval[1]) == (0.0, 1.0)
+    before, after = (row.figures["pope"].splits["adversarial"] for row in (strict, official))
+    assert (before.accuracy, before.unparsed) == (0.5, 1)
+    assert (after.accuracy, after.unparsed) == (0.5, 0)
+    assert (strict.figures["pope"].hallucination, after.hallucination_rate) == (None, 1.0)
+    assert (strict.figures["pope"].interval[0], official.figures["pope"].interval[1]) == (0.0, 1.0)
 
 
 def test_ambers_files_become_an_exam(bundled: tuple[Any, Any], tmp_path: Path) -> None:
@@ -207,10 +209,11 @@ def test_ambers_files_become_an_exam(bundled: tuple[Any, Any], tmp_path: Path) -
     model, processor = bundled
     result = compare_vlm(model, {"vhr": {"patch": "vhr", "with": {"gain": 1.0}}}, exam, processor, progress=False)
     for row in result.rows:
-        assert set(row.amber) == {"chair", "cover", "hal", "cog", "accuracy", "precision", "recall", "f1", "score"}
-        assert row.amber["score"] == pytest.approx(50 * (1 - row.amber["chair"] + row.amber["f1"]), nan_ok=True)
-        assert row.dimensions["attribute"]["n"] == 6
-    assert result["vhr"].p == 1.0
+        shares = row.figures["amber"].shares
+        assert set(shares) == {"chair", "cover", "hal", "cog", "accuracy", "precision", "recall", "f1", "score"}
+        assert shares["score"] == pytest.approx(50 * (1 - shares["chair"] + shares["f1"]), nan_ok=True)
+        assert row.figures["amber"].dimensions["attribute"].n == 6
+    assert result["vhr"].p["questions"] == 1.0
     assert [replace(exam, parse="official").read(said) for said in ("Yes", "No", "yes", "No.")] == [True, False, None, None]
     assert "AMBER" in str(result.table().columns[-2].header)
     result.to_json(tmp_path / "a.json")
@@ -317,10 +320,10 @@ def test_photographs_in_a_coco_folder_are_examined_whole(bundled: tuple[Any, Any
     model, processor = bundled
     result = compare_vlm(model, {"vhr": {"patch": "vhr"}}, exam, processor, progress=False)
     for row in result.rows:
-        assert row.pope["adversarial"].n == 18
-        assert row.mme.tasks["existence"].n == 3
-        assert row.chair.n_captions == 3
-        assert set(row.amber) == {"chair", "cover", "hal", "cog"}
+        assert row.figures["pope"].splits["adversarial"].n == 18
+        assert row.figures["mme"].tasks["existence"].n == 3
+        assert row.figures["chair"].n_captions == 3
+        assert set(row.figures["amber"].shares) == {"chair", "cover", "hal", "cog"}
 
 
 def gemma_3() -> tuple[Any, Any]:
@@ -364,6 +367,6 @@ def test_another_familys_processor() -> None:
     result = compare_vlm(
         model, {"loud": {"patch": "visual_bias", "with": {"image_weight": 50.0}}}, exam, processor, progress=False
     )
-    assert result[DENSE].margins != result["loud"].margins
-    assert all(len(row.descriptions) == 4 for row in result.rows)
+    assert result[DENSE].said.margins != result["loud"].said.margins
+    assert all(len(row.said.descriptions) == 4 for row in result.rows)
     assert not result["loud"].notes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +12,8 @@ import numpy as np
 from accelplug.chat import open_picture, require_files
 from accelplug.comparison.arguments import require_whole
 from accelplug.comparison.evaluators import amber, coco, pope
-from accelplug.comparison.evaluators.chair import Vocabulary
-from accelplug.comparison.evaluators.pope import Parse, Question
+from accelplug.comparison.evaluators.evaluator import Parse, Question
+from accelplug.comparison.evaluators.vocabulary import Vocabulary
 from accelplug.errors import AccelplugError
 from accelplug.files import path_of
 
@@ -36,7 +36,7 @@ class Exam:
     associations, safe : AMBER's words that stand for others, and those that are never hallucinated.
     source : where the truth comes from, for the report.
     max_new_tokens : of a description.
-    parse : how answers of yes and no are read: ``strict``, or ``official`` as in the release (see `pope.parse`, `amber.read_answer`).
+    parse : how answers of yes and no are read: ``strict``, or ``official`` as in the release; reader : what reads them so.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Exam:
     parse: Parse = "strict"
     associations: Mapping[str, Sequence[str]] = field(default_factory=dict)
     safe: frozenset[str] = frozenset()
+    reader: Callable[[str, Parse], bool | None] = pope.parse
 
     @property
     def splits(self) -> list[str]:
@@ -64,7 +65,7 @@ class Exam:
 
     def read(self, answer: str) -> bool | None:
         """Read an answer: True for yes, False for no, None for neither; officially as the release that the questions are from."""
-        return (amber.read_answer if self.associations else pope.parse)(answer, self.parse)
+        return self.reader(answer, self.parse)
 
     def picture(self, key: Any) -> Any:
         """Return a picture as an upright RGB image of PIL's."""
@@ -131,7 +132,7 @@ class Exam:
         """
         require_whole(pictures, "Exam.coco, pictures", 1)
         folder = path_of(folder, "Exam.coco, folder")
-        held = coco.read(folder)
+        held = coco.read_annotations(folder)
         vocabulary = Vocabulary.read(words) if words else Vocabulary.coco()
         rich = sorted(key for key in held.files if len(set(held.things.get(key, ()))) >= 3)
         if len(rich) < pictures:
@@ -172,7 +173,7 @@ class Exam:
         if pictures is not None:
             require_whole(pictures, "Exam.amber, pictures", 1)
         folder = path_of(folder, "Exam.amber, folder")
-        held = amber.read(folder / "data")
+        held = amber.read_folder(folder / "data")
         names = sorted(held.truth)
         if pictures is not None:
             if pictures > len(names):
@@ -191,6 +192,7 @@ class Exam:
             parse=parse,
             associations=held.associations,
             safe=held.safe,
+            reader=amber.read_answer,
         )
 
 

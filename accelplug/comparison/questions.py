@@ -15,7 +15,7 @@ import torch
 
 from accelplug.chat import Chat, open_picture, prompt, require_files
 from accelplug.comparison.evaluators import pope
-from accelplug.comparison.evaluators.pope import Parse
+from accelplug.comparison.evaluators.evaluator import Parse
 from accelplug.comparison.evaluators.statistics import ratio, shifted
 from accelplug.comparison.exam import Exam
 from accelplug.errors import AccelplugError

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelplug import show
 from accelplug.chat import Chat, prompt
 from accelplug.comparison import arguments
 from accelplug.comparison.environment import environment
-from accelplug.comparison.evaluators import amber, chair, mme, pope
-from accelplug.comparison.evaluators.statistics import wilson
+from accelplug.comparison.evaluators.pope import questions_sha256
 from accelplug.comparison.exam import Exam
-from accelplug.comparison.outcome import HARDEST, Outcome, hold_against_dense
+from accelplug.comparison.outcome import Outcome, hold_against_dense
 from accelplug.comparison.rows import DENSE
 from accelplug.errors import AccelplugError
 from accelplug.kernels.timing import synchronise
@@ -66,41 +64,13 @@ class VlmComparison(Shown):
         from rich.table import Table
 
         table = Table(title=f"{self.model} on {self.exam.name}", title_justify="left")
-        lines = [self._cells(row) for row in self.rows]
-        heads = [head for head in lines[0] if any(line[head] for line in lines)]
+        lines = [row.cells() for row in self.rows]
+        heads = [head for head in {head: None for line in lines for head in line} if any(line.get(head) for line in lines)]
         for head in heads:
             table.add_column(head, no_wrap=not head)  # names stay whole
         for line in lines:
-            table.add_row(*(line[head] for head in heads))
+            table.add_row(*(line.get(head, "") for head in heads))
         return table
-
-    @staticmethod
-    def _cells(row: Outcome) -> dict[str, str]:
-        """One line of the table by its headings; empty where something was not asked."""
-        hard, caption, counts = row.pope.get(HARDEST), row.chair, row.amber
-        low, high = row.interval
-        return {
-            "": row.name if row.kind != "control" else f"[dim]{row.name}",
-            "hallucinates, adversarial": f"{hard.hallucination_rate:.1%} ({low:.1%} to {high:.1%})" if hard else "",
-            "to dense": str(row.hallucination or "") if hard else "",
-            "p (Holm)": "" if math.isnan(row.holm) else f"{row.holm:.2g}",
-            "F1": f"{hard.f1:.3f}" if hard else "",
-            "MCC": f"{hard.mcc:.3f}" if hard else "",
-            "yes": f"{hard.yes_ratio:.2f}" if hard else "",
-            "offset MCC": f"{row.matched.mcc:.3f}" if row.matched else "",
-            "CHAIR_I": f"{caption.chair_i:.1%} {row.chair_i or ''}" if caption else "",
-            "recall": f"{caption.recall:.2f}" if caption else "",
-            "words": f"{caption.mean_words:.1f}" if caption else "",
-            "MME": f"{sum(task.score for task in row.mme.tasks.values()):.0f} of {200 * len(row.mme.tasks)}"
-            if row.mme
-            else "",
-            **{
-                f"AMBER {name}": f"{counts[name]:.1%}" if "score" in counts else ""
-                for name in ("chair", "cover", "hal", "cog", "f1")
-            },
-            "AMBER": f"{counts['score']:.1f}" if "score" in counts else "",
-            "tokens/s": "" if math.isnan(row.tokens_per_s) else f"{row.tokens_per_s:.0f}",
-        }
 
     def __rich__(self) -> Group:
         from rich.console import Group
@@ -116,7 +86,7 @@ class VlmComparison(Shown):
             "pictures": len(self.exam.pictures),
             "questions": len(self.exam.questions),
             "parse": self.exam.parse,
-            "questions_sha256": pope.digest(list(self.exam.questions)),
+            "questions_sha256": questions_sha256(self.exam.questions),
             "describe": self.exam.describe,
             "max_new_tokens": self.exam.max_new_tokens,
         }
@@ -183,16 +153,17 @@ class Examiner:
         with plug as on:
             for split in self.exam.splits:
                 texts = [(question.image, question.text) for question in self.exam.of(split)]
-                row.replies[split], row.margins[split] = self.ask(texts, variant.picture)
-            if self.exam.pairs:
-                row.mme = self._pairs(variant)
+                row.said.replies[split], row.said.margins[split] = self.ask(texts, variant.picture)
+            texts = [(key, text) for _, key, *both in self.exam.pairs for text in both]
+            answers, _ = self.ask(texts, variant.picture)
+            row.said.pairs = list(zip(answers[::2], answers[1::2], strict=True))
             if descriptions:
-                row.descriptions, row.tokens_per_s = self.describe(variant.picture)
+                row.said.descriptions, row.tokens_per_s = self.describe(variant.picture)
             if on is not None:
                 report = on.report()
                 row.notes = [f"fell back to dense: {what} ({n} calls)" for what, n in report.fallbacks.items()]
                 row.notes += [] if report.served else ["no call was answered: this row is dense"]
-        self._score(row)
+        row.score(self.exam)
         return row
 
     @functools.cached_property
@@ -227,46 +198,6 @@ class Examiner:
         shown = [self.exam.picture(key) for key, _ in asked]
         prompts = [prompt(self.processor, text, picture=True) for _, text in asked]
         return self.chat.inputs(prompts, [picture(item) for item in shown] if picture else shown)
-
-    def _pairs(self, variant: Variant) -> mme.Mme:
-        texts = [(key, text) for _, key, *both in self.exam.pairs for text in both]
-        said, _ = self.ask(texts, variant.picture)
-        answered = [
-            mme.Pair(task, f"{key} {i}", said[2 * i], said[2 * i + 1]) for i, (task, key, *_) in enumerate(self.exam.pairs)
-        ]
-        return mme.score(answered)
-
-    def _score(self, row: Outcome) -> None:
-        for split, said in row.replies.items():
-            truth = [question.answer for question in self.exam.of(split)]
-            row.pope[split] = pope.score(truth, [self.exam.read(answer) for answer in said])
-        if HARDEST in row.replies:
-            asked = self.exam.of(HARDEST)
-            said_yes = [yes for yes, q in zip(row.said_yes(self.exam), asked, strict=True) if not q.answer]
-            row.interval = wilson(sum(said_yes), len(said_yes))
-        exam, dimensions = self.exam, [split for split in row.replies if split in amber.DIMENSIONS.values()]
-        if dimensions:
-            asked = [question for split in dimensions for question in exam.of(split)]
-            found = amber.discriminate(asked, [said for split in dimensions for said in row.replies[split]], exam.parse)
-            row.amber |= {name: getattr(found.all, name) for name in ("accuracy", "precision", "recall", "f1")}
-            row.dimensions = {name: asdict(figures) for name, figures in found.dimensions.items()}
-        if row.descriptions:
-            counts = amber.score(
-                row.descriptions,
-                exam.truth,
-                exam.vocabulary,
-                likely=exam.likely or None,
-                associations=exam.associations,
-                safe=exam.safe,
-            )
-            row.amber |= {name: getattr(counts, name) for name in ("chair", "cover", "hal", "cog")}
-            if dimensions:
-                row.amber["score"] = amber.amber_score(counts.chair, found.all.f1)
-        if row.descriptions and not exam.associations:  # CHAIR knows classes and their synonyms alone
-            row.chair = chair.score(row.descriptions, exam.truth, exam.vocabulary)
-        if row.descriptions and HARDEST in row.replies:
-            hardest = [question.answer for question in exam.of(HARDEST)]
-            row.described = pope.score(hardest, row.mentioned(exam))
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

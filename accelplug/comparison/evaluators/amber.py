@@ -12,15 +12,14 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from accelplug.comparison.evaluators import pope
-from accelplug.comparison.evaluators.chair import Vocabulary, check_truth, inflect
-from accelplug.comparison.evaluators.pope import Parse, Question
+from accelplug.comparison.evaluators.chair import check_truth
+from accelplug.comparison.evaluators.evaluator import Asked, Image, Parse, Question, Said
 from accelplug.comparison.evaluators.statistics import ratio, same_length
+from accelplug.comparison.evaluators.vocabulary import Vocabulary, inflect
 from accelplug.errors import AccelplugError
-
-Image = TypeVar("Image", str, int)
 
 DIMENSIONS = {
     "discriminative-hallucination": "existence",
@@ -153,7 +152,7 @@ class Benchmark:
     describe: str
 
 
-def read(folder: str | Path) -> Benchmark:
+def read_folder(folder: str | Path) -> Benchmark:
     """Read the folder ``data`` of junyangwang0410/AMBER: annotations, queries, associations and safe words.
 
     Raises
@@ -302,3 +301,61 @@ def _stands_for(things: Collection[str], associations: Mapping[str, Sequence[str
     placed = list(enumerate(things if isinstance(things, Sequence) else sorted(things)))[::-1]
     own = {thing: place for place, thing in placed}
     return own | {word: place for place, thing in placed for word in associations.get(thing, ())}
+
+
+@dataclass
+class AmberFigures:
+    """What AMBER says of a row.
+
+    Attributes
+    ----------
+    shares : counts of descriptions (chair, cover, hal, cog); of its questions accuracy and figures of the class no; with both, the score.
+    dimensions : figures of its questions by dimension.
+    """
+
+    shares: dict[str, float] = field(default_factory=dict)
+    dimensions: dict[str, NoClass] = field(default_factory=dict)
+
+
+class AmberEvaluator:
+    """Descriptions of any exam, and questions in AMBER's dimensions."""
+
+    name = "amber"
+
+    def score(self, asked: Asked, said: Said) -> AmberFigures | None:
+        """See `Evaluator`."""
+        found = AmberFigures()
+        if dimensions := [split for split in said.replies if split in DIMENSIONS.values()]:
+            questions = [question for split in dimensions for question in asked.of(split)]
+            no = discriminate(questions, [answer for split in dimensions for answer in said.replies[split]], asked.parse)
+            found.shares |= {name: getattr(no.all, name) for name in ("accuracy", "precision", "recall", "f1")}
+            found.dimensions = no.dimensions
+        if said.descriptions:
+            counts = score(
+                said.descriptions,
+                asked.truth,
+                asked.vocabulary,
+                likely=asked.likely or None,
+                associations=asked.associations,
+                safe=asked.safe,
+            )
+            found.shares |= {name: getattr(counts, name) for name in ("chair", "cover", "hal", "cog")}
+            if dimensions:
+                found.shares["score"] = amber_score(counts.chair, no.all.f1)
+        return found if found.shares else None
+
+    def hold(self, asked: Asked, dense: Said, said: Said, before: AmberFigures, figures: AmberFigures) -> dict[str, float]:
+        """See `Evaluator`; the counts have no test, and the questions are among those that `pope` tests."""
+        return {}
+
+    def columns(self, figures: AmberFigures, holm: Mapping[str, float]) -> dict[str, str]:
+        """See `Evaluator`; shown where the exam is AMBER's own."""
+        if "score" not in figures.shares:
+            return {}
+        shares = {f"AMBER {name}": f"{figures.shares[name]:.1%}" for name in ("chair", "cover", "hal", "cog", "f1")}
+        return {**shares, "AMBER": f"{figures.shares['score']:.1f}"}
+
+    def summary(self, figures: AmberFigures | None, p: Mapping[str, float], holm: Mapping[str, float]) -> dict[str, Any]:
+        """See `Evaluator`."""
+        figures = figures or AmberFigures()
+        return {"amber": figures.shares, "amber_dimensions": figures.dimensions}

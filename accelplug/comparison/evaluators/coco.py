@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from accelplug.comparison.evaluators.chair import Vocabulary
+from accelplug.comparison.evaluators.vocabulary import Vocabulary
 from accelplug.errors import AccelplugError
 
 
@@ -57,23 +55,8 @@ class Coco:
             for image in wanted
         }
 
-    def sample(self, images: int = 500, seed: int = 0) -> list[int]:
-        """Return the numbers of that many images, drawn without repetition and sorted; put them into the report.
 
-        Raises
-        ------
-        AccelplugError
-            There are fewer.
-        """
-        if not 0 <= images <= len(self.files):
-            raise AccelplugError(
-                f"COCO: a sample of {images} images was asked for, {len(self.files)} were read; ask for fewer."
-            )
-        known = sorted(self.files)
-        return sorted(known[i] for i in np.random.default_rng(seed).permutation(len(known))[:images].tolist())
-
-
-def read(folder: str | Path, split: str = "*") -> Coco:
+def read_annotations(folder: str | Path, split: str = "*") -> Coco:
     """Read the annotations of a COCO folder.
 
     Parameters

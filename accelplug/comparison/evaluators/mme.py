@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from accelplug.comparison.evaluators.evaluator import Asked, Said
 from accelplug.comparison.evaluators.statistics import ratio
 
-PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
-COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 HALLUCINATION = ("existence", "count", "position", "color")
 
 
 @dataclass(frozen=True)
-class Pair:
+class TwoAnswers:
     """The answers to both questions about one image.
 
     Attributes
@@ -31,11 +31,11 @@ class Pair:
     @property
     def right(self) -> tuple[bool, bool]:
         """Whether each was answered as it should be."""
-        return parse(self.yes) is True, parse(self.no) is False
+        return read_start(self.yes) is True, read_start(self.no) is False
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskScore:
     """Figures of one task; acc and acc_plus in percent, NaN without images.
 
     Attributes
@@ -57,12 +57,12 @@ class Task:
         return self.acc + self.acc_plus
 
     @classmethod
-    def of(cls, pairs: list[Pair]) -> Task:
+    def of(cls, pairs: list[TwoAnswers]) -> TaskScore:
         """Score the pairs of one task."""
         right = [pair.right for pair in pairs]
         return cls(
             n=len(pairs),
-            unparsed=sum(parse(answer) is None for pair in pairs for answer in (pair.yes, pair.no)),
+            unparsed=sum(read_start(answer) is None for pair in pairs for answer in (pair.yes, pair.no)),
             acc=100 * ratio(sum(map(sum, right)), 2 * len(right)),
             acc_plus=100 * ratio(sum(map(all, right)), len(right)),
         )
@@ -72,17 +72,7 @@ class Task:
 class Mme:
     """Figures by the task's name, and their sums over groups of tasks."""
 
-    tasks: dict[str, Task]
-
-    @property
-    def perception(self) -> float:
-        """Sum over the ten perception tasks, at most 2000; NaN if one of them is missing."""
-        return self.total(PERCEPTION)
-
-    @property
-    def cognition(self) -> float:
-        """Sum over the four cognition tasks, at most 800; NaN if one of them is missing."""
-        return self.total(COGNITION)
+    tasks: dict[str, TaskScore]
 
     @property
     def hallucination(self) -> float:
@@ -94,7 +84,7 @@ class Mme:
         return sum(self.tasks[name].score if name in self.tasks else math.nan for name in names)
 
 
-def parse(answer: str) -> bool | None:
+def read_start(answer: str) -> bool | None:
     """Read an answer as MME does: yes, else no, within its first four characters; None if neither is.
 
     "None" and "Now" are therefore no.
@@ -103,9 +93,37 @@ def parse(answer: str) -> bool | None:
     return True if "yes" in start else False if "no" in start else None
 
 
-def score(pairs: Iterable[Pair]) -> Mme:
+def score(pairs: Iterable[TwoAnswers]) -> Mme:
     """Score pairs, task by task in the order of appearance."""
-    tasks: defaultdict[str, list[Pair]] = defaultdict(list)
+    tasks: defaultdict[str, list[TwoAnswers]] = defaultdict(list)
     for pair in pairs:
         tasks[pair.task].append(pair)
-    return Mme({name: Task.of(of_task) for name, of_task in tasks.items()})
+    return Mme({name: TaskScore.of(of_task) for name, of_task in tasks.items()})
+
+
+class MmeEvaluator:
+    """Pairs of questions, where the exam has some."""
+
+    name = "mme"
+
+    def score(self, asked: Asked, said: Said) -> Mme | None:
+        """See `Evaluator`."""
+        if not said.pairs:
+            return None
+        asked_pairs = enumerate(zip(asked.pairs, said.pairs, strict=True))
+        return score(TwoAnswers(task, f"{key} {i}", *both) for i, ((task, key, *_), both) in asked_pairs)
+
+    def hold(self, asked: Asked, dense: Said, said: Said, before: Mme, figures: Mme) -> dict[str, float]:
+        """See `Evaluator`; scores of tasks have no test."""
+        return {}
+
+    def columns(self, figures: Mme, holm: Mapping[str, float]) -> dict[str, str]:
+        """See `Evaluator`."""
+        return {"MME": f"{sum(task.score for task in figures.tasks.values()):.0f} of {200 * len(figures.tasks)}"}
+
+    def summary(self, figures: Mme | None, p: Mapping[str, float], holm: Mapping[str, float]) -> dict[str, Any]:
+        """See `Evaluator`."""
+        if figures is None:
+            return {"mme": None, "mme_hallucination": None}
+        tasks = {task: {**asdict(found), "score": found.score} for task, found in figures.tasks.items()}
+        return {"mme": tasks, "mme_hallucination": figures.hallucination}

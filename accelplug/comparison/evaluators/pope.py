@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from accelplug.comparison.evaluators.statistics import YesNo, mcc, ratio, same_length
+from accelplug.comparison.evaluators.evaluator import Asked, Delta, Image, Parse, Question, Said
+from accelplug.comparison.evaluators.statistics import (
+    YesNo,
+    mcc,
+    mcnemar,
+    paired_bootstrap,
+    ratio,
+    same_length,
+    shifted,
+    wilson,
+)
 from accelplug.errors import AccelplugError
 
-Image = TypeVar("Image", str, int)
 Split = Literal["random", "popular", "adversarial"]
-Parse = Literal["strict", "official"]
-"""How answers are read; see `parse`."""
+HARDEST: Split = "adversarial"
+"""The split whose hallucination rate is reported first."""
 
-# Copies of the data set misspell "image" and continue after the question mark.
-_QUESTION = re.compile(r"is there an? (?P<thing>.+?) in the im\w+\?", re.IGNORECASE)
-_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
+_TOLD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 _AN = re.compile(r"(?!u[^aeiou][aeiou]|eu|ewe|one\b)[aeiou]|hour|hono|heir", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question about one image: is the thing there."""
-
-    image: str | int
-    text: str
-    answer: bool
-    thing: str
-    split: str
 
 
 def build(
@@ -75,7 +71,7 @@ def build(
     if min_things < per_image:
         raise AccelplugError(f"POPE asks for {per_image} things of an image but min_things is {min_things}; raise it.")
     rng = np.random.default_rng(seed)
-    sampled = _sample(things_by_image, images, min_things, rng)
+    sampled = _sampled(things_by_image, images, min_things, rng)
     popular = Counter(thing for things in sampled.values() for thing in things)
     together = _co_occurrence(sampled.values())
     questions = []
@@ -94,30 +90,10 @@ def article(thing: str) -> str:
     return "an" if _AN.match(thing) else "a"
 
 
-def digest(questions: Sequence[Question]) -> str:
+def questions_sha256(questions: Sequence[Question]) -> str:
     """Return the SHA-256 of the questions in their order: copies of POPE differ, so a result names the one it was made with."""
     lines = (json.dumps(asdict(question), sort_keys=True) for question in questions)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def read(path: str | Path) -> list[Question]:
-    """Read a question file of RUCAIBox/POPE: JSON lines with image, text and label.
-
-    The split is the last word of the file's name, as in ``coco_pope_random.json``.
-
-    Raises
-    ------
-    AccelplugError
-        There is no such file, or a line of it is no such question.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise AccelplugError(
-            f"POPE questions: expected a file of JSON lines, {path} is none; github.com/RUCAIBox/POPE has them."
-        )
-    split = path.stem.rsplit("_", 1)[-1]
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-    return [_read_line(line, split, f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
 def parse(answer: str, parse: Parse = "strict") -> bool | None:
@@ -137,7 +113,7 @@ def parse(answer: str, parse: Parse = "strict") -> bool | None:
         raise AccelplugError(f"Answers are read in one of the ways {', '.join(get_args(Parse))}, got {parse!r}.")
     if parse == "official":
         return {"No", "no", "not"}.isdisjoint(answer.partition(".")[0].replace(",", "").split(" "))
-    sentences = (_WORD.findall(sentence.lower()) for sentence in re.split(r"[.!?\n]", answer))
+    sentences = (_TOLD.findall(sentence.lower()) for sentence in re.split(r"[.!?\n]", answer))
     words = next(filter(None, sentences), [""])
     said = {"yes": {True}, "no": {False}}.get(words[0]) or {word == "yes" for word in words if word in ("yes", "no", "not")}
     return said.pop() if len(said) == 1 else None
@@ -169,7 +145,7 @@ def score(truth: Sequence[bool], answers: Sequence[bool | None]) -> YesNo:
     )
 
 
-def _sample(
+def _sampled(
     things_by_image: Mapping[Image, Sequence[str]], images: int, min_things: int, rng: np.random.Generator
 ) -> dict[Image, list[str]]:
     distinct = {image: list(dict.fromkeys(things)) for image, things in things_by_image.items()}
@@ -205,15 +181,133 @@ def _ask(image: str | int, thing: str, answer: bool, split: str) -> Question:
     return Question(image, f"Is there {article(thing)} {thing} in the image?", answer, thing, split)
 
 
-def _read_line(line: str, split: str, where: str) -> Question:
-    try:
-        entry = json.loads(line)
-        image, text, label = entry["image"], entry["text"], entry["label"]
-        thing = _QUESTION.match(text)
-    except (ValueError, KeyError, TypeError) as error:
-        raise AccelplugError(f"{where}: expected a JSON object with image, text and label, got {line[:80]!r}.") from error
-    if thing is None or label not in ("yes", "no"):
-        raise AccelplugError(
-            f'{where}: expected "Is there a ... in the image?" with label yes or no, got {text!r}, {label!r}.'
-        )
-    return Question(image, text, label == "yes", thing["thing"], split)
+@dataclass
+class PopeFigures:
+    """What answers to questions of yes and no are worth.
+
+    Attributes
+    ----------
+    splits : figures by split; interval : Wilson's, of the hallucination rate on the hardest split.
+    described : the hardest split answered by the descriptions, yes for what they mention (offline POPE).
+    hallucination, described_hallucination : differences of rates on the hardest split to the dense model.
+    matched : the dense model made to say yes as often as this row does, on the hardest split (see `statistics.shifted`).
+    """
+
+    splits: dict[str, YesNo]
+    interval: tuple[float, float] = (math.nan, math.nan)
+    described: YesNo | None = None
+    hallucination: Delta | None = None
+    described_hallucination: Delta | None = None
+    matched: YesNo | None = None
+
+
+class PopeEvaluator:
+    """Questions of yes and no, of all splits; McNemar's test on all questions, each once, and on what descriptions mention."""
+
+    name = "pope"
+
+    def score(self, asked: Asked, said: Said) -> PopeFigures | None:
+        """See `Evaluator`."""
+        if not said.replies:
+            return None
+        found = PopeFigures({split: score(truth_of(asked, split), answers_of(asked, said, split)) for split in said.replies})
+        if HARDEST in said.replies:
+            negatives = [
+                yes for yes, question in zip(_said_yes(asked, said), asked.of(HARDEST), strict=True) if not question.answer
+            ]
+            found.interval = wilson(sum(negatives), len(negatives))
+            if said.descriptions:
+                found.described = score(truth_of(asked, HARDEST), _mentioned(asked, said))
+        return found
+
+    def hold(self, asked: Asked, dense: Said, said: Said, before: PopeFigures, figures: PopeFigures) -> dict[str, float]:
+        """See `Evaluator`."""
+        p = {"questions": mcnemar(*(list(_right(asked, one).values()) for one in (dense, said)))}
+        yes = _said_yes(asked, said)
+        figures.hallucination = _rate_difference(asked, _said_yes(asked, dense), yes)
+        if HARDEST in dense.margins and HARDEST in said.margins:
+            figures.matched = score(truth_of(asked, HARDEST), shifted(dense.margins[HARDEST], sum(yes)))
+        if before.described and figures.described:
+            pair, truth = [_mentioned(asked, one) for one in (dense, said)], truth_of(asked, HARDEST)
+            p["described"] = mcnemar(*([a == b for a, b in zip(one, truth, strict=True)] for one in pair))
+            figures.described_hallucination = _rate_difference(asked, *pair)
+        return p
+
+    def columns(self, figures: PopeFigures, holm: Mapping[str, float]) -> dict[str, str]:
+        """See `Evaluator`."""
+        hard, (low, high), p = figures.splits.get(HARDEST), figures.interval, holm.get("questions", math.nan)
+        return {
+            "hallucinates, adversarial": f"{hard.hallucination_rate:.1%} ({low:.1%} to {high:.1%})" if hard else "",
+            "to dense": str(figures.hallucination or "") if hard else "",
+            "p (Holm)": "" if math.isnan(p) else f"{p:.2g}",
+            "F1": f"{hard.f1:.3f}" if hard else "",
+            "MCC": f"{hard.mcc:.3f}" if hard else "",
+            "yes": f"{hard.yes_ratio:.2f}" if hard else "",
+            "offset MCC": f"{figures.matched.mcc:.3f}" if figures.matched else "",
+        }
+
+    def summary(self, figures: PopeFigures | None, p: Mapping[str, float], holm: Mapping[str, float]) -> dict[str, Any]:
+        """See `Evaluator`."""
+        figures = figures or PopeFigures({})
+        return {
+            "pope": figures.splits,
+            "hallucination_rate_interval": figures.interval,
+            "hallucination_delta": figures.hallucination,
+            "mcnemar_p": p.get("questions", math.nan),
+            "holm_p": holm.get("questions", math.nan),
+            "matched_offset": figures.matched,
+            "described": figures.described,
+            "described_hallucination_delta": figures.described_hallucination,
+            "described_mcnemar_p": p.get("described", math.nan),
+            "described_holm_p": holm.get("described", math.nan),
+        }
+
+
+def pooled(asked: Asked, said: Said) -> YesNo:
+    """Return the figures of all splits together."""
+    truth = [true for split in said.replies for true in truth_of(asked, split)]
+    return score(truth, [answer for split in said.replies for answer in answers_of(asked, said, split)])
+
+
+def truth_of(asked: Asked, split: str) -> list[bool]:
+    """Return what should be answered to the questions of a split."""
+    return [question.answer for question in asked.of(split)]
+
+
+def answers_of(asked: Asked, said: Said, split: str) -> list[bool | None]:
+    """Return the answers to the questions of a split, as they are read."""
+    return [asked.read(answer) for answer in said.replies.get(split, [])]
+
+
+def _said_yes(asked: Asked, said: Said) -> list[bool]:
+    """Whether each question of the hardest split was answered with yes."""
+    return [answer is True for answer in answers_of(asked, said, HARDEST)]
+
+
+def _mentioned(asked: Asked, said: Said) -> list[bool]:
+    """Whether the description mentions what each question of the hardest split asks for."""
+    mentions = {key: set(asked.vocabulary.mentions(text)) for key, text in said.descriptions.items()}
+    return [question.thing in mentions[question.image] for question in asked.of(HARDEST)]
+
+
+def _right(asked: Asked, said: Said) -> dict[tuple[Any, str], bool]:
+    """Whether each question was answered as it should be; splits ask for the same things that are there, and those count once."""
+    found: dict[tuple[Any, str], bool] = {}
+    for split in said.replies:
+        for question, answer in zip(asked.of(split), answers_of(asked, said, split), strict=True):
+            found.setdefault((question.image, question.text), answer is question.answer)
+    return found
+
+
+def _rate_difference(asked: Asked, first: Sequence[bool], second: Sequence[bool]) -> Delta:
+    """Difference of hallucination rates on the hardest split, from who said yes, resampled over pictures."""
+    by_image: dict[Any, list[tuple[bool, bool]]] = {}
+    for question, *pair in zip(asked.of(HARDEST), first, second, strict=True):
+        if not question.answer:
+            by_image.setdefault(question.image, []).append((pair[0], pair[1]))
+
+    def difference(items: Sequence[list[tuple[bool, bool]]]) -> float:
+        pairs = np.array([pair for item in items for pair in item], dtype=float)
+        return float((pairs[:, 1] - pairs[:, 0]).mean()) if len(pairs) else math.nan
+
+    return Delta(*paired_bootstrap(difference, list(by_image.values())))

@@ -1,0 +1,106 @@
+"""What an evaluator is: one benchmark's way to score what a model said, and to show it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar
+
+from accelplug.comparison.evaluators.vocabulary import Vocabulary
+
+Image = TypeVar("Image", str, int)
+"""What images go by: names or numbers."""
+Parse = Literal["strict", "official"]
+"""How answers are read; see `pope.parse`."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one image: is the thing there."""
+
+    image: str | int
+    text: str
+    answer: bool
+    thing: str
+    split: str
+
+
+class Asked(Protocol):
+    """What evaluators read of an `Exam`."""
+
+    @property
+    def truth(self) -> Mapping[Any, Collection[str]]: ...
+    @property
+    def splits(self) -> list[str]: ...
+    @property
+    def pairs(self) -> tuple[tuple[str, Any, str, str], ...]: ...
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+    @property
+    def likely(self) -> Mapping[Any, Collection[str]]: ...
+    @property
+    def associations(self) -> Mapping[str, Sequence[str]]: ...
+    @property
+    def safe(self) -> frozenset[str]: ...
+    @property
+    def parse(self) -> Parse: ...
+
+    def of(self, split: str) -> list[Question]:
+        """The questions of a split."""
+
+    def read(self, answer: str) -> bool | None:
+        """Read an answer: True for yes, False for no, None for neither."""
+
+
+@dataclass
+class Said:
+    """What a model answered in an exam.
+
+    Attributes
+    ----------
+    replies : by split, the answers as text; margins : logit of yes over that of no, at the first answered token.
+    pairs : the answers to both questions of each of the exam's pairs.
+    descriptions : by picture.
+    """
+
+    replies: dict[str, list[str]] = field(default_factory=dict)
+    margins: dict[str, list[float]] = field(default_factory=dict)
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+    descriptions: dict[Any, str] = field(default_factory=dict)
+
+
+@dataclass
+class Delta:
+    """A difference to dense with its 95 % interval, resampled over pictures."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return "" if math.isnan(self.value) else f"{self.value:+.1%} ({self.low:+.1%} to {self.high:+.1%})"
+
+
+class Evaluator(Protocol):
+    """Scores what was said, holds it against what the dense model said, and gives columns of the table and figures for the JSON.
+
+    Figures are of the evaluator's own kind, None where the exam asks for none of it.
+    """
+
+    name: str
+
+    def score(self, asked: Asked, said: Said) -> Any:
+        """Return the figures of a row, or None."""
+
+    def hold(self, asked: Asked, dense: Said, said: Said, before: Any, figures: Any) -> dict[str, float]:
+        """Put differences to the dense model, which said `dense` and has the figures `before`, into a row's figures.
+
+        Return p-values by name; they are corrected for the number of rows.
+        """
+
+    def columns(self, figures: Any, holm: Mapping[str, float]) -> dict[str, str]:
+        """Return cells by their headings, with the corrected p-values at hand."""
+
+    def summary(self, figures: Any, p: Mapping[str, float], holm: Mapping[str, float]) -> dict[str, Any]:
+        """Return the figures as plain data, under the keys that they have in the JSON; of None too."""
