@@ -46,18 +46,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-class RandomConfig(BlockConfig):
-    """Knobs of `Random`."""
-
-    density: float = Field(0.3, gt=0, le=1, description="Share of the key blocks that each query block reads.")
-    seed: int = 0
-
-
+@accelplug.register_patch
 class Random(BlockSparse):
     """A block mask without a thought: its own block and as many random ones as the density asks for."""
 
-    Config = RandomConfig
-    config: RandomConfig
+    class Config(BlockConfig):
+        density: float = Field(0.3, gt=0, le=1, description="Share of the key blocks that each query block reads.")
+        seed: int = Field(0, description="Of the draw.")
+
+    name, cite, summary = "random", "unpublished", "Every query block reads itself and random others."
+    config: Config
 
     def select(self, tiles: Tiles) -> BlockPlan:
         return self.plan(random_members(tiles.slots // self.config.unit, self.config.density, self.config.seed), tiles)
@@ -76,6 +74,7 @@ class Place:
 class Capture(Patch):
     """Runs dense, and keeps the q, k, v of a few steps of the conditional branch."""
 
+    family = "sparse"
     speed = False
     steps = (5, 9, 13)
     calls: dict[Place, AttentionCall] = {}  # noqa: RUF012  # one study, one table
@@ -90,15 +89,9 @@ class Capture(Patch):
         return call.dense()
 
 
-def own_patches() -> None:
-    """Let recipes of this process name the two patches above."""
-    for name, cls in (("random", Random), ("capture", Capture)):
-        registry._PATCHES[name] = registry.PatchEntry(name, __name__, cls.__name__, "sparse", "", "")
-
-
 def layer_errors(pipe: Any) -> list[dict[str, Any]]:
     """Relative L2 error of attention outputs per layer and step, rest=drop, beside random masks of equal density."""
-    with accelplug.apply(pipe, {"patch": "capture"}, gate="off"):
+    with accelplug.apply(pipe, Capture(), gate="off"):
         pipe(prompt=PROMPT, **zoo.DEMO, generator=torch.Generator().manual_seed(0), output_type="latent")
     rows = []
     for name, setting in SETTINGS.items():
@@ -158,7 +151,6 @@ def main() -> None:
     options = parser.parse_args()
     settings = {name: SETTINGS[name] for name in options.setting or SETTINGS}
     torch.set_num_threads(2)
-    own_patches()
     pipe = WanPipeline.from_pretrained(zoo.path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():

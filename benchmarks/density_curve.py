@@ -38,7 +38,7 @@ from accelplug.patches.sparse.template import BlockConfig, BlockSparse
 from accelplug.table import Table
 from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, agreement, foreground
 from benchmarks.common import RESULTS, write_json
-from benchmarks.demo_pareto import Capture, measured, own_patches
+from benchmarks.demo_pareto import Capture, measured
 
 GRID = {"num_frames": 17, "height": 64, "width": 96, "num_inference_steps": 8, "guidance_scale": 3.0}
 PROMPTS = HELD_OUT_CAPTIONS[:2]
@@ -84,17 +84,15 @@ CURVES: tuple[tuple[str, tuple[str, ...], str, tuple[Any, ...], dict[str, Any]],
 )
 
 
-class LocalConfig(BlockConfig):
-    """Knobs of `Local`."""
-
-    width: int = Field(4, ge=1, description="Key blocks to read, those nearest along the sequence.")
-
-
+@accelplug.register_patch
 class Local(BlockSparse):
     """A window along the sequence: what costs no thought and is no lottery."""
 
-    Config = LocalConfig
-    config: LocalConfig
+    class Config(BlockConfig):
+        width: int = Field(4, ge=1, description="Key blocks to read, those nearest along the sequence.")
+
+    name, cite, summary = "local", "unpublished", "Every query block reads those nearest along the sequence."
+    config: Config
 
     def select(self, tiles: Tiles, **where: Any) -> BlockPlan:
         blocks = torch.arange(len(tiles.lengths(self.config.unit)))
@@ -147,7 +145,7 @@ def plain(config: dict[str, Any]) -> dict[str, Any]:
 def layers(pipe: Any, only: Only) -> list[dict[str, Any]]:
     """One row a setting: density and error of attention outputs, mean over the captured calls, and by layer."""
     Capture.steps = (3, 5, 7)
-    with accelplug.apply(pipe, {"patch": "capture"}, gate="off"):
+    with accelplug.apply(pipe, Capture(), gate="off"):
         pipe(prompt=PROMPTS[0], **GRID, generator=torch.Generator().manual_seed(0), output_type="latent")
     exact = {p: scaled_dot_product_attention(c.q, c.k, c.v) for p, c in Capture.calls.items()}
     rows = []
@@ -317,8 +315,6 @@ def main() -> None:
     parser.add_argument("--rest", action="append", choices=COLOURS, help="only these; see above")
     parser.add_argument("--seconds", type=float, default=900, help="begin no run after so many (default 900)")
     options = parser.parse_args()
-    own_patches()
-    registry._PATCHES["local"] = registry.PatchEntry("local", __name__, Local.__name__, "sparse", "", "")
     if options.only == "tables":
         show()
         return

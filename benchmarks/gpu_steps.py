@@ -33,7 +33,7 @@ import accelplug
 from accelplug.comparison.environment import environment
 from accelplug.errors import AccelplugError
 from benchmarks.common import RESULTS, write_json
-from benchmarks.demo_pareto import own_patches
+from benchmarks.demo_pareto import Random
 from benchmarks.gpu_block_attention import spread, turns
 
 INJECTED = (0.2, 0.3)
@@ -174,7 +174,7 @@ def rows_of(name: str, smoke: bool, device: torch.device, dtype: torch.dtype) ->
     inputs = spec.inputs(model.config, spec.toy_thw if smoke else spec.latents_thw, draw)
     block = 32 if smoke else 128
     recipes: dict[str, Any] = {} if smoke else {recipe.split("/")[1]: recipe for recipe in spec.recipes}
-    recipes |= {f"random, density {d}": {"patch": "random", "with": {"block": block, "density": d}} for d in INJECTED}
+    recipes |= {f"random, density {d}": {"patch": Random.name, "with": {"block": block, "density": d}} for d in INJECTED}
 
     def run() -> dict[str, float]:
         return spread(turns({"": lambda: model(**inputs)}, device, 1 if smoke else 3, 1)[""])
@@ -208,7 +208,6 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     if device.type == "cpu" and not options.smoke:
         raise SystemExit("There is no GPU here; try --smoke.")
-    own_patches()
     facts = environment()
     names, path = options.model or list(MODELS), RESULTS / "gpu_steps.json"
     kept = json.loads(path.read_text()) if options.model and path.exists() and not options.smoke else {}

@@ -30,7 +30,7 @@ from accelplug.kernels.rectify import rectify
 from accelplug.kernels.rest import Rectified, rectified, tied
 from accelplug.patches.sparse.template import Blocks, Scored, ScoredConfig
 from benchmarks.common import write_json
-from benchmarks.demo_pareto import PROMPT, Capture, Place, own_patches
+from benchmarks.demo_pareto import PROMPT, Capture, Place
 
 COMMON = {"block": 64, "order": "gilbert", "rest": "drop"}
 NARROW = {**COMMON, "block_k": 32}
@@ -81,12 +81,11 @@ def main() -> None:
     parser.add_argument("--setting", action="append", choices=SETTINGS, help="only these; repeat for several")
     options = parser.parse_args()
     torch.set_num_threads(2)
-    own_patches()
     Capture.steps = tuple(options.steps)
     pipe = WanPipeline.from_pretrained(zoo.path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
-        with accelplug.apply(pipe, {"patch": "capture"}, gate="off"):
+        with accelplug.apply(pipe, Capture(), gate="off"):
             pipe(prompt=PROMPT, **zoo.DEMO, generator=torch.Generator().manual_seed(0), output_type="latent")
         facts, rows = {**environment(pipe), "prompt": PROMPT, "grid": "demo", "steps": options.steps}, []
         for name in options.setting or SETTINGS:

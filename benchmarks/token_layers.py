@@ -20,7 +20,7 @@ import accelplug
 from accelplug import registry, zoo
 from accelplug.comparison.environment import environment
 from benchmarks.common import write_json
-from benchmarks.demo_pareto import PROMPT, Capture, Random, measured, own_patches
+from benchmarks.demo_pareto import PROMPT, Capture, Random, measured
 
 BLOCK = 64
 TIME_CELLS = {"ratio": 0.5, "cell_thw": [4, 1, 1], "tile_thw": [8, 4, 4]}
@@ -50,12 +50,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 9, 13], help="diffusion steps, of 16")
     options = parser.parse_args()
     torch.set_num_threads(2)
-    own_patches()
     Capture.steps = tuple(options.steps)
     pipe = WanPipeline.from_pretrained(zoo.path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
-        with accelplug.apply(pipe, {"patch": "capture"}, gate="off"):
+        with accelplug.apply(pipe, Capture(), gate="off"):
             pipe(prompt=PROMPT, **zoo.DEMO, generator=torch.Generator().manual_seed(0), output_type="latent")
         rows = [row for name, setting in SETTINGS.items() for row in errors(name, *setting)]
     write_json("token_layers", {**environment(pipe), "prompt": PROMPT, "grid": "demo", "rows": rows})
