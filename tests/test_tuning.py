@@ -393,7 +393,7 @@ def test_caches_are_set_for_the_model_or_said_not_to_fit() -> None:
     assert snapshot_of(pipe.transformer) == before
     assert trajectory.contexts == {"cond", "uncond"}
     assert 0 < trajectory.attention < 1
-    ladders, why_not = caches.fitting(parts, caches.Seen(9, trajectory.contexts, trajectory.magnitudes))
+    ladders, why_not = caches.fitting(parts, caches.CacheFacts(9, trajectory.contexts, trajectory.magnitudes))
     assert [ladder[0].ladder for ladder in ladders] == ["first_block", "mag", "taylorseer lite"]
     assert why_not[0].startswith("No cache taylorseer: ")
     assert "no module of transformer to hook" in why_not[0]
@@ -408,12 +408,12 @@ def test_caches_are_set_for_the_model_or_said_not_to_fit() -> None:
         computed = sorted({event.clock.step for event in events})
         assert {0, 1, 8} <= set(computed) < set(range(9)), "the first steps and the last are computed, others are not"
     assert snapshot_of(pipe.transformer) == before
-    few, why = caches.fitting(parts, caches.Seen(8, trajectory.contexts, trajectory.magnitudes))
+    few, why = caches.fitting(parts, caches.CacheFacts(8, trajectory.contexts, trajectory.magnitudes))
     assert not few
     assert "too few" in why[0]
     mag = CACHES["mag"]
     two = {"transformer": pipe.transformer, "transformer_2": pipe.transformer}
-    assert "share those of a run" in caches._obstacle(mag, mag.ladders[0], two, caches.Seen(9, frozenset(), {}))
+    assert "share those of a run" in caches._obstacle(mag, mag.ladders[0], two, caches.CacheFacts(9, frozenset(), {}))
 
 
 def measured_ratios(pipe: Any, study: Study) -> list[float]:

@@ -38,7 +38,7 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Seen:
+class CacheFacts:
     """What a dense run showed of a model that caches hang on.
 
     Attributes
@@ -72,7 +72,7 @@ def magnitudes(parts: Mapping[str, Any]) -> Iterator[dict[str, dict[str, list[fl
         yield found
 
 
-def fitting(parts: Mapping[str, Any], seen: Seen) -> tuple[list[list[Cache]], list[str]]:
+def fitting(parts: Mapping[str, Any], seen: CacheFacts) -> tuple[list[list[Cache]], list[str]]:
     """Return ladders of the caches that fit these denoisers, the most careful first, and why others do not."""
     if seen.steps <= FEW_STEPS:
         return [], [f"No step caches: the {seen.steps} steps of a run are too few to skip any."]
@@ -91,7 +91,7 @@ def fitting(parts: Mapping[str, Any], seen: Seen) -> tuple[list[list[Cache]], li
     return ladders, why_not
 
 
-def _obstacle(cache: CacheKind, ladder: CacheLadder, parts: Mapping[str, Any], seen: Seen) -> str | None:
+def _obstacle(cache: CacheKind, ladder: CacheLadder, parts: Mapping[str, Any], seen: CacheFacts) -> str | None:
     """Why a cache cannot be tried, as far as diffusers would not say it, or says it in the middle of a run."""
     steps = seen.steps
     if missing := [type(part).__name__ for part in parts.values() if not hasattr(part, "enable_cache")]:
@@ -108,7 +108,7 @@ def _obstacle(cache: CacheKind, ladder: CacheLadder, parts: Mapping[str, Any], s
     return None
 
 
-def _means(seen: Seen) -> list[float]:
+def _means(seen: CacheFacts) -> list[float]:
     """The magnitudes of the one denoiser by step, over its contexts."""
     (by_context,) = seen.magnitudes.values()
     return [round(sum(ratios) / len(by_context), 4) for ratios in zip(*by_context.values(), strict=True)]

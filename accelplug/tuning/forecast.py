@@ -61,7 +61,7 @@ class Trajectory:
     layers : number of attention layers.
     attention : share of self- and joint-attention in a denoiser call, None where it could not be seen, as in compiled blocks.
     contexts : names of the cache contexts that the pipeline opened.
-    magnitudes : see `accelplug.tuning.caches.Seen`.
+    magnitudes : see `accelplug.tuning.caches.CacheFacts`.
     """
 
     moments: list[Moment]

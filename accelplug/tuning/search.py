@@ -21,7 +21,7 @@ from accelplug.plug import model_facts
 from accelplug.recipe import Measured, load
 from accelplug.show import Tell
 from accelplug.tuning.budget import Bound
-from accelplug.tuning.caches import Cache, Seen, fitting
+from accelplug.tuning.caches import Cache, CacheFacts, fitting
 from accelplug.tuning.crew import Crew, Order, Pair
 from accelplug.tuning.forecast import OBSERVED, Forecast, Trajectory
 from accelplug.tuning.journal import Journal, adapters
@@ -137,7 +137,7 @@ class Search:
         self.forecast = Forecast(trajectory, self.bounds, sample.denoise_ms, sample.latency_ms - sample.denoise_ms)
         self._note(limit(self.forecast))
         if caches:
-            seen = Seen(trajectory.steps, trajectory.contexts, trajectory.magnitudes)
+            seen = CacheFacts(trajectory.steps, trajectory.contexts, trajectory.magnitudes)
             self.ladders, why_not = fitting(denoisers(self.study.pipe), seen)
             self._note(*why_not)
         with self._phase("probing"):
