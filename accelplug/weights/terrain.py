@@ -21,7 +21,7 @@ from accelplug.weights.tensors import Arrays, as_tensors, pick, read_onnx
 LEVELS = 100
 """Difficulties, the class labels."""
 
-UNET: dict[str, Any] = {
+NETWORK: dict[str, Any] = {
     "sample_size": 128,
     "in_channels": 1,
     "out_channels": 1,
@@ -53,7 +53,7 @@ RESNET = {"in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.3
 RESNET_NORMS = {"in_layers.2": "norm1", "out_layers.3": "norm2"}
 
 
-def write_terrain(source: Path, folder: Path, unet: Mapping[str, Any] = UNET) -> None:
+def write_terrain(source: Path, folder: Path, unet: Mapping[str, Any] = NETWORK) -> None:
     """Convert the ONNX file of adaptive-terrain-diffusion.
 
     Raises

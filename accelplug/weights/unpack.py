@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from accelplug import files
 from accelplug.errors import AccelplugError
 from accelplug.zoo.wheels import Wheel
 
@@ -45,7 +46,7 @@ def download(wheel: Wheel, folder: Path, show: bool = False) -> Path:
     """
     subject = f"{wheel.project} {wheel.version} cannot be downloaded"
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+    files.write(requirements, f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
     command = [
         sys.executable,
         "-P",
@@ -70,14 +71,14 @@ def download(wheel: Wheel, folder: Path, show: bool = False) -> Path:
         said = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
         raise AccelplugError(f"{subject}: {next((why for text, why in REFUSALS if text in done.stderr), said[-1])}.")
     archives = list(folder.glob("*.whl"))
-    if len(archives) != 1 or digest(archives[0]) != wheel.sha256:
+    if len(archives) != 1 or sha256_of(archives[0]) != wheel.sha256:
         raise AccelplugError(
             f"{subject}: pip brought another file than the pinned one. See where it looks with `pip config list`."
         )
     return archives[0]
 
 
-def digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
