@@ -168,6 +168,11 @@ class BlockPlan:
         return cls(index, count, whole, bits, packed, q_len, k_len, block_q, block_k, level, level_count, box)
 
     @property
+    def skipped(self) -> Tensor:
+        """Heads whose visual rows read nothing and give exactly 0, bool (B|1, H|1): no other row reads nothing."""
+        return (self.count if self.level_count is None else self.count + self.level_count.sum(-1))[..., 0] == 0
+
+    @property
     def members(self) -> Tensor:
         """Which blocks are read exactly, bool (B|1, H|1, M, N)."""
         return unpack_bits(self.bits, len(self.k_len))

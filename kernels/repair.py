@@ -23,17 +23,24 @@ HELD_BACK = 4
 GOLDEN = 0.6180339887498949
 
 
-def probe_rows(first: int, number: int, probes: int) -> Tensor:
+def probe_rows(first: int, number: int, probes: int, device: torch.device | str = "cpu") -> Tensor:
     """Return the rows that are probed, int64 (probes,): one in each stretch of ``number / probes`` rows from `first` on.
 
     Its place in the stretch moves by the golden ratio: at the same place, rows of a grid could all be of one column.
     """
-    stretch = torch.arange(probes, dtype=torch.float64)
+    stretch = torch.arange(probes, device=device, dtype=torch.float64)
     return first + ((stretch + stretch * GOLDEN % 1) * (number / probes)).long().clamp(max=number - 1)
 
 
 def repair(
-    out: Tensor, q: Tensor, exact: Tensor, rows: Tensor, *, on_query: bool = True, ridge: float = 5.0
+    out: Tensor,
+    q: Tensor,
+    exact: Tensor,
+    rows: Tensor,
+    within: slice = slice(None),
+    *,
+    on_query: bool = True,
+    ridge: float = 5.0,
 ) -> tuple[Tensor, Tensor]:
     """Add to a sparse output what its exact rows say of its error.
 
@@ -42,7 +49,8 @@ def repair(
     out : Tensor (B, H, S, D_v), sparse attention.
     q : Tensor (B, H, S, D), its queries.
     exact : Tensor (B, H, R, D_v), dense attention of the probed rows.
-    rows : int64 (R,), which rows these are, ascending.
+    rows : int64 (R,), which rows these are.
+    within : the rows that are repaired; others, which are exact, stay as they are.
     on_query : whether the error is regressed on the query too.
     ridge : above 0, how many rows without error the prior counts for.
 
@@ -56,7 +64,9 @@ def repair(
     residual = target - output
     held = torch.arange(len(rows), device=rows.device) % HELD_BACK == 0
     # Both fits at a time: without the rows that judge, and with all.
-    weight = torch.stack([(~held).float(), torch.ones_like(held, dtype=torch.float32)])[:, None, None, :, None]  # [2, 1, 1, R, 1]
+    weight = torch.stack([(~held).float(), torch.ones_like(held, dtype=torch.float32)])[
+        :, None, None, :, None
+    ]  # [2, 1, 1, R, 1]
     number = weight.sum(-2, keepdim=True)
     size = [x.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=1e-12) for x in parts]  # [B, H, 1, 1]
     x = torch.cat([part / s for part, s in zip(parts, size, strict=True)], -1)  # [B, H, R, F]
@@ -71,5 +81,9 @@ def repair(
     slope = slope[1] * helps[..., None, None]
     constant = (y_mean[1] * helps[..., None, None] - x_mean[1] @ slope).to(out.dtype)  # [B, H, 1, D_v]
     factors = [(w / s).to(out.dtype) for w, s in zip(slope.split([p.shape[-1] for p in parts], -2), size, strict=True)]
-    mended = out + constant + sum((z @ w for z, w in zip((out, q), factors, strict=False)), torch.zeros_like(constant))
+    error = constant + sum(
+        (z[..., within, :] @ w for z, w in zip((out, q), factors, strict=False)), torch.zeros_like(constant)
+    )
+    mended = out.clone()
+    mended[..., within, :] += error
     return mended.index_copy(-2, rows, exact.to(out.dtype)), torch.where(helps, after, before) / whole.clamp(min=1e-12)

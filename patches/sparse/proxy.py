@@ -144,7 +144,7 @@ class Proxy(BlockSparse):
         plan = cast(BlockPlan, plan)  # `select` makes no threshold
         near = block_attention(**{**self._arguments(blocks, plan, params), "rest": Drop()}, return_lse=True)
         far = spread_attention(blocks.q, blocks.k, blocks.v, plan, call.scale, blocks.key_mask)
-        return blocks.q_tiles.unpermute(joined_by_lse(near, far))
+        return self.repaired(blocks.q_tiles.unpermute(joined_by_lse(near, far)), call, blocks.q_tiles)
 
 
 def _axis(length: int, tile: int, halo: int) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from accelplug.kernels.orders import Order, Tiles, tiles
 from accelplug.kernels.plan import BlockPlan, Box, Threshold, counted, pool
 from accelplug.kernels.precision import Precision
 from accelplug.kernels.rectify import rectify
+from accelplug.kernels.repair import probe_rows, repair
 from accelplug.kernels.rest import Drop, Pool, Rectified, Representative, Rest, Tied
 from accelplug.patches.base import Config, Patch, Positive, UnimplementedHalf
 from accelplug.table import Table
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 RestKind = Literal["drop", "pool", "rectified", "tied"]
 """Names of what may become of the key blocks that are not selected; see `kernels.rest` and `kernels.rectify`."""
+RepairKind = Literal["none", "output", "output_query"]
+"""What the error of all this is regressed on, if it is repaired; see `kernels.repair`."""
 
 
 class BlockConfig(Config):
@@ -51,6 +54,19 @@ class BlockConfig(Config):
     )
     rest_gain: bool = Field(
         True, description="Whether blocks that are not worth a pooled key are left out (rest: rectified)."
+    )
+    repair: RepairKind = Field(
+        "none",
+        description="Regress the error of some exact rows on output, or output_query, and take it off all. SparsePR, ours.",
+    )
+    probes: float = Field(
+        0.0625,
+        gt=0.0,
+        le=65536,
+        description="Rows of a head that are exact (repair): a share of the visual ones, or from 1 on a number.",
+    )
+    ridge: float = Field(
+        5.0, gt=0.0, description="Rows without error that the regression's prior counts for (repair). Ours."
     )
     precision: Precision = Field(
         "native", description="Of q.k where it is exact: native, int8 or fp8, keys smoothed. Only Triton is faster for it."
@@ -228,7 +244,30 @@ class BlockSparse(Patch):
 
     def attend(self, call: AttentionCall, params: BlockParams) -> Tensor:
         blocks, plan = self._laid_out(call, params)
-        return blocks.q_tiles.unpermute(block_attention(**self._arguments(blocks, plan, params)))
+        out = blocks.q_tiles.unpermute(block_attention(**self._arguments(blocks, plan, params)))
+        return self.repaired(out, call, blocks.q_tiles, plan)
+
+    def repaired(self, out: Tensor, call: AttentionCall, tiles: Tiles, plan: BlockPlan | Threshold | None = None) -> Tensor:
+        """Return the output (B, H, S, D_v) of a call with its error repaired, as the config says; an own `attend` ends in it."""
+        number = self.probed(tiles.layout, call)
+        if number == 0:
+            return out
+        rows = probe_rows(tiles.layout.text_before, tiles.layout.visual, number, out.device)
+        rows = tiles.slot_of_token()[rows] if tiles.applied else rows
+        exact = call.dense(q=call.q[..., rows, :], attn_mask=None if call.mask is None else call.mask[:, None, None])
+        on_query = self.config.repair == "output_query"
+        visual = slice(tiles.layout.text_before, tiles.layout.text_before + tiles.layout.visual)
+        mended, _ = repair(out, call.q, exact, rows, visual, on_query=on_query, ridge=self.config.ridge)
+        return torch.where(plan.skipped[..., None, None], out, mended) if isinstance(plan, BlockPlan) else mended
+
+    def probed(self, layout: Layout, call: AttentionCall) -> int:
+        """Return how many rows of each head are probed; 0 where it does not pay: more than half of them would be."""
+        if self.config.repair == "none":
+            return 0
+        features = call.v.shape[-1] + (call.q.shape[-1] if self.config.repair == "output_query" else 0)
+        asked = self.config.probes if self.config.probes >= 1 else max(self.config.probes * layout.visual, 2 * features)
+        number = round(asked)
+        return number if number <= layout.visual // 2 else 0
 
     def choose_backend(self, call: AttentionCall, params: BlockParams) -> None:
         if self.config.backend == "auto":

@@ -80,7 +80,8 @@ class Vmoba(Scored):
         if self.config.gates == "block":
             return super().attend(call, params)
         gate, region = self.token_gates(call, params)
-        return gated_attention(call.q, call.k, call.v, gate, region, call.scale, call.mask)
+        out = gated_attention(call.q, call.k, call.v, gate, region, call.scale, call.mask)
+        return self.repaired(out, call, params.tiles)
 
     def choose_backend(self, call: AttentionCall, params: BlockParams) -> None:
         if self.config.gates == "block":
