@@ -74,6 +74,14 @@ _OWN = (
         cite="arXiv 2607.24027",
     ),
     PatchEntry(
+        name="rows",
+        module="accelplug.patches.sparse.rows",
+        cls="SampledRows",
+        family="sparse",
+        summary="A few exact rows of each query block say which key blocks the others read; the rest is pooled.",
+        cite="arXiv 2406.15486",
+    ),
+    PatchEntry(
         name="proxy",
         module="accelplug.patches.sparse.proxy",
         cls="Proxy",

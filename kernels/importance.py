@@ -1,4 +1,4 @@
-"""How much each key block matters to each query block, judged by a quarter of the tokens of both."""
+"""How much each key block matters to each query block, judged by a sample: of the tokens of both, or of rows against all keys."""
 
 from __future__ import annotations
 
@@ -90,6 +90,69 @@ def _sampled_importance_fake(
     scale: float,
     key_mask: Tensor | None = None,
     seed: int = 0,
+) -> Tensor:
+    return q.new_empty(*q.shape[:2], len(q_len), len(k_len), dtype=torch.float32)
+
+
+@torch.library.custom_op("accelplug::sampled_mass", mutates_args=())
+def sampled_mass(
+    q: Tensor,
+    k: Tensor,
+    q_len: Tensor,
+    k_len: Tensor,
+    block_q: int,
+    block_k: int,
+    rows: int,
+    scale: float,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Return the share of attention that rows of each query block give to each key block, the mean over its sampled rows.
+
+    The rows stand evenly in a block, and are held against all keys, a few query blocks at a time: ``rows / block_q`` of the
+    products of dense attention.
+
+    Parameters
+    ----------
+    q, k : Tensor (B, H, P_q, D) and (B, H_kv, P_k, D), tokens in block order; H_kv divides H.
+    q_len, k_len : int32 (M,) and (N,), tokens at the front of each block.
+    block_q, block_k : slots per query and key block.
+    rows : sampled rows of a block; one that holds fewer tokens has some of them twice.
+    scale : factor on q.k.
+    key_mask : bool (B, P_k) or (B, H, P_k), keys that may be read.
+
+    Returns
+    -------
+    mass : float32 (B, H, M, N), at least 0. A row sums to 1; that of a block without a token means nothing, and is finite.
+    """
+    group, number = q.shape[1] // k.shape[1], len(k_len)
+    keys = torch.nn.functional.pad(k, (0, 0, 0, number * block_k - k.shape[-2])).repeat_interleave(group, 1).mT
+    reads = (torch.arange(block_k, device=k.device) < k_len[:, None]).flatten()[None, None]  # [1, 1, N * block_k]
+    if key_mask is not None:
+        key_mask = key_mask[:, None] if key_mask.ndim == 2 else key_mask
+        reads = reads & torch.nn.functional.pad(key_mask, (0, reads.shape[-1] - key_mask.shape[-1]))
+    place = (torch.arange(rows, device=q.device) + 0.5) * q_len[:, None] / rows  # [M, rows]
+    slots = (torch.arange(len(q_len), device=q.device)[:, None] * block_q + place.long()).clamp(max=q.shape[-2] - 1)
+    parts = []
+    for some in slots.split(max(1, BUDGET // (rows * keys[..., 0, :].numel()))):
+        logits = ((q[..., some.flatten(), :] * scale) @ keys).float().masked_fill(~reads[..., None, :], -torch.inf)
+        mass = (
+            logits.unflatten(-1, (number, block_k)).logsumexp(-1).softmax(-1).nan_to_num(nan=0.0)
+        )  # NaN: no key may be read
+        parts.append(mass.unflatten(-2, (-1, rows)).mean(-2))
+    return torch.cat(parts, -2)
+
+
+@sampled_mass.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    q_len: Tensor,
+    k_len: Tensor,
+    block_q: int,
+    block_k: int,
+    rows: int,
+    scale: float,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(*q.shape[:2], len(q_len), len(k_len), dtype=torch.float32)
 

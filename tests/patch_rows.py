@@ -13,6 +13,7 @@ _ROWS = (
         {},
     ),
     Subject("sol", {"tau": "dense"}, {"tau": 0.5, "band": 0}, {"tau": -1e9}, pools=True),
+    Subject("rows", {"density": 1.0}, {"density": 0.3, "rows": 2}, {"density": None, "top_p": 1.0 - 1e-9}, pools=True),
     Subject("proxy", {"halo_thw": [99, 99, 99]}, {"window_thw": [1, 2, 4], "halo_thw": [0, 0, 0]}, {}, pools=True),
     Subject(
         "rectified", {"drop_rate": 0.0}, {"drop_rate": 0.9, "adjacent": False, "order": "morton"}, {"p": 1.0}, pools=True

@@ -32,6 +32,7 @@ OTHER_WORKS = {
     "2410.02367": "SageAttention, the setting precision",
     "2512.01540": "FlashVGGT, the setting representative",
     "2602.01077": "PISA, the setting rest",
+    "2608.18484": "SparsePR, the setting repair",
 }
 """Works that are cited and are not a patch."""
 

@@ -1,0 +1,53 @@
+"""Sampled rows: a few exact rows of each query block say which key blocks the others read.
+
+After SampleAttention (arXiv 2406.15486), which finds the keys of a whole head by some of its queries; by blocks it is ours. A mean query
+against mean keys (`psa`, `sol`, `bilevel`) does not see a single key that stands out in its block. Here n rows of each query block are held
+against every key, and with the log-sum-exp ``l_rj`` of row r over the keys of block j
+
+    ``mass_mj = mean_r softmax_j l_rj``
+
+is the share of attention that they give to the block. The rows of block m read the likeliest key blocks: so many that they hold `top_p` of
+the mass, or a share `density` of them. Sampling costs ``n / block`` of dense attention.
+
+Text blocks are read by all, and read all. They are not candidates: mass is shared out among visual blocks alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from accelplug.call import Layout
+from accelplug.kernels.importance import sampled_mass
+from accelplug.kernels.plan import BlockPlan
+from accelplug.kernels.rows import top_k, top_p
+from accelplug.patches.sparse.template import Blocks, RestKind, Scored, ScoredConfig
+
+
+class SampledRows(Scored):
+    """Read the key blocks to which a few exact rows of each query block give most attention."""
+
+    class Config(ScoredConfig):
+        block: int = Field(64, ge=8, le=1024, multiple_of=8, description="Slots per query and key block.")
+        rest: RestKind = Field("pool", description="What becomes of the key blocks that are not read.")
+        rows: int = Field(4, ge=1, le=64, description="Rows of each query block that are held against all keys.")
+        density: float | None = Field(0.2, gt=0.0, le=1.0, description="Share of the visual key blocks that a block reads.")
+        top_p: float = Field(
+            0.9, ge=0.0, le=1.0, description="Share of its attention that the blocks hold which it reads (density: none)."
+        )
+
+    config: Config
+
+    def neutral(self, layout: Layout) -> bool:
+        return self.config.density == 1.0 if self.config.density is not None else self.config.top_p == 1.0
+
+    def route(self, blocks: Blocks) -> BlockPlan:
+        sizes = blocks.query_lengths, blocks.key_lengths, blocks.block, blocks.block_k
+        mass = sampled_mass(blocks.q, blocks.k, *sizes, self.config.rows, blocks.scale, blocks.key_mask)
+        candidates = blocks.candidates[..., None, :]  # [B|1, H|1, 1, N]
+        mass = torch.where(candidates, mass, 0.0)
+        if self.config.density is not None:
+            number = (self.config.density * candidates.sum(-1) + 1e-4).long().clamp(min=1)
+            return blocks.plan(top_k(mass, number, candidates=candidates))
+        mass = mass / mass.sum(-1, keepdim=True).clamp(min=1e-30)
+        return blocks.plan(top_p(mass, self.config.top_p, candidates=candidates))
