@@ -267,11 +267,7 @@ def _inspect(options: argparse.Namespace) -> int:
         _console().print(inspect(model))
         return 0
     asked = [chat.prompt(processor, options.prompt, picture=True)]
-    found: Any = inspect(model, chat.tokenized(processor, asked, [picture]))
-    _console().print(found)
-    if report is not None:
-        {".json": found.to_json, ".png": found.to_png}.get(report.suffix.lower(), found.to_html)(report)
-        print(f"wrote {report}")
+    _publish(inspect(model, chat.tokenized(processor, asked, [picture])), report)
     return 0
 
 
@@ -352,15 +348,11 @@ def _tune(options: argparse.Namespace) -> int:
     )
     _console().print(found)
     print(f"wrote {found.to_yaml(output, model_facts(pipe))}")
-    if report is not None:
-        found.to_json(report) if report.suffix.lower() == ".json" else found.to_html(report)
-        print(f"wrote {report}")
+    _write(found, report)
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from rich.table import Table
-
     from accelplug import loading
     from accelplug.tuning import verify
     from accelplug.tuning.verification import measured
@@ -368,15 +360,12 @@ def _verify(options: argparse.Namespace) -> int:
     measured(options.recipe)  # what cannot be read is told before anything is loaded
     if loading.kind_of(options.model_dir) == "language model":
         model, processor, questions = _questioned(options)
-        verdicts = verify(model, options.recipe, questions, processor=processor)
+        found = verify(model, options.recipe, questions, processor=processor)
     else:
         inputs = None if options.prompt is None else {"prompt": options.prompt}
-        verdicts = verify(loading.pipeline(options.model_dir, options.dtype, options.device), options.recipe, inputs)
-    table = Table("recipe", "measured", "verdict", "", title=str(options.recipe), title_justify="left")
-    for verdict in verdicts:
-        table.add_row(verdict.recipe, verdict.date, verdict.outcome, verdict.why)
-    _console().print(table)
-    return 0 if all(verdict.outcome == "confirmed" for verdict in verdicts) else 1
+        found = verify(loading.pipeline(options.model_dir, options.dtype, options.device), options.recipe, inputs)
+    _console().print(found)
+    return 0 if found.confirmed else 1
 
 
 def _questioned(options: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -441,10 +430,14 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _publish(result: Any, report: Path | None) -> None:
     _console().print(result)
-    if report is None:
-        return
-    result.to_json(report) if report.suffix.lower() == ".json" else result.to_html(report)
-    print(f"wrote {report}")
+    _write(result, report)
+
+
+def _write(result: Any, report: Path | None) -> None:
+    """Write a result where it is wanted, in the format that the name ends in."""
+    if report is not None:
+        write = getattr(result, f"to_{report.suffix[1:].lower()}")
+        print(f"wrote {write(report)}")
 
 
 def _fetch(options: argparse.Namespace) -> int:

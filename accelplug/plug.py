@@ -638,7 +638,7 @@ class Plug(AbstractContextManager["Plug"]):
         return as_html(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report(Shown):
     """What a plug did since it was applied. Prints as a table."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,12 +17,15 @@ from accelplug.comparison.questions import Asker, Item, digest, require_pictures
 from accelplug.errors import AccelplugError, RecipeError
 from accelplug.hosts.models import model_in
 from accelplug.recipe import Measured, Recipe, read_file
+from accelplug.show import Shown
 from accelplug.tuning.aims import Aim
 from accelplug.tuning.contest import STOCK, Contest
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.language import questions, split
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from accelplug.comparison.result import Comparison
 
 DRIFT_DB = 1.0
@@ -34,7 +37,7 @@ SLOWER = 0.9
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verified:
     """What came of one `measured` row: confirmed, drifted or broken, and why."""
 
     recipe: str
@@ -43,9 +46,39 @@ class Verdict:
     why: str
 
 
+@dataclass(frozen=True, repr=False)
+class Verification(Shown):
+    """What came of all rows, one after the other. Prints as a table."""
+
+    name: str
+    rows: tuple[Verified, ...]
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether every row is."""
+        return all(row.outcome == "confirmed" for row in self.rows)
+
+    def __iter__(self) -> Iterator[Verified]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Verified:
+        return self.rows[number]
+
+    def __rich__(self) -> RenderableType:
+        from rich.table import Table
+
+        table = Table("recipe", "measured", "verdict", "", title=self.name, title_justify="left")
+        for row in self.rows:
+            table.add_row(row.recipe, row.date, row.outcome, row.why)
+        return table
+
+
 def verify(
     pipe: Any, recipe: str | Path | Recipe, inputs: Any = None, progress: bool = True, processor: Any = None
-) -> list[Verdict]:
+) -> Verification:
     """Run every `measured` row of a recipe again, with its own inputs and seeds, and hold the figures against it.
 
     Parameters
@@ -57,7 +90,7 @@ def verify(
 
     Returns
     -------
-    One `Verdict` a row. Speed is held against the row on the same device only.
+    One `Verified` a row. Speed is held against the row on the same device only.
 
     Raises
     ------
@@ -66,7 +99,8 @@ def verify(
     """
     rows, pipe, processor = measured(recipe), model_in(pipe), processor or compat.transformers.processor_of(pipe)
     given = [_given(pipe, found, row, inputs, processor) for found, row in rows]  # all, before the first is run
-    return [_verdict(pipe, *pair, asked, progress, processor) for pair, asked in zip(rows, given, strict=True)]
+    found = (_verified(pipe, *pair, asked, progress, processor) for pair, asked in zip(rows, given, strict=True))
+    return Verification(recipe.name if isinstance(recipe, Recipe) else str(recipe), tuple(found))
 
 
 def measured(recipe: str | Path | Recipe) -> list[tuple[Recipe, Measured]]:
@@ -113,15 +147,15 @@ def _given(pipe: Any, recipe: Recipe, row: Measured, inputs: Any, processor: Any
     return made or [{**call, **row.inputs} for call in arguments.calls(pipe, inputs, "verify")]
 
 
-def _verdict(pipe: Any, recipe: Recipe, row: Measured, given: Any, progress: bool, processor: Any) -> Verdict:
+def _verified(pipe: Any, recipe: Recipe, row: Measured, given: Any, progress: bool, processor: Any) -> Verified:
     if row.task:
-        return Verdict(recipe.name, row.date, *_ask_again(pipe, recipe, row, given, processor))
+        return Verified(recipe.name, row.date, *_ask_again(pipe, recipe, row, given, processor))
     try:
         found = compare(pipe, {"now": recipe}, given, row.seeds, floors=False, progress=progress)
     except RecipeError as error:
-        return Verdict(recipe.name, row.date, "broken", str(error))
+        return Verified(recipe.name, row.date, "broken", str(error))
     outcome, why = judge(row, found)
-    return Verdict(recipe.name, row.date, outcome, why)
+    return Verified(recipe.name, row.date, outcome, why)
 
 
 def judge(row: Measured, found: Comparison) -> tuple[Literal["confirmed", "drifted", "broken"], str]:
