@@ -18,6 +18,8 @@ def test_the_example_package_is_found_once_installed_and_obeys_the_laws(tmp_path
     subprocess.run(pip, check=True, cwd=tmp_path)
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(source / "tests")]
     paths = os.pathsep.join([str(site), str(ROOT)])
-    done = subprocess.run(tests, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    done = subprocess.run(
+        tests, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{34 + 1} passed" in done.stdout
