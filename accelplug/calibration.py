@@ -22,11 +22,12 @@ from accelplug.comparison import arguments
 from accelplug.comparison.environment import environment
 from accelplug.comparison.ranks import Ranks, working
 from accelplug.errors import AccelplugError, NoMatchError, UnsupportedError, nearest
+from accelplug.hosts.host import model_facts
 from accelplug.patches.base import Patch
 from accelplug.patches.calibration import Calibration, Seen
 from accelplug.patches.sparse.rest_weights import RestWeights
 from accelplug.patches.sparse.template import BlockSparse
-from accelplug.plug import apply, model_facts
+from accelplug.plug import apply
 from accelplug.recipe import DENSE, ModelFacts, Recipe, load, match_for, matching_files, model_name, read_file, strict_yaml
 from accelplug.registry import list_patches, patch_class, patch_entry
 from accelplug.table import Origin, Table, bucket, write_tables

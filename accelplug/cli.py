@@ -319,7 +319,7 @@ def _examine(options: argparse.Namespace, report: Path | None) -> int:
 
 def _tune(options: argparse.Namespace) -> int:
     from accelplug import loading
-    from accelplug.plug import model_facts
+    from accelplug.hosts.host import model_facts
     from accelplug.table import require_place
     from accelplug.tuning import tune
 

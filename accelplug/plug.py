@@ -25,27 +25,22 @@ from accelplug.bounded import Bounded
 from accelplug.call import Clock, Site
 from accelplug.errors import (
     AccelplugError,
-    AlreadyAppliedError,
     FallbackError,
     NoMatchError,
     RecipeError,
     UnsupportedError,
     nearest,
 )
-from accelplug.families.vlm import vlm_of
-from accelplug.hosts.caches import StepCaches
-from accelplug.hosts.clock import StepClock
-from accelplug.hosts.diffusers import DenoiserHost
 from accelplug.hosts.forecast import Forecast, amdahl
 from accelplug.hosts.gate import Gate, Verdict
+from accelplug.hosts.host import MARK, Host, Setup, host_of, plug_of, require_free
 from accelplug.hosts.ledger import Event, Ledger
-from accelplug.hosts.models import DENOISERS, denoisers, is_language_model, model_in
+from accelplug.hosts.models import model_in, unwrapped
 from accelplug.hosts.placement import Placement
 from accelplug.hosts.record import Choice
-from accelplug.hosts.transformers import LanguageHost
 from accelplug.hosts.undo import Undo
 from accelplug.kernels.attention import Backend
-from accelplug.recipe import ModelFacts, Recipe, load
+from accelplug.recipe import Recipe, load
 from accelplug.registry import patch_class
 from accelplug.show import Shown, as_html
 from accelplug.step_caches import CACHES
@@ -58,8 +53,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("accelplug")
 
-MARK = "_accelplug_on"
-"""Attribute of a model and of its parts that a recipe is on: the `Plug`."""
 _LOCK = threading.RLock()
 """Held while a recipe goes on or off."""
 
@@ -125,14 +118,17 @@ def apply(
         backend = "first" if backend == "auto" else backend  # not what another plug of this process has measured either
     _require_one_of("gate", gate, ("auto", "report", "off"))
     _require_one_of("backend", backend, get_args(Backend))
-    model, processor = model_in(model), processor or compat.transformers.processor_of(model)
+    model, processor = unwrapped(model, processor)
     with _LOCK:
-        parts = _free_parts(model)
-        compat.versions.require(_library_of(model))
-        loaded = load(recipe, model_facts(model))
+        host = host_of(model)
+        parts = host.parts(model)
+        require_free(model, parts)
+        compat.versions.require(host.library)
+        loaded = load(recipe, host.facts(model))
         plug = Plug(
             model,
             loaded,
+            host,
             parts,
             strict=strict,
             gate=gate,
@@ -143,10 +139,6 @@ def apply(
         )
         plug._install()
     return plug
-
-
-def _library_of(model: Any) -> str:
-    return "transformers" if is_language_model(model) else "diffusers"
 
 
 def _require_one_of(name: str, given: Any, known: tuple[str, ...]) -> None:
@@ -175,63 +167,12 @@ def remove(model: Any) -> None:
         model.remove()
         return
     model = model_in(model)
-    marked = [model, *(() if plug_of(model) else _parts(model).values())]
+    marked = [model, *(() if plug_of(model) else host_of(model).parts(model).values())]
     plugs = {id(on): on for place in marked if (on := plug_of(place))}
     if not plugs:
         raise NoMatchError(f"No recipe is on this {type(model).__name__}; nothing to remove.")
     for on in plugs.values():
         on.remove()
-
-
-def plug_of(place: Any) -> Plug | None:
-    """Return the plug that is on a model, on a denoiser, or on the base model of a language model, or None."""
-    return getattr(place, "__dict__", {}).get(MARK)
-
-
-def model_facts(model: Any) -> ModelFacts:
-    """Return what recipes match a model by: class names, its config (of its first denoiser), components of the pipeline."""
-    model = model_in(model)
-    if is_language_model(model):
-        names = tuple(cls.__name__ for cls in type(model).__mro__)
-        return ModelFacts(names, _flat(model.config.to_dict()), vlm=vlm_of(model) is not None)
-    denoiser = next(iter(_parts(model).values()))
-    components = getattr(model, "components", None)
-    present = {name for name, part in components.items() if part is not None} if isinstance(components, Mapping) else set()
-    config = dict(getattr(denoiser, "config", {}))
-    return ModelFacts(tuple(cls.__name__ for cls in type(denoiser).__mro__), config, frozenset(present))
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested configs by dotted keys: ``text_config.num_hidden_layers``."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _parts(model: Any) -> dict[str, Any]:
-    """The modules that a recipe goes on: a pipeline's denoisers, or the base model of a language model."""
-    if is_language_model(model):
-        return {LanguageHost.name: model.base_model}
-    parts = denoisers(model)
-    if not parts:
-        raise NoMatchError(
-            f"{type(model).__name__} has neither denoiser nor decoder: expected a diffusers pipeline with a transformer or unet "
-            "that is loaded, such a module itself, or a transformers model with get_decoder(). For a modular pipeline call "
-            "load_components() first."
-        )
-    return parts
-
-
-def _free_parts(model: Any) -> dict[str, Any]:
-    """The modules that a recipe goes on, if none is on them."""
-    parts = _parts(model)
-    for name, place in {**parts, type(model).__name__: model}.items():
-        if (on := plug_of(place)) is not None:
-            raise AlreadyAppliedError(
-                f"{on.recipe.name} is on this model's {name} already. Remove it first: accelplug.remove(model) or plug.remove()."
-            )
-    return parts
 
 
 class Plug(AbstractContextManager["Plug"]):
@@ -241,7 +182,8 @@ class Plug(AbstractContextManager["Plug"]):
         self,
         model: Any,
         recipe: Recipe,
-        parts: dict[str, Any],
+        host: type[Host],
+        parts: Mapping[str, Any],
         *,
         strict: bool,
         gate: str,
@@ -253,32 +195,36 @@ class Plug(AbstractContextManager["Plug"]):
         self.recipe = recipe
         self._undo, self._marks = Undo(), Undo()
         self._model = weakref.ref(model)
-        self._library = _library_of(model)
+        self._kind = host
         self._backend = backend
         self._processor = processor
         self._ledger = Ledger(strict)
         self._gate = Gate(gate, times=measure)
-        self._clock = StepClock(model)
         self._patches: Bounded[tuple[str, str], Patch] = Bounded(256)
-        self._hosts: list[DenoiserHost | LanguageHost] = (
-            [LanguageHost(model, self._decide, self._ledger, generation=self._around(), processor=processor)]
-            if is_language_model(model)
-            else [
-                DenoiserHost(name, part, self._clock, self._decide, self._ledger, self._gate, measure)
-                for name, part in parts.items()
-            ]
-        )
-        for host in self._hosts:
-            host.owner = self
-        for host in self.denoiser_hosts:
-            host.takes_turns = len(self._hosts) > 1
         if choices is not None:
             self._recall(choices)
-        self._caches = self._step_caches(parts)
-        for host in self.denoiser_hosts:
-            host.caches, host.check_rules = self._caches, self._check_rules
+        self.hosts: list[Host] = list(host.of(model, parts, self._setup()))
+        """What is in the model, one for each part that the recipe is on."""
         self._require_patches_of_its_kind()
+        self._require_a_cache_that_fits()
         self._require_a_match()
+
+    def _setup(self) -> Setup:
+        cache = self.recipe.cache
+        if cache is not None and "cache" not in self._kind.abilities:
+            raise UnsupportedError(
+                f"{self.recipe.name} asks for the step cache {cache.kind}, and {self._kind.called} takes none. Leave cache: out."
+            )
+        return Setup(
+            self.recipe.name,
+            self._decide,
+            self._around(),
+            cache,
+            self._ledger,
+            self._gate,
+            self._processor,
+            self._check_rules,
+        )
 
     def _recall(self, choices: Mapping[str, Any]) -> None:
         from accelplug.kernels.attention import recall
@@ -287,11 +233,6 @@ class Plug(AbstractContextManager["Plug"]):
             raise AccelplugError(f"These choices were made for {choices['recipe']}; expected those of {self.recipe.name}.")
         self._gate.recall(choices["verdicts"])
         recall(choices["kernels"])
-
-    @property
-    def denoiser_hosts(self) -> list[DenoiserHost]:
-        """The hosts of its denoisers."""
-        return [host for host in self._hosts if isinstance(host, DenoiserHost)]
 
     def _decide(self, site: Site, layout: Any, clock: Clock) -> Choice:
         decision = self.recipe.decide(site, layout, clock)
@@ -328,28 +269,25 @@ class Plug(AbstractContextManager["Plug"]):
         vars(patch).update(told)
         return patch
 
-    def _around(self) -> tuple[Any, ...]:
+    def _around(self) -> tuple[Choice, ...]:
         """The recipe's patches that stand around ``generate``."""
-        return tuple(self._patch(rule.name, rule.values, rule.instance) for rule in self.recipe.around())
+        return tuple(Choice(self._patch(rule.name, rule.values, rule.instance), rule.name) for rule in self.recipe.around())
 
-    def _step_caches(self, parts: dict[str, Any]) -> StepCaches | None:
-        """The recipe's step cache. The block from which it predicts the others must be dense."""
+    def _require_a_cache_that_fits(self) -> None:
+        """The block from which a step cache predicts the others must be dense."""
         cache = self.recipe.cache
         if cache is None:
-            return None
-        if not self.denoiser_hosts:
-            raise UnsupportedError(f"{self.recipe.name} asks for the step cache {cache.kind}, and only denoisers take one.")
-        first = [record.site for host in self._hosts for record in host.records if record.site and record.site.layer == 0]
+            return
+        first = [site for site in self.sites if site.layer == 0]
         patched = self.recipe.patches() and any(self.recipe.may_touch(site) for site in first)
         if CACHES[cache.kind].by_first_block and patched:
             raise RecipeError(
                 f"{self.recipe.name}: the cache {cache.kind} predicts a step from its first block, but a rule puts a patch "
                 "there, and its error would pass for change. Keep it dense: {where: {layers: 0}, patch: dense} as first rule."
             )
-        return StepCaches(parts, cache.kind, cache.settings)
 
     def _require_patches_of_its_kind(self) -> None:
-        host = self._hosts[0]
+        host = self.hosts[0]
         for entry in self.recipe.patches():
             if entry.family not in host.serves:
                 raise UnsupportedError(
@@ -360,7 +298,7 @@ class Plug(AbstractContextManager["Plug"]):
     def _require_a_match(self) -> None:
         if self.recipe.around():
             return
-        sites = [record.site for host in self._hosts for record in host.records if record.site]
+        sites = self.sites
         if not any(self.recipe.may_touch(site) for site in sites):
             if any(self.recipe.may_touch(replace(site, kind="self")) for site in sites if site.kind == "cross"):
                 logger.warning("%s names cross-attention alone, which is left as it is: nothing changes.", self.recipe.name)
@@ -372,52 +310,50 @@ class Plug(AbstractContextManager["Plug"]):
                 "Check the rules' where: layers, kind, module, denoiser."
             )
         self._require_rules_that_can_hold(sites)
-        heads = {r.site: getattr(r.module, "heads", None) for host in self._hosts for r in host.records if r.site}
+        heads = {r.site: getattr(r.module, "heads", None) for host in self.hosts for r in host.records if r.site}
         self.recipe.require_tables_for(heads)
 
     def _require_rules_that_can_hold(self, sites: list[Site]) -> None:
-        self.recipe.require_rules_for(sites, elsewhere=DENOISERS if isinstance(self._model(), torch.nn.Module) else ())
-        if self.denoiser_hosts:
+        self.recipe.require_rules_for(sites, elsewhere=self._kind.names(self._model()))
+        if "step" in self._kind.abilities:
             return
         for number, rule in enumerate(self.recipe.rules):
             if (foreign := rule.of_denoisers()) is not None:
                 raise RecipeError(
-                    f"{self.recipe.named(number)} asks for {foreign}, and a language model has neither diffusion steps, guidance "
-                    "branches nor a token grid. Leave it out."
+                    f"{self.recipe.named(number)} asks for {foreign}, and {self._kind.called} has neither diffusion "
+                    "steps, guidance branches nor a token grid. Leave it out."
                 )
 
     def _install(self) -> None:
         try:
-            for place in [self._model(), *(host.root for host in self._hosts)]:
+            for place in [self._model(), *(host.root for host in self.hosts)]:
                 if plug_of(place) is None:  # first on, last off: whatever happens between, `remove` finds us by it
                     self._marks.put(place, MARK, self)
-            for host in self._hosts:
+            for host in self.hosts:
                 host.install(self._undo)
                 self._count_barred(host)
-            if self._caches is not None:
-                self._caches.install(self._undo)
             logger.info("%s", self.summary())
         except BaseException as error:
             try:
                 self.remove()
             finally:
                 if isinstance(error, AttributeError | KeyError | ImportError):  # has a name of a library gone?
-                    compat.versions.require_contracts(self._library)
+                    compat.versions.require_contracts(self._kind.library)
             raise
 
-    def _count_barred(self, host: DenoiserHost | LanguageHost) -> None:
+    def _count_barred(self, host: Host) -> None:
         """Attention that a rule names and that a foreign processor keeps from us is a fallback like any other."""
-        for site in host.barred if isinstance(host, DenoiserHost) and self.recipe.patches() else ():
+        for site in host.barred if self.recipe.patches() else ():
             if self.recipe.may_touch(site):
                 self._ledger.fell_back(site.module, host.skipped[site.module])
 
     def _idle(self) -> list[tuple[int, str | None, str]]:
         """Rules that never held though forwards came by: number, which condition nothing met (None: each was met), and why."""
         idle = []
-        for host in self.denoiser_hosts:
-            seen = host.seen
-            for number in self.recipe.chosen_among(r.site for r in host.records if r.site) if seen.branches else ():
-                if number not in set().union(*(other.held for other in self.denoiser_hosts)):
+        held = frozenset().union(*(host.held for host in self.hosts))
+        for host, seen in ((host, seen) for host in self.hosts if (seen := host.seen) is not None and seen.branches):
+            for number in self.recipe.chosen_among(r.site for r in host.records if r.site):
+                if number not in held:
                     condition, why = self.recipe.rules[number].where.unmet(seen) or (None, "other rules took its calls")
                     idle.append((number, condition, why))
         return list({number: (number, condition, why) for number, condition, why in idle}.values())
@@ -430,9 +366,7 @@ class Plug(AbstractContextManager["Plug"]):
         if not self._ledger.strict:
             return
         idle = self._idle()
-        patched = {
-            n for host in self.denoiser_hosts for n in self.recipe.chosen_among(r.site for r in host.records if r.site)
-        }
+        patched = {n for host in self.hosts for n in self.recipe.chosen_among(r.site for r in host.records if r.site)}
         patched = {number for number in patched if self.recipe.rules[number].patch != "dense"}
         none_is_for_it = patched <= {number for number, condition, _ in idle if condition in ("steps", "tokens")}
         for number, condition, why in idle:
@@ -493,7 +427,8 @@ class Plug(AbstractContextManager["Plug"]):
                 raise AccelplugError(f"step, {name}: expected a whole number of {least} or more, or None, got {given!r}.")
         if index is not None and steps is not None and index >= steps:
             raise AccelplugError(f"step: expected an index below the {steps} steps, counted from 0, got {index}.")
-        self._clock.set(index, steps)
+        for host in self.hosts:
+            host.step(index, steps)
 
     def mark(self, image: Tensor | None) -> None:
         """Tell where the images of a language model's prompts are, where it is not found: embeddings that you merged yourself.
@@ -510,12 +445,10 @@ class Plug(AbstractContextManager["Plug"]):
         ShapeError
             If it has another shape or dtype; also in a forward whose prompt has another shape.
         UnsupportedError
-            If the model is no language model.
+            If the model is not a language model.
         """
-        hosts = [host for host in self._hosts if isinstance(host, LanguageHost)]
-        if not hosts:
-            raise UnsupportedError("mark() tells where a prompt's images are, and this model is a denoiser. Leave it out.")
-        hosts[0].mark(image)
+        for host in self.hosts:
+            host.mark(image)
 
     def trace(self, timed: bool = False, plans: bool = False) -> AbstractContextManager[list[Event]]:
         """Collect an `Event` per self- and joint-attention call while the context is open.
@@ -530,7 +463,7 @@ class Plug(AbstractContextManager["Plug"]):
     @property
     def sites(self) -> list[Site]:
         """The self- and joint-attention modules that rules can name."""
-        return [record.site for host in self._hosts for record in host.records if record.site]
+        return [record.site for host in self.hosts for record in host.records if record.site]
 
     def where(self) -> Placement:
         """Say what runs where: per attention module its patch, with which params, layout and plan; prints as a table by layers.
@@ -541,7 +474,7 @@ class Plug(AbstractContextManager["Plug"]):
             for row in plug.where():
                 print(row.site.module, row.name, row.density)
         """
-        return Placement(self.summary(), tuple(row for host in self._hosts for row in host.placed()))
+        return Placement(self.summary(), tuple(row for host in self.hosts for row in host.placed()))
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -567,12 +500,12 @@ class Plug(AbstractContextManager["Plug"]):
         The attention share is measured in the first two eager forwards of a size (`warmup` runs some); nothing is timed in compiled
         or captured code, nor with ``gate="off"``.
         """
-        return [forecast for host in self.denoiser_hosts for forecast in host.forecasts()]
+        return [forecast for host in self.hosts for forecast in host.forecasts()]
 
     def report(self) -> Report:
         """Say what ran how since `apply`: calls by patch, fallbacks with their reasons, what the gate left dense, what can be gained."""
         self._count_replaced()
-        for host in self._hosts:
+        for host in self.hosts:
             host.collect()
         gated = [verdict for verdict in self._gate.verdicts if not verdict.pays and self._gate.mode == "auto"]
         return Report(
@@ -584,19 +517,19 @@ class Plug(AbstractContextManager["Plug"]):
             unjudged=sorted(self._gate.unjudged),
             gains={v.patch: v.dense_ms / v.sparse_ms for v in self._gate.verdicts if v.pays},
             forecasts={f"{f.denoiser} at {_by(f.shape)}": str(f) for f in self.forecasts},
-            compiled=[what for host in self.denoiser_hosts for what in host.compiled()],
+            compiled=[what for host in self.hosts for what in host.compiled()],
             idle=[f"{self.recipe.named(number)}: {why}" for number, _, why in self._idle()],
-            unrouted=[module for host in self._hosts for module in host.unrouted()],
-            skipped={f"{host.name}.{path}": why for host in self._hosts for path, why in host.skipped.items()},
+            unrouted=[module for host in self.hosts for module in host.unrouted()],
+            skipped={f"{host.name}.{path}": why for host in self.hosts for path, why in host.skipped.items()},
         )
 
-    def _replaced(self) -> list[DenoiserHost]:
-        """Hosts of denoisers that the pipeline has no more: its runs never come by here."""
+    def _replaced(self) -> list[Host]:
+        """Hosts of parts that the pipeline has no more: its runs never come by here."""
         model = self._model()
         if model is None or isinstance(model, torch.nn.Module) or not self.active:
             return []
-        present = denoisers(model)
-        return [host for host in self.denoiser_hosts if present.get(host.name) is not host.denoiser]
+        present = self._kind.parts(model)
+        return [host for host in self.hosts if present.get(host.name) is not host.root]
 
     def _count_replaced(self) -> None:
         for host in self._replaced():
@@ -606,7 +539,7 @@ class Plug(AbstractContextManager["Plug"]):
 
     def _end_to_end(self, verdict: Verdict) -> str:
         """What a verdict means for a forward, where the share of its calls in one is known."""
-        shares = [share for host in self.denoiser_hosts if (share := host.share_of(verdict)) is not None]
+        shares = [share for host in self.hosts if (share := host.share_of(verdict)) is not None]
         if not shares:
             return ""
         gain = amdahl(shares[0], verdict.dense_ms / verdict.sparse_ms)
@@ -616,7 +549,7 @@ class Plug(AbstractContextManager["Plug"]):
         """One line: which recipe, how many attention modules of how many it may touch, in which denoisers."""
         sites = [site for site in self.sites if site.kind != "cross"]
         touched = sum(self.recipe.may_touch(site) for site in sites)
-        where = ", ".join(f"{host.name} ({type(host.root).__name__})" for host in self._hosts)
+        where = ", ".join(f"{host.name} ({type(host.root).__name__})" for host in self.hosts)
         gone = ", ".join(host.name for host in self._replaced())
         state = f"on, but the pipeline has another {gone} now" if gone else "on" if self.active else "off"
         return f"{self.recipe.name}: {state}, touches {touched} of {len(sites)} self-attention modules in {where}"

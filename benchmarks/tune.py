@@ -36,7 +36,7 @@ from accelplug.comparison.result import jsonable
 from accelplug.comparison.rows import DENSE, gains
 from accelplug.comparison.study import Study, Variant
 from accelplug.compat.diffusers import quiet
-from accelplug.plug import model_facts
+from accelplug.hosts.host import model_facts
 from accelplug.recipe import load, matching_files
 from accelplug.tuning.budget import Bound, parse
 from accelplug.tuning.forecast import Probe

@@ -59,8 +59,7 @@ def phenomena(model: Any, processor: Any, pictures: int = 64) -> dict[str, Any]:
 
 def decay(model: Any, processor: Any, shown: list, prompt: str) -> list[float]:
     """Mean attention to the image over layers and heads, at answer tokens 1 to 8, 9 to 16, 17 to 24 ..."""
-    from accelplug.hosts.ledger import Ledger
-    from accelplug.hosts.record import DENSE
+    from accelplug.hosts.host import Setup
     from accelplug.hosts.stream import watching
     from accelplug.hosts.transformers import LanguageHost
     from accelplug.hosts.undo import Undo
@@ -68,7 +67,7 @@ def decay(model: Any, processor: Any, shown: list, prompt: str) -> list[float]:
 
     given = processor(text=[prompt] * len(shown), images=shown, padding=True, return_tensors="pt")
     masses: list[list[float]] = [[] for _ in range(200)]
-    host = LanguageHost(model, lambda *_: DENSE, Ledger(), watched=True)
+    host = LanguageHost(model, Setup(), watched=True)
     step = -1
 
     def watch(record: Any, call: Any, prompt: Any, clock: Any) -> None:

@@ -21,7 +21,7 @@ from accelplug import compat
 from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, UnsupportedError
 from accelplug.hosts import rebind
 from accelplug.hosts import transformers as language
-from accelplug.plug import plug_of
+from accelplug.hosts.host import plug_of
 from accelplug.testing.models import MIDDLE, noise
 from tests import tiny_language_models as tiny
 from tests import tiny_models

@@ -42,7 +42,7 @@ def recipe(order: str, dense: str | None = None, patch: str = "sol", **config: A
 
 
 def unhoisted(plug: accelplug.Plug) -> None:
-    for host in plug.denoiser_hosts:
+    for host in plug.hosts:
         host.hoist.scheme = None
 
 
@@ -143,7 +143,7 @@ def test_a_call_that_runs_dense_inside_a_run_is_right() -> None:
         with accelplug.apply(model, recipe("morton"), gate="off") as plug:
             if not hoists:
                 unhoisted(plug)
-            host = plug.denoiser_hosts[0]
+            host = plug.hosts[0]
             host._obstacle = lambda record, *_: "as told" if record.site.layer == 2 else None
             outputs.append(run_once(model, inputs))
             assert plug.report().fallbacks == {"blocks.2.attn1: as told": 1}
@@ -214,7 +214,7 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ZeroDivisionError):
             run_once(model, inputs)
     assert snapshot_of(model) == on, "an interrupted forward leaves something on the model"
-    assert not any(record.params.tiles.applied for record in plug.denoiser_hosts[0].records if record.params)
+    assert not any(record.params.tiles.applied for record in plug.hosts[0].records if record.params)
     assert torch.equal(run_once(model, inputs), sparse)
     plug.remove()
     assert snapshot_of(model) == before

@@ -519,7 +519,7 @@ def test_sink_logits_are_counted_where_probabilities_are_needed() -> None:
 
 
 def test_images_of_a_family_nobody_listed_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accelplug.hosts.transformers.find", lambda model: None)
+    monkeypatch.setattr("accelplug.hosts.transformers.vlm_of", lambda model: None)
     model, given = build("llava"), inputs("llava")
     plain = forward(model, given)
     with accelplug.apply(model, LOUD):

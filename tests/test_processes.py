@@ -15,7 +15,7 @@ from accelplug.comparison import ranks
 from accelplug.comparison.ranks import Ranks, working
 from accelplug.comparison.result import Comparison
 from accelplug.errors import AccelplugError
-from accelplug.plug import model_facts
+from accelplug.hosts.host import model_facts
 from accelplug.tuning import Bound
 from tests import tiny_models
 from tests.test_tuning import pipeline, run, tell_times

@@ -99,7 +99,7 @@ def test_a_comparison_tells_all_of_every_run(tmp_path: Path) -> None:
 @pytest.fixture
 def tuned() -> Tuned:
     pipe, _ = tiny_models.pipeline("wan")
-    from accelplug.plug import model_facts
+    from accelplug.hosts.host import model_facts
 
     base = load({"rules": [{"patch": "dense"}]}, model_facts(pipe))
     rows = [row("proven", 0.5, 27.0, 26.5), row("beaten", 0.8, 26.2), row("overturned", 0.4, 30.0, 20.0)]

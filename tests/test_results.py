@@ -15,7 +15,7 @@ from accelplug.comparison.evaluators.evaluator import Said
 from accelplug.comparison.outcome import Outcome, hold_against_dense
 from accelplug.comparison.rows import DENSE
 from accelplug.comparison.vlm import VlmComparison
-from accelplug.plug import model_facts
+from accelplug.hosts.host import model_facts
 from accelplug.recipe import load
 from accelplug.show import Shown
 from accelplug.tuning.budget import parse

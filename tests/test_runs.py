@@ -170,7 +170,7 @@ def check_steps(plug: accelplug.Plug, pipe: Any, inputs: Arguments) -> None:
     forwards: list[float] = []
     seen: list[int | None] = []
     handles = []
-    for host in plug.denoiser_hosts:
+    for host in plug.hosts:
 
         def look(module: Any, args: tuple, kwargs: dict[str, Any], host: Any = host) -> None:
             given = host.signature.bind_partial(module, *args, **kwargs).arguments
@@ -310,7 +310,7 @@ def test_compiled_whole_it_goes_by_the_pipeline_that_counts() -> None:
     with accelplug.apply(pipe, STEPPED, gate="off") as plug:
         for one, steps, out in zip((twin(), pipe, twin()), (5, 4, 3), expected, strict=True):
             torch.testing.assert_close(run_pipeline(one, inputs, num_inference_steps=steps), out, rtol=1e-4, atol=1e-5)
-            seen.append((plug.denoiser_hosts[0].now.step, plug.denoiser_hosts[0].now.steps))
+            seen.append((plug.hosts[0].now.step, plug.hosts[0].now.steps))
     assert seen == [(4, 5), (3, 4), (2, 3)]
     assert not plug.report().fallbacks
     torch._dynamo.reset()

@@ -20,8 +20,8 @@ from accelplug.comparison.result import Comparison
 from accelplug.comparison.rows import DENSE, Row, Sample
 from accelplug.comparison.study import Study, Variant
 from accelplug.errors import AccelplugError
+from accelplug.hosts.host import model_facts
 from accelplug.patches.sparse.rest_weights import RestWeights
-from accelplug.plug import model_facts
 from accelplug.recipe import Measured, load, read_file
 from accelplug.step_caches import CACHES
 from accelplug.testing.laws import snapshot_of

@@ -21,7 +21,7 @@ from accelplug.comparison.exam import Exam
 from accelplug.comparison.metrics import ANSWER_METRICS, figures
 from accelplug.comparison.questions import Asker, Item, Reply, is_right, items, read
 from accelplug.errors import AccelplugError
-from accelplug.plug import model_facts
+from accelplug.hosts.host import model_facts
 from accelplug.recipe import Measured, load, read_file
 from accelplug.tuning import aims, contest, language, verification
 from accelplug.tuning.aims import Aim

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 import accelplug
 from accelplug import zoo
 from accelplug.errors import AlreadyAppliedError, NoMatchError
-from accelplug.plug import plug_of
+from accelplug.hosts.host import plug_of
 from tests.test_language_host import LOUD, fingerprint, recipe
 from tests.tiny_language_models import build, forward, generate, inputs
 

@@ -17,8 +17,8 @@ from accelplug.comparison.rows import DENSE
 from accelplug.comparison.study import OBSERVED, Study, Variant
 from accelplug.comparison.vlm import compare_vlm
 from accelplug.errors import AccelplugError
+from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import denoisers, is_language_model, model_in
-from accelplug.plug import model_facts
 from accelplug.recipe import Recipe, load
 
 CACHED = "FirstBlockCache"

@@ -22,25 +22,29 @@ from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families import find
 from accelplug.families.base import Geometry, site_kinds
 from accelplug.hosts import rebind, ulysses
+from accelplug.hosts.caches import StepCaches
 from accelplug.hosts.clock import Ear, StepClock
 from accelplug.hosts.forecast import Cost, Forecast, Meter
-from accelplug.hosts.gate import Gate, Verdict
+from accelplug.hosts.gate import Verdict
 from accelplug.hosts.hoist import Hoist
-from accelplug.hosts.ledger import Event, Ledger
-from accelplug.hosts.models import PATCHABLE, processor_owners
+from accelplug.hosts.host import Host, Setup
+from accelplug.hosts.ledger import Event
+from accelplug.hosts.models import DENOISERS, PATCHABLE, denoisers, processor_owners
 from accelplug.hosts.placement import Placed
-from accelplug.hosts.record import Choice, Decide, given
+from accelplug.hosts.record import Choice, given
 from accelplug.hosts.run import Moment, Run
 from accelplug.hosts.site import Entered, Region, SiteRecord, key_validity, scale_of
 from accelplug.hosts.ulysses import Gathered
 from accelplug.hosts.undo import Undo
 from accelplug.kernels.timing import timed_ms
-from accelplug.recipe import RunFacts
+from accelplug.recipe import ModelFacts, RunFacts
 
 if TYPE_CHECKING:
-    from accelplug.hosts.caches import StepCaches
     from accelplug.kernels.orders import Tiles
 
+
+RUNS = frozenset({"compare", "tune", "calibrate"})
+"""Abilities that take a whole pipeline, which runs from noise to a picture."""
 
 INSTALL = "_accelplug_install"
 """Attribute of a denoiser: which installation of ours is on it. Dynamo guards no hooks, so that its graphs need this to tell."""
@@ -57,15 +61,64 @@ class _Mine(threading.local):
         """Whether a context has told of the forward that comes."""
 
 
-class DenoiserHost:
-    """One denoiser with its attention re-bound."""
+class DenoiserHost(Host):
+    """One denoiser with its attention re-bound.
 
+    Parameters
+    ----------
+    name, denoiser : the part.
+    clock : of the pipeline.
+    setup : what the plug hands in.
+    takes_turns : whether another denoiser of the pipeline runs some of the steps.
+    """
+
+    library = "diffusers"
+    called = "a denoiser"
+    expects = "a diffusers pipeline with a transformer or unet that is loaded (call load_components() of a modular one), or such a module"
+    gives = "pictures"
     serves = frozenset({"sparse", "tokens", "bias"})
-    """Families of patches that can answer here."""
+    abilities = dict.fromkeys(RUNS, "a whole diffusers pipeline") | dict.fromkeys(
+        ("inspect", "cache", "step"), "a diffusers pipeline or denoiser"
+    )
 
-    def __init__(
-        self, name: str, denoiser: nn.Module, clock: StepClock, decide: Decide, ledger: Ledger, gate: Gate, measure: bool
-    ) -> None:
+    @classmethod
+    def knows(cls, model: Any) -> bool:
+        """Whether it has a denoiser; any module that others leave may be one."""
+        return bool(denoisers(model))
+
+    @classmethod
+    def parts(cls, model: Any) -> dict[str, Any]:
+        """Return the denoisers."""
+        return dict(denoisers(model))
+
+    @classmethod
+    def facts(cls, model: Any) -> ModelFacts:
+        """Return the classes and the config of the first denoiser, and which components the pipeline has."""
+        denoiser = next(iter(denoisers(model).values()))
+        components = getattr(model, "components", None)
+        present = (
+            {name for name, part in components.items() if part is not None} if isinstance(components, Mapping) else set()
+        )
+        config = dict(getattr(denoiser, "config", {}))
+        return ModelFacts(tuple(kind.__name__ for kind in type(denoiser).__mro__), config, frozenset(present))
+
+    @classmethod
+    def of(cls, model: Any, parts: Mapping[str, Any], setup: Setup) -> list[DenoiserHost]:
+        """Make a host for each denoiser; they go by one clock."""
+        clock = StepClock(model)
+        return [cls(name, part, clock, setup, takes_turns=len(parts) > 1) for name, part in parts.items()]
+
+    @classmethod
+    def abilities_of(cls, model: Any) -> frozenset[str]:
+        """All, but that a bare denoiser cannot be run whole."""
+        return frozenset(cls.abilities) - (RUNS if isinstance(model, nn.Module) else frozenset())
+
+    @classmethod
+    def names(cls, model: Any) -> tuple[str, ...]:
+        """Return the names that a bare denoiser may have in a pipeline."""
+        return DENOISERS if isinstance(model, nn.Module) else ()
+
+    def __init__(self, name: str, denoiser: nn.Module, clock: StepClock, setup: Setup, *, takes_turns: bool = False) -> None:
         family = find(denoiser)
         if family is None:
             raise UnsupportedError(
@@ -73,22 +126,17 @@ class DenoiserHost:
             )
         if family.refuse:
             raise UnsupportedError(f"{type(denoiser).__name__} cannot be patched: {family.refuse}")
-        self.owner: Any = None
         self.name, self.denoiser, self.family = name, denoiser, family
         self.root = denoiser
-        self.clock, self.decide, self.ledger, self.gate, self.measure = clock, decide, ledger, gate, measure
-        self.meter = Meter()
-        self.caches: StepCaches | None = None
+        self.clock, self.takes_turns = clock, takes_turns
+        self.decide, self.ledger, self.gate, self.check_rules = setup.decide, setup.ledger, setup.gate, setup.check_rules
+        self.meter, cache = Meter(), setup.cache
+        self.caches = None if cache is None else StepCaches({name: denoiser}, cache.kind, cache.settings)
         self.latest = Clock()
         """When any thread's last forward was, for reports."""
-        self.takes_turns = False
-        """Whether another denoiser of the pipeline runs some of the steps."""
         self._branches: set[str | None] = set()
         self._steps: set[int] = set()
-        self.held: set[int | None] = set()
-        """Numbers of the rules that have held somewhere."""
-        self.check_rules: Callable[[bool], None] = lambda ended: None
-        """Called behind every forward, and at the end of a run, with whether it is that."""
+        self._held: set[int | None] = set()
         self.skipped: dict[str, str] = {}
         self.barred: list[Site] = []
         """Attention that rules could name if its processor were another; `skipped` says which it is."""
@@ -98,7 +146,7 @@ class DenoiserHost:
         self.signature = inspect.signature(type(denoiser).forward)
         self.records = self._records()
         self.regions = self._regions()
-        self.hoist = Hoist(denoiser, self.family.any_order, self.records, self._answers, ledger)
+        self.hoist = Hoist(denoiser, self.family.any_order, self.records, self._answers, self.ledger)
         self._came_through: bool | None = False
         """Whether a forward has come to its end; None where that has been looked at."""
         self._traced = False
@@ -160,6 +208,8 @@ class DenoiserHost:
         undo.hook(self.denoiser, "register_forward_hook", self._leave_forward, always_call=True)
         undo.hook(self.denoiser, "register_forward_hook", self._after_forward)
         undo.hook(self.denoiser, "register_forward_pre_hook", self._before_forward, with_kwargs=True)
+        if self.caches is not None:
+            self.caches.install(undo)
 
     def reset(self) -> None:
         """End this thread's run: what was kept for its steps is forgotten."""
@@ -406,7 +456,7 @@ class DenoiserHost:
         self, site: Site, layout: Layout | None, device: torch.device | None
     ) -> tuple[Choice, Layout | None, Any, Tiles | None]:
         choice = self.decide(site, layout, self.now)
-        self.held.add(choice.rule)
+        self._held.add(choice.rule)
         if choice.patch is None or layout is None:
             return choice, layout, None, None
         run = self._mine.run = self._mine.run or Run()
@@ -509,7 +559,7 @@ class DenoiserHost:
         patch, params = here.patch, here.params
         if patch is None or not patch.speed or self.gate.mode == "off":
             return None
-        if self.measure and self.gate.may_time(call.q.device):
+        if self.gate.may_time(call.q.device):
             patch.choose_backend(call, params)
         verdict = self.gate.verdict(here.choice.name, patch, call.q, call.dense, lambda: patch.attend(call, params))
         return verdict.reason if verdict is not None and not verdict.pays and self.gate.mode == "auto" else None
@@ -588,6 +638,15 @@ class DenoiserHost:
             spent += dense_ms * (verdict.sparse_ms / verdict.dense_ms if used else 1.0)
             answers |= used
         return spent, answers
+
+    def step(self, index: int | None, steps: int | None) -> None:
+        """Take the step that comes in this thread from the user."""
+        self.clock.set(index, steps)
+
+    @property
+    def held(self) -> frozenset[int | None]:
+        """Numbers of the rules that have held somewhere."""
+        return frozenset(self._held)
 
     @property
     def seen(self) -> RunFacts:

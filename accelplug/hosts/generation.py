@@ -16,13 +16,13 @@ from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.families import pixels
 from accelplug.families.vlm import Vlm, token_grid
 from accelplug.hosts.prompts import number_images
+from accelplug.hosts.record import Choice
 from accelplug.hosts.stream import Stream, stock, watching
 from accelplug.hosts.undo import Undo
 from accelplug.patches.generation import Tools
 
 if TYPE_CHECKING:
     from accelplug.hosts.transformers import LanguageHost
-    from accelplug.patches.generation import GenerationPatch
 
 _INSIDE: ContextVar[bool] = ContextVar("accelplug_generating", default=False)
 _BEGUN: ContextVar[list[Stream] | None] = ContextVar("accelplug_begun", default=None)
@@ -32,8 +32,8 @@ _BEGUN: ContextVar[list[Stream] | None] = ContextVar("accelplug_begun", default=
 class Generation:
     """A model's ``generate``, wrapped on the instance by a recipe's generation patches, the first one outermost."""
 
-    def __init__(self, host: LanguageHost, patches: tuple[GenerationPatch, ...], processor: Any) -> None:
-        self.host, self.patches, self.processor = host, patches, processor
+    def __init__(self, host: LanguageHost, around: tuple[Choice, ...], processor: Any) -> None:
+        self.host, self.around, self.processor = host, around, processor
 
     def tools(self) -> Tools:
         """Return what patches are lent."""
@@ -88,15 +88,15 @@ class _Generate:
             _BEGUN.reset(begun)
 
     def _around(self, *args: Any, **kwargs: Any) -> Any:
-        if _INSIDE.get() or not self._generation.patches:  # or a pass that a patch asked for
+        if _INSIDE.get() or not self._generation.around:  # or a pass that a patch asked for
             return self._own(*args, **kwargs)
         inputs = inspect.signature(self._own).bind_partial(*args, **kwargs).arguments
         inputs |= inputs.pop("kwargs", {})
         if "inputs" in inputs:
             inputs["input_ids"] = inputs.pop("inputs")
         call = self._own
-        for patch in reversed(self._generation.patches):
-            call = functools.partial(_through, patch, self._generation, call)
+        for choice in reversed(self._generation.around):
+            call = functools.partial(_through, choice, self._generation, call)
         token = _INSIDE.set(True)
         try:
             return call(**inputs)
@@ -104,12 +104,13 @@ class _Generate:
             _INSIDE.reset(token)
 
 
-def _through(patch: GenerationPatch, generation: Generation, call: Any, **inputs: Any) -> Any:
+def _through(choice: Choice, generation: Generation, call: Any, **inputs: Any) -> Any:
     host, tools = generation.host, generation.tools()
     if inputs.get("input_ids") is not None and not bool(tools.images(inputs).any()):
         host.ledger.fell_back("generate", host.no_image)
         return call(**inputs)
-    host.ledger.count(host.ledger.served, type(patch).__name__.lower())
+    host.ledger.count(host.ledger.served, choice.name)
+    patch: Any = choice.patch
     return patch.generate(host.model, call, inputs, tools)
 
 
@@ -127,7 +128,7 @@ class _Prompts:
         ids, tokens = inputs["input_ids"], self.host.visual_tokens
         if "video" in tokens and bool((ids == tokens["video"]).any()):
             raise UnsupportedError(
-                f"{self.host.owner.recipe.name} works on pictures, and the prompt shows a video. Pass its frames as pictures, one a "
+                f"{self.host.recipe} works on pictures, and the prompt shows a video. Pass its frames as pictures, one a "
                 "row, or take a recipe of attention patches."
             )
         if "image" not in tokens:

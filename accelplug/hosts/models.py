@@ -51,6 +51,11 @@ def model_in(model: Any) -> Any:
     return inside if is_language_model(inside) else model
 
 
+def unwrapped(model: Any, processor: Any = None) -> tuple[Any, Any]:
+    """Return what `model_in` says, and the processor that was given or that a wrapper holds."""
+    return model_in(model), processor or compat.transformers.processor_of(model)
+
+
 def attention_modules(decoder: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (path, module) of a decoder's attention modules that look their kernel up at every call."""
     for path, module in decoder.named_modules():

@@ -15,7 +15,7 @@ import inspect
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,9 +32,10 @@ from accelplug.errors import NoMatchError, ShapeError, UnsupportedError
 from accelplug.families.vlm import Vlm, vlm_of
 from accelplug.hosts.blind import Blind
 from accelplug.hosts.generation import Generation
+from accelplug.hosts.host import Host, Setup
 from accelplug.hosts.images import ImageEncoder, VisionTower
-from accelplug.hosts.ledger import Event, Ledger
-from accelplug.hosts.models import attention_modules
+from accelplug.hosts.ledger import Event
+from accelplug.hosts.models import DENOISERS, attention_modules, is_language_model
 from accelplug.hosts.placement import Placed
 from accelplug.hosts.prompts import NO_IMAGE, answering, asked_of, number_images, opened, together, turns, visual_tokens
 from accelplug.hosts.record import DENSE, Choice, Decide, given
@@ -55,9 +56,10 @@ from accelplug.hosts.stream import (
 )
 from accelplug.hosts.tensor_parallel import TensorParallel
 from accelplug.hosts.undo import Undo
+from accelplug.recipe import ModelFacts
 
 if TYPE_CHECKING:
-    from accelplug.patches.generation import GenerationPatch
+    pass
 
 logger = logging.getLogger("accelplug")
 
@@ -267,27 +269,55 @@ def _dispatch(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_
 # --------------------------------------------------------------------------------------------------------------- the host
 
 
-class LanguageHost:
-    """One language model with the attention of some layers answered by patches."""
+class LanguageHost(Host):
+    """One language model with the attention of some layers answered by patches.
 
+    Parameters
+    ----------
+    model : the language model, out of its wrappers.
+    setup : what the plug hands in.
+    watched : whether all layers are entered, to be looked at by `watching`.
+    """
+
+    library = "transformers"
     name = "decoder"
+    called = "a language model"
+    expects = "a transformers model with get_decoder()"
+    gives = "answers"
     serves = frozenset({"heads", "generation"})
-    """Families of patches that can answer here."""
+    abilities = {"compare": "a vision-language model"} | dict.fromkeys(("tune", "inspect", "mark"), "a language model")
 
-    def __init__(
-        self,
-        model: Any,
-        decide: Decide,
-        ledger: Ledger,
-        *,
-        generation: tuple[GenerationPatch, ...] = (),
-        processor: Any = None,
-        watched: bool = False,
-    ) -> None:
-        self.owner: Any = None
-        self.generation = Generation(self, generation, processor)
-        self.watched = watched or bool(generation)
-        self.model, self.ledger = model, ledger
+    @classmethod
+    def knows(cls, model: Any) -> bool:
+        """Whether it has a decoder."""
+        return is_language_model(model)
+
+    @classmethod
+    def parts(cls, model: Any) -> dict[str, Any]:
+        """Return the base model, whose decoder is entered."""
+        return {cls.name: model.base_model}
+
+    @classmethod
+    def facts(cls, model: Any) -> ModelFacts:
+        """Return the classes, the config by dotted keys, and whether it is a known vision-language model."""
+        names = tuple(kind.__name__ for kind in type(model).__mro__)
+        return ModelFacts(names, _flat(model.config.to_dict()), vlm=vlm_of(model) is not None)
+
+    @classmethod
+    def of(cls, model: Any, parts: Mapping[str, Any], setup: Setup) -> list[LanguageHost]:
+        """Make the one host."""
+        return [cls(model, setup)]
+
+    @classmethod
+    def names(cls, model: Any) -> tuple[str, ...]:
+        """Return the names of denoisers: a rule for one cannot hold here, but is not a slip of the pen."""
+        return DENOISERS
+
+    def __init__(self, model: Any, setup: Setup, *, watched: bool = False) -> None:
+        self.recipe = setup.recipe
+        self.generation = Generation(self, setup.around, setup.processor)
+        self.watched = watched or bool(setup.around)
+        self.model, self.ledger = model, setup.ledger
         self.root = self.base = model.base_model
         self.decoder = model.get_decoder()
         self.family: Vlm | None = vlm_of(model)
@@ -297,7 +327,7 @@ class LanguageHost:
         self.sees = self.family is not None or getattr(self.base.config, "vision_config", None) is not None
         """Whether the model looks at images."""
         self.tensor_parallel = TensorParallel.of(model)
-        self.records = self._records(decide)
+        self.records = self._records(setup.decide)
         crosses = any(record.site.kind == "cross" for record in self.records)
         self.visual_tokens = {} if crosses else visual_tokens(self.base.config)
         self.no_image = "its images are read by cross-attention, and are no tokens of the prompt" if crosses else NO_IMAGE
@@ -339,7 +369,7 @@ class LanguageHost:
         text, everywhere = self.model.config.get_text_config(), [record.site for record in records]
         sizes = (getattr(text, name, None) for name in ("num_attention_heads", "hidden_size"))
         heads, width = (size if isinstance(size, int) else sys.maxsize for size in sizes)
-        for around in self.generation.patches:
+        for around in (choice.patch for choice in self.generation.around if choice.patch is not None):
             around.check(everywhere, heads, width)
         for patch in {id(r.choice.patch): r.choice.patch for r in records if r.choice.patch is not None}.values():
             patch.check([record.site for record in records if record.choice.patch is patch], heads, width)
@@ -430,7 +460,7 @@ class LanguageHost:
 
     def placed(self) -> list[Placed]:
         """What runs where: around generate first, then by layers, as it stands for the decode steps of the sequence read last."""
-        around = [Placed(None, type(patch).__name__.lower(), patch) for patch in self.generation.patches]
+        around = [Placed(None, choice.name, choice.patch) for choice in self.generation.around]
         return around + [self._placed(record) for record in self.records if record.site.kind != "cross"]
 
     def _placed(self, record: AttentionRecord) -> Placed:
@@ -522,7 +552,7 @@ class LanguageHost:
             "whole_prompt" in self.needs or ("answers" in self.needs and known.shows and not answered)
         ):
             raise UnsupportedError(
-                f"{self.owner.recipe.name} reads the whole prompt at once, and this one comes in pieces. Leave out "
+                f"{self.recipe} reads the whole prompt at once, and this one comes in pieces. Leave out "
                 "prefill_chunk_size, read a prefix that questions share with each of them, or start a new cache for a new turn."
             )
 
@@ -582,7 +612,7 @@ class LanguageHost:
             logger.warning(
                 "%s: whose turn text is in cannot be told, so that all text ahead of the first image is taken for the system's. Pass "
                 "the processor: accelplug.apply(model, recipe, processor=processor)",
-                self.owner.recipe.name,
+                self.recipe,
             )
         return replace(prompt, turns=found)
 
@@ -750,12 +780,20 @@ class LanguageHost:
         maps = self.tower.take(new)
         if maps is None:
             raise UnsupportedError(
-                f"{self.owner.recipe.name} reads the vision tower's attention, and the images of this prompt were encoded before "
+                f"{self.recipe} reads the vision tower's attention, and the images of this prompt were encoded before "
                 "apply() or elsewhere. Pass pixel_values."
             )
         for patch in {id(r.choice.patch): r.choice.patch for r in self.records if r.choice.patch}.values():
             if "vision_attention" in patch.needs:
                 stream.states.setdefault(id(patch), {})["vision_attention"] = tuple(pad(x, (past, 0)) for x in maps)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested configs by dotted keys: ``text_config.num_hidden_layers``."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _before_layer(host: LanguageHost, layer: nn.Module, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -13,8 +13,8 @@ from accelplug.errors import AccelplugError
 from accelplug.families import find
 from accelplug.families.base import site_kinds
 from accelplug.hosts.forecast import amdahl
+from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import PATCHABLE, denoisers, processor_owners
-from accelplug.plug import model_facts
 from accelplug.recipe import ModelFacts, Recipe, matching_files, recipes_for
 from accelplug.show import Shown
 

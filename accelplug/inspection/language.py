@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from accelplug import compat
 from accelplug.call import Site
 from accelplug.families.vlm import vlm_of
+from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import attention_modules
 from accelplug.hosts.transformers import LanguageHost
-from accelplug.plug import model_facts
 from accelplug.recipe import recipes_for
 from accelplug.show import Shown
 

@@ -18,16 +18,14 @@ from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, 
 from accelplug.families.pixels import frames
 from accelplug.families.vlm import Vlm, token_grid
 from accelplug.hosts.blind import Blind
-from accelplug.hosts.ledger import Ledger
+from accelplug.hosts.host import Setup, plug_of
 from accelplug.hosts.prompts import visual_tokens
-from accelplug.hosts.record import DENSE
 from accelplug.hosts.stream import watching
 from accelplug.hosts.transformers import AttentionRecord, LanguageHost
 from accelplug.hosts.undo import Undo
 from accelplug.inspection.looking import SINK, VlmInspection
 from accelplug.kernels.spans import on_spans, probabilities, read_rows, row_scores
 from accelplug.kernels.vision import divergence, massive, normalised, vision_aware
-from accelplug.plug import plug_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +57,7 @@ def inspect_vlm(model: Any, inputs: Mapping[str, Any]) -> VlmInspection:
     if (on := plug_of(model.base_model)) is not None:
         raise AlreadyAppliedError(f"{on.recipe.name} is on this {name}, and inspect() reads a stock model. Remove it first.")
     compat.versions.require("transformers")
-    host = LanguageHost(model, lambda *_: DENSE, Ledger(), watched=True)
+    host = LanguageHost(model, Setup(), watched=True)
     if host.family is None:
         raise NoMatchError(
             f"{name} is not a known vision-language model: with inputs, inspect() expects one whose images lie in the prompt "

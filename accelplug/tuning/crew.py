@@ -11,8 +11,8 @@ from accelplug.comparison.ranks import Ranks
 from accelplug.comparison.rows import DENSE, Sample
 from accelplug.comparison.study import Study, Variant
 from accelplug.errors import AccelplugError
+from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import runs_compiled
-from accelplug.plug import model_facts
 from accelplug.recipe import load
 from accelplug.tuning.budget import Bound
 

@@ -78,7 +78,7 @@ class Trajectory:
         moments: dict[int, Moment] = {}
         contexts: set[str] = set()
         with apply(study.pipe, OBSERVED, gate="off") as plug:
-            hosts = {host.root: host for host in plug.denoiser_hosts}
+            hosts = {host.root: host for host in plug.hosts}
 
             def keep(part: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
                 now = hosts[part].now
@@ -92,7 +92,7 @@ class Trajectory:
             with ExitStack() as stack:
                 for part in hosts:
                     stack.callback(part.register_forward_hook(keep, with_kwargs=True).remove)
-                ratios = stack.enter_context(magnitudes({host.name: host.root for host in plug.denoiser_hosts}))
+                ratios = stack.enter_context(magnitudes({host.name: host.root for host in plug.hosts}))
                 study.run(prompt, seed)
             layouts = list(dict.fromkeys(r.layout for host in hosts.values() for r in host.records if r.layout is not None))
             layers = max((site.layers for site in plug.sites), default=0)

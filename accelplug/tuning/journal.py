@@ -14,8 +14,8 @@ from torch import nn
 from accelplug import files
 from accelplug.comparison.environment import device_name
 from accelplug.errors import AccelplugError
+from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import denoisers, runs_compiled
-from accelplug.plug import model_facts
 
 
 class Journal:

@@ -20,7 +20,7 @@ from accelplug.comparison.metrics import ANSWER_METRICS, ANSWERS, LIKELIHOODS, P
 from accelplug.comparison.questions import Asker, Item, digest, items, require_pictures, shifted_accuracy
 from accelplug.comparison.rows import Spread
 from accelplug.errors import AccelplugError
-from accelplug.plug import model_facts
+from accelplug.hosts.host import model_facts
 from accelplug.recipe import Measured, load
 from accelplug.show import Shown
 from accelplug.tuning import aims

@@ -16,8 +16,8 @@ from accelplug.comparison.ranks import Ranks
 from accelplug.comparison.rows import DENSE, gains
 from accelplug.comparison.study import Study
 from accelplug.errors import AccelplugError
+from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import denoisers
-from accelplug.plug import model_facts
 from accelplug.recipe import Measured, load
 from accelplug.show import Tell
 from accelplug.tuning.budget import Bound
