@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 SHEET, EDGE, GAP = 1600, 40, 16
 """Pixels: width of a figure, of its margin, and between what stands side by side."""
+TITLES, HIGH, WIDE, GUTTER = 118, 330, 680, 60
+"""Pixels: of the titles above, of a chart, and of the room for its scale on the left."""
 PAPER, INK, SOFT, LINE = (255, 255, 255), (29, 32, 36), (100, 107, 117), (226, 227, 223)
 SPANS = {"image": (194, 87, 26), "system": (176, 182, 190), "question": (45, 108, 223)}
 MAPS = 6
@@ -114,10 +116,10 @@ def image_figure(
         ground = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
 
     under = f"Attention to image tokens, mean over heads; each map has its own peak. {marks}"
-    sheet, draw = _figure(118 + size[1] + 66, title, under)
+    sheet, draw = _figure(TITLES + size[1] + 66, title, under)
     _scale(sheet, draw, SHEET - EDGE, 38, "peak")
     for place, layer in enumerate([None, *chosen]):
-        left, top = EDGE + place * (pitch + GAP), 118
+        left, top = EDGE + place * (pitch + GAP), TITLES
         if layer is None:
             sheet.paste(ground, (left, top))
             _text(draw, (left, top + size[1] + 8), "picture" if picture is not None else "picture not shown", 20)
@@ -161,59 +163,67 @@ def layer_figure(
     chosen : bool (L, H), heads that get a dot.
     under : the line under the title of the masses.
     """
-    depth, heads = vhd.shape
-    high, wide, top, gutter = 330, 680, 118, 60
-    sheet, draw = _figure(top + high + 80, "Attention by layer", under)
-    left = EDGE + gutter
-    at = left + wide
+    sheet, draw = _figure(TITLES + HIGH + 80, "Attention by layer", under)
+    _masses(draw, EDGE + GUTTER, layers, masses)
+    _heads(sheet, draw, SHEET - EDGE - WIDE, layers, vhd, chosen)
+    return sheet
+
+
+def _masses(draw: ImageDraw.ImageDraw, left: int, layers: Sequence[int], masses: Sequence[np.ndarray]) -> None:
+    """Bars by layer, the spans one on another."""
+    at = left + WIDE
     for name, ink in reversed(SPANS.items()):
         at -= round(draw.textlength(name, _font(18)))
         _text(draw, (at, 48), name, 18, SOFT, "lm")
         draw.rectangle((at - 24, 40, at - 8, 56), fill=ink)
         at -= 46
     for part in (0, 0.5, 1):
-        y = top + high * (1 - part)
-        draw.line((left - 6, y, left + wide, y), fill=LINE)
+        y = TITLES + HIGH * (1 - part)
+        draw.line((left - 6, y, left + WIDE, y), fill=LINE)
         _text(draw, (left - 10, y), f"{part:.0%}", 17, SOFT, "rm")
-    pitch = wide / depth
+    pitch = WIDE / len(layers)
     space = min(6.0, pitch / 5)
-    for i in range(depth):
-        floor = float(top + high)
+    for i in range(len(layers)):
+        floor = float(TITLES + HIGH)
         for mass, ink in zip(masses, SPANS.values(), strict=True):
-            roof = floor - high * float(mass[i])
+            roof = floor - HIGH * float(mass[i])
             if floor - roof >= 1:
                 draw.rectangle((left + i * pitch + space / 2, roof, left + (i + 1) * pitch - space / 2, floor - 1), fill=ink)
             floor = roof
-    _layer_ticks(draw, layers, left, top + high, pitch)
+    _layer_ticks(draw, layers, left, pitch)
 
-    left = SHEET - EDGE - wide
-    _text(draw, (left - gutter, 30), "Vision-aware head divergence", 28)
-    _text(
-        draw,
-        (left - gutter, 70),
-        "What the image changes in each head; dots: upper half of a layer, outliers left out.",
-        18,
-        SOFT,
-    )
+
+def _heads(
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    left: int,
+    layers: Sequence[int],
+    vhd: np.ndarray,
+    chosen: np.ndarray,
+) -> None:
+    """A cell for each layer and head, as light as the head's VHD is large."""
+    depth, heads = vhd.shape
+    says = "What the image changes in each head; dots: upper half of a layer, outliers left out."
+    _text(draw, (left - GUTTER, 30), "Vision-aware head divergence", 28)
+    _text(draw, (left - GUTTER, 70), says, 18, SOFT)
     largest = max(float(vhd.max()), 1e-12)
     _scale(sheet, draw, SHEET - EDGE, 38, f"{largest:.2g}")
-    tall = high / heads
+    pitch, tall = WIDE / depth, HIGH / heads
     for i in range(depth):
         for h in range(heads):
             value = vhd[i, h] / largest
-            box = left + i * pitch, top + h * tall, left + (i + 1) * pitch - 1, top + (h + 1) * tall - 1
+            box = left + i * pitch, TITLES + h * tall, left + (i + 1) * pitch - 1, TITLES + (h + 1) * tall - 1
             draw.rectangle(box, fill=tuple(colours(value).tolist()))
             if chosen[i, h] and min(pitch, tall) >= 6:
                 x, y, r = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, min(5.0, min(pitch, tall) / 4)
                 draw.ellipse((x - r, y - r, x + r, y + r), fill=INK if value > 0.6 else PAPER)
     for h in range(0, heads, max(1, -(-heads // 16))):
-        _text(draw, (left - 10, top + (h + 0.5) * tall), str(h), 17, SOFT, "rm")
-    _text(draw, (left - 10, top + high + 8), "head", 17, SOFT, "ra")
-    _layer_ticks(draw, layers, left, top + high, pitch)
-    return sheet
+        _text(draw, (left - 10, TITLES + (h + 0.5) * tall), str(h), 17, SOFT, "rm")
+    _text(draw, (left - 10, TITLES + HIGH + 8), "head", 17, SOFT, "ra")
+    _layer_ticks(draw, layers, left, pitch)
 
 
-def _layer_ticks(draw: ImageDraw.ImageDraw, layers: Sequence[int], left: int, floor: int, pitch: float) -> None:
+def _layer_ticks(draw: ImageDraw.ImageDraw, layers: Sequence[int], left: int, pitch: float) -> None:
     for i in range(0, len(layers), max(1, math.ceil(34 / pitch))):
-        _text(draw, (left + (i + 0.5) * pitch, floor + 8), str(layers[i]), 17, SOFT, "ma")
-    _text(draw, (left + len(layers) * pitch / 2, floor + 34), "layer", 17, SOFT, "ma")
+        _text(draw, (left + (i + 0.5) * pitch, TITLES + HIGH + 8), str(layers[i]), 17, SOFT, "ma")
+    _text(draw, (left + len(layers) * pitch / 2, TITLES + HIGH + 34), "layer", 17, SOFT, "ma")
