@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -187,23 +187,9 @@ class _Reading:
         assert prompt is not None
         numbers = tuple(sorted(self.layers))
         layers = [self.layers[n] for n in numbers]
-        notes = []
-        if self.closed:
-            closed = ", ".join(map(str, sorted(self.closed)))
-            notes.append(f"layers {closed} add sink logits or a soft cap, and are left out")
         visual, system, question = torch.stack([x.masses for x in layers], 1).numpy()
-        if not bool(prompt.system.any()):
-            notes.append("no text stands ahead of the first image, so that there is no VAS")
-        elif short := [n for n, x in zip(numbers, layers, strict=True) if math.isnan(x.vas)]:
-            closed = ", ".join(map(str, short))
-            notes.append(
-                f"no question token of layers {closed} has both image and system text in its window: they have no VAS"
-            )
-
         dims, phi, said = _sinks(layers)
-        notes += said
         seen = prompt.visual[0][prompt.valid[0]].cpu()
-
         shown = prompt.visual.any(-1).cpu()
         pairs = (divergence(x.heads, blind.heads(n).to(x.heads.device)) for n, x in zip(numbers, layers, strict=True))
         vhd, ta = (
@@ -211,6 +197,7 @@ class _Reading:
         )
         sizes = [len(x[0]) for x in _by_image(layers)]
         pictures, grids = _pictures(family, inputs, config, list(zip(_images_or_videos(prompt, config), sizes, strict=True)))
+        notes = [*self._unscored(prompt), *said]
         if any(picture is None for picture in pictures):
             notes.append(f"pictures of {family.name} cannot be told from its pixels; they are drawn on grey")
         if any(grid is None for grid in grids):
@@ -243,6 +230,19 @@ class _Reading:
             grids=grids,
             notes=tuple(notes),
         )
+
+    def _unscored(self, prompt: Prompt) -> Iterator[str]:
+        """Which layers are left out, and which have no VAS."""
+
+        def named(layers: Iterable[int]) -> str:
+            return ", ".join(map(str, sorted(layers)))
+
+        if self.closed:
+            yield f"layers {named(self.closed)} add sink logits or a soft cap, and are left out"
+        if not bool(prompt.system.any()):
+            yield "no text stands ahead of the first image, so that there is no VAS"
+        elif short := [n for n, x in self.layers.items() if math.isnan(x.vas)]:
+            yield f"no question token of layers {named(short)} has both image and system text in its window: they have no VAS"
 
 
 def _sinks(layers: list[_LayerReading]) -> tuple[tuple[int, ...], Tensor, list[str]]:
