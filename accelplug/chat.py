@@ -1,7 +1,11 @@
-"""One question to a language or vision-language model: the picture upright, the chat template, padding on the left, greedy decoding."""
+"""One question to a language or vision-language model: the picture upright, the chat template, padding on the left, greedy decoding.
+
+And what a model makes of an answer that it is given.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -72,6 +76,17 @@ def prompt(processor: Any, text: str, picture: bool = False, answer: str | None 
     if not getattr(processor, "chat_template", None):
         image = f"{getattr(processor, 'image_token', '<image>')}\n" if picture else ""
         return f"{image}{text}" + ("" if answer is None else f" {answer}")
+    return templated(processor, text, picture, answer)
+
+
+def templated(processor: Any, text: str, picture: bool = False, answer: str | None = None) -> str:
+    """Return a question as the processor's chat template writes it.
+
+    Raises
+    ------
+    ValueError
+        If it has none that can be used.
+    """
     in_parts = processor is not tokenizer_of(processor)
 
     def turn(role: str, text: str, picture: bool = False) -> dict[str, Any]:
@@ -93,13 +108,8 @@ def tokenized(processor: Any, prompts: Sequence[str], pictures: Sequence[Any] | 
     tokenizer = tokenizer_of(processor)
     if pictures is None:
         # A chat template writes all special tokens itself.
-        templated = bool(getattr(processor, "chat_template", None))
-        rows = [tokenizer(text, add_special_tokens=not templated).input_ids for text in prompts]
-        width, pad = max(map(len, rows)), padding(tokenizer) or 0
-        return {
-            "input_ids": torch.tensor([[pad] * (width - len(row)) + row for row in rows]),
-            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
-        }
+        bare = not getattr(processor, "chat_template", None)
+        return padded_left(tokenizer, [tokenizer(text, add_special_tokens=bare).input_ids for text in prompts])
     if tokenizer.pad_token_id is None and len(prompts) > 1:
         raise AccelplugError(
             f"{type(tokenizer).__name__} has no token to pad prompts with; set processor.tokenizer.pad_token, to its eos_token say."
@@ -117,6 +127,15 @@ def tokenized(processor: Any, prompts: Sequence[str], pictures: Sequence[Any] | 
             f"{type(processor).__name__} cannot make inputs of {len(prompts)} prompts with a picture each: {error} Pass the model's "
             "own processor, and no text that holds its image token."
         ) from error
+
+
+def padded_left(tokenizer: Any, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Return ``input_ids`` and ``attention_mask`` (B, S) of prompts of different length, padded on the left."""
+    width, pad = max(map(len, rows)), padding(tokenizer) or 0
+    return {
+        "input_ids": torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+    }
 
 
 MARK = "\x00"
@@ -227,6 +246,10 @@ class Chat:
         end = ends[0] if isinstance(ends, list | tuple) else ends
         self.pad = next(token for token in (padding(self.tokenizer), end, 0) if token is not None)
 
+    def questions(self, texts: Sequence[str], pictures: Sequence[Any] | None = None) -> dict[str, Any]:
+        """Return the model's inputs for questions, each a turn of a chat, with its picture if `pictures` are given."""
+        return self.inputs([prompt(self.processor, text, pictures is not None) for text in texts], pictures)
+
     def inputs(self, prompts: Sequence[str], pictures: Sequence[Any] | None = None) -> dict[str, Any]:
         """Return the model's inputs on its device and in its dtype."""
         made = tokenized(self.processor, prompts, pictures)
@@ -247,3 +270,46 @@ class Chat:
         """Return what was said behind the prompts, without special tokens."""
         new = sequences[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def reference(self, text: str, answer: str, picture: bool) -> list[int]:
+        """Return the tokens of an answer as it stands behind its question, without an end."""
+        asked, whole = prompt(self.processor, text, picture), prompt(self.processor, text, picture, answer)
+        stop = whole.find(answer, len(asked))
+        if whole.startswith(asked) and stop >= 0:
+            behind = whole[len(asked) : stop + len(answer)]
+        else:
+            behind = answer if asked[-1:].isspace() else f" {answer}"
+        alone, both = (self.tokenizer(part, add_special_tokens=False).input_ids for part in (asked, asked + behind))
+        if both[: len(alone)] == alone:
+            return both[len(alone) :]
+        return self.tokenizer(behind, add_special_tokens=False).input_ids
+
+    def weigh(self, inputs: dict[str, Any], references: Sequence[Sequence[int]]) -> list[float]:
+        """Return the negative log-likelihood of each reference, nats.
+
+        They are generated token by token, since patches tell a prompt from an answer.
+        """
+        forced = Forced(references, self.pad)
+        # A reference may hold what an answer would end with.
+        self.generate(inputs, max(map(len, references)), logits_processor=[forced], eos_token_id=None)
+        return forced.nll
+
+
+class Forced:
+    """A logits processor that has every row say its reference, and `filler` behind it; `nll` adds up what the tokens cost, in nats."""
+
+    def __init__(self, references: Sequence[Sequence[int]], filler: int) -> None:
+        self.references, self.filler, self.step = references, filler, 0
+        self.nll = [0.0] * len(references)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Take scores (B, vocabulary), return them -inf but for the next token of each reference."""
+        logs = scores.float().log_softmax(-1)
+        forced = torch.full_like(scores, -math.inf)
+        for row, reference in enumerate(self.references):
+            token = reference[self.step] if self.step < len(reference) else self.filler
+            forced[row, token] = 0.0
+            if self.step < len(reference):
+                self.nll[row] -= float(logs[row, token])
+        self.step += 1
+        return forced

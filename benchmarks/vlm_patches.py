@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import accelplug
+from accelplug import chat
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.vlm import Variant, compare_vlm
 from accelplug.inspection.looking import VlmInspection
@@ -38,8 +39,7 @@ def load() -> tuple[Any, Any]:
 def phenomena(model: Any, processor: Any, pictures: int = 64) -> dict[str, Any]:
     """Whether what the patches treat is there, on scenes of the dev split."""
     drawn = [scenes.sample(number) for number in scenes.SPLITS["dev"][:pictures]]
-    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": scenes.CAPTION_PROMPT}]}]
-    prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
+    prompt = chat.prompt(processor, scenes.CAPTION_PROMPT, picture=True)
     shown = [[Image.fromarray(scenes.render(scene)[0])] for scene in drawn]
     given = processor(text=[prompt] * len(drawn), images=shown, padding=True, return_tensors="pt")
     seen = accelplug.inspect(model, given)

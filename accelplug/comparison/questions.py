@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from accelplug.chat import Chat, open_picture, prompt, require_files
+from accelplug.chat import Chat, open_picture, require_files
 from accelplug.comparison.evaluators import pope
 from accelplug.comparison.evaluators.evaluator import Parse
 from accelplug.comparison.evaluators.statistics import ratio, shifted
@@ -193,16 +191,16 @@ class Asker:
 
     def ask(self, asked: Sequence[Item]) -> list[Reply]:
         """Return a reply to each question, all in one batch."""
-        prompts = [self._prompt(item) for item in asked]
         pictures = None if asked[0].picture is None else [item.shown() for item in asked]
-        inputs, references = self.chat.inputs(prompts, pictures), [self.reference(item) for item in asked]
+        inputs = self.chat.questions([item.text for item in asked], pictures)
+        references = [self.chat.reference(item.text, item.answer, pictures is not None) for item in asked]
         said: list[str] | list[None] = [None] * len(asked)
         margins, nll = [math.nan] * len(asked), [math.nan] * len(asked)
         if self.says:
             longest = 0 if all(item.truth is not None for item in asked) else max(map(len, references))
             said, margins = self.chat.say(inputs, longest + 4)
         if self.likelihoods:
-            nll = self._weigh(inputs, references)
+            nll = self.chat.weigh(inputs, references)
         return [
             Reply(
                 text,
@@ -214,48 +212,3 @@ class Asker:
             )
             for item, text, margin, cost, reference in zip(asked, said, margins, nll, references, strict=True)
         ]
-
-    def reference(self, item: Item) -> list[int]:
-        """Tokens of the reference as it stands behind the prompt, without an end."""
-        asked, whole = self._prompt(item), self._prompt(item, item.answer)
-        stop = whole.find(item.answer, len(asked))
-        if whole.startswith(asked) and stop >= 0:
-            behind = whole[len(asked) : stop + len(item.answer)]
-        else:
-            behind = item.answer if asked[-1:].isspace() else f" {item.answer}"
-        ids = [self.chat.tokenizer(text, add_special_tokens=False).input_ids for text in (asked, asked + behind)]
-        return (
-            ids[1][len(ids[0]) :]
-            if ids[1][: len(ids[0])] == ids[0]
-            else self.chat.tokenizer(behind, add_special_tokens=False).input_ids
-        )
-
-    def _weigh(self, inputs: dict[str, Any], references: Sequence[Sequence[int]]) -> list[float]:
-        """Have the references generated token by token, since patches tell a prompt from an answer; add up their costs."""
-        forced = Forced(references, self.chat.pad)
-        # A reference may hold what an answer would end with.
-        self.chat.generate(inputs, max(map(len, references)), logits_processor=[forced], eos_token_id=None)
-        return forced.nll
-
-    def _prompt(self, item: Item, answer: str | None = None) -> str:
-        return prompt(self.processor, item.text, item.picture is not None, answer)
-
-
-class Forced:
-    """A logits processor that has every row say its reference, and `filler` behind it; `nll` adds up what the tokens cost, in nats."""
-
-    def __init__(self, references: Sequence[Sequence[int]], filler: int) -> None:
-        self.references, self.filler, self.step = references, filler, 0
-        self.nll = [0.0] * len(references)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Take scores (B, vocabulary), return them -inf but for the next token of each reference."""
-        logs = scores.float().log_softmax(-1)
-        forced = torch.full_like(scores, -math.inf)
-        for row, reference in enumerate(self.references):
-            token = reference[self.step] if self.step < len(reference) else self.filler
-            forced[row, token] = 0.0
-            if self.step < len(reference):
-                self.nll[row] -= float(logs[row, token])
-        self.step += 1
-        return forced

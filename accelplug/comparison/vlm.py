@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelplug import show
-from accelplug.chat import Chat, prompt
+from accelplug.chat import Chat
 from accelplug.comparison import arguments
 from accelplug.comparison.environment import environment
 from accelplug.comparison.evaluators.pope import questions_sha256
@@ -196,8 +196,7 @@ class Examiner:
 
     def _inputs(self, asked: Sequence[tuple[Any, str]], picture: Any) -> dict[str, Any]:
         shown = [self.exam.picture(key) for key, _ in asked]
-        prompts = [prompt(self.processor, text, picture=True) for _, text in asked]
-        return self.chat.inputs(prompts, [picture(item) for item in shown] if picture else shown)
+        return self.chat.questions([text for _, text in asked], [picture(item) for item in shown] if picture else shown)
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

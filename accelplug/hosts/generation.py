@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from accelplug import chat
 from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.families import pixels
 from accelplug.families.vlm import Vlm, token_grid
@@ -178,18 +178,15 @@ class _Prompts:
         rows = []
         for row in numbers:
             size = int((row > 0).sum())
-            ids = torch.tensor(self._tokenized(self._expanded(self._rendered(text, size > 0), size)))
-            if int((ids == token).sum()) != size:
+            row_ids = self._tokenized(self._expanded(self._rendered(text, size > 0), size))
+            if (given := row_ids.count(token)) != size:
                 raise AccelplugError(
-                    f"The chat template of {type(self.processor).__name__} gave {int((ids == token).sum())} image tokens, expected "
-                    f"{size}. Pass the processor that belongs to the model."
+                    f"The chat template of {type(self.processor).__name__} gave {given} image tokens, expected {size}. Pass the "
+                    "processor that belongs to the model."
                 )
-            rows.append(ids)
-        tokenizer = self.processor.tokenizer
-        fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        flags = [torch.ones_like(ids) for ids in rows]
-        ids = pad_sequence(rows, batch_first=True, padding_value=fill or 0, padding_side="left").to(old)
-        mask = pad_sequence(flags, batch_first=True, padding_side="left").to(old.device)
+            rows.append(row_ids)
+        padded = chat.padded_left(self.processor.tokenizer, rows)
+        ids, mask = padded["input_ids"].to(old), padded["attention_mask"].to(old.device)
         kinds = {name: (ids == token).int() for name in ("token_type_ids", "mm_token_type_ids") if name in inputs}
         rest = {name: value for name, value in inputs.items() if name != "position_ids"}
         return {**rest, "input_ids": ids, "attention_mask": mask, **kinds}
@@ -201,9 +198,8 @@ class _Prompts:
                 f"This recipe writes a prompt of its own, and needs the model's processor, got {type(self.processor).__name__}. "
                 "Pass it: accelplug.apply(model, recipe, processor=processor)."
             )
-        content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
         try:
-            return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            return chat.templated(self.processor, text, image)
         except ValueError as error:
             raise AccelplugError(
                 f"{type(self.processor).__name__} has no chat template that can be used: {error} Set processor.chat_template."
