@@ -22,7 +22,7 @@ from accelplug.comparison import arguments
 from accelplug.comparison.environment import environment
 from accelplug.comparison.ranks import Ranks, working
 from accelplug.errors import AccelplugError, NoMatchError, UnsupportedError, nearest
-from accelplug.hosts.host import model_facts
+from accelplug.hosts.host import model_facts, require_ability
 from accelplug.patches.base import Patch
 from accelplug.patches.calibration import Calibration, Seen
 from accelplug.patches.sparse.rest_weights import RestWeights
@@ -79,9 +79,9 @@ def calibrate(
     AccelplugError
         If `path` is there already, a partial file holds something else, or a knob is unknown.
     UnsupportedError
-        If the model is no pipeline, or its attention runs on several grids.
+        If the model is not a pipeline, or its attention runs on several grids.
     """
-    arguments.require_pipeline(pipe, "calibrate")
+    require_ability(pipe, "calibrate")
     arguments.require_whole(buckets, "calibrate, buckets", 1)
     arguments.require_whole(seed, "calibrate, seed", 0, 2**62)
     given = [prompts] if isinstance(prompts, str | Mapping) else prompts

@@ -9,22 +9,8 @@ from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
-import torch
-
 from accelplug.chat import tokenizer_of
-from accelplug.errors import AccelplugError, UnsupportedError, nearest
-
-
-def require_pipeline(pipe: Any, what: str) -> None:
-    """Refuse what is no diffusers pipeline, a bare denoiser above all.
-
-    Raises
-    ------
-    UnsupportedError
-        If it is none.
-    """
-    if isinstance(pipe, torch.nn.Module) or not callable(pipe):
-        raise UnsupportedError(f"{what} runs a whole diffusers pipeline, got {type(pipe).__name__}. Pass the pipeline.")
+from accelplug.errors import AccelplugError, nearest
 
 
 def require_processor(processor: Any, what: str) -> None:

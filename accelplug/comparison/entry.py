@@ -17,8 +17,8 @@ from accelplug.comparison.rows import DENSE
 from accelplug.comparison.study import OBSERVED, Study, Variant
 from accelplug.comparison.vlm import compare_vlm
 from accelplug.errors import AccelplugError
-from accelplug.hosts.host import model_facts
-from accelplug.hosts.models import denoisers, is_language_model, model_in
+from accelplug.hosts.host import model_facts, require_ability
+from accelplug.hosts.models import denoisers, unwrapped
 from accelplug.recipe import Recipe, load
 
 CACHED = "FirstBlockCache"
@@ -68,13 +68,14 @@ def compare(
     ------
     AccelplugError
         If there is nothing to run.
+    UnsupportedError
+        If models of this kind are not compared.
     """
-    pipe, processor = model_in(pipe), processor or compat.transformers.processor_of(pipe)
-    if is_language_model(pipe):
+    pipe, processor = unwrapped(pipe, processor)
+    if require_ability(pipe, "compare").gives == "answers":
         if caches or foreground is not None or detect is not None:
             raise AccelplugError("caches, foreground and detect are about pipelines; leave them out for a language model.")
         return _examine(pipe, recipe, inputs, processor, progress)
-    arguments.require_pipeline(pipe, "compare")
     prompts, seeds = arguments.calls(pipe, inputs, "compare"), arguments.seeds_of(seeds, "compare")
     arguments.require_functions(foreground=foreground, detect=detect)
     recipes = _named(pipe, recipe)

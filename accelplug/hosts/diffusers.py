@@ -111,7 +111,7 @@ class DenoiserHost(Host):
     @classmethod
     def abilities_of(cls, model: Any) -> frozenset[str]:
         """All, but that a bare denoiser cannot be run whole."""
-        return frozenset(cls.abilities) - (RUNS if isinstance(model, nn.Module) else frozenset())
+        return frozenset(cls.abilities) - (frozenset() if callable(model) and not isinstance(model, nn.Module) else RUNS)
 
     @classmethod
     def names(cls, model: Any) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelplug.errors import AccelplugError
-from accelplug.hosts.models import is_language_model, model_in
+from accelplug.hosts.host import require_ability
+from accelplug.hosts.models import model_in
 from accelplug.inspection.denoiser import Inspection, inspect_denoiser
 from accelplug.inspection.language import LanguageInspection, inspect_language
 from accelplug.inspection.looking import VlmInspection
@@ -28,11 +29,13 @@ def inspect(model: Any, inputs: Mapping[str, Any] | None = None) -> Inspection |
     ------
     NoMatchError
         If it has no denoiser; with inputs, if it is not a known vision-language model or they show no image.
+    UnsupportedError
+        If models of this kind are not inspected.
     AccelplugError
         If it has a denoiser and inputs are given.
     """
-    model = model_in(model)
-    if is_language_model(model):
+    gives, model = require_ability(model, "inspect").gives, model_in(model)
+    if gives == "answers":
         return inspect_language(model) if inputs is None else inspect_vlm(model, inputs)
     if inputs is not None:
         raise AccelplugError(

@@ -14,7 +14,8 @@ from accelplug.comparison import arguments
 from accelplug.comparison.ranks import require_one, working
 from accelplug.comparison.study import Study
 from accelplug.errors import AccelplugError, UnsupportedError
-from accelplug.hosts.models import is_language_model, model_in
+from accelplug.hosts.host import require_ability
+from accelplug.hosts.models import unwrapped
 from accelplug.tuning import space
 from accelplug.tuning.budget import Bound, parse, require_measured
 from accelplug.tuning.compiled import room_to_compile
@@ -100,8 +101,8 @@ def tune(
     arguments.require_seconds(time_budget_s, "tune, time_budget_s")
     if not (patches is None or (isinstance(patches, list | tuple | set) and all(isinstance(name, str) for name in patches))):
         raise AccelplugError(f"tune, patches: expected a list of names, got {patches!r}.")
-    pipe, processor = model_in(pipe), processor or compat.transformers.processor_of(pipe)
-    if is_language_model(pipe):
+    pipe, processor = unwrapped(pipe, processor)
+    if require_ability(pipe, "tune").gives == "answers":
         require_one("tune")
         if foreground is not None or detect is not None:
             raise AccelplugError(
@@ -119,7 +120,6 @@ def tune(
             resume=resume,
             progress=progress,
         )
-    arguments.require_pipeline(pipe, "tune")
     prompts = arguments.calls(pipe, inputs, "tune")
     if len(numbers) < 2:
         raise AccelplugError(f"tune needs at least two seeds, one to search and one to prove with; got {len(numbers)}.")

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from accelplug import compat, files
+from accelplug import files
 from accelplug.comparison import arguments
 from accelplug.comparison.entry import compare
 from accelplug.comparison.environment import device_name
 from accelplug.comparison.metrics import ANSWER_METRICS, figures
 from accelplug.comparison.questions import Asker, Item, digest, require_pictures
 from accelplug.errors import AccelplugError, RecipeError
-from accelplug.hosts.models import model_in
+from accelplug.hosts.models import unwrapped
 from accelplug.recipe import Measured, Recipe, read_file
 from accelplug.show import Shown
 from accelplug.tuning.aims import Aim
@@ -97,7 +97,8 @@ def verify(
     AccelplugError
         If no row was measured, or a row names no prompt and no inputs are given.
     """
-    rows, pipe, processor = measured(recipe), model_in(pipe), processor or compat.transformers.processor_of(pipe)
+    rows = measured(recipe)
+    pipe, processor = unwrapped(pipe, processor)
     given = [_given(pipe, found, row, inputs, processor) for found, row in rows]  # all, before the first is run
     found = (_verified(pipe, *pair, asked, progress, processor) for pair, asked in zip(rows, given, strict=True))
     return Verification(recipe.name if isinstance(recipe, Recipe) else str(recipe), tuple(found))
