@@ -20,6 +20,7 @@ import accelplug
 from accelplug.cli import main
 from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, ShapeError, UnsupportedError
 from accelplug.families import vlm
+from accelplug.hosts.transformers import LanguageHost
 from accelplug.inspection.drawing import colours, spread
 from accelplug.inspection.language import LanguageInspection
 from accelplug.inspection.looking import VlmInspection
@@ -372,6 +373,13 @@ def test_a_model_of_another_package_is_known_once_it_is_registered(monkeypatch: 
         accelplug.register_vlm(vlm.Vlm("own", ("LlavaForConditionalGeneration",)))
     with pytest.raises(AccelplugError, match="names model classes"):
         accelplug.register_vlm(vlm.Vlm("own", ()))
+
+
+def test_a_host_without_the_ability_is_refused_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {what: whose for what, whose in LanguageHost.abilities.items() if what != "inspect"}
+    monkeypatch.setattr(LanguageHost, "abilities", others)
+    with pytest.raises(UnsupportedError, match=r"inspect: expected .*, got LlavaForConditionalGeneration, a language model"):
+        accelplug.inspect(llava())
 
 
 def test_what_cannot_be_inspected_says_so() -> None:
