@@ -19,6 +19,7 @@ from accelplug.version import __version__
 if TYPE_CHECKING:
     from accelplug.calibration import calibrate
     from accelplug.comparison import Comparison, Exam, compare
+    from accelplug.families import register_family
     from accelplug.families.vlm import register_vlm
     from accelplug.inspection import inspect
     from accelplug.plug import Plug, apply, remove
@@ -43,6 +44,7 @@ __all__ = [
     "inspect",
     "list_patches",
     "list_recipes",
+    "register_family",
     "register_patch",
     "register_vlm",
     "remove",
@@ -68,6 +70,7 @@ _HOMES = {
     "inspect": "inspection",
     "list_patches": "registry",
     "list_recipes": "recipe",
+    "register_family": "families",
     "register_patch": "registry",
     "register_vlm": "families.vlm",
     "remove": "plug",

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from accelplug.errors import AccelplugError
 
-Thing = TypeVar("Thing")
+Known = TypeVar("Known")
 
 
 class EntryPoints:
@@ -45,7 +45,7 @@ class EntryPoints:
                     )
 
 
-class Catalog(Generic[Thing]):
+class Catalog(Generic[Known]):
     """Things of one sort by their names. Our own come first and stay; entry points are read when a name is missing.
 
     Parameters
@@ -55,17 +55,21 @@ class Catalog(Generic[Thing]):
     points : where others come from beside `add`.
     """
 
-    def __init__(self, sort: str, own: Mapping[str, Thing], points: EntryPoints) -> None:
+    def __init__(self, sort: str, own: Mapping[str, Known], points: EntryPoints) -> None:
         self._sort, self._points = sort, points
         self._things = dict(own)
 
-    def get(self, name: str) -> Thing | None:
+    def get(self, name: str) -> Known | None:
         """Return what goes by a name, None if nothing does."""
         if name not in self._things:
             self._points.read()
         return self._things.get(name)
 
-    def all(self) -> tuple[Thing, ...]:
+    def of(self, model: Any) -> Known | None:
+        """Return what goes by the name of a model's class, or of the first class that it derives from; None if nothing does."""
+        return next((known for cls in type(model).__mro__ if (known := self.get(cls.__name__)) is not None), None)
+
+    def all(self) -> tuple[Known, ...]:
         """Return every thing once: ours, then those of others in the order in which they came."""
         self._points.read()
         return tuple({id(thing): thing for thing in self._things.values()}.values())
@@ -74,7 +78,7 @@ class Catalog(Generic[Thing]):
         """Return ``": <package> offers it, and fails: ..."`` where an entry point of that name is broken, else an empty string."""
         return f": {self._points.broken[name]}" if name in self._points.broken else ""
 
-    def add(self, names: Iterable[str], thing: Thing) -> None:
+    def add(self, names: Iterable[str], thing: Known) -> None:
         """Give a thing its names; what is here already may come again.
 
         Raises
@@ -88,8 +92,8 @@ class Catalog(Generic[Thing]):
                     f"The {self._sort} {name!r} cannot be registered: expected a name that is free, and there is {other!r}. "
                     "Give it another name."
                 )
-        self._things.update(dict.fromkeys(names, thing))
+        self._things = {**self._things, **dict.fromkeys(names, thing)}
 
-    def drop(self, thing: Thing) -> None:
+    def drop(self, thing: Known) -> None:
         """Take out a thing that was added."""
         self._things = {name: kept for name, kept in self._things.items() if kept != thing}

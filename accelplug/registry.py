@@ -315,7 +315,7 @@ def entry_of(patch: str | Patch | type[Patch]) -> PatchEntry:
     _require(cls, "used", _unfinished(cls, entry.family))
     if known is not None:
         raise AccelplugError(
-            f"{_named(cls)} goes by the name {entry.name!r}, and so does {known.module}.{known.cls}; give it a `name` of its own."
+            f"{_full_name(cls)} goes by the name {entry.name!r}, and so does {known.module}.{known.cls}; give it a `name` of its own."
         )
     return entry
 
@@ -399,8 +399,8 @@ def _undescribed(cls: type[Patch]) -> Iterator[str]:
 
 def _require(cls: type[Patch], what: str, faults: Iterable[str]) -> None:
     if found := list(faults):
-        raise AccelplugError(f"{_named(cls)} cannot be {what} as a patch: {'; '.join(found)}. See docs/add-a-patch.md.")
+        raise AccelplugError(f"{_full_name(cls)} cannot be {what} as a patch: {'; '.join(found)}. See docs/add-a-patch.md.")
 
 
-def _named(cls: type) -> str:
+def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"

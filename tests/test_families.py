@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from accelplug import compat
 from accelplug.call import Layout
-from accelplug.families import FAMILIES, find
+from accelplug.families import FAMILIES, family_of
 from accelplug.families.base import Family, Geometry, site_kinds
 from accelplug.families.flux import raster_grid
 from accelplug.testing.models import batch_of_two, noise, raster_ids
@@ -107,7 +107,7 @@ class Forward:
 
 def forward(model: nn.Module, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Forward:
     """Run `model` once, as the host does: geometry from the inputs of the denoiser, or of each resolution of a UNet."""
-    family = find(model)
+    family = family_of(model)
     assert family is not None
     kinds, _ = site_kinds(family, owners(model))
     geometry: dict[str, Geometry | None] = {}
@@ -135,7 +135,7 @@ def forward(model: nn.Module, inputs: dict[str, Any], monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", MODELS)
 def test_every_site_has_the_tokens_and_the_mask_that_its_family_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build(name)
-    family = find(model)
+    family = family_of(model)
     run = forward(model, inputs, monkeypatch)
     seen = set()
     for call, layout in run.sites():
@@ -220,7 +220,7 @@ def test_a_place_of_a_resolution_lands_on_its_raster_place(name: str, monkeypatc
     level.norm = nn.Identity()  # a group norm spreads a change over its whole group
     channels = level.config.in_channels
     inputs = {"hidden_states": noise(1, channels, 6, 8), "encoder_hidden_states": noise(1, 7, 16)}
-    geometry = find(model).geometry(level.config, inputs)
+    geometry = family_of(model).geometry(level.config, inputs)
     assert geometry == Geometry((1, 6, 8))
 
     def first_queries(x: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def test_latte_attends_frame_by_frame_and_then_over_the_frames(monkeypatch: pyte
 
 def test_an_outer_mask_is_the_outer_product_of_its_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build("hunyuan_video_15")
-    assert find(model).outer_mask
+    assert family_of(model).outer_mask
     for call, layout in forward(model, inputs, monkeypatch).sites():
         valid = call.mask[:, 0, 0]
         assert valid[:, : layout.visual].all(), "a visual token is always valid"
@@ -272,7 +272,7 @@ def test_chroma_adds_its_mask_to_the_scores(monkeypatch: pytest.MonkeyPatch) -> 
     for call, layout in forward(model, inputs | {"attention_mask": padding}, monkeypatch).sites():
         assert call.mask.dtype == torch.float32
         assert call.mask.shape == (1, 1, layout.length, layout.length)
-    assert not find(model).outer_mask
+    assert not family_of(model).outer_mask
 
 
 # ------------------------------------------------------------------------------------------------------- pure geometry
@@ -340,7 +340,7 @@ PUBLISHED = [
 ]
 
 
-def family_of(class_name: str) -> Family:
+def family_named(class_name: str) -> Family:
     return next(family for family in FAMILIES if class_name in family.classes)
 
 
@@ -353,7 +353,7 @@ def test_published_sizes(
     grid: tuple[int, int, int],
     length: int,
 ) -> None:
-    family = family_of(class_name)
+    family = family_named(class_name)
     geometry = family.geometry(SimpleNamespace(patch_size=patch, patch_size_t=patch_t), inputs)
     assert geometry.grid_thw == grid
     layout = geometry.layout(family.sites[0][1], length)
@@ -406,7 +406,7 @@ DENSE = {
 def test_what_is_not_understood_is_dense(case: str) -> None:
     class_name, inputs = DENSE[case]
     config = SimpleNamespace(patch_size=(1, 2, 2))
-    assert family_of(class_name).geometry(config, inputs) is None
+    assert family_named(class_name).geometry(config, inputs) is None
 
 
 def test_raster_ids() -> None:
@@ -446,7 +446,7 @@ def test_mochi_attends_to_as_much_text_as_is_valid(monkeypatch: pytest.MonkeyPat
 
 def test_layers_count_on_over_double_and_single_blocks() -> None:
     model, _ = tiny_models.build("flux")
-    kinds, layers = site_kinds(find(model), owners(model))
+    kinds, layers = site_kinds(family_of(model), owners(model))
     assert layers == 4
     assert kinds["transformer_blocks.1.attn"] == ("joint", 1)
     assert kinds["single_transformer_blocks.0.attn"] == ("joint", 2)
@@ -454,7 +454,7 @@ def test_layers_count_on_over_double_and_single_blocks() -> None:
 
 def test_two_attentions_of_a_block_share_its_layer() -> None:
     model, _ = tiny_models.build("sd3")
-    kinds, layers = site_kinds(find(model), owners(model))
+    kinds, layers = site_kinds(family_of(model), owners(model))
     assert layers == 3
     assert (kinds["transformer_blocks.0.attn"], kinds["transformer_blocks.0.attn2"]) == (("joint", 0), ("self", 0))
     assert "transformer_blocks.1.attn2" not in kinds
@@ -462,7 +462,7 @@ def test_two_attentions_of_a_block_share_its_layer() -> None:
 
 def test_unet_sites_are_numbered_from_the_way_down_to_the_way_up() -> None:
     model, _ = tiny_models.build("unet_sdxl")
-    kinds, layers = site_kinds(find(model), owners(model))
+    kinds, layers = site_kinds(family_of(model), owners(model))
     selves = sorted((layer, path) for path, (kind, layer) in kinds.items() if kind == "self")
     assert [layer for layer, _ in selves] == list(range(layers))
     assert [path.split("_")[0] for _, path in selves] == sorted((path.split("_")[0] for _, path in selves))  # down mid up
@@ -485,7 +485,7 @@ def test_unet_sites_are_numbered_from_the_way_down_to_the_way_up() -> None:
 def test_refiners_sound_and_control_are_left_alone(name: str, module: str) -> None:
     model, _ = tiny_models.build(name)
     assert module in owners(model)
-    assert module not in site_kinds(find(model), owners(model))[0]
+    assert module not in site_kinds(family_of(model), owners(model))[0]
 
 
 def test_every_class_of_a_family_is_one_of_diffusers_and_belongs_to_it_alone() -> None:
@@ -501,10 +501,10 @@ def test_a_class_that_derives_from_a_known_one_is_known() -> None:
     class Mine(type(tiny_models.build("wan")[0])):
         pass
 
-    assert find(Mine.__new__(Mine)).name == "wan"
-    assert find(nn.Linear(2, 2)) is None
+    assert family_of(Mine.__new__(Mine)).name == "wan"
+    assert family_of(nn.Linear(2, 2)) is None
 
 
 def test_linear_attention_is_refused_with_a_reason() -> None:
-    family = find(tiny_models.build("sana")[0])
+    family = family_of(tiny_models.build("sana")[0])
     assert "linear" in family.refuse

@@ -22,7 +22,7 @@ from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, 
 from accelplug.hosts import rebind
 from accelplug.hosts import transformers as language
 from accelplug.hosts.host import plug_of
-from accelplug.testing.models import MIDDLE, noise
+from accelplug.testing.models import TIMESTEP, noise
 from tests import tiny_language_models as tiny
 from tests import tiny_models
 from tests.test_guidance import CARVE, processor
@@ -116,7 +116,7 @@ class Denoiser(Case):
     def run(self) -> torch.Tensor:
         inputs = {
             "hidden_states": noise(1, self.root.config.in_channels, 3, 8, 12),
-            "timestep": MIDDLE,
+            "timestep": TIMESTEP,
             "encoder_hidden_states": noise(1, 12, self.root.config.text_dim),
         }
         with torch.no_grad(), self.root.cache_context("cond"):

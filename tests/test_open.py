@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from pydantic import Field
 
 import accelplug
-from accelplug import catalog, registry
+from accelplug import catalog, families, registry
 from accelplug.errors import AccelplugError, NoMatchError
+from accelplug.families.base import SELF_AND_CROSS, Family, latents
 from accelplug.kernels.orders import Tiles
 from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.base import Patch
@@ -20,6 +22,8 @@ from accelplug.patches.generation import GenerationPatch
 from accelplug.patches.sparse.radial import Radial
 from accelplug.patches.sparse.template import BlockConfig, BlockSparse, Scored
 from accelplug.registry import PATCH_FAMILIES, entry_of, list_patches, patch_class, patch_entry, register_patch
+from accelplug.testing.laws import run_once
+from accelplug.testing.models import build_denoiser, wan
 
 
 class Diagonal(BlockSparse):
@@ -174,3 +178,51 @@ NOT_A_PATCH = "a string"
 @pytest.mark.usefixtures("shelf")
 def test_the_decorator_is_public() -> None:
     assert accelplug.register_patch is register_patch
+
+
+# ------------------------------------------------------------------------------------------------------------------ families
+
+OWN = Family("own", ("OwnTransformer", "OwnerTransformer"), SELF_AND_CROSS, latents("bcthw"))
+
+
+@pytest.fixture
+def own_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Families that tests may add to, with entry points not read yet."""
+    known = {cls: family for family in families.FAMILIES for cls in family.classes}
+    points = catalog.EntryPoints("accelplug.families", families.register_family)
+    monkeypatch.setattr(families, "_FAMILIES", catalog.Catalog("denoiser class", known, points))
+
+
+@pytest.mark.usefixtures("own_families")
+def test_a_denoiser_of_another_package_is_patched_once_its_family_is_registered() -> None:
+    model, inputs = build_denoiser(wan)
+    model.__class__ = type("TheirTransformer", (type(model),), {})
+    recipe = {"rules": [{"patch": "radial", "with": {"block": 8, "backend": "reference"}}]}
+    assert families.family_of(model) is families.FAMILIES[0], "a class that derives from Wan is taken for Wan"
+    left_alone = Family("theirs", ("TheirTransformer",), (("blocks.0.attn1", "self"),), latents("bcthw"))
+    assert accelplug.register_family(left_alone) is accelplug.register_family(left_alone)
+    assert families.family_of(model) is left_alone, "the more derived class decides"
+    assert families.list_families()[-1] is left_alone
+    with accelplug.apply(model, recipe, gate="off") as plug:
+        run_once(model, inputs)
+        assert [(row.site.module, row.name) for row in plug.where() if row.site] == [("blocks.0.attn1", "radial")]
+
+
+@pytest.mark.usefixtures("own_families")
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("wan", "expected an accelplug.families.base.Family"),
+        (replace(OWN, classes=()), "`classes` must be a tuple"),
+        (replace(OWN, classes="OwnTransformer"), "`classes` must be a tuple"),
+        (replace(OWN, sites=()), "`sites` names no attention module"),
+        (replace(OWN, sites=(("blocks.*", "sideways"),)), "got 'sideways'"),
+        (replace(OWN, geometry=None), "`geometry` must be a function"),
+        (replace(OWN, name="wan"), "another family of that name"),
+        (replace(OWN, classes=("FluxTransformer2DModel",)), "expected a name that is free"),
+    ],
+)
+def test_what_a_family_lacks_is_named(family: Any, said: str) -> None:
+    with pytest.raises(AccelplugError, match=said):
+        accelplug.register_family(family)
+    assert families.list_families() == families.FAMILIES

@@ -15,7 +15,7 @@ from accelplug.patches.base import Patch
 from accelplug.patches.guidance.contrast import Contrast
 from accelplug.patches.sparse.neighborhood import Neighborhood
 from accelplug.recipe import Span, Where
-from accelplug.testing.models import MIDDLE, noise, sample_of
+from accelplug.testing.models import TIMESTEP, noise, sample_of
 from tests import tiny_language_models, tiny_models
 
 PATCH = {"patch": "neighborhood", "with": {"block": 8, "backend": "reference", "window": [1, 3, 3]}}
@@ -253,7 +253,7 @@ def test_the_gate_judges_denoisers_compiled_whole(how: str, monkeypatch: pytest.
         with torch.no_grad(), pipe.transformer.cache_context("cond"):
             pipe.transformer(
                 hidden_states=noise(1, 16, 3, 8, 12),
-                timestep=MIDDLE,
+                timestep=TIMESTEP,
                 encoder_hidden_states=inputs["prompt_embeds"],
             )
         (unjudged,) = plug.report().unjudged

@@ -13,7 +13,7 @@ import torch
 from diffusers.models import embeddings
 
 from accelplug.testing.models import (
-    MIDDLE,
+    TIMESTEP,
     WAN_CONFIG,
     Arguments,
     Built,
@@ -110,7 +110,7 @@ def mochi() -> Built:
     return model, {
         "hidden_states": noise(1, 4, 3, 8, 12),
         "encoder_hidden_states": noise(1, 16, 16),
-        "timestep": MIDDLE,
+        "timestep": TIMESTEP,
         "encoder_attention_mask": valid_first(16, 10).bool(),
     }
 
@@ -131,7 +131,7 @@ def ltx() -> Built:
     return model, {
         "hidden_states": noise(1, 3 * 4 * 6, 4),
         "encoder_hidden_states": noise(1, 16, 16),
-        "timestep": MIDDLE,
+        "timestep": TIMESTEP,
         "encoder_attention_mask": valid_first(16, 11),
         **PACKED_VIDEO,
     }
@@ -179,7 +179,7 @@ def cosmos() -> Built:
     )
     return model, {
         "hidden_states": noise(1, 4, 3, 8, 12),
-        "timestep": MIDDLE,
+        "timestep": TIMESTEP,
         "encoder_hidden_states": noise(1, 12, 16),
         "attention_mask": valid_first(12, 9).bool(),
         "fps": 30,
@@ -210,7 +210,7 @@ def allegro() -> Built:
     return model, {
         "hidden_states": noise(1, 4, 3, 8, 12),
         "encoder_hidden_states": noise(1, 16, 8),
-        "timestep": MIDDLE,
+        "timestep": TIMESTEP,
         "image_rotary_emb": (tuple(freqs), tuple(places.T.reshape(3, 1, -1).contiguous())),
     }
 
@@ -380,7 +380,7 @@ def sana() -> Built:
         caption_channels=8,
         sample_size=8,
     )
-    return model, {"hidden_states": noise(1, 4, 6, 8), "encoder_hidden_states": noise(1, 8, 8), "timestep": MIDDLE}
+    return model, {"hidden_states": noise(1, 4, 6, 8), "encoder_hidden_states": noise(1, 8, 8), "timestep": TIMESTEP}
 
 
 def unet_sdxl() -> Built:

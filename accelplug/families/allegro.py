@@ -3,11 +3,11 @@
 An ``attention_mask`` over the video becomes an additive (B, heads, 1, S), which is no bool key validity: dense.
 """
 
-from accelplug.families.base import Family, latents
+from accelplug.families.base import SELF_AND_CROSS, Family, latents
 
 ALLEGRO = Family(
     name="allegro",
     classes=("AllegroTransformer3DModel",),
-    sites=(("transformer_blocks.*.attn1", "self"), ("transformer_blocks.*.attn2", "cross")),
+    sites=SELF_AND_CROSS,
     geometry=latents("bcthw"),
 )

@@ -19,6 +19,11 @@ Inputs = Mapping[str, Any]
 Sites = tuple[tuple[str, Kind], ...]
 """(glob of a module path, kind)."""
 
+SELF_AND_CROSS: Sites = (("transformer_blocks.*.attn1", "self"), ("transformer_blocks.*.attn2", "cross"))
+"""Blocks with self-attention, then cross-attention to the text."""
+DOUBLE_AND_SINGLE: Sites = (("transformer_blocks.*.attn", "joint"), ("single_transformer_blocks.*.attn", "joint"))
+"""Double blocks, which have weights for the text and for the rest each, then single ones."""
+
 Grid = tuple[int, int, int]
 """Latent frames, patch rows, patch columns."""
 

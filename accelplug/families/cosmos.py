@@ -3,12 +3,12 @@
 Condition and padding masks come as channels, not as tokens.
 """
 
-from accelplug.families.base import Family, latents
+from accelplug.families.base import SELF_AND_CROSS, Family, latents
 
 COSMOS = Family(
     name="cosmos",
     classes=("CosmosTransformer3DModel",),
-    sites=(("transformer_blocks.*.attn1", "self"), ("transformer_blocks.*.attn2", "cross")),
+    sites=SELF_AND_CROSS,
     geometry=latents("bcthw"),
     timestep=("timestep", "sigma_share", "sigma"),  # Cosmos 1, Predict2, 2.5
 )

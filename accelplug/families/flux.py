@@ -10,9 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from accelplug import compat
-from accelplug.families.base import Family, Geometry, Grid, Inputs, Sites, shape_of
-
-_SITES: Sites = (("transformer_blocks.*.attn", "joint"), ("single_transformer_blocks.*.attn", "joint"))
+from accelplug.families.base import DOUBLE_AND_SINGLE, Family, Geometry, Grid, Inputs, shape_of
 
 
 def raster_grid(ids: Any) -> Grid | None:
@@ -38,7 +36,7 @@ def raster_grid(ids: Any) -> Grid | None:
     return (1, rows, columns) if torch.equal(ids, raster) else None
 
 
-def _packed(config: Any, inputs: Inputs) -> Geometry | None:
+def by_ids(config: Any, inputs: Inputs) -> Geometry | None:
     image, text = (shape_of(inputs, name, 3) for name in ("hidden_states", "encoder_hidden_states"))
     ids = inputs.get("img_ids")
     if image is None or text is None or ids is None or image[1] != ids.shape[-2]:
@@ -49,13 +47,24 @@ def _packed(config: Any, inputs: Inputs) -> Geometry | None:
 
 def _without_references(config: Any, inputs: Inputs) -> Geometry | None:
     """Flux.2 with a cache of reference tokens: these are keys that no id of this forward speaks of."""
-    return _packed(config, inputs) if inputs.get("kv_cache_mode") is None else None
+    return by_ids(config, inputs) if inputs.get("kv_cache_mode") is None else None
 
 
 FLUX = Family(
-    name="flux", classes=("FluxTransformer2DModel",), sites=_SITES, geometry=_packed, split_apart=True, status="verified"
+    name="flux",
+    classes=("FluxTransformer2DModel",),
+    sites=DOUBLE_AND_SINGLE,
+    geometry=by_ids,
+    split_apart=True,
+    status="verified",
 )
 FLUX2 = Family(
-    name="flux2", classes=("Flux2Transformer2DModel",), sites=_SITES, geometry=_without_references, split_apart=True
+    name="flux2",
+    classes=("Flux2Transformer2DModel",),
+    sites=DOUBLE_AND_SINGLE,
+    geometry=_without_references,
+    split_apart=True,
 )
-CHROMA = Family(name="chroma", classes=("ChromaTransformer2DModel",), sites=_SITES, geometry=_packed, status="dense")
+CHROMA = Family(
+    name="chroma", classes=("ChromaTransformer2DModel",), sites=DOUBLE_AND_SINGLE, geometry=by_ids, status="dense"
+)

@@ -8,14 +8,12 @@ read by nobody, because they are invalid keys of every later layer and only visu
 The text refiners (``context_embedder``) have attention of the same classes over the text alone and are left alone.
 """
 
-from accelplug.families.base import Family, Sites, latents, unknown
-
-_SITES: Sites = (("transformer_blocks.*.attn", "joint"), ("single_transformer_blocks.*.attn", "joint"))
+from accelplug.families.base import DOUBLE_AND_SINGLE, Family, latents, unknown
 
 HUNYUAN_VIDEO = Family(
     name="hunyuan_video",
     classes=("HunyuanVideoTransformer3DModel",),
-    sites=_SITES,
+    sites=DOUBLE_AND_SINGLE,
     geometry=latents("bcthw", text=("encoder_hidden_states",)),
     status="verified",
 )
@@ -23,7 +21,7 @@ HUNYUAN_VIDEO = Family(
 HUNYUAN_VIDEO_15 = Family(
     name="hunyuan_video_15",
     classes=("HunyuanVideo15Transformer3DModel",),
-    sites=_SITES[:1],
+    sites=DOUBLE_AND_SINGLE[:1],
     geometry=latents("bcthw", text=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")),
     outer_mask=True,
 )
@@ -31,7 +29,7 @@ HUNYUAN_VIDEO_15 = Family(
 FRAMEPACK = Family(
     name="framepack",
     classes=("HunyuanVideoFramepackTransformer3DModel",),
-    sites=_SITES,
+    sites=DOUBLE_AND_SINGLE,
     geometry=unknown,  # a history at three resolutions stands ahead of the frames
     status="dense",
 )

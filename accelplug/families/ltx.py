@@ -7,10 +7,10 @@ coordinates (``video_coords``) without ``num_frames, height, width`` is not unde
 
 from typing import Any
 
-from accelplug.families.base import Family, Geometry, Inputs, shape_of
+from accelplug.families.base import SELF_AND_CROSS, Family, Geometry, Inputs, shape_of
 
 
-def _packed(config: Any, inputs: Inputs) -> Geometry | None:
+def by_sizes(config: Any, inputs: Inputs) -> Geometry | None:
     frames, rows, columns = (inputs.get(name) for name in ("num_frames", "height", "width"))
     shape = shape_of(inputs, "hidden_states", 3)
     if shape is None or not (frames and rows and columns) or shape[1] != frames * rows * columns:
@@ -21,14 +21,14 @@ def _packed(config: Any, inputs: Inputs) -> Geometry | None:
 LTX = Family(
     name="ltx",
     classes=("LTXVideoTransformer3DModel",),
-    sites=(("transformer_blocks.*.attn1", "self"), ("transformer_blocks.*.attn2", "cross")),
-    geometry=_packed,
+    sites=SELF_AND_CROSS,
+    geometry=by_sizes,
 )
 
 LTX2 = Family(
     name="ltx2",
     classes=("LTX2VideoTransformer3DModel",),
     # The four other attentions of a block have the sound as queries or keys, and are left alone.
-    sites=(("transformer_blocks.*.attn1", "self"), ("transformer_blocks.*.attn2", "cross")),
-    geometry=_packed,
+    sites=SELF_AND_CROSS,
+    geometry=by_sizes,
 )

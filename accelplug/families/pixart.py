@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from accelplug.families.base import Family, Geometry, Inputs, latent_grid, latents
+from accelplug.families.base import SELF_AND_CROSS, Family, Geometry, Inputs, latent_grid, latents
 
 PIXART = Family(
     name="pixart",
     classes=("PixArtTransformer2DModel",),
-    sites=(("transformer_blocks.*.attn1", "self"), ("transformer_blocks.*.attn2", "cross")),
+    sites=SELF_AND_CROSS,
     geometry=latents("bchw"),
 )
 
@@ -21,10 +21,6 @@ def _one_frame(config: Any, inputs: Inputs) -> Geometry | None:
 LATTE = Family(
     name="latte",
     classes=("LatteTransformer3DModel",),
-    sites=(
-        ("transformer_blocks.*.attn1", "self"),
-        ("transformer_blocks.*.attn2", "cross"),
-        ("temporal_transformer_blocks.*.attn1", "temporal"),
-    ),
+    sites=(*SELF_AND_CROSS, ("temporal_transformer_blocks.*.attn1", "temporal")),
     geometry=_one_frame,
 )

@@ -9,7 +9,7 @@ from typing import Any
 from accelplug.families.base import Family, Geometry, Inputs, shape_of
 
 
-def _packed(config: Any, inputs: Inputs) -> Geometry | None:
+def by_shapes(config: Any, inputs: Inputs) -> Geometry | None:
     image, text = (shape_of(inputs, name, 3) for name in ("hidden_states", "encoder_hidden_states"))
     samples = [shapes if isinstance(shapes, list) else [shapes] for shapes in inputs.get("img_shapes") or []]
     if image is None or text is None or not samples or any(shapes != samples[0] for shapes in samples):
@@ -26,6 +26,6 @@ QWEN_IMAGE = Family(
     name="qwen_image",
     classes=("QwenImageTransformer2DModel",),
     sites=(("transformer_blocks.*.attn", "joint"),),
-    geometry=_packed,
+    geometry=by_shapes,
     split_apart=True,
 )

@@ -56,7 +56,7 @@ KNOWN_VLMS = (
 
 def vlm_of(model: Any) -> Vlm | None:
     """Return the family of a model by the names of its class and the classes that it derives from, or None."""
-    return next((family for cls in type(model).__mro__ if (family := _VLMS.get(cls.__name__)) is not None), None)
+    return _VLMS.of(model)
 
 
 def list_vlms() -> tuple[Vlm, ...]:

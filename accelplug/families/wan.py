@@ -6,14 +6,15 @@ reference image as one more latent frame; neither adds tokens beside the grid. T
 modulation only.
 """
 
-from accelplug.families.base import AnyOrder, Family, Sites, latents
-
-_SITES: Sites = (("blocks.*.attn1", "self"), ("blocks.*.attn2", "cross"))
+from accelplug.families.base import AnyOrder, Family, latents
 
 WAN = Family(
     name="wan",
     classes=("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel"),
-    sites=_SITES,  # the blocks of VACE's control branch, vace_blocks, are left alone
+    sites=(
+        ("blocks.*.attn1", "self"),
+        ("blocks.*.attn2", "cross"),
+    ),  # the blocks of VACE's control branch, vace_blocks, are left alone
     geometry=latents("bcthw"),
     # Not VACE and Animate, which add hints and faces to the tokens between blocks; nor SkyReels-V2, which may pass a mask.
     any_order=AnyOrder(
@@ -27,4 +28,4 @@ WAN = Family(
     status="verified",
 )
 
-SKYREELS = Family(name="skyreels", classes=("SkyReelsV2Transformer3DModel",), sites=_SITES, geometry=latents("bcthw"))
+SKYREELS = Family(name="skyreels", classes=("SkyReelsV2Transformer3DModel",), sites=WAN.sites, geometry=latents("bcthw"))

@@ -19,7 +19,7 @@ from accelplug import compat
 from accelplug.bounded import Bounded
 from accelplug.call import AttentionCall, Clock, Layout, Share, Site
 from accelplug.errors import NoMatchError, UnsupportedError
-from accelplug.families import find
+from accelplug.families import family_of
 from accelplug.families.base import Geometry, site_kinds
 from accelplug.hosts import rebind, ulysses
 from accelplug.hosts.caches import StepCaches
@@ -119,10 +119,11 @@ class DenoiserHost(Host):
         return DENOISERS if isinstance(model, nn.Module) else ()
 
     def __init__(self, name: str, denoiser: nn.Module, clock: StepClock, setup: Setup, *, takes_turns: bool = False) -> None:
-        family = find(denoiser)
+        family = family_of(denoiser)
         if family is None:
             raise UnsupportedError(
-                f"{type(denoiser).__name__} is no denoiser that accelplug knows; accelplug.families.FAMILIES lists them."
+                f"{type(denoiser).__name__} is not a denoiser that accelplug knows: accelplug.families.list_families() has them. Describe "
+                "it by accelplug.register_family(...)."
             )
         if family.refuse:
             raise UnsupportedError(f"{type(denoiser).__name__} cannot be patched: {family.refuse}")

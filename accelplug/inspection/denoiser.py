@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelplug.call import Clock, Layout, Site
 from accelplug.errors import AccelplugError
-from accelplug.families import find
+from accelplug.families import family_of
 from accelplug.families.base import site_kinds
 from accelplug.hosts.forecast import amdahl
 from accelplug.hosts.host import model_facts
@@ -127,7 +127,7 @@ def _ceiling(recipe: Recipe, part: DenoiserFacts, tokens: int) -> float:
 def _facts(name: str, denoiser: Any) -> DenoiserFacts:
     import torch
 
-    family = find(denoiser)
+    family = family_of(denoiser)
     owners = dict(processor_owners(denoiser))
     kinds, layers = site_kinds(family, list(owners)) if family else ({}, 0)
     sites = tuple(Site(path, name, kind, layer, layers) for path, (kind, layer) in kinds.items() if kind in PATCHABLE)

@@ -35,7 +35,7 @@ def raster_ids(*sizes: int) -> Tensor:
     return torch.cartesian_prod(*[torch.arange(size) for size in sizes])
 
 
-MIDDLE = torch.tensor([500])
+TIMESTEP = torch.tensor([500])
 """A timestep."""
 
 
@@ -53,7 +53,7 @@ WAN_CONFIG = {
 def wan(**config: Any) -> Built:
     """Self-attention over three frames, cross-attention to the text."""
     model = diffusers.WanTransformer3DModel(**{**WAN_CONFIG, "num_layers": 3, "in_channels": 4, "out_channels": 4, **config})
-    return model, {"hidden_states": noise(1, 4, 3, 8, 12), "timestep": MIDDLE, "encoder_hidden_states": noise(1, 12, 16)}
+    return model, {"hidden_states": noise(1, 4, 3, 8, 12), "timestep": TIMESTEP, "encoder_hidden_states": noise(1, 12, 16)}
 
 
 def hunyuan_video() -> Built:
@@ -73,7 +73,7 @@ def hunyuan_video() -> Built:
     )
     return model, {
         "hidden_states": noise(1, 4, 3, 8, 12),
-        "timestep": MIDDLE,
+        "timestep": TIMESTEP,
         "encoder_hidden_states": noise(1, 12, 16),
         "encoder_attention_mask": valid_first(12, 8),
         "pooled_projections": noise(1, 8),
@@ -103,7 +103,7 @@ def cogvideox(patch_size_t: int | None = None) -> Built:
     return model, {
         "hidden_states": noise(1, frames, 4, 8, 12),
         "encoder_hidden_states": noise(1, 8, 8),
-        "timestep": MIDDLE,
+        "timestep": TIMESTEP,
         "image_rotary_emb": embeddings.get_3d_rotary_pos_embed(16, ((0, 0), (4, 6)), (4, 6), 3),
     }
 
@@ -150,7 +150,7 @@ def sd3() -> Built:
         "hidden_states": noise(1, 4, 12, 16),
         "encoder_hidden_states": noise(1, 11, 32),
         "pooled_projections": noise(1, 64),
-        "timestep": MIDDLE,
+        "timestep": TIMESTEP,
     }
 
 
