@@ -96,7 +96,7 @@ def calibrate(
     base = load(recipe, facts) if patch == "rest" else None
     if base is not None:
         base.to_mapping()  # so that a rule that cannot be written is told, too
-    task = Task(patch, dict(config or {}), dict(options or {}), base)
+    task = Subject(patch, dict(config or {}), dict(options or {}), base)
     task.make()  # so that a wrong knob is told before anything runs
     if dense_steps is not None:
         load({"rules": [{"where": {"steps": dense_steps}, "patch": "dense"}]}, facts)
@@ -113,7 +113,7 @@ def calibrate(
         "buckets": buckets,
         "model": task.model(facts),
     }
-    study = Study(task, len(runs), buckets, seed, json.dumps(settings, sort_keys=True))
+    study = Runs(task, len(runs), buckets, seed, json.dumps(settings, sort_keys=True))
     done = study.resume(place.partial) if place is not None else 0
     with (
         working(pipe) as ranks,
@@ -208,7 +208,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Task:
+class Subject:
     """What is calibrated: a method, or the weights of pooled blocks for the selectors of a recipe."""
 
     patch: str
@@ -252,7 +252,7 @@ class Task:
         plain = json.loads(json.dumps({k: v for k, v in facts.config.items() if not k.startswith("_")}, default=str))
         return {"class": facts.class_names[0], **plain}
 
-    def rules(self, study: Study, tables: Mapping[str, Any], dense_steps: str | None) -> list[dict[str, Any]]:
+    def rules(self, study: Runs, tables: Mapping[str, Any], dense_steps: str | None) -> list[dict[str, Any]]:
         """Return the rules of the recipe, as plain data but for the tables."""
         if self.base is not None:
             return [rule for found in self.base.rules for rule in self._weighted(found, study, tables)]
@@ -267,7 +267,7 @@ class Task:
             )
         return rules
 
-    def _weighted(self, rule: Any, study: Study, tables: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def _weighted(self, rule: Any, study: Runs, tables: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """A rule of the base recipe; where its patch pools, one per denoiser, with the weights."""
         plain = {"where": {}, **rule.to_mapping()}
         pools = (
@@ -289,10 +289,10 @@ def _constants(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass
-class Study:
+class Runs:
     """The runs of one calibration, and what they gave so far."""
 
-    task: Task
+    task: Subject
     prompts: int
     buckets: int
     seed: int
@@ -368,7 +368,7 @@ class Study:
         steps = [step for step in range(clock.steps) if bucket(Clock(step, clock.steps), buckets) == found]
         return found if site.layer is not None and clock.step == steps[len(steps) // 2] else None
 
-    def observe(self, place: Place, call: AttentionCall, out: Tensor) -> None:
+    def observe(self, place: Due, call: AttentionCall, out: Tensor) -> None:
         """Hand a dense call to the denoiser's calibration."""
         site, layout, clock = place.site, place.layout, place.clock
         self._on(layout.grid_thw, site.denoiser)
@@ -428,7 +428,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Partial:
-    """What a partial file says of its sums: see `Study`. `turns` are the runs that are in them."""
+    """What a partial file says of its sums: see `Runs`. `turns` are the runs that are in them."""
 
     settings: str
     turns: int
@@ -439,7 +439,7 @@ class Partial:
 
 
 @dataclass(frozen=True)
-class Place:
+class Due:
     """Where and when a call is that is looked at."""
 
     site: Site
@@ -447,7 +447,7 @@ class Place:
     clock: Clock
     bucket: int
 
-    def to(self, device: Any) -> Place:
+    def to(self, device: Any) -> Due:
         """Nothing here lies on a device."""
         return self
 
@@ -458,28 +458,28 @@ class Watcher(Patch):
     name, family = "watch", "sparse"
     speed = False
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Runs) -> None:
         super().__init__()
         self._study = study
 
-    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Place | None:
+    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Due | None:
         due = self._study.due(site, layout, clock) if site.kind in ("self", "joint") else None
-        return None if due is None else Place(site, layout, clock, due)
+        return None if due is None else Due(site, layout, clock, due)
 
-    def attend(self, call: AttentionCall, params: Place) -> Tensor:
+    def attend(self, call: AttentionCall, params: Due) -> Tensor:
         out = call.dense()
         self._show(params, call, out)
         return out
 
     @torch.compiler.disable
-    def _show(self, place: Place, call: AttentionCall, out: Tensor) -> None:
+    def _show(self, place: Due, call: AttentionCall, out: Tensor) -> None:
         self._study.observe(place, call, out)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _yaml(model: str, facts: ModelFacts, patch: str, task: Task, summary: str, rules: list[dict[str, Any]]) -> str:
+def _yaml(model: str, facts: ModelFacts, patch: str, task: Subject, summary: str, rules: list[dict[str, Any]]) -> str:
     """Write a recipe file with one recipe."""
     shipped = matching_files(facts)
     match = shipped[0].match.to_mapping() if len(shipped) == 1 else match_for(facts)

@@ -49,7 +49,7 @@ def require_files(pictures: Sequence[str | Path]) -> None:
     """Raise AccelplugError unless all files of pictures are there, ahead of the work with them."""
     if missing := [path for path in pictures if not Path(path).is_file()]:
         raise AccelplugError(
-            f"{missing[0]} is no file, one of {len(missing)} pictures of {len(pictures)} that are not there."
+            f"{missing[0]} is not a file, one of {len(missing)} pictures of {len(pictures)} that are not there."
         )
 
 
@@ -164,7 +164,7 @@ def spelled(tokenizer: Any, ids: Sequence[int | None]) -> tuple[str, list[slice]
     return text, spans + [slice(len(text), len(text))] * waiting
 
 
-TEMPLATE = re.compile(
+TEMPLATE_WORDS = re.compile(
     rf"{MARK}\s*(?P<opened>user|assistant|human|model|system)(?=\s*\n|{MARK})"  # of a turn that a special token opens
     r"|\b(?P<written>(?i:user|assistant|human|system|gpt))\s*:"
     rf"|(?P<instruction>\[/?INST\])|\#\#\#|{MARK}"
@@ -180,7 +180,7 @@ def speakers(tokenizer: Any, ids: Sequence[int]) -> tuple[list[int | None], list
     begins: list[int | None] = [None] * len(spans)
     template = [False] * len(text)
     uncased = text.islower()
-    for found in TEMPLATE.finditer(text):
+    for found in TEMPLATE_WORDS.finditer(text):
         if (found["written"] or "").islower() and not uncased:  # such as a question's "operating system:"
             continue
         template[slice(*found.span())] = [True] * len(found[0])

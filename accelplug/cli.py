@@ -277,7 +277,7 @@ def _compare(options: argparse.Namespace) -> int:
 
     report = _report(options)
     if loading.kind_of(options.model_dir) == "language model":
-        return _examine(options, report)
+        return _compare_vlm(options, report)
     if not options.prompt:
         raise AccelplugError("compare runs a pipeline on prompts; add --prompt '...'.")
     if options.coco is not None:
@@ -297,7 +297,7 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _examine(options: argparse.Namespace, report: Path | None) -> int:
+def _compare_vlm(options: argparse.Namespace, report: Path | None) -> int:
     """Compare a vision-language model on questions and descriptions."""
     if options.record:
         raise AccelplugError("compare records pipelines only; of a language model, `accelplug tune` writes a measured row.")
@@ -372,11 +372,11 @@ def _questioned(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Load a language model, its processor or tokenizer, and the questions that are asked of it."""
     from accelplug import loading
     from accelplug.comparison import Exam
-    from accelplug.comparison.questions import read
+    from accelplug.comparison.questions import read_questions
 
     if options.questions and options.coco:
         raise AccelplugError("--questions and --coco both say what is asked; give one of them.")
-    asked: Any = read(options.questions) if options.questions else None
+    asked: Any = read_questions(options.questions) if options.questions else None
     if asked is None:
         asked = Exam.coco(options.coco, options.pictures) if options.coco else Exam.scenes(options.pictures)
     return *loading.language_model(options.model_dir, options.dtype, options.device, text=True), asked

@@ -13,16 +13,16 @@ from accelplug import files
 from accelplug.comparison import ranks
 from accelplug.errors import AccelplugError, UnsupportedError
 
-Kind = Literal["pipeline", "language model"]
+Saved = Literal["pipeline", "language model"]
 
 
-def kind_of(folder: Path) -> Kind:
+def kind_of(folder: Path) -> Saved:
     """Say what was saved to a folder, by the file that names it.
 
     Raises
     ------
     AccelplugError
-        If it is no folder, or holds neither.
+        If it is not a folder, or holds neither.
     """
     folder = files.path_of(folder, "The model's folder")
     try:
@@ -33,7 +33,7 @@ def kind_of(folder: Path) -> Kind:
     except OSError as error:
         raise AccelplugError(f"{folder} cannot be read: {error.strerror or error}.") from error
     raise AccelplugError(
-        f"{folder} is no saved pipeline and no saved language model: expected a folder with model_index.json or config.json."
+        f"{folder} is neither a saved pipeline nor a saved language model: expected a folder with model_index.json or config.json."
     )
 
 
@@ -63,7 +63,7 @@ def pipeline(folder: Path, dtype: str = "auto", device: str | None = None) -> An
     from diffusers import DiffusionPipeline
 
     if kind_of(folder) != "pipeline":
-        raise AccelplugError(f"{folder} is no saved pipeline: expected a folder with model_index.json.")
+        raise AccelplugError(f"{folder} is not a saved pipeline: expected a folder with model_index.json.")
     require_device(device)
     wanted = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
     if device is None:
@@ -75,7 +75,7 @@ def pipeline(folder: Path, dtype: str = "auto", device: str | None = None) -> An
 
 
 def language_model(folder: Path, dtype: str = "auto", device: str | None = None, text: bool = False) -> tuple[Any, Any]:
-    """Load a vision-language model and its processor; with `text`, a language model and its tokenizer where it is no such.
+    """Load a vision-language model and its processor; with `text`, a language model and its tokenizer where it sees no pictures.
 
     Raises
     ------

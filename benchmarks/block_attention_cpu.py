@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from accelplug.comparison.environment import environment
-from accelplug.comparison.rows import Spread
+from accelplug.comparison.rows import Quantiles
 from accelplug.kernels.attention import Backend, block_attention
 from accelplug.kernels.rest import Drop, Pool
 from benchmarks.common import random_plan, write_json
@@ -59,11 +59,11 @@ def main() -> None:
         for _ in range(REPEATS):
             for key, run in runs.items():
                 times[key].append(milliseconds(run))
-        dense = Spread.of(times["dense", 0, 1.0, "drop"])
+        dense = Quantiles.of(times["dense", 0, 1.0, "drop"])
         for (backend, block, target, kind), values in times.items():
             if backend == "dense":
                 continue
-            spread = Spread.of(values)
+            spread = Quantiles.of(values)
             ideal = ideals[backend, block, target, kind]
             achieved = ideal * dense.p50 / spread.p50
             rows.append(

@@ -33,14 +33,14 @@ from diffusers import WanPipeline
 from accelplug import zoo
 from accelplug.comparison.environment import environment
 from accelplug.comparison.result import jsonable
-from accelplug.comparison.rows import DENSE, gains
-from accelplug.comparison.study import Study, Variant
+from accelplug.comparison.rows import DENSE_ROW, Variant, gains
+from accelplug.comparison.study import Study
 from accelplug.compat.diffusers import quiet
 from accelplug.hosts.host import model_facts
 from accelplug.recipe import load, matching_files
-from accelplug.tuning.budget import Bound, parse
-from accelplug.tuning.forecast import Probe
+from accelplug.tuning.budget import Bound, parse_budget
 from accelplug.tuning.journal import Journal
+from accelplug.tuning.prediction import Probe
 from accelplug.tuning.result import Point, Tuned
 from accelplug.tuning.search import Search
 from accelplug.tuning.space import FINALISTS, WORTH, Arm, Candidate, cached
@@ -67,10 +67,10 @@ class RandomSearch(Search):
     seed = 0
 
     def _probe(self, found: Sequence[Arm]) -> None:
-        assert self.forecast is not None
+        assert self.predictor is not None
         self.draw = random.Random(self.seed)
-        self.forecast.probes = {arm: Probe({0: 0.0}, 0.0) for arm in found}  # every arm is kept, and nothing is known of it
-        self.forecast.layer_share = {layer: self.draw.random() for layer in range(self.forecast.trajectory.layers)}
+        self.predictor.probes = {arm: Probe({0: 0.0}, 0.0) for arm in found}  # every arm is kept, and nothing is known of it
+        self.predictor.layer_share = {layer: self.draw.random() for layer in range(self.predictor.trajectory.layers)}
 
     def _weigh(self) -> bool:
         return False
@@ -84,7 +84,7 @@ class RandomSearch(Search):
         left = [candidate for candidate in self.space if candidate not in self.points]
         return self.draw.choice(left) if left else None
 
-    def _foretold(self, candidate: Candidate) -> dict[str, float | None]:
+    def _predicted(self, candidate: Candidate) -> dict[str, float | None]:
         return {}
 
 
@@ -108,7 +108,7 @@ def told(search: Search, found: Tuned) -> dict[str, Any]:
         "why": found.why,
         "notes": found.notes,
         "seconds": found.seconds,
-        "probes": 0 if isinstance(search, RandomSearch) or search.forecast is None else len(search.forecast.probes),
+        "probes": 0 if isinstance(search, RandomSearch) or search.predictor is None else len(search.predictor.probes),
         "whole_runs": sum(len(row.samples) for row in search.study.rows.values()),
         "winner": vars(found.proven) if found.proven else None,
         "overturned": sum(point.verdict == "overturned" for point in found.points),
@@ -122,14 +122,14 @@ def told(search: Search, found: Tuned) -> dict[str, Any]:
 
 
 def forecast_error(search: Search, candidate: Candidate, point: Point) -> dict[str, float]:
-    """How far a forecast was off from the first whole run: speed-up as a share of it, the margin in the bound's unit."""
+    """How far a predictor was off from the first whole run: speed-up as a share of it, the margin in the bound's unit."""
     sample = search.study.rows[point.name].samples[0]
-    gain = gains(search.study.rows[DENSE], search.study.rows[point.name])[0]
-    clips = [search.study.clips[name, sample.prompt, sample.seed] for name in (DENSE, point.name)]
+    gain = gains(search.study.rows[DENSE_ROW], search.study.rows[point.name])[0]
+    clips = [search.study.clips[name, sample.prompt, sample.seed] for name in (DENSE_ROW, point.name)]
     error = {}
-    if (speedup := point.foretold.get("speedup")) is not None and candidate.arm is not None:
+    if (speedup := point.predicted.get("speedup")) is not None and candidate.arm is not None:
         error["speedup"] = abs(speedup / gain - 1)
-    if (margin := point.foretold.get("margin")) is not None:
+    if (margin := point.predicted.get("margin")) is not None:
         error["margin"] = abs(margin - min(bound.margin(bound.value(sample, *clips)) for bound in search.bounds))
     return error
 
@@ -146,7 +146,7 @@ def beside(
     """
     facts = model_facts(study.pipe)
     found: dict[str, list[Any]] = {name: [] for name in recipes}
-    variants = [Variant(name, "recipe", load(recipe, facts)) for name, recipe in recipes.items()]
+    variants = [Variant(name, load(recipe, facts)) for name, recipe in recipes.items()]
 
     def run(variant: Variant, pair: Pair) -> Any:
         study.rows.setdefault(variant.name, study.new_row(variant))
@@ -158,12 +158,12 @@ def beside(
         start = time.monotonic()
         if until is not None and start + taken > until:
             break
-        before = run(Variant(DENSE, "dense"), pair).latency_ms
+        before = run(Variant(DENSE_ROW, kind="dense"), pair).latency_ms
         for two in (variants[i : i + 2] for i in range(0, len(variants), 2)):
             samples = [run(variant, pair) for variant in two]
-            after = run(Variant(DENSE, "dense"), pair).latency_ms
+            after = run(Variant(DENSE_ROW, kind="dense"), pair).latency_ms
             for variant, sample, neighbour in zip(two, samples, (before, after), strict=False):
-                clips = study.clips[DENSE, *pair], study.clips[variant.name, *pair]
+                clips = study.clips[DENSE_ROW, *pair], study.clips[variant.name, *pair]
                 values = {bound.name: bound.value(sample, *clips) for bound in bounds}
                 margin = min(bound.margin(values[bound.name]) for bound in bounds)
                 run_ = {"prompt": pair[0], "seed": pair[1], "gain": neighbour / sample.latency_ms, "margin": margin}
@@ -263,7 +263,7 @@ def main() -> None:
     pipe = WanPipeline.from_pretrained(zoo.path(), dtype=torch.float32)
     frames, height, width, steps = GRIDS[options.grid]
     settings = {"num_frames": frames, "height": height, "width": width, "num_inference_steps": steps, "guidance_scale": 3.0}
-    bounds = parse(options.budget)
+    bounds = parse_budget(options.budget)
     data: dict[str, Any] = {**environment(pipe), "settings": settings, "budget": options.budget, "asked": vars(options)}
 
     def write(**parts: Any) -> None:

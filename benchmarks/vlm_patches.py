@@ -20,7 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import accelplug
 from accelplug import chat
 from accelplug.comparison.exam import Exam
-from accelplug.comparison.vlm import Variant, compare_vlm
+from accelplug.comparison.rows import Variant
+from accelplug.comparison.vlm import compare_vlm
 from accelplug.inspection.looking import VlmInspection
 from accelplug.recipe import named
 from accelplug.zoo import path, scenes

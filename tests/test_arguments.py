@@ -134,7 +134,7 @@ def test_pictures_that_are_not_there_are_told_ahead(tmp_path: Path) -> None:
     there = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(there)
     entries = [{"text": "?", "answer": "yes", "image": str(path)} for path in (there, tmp_path / "b.png")]
-    with pytest.raises(AccelplugError, match=r"b\.png is no file, one of 1 pictures of 2"):
+    with pytest.raises(AccelplugError, match=r"b\.png is not a file, one of 1 pictures of 2"):
         require_pictures(items(entries))
     for wrong in (
         {"text": "?", "answer": "yes", "image": 3},

@@ -29,8 +29,8 @@ def test_all_splits_are_counted() -> None:
 
 
 def test_the_worst_run_counts() -> None:
-    from accelplug.tuning.budget import parse
+    from accelplug.tuning.budget import parse_budget
 
-    found = summary([*runs(2.0, 1.0), *runs(1.0, -0.5), *runs(1.5, 2.0)], parse("psnr>=26"))
+    found = summary([*runs(2.0, 1.0), *runs(1.0, -0.5), *runs(1.5, 2.0)], parse_budget("psnr>=26"))
     assert (found["gain"], found["gain_from"], found["psnr"]) == (1.5, 1.0, pytest.approx(25.5))
     assert not found["holds"]

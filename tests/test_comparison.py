@@ -18,7 +18,7 @@ import accelplug
 from accelplug.comparison import metrics
 from accelplug.comparison.report import sprite
 from accelplug.comparison.result import Comparison
-from accelplug.comparison.rows import Row, Sample, Spread
+from accelplug.comparison.rows import Quantiles, Row, Sample
 from accelplug.errors import AccelplugError
 from accelplug.recipe import Measured, read_file
 from accelplug.testing.laws import snapshot_of
@@ -69,8 +69,8 @@ def test_ssim_and_latent_distance(clips: tuple[np.ndarray, np.ndarray]) -> None:
 
 
 def test_quantiles() -> None:
-    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
-    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == Spread(2.0, 3.5, 5.0)
+    assert Quantiles.of([3.0]) == Quantiles(3.0, 3.0, 3.0)
+    assert Quantiles.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == Quantiles(2.0, 3.5, 5.0)
 
 
 def small() -> tuple[Any, dict[str, Any]]:
@@ -204,7 +204,7 @@ def test_speedup_is_paired_by_prompt_and_seed() -> None:
     dense = Row("dense", "dense", samples=[Sample(0, 0, 100.0, 90.0), Sample(0, 1, 400.0, 390.0)])
     fast = Row("fast", "recipe", samples=[Sample(0, 0, 50.0, 40.0), Sample(0, 1, 200.0, 190.0)])
     result = Comparison("", [""], [0, 1], {}, "", {}, [dense, fast])
-    assert result.speedup(fast) == Spread(2.0, 2.0, 2.0)
+    assert result.speedup(fast) == Quantiles(2.0, 2.0, 2.0)
 
 
 def test_gains_are_measured_in_the_steps_that_were_foretold() -> None:
@@ -213,7 +213,7 @@ def test_gains_are_measured_in_the_steps_that_were_foretold() -> None:
         "half", "recipe", samples=[Sample(0, 0, 80.0, 40.0, [10.0, 10.0, 20.0])], density=[[1.0, 0.3, 0.3], [1.0, 1.0, 0.5]]
     )
     result = Comparison("", [""], [0], {}, "", {}, [dense, half])
-    assert result.step_gain(half) == Spread(50 / 30, 50 / 30, 50 / 30)
+    assert result.step_gain(half) == Quantiles(50 / 30, 50 / 30, 50 / 30)
     assert result.step_gain(dense) is None
 
 

@@ -81,7 +81,7 @@ def objects(text: str) -> Iterator[dict[str, Any]]:
     ],
 )
 def test_pope_parses_strictly(answer: str, expected: bool | None) -> None:
-    assert pope.parse(answer) is expected
+    assert pope.read_yes_no(answer) is expected
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_pope_parses_strictly(answer: str, expected: bool | None) -> None:
     ],
 )
 def test_pope_parses_as_its_release(answer: str, expected: bool) -> None:
-    assert pope.parse(answer, "official") is expected
-    assert pope.parse(answer, parse="official") is expected
+    assert pope.read_yes_no(answer, "official") is expected
+    assert pope.read_yes_no(answer, parse="official") is expected
 
 
 @pytest.mark.parametrize(
@@ -111,19 +111,19 @@ def test_pope_parses_as_its_release(answer: str, expected: bool) -> None:
     + [(answer, None) for answer in ("Oui.", "Nein", "S\u00ed", "\u662f\u3002", "\u3044\u3044\u3048", " ", "Y", "n/a")],
 )
 def test_answers_in_other_forms_are_read_or_counted_as_neither(answer: str, expected: bool | None) -> None:
-    assert pope.parse(answer) is expected
+    assert pope.read_yes_no(answer) is expected
 
 
 def test_unknown_parsers_are_refused() -> None:
     with pytest.raises(AccelplugError, match="strict, official, got 'loose'"):
-        pope.parse("yes", "loose")
+        pope.read_yes_no("yes", "loose")
 
 
 def test_pope_articles_go_by_sound() -> None:
     for thing in ("apple", "oven", "umbrella", "elephant", "orange", "hour glass"):
-        assert pope.article(thing) == "an", thing
+        assert pope.a_or_an(thing) == "an", thing
     for thing in ("dog", "traffic light", "unicycle", "ewe", "one-way sign", "hot dog"):
-        assert pope.article(thing) == "a", thing
+        assert pope.a_or_an(thing) == "a", thing
 
 
 SCENES = {
@@ -751,7 +751,7 @@ def test_published_questions_follow_the_rules(split: str) -> None:
         of[question.image].append(question.thing)
     assert len(of) == 500
     assert all(len(set(things)) == 6 for things in of.values())
-    ours = [f"Is there {pope.article(q.thing)} {q.thing} in the image?" for q in questions]
+    ours = [f"Is there {pope.a_or_an(q.thing)} {q.thing} in the image?" for q in questions]
     assert sum(q.text != text for q, text in zip(questions, ours, strict=True)) == (split == "random"), (
         "one 'an traffic light'"
     )
@@ -774,7 +774,7 @@ def test_published_popular_absents_follow_one_order() -> None:
 def test_published_answers_score() -> None:
     questions = pope_files.read(real("coco_pope_random.json"))
     truth = [question.answer for question in questions]
-    figures = pope.score(truth, [pope.parse("Yes, there is." if true else "No, there is not.") for true in truth])
+    figures = pope.score(truth, [pope.read_yes_no("Yes, there is." if true else "No, there is not.") for true in truth])
     assert (figures.accuracy, figures.f1, figures.mcc, figures.yes_ratio, figures.unparsed) == (1, 1, 1, 0.5, 0)
 
 

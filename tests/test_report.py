@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from accelplug.comparison.result import Comparison
-from accelplug.comparison.rows import DENSE, Row, Sample
+from accelplug.comparison.rows import DENSE_ROW, Row, Sample
 from accelplug.recipe import Recipe, load
-from accelplug.tuning.budget import parse
+from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.result import Point, Tuned
 from tests import tiny_models
 
@@ -58,7 +58,7 @@ class Page(HTMLParser):
 def comparison(*rows: Row) -> Comparison:
     clip = np.zeros((3, 8, 12, 3), np.uint8)
     runs = [(0, 0), (0, 1)]
-    dense = Row(DENSE, "dense", samples=[Sample(*run, 1000.0, 900.0) for run in runs])
+    dense = Row(DENSE_ROW, "dense", samples=[Sample(*run, 1000.0, 900.0) for run in runs])
     found = Comparison("Pipe " + EVIL, ["prompt " + EVIL], [0, 1], {}, "end to end", {"device": "a CPU"}, [dense, *rows])
     found.clips = {(row.name, s.prompt, s.seed): clip for row in found.rows for s in row.samples}
     return found
@@ -106,14 +106,14 @@ def tuned() -> Tuned:
     points = []
     for line, verdict in zip(rows, ("proven", "tried", "overturned"), strict=True):
         told = {"speedup": 1.9, "margin": 2.0, "density": 0.25}
-        point = Point(line.name, {"rules": [{"patch": "sol"}]}, 0, 0.0, {}, math.inf, verdict, foretold=told)
+        point = Point(line.name, {"rules": [{"patch": "sol"}]}, 0, 0.0, {}, math.inf, verdict, predicted=told)
         for sample in line.samples:
-            point.add((sample.prompt, sample.seed), {"psnr": sample.scores["psnr_db"]}, parse("psnr>=26"))
+            point.add((sample.prompt, sample.seed), {"psnr": sample.scores["psnr_db"]}, parse_budget("psnr>=26"))
         point.speedup = 1e3 / line.samples[0].latency_ms
         points.append(point)
     assert isinstance(base, Recipe)
     return Tuned(
-        "tuned", "tuned", base.rules, why="why " + EVIL, bounds=parse("psnr>=26"), points=tuple(points),
+        "tuned", "tuned", base.rules, why="why " + EVIL, bounds=parse_budget("psnr>=26"), points=tuple(points),
         comparison=comparison(*rows), seconds={"all": 9.0},
     )  # fmt: skip
 
@@ -122,7 +122,7 @@ def test_a_search_shows_all_points_and_the_clips_of_the_front(tuned: Tuned, tmp_
     page = Page(tuned.to_html(tmp_path / "page.html").read_text())
     dots = {dot["name"]: dot for dot in page.data["dots"]}
     assert set(dots) == {"proven", "beaten", "overturned"}
-    assert {clip["name"] for clip in page.data["clips"]} == {DENSE, "proven", "overturned"}
+    assert {clip["name"] for clip in page.data["clips"]} == {DENSE_ROW, "proven", "overturned"}
     assert page.data["axis"] == {"name": "PSNR, dB", "limit": 26.0, "higher_is_better": True}
     assert page.data["chosen"] == "proven"
     facts = {what: (measured, foretold) for what, measured, foretold in dots["overturned"]["facts"]}
@@ -135,7 +135,7 @@ def test_a_search_shows_all_points_and_the_clips_of_the_front(tuned: Tuned, tmp_
 
 
 def test_several_bounds_are_plotted_by_their_margin(tuned: Tuned, tmp_path: Path) -> None:
-    object.__setattr__(tuned, "bounds", parse("psnr>=26, ssim>=.5"))
+    object.__setattr__(tuned, "bounds", parse_budget("psnr>=26, ssim>=.5"))
     for point in tuned.points:
         point.worst["ssim"] = 0.75
     page = Page(tuned.to_html(tmp_path / "page.html").read_text())

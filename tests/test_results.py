@@ -13,12 +13,12 @@ import accelplug
 from accelplug.comparison import Exam
 from accelplug.comparison.evaluators.evaluator import Said
 from accelplug.comparison.outcome import Outcome, hold_against_dense
-from accelplug.comparison.rows import DENSE
+from accelplug.comparison.rows import DENSE_ROW
 from accelplug.comparison.vlm import VlmComparison
 from accelplug.hosts.host import model_facts
 from accelplug.recipe import load
 from accelplug.show import Shown
-from accelplug.tuning.budget import parse
+from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.language import Answered
 from accelplug.tuning.result import Point, Tuned
 from accelplug.tuning.verification import Verification, Verified
@@ -37,7 +37,7 @@ def examined() -> VlmComparison:
     said = Said(
         right, {split: [0.0] * len(asked) for split, asked in right.items()}, pairs, dict.fromkeys(exam.pictures, "A")
     )
-    rows = [Outcome(DENSE, "dense", said), Outcome("vhr", "recipe", said, alarms=["It says less."], notes=["a note"])]
+    rows = [Outcome(DENSE_ROW, "dense", said), Outcome("vhr", "recipe", said, alarms=["It says less."], notes=["a note"])]
     for one in rows:
         one.score(exam)
     hold_against_dense(rows, exam)
@@ -52,7 +52,9 @@ def tuned(kind: type[Tuned] = Tuned, **more: Any) -> Tuned:
         Point(line.name, {"rules": [{"patch": "sol"}]}, 1, 2.0, {"psnr": 26.2}, 0.2, verdict)
         for line, verdict in zip(lines, ("proven", "tried"), strict=True)
     )
-    found = kind("tuned", "tuned", rules, why="why", bounds=parse("psnr>=26"), points=points, seconds={"all": 9.0}, **more)
+    found = kind(
+        "tuned", "tuned", rules, why="why", bounds=parse_budget("psnr>=26"), points=points, seconds={"all": 9.0}, **more
+    )
     object.__setattr__(found, "comparison", comparison(*lines))
     return found
 

@@ -17,24 +17,24 @@ import torch
 import accelplug
 from accelplug.call import Layout
 from accelplug.comparison.result import Comparison
-from accelplug.comparison.rows import DENSE, Row, Sample
-from accelplug.comparison.study import Study, Variant
+from accelplug.comparison.rows import DENSE_ROW, Row, Sample, Variant
+from accelplug.comparison.study import Study
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
 from accelplug.patches.sparse.rest_weights import RestWeights
 from accelplug.recipe import Measured, load, read_file
 from accelplug.step_caches import CACHES
 from accelplug.testing.laws import snapshot_of
-from accelplug.tuning import Bound, caches, crew, search, space, verification
-from accelplug.tuning.budget import parse
+from accelplug.tuning import Bound, caches, search, space, verification, workers
+from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.caches import Cache
-from accelplug.tuning.crew import Order
-from accelplug.tuning.forecast import Forecast, Probe, Trajectory
 from accelplug.tuning.journal import Journal, adapters, fingerprint
+from accelplug.tuning.prediction import Predictor, Probe, Trajectory
 from accelplug.tuning.probing import Prober, in_8_bits, no_8_bits
 from accelplug.tuning.result import Tuned
 from accelplug.tuning.space import Arm, Candidate, arms, variants
 from accelplug.tuning.verdict import limit
+from accelplug.tuning.workers import Job
 from tests import tiny_models
 from tests.test_report import Page
 
@@ -71,8 +71,8 @@ def tell_times(monkeypatch: pytest.MonkeyPatch) -> None:
     real = Study.time
     probed = Trajectory.probe
 
-    def probe(self: Any, pipe: Any, recipe: dict[str, Any], moments: Any = None) -> Probe:
-        found = probed(self, pipe, recipe, moments)
+    def probe(self: Any, pipe: Any, recipe: dict[str, Any], snapshots: Any = None) -> Probe:
+        found = probed(self, pipe, recipe, snapshots)
         return Probe(found.errors, {"sol": 0.5, "radial": 0.7}[recipe["rules"][-1]["patch"]], found.density)
 
     monkeypatch.setattr(Study, "time", timed)
@@ -162,7 +162,7 @@ def test_a_line_that_an_interrupt_left_half_written_is_measured_again(tmp_path: 
     assert kept.get("b", lambda: 2) == 2
     assert Journal(path, "of this").entries == {"a": 1, "b": 2}
     path.write_text(path.read_text().replace('"value": 1', "1"))
-    with pytest.raises(AccelplugError, match="is no journal of a search"):
+    with pytest.raises(AccelplugError, match="is not the journal of a search"):
         Journal(path, "of this")
 
 
@@ -218,12 +218,14 @@ ARMS = [Arm(name, (("strength", k),)) for k in range(4) for name in ("a", "b")]
 
 def offline(seeds: int, budget: str = "psnr>=26") -> tuple[search.Search, list[tuple[str, int]]]:
     """A search among made-up arms, whose whole runs are told: the stronger the faster and the worse, `b` more so than `a`."""
-    row = Row(DENSE, "dense", samples=[Sample(0, 0, 1000.0, 900.0)])
-    study = SimpleNamespace(rows={DENSE: row}, dense_runs={})
-    found = search.Search(study, parse(budget), [(0, seed) for seed in range(seeds)], [(0, 99)], 1e9, Journal(None, ""))
-    found.forecast = Forecast(Trajectory([], [0.1] * 10, [], 4), found.bounds, 900.0, 100.0)
+    row = Row(DENSE_ROW, "dense", samples=[Sample(0, 0, 1000.0, 900.0)])
+    study = SimpleNamespace(rows={DENSE_ROW: row}, dense_runs={})
+    found = search.Search(
+        study, parse_budget(budget), [(0, seed) for seed in range(seeds)], [(0, 99)], 1e9, Journal(None, "")
+    )
+    found.predictor = Predictor(Trajectory([], [0.1] * 10, [], 4), found.bounds, 900.0, 100.0)
     strength = {arm: dict(arm.settings)["strength"] + (arm.patch == "b") for arm in ARMS}
-    found.forecast.probes = {arm: Probe({0: 0.01 * 2**k, 9: 0.01 * 2**k}, 0.8 - 0.1 * k) for arm, k in strength.items()}
+    found.predictor.probes = {arm: Probe({0: 0.01 * 2**k, 9: 0.01 * 2**k}, 0.8 - 0.1 * k) for arm, k in strength.items()}
     found.candidates = [candidate for arm in ARMS for candidate in variants(arm, [], 10)]
     runs = []
 
@@ -232,8 +234,8 @@ def offline(seeds: int, budget: str = "psnr>=26") -> tuple[search.Search, list[t
         point = found.points.setdefault(candidate, search.Point(str(candidate), {}, 0, 0.0, {}, 0.0))
         psnr = 38 - 5 * strength[candidate.arm] + candidate.dense_steps / 10
         point.runs, point.worst, point.margin = point.runs + len(pairs), {"psnr": psnr}, psnr - 26
-        point.speedup = 1000 / found.forecast._probed_ms(candidate)
-        found.forecast.runs = [(c, p.worst, p.speedup) for c, p in found.points.items()]
+        point.speedup = 1000 / found.predictor._probed_ms(candidate)
+        found.predictor.runs = [(c, p.worst, p.speedup) for c, p in found.points.items()]
 
     found._run = told
     return found, runs
@@ -249,8 +251,8 @@ def test_equal_measurements_lead_to_equal_proposals_in_equal_order() -> None:
 
 def test_a_dense_run_that_was_held_up_flatters_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first dense run takes 2.3 times as long as any later one; a candidate that takes as long as dense gains nothing."""
-    times, clip = {DENSE: iter([2300.0, 1000.0, 1000.0]), "idle": iter([1000.0])}, np.zeros((1, 2, 2, 3), np.uint8)
-    rows = {DENSE: Row(DENSE, "dense")}
+    times, clip = {DENSE_ROW: iter([2300.0, 1000.0, 1000.0]), "idle": iter([1000.0])}, np.zeros((1, 2, 2, 3), np.uint8)
+    rows = {DENSE_ROW: Row(DENSE_ROW, "dense")}
 
     def run(variant: Variant, prompt: int, seed: int) -> None:
         ms = next(times[variant.name])
@@ -258,25 +260,25 @@ def test_a_dense_run_that_was_held_up_flatters_nobody(monkeypatch: pytest.Monkey
         study.dense_runs[prompt, seed] = study.clips[variant.name, prompt, seed] = clip
 
     study = SimpleNamespace(rows=rows, pipe=None, dense_runs={}, clips={}, time=run, new_row=lambda v: Row(v.name, "recipe"))
-    found = search.Search(study, parse("psnr>=26"), [(0, 0)], [(0, 99)], 1e9, Journal(None, ""))
-    found.crew.run(Order(((0, 0),)))
-    found.forecast = Forecast(Trajectory([], [0.1] * 10, [], 4), found.bounds, 2000.0, 300.0)
-    found.forecast.probes = {Arm("idle", ()): Probe({0: 0.01}, 0.5)}
-    monkeypatch.setattr(crew, "load", lambda *_: None)
-    monkeypatch.setattr(crew, "model_facts", lambda _: None)
-    monkeypatch.setattr(crew, "runs_compiled", lambda _: False)
+    found = search.Search(study, parse_budget("psnr>=26"), [(0, 0)], [(0, 99)], 1e9, Journal(None, ""))
+    found.workers.run(Job(((0, 0),)))
+    found.predictor = Predictor(Trajectory([], [0.1] * 10, [], 4), found.bounds, 2000.0, 300.0)
+    found.predictor.probes = {Arm("idle", ()): Probe({0: 0.01}, 0.5)}
+    monkeypatch.setattr(workers, "load", lambda *_: None)
+    monkeypatch.setattr(workers, "model_facts", lambda _: None)
+    monkeypatch.setattr(workers, "runs_compiled", lambda _: False)
     monkeypatch.setattr(Arm, "__str__", lambda arm: arm.patch)
     found._run(Candidate(Arm("idle", ())), [(0, 0)])
     assert [point.speedup for point in found.points.values()] == [1.0]
-    assert found.forecast.dense_ms == 1000.0
+    assert found.predictor.dense_ms == 1000.0
 
 
 def test_patches_are_tried_beside_a_cache_that_is_faster_than_all_of_them() -> None:
     found, _ = offline(1)
     cache = Cache("first_block", (("threshold", 0.1),))
     found.points[Candidate(None, cache=cache)] = search.Point("cache", {}, 1, 4.0, {"psnr": 40.0}, 14.0)
-    found.forecast.cache_ratio = {cache: 0.15}
-    assert all(found.forecast.latency_ms(candidate) > 1000 / 4 for candidate in found.candidates), "none is faster alone"
+    found.predictor.cache_ratio = {cache: 0.15}
+    assert all(found.predictor.latency_ms(candidate) > 1000 / 4 for candidate in found.candidates), "none is faster alone"
     beside = found._next()
     assert (beside.cache, beside.arm is None) == (cache, False)
 
@@ -318,7 +320,7 @@ def test_what_an_overturned_finalist_lost_the_next_must_have_to_lose() -> None:
 
 def test_survivors_are_halved_while_the_seeds_they_see_double() -> None:
     found, runs = offline(8)
-    fastest = sorted((c for c in found.candidates if c.arm.patch == "a"), key=lambda c: found.forecast.latency_ms(c))
+    fastest = sorted((c for c in found.candidates if c.arm.patch == "a"), key=lambda c: found.predictor.latency_ms(c))
     held = [
         candidate for candidate in fastest if not candidate.dense_layers and dict(candidate.arm.settings)["strength"] < 3
     ]
@@ -331,17 +333,17 @@ def test_survivors_are_halved_while_the_seeds_they_see_double() -> None:
 
 
 def test_few_steps_leave_little_and_say_how_much() -> None:
-    forecast = Forecast(Trajectory([], [0.25] * 4, [], 2, attention=0.6), parse("psnr>=26"), 900.0, 100.0)
-    assert forecast.ceiling(1) == pytest.approx(1 / (1 - 0.9 * 0.6 * 0.75))
-    assert "4 steps, one of them dense, attention being 60% of a step and denoising 90% of a run" in limit(forecast)
-    assert "more than 1.68x; with none dense 2.17x" in limit(forecast)
-    forecast.trajectory.attention = None
-    assert "is not known" in limit(forecast)
+    predictor = Predictor(Trajectory([], [0.25] * 4, [], 2, attention=0.6), parse_budget("psnr>=26"), 900.0, 100.0)
+    assert predictor.ceiling(1) == pytest.approx(1 / (1 - 0.9 * 0.6 * 0.75))
+    assert "4 steps, one of them dense, attention being 60% of a step and denoising 90% of a run" in limit(predictor)
+    assert "more than 1.68x; with none dense 2.17x" in limit(predictor)
+    predictor.trajectory.attention = None
+    assert "is not known" in limit(predictor)
 
 
 def test_8_bits_are_kept_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a CPU gains nothing" in no_8_bits(torch.device("cpu"))
-    arm, found = Arm("sol", (("tau", 1.0),)), Forecast(Trajectory([], [], [], 2), (), 900.0, 100.0)
+    arm, found = Arm("sol", (("tau", 1.0),)), Predictor(Trajectory([], [], [], 2), (), 900.0, 100.0)
     ratios = {str(arm): 0.6, f"{arm} precision=int8": 0.5, f"{arm} precision=fp8": 0.6}
     monkeypatch.setattr(Prober, "arm", lambda self, arm: found.probes.update({arm: Probe({0: 0.1}, ratios[str(arm)])}))
     prober = Prober(found, None, Journal(None, ""), print)
@@ -484,16 +486,16 @@ def test_unusable_requests_say_what_to_do() -> None:
         "lpips<=.1": "AlexNet",
     }.items():
         with pytest.raises(AccelplugError, match=says):
-            parse(budget)
+            parse_budget(budget)
 
 
 def test_margins_are_distances_to_the_good_side() -> None:
-    (low,) = parse("psnr>=26")
-    (high,) = parse("latent_distance<=.5")
+    (low,) = parse_budget("psnr>=26")
+    (high,) = parse_budget("latent_distance<=.5")
     assert low.margin(28.0) == 2.0
     assert high.margin(0.75) == -0.25
     assert low.margin(math.nan) == -math.inf
-    assert [str(bound) for bound in parse("psnr >= 26, ssim>=.9")] == ["psnr>=26", "ssim>=0.9"]
+    assert [str(bound) for bound in parse_budget("psnr >= 26, ssim>=.9")] == ["psnr>=26", "ssim>=0.9"]
 
 
 def test_arms_leave_out_what_reads_everything() -> None:
@@ -528,31 +530,31 @@ def test_a_forecast_learns_the_line_that_full_runs_draw() -> None:
     """Values made by psnr = 40 - 20 log10(1000 spoil): four runs, one with dense steps, are enough to foretell others."""
     arms_ = [Arm("sol", (("tau", float(tau)),)) for tau in range(4)]
     trajectory = Trajectory([], [0.1] * 10, [], 4)
-    forecast = Forecast(trajectory, parse("psnr>=26"), 1000.0, 100.0)
-    forecast.probes = {arm: Probe({0: e, 9: e}, 0.5) for arm, e in zip(arms_, (0.01, 0.02, 0.05, 0.1), strict=True)}
+    predictor = Predictor(trajectory, parse_budget("psnr>=26"), 1000.0, 100.0)
+    predictor.probes = {arm: Probe({0: e, 9: e}, 0.5) for arm, e in zip(arms_, (0.01, 0.02, 0.05, 0.1), strict=True)}
 
     def true(candidate: Candidate) -> float:
-        return 40 - 20 * math.log10(1000 * forecast.spoil(candidate, 0.0))
+        return 40 - 20 * math.log10(1000 * predictor.predicted_error(candidate, 0.0))
 
     known = [*map(Candidate, arms_[:3]), Candidate(arms_[0], dense_steps=25)]
-    assert forecast.margin(known[0]) is None
-    forecast.runs = [(candidate, {"psnr": true(candidate)}, 1100 / forecast.latency_ms(candidate)) for candidate in known]
+    assert predictor.margin(known[0]) is None
+    predictor.runs = [(candidate, {"psnr": true(candidate)}, 1100 / predictor.latency_ms(candidate)) for candidate in known]
     for candidate in (Candidate(arms_[3]), Candidate(arms_[3], dense_steps=40)):
-        assert forecast.margin(candidate) == pytest.approx(true(candidate) - 26, abs=0.5)
-    assert forecast.latency_ms(Candidate(arms_[0])) == pytest.approx(600.0)
-    forecast.runs.append((Candidate(arms_[3]), {"psnr": 0.0}, 1100 / 1200))
-    assert forecast.latency_ms(Candidate(arms_[3], dense_steps=40)) == pytest.approx(1600.0), "twice what probes foretold"
-    assert forecast.latency_ms(Candidate(arms_[0], dense_steps=40)) == pytest.approx(800.0)
-    assert forecast.latency_ms(Candidate(arms_[0], dense_layers=(0,))) == pytest.approx(725.0)
+        assert predictor.margin(candidate) == pytest.approx(true(candidate) - 26, abs=0.5)
+    assert predictor.latency_ms(Candidate(arms_[0])) == pytest.approx(600.0)
+    predictor.runs.append((Candidate(arms_[3]), {"psnr": 0.0}, 1100 / 1200))
+    assert predictor.latency_ms(Candidate(arms_[3], dense_steps=40)) == pytest.approx(1600.0), "twice what probes foretold"
+    assert predictor.latency_ms(Candidate(arms_[0], dense_steps=40)) == pytest.approx(800.0)
+    assert predictor.latency_ms(Candidate(arms_[0], dense_layers=(0,))) == pytest.approx(725.0)
 
 
 def test_a_metric_that_is_better_low_falls_out_of_the_budget_as_errors_grow() -> None:
-    forecast = Forecast(Trajectory([], [0.1] * 10, [], 4), parse("latent_distance<=.4"), 900.0, 100.0)
+    predictor = Predictor(Trajectory([], [0.1] * 10, [], 4), parse_budget("latent_distance<=.4"), 900.0, 100.0)
     arms_ = [Arm("sol", (("tau", float(tau)),)) for tau in range(5)]
-    forecast.probes = {arm: Probe({0: 10.0 ** (tau - 4)}, 0.5) for tau, arm in enumerate(arms_)}
+    predictor.probes = {arm: Probe({0: 10.0 ** (tau - 4)}, 0.5) for tau, arm in enumerate(arms_)}
     told = {Candidate(arm): 0.1 * tau for tau, arm in enumerate(arms_[:4])}
-    forecast.runs = [(candidate, {"latent_distance": told[candidate]}, 2.0) for candidate in told]
-    assert forecast.margin(Candidate(arms_[4])) == pytest.approx(0.0, abs=1e-6)
+    predictor.runs = [(candidate, {"latent_distance": told[candidate]}, 2.0) for candidate in told]
+    assert predictor.margin(Candidate(arms_[4])) == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -578,7 +580,7 @@ def test_verify_judges_against_the_record(
         }
     )
     rows = [
-        Row(DENSE, "dense", samples=[Sample(0, 0, 1e4, 1e4)]),
+        Row(DENSE_ROW, "dense", samples=[Sample(0, 0, 1e4, 1e4)]),
         Row("now", "recipe", samples=[Sample(0, 0, 1e3 * seconds, 1e3, scores={"psnr_db": psnr})]),
     ]
     assert verification.judge(row, Comparison("", [], [0], {}, "", {}, rows))[0] == outcome
@@ -591,8 +593,8 @@ def test_one_gain_is_told_everywhere(told_times: None, monkeypatch: pytest.Monke
 
     def held_up(self: Study, variant: Variant, prompt: int, seed: int) -> None:
         timed(self, variant, prompt, seed)
-        if variant.name == DENSE:
-            self.rows[DENSE].samples[-1].latency_ms *= next(slow)
+        if variant.name == DENSE_ROW:
+            self.rows[DENSE_ROW].samples[-1].latency_ms *= next(slow)
 
     monkeypatch.setattr(Study, "time", held_up)
     found = run(pipe, inputs, "psnr>=1", seeds=4)

@@ -19,13 +19,13 @@ import accelplug
 from accelplug.cli import main
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.metrics import ANSWER_METRICS, figures
-from accelplug.comparison.questions import Asker, Item, Reply, is_right, items, read
+from accelplug.comparison.questions import Asker, Item, Reply, is_right, items, read_questions
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
 from accelplug.recipe import Measured, load, read_file
 from accelplug.tuning import aims, contest, language, verification
 from accelplug.tuning.aims import Aim
-from accelplug.tuning.budget import parse
+from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.contest import STOCK, Contest, rungs
 from accelplug.tuning.journal import Journal
 from accelplug.zoo import path, scenes
@@ -99,7 +99,7 @@ def held(
     monkeypatch.setattr(contest.time, "perf_counter", lambda: asker.clock)
     monkeypatch.setattr(contest.time, "monotonic", lambda: asker.clock)
     found = Contest(
-        asker, seen, unseen, "accuracy", parse(budget, ANSWER_METRICS) if budget else (), seconds, Journal(None, "")
+        asker, seen, unseen, "accuracy", parse_budget(budget, ANSWER_METRICS) if budget else (), seconds, Journal(None, "")
     )
     found.candidates = [Aim(name, {"rules": [{"patch": name}]}) for name in [*script, "refused"]]
     found.explore()
@@ -237,12 +237,12 @@ def test_unusable_requests_say_what_to_do(bundled: tuple[Any, Any], tmp_path: Pa
     }.items():
         with pytest.raises(AccelplugError, match=says):
             accelplug.tune(model, **arguments, progress=False)
-    assert [str(bound) for bound in parse("nll<= stock - .5, accuracy>=0.8", ANSWER_METRICS)] == [
+    assert [str(bound) for bound in parse_budget("nll<= stock - .5, accuracy>=0.8", ANSWER_METRICS)] == [
         "nll<=stock-0.5",
         "accuracy>=0.8",
     ]
     with pytest.raises(AccelplugError, match="JSON lines"):
-        read(tmp_path / "none.jsonl")
+        read_questions(tmp_path / "none.jsonl")
 
 
 # --------------------------------------------------------------------------------------------------------- whole searches

@@ -3,7 +3,7 @@
 from accelplug.comparison.entry import compare
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.result import Comparison
-from accelplug.comparison.rows import Row, Sample
-from accelplug.comparison.vlm import Variant, VlmComparison, compare_vlm
+from accelplug.comparison.rows import Row, Sample, Variant
+from accelplug.comparison.vlm import VlmComparison, compare_vlm
 
 __all__ = ["Comparison", "Exam", "Row", "Sample", "Variant", "VlmComparison", "compare", "compare_vlm"]

@@ -19,7 +19,7 @@ def require_processor(processor: Any, what: str) -> None:
     Raises
     ------
     AccelplugError
-        If it is none.
+        If it is not.
     """
     if not hasattr(tokenizer_of(processor), "pad_token_id"):
         got = "none" if processor is None else f"a {type(processor).__name__}"
@@ -63,7 +63,7 @@ def seeds_of(given: Any, what: str) -> list[int]:
     Raises
     ------
     AccelplugError
-        If they are no list of different whole numbers that a generator takes.
+        If they are not a list of different whole numbers that a generator takes.
     """
     seeds = [] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
     if not seeds:
@@ -76,12 +76,12 @@ def seeds_of(given: Any, what: str) -> list[int]:
 
 
 def require_whole(given: Any, what: str, least: int, most: float = math.inf) -> None:
-    """Refuse what is no whole number in a range.
+    """Refuse what is not a whole number in a range.
 
     Raises
     ------
     AccelplugError
-        If it is none.
+        If it is not.
     """
     if isinstance(given, bool) or not isinstance(given, Integral) or not least <= int(given) <= most:
         within = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
@@ -102,12 +102,12 @@ def require_functions(**given: Any) -> None:
 
 
 def require_seconds(given: Any, what: str) -> None:
-    """Refuse what is no time to spend.
+    """Refuse what is not a time to spend.
 
     Raises
     ------
     AccelplugError
-        If it is no number of seconds, 0 or more.
+        If it is not a number of seconds, 0 or more.
     """
     if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < math.inf:
         raise AccelplugError(f"{what}: expected seconds, 0 or more, got {given!r}.")
@@ -115,7 +115,7 @@ def require_seconds(given: Any, what: str) -> None:
 
 @contextmanager
 def refusals(pipe: Any, started: Callable[[], Any]) -> Iterator[None]:
-    """Tell what a pipeline says of its arguments, before its denoiser is called for the first time, as an error of ours."""
+    """Tell what a pipeline says of its arguments, before its denoiser is called for the first time, as an `AccelplugError`."""
     try:
         yield
     except (TypeError, ValueError, AttributeError) as error:

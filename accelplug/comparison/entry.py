@@ -13,8 +13,8 @@ from accelplug import compat, show
 from accelplug.comparison import arguments
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.ranks import working
-from accelplug.comparison.rows import DENSE
-from accelplug.comparison.study import OBSERVED, Study, Variant
+from accelplug.comparison.rows import DENSE_ROW, Variant
+from accelplug.comparison.study import OBSERVED, Study
 from accelplug.comparison.vlm import compare_vlm
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts, require_ability
@@ -75,18 +75,18 @@ def compare(
     if require_ability(pipe, "compare").gives == "answers":
         if caches or foreground is not None or detect is not None:
             raise AccelplugError("caches, foreground and detect are about pipelines; leave them out for a language model.")
-        return _examine(pipe, recipe, inputs, processor, progress)
+        return _compare_vlm(pipe, recipe, inputs, processor, progress)
     prompts, seeds = arguments.calls(pipe, inputs, "compare"), arguments.seeds_of(seeds, "compare")
     arguments.require_functions(foreground=foreground, detect=detect)
-    recipes = _named(pipe, recipe)
+    recipes = _rows_of(pipe, recipe)
     study = Study(pipe, prompts, seeds, foreground, detect)
-    variants = [Variant(DENSE, "dense"), *(Variant(name, "recipe", loaded) for name, loaded in recipes.items())]
+    variants = [Variant(DENSE_ROW, kind="dense"), *(Variant(name, loaded) for name, loaded in recipes.items())]
     if caches:
         _require_caches(pipe)
         cached = {CACHED: load(OBSERVED, model_facts(pipe))}
         cached |= {f"{CACHED} + {name}": loaded for name, loaded in recipes.items()}
         variants += [
-            Variant(name, "cache", loaded.with_cache("first_block", threshold=CACHE_THRESHOLD))
+            Variant(name, loaded.with_cache("first_block", threshold=CACHE_THRESHOLD), "cache")
             for name, loaded in cached.items()
         ]
     with working(pipe) as ranks, compat.diffusers.quiet(pipe):
@@ -108,7 +108,7 @@ def compare(
     return study.finish(recipes)
 
 
-def _examine(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool) -> Any:
+def _compare_vlm(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool) -> Any:
     """Examine a vision-language model."""
     arguments.require_processor(processor, "compare")
     if not hasattr(processor, "image_processor"):
@@ -120,20 +120,20 @@ def _examine(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool)
         raise AccelplugError(
             f"A vision-language model is examined on an Exam, got {type(exam).__name__}; see Exam.scenes() and Exam.coco(folder)."
         )
-    return compare_vlm(model, _named(model, recipe), exam or Exam.scenes(), processor, progress=progress)
+    return compare_vlm(model, _rows_of(model, recipe), exam or Exam.scenes(), processor, progress=progress)
 
 
-def _named(pipe: Any, recipe: Any) -> dict[str, Recipe]:
+def _rows_of(pipe: Any, recipe: Any) -> dict[str, Recipe]:
     """The recipes by the names of their rows."""
-    named = _loaded(pipe, recipe)
-    if taken := [name for name in named if name.split(",")[0] == DENSE or name.startswith(CACHED)]:
+    named = _by_name(pipe, recipe)
+    if taken := [name for name in named if name.split(",")[0] == DENSE_ROW or name.startswith(CACHED)]:
         raise AccelplugError(
             f"A recipe is called {taken[0]!r}, as a row of the comparison is. Pass {{'another name': recipe}}."
         )
     return named
 
 
-def _loaded(pipe: Any, recipe: Any) -> dict[str, Recipe]:
+def _by_name(pipe: Any, recipe: Any) -> dict[str, Recipe]:
     facts = model_facts(pipe)
     if isinstance(recipe, Mapping) and not {"rules", "patch", "recipes"} & set(recipe):
         return {name: load(item, facts) for name, item in recipe.items()}

@@ -17,7 +17,7 @@ from accelplug.comparison.evaluators.vocabulary import Vocabulary
 from accelplug.errors import AccelplugError
 from accelplug.files import path_of
 
-SPLITS: tuple[Literal["random", "popular", "adversarial"], ...] = ("random", "popular", "adversarial")
+POPE_SPLITS: tuple[Literal["random", "popular", "adversarial"], ...] = ("random", "popular", "adversarial")
 DESCRIBE = "Please describe this image in detail."
 
 
@@ -52,7 +52,7 @@ class Exam:
     parse: Parse = "strict"
     associations: Mapping[str, Sequence[str]] = field(default_factory=dict)
     safe: frozenset[str] = frozenset()
-    reader: Callable[[str, Parse], bool | None] = pope.parse
+    reader: Callable[[str, Parse], bool | None] = pope.read_yes_no
 
     @property
     def splits(self) -> list[str]:
@@ -92,7 +92,7 @@ class Exam:
         drawn = [scene for scene in map(scenes.sample, scenes.SPLITS[split]) if len(scene.kinds) >= 3][:pictures]
         by_key = {scene.number: scene for scene in drawn}
         things = {key: scene.kinds for key, scene in by_key.items()}
-        asked = [question for name in SPLITS for question in pope.build(things, name, images=len(things))]
+        asked = [question for name in POPE_SPLITS for question in pope.build(things, name, images=len(things))]
         pairs = _existence(asked)
         for key, scene in by_key.items():
             rng = np.random.default_rng(key)
@@ -141,7 +141,7 @@ class Exam:
             )
         keys = sorted(rich[i] for i in np.random.default_rng(seed).permutation(len(rich))[:pictures])
         things = {key: held.things[key] for key in keys}
-        asked = [question for name in SPLITS for question in pope.build(things, name, images=len(keys), seed=seed)]
+        asked = [question for name in POPE_SPLITS for question in pope.build(things, name, images=len(keys), seed=seed)]
         truth = held.truth(vocabulary, keys)
         files = {key: _found(folder, held.files[key]) for key in keys}
         return cls(

@@ -154,7 +154,7 @@ def _agreement(run: Beside) -> float | None:
     return None if run.detect is None else float(run.detect(to_uint8(run.clip), run.prompt))
 
 
-def _distance(run: Beside) -> float | None:
+def _latent_distance(run: Beside) -> float | None:
     return None if run.latents is None or run.dense_latents is None else relative_distance(run.latents, run.dense_latents)
 
 
@@ -176,18 +176,27 @@ def _load_lpips() -> Callable[[Any, Any], float]:
     return score
 
 
-BOTH: tuple[Literal["mean", "worst"], ...] = ("mean", "worst")
+MEAN_AND_WORST: tuple[Literal["mean", "worst"], ...] = ("mean", "worst")
 METRICS: Mapping[str, ClipMetric] = {
     metric.name: metric
     for metric in (
-        ClipMetric("psnr", ">=", "PSNR", "dB", 1, of=_against(psnr_db), recorded="psnr_db", columns=BOTH),
+        ClipMetric("psnr", ">=", "PSNR", "dB", 1, of=_against(psnr_db), recorded="psnr_db", columns=MEAN_AND_WORST),
         ClipMetric(
-            "fg_psnr", ">=", "foreground PSNR", "dB", 1, "foreground=", _foreground, None, "foreground_psnr_db", BOTH
+            "fg_psnr",
+            ">=",
+            "foreground PSNR",
+            "dB",
+            1,
+            "foreground=",
+            _foreground,
+            None,
+            "foreground_psnr_db",
+            MEAN_AND_WORST,
         ),
         ClipMetric("ssim", ">=", "SSIM", of=_against(ssim), recorded="ssim"),
         ClipMetric("agreement", ">=", "agreement", digits=2, needs="detect=", of=_agreement),
         ClipMetric(
-            "latent_distance", "<=", "distance of latents", needs="latents of the pipeline", of=_distance, columns=()
+            "latent_distance", "<=", "distance of latents", needs="latents of the pipeline", of=_latent_distance, columns=()
         ),
         ClipMetric("lpips", "<=", "LPIPS", load=_load_lpips, columns=()),
     )
@@ -224,7 +233,7 @@ class AnswerMetric(Metric):
         return after - before if self.higher_is_better else before - after
 
 
-def _right(item: Item, reply: Reply) -> list[float]:
+def _right_answer(item: Item, reply: Reply) -> list[float]:
     return [reply.right, reply.said is not None]
 
 
@@ -237,7 +246,7 @@ def _matthews(tp: float, yes: float, tn: float, no: float) -> float:
     return mcc(int(tp), int(no - tn), int(yes - tp), int(tn))
 
 
-def _said_yes(truth: bool) -> Callable[[Item, Reply], list[float]]:
+def _yes_by_truth(truth: bool) -> Callable[[Item, Reply], list[float]]:
     """Yes among the answers to questions whose truth this is."""
     return lambda item, reply: [item.truth is truth and x for x in (reply.yes is True, reply.said is not None)]
 
@@ -250,10 +259,10 @@ ANSWERS, POLAR, LIKELIHOODS = "answers", "questions of yes and no", "likelihoods
 ANSWER_METRICS: Mapping[str, AnswerMetric] = {
     metric.name: metric
     for metric in (
-        AnswerMetric("accuracy", ">=", "accuracy", needs=ANSWERS, counts=_right, objective=True),
+        AnswerMetric("accuracy", ">=", "accuracy", needs=ANSWERS, counts=_right_answer, objective=True),
         AnswerMetric("mcc", ">=", "MCC", needs=POLAR, counts=_four_ways, figure=_matthews, objective=True, undefined=0.0),
-        AnswerMetric("recall", ">=", "recall", needs=POLAR, counts=_said_yes(True)),
-        AnswerMetric("hallucination", "<=", "hallucination", needs=POLAR, counts=_said_yes(False)),
+        AnswerMetric("recall", ">=", "recall", needs=POLAR, counts=_yes_by_truth(True)),
+        AnswerMetric("hallucination", "<=", "hallucination", needs=POLAR, counts=_yes_by_truth(False)),
         AnswerMetric(
             "nll", "<=", "negative log-likelihood", "nats a token", needs=LIKELIHOODS, counts=_nats, objective=True
         ),

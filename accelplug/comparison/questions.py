@@ -80,7 +80,7 @@ def items(given: Exam | Sequence[Mapping[str, Any]]) -> tuple[Item, ...]:
     else:
         for entry in given:
             fits = isinstance(entry, Mapping) and {"text", "answer"} <= set(entry) <= {"text", "answer", "image"}
-            texts = [entry["text"], _answer(entry["answer"])] if fits else []
+            texts = [entry["text"], _reference_text(entry["answer"])] if fits else []
             if not fits or not all(isinstance(text, str) and text.strip() for text in texts):
                 got = f"the keys {', '.join(map(str, entry))}" if isinstance(entry, Mapping) else type(entry).__name__
                 got += f" with {texts[0]!r}, {texts[1]!r}"[:200] if fits else ""
@@ -90,7 +90,7 @@ def items(given: Exam | Sequence[Mapping[str, Any]]) -> tuple[Item, ...]:
             if not isinstance(entry.get("image"), str | Path | None) and not hasattr(entry["image"], "convert"):
                 raise AccelplugError(f"image: expected a PIL image or the path of one, got {type(entry['image']).__name__}.")
         made = [
-            Item(_group(i, entry), entry["text"], _answer(entry["answer"]), entry.get("image"))
+            Item(_group(i, entry), entry["text"], _reference_text(entry["answer"]), entry.get("image"))
             for i, entry in enumerate(given)
         ]
     if not made or len({item.picture is None for item in made}) > 1:
@@ -105,7 +105,7 @@ def require_pictures(asked: Sequence[Item]) -> None:
     require_files([item.picture for item in asked if isinstance(item.picture, str | Path)])
 
 
-def _answer(given: Any) -> Any:
+def _reference_text(given: Any) -> Any:
     """A reference as text: True is yes, and numbers are written out; anything else as it is."""
     if isinstance(given, bool):
         return "yes" if given else "no"
@@ -120,7 +120,7 @@ def _key(picture: Any) -> Any:
     return str(picture) if isinstance(picture, str | Path) else None if picture is None else id(picture)
 
 
-def read(path: str | Path) -> list[dict[str, Any]]:
+def read_questions(path: str | Path) -> list[dict[str, Any]]:
     """Read questions from JSON lines of text, answer and image; paths of images count from the file's folder.
 
     Raises
@@ -152,7 +152,7 @@ def digest(asked: Sequence[Item]) -> str:
 def is_right(item: Item, said: str, parse: Parse = "strict") -> bool:
     """Whether an answer is the reference: read as POPE does for yes and no, else it begins with the reference's words."""
     if item.truth is not None:
-        return pope.parse(said, parse) is item.truth
+        return pope.read_yes_no(said, parse) is item.truth
     wanted = _words(item.answer)
     return _words(said)[: len(wanted)] == wanted if wanted else said.strip().startswith(item.answer.strip())
 
@@ -177,7 +177,7 @@ class Asker:
     ----------
     processor : the model's; a tokenizer for a model of text alone.
     says, likelihoods : whether answers are generated, and whether references are weighed.
-    parse : how answers of yes and no are read (see `pope.parse`).
+    parse : how answers of yes and no are read (see `pope.read_yes_no`).
     """
 
     model: Any
@@ -204,7 +204,7 @@ class Asker:
         return [
             Reply(
                 text,
-                None if text is None else pope.parse(text, self.parse),
+                None if text is None else pope.read_yes_no(text, self.parse),
                 text is not None and is_right(item, text, self.parse),
                 margin if item.truth is not None else math.nan,
                 cost,

@@ -20,7 +20,7 @@ import numpy as np
 
 from accelplug.show import jsonable
 
-TEMPLATE = Path(__file__).with_name("report.html")
+PAGE_TEMPLATE = Path(__file__).with_name("report.html")
 MAX_SIDE = 384
 """Frames wider or higher than this are shrunk for the page, in pixels."""
 LOSSLESS_PIXELS = 2_000_000
@@ -38,7 +38,7 @@ class Dot:
     worst, mean : quality over runs, on the plot's axis; mean is None where only the worst run is known.
     front : whether neither dense nor another one is both as fast and better.
     holds : whether it keeps the budget; True where there is none.
-    facts : what, measured, foretold; as text, the last two may be empty.
+    facts : what, measured, predicted; as text, the last two may be empty.
     rules : the recipe as text for people.
     """
 
@@ -56,7 +56,7 @@ class Dot:
 
 
 @dataclass
-class Axis:
+class PlotAxis:
     """The quality that is plotted: what it is called, the bound that it must keep, if any, and whether more is better."""
 
     name: str
@@ -70,7 +70,7 @@ def page(
     timed: str,
     data: Mapping[str, Any],
     *,
-    axis: Axis,
+    axis: PlotAxis,
     dots: Sequence[Dot],
     clips: Mapping[tuple[str, int, int], np.ndarray],
     headings: Sequence[str],
@@ -89,7 +89,7 @@ def page(
     """
     sheets = [{"name": name, "prompt": prompt, "seed": seed, **sprite(clip)} for (name, prompt, seed), clip in clips.items()]
     told = {**data, "axis": axis, "dots": dots, "clips": sheets}
-    text = TEMPLATE.read_text(encoding="utf-8")
+    text = PAGE_TEMPLATE.read_text(encoding="utf-8")
     for slot, filling in {
         "MODEL": html.escape(subject),
         "VERDICT": html.escape(verdict),

@@ -15,8 +15,8 @@ import numpy as np
 from accelplug import files
 from accelplug.comparison import report
 from accelplug.comparison.metrics import BY_KEY, METRICS
-from accelplug.comparison.report import Axis, Dot
-from accelplug.comparison.rows import DENSE, Row, Sample, Spread, gains
+from accelplug.comparison.report import Dot, PlotAxis
+from accelplug.comparison.rows import DENSE_ROW, Quantiles, Row, Sample, gains
 from accelplug.errors import AccelplugError
 from accelplug.show import Shown, jsonable
 
@@ -62,12 +62,12 @@ class Comparison(Shown):
                 return row
         raise AccelplugError(f"No row {name!r}; there are {[row.name for row in self.rows]}.")
 
-    def speedup(self, row: Row) -> Spread:
+    def speedup(self, row: Row) -> Quantiles:
         """End-to-end gain over dense, paired by prompt and seed: runs of one pair are neighbours in time."""
         ratios = gains(self.dense, row)
-        return Spread.of(ratios) if ratios else Spread(math.nan, math.nan, math.nan)
+        return Quantiles.of(ratios) if ratios else Quantiles(math.nan, math.nan, math.nan)
 
-    def step_gain(self, row: Row) -> Spread | None:
+    def step_gain(self, row: Row) -> Quantiles | None:
         """Gain over dense in the steps in which patches answered, paired by prompt and seed; None where there were none."""
         if row.is_dense:
             return None
@@ -80,7 +80,7 @@ class Comparison(Shown):
             for s in row.samples
             if steps and len(s.step_ms) > steps[-1]
         ]
-        return Spread.of(ratios) if ratios else None
+        return Quantiles.of(ratios) if ratios else None
 
     @property
     def metric(self) -> str:
@@ -201,14 +201,14 @@ class Comparison(Shown):
         """Return one self-contained page: Pareto plot, clips side by side, difference, table, densities, plans."""
         metric = self.metric
         dots = self._dots()
-        shown = {DENSE, *(dot.name for dot in dots)}
+        shown = {DENSE_ROW, *(dot.name for dot in dots)}
         floors = [{"name": row.name, "worst": row.worst(metric)} for row in self.rows if row.kind == "floor"]
         return report.page(
             self.subject,
             self.verdict,
             f"Timed {self.timed}.",
             {**self.to_dict(), "chosen": self.best.name if self.best else None, "notes": (), "floors": floors},
-            axis=Axis(BY_KEY[metric].heading),
+            axis=PlotAxis(BY_KEY[metric].heading),
             dots=dots,
             clips={key: clip for key, clip in self.clips.items() if key[0] in shown},
             headings=self.headings(),
@@ -282,7 +282,7 @@ class Comparison(Shown):
             "seeds": [seed for seed in self.seeds if seed in seeds],
             "baseline": env.get("baseline"),
             "choices": {key: str(value) for key, value in row.choices.items() if key in ("gate", "backend")},
-            "dense_ms": asdict(Spread.of([ms for pair, ms in self.dense.fastest_ms.items() if pair in row.fastest_ms])),
+            "dense_ms": asdict(Quantiles.of([ms for pair, ms in self.dense.fastest_ms.items() if pair in row.fastest_ms])),
             "ms": asdict(row.latency),
             "speedup": asdict(self.speedup(row)),
             "density": row.mean_density,
@@ -306,7 +306,7 @@ def qualities(row: Row) -> list[tuple[str, str, str]]:
     return found
 
 
-def spread_text(gain: Spread) -> str:
+def spread_text(gain: Quantiles) -> str:
     """A gain with its quantiles, where they differ."""
     return f"{gain.p50:.2f}x" + (f" ({gain.p20:.2f} to {gain.p80:.2f})" if gain.p20 != gain.p80 else "")
 

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from accelplug.comparison.metrics import BY_KEY
 
-DENSE = "dense"
+DENSE_ROW = "dense"
 """Name of the row that all others are held against."""
+
+
+@dataclass
+class Variant:
+    """What one row runs.
+
+    Attributes
+    ----------
+    recipe : None for the stock model; language models: anything that `accelplug.apply` takes.
+    kind : ``dense``, ``recipe``, ``cache``, or ``control``: what a real effect must beat.
+    picture : language models: what becomes of every picture before it is shown, for a blind control.
+    """
+
+    name: str
+    recipe: Any = None
+    kind: str = "recipe"
+    picture: Callable[[Any], Any] | None = None
 
 
 @dataclass
@@ -41,7 +59,7 @@ class Sample:
 
 
 @dataclass
-class Spread:
+class Quantiles:
     """Median with 20 and 80 % quantiles."""
 
     p20: float
@@ -49,7 +67,7 @@ class Spread:
     p80: float
 
     @classmethod
-    def of(cls, values: list[float]) -> Spread:
+    def of(cls, values: list[float]) -> Quantiles:
         """Summarise values; one value is its own quantiles."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
@@ -68,7 +86,7 @@ class Row:
     attention_ms : self- and joint-attention of one traced run, in all.
     density : by layer and step, fraction of (query, key) pairs computed, pooled keys counted; None where it did not run.
     plans : a few block plans: layer -> {step, blocks (M, N) as rows of "0" and "1", density}.
-    predicted : end-to-end gain over dense that the gate foretold (see `Forecast`), text encoder and decoding counted.
+    predicted : end-to-end gain over dense that was predicted from the gate's timings (see `Forecast`), text encoder and decoding counted.
     denoising_predicted, forward_predicted : the same for denoising alone, and for a forward in which patches answer.
     ideal : end-to-end gain if attention time went with density.
     answered : calls that patches answered in the traced run; None where none was traced, or a step cache is on too.
@@ -101,9 +119,9 @@ class Row:
         return found
 
     @property
-    def latency(self) -> Spread:
+    def latency(self) -> Quantiles:
         """End-to-end milliseconds, the fastest run at each prompt and seed."""
-        return Spread.of(list(self.fastest_ms.values()))
+        return Quantiles.of(list(self.fastest_ms.values()))
 
     @property
     def is_dense(self) -> bool:

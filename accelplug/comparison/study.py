@@ -19,7 +19,7 @@ from accelplug.comparison.environment import environment, forget_peak, peak_mib
 from accelplug.comparison.metrics import METRICS, Beside, to_uint8
 from accelplug.comparison.ranks import Ranks
 from accelplug.comparison.result import Comparison
-from accelplug.comparison.rows import DENSE, Row, Sample
+from accelplug.comparison.rows import DENSE_ROW, Row, Sample, Variant
 from accelplug.errors import AccelplugError
 from accelplug.hosts.forecast import amdahl, joined
 from accelplug.hosts.ledger import Event
@@ -33,16 +33,7 @@ DRAWN_LAYERS = 4
 
 
 @dataclass
-class Variant:
-    """What one row runs."""
-
-    name: str
-    kind: str
-    recipe: Recipe | None = None
-
-
-@dataclass
-class Run:
+class PipelineRun:
     """One call of the pipeline."""
 
     clip: np.ndarray
@@ -62,7 +53,7 @@ class Study:
     foreground: Callable[[np.ndarray], np.ndarray] | None
     detect: Callable[[np.ndarray, str], float] | None
     rows: dict[str, Row] = field(default_factory=dict)
-    dense_runs: dict[tuple[int, int], Run] = field(default_factory=dict)
+    dense_runs: dict[tuple[int, int], PipelineRun] = field(default_factory=dict)
     clips: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict)
 
     processes: int = 1
@@ -81,7 +72,7 @@ class Study:
         return Row(variant.name, variant.kind, variant.recipe.name, textwrap.dedent(rules))
 
     def trace(self, variant: Variant) -> None:
-        """Run once, observing every attention call; this is also the warm-up."""
+        """PipelineRun once, observing every attention call; this is also the warm-up."""
         row = self.rows[variant.name] = self.new_row(variant)
         with self._on(variant, gate="report") as plug, plug.trace(timed=True, plans=True) as events:
             self.run(0, self.seeds[0])
@@ -100,12 +91,12 @@ class Study:
         ]
 
     def warm_up(self, variant: Variant, prompt: int, seed: int) -> None:
-        """Run once, as `time` does, and drop it: what is compiled is compiled then."""
+        """PipelineRun once, as `time` does, and drop it: what is compiled is compiled then."""
         with self._on(variant, gate="off"):
             self.run(prompt, seed)
 
     def time(self, variant: Variant, prompt: int, seed: int) -> None:
-        """Run once, timed, and hold the result against the dense run."""
+        """PipelineRun once, timed, and hold the result against the dense run."""
         device = next(next(iter(denoisers(self.pipe).values())).parameters()).device
         with self._on(variant, gate="off"):
             known = forget_peak(device)
@@ -114,9 +105,9 @@ class Study:
         row = self.rows[variant.name]
         if peak is not None:
             row.peak_mib = max(row.peak_mib or 0.0, peak)
-        if variant.name == DENSE:
+        if variant.name == DENSE_ROW:
             self.dense_runs[prompt, seed] = run
-        row.samples.append(self.sample(run, prompt, seed, variant.name == DENSE))
+        row.samples.append(self.sample(run, prompt, seed, variant.name == DENSE_ROW))
         self.clips[variant.name, prompt, seed] = to_uint8(run.clip)
 
     def floor_of_kernels(self) -> None:
@@ -135,7 +126,7 @@ class Study:
         row = self.rows["dense, another seed"] = Row("dense, another seed", "floor")
         row.samples.append(self.sample(run, 0, first, False))
 
-    def run(self, prompt: int, seed: int) -> Run:
+    def run(self, prompt: int, seed: int) -> PipelineRun:
         """Call the pipeline once."""
         given = {**self.prompts[prompt], "output_type": "np", "generator": torch.Generator("cpu").manual_seed(seed)}
         users_callback = given.get("callback_on_step_end")
@@ -172,9 +163,9 @@ class Study:
         steps = [1e3 * (b - a) for a, b in itertools.pairwise(marks)]
         frames = np.asarray(out[0])[0] if not isinstance(out, np.ndarray) else out[0]
         clip = frames if frames.ndim == 4 else frames[None]
-        return Run(clip.astype(np.float32), latents[0] if latents else None, 1e3 * (end - start), sum(steps), steps)
+        return PipelineRun(clip.astype(np.float32), latents[0] if latents else None, 1e3 * (end - start), sum(steps), steps)
 
-    def sample(self, run: Run, prompt: int, seed: int, is_dense: bool) -> Sample:
+    def sample(self, run: PipelineRun, prompt: int, seed: int, is_dense: bool) -> Sample:
         """Score a run against the dense run of the same prompt and seed."""
         dense = None if is_dense else self.dense_runs[prompt, seed]
         beside = Beside(
@@ -202,8 +193,8 @@ class Study:
         self.clips = {key: clip for clips in ranks.to_first(self.clips) for key, clip in clips.items()}
 
     def finish(self, recipes: Mapping[str, Recipe]) -> Comparison:
-        """Carry what was foretold for denoising over to whole runs, and put everything together."""
-        dense = self.rows[DENSE]
+        """Carry what was predicted for denoising over to whole runs, and put everything together."""
+        dense = self.rows[DENSE_ROW]
         denoise_ms = float(np.median([sample.denoise_ms for sample in dense.samples]))
         share = min((dense.attention_ms or 0.0) / denoise_ms, 1.0) if denoise_ms else 0.0
         denoising = denoise_ms / dense.latency.p50

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from accelplug.comparison.environment import environment
 from accelplug.comparison.evaluators.pope import questions_sha256
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.outcome import Outcome, hold_against_dense
-from accelplug.comparison.rows import DENSE
+from accelplug.comparison.rows import DENSE_ROW, Variant
 from accelplug.errors import AccelplugError
 from accelplug.kernels.timing import synchronise
 from accelplug.plug import apply
@@ -25,23 +25,6 @@ from accelplug.show import Shown, jsonable
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
-
-
-@dataclass
-class Variant:
-    """What one row runs.
-
-    Attributes
-    ----------
-    recipe : None for the stock model.
-    kind : ``dense``, ``recipe`` or ``control``: what a real effect must beat.
-    picture : what becomes of every picture before it is shown, for the blind control.
-    """
-
-    name: str
-    recipe: Any = None
-    kind: str = "recipe"
-    picture: Callable[[Any], Any] | None = None
 
 
 @dataclass(repr=False)
@@ -127,7 +110,7 @@ def compare_vlm(
     named = [Variant(name, recipe) for name, recipe in recipes.items()] if isinstance(recipes, Mapping) else list(recipes)
     examiner = Examiner(model, processor, exam, batch)
     rows = []
-    variants = [Variant(DENSE, kind="dense"), *named]
+    variants = [Variant(DENSE_ROW, kind="dense"), *named]
     with show.progress("examining", len(variants), progress) as tell:
         for done, variant in enumerate(variants):
             tell(done, variant.name)

@@ -14,7 +14,7 @@ from accelplug.tuning.space import require_ladders
 ALL, NEARLY_ALL, MIDDLE, LATE = (0.0, 1.0), (0.06, 1.0), (0.25, 0.5), (0.5, 1.0)
 """Shares of the depth, from and to: all but the first two of 32 layers, where text reads the picture, where the answer forms."""
 
-LADDERS: dict[str, list[tuple[tuple[float, float] | None, dict[str, Any]]]] = {
+AIM_LADDERS: dict[str, list[tuple[tuple[float, float] | None, dict[str, Any]]]] = {
     "vhr": [(LATE, {"gain": 2.0}), (LATE, {"gain": 3.0}), (ALL, {"gain": 1.5})],
     "visual_bias": [(MIDDLE, {"image_weight": 1.5}), (NEARLY_ALL, {"image_weight": 1.15}), (MIDDLE, {"image_weight": 3.0})],
     "pai": [(NEARLY_ALL, {"alpha": 0.2}), (NEARLY_ALL, {"alpha": 0.5}), (MIDDLE, {"alpha": 0.2})],
@@ -48,18 +48,18 @@ def aims(facts: ModelFacts, depth: int, patches: Sequence[str] | None = None) ->
     AccelplugError
         If a patch has no ladder here.
     """
-    require_ladders(patches, LADDERS, "a language model")
-    wanted = set(patches or LADDERS)
+    require_ladders(patches, AIM_LADDERS, "a language model")
+    wanted = set(patches or AIM_LADDERS)
     files = matching_files(facts)
     shipped = [Aim(r.name, r.to_mapping()) for file in files[:1] for r in file.recipes.values()] if len(files) == 1 else []
-    ladders = [list(_ladder(name, depth)) for name in LADDERS if name in wanted]
+    ladders = [list(_aims_of(name, depth)) for name in AIM_LADDERS if name in wanted]
     # One of each patch before the second of any: where time is short, each has been seen.
     steps = [aim for rung in zip_longest(*ladders) for aim in rung if aim is not None]
     return _distinct([aim for aim in shipped if aim.patches and aim.patches <= wanted] + steps, depth)
 
 
-def _ladder(name: str, depth: int) -> Iterator[Aim]:
-    for shares, settings in LADDERS[name]:
+def _aims_of(name: str, depth: int) -> Iterator[Aim]:
+    for shares, settings in AIM_LADDERS[name]:
         said = " ".join([name, *(f"{key}={value:g}" for key, value in settings.items())])
         if shares is None:
             yield Aim(said, {"rules": [{"patch": name, "with": dict(settings)}]})

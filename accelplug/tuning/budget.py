@@ -72,7 +72,7 @@ class Bound:
         return f"{self.name}{'>=' if self.higher_is_better else '<='}{limit}"
 
 
-def parse(budget: str | Bound | Sequence[str | Bound], metrics: Mapping[str, Metric] = METRICS) -> tuple[Bound, ...]:
+def parse_budget(budget: str | Bound | Sequence[str | Bound], metrics: Mapping[str, Metric] = METRICS) -> tuple[Bound, ...]:
     """Read a budget: bounds split by commas, `Bound` objects, or a list of either; `metrics` are those it may name.
 
     Raises

@@ -26,7 +26,7 @@ from accelplug.tuning.journal import Journal
 from accelplug.tuning.space import FINALISTS
 
 STOCK = Aim("stock", {"rules": [{"patch": "dense"}]})
-PAGE = 32
+PAGE_SIZE = 32
 """Questions that are put at a time: a page."""
 LEVEL = 0.05
 SEARCH_SHARE = 0.6
@@ -49,7 +49,7 @@ class Sheet:
     seconds: float
 
 
-def _sheet(found: Mapping[str, Any]) -> Sheet | str:
+def _read_sheet(found: Mapping[str, Any]) -> Sheet | str:
     """A page as plain data has it, or why it was not answered."""
     return str(found["refused"]) if "refused" in found else TypeAdapter(Sheet).validate_python(found)
 
@@ -63,7 +63,7 @@ class Standing:
     """Of the objective over stock, positive where it is better."""
     slack: float
     """Smallest distance to a bound, negative outside of the budget."""
-    hunch: float = 0.0
+    tie_break: float = 0.0
     """Mean log-likelihood of the right one of yes and no, in nats: it tells candidates apart that few questions leave equal."""
 
     @property
@@ -106,8 +106,8 @@ class Contest:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.pages = [half[i : i + PAGE] for half in (self.seen, self.held) for i in range(0, len(half), PAGE)]
-        self.first_held = math.ceil(len(self.seen) / PAGE)
+        self.pages = [half[i : i + PAGE_SIZE] for half in (self.seen, self.held) for i in range(0, len(half), PAGE_SIZE)]
+        self.first_held = math.ceil(len(self.seen) / PAGE_SIZE)
 
     @property
     def metric(self) -> AnswerMetric:
@@ -196,7 +196,7 @@ class Contest:
                     raise
                 return {"refused": str(error)}
 
-        found = self.journal.get(key, measure, _sheet)
+        found = self.journal.get(key, measure, _read_sheet)
         if isinstance(found, str):
             self.refused[aim.name] = found
             self.candidates = [other for other in self.candidates if other is not aim]
@@ -229,9 +229,9 @@ class Contest:
         odds = [
             r.margin if item.truth else -r.margin for item, r in zip(asked, own, strict=True) if not math.isnan(r.margin)
         ]
-        hunch = -float(np.logaddexp(0, -np.array(odds)).mean()) if odds else 0.0
+        tie_break = -float(np.logaddexp(0, -np.array(odds)).mean()) if odds else 0.0
         gained = self.metric.gain(before[self.objective], found[self.objective])
-        return Standing(found, gained, min(margins, default=math.inf), hunch)
+        return Standing(found, gained, min(margins, default=math.inf), tie_break)
 
     def speeds(self, aim: Aim, pages: Sequence[int]) -> list[float]:
         """Stock's time over a candidate's, page by page."""
@@ -262,13 +262,13 @@ class Contest:
     # ------------------------------------------------------------------------------------------------- choosing
 
     def ranked(self) -> list[Aim]:
-        """Candidates, the best first: within the budget, then by gain, by hunch and by speed. Before the first page, in their order."""
+        """Candidates, the best first: within the budget, then by gain, by `tie_break`, by speed. Before the first page, in their order."""
 
         def merit(aim: Aim) -> tuple[bool, float, float, float]:
             if aim.name not in self.sheets:
                 return False, -math.inf, 0.0, 0.0
             standing = self.standing(aim)
-            return standing.slack >= 0, standing.gain, standing.hunch, standing.figures["speed"]
+            return standing.slack >= 0, standing.gain, standing.tie_break, standing.figures["speed"]
 
         return sorted(self.candidates, key=merit, reverse=True)
 

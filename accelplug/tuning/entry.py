@@ -17,14 +17,14 @@ from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.hosts.host import require_ability
 from accelplug.hosts.models import unwrapped
 from accelplug.tuning import space
-from accelplug.tuning.budget import Bound, parse, require_measured
+from accelplug.tuning.budget import Bound, parse_budget, require_measured
 from accelplug.tuning.compiled import room_to_compile
-from accelplug.tuning.crew import Crew
 from accelplug.tuning.journal import Journal, fingerprint
 from accelplug.tuning.language import tune_language
 from accelplug.tuning.result import Tuned
 from accelplug.tuning.search import Search
 from accelplug.tuning.space import require_ladders
+from accelplug.tuning.workers import Workers
 
 
 def tune(
@@ -45,10 +45,11 @@ def tune(
 ) -> Tuned:
     """Find the fastest recipe that keeps a diffusers pipeline within a quality budget; of a language model, the most accurate.
 
-    Cheap before dear. A dense run is recorded; every patch and setting is tried on a few of its denoiser calls, which foretells
-    time and spoil of whole runs (`accelplug.tuning.forecast`). The fastest that promise to stay within the budget are run whole
-    on one prompt and seed, and each run corrects the forecast; those that hold go on to more seeds. The winner is proven on
-    prompts and seeds that the search never saw, its worst run within every bound; if it fails there, the next one is.
+    Probe cheaply, then run. A dense run is recorded; every patch and setting is tried on a few of its denoiser calls, from
+    which time and error of whole runs are predicted (`accelplug.tuning.prediction`). The fastest that promise to stay
+    within the budget are run whole on one prompt and seed, and each run corrects the predictor; those that hold go on to
+    more seeds. The winner is proven on prompts and seeds that the search never saw, its worst run within every bound; if it
+    fails there, the next one is.
 
     Nothing is drawn at random: from equal measurements follow equal proposals in equal order. Times are measurements too, and how
     many proposals are tried hangs on how long they take; `resume` keeps the probes, so that they at least are the same again.
@@ -70,7 +71,7 @@ def tune(
         Language models: an `Exam`, or a list of ``{"text", "answer", "image"}``, image a PIL image or a path, and optional;
         generated scenes if left out. Half of the pictures are held out.
     budget : bounds that every run must keep against dense at the same seed: ``"fg_psnr>=26"``, ``"ssim>=.9, agreement>=1"``,
-        a `Bound` with a function of yours, or a list of such; ``"psnr>=26"`` if left out. Language models: bounds on figures
+        a `Bound` with your own function, or a list of such; ``"psnr>=26"`` if left out. Language models: bounds on figures
         over all questions, ``"accuracy>=0.8, hallucination<=stock, speed>=0.9"``, none if left out. accuracy: share that is
         right; mcc, recall, hallucination: of questions of yes and no; nll: nats a token of the reference answers; speed: the
         stock model's time over the patched one's; each against a number or against ``stock+0.01``.
@@ -127,7 +128,7 @@ def tune(
         raise AccelplugError(
             f"objective={objective!r} is a language model's. A pipeline gets faster; bound what it may lose."
         )
-    bounds = parse("psnr>=26" if budget is None else budget)
+    bounds = parse_budget("psnr>=26" if budget is None else budget)
     arguments.require_functions(foreground=foreground, detect=detect)
     require_measured(bounds, {"foreground=": foreground, "detect=": detect})
     require_ladders(patches, space.LADDERS, "a diffusers pipeline")
@@ -141,9 +142,9 @@ def tune(
                 "tune runs parts of a model by themselves, and processes share this one. Tune it on one device."
             )
         study.processes = ranks.parts
-        crew = Crew(study, bounds, [*seen, *unseen], ranks)
+        workers = Workers(study, bounds, [*seen, *unseen], ranks)
         if not ranks.first:
-            return crew.follow()
+            return workers.follow()
         found: Tuned | AccelplugError = AccelplugError("The first process ended before tune was done; it says why.")
         try:
             journal = Journal(resume, fingerprint(pipe, prompts, numbers))
@@ -152,5 +153,5 @@ def tune(
                 search.run(patches, caches)
             found = search.result()
         finally:
-            crew.dismiss(found if isinstance(found, AccelplugError) else found.without_clips())
+            workers.stop(found if isinstance(found, AccelplugError) else found.without_clips())
     return found

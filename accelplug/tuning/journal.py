@@ -31,7 +31,7 @@ class Journal:
     Raises
     ------
     AccelplugError
-        If the file holds a search with another fingerprint, is no journal, or cannot be read or written.
+        If the file holds a search with another fingerprint, is not a journal, or cannot be read or written.
     """
 
     def __init__(self, path: str | Path | None, fingerprint: str) -> None:
@@ -45,7 +45,7 @@ class Journal:
             self.entries = {line["key"]: line["value"] for line in others}
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise AccelplugError(
-                f"{self.path} is no journal of a search: {error}. Give another file, or delete it."
+                f"{self.path} is not the journal of a search: {error}. Give another file, or delete it."
             ) from error
         if first != {"fingerprint": fingerprint}:
             raise AccelplugError(

@@ -18,15 +18,15 @@ from accelplug.comparison.environment import device_name, environment
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.metrics import ANSWER_METRICS, ANSWERS, LIKELIHOODS, POLAR, figures
 from accelplug.comparison.questions import Asker, Item, digest, items, require_pictures, shifted_accuracy
-from accelplug.comparison.rows import Spread
+from accelplug.comparison.rows import Quantiles
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
 from accelplug.recipe import Measured, load
 from accelplug.show import Shown
 from accelplug.tuning import aims
 from accelplug.tuning.aims import Aim
-from accelplug.tuning.budget import Bound, parse
-from accelplug.tuning.contest import PAGE, SEARCH_SHARE, STOCK, Contest
+from accelplug.tuning.budget import Bound, parse_budget
+from accelplug.tuning.contest import PAGE_SIZE, SEARCH_SHARE, STOCK, Contest
 from accelplug.tuning.journal import Journal, few_numbers
 from accelplug.tuning.result import Point, Tuned
 from accelplug.tuning.space import FINALISTS, require_ladders
@@ -57,7 +57,7 @@ def tune_language(
         If questions, processor, objective or budget cannot be used.
     """
     asked = questions(model, given, processor)
-    bounds = () if budget is None else parse(budget, ANSWER_METRICS)
+    bounds = () if budget is None else parse_budget(budget, ANSWER_METRICS)
     polar = any(item.truth is not None for item in asked)
     objective = objective or ("accuracy" if all(item.truth is not None for item in asked) else "nll")
     named = {objective, *(bound.name for bound in bounds if bound.score is None)}
@@ -67,7 +67,7 @@ def tune_language(
         )
     if (wanting := sorted(name for name in named if ANSWER_METRICS[name].needs == POLAR)) and not polar:
         raise AccelplugError(f"{', '.join(wanting)}: expected questions of yes and no, got none. Bound accuracy or nll.")
-    require_ladders(patches, aims.LADDERS, "a language model")
+    require_ladders(patches, aims.AIM_LADDERS, "a language model")
     require_pictures(asked)
     needs = {ANSWER_METRICS[name].needs for name in named}
     says = bool(needs & {ANSWERS, POLAR}) or any(bound.score for bound in bounds)
@@ -117,7 +117,7 @@ def _fingerprint(model: Any, asked: Sequence[Item], seed: int, asker: Asker) -> 
     config = sorted(
         (key, str(value)) for key, value in model_facts(model).config.items() if compat.transformers.ORIGIN not in key
     )
-    facts = (config, digest(asked), seed, asker.says, asker.likelihoods, asker.parse, PAGE, device_name())
+    facts = (config, digest(asked), seed, asker.says, asker.likelihoods, asker.parse, PAGE_SIZE, device_name())
     sha = hashlib.sha256(repr(facts).encode())
     for name, weight in model.named_parameters():
         sha.update(f"{name} {weight.device} {weight.dtype} {'' if weight.is_meta else few_numbers(weight)}".encode())
@@ -222,7 +222,7 @@ def _why(contest: Contest, stock: Point, points: Mapping[str, Point]) -> str:
         page_s = contest.sheets[STOCK.name][0].seconds
         enough = math.ceil(2 * (1 + FINALISTS) * page_s / SEARCH_SHARE)
         return (
-            f"Stay stock: {contest.time_budget_s:.0f} s are too few to try a patch, {PAGE} questions take {page_s:.1f} s. "
+            f"Stay stock: {contest.time_budget_s:.0f} s are too few to try a patch, {PAGE_SIZE} questions take {page_s:.1f} s. "
             f"Give time_budget_s of at least {enough}."
         )
     if contest.finalists:
@@ -264,12 +264,12 @@ def _measured(contest: Contest, aim: Aim, seed: int) -> Measured:
     before, found = figures(asked, stock), figures(asked, own)
     facts = environment(contest.asker.model)
     ms = {
-        variant.name: Spread.of(
+        variant.name: Quantiles.of(
             [1e3 * s.seconds / len(s.replies) for s in (contest.sheets[variant.name][p] for p in contest.proof)]
         )
         for variant in (STOCK, aim)
     }
-    speed = Spread.of(contest.speeds(aim, contest.proof))
+    speed = Quantiles.of(contest.speeds(aim, contest.proof))
     return Measured.model_validate(
         {
             **{

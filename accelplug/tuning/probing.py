@@ -1,4 +1,4 @@
-"""Measuring what arms do to a few moments of a dense run, kept in the journal: for a `Forecast` to foretell whole runs from.
+"""Measuring what arms do to a few snapshots of a dense run, kept in the journal: for a `Predictor` to predict whole runs from.
 
 Of an arm that promises something more may be made: q.k in 8 bits, and calibrated weights of its pooled blocks.
 """
@@ -18,14 +18,14 @@ from accelplug.kernels.attention import triton_missing
 from accelplug.patches.sparse.template import BlockSparse
 from accelplug.registry import patch_class
 from accelplug.table import HEADER, Origin, Table
-from accelplug.tuning.forecast import Forecast, Probe
 from accelplug.tuning.journal import Journal
+from accelplug.tuning.prediction import Predictor, Probe
 from accelplug.tuning.space import WORTH, Arm, Candidate
 
 
 @dataclass
 class Prober:
-    """Fills a forecast with what was measured on the moments of its trajectory.
+    """Fills a predictor with what was measured on the snapshots of its trajectory.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class Prober:
     tell : is told what is measured now.
     """
 
-    forecast: Forecast
+    predictor: Predictor
     pipe: Any
     journal: Journal
     tell: Callable[[str], None]
@@ -43,36 +43,36 @@ class Prober:
 
         def measure() -> dict[str, Any]:
             self.tell(f"probing {arm}")
-            probe = self.forecast.trajectory.probe(self.pipe, Candidate(arm).rules())
+            probe = self.predictor.trajectory.probe(self.pipe, Candidate(arm).rules())
             errors = {str(step): error for step, error in probe.errors.items()}
             return {"errors": errors, "ratio": probe.ratio, "density": probe.density}
 
-        self.forecast.probes[arm] = self.journal.get(f"probe {arm}", measure, TypeAdapter(Probe).validate_python)
+        self.predictor.probes[arm] = self.journal.get(f"probe {arm}", measure, TypeAdapter(Probe).validate_python)
 
     def arm_in_8_bits(self, arm: Arm) -> None:
         """Measure an arm with q.k in 8 bits, and know of it where it is faster."""
-        probes = self.forecast.probes
+        probes = self.predictor.probes
         for eight in in_8_bits(arm):
             self.arm(eight)
             if probes[eight].ratio > probes[arm].ratio / WORTH:
                 del probes[eight]
 
     def layers(self) -> None:
-        """Measure the share of the squared error that each layer makes, by the boldest arm on that layer alone, at one moment."""
-        trajectory, probes = self.forecast.trajectory, self.forecast.probes
+        """Measure the share of the squared error that each layer makes, by the boldest arm on that layer alone, at one snapshot."""
+        trajectory, probes = self.predictor.trajectory, self.predictor.probes
         arm = max(probes, key=lambda arm: probes[arm].error(0))
-        moment = trajectory.moments[len(trajectory.moments) // 2]
+        snapshot = trajectory.snapshots[len(trajectory.snapshots) // 2]
 
         def measure() -> list[float]:
             squares = []
             for layer in range(trajectory.layers):
                 self.tell(f"probing layer {layer}")
                 only = {"rules": [{"where": {"layers": layer}, "patch": arm.patch, "with": dict(arm.settings)}]}
-                squares.append(trajectory.probe(self.pipe, only, [moment]).errors[moment.step] ** 2)
+                squares.append(trajectory.probe(self.pipe, only, [snapshot]).errors[snapshot.step] ** 2)
             return squares
 
         squares = self.journal.get(f"layers {arm}", measure, TypeAdapter(list[float]).validate_python)
-        self.forecast.layer_share = {layer: square / (sum(squares) or 1.0) for layer, square in enumerate(squares)}
+        self.predictor.layer_share = {layer: square / (sum(squares) or 1.0) for layer, square in enumerate(squares)}
 
     def weighted(self, arm: Arm, inputs: dict[str, Any], seed: int) -> Arm | None:
         """Calibrate the weights of an arm's pooled blocks on a run, and measure the arm with them; None if they stay as they are."""

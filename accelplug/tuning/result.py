@@ -12,9 +12,9 @@ import yaml
 from accelplug import files
 from accelplug.comparison import report
 from accelplug.comparison.metrics import METRICS
-from accelplug.comparison.report import Axis, Dot
+from accelplug.comparison.report import Dot, PlotAxis
 from accelplug.comparison.result import Comparison, qualities, times_text
-from accelplug.comparison.rows import DENSE
+from accelplug.comparison.rows import DENSE_ROW
 from accelplug.errors import AccelplugError
 from accelplug.recipe import SCHEMA, ModelFacts, Recipe, match_for, model_name
 from accelplug.show import Shown, jsonable
@@ -40,7 +40,7 @@ class Point:
     margin : smallest distance to a bound, negative outside of the budget.
     verdict : ``tried``, ``front``, ``proven`` on runs the search never saw, or ``overturned`` there.
     worst_run : prompt and seed of the run with that margin.
-    foretold : what the forecast said before the first run: density, and speed-up and margin where it could.
+    predicted : what the predictor said before the first run: density, and speed-up and margin where it could.
     gain, holm : language models: the objective's gain over stock on the same questions; on the proof with its 95 % interval (else NaN),
         and the corrected p-value.
 
@@ -56,7 +56,7 @@ class Point:
     margin: float
     verdict: str = "tried"
     worst_run: tuple[int, int] | None = None
-    foretold: dict[str, float | None] = field(default_factory=dict)
+    predicted: dict[str, float | None] = field(default_factory=dict)
     gain: tuple[float, float, float] | None = None
     holm: float | None = None
 
@@ -139,7 +139,7 @@ class Tuned(Shown, Recipe):
             raise AccelplugError("There is no comparison to show: this recipe was not made by tune().")
         proven = self.proven
         dots = [self._dot(point, comparison) for point in self.points]
-        shown = {DENSE, *(dot.name for dot in dots if dot.front or dot.verdict == "proven")}
+        shown = {DENSE_ROW, *(dot.name for dot in dots if dot.front or dot.verdict == "proven")}
         spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in self.seconds.items())
         against = "Every speed-up is against a dense run of the same prompt and seed."
         return report.page(
@@ -155,17 +155,17 @@ class Tuned(Shown, Recipe):
         )
 
     @property
-    def _axis(self) -> Axis:
+    def _axis(self) -> PlotAxis:
         """The bound, or the margin where there are several."""
         if len(self.bounds) != 1:
-            return Axis("margin to the nearest bound", 0.0)
+            return PlotAxis("margin to the nearest bound", 0.0)
         (bound,) = self.bounds
         name = METRICS[bound.name].heading if bound.name in METRICS else bound.name
-        return Axis(name, bound.limit, bound.higher_is_better)
+        return PlotAxis(name, bound.limit, bound.higher_is_better)
 
     def _dot(self, point: Point, comparison: Comparison) -> Dot:
         """A candidate that was run whole, by its worst run."""
-        told, row = point.foretold, comparison.row(point.name)
+        told, row = point.predicted, comparison.row(point.name)
         margin, density = told.get("margin"), told.get("density")
         facts = [
             ("speed-up", times_text(point.speedup), times_text(told.get("speedup"))),
@@ -214,7 +214,7 @@ class Tuned(Shown, Recipe):
 
     def headings(self) -> list[str]:
         """Column headings of the table."""
-        return ["candidate", "runs", "speed-up", "foretold", "worst", "margin", "verdict"]
+        return ["candidate", "runs", "speed-up", "predicted", "worst", "margin", "verdict"]
 
     def cells(self, point: Point) -> list[str]:
         """One line of the table, as text."""
@@ -222,7 +222,7 @@ class Tuned(Shown, Recipe):
             point.name,
             str(point.runs),
             f"{point.speedup:.2f}x",
-            f"{point.foretold['speedup']:.2f}x" if point.foretold.get("speedup") else "",
+            f"{point.predicted['speedup']:.2f}x" if point.predicted.get("speedup") else "",
             ", ".join(f"{name} {value:.2f}" for name, value in point.worst.items()),
             f"{point.margin:+.2f}",
             self.verdict(point),
@@ -239,7 +239,7 @@ class Tuned(Shown, Recipe):
 def _label(point: Point) -> str:
     """The patch and its first setting; the cache beside it is only named."""
     words = point.name.split(" + ")[0].split()[:2]
-    beside = "cache" in point.recipe and point.recipe["rules"][-1]["patch"] != DENSE
+    beside = "cache" in point.recipe and point.recipe["rules"][-1]["patch"] != DENSE_ROW
     return " ".join(words) + (" + cache" if beside else "")
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from accelplug.comparison.ranks import Ranks
-from accelplug.comparison.rows import DENSE, gains
-from accelplug.comparison.study import Study
+from accelplug.comparison.rows import DENSE_ROW, gains
+from accelplug.comparison.study import OBSERVED, Study
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import denoisers
@@ -22,13 +22,13 @@ from accelplug.recipe import Measured, load
 from accelplug.show import Tell
 from accelplug.tuning.budget import Bound
 from accelplug.tuning.caches import Cache, CacheFacts, fitting
-from accelplug.tuning.crew import Crew, Order, Pair
-from accelplug.tuning.forecast import OBSERVED, Forecast, Trajectory
 from accelplug.tuning.journal import Journal, adapters
+from accelplug.tuning.prediction import Predictor, Trajectory
 from accelplug.tuning.probing import Prober, no_8_bits, no_weights, pools
 from accelplug.tuning.result import Point, Tuned
 from accelplug.tuning.space import FINALISTS, WORTH, Arm, Candidate, arms, cached, variants
 from accelplug.tuning.verdict import limit, why
+from accelplug.tuning.workers import Job, Pair, Workers
 
 logger = logging.getLogger("accelplug")
 
@@ -53,7 +53,7 @@ class Search:
     ranks: Ranks = field(default_factory=Ranks)
     tell: Tell = lambda done, now="": None
     started: float = field(default_factory=lambda: time.monotonic())
-    forecast: Forecast | None = None
+    predictor: Predictor | None = None
     candidates: list[Candidate] = field(default_factory=list)
     points: dict[Candidate, Point] = field(default_factory=dict)
     scores: dict[Candidate, dict[Pair, dict[str, float]]] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Search:
     interrupted: bool = False
 
     def __post_init__(self) -> None:
-        self.crew = Crew(self.study, self.bounds, [*self.seen, *self.unseen], self.ranks)
+        self.workers = Workers(self.study, self.bounds, [*self.seen, *self.unseen], self.ranks)
 
     @property
     def first(self) -> list[Pair]:
@@ -88,11 +88,11 @@ class Search:
     @property
     def run_s(self) -> float:
         """Seconds of a dense run."""
-        return self.study.rows[DENSE].latency.p50 / 1e3
+        return self.study.rows[DENSE_ROW].latency.p50 / 1e3
 
     def _affords(self, pairs: Sequence[tuple[int, int]]) -> bool:
         """Whether time is left to run a candidate there, dense runs included, and for the proof of one recipe."""
-        known = {(sample.prompt, sample.seed) for sample in self.study.rows[DENSE].samples}
+        known = {(sample.prompt, sample.seed) for sample in self.study.rows[DENSE_ROW].samples}
         runs = len(pairs) + sum(pair not in known for pair in pairs) + 2 * len(self.unseen)
         return self.spent_s + math.ceil(runs / self.ranks.parts) * self.run_s < self.time_budget_s
 
@@ -112,7 +112,7 @@ class Search:
             self.prepare(patches, caches)
             self.explore()
         except KeyboardInterrupt:
-            if self.forecast is None:
+            if self.predictor is None:
                 raise  # nothing is known yet
             self.interrupted = True
             logger.warning("tune: interrupted; the best so far is proven now. Interrupt again to stop at once.")
@@ -123,28 +123,28 @@ class Search:
             logger.warning("tune: interrupted; what is not proven yet is not recommended.")
 
     def prepare(self, patches: Sequence[str] | None, caches: bool) -> None:
-        """Run dense, record its moments, see which caches fit, and probe all arms on the moments, then layers."""
+        """Run dense, record its snapshots, see which caches fit, and probe all arms on the snapshots, then layers."""
         with self._phase("dense"):
             self.tell(self.spent_s, "dense run")
             trajectory = Trajectory.record(self.study, *self.seen[0])
-            self.crew.run(Order(tuple(self.first)))
-        if not trajectory.layouts or not trajectory.moments:
+            self.workers.run(Job(tuple(self.first)))
+        if not trajectory.layouts or not trajectory.snapshots:
             raise AccelplugError(
                 f"{type(self.study.pipe).__name__} has no self-attention on a known token grid: nothing to tune. "
                 "`accelplug inspect` says what is known of the model."
             )
-        sample = self.study.rows[DENSE].samples[0]
-        self.forecast = Forecast(trajectory, self.bounds, sample.denoise_ms, sample.latency_ms - sample.denoise_ms)
-        self._note(limit(self.forecast))
+        sample = self.study.rows[DENSE_ROW].samples[0]
+        self.predictor = Predictor(trajectory, self.bounds, sample.denoise_ms, sample.latency_ms - sample.denoise_ms)
+        self._note(limit(self.predictor))
         if caches:
             seen = CacheFacts(trajectory.steps, trajectory.contexts, trajectory.magnitudes)
             self.ladders, why_not = fitting(denoisers(self.study.pipe), seen)
             self._note(*why_not)
         with self._phase("probing"):
             self._probe(arms(max(trajectory.layouts, key=lambda layout: layout.visual), patches))
-        # What changes no moment reads everything here: it is dense, whatever the clock said.
+        # What changes no snapshot reads everything here: it is dense, whatever the clock said.
         paying = [
-            arm for arm, probe in self.forecast.probes.items() if probe.ratio < 1 / WORTH and any(probe.errors.values())
+            arm for arm, probe in self.predictor.probes.items() if probe.ratio < 1 / WORTH and any(probe.errors.values())
         ]
         self.candidates = [candidate for arm in paying for candidate in self._variants(arm)]
 
@@ -173,18 +173,18 @@ class Search:
 
     def _weigh(self) -> bool:
         """Calibrate the pooled blocks of the arm that is faster than all that hold and misses the budget by least."""
-        assert self.forecast is not None
-        forecast = self.forecast
+        assert self.predictor is not None
+        predictor = self.predictor
         fastest = max((self.points[c].speedup for c in self._holding()), default=WORTH)
         bare = [c for c in self.candidates if c.arm and pools(c.arm) and not (c.dense_steps or c.dense_layers)]
-        faster = [c for c in bare if forecast.dense_ms / forecast.latency_ms(c) > fastest]
+        faster = [c for c in bare if predictor.dense_ms / predictor.latency_ms(c) > fastest]
         # The calibration is a dense run in which a part of the calls is tried at a dozen weights.
         if not faster or not self._affords(self.first * 4):
             return False
         if why_not := no_weights(self.study.pipe):
             self._note(why_not)
             return False
-        best = min(faster, key=lambda candidate: forecast.spoil(candidate, 2.0))
+        best = min(faster, key=lambda candidate: predictor.predicted_error(candidate, 2.0))
         assert best.arm is not None
         prompt, seed = self.seen[0]
         arm = self._prober.weighted(best.arm, self.study.prompts[prompt], seed)
@@ -254,7 +254,7 @@ class Search:
             self.budget,
             points,
             self.points[proven] if proven is not None else None,
-            self.forecast,
+            self.predictor,
             proposed=bool(self.candidates),
             interrupted=self.interrupted,
             time_budget_s=self.time_budget_s,
@@ -289,13 +289,13 @@ class Search:
 
     @property
     def _prober(self) -> Prober:
-        assert self.forecast is not None
-        return Prober(self.forecast, self.study.pipe, self.journal, lambda what: self.tell(self.spent_s, what))
+        assert self.predictor is not None
+        return Prober(self.predictor, self.study.pipe, self.journal, lambda what: self.tell(self.spent_s, what))
 
     def _probe(self, found: Sequence[Arm]) -> None:
         """Measure arms while there is time for it, the fastest also with q.k in 8 bits, then layers."""
-        assert self.forecast is not None
-        prober, forecast, until = self._prober, self.forecast, PROBE_SHARE * self.time_budget_s
+        assert self.predictor is not None
+        prober, predictor, until = self._prober, self.predictor, PROBE_SHARE * self.time_budget_s
         for arm in found:
             if self.spent_s > until:
                 return
@@ -303,25 +303,25 @@ class Search:
                 prober.arm(arm)
             except AccelplugError as error:
                 self._note(f"Not tried, {arm}: {error}")
-        if why_not := no_8_bits(forecast.trajectory.moments[0].output.device):
+        if why_not := no_8_bits(predictor.trajectory.snapshots[0].output.device):
             self._note(why_not)
         else:
-            for arm in sorted(forecast.probes, key=lambda arm: forecast.probes[arm].ratio)[:2]:
+            for arm in sorted(predictor.probes, key=lambda arm: predictor.probes[arm].ratio)[:2]:
                 prober.arm_in_8_bits(arm)
         if (
-            forecast.probes
-            and self.spent_s + 2 * forecast.trajectory.layers * forecast.trajectory.moments[0].ms / 1e3 < until
+            predictor.probes
+            and self.spent_s + 2 * predictor.trajectory.layers * predictor.trajectory.snapshots[0].ms / 1e3 < until
         ):
             prober.layers()
 
     def _variants(self, arm: Arm) -> Iterator[Candidate]:
-        assert self.forecast is not None
-        share = self.forecast.layer_share
-        return variants(arm, sorted(share, key=lambda layer: -share[layer]), self.forecast.trajectory.steps)
+        assert self.predictor is not None
+        share = self.predictor.layer_share
+        return variants(arm, sorted(share, key=lambda layer: -share[layer]), self.predictor.trajectory.steps)
 
     def _run_caches(self) -> None:
         """Caches alone, on one whole run each: what one saves, it also saves beside a patch. Bolder than one that fails is worse."""
-        assert self.forecast is not None
+        assert self.predictor is not None
         until = self.spent_s + CACHE_SHARE * (self.time_budget_s - self.spent_s)
         failed: set[str] = set()
         for rung in itertools.zip_longest(*self.ladders):  # one of each kind before the second of any
@@ -335,13 +335,13 @@ class Search:
 
     def _run(self, candidate: Candidate, pairs: Sequence[tuple[int, int]]) -> None:
         """Run a candidate whole on some prompts and seeds, dense beside it, and learn from it."""
-        assert self.forecast is not None
+        assert self.predictor is not None
         name, kind = str(candidate), "cache" if candidate.arm is None else "recipe"
         point = self.points.get(candidate) or Point(
-            name, candidate.rules(), 0, 0.0, {}, math.inf, foretold=self._foretold(candidate)
+            name, candidate.rules(), 0, 0.0, {}, math.inf, predicted=self._predicted(candidate)
         )
         self.tell(self.spent_s, f"{name}, seeds {', '.join(str(seed) for _, seed in pairs)}; best so far {self._best()}")
-        scores = self.crew.run(Order(tuple(pairs), name, kind, candidate.rules()))
+        scores = self.workers.run(Job(tuple(pairs), name, kind, candidate.rules()))
         for pair, values in scores.items():
             point.add(pair, values, self.bounds)
         self.scores.setdefault(candidate, {}).update(scores)
@@ -350,28 +350,28 @@ class Search:
         if candidate in self._holding()[:1] and point.speedup > 1:
             # A new best: a dense run that something held up would flatter it.
             self.tell(self.spent_s, f"dense once more, beside {name}")
-            self.crew.run(Order(tuple(pairs[-self.ranks.parts :]), again=True))
+            self.workers.run(Job(tuple(pairs[-self.ranks.parts :]), again=True))
             self._compare_times()
 
     def _compare_times(self) -> None:
         """Hold every run against the fastest dense run at the same prompt and seed: what else a machine does only slows down."""
-        assert self.forecast is not None
+        assert self.predictor is not None
         rows = self.study.rows
         for point in self.points.values():
-            point.speedup = float(np.median(gains(rows[DENSE], rows[point.name])))
-        fastest = min(rows[DENSE].samples, key=lambda sample: sample.latency_ms)
-        self.forecast.denoise_ms, self.forecast.other_ms = fastest.denoise_ms, fastest.latency_ms - fastest.denoise_ms
-        self.forecast.runs = [(c, p.worst, p.speedup) for c, p in self.points.items()]
-        self.forecast.cache_ratio = {c.cache: 1 / p.speedup for c, p in self.points.items() if c.arm is None}
+            point.speedup = float(np.median(gains(rows[DENSE_ROW], rows[point.name])))
+        fastest = min(rows[DENSE_ROW].samples, key=lambda sample: sample.latency_ms)
+        self.predictor.denoise_ms, self.predictor.other_ms = fastest.denoise_ms, fastest.latency_ms - fastest.denoise_ms
+        self.predictor.runs = [(c, p.worst, p.speedup) for c, p in self.points.items()]
+        self.predictor.cache_ratio = {c.cache: 1 / p.speedup for c, p in self.points.items() if c.arm is None}
 
-    def _foretold(self, candidate: Candidate) -> dict[str, float | None]:
-        assert self.forecast is not None
-        known = candidate.cache is None or candidate.cache in self.forecast.cache_ratio
-        speedup = self.forecast.dense_ms / self.forecast.latency_ms(candidate) if known else None
+    def _predicted(self, candidate: Candidate) -> dict[str, float | None]:
+        assert self.predictor is not None
+        known = candidate.cache is None or candidate.cache in self.predictor.cache_ratio
+        speedup = self.predictor.dense_ms / self.predictor.latency_ms(candidate) if known else None
         return {
-            "margin": self.forecast.margin(candidate),
+            "margin": self.predictor.margin(candidate),
             "speedup": speedup,
-            "density": self.forecast.density(candidate),
+            "density": self.predictor.density(candidate),
         }
 
     # ------------------------------------------------------------------------------------------------- choosing
@@ -387,25 +387,25 @@ class Search:
 
     def _next(self) -> Candidate | None:
         """The fastest that promises to hold, alone or beside a cache that holds alone; None if none could be the best."""
-        assert self.forecast is not None
-        forecast = self.forecast
+        assert self.predictor is not None
+        predictor = self.predictor
         fastest = max((self.points[c].speedup for c in self._holding()), default=WORTH)
         caches = [
             c.cache for c in self._holding() if c.arm is None and c.cache is not None and self.points[c].speedup > WORTH
         ]
         pool = [candidate for bare in self.candidates for candidate in (bare, *cached(bare, caches[:BESIDE]))]
-        open_ = [c for c in pool if c not in self.points and forecast.dense_ms / forecast.latency_ms(c) > fastest]
+        open_ = [c for c in pool if c not in self.points and predictor.dense_ms / predictor.latency_ms(c) > fastest]
         if not open_:
             return None
-        margins = {candidate: forecast.margin(candidate) for candidate in open_}
+        margins = {candidate: predictor.margin(candidate) for candidate in open_}
         promising = [c for c in open_ if (m := margins[c]) is not None and m >= 0]
         if promising:
-            return min(promising, key=forecast.latency_ms)
+            return min(promising, key=predictor.latency_ms)
         unknown = [c for c in open_ if margins[c] is None]
         if unknown:  # nothing was run yet: one in the middle teaches most
-            spoils = sorted(unknown, key=lambda c: forecast.spoil(c, 2.0))
-            return spoils[len(spoils) // 3]
+            by_error = sorted(unknown, key=lambda c: predictor.predicted_error(c, 2.0))
+            return by_error[len(by_error) // 3]
         closest = max(open_, key=lambda c: margins[c] or 0.0)
-        # A forecast is off by some decibels: what misses by less than that is worth a run while there is time.
+        # A prediction is off by some decibels: what misses by less than that is worth a run while there is time.
         scale = max(abs(bound.limit) for bound in self.bounds)
         return closest if (margins[closest] or 0.0) > -0.1 * scale else None

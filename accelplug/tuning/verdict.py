@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from accelplug.tuning.caches import FEW_STEPS
-from accelplug.tuning.forecast import Forecast
+from accelplug.tuning.prediction import Predictor
 from accelplug.tuning.result import Point
 from accelplug.tuning.space import WORTH
 
 
-def limit(forecast: Forecast) -> str:
+def limit(predictor: Predictor) -> str:
     """Say what any patch can gain at most, by Amdahl's law."""
-    steps = forecast.trajectory.steps
-    if (share := forecast.trajectory.attention) is None:
+    steps = predictor.trajectory.steps
+    if (share := predictor.trajectory.attention) is None:
         return "What a patch can gain at most is not known: attention could not be timed by itself."
-    shares = f"attention being {share:.0%} of a step and denoising {forecast.denoise_ms / forecast.dense_ms:.0%} of a run"
+    shares = f"attention being {share:.0%} of a step and denoising {predictor.denoise_ms / predictor.dense_ms:.0%} of a run"
     if steps > FEW_STEPS:
-        return f"With {shares}, no patch can gain more than {forecast.ceiling(0):.2f}x."
+        return f"With {shares}, no patch can gain more than {predictor.ceiling(0):.2f}x."
     return (
-        f"With {steps} steps, one of them dense, {shares}, no patch can gain more than {forecast.ceiling(1):.2f}x; "
-        f"with none dense {forecast.ceiling(0):.2f}x."
+        f"With {steps} steps, one of them dense, {shares}, no patch can gain more than {predictor.ceiling(1):.2f}x; "
+        f"with none dense {predictor.ceiling(0):.2f}x."
     )
 
 
@@ -28,7 +28,7 @@ def why(
     budget: str,
     points: Sequence[Point],
     proven: Point | None,
-    forecast: Forecast | None,
+    predictor: Predictor | None,
     *,
     proposed: bool,
     interrupted: bool,
@@ -42,7 +42,7 @@ def why(
     budget : the bounds, in words.
     points : all that was run whole, the fastest first.
     proven : the point that the recipe is, None for dense.
-    forecast : None if the search ended before one was made.
+    predictor : None if the search ended before one was made.
     proposed : whether there were candidates to run.
     interrupted : whether the user ended the search.
     time_budget_s, run_s : the time that the search had, and that a dense run takes.
@@ -55,7 +55,7 @@ def why(
             f"{p.name} kept {budget} at {p.speedup:.2f}x in {p.runs} runs of the search" for p in points if p.margin >= 0
         ]
         said = f"Stay dense: interrupted before anything was proven; {held[0] if held else 'nothing was seen to hold'}"
-    elif forecast is None or not forecast.probes:
+    elif predictor is None or not predictor.probes:
         said = (
             f"Stay dense: {time_budget_s:.0f} s were over before a patch could be probed, a dense run takes {run_s:.0f} s. "
             f"Give time_budget_s of at least {30 * run_s:.0f}"
@@ -64,8 +64,8 @@ def why(
         said = "Stay dense: no patch was faster than dense attention at this shape on this device"
     else:
         said = _why_not(budget, points)
-    few = forecast is not None and forecast.trajectory.steps <= FEW_STEPS
-    return f"{said}. {limit(forecast)}" if few and forecast is not None else said
+    few = predictor is not None and predictor.trajectory.steps <= FEW_STEPS
+    return f"{said}. {limit(predictor)}" if few and predictor is not None else said
 
 
 def _why_not(budget: str, points: Sequence[Point]) -> str:

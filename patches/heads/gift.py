@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, model_validator
 from torch.nn.functional import pad
 
-from accelplug.chat import TEMPLATE, spelled, tokenizer_of
+from accelplug.chat import TEMPLATE_WORDS, spelled, tokenizer_of
 from accelplug.errors import RecipeError
 from accelplug.kernels.spans import fit, read_rows, replace_rows, row_attention
 from accelplug.kernels.subsets import over_heads, upper, upper_heads
@@ -57,7 +57,7 @@ def words(tokenizer: Any, ids: Sequence[int | None]) -> tuple[list[bool], list[b
     A token is its id, None where it shows an image.
     """
     text, spans = spelled(tokenizer, ids)
-    text = TEMPLATE.sub(lambda found: " " * len(found[0]), text)
+    text = TEMPLATE_WORDS.sub(lambda found: " " * len(found[0]), text)
     content = [False] * len(text)
     for found in _ENGLISH_WORD.finditer(text):
         idle = found[1].lower() in STOP_WORDS or (found[2] or "").startswith("n")  # isn't, won't

@@ -198,8 +198,8 @@ def _entries(path: Path, *keys: str) -> list[dict[str, Any]]:
 
 
 def read_answer(answer: str, parse: Parse = "strict") -> bool | None:
-    """Read an answer: ``strict`` as `pope.parse` does; ``official`` as AMBER's release, which takes "Yes" and "No" alone."""
-    return {"Yes": True, "No": False}.get(answer) if parse == "official" else pope.parse(answer, parse)
+    """Read an answer: ``strict`` as `pope.read_yes_no` does; ``official`` as AMBER's release, which takes "Yes" and "No" alone."""
+    return {"Yes": True, "No": False}.get(answer) if parse == "official" else pope.read_yes_no(answer, parse)
 
 
 def discriminate(questions: Sequence[Question], answers: Sequence[str], parse: Parse = "strict") -> Discriminative:
@@ -242,7 +242,7 @@ def read_associations(path: str | Path) -> dict[str, list[str]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise AccelplugError(f"Associations: expected AMBER's relation.json, {path} is no file; they are optional.")
+        raise AccelplugError(f"Associations: expected AMBER's relation.json, {path} is not a file; they are optional.")
     try:
         return {str(word): [str(other) for other in others] for word, others in json.loads(path.read_text("utf-8")).items()}
     except (ValueError, AttributeError, TypeError) as error:

@@ -12,7 +12,7 @@ from accelplug.comparison.evaluators.vocabulary import Vocabulary
 Image = TypeVar("Image", str, int)
 """What images go by: names or numbers."""
 Parse = Literal["strict", "official"]
-"""How answers are read; see `pope.parse`."""
+"""How answers are read; see `pope.read_yes_no`."""
 
 
 @dataclass(frozen=True)

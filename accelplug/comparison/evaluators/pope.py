@@ -85,7 +85,7 @@ def build(
     return questions
 
 
-def article(thing: str) -> str:
+def a_or_an(thing: str) -> str:
     """Return "a" or "an", by sound as far as the first letters tell it."""
     return "an" if _AN.match(thing) else "a"
 
@@ -96,7 +96,7 @@ def questions_sha256(questions: Sequence[Question]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def parse(answer: str, parse: Parse = "strict") -> bool | None:
+def read_yes_no(answer: str, parse: Parse = "strict") -> bool | None:
     """Read an answer: True for yes, False for no, None if it is unparsed.
 
     ``strict``: the first word decides if it is yes or no, in any case and behind any punctuation. Otherwise the words yes, no and not
@@ -178,7 +178,7 @@ def _absent(image: str | int, free: set[str], counts: Counter[str], rng: np.rand
 
 
 def _ask(image: str | int, thing: str, answer: bool, split: str) -> Question:
-    return Question(image, f"Is there {article(thing)} {thing} in the image?", answer, thing, split)
+    return Question(image, f"Is there {a_or_an(thing)} {thing} in the image?", answer, thing, split)
 
 
 @dataclass
@@ -213,7 +213,9 @@ class PopeEvaluator:
         found = PopeFigures({split: score(truth_of(asked, split), answers_of(asked, said, split)) for split in said.replies})
         if HARDEST in said.replies:
             negatives = [
-                yes for yes, question in zip(_said_yes(asked, said), asked.of(HARDEST), strict=True) if not question.answer
+                yes
+                for yes, question in zip(_said_yes_to(asked, said), asked.of(HARDEST), strict=True)
+                if not question.answer
             ]
             found.interval = wilson(sum(negatives), len(negatives))
             if said.descriptions:
@@ -223,8 +225,8 @@ class PopeEvaluator:
     def hold(self, asked: Asked, dense: Said, said: Said, before: PopeFigures, figures: PopeFigures) -> dict[str, float]:
         """See `Evaluator`."""
         p = {"questions": mcnemar(*(list(_right(asked, one).values()) for one in (dense, said)))}
-        yes = _said_yes(asked, said)
-        figures.hallucination = _rate_difference(asked, _said_yes(asked, dense), yes)
+        yes = _said_yes_to(asked, said)
+        figures.hallucination = _rate_difference(asked, _said_yes_to(asked, dense), yes)
         if HARDEST in dense.margins and HARDEST in said.margins:
             figures.matched = score(truth_of(asked, HARDEST), shifted(dense.margins[HARDEST], sum(yes)))
         if before.described and figures.described:
@@ -279,7 +281,7 @@ def answers_of(asked: Asked, said: Said, split: str) -> list[bool | None]:
     return [asked.read(answer) for answer in said.replies.get(split, [])]
 
 
-def _said_yes(asked: Asked, said: Said) -> list[bool]:
+def _said_yes_to(asked: Asked, said: Said) -> list[bool]:
     """Whether each question of the hardest split was answered with yes."""
     return [answer is True for answer in answers_of(asked, said, HARDEST)]
 

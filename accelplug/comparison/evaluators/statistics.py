@@ -19,7 +19,7 @@ from accelplug.errors import AccelplugError
 if TYPE_CHECKING:
     pass
 
-Item = TypeVar("Item")
+Resampled = TypeVar("Resampled")
 
 YES_SHIFT = 0.05
 """A yes-ratio may move this far, in absolute value, before the MCC has to rise with it."""
@@ -119,8 +119,8 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
 
 
 def paired_bootstrap(
-    statistic: Callable[[Sequence[Item]], float],
-    items: Sequence[Item],
+    statistic: Callable[[Sequence[Resampled]], float],
+    items: Sequence[Resampled],
     samples: int = 2000,
     seed: int = 0,
     level: float = 0.95,

@@ -32,11 +32,11 @@ COCO_COMPOUNDS = {
     "toilet seat": "toilet",
     "train track": "track",
 }
-"""CHAIR's two words -> the one that they count as; nothing is mentioned if that is no word of the vocabulary."""
+"""CHAIR's two words -> the one that they count as; nothing is mentioned if that is not a word of the vocabulary."""
 
 
 def inflect(word: str) -> str:
-    """Return the singular by the package inflect, or the word itself if it is no plural.
+    """Return the singular by the package inflect, or the word itself if it is not a plural.
 
     Raises
     ------
@@ -114,7 +114,7 @@ class Vocabulary:
     def mentions(self, text: str) -> list[str]:
         """Return the classes that a text mentions, in its order and with repetitions.
 
-        The longest term wins ("hot dog" is no dog); with COCO's compounds a baby elephant is an elephant only, and a seat beside a
+        The longest term wins ("hot dog" is not a dog); with COCO's compounds a baby elephant is an elephant only, and a seat beside a
         toilet is none. Words are taken as nouns, whatever they are in the sentence.
         """
         found = list(self._terms(text))

@@ -1,13 +1,14 @@
-"""Cheap before dear: what a candidate will cost and spoil, from a few denoiser calls of a real dense run.
+"""Probe cheaply, then run: the time and the error of a candidate's whole run, predicted from a few denoiser calls of a dense run.
 
-A candidate is first seen at a few *moments*: calls of the denoiser that a dense run made, repeated with a patch on. Their outputs
-differ from dense ones by a relative error e(s) at step s, and in time. From that a whole run is foretold:
+A candidate is first seen at a few *snapshots*: calls of the denoiser that a dense run made, repeated with a patch on. Their outputs
+differ from dense ones by a relative error e(s) at step s, and in time. From that a whole run is predicted:
 
 * time: the dense run's, with the steps and layers that a candidate patches shrunk by the ratio that was seen;
-* spoil: ``sum over patched steps of w(s) e(s)``, where ``w(s) = |sigma(s) - sigma(s + 1)| exp(-kappa s / steps)`` is how far a step
-  moves the latents, and how much of an error made there is left in the end. Errors of one patch at neighbouring steps point the
-  same way, so they add; those of layers do not, so dense layers take away their share of the square. kappa and the line from
-  log(spoil) to a metric are fitted to the full runs seen so far: attention errors alone do not say what a clip looks like.
+* predicted error: ``sum over patched steps of w(s) e(s)``, where ``w(s) = |sigma(s) - sigma(s + 1)| exp(-kappa s / steps)``
+  is how far a step moves the latents, and how much of an error made there is left in the end. Errors of one patch at
+  neighbouring steps point the same way, so they add; those of layers do not, so dense layers take away their share of the
+  square. kappa and the line from log(predicted error) to a metric are fitted to the full runs seen so far: attention errors
+  alone do not say what a clip looks like.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 from accelplug.comparison.metrics import METRICS
-from accelplug.comparison.study import Study
+from accelplug.comparison.study import OBSERVED, Study
 from accelplug.hosts.forecast import amdahl
 from accelplug.kernels.timing import timed_ms
 from accelplug.plug import apply
@@ -30,14 +31,13 @@ from accelplug.tuning.budget import Bound
 from accelplug.tuning.caches import magnitudes
 from accelplug.tuning.space import Arm, Candidate
 
-OBSERVED = {"rules": [{"patch": "dense"}]}
 KAPPAS = (0.0, 1.0, 2.0, 4.0, 8.0)
 DECIBEL_SLOPE = -20.0
 """dB that a PSNR falls where an error grows tenfold. Other metrics are taken to lose as much as their limit, until runs say better."""
 
 
 @dataclass
-class Moment:
+class Snapshot:
     """One denoiser call of a dense run: its step, arguments, output and time."""
 
     part: Any
@@ -51,11 +51,11 @@ class Moment:
 
 @dataclass
 class Trajectory:
-    """Moments of a dense run, and how far each step moves the latents.
+    """Snapshots of a dense run, and how far each step moves the latents.
 
     Attributes
     ----------
-    moments : the first denoiser call of a few steps.
+    snapshots : the first denoiser call of a few steps.
     moves : |sigma(s) - sigma(s + 1)| of all steps, adding up to 1; equal where the scheduler has no sigmas.
     layouts : token layouts that were seen.
     layers : number of attention layers.
@@ -64,7 +64,7 @@ class Trajectory:
     magnitudes : see `accelplug.tuning.caches.CacheFacts`.
     """
 
-    moments: list[Moment]
+    snapshots: list[Snapshot]
     moves: list[float]
     layouts: list[Any]
     layers: int
@@ -74,8 +74,8 @@ class Trajectory:
 
     @classmethod
     def record(cls, study: Study, prompt: int, seed: int, at: Sequence[float] = (0.1, 0.4, 0.7, 0.95)) -> Trajectory:
-        """Run dense once, and keep the moments at these shares of the steps."""
-        moments: dict[int, Moment] = {}
+        """Run dense once, and keep the snapshots at these shares of the steps."""
+        snapshots: dict[int, Snapshot] = {}
         contexts: set[str] = set()
         with apply(study.pipe, OBSERVED, gate="off") as plug:
             hosts = {host.root: host for host in plug.hosts}
@@ -83,11 +83,11 @@ class Trajectory:
             def keep(part: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
                 now = hosts[part].now
                 contexts.update([now.branch] if now.branch else [])
-                if now.step is None or now.steps is None or now.step in moments:
+                if now.step is None or now.steps is None or now.step in snapshots:
                     return
                 if now.step in {min(round(share * now.steps), now.steps - 1) for share in at}:
                     tensor = (output[0] if isinstance(output, tuple) else output.sample).clone()
-                    moments[now.step] = Moment(part, now.step, now.steps, _cloned(args), _cloned(kwargs), tensor)
+                    snapshots[now.step] = Snapshot(part, now.step, now.steps, _cloned(args), _cloned(kwargs), tensor)
 
             with ExitStack() as stack:
                 for part in hosts:
@@ -96,11 +96,11 @@ class Trajectory:
                 study.run(prompt, seed)
             layouts = list(dict.fromkeys(r.layout for host in hosts.values() for r in host.records if r.layout is not None))
             layers = max((site.layers for site in plug.sites), default=0)
-            attention = _attention_share(plug, list(moments.values()))
-        found = list(moments.values())
+            attention = _attention_share(plug, list(snapshots.values()))
+        found = list(snapshots.values())
         trajectory = cls(found, _moves(study.pipe), layouts, layers, attention, frozenset(contexts), ratios)
-        for moment in trajectory.moments:
-            moment.ms = min(timed_ms(lambda m=moment: _call(m), moment.output.device)[1] for _ in range(2))  # type: ignore[misc]
+        for snapshot in trajectory.snapshots:
+            snapshot.ms = min(timed_ms(lambda m=snapshot: _call(m), snapshot.output.device)[1] for _ in range(2))  # type: ignore[misc]
         return trajectory
 
     @property
@@ -108,28 +108,30 @@ class Trajectory:
         """Diffusion steps of a run."""
         return len(self.moves)
 
-    def probe(self, pipe: Any, recipe: Mapping[str, Any], moments: Sequence[Moment] | None = None) -> Probe:
-        """Repeat moments with a recipe on; the first call, which may compile, is not timed but traced."""
-        moments = self.moments if moments is None else moments
+    def probe(self, pipe: Any, recipe: Mapping[str, Any], snapshots: Sequence[Snapshot] | None = None) -> Probe:
+        """Repeat snapshots with a recipe on; the first call, which may compile, is not timed but traced."""
+        snapshots = self.snapshots if snapshots is None else snapshots
         errors, ratios = {}, []
         densities: list[float | None] = []
         with apply(pipe, recipe, gate="report") as plug:
-            for number, moment in enumerate(moments):
-                plug.step(moment.step, moment.steps)
+            for number, snapshot in enumerate(snapshots):
+                plug.step(snapshot.step, snapshot.steps)
                 if number == 0:
                     with plug.trace() as events:
-                        _call(moment)
+                        _call(snapshot)
                     densities = [event.density for event in events]
-                output, ms = timed_ms(lambda m=moment: _call(m), moment.output.device)  # type: ignore[misc]
-                errors[moment.step] = float((output.float() - moment.output.float()).norm() / moment.output.float().norm())
-                ratios.append(ms / moment.ms)
+                output, ms = timed_ms(lambda m=snapshot: _call(m), snapshot.output.device)  # type: ignore[misc]
+                errors[snapshot.step] = float(
+                    (output.float() - snapshot.output.float()).norm() / snapshot.output.float().norm()
+                )
+                ratios.append(ms / snapshot.ms)
         known = [density for density in densities if density is not None]
         return Probe(errors, float(np.median(ratios)), float(np.mean(known)) if known else None)
 
 
 @dataclass
 class Probe:
-    """What a recipe did to the moments: relative error of the output by step, time over dense time, and density at the first."""
+    """What a recipe did to the snapshots: relative error of the output by step, time over dense time, and density at the first."""
 
     errors: dict[int, float]
     ratio: float
@@ -142,8 +144,8 @@ class Probe:
 
 
 @dataclass
-class Forecast:
-    """What is known of arms, layers and full runs, and what it foretells of candidates."""
+class Predictor:
+    """What is known of arms, layers and full runs, and what it predicts of candidates."""
 
     trajectory: Trajectory
     bounds: Sequence[Bound]
@@ -173,7 +175,7 @@ class Forecast:
         return amdahl(self.denoise_ms / self.dense_ms * share * (1 - dense_steps / self.trajectory.steps), math.inf)
 
     def latency_ms(self, candidate: Candidate) -> float:
-        """Foretell the time of a run. Where whole runs with an arm took other times than probes foretold, so will this one."""
+        """Predict the time of a run. Where whole runs with an arm took other times than probes predicted, so will this one."""
         taken = [
             self.dense_ms / gain / self._probed_ms(other)
             for other, _, gain in self.runs
@@ -193,14 +195,14 @@ class Forecast:
         return kept * len(self.steps_patched(candidate)) / self.trajectory.steps
 
     def density(self, candidate: Candidate) -> float | None:
-        """Foretell the mean density of attention calls, as if no cache left any out."""
+        """Predict the mean density of attention calls, as if no cache left any out."""
         if candidate.arm is None:
             return 1.0
         density = self.probes[candidate.arm].density
         return None if density is None else 1 - (1 - density) * self._share_patched(candidate)
 
-    def spoil(self, candidate: Candidate, kappa: float) -> float:
-        """Foretell how much of the arm's error is left in the end; caches are not in it."""
+    def predicted_error(self, candidate: Candidate, kappa: float) -> float:
+        """Predict how much of the arm's error is left in the end; caches are not in it."""
         if candidate.arm is None:
             return 0.0
         probe, steps = self.probes[candidate.arm], self.trajectory.steps
@@ -211,11 +213,11 @@ class Forecast:
         return moved * math.sqrt(max(left, 1e-3))
 
     def margin(self, candidate: Candidate) -> float | None:
-        """Foretell the smallest margin over the bounds, in the bound's own unit; None before a full run with the same cache."""
+        """Predict the smallest margin over the bounds, in the bound's own unit; None before a full run with the same cache."""
         seen = [
             (other, values)
             for other, values, _ in self.runs
-            if other.arm is not None and other.cache == candidate.cache and self.spoil(other, 0.0) > 0
+            if other.arm is not None and other.cache == candidate.cache and self.predicted_error(other, 0.0) > 0
         ]
         if not seen or candidate.arm is None:
             return None
@@ -229,35 +231,35 @@ class Forecast:
         return min(margins, default=None)
 
     def _line(self, candidate: Candidate, points: list[tuple[Candidate, float]], usual: float) -> float:
-        """The margin on the best line from log10(spoil), over all kappas; with under three runs, on one of the usual slope."""
+        """The margin on the best line from log10(predicted error), over all kappas; with under three runs, on one of the usual slope."""
         y = np.array([value for _, value in points])
         best: tuple[float, float] = (math.inf, float(y.mean()))
         for kappa in KAPPAS if len(points) > 2 else KAPPAS[2:3]:
-            x = np.log10([max(self.spoil(other, kappa), 1e-9) for other, _ in points])
-            at = math.log10(max(self.spoil(candidate, kappa), 1e-9))
+            x = np.log10([max(self.predicted_error(other, kappa), 1e-9) for other, _ in points])
+            at = math.log10(max(self.predicted_error(candidate, kappa), 1e-9))
             slope = usual
             if len(points) > 2 and x.std() > 1e-6:
                 slope = min(float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()), 0.0)
-            foretold = y.mean() + slope * (x - x.mean())
-            best = min(best, (float(((y - foretold) ** 2).mean()), float(y.mean() + slope * (at - x.mean()))))
+            line = y.mean() + slope * (x - x.mean())
+            best = min(best, (float(((y - line) ** 2).mean()), float(y.mean() + slope * (at - x.mean()))))
         return best[1]
 
 
-def _attention_share(plug: Any, moments: Sequence[Moment]) -> float | None:
+def _attention_share(plug: Any, snapshots: Sequence[Snapshot]) -> float | None:
     """Share of the attention that patches may answer in one denoiser call, the second: the first may warm up."""
-    if not moments:
+    if not snapshots:
         return None
-    for moment in [moments[0], moments[0]]:
-        plug.step(moment.step, moment.steps)
+    for snapshot in [snapshots[0], snapshots[0]]:
+        plug.step(snapshot.step, snapshot.steps)
         with plug.trace(timed=True) as events:
-            _, ms = timed_ms(lambda m=moment: _call(m), moment.output.device)  # type: ignore[misc]
+            _, ms = timed_ms(lambda m=snapshot: _call(m), snapshot.output.device)  # type: ignore[misc]
         share = sum(event.ms or 0.0 for event in events) / ms
     return share if events else None
 
 
-def _call(moment: Moment) -> torch.Tensor:
+def _call(snapshot: Snapshot) -> torch.Tensor:
     with torch.no_grad():
-        output = moment.part(*moment.args, **moment.kwargs)
+        output = snapshot.part(*snapshot.args, **snapshot.kwargs)
     return output[0] if isinstance(output, tuple) else output.sample
 
 
