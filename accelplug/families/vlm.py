@@ -22,7 +22,7 @@ class Vlm:
         ``patches`` (sum of T*H*W, C * T_p * P * P) with ``image_grid_thw``.
     grid : how an image's tokens lie: ``square``, row by row; ``thw``, by ``image_grid_thw`` over the merge size; ``tiles``, square
         tiles one after the other; ``anyres``, a square base, then rows of tiles with a newline each.
-    told_apart : whether the image encoder returns features image by image; where it does not, each run of image tokens is one.
+    by_image : whether the image encoder returns features image by image; where it does not, each run of image tokens is one.
     turns : the tokens that open a turn of the released models, by who speaks: 1 the user, -1 the model, 0 the system.
     """
 
@@ -30,7 +30,7 @@ class Vlm:
     classes: tuple[str, ...]
     pixels: Literal["images", "tiles", "patches"] = "images"
     grid: Literal["square", "thw", "tiles", "anyres"] = "square"
-    told_apart: bool = True
+    by_image: bool = True
     turns: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -50,7 +50,9 @@ KNOWN_VLMS = (
     Vlm("qwen3-vl", ("Qwen3VLForConditionalGeneration",), "patches", "thw", turns=CHATML),
     Vlm("internvl", ("InternVLForConditionalGeneration",), "images", "tiles", turns=CHATML),
     Vlm("gemma3", ("Gemma3ForConditionalGeneration",), turns=GEMMA),
-    Vlm("smolvlm", ("SmolVLMForConditionalGeneration", "Idefics3ForConditionalGeneration"), "tiles", "tiles", False),
+    Vlm(
+        "smolvlm", ("SmolVLMForConditionalGeneration", "Idefics3ForConditionalGeneration"), "tiles", "tiles", by_image=False
+    ),
 )
 
 

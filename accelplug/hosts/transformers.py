@@ -687,7 +687,7 @@ class LanguageHost(Host):
                 visual = (tokens == self.base.get_input_embeddings()(torch.tensor(token, device=tokens.device))).all(-1)
             if bool(visual.any()):
                 sizes = self.images.take(kind)
-                numbers.append(number_images(visual, sizes if self.family is not None and self.family.told_apart else []))
+                numbers.append(number_images(visual, sizes if self.family is not None and self.family.by_image else []))
         return together(numbers[1:] or numbers)
 
     def _after_base(self, module: nn.Module, args: tuple, output: Any) -> None:
