@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from tests.tiny_language_models import forward
+from accelplug.testing.language_models import forward
 
 NAME = "plain_probabilities"
 Inputs = dict[str, Tensor]

@@ -35,5 +35,44 @@ _ROWS = (
     Subject("svg", {"density": 1.0}, {"density": 0.3, "sink": False}, {}, video_only=True),
     Subject("vmoba", {"tau": 1.0}, {"tau": 0.25, "parts": [[4, 1, 1], [1, 2, 3], [2, 2, 2]]}, {}, graphs=3),
     Subject("bilevel", {"p": 1.0}, {"k": 1, "halo": 0}, {}),
+    Subject("bias", {"strength": 0.0}, {"strength": 0.5}),
+    Subject(
+        "visual_bias",
+        {"image_weight": 1.0, "system_weight": 1.0},
+        {"image_weight": 6.0, "system_weight": 0.3},
+        faint={"image_weight": 1 + 1e-7, "system_weight": 1 - 1e-7},
+    ),
+    Subject(
+        "var",
+        {"move_fraction": 0.0},
+        {"sink_dims": [3, 7], "sink_threshold": 1.5, "min_visual_mass": 0.01, "min_nonsink_ratio": 0.0},
+        faint={
+            "move_fraction": 1e-9,
+            "sink_dims": [5, 9],
+            "sink_threshold": 0.5,
+            "min_visual_mass": 0.0,
+            "min_nonsink_ratio": 0.0,
+        },
+    ),
+    Subject("vhr", {"gain": 1.0}, {"gain": 2.0}, faint={"gain": 1 + 1e-7}),
+    Subject(
+        "gift",
+        {"alpha": 0.0},
+        {"saliency_layer": 1, "enhance": [1, 4]},
+        faint={"saliency_layer": 2, "enhance": [0, 4], "alpha": 1e-9},
+    ),
+    Subject("pai", {"alpha": 0.0}, {"alpha": 4.0}, faint={"alpha": 1e-9}),
+    Subject(
+        "imbalance",
+        {"local_alpha": 0.0, "summary_alpha": 0.0},
+        {"local_alpha": 4.0},
+        only=("llava",),  # whose tower has a class token, and an image token a patch
+        faint={"local_alpha": 1e-9, "summary_alpha": 1e-9},
+    ),
+    Subject("carve", {"keep_area": 1}, {"keep_area": 0.3, "regions": 1, "max_tokens": 3, "layers": (0.5, 1.0)}),
+    Subject("agla", {"alpha": 0, "beta": 0}, {"layers": (0.5, 1.0)}),
+    Subject("contrast", {"gamma": 1, "cutoff": 0}, {"gamma": 3.0}),
 )
 ROWS = {row.patch: row for row in _ROWS}
+DENOISING = {name: row for name, row in ROWS.items() if not row.of_language_models}
+"""Rows of the patches of denoisers."""

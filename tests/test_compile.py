@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 import accelplug
 from accelplug.testing.laws import Subject, run_once
 from tests import tiny_models
-from tests.patch_rows import ROWS
+from tests.patch_rows import DENOISING, ROWS
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ EVERY_WAY = ("radial", "sol", "tome", "vmoba")
 """Rows for every way of compiling: one by layout, one by scores, one without blocks, and one with a graph for each kind of layer."""
 WAYS = [
     pytest.param(row, kind, first, id=f"{row.patch}-{kind}-{first}-first")
-    for row in ROWS.values()
+    for row in DENOISING.values()
     for kind in ("regional", "whole")
     for first in ("apply", "compile")
     if row.patch in EVERY_WAY or (kind, first) == ("regional", "apply")

@@ -22,6 +22,7 @@ from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, 
 from accelplug.hosts import rebind
 from accelplug.hosts import transformers as language
 from accelplug.hosts.host import plug_of
+from accelplug.testing.language_models import forward, generate
 from accelplug.testing.models import TIMESTEP, noise
 from tests import tiny_language_models as tiny
 from tests import tiny_models
@@ -133,7 +134,7 @@ class Language(Case):
         self.recipe = {"rules": [{"patch": "vhr"}]}
 
     def run(self) -> torch.Tensor:
-        return tiny.forward(self.model, self.inputs)
+        return forward(self.model, self.inputs)
 
 
 class Generating(Case):
@@ -145,7 +146,7 @@ class Generating(Case):
         self.recipe = {"rules": [{"patch": name, "with": settings}]}
 
     def run(self) -> torch.Tensor:
-        return tiny.generate(self.model, self.inputs, 2)
+        return generate(self.model, self.inputs, 2)
 
 
 def case_of(name: str, processor: Any) -> Case:

@@ -13,8 +13,9 @@ import transformers.modeling_flash_attention_utils as flash
 from torch import Tensor
 
 import accelplug
+from accelplug.testing.language_models import forward, generate
 from tests.test_language_host import PAIRS, WORKING, recipe
-from tests.tiny_language_models import build, forward, generate, inputs
+from tests.tiny_language_models import build, inputs
 
 
 class Flash:
@@ -145,11 +146,11 @@ def test_patches_ride_on_flash_attention(patch: str, name: str, kernel: Flash) -
 
 @pytest.mark.parametrize("patch", [patch for patch in WORKING if patch != "imbalance"])
 def test_neutral_on_flash_attention_is_exact(patch: str, kernel: Flash) -> None:
-    from tests.test_language_host import NEUTRAL
+    from tests.patch_rows import ROWS
 
     model, given = on_flash("llava"), inputs("llava")
     logits, tokens = forward(model, given), generate(model, given)
-    with accelplug.apply(model, recipe(patch, NEUTRAL[patch]), strict=True):
+    with accelplug.apply(model, recipe(patch, ROWS[patch].neutral), strict=True):
         assert torch.equal(forward(model, given), logits)
         assert torch.equal(generate(model, given), tokens)
 

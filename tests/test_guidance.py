@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 from PIL import Image
@@ -21,39 +20,21 @@ from accelplug.families import pixels
 from accelplug.families.vlm import vlm_of
 from accelplug.patches.generation import GenerationPatch, Tools
 from accelplug.patches.guidance import agla, branch, carve, contrast, gaze
+from accelplug.testing.language_models import AN_IMAGE_EACH, IMAGE, Rows, forward, generate, word_processor
 from tests import tiny_language_models as tiny
+from tests.patch_rows import ROWS
 
-ONE_EACH: tiny.Rows = ((3, "I", 6), (2, "I", 4))
-WITHOUT: tiny.Rows = ((3, "I", 6), (5,))
+WITHOUT: Rows = ((3, "I", 6), (5,))
 MODELS = ("llava", "qwen2_5_vl")
 WHOLE = ("llava", "gemma3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-TEMPLATE = (
-    "{% for m in messages %}w1 {% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}{{ c.text }}{% endif %}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %} w2{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
-    """LLaVA's own processor on a vocabulary of words w0, w1, ...; its prompts suit both tiny models."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(496)), "<image>"]
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    square = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    return hf.LlavaProcessor(
-        hf.CLIPImageProcessorPil(**square),
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )
+    return word_processor()
 
 
-def inputs(name: str, rows: tiny.Rows = ONE_EACH) -> dict[str, torch.Tensor]:
+def inputs(name: str, rows: Rows = AN_IMAGE_EACH) -> dict[str, torch.Tensor]:
     """Inputs whose still pictures are the same in both frames, as a processor makes them."""
     given = tiny.inputs(name, rows)
     if "image_grid_thw" in given:
@@ -66,9 +47,7 @@ def rules(*patches: tuple[str, dict[str, Any]]) -> dict[str, Any]:
     return {"rules": [{"patch": name, "with": settings} for name, settings in patches]}
 
 
-CARVE = ("carve", {"keep_area": 0.3, "regions": 1, "max_tokens": 3, "layers": (0.5, 1.0)})
-AGLA = ("agla", {"layers": (0.5, 1.0)})
-CONTRAST = ("contrast", {"gamma": 3.0})
+CARVE, AGLA, CONTRAST = ((name, dict(ROWS[name].working)) for name in ("carve", "agla", "contrast"))
 
 
 # --------------------------------------------------------------------------------------------------------------- maths
@@ -218,7 +197,7 @@ def test_pixels_refuse() -> None:
     with pytest.raises(UnsupportedError, match="one frame"):
         pixels.pictures(family, {**given, "image_grid_thw": torch.tensor([[2, 4, 6]])}, vision)
     with pytest.raises(UnsupportedError, match="tiles"):
-        pixels.pictures(vlm_of(tiny.build("llava_next")), tiny.inputs("llava_next", ONE_EACH))
+        pixels.pictures(vlm_of(tiny.build("llava_next")), tiny.inputs("llava_next", AN_IMAGE_EACH))
     with pytest.raises(ShapeError, match="pixel_values"):
         pixels.pictures(vlm_of(tiny.build("llava")), {})
 
@@ -240,7 +219,7 @@ def lent(
     with accelplug.apply(model, rules(patch), processor=processor):
         with pytest.MonkeyPatch.context() as instead:
             instead.setattr(carve.Carve, "generate", keep)
-            tiny.generate(model, given, 1)
+            generate(model, given, 1)
         yield found[0]
 
 
@@ -250,7 +229,7 @@ def test_a_prompt_like_another(name: str, processor: Any) -> None:
     with lent(model, given, processor) as tools:
         new = tools.prompt_like(given, "w9 w8")
         token = model.config.image_token_id
-        pictures = [tiny.IMAGE] * int((given["input_ids"][0] == token).sum())
+        pictures = [IMAGE] * int((given["input_ids"][0] == token).sum())
         whole = processor.tokenizer("w1 <image> w9 w8 w2")["input_ids"]
         assert new["input_ids"][0].tolist() == [whole[0], *pictures, *whole[2:]]
         assert new["input_ids"][1].tolist() == [0] * (len(pictures)) + whole[:1] + whole[2:]
@@ -271,22 +250,22 @@ def test_prompts_of_processors_with_marks_around_a_picture(processor: Any) -> No
             before, behind = (
                 [processor.tokenizer.convert_tokens_to_ids(w) for w in x] for x in (("w1", "w3"), ("w4", "w9"))
             )
-            expected = [*before, *[tiny.IMAGE] * size, *behind, processor.tokenizer.convert_tokens_to_ids("w2")]
+            expected = [*before, *[IMAGE] * size, *behind, processor.tokenizer.convert_tokens_to_ids("w2")]
             assert new["input_ids"].tolist() == [expected] * 2
-            assert tiny.generate(model, given).shape[0] == 2
+            assert generate(model, given).shape[0] == 2
     wrong = SimpleNamespace(**shared, image_token="<picture>")
     with accelplug.apply(model, rules(CARVE), processor=wrong), pytest.raises(AccelplugError, match="belongs to the model"):
-        tiny.generate(model, given)
+        generate(model, given)
 
 
 def test_gaze_reads_what_eager_attention_reads(processor: Any) -> None:
     model, given = tiny.build("llava"), inputs("llava")
     model.set_attn_implementation("eager")
-    out = tiny.generate(model, given, 3, return_dict_in_generate=True, output_attentions=True)
+    out = generate(model, given, 3, return_dict_in_generate=True, output_attentions=True)
     with lent(model, given, processor, ("carve", {"keep_area": 1})) as tools:
         maps = gaze.look(model, tools, given, (0.5, 1.0), 3)
     for row, seen in enumerate(maps):
-        visual = given["input_ids"][row] == tiny.IMAGE
+        visual = given["input_ids"][row] == IMAGE
         for step, layers in enumerate(out.attentions[: seen.shape[1]]):
             expected = torch.stack([layer[row, :, -1, : len(visual)].mean(0)[visual] for layer in layers[2:]])
             assert torch.allclose(seen[:, step], expected, atol=1e-6)
@@ -296,36 +275,15 @@ def test_gaze_reads_what_eager_attention_reads(processor: Any) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    "neutral", [("carve", {"keep_area": 1}), ("agla", {"alpha": 0, "beta": 0}), ("contrast", {"gamma": 1, "cutoff": 0})]
-)
-def test_neutral_is_the_plain_generate(name: str, neutral: tuple[str, dict], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("patch", ["carve", "agla", "contrast"])
+def test_neutral_is_the_plain_generate(name: str, patch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = tiny.build(name), inputs(name, tiny.TWO_ROWS)
-    plain = tiny.generate(model, given, return_dict_in_generate=True, output_scores=True)
+    plain = generate(model, given, return_dict_in_generate=True, output_scores=True)
     monkeypatch.setattr(gaze, "look", lambda *_: pytest.fail("a neutral patch has no pass of its own"))
-    with accelplug.apply(model, rules(neutral)):
-        out = tiny.generate(model, given, return_dict_in_generate=True, output_scores=True)
+    with accelplug.apply(model, ROWS[patch].recipe(ROWS[patch].neutral)):
+        out = generate(model, given, return_dict_in_generate=True, output_scores=True)
     assert torch.equal(out.sequences, plain.sequences)
     assert all(torch.equal(a, b) for a, b in zip(out.scores, plain.scores, strict=True))
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("patch", [CARVE, AGLA, CONTRAST])
-def test_it_does_something_and_undo_is_exact(name: str, patch: tuple[str, dict], processor: Any) -> None:
-    model, given = tiny.build(name), inputs(name)
-    ask = {"return_dict_in_generate": True, "output_scores": True}
-    before = tiny.generate(model, given, **ask)
-    own = [{k: id(v) for k, v in vars(part).items() if k != "rope_deltas"} for part in (model, model.model)]
-    state = torch.get_rng_state()
-    plug = accelplug.apply(model, rules(patch), processor=processor)
-    during = tiny.generate(model, given, **ask)
-    plug.remove()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert own == [{k: id(v) for k, v in vars(part).items() if k != "rope_deltas"} for part in (model, model.model)]
-    after = tiny.generate(model, given, **ask)
-    assert torch.equal(before.sequences, after.sequences)
-    assert all(torch.equal(a, b) for a, b in zip(before.scores, after.scores, strict=True))
-    assert not torch.equal(before.scores[0], during.scores[0])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -334,10 +292,10 @@ def test_rows_without_a_picture_are_answered_as_ever(name: str, patch: tuple[str
     model, given = tiny.build(name), inputs(name, WITHOUT)
     text = {k: v for k, v in tiny.inputs(name, ((5,), (3,))).items() if k not in ("pixel_values", "image_grid_thw")}
     ask = {"return_dict_in_generate": True, "output_scores": True}
-    plain, plain_text = tiny.generate(model, given, **ask), tiny.generate(model, text, **ask)
+    plain, plain_text = generate(model, given, **ask), generate(model, text, **ask)
     with accelplug.apply(model, rules(patch), processor=processor):
-        out = tiny.generate(model, given, **ask)
-        out_text = tiny.generate(model, text, **ask)
+        out = generate(model, given, **ask)
+        out_text = generate(model, text, **ask)
     assert all(torch.equal(a[1], b[1]) for a, b in zip(plain.scores, out.scores, strict=True))
     assert not torch.equal(plain.scores[0][0], out.scores[0][0])
     assert all(torch.equal(a, b) for a, b in zip(plain_text.scores, out_text.scores, strict=True))
@@ -350,21 +308,9 @@ def test_carve_answers_on_the_refined_picture(steps: str, processor: Any, monkey
     real = carve.refined
     monkeypatch.setattr(carve, "refined", lambda *args: seen.append(real(*args)) or seen[-1])
     with accelplug.apply(model, rules((CARVE[0], {**CARVE[1], "steps": steps})), processor=processor):
-        out = tiny.generate(model, given, num_beams=2)
-    plain = tiny.generate(model, {**given, "pixel_values": torch.stack(seen)}, num_beams=2)
+        out = generate(model, given, num_beams=2)
+    plain = generate(model, {**given, "pixel_values": torch.stack(seen)}, num_beams=2)
     assert torch.equal(out, plain)
-
-
-def test_a_batch_is_its_rows(processor: Any) -> None:
-    model, given = tiny.build("llava"), inputs("llava")
-    with accelplug.apply(model, rules(CARVE), processor=processor):
-        both = tiny.generate(model, given, return_dict_in_generate=True, output_scores=True).scores[0]
-        for row in range(2):
-            kept = given["attention_mask"][row].bool()
-            one = {k: given[k][row : row + 1, kept] for k in ("input_ids", "attention_mask")}
-            one["pixel_values"] = given["pixel_values"][row : row + 1]
-            alone = tiny.generate(model, one, return_dict_in_generate=True, output_scores=True).scores[0]
-            assert torch.allclose(alone[0], both[row], atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- two branches
@@ -376,8 +322,8 @@ def by_hand(model: Any, given: dict[str, Any], masked: torch.Tensor, tokens: int
     for _ in range(tokens):
         mask = given["attention_mask"]
         positions = {} if "image_grid_thw" in given else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-        z = tiny.forward(model, {**given, **positions})[:, -1]
-        other = tiny.forward(model, {**given, **positions, "pixel_values": masked})[:, -1]
+        z = forward(model, {**given, **positions})[:, -1]
+        other = forward(model, {**given, **positions, "pixel_values": masked})[:, -1]
         new = agla.mixed(z, other, 2.0, 0.5).argmax(-1, keepdim=True)
         given["input_ids"] = torch.cat([given["input_ids"], new], 1)
         given["attention_mask"] = torch.nn.functional.pad(mask, (0, 1), value=1)
@@ -410,7 +356,7 @@ def test_agla_is_two_branches(
     model, given = tiny.build(name), inputs(name)
     monkeypatch.setattr(agla, "concentration", lambda values: 0.8)  # random weights look everywhere alike
     with accelplug.apply(model, rules(AGLA), processor=processor if with_processor else None):
-        out = tiny.generate(model, given)
+        out = generate(model, given)
     (branch,) = branches
     masked = branch._inputs["pixel_values"]
     assert float((masked == 0).float().mean()) == pytest.approx(0.4, abs=0.02)
@@ -422,7 +368,7 @@ def test_agla_samples_several_answers(processor: Any, branches: list[Any]) -> No
     model, given = tiny.build("llava"), inputs("llava")
     ask = {"do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
     with accelplug.apply(model, rules(AGLA), processor=processor):
-        out = tiny.generate(model, given, **ask)
+        out = generate(model, given, **ask)
         assert len(branches) == 2
         for copy in range(2):  # each answer's scores are those of a greedy run that is made to say the same
             said = out.sequences[copy::2]
@@ -430,9 +376,9 @@ def test_agla_samples_several_answers(processor: Any, branches: list[Any]) -> No
             more = said.shape[1] - 1 - given["input_ids"].shape[1]
             done["attention_mask"] = torch.nn.functional.pad(given["attention_mask"], (0, more), value=1)
             position_ids = (done["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-            z = tiny.forward(model, {**done, "position_ids": position_ids})[:, -1]
+            z = forward(model, {**done, "position_ids": position_ids})[:, -1]
             masked = {**done, "position_ids": position_ids, "pixel_values": branches[copy]._inputs["pixel_values"]}
-            expected = agla.mixed(z, tiny.forward(model, masked)[:, -1], 2.0, 0.5)
+            expected = agla.mixed(z, forward(model, masked)[:, -1], 2.0, 0.5)
             kept = out.scores[-1][copy::2] > -math.inf  # generate has taken the top 50
             assert torch.allclose(out.scores[-1][copy::2][kept], expected[kept], atol=1e-4)
 
@@ -440,9 +386,9 @@ def test_agla_samples_several_answers(processor: Any, branches: list[Any]) -> No
 def test_agla_without_second_branch_only_cuts(branches: list[Any]) -> None:
     model, given = tiny.build("llava"), inputs("llava")
     ask = {"return_dict_in_generate": True, "output_scores": True}
-    plain = tiny.generate(model, given, **ask)
+    plain = generate(model, given, **ask)
     with accelplug.apply(model, rules(("agla", {"alpha": 0, "beta": 0.5}))):
-        out = tiny.generate(model, given, **ask)
+        out = generate(model, given, **ask)
     assert not branches
     assert torch.equal(out.sequences, plain.sequences)
     assert torch.equal(out.scores[0], agla.mixed(plain.scores[0], None, 0.0, 0.5))
@@ -457,7 +403,7 @@ def test_the_users_logits_processors_come_first(processor: Any) -> None:
         return scores.index_fill(1, torch.arange(256), -math.inf)
 
     with accelplug.apply(model, rules(AGLA), processor=processor):
-        out = tiny.generate(model, given, logits_processor=[forbid])
+        out = generate(model, given, logits_processor=[forbid])
     assert int(out[:, given["input_ids"].shape[1] :].min()) >= 256
     assert len(calls) == 6
 
@@ -475,10 +421,10 @@ def test_under_autocast_as_without_but_for_what_the_model_loses(
     for patched, cast in ((False, False), (False, True), (True, False), (True, True)):
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
             if not patched:
-                found.append(tiny.generate(model, given, 1, **ask).scores[0].float())
+                found.append(generate(model, given, 1, **ask).scores[0].float())
                 continue
             with accelplug.apply(model, rules(patch), processor=processor):
-                found.append(tiny.generate(model, given, 1, **ask).scores[0].float())
+                found.append(generate(model, given, 1, **ask).scores[0].float())
     plain, plain_cast, moved, moved_cast = (x.clamp(min=-20) for x in found)
     common = (found[2] > -math.inf) & (found[3] > -math.inf)
     assert (moved_cast - moved)[common].abs().max() < 8 * (plain_cast - plain).abs().max()
@@ -488,17 +434,17 @@ def test_under_autocast_as_without_but_for_what_the_model_loses(
 @pytest.mark.parametrize("name", MODELS)
 def test_together_with_attention_patches(name: str, processor: Any) -> None:
     model, given = tiny.build(name), inputs(name)
-    plain = tiny.generate(model, given)
+    plain = generate(model, given)
     bias = ("visual_bias", {"image_weight": 3.0})
     outs = []
     for recipe in (rules(CARVE, AGLA, bias), rules(CARVE, AGLA)):
         with accelplug.apply(model, recipe, processor=processor) as plug:
             ask = {"return_dict_in_generate": True, "output_scores": True}
-            outs.append(tiny.generate(model, given, **ask).scores[0])
+            outs.append(generate(model, given, **ask).scores[0])
             served = plug.report().served
             assert served["carve"] == served["agla"] == 1
     assert not torch.equal(*outs)
-    assert torch.equal(tiny.generate(model, given), plain)
+    assert torch.equal(generate(model, given), plain)
 
 
 def test_contrast_by_hand() -> None:
@@ -521,14 +467,14 @@ def test_contrast_is_with_the_stock_model_on_the_text_alone(name: str) -> None:
     with accelplug.apply(
         model, rules(("contrast", {"gamma": 2.5, "cutoff": 0.01}), ("visual_bias", {"image_weight": 8.0}))
     ) as plug:
-        out = tiny.generate(model, given, return_dict_in_generate=True, output_scores=True, output_logits=True)
+        out = generate(model, given, return_dict_in_generate=True, output_scores=True, output_logits=True)
         assert plug.report().served["contrast"] == 1
         assert not plug.report().fallbacks
     for step, (scores, logits) in enumerate(zip(out.scores, out.logits, strict=True)):
         for row in range(2):
             ids = out.sequences[row, : given["input_ids"].shape[1] + step]
-            text = ids[(ids != tiny.IMAGE) & (torch.arange(len(ids)) >= (given["attention_mask"][row] == 0).sum())][None]
-            alone = tiny.forward(stock, {"input_ids": text, "attention_mask": torch.ones_like(text)})[:, -1]
+            text = ids[(ids != IMAGE) & (torch.arange(len(ids)) >= (given["attention_mask"][row] == 0).sum())][None]
+            alone = forward(stock, {"input_ids": text, "attention_mask": torch.ones_like(text)})[:, -1]
             expected = contrast.contrasted(logits[row : row + 1], alone, 2.5, 0.01)
             torch.testing.assert_close(scores[row : row + 1], expected, atol=2e-5, rtol=1e-4)
 
@@ -537,15 +483,15 @@ def test_contrast_samples_several_answers(branches: list[Any]) -> None:
     model, given = tiny.build("qwen2_5_vl"), inputs("qwen2_5_vl")
     ask = {"do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
     with accelplug.apply(model, rules(CONTRAST)):
-        out = tiny.generate(model, given, **ask, output_logits=True)
+        out = generate(model, given, **ask, output_logits=True)
     assert len(branches) == 2
-    visual = given["input_ids"] == tiny.IMAGE
+    visual = given["input_ids"] == IMAGE
     for copy in range(2):
         said = out.sequences[copy::2, :-1]
         new = pad(visual, (0, said.shape[1] - visual.shape[1]))
         mask = pad(given["attention_mask"], (0, said.shape[1] - visual.shape[1]), value=1)
         text = contrast.without_pictures({"input_ids": said, "attention_mask": mask}, new)
-        alone = tiny.forward(tiny.build("qwen2_5_vl"), text)[:, -1]
+        alone = forward(tiny.build("qwen2_5_vl"), text)[:, -1]
         expected = contrast.contrasted(out.logits[-1][copy::2], alone, 3.0, 0.1)
         kept = out.scores[-1][copy::2] > -math.inf  # generate has taken the top 50
         assert torch.allclose(out.scores[-1][copy::2][kept], expected[kept], atol=1e-4)
@@ -589,7 +535,7 @@ def test_agla_with_a_matcher_from_a_folder(tmp_path: Any, processor: Any, branch
     state = torch.get_rng_state()
     recipe = rules(("agla", {"matcher": "blip", "blip_dir": str(tmp_path), "blip_layer": 1}))
     with accelplug.apply(model, recipe, processor=processor):
-        out = tiny.generate(model, given)
+        out = generate(model, given)
     assert torch.equal(torch.get_rng_state(), state)
     masked = branches[0]._inputs["pixel_values"]
     assert 0 < float((masked == 0).float().mean()) < 0.5
@@ -603,9 +549,9 @@ def test_agla_with_a_matcher_from_a_folder(tmp_path: Any, processor: Any, branch
 def test_a_prompt_that_is_all_picture_is_not_read_without_it(patch: tuple[str, dict]) -> None:
     model, given = tiny.build("llava"), inputs("llava", ((3, "I", 2), ("I",)))
     for name in ("input_ids", "attention_mask"):  # without the marks around it
-        given[name] = given[name].masked_fill((torch.arange(2) == 1)[:, None] & (given["input_ids"] != tiny.IMAGE), 0)
+        given[name] = given[name].masked_fill((torch.arange(2) == 1)[:, None] & (given["input_ids"] != IMAGE), 0)
     with accelplug.apply(model, rules(patch)), pytest.raises(UnsupportedError, match="Add text"):
-        tiny.generate(model, given)
+        generate(model, given)
 
 
 @pytest.mark.parametrize("patch", [CARVE, AGLA])
@@ -615,33 +561,33 @@ def test_several_pictures_in_a_row_are_refused(patch: tuple[str, dict], processo
         accelplug.apply(model, rules(patch), processor=processor),
         pytest.raises(UnsupportedError, match="row 1 has 2"),
     ):
-        tiny.generate(model, inputs("llava", tiny.TWO_ROWS))
+        generate(model, inputs("llava", tiny.TWO_ROWS))
 
 
 def test_tiles_are_refused(processor: Any) -> None:
     model = tiny.build("llava_next")
     with accelplug.apply(model, rules(CARVE), processor=processor), pytest.raises(UnsupportedError, match="tiles"):
-        tiny.generate(model, tiny.inputs("llava_next", ONE_EACH))
+        generate(model, tiny.inputs("llava_next", AN_IMAGE_EACH))
 
 
 def test_missing_pixels_and_missing_starts_are_refused(processor: Any) -> None:
     model, given = tiny.build("llava"), inputs("llava")
     with accelplug.apply(model, rules(CARVE), processor=processor):
         with pytest.raises(UnsupportedError, match="pixel_values"):
-            tiny.generate(model, {k: v for k, v in given.items() if k != "pixel_values"})
+            generate(model, {k: v for k, v in given.items() if k != "pixel_values"})
         with pytest.raises(UnsupportedError, match="whole prompt"):
-            tiny.generate(model, given, **tiny.held(hf.DynamicCache()))
+            generate(model, given, **tiny.held(hf.DynamicCache()))
 
 
 def test_carve_asks_for_a_processor(processor: Any) -> None:
     model, given = tiny.build("llava"), inputs("llava")
     with accelplug.apply(model, rules(CARVE)), pytest.raises(AccelplugError, match="processor=processor"):
-        tiny.generate(model, given)
+        generate(model, given)
     blipped = rules(("agla", {"matcher": "blip", "blip_dir": "/nowhere"}))
     with accelplug.apply(model, blipped), pytest.raises(AccelplugError, match="processor=processor"):
-        tiny.generate(model, given)
+        generate(model, given)
     with accelplug.apply(model, blipped, processor=processor), pytest.raises(AccelplugError, match="blip_dir"):
-        tiny.generate(model, given)
+        generate(model, given)
 
 
 @pytest.mark.parametrize("more", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"assistant_model": "another"}])
@@ -650,7 +596,7 @@ def test_what_a_branch_cannot_follow_is_refused(more: dict[str, Any], patch: tup
     model, given = tiny.build("llava"), inputs("llava")
     with accelplug.apply(model, rules(patch)):
         with pytest.raises(UnsupportedError, match="second branch"):
-            tiny.generate(model, given, **more)
+            generate(model, given, **more)
         if "num_beams" in more:
             config = hf.GenerationConfig(num_beams=2, max_new_tokens=2)
             with pytest.raises(UnsupportedError, match="second branch"):

@@ -19,9 +19,12 @@ from accelplug.hosts.blind import Blind
 from accelplug.kernels import spans
 from accelplug.patches.guidance.contrast import contrasted
 from accelplug.registry import patch_class
+from accelplug.testing.language_models import IMAGE, TEXT_CONFIG, TOWER_CONFIG, forward, generate
+from tests.patch_rows import ROWS
 from tests.test_flash_attention import kernel  # noqa: F401
+from tests.test_language_host import WORKING
 from tests.test_oracle import sharp
-from tests.tiny_language_models import CLIP, IMAGE, TEXT, build, forward, generate, held, inputs, right_padded
+from tests.tiny_language_models import build, held, inputs, right_padded
 
 B, H, KV, S, D = 2, 4, 2, 24, 16
 WINDOW = 9
@@ -145,22 +148,6 @@ def test_without_causality_a_query_reads_behind_itself() -> None:
     assert torch.equal(near[0, 0], (at - at[:, None]).abs() < 3)
 
 
-VANISHING: dict[str, dict[str, Any]] = {
-    "visual_bias": {"image_weight": 1 + 1e-7, "system_weight": 1 - 1e-7},
-    "var": {
-        "move_fraction": 1e-9,
-        "sink_dims": [5, 9],
-        "sink_threshold": 0.5,
-        "min_visual_mass": 0.0,
-        "min_nonsink_ratio": 0.0,
-    },
-    "vhr": {"gain": 1 + 1e-7},
-    "gift": {"saliency_layer": 2, "enhance": [0, 4], "alpha": 1e-9},
-    "pai": {"alpha": 1e-9},
-    "imbalance": {"local_alpha": 1e-9, "summary_alpha": 1e-9},
-}
-
-
 @pytest.mark.parametrize("held_as", ["dynamic", "whole", "static"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])
 @pytest.mark.parametrize("name", ["llava_mistral", "gemma3"])
@@ -175,10 +162,10 @@ def test_at_a_strength_near_nothing_every_patch_is_the_stock_model(name: str, at
     left = inputs("gemma3" if name == "gemma3" else "llava")
     for given in (left, right_padded(left)):
         plain = _steps(model, given, held_as)
-        for patch, settings in VANISHING.items():
+        for patch in WORKING:
             if patch == "imbalance" and name == "gemma3":
                 continue  # whose tower has no class token
-            with accelplug.apply(model, {"patch": patch, "with": settings}, strict=True) as plug:
+            with accelplug.apply(model, ROWS[patch].recipe(ROWS[patch].faint), strict=True) as plug:
                 found = _steps(model, given, held_as)
                 assert plug.report().served[patch]
             torch.testing.assert_close(found, plain, atol=3e-5, rtol=0)
@@ -242,10 +229,16 @@ def test_under_autocast_a_model_moves_as_it_does_without(name: str) -> None:
 def paligemma2() -> Any:
     """A tiny PaliGemma 2, whose language model caps its scores."""
     torch.manual_seed(0)
-    vision = {key: value for key, value in CLIP.items() if key != "projection_dim"}
+    vision = {key: value for key, value in TOWER_CONFIG.items() if key != "projection_dim"}
     config = hf.PaliGemmaConfig(
         vision_config={**vision, "vision_use_head": False, "projection_dim": 64},
-        text_config={"model_type": "gemma2", **TEXT, "head_dim": 16, "attn_logit_softcapping": 5.0, "sliding_window": 8},
+        text_config={
+            "model_type": "gemma2",
+            **TEXT_CONFIG,
+            "head_dim": 16,
+            "attn_logit_softcapping": 5.0,
+            "sliding_window": 8,
+        },
         image_token_index=IMAGE,
         projection_dim=64,
     )

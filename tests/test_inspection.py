@@ -25,7 +25,8 @@ from accelplug.inspection.drawing import colours, spread
 from accelplug.inspection.language import LanguageInspection
 from accelplug.inspection.looking import VlmInspection
 from accelplug.inspection.reading import sink_dimensions
-from tests.tiny_language_models import IMAGE, TEXT, Rows, build
+from accelplug.testing.language_models import IMAGE, TEXT_CONFIG, Rows
+from tests.tiny_language_models import build
 from tests.tiny_language_models import inputs as inputs_of
 
 
@@ -384,7 +385,7 @@ def test_a_host_without_the_ability_is_refused_like_any_other(monkeypatch: pytes
 
 def test_what_cannot_be_inspected_says_so() -> None:
     model, inputs = llava(), prompt("llava", [[4, "I", 6]])
-    text = LlamaForCausalLM(LlamaConfig(**TEXT)).eval()
+    text = LlamaForCausalLM(LlamaConfig(**TEXT_CONFIG)).eval()
     summary = accelplug.inspect(text)
     assert isinstance(summary, LanguageInspection)
     assert summary.family is None

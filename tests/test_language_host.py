@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,40 +16,25 @@ import transformers
 from packaging.version import Version
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, QuantizedCache, StaticCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import accelplug
 from accelplug import compat
 from accelplug.errors import AlreadyAppliedError, FallbackError, NoMatchError, UnsupportedError
 from accelplug.hosts.prompts import answering, number_images
 from accelplug.hosts.stream import Stream
+from accelplug.registry import entry_of
+from accelplug.testing.language_models import forward, generate
 from tests import tiny_models
+from tests.patch_rows import ROWS
 from tests.test_laws import alive
-from tests.tiny_language_models import LLM, VLM, build, forward, generate, held, inputs, right_padded
+from tests.tiny_language_models import LLM, VLM, build, held, inputs, right_padded
 
-LOUD = {"patch": "visual_bias", "with": {"image_weight": 6.0, "system_weight": 0.3}}
-NEUTRAL = {
-    "visual_bias": {"image_weight": 1.0, "system_weight": 1.0},
-    "var": {"move_fraction": 0.0},
-    "vhr": {"gain": 1.0},
-    "gift": {"alpha": 0.0},
-    "pai": {"alpha": 0.0},
-    "imbalance": {"local_alpha": 0.0, "summary_alpha": 0.0},
-}
-WORKING: dict[str, dict[str, Any]] = {
-    "visual_bias": LOUD["with"],
-    "var": {"sink_dims": [3, 7], "sink_threshold": 1.5, "min_visual_mass": 0.01, "min_nonsink_ratio": 0.0},
-    "vhr": {"gain": 2.0},
-    "gift": {"saliency_layer": 1, "enhance": [1, 4]},
-    "pai": {"alpha": 4.0},
-    "imbalance": {"local_alpha": 4.0},
-}
-TOWER = {"llava"}
-"""Families whose vision tower has a class token and one image token a patch, which imbalance needs."""
-PAIRS = [(patch, name) for patch in WORKING for name in VLM if patch != "imbalance" or name in TOWER]
+LOUD: dict[str, Any] = {"patch": "visual_bias", "with": ROWS["visual_bias"].working}
+WORKING = {name: dict(row.working) for name, row in ROWS.items() if entry_of(name).family == "heads"}
+PAIRS = [(patch, name) for patch in WORKING for name in ROWS[patch].only or VLM]
 
 
-def recipe(patch: str, config: dict[str, Any] | None = None, **where: Any) -> dict[str, Any]:
+def recipe(patch: str, config: Mapping[str, Any] | None = None, **where: Any) -> dict[str, Any]:
     return {"patch": patch, "with": WORKING[patch] if config is None else config, "where": where}
 
 
@@ -68,27 +54,6 @@ def fingerprint(model: Any) -> list:
 
 
 # ----------------------------------------------------------------------------------------------------------------- laws
-
-
-@pytest.mark.parametrize(("patch", "name"), PAIRS)
-def test_neutral_is_exact_working_works_and_undo_is_exact(patch: str, name: str) -> None:
-    model, given = build(name), inputs(name)
-    logits, tokens, before = forward(model, given), generate(model, given), fingerprint(model)
-    valid = given["attention_mask"].bool()
-    with accelplug.apply(model, recipe(patch, NEUTRAL[patch])):
-        assert torch.equal(forward(model, given), logits)
-        assert torch.equal(generate(model, given), tokens)
-    with accelplug.apply(model, recipe(patch), strict=True) as plug:
-        changed = forward(model, given)
-        generate(model, given)
-        assert plug.report().served[patch]
-        assert not plug.report().unrouted
-    assert changed[valid].isfinite().all()
-    assert not torch.equal(changed[valid], logits[valid])
-    assert fingerprint(model) == before
-    assert "accelplug" not in ALL_ATTENTION_FUNCTIONS
-    assert torch.equal(forward(model, given), logits)
-    assert torch.equal(generate(model, given), tokens)
 
 
 @pytest.mark.parametrize("name", LLM)
@@ -181,7 +146,7 @@ def test_the_models_own_kernel_is_used(implementation: str) -> None:
         reference = forward(model, given)
     model.set_attn_implementation(implementation)
     plain = forward(model, given)
-    with accelplug.apply(model, recipe("visual_bias", NEUTRAL["visual_bias"])):
+    with accelplug.apply(model, recipe("visual_bias", ROWS["visual_bias"].neutral)):
         assert torch.equal(forward(model, given), plain)
     with accelplug.apply(model, LOUD):
         valid = given["attention_mask"].bool()
@@ -223,7 +188,7 @@ def test_a_quantised_cache(patch: str, backend: str) -> None:
     model, given = build("llava"), inputs("llava")
     quantised = {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
     stock = generate(model, given, **quantised)
-    with accelplug.apply(model, recipe(patch, NEUTRAL[patch])):
+    with accelplug.apply(model, recipe(patch, ROWS[patch].neutral)):
         assert torch.equal(generate(model, given, **quantised), stock)
     text = model.config.get_text_config()
     step = torch.tensor([[11], [12]])
@@ -347,7 +312,7 @@ def test_guidance_has_a_stream_of_its_own() -> None:
     model, given = build("llava"), inputs("llava")
     with accelplug.apply(model, LOUD):
         tokens = generate(model, given, guidance_scale=1.5)
-    with accelplug.apply(model, recipe("visual_bias", NEUTRAL["visual_bias"])):
+    with accelplug.apply(model, recipe("visual_bias", ROWS["visual_bias"].neutral)):
         plain = generate(model, given, guidance_scale=1.5)
     assert torch.equal(plain, generate(model, given, guidance_scale=1.5))
     assert tokens.shape == plain.shape
@@ -572,7 +537,7 @@ def test_copies_are_stock_and_another_model_never_notices(tmp_path: Path) -> Non
 
 def test_switching_the_implementation_while_on() -> None:
     model, given = build("llava"), inputs("llava")
-    with accelplug.apply(model, recipe("visual_bias", NEUTRAL["visual_bias"])):
+    with accelplug.apply(model, recipe("visual_bias", ROWS["visual_bias"].neutral)):
         model.set_attn_implementation("eager")
         on = forward(model, given)
     assert torch.equal(on, forward(model, given))

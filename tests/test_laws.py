@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -11,10 +12,21 @@ from torch import nn
 
 import accelplug
 from accelplug.errors import AccelplugError, AlreadyAppliedError, FallbackError, NoMatchError, UnsupportedError
+from accelplug.patches.generation import GenerationPatch
 from accelplug.patches.sparse.template import BlockParams
-from accelplug.testing.laws import Law, laws, run_once, snapshot_of, text_stays_dense, the_kernel_at_density_one_is_dense
-from accelplug.testing.models import DENOISERS_TRIED
-from tests import tiny_models
+from accelplug.registry import list_patches, patch_class
+from accelplug.testing.language_models import LANGUAGE_MODELS_TRIED
+from accelplug.testing.laws import (
+    Law,
+    Subject,
+    laws,
+    run_once,
+    snapshot_of,
+    text_stays_dense,
+    the_kernel_at_density_one_is_dense,
+)
+from accelplug.testing.models import DENOISERS_TRIED, Built
+from tests import tiny_language_models, tiny_models
 from tests.patch_rows import ROWS
 
 REFUSED = ("sana",)
@@ -26,9 +38,20 @@ DENSE = {"rules": [{"patch": "dense"}]}
 MAKERS = {name: tiny_models.MODELS[name] for name in MODELS} | DENOISERS_TRIED
 
 
-@pytest.mark.parametrize("law", [law for row in ROWS.values() for law in laws(row, models=MAKERS)], ids=str)
+def models_for(row: Subject) -> Mapping[str, Callable[[], Built]]:
+    """Of denoisers and vision-language models all there are; what stands around ``generate`` takes one picture a row."""
+    if not row.of_language_models:
+        return MAKERS
+    return LANGUAGE_MODELS_TRIED if issubclass(patch_class(row.patch), GenerationPatch) else tiny_language_models.BUILT
+
+
+@pytest.mark.parametrize("law", [law for row in ROWS.values() for law in laws(row, models=models_for(row))], ids=str)
 def test_law(law: Law) -> None:
     law()
+
+
+def test_every_patch_has_a_row() -> None:
+    assert {entry.name for entry in list_patches()} == ROWS.keys()
 
 
 @models

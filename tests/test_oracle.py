@@ -15,26 +15,21 @@ import accelplug
 from accelplug import zoo
 from accelplug.comparison.exam import Exam
 from accelplug.errors import FallbackError, UnsupportedError
-from tests.eager_oracle import METHODS, Inputs, Look, Method, Oracle, Telling, extended, mass
-from tests.test_flash_attention import kernel  # noqa: F401
-from tests.test_other_readers import gemma4
-from tests.tiny_language_models import (
-    CLIP,
+from accelplug.testing.language_models import (
     IMAGE,
     MROPE,
     OPEN,
     QWEN_IDS,
-    TEXT,
-    TWO_ROWS,
+    TEXT_CONFIG,
+    TOWER_CONFIG,
     VIDEO,
-    VIDEOS,
-    VLM,
-    build,
     forward,
     generate,
-    inputs,
-    right_padded,
 )
+from tests.eager_oracle import METHODS, Inputs, Look, Method, Oracle, Telling, extended, mass
+from tests.test_flash_attention import kernel  # noqa: F401
+from tests.test_other_readers import gemma4
+from tests.tiny_language_models import TWO_ROWS, VIDEOS, VLM, build, inputs, right_padded
 
 WORKING: dict[str, dict[str, Any]] = {
     "visual_bias": {"image_weight": 6.0, "system_weight": 0.3},
@@ -60,8 +55,8 @@ def llava_mistral() -> Any:
     """LLaVA on a decoder with windows of 12 in all layers."""
     torch.manual_seed(0)
     config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**CLIP, projection_dim=32),
-        text_config=hf.MistralConfig(**TEXT, sliding_window=12),
+        vision_config=hf.CLIPVisionConfig(**TOWER_CONFIG, projection_dim=32),
+        text_config=hf.MistralConfig(**TEXT_CONFIG, sliding_window=12),
         image_token_index=IMAGE,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -82,7 +77,7 @@ SIGLIP = {
 
 def paligemma() -> Any:
     """A family that is not listed."""
-    text = {**TEXT, "model_type": "gemma", "head_dim": 16}
+    text = {**TEXT_CONFIG, "model_type": "gemma", "head_dim": 16}
     more = {"image_token_index": IMAGE, "projection_dim": 64, "hidden_size": 64}
     return hf.PaliGemmaForConditionalGeneration(hf.PaliGemmaConfig(vision_config=SIGLIP, text_config=text, **more))
 
@@ -91,7 +86,7 @@ def aya_vision() -> Any:
     """A family that is not listed, with windows in every other layer."""
     slides = {"sliding_window": 8, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
     more = {"downsample_factor": 2, "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
-    text = {**TEXT, "model_type": "cohere2", **slides}
+    text = {**TEXT_CONFIG, "model_type": "cohere2", **slides}
     config = hf.AyaVisionConfig(vision_config=SIGLIP, text_config=text, image_token_index=IMAGE, **more)
     return hf.AyaVisionForConditionalGeneration(config)
 
@@ -99,7 +94,7 @@ def aya_vision() -> Any:
 def qwen3_5() -> Any:
     """A family that is not listed, with attention in every other layer."""
     linear = {f"linear_{what}_head_dim": 16 for what in ("key", "value")} | {"linear_num_key_heads": 2}
-    text = {**TEXT, "head_dim": 16, "rope_parameters": {**MROPE, "mrope_interleaved": True}, **linear}
+    text = {**TEXT_CONFIG, "head_dim": 16, "rope_parameters": {**MROPE, "mrope_interleaved": True}, **linear}
     vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 8, "intermediate_size": 64}
     config = hf.Qwen3_5Config(
         text_config={**text, "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"] * 2},

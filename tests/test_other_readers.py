@@ -12,8 +12,8 @@ import transformers as hf
 
 import accelplug
 from accelplug.errors import FallbackError, UnsupportedError
+from accelplug.testing.language_models import CLOSE, IMAGE, OPEN, TEXT_CONFIG, forward, generate
 from tests.test_language_host import LOUD, WORKING, recipe
-from tests.tiny_language_models import CLOSE, IMAGE, OPEN, TEXT, forward, generate
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -35,7 +35,7 @@ def mllama() -> tuple[Any, dict[str, torch.Tensor]]:
     tiles = {"image_size": 32, "patch_size": 8, "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]}
     config = hf.MllamaConfig(
         vision_config={**vision, **tiles, "vision_output_dim": 64, "intermediate_layers_indices": [0]},
-        text_config={**TEXT, "cross_attention_layers": [1, 3]},
+        text_config={**TEXT_CONFIG, "cross_attention_layers": [1, 3]},
         image_token_index=IMAGE,
     )
     model = hf.MllamaForConditionalGeneration(config).eval().requires_grad_(False)
@@ -52,7 +52,7 @@ def instruct_blip() -> tuple[Any, dict[str, torch.Tensor]]:
     config = hf.InstructBlipConfig(
         vision_config={**VISION, "image_size": 32, "patch_size": 8},
         qformer_config={**VISION, "vocab_size": 512, "encoder_hidden_size": 32, "cross_attention_frequency": 1},
-        text_config={"model_type": "llama", **TEXT},
+        text_config={"model_type": "llama", **TEXT_CONFIG},
         num_query_tokens=4,
         image_token_index=IMAGE,
     )
@@ -65,14 +65,14 @@ def instruct_blip() -> tuple[Any, dict[str, torch.Tensor]]:
 def llama4() -> Any:
     vision = {**VISION, "intermediate_size": 128, "image_size": 32, "patch_size": 8, "vision_output_dim": 32}
     sizes = {"projector_input_dim": 32, "projector_output_dim": 32, "pixel_shuffle_ratio": 0.5}
-    text = {**TEXT, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64, "num_experts_per_tok": 1}
+    text = {**TEXT_CONFIG, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64, "num_experts_per_tok": 1}
     return hf.Llama4ForConditionalGeneration(hf.Llama4Config(vision_config={**vision, **sizes}, text_config=text)).eval()
 
 
 def gemma4() -> tuple[Any, dict[str, torch.Tensor]]:
     """The last two layers read the keys of the first two, one of them in a window, and the last tokens alone where no more is asked."""
     torch.manual_seed(0)
-    text = {**TEXT, "head_dim": 16, "global_head_dim": 16, "sliding_window": 8, "num_kv_shared_layers": 2}
+    text = {**TEXT_CONFIG, "head_dim": 16, "global_head_dim": 16, "sliding_window": 8, "num_kv_shared_layers": 2}
     more = {"layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8}
     pooled = {"patch_size": 8, "pooling_kernel_size": 2, "default_output_length": 4, "position_embedding_size": 64}
     config = hf.Gemma4Config(

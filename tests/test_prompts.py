@@ -19,8 +19,9 @@ from accelplug.errors import FallbackError, ShapeError, UnsupportedError
 from accelplug.families.vlm import vlm_of
 from accelplug.hosts.prompts import NO_IMAGE, opened, together, turns
 from accelplug.registry import patch_class
+from accelplug.testing.language_models import IMAGE, VIDEO, forward, generate
 from tests.test_language_host import LOUD, PAIRS, WORKING, recipe
-from tests.tiny_language_models import IMAGE, VIDEO, VIDEOS, build, forward, generate, held, inputs, right_padded
+from tests.tiny_language_models import VIDEOS, build, held, inputs, right_padded
 from tests.tiny_models import build as denoiser
 
 ONE = ((3, "I", 6),)

@@ -25,7 +25,7 @@ from accelplug.testing.laws import (
 )
 from accelplug.testing.models import Arguments, noise, sample_of
 from tests import tiny_models, tiny_pipelines
-from tests.patch_rows import ROWS
+from tests.patch_rows import DENOISING
 
 STEPS = 4
 EIGHT = {"block": 8, "backend": "reference"}
@@ -50,7 +50,7 @@ CACHES = {
 }
 LATER = [{"where": {"layers": "1:"}, "patch": "neighborhood", "with": {**EIGHT, "window": [1, 3, 3]}}]
 CACHED = {f"cache {kind}": {"rules": LATER, "cache": {"kind": kind, "with": CACHES[kind]}} for kind in CACHES}
-STATELESS = {row.patch: row.recipe() for row in ROWS.values() if row.patch not in STATEFUL}
+STATELESS = {row.patch: row.recipe() for row in DENOISING.values() if row.patch not in STATEFUL}
 
 
 STOPS = {"model": cancel_in_the_model, "callback": cancel_in_a_callback}

@@ -152,8 +152,7 @@ def mutated(rng: random.Random, data: Any) -> Any:
 def rule_of(rng: random.Random) -> dict[str, Any]:
     """A rule with a patch's own settings, one or two of them nasty, and perhaps a cache."""
     entry = rng.choice(list_patches())
-    row = ROWS.get(entry.name)
-    settings = dict(row.working) if row else {"strength": 0.5} if entry.name == "bias" else {}
+    settings = dict(ROWS[entry.name].working)
     fields = list(patch_class(entry.name).Config.model_fields)
     settings |= {"block": 8, "backend": "reference"} if "block" in fields else {}
     for key in rng.sample(fields, min(len(fields), rng.randint(0, 2))):
@@ -859,9 +858,8 @@ def test_recipes_that_mean_nothing_are_refused_at_apply(recipe: dict[str, Any], 
 @pytest.mark.parametrize("patch", [entry.name for entry in list_patches() if entry.family in ("sparse", "tokens", "bias")])
 def test_what_may_ramp_ramps(patch: str, wan: tuple[Any, dict[str, Any]]) -> None:
     model, inputs = wan
-    row = ROWS.get(patch)
     fields = patch_class(patch).Config.model_fields
-    common = dict(row.working) if row else {"strength": 0.5}
+    common = dict(ROWS[patch].working)
     common |= {"block": 8, "backend": "reference"} if "block" in fields else {}
     for field in fields:
         setting = {field: {"from": 0.25, "to": 0.75, "over": "steps"}}

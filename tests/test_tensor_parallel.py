@@ -11,7 +11,8 @@ import torch
 import accelplug
 from accelplug.call import AttentionCall
 from accelplug.hosts.stream import watching
-from tests.tiny_language_models import build, forward, inputs
+from accelplug.testing.language_models import forward
+from tests.tiny_language_models import build, inputs
 from tests.two_ranks import together
 
 RECIPES = (

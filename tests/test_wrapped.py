@@ -13,8 +13,9 @@ import accelplug
 from accelplug import zoo
 from accelplug.errors import AlreadyAppliedError, NoMatchError
 from accelplug.hosts.host import plug_of
+from accelplug.testing.language_models import forward, generate
 from tests.test_language_host import LOUD, fingerprint, recipe
-from tests.tiny_language_models import build, forward, generate, inputs
+from tests.tiny_language_models import build, inputs
 
 
 def adapted(model: Any) -> Any:

@@ -2,57 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
 import transformers as hf
 
 from accelplug import compat
+from accelplug.testing.language_models import (
+    CLOSE,
+    IMAGE,
+    MROPE,
+    OPEN,
+    QWEN_IDS,
+    TEXT_CONFIG,
+    TOWER_CONFIG,
+    VIDEO,
+    Rows,
+    image_tokens,
+    llava_model,
+    padded_rows,
+    qwen2_5_vl_model,
+)
+from accelplug.testing.models import Built
 
-IMAGE, VIDEO, OPEN, CLOSE = 500, 501, 502, 503
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 4096,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-CLIP = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": OPEN, "vision_end_token_id": CLOSE}
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
-Rows = Sequence[Sequence[int | str]]
-"""Per row, how many text tokens, "I" for an image, "V" for a video (families of `VIDEOS`)."""
 
 
 def _llama() -> Any:
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT))
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT_CONFIG))
 
 
 def _mistral() -> Any:
-    return hf.MistralForCausalLM(hf.MistralConfig(**TEXT, sliding_window=16))
+    return hf.MistralForCausalLM(hf.MistralConfig(**TEXT_CONFIG, sliding_window=16))
 
 
 def _qwen3() -> Any:
-    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**TEXT, head_dim=16))
+    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**TEXT_CONFIG, head_dim=16))
 
 
 def _gpt_oss() -> Any:
     config = hf.GptOssConfig(
-        **TEXT,
+        **TEXT_CONFIG,
         head_dim=16,
         num_local_experts=4,
         num_experts_per_tok=2,
@@ -68,7 +61,7 @@ def _gpt_oss() -> Any:
 
 def _deepseek_v3() -> Any:
     config = hf.DeepseekV3Config(
-        **{**TEXT, "num_key_value_heads": 4},
+        **{**TEXT_CONFIG, "num_key_value_heads": 4},
         q_lora_rank=32,
         kv_lora_rank=16,
         qk_rope_head_dim=8,
@@ -87,7 +80,7 @@ def _deepseek_v3() -> Any:
 
 def _qwen3_next() -> Any:
     config = hf.Qwen3NextConfig(
-        **TEXT,
+        **TEXT_CONFIG,
         head_dim=16,
         num_experts=4,
         num_experts_per_tok=2,
@@ -101,22 +94,10 @@ def _qwen3_next() -> Any:
     return hf.Qwen3NextForCausalLM(config)
 
 
-def _llava(**text: Any) -> Any:
-    config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**CLIP, projection_dim=32),
-        text_config=hf.LlamaConfig(**{**TEXT, **text}),
-        image_token_index=IMAGE,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=16,
-    )
-    return hf.LlavaForConditionalGeneration(config)
-
-
 def _llava_next() -> Any:
     config = hf.LlavaNextConfig(
-        vision_config=hf.CLIPVisionConfig(**CLIP, projection_dim=32),
-        text_config=hf.LlamaConfig(**TEXT),
+        vision_config=hf.CLIPVisionConfig(**TOWER_CONFIG, projection_dim=32),
+        text_config=hf.LlamaConfig(**TEXT_CONFIG),
         image_token_index=IMAGE,
         vision_feature_layer=-2,
         image_grid_pinpoints=PINPOINTS,
@@ -126,8 +107,8 @@ def _llava_next() -> Any:
 
 def _llava_onevision() -> Any:
     config = hf.LlavaOnevisionConfig(
-        vision_config=hf.SiglipVisionConfig(**CLIP, vision_use_head=False),
-        text_config=hf.Qwen2Config(**TEXT),
+        vision_config=hf.SiglipVisionConfig(**TOWER_CONFIG, vision_use_head=False),
+        text_config=hf.Qwen2Config(**TEXT_CONFIG),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
         image_grid_pinpoints=PINPOINTS,
@@ -139,25 +120,15 @@ def _llava_onevision() -> Any:
 def _qwen2_vl() -> Any:
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2}
     config = hf.Qwen2VLConfig(
-        text_config={**TEXT, "rope_parameters": MROPE}, vision_config={**vision, "spatial_merge_size": 2}, **QWEN_IDS
+        text_config={**TEXT_CONFIG, "rope_parameters": MROPE}, vision_config={**vision, "spatial_merge_size": 2}, **QWEN_IDS
     )
     return hf.Qwen2VLForConditionalGeneration(config)
-
-
-def _qwen2_5_vl() -> Any:
-    vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 8, "intermediate_size": 64}
-    config = hf.Qwen2_5_VLConfig(
-        text_config={**TEXT, "rope_parameters": MROPE},
-        vision_config={**vision, "spatial_merge_size": 2, "window_size": 32, "fullatt_block_indexes": [1]},
-        **QWEN_IDS,
-    )
-    return hf.Qwen2_5_VLForConditionalGeneration(config)
 
 
 def _qwen3_vl() -> Any:
     vision = {"depth": 3, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 8, "intermediate_size": 64}
     config = hf.Qwen3VLConfig(
-        text_config={**TEXT, "head_dim": 16, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
+        text_config={**TEXT_CONFIG, "head_dim": 16, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
         vision_config={**vision, "spatial_merge_size": 2, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
         **QWEN_IDS,
     )
@@ -168,7 +139,7 @@ def _internvl() -> Any:
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = hf.InternVLConfig(
         vision_config={**vision, "image_size": [32, 32], "patch_size": [4, 4]},
-        text_config={"model_type": "qwen2", **TEXT},
+        text_config={"model_type": "qwen2", **TEXT_CONFIG},
         image_token_id=IMAGE,
         image_seq_length=16,
         downsample_ratio=0.5,
@@ -177,7 +148,7 @@ def _internvl() -> Any:
 
 
 def _gemma3() -> Any:
-    text = {**TEXT, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+    text = {**TEXT_CONFIG, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = hf.Gemma3Config(
         text_config={**text, "layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -194,7 +165,7 @@ def _smolvlm() -> Any:
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = hf.SmolVLMConfig(
         vision_config={**vision, "image_size": 32, "patch_size": 8},
-        text_config={"model_type": "llama", **TEXT},
+        text_config={"model_type": "llama", **TEXT_CONFIG},
         image_token_id=IMAGE,
         scale_factor=2,
         pad_token_id=0,
@@ -203,11 +174,11 @@ def _smolvlm() -> Any:
 
 
 VLM: dict[str, Callable[..., Any]] = {
-    "llava": _llava,
+    "llava": llava_model,
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
     "qwen2_vl": _qwen2_vl,
-    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen2_5_vl": qwen2_5_vl_model,
     "qwen3_vl": _qwen3_vl,
     "internvl": _internvl,
     "gemma3": _gemma3,
@@ -233,6 +204,14 @@ def build(name: str, **text: Any) -> Any:
     """A tiny model, always with the same weights; a LLaVA also with other settings of its language model."""
     torch.manual_seed(0)
     return {**VLM, **LLM}[name](**text).eval().requires_grad_(False)
+
+
+def _built(name: str) -> Built:
+    return VLM[name](), inputs(name)
+
+
+BUILT: dict[str, Callable[[], Built]] = {name: partial(_built, name) for name in VLM}
+"""What makes each vision-language model, and what it is given."""
 
 
 def _video_ids(name: str) -> list[int]:
@@ -276,28 +255,16 @@ def inputs(name: str, rows: Rows = TWO_ROWS) -> dict[str, torch.Tensor]:
                 extra["pixel_values"][i, sum(part == "I" for part in row) :] = 0
         elif name in VLM:
             extra["pixel_values"] = torch.randn(images, 3, 32, 32, generator=generator)
-    left = iter(tokens)
-    sequences = []
-    for row in rows:
-        ids: list[int] = []
-        for part in row:
-            if isinstance(part, int):
-                ids += torch.randint(3, 490, (part,), generator=generator).tolist()
-            elif part == "V":
-                ids += _video_ids(name)
-            else:
-                ids += [OPEN, *[IMAGE] * next(left), CLOSE]
-        sequences.append(ids)
-    longest = max(map(len, sequences))
-    padded = torch.tensor([[0] * (longest - len(row)) + row for row in sequences])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in sequences])
+    shown = {"I": map(image_tokens, tokens), "V": repeat(_video_ids(name))}
+    given = padded_rows(rows, shown, generator)
+    ids = given["input_ids"]
     if videos := sum(part == "V" for row in rows for part in row):
         extra |= _videos(name, videos)
     if name.startswith("qwen") and name in VLM:
-        extra["mm_token_type_ids"] = (padded == IMAGE).int() + 2 * (padded == VIDEO).int()
+        extra["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     if name == "gemma3":
-        extra["token_type_ids"] = (padded == IMAGE).int()
-    return {"input_ids": padded, "attention_mask": mask, **extra}
+        extra["token_type_ids"] = (ids == IMAGE).int()
+    return {**given, **extra}
 
 
 def right_padded(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -310,20 +277,6 @@ def right_padded(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**given, **moved}
 
 
-def forward(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits of a plain forward. Qwen models remember an offset from call to call, which is cleared."""
-    if hasattr(model.base_model, "rope_deltas"):
-        model.base_model.rope_deltas = None
-    with torch.no_grad():
-        return model(**given).logits
-
-
 def held(cache: Any) -> dict[str, Any]:
     """The argument by which a model is given a cache, whatever this version of transformers calls it."""
     return {compat.transformers.cache_keyword(hf.LlamaForCausalLM.forward): cache}
-
-
-def generate(model: Any, given: dict[str, torch.Tensor], tokens: int = 6, **more: Any) -> Any:
-    """Greedy tokens that never stop early."""
-    plain = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    return model.generate(**given, **{**plain, **more})

@@ -13,14 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import accelplug
 from accelplug import compat
 from accelplug.call import AttentionCall, Layout
-from accelplug.hosts.models import denoisers, processor_owners
+from accelplug.hosts.models import denoisers, is_language_model, processor_owners
+from accelplug.hosts.transformers import LanguageHost
 from accelplug.patches.base import Patch
 from accelplug.patches.sparse.template import BlockSparse
 from accelplug.registry import entry_of, patch_class
+from accelplug.testing.language_models import (
+    LANGUAGE_MODELS_TRIED,
+    answer_of,
+    build_language_model,
+    generate,
+    row_of,
+    word_processor,
+)
 from accelplug.testing.models import (
     DENOISERS_TRIED,
     Arguments,
@@ -47,6 +57,9 @@ class Subject:
     video_only : whether it reads every key of images and of two frames.
     pools : whether key blocks that are not read exactly cost one key each.
     graphs : compiled graphs that layers of one policy take at most: as many as there are ways of lining tokens up by layer.
+    only : names of the tiny models that it is for; none: all that its host serves.
+    faint : settings with which a patch of language models goes its whole way, and the answer is another in the last digits alone;
+        none: not tried.
     """
 
     patch: str
@@ -56,6 +69,13 @@ class Subject:
     video_only: bool = False
     pools: bool = False
     graphs: int = 1
+    only: tuple[str, ...] = ()
+    faint: Mapping[str, Any] | None = None
+
+    @property
+    def of_language_models(self) -> bool:
+        """Whether it is a patch of language models; else of denoisers."""
+        return entry_of(self.patch).family in LanguageHost.serves
 
     @property
     def blocks(self) -> bool:
@@ -67,6 +87,10 @@ class Subject:
         common = {"block": 8, "backend": "reference"} if self.blocks else {}
         rule = {"patch": self.patch, "with": {**common, **(self.working if config is None else config)}}
         return {"rules": [{"where": where, **rule} if where else rule]}
+
+
+Check = Callable[[Subject, Callable[[], Built]], None]
+"""A law: it raises AssertionError where a patch breaks it on the tiny model that is made."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +106,7 @@ class Law:
     cls : the class of the patch, registered while the law is tried; None for a patch that is known by its name.
     """
 
-    check: Callable[[Subject, Callable[[], Built]], None]
+    check: Check
     subject: Subject
     model: str
     make: Callable[[], Built]
@@ -108,9 +132,9 @@ def laws(
     everything: Mapping[str, Any] | None = None,
     video_only: bool = False,
     pools: bool = False,
-    models: Mapping[str, Callable[[], Built]] = DENOISERS_TRIED,
+    models: Mapping[str, Callable[[], Built]] | None = None,
 ) -> list[Law]:
-    """Return the laws for a patch of denoisers, to be called one by one or handed to pytest::
+    """Return the laws for a patch, to be called one by one or handed to pytest::
 
         @pytest.mark.parametrize("law", accelplug.testing.laws(Mine, {"reach": 1}, neutral={"reach": 99}), ids=str)
         def test_laws(law):
@@ -120,12 +144,13 @@ def laws(
     ----------
     patch : the class, which need not be registered; the name of a patch; or a `Subject`, which says all that follows.
     working, neutral, everything, video_only, pools : see `Subject`. Blocks of 8 on grids of 48 to 105 tokens.
-    models : tiny denoisers by name, each a function that returns a model and what its forward is given.
+    models : tiny models by name, each a function that returns a model and what its forward is given; None: `DENOISERS_TRIED`
+        for a patch of denoisers, `LANGUAGE_MODELS_TRIED` for one of language models.
 
     Raises
     ------
     AccelplugError
-        If it is not a patch, is not finished, or is one of language models.
+        If it is not a patch, or is not finished.
     """
     cls = patch if isinstance(patch, type) else None
     if not isinstance(patch, Subject):
@@ -133,15 +158,21 @@ def laws(
     else:
         subject = patch
     with registered(cls) if cls is not None else nullcontext():
-        blocks = subject.blocks
+        blocks, host = subject.blocks, LANGUAGE_MODELS if subject.of_language_models else DENOISERS
     found: list[Law] = []
-    for check, names in LAWS:
-        unsaid = (check is neutral_is_exact and subject.neutral is None) or (
-            check is the_kernel_at_density_one_is_dense and not subject.everything
-        )
-        if not unsaid and (blocks or check not in OF_BLOCKS):
-            tried = models if names is None else {name: TRIED[name] for name in names}
-            found += [Law(check, subject, name, make, cls) for name, make in tried.items()]
+    for check, names in host.laws:
+        unsaid: dict[Callable[..., None], bool] = {
+            neutral_is_exact: subject.neutral is None,
+            the_kernel_at_density_one_is_dense: not subject.everything,
+            near_nothing_it_is_the_stock_model: not subject.faint,
+        }
+        if not unsaid.get(check) and (blocks or check not in OF_BLOCKS):
+            tried = (host.models if models is None else models) if names is None else {name: TRIED[name] for name in names}
+            found += [
+                Law(check, subject, name, make, cls)
+                for name, make in tried.items()
+                if not subject.only or name in subject.only
+            ]
     return found
 
 
@@ -150,17 +181,17 @@ def laws(
 
 def neutral_is_exact(subject: Subject, make: Callable[[], Built]) -> None:
     """With neutral settings a model gives what it gives without the patch, bit for bit."""
-    model, inputs = build_denoiser(make)
+    model, inputs = _built(subject, make)
     dense = run_once(model, inputs)
-    with accelplug.apply(model, subject.recipe(subject.neutral or {}), gate="off"):
+    with _on(model, subject, subject.neutral):
         assert torch.equal(run_once(model, inputs), dense), f"the output is another with {subject.neutral}"
 
 
 def it_does_something_and_undoes_it(subject: Subject, make: Callable[[], Built]) -> None:
     """With working settings it runs, every query block reads a key block, the output is another; `remove` gives the very same model."""
-    model, inputs = build_denoiser(make)
+    model, inputs = _built(subject, make)
     dense, before = run_once(model, inputs), snapshot_of(model)
-    plug = accelplug.apply(model, subject.recipe(), gate="off")
+    plug = _on(model, subject)
     with plug.trace(plans=True) as events:
         patched = run_once(model, inputs)
     assert torch.isfinite(patched).all(), "the output is not finite"
@@ -179,7 +210,7 @@ def it_does_something_and_undoes_it(subject: Subject, make: Callable[[], Built])
             exact = float(event.plan.density().mean())
             counted = event.density > exact if subject.pools and exact < 1 else abs(event.density - exact) < 1e-6
             assert counted, f"it says that it reads {event.density} of the keys, its plan {exact} of them exactly"
-        if any(_is_thinned(event) for event in ran):
+        if not patch_class(subject.patch).speed or any(_is_thinned(event) for event in ran):
             assert not torch.equal(patched, dense), "the output is that of the model without it"
         else:  # a grid on which these settings read everything
             torch.testing.assert_close(patched, dense, rtol=1e-3, atol=1e-4)
@@ -188,11 +219,47 @@ def it_does_something_and_undoes_it(subject: Subject, make: Callable[[], Built])
     assert torch.equal(run_once(model, inputs), dense), "the model is another after remove"
 
 
+def it_changes_the_answer_and_undoes_it(subject: Subject, make: Callable[[], Built]) -> None:
+    """With working settings it runs, the answer is another; `remove` gives the very same model."""
+    model, inputs = _built(subject, make)
+    stock, before = run_once(model, inputs), snapshot_of(model)
+    plug = _on(model, subject, strict=True)
+    patched = run_once(model, inputs)
+    assert torch.isfinite(patched).all(), "the answer is not finite"
+    assert plug.report().served[subject.patch], f"it ran nowhere: {plug.report()}"
+    assert not plug.report().unrouted, f"attention went past it: {plug.report()}"
+    assert not torch.equal(patched, stock), "the answer is that of the model without it"
+    plug.remove()
+    assert snapshot_of(model) == before, "something of it is left on the model"
+    assert torch.equal(run_once(model, inputs), stock), "the model is another after remove"
+
+
+def near_nothing_it_is_the_stock_model(subject: Subject, make: Callable[[], Built]) -> None:
+    """With faint settings it goes its whole way, and the answer is that of the model without it, but for rounding."""
+    model, inputs = _built(subject, make)
+    stock = run_once(model, inputs)
+    with _on(model, subject, subject.faint, strict=True) as plug:
+        found = run_once(model, inputs)
+        assert plug.report().served[subject.patch], f"it ran nowhere: {plug.report()}"
+    torch.testing.assert_close(found, stock, atol=3e-5, rtol=0)
+
+
+def a_padded_batch_is_its_rows(subject: Subject, make: Callable[[], Built]) -> None:
+    """The rows of a batch have no say in each other, nor has their padding."""
+    model, inputs = _built(subject, make)
+    with _on(model, subject):
+        together, *rows = run_once(model, inputs), *(run_once(model, row_of(inputs, row)) for row in (0, 1))
+    lengths = inputs["attention_mask"].sum(-1).tolist()
+    prompts, said = together[: sum(lengths)].split(lengths), together[sum(lengths) :].unflatten(0, (-1, 2))
+    for row, alone in enumerate(rows):
+        torch.testing.assert_close(alone, torch.cat([prompts[row], said[:, row]]), atol=1e-4, rtol=1e-4)
+
+
 def the_kernel_at_density_one_is_dense(subject: Subject, make: Callable[[], Built]) -> None:
     """Where it reads everything through the kernel, the output is that of dense attention, but for rounding."""
-    model, inputs = build_denoiser(make)
+    model, inputs = _built(subject, make)
     dense = run_once(model, inputs)
-    with accelplug.apply(model, subject.recipe(subject.everything or {}), gate="off") as plug, plug.trace() as events:
+    with _on(model, subject, subject.everything) as plug, plug.trace() as events:
         forced = run_once(model, inputs)
     densities = [event.density for event in events if event.patch == subject.patch]
     if densities or not subject.video_only:
@@ -202,10 +269,10 @@ def the_kernel_at_density_one_is_dense(subject: Subject, make: Callable[[], Buil
 
 def batch_two_is_two_batches_of_one(subject: Subject, make: Callable[[], Built]) -> None:
     """The samples of a batch have no say in each other."""
-    model, inputs = build_denoiser(make)
+    model, inputs = _built(subject, make)
     both, singles = batch_of_two(inputs)
     for rest in ({"rest": "drop"}, {"rest": "pool"}) if subject.blocks else ({},):
-        with accelplug.apply(model, subject.recipe({**subject.working, **rest}), gate="off"):
+        with _on(model, subject, {**subject.working, **rest}):
             together = run_once(model, both)
             apart = torch.cat([run_once(model, single) for single in singles])
         torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
@@ -213,8 +280,8 @@ def batch_two_is_two_batches_of_one(subject: Subject, make: Callable[[], Built])
 
 def text_stays_dense(subject: Subject, make: Callable[[], Built]) -> None:
     """In joint attention text reads every token, and every token reads text."""
-    model, inputs = build_denoiser(make)
-    with accelplug.apply(model, subject.recipe(), gate="off") as plug, plug.trace() as events:
+    model, inputs = _built(subject, make)
+    with _on(model, subject) as plug, plug.trace() as events:
         run_once(model, inputs)
         kinds = {event.site.kind for event in events}
         assert "cross" not in kinds, "cross-attention goes through the patch"
@@ -233,29 +300,29 @@ def text_stays_dense(subject: Subject, make: Callable[[], Built]) -> None:
 
 def other_instances_and_threads_notice_nothing(subject: Subject, make: Callable[[], Built]) -> None:
     """A model of the same class that runs in another thread at the same time stays as it is."""
-    (patched, inputs), (stock, _) = build_denoiser(make), build_denoiser(make)
-    dense = run_once(stock, inputs)
+    (patched, inputs), (stock, _) = _built(subject, make), _built(subject, make)
+    dense, times = run_once(stock, inputs), 4 if subject.of_language_models else 20
     found: list[Tensor] = []
-    with accelplug.apply(patched, subject.recipe(), gate="off"):
-        thread = threading.Thread(target=lambda: found.extend(run_once(stock, inputs) for _ in range(20)))
+    with _on(patched, subject):
+        thread = threading.Thread(target=lambda: found.extend(run_once(stock, inputs) for _ in range(times)))
         thread.start()
-        different = [not torch.equal(run_once(patched, inputs), dense) for _ in range(20)]
+        different = [not torch.equal(run_once(patched, inputs), dense) for _ in range(times)]
         thread.join()
     assert all(different), "the patched model ran without its patch"
-    assert len(found) == 20, "the other thread failed"
+    assert len(found) == times, "the other thread failed"
     assert all(torch.equal(out, dense) for out in found), "the other model is another"
 
 
 def low_precision_stays_finite(subject: Subject, make: Callable[[], Built]) -> None:
     """In bfloat16 neutral settings are exact too, and working ones give finite numbers of the model's dtype."""
-    model, inputs = build_denoiser(make)
+    model, inputs = _built(subject, make)
     model.to(torch.bfloat16)
     inputs = {name: x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
     dense = run_once(model, inputs)
     if subject.neutral is not None:
-        with accelplug.apply(model, subject.recipe(subject.neutral), gate="off"):
+        with _on(model, subject, subject.neutral):
             assert torch.equal(run_once(model, inputs), dense), f"the output is another with {subject.neutral}"
-    with accelplug.apply(model, subject.recipe(), gate="off"):
+    with _on(model, subject):
         patched = run_once(model, inputs)
     assert patched.dtype == torch.bfloat16, f"the output is {patched.dtype}"
     assert torch.isfinite(patched).all(), "the output is not finite"
@@ -263,14 +330,17 @@ def low_precision_stays_finite(subject: Subject, make: Callable[[], Built]) -> N
 
 
 def copies_are_stock(subject: Subject, make: Callable[[], Built]) -> None:
-    """A copy or a pickle of the patched model is the model without it, and needs no accelplug."""
-    model, inputs = build_denoiser(make)
+    """A copy or a pickle of the patched model is the model without it, and needs no accelplug (language models that ran have none)."""
+    model, inputs = _built(subject, make)
     dense = run_once(model, inputs)
-    with accelplug.apply(model, subject.recipe(), gate="off"):
+    with _on(model, subject):
         run_once(model, inputs)
-        pickled = pickle.dumps(model)
-        assert b"accelplug" not in pickled, "a pickle names accelplug"
-        for twin in (copy.deepcopy(model), pickle.loads(pickled)):
+        twins = [copy.deepcopy(model)]
+        if not subject.of_language_models:
+            pickled = pickle.dumps(model)
+            assert b"accelplug" not in pickled, "a pickle names accelplug"
+            twins.append(pickle.loads(pickled))
+        for twin in twins:
             assert torch.equal(run_once(twin, inputs), dense), "a copy is not the stock model"
 
 
@@ -279,28 +349,80 @@ def nothing_is_left_of_a_run(subject: Subject, make: Callable[[], Built]) -> Non
     nothing_of_a_run_is_left(lambda: build_pipeline(make), subject.recipe(), cancel_in_the_model, 2)
 
 
-LAWS: tuple[tuple[Callable[[Subject, Callable[[], Built]], None], tuple[str, ...] | None], ...] = (
-    (neutral_is_exact, None),
-    (it_does_something_and_undoes_it, None),
-    (the_kernel_at_density_one_is_dense, ("wan", "wan, one slot filled", "wan, one slot free", "flux", "unet_sd15")),
-    (batch_two_is_two_batches_of_one, ("wan", "cogvideox", "hunyuan_video", "flux", "sd3")),
-    (text_stays_dense, ("cogvideox", "hunyuan_video", "flux", "sd3")),
-    (other_instances_and_threads_notice_nothing, ("wan",)),
-    (low_precision_stays_finite, ("wan",)),
-    (copies_are_stock, ("wan",)),
-    (nothing_is_left_of_a_run, ("wan pipeline",)),
-)
-"""Each law, and the models that it is tried on; None for all."""
+def nothing_is_left_of_an_answer(subject: Subject, make: Callable[[], Built]) -> None:
+    """An answer behind others, of which one was cancelled, is what it is alone."""
+    model, inputs = _built(subject, make)
+    with _on(model, subject):
+        alone = run_once(model, inputs)
+    with _on(model, subject):
+        for forwards in (0, 2):  # in the prompt, and in what is said
+            _cancel_an_answer(model, {**inputs, "input_ids": inputs["input_ids"].roll(1, 0)}, forwards)
+            assert torch.equal(run_once(model, inputs), alone), "the answer is not what it is alone"
+        assert torch.equal(run_once(model, inputs), alone), "the same answer again is another"
 
-TRIED: dict[str, Callable[[], Built]] = {**DENOISERS_TRIED, "wan pipeline": wan_pipeline}
+
+@dataclass(frozen=True)
+class LawsOfHost:
+    """What patches of a sort of models are tried with.
+
+    Attributes
+    ----------
+    laws : each with the names of the tiny models that it is tried on, in `TRIED`; None for all.
+    models : all.
+    """
+
+    laws: tuple[tuple[Check, tuple[str, ...] | None], ...]
+    models: Mapping[str, Callable[[], Built]]
+
+
+DENOISERS = LawsOfHost(
+    (
+        (neutral_is_exact, None),
+        (it_does_something_and_undoes_it, None),
+        (the_kernel_at_density_one_is_dense, ("wan", "wan, one slot filled", "wan, one slot free", "flux", "unet_sd15")),
+        (batch_two_is_two_batches_of_one, ("wan", "cogvideox", "hunyuan_video", "flux", "sd3")),
+        (text_stays_dense, ("cogvideox", "hunyuan_video", "flux", "sd3")),
+        (other_instances_and_threads_notice_nothing, ("wan",)),
+        (low_precision_stays_finite, ("wan",)),
+        (copies_are_stock, ("wan",)),
+        (nothing_is_left_of_a_run, ("wan pipeline",)),
+    ),
+    DENOISERS_TRIED,
+)
+LANGUAGE_MODELS = LawsOfHost(
+    (
+        (neutral_is_exact, None),
+        (it_changes_the_answer_and_undoes_it, None),
+        (near_nothing_it_is_the_stock_model, ("llava",)),
+        (a_padded_batch_is_its_rows, ("llava",)),
+        (other_instances_and_threads_notice_nothing, ("llava",)),
+        (low_precision_stays_finite, ("llava",)),
+        (copies_are_stock, ("llava",)),
+        (nothing_is_left_of_an_answer, ("llava",)),
+    ),
+    LANGUAGE_MODELS_TRIED,
+)
+TRIED: dict[str, Callable[[], Built]] = {**DENOISERS_TRIED, **LANGUAGE_MODELS_TRIED, "wan pipeline": wan_pipeline}
 OF_BLOCKS = (the_kernel_at_density_one_is_dense,)
 """Laws about block-sparse patches alone."""
 
 # ------------------------------------------------------------------------------------------------------ what they are made of
 
 
+def _built(subject: Subject, make: Callable[[], Built]) -> Built:
+    return (build_language_model if subject.of_language_models else build_denoiser)(make)
+
+
+def _on(model: Any, subject: Subject, config: Mapping[str, Any] | None = None, **options: Any) -> accelplug.Plug:
+    """Have the patch on, with the working settings if none are given; it stands wherever it may, whatever it costs."""
+    processor = word_processor() if subject.of_language_models else None
+    return accelplug.apply(model, subject.recipe(config), gate="off", processor=processor, **options)
+
+
 def run_once(model: nn.Module, inputs: Arguments) -> Tensor:
-    """Return what a denoiser gives, from copies of its inputs."""
+    """Return what a denoiser gives, or a language model answers (see `answer_of`), from copies of its inputs."""
+    if is_language_model(model):
+        return answer_of(model, copy.deepcopy(inputs))
     with torch.no_grad():
         return sample_of(model(**copy.deepcopy(inputs)))
 
@@ -308,7 +430,12 @@ def run_once(model: nn.Module, inputs: Arguments) -> Tensor:
 def snapshot_of(model: nn.Module) -> dict[str, Any]:
     """Return everything about a model that a plug could leave behind, but for parameters' values."""
     return {
-        "vars": {path: set(vars(module)) for path, module in model.named_modules()},
+        "vars": {  # transformers puts its capture of outputs there and takes it away as it likes
+            path: {name for name in vars(module) if not name.startswith("_output_capturing")}
+            for path, module in model.named_modules()
+        },
+        "configs": {path: id(vars(module).get("config")) for path, module in model.named_modules()},
+        "generate": id(vars(model).get("generate")),
         "classes": {path: type(module) for path, module in model.named_modules()},
         "processors": {path: (id(module.processor), type(module.processor)) for path, module in processor_owners(model)},
         "hooks": {
@@ -319,6 +446,7 @@ def snapshot_of(model: nn.Module) -> dict[str, Any]:
         "registry": dict(compat.diffusers.processor_metadata()),
         "sdpa": torch.nn.functional.scaled_dot_product_attention,
         "dispatch": compat.diffusers.dispatch_attention_fn(),
+        "attention": sorted(ALL_ATTENTION_FUNCTIONS),
         "rng": torch.get_rng_state().tolist(),
     }
 
@@ -358,6 +486,25 @@ def _dense_with(call: AttentionCall, values: Tensor, q: Any = None, k: Any = Non
 
 
 # ---------------------------------------------------------------------------------------------------------------------- runs
+
+
+def _cancel_an_answer(model: Any, inputs: Arguments, forwards: int) -> None:
+    """Have a language model generate until a forward of its decoder is cancelled in the last layer, behind so many whole ones."""
+    begun: list[int] = []
+
+    def interrupt(*_: Any) -> None:
+        begun.append(1)
+        if len(begun) > forwards:
+            raise Cancelled
+
+    handle = model.get_decoder().layers[-1].register_forward_pre_hook(interrupt)
+    try:
+        generate(model, inputs, 4)
+    except Cancelled:
+        return
+    finally:
+        handle.remove()
+    raise AssertionError("the answer was not cancelled")
 
 
 class Cancelled(KeyboardInterrupt):
