@@ -28,7 +28,7 @@ from accelplug.patches.calibration import Calibration, Seen
 from accelplug.patches.sparse.rest_weights import RestWeights
 from accelplug.patches.sparse.template import BlockSparse
 from accelplug.plug import apply
-from accelplug.recipe import DENSE, ModelFacts, Recipe, load, match_for, matching_files, model_name, read_file, strict_yaml
+from accelplug.recipe import DENSE, ModelFacts, Recipe, load, match_for, matching_files, read_file, strict_yaml, write_recipe
 from accelplug.registry import list_patches, patch_class, patch_entry
 from accelplug.table import Origin, Table, bucket, write_tables
 
@@ -96,7 +96,7 @@ def calibrate(
     base = load(recipe, facts) if patch == "rest" else None
     if base is not None:
         base.to_mapping()  # so that a rule that cannot be written is told, too
-    task = Subject(patch, dict(config or {}), dict(options or {}), base)
+    task = Calibrated(patch, dict(config or {}), dict(options or {}), base)
     task.make()  # so that a wrong knob is told before anything runs
     if dense_steps is not None:
         load({"rules": [{"where": {"steps": dense_steps}, "patch": "dense"}]}, facts)
@@ -155,7 +155,10 @@ def calibrate(
         if ranks.first:
             refs = write_tables(place.tables, tables, origin)
             rules = task.rules(study, refs, dense_steps)
-            files.write(place.recipe, _yaml(model_name(place.recipe), facts, patch, task, summary, rules).encode())
+            shipped = matching_files(facts)
+            match = shipped[0].match.to_mapping() if len(shipped) == 1 else match_for(facts)
+            cite = base.cite if base is not None else patch_entry(patch).cite
+            write_recipe(place.recipe, match, patch, {"cite": cite, "summary": summary, "rules": rules, "measured": []})
             place.partial.unlink(missing_ok=True)
         ranks.gather(None)  # it is there for all
     return load(read_file(place.recipe).recipe(), facts)
@@ -208,7 +211,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Calibrated:
     """What is calibrated: a method, or the weights of pooled blocks for the selectors of a recipe."""
 
     patch: str
@@ -292,7 +295,7 @@ def _constants(settings: Mapping[str, Any]) -> dict[str, Any]:
 class Runs:
     """The runs of one calibration, and what they gave so far."""
 
-    task: Subject
+    task: Calibrated
     prompts: int
     buckets: int
     seed: int
@@ -474,39 +477,3 @@ class Watcher(Patch):
     @torch.compiler.disable
     def _show(self, place: Due, call: AttentionCall, out: Tensor) -> None:
         self._study.observe(place, call, out)
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
-def _yaml(model: str, facts: ModelFacts, patch: str, task: Subject, summary: str, rules: list[dict[str, Any]]) -> str:
-    """Write a recipe file with one recipe."""
-    shipped = matching_files(facts)
-    match = shipped[0].match.to_mapping() if len(shipped) == 1 else match_for(facts)
-    cite = task.base.cite if task.base is not None else patch_entry(patch).cite
-    lines = [
-        "# Written by accelplug calibrate.",
-        "schema: 1",
-        f"model: {model}",
-        f"match: {_flow(match)}",
-        f"default: {patch}",
-        "recipes:",
-        f"  {patch}:",
-        f"    cite: {_flow(cite)}",
-        f"    summary: {_flow(summary)}",
-        "    rules:",
-    ]
-    for rule in rules:
-        lines += [f"      - where: {_flow(rule['where'])}", f"        patch: {rule['patch']}"]
-        if rule.get("with"):
-            lines += ["        with:", *(f"          {key}: {_flow(value)}" for key, value in rule["with"].items())]
-    return "\n".join([*lines, "    measured: []", ""])
-
-
-def _flow(value: Any) -> str:
-    """One value in YAML's flow style: JSON, with the keys unquoted."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_flow, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)

@@ -277,7 +277,7 @@ def _compare(options: argparse.Namespace) -> int:
 
     report = _report(options)
     if loading.kind_of(options.model_dir) == "language model":
-        return _compare_vlm(options, report)
+        return _compare_answers(options, report)
     if not options.prompt:
         raise AccelplugError("compare runs a pipeline on prompts; add --prompt '...'.")
     if options.coco is not None:
@@ -297,7 +297,7 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _compare_vlm(options: argparse.Namespace, report: Path | None) -> int:
+def _compare_answers(options: argparse.Namespace, report: Path | None) -> int:
     """Compare a vision-language model on questions and descriptions."""
     if options.record:
         raise AccelplugError("compare records pipelines only; of a language model, `accelplug tune` writes a measured row.")

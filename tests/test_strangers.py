@@ -446,7 +446,7 @@ def test_a_comparison_that_is_none(tmp_path: Path) -> None:
             accelplug.Comparison.from_json(place)
 
 
-@pytest.mark.parametrize("read", [accelplug.Exam.coco, accelplug.Exam.amber, questions.read])
+@pytest.mark.parametrize("read", [accelplug.Exam.coco, accelplug.Exam.amber, questions.read_questions])
 def test_exams_and_questions_in_wrong_places(read: Callable[..., object], tmp_path: Path) -> None:
     for place in (3, None, "", b"x", "\0", [], tmp_path, tmp_path / "none", "x" * 5000):
         with pytest.raises(AccelplugError):

@@ -465,7 +465,7 @@ def test_the_recipe_file_is_read_back_with_its_measurement(told_times: None, tmp
     assert json.loads(found.to_json(tmp_path / "mine.json").read_text())["points"]
     dots = Page(found.to_html(tmp_path / "mine.html").read_text()).data["dots"]
     assert [dot["name"] for dot in dots] == [point.name for point in found.points]
-    assert 0 < found.proven.foretold["density"] < 1
+    assert 0 < found.proven.predicted["density"] < 1
 
 
 def test_too_little_time_says_how_much_is_needed(told_times: None) -> None:

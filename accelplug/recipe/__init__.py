@@ -14,7 +14,7 @@ from accelplug.recipe.matching import Match, ModelFacts, match_for
 from accelplug.recipe.measured import Measured
 from accelplug.recipe.reading import SCHEMA, SHIPPED, RecipeFile, model_name, read_file, shipped_files
 from accelplug.recipe.recipe import Recipe
-from accelplug.recipe.recording import record_measurement
+from accelplug.recipe.recording import record_measurement, write_recipe
 from accelplug.recipe.rules import DENSE, Decision, Rule, StepCache
 from accelplug.recipe.settings import at_depth
 
@@ -46,4 +46,5 @@ __all__ = [
     "recipes_for",
     "record_measurement",
     "shipped_files",
+    "write_recipe",
 ]

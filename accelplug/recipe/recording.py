@@ -1,4 +1,4 @@
-"""Adding a measured row to a recipe file, with every other character as it was."""
+"""Writing recipe files: a new one, or a measured row into one, with every other character as it was."""
 
 from __future__ import annotations
 
@@ -13,8 +13,30 @@ from accelplug import files
 from accelplug.errors import RecipeError
 from accelplug.recipe import strict_yaml
 from accelplug.recipe.measured import Measured
-from accelplug.recipe.reading import read_file, validated
+from accelplug.recipe.reading import SCHEMA, model_name, read_file, validated
 from accelplug.recipe.strict_yaml import Source
+from accelplug.show import jsonable
+
+
+def write_recipe(path: Path, match: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> Path:
+    """Write a recipe file with one recipe, which is also the default.
+
+    Parameters
+    ----------
+    path : the file; the model is called by its name.
+    match : keys that a model must have, see `match_for`.
+    name : of the recipe.
+    entry : the recipe as it stands in a file: ``rules``, ``cite``, ``summary``, ``measured`` ...
+
+    Raises
+    ------
+    AccelplugError
+        If it cannot be written.
+    """
+    data = {"schema": SCHEMA, "model": model_name(path), "match": match, "default": name, "recipes": {name: entry}}
+    return files.write(
+        path, yaml.safe_dump(jsonable(data), sort_keys=False, width=120, default_flow_style=None, allow_unicode=True)
+    )
 
 
 def record_measurement(path: Path, recipe: str, row: Mapping[str, Any]) -> None:

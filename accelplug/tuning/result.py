@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from accelplug import files
 from accelplug.comparison import report
 from accelplug.comparison.metrics import METRICS
@@ -16,7 +14,7 @@ from accelplug.comparison.report import Dot, PlotAxis
 from accelplug.comparison.result import Comparison, qualities, times_text
 from accelplug.comparison.rows import DENSE_ROW
 from accelplug.errors import AccelplugError
-from accelplug.recipe import SCHEMA, ModelFacts, Recipe, match_for, model_name
+from accelplug.recipe import ModelFacts, Recipe, match_for, write_recipe
 from accelplug.show import Shown, jsonable
 from accelplug.table import Table as Tensors
 from accelplug.table import write_tables
@@ -118,14 +116,7 @@ class Tuned(Shown, Recipe):
         entry: dict[str, Any] = {"summary": self.summary}
         entry |= _referring(self.proven.recipe, Path(path)) if self.proven else {"rules": [{"patch": "dense"}]}
         entry["measured"] = [row.model_dump(exclude_defaults=True) for row in self.measured]
-        file = {
-            "schema": SCHEMA,
-            "model": model_name(Path(path)),
-            "match": match_for(facts),
-            "default": "tuned",
-            "recipes": {"tuned": entry},
-        }
-        return files.write(path, yaml.safe_dump(jsonable(file), sort_keys=False, width=120))
+        return write_recipe(Path(path), match_for(facts), "tuned", entry)
 
     def page(self) -> str:
         """Return one self-contained page: all points in a Pareto plot, clips of the front beside dense, and the table.
