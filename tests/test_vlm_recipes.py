@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import transformers
 
+import accelplug
 from accelplug.call import Clock, Site
 from accelplug.errors import RecipeError
 from accelplug.families.vlm import list_vlms
 from accelplug.patches.heads.gift import Gift
 from accelplug.recipe import ModelFacts, Recipe, load, matching_files, read_file, record_measurement, shipped_files
+from tests import tiny_language_models
 
 
 @dataclass(frozen=True)
@@ -159,3 +161,11 @@ def test_a_base_is_a_shipped_file_and_keeps_its_own_measurements(tmp_path: Path)
     path.write_text(OWN.replace("base: vlm\n", ""))
     with pytest.raises(RecipeError, match="the key 'default' is missing"):
         read_file(path)
+
+
+def test_a_patch_that_is_on_has_numbers_of_layers() -> None:
+    with accelplug.apply(tiny_language_models.build("qwen2_5_vl"), "gift") as plug:
+        rows = [row for row in plug.where().rows if row.patch is not None]
+    assert plug.recipe.name == "vlm-qwen/gift"
+    assert [row.site.layer for row in rows] == [1, 2]
+    assert {(row.patch.config.saliency_layer, row.patch.config.enhance) for row in rows} == {(2, (1, 3))}
