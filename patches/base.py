@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union, get_args, get_origin
 
@@ -91,6 +91,8 @@ class Patch:
     family: ClassVar[str] = ""
     writes: ClassVar[tuple[str, ...]] = ("prepare", "attend")
     """The methods that a subclass must write."""
+    ladder: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    """Patches of other packages: settings that `accelplug.tune` tries where it is told to try the patch, the likeliest first."""
     Calibration: ClassVar[type[Any] | None] = None
     """What `accelplug.calibrate` measures for the method, where it takes tables: a `patches.calibration.Calibration`."""
     needs: frozenset[str] = frozenset()

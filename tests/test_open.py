@@ -13,6 +13,7 @@ from pydantic import Field
 
 import accelplug
 from accelplug import catalog, families, registry
+from accelplug.call import Layout
 from accelplug.errors import AccelplugError, NoMatchError
 from accelplug.families.base import SELF_AND_CROSS, Family, latents
 from accelplug.kernels.orders import Tiles
@@ -24,6 +25,8 @@ from accelplug.patches.sparse.template import BlockConfig, BlockSparse, Scored
 from accelplug.registry import PATCH_FAMILIES, entry_of, list_patches, patch_class, patch_entry, register_patch
 from accelplug.testing.laws import run_once
 from accelplug.testing.models import build_denoiser, wan
+from accelplug.testing.registered import registered
+from accelplug.tuning import space
 
 
 class Diagonal(BlockSparse):
@@ -178,6 +181,22 @@ NOT_A_PATCH = "a string"
 @pytest.mark.usefixtures("shelf")
 def test_the_decorator_is_public() -> None:
     assert accelplug.register_patch is register_patch
+
+
+@pytest.mark.usefixtures("shelf")
+def test_tune_tries_the_ladder_of_a_patch_that_it_is_told() -> None:
+    layout = Layout((3, 16, 16))
+    with registered(Diagonal), pytest.raises(AccelplugError, match="no settings to try for 'diagonal'"):
+        space.arms(layout, ["diagonal"])
+    with registered(type("Diagonal", (Diagonal,), {"ladder": ({"reach": 2}, {"reach": 4}), "__module__": "theirs"})):
+        found = space.arms(layout, ["diagonal"])
+        assert {arm.patch for arm in space.arms(layout)} == set(space.LADDERS), "what others bring is tried by name alone"
+    assert [str(arm) for arm in found] == [
+        "diagonal reach=2 rest=pool",
+        "diagonal reach=4 rest=pool",
+        "diagonal reach=2 rest=drop",
+        "diagonal reach=4 rest=drop",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------------ families

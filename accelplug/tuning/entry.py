@@ -131,7 +131,7 @@ def tune(
     bounds = parse_budget("psnr>=26" if budget is None else budget)
     arguments.require_functions(foreground=foreground, detect=detect)
     require_measured(bounds, {"foreground=": foreground, "detect=": detect})
-    require_ladders(patches, space.LADDERS, "a diffusers pipeline")
+    require_ladders(patches, space.known_ladders(), "a diffusers pipeline")
     half = len(numbers) // 2
     seen = list(itertools.product(range(max(len(prompts) - 1, 1)), numbers[:half]))
     unseen = list(itertools.product([len(prompts) - 1], numbers[half:]))

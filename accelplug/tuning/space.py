@@ -10,7 +10,7 @@ from typing import Any
 from accelplug.call import Layout
 from accelplug.errors import AccelplugError, nearest
 from accelplug.patches.sparse.template import BlockSparse, Scored
-from accelplug.registry import patch_class
+from accelplug.registry import list_patches, patch_class
 from accelplug.step_caches import CACHES
 from accelplug.table import Table
 from accelplug.tuning.caches import Cache
@@ -100,6 +100,17 @@ class Candidate:
         return " + ".join(parts)
 
 
+def known_ladders() -> dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]]:
+    """Return `LADDERS`, and beside them what patches of other packages bring as their ``ladder``."""
+    others = {entry.name: entry.registered for entry in list_patches() if entry.registered is not None}
+    brought = {
+        name: ([dict(step) for step in cls.ladder], BOTH if issubclass(cls, BlockSparse) else ())
+        for name, cls in others.items()
+        if cls.ladder
+    }
+    return LADDERS | brought
+
+
 def require_ladders(patches: Sequence[str] | None, ladders: Iterable[str], what: str) -> None:
     """Refuse patches that have no ladder for `what`, a kind of model.
 
@@ -123,7 +134,7 @@ def arms(layout: Layout, patches: Sequence[str] | None = None) -> list[Arm]:
     AccelplugError
         If a patch has no ladder here.
     """
-    require_ladders(patches, LADDERS, "a diffusers pipeline")
+    require_ladders(patches, known_ladders(), "a diffusers pipeline")
     ladders = [list(_ladder(name, layout)) for name in patches or LADDERS]
     # One of each patch before the second of any: where time for probing is short, each has been seen.
     return [arm for rung in zip_longest(*ladders) for arm in rung if arm is not None]
@@ -132,7 +143,7 @@ def arms(layout: Layout, patches: Sequence[str] | None = None) -> list[Arm]:
 def _ladder(name: str, layout: Layout) -> Iterator[Arm]:
     """Yield the arms of one patch, rest by rest."""
     _, rows, columns = layout.grid_thw
-    cls, (steps, rests) = patch_class(name), LADDERS[name]
+    cls, (steps, rests) = patch_class(name), known_ladders()[name]
     for rest, step in product(rests or (None,), steps):
         settings = step if rest is None else {"block": 64, **step, "rest": rest}
         if "share" in settings:
