@@ -13,15 +13,19 @@ from torch import Tensor
 from accelplug.bounded import Bounded
 from accelplug.errors import ShapeError, UnsupportedError
 from accelplug.kernels import blocked, flex, reference
+from accelplug.kernels.linear import first_order
 from accelplug.kernels.plan import BlockPlan, Threshold, pool
 from accelplug.kernels.precision import DTYPES, Precision, Quantised, quantised, smoothed
-from accelplug.kernels.rest import Drop, Pool, Rectified, Rest, Tied, coarse, rectified, tied
+from accelplug.kernels.rest import Drop, Linear, Pool, Rectified, Rest, Tied, coarse, log_number, rectified, tied
 from accelplug.kernels.timing import timed_ms
 
 Backend = Literal["auto", "first", "triton", "flex", "flash", "blocked", "reference"]
 
 FLEX_MIN_SLOTS = 4096
 """Below this many key slots, compiling FlexAttention on a CPU costs more than it brings."""
+
+NEED_LSE = (Tied, Linear)
+"""What of the rest asks a kernel for log-sum-exps."""
 
 _choices: Bounded[tuple, tuple[str, dict[str, float]]] = Bounded(256)
 
@@ -46,7 +50,7 @@ def block_attention(
     q : Tensor (B, H, P_q, D), bf16, fp16 or fp32, tokens in block order; at most ``len(plan.q_len) * plan.block_q`` slots.
     k, v : Tensor (B, H_kv, P_k, D) and (B, H_kv, P_k, D_v); H_kv divides H.
     plan : which blocks are read exactly.
-    rest : `Drop` (default), `Pool`, `Rectified` or `Tied`.
+    rest : `Drop` (default), `Pool`, `Linear`, `Rectified` or `Tied`.
     scale : factor on q.k; 1 / sqrt(D) by default.
     precision : of q.k in the blocks that are read exactly; see `precision`.
     key_mask : bool (B, P_k), keys that may be read, or (B, H, P_k) where that differs by head, as orders may; the kernels know
@@ -73,7 +77,7 @@ def block_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend in ("auto", "first"):
         measured = _choices.peek(_call_key(q, k, v, plan, rest, key_mask, precision)) if backend == "auto" else None
-        serve = _candidates(q, v, plan, precision, return_lse or isinstance(rest, Tied))
+        serve = _candidates(q, v, plan, precision, return_lse or isinstance(rest, NEED_LSE))
         backend = measured[0] if measured is not None and measured[0] in serve else serve[0]  # type: ignore[assignment]
     if key_mask is not None and key_mask.ndim == 3:
         arguments = {"scale": scale, "precision": precision, "backend": backend, "return_lse": return_lse}
@@ -87,6 +91,12 @@ def block_attention(
         plan = plan if isinstance(plan, BlockPlan) else lower(plan, q, k, scale, key_mask)
         out, lse = block_attention(q, k, v, plan, **arguments, return_lse=True)
         return tied(out, lse, q, k, v, plan, scale, key_mask)
+    if isinstance(rest, Linear):
+        plan = plan if isinstance(plan, BlockPlan) else lower(plan, q, k, scale, key_mask)
+        arguments = {"scale": scale, "precision": precision, "key_mask": key_mask, "backend": backend, "return_lse": True}
+        out, lse = block_attention(q, k, v, plan, rest=Pool(rest.weight), **arguments)
+        out = first_order(out, lse, q, k, v, plan, log_number(plan, rest.weight, key_mask), scale, key_mask)
+        return (out, lse) if return_lse else out
     weight, kind = (rest.weight, rest.representative) if isinstance(rest, Pool) else (None, "drop")
     band = plan.band if isinstance(plan, Threshold) else None
     tensors, sizes = plan.tensors(), (plan.block_q, plan.block_k, band)
@@ -105,7 +115,7 @@ def _by_head(q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Any, key_mask: Te
             return replace(x, **{name: part[:, one] for name, part in parts.items()})
 
         their_rest = rest
-        if isinstance(rest, Pool) and rest.weight is not None:
+        if isinstance(rest, Pool | Linear) and rest.weight is not None:
             their_rest = replace(rest, weight=rest.weight[one])
         elif isinstance(rest, Rectified):
             their_rest = own(rest, ("share", "weights"))
@@ -248,7 +258,7 @@ def measure_choice(
 
     def measure() -> tuple[str, dict[str, float]]:
         times = {}
-        for name in _candidates(q, v, plan, precision, isinstance(rest, Tied)):
+        for name in _candidates(q, v, plan, precision, isinstance(rest, NEED_LSE)):
             try:
                 arguments: Any = {
                     "rest": rest,

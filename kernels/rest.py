@@ -66,7 +66,17 @@ class Tied:
     """
 
 
-Rest = Drop | Pool | Rectified | Tied
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """Each is read as one key, as with `Pool` at its mean, and as exp's slope there leans (PISA, arXiv 2602.01077; see `linear`).
+
+    `weight`, float32 (H,), as in `Pool`.
+    """
+
+    weight: Tensor | None = None
+
+
+Rest = Drop | Pool | Linear | Rectified | Tied
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,14 +126,14 @@ def coarse(
         for x, out, by_centre in ((k, keys, rest.representative != "mean"), (v, values, rest.representative == "centre")):
             block = (plan.k_len, plan.block_k, key_mask)
             out.append(_at_slots(x, _centre(*block)) if by_centre else mean(x, *block))
-        biases.append(_log_number(plan, rest.weight, key_mask))
+        biases.append(log_number(plan, rest.weight, key_mask))
     heads = max(x.shape[1] for x in biases)
     bias = torch.cat([x.expand(-1, heads, -1) for x in biases], -1)
     levels = (*levels, 0) if isinstance(rest, Pool) else levels
     return Coarse(levels, torch.cat(keys, -2).to(k.dtype), torch.cat(values, -2).to(v.dtype), bias)
 
 
-def _log_number(plan: Any, weight: Tensor | None, key_mask: Tensor | None) -> Tensor:
+def log_number(plan: Any, weight: Tensor | None, key_mask: Tensor | None) -> Tensor:
     """``weight * log|C|``, float32 (B|1, H|1, N)."""
     number = counted(plan.k_len, plan.block_k, key_mask)
     logs = number.clamp(min=1).log()  # log 0 would turn into NaN times a weight of 0

@@ -24,7 +24,7 @@ from accelplug.kernels.plan import BlockPlan, Box, Threshold, counted, pool
 from accelplug.kernels.precision import Precision
 from accelplug.kernels.rectify import rectify
 from accelplug.kernels.repair import probe_rows, repair
-from accelplug.kernels.rest import Drop, Pool, Rectified, Representative, Rest, Tied
+from accelplug.kernels.rest import Drop, Linear, Pool, Rectified, Representative, Rest, Tied
 from accelplug.patches.base import Config, Patch, Positive, UnimplementedHalf
 from accelplug.table import Table
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from accelplug.call import AttentionCall, Clock, Layout, Site
 
 
-RestKind = Literal["drop", "pool", "rectified", "tied"]
-"""Names of what may become of the key blocks that are not selected; see `kernels.rest` and `kernels.rectify`."""
+RestKind = Literal["drop", "pool", "linear", "rectified", "tied"]
+"""Names of what may become of the key blocks that are not selected; see `kernels.rest`, `kernels.linear` and `kernels.rectify`."""
 RepairKind = Literal["none", "output", "output_query"]
 """What the error of all this is regressed on, if it is repaired; see `kernels.repair`."""
 
@@ -47,7 +47,8 @@ class BlockConfig(Config):
     block_k: int | None = Field(None, ge=8, le=1024, multiple_of=8, description="Slots per key block; as `block` if none.")
     rest: RestKind = Field("drop", description="What becomes of the key blocks that are not selected.")
     rest_weight: Annotated[float, Field(ge=0.0, le=1.0)] | Table = Field(
-        1.0, description="Factor on log(length) of a pooled block (rest: pool), or a table (layers, heads) of them."
+        1.0,
+        description="Factor on log(length) of a pooled block (rest: pool or linear), or a table (layers, heads) of them.",
     )
     representative: Representative = Field(
         "mean", description="What a pooled block is read as: mean, centre, or centre_k_mean_v (rest: pool)."
@@ -240,7 +241,7 @@ class BlockSparse(Patch):
     def rest_weights(self, site: Site, clock: Clock) -> Tensor | None:
         """Return what a table of weights says here and now, float32 (H,), or None without one."""
         table = self.config.rest_weight
-        return table.at(site, clock).float() if isinstance(table, Table) and self.config.rest == "pool" else None
+        return table.at(site, clock).float() if isinstance(table, Table) and self.config.rest in ("pool", "linear") else None
 
     def attend(self, call: AttentionCall, params: BlockParams) -> Tensor:
         blocks, plan = self._laid_out(call, params)
@@ -278,7 +279,7 @@ class BlockSparse(Patch):
         if isinstance(plan, Threshold):
             plan = plan.lower(blocks.q_pool, blocks.k_pool, call.scale)
         exact, rest = (float(plan.density(rest=too).mean()) for too in (False, True))
-        if self.config.rest == "pool":
+        if self.config.rest in ("pool", "linear"):
             return rest, plan
         # Rectified and tied, the rest is read once for all rows of a query block.
         return exact if self.config.rest == "drop" else exact + (rest - exact) / self.config.block, plan
@@ -323,6 +324,8 @@ class BlockSparse(Patch):
             return Rectified(*rectify(blocks.q, blocks.k, plan, visual_slots, blocks.scale, blocks.key_mask, gain=gain))
         if self.config.rest == "pool":
             return Pool(self._pool_weight(blocks.q, params.rest_weight), self.config.representative)
+        if self.config.rest == "linear":
+            return Linear(self._pool_weight(blocks.q, params.rest_weight))
         return Tied() if self.config.rest == "tied" else Drop()
 
     def _pool_weight(self, q: Tensor, table: Tensor | None) -> Tensor | None:
