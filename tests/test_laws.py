@@ -51,7 +51,7 @@ def test_law(law: Law) -> None:
 
 
 def test_every_patch_has_a_row() -> None:
-    assert {entry.name for entry in list_patches()} == ROWS.keys()
+    assert {entry.name for entry in list_patches() if entry.registered is None} == ROWS.keys()
 
 
 @models

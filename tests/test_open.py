@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -13,9 +15,10 @@ from pydantic import Field
 
 import accelplug
 from accelplug import catalog, families, registry
-from accelplug.call import Layout
+from accelplug.call import AttentionCall, Layout
 from accelplug.errors import AccelplugError, NoMatchError
 from accelplug.families.base import SELF_AND_CROSS, Family, latents
+from accelplug.families.vlm import Vlm, list_vlms
 from accelplug.kernels.orders import Tiles
 from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.base import Patch
@@ -23,7 +26,7 @@ from accelplug.patches.generation import GenerationPatch
 from accelplug.patches.sparse.radial import Radial
 from accelplug.patches.sparse.template import BlockConfig, BlockSparse, Scored
 from accelplug.registry import PATCH_FAMILIES, entry_of, list_patches, patch_class, patch_entry, register_patch
-from accelplug.testing.laws import run_once
+from accelplug.testing.laws import laws, run_once
 from accelplug.testing.models import build_denoiser, wan
 from accelplug.testing.registered import registered
 from accelplug.tuning import space
@@ -37,6 +40,9 @@ class Diagonal(BlockSparse):
 
     name, cite, summary = "diagonal", "unpublished", "Every block reads those around it."
     config: Config
+
+    def neutral(self, layout: Layout) -> bool:
+        return self.config.reach >= 1000
 
     def select(self, tiles: Tiles) -> BlockPlan:
         blocks = torch.arange(tiles.slots // self.config.unit)
@@ -197,6 +203,82 @@ def test_tune_tries_the_ladder_of_a_patch_that_it_is_told() -> None:
         "diagonal reach=2 rest=drop",
         "diagonal reach=4 rest=drop",
     ]
+
+
+# -------------------------------------------------------------------------------------------------------------------- the laws
+
+
+def leaks(self: Diagonal, call: AttentionCall, params: Any) -> torch.Tensor:
+    out = Diagonal.attend(self, call, params)
+    return out + 0.01 * out.mean(0, keepdim=True)
+
+
+def breaks(self: Diagonal, call: AttentionCall, params: Any) -> torch.Tensor:
+    return Diagonal.attend(self, call, params) / 0.0
+
+
+def does_nothing(self: Diagonal, call: AttentionCall, params: Any) -> torch.Tensor:
+    return call.dense()
+
+
+CALLS: list[int] = []
+
+
+def remembers(self: Diagonal, call: AttentionCall, params: Any) -> torch.Tensor:
+    CALLS.append(1)
+    return Diagonal.attend(self, call, params) * (1 + 0.01 * (len(CALLS) % 7))
+
+
+def forgets_text(self: Diagonal, members: torch.Tensor, tiles: Tiles) -> BlockPlan:
+    lengths = tiles.lengths(self.config.block)
+    return BlockPlan.from_members(members, lengths, lengths, self.config.block, self.config.block)
+
+
+def never_neutral(self: Diagonal, layout: Layout) -> bool:
+    return False
+
+
+@pytest.mark.parametrize(
+    ("flaw", "law", "model"),
+    [
+        ({"neutral": never_neutral, "attend": leaks}, "neutral_is_exact", "wan"),
+        ({"attend": breaks}, "it_does_something_and_undoes_it", "wan"),
+        ({"attend": does_nothing}, "it_does_something_and_undoes_it", "flux"),
+        ({"attend": leaks}, "the_kernel_at_density_one_is_dense", "wan, one slot filled"),
+        ({"attend": leaks}, "batch_two_is_two_batches_of_one", "wan"),
+        ({"plan": forgets_text}, "text_stays_dense", "cogvideox"),
+        ({"plan": forgets_text}, "text_stays_dense", "flux"),
+        ({"attend": does_nothing}, "other_instances_and_threads_notice_nothing", "wan"),
+        ({"attend": breaks}, "low_precision_stays_finite", "wan"),
+        ({"attend": remembers}, "nothing_is_left_of_a_run", "wan pipeline"),
+    ],
+)
+@pytest.mark.usefixtures("shelf")
+def test_a_law_finds_the_patch_that_breaks_it(flaw: dict[str, Any], law: str, model: str) -> None:
+    broken = type("Broken", (Diagonal,), {"name": "broken", **flaw})
+    every = laws(broken, {"reach": 0}, neutral={"reach": 1000}, everything={"reach": 999})
+    (found,) = [found for found in every if found.check.__name__ == law and found.model == model]
+    with pytest.raises(AssertionError, match=f"broken on {model}, {law.replace('_', ' ')}: "):
+        found()
+    assert "broken" not in [entry.name for entry in list_patches()]
+
+
+def test_the_laws_need_no_pytest() -> None:
+    told = "import sys, accelplug.testing; sys.exit('pytest' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", told]).returncode == 0
+
+
+@pytest.mark.usefixtures("shelf", "own_families")
+def test_what_is_registered_for_a_while_is_gone_behind_it() -> None:
+    theirs = Vlm("theirs", ("TheirForConditionalGeneration",))
+    for thing, known in ((Diagonal, list_patches), (OWN, families.list_families), (theirs, list_vlms)):
+        before = known()
+        with registered(thing):
+            assert len(known()) == len(before) + 1
+            with registered(thing):
+                assert len(known()) == len(before) + 1
+            assert len(known()) == len(before) + 1, "what was registered before stays"
+        assert known() == before
 
 
 # ------------------------------------------------------------------------------------------------------------------ families

@@ -1,28 +1,42 @@
-"""A patch that is known for a while."""
+"""What is known for a while: a patch, a family of denoisers, or one of vision-language models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from accelplug import registry
+from accelplug import families, registry
+from accelplug.catalog import Catalog
+from accelplug.families import vlm
+from accelplug.families.base import Family
+from accelplug.families.vlm import Vlm
 from accelplug.patches.base import Patch
 
 
 @contextmanager
-def registered(cls: type[Patch]) -> Iterator[type[Patch]]:
-    """Register a patch while the context is open; one that was registered before stays.
+def registered(thing: type[Patch] | Family | Vlm) -> Iterator[None]:
+    """Register something while the context is open; what was registered before stays.
 
     Raises
     ------
     AccelplugError
-        As `accelplug.register_patch`.
+        As `accelplug.register_patch`, `register_family` and `register_vlm`.
     """
-    known = registry.list_patches()
-    registry.register_patch(cls)
-    entry = registry.entry_of(cls)
+    catalog, register = _home_of(thing)
+    before = catalog.all()
+    register(thing)
+    added = [known for known in catalog.all() if known not in before]
     try:
-        yield cls
+        yield
     finally:
-        if entry not in known:
-            registry._PATCHES.drop(entry)
+        for known in added:
+            catalog.drop(known)
+
+
+def _home_of(thing: Any) -> tuple[Catalog[Any], Callable[[Any], Any]]:
+    if isinstance(thing, Family):
+        return families._FAMILIES, families.register_family
+    if isinstance(thing, Vlm):
+        return vlm._VLMS, vlm.register_vlm
+    return registry._PATCHES, registry.register_patch
