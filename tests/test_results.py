@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import accelplug
-from accelplug.comparison import Exam
-from accelplug.comparison.evaluators.evaluator import Said
+from accelplug.comparison import Exam, metrics, outcome
+from accelplug.comparison.evaluators import EVALUATORS
+from accelplug.comparison.evaluators.evaluator import Asked, Said
 from accelplug.comparison.outcome import Outcome, hold_against_dense
 from accelplug.comparison.rows import DENSE_ROW
 from accelplug.comparison.vlm import VlmComparison
@@ -24,6 +26,8 @@ from accelplug.tuning.result import Point, Tuned
 from accelplug.tuning.verification import Verification, Verified
 from accelplug.weights import available
 from tests import tiny_language_models, tiny_models
+from tests.patch_rows import ROWS
+from tests.test_comparison import small
 from tests.test_report import comparison, row
 
 OWN = "accelplug."
@@ -111,3 +115,46 @@ def test_a_result_is_shown_written_and_read_again(name: str, results: dict[str, 
 
 def test_no_kind_of_result_is_left_out(results: dict[str, list[Shown]]) -> None:
     assert kinds(Shown) == {type(result).__qualname__ for found in results.values() for result in found}
+
+
+class Length:
+    """An evaluator in one class: how long descriptions are."""
+
+    name = "length"
+
+    def score(self, asked: Asked, said: Said) -> float | None:
+        return sum(map(len, said.descriptions.values())) / len(said.descriptions) if said.descriptions else None
+
+    def hold(self, asked: Asked, dense: Said, said: Said, before: float, figures: float) -> dict[str, float]:
+        return {"length": 0.04 if before != figures else 1.0}
+
+    def columns(self, figures: float, holm: Mapping[str, float]) -> dict[str, str]:
+        return {"letters": f"{figures:.0f} (p {holm['length']:.2f})" if holm else f"{figures:.0f}"}
+
+    def summary(self, figures: float | None, p: Mapping[str, float], holm: Mapping[str, float]) -> dict[str, Any]:
+        return {"letters": figures}
+
+
+def test_an_evaluator_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outcome, "EVALUATORS", (*EVALUATORS, Length()))
+    found = examined()
+    assert "letters" in str(found)
+    assert "1 (p 1.00)" in str(found)
+    assert [row["letters"] for row in found.to_dict()["rows"]] == [1.0, 1.0]
+
+
+def test_a_metric_is_one_line_and_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    def error(run: metrics.Beside) -> float | None:
+        return None if run.dense is None else float(abs(run.clip - run.dense).mean())
+
+    metric = metrics.ClipMetric("mae", "<=", "mean error", digits=2, of=error)
+    monkeypatch.setitem(metrics.METRICS, "mae", metric)
+    monkeypatch.setitem(metrics.BY_KEY, "mae", metric)
+    pipe, inputs = small()
+    found = accelplug.compare(pipe, {"radial": ROWS["radial"].recipe()}, inputs, floors=False, progress=False)
+    (value,) = found.row("radial").values("mae")
+    assert value > 0
+    assert found.cells(found.row("radial"))[found.headings().index("mean error")] == f"{value:.2f}"
+    assert "mean error" in found.page()
+    (bound,) = parse_budget("mae<=0.5")
+    assert bound.value(found.row("radial").samples[0], np.zeros(1), np.zeros(1)) == value
