@@ -253,11 +253,13 @@ class BlockSparse(Patch):
         number = self.probed(tiles.layout, call)
         if number == 0:
             return out
+        # Tokens that come in order already have their visual ones in front.
+        first = 0 if tiles.applied else tiles.layout.text_before
         rows = probe_rows(tiles.layout.text_before, tiles.layout.visual, number, out.device)
         rows = tiles.slot_of_token()[rows] if tiles.applied else rows
         exact = call.dense(q=call.q[..., rows, :], attn_mask=None if call.mask is None else call.mask[:, None, None])
         on_query = self.config.repair == "output_query"
-        visual = slice(tiles.layout.text_before, tiles.layout.text_before + tiles.layout.visual)
+        visual = slice(first, first + tiles.layout.visual)
         mended, _ = repair(out, call.q, exact, rows, visual, on_query=on_query, ridge=self.config.ridge)
         return torch.where(plan.skipped[..., None, None], out, mended) if isinstance(plan, BlockPlan) else mended
 

@@ -1,0 +1,222 @@
+"""What holds of every block-sparse method whose error is repaired: beside what the method itself must keep, nothing but the probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.nn.functional import scaled_dot_product_attention
+
+from accelplug.call import AttentionCall, Clock, Layout, Site
+from accelplug.kernels.repair import probe_rows
+from accelplug.patches.sparse.paro import Paro
+from accelplug.patches.sparse.sparse_vdit import FULL, SKIP, SparseVdit
+from accelplug.patches.sparse.template import BlockSparse
+from accelplug.registry import patch_class
+from accelplug.table import Table
+from accelplug.testing.laws import Law, Subject, it_does_something_and_undoes_it, laws, nothing_is_left_of_a_run
+from accelplug.testing.models import DENOISERS_TRIED
+from tests.patch_rows import ROWS
+
+LAYOUT = Layout((3, 6, 7), text_before=5, text_after=3)
+VISUAL = slice(5, 131)
+VIDEO = Layout((3, 6, 8))
+SITE = Site("block", "transformer", "joint", 1, 4)
+PROBES = 30
+REPAIR = {"repair": "output_query", "probes": PROBES}
+
+SUBJECTS = [row for row in ROWS.values() if row.blocks]
+BY_TOKEN = replace(ROWS["vmoba"], working={**ROWS["vmoba"].working, "gates": "token"})
+BY_VARIANCE = replace(ROWS["proxy"], working={**ROWS["proxy"].working, "variance": True})
+CLUSTERED = replace(ROWS["sol"], working={**ROWS["sol"].working, "order": "kmeans", "cluster_iterations": 3})
+WAYS = [*SUBJECTS, BY_TOKEN, BY_VARIANCE, CLUSTERED]
+
+every_way = pytest.mark.parametrize(
+    "subject", WAYS, ids=lambda row: f"{row.patch}-{'-'.join(map(str, row.working.values()))}"
+)
+
+
+def patch_of(subject: Subject, **config: Any) -> BlockSparse:
+    patch = patch_class(subject.patch)({"block": 8, "backend": "reference", **subject.working, **config})
+    assert isinstance(patch, BlockSparse)
+    return patch
+
+
+def call_of(
+    layout: Layout = LAYOUT, heads: int = 2, kv_heads: int | None = None, batch: int = 1, masked: bool = False
+) -> AttentionCall:
+    """Queries that look at keys some tokens on; values are wider than keys. `masked`: the last text tokens are padding."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(batch, heads, layout.length, 4, generator=generator)
+    k = torch.randn(batch, kv_heads or heads, layout.length, 4, generator=generator) + 2 * q[:, : kv_heads or heads].roll(
+        3, -2
+    )
+    v = torch.randn(batch, kv_heads or heads, layout.length, 6, generator=generator)
+    mask = None
+    if masked:
+        mask = torch.ones(batch, layout.length, dtype=torch.bool)
+        mask[:, -2:] = False
+    return asked(q, k, v, mask)
+
+
+def asked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> AttentionCall:
+    """A call of these tensors, as a host makes it."""
+    given = None if mask is None else mask[:, None, None]
+
+    def dense(q: Tensor = q, k: Tensor = k, v: Tensor = v, attn_mask: Tensor | None = given) -> Tensor:
+        shared = k.shape[1] != q.shape[1]
+        return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=0.5, enable_gqa=shared)
+
+    return AttentionCall(q, k, v, mask, 0.5, dense)
+
+
+def answer(patch: BlockSparse, call: AttentionCall, layout: Layout = LAYOUT) -> Tensor:
+    params = prepared(patch, layout)
+    return patch.attend(call, params)
+
+
+def prepared(patch: BlockSparse, layout: Layout) -> Any:
+    params = patch.prepare(SITE, layout, Clock(0, 4), {})
+    assert params is not None, "it runs dense here"
+    return params
+
+
+def mapped(call: AttentionCall, change: Callable[[Tensor], Tensor]) -> AttentionCall:
+    return asked(change(call.q), change(call.k), change(call.v), call.mask)
+
+
+@every_way
+def test_probes_are_exact_and_text_is_as_it_was(subject: Subject) -> None:
+    call = call_of(masked=True)
+    plain, mended = (answer(patch_of(subject, **repair), call) for repair in ({}, REPAIR))
+    rows = probe_rows(5, LAYOUT.visual, PROBES)
+    torch.testing.assert_close(mended[..., rows, :], call.dense()[..., rows, :])
+    assert not torch.equal(mended[..., VISUAL, :], plain[..., VISUAL, :])
+    for text in (slice(0, 5), slice(131, None)):
+        assert torch.equal(mended[..., text, :], plain[..., text, :])
+
+
+@every_way
+def test_two_samples_have_no_say_in_each_other(subject: Subject) -> None:
+    call, patch = call_of(batch=2), patch_of(subject, **REPAIR)
+    together = answer(patch, call)
+    apart = torch.cat([answer(patch, mapped(call, lambda x, i=i: x[i : i + 1])) for i in range(2)])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+
+@every_way
+def test_two_calls_are_equal_bit_for_bit(subject: Subject) -> None:
+    call, patch = call_of(), patch_of(subject, **REPAIR)
+    assert torch.equal(answer(patch, call), answer(patch, call))
+
+
+@every_way
+def test_keys_that_are_padding_have_no_influence(subject: Subject) -> None:
+    call, patch = call_of(masked=True), patch_of(subject, **REPAIR)
+    louder = mapped(call, lambda x: torch.where(torch.arange(LAYOUT.length)[:, None] < LAYOUT.length - 2, x, 1e4))
+    torch.testing.assert_close(answer(patch, louder)[..., VISUAL, :], answer(patch, call)[..., VISUAL, :])
+
+
+@every_way
+def test_heads_may_share_keys(subject: Subject) -> None:
+    """Grouped queries give what they give where keys and values are written out for each head."""
+    call, patch = call_of(heads=4, kv_heads=2), patch_of(subject, **REPAIR)
+    repeated = asked(call.q, call.k.repeat_interleave(2, 1), call.v.repeat_interleave(2, 1))
+    torch.testing.assert_close(answer(patch, call), answer(patch, repeated), rtol=1e-4, atol=1e-5)
+
+
+@every_way
+def test_low_precision_is_near_to_full(subject: Subject) -> None:
+    call, patch = call_of(), patch_of(subject, **REPAIR)
+    out = answer(patch, mapped(call, Tensor.bfloat16))
+    assert out.dtype == torch.bfloat16
+    assert torch.isfinite(out).all()
+    exact = call.dense()
+    assert float((out - exact).norm()) < 1.5 * float((answer(patch, call) - exact).norm()) + 0.02 * float(exact.norm())
+
+
+@every_way
+@pytest.mark.parametrize("layout", [Layout((3, 5, 7), 3), Layout((2, 7, 9), text_after=2), Layout((5, 5, 5))], ids=str)
+def test_odd_sizes(subject: Subject, layout: Layout) -> None:
+    call = call_of(layout)
+    params = patch_of(subject).prepare(SITE, layout, Clock(0, 4), {})
+    if params is None:
+        assert subject.video_only, "it runs dense on a grid of several frames"
+        return
+    out = answer(patch_of(subject, **REPAIR), call, layout)
+    assert torch.isfinite(out).all()
+    rows = probe_rows(layout.text_before, layout.visual, PROBES)
+    torch.testing.assert_close(out[..., rows, :], call.dense()[..., rows, :])
+
+
+@every_way
+def test_one_graph_serves_all_layers(subject: Subject) -> None:
+    """Nothing in it depends on values, and layers whose params are other tensors do not recompile."""
+    torch._dynamo.reset()
+    counter, patch = CompileCounter(), patch_of(subject, **REPAIR)
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def attend(q: Tensor, k: Tensor, v: Tensor, params: Any) -> Tensor:
+        return patch.attend(asked(q, k, v), params)
+
+    call = call_of(VIDEO)
+    for layer in (1, 4, 7):  # methods that go by turns have three
+        site = replace(SITE, layer=layer, layers=9, kind="self")
+        params = patch.prepare(site, VIDEO, Clock(0, 4), {})
+        torch.testing.assert_close(attend(call.q, call.k, call.v, params), patch.attend(call, params), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("layout", [VIDEO, Layout((3, 6, 8), text_before=8), Layout((3, 6, 8), 4, 4)], ids=str)
+def test_tokens_may_come_in_order_already(layout: Layout) -> None:
+    """A host that permutes once for many blocks hands in tokens in slots: the same rows are probed, and the same are visual."""
+    patch = patch_of(ROWS["sol"], order="morton", **REPAIR)
+    params = prepared(patch, layout)
+    order = patch.shared_order(params)
+    assert order is not None
+    assert order.gather is not None
+    assert order.scatter is not None
+    call, there = call_of(layout), order.gather[: layout.length]
+    permuted = patch.attend(mapped(call, lambda x: x[..., there, :]), patch.in_order(params))
+    torch.testing.assert_close(permuted[..., order.scatter, :], patch.attend(call, params), rtol=1e-4, atol=1e-5)
+
+
+def table(values: list[int]) -> Table:
+    """One row of choices by head, for every layer."""
+    return Table(torch.tensor([values] * SITE.layers, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("patch", "heads"),
+    [(Paro, {"order": [0, 3, 5, 2], "density": 0.4}), (SparseVdit, {"modes": [FULL, 1, 2, 3, SKIP]})],
+    ids=["paro", "sparse_vdit"],
+)
+@pytest.mark.parametrize("layout", [LAYOUT, Layout((3, 5, 7), 3)], ids=str)
+def test_orders_that_differ_by_head(patch: type[BlockSparse], heads: dict[str, Any], layout: Layout) -> None:
+    """Rows are probed where the grid says, wherever a head's order has put them; a head that gives nothing still does."""
+    number = len(next(iter(heads.values())))
+    config = {"block": 8, "backend": "reference", **{k: table(v) if isinstance(v, list) else v for k, v in heads.items()}}
+    call = call_of(layout, heads=number)
+    out = answer(patch({**config, **REPAIR}), call, layout)
+    rows = probe_rows(layout.text_before, layout.visual, PROBES)
+    expected = call.dense()[..., rows, :]
+    for head, mode in enumerate(heads.get("modes", [])):
+        expected[:, head] *= mode != SKIP
+    torch.testing.assert_close(out[..., rows, :], expected)
+
+
+ON_A_MODEL = (it_does_something_and_undoes_it, nothing_is_left_of_a_run)
+REPAIRED = [replace(row, working={**row.working, **REPAIR}) for row in SUBJECTS]
+WAN = {"wan": DENOISERS_TRIED["wan"]}
+
+
+@pytest.mark.parametrize(
+    "law", [law for row in REPAIRED for law in laws(row, models=WAN) if law.check in ON_A_MODEL], ids=str
+)
+def test_laws_of_every_patch(law: Law) -> None:
+    law()
