@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,8 @@ def main() -> None:
     rows = []
     for tokens in TOKENS:
         q, k, v = (torch.randn(1, HEADS, tokens, DIM) for _ in range(3))
-        runs = {("dense", 0, 1.0, "drop"): lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v)}
+        dense: partial[Any] = partial(F.scaled_dot_product_attention, q, k, v)
+        runs: dict[tuple[str, int, float, str], partial[Any]] = {("dense", 0, 1.0, "drop"): dense}
         ideals = {}
         for block in BLOCKS:
             for target in DENSITIES:
@@ -57,15 +59,15 @@ def main() -> None:
         for run in runs.values():
             run()  # compiles
         for _ in range(REPEATS):
-            for key, run in runs.items():
-                times[key].append(milliseconds(run))
-        dense = Quantiles.of(times["dense", 0, 1.0, "drop"])
+            for cell, run in runs.items():
+                times[cell].append(milliseconds(run))
+        whole = Quantiles.of(times["dense", 0, 1.0, "drop"])
         for (backend, block, target, kind), values in times.items():
             if backend == "dense":
                 continue
             spread = Quantiles.of(values)
             ideal = ideals[backend, block, target, kind]
-            achieved = ideal * dense.p50 / spread.p50
+            achieved = ideal * whole.p50 / spread.p50
             rows.append(
                 {
                     "tokens": tokens,
@@ -76,14 +78,14 @@ def main() -> None:
                     "block": block,
                     "density": target,
                     "rest": kind,
-                    "dense_ms": asdict(dense),
+                    "dense_ms": asdict(whole),
                     "ms": asdict(spread),
                     "ideal": ideal,
                     "achieved_over_ideal": achieved,
                 }
             )
             what = f"S={tokens} {backend:8s} block {block:3d} {kind} density {target:.2f}"
-            print(f"{what}: {spread.p50:6.1f} ms of {dense.p50:.1f}, {achieved:.2f} of ideal")
+            print(f"{what}: {spread.p50:6.1f} ms of {whole.p50:.1f}, {achieved:.2f} of ideal")
     write_json("block_attention_cpu", {**environment(), "rows": rows})
 
 

@@ -57,7 +57,7 @@ class Random(BlockSparse):
     name, cite, summary = "random", "unpublished", "Every query block reads itself and random others."
     config: Config
 
-    def select(self, tiles: Tiles) -> BlockPlan:
+    def select(self, tiles: Tiles, **where: Any) -> BlockPlan:
         return self.plan(random_members(tiles.slots // self.config.unit, self.config.density, self.config.seed), tiles)
 
 
@@ -84,8 +84,9 @@ class Capture(Patch):
 
     def attend(self, call: AttentionCall, params: Place) -> torch.Tensor:
         if params.step in self.steps and params.branch == "cond":
-            kept = [x.clone() for x in (call.q, call.k, call.v)]
-            self.calls[params] = AttentionCall(*kept, call.mask, call.scale, call.dense)
+            self.calls[params] = AttentionCall(
+                call.q.clone(), call.k.clone(), call.v.clone(), call.mask, call.scale, call.dense
+            )
         return call.dense()
 
 
@@ -93,12 +94,12 @@ def layer_errors(pipe: Any) -> list[dict[str, Any]]:
     """Relative L2 error of attention outputs per layer and step, rest=drop, beside random masks of equal density."""
     with accelplug.apply(pipe, Capture(), gate="off"):
         pipe(prompt=PROMPT, **zoo.DEMO, generator=torch.Generator().manual_seed(0), output_type="latent")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, setting in SETTINGS.items():
         config = {**setting["with"], "rest": "drop"}
         if setting["patch"] == "random":
             continue
-        patch = registry.patch_class(setting["patch"])(config)
+        patch: Any = registry.patch_class(setting["patch"])(config)
         for place, call in Capture.calls.items():
             exact = torch.nn.functional.scaled_dot_product_attention(call.q, call.k, call.v)
             density, error = measured(patch, call, place, exact)

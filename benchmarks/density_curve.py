@@ -151,7 +151,7 @@ def layers(pipe: Any, only: Only) -> list[dict[str, Any]]:
     rows = []
     for _, patch, rest, value, config in settings(only):
         config = with_tables(pipe, patch, rest, config)
-        method = registry.patch_class(patch)(config)
+        method: Any = registry.patch_class(patch)(config)
         steps = int(GRID["num_inference_steps"])
         found = [(at.layer, *measured(method, call, at, exact[at], steps)) for at, call in Capture.calls.items()]
         by_layer = {n: statistics.fmean(e for layer, _, e in found if layer == n) for n in sorted({f[0] for f in found})}

@@ -8,6 +8,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -64,6 +66,11 @@ def forty_layers() -> tuple[WanTransformer3DModel, dict[str, torch.Tensor]]:
     return model.eval().requires_grad_(False), inputs
 
 
+def _prepared_anew(name: str, layout: Layout) -> Any:
+    patch: Any = patch_class(name)()
+    return patch.prepare(None, layout, None, {})
+
+
 def main() -> None:
     torch.set_num_threads(2)
     model, inputs = forty_layers()
@@ -85,9 +92,7 @@ def main() -> None:
     plans = []
     for name in ("radial", "neighborhood"):
         for grid, grid_thw in GRIDS_THW.items():
-            times = milliseconds(
-                lambda name=name, grid_thw=grid_thw: patch_class(name)().prepare(None, Layout(grid_thw), None, {}), 3
-            )
+            times = milliseconds(partial(_prepared_anew, name, Layout(grid_thw)), 3)
             plans.append({"patch": name, "grid": grid, "grid_thw": grid_thw, "build_ms": statistics.median(times)})
     write_json(
         "overhead",

@@ -62,7 +62,7 @@ class Random(Scored):
     Config = RandomConfig
     config: RandomConfig
 
-    def route(self, blocks: Blocks) -> BlockPlan:
+    def route(self, blocks: Blocks, **where: Any) -> BlockPlan:
         rows, keys = len(blocks.query_lengths), len(blocks.key_lengths)
         row = torch.arange(rows)[:, None] * blocks.block
         key = torch.arange(keys) * blocks.block_k

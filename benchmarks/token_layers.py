@@ -25,6 +25,13 @@ from benchmarks.demo_pareto import PROMPT, Capture, Random, measured
 BLOCK = 64
 TIME_CELLS = {"ratio": 0.5, "cell_thw": [4, 1, 1], "tile_thw": [8, 4, 4]}
 WINDOWS = {"4x2x3": [4, 2, 3], "4x4x4": [4, 4, 4], "1x8x8": [1, 8, 8]}
+PROXIES: dict[str, dict[str, Any]] = {
+    "drop": {"rest": "drop"},
+    "mean": {},
+    "centre": {"representative": "centre"},
+    "centre_k_mean_v": {"representative": "centre_k_mean_v"},
+    "variance": {"variance": True},
+}
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"tome {ratio}": ("tome", {"ratio": ratio}) for ratio in (0.25, 0.5, 0.7)},
     **{f"tome {ratio}, not counted": ("tome", {"ratio": ratio, "proportional": False}) for ratio in (0.25, 0.5, 0.7)},
@@ -34,13 +41,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         f"proxy {name}, {what}": ("proxy", {"window_thw": window, "backend": "blocked", **config})
         for name, window in WINDOWS.items()
-        for what, config in {
-            "drop": {"rest": "drop"},
-            "mean": {},
-            "centre": {"representative": "centre"},
-            "centre_k_mean_v": {"representative": "centre_k_mean_v"},
-            "variance": {"variance": True},
-        }.items()
+        for what, config in PROXIES.items()
     },
 }
 
@@ -62,7 +63,7 @@ def main() -> None:
 
 def errors(name: str, patch: str, config: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a captured call, and a printed line for all."""
-    method = registry.patch_class(patch)(config)
+    method: Any = registry.patch_class(patch)(config)
     rows = []
     for place, call in Capture.calls.items():
         exact = scaled_dot_product_attention(call.q, call.k, call.v)

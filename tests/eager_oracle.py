@@ -307,7 +307,7 @@ class Var(Method):
 
     def _massive(self, first: Tensor) -> list[int]:
         """Dimensions in which a row's first token, normalised (C,), is massive: four at most, unless they are named."""
-        if self.sink_dims != "auto":
+        if not isinstance(self.sink_dims, str):
             return list(self.sink_dims)
         size = first.abs()
         massive = (size >= max(self.sink_threshold, 100 * float(size.quantile(0.5)))).nonzero().flatten()

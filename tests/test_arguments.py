@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import accelplug
-from accelplug.calibration import Calibration
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.questions import items, require_pictures
 from accelplug.comparison.result import Comparison
 from accelplug.comparison.vlm import compare_vlm
 from accelplug.errors import AccelplugError
+from accelplug.recipe import Recipe
 from accelplug.tuning import Bound
 from tests import tiny_models
 
@@ -30,7 +30,7 @@ def waiting() -> tuple[Any, dict[str, Any]]:
     return pipe, {key: value for key, value in inputs.items() if key != "output_type"}
 
 
-def calibrate(pipe: Any, inputs: Any = None, **more: Any) -> Calibration:
+def calibrate(pipe: Any, inputs: Any = None, **more: Any) -> Recipe:
     return accelplug.calibrate(pipe, **{"patch": "sparse_vdit", "prompts": inputs, "progress": False, **more})
 
 
@@ -39,7 +39,7 @@ def compare(pipe: Any, inputs: Any = None, **more: Any) -> Comparison:
 
 
 COMMANDS = pytest.mark.parametrize("command", [compare, accelplug.tune, calibrate], ids=lambda command: command.__name__)
-WRONG = {
+WRONG: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "no inputs": ("needs inputs", (), {"inputs": None}),
     "inputs that are text": ("a mapping of the pipeline's arguments", ("calibrate",), {"inputs": "a dog"}),
     "a list of numbers": ("a mapping of the pipeline's arguments, got 3", (), {"inputs": [3]}),
@@ -146,7 +146,7 @@ def test_pictures_that_are_not_there_are_told_ahead(tmp_path: Path) -> None:
         "?",
     ):
         with pytest.raises(AccelplugError, match=r"A question is|image: expected"):
-            items([wrong])
+            items(cast(Any, [wrong]))
     exam = Exam.scenes(6)
     absent = Exam("x", dict.fromkeys(exam.pictures, tmp_path / "b.png"), exam.truth, exam.questions, exam.vocabulary)
     without = Exam("x", {}, exam.truth, exam.questions, exam.vocabulary)
@@ -155,6 +155,6 @@ def test_pictures_that_are_not_there_are_told_ahead(tmp_path: Path) -> None:
             compare_vlm(None, {}, asked, None, batch=batch)
     for pictures in (0, -1, 2.5):
         with pytest.raises(AccelplugError, match="whole number"):
-            Exam.scenes(pictures)
+            Exam.scenes(cast(Any, pictures))
     with pytest.raises(AccelplugError, match="expected a split"):
         Exam.scenes(1, "all")

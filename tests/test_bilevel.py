@@ -30,7 +30,7 @@ def routed(layout: Layout, mask: torch.Tensor | None = None, **config: Any) -> t
 @pytest.mark.parametrize("tile_thw", [(1, 2, 4), (2, 2, 2), None])
 @pytest.mark.parametrize("blocks", [{"block": 8}, {"block": 8, "block_k": 16}, {"block": 16, "block_k": 8}])
 def test_the_halo_is_the_tiles_around_cut_at_borders(
-    halo: int, tile_thw: tuple[int, int, int] | None, blocks: dict[str, int]
+    halo: int, tile_thw: tuple[int, int, int] | None, blocks: dict[str, Any]
 ) -> None:
     method, laid, plan = routed(LAYOUT, tile_thw=tile_thw, halo=halo, k=1, **blocks)
     place, held = laid.k_tiles.coordinates(), laid.k_tiles.held

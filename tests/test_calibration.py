@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import accelplug
-from accelplug.calibration import Calibration
 from accelplug.errors import AccelplugError, NoMatchError, RecipeError
 from accelplug.patches.sparse.radial import Radial
+from accelplug.recipe import Recipe
 from tests import tiny_models
 
 CONFIG = {"block": 8, "backend": "reference"}
 
 
-def run(pipe: Any, path: Path, inputs: dict[str, Any], patch: str = "sparse_vdit", **more: Any) -> Calibration:
+def run(pipe: Any, path: Path, inputs: dict[str, Any], patch: str = "sparse_vdit", **more: Any) -> Recipe:
     inputs = {key: value for key, value in inputs.items() if key != "output_type"}
     given = {"config": CONFIG, "buckets": 2, "dense_steps": None, "progress": False, **more}
     return accelplug.calibrate(pipe, patch, [inputs, inputs], path=path, **given)

@@ -13,7 +13,7 @@ import accelplug
 from accelplug import zoo
 from accelplug.cli import main
 from accelplug.comparison import Comparison
-from accelplug.inspection.denoiser import STEPS, TOKENS
+from accelplug.inspection.denoiser import STEPS, TOKENS, Inspection
 
 
 def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,6 +41,7 @@ def test_inspect_tells_sites_recipes_and_ceiling(capsys: pytest.CaptureFixture[s
 def test_the_ceiling_of_a_recipe_counts_its_dense_steps() -> None:
     pipe = WanPipeline.from_pretrained(zoo.path())
     found = accelplug.inspect(pipe)
+    assert isinstance(found, Inspection)
     (part,) = found.denoisers
     share = part.attention_share(TOKENS[0])
     steps = sum(step >= round(0.25 * STEPS) for step in range(STEPS)) / STEPS

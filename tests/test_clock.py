@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_the_ear_lives_with_other_hooks_in_any_order(ours_first: bool, remove_ou
     module = torch.nn.Linear(2, 2)
     x = torch.ones(1, 2)
     plain, before = module(x), set(vars(module))
-    heard = []
+    heard: list[Any] = []
     undo, ear = Undo(), Ear(module, heard.append, lambda: heard.append("reset"))
     if ours_first:
         ear.install(undo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any, cast
 
 import pytest
 import torch
@@ -145,14 +146,14 @@ def test_a_step_starts_where_the_last_one_ended() -> None:
     cold = order_of(x, ticket=memory.ticket)
     assert torch.equal(cold, order_of(x))
     assert torch.equal(cold, order_of(x, ticket=memory.ticket, warm=0))  # within a step every call starts from the same
-    after = memory.end
+    after: Any = memory.end
     memory.advance(0)
     assert memory.start is None
     memory.advance(1)
     assert memory.start is after
     near = x + 0.3 * torch.randn_like(x)
     warm = order_of(near, ticket=memory.ticket, warm=1)
-    centres, _ = kmeans(near.flatten(0, 1), after.flatten(0, 1), 1)
+    centres, _ = kmeans(near.flatten(0, 1), cast(Any, after).flatten(0, 1), 1)
     torch.testing.assert_close(memory.end.flatten(0, 1), centres)
     assert not torch.equal(warm, order_of(near, iterations=1))
     other = order_of(x[..., :50, :].repeat(2, 1, 1, 1), ticket=memory.ticket)  # another batch: anew
@@ -160,7 +161,8 @@ def test_a_step_starts_where_the_last_one_ended() -> None:
 
 
 def test_centres_die_with_the_state_of_the_run() -> None:
-    sol, state, layout = Sol({"block": 8, "order": "kmeans"}), {}, Layout((2, 4, 8))
+    state: dict[str, Any] = {}
+    sol, layout = Sol({"block": 8, "order": "kmeans"}), Layout((2, 4, 8))
     q, k, v = torch.randn(3, 1, 2, 64, 4)
     call = AttentionCall(q, k, v, None, 0.5, dense=None)
     for step in range(2):
@@ -210,7 +212,7 @@ def test_it_is_one_node_of_one_graph() -> None:
     layout = Layout((3, 5, 7), 0, 5)
     sol = Sol({"block": 8, "order": "kmeans", "backend": "reference", "rest": "pool"})
     calls = [call_of(layout) for _ in range(2)]
-    states = [{}, {}]
+    states: list[dict[str, Any]] = [{}, {}]
     compiled = torch.compile(lambda call, params: sol.attend(call, params), backend="eager", fullgraph=True)
     for step in range(3):
         eager, traced = (sol.prepare(SITE, layout, Clock(step, 4), state) for state in states)

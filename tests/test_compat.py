@@ -7,8 +7,9 @@ import re
 import tomllib
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def private(tree: ast.AST) -> Iterator[tuple[int, str]]:
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
         for name in names:
             if re.fullmatch("_[A-Za-z][A-Za-z0-9_]*", name) and not name.startswith("_accelplug"):
-                yield node.lineno, name
+                yield vars(node)["lineno"], name
 
 
 SOURCES = {library: Path(getattr(compat, library).__file__) for library in PUBLIC}
@@ -69,7 +70,7 @@ def test_contract(promise: str) -> None:
     assert compat.contracts.why_broken(CONTRACTS[promise]) is None
 
 
-def reached(module: types.ModuleType, check: types.FunctionType) -> set[str]:
+def reached(module: types.ModuleType, check: Callable[..., Any]) -> set[str]:
     """The functions and constants of a module that a check of it uses, however deep."""
     found: set[str] = set()
     left = [check.__code__]
@@ -93,7 +94,7 @@ def test_a_name_that_goes_is_missed(library: str, name: str) -> None:
     exec(compile(source, str(SOURCES[library]), "exec"), vars(module))
     lines = {line for line, text in enumerate(source.splitlines(), 1) if gone in text}
     users = {
-        node.name if isinstance(node, ast.FunctionDef) else node.targets[0].id
+        node.name if isinstance(node, ast.FunctionDef) else ast.unparse(node.targets[0])
         for node in ast.parse(source).body
         if isinstance(node, ast.FunctionDef | ast.Assign) and lines & set(range(node.lineno, (node.end_lineno or 0) + 1))
     }
@@ -213,7 +214,7 @@ def test_the_tested_versions_are_those_of_the_suite() -> None:
     """What is promised is what runs: pyproject's bounds are the oldest set, the newest one is what this runs on or the oldest."""
     bounds = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.M))
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    lower = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", line).groups() for line in dependencies)
+    lower = dict(re.findall(r"^([\w-]+)>=([\d.]+)$", "\n".join(dependencies), re.M))
     pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.M))
     for package, bound in lower.items():
         assert bounds[package].startswith(bound), package

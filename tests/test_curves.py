@@ -39,7 +39,8 @@ def test_is_a_permutation_of_a_video(curve: Callable[..., torch.Tensor], grid_th
 
 
 def test_gilbert_steps_to_neighbours_only_on_every_small_grid() -> None:
-    for grid_thw in product(range(1, 10), repeat=3):
+    for t, h, w in product(range(1, 10), repeat=3):
+        grid_thw = (t, h, w)
         assert (steps(gilbert(grid_thw), grid_thw) == 1).all(), grid_thw
 
 

@@ -58,7 +58,7 @@ def test_themes_make_the_adversarial_split_hard() -> None:
     assert usual("adversarial") > usual("random") + 0.1
     assert len(exam.questions) == 3 * 6 * 60
     assert {q.split for q in exam.questions} == set(POPE_SPLITS)
-    assert all(not exam.likely[key] & exam.truth[key] for key in exam.pictures)
+    assert all(not set(exam.likely[key]) & set(exam.truth[key]) for key in exam.pictures)
 
 
 def test_neutral_changes_no_answer_and_the_model_is_left_as_it_was(bundled: tuple[Any, Any], tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_rows_are_held_against_dense() -> None:
     assert control.alarms
 
 
-def judged(replies: list[dict[str, Any]], asked: list[Any], **more: Any) -> list[Outcome]:
+def judged(replies: list[Any], asked: list[Any], **more: Any) -> list[Outcome]:
     """Rows of made-up replies to questions, the first one dense."""
     rows = [Outcome(DENSE_ROW if i == 0 else f"row {i}", "recipe", Said(said, {})) for i, said in enumerate(replies)]
     exam = replace(exam_of(asked), **more)

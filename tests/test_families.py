@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from accelplug import compat
-from accelplug.call import Layout
+from accelplug.call import Kind, Layout
 from accelplug.families import FAMILIES, family_of
 from accelplug.families.base import Family, Geometry, site_kinds
 from accelplug.families.flux import raster_grid
@@ -90,14 +90,14 @@ def hearing(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
 class Forward:
     """What a family says of one forward, and what was heard."""
 
-    kinds: dict[str, tuple[str, int | None]]
+    kinds: dict[str, tuple[Kind, int | None]]
     geometry: dict[str, Geometry | None]
     heard: list[Heard]
 
     def sites(self) -> Iterator[tuple[Heard, Layout]]:
         """Yield the calls of self and joint sites with the layout that the family gives them."""
         for call in self.heard:
-            kind = self.kinds.get(call.path, (None, None))[0]
+            kind = self.kinds[call.path][0] if call.path in self.kinds else None
             if kind in ("self", "joint"):
                 geometry = self.geometry[call.path]
                 layout = geometry.layout(kind, call.q.shape[1]) if geometry else None
@@ -498,7 +498,9 @@ def test_every_class_of_a_family_is_one_of_diffusers_and_belongs_to_it_alone() -
 
 
 def test_a_class_that_derives_from_a_known_one_is_known() -> None:
-    class Mine(type(tiny_models.build("wan")[0])):
+    base: Any = type(tiny_models.build("wan")[0])
+
+    class Mine(base):
         pass
 
     assert family_of(Mine.__new__(Mine)).name == "wan"

@@ -7,7 +7,7 @@ import io
 import pickle
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -41,7 +41,8 @@ class Fault:
     """Counts calls of the package's functions, and raises at one of them."""
 
     def __init__(self, at: int = 0, kind: type[BaseException] = Injected) -> None:
-        self.at, self.kind, self.calls, self.names = at, kind, 0, []
+        self.at, self.kind, self.calls = at, kind, 0
+        self.names: list[str] = []
 
     def _called(self, frame: FrameType, event: str, argument: object) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(HOME):
@@ -77,7 +78,7 @@ class Case:
         plug.remove()
 
     @property
-    def root(self) -> torch.nn.Module:
+    def root(self) -> Any:
         return getattr(self.model, "transformer", self.model)
 
     def left(self) -> dict[str, Any]:
@@ -271,7 +272,11 @@ def saved(model: Any) -> Any:
     return torch.load(file, weights_only=False)
 
 
-COPIES = {"pickle": lambda model: pickle.loads(pickle.dumps(model)), "torch.save": saved, "deepcopy": copy.deepcopy}
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved,
+    "deepcopy": copy.deepcopy,
+}
 
 
 @pytest.mark.parametrize("how", COPIES)

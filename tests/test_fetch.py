@@ -498,7 +498,8 @@ def tiny_dinov2() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[An
         for part in ("norm1", "norm2"):
             arrays |= {f"{layer}.{part}.weight": random(width), f"{layer}.{part}.bias": random(width)}
         arrays |= {f"{layer}.layer_scale{number}.lambda1": random(width) for number in (1, 2)}
-    stored, nodes = {"decoder.upconv1.weight": random(2, 2)}, []
+    nodes: list[Any] = []
+    stored = {"decoder.upconv1.weight": random(2, 2)}
     for name, array in arrays.items():
         if array.ndim == 2:
             stored[f"onnx::MatMul_{len(nodes)}"] = array.T

@@ -15,7 +15,7 @@ from torch import Tensor
 import accelplug
 from accelplug.testing.language_models import forward, generate
 from tests.test_language_host import PAIRS, WORKING, recipe
-from tests.tiny_language_models import build, inputs
+from tests.tiny_language_models import build, inputs, looked
 
 
 class Flash:
@@ -86,7 +86,7 @@ class Flash:
         cut = zip(
             q.split(cu_seqlens_q.diff().tolist()), *(x.split(cu_seqlens_k.diff().tolist()) for x in (k, v)), strict=True
         )
-        return torch.cat([self._attend(*row, softmax_scale, causal, window_size) for row in cut]).to(q.dtype)
+        return torch.cat([self._attend(q, k, v, softmax_scale, causal, window_size) for q, k, v in cut]).to(q.dtype)
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_neutral_on_flash_attention_is_exact(patch: str, kernel: Flash) -> None:
 
 def test_inspect_reads_a_model_on_flash_attention(kernel: Flash) -> None:
     given = inputs("llava")
-    ours, theirs = accelplug.inspect(on_flash("llava"), given), accelplug.inspect(build("llava"), given)
+    ours, theirs = looked(on_flash("llava"), given), looked(build("llava"), given)
     assert ours.attention == "flash_attention_2"
     for name in ("visual_mass", "system_mass", "question_mass", "vas", "vhd"):
         torch.testing.assert_close(*(torch.tensor(getattr(x, name)) for x in (ours, theirs)), atol=1e-5, rtol=1e-4)

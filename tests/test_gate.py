@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import accelplug
 from accelplug.errors import AccelplugError
@@ -33,7 +32,7 @@ def sparse(**where: Any) -> dict[str, Any]:
 class MadeUpTime:
     """A clock that goes on by `OTHER_MS` in a model's first feed-forward, `DENSE_MS` in each attention call, and 1000 in the gate."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: nn.Module, sparse_ms: float = SPARSE_MS) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: Any, sparse_ms: float = SPARSE_MS) -> None:
         self.ms, self.judged = 0.0, 0
         self.by_gate = (DENSE_MS, sparse_ms)
         monkeypatch.setattr(forecast, "time", SimpleNamespace(perf_counter=lambda: self.ms / 1e3))
@@ -297,7 +296,7 @@ def test_deterministic_takes_no_kernel_that_another_plug_measured(monkeypatch: p
     ran: list[str] = []
     kernel = attention._run
 
-    def noted(backend: str, *arguments: Any) -> torch.Tensor:
+    def noted(backend: str, *arguments: Any) -> Any:
         ran.append(backend)
         return kernel(backend, *arguments)
 

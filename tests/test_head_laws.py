@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -323,10 +324,10 @@ def test_what_cannot_work_is_told_at_apply(patch: str, config: dict[str, Any], l
 @pytest.mark.parametrize("name", ["visual_bias", "var", "vhr", "gift", "pai", "imbalance", "carve", "agla", "contrast"])
 def test_no_field_takes_nan_or_an_infinity(name: str) -> None:
     cls = patch_class(name)
-    for field in cls.Config.model_fields:
-        for value in (math.nan, math.inf, -math.inf, [math.nan, math.nan], {}):
-            with pytest.raises(ValueError, match=field):
-                cls({field: value})
+    values: tuple[Any, ...] = (math.nan, math.inf, -math.inf, [math.nan, math.nan], {})
+    for field, value in itertools.product(cls.Config.model_fields, values):
+        with pytest.raises(ValueError, match=field):
+            cls({field: value})
 
 
 def test_vhr_reads_a_prompt_without_an_image_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,7 @@ def test_var_is_redistribution_head_by_head_and_row_by_row(queries: int) -> None
     sinks = torch.zeros(B, S, dtype=torch.bool)
     sinks[0, [0, 6, 9]] = True
     sinks[1, [2, 16, 20]] = True
-    patch = var.Var({"min_nonsink_ratio": 0.6, "min_visual_mass": 0.3, "sink_threshold": 4.0})
+    patch: Any = var.Var({"min_nonsink_ratio": 0.6, "min_visual_mass": 0.3, "sink_threshold": 4.0})
     state: dict = {}
     full = make()
     out = patch.attend(replace(full, hidden=hidden), patch.prepare(SITE, layout, PREFILL, state))
@@ -230,7 +230,7 @@ def test_var_finds_dimensions_and_leaves_layers_alone_whose_image_has_no_sink() 
     call, layout = make(), prompt()
     hidden = 0.1 * torch.randn(B, S, 32, generator=torch.Generator().manual_seed(2))
     hidden[:, [0, 2], 5] = 60.0  # the first token alone
-    patch = var.Var({"sink_threshold": 4.0})
+    patch: Any = var.Var({"sink_threshold": 4.0})
     out = patch.attend(replace(call, hidden=hidden), patch.prepare(SITE, layout, PREFILL, state))
     assert torch.equal(out, call.dense())
     assert patch.prepare(SITE, layout, DECODE, state) is None
@@ -266,7 +266,7 @@ def test_gift_reads_the_gaze_and_shifts_the_answer(at_a_time: int, monkeypatch: 
     monkeypatch.setattr(gift, "QUESTION_ROWS", at_a_time)
     state: dict[str, Any] = {}
     call, layout = make(), prompt()
-    patch = gift.Gift({"saliency_layer": 0, "enhance": [1, 4], "alpha": 2.0})
+    patch: Any = gift.Gift({"saliency_layer": 0, "enhance": [1, 4], "alpha": 2.0})
     assert torch.equal(patch.attend(call, patch.prepare(SITE, layout, PREFILL, state)), call.dense())
     p, v = probabilities(call)
     weight = state["gaze"].weight.double()
@@ -345,7 +345,7 @@ def test_gift_counts_words_of_the_question_alone() -> None:
     ids[:, 13:] = torch.tensor(tokenizer("of red  ux")["input_ids"])
     state: dict[str, Any] = {}
     layout = replace(layout, ids=ids)
-    patch = gift.Gift({"saliency_layer": 0, "enhance": [1, 4]})
+    patch: Any = gift.Gift({"saliency_layer": 0, "enhance": [1, 4]})
     assert torch.equal(patch._words(layout)[1], layout.question)
     patch.processor = tokenizer
     question, content = patch._words(layout)

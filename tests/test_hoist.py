@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import accelplug
 from accelplug.call import Layout
+from accelplug.hosts.diffusers import DenoiserHost
 from accelplug.kernels import orders
 from accelplug.kernels.orders import tiles
 from accelplug.testing.laws import run_once, snapshot_of
@@ -43,6 +44,7 @@ def recipe(order: str, dense: str | None = None, patch: str = "sol", **config: A
 
 def unhoisted(plug: accelplug.Plug) -> None:
     for host in plug.hosts:
+        assert isinstance(host, DenoiserHost)
         host.hoist.scheme = None
 
 
@@ -143,7 +145,7 @@ def test_a_call_that_runs_dense_inside_a_run_is_right() -> None:
         with accelplug.apply(model, recipe("morton"), gate="off") as plug:
             if not hoists:
                 unhoisted(plug)
-            host = plug.hosts[0]
+            host: Any = plug.hosts[0]
             host._obstacle = lambda record, *_: "as told" if record.site.layer == 2 else None
             outputs.append(run_once(model, inputs))
             assert plug.report().fallbacks == {"blocks.2.attn1: as told": 1}
@@ -236,7 +238,7 @@ def test_a_deep_copy_made_in_the_middle_of_a_forward_is_stock() -> None:
 
 def test_blocks_that_others_look_into_end_a_run() -> None:
     model, inputs = built()
-    seen = {}
+    seen: dict[Any, Any] = {}
     with accelplug.apply(model, recipe("morton"), gate="off") as plug:
         unhoisted(plug)
         handle = model.blocks[2].register_forward_hook(lambda module, args, output: seen.update(plain=output))

@@ -23,10 +23,9 @@ from accelplug.families import vlm
 from accelplug.hosts.transformers import LanguageHost
 from accelplug.inspection.drawing import colours, spread
 from accelplug.inspection.language import LanguageInspection
-from accelplug.inspection.looking import VlmInspection
 from accelplug.inspection.reading import sink_dimensions
 from accelplug.testing.language_models import IMAGE, TEXT_CONFIG, Rows
-from tests.tiny_language_models import build
+from tests.tiny_language_models import build, looked
 from tests.tiny_language_models import inputs as inputs_of
 
 
@@ -49,13 +48,6 @@ def _louder(model: Any) -> Any:
 
 def prompt(kind: str, rows: Rows) -> dict[str, torch.Tensor]:
     return inputs_of("qwen2_5_vl" if kind == "qwen" else kind, rows)
-
-
-def looked(model: Any, inputs: dict[str, torch.Tensor]) -> VlmInspection:
-    """What an inspection finds that looks at images."""
-    found = accelplug.inspect(model, inputs)
-    assert isinstance(found, VlmInspection)
-    return found
 
 
 def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:

@@ -7,7 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from typing import Any, Never
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Never
 
 import pytest
 import torch
@@ -27,8 +28,11 @@ from accelplug.kernels.attention import (
 )
 from accelplug.kernels.plan import BlockPlan, Box, Threshold, pool
 from accelplug.kernels.precision import quantised
-from accelplug.kernels.rest import Drop, Pool, Rectified, Tied
+from accelplug.kernels.rest import Drop, Pool, Rectified, Representative, Rest, Tied
 from tests.conftest import DEVICE
+
+if TYPE_CHECKING:
+    from accelplug.kernels.triton_block import Tier
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -42,7 +46,7 @@ SHAPES = {
     "B1-H1-S65-d160": (1, 1, 1, 65, 160, 160, 32, 32),
     "B1-H1-S40-d256": (1, 1, 1, 40, 256, 256, 16, 16),
 }
-RESTS = {
+RESTS: dict[str, Callable[[int], Drop | Pool]] = {
     "drop": lambda heads: Drop(),
     "pool": lambda heads: Pool(),
     "weighted": lambda heads: Pool(torch.linspace(0.1, 1, heads)),
@@ -155,7 +159,9 @@ def test_means_by_token(mask: str) -> None:
     got = block_attention(q, k, v, plan, key_mask=None if mask == "all" else valid[None], backend="reference")
     q, k, v = q.double(), k.double(), v.double()
     for h, row in ((0, 5), (1, 40), (0, 60)):
-        keys, values, logs = [], [], []
+        keys: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        logs: list[float] = []
         for block in range(4):
             run = 1 if plan.members[0, h, row // 16, block] else int(plan.level[0, h, row // 16, block])
             for start in range(16 * block, 16 * (block + 1), run) if run else ():
@@ -180,7 +186,7 @@ def test_means_are_exact_where_their_keys_and_values_are_equal(backend: Backend,
 
 @pytest.mark.parametrize("mask", ["all", "padded"])
 @pytest.mark.parametrize("representative", ["centre", "centre_k_mean_v"])
-def test_the_centre_stands_for_its_block(representative: str, mask: str) -> None:
+def test_the_centre_stands_for_its_block(representative: Representative, mask: str) -> None:
     q, k, v, plan = make((1, 2, 1, 45, 16, 16, 16, 16))
     valid = torch.ones(45, dtype=torch.bool) if mask == "all" else torch.rand(45) < 0.7
     key_mask = None if mask == "all" else valid[None]
@@ -191,7 +197,9 @@ def test_the_centre_stands_for_its_block(representative: str, mask: str) -> None
     close(got["blocked"], got["reference"])
     close(got["triton"], got["reference"])
     for row in (3, 20, 44):
-        keys, values, logs = [], [], []
+        keys: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        logs: list[float] = []
         for block in range(3):
             tokens = [t for t in range(16 * block, min(16 * block + 16, 45)) if valid[t]]
             if plan.members[0, 0, row // 16, block]:
@@ -238,10 +246,10 @@ def test_tied_is_the_two_level_form(backend: Backend, mask: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-@pytest.mark.parametrize("shape", ["S113-q16k16", "B2-H2kv1-S97-q32k16"])
+@pytest.mark.parametrize("name", ["S113-q16k16", "B2-H2kv1-S97-q32k16"])
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_8_bit_backends_agree(backend: Backend, shape: str, precision: Precision) -> None:
-    shape = MEANS_SHAPES[shape]
+def test_8_bit_backends_agree(backend: Backend, name: str, precision: Precision) -> None:
+    shape = MEANS_SHAPES[name]
     q, k, v, plan = levelled(shape)
     key_mask = torch.rand(shape[0], shape[3]) < 0.7
     k = torch.where(key_mask[:, None, :, None], k + 2, torch.nan)  # a key that may not be read has no say in the rounding
@@ -298,7 +306,7 @@ def test_8_bit_errors_are_those_of_rounding(precision: Precision) -> None:
 
 @pytest.mark.parametrize("tier", ["pointers", "whole"])  # all other tests have the third
 @pytest.mark.parametrize("case", ["padded", "odd", "means", "int8", "threshold"])
-def test_tiers_of_the_triton_kernel_equal_the_reference(monkeypatch: pytest.MonkeyPatch, case: str, tier: str) -> None:
+def test_tiers_of_the_triton_kernel_equal_the_reference(monkeypatch: pytest.MonkeyPatch, case: str, tier: Tier) -> None:
     """Keys by descriptor or by pointer, queries and the output too; on a CPU as the interpreter has them."""
     from accelplug.kernels import triton_block
 
@@ -306,6 +314,7 @@ def test_tiers_of_the_triton_kernel_equal_the_reference(monkeypatch: pytest.Monk
     true_tiles = triton_block._tiles_of
     monkeypatch.setattr(triton_block, "_tiles_of", lambda x, *sizes: described.append(sizes) or true_tiles(x, *sizes))
     shape = (1, 2, 1, 45, 18 if case == "odd" else 40, 24, 32, 16)  # rows of 18 floats are no multiple of 16 bytes
+    plan: BlockPlan | Threshold
     q, k, v, plan = levelled(shape) if case == "means" else make(shape, per_head=True, box=case == "int8")
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))  # as models hand them over
     key_mask = torch.rand(1, 45) < 0.7 if case == "padded" else None
@@ -701,13 +710,14 @@ def test_a_mask_by_head_is_each_head_with_its_own(per_head: bool, rest: str) -> 
     q, k, v, plan = make(shape, per_head=per_head)
     mask = torch.rand(2, 3, 97) < 0.7
     share, weights = torch.rand(2, 3, 7), torch.rand(2, 3, 7, 7)
-    kept = {
+    kinds: dict[str, Callable[[slice], Rest]] = {
         "drop": lambda one: Drop(),
         "weighted": lambda one: Pool(torch.tensor([0.2, 0.6, 1.0])[one]),
         "rectified": lambda one: Rectified(share[:, one], weights[:, one]),
         "tied": lambda one: Tied(),
         "threshold": lambda one: Pool(),
-    }[rest]
+    }
+    kept = kinds[rest]
     theta = torch.randn(2, 3, 7)
     none = torch.zeros(7, dtype=torch.bool)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -118,14 +118,15 @@ def test_padding_on_either_side_gives_the_same(patch: str, name: str) -> None:
 
 
 def test_the_rows_that_answer() -> None:
+    rows: Callable[..., Any] = answering
     valid = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
-    assert answering(valid[:1], 3) == 3
-    assert answering(valid[:3], 1).tolist() == [[4], [2], [0]]
-    assert answering(valid, 2).tolist() == [[3, 4], [1, 2], [0, 0], [4, 4]]
-    assert answering(valid[:1], 9) == 1  # more than there are: the last one
+    assert rows(valid[:1], 3) == 3
+    assert rows(valid[:3], 1).tolist() == [[4], [2], [0]]
+    assert rows(valid, 2).tolist() == [[3, 4], [1, 2], [0, 0], [4, 4]]
+    assert rows(valid[:1], 9) == 1  # more than there are: the last one
     asked = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
-    assert answering(valid[:2], asked).tolist() == [[3, 4], [2, 2]]
-    assert answering(valid[:2], asked[:, :3]).tolist() == [[4], [2]]  # of other tokens than these
+    assert rows(valid[:2], asked).tolist() == [[3, 4], [2, 2]]
+    assert rows(valid[:2], asked[:, :3]).tolist() == [[4], [2]]  # of other tokens than these
 
 
 def test_a_row_without_an_image_is_left_alone() -> None:
@@ -186,7 +187,7 @@ def test_a_quantised_cache(patch: str, backend: str) -> None:
     if backend == "fp8" and Version(transformers.__version__) < Version("5.21"):
         pytest.skip("transformers has no fp8 cache before 5.21")
     model, given = build("llava"), inputs("llava")
-    quantised = {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
+    quantised: dict[str, Any] = {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
     stock = generate(model, given, **quantised)
     with accelplug.apply(model, recipe(patch, ROWS[patch].neutral)):
         assert torch.equal(generate(model, given, **quantised), stock)

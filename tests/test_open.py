@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import EntryPoint
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -44,13 +43,13 @@ class Diagonal(BlockSparse):
     def neutral(self, layout: Layout) -> bool:
         return self.config.reach >= 1000
 
-    def select(self, tiles: Tiles) -> BlockPlan:
+    def select(self, tiles: Tiles, **where: Any) -> BlockPlan:
         blocks = torch.arange(tiles.slots // self.config.unit)
         return self.plan((blocks[:, None] - blocks).abs() <= self.config.reach, tiles)
 
 
 @pytest.fixture
-def shelf(monkeypatch: pytest.MonkeyPatch) -> Iterator[catalog.Catalog[Any]]:
+def shelf(monkeypatch: pytest.MonkeyPatch) -> catalog.Catalog[Any]:
     """A catalog of our own patches that tests may fill, with entry points not read yet."""
     fresh = catalog.Catalog(
         "patch", {entry.name: entry for entry in registry._OWN}, catalog.EntryPoints("accelplug.patches", register_patch)
@@ -315,9 +314,9 @@ def test_a_denoiser_of_another_package_is_patched_once_its_family_is_registered(
     [
         ("wan", "expected an accelplug.families.base.Family"),
         (replace(OWN, classes=()), "`classes` must be a tuple"),
-        (replace(OWN, classes="OwnTransformer"), "`classes` must be a tuple"),
+        (replace(OWN, classes=cast(Any, "OwnTransformer")), "`classes` must be a tuple"),
         (replace(OWN, sites=()), "`sites` names no attention module"),
-        (replace(OWN, sites=(("blocks.*", "sideways"),)), "got 'sideways'"),
+        (replace(OWN, sites=(("blocks.*", cast(Any, "sideways")),)), "got 'sideways'"),
         (replace(OWN, geometry=None), "`geometry` must be a function"),
         (replace(OWN, name="wan"), "another family of that name"),
         (replace(OWN, classes=("FluxTransformer2DModel",)), "expected a name that is free"),

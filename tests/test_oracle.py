@@ -26,10 +26,10 @@ from accelplug.testing.language_models import (
     forward,
     generate,
 )
-from tests.eager_oracle import METHODS, Inputs, Look, Method, Oracle, Telling, extended, mass
+from tests.eager_oracle import METHODS, Inputs, Look, Method, Oracle, Telling, Vhr, extended, mass
 from tests.test_flash_attention import kernel  # noqa: F401
 from tests.test_other_readers import gemma4
-from tests.tiny_language_models import TWO_ROWS, VIDEOS, VLM, build, inputs, right_padded
+from tests.tiny_language_models import TWO_ROWS, VIDEOS, VLM, build, inputs, looked, right_padded
 
 WORKING: dict[str, dict[str, Any]] = {
     "visual_bias": {"image_weight": 6.0, "system_weight": 0.3},
@@ -424,7 +424,8 @@ def test_a_contrast_with_the_text_alone(name: str) -> None:
 @pytest.mark.parametrize("name", list(VLM))
 def test_where_inspect_says_that_a_model_looks(name: str) -> None:
     model, given = sharp(name), double(inputs(name))
-    said, look, heads, oracle = accelplug.inspect(model, given), Look(), method("vhr", {"gain": 1.0}), Oracle(model)
+    said, look, heads, oracle = looked(model, given), Look(), method("vhr", {"gain": 1.0}), Oracle(model)
+    assert isinstance(heads, Vhr)
     oracle.answer(look, given)
     oracle.answer(heads, given)
     close: dict[str, Any] = {"atol": 2e-6, "rtol": 0.0, "check_dtype": False}

@@ -197,7 +197,7 @@ def test_windows_are_clamped_at_the_borders() -> None:
 
 
 def test_maximal_windows() -> None:
-    windows = maximal_windows((5, 6, 10), 0.3)
+    windows: Any = maximal_windows((5, 6, 10), 0.3)
     assert all(math.prod(w) <= 90 for w in windows)
     assert (3, 3, 10) in windows
     assert (3, 3, 9) not in windows

@@ -10,7 +10,7 @@ import torch
 from accelplug.call import Layout
 from accelplug.errors import ShapeError
 from accelplug.kernels.curves import morton
-from accelplug.kernels.orders import Tiles, axis_order, compact_tile, tiles
+from accelplug.kernels.orders import Order, Tiles, axis_order, compact_tile, tiles
 from accelplug.kernels.plan import BlockPlan, pack_bits, pool, unpack_bits
 
 
@@ -18,7 +18,8 @@ def plan_of(members: torch.Tensor, tokens_q: int, tokens_k: int, block: int) -> 
     lengths = [torch.full((-(-t // block),), block, dtype=torch.int32) for t in (tokens_q, tokens_k)]
     for length, tokens in zip(lengths, (tokens_q, tokens_k), strict=True):
         length[-1] = tokens - (len(length) - 1) * block
-    return BlockPlan.from_members(members, *lengths, block, block)
+    queries, keys = lengths
+    return BlockPlan.from_members(members, queries, keys, block, block)
 
 
 @pytest.mark.parametrize("number", [1, 31, 32, 33, 64, 100])
@@ -57,7 +58,8 @@ def test_means_stand_behind_what_is_read_exactly() -> None:
             held = [j for j in range(9) if level[0, 0, m, j] == run and not members[0, h, m, j] and k_len[j]]
             assert row[start : start + number] == held
             start += number
-    keys = sum(plan.at(run).double() @ torch.ceil(k_len.double() / run) for run in (1, 2, 4, 8)).sum(-1) * 8
+    read = [plan.at(run).double() @ torch.ceil(k_len.double() / run) for run in (1, 2, 4, 8)]
+    keys = torch.stack(read).sum((0, -1)) * 8
     torch.testing.assert_close(plan.density(), keys / (56 * int(k_len.sum())))
     rest = plan.at(0).double().sum((-1, -2)) * 8
     torch.testing.assert_close(plan.density(rest=True) - plan.density(), rest / (56 * int(k_len.sum())))
@@ -128,7 +130,7 @@ def test_pool_divides_by_true_length_and_heeds_the_mask() -> None:
         ("hwt", None),
     ],
 )
-def test_tiles_round_trip(order: str, tile: tuple[int, int, int] | None, text: tuple[int, int]) -> None:
+def test_tiles_round_trip(order: Order, tile: tuple[int, int, int] | None, text: tuple[int, int]) -> None:
     layout = Layout((3, 5, 7), *text)
     laid = tiles(layout, order, 16, tile)
     x = torch.randn(2, 3, layout.length, 4)
@@ -164,7 +166,7 @@ def test_axis_orders_count_as_their_names_say() -> None:
 @pytest.mark.parametrize("text", [(0, 0), (3, 5)])
 def test_orders_per_head_are_each_heads_own(text: tuple[int, int]) -> None:
     layout = Layout((3, 4, 5), *text)
-    names = ("raster", "wht", "gilbert")
+    names: tuple[Order, ...] = ("raster", "wht", "gilbert")
     choices = [tiles(layout, name, 16) for name in names]
     laid = Tiles.per_head(choices)
     x = torch.randn(2, 3, layout.length, 4)

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import accelplug
-from accelplug.calibration import Calibration
 from accelplug.comparison import ranks
 from accelplug.comparison.ranks import Ranks, working
 from accelplug.comparison.result import Comparison
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
+from accelplug.recipe import Recipe
 from accelplug.tuning import Bound
 from tests import tiny_models
 from tests.test_tuning import pipeline, run, tell_times
@@ -34,7 +34,7 @@ def compared(pipe: Any, inputs: dict[str, Any]) -> Comparison:
     return accelplug.compare(pipe, {"sparse": SPARSE}, inputs, SEEDS, progress=False)
 
 
-def calibrated(pipe: Any, inputs: dict[str, Any], path: Path) -> Calibration:
+def calibrated(pipe: Any, inputs: dict[str, Any], path: Path) -> Recipe:
     """In two parts, of three prompts each."""
     config = {"block": 8, "backend": "reference"}
     return accelplug.calibrate(pipe, "paro", [inputs] * 3, path=path, config=config, buckets=2, progress=False)

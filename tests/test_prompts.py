@@ -21,7 +21,7 @@ from accelplug.hosts.prompts import NO_IMAGE, opened, together, turns
 from accelplug.registry import patch_class
 from accelplug.testing.language_models import IMAGE, VIDEO, forward, generate
 from tests.test_language_host import LOUD, PAIRS, WORKING, recipe
-from tests.tiny_language_models import VIDEOS, build, held, inputs, right_padded
+from tests.tiny_language_models import VIDEOS, build, held, inputs, looked, right_padded
 from tests.tiny_models import build as denoiser
 
 ONE = ((3, "I", 6),)
@@ -157,8 +157,10 @@ def test_a_labelled_answer_is_read_as_it_was_generated(patch: str, name: str) ->
     with torch.no_grad(), accelplug.apply(model, one, strict=True):
         out = generate(model, prompt, 4, output_logits=True, return_dict_in_generate=True)
         steps, answer = torch.stack(out.logits, 1), out.sequences[:, -4:]
-        zeros = {key: torch.zeros_like(answer) for key in ("mm_token_type_ids", "token_type_ids") if key in prompt}
-        more = {"input_ids": answer, "attention_mask": torch.ones_like(answer), **zeros}
+        zeros: dict[str, Any] = {
+            key: torch.zeros_like(answer) for key in ("mm_token_type_ids", "token_type_ids") if key in prompt
+        }
+        more: dict[str, Any] = {"input_ids": answer, "attention_mask": torch.ones_like(answer), **zeros}
         whole = {**prompt, **{key: torch.cat([prompt[key], new], 1) for key, new in more.items()}}
         labels = whole["input_ids"].clone()
         labels[:, :-4] = -100
@@ -442,7 +444,7 @@ def test_attention_that_is_asked_for_is_the_patched_one(patch: str, name: str, m
 
 def test_inspect_shows_a_video_ahead_of_an_image_on_its_own_grid() -> None:
     model, given = build("qwen2_vl"), inputs("qwen2_vl", ((2, "V", 3, "I", 5),))
-    seen = accelplug.inspect(model, given)
+    seen = looked(model, given)
     (frames, high, wide), (_, rows, columns) = given["video_grid_thw"][0].tolist(), given["image_grid_thw"][0].tolist()
     assert seen.grids == [(frames * high // 2, wide // 2), (rows // 2, columns // 2)]
     assert [picture.shape[:2] for picture in seen.pictures] == [(frames * high * 8, wide * 8), (rows * 8, columns * 8)]

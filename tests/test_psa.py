@@ -65,7 +65,8 @@ def test_importance_is_the_largest_probability_among_samples(
                     }
                     for j, part in enumerate(allowed):
                         if part:
-                            expected[m, j] = max(expected[m, j], max(weight[s] for s in part) / sum(weight.values()))
+                            largest = max(weight[s] for s in part) / sum(weight.values())
+                            expected[m, j] = max(float(expected[m, j]), largest)
             torch.testing.assert_close(found[b, h].double(), expected, rtol=1e-4, atol=1e-7)
     if masked:
         assert not found[0, ..., 0].any()
@@ -98,7 +99,7 @@ def levels_by_hand(row: list[float], allowed: list[bool], config: Psa.Config) ->
     return level
 
 
-CONFIGS = (
+CONFIGS: tuple[dict[str, Any], ...] = (
     {},
     {"bounds": (0.5, 0.5, 0.75, 1.0)},
     {"bounds": (0.0, 0.25, 0.5, 0.75), "least_exact": 0.3},
@@ -229,7 +230,7 @@ def test_batches_do_not_mix_and_grouped_queries_read_their_groups_keys() -> None
     q, k, v = torch.randn(3, 4, layout.length, 16), *torch.randn(2, 3, 2, layout.length, 16)
     patch = psa(backend="reference", similarity=(0.0, 0.0, 0.0))
     together = attend(patch, layout, q, k, v)
-    alone = torch.cat([attend(patch, layout, *(x[b : b + 1] for x in (q, k, v))) for b in range(3)])
+    alone = torch.cat([attend(patch, layout, q[b : b + 1], k[b : b + 1], v[b : b + 1]) for b in range(3)])
     torch.testing.assert_close(together, alone)
     repeated = attend(patch, layout, q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
     torch.testing.assert_close(together, repeated)

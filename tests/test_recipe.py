@@ -97,7 +97,7 @@ def test_recipes_and_patches_that_were_used_can_be_copied_and_sent_to_other_proc
     for recipe in read_file(path).recipes.values():
         before = recipe.decide(site(), Layout((4, 8, 8)), Clock(9, 10))
         patches = [patch_class(rule.patch)(at_depth(rule.settings, 40)) for rule in recipe.rules if rule.patch != "dense"]
-        for twin, *copies in (copy.deepcopy([recipe, *patches]), pickle.loads(pickle.dumps([recipe, *patches]))):
+        for twin, copies in (copy.deepcopy((recipe, patches)), pickle.loads(pickle.dumps((recipe, patches)))):
             assert twin.decide(site(), Layout((4, 8, 8)), Clock(9, 10)) == before
             assert [patch.config for patch in copies] == [patch.config for patch in patches]
 
@@ -209,7 +209,7 @@ def test_names_reach_no_path(name: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [{"x": 1}, {}, 7, {"rules": []}, {"patch": "dense", "with": {"a": 1}}, "no-such/file"])
-def test_every_error_is_ours(bad: object) -> None:
+def test_every_error_is_ours(bad: Any) -> None:
     with pytest.raises(AccelplugError):
         load(bad, FACTS)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
-from accelplug.kernels.orders import Tiles, tiles
+from accelplug.kernels.orders import Order, Tiles, tiles
 from accelplug.patches.sparse.rectified import RectifiedSpaAttn, adjacency
 from accelplug.patches.sparse.template import Blocks
 from accelplug.registry import patch_class
@@ -37,7 +38,7 @@ def touches(a: list[int], b: list[int], layout: Layout) -> bool:
 @pytest.mark.parametrize("order", ["raster", "morton", "tile"])
 @pytest.mark.parametrize(("block", "block_k"), [(8, 8), (16, 8), (8, 16)])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_blocks_touch_where_their_tokens_do(layout: Layout, block: int, block_k: int, order: str) -> None:
+def test_blocks_touch_where_their_tokens_do(layout: Layout, block: int, block_k: int, order: Order) -> None:
     unit = max(block, block_k)
     laid = tiles(layout, order, unit, (2, 2, 2) if order == "tile" else None)
     found = adjacency(laid, laid, block, block_k)
@@ -55,7 +56,7 @@ def blocks_of(
     k: torch.Tensor,
     key_mask: torch.Tensor | None = None,
     scale: float = 0.5,
-) -> tuple[Blocks, dict]:
+) -> tuple[Blocks, Mapping[str, Any]]:
     params = patch.prepare(SITE, layout, Clock(), {})
     call = AttentionCall(q, k, k, key_mask, scale, dense=lambda **_: pytest.fail("ran dense"))
     return Blocks.of(call, params.tiles, params.tiles, patch.config.block, patch.config.key_block), params.where

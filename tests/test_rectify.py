@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_text_rows_and_full_rows_keep_everything() -> None:
 def test_grouped_queries_and_batches_do_not_mix() -> None:
     plan = a_plan([8] * 6, heads=4, text_blocks=1)
     q, k = torch.randn(3, 4, 48, 16), torch.randn(3, 2, 48, 16)
-    settings = {"visual_slots": 40, "scale": SCALE}
+    settings: dict[str, Any] = {"visual_slots": 40, "scale": SCALE}
     grouped = rectify(q, k, plan, **settings)
     repeated = rectify(q, k.repeat_interleave(2, 1), plan, **settings)
     single = [rectify(q[b : b + 1], k[b : b + 1], plan, **settings) for b in range(3)]

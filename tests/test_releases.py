@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from accelplug.call import Clock, Layout, Site
+from accelplug.call import Clock, Kind, Layout, Site
 from accelplug.families.vlm import list_vlms
 from accelplug.recipe import named, read_file, shipped_files
 from accelplug.registry import patch_class
@@ -131,7 +131,7 @@ RELEASES = {
     ),
 }
 
-NOT_RELEASED = {
+NOT_RELEASED: dict[str, dict[str, tuple[str, ...]]] = {
     "derived from another size or model": {
         "wan2.1-t2v-1.3b": ("radial", "neighborhood", "rectified"),
         "wan2.1-t2v-14b": ("neighborhood",),
@@ -152,7 +152,7 @@ NOT_RELEASED = {
 }
 
 
-def site(layer: int, layers: int, kind: str, module: str | None = None) -> Site:
+def site(layer: int, layers: int, kind: Kind, module: str | None = None) -> Site:
     return Site(module or f"blocks.{layer}.attn1", "transformer", kind, layer, layers)
 
 
@@ -160,7 +160,7 @@ def site(layer: int, layers: int, kind: str, module: str | None = None) -> Site:
 def test_recipes_are_sparse_where_their_releases_are(name: str) -> None:
     recipe, release = named(name), RELEASES[name]
     model, _, _ = name.partition("/")
-    kind = "joint" if model.startswith(("flux", "hunyuan", "cog")) else "self"
+    kind: Kind = "joint" if model.startswith(("flux", "hunyuan", "cog")) else "self"
     module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1" if model.startswith("stable") else None
     layout = Layout(release.grid_thw, text_after=226 if kind == "joint" else 0)
     found: dict[str, Any] = {}

@@ -170,9 +170,9 @@ def test_conditions_are_held_against_all_that_was_seen() -> None:
     seen = RunFacts(10, frozenset({"cond", None}))
     assert Where(steps=(Span.parse("-1:"),)).unmet(seen) is None
     assert Where(steps=(Span.parse("10:"),)).unmet(seen) == ("steps", "a run has 10 steps")
-    assert Where(branch="cond").unmet(seen) is None
+    assert Where(branch=("cond",)).unmet(seen) is None
     assert (
-        Where(steps=(Span.parse("10:"),), branch="uncond").unmet(RunFacts(None, frozenset({None}))) is None
+        Where(steps=(Span.parse("10:"),), branch=("uncond",)).unmet(RunFacts(None, frozenset({None}))) is None
     )  # nobody can know
 
 

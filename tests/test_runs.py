@@ -14,6 +14,7 @@ from torch import Tensor
 
 import accelplug
 from accelplug.errors import FallbackError, NoMatchError, UnsupportedError
+from accelplug.hosts.diffusers import DenoiserHost
 from accelplug.hosts.models import denoisers
 from accelplug.testing.laws import (
     another_prompt,
@@ -177,6 +178,7 @@ def check_steps(plug: accelplug.Plug, pipe: Any, inputs: Arguments) -> None:
             forwards.append(float(torch.as_tensor(given.get("timestep", given.get("t"))).max()))
             seen.append(host.now.step)
 
+        assert isinstance(host, DenoiserHost)
         handles.append(host.denoiser.register_forward_pre_hook(look, with_kwargs=True))
     with plug.trace() as events:
         run_pipeline(pipe, inputs)

@@ -14,8 +14,9 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Never
+from typing import Any, Never, cast
 
 import pytest
 import torch
@@ -158,7 +159,7 @@ def rule_of(rng: random.Random) -> dict[str, Any]:
     for key in rng.sample(fields, min(len(fields), rng.randint(0, 2))):
         settings[key] = nasty(rng)
     where = {key: nasty(rng) for key in WORDS[7:13] if rng.random() < 0.1}
-    recipe = {"rules": [{"where": where, "patch": entry.name, "with": settings}]}
+    recipe: dict[str, Any] = {"rules": [{"where": where, "patch": entry.name, "with": settings}]}
     if rng.random() < 0.2:
         kind = rng.choice(list(CACHES))
         recipe["cache"] = {
@@ -406,7 +407,8 @@ def test_a_strangers_journal_works_or_is_refused(number: int, tmp_path: Path) ->
 
 
 def test_journals_in_wrong_places(tmp_path: Path) -> None:
-    for bad in (tmp_path, tmp_path / "missing" / "j", "", "\0", 3):
+    places: tuple[Any, ...] = (tmp_path, tmp_path / "missing" / "j", "", "\0", 3)
+    for bad in places:
         with pytest.raises(AccelplugError):
             Journal(bad, "f")
     (tmp_path / "j").write_text(json.dumps({"fingerprint": "other"}) + "\n")
@@ -422,7 +424,7 @@ def test_values_of_a_journal_are_measurements(bad: object, tmp_path: Path) -> No
     for read in readers:
         (tmp_path / "j").write_text('{"fingerprint": "f"}\n' + json.dumps({"key": "a", "value": bad}) + "\n")
         with pytest.raises(AccelplugError, match="no measurement under 'a'"):
-            Journal(tmp_path / "j", "f").get("a", pytest.fail, read)
+            Journal(tmp_path / "j", "f").get("a", pytest.fail, cast(Any, read))
 
 
 @pytest.mark.parametrize("spoiled", ["", "x", "[]", "{}", '{"settings": 3}', '{"settings": "", "turns": -1}'])
@@ -441,14 +443,16 @@ def test_a_comparison_that_is_none(tmp_path: Path) -> None:
         (tmp_path / "c.json").write_text(bad)
         with pytest.raises(AccelplugError):
             accelplug.Comparison.from_json(tmp_path / "c.json")
-    for place in (tmp_path, tmp_path / "none.json", "", 3):
+    places: tuple[Any, ...] = (tmp_path, tmp_path / "none.json", "", 3)
+    for place in places:
         with pytest.raises(AccelplugError):
             accelplug.Comparison.from_json(place)
 
 
 @pytest.mark.parametrize("read", [accelplug.Exam.coco, accelplug.Exam.amber, questions.read_questions])
 def test_exams_and_questions_in_wrong_places(read: Callable[..., object], tmp_path: Path) -> None:
-    for place in (3, None, "", b"x", "\0", [], tmp_path, tmp_path / "none", "x" * 5000):
+    places: tuple[Any, ...] = (3, None, "", b"x", "\0", [], tmp_path, tmp_path / "none", "x" * 5000)
+    for place in places:
         with pytest.raises(AccelplugError):
             read(place)
 
@@ -462,7 +466,7 @@ def test_steps_that_are_none(wan: tuple[Any, dict[str, Any]]) -> None:
 
 def test_every_file_of_the_package_is_read_soon() -> None:
     for path in shipped_files().values():
-        soon(lambda path=path: read_file(path))
+        soon(partial(read_file, path))
 
 
 # ------------------------------------------------------------------------------------------------------- the command line
@@ -578,6 +582,7 @@ def around(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def refused(arguments: list[str], around: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     """Run a command that asks wrongly; it says so in one line."""
     before = sorted(os.listdir(around["out"]))
+    status: object
     try:
         status = main([text.format(**around) for text in arguments])
     except SystemExit as stop:
@@ -748,7 +753,7 @@ def test_a_wrong_argument_is_refused_before_anything_runs(
     assert not list(tmp_path.iterdir())
 
 
-LANGUAGE_SLIPS = {
+LANGUAGE_SLIPS: dict[str, dict[str, list[Any]]] = {
     "compare": {"inputs": [3, "x", {}, [], object()], "processor": [None, 3, "x", object()], "recipe": [3, "no", ["no"]]},
     "tune": {
         "inputs": [3, "x", [], {}, [3], [{"text": "a"}], [{"text": 3, "answer": 4, "x": 5}]],
@@ -864,7 +869,7 @@ def test_what_may_ramp_ramps(patch: str, wan: tuple[Any, dict[str, Any]]) -> Non
     for field in fields:
         setting = {field: {"from": 0.25, "to": 0.75, "over": "steps"}}
         with (
-            soon(lambda setting=setting: accelplug.apply(model, {"patch": patch, "with": {**common, **setting}}, gate="off"))
+            soon(partial(accelplug.apply, model, {"patch": patch, "with": {**common, **setting}}, gate="off"))
             or (_Nothing()) as plug,
             torch.no_grad(),
         ):

@@ -86,7 +86,7 @@ def test_every_block_reads_itself_however_narrow_the_band(block: int, block_k: i
 @pytest.mark.parametrize("layout", [LAYOUT, Layout((5, 3, 7)), Layout((4, 4, 4), text_after=9)])
 def test_heads_find_their_kind_and_read_its_mask(layout: Layout, sink: bool) -> None:
     method, call = Svg({"density": 0.35, "sink": sink, "block": 8, "backend": "reference"}), two_kinds(layout)
-    params = method.prepare(SITE, layout, Clock(), {})
+    params: Any = method.prepare(SITE, layout, Clock(), {})
     assert method.modes(call, params.masks).tolist() == [[SPATIAL, TEMPORAL]] * B
     masks = torch.stack([mask_of(method, layout, mode) for mode in (SPATIAL, TEMPORAL)])
     expected = scaled_dot_product_attention(call.q, call.k, call.v, attn_mask=masks[None])
@@ -101,14 +101,16 @@ def test_the_choice_is_the_one_with_the_smaller_error_on_the_rows_drawn() -> Non
     valid = torch.ones(B, LAYOUT.length, dtype=torch.bool)
     valid[1, -2:] = valid[0, 0] = False
     call = call_of(q, k, v, valid)
-    params = method.prepare(SITE, LAYOUT, Clock(), {})
+    params: Any = method.prepare(SITE, LAYOUT, Clock(), {})
     rows, errors = params.masks.rows, []
     assert len(rows.unique()) == 16
     assert ((rows >= LAYOUT.text_before) & (rows < LAYOUT.text_before + LAYOUT.visual)).all()
-    kv = [x.repeat_interleave(2, 1) for x in (k, v)]
-    exact = scaled_dot_product_attention(q, *kv, attn_mask=valid[:, None, None])
+    every_k, every_v = (x.repeat_interleave(2, 1) for x in (k, v))
+    exact = scaled_dot_product_attention(q, every_k, every_v, attn_mask=valid[:, None, None])
     for mode in (SPATIAL, TEMPORAL):
-        masked = scaled_dot_product_attention(q, *kv, attn_mask=mask_of(method, LAYOUT, mode) & valid[:, None, None])
+        masked = scaled_dot_product_attention(
+            q, every_k, every_v, attn_mask=mask_of(method, LAYOUT, mode) & valid[:, None, None]
+        )
         errors.append((masked - exact)[:, :, rows].square().mean((-2, -1)))
     assert torch.equal(method.modes(call, params.masks), (errors[1] < errors[0]).long())
 
@@ -119,7 +121,7 @@ def test_masked_text_in_orders_by_head(rest: str) -> None:
     method, call = Svg({"density": 0.35, "block": 8, "backend": "reference", "rest": rest}), two_kinds(LAYOUT)
     valid = torch.ones(B, LAYOUT.length, dtype=torch.bool)
     valid[0, 1:3] = valid[1, 40] = False  # text, and a visual token, which lies elsewhere in every order
-    params = method.prepare(SITE, LAYOUT, Clock(), {})
+    params: Any = method.prepare(SITE, LAYOUT, Clock(), {})
     outs = []
     for junk in (1e3, -1e3):
         k, v = (torch.where(valid[:, None, :, None], x, junk) for x in (call.k, call.v))
@@ -130,15 +132,17 @@ def test_masked_text_in_orders_by_head(rest: str) -> None:
 
 def test_a_choice_is_kept_for_so_many_steps() -> None:
     method = Svg({"density": 0.35, "block": 8, "backend": "reference", "profile_interval": 3})
-    call, state, tried = two_kinds(LAYOUT), {}, []
+    state: dict[str, Any] = {}
+    tried: list[bool] = []
+    call = two_kinds(LAYOUT)
     for step in range(5, 12):
-        params = method.prepare(SITE, LAYOUT, Clock(step, 20), state)
+        params: Any = method.prepare(SITE, LAYOUT, Clock(step, 20), state)
         tried.append(params.modes is None)
         method.attend(call, params)
     assert tried == [True, False, False, True, False, False, True]
     assert method.prepare(SITE, LAYOUT, Clock(0, 20), state).modes is None  # another run
-    smaller = AttentionCall(*(x[:1] for x in (call.q, call.k, call.v)), None, call.scale, call.dense)
-    kept = method.prepare(SITE, LAYOUT, Clock(11, 20), {"svg": method.prepare(SITE, LAYOUT, Clock(11, 20), state).kept})
+    smaller = AttentionCall(call.q[:1], call.k[:1], call.v[:1], None, call.scale, call.dense)
+    kept: Any = method.prepare(SITE, LAYOUT, Clock(11, 20), {"svg": method.prepare(SITE, LAYOUT, Clock(11, 20), state).kept})
     assert method.attend(smaller, kept).shape[0] == 1
 
 

@@ -88,12 +88,12 @@ def members_by_hand(blocks: Blocks, top_p: float, min_ratio: float) -> torch.Ten
         ranked = mass[row].argsort(descending=True).tolist()
         likeliest = [j for n, j in enumerate(ranked) if n < int(28 * min_ratio) or sum(mass[row][ranked[:n]]) < top_p]
         read = ranked[: max(1, int(14 * min_ratio))] if min_ratio else []
-        budget = sum(keys[likeliest]) - sum(keys[read])
+        budget = float(keys[likeliest].sum() - keys[read].sum())
         for j in error[row].argsort(descending=True).tolist():
             if j not in read and budget > 0:
                 read.append(j)
-                budget -= keys[j]
-        members[(*row, read)] = True
+                budget -= float(keys[j])
+        members[row][read] = True
     return members
 
 

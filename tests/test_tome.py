@@ -59,7 +59,8 @@ def test_each_whole_cell_has_one_destination_and_all_else_are_sources(
     assert torch.cat([sources, destinations]).sort().values.tolist() == list(range(drawn.tokens))
     assert drawn.sources == len(sources)
     assert drawn.is_destination.any(-1).all(), "a tile without a destination"
-    cell = [min(c, n) for c, n in zip(cell, grid, strict=True)]
+    t, h, w = (min(c, n) for c, n in zip(cell, grid, strict=True))
+    cell = (t, h, w)
     counts: dict[tuple[int, ...], int] = {}
     for token in destinations.tolist():
         place = (token // (grid[1] * grid[2]), token // grid[2] % grid[1], token % grid[2])
@@ -217,7 +218,7 @@ class Matches(list):
 def made(monkeypatch: pytest.MonkeyPatch) -> Matches:
     made = Matches()
 
-    def counting(metric: torch.Tensor, *others: torch.Tensor) -> Any:
+    def counting(metric: torch.Tensor, *others: Any) -> Any:
         made.append(metric)
         return match(metric, *others)
 
@@ -273,7 +274,8 @@ def test_branches_have_matches_of_their_own_and_the_same_destinations(made: Matc
 
 def test_a_layer_whose_leader_was_skipped_matches_itself(made: Matches) -> None:
     """As under a cache that skips blocks."""
-    layout, state = Layout((1, 6, 8)), {}
+    state: dict[str, Any] = {}
+    layout = Layout((1, 6, 8))
     patch = Tome({"interval": 2, "reuse_layers": 4})
     first, second = (patch.prepare(site(layer), layout, Clock(0, 4), state) for layer in (0, 1))
     out = patch.attend(call_on(layout), second)

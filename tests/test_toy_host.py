@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ class ToyHost(Host):
     expects = "a toy"
     gives = "pixels"
     serves = frozenset({"sparse"})
-    abilities: Mapping[str, str] = {}
+    abilities: ClassVar[Mapping[str, str]] = {}
     name = "toy"
 
     def __init__(self, model: Any, setup: Setup) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Never
@@ -82,7 +83,7 @@ def tell_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search.time, "monotonic", lambda: next(clock) * 1e-3)
 
 
-def run(pipe: Any, inputs: dict[str, Any], budget: str, **more: Any) -> Tuned:
+def run(pipe: Any, inputs: Any, budget: Any, **more: Any) -> Tuned:
     more = {"seeds": 2, "patches": ["sol", "radial"], "caches": False, "time_budget_s": 400.0, "progress": False, **more}
     return accelplug.tune(pipe, inputs, budget, **more)
 
@@ -219,7 +220,7 @@ ARMS = [Arm(name, (("strength", k),)) for k in range(4) for name in ("a", "b")]
 def offline(seeds: int, budget: str = "psnr>=26") -> tuple[search.Search, list[tuple[str, int]]]:
     """A search among made-up arms, whose whole runs are told: the stronger the faster and the worse, `b` more so than `a`."""
     row = Row(DENSE_ROW, "dense", samples=[Sample(0, 0, 1000.0, 900.0)])
-    study = SimpleNamespace(rows={DENSE_ROW: row}, dense_runs={})
+    study: Any = SimpleNamespace(rows={DENSE_ROW: row}, dense_runs={})
     found = search.Search(
         study, parse_budget(budget), [(0, seed) for seed in range(seeds)], [(0, 99)], 1e9, Journal(None, "")
     )
@@ -229,7 +230,7 @@ def offline(seeds: int, budget: str = "psnr>=26") -> tuple[search.Search, list[t
     found.candidates = [candidate for arm in ARMS for candidate in variants(arm, [], 10)]
     runs = []
 
-    def told(candidate: Candidate, pairs: list[tuple[int, int]]) -> None:
+    def told(candidate: Candidate, pairs: Sequence[tuple[int, int]]) -> None:
         runs.append((str(candidate), len(pairs)))
         point = found.points.setdefault(candidate, search.Point(str(candidate), {}, 0, 0.0, {}, 0.0))
         psnr = 38 - 5 * strength[candidate.arm] + candidate.dense_steps / 10
@@ -259,7 +260,9 @@ def test_a_dense_run_that_was_held_up_flatters_nobody(monkeypatch: pytest.Monkey
         rows[variant.name].samples.append(Sample(prompt, seed, ms, 0.9 * ms, scores={"psnr_db": 40.0}))
         study.dense_runs[prompt, seed] = study.clips[variant.name, prompt, seed] = clip
 
-    study = SimpleNamespace(rows=rows, pipe=None, dense_runs={}, clips={}, time=run, new_row=lambda v: Row(v.name, "recipe"))
+    study: Any = SimpleNamespace(
+        rows=rows, pipe=None, dense_runs={}, clips={}, time=run, new_row=lambda v: Row(v.name, "recipe")
+    )
     found = search.Search(study, parse_budget("psnr>=26"), [(0, 0)], [(0, 99)], 1e9, Journal(None, ""))
     found.workers.run(Job(((0, 0),)))
     found.predictor = Predictor(Trajectory([], [0.1] * 10, [], 4), found.bounds, 2000.0, 300.0)
@@ -289,7 +292,7 @@ def test_the_search_goes_on_where_no_finalist_is_proven(monkeypatch: pytest.Monk
     found, _ = offline(1)
     told = found._run
 
-    def unseen_is_harder(candidate: Candidate, pairs: list[tuple[int, int]]) -> None:
+    def unseen_is_harder(candidate: Candidate, pairs: Sequence[tuple[int, int]]) -> None:
         told(candidate, pairs)
         if pairs == found.unseen and found.points[candidate].speedup > 1.35:
             found.points[candidate].margin = -1.0
@@ -310,7 +313,7 @@ def test_what_an_overturned_finalist_lost_the_next_must_have_to_lose() -> None:
         point = search.Point(str(number), {}, 1, 3.0 - number / 10, {"psnr": 26 + margin}, margin)
         found.points[found.candidates[number]] = point
 
-    def told(candidate: Candidate, pairs: list[tuple[int, int]]) -> None:
+    def told(candidate: Candidate, pairs: Sequence[tuple[int, int]]) -> None:
         found.points[candidate].margin -= 4.0
 
     found._run = told

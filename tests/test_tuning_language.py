@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from accelplug.tuning.aims import Aim
 from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.contest import STOCK, Contest, rungs
 from accelplug.tuning.journal import Journal
+from accelplug.tuning.language import Answered
 from accelplug.zoo import path, scenes
 from tests.tiny_language_models import build
 
@@ -38,7 +40,7 @@ def bundled() -> tuple[Any, Any]:
     return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
 
-def weights(model: Any) -> tuple:
+def weights(model: Any) -> list[list[str]]:
     return [sorted(k for k in vars(m) if not k.startswith("_output_capturing")) for m in model.modules()]
 
 
@@ -65,8 +67,7 @@ class Scripted:
 
     def __init__(self, script: dict[str, tuple[float, float, float]], seen: Iterable[int] = ()) -> None:
         self.script, self.seen, self.on = script, set(seen), "stock"
-        self.model = torch.nn.Linear(1, 1)
-        self.model.device = torch.device("cpu")
+        self.model = SimpleNamespace(device=torch.device("cpu"))
         self.clock = 0.0
 
     @contextmanager
@@ -90,11 +91,11 @@ class Scripted:
 
 
 def held(
-    script: dict[str, tuple[float, float, float]], monkeypatch: pytest.MonkeyPatch, budget: str = (), seconds: float = 1e9
+    script: dict[str, tuple[float, float, float]], monkeypatch: pytest.MonkeyPatch, budget: str = "", seconds: float = 1e9
 ) -> Contest:
     asked = [Item(i // 4, str(i), "yes" if i % 2 else "no", "a.png") for i in range(640)]
     seen, unseen = language.split(asked, 0)
-    asker = Scripted({"stock": (0.7, 0.7, 1.0), **script}, [item.group for item in seen])
+    asker: Any = Scripted({"stock": (0.7, 0.7, 1.0), **script}, [item.group for item in seen])
     monkeypatch.setattr(contest, "apply", asker.apply)
     monkeypatch.setattr(contest.time, "perf_counter", lambda: asker.clock)
     monkeypatch.setattr(contest.time, "monotonic", lambda: asker.clock)
@@ -273,6 +274,7 @@ def test_a_patch_that_helps_is_proven_written_and_verified(
     found = accelplug.tune(
         model, described, "nll<=stock-0.001", processor=processor, seeds=[3], resume=tmp_path / "journal", progress=False
     )
+    assert isinstance(found, Answered)
     assert found.objective == "nll"
     assert found.proven.name == "visual_bias image_weight=50, layers 0:8"
     assert found.proven.runs == 8, "half of the pictures are held out"

@@ -59,10 +59,13 @@ def test_pairs_compete_as_in_a_loop(tau: float) -> None:
         for head in range(3):
             pairs = [(m, r) for m in range(6) for r in range(4) if readable[batch, 0, r]]
             values = torch.stack([gate[batch, head, m, r] for m, r in pairs]).double()
-            share = (values - values.min()) / (values.max() - values.min())
-            share = {pair: float(s) * int(lengths[pair[0]]) for pair, s in zip(pairs, share, strict=True)}
+            scaled = (values - values.min()) / (values.max() - values.min())
+            share = {pair: float(s) * int(lengths[pair[0]]) for pair, s in zip(pairs, scaled, strict=True)}
             goal = tau * sum(share.values())
-            held, wanted = sum(s for pair, s in share.items() if own[pair]), {tuple(x) for x in own.nonzero().tolist()}
+            held, wanted = (
+                sum((s for pair, s in share.items() if own[pair]), 0.0),
+                {tuple(x) for x in own.nonzero().tolist()},
+            )
             for pair in sorted((p for p in pairs if not own[p]), key=lambda pair: -share[pair]):
                 if held >= goal:
                     break

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import accelplug
-from accelplug.call import Layout
+from accelplug.call import Layout, Prompt
 from accelplug.testing.laws import run_once
 from tests import tiny_language_models, tiny_models
 
@@ -67,5 +67,6 @@ def test_a_language_model_says_what_stands_for_the_sequence_read_last() -> None:
         rows = list(plug.where())
         assert rows[0].params is None
         assert all(row.params is not None for row in rows[1:])
+        assert isinstance(rows[1].layout, Prompt)
         assert rows[1].layout.visual.any()
         del out

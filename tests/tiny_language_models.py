@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import transformers as hf
 
+import accelplug
 from accelplug import compat
+from accelplug.inspection.looking import VlmInspection
 from accelplug.testing.language_models import (
     CLOSE,
     IMAGE,
@@ -280,3 +282,10 @@ def right_padded(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def held(cache: Any) -> dict[str, Any]:
     """The argument by which a model is given a cache, whatever this version of transformers calls it."""
     return {compat.transformers.cache_keyword(hf.LlamaForCausalLM.forward): cache}
+
+
+def looked(model: Any, inputs: dict[str, torch.Tensor]) -> VlmInspection:
+    """What an inspection finds that looks at images."""
+    found = accelplug.inspect(model, inputs)
+    assert isinstance(found, VlmInspection)
+    return found

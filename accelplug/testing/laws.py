@@ -419,7 +419,7 @@ def _on(model: Any, subject: Subject, config: Mapping[str, Any] | None = None, *
     return accelplug.apply(model, subject.recipe(config), gate="off", processor=processor, **options)
 
 
-def run_once(model: nn.Module, inputs: Arguments) -> Tensor:
+def run_once(model: Any, inputs: Arguments) -> Tensor:
     """Return what a denoiser gives, or a language model answers (see `answer_of`), from copies of its inputs."""
     if is_language_model(model):
         return answer_of(model, copy.deepcopy(inputs))
