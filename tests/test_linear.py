@@ -36,8 +36,8 @@ def written_out(
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             query, key, value = q[b, h].double(), *(x[b, h * k.shape[1] // q.shape[1]].double() for x in (k, v))
-            slots = [range(plan.block_k * n, plan.block_k * n + int(held)) for n, held in enumerate(plan.k_len)]
-            slots = [[j for j in block if may is None or may[b, j]] for block in slots]
+            starts = [(plan.block_k * n, int(held)) for n, held in enumerate(plan.k_len)]
+            slots = [[j for j in range(at, at + held) if may is None or may[b, j]] for at, held in starts]
             means = [(key[block].mean(0), value[block].mean(0)) for block in slots]
             ever = [n for n, block in enumerate(slots) if block and pooled[b, h, :, n].any()]
             matrix = torch.zeros(q.shape[-1], v.shape[-1], dtype=torch.float64)

@@ -168,4 +168,5 @@ def test_a_patch_that_is_on_has_numbers_of_layers() -> None:
         rows = [row for row in plug.where().rows if row.patch is not None]
     assert plug.recipe.name == "vlm-qwen/gift"
     assert [row.site.layer for row in rows] == [1, 2]
-    assert {(row.patch.config.saliency_layer, row.patch.config.enhance) for row in rows} == {(2, (1, 3))}
+    configs: list[Any] = [row.patch.config for row in rows]
+    assert {(config.saliency_layer, config.enhance) for config in configs} == {(2, (1, 3))}
