@@ -96,8 +96,8 @@ def calibrate(
     base = load(recipe, facts) if patch == "rest" else None
     if base is not None:
         base.to_mapping()  # so that a rule that cannot be written is told, too
-    task = Calibrated(patch, dict(config or {}), dict(options or {}), base)
-    task.make()  # so that a wrong knob is told before anything runs
+    target = Target(patch, dict(config or {}), dict(options or {}), base)
+    target.make()  # so that a wrong knob is told before anything runs
     if dense_steps is not None:
         load({"rules": [{"where": {"steps": dense_steps}, "patch": "dense"}]}, facts)
     place = None if path is None else Files(files.output(path, "calibrate writes a recipe", (".yaml", ".yml")))
@@ -105,56 +105,56 @@ def calibrate(
         raise AccelplugError(f"{there} is there already. Give another name, or move it away.")
     settings = {
         "patch": patch,
-        "config": task.config,
-        "options": task.options,
+        "config": target.config,
+        "options": target.options,
         "recipe": base.describe() if base else None,
         "runs": [{key: repr(value) for key, value in {**run, **(inputs or {})}.items()} for run in runs],
         "seed": seed,
         "buckets": buckets,
-        "model": task.model(facts),
+        "model": target.model(facts),
     }
-    study = Runs(task, len(runs), buckets, seed, json.dumps(settings, sort_keys=True))
-    done = study.resume(place.partial) if place is not None else 0
+    tally = Tally(target, len(runs), buckets, seed, json.dumps(settings, sort_keys=True))
+    done = tally.resume(place.partial) if place is not None else 0
     with (
         working(pipe) as ranks,
-        apply(pipe, study.watcher, gate="off", deterministic=True) as plug,
-        show.progress("calibrating", study.turns, progress and ranks.first) as tell,
+        apply(pipe, tally.watcher, gate="off", deterministic=True) as plug,
+        show.progress("calibrating", tally.turns, progress and ranks.first) as tell,
         compat.diffusers.quiet(pipe),
         torch.no_grad(),
     ):
-        while done < study.turns:
-            turns = study.round(done, ranks.parts)
+        while done < tally.turns:
+            turns = tally.round(done, ranks.parts)
             for turn in ranks.share(turns):
-                index = study.start(turn, tell)
+                index = tally.start(turn, tell)
                 generator = torch.Generator("cpu").manual_seed(seed + index)
-                with arguments.refusals(pipe, started=lambda: study.steps):
+                with arguments.refusals(pipe, started=lambda: tally.steps):
                     pipe(**{"output_type": "latent", **runs[index], **(inputs or {}), "generator": generator})
-            study.add_up(ranks)
+            tally.add_up(ranks)
             done = turns.stop
             if place is not None and ranks.first:
-                study.save(place.partial, done)
+                tally.save(place.partial, done)
         why_not = "; ".join(plug.report().fallbacks)
-    if not study.calibrations:
+    if not tally.calibrations:
         raise NoMatchError(f"No attention of {type(pipe).__name__} was observed. {why_not or 'Does a rule fit any?'}")
     origin = Origin(
-        model=task.model(facts),
-        grid_thw=study.grid_thw,
-        steps=study.steps,
+        model=target.model(facts),
+        grid_thw=tally.grid_thw,
+        steps=tally.steps,
         patch=patch,
         versions=environment(pipe)["versions"],
         git=environment(pipe)["git"],
-        notes={"prompts": len(runs), "seed": seed, "buckets": buckets, **task.options},
+        notes={"prompts": len(runs), "seed": seed, "buckets": buckets, **target.options},
     )
-    tables, axes = study.tables()
+    tables, axes = tally.tables()
     origin = replace(origin, axes=axes)
     if place is None:
         made = {key: Table(values, axes[key], key=key, origin=origin) for key, values in tables.items()}
-        return load({"rules": task.rules(study, made, dense_steps)}, facts)
-    summary = f"Calibrated on {len(runs)} prompts, {study.steps} steps, {'x'.join(map(str, study.grid_thw or ()))} tokens."
+        return load({"rules": target.rules(tally, made, dense_steps)}, facts)
+    summary = f"Calibrated on {len(runs)} prompts, {tally.steps} steps, {'x'.join(map(str, tally.grid_thw or ()))} tokens."
     with working(pipe) as ranks:
         if ranks.first:
             refs = write_tables(place.tables, tables, origin)
-            rules = task.rules(study, refs, dense_steps)
+            rules = target.rules(tally, refs, dense_steps)
             shipped = matching_files(facts)
             match = shipped[0].match.to_mapping() if len(shipped) == 1 else match_for(facts)
             cite = base.cite if base is not None else patch_entry(patch).cite
@@ -211,7 +211,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class Target:
     """What is calibrated: a method, or the weights of pooled blocks for the selectors of a recipe."""
 
     patch: str
@@ -255,22 +255,22 @@ class Calibrated:
         plain = json.loads(json.dumps({k: v for k, v in facts.config.items() if not k.startswith("_")}, default=str))
         return {"class": facts.class_names[0], **plain}
 
-    def rules(self, study: Runs, tables: Mapping[str, Any], dense_steps: str | None) -> list[dict[str, Any]]:
+    def rules(self, tally: Tally, tables: Mapping[str, Any], dense_steps: str | None) -> list[dict[str, Any]]:
         """Return the rules of the recipe, as plain data but for the tables."""
         if self.base is not None:
-            return [rule for found in self.base.rules for rule in self._weighted(found, study, tables)]
+            return [rule for found in self.base.rules for rule in self._weighted(found, tally, tables)]
         rules: list[dict[str, Any]] = (
             [{"where": {"steps": dense_steps}, "patch": "dense"}] if dense_steps is not None else []
         )
-        for denoiser, calibration in study.calibrations.items():
-            where = {"denoiser": denoiser} if len(study.calibrations) > 1 else {}
-            mine = {key: tables[study.key(denoiser, key)] for key in calibration.axes}
+        for denoiser, calibration in tally.calibrations.items():
+            where = {"denoiser": denoiser} if len(tally.calibrations) > 1 else {}
+            mine = {key: tables[tally.key(denoiser, key)] for key in calibration.axes}
             rules.append(
-                {"where": {"kind": sorted(study.kinds), **where}, "patch": self.patch, "with": {**self.config, **mine}}
+                {"where": {"kind": sorted(tally.kinds), **where}, "patch": self.patch, "with": {**self.config, **mine}}
             )
         return rules
 
-    def _weighted(self, rule: Any, study: Runs, tables: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def _weighted(self, rule: Any, tally: Tally, tables: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """A rule of the base recipe; where its patch pools, one per denoiser, with the weights."""
         plain = {"where": {}, **rule.to_mapping()}
         pools = (
@@ -280,9 +280,9 @@ class Calibrated:
         if not pools:
             yield plain
             return
-        for denoiser in study.calibrations:
-            where = {"denoiser": denoiser} if len(study.calibrations) > 1 else {}
-            weights = {"rest_weight": tables[study.key(denoiser, "rest_weight")]}
+        for denoiser in tally.calibrations:
+            where = {"denoiser": denoiser} if len(tally.calibrations) > 1 else {}
+            weights = {"rest_weight": tables[tally.key(denoiser, "rest_weight")]}
             yield {**plain, "where": {**plain["where"], **where}, "with": {**plain.get("with", {}), **weights}}
 
 
@@ -292,10 +292,10 @@ def _constants(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass
-class Runs:
+class Tally:
     """The runs of one calibration, and what they gave so far."""
 
-    task: Calibrated
+    target: Target
     prompts: int
     buckets: int
     seed: int
@@ -314,7 +314,7 @@ class Runs:
 
     def __post_init__(self) -> None:
         self.watcher = Watcher(self)
-        self.turns = self.task.make().parts * self.prompts
+        self.turns = self.target.make().parts * self.prompts
         self._tell: show.Tell = lambda done, now="": None
 
     def start(self, turn: int, tell: show.Tell) -> int:
@@ -334,7 +334,7 @@ class Runs:
         found = ranks.gather((self._pop_sums(), self.grid_thw, self.steps, self.kinds))
         for sums in (self.before, *(part[0] for part in found)):
             for name, tensors in sums.items():
-                state = self.calibrations.setdefault(name, self.task.make()).state
+                state = self.calibrations.setdefault(name, self.target.make()).state
                 for key, x in tensors.items():
                     state[key] = state[key] + x if key in state else x
         for _, grid_thw, steps, kinds in found:
@@ -381,7 +381,7 @@ class Runs:
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
         generator = torch.Generator().manual_seed(number)
         if site.denoiser not in self.calibrations:
-            self.calibrations[site.denoiser] = self.task.make()
+            self.calibrations[site.denoiser] = self.target.make()
         buckets = min(self.buckets, clock.steps or 1)
         seen = Seen(call, out, site, layout, clock, place.bucket, buckets, generator)
         self.calibrations[site.denoiser].observe(seen, self.turn // self.prompts)
@@ -423,7 +423,7 @@ class Runs:
                 "Delete it to start anew, or give another path."
             )
         for (denoiser, *name), value in tensors.items():
-            self.calibrations.setdefault(denoiser, self.task.make()).state["/".join(name)] = value
+            self.calibrations.setdefault(denoiser, self.target.make()).state["/".join(name)] = value
         self.grid_thw, self.steps = facts.grid_thw, facts.steps
         self.kinds, self.settled = set(facts.kinds), facts.settled
         return facts.turns
@@ -431,7 +431,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Partial:
-    """What a partial file says of its sums: see `Runs`. `turns` are the runs that are in them."""
+    """What a partial file says of its sums: see `Tally`. `turns` are the runs that are in them."""
 
     settings: str
     turns: int
@@ -456,17 +456,17 @@ class Due:
 
 
 class Watcher(Patch):
-    """Runs dense, and shows what is due to a study."""
+    """Runs dense, and shows what is due to a tally."""
 
     name, family = "watch", "sparse"
     speed = False
 
-    def __init__(self, study: Runs) -> None:
+    def __init__(self, tally: Tally) -> None:
         super().__init__()
-        self._study = study
+        self._tally = tally
 
     def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Due | None:
-        due = self._study.due(site, layout, clock) if site.kind in ("self", "joint") else None
+        due = self._tally.due(site, layout, clock) if site.kind in ("self", "joint") else None
         return None if due is None else Due(site, layout, clock, due)
 
     def attend(self, call: AttentionCall, params: Due) -> Tensor:
@@ -476,4 +476,4 @@ class Watcher(Patch):
 
     @torch.compiler.disable
     def _show(self, place: Due, call: AttentionCall, out: Tensor) -> None:
-        self._study.observe(place, call, out)
+        self._tally.observe(place, call, out)
