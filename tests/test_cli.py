@@ -68,7 +68,7 @@ def test_compare_writes_a_page_and_json(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_no_pipeline_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path)]) == 2
-    assert "no saved pipeline" in capsys.readouterr().err
+    assert "neither a saved pipeline nor a saved language model" in capsys.readouterr().err
 
 
 def test_a_closed_output_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
