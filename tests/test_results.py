@@ -18,7 +18,7 @@ from accelplug.comparison.outcome import Outcome, hold_against_dense
 from accelplug.comparison.rows import DENSE_ROW
 from accelplug.comparison.vlm import VlmComparison
 from accelplug.hosts.host import model_facts
-from accelplug.recipe import load
+from accelplug.recipe import load, named
 from accelplug.show import Shown
 from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.language import Answered
@@ -82,6 +82,7 @@ MAKERS: dict[str, Callable[[], list[Shown]]] = {
     "verified": lambda: [Verification("file.yaml", (Verified("file/a", "2026-01-01", "drifted", "1.1x"),))],
     "plugged": plugged,
     "looked": looked,
+    "recipe": lambda: [named("wan2.1-t2v-14b/radial")],
     "available": lambda: [available()],
 }
 

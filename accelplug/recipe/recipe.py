@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -21,13 +21,17 @@ from accelplug.recipe.rules import DENSE, Decision, Rule, StepCache
 from accelplug.recipe.settings import Ramp, at_depth, in_percent, read_varying, table_for
 from accelplug.recipe.strict_yaml import Loc, Source
 from accelplug.registry import PatchEntry, patch_class
+from accelplug.show import Shown
 from accelplug.step_caches import CACHES
 from accelplug.table import Table
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """Rules for one model. The first that fits a call serves it; what none fits stays dense."""
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Recipe(Shown):
+    """Rules for one model. The first that fits a call serves it; what none fits stays dense. Prints as text for people."""
 
     name: str
     """Full name, ``wan2.1-t2v-14b/radial``."""
@@ -228,6 +232,18 @@ class Recipe:
             psnr = f", PSNR {row.psnr_db.mean:.1f} dB (worst {row.psnr_db.worst:.1f})" if row.psnr_db else ""
             lines.append(f"  measured {row.date} on {row.device}: {row.gain:.2f}x{psnr}, {len(row.seeds)} seeds")
         return "\n".join(lines)
+
+    def __rich__(self) -> RenderableType:
+        from rich.text import Text
+
+        return Text(self.describe())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what it says as plain data; rules as text for people."""
+        own = {name: getattr(self, name) for name in ("name", "model", "cite", "summary")}
+        cache = None if self.cache is None else self.cache.model_dump(mode="json")
+        rows = [row.model_dump(mode="json", exclude_defaults=True) for row in self.measured]
+        return own | {"rules": [f"{rule.where}: {rule}" for rule in self.rules], "cache": cache, "measured": rows}
 
 
 def _misplaced(rule: Rule, key: str, value: Any, model: Any) -> str | None:

@@ -21,8 +21,7 @@ from accelplug.comparison.questions import Asker, Item, digest, items, require_p
 from accelplug.comparison.rows import Quantiles
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
-from accelplug.recipe import Measured, load
-from accelplug.show import Shown
+from accelplug.recipe import Measured, Recipe, load
 from accelplug.tuning import aims
 from accelplug.tuning.aims import Aim
 from accelplug.tuning.budget import Bound, parse_budget
@@ -158,7 +157,7 @@ class Answered(Tuned):
 
     def page(self) -> str:
         """Return the table as a page."""
-        return Shown.page(self)
+        return Recipe.page(self)
 
 
 def _tuned(contest: Contest, seed: int) -> Answered:

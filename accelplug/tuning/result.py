@@ -15,7 +15,7 @@ from accelplug.comparison.result import Comparison, qualities, times_text
 from accelplug.comparison.rows import DENSE_ROW
 from accelplug.errors import AccelplugError
 from accelplug.recipe import ModelFacts, Recipe, match_for, write_recipe
-from accelplug.show import Shown, jsonable
+from accelplug.show import jsonable
 from accelplug.table import Table as Tensors
 from accelplug.table import write_tables
 from accelplug.tuning.budget import Bound
@@ -70,7 +70,7 @@ class Point:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Tuned(Shown, Recipe):
+class Tuned(Recipe):
     """The fastest recipe within the budget, or dense. A `Recipe` like others, that also knows how it was found.
 
     Attributes
