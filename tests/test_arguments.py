@@ -19,13 +19,13 @@ from accelplug.comparison.vlm import compare_vlm
 from accelplug.errors import AccelplugError
 from accelplug.recipe import Recipe
 from accelplug.tuning import Bound
-from tests import tiny_models
+from tests import tiny_pipelines
 
 
 @pytest.fixture(scope="module")
 def waiting() -> tuple[Any, dict[str, Any]]:
     """A pipeline whose denoiser must not be called."""
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("something ran before all arguments were checked"))
     return pipe, {key: value for key, value in inputs.items() if key != "output_type"}
 

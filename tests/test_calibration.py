@@ -12,7 +12,7 @@ import accelplug
 from accelplug.errors import AccelplugError, NoMatchError, RecipeError
 from accelplug.patches.sparse.radial import Radial
 from accelplug.recipe import Recipe
-from tests import tiny_models
+from tests import tiny_pipelines
 
 CONFIG = {"block": 8, "backend": "reference"}
 
@@ -25,7 +25,7 @@ def run(pipe: Any, path: Path, inputs: dict[str, Any], patch: str = "sparse_vdit
 
 @pytest.mark.parametrize("patch", ["sparse_vdit", "paro", "sta"])
 def test_a_calibrated_recipe_runs(patch: str, tmp_path: Path) -> None:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     before = torch.get_rng_state()
     config = {**CONFIG, **({"windows": "maximal"} if patch == "sta" else {})}
     options = {"eps": 10.0} if patch == "sparse_vdit" else {}
@@ -41,7 +41,7 @@ def test_a_calibrated_recipe_runs(patch: str, tmp_path: Path) -> None:
 
 
 def test_cut_off_and_taken_up_again_gives_the_same_bytes(tmp_path: Path) -> None:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     run(pipe, tmp_path / "whole.yaml", inputs)
     forwards = []
 
@@ -63,7 +63,7 @@ def test_cut_off_and_taken_up_again_gives_the_same_bytes(tmp_path: Path) -> None
 
 
 def test_weights_of_a_recipes_pooled_blocks(tmp_path: Path) -> None:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     base = {"patch": "radial", "with": {"block": 8, "rest": "pool"}}
     recipe = run(pipe, None, inputs, "rest", recipe=base, config={})
     weights = recipe.rules[0].settings["rest_weight"]
@@ -74,7 +74,7 @@ def test_weights_of_a_recipes_pooled_blocks(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_calibrated(tmp_path: Path) -> None:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     with pytest.raises(NoMatchError, match="nothing to calibrate"):
         run(pipe, None, inputs, "radial")
     with pytest.raises(AccelplugError, match="epsilon"):

@@ -22,7 +22,7 @@ import accelplug
 from accelplug import step_caches
 from accelplug.errors import RecipeError, UnsupportedError
 from accelplug.testing.laws import run_once, snapshot_of
-from tests import tiny_models
+from tests import tiny_models, tiny_pipelines
 from tests.patch_rows import ROWS
 
 RECIPE = ROWS["radial"].recipe()
@@ -55,7 +55,7 @@ def caches(pipe: Any) -> dict:
 @pytest.mark.parametrize("name", ["first_block", "taylorseer", "pyramid", "faster"])
 def test_caches_in_either_order(name: str) -> None:
     def make() -> tuple[Any, dict[str, Any], Any]:
-        pipe, inputs = tiny_models.pipeline("wan")
+        pipe, inputs = tiny_pipelines.decoding("wan")
         return pipe, inputs, caches(pipe)[name]
 
     pipe, inputs, config = make()
@@ -88,11 +88,11 @@ def test_caches_in_either_order(name: str) -> None:
 
 
 def test_group_offload_in_either_order() -> None:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     with accelplug.apply(pipe, RECIPE, gate="off"):
         expected = generate(pipe, inputs)
     for plug_first in (True, False):
-        pipe, inputs = tiny_models.pipeline("wan")
+        pipe, inputs = tiny_pipelines.decoding("wan")
         plug = accelplug.apply(pipe, RECIPE, gate="off") if plug_first else None
         apply_group_offloading(
             pipe.transformer,
@@ -107,12 +107,12 @@ def test_group_offload_in_either_order() -> None:
 
 
 def test_layerwise_casting_and_dtype_change() -> None:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     with accelplug.apply(pipe, RECIPE, gate="off", strict=True) as plug:
         pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
         assert torch.isfinite(generate(pipe, inputs)).all()
         assert plug.report().served["radial"]
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     with accelplug.apply(pipe, RECIPE, gate="off", strict=True) as plug:
         pipe.to(torch.bfloat16)
         inputs = {k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
@@ -123,7 +123,7 @@ def test_layerwise_casting_and_dtype_change() -> None:
 def test_lora_load_and_unload_while_on() -> None:
     from peft import LoraConfig
 
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     stock = generate(pipe, inputs)
     with accelplug.apply(pipe, RECIPE, gate="off", strict=True):
         plain = generate(pipe, inputs)
@@ -135,7 +135,7 @@ def test_lora_load_and_unload_while_on() -> None:
 
 
 def test_fused_projections_new_style_keeps_working() -> None:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     with accelplug.apply(pipe, RECIPE, gate="off", strict=True):
         plain = generate(pipe, inputs)
         pipe.transformer.fuse_qkv_projections()
@@ -195,7 +195,7 @@ def test_perturbed_attention_guidance_keeps_its_meaning() -> None:
 
 
 def test_two_experts_share_a_clock_and_split_the_steps() -> None:
-    pipe, inputs = tiny_models.pipeline("wan22_moe")
+    pipe, inputs = tiny_pipelines.decoding("wan22_moe")
     stock = generate(pipe, inputs)
     recipe = ROWS["radial"].recipe(denoiser="transformer_2")
     with accelplug.apply(pipe, recipe, gate="off", strict=True) as plug, plug.trace() as events:
@@ -210,9 +210,9 @@ def test_two_experts_share_a_clock_and_split_the_steps() -> None:
     assert torch.equal(generate(pipe, inputs), stock)
 
 
-@pytest.mark.parametrize("name", tiny_models.PIPELINES)
+@pytest.mark.parametrize("name", tiny_pipelines.DECODING)
 def test_every_pipeline_tells_its_steps(name: str) -> None:
-    pipe, inputs = tiny_models.pipeline(name)
+    pipe, inputs = tiny_pipelines.decoding(name)
     pipe.set_progress_bar_config(disable=True)
     make = lambda: pipe(**inputs, generator=torch.Generator().manual_seed(0))[0]  # noqa: E731
     stock = make()
@@ -229,7 +229,7 @@ def test_every_pipeline_tells_its_steps(name: str) -> None:
 
 
 def test_a_second_run_starts_afresh() -> None:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     with accelplug.apply(pipe, RECIPE, gate="off"):
         assert torch.equal(generate(pipe, inputs), generate(pipe, inputs))
 
@@ -266,7 +266,7 @@ def test_the_table_of_step_caches_says_what_diffusers_does(cache: step_caches.Ca
 
 @pytest.mark.parametrize("kind", CACHES)
 def test_a_recipe_brings_its_step_cache_and_takes_it_away(kind: str) -> None:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     inputs["num_inference_steps"] = 4
     stock, before = generate(pipe, inputs), snapshot_of(pipe.transformer)
     rules = [{"where": {"layers": "1:"}, "patch": "neighborhood", "with": {"block": 8, "window": [1, 3, 3]}}]
@@ -281,7 +281,7 @@ def test_a_recipe_brings_its_step_cache_and_takes_it_away(kind: str) -> None:
 
 
 def test_a_cache_that_the_user_puts_in_its_place_stays() -> None:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     cached = {"rules": [{"patch": "dense"}], "cache": {"kind": "mag", "with": CACHES["mag"]}}
     before = snapshot_of(pipe.transformer)
     pipe.transformer.enable_cache(caches(pipe)["first_block"])
@@ -297,7 +297,7 @@ def test_a_cache_that_the_user_puts_in_its_place_stays() -> None:
 
 
 def test_magcache_is_refused_in_runs_of_other_lengths() -> None:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     generate(pipe, inputs)
     before = snapshot_of(pipe.transformer)
     with (
@@ -309,7 +309,7 @@ def test_magcache_is_refused_in_runs_of_other_lengths() -> None:
 
 
 def test_a_step_cache_that_cannot_be_had_is_refused_and_leaves_nothing() -> None:
-    pipe, _ = tiny_models.pipeline("wan")
+    pipe, _ = tiny_pipelines.decoding("wan")
     before = snapshot_of(pipe.transformer)
     cached = {"rules": [{"patch": "dense"}], "cache": {"kind": "taylorseer"}}
     pipe.transformer.enable_cache(caches(pipe)["first_block"])

@@ -22,7 +22,7 @@ from accelplug.comparison.rows import Quantiles, Row, Sample
 from accelplug.errors import AccelplugError
 from accelplug.recipe import Measured, read_file
 from accelplug.testing.laws import snapshot_of
-from tests import tiny_models
+from tests import tiny_pipelines
 from tests.patch_rows import ROWS
 from tests.test_report import Page
 
@@ -74,7 +74,7 @@ def test_quantiles() -> None:
 
 
 def small() -> tuple[Any, dict[str, Any]]:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     inputs = {key: value for key, value in inputs.items() if key != "output_type"}
     return pipe, {**inputs, "height": 64, "width": 96}
 

@@ -25,7 +25,7 @@ from accelplug.hosts.host import plug_of
 from accelplug.testing.language_models import forward, generate
 from accelplug.testing.models import TIMESTEP, noise
 from tests import tiny_language_models as tiny
-from tests import tiny_models
+from tests import tiny_models, tiny_pipelines
 from tests.test_guidance import CARVE, processor
 
 __all__ = ["processor"]
@@ -109,7 +109,7 @@ class Denoiser(Case):
     """A pipeline with a step cache, the steps of which are taken by hand."""
 
     def __init__(self) -> None:
-        self.model, _ = tiny_models.pipeline("wan")
+        self.model, _ = tiny_pipelines.decoding("wan")
         rules = [
             {"where": {"layers": "1:"}, "patch": "sol", "with": {"block": 8, "backend": "reference", "order": "morton"}}
         ]

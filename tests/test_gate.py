@@ -16,7 +16,7 @@ from accelplug.hosts import diffusers, forecast, gate
 from accelplug.hosts.forecast import Forecast, amdahl, joined
 from accelplug.kernels import attention
 from accelplug.testing.laws import run_once
-from tests import tiny_models
+from tests import tiny_models, tiny_pipelines
 from tests.patch_rows import ROWS
 
 LAYERS = 3
@@ -194,7 +194,7 @@ def test_nothing_is_timed_while_a_graph_is_captured(
 
 
 def test_two_denoisers_are_foretold_over_the_steps_each_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, inputs = tiny_models.pipeline("wan22_moe")
+    pipe, inputs = tiny_pipelines.decoding("wan22_moe")
     monkeypatch.setattr(gate, "median_ms", lambda call, device: 1.0)
     with accelplug.apply(pipe, sparse(), gate="report") as plug:
         pipe(**inputs)

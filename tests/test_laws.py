@@ -26,7 +26,7 @@ from accelplug.testing.laws import (
     the_kernel_at_density_one_is_dense,
 )
 from accelplug.testing.models import DENOISERS_TRIED, Built
-from tests import tiny_language_models, tiny_models
+from tests import tiny_language_models, tiny_models, tiny_pipelines
 from tests.patch_rows import ROWS
 
 REFUSED = ("sana",)
@@ -223,7 +223,7 @@ def test_the_gate_leaves_dense_what_would_not_pay(monkeypatch: pytest.MonkeyPatc
 
 
 def test_warmup_settles_the_gate_and_puts_random_states_back() -> None:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     generator = torch.Generator().manual_seed(3)
     states = torch.get_rng_state(), generator.get_state()
     with accelplug.apply(pipe, {"patch": "radial", "with": {"block": 8}}) as plug:

@@ -17,7 +17,7 @@ from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
 from accelplug.recipe import Recipe
 from accelplug.tuning import Bound
-from tests import tiny_models
+from tests import tiny_pipelines
 from tests.test_tuning import pipeline, run, tell_times
 from tests.two_ranks import together
 
@@ -26,7 +26,7 @@ SEEDS = (0, 1, 2)
 
 
 def small() -> tuple[Any, dict[str, Any]]:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     return pipe, {key: value for key, value in inputs.items() if key != "output_type"}
 
 

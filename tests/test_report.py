@@ -16,7 +16,7 @@ from accelplug.comparison.rows import DENSE_ROW, Row, Sample
 from accelplug.recipe import Recipe, load
 from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.result import Point, Tuned
-from tests import tiny_models
+from tests import tiny_pipelines
 
 EVIL = "</script><!--<script>alert(\"1\")</script> & 'b' <!--DATA-->"
 VOID = {"meta", "input", "br"}
@@ -98,7 +98,7 @@ def test_a_comparison_tells_all_of_every_run(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tuned() -> Tuned:
-    pipe, _ = tiny_models.pipeline("wan")
+    pipe, _ = tiny_pipelines.decoding("wan")
     from accelplug.hosts.host import model_facts
 
     base = load({"rules": [{"patch": "dense"}]}, model_facts(pipe))

@@ -25,7 +25,7 @@ from accelplug.tuning.language import Answered
 from accelplug.tuning.result import Point, Tuned
 from accelplug.tuning.verification import Verification, Verified
 from accelplug.weights import available
-from tests import tiny_language_models, tiny_models
+from tests import tiny_language_models, tiny_pipelines
 from tests.patch_rows import ROWS
 from tests.test_comparison import small
 from tests.test_report import comparison, row
@@ -49,7 +49,7 @@ def examined() -> VlmComparison:
 
 
 def tuned(kind: type[Tuned] = Tuned, **more: Any) -> Tuned:
-    pipe, _ = tiny_models.pipeline("wan")
+    pipe, _ = tiny_pipelines.decoding("wan")
     rules = load({"rules": [{"patch": "dense"}]}, model_facts(pipe)).rules
     lines = [row("proven", 0.5, 27.0, 26.5), row("beaten", 0.8, 26.2)]
     points = tuple(
@@ -64,7 +64,7 @@ def tuned(kind: type[Tuned] = Tuned, **more: Any) -> Tuned:
 
 
 def plugged() -> list[Shown]:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     with accelplug.apply(pipe, {"rules": [{"patch": "radial"}]}, gate="off") as plug:
         pipe(**inputs)
         return [plug.report(), plug.where(), accelplug.inspect(pipe)]

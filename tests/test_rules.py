@@ -16,7 +16,7 @@ from accelplug.patches.guidance.contrast import Contrast
 from accelplug.patches.sparse.neighborhood import Neighborhood
 from accelplug.recipe import Span, Where
 from accelplug.testing.models import TIMESTEP, noise, sample_of
-from tests import tiny_language_models, tiny_models
+from tests import tiny_language_models, tiny_models, tiny_pipelines
 
 PATCH = {"patch": "neighborhood", "with": {"block": 8, "backend": "reference", "window": [1, 3, 3]}}
 
@@ -106,7 +106,7 @@ def test_a_patch_of_another_family_is_refused_as_an_instance_too() -> None:
 
 def test_rules_of_other_denoisers_are_fine_on_a_bare_one_and_refused_on_a_pipeline() -> None:
     rules = {"rules": [rule(denoiser="transformer_2"), rule(layers=0)]}
-    pipe, _ = tiny_models.pipeline("wan")
+    pipe, _ = tiny_pipelines.decoding("wan")
     with accelplug.apply(pipe.transformer, rules):
         pass
     with pytest.raises(RecipeError, match=r"Rule 1 .* fits no attention"):
@@ -139,7 +139,7 @@ NEVER = [
 
 @pytest.mark.parametrize(("where", "why"), NEVER)
 def test_what_never_held_in_a_run_is_reported_and_an_error_under_strict(where: dict[str, str], why: str) -> None:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     recipe = {"rules": [rule(**where)]}
     with accelplug.apply(pipe, recipe, gate="off") as plug:
         assert plug.report().idle == []  # nothing ran yet
@@ -152,7 +152,7 @@ def test_what_never_held_in_a_run_is_reported_and_an_error_under_strict(where: d
 
 
 def test_rules_for_other_sizes_are_reported_and_no_error_where_one_is_for_this() -> None:
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     rules = {"rules": [rule(tokens=">=100"), rule(steps="2:", tokens="<100")]}
     with accelplug.apply(pipe, rules, gate="off", strict=True) as plug:
         pipe(**inputs)
@@ -180,7 +180,7 @@ def test_conditions_are_held_against_all_that_was_seen() -> None:
 
 
 def test_attention_slicing_set_before_is_named_with_the_way_out() -> None:
-    pipe, _ = tiny_models.pipeline("sd15")
+    pipe, _ = tiny_pipelines.decoding("sd15")
     pipe.enable_attention_slicing()
     with pytest.raises(NoMatchError, match=r"SlicedAttnProcessor .*; call pipe.disable_attention_slicing\(\) first"):
         accelplug.apply(pipe, {"patch": "tome"})
@@ -244,7 +244,7 @@ def test_the_gate_judges_denoisers_compiled_whole(how: str, monkeypatch: pytest.
     torch._dynamo.reset()
     ms = iter([1.0, 2.0] * 10)
     monkeypatch.setattr(gate, "median_ms", lambda run, device: next(ms))
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     if how == "module":
         pipe.transformer.compile(backend="eager")
     else:

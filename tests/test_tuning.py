@@ -36,7 +36,7 @@ from accelplug.tuning.result import Tuned
 from accelplug.tuning.space import Arm, Candidate, arms, variants
 from accelplug.tuning.verdict import limit
 from accelplug.tuning.workers import Job
-from tests import tiny_models
+from tests import tiny_pipelines
 from tests.test_report import Page
 
 LADDERS = {
@@ -48,7 +48,7 @@ SIZE = {"height": 48, "width": 64, "num_inference_steps": 2}
 
 def pipeline() -> tuple[Any, dict[str, Any]]:
     """A pipeline whose latents are shown as they are: decoding is the half of a run that nothing is tuned in."""
-    pipe, inputs = tiny_models.pipeline("wan")
+    pipe, inputs = tiny_pipelines.decoding("wan")
     pipe.vae.decode = lambda latents, return_dict: (latents[:, :3],)
     return pipe, {**{key: value for key, value in inputs.items() if key != "output_type"}, **SIZE}
 

@@ -6,7 +6,6 @@ Every visual grid has at least 48 tokens (six blocks of eight) and T != H != W, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import diffusers
 import torch
@@ -15,10 +14,8 @@ from diffusers.models import embeddings
 from accelplug.testing.models import (
     TIMESTEP,
     WAN_CONFIG,
-    Arguments,
     Built,
     build_denoiser,
-    build_pipeline,
     cogvideox,
     flux,
     hunyuan_video,
@@ -28,7 +25,6 @@ from accelplug.testing.models import (
     unet_sd15,
     valid_first,
     wan,
-    wan_pipeline,
 )
 
 diffusers.utils.logging.set_verbosity_error()
@@ -485,161 +481,3 @@ MODELS: dict[str, Callable[[], Built]] = {
 def build(name: str, seed: int = 0) -> Built:
     """Return (model, keyword arguments of its forward): the same weights for the same seed, ready for inference."""
     return build_denoiser(MODELS[name], seed)
-
-
-# ---------------------------------------------------------------------------------------------------------- pipelines
-
-
-def _wan22_moe() -> tuple[Any, Arguments]:
-    return wan_pipeline(experts=2)
-
-
-def _flux() -> tuple[Any, Arguments]:
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=[4, 4, 8],
-        guidance_embeds=True,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(4,),
-        latent_channels=1,
-        norm_num_groups=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.06,
-        scaling_factor=1.5,
-    )
-    pipe = diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
-    )
-    return pipe, {
-        "prompt_embeds": noise(1, 12, 32),
-        "pooled_prompt_embeds": noise(1, 32),
-        "height": 12,
-        "width": 16,
-    }
-
-
-def _cogvideox() -> tuple[Any, Arguments]:
-    transformer = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=32,
-        num_layers=2,
-        sample_width=12,
-        sample_height=8,
-        sample_frames=9,
-        max_text_seq_length=16,
-        use_rotary_positional_embeddings=True,
-    )
-    vae = diffusers.AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * 4,
-        up_block_types=("CogVideoXUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-    )
-    pipe = diffusers.CogVideoXPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=vae,
-        transformer=transformer,
-        scheduler=diffusers.CogVideoXDDIMScheduler(),
-    )
-    return pipe, {
-        "prompt_embeds": noise(1, 16, 32),
-        "negative_prompt_embeds": noise(1, 16, 32, seed=1),
-        "height": 64,
-        "width": 96,
-        "num_frames": 9,
-        "guidance_scale": 6.0,
-        "max_sequence_length": 16,
-    }
-
-
-def _hunyuan_video() -> tuple[Any, Arguments]:
-    transformer, _ = hunyuan_video()
-    vae = diffusers.AutoencoderKLHunyuanVideo(
-        latent_channels=4,
-        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
-        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
-    pipe = diffusers.HunyuanVideoPipeline(
-        text_encoder=None,
-        tokenizer=None,
-        transformer=transformer,
-        vae=vae,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=None,
-        tokenizer_2=None,
-    )
-    return pipe, {
-        "prompt_embeds": noise(1, 12, 16),
-        "pooled_prompt_embeds": noise(1, 8),
-        "prompt_attention_mask": valid_first(12, 9).float(),
-        "height": 64,
-        "width": 96,
-        "num_frames": 9,
-    }
-
-
-def _sd15() -> tuple[Any, Arguments]:
-    unet, _ = unet_sd15()
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=[8, 16],
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        unet=unet,
-        scheduler=diffusers.DDIMScheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    return pipe, {
-        "prompt_embeds": noise(1, 7, 16),
-        "negative_prompt_embeds": noise(1, 7, 16, seed=1),
-        "height": 24,
-        "width": 32,
-        "guidance_scale": 7.5,
-    }
-
-
-PIPELINES: dict[str, Callable[[], tuple[Any, Arguments]]] = {
-    "wan": wan_pipeline,
-    "wan22_moe": _wan22_moe,
-    "flux": _flux,
-    "cogvideox": _cogvideox,
-    "hunyuan_video": _hunyuan_video,
-    "sd15": _sd15,
-}
-
-
-def pipeline(name: str, seed: int = 0) -> tuple[Any, Arguments]:
-    """Return (pipe, keyword arguments of its call): four steps from given embeddings, tensors out."""
-    return build_pipeline(PIPELINES[name], seed)

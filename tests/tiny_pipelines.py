@@ -1,6 +1,6 @@
 """Tiny pipelines of every family with a known denoiser: schedulers of all kinds, late beginnings, per-frame timesteps; latents out.
 
-Beside those of `tiny_models`. What a pipeline does not reach when it gives latents back is left out or stands in.
+What a pipeline does not reach when it gives latents back is left out or stands in.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ import PIL.Image
 import torch
 from torch import nn
 
-from accelplug.testing.models import Arguments, noise, settle, valid_first
-from tests import tiny_models
+from accelplug.testing import models
+from accelplug.testing.models import Arguments, Built, build_pipeline, noise, valid_first, wan_pipeline
 from tests.tiny_models import build
-
-Built = tuple[Any, Arguments]
 
 
 class NoVae(nn.Module):
@@ -67,6 +65,157 @@ def guided(*embeds: tuple[str, int | None, Any], height: int, width: int, **more
             shape = (1, dim) if tokens is None else (1, tokens, dim)
             inputs[sign + name] = tokens if dim is None else noise(*shape, seed=seed)
     return inputs
+
+
+def wan22_moe() -> Built:
+    return wan_pipeline(experts=2)
+
+
+def flux() -> Built:
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+        guidance_embeds=True,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4,),
+        latent_channels=1,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.06,
+        scaling_factor=1.5,
+    )
+    pipe = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+    return pipe, {
+        "prompt_embeds": noise(1, 12, 32),
+        "pooled_prompt_embeds": noise(1, 32),
+        "height": 12,
+        "width": 16,
+    }
+
+
+def cogvideox() -> Built:
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=32,
+        num_layers=2,
+        sample_width=12,
+        sample_height=8,
+        sample_frames=9,
+        max_text_seq_length=16,
+        use_rotary_positional_embeddings=True,
+    )
+    vae = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    pipe = diffusers.CogVideoXPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        transformer=transformer,
+        scheduler=diffusers.CogVideoXDDIMScheduler(),
+    )
+    return pipe, {
+        "prompt_embeds": noise(1, 16, 32),
+        "negative_prompt_embeds": noise(1, 16, 32, seed=1),
+        "height": 64,
+        "width": 96,
+        "num_frames": 9,
+        "guidance_scale": 6.0,
+        "max_sequence_length": 16,
+    }
+
+
+def hunyuan_video() -> Built:
+    transformer, _ = models.hunyuan_video()
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    pipe = diffusers.HunyuanVideoPipeline(
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+    return pipe, {
+        "prompt_embeds": noise(1, 12, 16),
+        "pooled_prompt_embeds": noise(1, 8),
+        "prompt_attention_mask": valid_first(12, 9).float(),
+        "height": 64,
+        "width": 96,
+        "num_frames": 9,
+    }
+
+
+def sd15() -> Built:
+    unet, _ = models.unet_sd15()
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=[8, 16],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return pipe, {
+        "prompt_embeds": noise(1, 7, 16),
+        "negative_prompt_embeds": noise(1, 7, 16, seed=1),
+        "height": 24,
+        "width": 32,
+        "guidance_scale": 7.5,
+    }
+
+
+DECODING: dict[str, Callable[[], Built]] = {
+    "wan": wan_pipeline,
+    "wan22_moe": wan22_moe,
+    "flux": flux,
+    "cogvideox": cogvideox,
+    "hunyuan_video": hunyuan_video,
+    "sd15": sd15,
+}
+"""Those with all that pictures take."""
 
 
 def sd3() -> Built:
@@ -152,20 +301,20 @@ def flux2() -> Built:
 
 
 def flux_img2img() -> Built:
-    pipe, inputs = tiny_models.PIPELINES["flux"]()
+    pipe, inputs = flux()
     return diffusers.FluxImg2ImgPipeline(**pipe.components), {**inputs, "image": torch.rand(1, 3, 12, 16), "strength": 0.6}
 
 
 def wan_video2video() -> Built:
     """Its scheduler is not told where it begins, and its two branches have no names."""
-    pipe, inputs = tiny_models.PIPELINES["wan"]()
+    pipe, inputs = wan_pipeline()
     parts = {name: part for name, part in pipe.components.items() if name != "transformer_2"}
     inputs.pop("num_frames")
     return diffusers.WanVideoToVideoPipeline(**parts), {**inputs, "video": [torch.rand(9, 3, 64, 96)], "strength": 0.6}
 
 
 def cogvideox_video2video() -> Built:
-    pipe, inputs = tiny_models.PIPELINES["cogvideox"]()
+    pipe, inputs = cogvideox()
     inputs = {name: given for name, given in inputs.items() if name not in ("num_frames", "max_sequence_length")}
     late = {"video": torch.rand(1, 9, 3, 64, 96), "strength": 0.6}
     return diffusers.CogVideoXVideoToVideoPipeline(**pipe.components), {**inputs, **late}
@@ -173,7 +322,7 @@ def cogvideox_video2video() -> Built:
 
 def wan_5b() -> Built:
     """A timestep for each token."""
-    pipe, inputs = tiny_models.PIPELINES["wan"]()
+    pipe, inputs = wan_pipeline()
     pipe.register_to_config(expand_timesteps=True)
     return pipe, inputs
 
@@ -238,20 +387,20 @@ def animatediff() -> Built:
 def animatediff_video2video() -> Built:
     pipe, inputs = animatediff()
     parts = {name: part for name, part in pipe.components.items() if name not in ("feature_extractor", "image_encoder")}
-    parts["vae"] = tiny_models.PIPELINES["sd15"]()[0].vae
+    parts["vae"] = sd15()[0].vae
     inputs.pop("num_frames")
     late = {"video": [PIL.Image.new("RGB", (32, 24))] * 3, "strength": 0.6}
     return diffusers.AnimateDiffVideoToVideoPipeline(**parts), {**inputs, **late, "height": 24, "width": 32}
 
 
 def sd15_by(scheduler: Any) -> Built:
-    pipe, inputs = tiny_models.PIPELINES["sd15"]()
+    pipe, inputs = sd15()
     pipe.scheduler = scheduler
     return pipe, inputs
 
 
 PIPELINES: dict[str, Callable[[], Built]] = {
-    **tiny_models.PIPELINES,
+    **DECODING,
     **{
         builder.__name__: builder
         for builder in (
@@ -288,13 +437,13 @@ PIPELINES: dict[str, Callable[[], Built]] = {
 }
 
 
+def decoding(name: str, seed: int = 0) -> Built:
+    """Return (pipe, keyword arguments of its call): four steps from given embeddings, tensors out."""
+    return build_pipeline(DECODING[name], seed)
+
+
 def pipeline(name: str, seed: int = 0) -> Built:
     """Return (pipe, keyword arguments of its call): four steps from given embeddings, latents out, no progress bar."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        pipe, inputs = PIPELINES[name]()
-        for part in pipe.components.values():
-            if isinstance(part, nn.Module):
-                settle(part, seed)
+    pipe, inputs = build_pipeline(PIPELINES[name], seed)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, {**inputs, "num_inference_steps": 4, "output_type": "latent"}
+    return pipe, {**inputs, "output_type": "latent"}
