@@ -16,7 +16,7 @@ from accelplug.kernels import blocked, flex, reference
 from accelplug.kernels.linear import first_order
 from accelplug.kernels.plan import BlockPlan, Threshold, pool
 from accelplug.kernels.precision import DTYPES, Precision, Quantised, quantised, smoothed
-from accelplug.kernels.rest import Drop, Linear, Pool, Rectified, Rest, Tied, coarse, log_number, rectified, tied
+from accelplug.kernels.rest import Drop, Linear, Pool, Rectified, Rest, Tied, coarse, rectified, tied
 from accelplug.kernels.timing import timed_ms
 
 Backend = Literal["auto", "first", "triton", "flex", "flash", "blocked", "reference"]
@@ -95,7 +95,7 @@ def block_attention(
         plan = plan if isinstance(plan, BlockPlan) else lower(plan, q, k, scale, key_mask)
         arguments = {"scale": scale, "precision": precision, "key_mask": key_mask, "backend": backend, "return_lse": True}
         out, lse = block_attention(q, k, v, plan, rest=Pool(rest.weight), **arguments)
-        out = first_order(out, lse, q, k, v, plan, log_number(plan, rest.weight, key_mask), scale, key_mask)
+        out = first_order(out, lse, q, k, v, plan, rest, scale, key_mask)
         return (out, lse) if return_lse else out
     weight, kind = (rest.weight, rest.representative) if isinstance(rest, Pool) else (None, "drop")
     band = plan.band if isinstance(plan, Threshold) else None

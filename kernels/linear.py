@@ -10,8 +10,14 @@ A matrix for each block would cost ``D_v / |C|`` of dense attention and more. Th
 
     ``out_i += g_i s q_i H / T``,   ``H = sum_C H_C``,   ``T = sum_C |C|``,   ``g_i = sum over the pooled C of |C| w_iC``,
 
-one product of each row with one matrix. Ours: H and T are of the blocks that some row pools, which leaves out text, as all rows read it;
-only keys that may be read count; g is found from log-sum-exps, so that every kernel that gives them serves.
+one product of each row with one matrix: ``slope: keys``. A few blocks of widely spread keys that hardly anybody reads, or that are read
+exactly, then rule H. Ours is the mean by what the rows give to the blocks they pool, ``slope: mass``,
+
+    ``out_i += g_i s q_i M``,   ``M = sum_C m_C (H_C / |C|) / sum_C m_C``,   ``m_C = sum over rows i that pool C of |C| w_iC``,
+
+the matrix with which the terms of all rows sum to what each block's own would give, if queries did not matter. Also ours: H and T are of
+the blocks that some row pools, which leaves out text, as all rows read it; only keys that may be read count; g and m are found from
+log-sum-exps, so that every kernel that gives them serves.
 """
 
 from __future__ import annotations
@@ -20,7 +26,8 @@ import torch
 from torch import Tensor
 
 from accelplug.kernels.chunks import at_once
-from accelplug.kernels.plan import BlockPlan, held_slots, pool
+from accelplug.kernels.plan import BlockPlan, counted, held_slots, pool
+from accelplug.kernels.rest import Linear, log_number
 
 
 def first_order(
@@ -30,7 +37,7 @@ def first_order(
     k: Tensor,
     v: Tensor,
     plan: BlockPlan,
-    logs: Tensor,
+    rest: Linear,
     scale: float,
     key_mask: Tensor | None,
 ) -> Tensor:
@@ -41,7 +48,7 @@ def first_order(
     out, lse : (B, H, P_q, D_v) and float32 (B, H, P_q), attention with pooled blocks and its log-sum-exp.
     q, k, v : Tensor (B, H, P_q, D), (B, H_kv, P_k, D) and (B, H_kv, P_k, D_v), tokens in block order.
     plan : which blocks are pooled.
-    logs : float32 (B|1, H|1, N), what was added to the logits of the pooled blocks; -inf for one without a key.
+    rest : what was added to their logits, and which mean is taken.
     scale : factor on q.k.
     key_mask : bool (B, P_k), keys that may be read; None for all.
 
@@ -50,31 +57,44 @@ def first_order(
     out : Tensor (B, H, P_q, D_v) in its dtype; the same numbers as before in rows that pool nothing.
     """
     k_pool, _ = pool(k, plan.k_len, plan.block_k, key_mask)
-    mass = pooled_mass(lse, q, k_pool, logs, plan.at(0), plan.block_q, scale)
-    matrix = slope(k, v, plan, key_mask)
-    step = q.float() @ matrix.repeat_interleave(q.shape[1] // matrix.shape[1], 1)
-    return (out.float() + (scale * mass)[..., None] * step).to(out.dtype)
+    logs = log_number(plan, rest.weight, key_mask)
+    given, taken = pooled_mass(lse, q, k_pool, logs, plan.at(0), plan.q_len, plan.block_q, scale)
+    if rest.slope == "keys":
+        ever = (plan.at(0) & (plan.q_len > 0)[:, None]).any(-2)  # [B|1, H|1, N]
+        taken = (ever * counted(plan.k_len, plan.block_k, key_mask)).expand(*q.shape[:2], -1)
+    step = q.float() @ slope(k, v, taken, plan, key_mask)
+    return (out.float() + (scale * given)[..., None] * step).to(out.dtype)
 
 
-def slope(k: Tensor, v: Tensor, plan: BlockPlan, key_mask: Tensor | None) -> Tensor:
-    """Return ``H / T``, the mean of ``(k_j - k_C) (v_j - v_C)^T`` over keys that some row pools.
-
-    float32 (B, H, D, D_v); (B, H_kv, D, D_v) where the plan does not differ by head.
-    """
-    pooled = (plan.at(0) & (plan.q_len > 0)[:, None]).any(-2).repeat_interleave(plan.block_k, -1)  # [B|1, H|1, N * block_k]
-    counts = (pooled & held_slots(plan.k_len, plan.block_k, key_mask)[:, None])[..., : k.shape[-2], None]
-    group = counts.shape[1] // k.shape[1] if counts.shape[1] > 1 else 1
+def slope(k: Tensor, v: Tensor, weight: Tensor, plan: BlockPlan, key_mask: Tensor | None) -> Tensor:
+    """Return the mean over blocks, with `weight` (B, H, N), of ``H_C / |C|``: float32 (B, H, D, D_v)."""
+    group = weight.shape[1] // k.shape[1]
+    number = counted(plan.k_len, plan.block_k, key_mask)
+    weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-30)
+    of_key = (weight / number.clamp(min=1)).repeat_interleave(plan.block_k, -1)[..., : k.shape[-2], None]  # [B, H, P_k, 1]
+    counts = held_slots(plan.k_len, plan.block_k, key_mask)[:, None, : k.shape[-2], None]
     apart = []
     for x in (k, v):
         mean, _ = pool(x, plan.k_len, plan.block_k, key_mask)
         centred = x.float() - mean.repeat_interleave(plan.block_k, -2)[..., : x.shape[-2], :]
-        apart.append(centred.repeat_interleave(group, 1).masked_fill(~counts, 0.0))
-    return apart[0].mT @ apart[1] / counts.sum(-2, keepdim=True).clamp(min=1)
+        apart.append(centred.masked_fill(~counts, 0.0).repeat_interleave(group, 1))
+    return apart[0].mT @ (of_key * apart[1])
 
 
 @torch.library.custom_op("accelplug::pooled_mass", mutates_args=())
-def pooled_mass(lse: Tensor, q: Tensor, k_pool: Tensor, logs: Tensor, pooled: Tensor, block_q: int, scale: float) -> Tensor:
-    """Return the share of each row's attention that its pooled blocks hold, ``1 / block_k`` of the products of dense attention.
+def pooled_mass(
+    lse: Tensor,
+    q: Tensor,
+    k_pool: Tensor,
+    logs: Tensor,
+    pooled: Tensor,
+    q_len: Tensor,
+    block_q: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return what each row gives to the blocks it pools, and each block gets from the rows that pool it.
+
+    It costs ``1 / block_k`` of the products of dense attention.
 
     Parameters
     ----------
@@ -82,26 +102,29 @@ def pooled_mass(lse: Tensor, q: Tensor, k_pool: Tensor, logs: Tensor, pooled: Te
     q : Tensor (B, H, P_q, D).
     k_pool : float32 (B, H_kv, N, D), mean key of each block.
     logs : float32 (B|1, H|1, N), what is added to their logits.
-    pooled : bool (B|1, H|1, M, N), which blocks each query block of `block_q` slots pools.
+    pooled : bool (B|1, H|1, M, N), which blocks each query block pools.
+    q_len : int32 (M,), rows at the front of each query block of `block_q` slots.
     scale : factor on q.k.
 
     Returns
     -------
-    mass : float32 (B, H, P_q), 0 to 1.
+    given : float32 (B, H, P_q), shares of a row's attention, 0 to 1.
+    taken : float32 (B, H, N), sums of such shares over rows.
     """
     rows, keys = q.shape[-2], k_pool.repeat_interleave(q.shape[1] // k_pool.shape[1], 1).mT
+    lse, held = lse.nan_to_num(neginf=0.0), held_slots(q_len, block_q)[0, :rows]
     step = at_once(q.shape[0] * q.shape[1] * keys.shape[-1] * block_q)  # query blocks
-    parts = []
-    for first in range(0, pooled.shape[-2], step):
+    given, taken = torch.empty_like(lse), torch.zeros_like(keys[..., 0, :])
+    for first in range(0, len(q_len), step):
         some = slice(first * block_q, min((first + step) * block_q, rows))
         may = pooled[..., first : first + step, :].repeat_interleave(block_q, -2)[..., : some.stop - some.start, :]
-        logits = (scale * q[..., some, :].float() @ keys + logs[:, :, None]).masked_fill(~may, -torch.inf)
-        parts.append(logits.logsumexp(-1))
-    return (torch.cat(parts, -1) - lse.nan_to_num(neginf=0.0)).exp().clamp(max=1.0)
+        logits = scale * q[..., some, :].float() @ keys + logs[:, :, None] - lse[..., some, None]
+        share = logits.masked_fill(~may, -torch.inf).exp()
+        given[..., some] = share.sum(-1).clamp(max=1.0)
+        taken += share.masked_fill(~held[some, None], 0.0).sum(-2)
+    return given, taken
 
 
 @pooled_mass.register_fake
-def _pooled_mass_fake(
-    lse: Tensor, q: Tensor, k_pool: Tensor, logs: Tensor, pooled: Tensor, block_q: int, scale: float
-) -> Tensor:
-    return torch.empty_like(lse)
+def _pooled_mass_fake(lse: Tensor, q: Tensor, k_pool: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(lse), lse.new_empty(*q.shape[:2], k_pool.shape[-2])

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from accelplug.kernels.plan import BlockPlan, counted, held_slots, pool
 
 Representative = Literal["mean", "centre", "centre_k_mean_v"]
+Slope = Literal["mass", "keys"]
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,17 @@ class Tied:
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """Each is read as one key, as with `Pool` at its mean, and as exp's slope there leans (PISA, arXiv 2602.01077; see `linear`).
+    """Each is read as one key, as with `Pool` at its mean, and a first-order term is added (PISA, arXiv 2602.01077; see `linear`).
 
-    `weight`, float32 (H,), as in `Pool`.
+    Attributes
+    ----------
+    weight : float32 (H,), as in `Pool`.
+    slope : which mean over blocks the term of a head is made of: ``mass``, by what rows give to the blocks they pool, or
+        ``keys``, every pooled key alike, as in the paper.
     """
 
     weight: Tensor | None = None
+    slope: Slope = "mass"
 
 
 Rest = Drop | Pool | Linear | Rectified | Tied

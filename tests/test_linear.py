@@ -15,7 +15,7 @@ from accelplug.errors import UnsupportedError
 from accelplug.kernels import flex
 from accelplug.kernels.attention import Backend, block_attention, lower
 from accelplug.kernels.plan import BlockPlan, Threshold
-from accelplug.kernels.rest import Linear, Pool
+from accelplug.kernels.rest import Linear, Pool, Slope
 from accelplug.patches.sparse.rows import SampledRows
 from accelplug.patches.sparse.sol import Sol
 from tests.conftest import DEVICE
@@ -28,7 +28,14 @@ BACKENDS: list[Backend] = ["reference", "blocked", "triton"]
 
 
 def written_out(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, may: Tensor | None = None, weight: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    may: Tensor | None = None,
+    weight: Tensor | None = None,
+    slope: str = "mass",
 ) -> Tensor:
     """Attention with the first-order rest, float64 (B, H, P_q, D_v), one row and one block at a time."""
     out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=torch.float64)
@@ -39,28 +46,32 @@ def written_out(
             starts = [(plan.block_k * n, int(held)) for n, held in enumerate(plan.k_len)]
             slots = [[j for j in range(at, at + held) if may is None or may[b, j]] for at, held in starts]
             means = [(key[block].mean(0), value[block].mean(0)) for block in slots]
-            ever = [n for n, block in enumerate(slots) if block and pooled[b, h, :, n].any()]
-            matrix = torch.zeros(q.shape[-1], v.shape[-1], dtype=torch.float64)
-            for n in ever:
-                for j in slots[n]:
-                    matrix += torch.outer(key[j] - means[n][0], value[j])
-            matrix /= max(sum(len(slots[n]) for n in ever), 1)
+            exponent = 1 if weight is None else float(weight[h])
+            given, taken = torch.zeros(q.shape[-2], dtype=torch.float64), torch.zeros(len(slots), dtype=torch.float64)
             for row in range(q.shape[-2]):
                 m, logits, values, far = row // plan.block_q, [], [], []
                 for n in (n for n, block in enumerate(slots) if block):
                     if read[b, h, m, n]:
                         logits += [scale * query[row] @ key[j] for j in slots[n]]
                         values += [value[j] for j in slots[n]]
-                        far += [False] * len(slots[n])
                     elif pooled[b, h, m, n]:
-                        logits += [
-                            scale * query[row] @ means[n][0]
-                            + (1 if weight is None else float(weight[h])) * math.log(len(slots[n]))
-                        ]
-                        values, far = [*values, means[n][1]], [*far, True]
+                        far.append((len(logits), n))
+                        logits.append(scale * query[row] @ means[n][0] + exponent * math.log(len(slots[n])))
+                        values.append(means[n][1])
                 if logits:
                     p = torch.stack(logits).softmax(0)
-                    out[b, h, row] = p @ torch.stack(values) + p[torch.tensor(far)].sum() * scale * query[row] @ matrix
+                    out[b, h, row] = p @ torch.stack(values)
+                    for place, n in far:
+                        given[row] += p[place]
+                        taken[n] += p[place]
+            if slope == "keys":
+                ever = pooled[b, h].any(0)
+                taken = torch.tensor([float(len(block)) for block in slots], dtype=torch.float64) * ever
+            matrix = torch.zeros(q.shape[-1], v.shape[-1], dtype=torch.float64)
+            for n in (n for n, block in enumerate(slots) if block and taken[n] > 0):
+                for j in slots[n]:
+                    matrix += taken[n] / taken.sum() / len(slots[n]) * torch.outer(key[j] - means[n][0], value[j])
+            out[b, h] += given[:, None] * scale * query @ matrix
     return out
 
 
@@ -87,26 +98,28 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("slope", ["mass", "keys"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_is_the_sum_written_out(backend: Backend, shape: str, per_head: bool, masked: bool, weighted: bool) -> None:
+def test_is_the_sum_written_out(backend: Backend, shape: str, per_head: bool, masked: bool, slope: Slope) -> None:
     q, k, v, plan = made(*SHAPES[shape], per_head)
     may = torch.rand(len(q), k.shape[-2]) < 0.7 if masked else None
-    weight = torch.linspace(0.2, 1, q.shape[1]) if weighted else None
+    weight = torch.linspace(0.2, 1, q.shape[1]) if per_head else None
     if may is not None:
         k, v = (torch.where(may[:, None, :, None], x, 1e3) for x in (k, v))  # what may not be read has no say
-    got, lse = block_attention(q, k, v, plan, rest=Linear(weight), scale=0.3, key_mask=may, backend=backend, return_lse=True)
-    torch.testing.assert_close(got.double(), written_out(q, k, v, plan, 0.3, may, weight), rtol=1e-4, atol=1e-5)
+    got, lse = block_attention(
+        q, k, v, plan, rest=Linear(weight, slope), scale=0.3, key_mask=may, backend=backend, return_lse=True
+    )
+    torch.testing.assert_close(got.double(), written_out(q, k, v, plan, 0.3, may, weight, slope), rtol=1e-4, atol=1e-5)
     _, pooled = block_attention(
         q, k, v, plan, rest=Pool(weight), scale=0.3, key_mask=may, backend="reference", return_lse=True
     )
     torch.testing.assert_close(lse, pooled, rtol=1e-5, atol=1e-5)  # the first order cancels in the sum of weights
 
 
-def test_is_the_papers_where_every_block_is_pooled_by_some_row() -> None:
+def test_keys_alike_is_the_papers_where_every_block_is_pooled_by_some_row() -> None:
     """All values in one go: acc += (g / T) * scale * q H with H over all blocks."""
     q, k, v, _ = made(1, 2, 2, 96, 16, 16, 16, 16, False)
     n = _lengths(96, 16)
@@ -116,7 +129,7 @@ def test_is_the_papers_where_every_block_is_pooled_by_some_row() -> None:
     pooled, lse = block_attention(q, k, v, plan, rest=Pool(), scale=0.3, backend="reference", return_lse=True)
     _, exact = block_attention(q, k, v, plan, scale=0.3, backend="reference", return_lse=True)
     g = 1 - (exact - lse).exp()
-    got = block_attention(q, k, v, plan, rest=Linear(), scale=0.3, backend="reference")
+    got = block_attention(q, k, v, plan, rest=Linear(slope="keys"), scale=0.3, backend="reference")
     torch.testing.assert_close(got, pooled + (g / 96)[..., None] * 0.3 * q @ total, rtol=1e-4, atol=1e-5)
 
 
@@ -140,6 +153,25 @@ def test_is_right_to_first_order_where_all_blocks_lean_alike() -> None:
     assert errors["linear"][0] < 0.2 * errors["pool"][0]
 
 
+def test_spread_keys_that_nobody_looks_at_rule_the_papers_mean_alone() -> None:
+    """Its keys lie far against all queries. By keys the term is mostly its own; by mass it adds nothing."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 96, 8)
+    q[..., 0] = 3.0
+    k[..., :16, 0] -= 100
+    k[..., :16, 1:] *= 10
+    v[..., :16, 1:] += k[..., :16, 1:]
+    n = _lengths(96, 16)
+    plan = BlockPlan.from_members(torch.eye(6, dtype=torch.bool), n, n, 16, 16)
+    pooled, by_mass, by_keys = (
+        block_attention(q, k, v, plan, rest=rest, backend="reference")[..., 16:, :]
+        for rest in (Pool(), Linear(), Linear(slope="keys"))
+    )
+    exact = scaled_dot_product_attention(q, k, v)[..., 16:, :]
+    errors = [float((out - exact).norm() / exact.norm()) for out in (pooled, by_mass, by_keys)]
+    assert errors[1] < errors[0] < 0.1 * errors[2]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_is_added_where_nothing_is_pooled(backend: Backend) -> None:
     q, k, v, plan = made(*SHAPES["B2-H4kv2-S97-q32k16"], False)
@@ -154,10 +186,11 @@ def test_nothing_is_added_where_nothing_is_pooled(backend: Backend) -> None:
     assert torch.equal(pooled, linear)
 
 
-def test_a_block_that_all_rows_read_has_no_say() -> None:
+@pytest.mark.parametrize("slope", ["mass", "keys"])
+def test_a_block_that_all_rows_read_has_no_say(slope: Slope) -> None:
     q, k, v, plan = made(*SHAPES["B1-H2-S100"], False)  # the first block is read by all
     other = torch.cat([v[..., :16, :] + 5 * k[..., :16, :], v[..., 16:, :]], -2)
-    outs = [block_attention(q, k, x, plan, rest=Linear(), backend="reference") for x in (v, other)]
+    outs = [block_attention(q, k, x, plan, rest=Linear(slope=slope), backend="reference") for x in (v, other)]
     pools = [block_attention(q, k, x, plan, rest=Pool(), backend="reference") for x in (v, other)]
     torch.testing.assert_close(outs[1] - pools[1], outs[0] - pools[0], rtol=1e-4, atol=1e-5)
 

@@ -24,7 +24,7 @@ from accelplug.kernels.plan import BlockPlan, Box, Threshold, counted, pool
 from accelplug.kernels.precision import Precision
 from accelplug.kernels.rectify import rectify
 from accelplug.kernels.repair import probe_rows, repair
-from accelplug.kernels.rest import Drop, Linear, Pool, Rectified, Representative, Rest, Tied
+from accelplug.kernels.rest import Drop, Linear, Pool, Rectified, Representative, Rest, Slope, Tied
 from accelplug.patches.base import Config, Patch, Positive, UnimplementedHalf
 from accelplug.table import Table
 
@@ -52,6 +52,9 @@ class BlockConfig(Config):
     )
     representative: Representative = Field(
         "mean", description="What a pooled block is read as: mean, centre, or centre_k_mean_v (rest: pool)."
+    )
+    slope: Slope = Field(
+        "mass", description="Mean over blocks that the first-order term has: mass (ours), or keys, as PISA (rest: linear)."
     )
     rest_gain: bool = Field(
         True, description="Whether blocks that are not worth a pooled key are left out (rest: rectified)."
@@ -327,7 +330,7 @@ class BlockSparse(Patch):
         if self.config.rest == "pool":
             return Pool(self._pool_weight(blocks.q, params.rest_weight), self.config.representative)
         if self.config.rest == "linear":
-            return Linear(self._pool_weight(blocks.q, params.rest_weight))
+            return Linear(self._pool_weight(blocks.q, params.rest_weight), self.config.slope)
         return Tied() if self.config.rest == "tied" else Drop()
 
     def _pool_weight(self, q: Tensor, table: Tensor | None) -> Tensor | None:
