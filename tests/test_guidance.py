@@ -20,11 +20,11 @@ from accelplug.families import pixels
 from accelplug.families.vlm import vlm_of
 from accelplug.patches.generation import GenerationPatch, Tools
 from accelplug.patches.guidance import agla, branch, carve, contrast, gaze
-from accelplug.testing.language_models import AN_IMAGE_EACH, IMAGE, Rows, forward, generate, word_processor
+from accelplug.testing.language_models import AN_IMAGE_EACH, IMAGE, TokenRows, forward, generate, word_processor
 from tests import tiny_language_models as tiny
 from tests.patch_rows import ROWS
 
-WITHOUT: Rows = ((3, "I", 6), (5,))
+WITHOUT: TokenRows = ((3, "I", 6), (5,))
 MODELS = ("llava", "qwen2_5_vl")
 WHOLE = ("llava", "gemma3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -34,7 +34,7 @@ def processor() -> Any:
     return word_processor()
 
 
-def inputs(name: str, rows: Rows = AN_IMAGE_EACH) -> dict[str, torch.Tensor]:
+def inputs(name: str, rows: TokenRows = AN_IMAGE_EACH) -> dict[str, torch.Tensor]:
     """Inputs whose still pictures are the same in both frames, as a processor makes them."""
     given = tiny.inputs(name, rows)
     if "image_grid_thw" in given:

@@ -24,7 +24,7 @@ from accelplug.hosts.transformers import LanguageHost
 from accelplug.inspection.drawing import colours, spread
 from accelplug.inspection.language import LanguageInspection
 from accelplug.inspection.reading import sink_dimensions
-from accelplug.testing.language_models import IMAGE, TEXT_CONFIG, Rows
+from accelplug.testing.language_models import IMAGE, TEXT_CONFIG, TokenRows
 from tests.tiny_language_models import build, looked
 from tests.tiny_language_models import inputs as inputs_of
 
@@ -46,7 +46,7 @@ def _louder(model: Any) -> Any:
     return model
 
 
-def prompt(kind: str, rows: Rows) -> dict[str, torch.Tensor]:
+def prompt(kind: str, rows: TokenRows) -> dict[str, torch.Tensor]:
     return inputs_of("qwen2_5_vl" if kind == "qwen" else kind, rows)
 
 
@@ -63,7 +63,7 @@ def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]
 
 
 KINDS = {"llava": llava, "qwen": qwen}
-BATCH: Rows = [[3, "I", 5], [6, "I", 7]]
+BATCH: TokenRows = [[3, "I", 5], [6, "I", 7]]
 
 
 @pytest.fixture(params=list(KINDS))

@@ -16,7 +16,8 @@ import accelplug
 from accelplug.errors import FallbackError, NoMatchError, UnsupportedError
 from accelplug.hosts.diffusers import DenoiserHost
 from accelplug.hosts.models import denoisers
-from accelplug.testing.laws import (
+from accelplug.testing.models import Arguments, noise, sample_of
+from accelplug.testing.runs import (
     another_prompt,
     cancel_in_a_callback,
     cancel_in_the_model,
@@ -24,7 +25,6 @@ from accelplug.testing.laws import (
     other_way_up,
     run_pipeline,
 )
-from accelplug.testing.models import Arguments, noise, sample_of
 from tests import tiny_models, tiny_pipelines
 from tests.patch_rows import DENOISING
 

@@ -22,7 +22,7 @@ from accelplug.testing.language_models import (
     TEXT_CONFIG,
     TOWER_CONFIG,
     VIDEO,
-    Rows,
+    TokenRows,
     image_tokens,
     llava_model,
     padded_rows,
@@ -199,7 +199,7 @@ GRIDS = ((1, 4, 6), (1, 8, 4), (1, 4, 4))
 FRAMES = (2, 4, 4)
 """Frames, patch rows and patch columns of every video; four patches make a token."""
 VIDEOS = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-TWO_ROWS: Rows = ((3, "I", 6), (4, "I", 5, "I", 7))
+TWO_ROWS: TokenRows = ((3, "I", 6), (4, "I", 5, "I", 7))
 
 
 def build(name: str, **text: Any) -> Any:
@@ -232,7 +232,7 @@ def _videos(name: str, number: int) -> dict[str, torch.Tensor]:
     return {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([FRAMES] * number)}
 
 
-def inputs(name: str, rows: Rows = TWO_ROWS) -> dict[str, torch.Tensor]:
+def inputs(name: str, rows: TokenRows = TWO_ROWS) -> dict[str, torch.Tensor]:
     """Left-padded inputs of a tiny model."""
     generator = torch.Generator().manual_seed(3)
     images = sum(part == "I" for row in rows for part in row)

@@ -35,9 +35,9 @@ TOWER_CONFIG = {
 }
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": OPEN, "vision_end_token_id": CLOSE}
-Rows = Sequence[Sequence[int | str]]
+TokenRows = Sequence[Sequence[int | str]]
 """Per row, how many text tokens, "I" for an image, "V" for a video."""
-AN_IMAGE_EACH: Rows = ((3, "I", 6), (2, "I", 4))
+AN_IMAGE_EACH: TokenRows = ((3, "I", 6), (2, "I", 4))
 
 
 def llava_model(**text: Any) -> Any:
@@ -64,7 +64,7 @@ def qwen2_5_vl_model() -> Any:
     return hf.Qwen2_5_VLForConditionalGeneration(config)
 
 
-def padded_rows(rows: Rows, shown: Mapping[str, Iterator[list[int]]], generator: torch.Generator) -> dict[str, Tensor]:
+def padded_rows(rows: TokenRows, shown: Mapping[str, Iterator[list[int]]], generator: torch.Generator) -> dict[str, Tensor]:
     """Return ids and mask (B, S), padded on the left: as many random text tokens as a number says, and what `shown` has for a letter."""
     sequences = []
     for row in rows:

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import accelplug
 from accelplug import compat
 from accelplug.call import AttentionCall, Layout
-from accelplug.hosts.models import denoisers, is_language_model, processor_owners
+from accelplug.hosts.models import is_language_model, processor_owners
 from accelplug.hosts.transformers import LanguageHost
 from accelplug.patches.base import Patch
 from accelplug.patches.sparse.template import BlockSparse
@@ -27,7 +27,6 @@ from accelplug.testing.language_models import (
     LANGUAGE_MODELS_TRIED,
     answer_of,
     build_language_model,
-    generate,
     row_of,
     word_processor,
 )
@@ -42,6 +41,7 @@ from accelplug.testing.models import (
     wan_pipeline,
 )
 from accelplug.testing.registered import registered
+from accelplug.testing.runs import cancel_an_answer, cancel_in_the_model, nothing_of_a_run_is_left
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Subject:
         return {"rules": [{"where": where, **rule} if where else rule]}
 
 
-Check = Callable[[Subject, Callable[[], Built]], None]
+Claim = Callable[[Subject, Callable[[], Built]], None]
 """A law: it raises AssertionError where a patch breaks it on the tiny model that is made."""
 
 
@@ -106,7 +106,7 @@ class Law:
     cls : the class of the patch, registered while the law is tried; None for a patch that is known by its name.
     """
 
-    check: Check
+    check: Claim
     subject: Subject
     model: str
     make: Callable[[], Built]
@@ -158,7 +158,7 @@ def laws(
     else:
         subject = patch
     with registered(cls) if cls is not None else nullcontext():
-        blocks, host = subject.blocks, LANGUAGE_MODELS if subject.of_language_models else DENOISERS
+        blocks, host = subject.blocks, ON_LANGUAGE_MODELS if subject.of_language_models else ON_DENOISERS
     found: list[Law] = []
     for check, names in host.laws:
         unsaid: dict[Callable[..., None], bool] = {
@@ -356,7 +356,7 @@ def nothing_is_left_of_an_answer(subject: Subject, make: Callable[[], Built]) ->
         alone = run_once(model, inputs)
     with _on(model, subject):
         for forwards in (0, 2):  # in the prompt, and in what is said
-            _cancel_an_answer(model, {**inputs, "input_ids": inputs["input_ids"].roll(1, 0)}, forwards)
+            cancel_an_answer(model, {**inputs, "input_ids": inputs["input_ids"].roll(1, 0)}, forwards)
             assert torch.equal(run_once(model, inputs), alone), "the answer is not what it is alone"
         assert torch.equal(run_once(model, inputs), alone), "the same answer again is another"
 
@@ -371,11 +371,11 @@ class LawsOfHost:
     models : all.
     """
 
-    laws: tuple[tuple[Check, tuple[str, ...] | None], ...]
+    laws: tuple[tuple[Claim, tuple[str, ...] | None], ...]
     models: Mapping[str, Callable[[], Built]]
 
 
-DENOISERS = LawsOfHost(
+ON_DENOISERS = LawsOfHost(
     (
         (neutral_is_exact, None),
         (it_does_something_and_undoes_it, None),
@@ -389,7 +389,7 @@ DENOISERS = LawsOfHost(
     ),
     DENOISERS_TRIED,
 )
-LANGUAGE_MODELS = LawsOfHost(
+ON_LANGUAGE_MODELS = LawsOfHost(
     (
         (neutral_is_exact, None),
         (it_changes_the_answer_and_undoes_it, None),
@@ -483,115 +483,3 @@ def _calls_of(plug: Any, model: nn.Module, inputs: Arguments) -> list[tuple[Patc
 def _dense_with(call: AttentionCall, values: Tensor, q: Any = None, k: Any = None, v: Any = None, **more: Any) -> Tensor:
     """Dense attention of a call whose values are others."""
     return call.dense(q, k, values if v is None else v, **more)
-
-
-# ---------------------------------------------------------------------------------------------------------------------- runs
-
-
-def _cancel_an_answer(model: Any, inputs: Arguments, forwards: int) -> None:
-    """Have a language model generate until a forward of its decoder is cancelled in the last layer, behind so many whole ones."""
-    begun: list[int] = []
-
-    def interrupt(*_: Any) -> None:
-        begun.append(1)
-        if len(begun) > forwards:
-            raise Cancelled
-
-    handle = model.get_decoder().layers[-1].register_forward_pre_hook(interrupt)
-    try:
-        generate(model, inputs, 4)
-    except Cancelled:
-        return
-    finally:
-        handle.remove()
-    raise AssertionError("the answer was not cancelled")
-
-
-class Cancelled(KeyboardInterrupt):
-    """Somebody wants no more of a run."""
-
-
-def run_pipeline(pipe: Any, inputs: Arguments, seed: int = 0, **more: Any) -> Tensor:
-    """Return what a pipeline gives at a seed, from copies of its inputs."""
-    return pipe(**{**copy.deepcopy(inputs), **more}, generator=torch.Generator().manual_seed(seed))[0]
-
-
-def another_prompt(inputs: Arguments) -> Arguments:
-    """Return the inputs of a pipeline with other embeddings."""
-    return {
-        name: given.flip(-1) * 1.5 if isinstance(given, Tensor) and "embeds" in name and given.is_floating_point() else given
-        for name, given in inputs.items()
-    }
-
-
-def other_way_up(inputs: Arguments) -> Arguments:
-    """Return the inputs of a pipeline with height and width exchanged: another grid of as many tokens."""
-    return {**inputs, "height": inputs["width"], "width": inputs["height"]}
-
-
-def two_samples(inputs: Arguments) -> Arguments:
-    """Return the inputs of a pipeline, for two samples at a time."""
-    name = "num_videos_per_prompt" if "num_frames" in inputs else "num_images_per_prompt"
-    return {**inputs, name: 2}
-
-
-def cancel_in_a_callback(pipe: Any, inputs: Arguments, step: int) -> None:
-    """Run a pipeline, and interrupt it at the end of a step."""
-
-    def callback(pipe: Any, at: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        if at == step:
-            raise Cancelled
-        return given
-
-    _run_until_cancelled(pipe, inputs, callback_on_step_end=callback)
-
-
-def cancel_in_the_model(pipe: Any, inputs: Arguments, step: int) -> None:
-    """Run a pipeline until a forward of its denoiser is cancelled, where its blocks have run and its output has not."""
-    forwards = []
-    denoiser = next(iter(denoisers(pipe).values()))
-    attention = [path for path, module in denoiser.named_modules() if "processor" in vars(module)]
-    last = next((path for path in ("proj_out", "conv_out") if hasattr(denoiser, path)), attention[-1])
-
-    def count(*_: Any) -> None:
-        forwards.append(1)
-
-    def interrupt(*_: Any) -> None:
-        if len(forwards) > step:
-            raise Cancelled
-
-    handles = [denoiser.register_forward_pre_hook(count), denoiser.get_submodule(last).register_forward_pre_hook(interrupt)]
-    try:
-        _run_until_cancelled(pipe, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _run_until_cancelled(pipe: Any, inputs: Arguments, **more: Any) -> None:
-    try:
-        run_pipeline(pipe, inputs, seed=9, **more)
-    except Cancelled:
-        return
-    raise AssertionError("the run was not cancelled")
-
-
-def nothing_of_a_run_is_left(
-    make: Callable[[], tuple[Any, Arguments]],
-    recipe: Mapping[str, Any],
-    cancel: Callable[[Any, Arguments, int], None],
-    step: int,
-) -> None:
-    """Try that a run behind a cancelled one gives what it gives with a plug of its own, for three kinds of inputs, and once more."""
-    pipe, inputs = make()
-    kinds = [inputs, other_way_up(inputs), two_samples(inputs)]
-    alone = []
-    for kind in kinds:
-        with accelplug.apply(pipe, recipe, gate="off"):
-            alone.append(run_pipeline(pipe, kind))
-    with accelplug.apply(pipe, recipe, gate="off"):
-        for kind, expected in zip(kinds, alone, strict=True):
-            cancel(pipe, another_prompt(inputs), step)
-            assert torch.equal(run_pipeline(pipe, kind), expected), "the run is not what it is alone"
-        for _ in range(2):
-            assert torch.equal(run_pipeline(pipe, inputs), alone[0]), "the same run again is another"
