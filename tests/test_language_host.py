@@ -564,10 +564,10 @@ def test_accelerate_offload_in_both_orders(first: str) -> None:
     assert torch.equal(forward(model, given), plain)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype: torch.dtype) -> None:
-    model, given = build("llava").to(dtype), inputs("llava")
-    given["pixel_values"] = given["pixel_values"].to(dtype)
+def test_half_precision() -> None:
+    """In float16; the laws try bfloat16."""
+    model, given = build("llava").half(), inputs("llava")
+    given["pixel_values"] = given["pixel_values"].half()
     for patch in WORKING:
         with accelplug.apply(model, recipe(patch)):
             assert forward(model, given)[given["attention_mask"].bool()].isfinite().all()

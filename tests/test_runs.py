@@ -26,7 +26,7 @@ from accelplug.testing.runs import (
     run_pipeline,
 )
 from tests import tiny_models, tiny_pipelines
-from tests.patch_rows import DENOISING
+from tests.patch_rows import ROWS
 
 STEPS = 4
 EIGHT = {"block": 8, "backend": "reference"}
@@ -50,8 +50,8 @@ CACHES = {
     "taylorseer": {"cache_interval": 2, "disable_cache_before_step": 1, "use_lite_mode": True},
 }
 LATER = [{"where": {"layers": "1:"}, "patch": "neighborhood", "with": {**EIGHT, "window": [1, 3, 3]}}]
+NEIGHBORHOOD = ROWS["neighborhood"].recipe()
 CACHED = {f"cache {kind}": {"rules": LATER, "cache": {"kind": kind, "with": CACHES[kind]}} for kind in CACHES}
-STATELESS = {row.patch: row.recipe() for row in DENOISING.values() if row.patch not in STATEFUL}
 
 
 STOPS = {"model": cancel_in_the_model, "callback": cancel_in_a_callback}
@@ -368,7 +368,7 @@ HOISTED = {"rules": [{"patch": "sol", "with": {**EIGHT, "tau": 0.5, "band": 0, "
 
 
 @pytest.mark.parametrize("name", ["wan", "flux", "sd15"])
-@pytest.mark.parametrize("recipe", [STATELESS["neighborhood"], STATEFUL["kmeans"], STATEFUL["tome"], HOISTED, STEPPED])
+@pytest.mark.parametrize("recipe", [NEIGHBORHOOD, STATEFUL["kmeans"], STATEFUL["tome"], HOISTED, STEPPED])
 def test_two_threads_are_each_as_alone(name: str, recipe: dict[str, Any]) -> None:
     pipe, inputs = tiny_pipelines.pipeline(name)
     kinds = [inputs, other_way_up(another_prompt(inputs))]
@@ -417,7 +417,7 @@ def test_a_step_cache_in_two_threads_is_refused() -> None:
 
 def test_attention_called_where_its_denoiser_was_not_is_counted() -> None:
     model, inputs = tiny_models.build("wan")
-    with accelplug.apply(model, STATELESS["neighborhood"], gate="off") as plug:
+    with accelplug.apply(model, NEIGHBORHOOD, gate="off") as plug:
         run_alone(model, inputs)
         assert not plug.report().fallbacks
         thread = threading.Thread(target=torch.no_grad()(model.blocks[0].attn1), args=(torch.randn(1, 72, 24),))
@@ -437,7 +437,7 @@ def run_alone(model: Any, inputs: Arguments) -> Tensor:
 def test_a_denoiser_that_was_replaced_is_reported_and_the_plug_still_found() -> None:
     pipe, inputs = tiny_pipelines.pipeline("wan")
     ours, stock = pipe.transformer, run_pipeline(pipe, inputs)
-    accelplug.apply(pipe, STATELESS["neighborhood"], gate="off")
+    accelplug.apply(pipe, NEIGHBORHOOD, gate="off")
     pipe.transformer = copy.deepcopy(ours)
     assert torch.equal(run_pipeline(pipe, inputs), stock)
     accelplug.remove(pipe)
@@ -451,7 +451,7 @@ def test_a_denoiser_that_was_replaced_is_an_error_under_strict() -> None:
     pipe, inputs = tiny_pipelines.pipeline("wan")
     ours = pipe.transformer
     for strict in (False, True):
-        plug = accelplug.apply(pipe, STATELESS["neighborhood"], gate="off", strict=strict)
+        plug = accelplug.apply(pipe, NEIGHBORHOOD, gate="off", strict=strict)
         assert not plug.report().fallbacks
         pipe.transformer = copy.deepcopy(ours)
         if strict:
@@ -467,7 +467,7 @@ def test_a_denoiser_that_was_replaced_is_an_error_under_strict() -> None:
 
 def test_a_block_that_was_replaced_is_counted() -> None:
     model, inputs = tiny_models.build("wan")
-    with accelplug.apply(model, STATELESS["neighborhood"], gate="off") as plug:
+    with accelplug.apply(model, NEIGHBORHOOD, gate="off") as plug:
         run_alone(model, inputs)
         assert not plug.report().fallbacks
         ours, model.blocks[1] = model.blocks[1], copy.deepcopy(model.blocks[1])
