@@ -150,7 +150,7 @@ def test_pictures_that_are_not_there_are_told_ahead(tmp_path: Path) -> None:
     exam = Exam.scenes(6)
     absent = Exam("x", dict.fromkeys(exam.pictures, tmp_path / "b.png"), exam.truth, exam.questions, exam.vocabulary)
     without = Exam("x", {}, exam.truth, exam.questions, exam.vocabulary)
-    for asked, batch, says in ((absent, 1, "no file"), (without, 1, "that it has not"), (exam, 0, "prompts at a time")):
+    for asked, batch, says in ((absent, 1, "not a file"), (without, 1, "that it has not"), (exam, 0, "prompts at a time")):
         with pytest.raises(AccelplugError, match=says):
             compare_vlm(None, {}, asked, None, batch=batch)
     for pictures in (0, -1, 2.5):

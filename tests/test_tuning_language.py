@@ -269,7 +269,7 @@ def test_a_patch_that_helps_is_proven_written_and_verified(
     bundled: tuple[Any, Any], described: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = bundled
-    monkeypatch.setattr(aims, "LADDERS", {"visual_bias": [((0.0, 1.0), LOUD["with"])]})
+    monkeypatch.setattr(aims, "AIM_LADDERS", {"visual_bias": [((0.0, 1.0), LOUD["with"])]})
     before = weights(model)
     found = accelplug.tune(
         model, described, "nll<=stock-0.001", processor=processor, seeds=[3], resume=tmp_path / "journal", progress=False
@@ -302,7 +302,7 @@ def test_no_patch_helps_the_bundled_model_on_a_few_scenes(
     bundled: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = bundled
-    monkeypatch.setattr(aims, "LADDERS", {"pai": [((0.0, 0.5), {"alpha": 0.5})]})
+    monkeypatch.setattr(aims, "AIM_LADDERS", {"pai": [((0.0, 0.5), {"alpha": 0.5})]})
     found = accelplug.tune(model, Exam.scenes(4), "speed>=0.01", processor=processor, patches=["pai"], progress=False)
     assert found.proven is None
     assert found.why.startswith("Stay stock")
@@ -327,7 +327,7 @@ def test_an_interrupt_keeps_what_is_known(
 ) -> None:
     model, processor = bundled
     monkeypatch.setattr(
-        aims, "LADDERS", {"visual_bias": [((0.0, 1.0), LOUD["with"])], "pai": [((0.0, 1.0), {"alpha": 0.2})]}
+        aims, "AIM_LADDERS", {"visual_bias": [((0.0, 1.0), LOUD["with"])], "pai": [((0.0, 1.0), {"alpha": 0.2})]}
     )
     real = Contest._answer
 

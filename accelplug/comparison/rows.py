@@ -47,9 +47,9 @@ class Sample:
     scores: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as one flat mapping."""
-        own = vars(self).copy()
-        return own | own.pop("scores")
+        """Return it as one flat mapping, None for metrics that were not measured."""
+        own = {name: value for name, value in vars(self).items() if name != "scores"}
+        return {**own, **dict.fromkeys(key for key, metric in BY_KEY.items() if metric.of is not None), **self.scores}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Sample:
