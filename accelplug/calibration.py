@@ -95,9 +95,9 @@ def calibrate(
     facts = model_facts(pipe)
     base = load(recipe, facts) if patch == "rest" else None
     if base is not None:
-        base.to_mapping()  # so that a rule that cannot be written is told, too
+        base.to_mapping()  # a rule that cannot be written is refused before anything runs
     target = Target(patch, dict(config or {}), dict(options or {}), base)
-    target.make()  # so that a wrong knob is told before anything runs
+    target.make()  # a wrong knob is refused before anything runs
     if dense_steps is not None:
         load({"rules": [{"where": {"steps": dense_steps}, "patch": "dense"}]}, facts)
     place = None if path is None else Files(files.output(path, "calibrate writes a recipe", (".yaml", ".yml")))

@@ -357,7 +357,7 @@ def _verify(options: argparse.Namespace) -> int:
     from accelplug.tuning import verify
     from accelplug.tuning.verification import measured
 
-    measured(options.recipe)  # what cannot be read is told before anything is loaded
+    measured(options.recipe)  # refuse what cannot be read before anything is loaded
     if loading.kind_of(options.model_dir) == "language model":
         model, processor, questions = _questioned(options)
         found = verify(model, options.recipe, questions, processor=processor)

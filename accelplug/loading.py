@@ -1,4 +1,4 @@
-"""Models saved on disk, loaded for the command line: never from a hub, and whatever goes wrong is told in a sentence."""
+"""Models saved on disk, loaded for the command line: never from a hub, and whatever goes wrong is said in one sentence."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _require_weights(components: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _told(what: str, cure: str = "") -> Iterator[None]:
-    """Tell what a library raises about a user's files or device; its errors are of many kinds, and many are long."""
+    """Turn what a library raises about a user's files or device into one sentence; its errors are of many kinds, and many are long."""
     try:
         yield
     except AccelplugError:

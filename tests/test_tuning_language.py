@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import accelplug
-from accelplug.cli import main
+from accelplug.cli import _parser, main
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.metrics import ANSWER_METRICS, figures
 from accelplug.comparison.questions import Asker, Item, Reply, is_right, items, read_questions
@@ -29,7 +29,7 @@ from accelplug.tuning.aims import Aim
 from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.contest import STOCK, Contest, rungs
 from accelplug.tuning.journal import Journal
-from accelplug.tuning.language import Answered
+from accelplug.tuning.language import OBJECTIVES, Answered
 from accelplug.zoo import path, scenes
 from tests.tiny_language_models import build
 
@@ -207,6 +207,11 @@ def test_a_question_that_is_asked_twice_counts_once() -> None:
     assert len(asked) == len({(item.group, item.text) for item in asked}) < len(Exam.scenes(6).questions)
     twice = [{"text": "?", "answer": "yes"}, {"text": "?", "answer": "yes"}, {"text": "?", "answer": "no"}]
     assert [item.answer for item in items(twice)] == ["yes", "no"]
+
+
+def test_the_command_line_knows_every_objective() -> None:
+    for objective in OBJECTIVES:
+        assert _parser().parse_args(["tune", "folder", "--objective", objective, "-o", "mine.yaml"]).objective == objective
 
 
 def test_text_alone_has_nothing_to_gain() -> None:

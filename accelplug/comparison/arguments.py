@@ -29,7 +29,7 @@ def require_processor(processor: Any, what: str) -> None:
 
 
 def calls(pipe: Any, inputs: Any, what: str) -> list[dict[str, Any]]:
-    """Return the arguments of a pipeline's calls, of which `inputs` is one mapping or several.
+    """Return the arguments of a pipeline's calls; `inputs` holds one mapping or several.
 
     Raises
     ------
@@ -115,7 +115,7 @@ def require_seconds(given: Any, what: str) -> None:
 
 @contextmanager
 def refusals(pipe: Any, started: Callable[[], Any]) -> Iterator[None]:
-    """Tell what a pipeline says of its arguments, before its denoiser is called for the first time, as an `AccelplugError`."""
+    """Turn what a pipeline raises about its arguments, ahead of its denoiser's first call, into an `AccelplugError`."""
     try:
         yield
     except (TypeError, ValueError, AttributeError) as error:

@@ -47,8 +47,8 @@ def compare(
     Several processes (`accelerate launch`, torchrun) share the prompts and seeds, each with a pipeline of its own: dense and recipes
     of one prompt and seed are timed in one process. All get all figures, the first one the clips too; it alone writes files.
 
-    For each recipe one traced run comes first (attention time, density, plans, kernels chosen; it also compiles what there is to
-    compile), then the timed runs, interleaved: dense, every recipe, dense, ... The pipeline is left as it was.
+    Each recipe is first run once traced, for attention time, density, plans and kernels; this also compiles. Then come the timed
+    runs, interleaved: dense, every recipe, dense, ... The pipeline is left as it was.
 
     Parameters
     ----------

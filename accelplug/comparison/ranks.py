@@ -63,7 +63,7 @@ class Ranks:
         return found[: self.parts]
 
     def agreed(self, x: T) -> T:
-        """Return what the first process has for `x`: what hangs on time would differ otherwise."""
+        """Return what the first process has for `x`: decisions that depend on timing would differ between processes."""
         return self.gather(x)[0]
 
     def to_first(self, x: T) -> list[T]:

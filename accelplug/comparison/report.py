@@ -29,7 +29,7 @@ LOSSLESS_PIXELS = 2_000_000
 
 @dataclass
 class Dot:
-    """A point of the plot, and what is told of it.
+    """A point of the plot, and what is said about it.
 
     Attributes
     ----------

@@ -36,7 +36,7 @@ class Comparison(Shown):
     rows : dense first, then recipes, caches and floors.
     clips : (row name, prompt, seed) -> uint8 (F, H, W, 3), for the page; not part of the JSON.
     timed : what the times include, in words.
-    headline : what a search says of its runs, in place of a verdict on rows of which most miss the budget.
+    headline : the result of a search, shown in place of a verdict on rows most of which miss the budget.
     """
 
     model: str

@@ -39,7 +39,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class CacheFacts:
-    """What a dense run showed of a model that caches hang on.
+    """What a dense run showed of a model that caches depend on.
 
     Attributes
     ----------

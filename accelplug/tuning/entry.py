@@ -51,8 +51,8 @@ def tune(
     more seeds. The winner is proven on prompts and seeds that the search never saw, its worst run within every bound; if it
     fails there, the next one is.
 
-    Nothing is drawn at random: from equal measurements follow equal proposals in equal order. Times are measurements too, and how
-    many proposals are tried hangs on how long they take; `resume` keeps the probes, so that they at least are the same again.
+    Nothing is drawn at random: equal measurements lead to equal proposals in equal order. Times are measurements too, and how many
+    proposals are tried depends on how long they take; `resume` keeps the probes, so that those at least are the same again.
 
     Several processes (`accelerate launch`, torchrun) share the whole runs, each with a pipeline of its own: a candidate's first look is
     then at as many prompts and seeds as there are processes. The first one decides, writes and keeps the clips; all get the recipe.

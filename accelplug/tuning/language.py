@@ -112,7 +112,7 @@ def split(asked: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
 
 
 def _fingerprint(model: Any, asked: Sequence[Item], seed: int, asker: Asker) -> str:
-    """What replies hang on: the model, some of its weights, the questions in their order, and what is asked of each."""
+    """What replies depend on: the model, some of its weights, the questions in their order, and what is asked of each."""
     config = sorted(
         (key, str(value)) for key, value in model_facts(model).config.items() if compat.transformers.ORIGIN not in key
     )

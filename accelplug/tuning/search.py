@@ -224,7 +224,7 @@ class Search:
         return False
 
     def _tell_of_the_proof(self, candidate: Candidate) -> None:
-        """Where a prompt was held out, all that is told of a finalist is of that prompt: what a `measured` row names, `verify` can run."""
+        """Where a prompt was held out, report a finalist on that prompt only: a `measured` row then names runs that `verify` can repeat."""
         if {prompt for prompt, _ in self.seen} & {prompt for prompt, _ in self.unseen}:
             return
         row, point = self.study.rows[self.points[candidate].name], self.points[candidate]

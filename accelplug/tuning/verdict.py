@@ -14,7 +14,7 @@ def limit(predictor: Predictor) -> str:
     """Say what any patch can gain at most, by Amdahl's law."""
     steps = predictor.trajectory.steps
     if (share := predictor.trajectory.attention) is None:
-        return "What a patch can gain at most is not known: attention could not be timed by itself."
+        return "What a patch can gain at most is not known: attention could not be timed separately."
     shares = f"attention being {share:.0%} of a step and denoising {predictor.denoise_ms / predictor.dense_ms:.0%} of a run"
     if steps > FEW_STEPS:
         return f"With {shares}, no patch can gain more than {predictor.ceiling(0):.2f}x."
