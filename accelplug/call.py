@@ -31,6 +31,7 @@ class AttentionCall:
         Denoisers also take ``attn_mask``, None or bool (B, 1, 1, S_k), for keys of another number.
     place : where the call stands in its sequence; None for denoisers.
     hidden : (B, S_q, C), what enters the layer (the residual stream), for patches that need ``hidden_states``; else None.
+    error : float32 (), into which a patch that can writes an estimate of its output's relative error; None where nobody asks.
     """
 
     q: Tensor
@@ -41,6 +42,7 @@ class AttentionCall:
     dense: Callable[..., Tensor]
     place: Place | None = None
     hidden: Tensor | None = None
+    error: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from accelplug.errors import (
     UnsupportedError,
     nearest,
 )
+from accelplug.hosts.estimates import Estimates, Spread
 from accelplug.hosts.forecast import Forecast, amdahl
 from accelplug.hosts.gate import Gate, Verdict
 from accelplug.hosts.host import MARK, Host, Setup, host_of, plug_of, require_free
@@ -67,6 +68,7 @@ def apply(
     deterministic: bool = False,
     choices: Mapping[str, Any] | None = None,
     processor: Any = None,
+    max_error: float | None = None,
 ) -> Plug:
     """Swap the attention of a loaded model as a recipe says.
 
@@ -81,7 +83,8 @@ def apply(
         that no run has at the first forward, of a guidance branch that never comes at the end of a run. Rules for other sizes than
         that of the run are no error, unless no patch of the recipe is for this one.
     gate : ``auto`` times dense against sparse at the first call of each shape and leaves dense what would not pay;
-        ``report`` times and tells, but forces the recipe; ``off`` forces it and times nothing.
+        ``report`` times and tells, but forces the recipe; ``off`` forces it and times nothing; ``quality`` too, but calls whose
+        estimated error is above `max_error` run dense, and are counted.
     backend : kernel for patches that leave the choice open: ``auto``, ``first``, ``triton``, ``flex``, ``flash``,
         ``blocked``, ``reference``.
     deterministic : take no choice by timing: the gate is off, and the first kernel that serves is used. With `choices`: time nothing
@@ -90,6 +93,8 @@ def apply(
         stand, untimed, in place of those arguments; a shape it does not know is timed as usual.
     processor : a vision-language model's processor, for recipes that write prompts of their own (``carve``) or ask which words
         a prompt has; a transformers pipeline's own, if left out.
+    max_error : with ``gate="quality"``: the most that a call's output may differ from dense attention's, relative to that, as rows say
+        that were computed exactly (`repair` in a rule's settings). Compiled code is judged a step late, see `hosts.estimates`.
 
     Returns
     -------
@@ -105,18 +110,20 @@ def apply(
         If the recipe cannot be read, was made for another model, has a rule that can never hold, or puts a patch where its step cache
         looks.
     UnsupportedError
-        If the model's attention cannot be swapped (linear attention), a patch of the recipe is for other models, or a library newer
+        If the model's attention cannot be swapped (linear attention), a patch of the recipe is for other models or does not estimate its
+        error where ``gate="quality"`` asks for it, or a library newer
         than what accelplug was tested with no longer keeps what it relies on.
     """
     for name, given in {"strict": strict, "deterministic": deterministic}.items():
         if not isinstance(given, bool):
             raise AccelplugError(f"{name} must be True or False, got {given!r}.")
     if choices is not None:
-        gate, backend = _replayed(choices)
+        gate, backend, max_error = _replayed(choices)
     elif deterministic:
         gate = "off"
         backend = "first" if backend == "auto" else backend  # not what another plug of this process has measured either
-    _require_one_of("gate", gate, ("auto", "report", "off"))
+    _require_one_of("gate", gate, ("auto", "report", "off", "quality"))
+    _require_bound(gate, max_error)
     _require_one_of("backend", backend, get_args(Backend))
     model, processor = unwrapped(model, processor)
     with _LOCK:
@@ -136,6 +143,7 @@ def apply(
             measure=not deterministic,
             choices=choices,
             processor=processor,
+            max_error=max_error,
         )
         plug._install()
     return plug
@@ -146,13 +154,26 @@ def _require_one_of(name: str, given: Any, known: tuple[str, ...]) -> None:
         raise AccelplugError(f"{name} must be one of {', '.join(known)}, got {given!r}{nearest(str(given), known)}.")
 
 
-def _replayed(choices: Mapping[str, Any]) -> tuple[str, str]:
-    """The gate and the backend of stored choices."""
+def _require_bound(gate: str, max_error: Any) -> None:
+    """A bound on errors, and the gate that goes by it, come together."""
+    if max_error is not None and (
+        isinstance(max_error, bool) or not isinstance(max_error, float | int) or not max_error > 0
+    ):
+        raise AccelplugError(f"max_error must be a number above 0, got {max_error!r}.")
+    if (gate == "quality") != (max_error is not None):
+        raise AccelplugError(
+            f'gate="quality" and max_error, the relative error above which calls run dense, go together: got gate={gate!r}, '
+            f"max_error={max_error!r}."
+        )
+
+
+def _replayed(choices: Mapping[str, Any]) -> tuple[str, str, float | None]:
+    """The gate, the backend and the bound on errors of stored choices."""
     expected = {"recipe", "gate", "backend", "verdicts", "kernels"}
     if not isinstance(choices, Mapping) or not expected <= set(choices):
         found = list(map(str, choices)) if isinstance(choices, Mapping) else type(choices).__name__
         raise AccelplugError(f"choices must be what plug.choices gave, with {sorted(expected)}, got {found}.")
-    return choices["gate"], choices["backend"]
+    return choices["gate"], choices["backend"], choices.get("max_error")
 
 
 def remove(model: Any) -> None:
@@ -191,6 +212,7 @@ class Plug(AbstractContextManager["Plug"]):
         measure: bool,
         choices: Mapping[str, Any] | None = None,
         processor: Any = None,
+        max_error: float | None = None,
     ) -> None:
         self.recipe = recipe
         self._undo, self._marks = Undo(), Undo()
@@ -198,8 +220,8 @@ class Plug(AbstractContextManager["Plug"]):
         self._kind = host
         self._backend = backend
         self._processor = processor
-        self._ledger = Ledger(strict)
-        self._gate = Gate(gate, times=measure)
+        self._ledger = Ledger(strict, Estimates(max_error))
+        self._gate = Gate("off" if gate == "quality" else gate, times=measure)
         self._patches: Bounded[tuple[str, str], Patch] = Bounded(256)
         if choices is not None:
             self._recall(choices)
@@ -208,6 +230,7 @@ class Plug(AbstractContextManager["Plug"]):
         self._require_patches_of_its_kind()
         self._require_a_cache_that_fits()
         self._require_a_match()
+        self._require_estimates()
 
     def _setup(self) -> Setup:
         cache = self.recipe.cache
@@ -293,6 +316,17 @@ class Plug(AbstractContextManager["Plug"]):
                 raise UnsupportedError(
                     f"{self.recipe.name} uses {entry.name}, a patch of the family {entry.family}; {type(host.root).__name__} takes "
                     f"{' and '.join(sorted(host.serves))}. `accelplug list` shows which recipes there are for which model."
+                )
+
+    def _require_estimates(self) -> None:
+        """With a bound on errors, every patch must say how large its own is."""
+        if self._ledger.estimates.bound is None:
+            return
+        for number, rule in enumerate(self.recipe.rules):
+            if rule.entry is not None and not self._patch(rule.name, rule.values, rule.instance).estimates:
+                raise UnsupportedError(
+                    f'gate="quality" goes by what patches estimate of their own error, and {self.recipe.named(number)} uses '
+                    f"{rule.name} without one. Set repair: output_query in its settings, if it is block-sparse."
                 )
 
     def _require_a_match(self) -> None:
@@ -486,7 +520,8 @@ class Plug(AbstractContextManager["Plug"]):
 
         return {
             "recipe": self.recipe.name,
-            "gate": self._gate.mode,
+            "gate": self._gate.mode if self._ledger.estimates.bound is None else "quality",
+            "max_error": self._ledger.estimates.bound,
             "backend": self._backend,
             "verdicts": [verdict.to_dict() for verdict in self._gate.verdicts],
             "kernels": choices(),
@@ -502,8 +537,13 @@ class Plug(AbstractContextManager["Plug"]):
         """
         return [forecast for host in self.hosts for forecast in host.forecasts()]
 
-    def report(self) -> Report:
-        """Say what ran how since `apply`: calls by patch, fallbacks with their reasons, what the gate left dense, what can be gained."""
+    def report(self, by_layer: bool = False) -> Report:
+        """Say what ran how since `apply`: calls by patch, fallbacks with their reasons, what the gate left dense, what can be gained.
+
+        Parameters
+        ----------
+        by_layer : list what patches estimate of their errors by module too, the median over steps and guidance branches of the last run.
+        """
         self._count_replaced()
         for host in self.hosts:
             host.collect()
@@ -516,6 +556,8 @@ class Plug(AbstractContextManager["Plug"]):
             gated=[verdict.reason + self._end_to_end(verdict) for verdict in gated],
             unjudged=sorted(self._gate.unjudged),
             gains={v.patch: v.dense_ms / v.sparse_ms for v in self._gate.verdicts if v.pays},
+            errors=self._ledger.estimates.by_patch(),
+            errors_by_layer=self._ledger.estimates.by_module() if by_layer else {},
             forecasts={f"{f.denoiser} at {_by(f.shape)}": str(f) for f in self.forecasts},
             compiled=[what for host in self.hosts for what in host.compiled()],
             idle=[f"{self.recipe.named(number)}: {why}" for number, _, why in self._idle()],
@@ -582,6 +624,9 @@ class Report(Shown):
     gated: list[str] = field(default_factory=list)
     unjudged: list[str] = field(default_factory=list)
     gains: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, Spread] = field(default_factory=dict)
+    """What each patch estimates of the relative error of its answers, in the last run."""
+    errors_by_layer: dict[str, Spread] = field(default_factory=dict)
     forecasts: dict[str, str] = field(default_factory=dict)
     compiled: list[str] = field(default_factory=list)
     idle: list[str] = field(default_factory=list)
@@ -595,6 +640,10 @@ class Report(Shown):
             yield f"answered by {name}", f"{calls} calls{gain}"
         for what, foretold in self.forecasts.items():
             yield f"foretold for {what}", foretold
+        for name, error in self.errors.items():
+            yield f"estimated error of {name}", str(error)
+        for module, error in self.errors_by_layer.items():
+            yield f"estimated error at {module}", str(error)
         for what, calls in self.fallbacks.items():
             yield f"fell back to dense: {what}", f"{calls} calls"
         for where, forwards in self.hoisted.items():

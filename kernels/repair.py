@@ -41,7 +41,7 @@ def repair(
     *,
     on_query: bool = True,
     ridge: float = 5.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Add to a sparse output what its exact rows say of its error.
 
     Parameters
@@ -57,7 +57,8 @@ def repair(
     Returns
     -------
     mended : Tensor (B, H, S, D_v) in the dtype of `out`.
-    error : float32 (B, H), the relative error of a head's output as rows say that were held back from the fit.
+    left, whole : float32 (B, H), norm of the error that is left in rows held back from the fit, and of these rows. One over the other
+        estimates the relative error, of a head or of all.
     """
     output, target = out[..., rows, :].float(), exact.float()
     parts = [output, q[..., rows, :].float()] if on_query else [output]
@@ -86,4 +87,4 @@ def repair(
     )
     mended = out.clone()
     mended[..., within, :] += error
-    return mended.index_copy(-2, rows, exact.to(out.dtype)), torch.where(helps, after, before) / whole.clamp(min=1e-12)
+    return mended.index_copy(-2, rows, exact.to(out.dtype)), torch.where(helps, after, before), whole

@@ -52,7 +52,7 @@ def test_the_regression_is_the_textbooks() -> None:
     """Centred ridge regression on both features, scaled to a mean square of 1, in float64, written out."""
     q, dense, sparse = wrong_by_query()
     rows = probe_rows(5, LAYOUT.visual, 40)
-    mended, _ = repair(sparse, q, dense[..., rows, :], rows, slice(5, 131), ridge=3.0)
+    mended, _, _ = repair(sparse, q, dense[..., rows, :], rows, slice(5, 131), ridge=3.0)
     for row in range(2):
         for head in range(2):
             o, query, exact = (x[row, head].double() for x in (sparse, q, dense))
@@ -70,7 +70,8 @@ def test_the_regression_is_the_textbooks() -> None:
 def test_the_estimate_is_the_error_of_rows_that_were_held_back() -> None:
     q, dense, sparse = wrong_by_query()
     rows = probe_rows(5, LAYOUT.visual, 60)
-    mended, estimate = repair(sparse, q, dense[..., rows, :], rows, slice(5, 131))
+    mended, error, whole = repair(sparse, q, dense[..., rows, :], rows, slice(5, 131))
+    estimate = error / whole
     left = (mended - dense)[..., 5:131, :].norm(dim=(-2, -1)) / dense[..., 5:131, :].norm(dim=(-2, -1))
     assert (left < 0.1 * (sparse - dense).norm() / dense.norm()).all(), "a linear error is found"
     assert ((estimate / left).log().abs() < 1.5).all(), (estimate, left)
@@ -82,7 +83,8 @@ def test_a_head_that_repair_would_harm_is_left_alone_but_for_its_probes() -> Non
     noise = torch.randn(sparse.shape, generator=torch.Generator().manual_seed(1))
     dense = torch.cat([(sparse + 0.3 * noise)[:, :1], (sparse + 0.3 * q)[:, 1:]], 1)  # nothing to learn in the first head
     rows = probe_rows(0, LAYOUT.length, 16)
-    mended, estimate = repair(sparse, q, dense[..., rows, :], rows)
+    mended, error, whole = repair(sparse, q, dense[..., rows, :], rows)
+    estimate = error / whole
     others = torch.ones(LAYOUT.length, dtype=torch.bool).index_fill(0, rows, False)
     assert torch.equal(mended[:, 0, others], sparse[:, 0, others])
     assert not torch.equal(mended[:, 1, others], sparse[:, 1, others])

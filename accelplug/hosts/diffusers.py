@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +34,7 @@ from accelplug.hosts.models import DENOISERS, PATCHABLE, denoisers, processor_ow
 from accelplug.hosts.placement import Placed
 from accelplug.hosts.record import Choice, given
 from accelplug.hosts.run import Moment, Run
-from accelplug.hosts.site import Entered, Region, SiteRecord, key_validity, scale_of
+from accelplug.hosts.site import Entered, Region, Settled, SiteRecord, key_validity, scale_of
 from accelplug.hosts.ulysses import Gathered
 from accelplug.hosts.undo import Undo
 from accelplug.kernels.timing import timed_ms
@@ -379,8 +380,20 @@ class DenoiserHost(Host):
             layout = self._expected_layout(entered.geometry, record.site)
             exchanged = self._exchanged(layout, share, entered.device)
             record.settle(*self._prepare(record.site, layout, entered.device), exchanged)
+            self._ask_for_error(record, entered.device)
             if compiled and record.settled.patch is not None:
                 self._judge_ahead(record, region)
+
+    def _ask_for_error(self, record: SiteRecord, device: torch.device | None) -> None:
+        """Hand a patch that estimates its error where to write it, or leave it out by what it said in the step before."""
+        here, site, run = record.settled, record.site, self._mine.run
+        if here.patch is None or not here.patch.estimates or site is None or run is None or device is None:
+            return
+        state = run.state[site.module, self.now.branch]
+        compiled = self._traced or compat.torch.is_compiled(self.denoiser)
+        error, reason = self.ledger.estimates.ask(site, self.now, here.choice.name, device, state, compiled)
+        patch = here.patch if reason is None else None
+        record.settled = replace(here, patch=patch, reason=reason, error=error)
 
     def _is_compiled(self) -> bool:
         """Whether attention never comes by in eager mode, where the gate would time it: blocks are compiled, or all around us."""
@@ -502,21 +515,28 @@ class DenoiserHost(Host):
                 self.ledger.fell_back(record.site.module, reason)
             else:
                 key_mask, _ = key_validity(mask, k.shape[-2], self.family.outer_mask)
-                call = AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense)
+                call = AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense, error=here.error)
                 reason = self._not_worth_it(record, call)
                 call = call if reason is None else None
+        run = dense if call is None or patch is None else partial(patch.attend, call, params)
+        timed = self.ledger.timed or entered is not None
+        out, ms = timed_ms(run, q.device) if timed else (run(), None)
+        if call is not None and (reason := self._too_wrong(here)) is not None:
+            self.ledger.fell_back(record.site.module, reason)
+            out, call = dense(), None
         name = here.choice.name if call is not None else "dense"
         self.ledger.count(self.ledger.served, name)
-        run = dense if call is None or patch is None else lambda: patch.attend(call, params)
-        if not self.ledger.traces and entered is None:
-            return run()
-        out, ms = timed_ms(run, q.device) if self.ledger.timed or entered is not None else (run(), None)
         if self.ledger.traces:
             self._note(record, call, name, reason, q, ms if self.ledger.timed else None)
         if entered is not None:
             dense_ms = ms if call is None else self._judged_dense_ms(record, q)
             self.meter.call(record.site.module, q, dense_ms, entered)
         return out
+
+    def _too_wrong(self, here: Settled) -> str | None:
+        """Why the answer of a patch is not good enough, by its own estimate, or None."""
+        estimates = self.ledger.estimates
+        return estimates.reason if here.error is not None and estimates.is_above(here.error) else None
 
     def _judged_dense_ms(self, record: SiteRecord, q: Tensor) -> float | None:
         """What dense attention takes where a patch answered, if the gate has timed it."""
@@ -533,6 +553,7 @@ class DenoiserHost(Host):
         layout = entered.geometry.layout(record.site.kind, length) if entered.geometry and record.site else None
         if layout is not None and record.site is not None:
             record.settle(*self._prepare(record.site, layout, entered.device), record.settled.exchanged)
+            self._ask_for_error(record, entered.device)
 
     def _obstacle(self, record: SiteRecord, q: Tensor, k: Tensor, v: Tensor, mask: Any, blocked: str | None) -> str | None:
         """Why a call that a patch is there for must run dense, or None."""
@@ -576,7 +597,9 @@ class DenoiserHost(Host):
         last = self.now.step is None or self.now.step + 1 == self.now.steps
         kept = plan if self.ledger.keeps_plans and last else None
         if record.site is not None:
-            self.ledger.note(Event(record.site, self.now, name, reason, density, q.shape[-2], ms, kept))
+            said = None if record.settled.error is None else float(record.settled.error)
+            error = None if said is None or math.isnan(said) else said
+            self.ledger.note(Event(record.site, self.now, name, reason, density, q.shape[-2], ms, kept, error))
 
     # ----------------------------------------------------------------------------------------------- what it can gain
 

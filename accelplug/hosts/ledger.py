@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelplug.call import Clock, Site
 from accelplug.errors import FallbackError
+from accelplug.hosts.estimates import Estimates
 
 if TYPE_CHECKING:
     from accelplug.kernels.plan import BlockPlan
@@ -31,6 +32,8 @@ class Event:
     tokens : length of the query sequence.
     ms : wall time of the call in milliseconds, device synchronised; None unless the trace is timed.
     plan : the block plan, None unless the trace keeps plans.
+    error : the patch's estimate of the relative error of its answer, None where it has none. The call ran dense where it is above the
+        bound.
     """
 
     site: Site
@@ -41,6 +44,7 @@ class Event:
     tokens: int
     ms: float | None = None
     plan: BlockPlan | None = None
+    error: float | None = None
 
 
 @dataclass(eq=False)
@@ -57,6 +61,7 @@ class Ledger:
     """Counts of what ran how; every call while a trace is open. Traces may be open side by side: each has all events."""
 
     strict: bool = False
+    estimates: Estimates = field(default_factory=Estimates)
     served: Counter[str] = field(default_factory=Counter)
     """Calls answered, by patch name; ``dense`` counts those that no rule names or that a gate left dense."""
     fallbacks: Counter[tuple[str, str]] = field(default_factory=Counter)

@@ -66,6 +66,8 @@ class Settled:
     length: int = -1
     known: bool = True
     """Whether the forward of the denoiser was seen in this thread."""
+    error: Tensor | None = None
+    """Into which the patch writes an estimate of its error, float32 (); None where it has none."""
 
 
 class _Here(threading.local):
@@ -151,7 +153,8 @@ class SiteRecord:
         if blocked is not None or not understood or not q.shape[-2] == k.shape[-2] == here.length:
             self.missed = True  # counted by the host, outside the graph
             return dense()
-        return patch.attend(AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense), here.params)
+        call = AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense, error=here.error)
+        return patch.attend(call, here.params)
 
     def settle(
         self, choice: Choice, layout: Layout | None, params: Any, order: Tiles | None, exchanged: Gathered | None = None

@@ -263,8 +263,18 @@ class BlockSparse(Patch):
         exact = call.dense(q=call.q[..., rows, :], attn_mask=None if call.mask is None else call.mask[:, None, None])
         on_query = self.config.repair == "output_query"
         visual = slice(first, first + tiles.layout.visual)
-        mended, _ = repair(out, call.q, exact, rows, visual, on_query=on_query, ridge=self.config.ridge)
-        return torch.where(plan.skipped[..., None, None], out, mended) if isinstance(plan, BlockPlan) else mended
+        mended, left, whole = repair(out, call.q, exact, rows, visual, on_query=on_query, ridge=self.config.ridge)
+        if isinstance(plan, BlockPlan):
+            mended = torch.where(plan.skipped[..., None, None], out, mended)
+            left = torch.where(plan.skipped, whole, left)
+        if call.error is not None:
+            call.error.copy_(left.norm() / whole.norm().clamp(min=1e-12))
+        return mended
+
+    @property
+    def estimates(self) -> bool:
+        """Whether an estimate of the error comes with the output: where it is repaired."""
+        return self.config.repair != "none"
 
     def probed(self, layout: Layout, call: AttentionCall) -> int:
         """Return how many rows of each head are probed; 0 where it does not pay: more than half of them would be."""
