@@ -270,7 +270,7 @@ _OWN = (
 
 def list_patches() -> tuple[PatchEntry, ...]:
     """Return all patches: ours, then those of others. Of ours, none is imported."""
-    return _PATCHES.all()
+    return PATCH_CATALOG.all()
 
 
 def patch_entry(name: str) -> PatchEntry:
@@ -281,10 +281,10 @@ def patch_entry(name: str) -> PatchEntry:
     NoMatchError
         If there is no patch of that name.
     """
-    entry = _PATCHES.get(name) if isinstance(name, str) else None
+    entry = PATCH_CATALOG.get(name) if isinstance(name, str) else None
     if entry is None:
         known = [entry.name for entry in list_patches()]
-        why = _PATCHES.why_not(str(name)) or nearest(str(name), known)
+        why = PATCH_CATALOG.why_not(str(name)) or nearest(str(name), known)
         raise NoMatchError(f"There is no patch {name!r}{why}. Known: dense, {', '.join(known)}.")
     return entry
 
@@ -309,7 +309,7 @@ def entry_of(patch: str | Patch | type[Patch]) -> PatchEntry:
         return patch_entry(patch)
     cls = patch if isinstance(patch, type) else type(patch)
     entry = _described(cls)
-    known = _PATCHES.get(entry.name)
+    known = PATCH_CATALOG.get(entry.name)
     if known is not None and (known.module, known.cls) == (entry.module, entry.cls):
         return known
     _require(cls, "used", _unfinished(cls, entry.family))
@@ -341,14 +341,14 @@ def register_patch(cls: PatchClass) -> PatchClass:
     """
     entry = _described(cls)
     _require(cls, "registered", [*_unfinished(cls, entry.family), *_undescribed(cls)])
-    known = _PATCHES.get(entry.name)
+    known = PATCH_CATALOG.get(entry.name)
     if known is not None and known.registered and (known.module, known.cls) == (entry.module, entry.cls):
-        _PATCHES.drop(known)
-    _PATCHES.add([entry.name], entry)
+        PATCH_CATALOG.drop(known)
+    PATCH_CATALOG.add([entry.name], entry)
     return cls
 
 
-_PATCHES: Catalog[PatchEntry] = Catalog(
+PATCH_CATALOG: Catalog[PatchEntry] = Catalog(
     "patch", {entry.name: entry for entry in _OWN}, EntryPoints("accelplug.patches", register_patch)
 )
 

@@ -356,7 +356,7 @@ def test_a_model_of_another_package_is_known_once_it_is_registered(monkeypatch: 
     class OwnModel:
         pass
 
-    monkeypatch.setattr(vlm, "_VLMS", copy.copy(vlm._VLMS))
+    monkeypatch.setattr(vlm, "VLM_CATALOG", copy.copy(vlm.VLM_CATALOG))
     family = vlm.Vlm("own", ("OwnModel",), "patches", "thw")
     assert vlm.vlm_of(OwnModel()) is None
     assert accelplug.register_vlm(family) is accelplug.register_vlm(family)

@@ -54,7 +54,7 @@ def shelf(monkeypatch: pytest.MonkeyPatch) -> catalog.Catalog[Any]:
     fresh = catalog.Catalog(
         "patch", {entry.name: entry for entry in registry._OWN}, catalog.EntryPoints("accelplug.patches", register_patch)
     )
-    monkeypatch.setattr(registry, "_PATCHES", fresh)
+    monkeypatch.setattr(registry, "PATCH_CATALOG", fresh)
     return fresh
 
 
@@ -290,7 +290,7 @@ def own_families(monkeypatch: pytest.MonkeyPatch) -> None:
     """Families that tests may add to, with entry points not read yet."""
     known = {cls: family for family in families.FAMILIES for cls in family.classes}
     points = catalog.EntryPoints("accelplug.families", families.register_family)
-    monkeypatch.setattr(families, "_FAMILIES", catalog.Catalog("denoiser class", known, points))
+    monkeypatch.setattr(families, "FAMILY_CATALOG", catalog.Catalog("denoiser class", known, points))
 
 
 @pytest.mark.usefixtures("own_families")

@@ -38,12 +38,12 @@ FAMILIES: tuple[Family, ...] = tuple(
 
 def family_of(model: Any) -> Family | None:
     """Return the family of a denoiser by the names of its class and the classes that it derives from, or None."""
-    return _FAMILIES.of(model)
+    return FAMILY_CATALOG.of(model)
 
 
 def list_families() -> tuple[Family, ...]:
     """Return all families: ours, then those of others."""
-    return _FAMILIES.all()
+    return FAMILY_CATALOG.all()
 
 
 def register_family(family: Family) -> Family:
@@ -66,7 +66,7 @@ def register_family(family: Family) -> Family:
         raise AccelplugError(
             f"The family {family.name!r} cannot be registered: {'; '.join(faults)}. See docs/add-a-patch.md."
         )
-    _FAMILIES.add(family.classes, family)
+    FAMILY_CATALOG.add(family.classes, family)
     return family
 
 
@@ -88,7 +88,7 @@ def _faults(family: Family) -> list[str]:
     return faults
 
 
-_FAMILIES: Catalog[Family] = Catalog(
+FAMILY_CATALOG: Catalog[Family] = Catalog(
     "denoiser class",
     {cls: family for family in FAMILIES for cls in family.classes},
     EntryPoints("accelplug.families", register_family),

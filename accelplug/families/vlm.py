@@ -58,12 +58,12 @@ KNOWN_VLMS = (
 
 def vlm_of(model: Any) -> Vlm | None:
     """Return the family of a model by the names of its class and the classes that it derives from, or None."""
-    return _VLMS.of(model)
+    return VLM_CATALOG.of(model)
 
 
 def list_vlms() -> tuple[Vlm, ...]:
     """Return all known families: ours, then those of others."""
-    return _VLMS.all()
+    return VLM_CATALOG.all()
 
 
 def register_vlm(family: Vlm) -> Vlm:
@@ -82,11 +82,11 @@ def register_vlm(family: Vlm) -> Vlm:
         raise AccelplugError(
             f"register_vlm: expected a Vlm that names model classes, got {family!r}. Give it classes=(...)."
         )
-    _VLMS.add(family.classes, family)
+    VLM_CATALOG.add(family.classes, family)
     return family
 
 
-_VLMS: Catalog[Vlm] = Catalog(
+VLM_CATALOG: Catalog[Vlm] = Catalog(
     "vision-language model",
     {cls: family for family in KNOWN_VLMS for cls in family.classes},
     EntryPoints("accelplug.vlms", register_vlm),

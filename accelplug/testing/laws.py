@@ -431,15 +431,14 @@ def snapshot_of(model: nn.Module) -> dict[str, Any]:
     """Return everything about a model that a plug could leave behind, but for parameters' values."""
     return {
         "vars": {  # transformers puts its capture of outputs there and takes it away as it likes
-            path: {name for name in vars(module) if not name.startswith("_output_capturing")}
-            for path, module in model.named_modules()
+            path: {name for name in vars(module) if "output_capturing" not in name} for path, module in model.named_modules()
         },
         "configs": {path: id(vars(module).get("config")) for path, module in model.named_modules()},
         "generate": id(vars(model).get("generate")),
         "classes": {path: type(module) for path, module in model.named_modules()},
         "processors": {path: (id(module.processor), type(module.processor)) for path, module in processor_owners(model)},
         "hooks": {
-            path: (list(module._forward_hooks), list(module._forward_pre_hooks), list(module._forward_pre_hooks_with_kwargs))
+            path: {name: list(held) for name, held in vars(module).items() if name.endswith(("hooks", "hooks_with_kwargs"))}
             for path, module in model.named_modules()
         },
         "state": {key: value.data_ptr() for key, value in model.state_dict().items()},

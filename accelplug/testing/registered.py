@@ -36,7 +36,7 @@ def registered(thing: type[Patch] | Family | Vlm) -> Iterator[None]:
 
 def _home_of(thing: Any) -> tuple[Catalog[Any], Callable[[Any], Any]]:
     if isinstance(thing, Family):
-        return families._FAMILIES, families.register_family
+        return families.FAMILY_CATALOG, families.register_family
     if isinstance(thing, Vlm):
-        return vlm._VLMS, vlm.register_vlm
-    return registry._PATCHES, registry.register_patch
+        return vlm.VLM_CATALOG, vlm.register_vlm
+    return registry.PATCH_CATALOG, registry.register_patch
