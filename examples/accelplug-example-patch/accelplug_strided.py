@@ -1,4 +1,4 @@
-"""Strided attention: every query block reads those around it, and every so-manieth block of the sequence.
+"""Strided attention: every query block reads those around it, and and every `stride`-th block from itself.
 
 The strided pattern of Sparse Transformers (arXiv 1904.10509, section 4.3) by blocks, and to both sides, since denoisers read the
 whole sequence: query block m reads key block n iff ``|m - n| <= reach`` or ``(m - n) mod stride = 0``. Text is read by all, and
@@ -25,7 +25,7 @@ class Strided(BlockSparse):
 
     name = "strided"
     cite = "arXiv 1904.10509"
-    summary = "Every query block reads those around it, and every so-manieth of all."
+    summary = "Every query block reads those around it, and some at equal distances."
     config: Config
 
     def neutral(self, layout: Layout) -> bool:
