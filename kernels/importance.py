@@ -1,4 +1,5 @@
-"""How much each key block matters to each query block, judged by a sample: of the tokens of both, or of rows against all keys."""
+"""How much each key block matters to each query block, judged by a sample: of the tokens of both, or of rows against all keys; or by means
+of parts of both."""
 
 from __future__ import annotations
 
@@ -7,11 +8,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from accelplug.kernels.plan import pool
+
 SHARE = 4
 """One in so many tokens of a block is looked at."""
 
 BUDGET = 1 << 25
 """Logits held at a time."""
+
+PARTS = 4
+"""Parts of a block that have a mean each."""
 
 
 def sampled_slots(lengths: Tensor, block: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -155,6 +161,52 @@ def _(
     key_mask: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(*q.shape[:2], len(q_len), len(k_len), dtype=torch.float32)
+
+
+def subblock_scores(
+    q: Tensor,
+    k: Tensor,
+    q_len: Tensor,
+    k_len: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Return ``log sum exp(scale * q_a.k_b)`` over parts a of each query and b of each key block, by the means q_a and k_b of parts.
+
+    The sum is over pairs of parts that hold a token. It costs ``16 / (block_q * block_k)`` of the products of dense attention.
+
+    Parameters
+    ----------
+    q, k : Tensor (B, H, P_q, D) and (B, H_kv, P_k, D), tokens in block order; H_kv divides H.
+    q_len, k_len : int32 (M,) and (N,), tokens at the front of each block.
+    block_q, block_k : slots per query and key block, multiples of 4.
+    scale : factor on q.k.
+    key_mask : bool (B, P_k) or (B, H, P_k), keys that may be read.
+
+    Returns
+    -------
+    scores : float32 (B, H, M, N); -inf for a block without a key that may be read. A row without a token is finite elsewhere.
+    """
+
+    def parts(x: Tensor, lengths: Tensor, block: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        start = torch.arange(0, block, block // PARTS, device=lengths.device)
+        held = (lengths[:, None] - start).clamp(0, block // PARTS).int().flatten()
+        mean, number = pool(x, held, block // PARTS, valid)
+        return mean.unflatten(-2, (-1, PARTS)), number.unflatten(-1, (-1, PARTS)) == 0
+
+    (queries, no_query), (keys, no_key) = parts(q, q_len, block_q, None), parts(k, k_len, block_k, key_mask)
+    keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    total = torch.full((), -torch.inf, device=q.device)
+    for a in range(PARTS):
+        for b in range(PARTS):
+            logits = scale * queries[..., a, :] @ keys[..., b, :].mT
+            logits = logits.masked_fill(no_key[..., None, :, b], -torch.inf)
+            if a > 0:  # a block with a token has one in its first part
+                logits = logits.masked_fill(no_query[..., a, None], -torch.inf)
+            total = torch.logaddexp(total, logits)
+    return total
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ import torch
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.curves import morton
 from accelplug.kernels.orders import Tiles, tiles
-from accelplug.kernels.plan import BlockPlan
+from accelplug.kernels.plan import BlockPlan, Threshold
 from accelplug.patches.sparse.sol import Sol
 from accelplug.patches.sparse.template import Blocks
 
@@ -29,7 +29,8 @@ def plan_of(
     """Select on q (B, H, S, D) and k (B, H_kv, S, D), tokens in raster order."""
     sol = Sol({"block": 8, **config})
     blocks = blocks_of(q, k, sol.order(layout), key_mask, scale)
-    return sol.route(blocks).lower(blocks.q_pool, blocks.k_pool, scale)
+    plan = sol.route(blocks)
+    return plan if isinstance(plan, BlockPlan) else plan.lower(blocks.q_pool, blocks.k_pool, scale)
 
 
 def blocks_of(
@@ -74,6 +75,133 @@ def test_equals_the_rule_stated_block_by_block(layout: Layout, statistic: str) -
     k[..., layout.visual :, :] += 5  # text keys far away must not move the threshold
     plan = plan_of(layout, q, k, tau=0.6, statistic=statistic)
     assert torch.equal(plan.members[0, 0], members_by_blocks(layout, q[0, 0], k[0, 0], 0.6, statistic))
+
+
+def parts_of(x: torch.Tensor, layout: Layout, block: int = 8) -> list[list[torch.Tensor]]:
+    """Means of the quarters of each block of x (S, D) that hold a token, text behind the visual tokens: float64."""
+    starts = [*range(0, layout.visual, block), *range(layout.visual, layout.length, block)]
+    found = []
+    for start in starts:
+        end = min(start + block, layout.visual if start < layout.visual else layout.length)
+        quarters = [x[s : min(s + block // 4, end)] for s in range(start, end, block // 4)]
+        found.append([quarter.double().mean(0) for quarter in quarters])
+    return found
+
+
+def scores_by_parts(layout: Layout, q: torch.Tensor, k: torch.Tensor, scale: float = 0.25) -> torch.Tensor:
+    """The log of the sum over pairs of parts, q and k (S, D), one pair of blocks at a time: float64 (M, N)."""
+    rows, columns = parts_of(q, layout), parts_of(k, layout)
+    return torch.stack(
+        [
+            torch.stack([torch.stack([scale * a @ b for a in row for b in column]).logsumexp(0) for column in columns])
+            for row in rows
+        ]
+    )
+
+
+@pytest.mark.parametrize("layout", [Layout((3, 5, 7)), Layout((3, 5, 7), 0, 11), Layout((1, 11, 11), 0, 8)], ids=str)
+def test_sub_blocks_equal_the_rule_stated_block_by_block(layout: Layout) -> None:
+    q, k = torch.randn(2, 1, 1, layout.length, 16)
+    k[..., layout.visual :, :] += 5  # text keys far away must not move the threshold
+    score, visual = scores_by_parts(layout, q[0, 0], k[0, 0]), -(-layout.visual // 8)
+    laid = tiles(layout, "raster", 8)
+    got = Sol({"block": 8, "statistic": "subblock"}).scores(blocks_of(q, k, laid)) * math.log(2)
+    torch.testing.assert_close(got[0, 0].double(), score, rtol=1e-5, atol=1e-5)
+    of_visual = score[:, :visual]
+    theta = of_visual.mean(-1) + 0.6 * (of_visual.var(-1, correction=0)).sqrt()
+    expected = score > theta[:, None]
+    at = torch.arange(len(score))
+    expected |= ((at[:, None] - at).abs() <= 1) | (at >= visual) | (at >= visual)[:, None]
+    assert torch.equal(plan_of(layout, q, k, tau=0.6, statistic="subblock").members[0, 0], expected)
+
+
+def test_sub_blocks_see_a_part_that_stands_out_where_means_do_not() -> None:
+    layout = Layout((1, 8, 8))
+    q, k = torch.full((1, 1, 64, 4), 2.0), 0.01 * torch.randn(1, 1, 64, 4)
+    k[..., 40:42, :] = 9.0  # a quarter of block 5, made up for by the others
+    k[..., 42:48, :] = -3.0
+    means, parts = (
+        plan_of(layout, q, k, tau=1.5, band=0, statistic=statistic).members[0, 0] for statistic in ("diag", "subblock")
+    )
+    assert not means[:5, 5].any()
+    assert parts[:, 5].all()
+    assert int(parts.sum()) == 8 + 7  # it, and each row's own
+
+
+def test_sub_blocks_of_equal_keys_are_means() -> None:
+    """Parts alike: the score is that of means and log 16, so both read the same."""
+    layout = Layout((3, 4, 8))
+    q, k = (torch.randn(1, 2, 12, 16).repeat_interleave(8, -2) for _ in range(2))
+    means = plan_of(layout, q, k, tau=0.7, statistic="exact").members
+    assert torch.equal(plan_of(layout, q, k, tau=0.7, statistic="subblock").members, means)
+
+
+def test_a_part_whose_keys_are_all_masked_takes_no_part() -> None:
+    layout, laid = Layout((2, 4, 8)), tiles(Layout((2, 4, 8)), "raster", 8)
+    q, k = torch.randn(2, 1, 2, 64, 16)
+    key_mask = torch.ones(1, 64, dtype=torch.bool)
+    key_mask[:, 2:4] = key_mask[:, 32:] = False
+    other = torch.where(key_mask[:, None, :, None], k, 100.0)
+    sol = Sol({"block": 8, "statistic": "subblock"})
+    score, same = (sol.scores(blocks_of(q, x, laid, key_mask)) for x in (k, other))
+    assert torch.equal(score, same)
+    assert torch.equal(score.isinf().any((0, 1, 2)), torch.arange(8) >= 4)
+    plan = plan_of(layout, q, k, key_mask, tau=0.3, statistic="subblock")
+    assert torch.equal(plan.members, plan_of(layout, q, other, key_mask, tau=0.3, statistic="subblock").members)
+    assert not plan.members[..., :3, 4:].any()
+
+
+@pytest.mark.parametrize("statistic", ["diag", "subblock"])
+def test_least_is_a_floor_of_the_likeliest_blocks(statistic: str) -> None:
+    layout = Layout((3, 5, 7), 0, 11)
+    q, k = torch.randn(2, 1, 2, layout.length, 16)
+    k[..., layout.visual :, :] += 5
+    at = torch.arange(16)
+    text, laid = at >= 14, tiles(layout, "raster", 8)
+    score = Sol({"block": 8, "statistic": statistic}).scores(blocks_of(q, k, laid))
+    band = ((at[:, None] - at).abs() <= 1) | text | text[:, None]
+    highest = score[..., :14].argsort(-1, descending=True)[..., :5]
+    expected = band.expand(1, 2, 16, 16).scatter(-1, highest, True)
+    assert torch.equal(plan_of(layout, q, k, tau=1e4, least=5, statistic=statistic).members, expected)
+    threshold = plan_of(layout, q, k, tau=0.5, statistic=statistic).members
+    assert torch.equal(plan_of(layout, q, k, tau=0.5, least=5, statistic=statistic).members, threshold | expected)
+    assert plan_of(layout, q, k, tau=1e4, least=99, statistic=statistic).members.all()
+
+
+def test_the_kernel_evaluates_the_threshold_unless_it_must_rank() -> None:
+    layout = Layout((3, 5, 7))
+    q, k = torch.randn(2, 1, 1, layout.length, 16)
+    blocks = blocks_of(q, k, tiles(layout, "raster", 8))
+    kinds = {
+        str(config): type(Sol({"block": 8, **config}).route(blocks)).__name__
+        for config in ({}, {"statistic": "exact"}, {"least": 1}, {"statistic": "subblock"})
+    }
+    assert list(kinds.values()) == ["Threshold", "Threshold", "BlockPlan", "BlockPlan"]
+
+
+@pytest.mark.parametrize("config", [{"statistic": "subblock"}, {"least": 3}, {"statistic": "subblock", "least": 3}], ids=str)
+@pytest.mark.parametrize("order", ["gilbert", "kmeans"])
+def test_settings_that_rank_serve_every_call(config: dict[str, Any], order: str) -> None:
+    """Joint attention with padded text, GQA, batch 2, bf16, orders that differ by head; compiled without a graph break."""
+    layout = Layout((3, 5, 7), 4, 9)
+    q, k, v = torch.randn(2, 4, 118, 16), torch.randn(2, 2, 118, 16), torch.randn(2, 2, 118, 16)
+    mask = torch.ones(2, 118, dtype=torch.bool)
+    mask[1, -3:] = False
+    sol = Sol({"block": 8, "tau": 2.0, "order": order, "backend": "blocked", **config})
+    params = sol.prepare(SITE, layout, Clock(0, 4), {})
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return sol.attend(AttentionCall(q, k, v, mask, 0.25, lambda: q), params)
+
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask[:, None, None], scale=0.25, enable_gqa=True
+    )
+    out = run(q, k, v)
+    for text in (slice(0, 4), slice(109, None)):
+        torch.testing.assert_close(out[..., text, :], dense[..., text, :], rtol=1e-4, atol=1e-5)
+    assert 0.05 < float((out - dense).norm() / dense.norm()) < 1
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(q, k, v), out, rtol=1e-4, atol=1e-5)
+    assert run(*(x.bfloat16() for x in (q, k, v))).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("tau", "share"), [(1.0, 0.1587), (1.5, 0.0668), (2.0, 0.0228)])
@@ -175,7 +303,9 @@ def test_theta_is_traced_without_a_graph_break() -> None:
     q, k = torch.randn(2, 1, 2, layout.length, 16)
 
     def theta(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return sol.route(blocks_of(q, k, laid)).theta
+        rule = sol.route(blocks_of(q, k, laid))
+        assert isinstance(rule, Threshold)
+        return rule.theta
 
     compiled = torch.compile(theta, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k), theta(q, k))

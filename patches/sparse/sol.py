@@ -11,6 +11,11 @@ that is, iff its score lies tau standard deviations above the mean; ``statistic:
 sum. Were the scores Gaussian, tau 1, 1.5 and 2 would read 15.9, 6.7 and 2.3 % of the blocks. Blocks within `band` are
 always read. Every other block is read as one key (``rest: pool``). No sort, no top-k, a budget that follows the row.
 
+With ``statistic: subblock`` (SGLang's score of blocks, not the paper's) a block is cut in 4, and its score is the log of the sum of
+``exp(scale * q_a.k_b)`` over the means of the 4 x 4 parts, held against the mean and deviation of such scores. It sees a part that stands
+out. `least` is a floor (ours): so many blocks of each row, those that score highest, are read whatever the threshold says, which alone
+misses detail that moves. Neither can be told from pooled keys as the kernel meets them: the plan is then made ahead.
+
 Text blocks are read by all, and read all. They are not candidates, so mu and var are taken over visual blocks alone:
 text keys lie far from visual ones, and would raise the threshold beyond what tau says. Blocks whose keys are all masked
 do not count either. Both statistics are of the population, over blocks, whatever the blocks' lengths.
@@ -21,11 +26,14 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from accelplug.call import Layout
-from accelplug.kernels.plan import Threshold
+from accelplug.kernels.importance import subblock_scores
+from accelplug.kernels.plan import BlockPlan, Threshold
+from accelplug.kernels.rows import top_k
 from accelplug.patches.sparse.template import Blocks, RestKind, Scored, ScoredConfig
 
 
@@ -38,9 +46,11 @@ class Sol(Scored):
         tau: float | Literal["dense"] = Field(
             1.0, description="Standard deviations above the mean score from which a block is read exactly; dense reads all."
         )
-        statistic: Literal["diag", "exact"] = Field(
-            "diag", description="Spread of the scores by channel variances or covariance."
+        statistic: Literal["diag", "exact", "subblock"] = Field(
+            "diag",
+            description="Scores of means, their spread by channel variances or covariance; or of 4 x 4 parts of blocks.",
         )
+        least: int = Field(0, ge=0, description="Visual key blocks that a query block reads at least, the likeliest ones.")
         band: int = Field(1, ge=0, description="Blocks on either side of its own that a query block always reads.")
 
     config: Config
@@ -48,13 +58,41 @@ class Sol(Scored):
     def neutral(self, layout: Layout) -> bool:
         return self.config.tau == "dense"
 
-    def route(self, blocks: Blocks) -> Threshold:
+    def route(self, blocks: Blocks) -> BlockPlan | Threshold:
         shape = blocks.query_lengths, blocks.key_lengths, blocks.block, blocks.block_k
-        return Threshold(self.theta(blocks), self.config.band, blocks.key_text, blocks.query_text, *shape)
+        if self.config.statistic != "subblock" and self.config.least == 0:
+            return Threshold(self.theta(blocks), self.config.band, blocks.key_text, blocks.query_text, *shape)
+        score = self.scores(blocks)
+        theta = self.theta_of(score, blocks) if self.config.statistic == "subblock" else self.theta(blocks)
+        rule = Threshold(theta, self.config.band, blocks.key_text, blocks.query_text, *shape)
+        members = (score > theta[..., None]) | rule.always
+        if self.config.least > 0:
+            members = members | top_k(score, self.config.least, candidates=blocks.candidates[..., None, :])
+        return blocks.plan(members)
+
+    def scores(self, blocks: Blocks) -> Tensor:
+        """Return the score of each pair of blocks, float32 (B, H, M, N), log2 domain."""
+        if self.config.statistic == "subblock":
+            sizes = blocks.query_lengths, blocks.key_lengths, blocks.block, blocks.block_k
+            return math.log2(math.e) * subblock_scores(blocks.q, blocks.k, *sizes, blocks.scale, blocks.key_mask)
+        return (blocks.q_pool * (blocks.scale * math.log2(math.e))) @ blocks.k_pool.mT
+
+    def theta_of(self, score: Tensor, blocks: Blocks) -> Tensor:
+        """Return the threshold of each query block, float32 (B, H, M), from the mean and deviation of its scores."""
+        weight = blocks.candidates.float()[..., None, :]
+        weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)  # [B|1, H|1, 1, N]
+        score = torch.where(weight > 0, score, 0.0)
+        mean = (weight * score).sum(-1, keepdim=True)
+        variance = (weight * (score - mean).square()).sum(-1)
+        return mean[..., 0] + self.tau * (variance + 1e-6).sqrt()
+
+    @property
+    def tau(self) -> float:
+        """Standard deviations above the mean from which a block is read exactly."""
+        return -math.inf if self.config.tau == "dense" else float(self.config.tau)
 
     def theta(self, blocks: Blocks) -> Tensor:
-        """Return the threshold of each query block, float32 (B, H, M), log2 domain."""
-        tau = -math.inf if self.config.tau == "dense" else float(self.config.tau)
+        """Return the threshold of each query block, float32 (B, H, M), log2 domain, from the statistics of the pooled keys."""
         weight = blocks.candidates[..., None].float()
         weight = weight / weight.sum(-2, keepdim=True).clamp(min=1)  # [B|1, 1, N, 1]
         mean = (weight * blocks.k_pool).sum(-2, keepdim=True)
@@ -65,4 +103,4 @@ class Sol(Scored):
         else:
             covariance = centred.transpose(-1, -2) @ (weight * centred)
             variance = ((query @ covariance) * query).sum(-1, keepdim=True).clamp(min=0)  # rounding may pass below 0
-        return (query @ mean.transpose(-1, -2) + tau * (variance + 1e-6).sqrt())[..., 0]
+        return (query @ mean.transpose(-1, -2) + self.tau * (variance + 1e-6).sqrt())[..., 0]
