@@ -104,7 +104,7 @@ class CacheKind:
     by_context : it cannot run outside of a cache context, by which it tells guidance branches apart.
     by_first_block : it predicts a step from the first block, which must be dense, or the error of a patch would pass for change.
     counts_steps : it counts the steps of each denoiser, so that denoisers cannot share those of a run.
-    extrapolates : it reads derivatives off consecutive steps; a patch that reads other blocks at every step spoils them.
+    extrapolates : it reads derivatives off consecutive steps; a patch that reads other blocks at every step makes them wrong.
     measured : it must be told the model's magnitudes, which a dense run shows.
     """
 

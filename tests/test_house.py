@@ -19,6 +19,7 @@ SHARED = {
     "attend": "a kernel backend's answer to block_attention",
     "missing": "why a kernel backend cannot be used on this machine",
     "unsupported": "why a kernel backend cannot answer a call",
+    "score": "an evaluator's figures of what was said",
     "Params": "what a patch's prepare gives its attend",
     "Scene": "a generated dataset: one picture or clip, by its numbers",
     "KINDS": "a generated dataset: what its objects can be",

@@ -192,7 +192,7 @@ class Health:
 def collapsed(before: Health, after: Health) -> list[str]:
     """Return the signs that fewer errors come from saying less, one sentence each; empty if there are none.
 
-    A figure that is NaN raises no alarm, but an undefined MCC counts as 0: saying always the same is no skill.
+    A figure that is NaN raises no alarm, but an undefined MCC counts as 0: saying always the same shows no skill.
     """
     shift = after.yes_ratio - before.yes_ratio
     rises = (0 if math.isnan(after.mcc) else after.mcc) > (0 if math.isnan(before.mcc) else before.mcc)
