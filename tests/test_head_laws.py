@@ -32,13 +32,10 @@ WINDOW = 9
 VISUAL = slice(4, 17)
 SITE = Site("layers.2.self_attn", "decoder", "self", 2, 4)
 PREFILL, DECODE = Clock(phase="prefill"), Clock(phase="decode")
-PATCHES: dict[str, dict[str, Any]] = {
-    "visual_bias": {"image_weight": 100.0, "system_weight": 1e-6},
-    "var": {"sink_dims": [3, 5], "sink_threshold": 1.0, "min_visual_mass": 0.0, "min_nonsink_ratio": 0.0},
-    "gift": {"saliency_layer": 1, "enhance": [2, 4], "alpha": 20.0},
-    "pai": {"alpha": 10.0},
-    "imbalance": {"local_alpha": 10.0, "summary_alpha": 10.0, "local_share": 0.9},
+ALONE = {name: settings for name, settings in WORKING.items() if name != "vhr"} | {
+    "gift": {**WORKING["gift"], "enhance": [2, 4]}  # behind the layer that is read, as the site is
 }
+"""Working settings of those that read nothing but their call."""
 FORMS = ("bool", "lowest", "infinite", "large", "told", "window")
 
 
@@ -86,7 +83,7 @@ def make(form: str, queries: int, dtype: torch.dtype, seed: int = 0) -> Attentio
 
 def answered(name: str, call: AttentionCall, queries: int) -> Tensor:
     """What a patch makes of the last rows that answer, once it has read the prompt."""
-    patch, layout, whole = patch_class(name)(PATCHES[name]), prompt(queries), make("bool", S, torch.float32)
+    patch, layout, whole = patch_class(name)(ALONE[name]), prompt(queries), make("bool", S, torch.float32)
     hidden = torch.randn(B, S, 32, generator=torch.Generator().manual_seed(1))
     maps = tuple(torch.rand(B, S, generator=torch.Generator().manual_seed(i)) * prompt(S).visual for i in (2, 3))
     state: dict[str, Any] = {"vision_attention": maps}
@@ -103,7 +100,7 @@ def answered(name: str, call: AttentionCall, queries: int) -> Tensor:
 
 @pytest.mark.parametrize("queries", [S, 3, 1])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", PATCHES)
+@pytest.mark.parametrize("name", ALONE)
 def test_what_a_mask_hides_has_no_say_at_all(name: str, form: str, queries: int) -> None:
     """Other keys and values where no row that answers may read: the same result, bit for bit."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -201,11 +198,11 @@ def test_rows_computed_anew_are_float32_under_autocast(dtype: torch.dtype) -> No
     assert all(torch.equal(a, b) for a, b in zip(exact, inside, strict=True))
 
 
-@pytest.mark.parametrize("name", PATCHES)
+@pytest.mark.parametrize("name", ALONE)
 def test_under_autocast_a_model_moves_as_it_does_without(name: str) -> None:
     """A patch's effect survives autocast: what is left of it is what the model itself loses."""
     model, given = build("llava"), inputs("llava")
-    recipe = {"patch": name, "with": {**PATCHES[name], **({"alpha": 3.0} if name in ("gift", "pai") else {})}}
+    recipe = {"patch": name, "with": {**ALONE[name], **({"alpha": 3.0} if name in ("gift", "pai") else {})}}
     valid = given["attention_mask"].bool()
 
     def run(patched: bool, cast: bool) -> Tensor:
@@ -281,7 +278,7 @@ def test_without_its_image_a_prompt_reads_itself_as_it_does_with_it(monkeypatch:
 def test_a_soft_cap_is_told_and_leaves_calls_dense(name: str) -> None:
     model, given = paligemma2(), prefixed()
     model.set_attn_implementation({"text_config": "eager"})
-    plain, recipe = forward(model, given), {"patch": name, "with": PATCHES[name]}
+    plain, recipe = forward(model, given), {"patch": name, "with": ALONE[name]}
     with accelplug.apply(model, recipe) as plug:
         assert torch.equal(forward(model, given), plain)
         assert any("cap" in reason for reason in plug.report().fallbacks)
@@ -348,7 +345,7 @@ def test_rows_that_var_does_not_choose_are_the_model_s_own(form: str) -> None:
     """Bit for bit, and padding too: what a kernel makes of rows that may read nothing is not ours to change."""
     state: dict[str, Any] = {}
     call = make(form, S, torch.float32)
-    patch = patch_class("var")({**PATCHES["var"], "min_visual_mass": 0.5})
+    patch = patch_class("var")({**ALONE["var"], "min_visual_mass": 0.5})
     hidden = torch.randn(B, S, 32, generator=torch.Generator().manual_seed(1))
     out = patch.attend(replace(call, hidden=hidden), patch.prepare(SITE, replace(prompt(S), answers=1), PREFILL, state))
     seen = (spans.row_attention(call, S) * prompt(S).visual[:, None, None]).sum(-1)  # [B, H, S]
