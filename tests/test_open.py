@@ -15,7 +15,8 @@ from pydantic import Field
 import accelplug
 from accelplug import catalog, families, registry
 from accelplug.call import AttentionCall, Layout
-from accelplug.errors import AccelplugError, NoMatchError
+from accelplug.cli import main
+from accelplug.errors import AccelplugError, NoMatchError, RecipeError
 from accelplug.families.base import SELF_AND_CROSS, Family, latents
 from accelplug.families.vlm import Vlm, list_vlms
 from accelplug.kernels.orders import Tiles
@@ -186,6 +187,23 @@ NOT_A_PATCH = "a string"
 @pytest.mark.usefixtures("shelf")
 def test_the_decorator_is_public() -> None:
     assert accelplug.register_patch is register_patch
+
+
+@pytest.mark.usefixtures("shelf")
+def test_it_is_listed_and_goes_on_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    model, inputs = build_denoiser(wan)
+    recipe = {"rules": [{"where": {"layers": "1:"}, "patch": "diagonal", "with": {"block": 8, "backend": "reference"}}]}
+    with registered(Diagonal):
+        assert main(["list"]) == 0
+        assert "Every block reads those around it." in capsys.readouterr().out
+        with accelplug.apply(model, recipe, gate="off") as plug:
+            run_once(model, inputs)
+            assert [row.name for row in plug.where()] == ["dense", "diagonal", "diagonal"]
+            assert plug.report().served["diagonal"] == 2
+        with pytest.raises(RecipeError, match="reach"):
+            accelplug.apply(model, {"patch": "diagonal", "with": {"raech": 1}})
+    with pytest.raises(RecipeError, match="there is no patch 'diagonal'"):
+        accelplug.apply(model, recipe)
 
 
 @pytest.mark.usefixtures("shelf")

@@ -132,6 +132,8 @@ def laws(
     everything: Mapping[str, Any] | None = None,
     video_only: bool = False,
     pools: bool = False,
+    faint: Mapping[str, Any] | None = None,
+    only: tuple[str, ...] = (),
     models: Mapping[str, Callable[[], Built]] | None = None,
 ) -> list[Law]:
     """Return the laws for a patch, to be called one by one or handed to pytest::
@@ -143,7 +145,7 @@ def laws(
     Parameters
     ----------
     patch : the class, which need not be registered; the name of a patch; or a `Subject`, which says all that follows.
-    working, neutral, everything, video_only, pools : see `Subject`. Blocks of 8 on grids of 48 to 105 tokens.
+    working, neutral, everything, video_only, pools, faint, only : see `Subject`. Blocks of 8 on grids of 48 to 105 tokens.
     models : tiny models by name, each a function that returns a model and what its forward is given; None: `DENOISERS_TRIED`
         for a patch of denoisers, `LANGUAGE_MODELS_TRIED` for one of language models.
 
@@ -153,10 +155,11 @@ def laws(
         If it is not a patch, or is not finished.
     """
     cls = patch if isinstance(patch, type) else None
-    if not isinstance(patch, Subject):
-        subject = Subject(entry_of(patch).name, neutral, working or {}, everything, video_only, pools)
-    else:
+    if isinstance(patch, Subject):
         subject = patch
+    else:
+        name = entry_of(patch).name
+        subject = Subject(name, neutral, working or {}, everything, video_only, pools, only=only, faint=faint)
     with registered(cls) if cls is not None else nullcontext():
         blocks, host = subject.blocks, ON_LANGUAGE_MODELS if subject.of_language_models else ON_DENOISERS
     found: list[Law] = []
