@@ -34,7 +34,7 @@ from accelplug.errors import (
 from accelplug.hosts.estimates import Estimates, Spread
 from accelplug.hosts.forecast import Forecast, amdahl
 from accelplug.hosts.gate import Gate, Verdict
-from accelplug.hosts.host import MARK, Host, Setup, host_of, plug_of, require_free
+from accelplug.hosts.host import PLUGGED, Host, Setup, host_of, plug_of, require_free
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.models import model_in, unwrapped
 from accelplug.hosts.placement import Placement
@@ -87,10 +87,9 @@ def apply(
         estimated error is above `max_error` run dense, and are counted.
     backend : kernel for patches that leave the choice open: ``auto``, ``first``, ``triton``, ``flex``, ``flash``,
         ``blocked``, ``reference``.
-    deterministic : take no choice by timing: the gate is off, and the first kernel that serves is used. With `choices`: time nothing
-        beside them.
+    deterministic : True turns timing off: no gate, and the first kernel that serves is used.
     choices : what ``plug.choices`` was in an earlier run of this recipe, from its JSON too. Its gate, backend, verdicts and kernels
-        stand, untimed, in place of those arguments; a shape it does not know is timed as usual.
+        hold in place of those arguments, without timing. A shape it does not know is timed, but not with ``deterministic=True``.
     processor : a vision-language model's processor, for recipes that write prompts of their own (``carve``) or ask which words
         a prompt has; a transformers pipeline's own, if left out.
     max_error : with ``gate="quality"``: the most that a call's output may differ from dense attention's, relative to that, as rows say
@@ -362,7 +361,7 @@ class Plug(AbstractContextManager["Plug"]):
         try:
             for place in [self._model(), *(host.root for host in self.hosts)]:
                 if plug_of(place) is None:  # first on, last off: whatever happens between, `remove` finds us by it
-                    self._marks.put(place, MARK, self)
+                    self._marks.put(place, PLUGGED, self)
             for host in self.hosts:
                 host.install(self._undo)
                 self._count_barred(host)
@@ -512,7 +511,7 @@ class Plug(AbstractContextManager["Plug"]):
 
     @property
     def choices(self) -> dict[str, Any]:
-        """What was chosen by measurement, and what that foretells, as plain data: store it with results.
+        """What was chosen by measurement, and what that predicts, as plain data: store it with results.
 
         ``apply(model, recipe, choices=...)`` takes it again: the same verdicts and kernels, nothing timed anew.
         """
@@ -530,7 +529,7 @@ class Plug(AbstractContextManager["Plug"]):
 
     @property
     def forecasts(self) -> list[Forecast]:
-        """What the gate's timings foretell end to end, a `Forecast` for each denoiser and size of the latents seen so far.
+        """What the gate's timings predict end to end, a `Forecast` for each denoiser and size of the latents seen so far.
 
         The attention share is measured in the first two eager forwards of a size (`warmup` runs some); nothing is timed in compiled
         or captured code, nor with ``gate="off"``.
@@ -638,8 +637,8 @@ class Report(Shown):
         for name, calls in self.served.items():
             gain = f", each {self.gains[name]:.2f}x faster than dense" if name in self.gains else ""
             yield f"answered by {name}", f"{calls} calls{gain}"
-        for what, foretold in self.forecasts.items():
-            yield f"foretold for {what}", foretold
+        for what, predicted in self.forecasts.items():
+            yield f"predicted for {what}", predicted
         for name, error in self.errors.items():
             yield f"estimated error of {name}", str(error)
         for module, error in self.errors_by_layer.items():

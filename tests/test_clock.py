@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from accelplug.call import Clock
-from accelplug.hosts.clock import HOOK, Ear, StepClock
+from accelplug.hosts.clock import HOOK, ContextListener, StepClock
 from accelplug.hosts.undo import Undo
 
 
@@ -48,11 +48,11 @@ def test_a_late_begin_is_heeded() -> None:
 def test_cache_context_outranks_the_scheduler_and_names_the_branch() -> None:
     pipe = Pipe(scheduler=euler(4))
     clock = StepClock(pipe)
-    clock.hear(SimpleNamespace(name="uncond", step_index=2, num_inference_steps=8))
+    clock.on_context(SimpleNamespace(name="uncond", step_index=2, num_inference_steps=8))
     assert clock.now().clock == Clock(2, 8, "uncond")
-    clock.hear(SimpleNamespace(name="cond", step_index=None, num_inference_steps=None))
+    clock.on_context(SimpleNamespace(name="cond", step_index=None, num_inference_steps=None))
     assert clock.now().clock == Clock(0, 4, "cond")
-    clock.hear(None)
+    clock.on_context(None)
     assert clock.now().clock == Clock(0, 4)
 
 
@@ -89,7 +89,7 @@ def test_a_pipe_that_is_gone_tells_nothing() -> None:
 
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize("remove_ours_first", [True, False])
-def test_the_ear_lives_with_other_hooks_in_any_order(ours_first: bool, remove_ours_first: bool) -> None:
+def test_the_listener_lives_with_other_hooks_in_any_order(ours_first: bool, remove_ours_first: bool) -> None:
     from diffusers.hooks.hooks import HookRegistry, ModelHook
 
     class Double(ModelHook):
@@ -100,13 +100,13 @@ def test_the_ear_lives_with_other_hooks_in_any_order(ours_first: bool, remove_ou
     x = torch.ones(1, 2)
     plain, before = module(x), set(vars(module))
     heard: list[Any] = []
-    undo, ear = Undo(), Ear(module, heard.append, lambda: heard.append("reset"))
+    undo, listener = Undo(), ContextListener(module, heard.append, lambda: heard.append("reset"))
     if ours_first:
-        ear.install(undo)
+        listener.install(undo)
     registry = HookRegistry.check_if_exists_or_initialize(module)
     registry.register_hook(Double(), "double")
     if not ours_first:
-        ear.install(undo)
+        listener.install(undo)
     assert torch.equal(module(x), 2 * plain)
     registry.reset_stateful_hooks()
     assert heard == ["reset"]
@@ -121,6 +121,6 @@ def test_the_ear_alone_leaves_nothing() -> None:
     module = torch.nn.Linear(2, 2)
     before = set(vars(module))
     with Undo() as undo:
-        Ear(module, print, print).install(undo)
+        ContextListener(module, print, print).install(undo)
         assert "_diffusers_hook" in vars(module)
     assert set(vars(module)) == before

@@ -101,7 +101,7 @@ class Case:
             "configs": {path: type(x) for path, o in owners.items() if (x := vars(o).get("config")) is not None},
             "state": list(self.root.state_dict()),
             "tables": (dict(compat.diffusers.processor_metadata()), dict(AttentionInterface._global_mapping)),
-            "users": (dict(rebind._users), set(language._users)),
+            "users": (dict(rebind._users), set(language._entered)),
         }
 
 

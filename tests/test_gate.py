@@ -13,7 +13,7 @@ import torch
 import accelplug
 from accelplug.errors import AccelplugError
 from accelplug.hosts import diffusers, forecast, gate
-from accelplug.hosts.forecast import Forecast, amdahl, joined
+from accelplug.hosts.forecast import Forecast, amdahl, overall_gain
 from accelplug.kernels import attention
 from accelplug.testing.laws import run_once
 from tests import tiny_models, tiny_pipelines
@@ -201,15 +201,15 @@ def test_two_denoisers_are_foretold_over_the_steps_each_takes(monkeypatch: pytes
         found = plug.forecasts
     assert {each.denoiser for each in found} == {"transformer", "transformer_2"}
     assert sum(each.steps for each in found) == inputs["num_inference_steps"]
-    assert joined(found, "run_gain", "steps") == pytest.approx(1.0)
+    assert overall_gain(found, "run_gain", "steps") == pytest.approx(1.0)
 
 
 def test_gains_of_denoisers_are_weighed_by_their_time() -> None:
     slow = Forecast("a", (1,), forward_ms=30.0, run_gain=3.0, steps=2)
     fast = Forecast("b", (1,), forward_ms=10.0, run_gain=1.0, steps=4)
-    assert joined([slow, fast], "run_gain", "steps") == pytest.approx(100 / (20 + 40))
-    assert joined([slow, Forecast("b", (1,))], "run_gain", "steps") is None
-    assert joined([], "run_gain", "steps") is None
+    assert overall_gain([slow, fast], "run_gain", "steps") == pytest.approx(100 / (20 + 40))
+    assert overall_gain([slow, Forecast("b", (1,))], "run_gain", "steps") is None
+    assert overall_gain([], "run_gain", "steps") is None
 
 
 # ------------------------------------------------------------------------------------------------------------ replaying

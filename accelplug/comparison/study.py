@@ -21,7 +21,7 @@ from accelplug.comparison.ranks import Ranks
 from accelplug.comparison.result import Comparison
 from accelplug.comparison.rows import DENSE_ROW, Row, Sample, Variant
 from accelplug.errors import AccelplugError
-from accelplug.hosts.forecast import amdahl, joined
+from accelplug.hosts.forecast import amdahl, overall_gain
 from accelplug.hosts.ledger import Event
 from accelplug.hosts.models import DENOISERS, denoisers
 from accelplug.kernels.timing import synchronise
@@ -80,8 +80,8 @@ class Study:
         row.density = _by_layer_and_step(events)
         row.plans = _drawn(events)
         row.choices = plug.choices
-        row.forward_predicted = joined(plug.forecasts, "forward_gain", "sparse_steps")
-        row.denoising_predicted = joined(plug.forecasts, "run_gain", "steps")
+        row.forward_predicted = overall_gain(plug.forecasts, "forward_gain", "sparse_steps")
+        row.denoising_predicted = overall_gain(plug.forecasts, "run_gain", "steps")
         report = plug.report()
         if events and variant.recipe is not None and variant.recipe.cache is None:
             row.answered = sum(report.served.values())

@@ -46,11 +46,11 @@ class _Schedule:
     given: dict[str, list[float]] = field(default_factory=dict)
 
 
-class _Mine(threading.local):
+class _Told(threading.local):
     """What a thread was told: a context around its forwards, a step set by hand."""
 
     def __init__(self) -> None:
-        self.said: Any = None
+        self.context: Any = None
         self.fixed: tuple[int, int] | None = None
 
 
@@ -79,7 +79,7 @@ class StepClock:
         self._others: list[weakref.ref[Any]] = []
         self._holders = 0
         self._looking = threading.Lock()
-        self._mine = _Mine()
+        self._thread = _Told()
         # Schedules are kept, small as they are, so that an id stays theirs.
         self._schedules: Bounded[int, _Schedule] = Bounded(64)
         for scheduler in self._schedulers():
@@ -87,16 +87,16 @@ class StepClock:
 
     def set(self, step: int | None, steps: int | None) -> None:
         """Fix the step of this thread by hand, or, with None, let the sources speak again."""
-        self._mine.fixed = None if step is None or steps is None else (step, steps)
+        self._thread.fixed = None if step is None or steps is None else (step, steps)
 
-    def hear(self, context: Any) -> None:
+    def on_context(self, context: Any) -> None:
         """Take note of a cache context: a name, a ``CacheContext``, or None at its end."""
-        self._mine.said = context
+        self._thread.context = context
 
     @property
     def context(self) -> Any:
-        """The cache context that is on in this thread, as it was heard."""
-        return self._mine.said
+        """The cache context that is on in this thread, as it was told."""
+        return self._thread.context
 
     def now(
         self,
@@ -115,11 +115,11 @@ class StepClock:
         run : of this thread so far.
         scales : keys of `SCALES`, what timesteps may have been made into, the likeliest first.
         """
-        said = self._mine.said
-        branch = getattr(said, "name", said)
-        if self._mine.fixed is not None:
-            return Moment(Clock(*self._mine.fixed, branch))
-        timestep = getattr(said, "timestep", None) if timestep is None else timestep
+        context = self._thread.context
+        branch = getattr(context, "name", context)
+        if self._thread.fixed is not None:
+            return Moment(Clock(*self._thread.fixed, branch))
+        timestep = getattr(context, "timestep", None) if timestep is None else timestep
         given = _Given.of(timestep)
         if given is not None:
             places = self._places(given, denoiser, run, scales)
@@ -228,7 +228,7 @@ class StepClock:
 
     def _told(self) -> tuple[int, int] | None:
         """What the context around the forward says, or the guider."""
-        step, steps = (getattr(self._mine.said, name, None) for name in ("step_index", "num_inference_steps"))
+        step, steps = (getattr(self._thread.context, name, None) for name in ("step_index", "num_inference_steps"))
         if step is not None and steps is not None:
             return int(step), int(steps)
         return compat.diffusers.guider_step(getattr(self._pipe(), "guider", None))
@@ -315,7 +315,7 @@ class _Given:
         return place if 0 <= place < len(many) else None
 
 
-class Ear:
+class ContextListener:
     """Listens for cache contexts and for the end of a run, in the denoiser's own hook registry, without wrapping ``forward``."""
 
     def __init__(self, denoiser: Any, on_context: Any, on_reset: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-import statistics
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -24,8 +23,8 @@ from accelplug.families import family_of
 from accelplug.families.base import Geometry, site_kinds
 from accelplug.hosts import rebind, ulysses
 from accelplug.hosts.caches import StepCaches
-from accelplug.hosts.clock import Ear, StepClock
-from accelplug.hosts.forecast import Cost, Forecast, Meter
+from accelplug.hosts.clock import ContextListener, StepClock
+from accelplug.hosts.forecast import Forecast, Forecaster, Meter
 from accelplug.hosts.gate import Verdict
 from accelplug.hosts.hoist import Hoist
 from accelplug.hosts.host import Host, Setup
@@ -33,7 +32,7 @@ from accelplug.hosts.ledger import Event
 from accelplug.hosts.models import DENOISERS, PATCHABLE, denoisers, processor_owners
 from accelplug.hosts.placement import Placed
 from accelplug.hosts.record import Choice, given
-from accelplug.hosts.run import Moment, Run
+from accelplug.hosts.run import Moment, Passed, Run
 from accelplug.hosts.site import Entered, Region, Settled, SiteRecord, key_validity, scale_of
 from accelplug.hosts.ulysses import Gathered
 from accelplug.hosts.undo import Undo
@@ -52,7 +51,7 @@ INSTALL = "_accelplug_install"
 _installs = itertools.count()
 
 
-class _Mine(threading.local):
+class _Thread(threading.local):
     """What a thread is at: its run of the denoiser, and the time."""
 
     def __init__(self) -> None:
@@ -130,14 +129,11 @@ class DenoiserHost(Host):
             raise UnsupportedError(f"{type(denoiser).__name__} cannot be patched: {family.refuse}")
         self.name, self.denoiser, self.family = name, denoiser, family
         self.root = denoiser
-        self.clock, self.takes_turns = clock, takes_turns
+        self.clock = clock
         self.decide, self.ledger, self.gate, self.check_rules = setup.decide, setup.ledger, setup.gate, setup.check_rules
         self.meter, cache = Meter(), setup.cache
         self.caches = None if cache is None else StepCaches({name: denoiser}, cache.kind, cache.settings)
-        self.latest = Clock()
-        """When any thread's last forward was, for reports."""
-        self._branches: set[str | None] = set()
-        self._steps: set[int] = set()
+        self.passed = Passed()
         self._held: set[int | None] = set()
         self.skipped: dict[str, str] = {}
         self.barred: list[Site] = []
@@ -149,10 +145,11 @@ class DenoiserHost(Host):
         self.records = self._records()
         self.regions = self._regions()
         self.hoist = Hoist(denoiser, self.family.any_order, self.records, self._answers, self.ledger)
+        self.forecaster = Forecaster(name, self.meter, self.records, self.passed, self.decide, self.gate, takes_turns)
         self._came_through: bool | None = False
         """Whether a forward has come to its end; None where that has been looked at."""
         self._traced = False
-        self._mine = _Mine()
+        self._thread = _Thread()
 
     # ------------------------------------------------------------------------------------------------- in and out
 
@@ -196,13 +193,13 @@ class DenoiserHost(Host):
         return [region for region in regions.values() if region.records]
 
     def install(self, undo: Undo) -> None:
-        """Put records, the ear and hooks in place; `undo` restores what is then still ours."""
+        """Put records, the context listener and hooks in place; `undo` restores what is then still ours."""
         undo.add(self.reset)
         for record in self.records:
             record.original = rebind.rebind(record.module, record, undo)
         self.hoist.undo = undo
         undo.add(self.hoist.end)
-        Ear(self.denoiser, self._hear, self._run_ends).install(undo)
+        ContextListener(self.denoiser, self._on_context, self._run_ends).install(undo)
         if self.family.level:
             for region in (region for region in self.regions if region.path):
                 undo.hook(region.module, "register_forward_pre_hook", _RegionHook(self, region), with_kwargs=True)
@@ -215,7 +212,7 @@ class DenoiserHost(Host):
 
     def reset(self) -> None:
         """End this thread's run: what was kept for its steps is forgotten."""
-        self._mine.run = None
+        self._thread.run = None
 
     def _run_ends(self) -> None:
         self.reset()
@@ -226,13 +223,13 @@ class DenoiserHost(Host):
     @property
     def now(self) -> Clock:
         """When this thread's forward happens."""
-        return self._mine.now
+        return self._thread.now
 
-    def _hear(self, context: Any) -> None:
-        self.clock.hear(context)
+    def _on_context(self, context: Any) -> None:
+        self.clock.on_context(context)
         if context is not None and self._traced:  # compiled, it does not run the pre-hook: settle with the last geometry
-            self._tell(self._moment(None))
-            self._mine.announced = True
+            self._note_step(self._moment(None))
+            self._thread.announced = True
             for region in self.regions:
                 self.settle_and_count(region)
 
@@ -247,7 +244,7 @@ class DenoiserHost(Host):
         timestep = inputs.get("timestep", inputs.get("t"))
         geometry = self.family.geometry(getattr(self.denoiser, "config", None), inputs)
         sizes = self._sizes(inputs, None if self.family.level else geometry)
-        run = self._tell(self._moment(timestep), sizes, announced=self._mine.announced)
+        run = self._note_step(self._moment(timestep), sizes, announced=self._thread.announced)
         run.inside = run.broken = True
         self._check_processors()
         self._check_routes()
@@ -264,38 +261,33 @@ class DenoiserHost(Host):
             self.meter.end()
             if self._came_through is False:
                 self._came_through = True
-            if self._mine.run is not None:
-                self._mine.run.broken = False
+            if self._thread.run is not None:
+                self._thread.run.broken = False
             self.check_rules(False)
 
     def _leave_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not torch.compiler.is_compiling() and module is self.denoiser:
             self.hoist.end()
-            if self._mine.run is not None:
-                self._mine.run.inside = False
+            if self._thread.run is not None:
+                self._thread.run.inside = False
 
     def _moment(self, timestep: Any) -> Moment:
-        return self.clock.now(timestep, self.denoiser, self._mine.run, self.family.timestep)
+        return self.clock.now(timestep, self.denoiser, self._thread.run, self.family.timestep)
 
-    def _tell(self, moment: Moment, sizes: Any = None, announced: bool = False) -> Run:
+    def _note_step(self, moment: Moment, sizes: Any = None, announced: bool = False) -> Run:
         """Take note of the time, of the run that the forward to come is of, and of all steps and branches.
 
         `announced`: whether the context around the forward has told this already.
         """
-        mine, run, now = self._mine, self._mine.run, moment.clock
+        here, run, now = self._thread, self._thread.run, moment.clock
         if run is None or not (run.goes_on(moment, sizes) or (announced and run.is_at(moment))):
-            run = mine.run = Run()
-        mine.announced = False
+            run = here.run = Run()
+        here.announced = False
         if self.caches is not None:
             self.caches.enter(self.denoiser, run, now, self.clock.context)
         run.take(moment, sizes)
-        mine.now = now
-        if now.steps != self.latest.steps:
-            self._steps.clear()
-        self.latest = now
-        self._branches.add(now.branch)
-        if now.step is not None:
-            self._steps.add(now.step)
+        here.now = now
+        self.passed.note(now)
         return run
 
     def _sizes(self, inputs: Mapping[str, Any], geometry: Geometry | None) -> Any:
@@ -306,9 +298,9 @@ class DenoiserHost(Host):
     def trace_begins(self) -> None:
         """Take note that the denoiser is compiled, and of the time, while Dynamo traces it."""
         self._traced = True
-        if not self._mine.announced:
-            self._tell(self._moment(None))
-        self._mine.announced = False
+        if not self._thread.announced:
+            self._note_step(self._moment(None))
+        self._thread.announced = False
 
     def enter_root(self, inputs: Mapping[str, Any], geometry: Geometry | None) -> None:
         """Settle what does not wait for the input of a level. `geometry`: what the denoiser's own inputs say."""
@@ -367,7 +359,7 @@ class DenoiserHost(Host):
     def _settle(self, region: Region) -> None:
         share = Share(*compat.diffusers.shares_heads(self.denoiser))
         entered = region.entered
-        key = (self._mine.run, entered.geometry, self.now, entered.device, share, self.exchanging)
+        key = (self._thread.run, entered.geometry, self.now, entered.device, share, self.exchanging)
         if key == region.here.seen:
             return
         region.here.seen = key
@@ -386,7 +378,7 @@ class DenoiserHost(Host):
 
     def _ask_for_error(self, record: SiteRecord, device: torch.device | None) -> None:
         """Hand a patch that estimates its error where to write it, or leave it out by what it said in the step before."""
-        here, site, run = record.settled, record.site, self._mine.run
+        here, site, run = record.settled, record.site, self._thread.run
         if here.patch is None or not here.patch.estimates or site is None or run is None or device is None:
             return
         state = run.state[site.module, self.now.branch]
@@ -433,7 +425,7 @@ class DenoiserHost(Host):
         return region.entered.batch, len(here), record.settled.length, to_q.out_features // heads
 
     def _answers(self, record: SiteRecord) -> bool:
-        """Whether the next calls of `record` will run its patch, as far as can be foretold: the gate has judged, if it is on."""
+        """Whether the next calls of `record` will run its patch, as far as can be said ahead: the gate has judged, if it is on."""
         here, region = record.settled, self.regions[0]
         if here.patch is None or here.reason is not None:
             return False
@@ -473,7 +465,7 @@ class DenoiserHost(Host):
         self._held.add(choice.rule)
         if choice.patch is None or layout is None:
             return choice, layout, None, None
-        run = self._mine.run = self._mine.run or Run()
+        run = self._thread.run = self._thread.run or Run()
         shared = run.state.setdefault((None, self.now.branch), {})
         state = run.state.setdefault((site.module, self.now.branch), {"shared": shared})
         params = choice.patch.prepare(site, layout, self.now, state)
@@ -547,7 +539,7 @@ class DenoiserHost(Host):
         return None if verdict is None else verdict.dense_ms
 
     def _settle_for_length(self, record: SiteRecord, length: int) -> None:
-        """Text of another length than the inputs foretold (Mochi drops padded text per sample)."""
+        """Text of another length than the inputs said (Mochi drops padded text per sample)."""
         region = next(region for region in self.regions if record in region.records)
         entered = region.entered
         layout = entered.geometry.layout(record.site.kind, length) if entered.geometry and record.site else None
@@ -601,67 +593,15 @@ class DenoiserHost(Host):
             error = None if said is None or math.isnan(said) else said
             self.ledger.note(Event(record.site, self.now, name, reason, density, q.shape[-2], ms, kept, error))
 
-    # ----------------------------------------------------------------------------------------------- what it can gain
+    # ------------------------------------------------------------------------------------------------------- reports
 
     def forecasts(self) -> list[Forecast]:
-        """What the timings so far foretell, by size of the latents."""
-        return [self._forecast(cost) for cost in self.meter.costs]
-
-    def _forecast(self, cost: Cost) -> Forecast:
-        missing = [r.site.module for r in self.records if r.site and r.routed and r.site.module not in cost.dense_ms]
-        if missing or not cost.calls:
-            some = f", among them that of {missing[0]}" if missing and cost.calls else ""
-            return Forecast(self.name, cost.shape, f"attention that ran in compiled code or untimed{some}")
-        known = Forecast(self.name, cost.shape, None, cost.total_ms, cost.share)
-        total = self.latest.steps
-        steps = sorted(self._steps) if total is None or self.takes_turns else range(total)
-        forwards = []
-        for step in steps or (None,):
-            for branch in self._branches:
-                spent = self._foretold_ms(cost, Clock(step, total, branch))
-                if spent is None:
-                    return replace(known, unknown="a patch has not come by yet (plug.warmup(...) runs the model once)")
-                forwards.append((step, *spent))
-        patched = [ms for _, ms, answers in forwards if answers]
-        forward_gain = cost.total_ms / statistics.fmean(patched) if patched else 1.0
-        if total is None:
-            return replace(known, forward_gain=forward_gain)
-        return replace(
-            known,
-            forward_gain=forward_gain,
-            run_gain=cost.total_ms / statistics.fmean(ms for _, ms, _ in forwards),
-            sparse_steps=len({step for step, _, answers in forwards if answers}),
-            steps=len(steps),
-        )
+        """What the timings so far predict, by size of the latents."""
+        return self.forecaster.forecasts()
 
     def share_of(self, verdict: Verdict) -> float | None:
         """Share in a forward of the calls that a verdict is about; None where none was measured."""
-        for cost in self.meter.costs:
-            of_them = [cost.dense_ms[module] for module, call in cost.calls.items() if verdict.covers(*call)]
-            if of_them:
-                return sum(of_them) / cost.total_ms
-        return None
-
-    def _foretold_ms(self, cost: Cost, clock: Clock) -> tuple[float, bool] | None:
-        """Milliseconds of a forward at `clock`, and whether a patch answers in it; None where one has no verdict."""
-        spent, answers = cost.other_ms, False
-        for record in self.records:
-            if record.site is None or record.site.module not in cost.dense_ms:
-                continue
-            dense_ms = cost.dense_ms[record.site.module]
-            seen = record.latest
-            choice = self.decide(record.site, seen.layout, clock)
-            neutral = choice.patch is seen.choice.patch and seen.params is None
-            if choice.patch is None or seen.layout is None or neutral or not choice.patch.speed:
-                spent += dense_ms
-                continue
-            verdict = self.gate.known(choice.name, choice.patch, *cost.calls[record.site.module])
-            if verdict is None:
-                return None
-            used = verdict.pays or self.gate.mode == "report"
-            spent += dense_ms * (verdict.sparse_ms / verdict.dense_ms if used else 1.0)
-            answers |= used
-        return spent, answers
+        return self.meter.share_of(verdict)
 
     def step(self, index: int | None, steps: int | None) -> None:
         """Take the step that comes in this thread from the user."""
@@ -676,7 +616,7 @@ class DenoiserHost(Host):
     def seen(self) -> RunFacts:
         """What forwards came by so far, for rules to be held against."""
         layouts = {record.latest.layout for record in self.records if record.latest.layout is not None}
-        return RunFacts(self.latest.steps, frozenset(self._branches), frozenset(layouts))
+        return RunFacts(self.passed.latest.steps, frozenset(self.passed.branches), frozenset(layouts))
 
     def compiled(self) -> list[str]:
         """What ran in compiled code, where calls are not counted: each patch, and at how many modules."""

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import statistics
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from accelplug.bounded import Bounded
+from accelplug.call import Clock
+from accelplug.hosts.gate import Gate, Verdict
+from accelplug.hosts.record import Decide
+from accelplug.hosts.run import Passed
+from accelplug.hosts.site import SiteRecord
 from accelplug.kernels.timing import synchronise
 
 FORWARDS = 2
@@ -48,12 +54,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the gate's timings foretell for one denoiser at one size.
+    """What the gate's timings predict for one denoiser at one size.
 
     Attributes
     ----------
     shape : of the latents.
-    unknown : why nothing is foretold, or None.
+    unknown : why nothing is predicted, or None.
     forward_ms : a dense forward.
     attention_share : share of self- and joint attention in it, in [0, 1].
     forward_gain : a dense forward's time over that of a forward in which patches answer, on average over those; None while
@@ -99,7 +105,7 @@ def amdahl(share: float, gain: float) -> float:
     return 1 / left if left else math.inf
 
 
-def joined(forecasts: Iterable[Forecast], gain: str, steps: str) -> float | None:
+def overall_gain(forecasts: Iterable[Forecast], gain: str, steps: str) -> float | None:
     """Gain over all denoisers, each weighed by its time: ``run_gain`` over ``steps``, or ``forward_gain`` over ``sparse_steps``.
 
     None where one of them is not known.
@@ -119,7 +125,15 @@ class Meter:
 
     def __init__(self) -> None:
         self._costs: Bounded[tuple, list[Cost]] = Bounded(16)
-        self._mine = _Mine()
+        self._measuring = _Measuring()
+
+    def share_of(self, verdict: Verdict) -> float | None:
+        """Share in a forward of the calls that a verdict is about; None where none was measured."""
+        for cost in self.costs:
+            of_them = [cost.dense_ms[module] for module, call in cost.calls.items() if verdict.covers(*call)]
+            if of_them:
+                return sum(of_them) / cost.total_ms
+        return None
 
     @property
     def costs(self) -> list[Cost]:
@@ -129,21 +143,21 @@ class Meter:
     def begin(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         """Start on a forward, if its shape was not measured often enough."""
         seen = self._costs.get((shape, dtype, device), list)
-        run = self._mine.open = _Open(shape, device, seen) if len(seen) < FORWARDS else None
+        run = self._measuring.open = _Open(shape, device, seen) if len(seen) < FORWARDS else None
         if run is not None:
             synchronise(device)
             run.start = time.perf_counter()
 
     def clock(self, device: torch.device) -> float | None:
         """Return the time on entering attention, in seconds; None where no forward is measured."""
-        if self._mine.open is None:
+        if self._measuring.open is None:
             return None
         synchronise(device)
         return time.perf_counter()
 
     def call(self, module: str, q: torch.Tensor, dense_ms: float | None, entered: float) -> None:
         """Note an attention call: what dense attention takes, if that is known, and since when we were at it, timings included."""
-        if (run := self._mine.open) is None:
+        if (run := self._measuring.open) is None:
             return
         run.inside_ms += 1e3 * (time.perf_counter() - entered)
         if dense_ms is not None:
@@ -152,9 +166,9 @@ class Meter:
 
     def end(self) -> None:
         """End a forward that was begun."""
-        if (run := self._mine.open) is None:
+        if (run := self._measuring.open) is None:
             return
-        self._mine.open = None
+        self._measuring.open = None
         synchronise(run.device)
         whole_ms = 1e3 * (time.perf_counter() - run.start)
         run.seen.append(Cost(run.shape, max(whole_ms - run.inside_ms, 0.0), run.dense_ms, run.calls))
@@ -173,8 +187,88 @@ class _Open:
     calls: dict[str, tuple[tuple[int, ...], torch.dtype, torch.device]] = field(default_factory=dict)
 
 
-class _Mine(threading.local):
+class _Measuring(threading.local):
     """The forward of a thread that is being measured."""
 
     def __init__(self) -> None:
         self.open: _Open | None = None
+
+
+class Forecaster:
+    """Predicts what the patches of a denoiser gain, from what was timed so far.
+
+    Parameters
+    ----------
+    name : of the denoiser.
+    meter : has timed its forwards.
+    records : of its attention modules.
+    passed : which forwards came by.
+    decide : (site, layout, clock) -> what the recipe says.
+    gate : has timed dense against sparse.
+    takes_turns : whether another denoiser runs some of the steps, so that those that came by are all.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        meter: Meter,
+        records: Sequence[SiteRecord],
+        passed: Passed,
+        decide: Decide,
+        gate: Gate,
+        takes_turns: bool,
+    ) -> None:
+        self.name, self.meter, self.records, self.passed = name, meter, records, passed
+        self.decide, self.gate, self.takes_turns = decide, gate, takes_turns
+
+    def forecasts(self) -> list[Forecast]:
+        """What the timings so far predict, by size of the latents."""
+        return [self._forecast(cost) for cost in self.meter.costs]
+
+    def _forecast(self, cost: Cost) -> Forecast:
+        missing = [r.site.module for r in self.records if r.site and r.routed and r.site.module not in cost.dense_ms]
+        if missing or not cost.calls:
+            some = f", among them that of {missing[0]}" if missing and cost.calls else ""
+            return Forecast(self.name, cost.shape, f"attention that ran in compiled code or untimed{some}")
+        known = Forecast(self.name, cost.shape, None, cost.total_ms, cost.share)
+        total = self.passed.latest.steps
+        steps = sorted(self.passed.steps) if total is None or self.takes_turns else range(total)
+        forwards = []
+        for step in steps or (None,):
+            for branch in self.passed.branches:
+                spent = self._predicted_ms(cost, Clock(step, total, branch))
+                if spent is None:
+                    return replace(known, unknown="a patch has not come by yet (plug.warmup(...) runs the model once)")
+                forwards.append((step, *spent))
+        patched = [ms for _, ms, answers in forwards if answers]
+        forward_gain = cost.total_ms / statistics.fmean(patched) if patched else 1.0
+        if total is None:
+            return replace(known, forward_gain=forward_gain)
+        return replace(
+            known,
+            forward_gain=forward_gain,
+            run_gain=cost.total_ms / statistics.fmean(ms for _, ms, _ in forwards),
+            sparse_steps=len({step for step, _, answers in forwards if answers}),
+            steps=len(steps),
+        )
+
+    def _predicted_ms(self, cost: Cost, clock: Clock) -> tuple[float, bool] | None:
+        """Milliseconds of a forward at `clock`, and whether a patch answers in it; None where one has no verdict."""
+        spent, answers = cost.other_ms, False
+        for record in self.records:
+            if record.site is None or record.site.module not in cost.dense_ms:
+                continue
+            dense_ms = cost.dense_ms[record.site.module]
+            seen = record.latest
+            choice = self.decide(record.site, seen.layout, clock)
+            neutral = choice.patch is seen.choice.patch and seen.params is None
+            if choice.patch is None or seen.layout is None or neutral or not choice.patch.speed:
+                spent += dense_ms
+                continue
+            verdict = self.gate.known(choice.name, choice.patch, *cost.calls[record.site.module])
+            if verdict is None:
+                return None
+            used = verdict.pays or self.gate.mode == "report"
+            spent += dense_ms * (verdict.sparse_ms / verdict.dense_ms if used else 1.0)
+            answers |= used
+        return spent, answers

@@ -69,7 +69,7 @@ class Gate:
     Parameters
     ----------
     mode : ``auto``, ``report`` or ``off``.
-    times : whether it may time at all; where it may not, it knows what it was told by `recall`, and judges nothing else.
+    times : if False, nothing is timed: the only verdicts are those given to `recall`.
     """
 
     def __init__(self, mode: str, times: bool = True) -> None:
@@ -106,7 +106,7 @@ class Gate:
             raise AccelplugError(
                 f"choices hold no verdicts of a gate: expected what plug.choices gave, got {error}."
             ) from error
-        self._told |= {_identity(v.patch, v.config, v.shape_bhsd, v.dtype, v.device): v for v in told}
+        self._told |= {_verdict_key(v.patch, v.config, v.shape_bhsd, v.dtype, v.device): v for v in told}
 
     def may_time(self, device: torch.device) -> bool:
         """Whether calls on `device` can be timed now: not while a graph is captured."""
@@ -119,7 +119,7 @@ class Gate:
         found = self._verdicts.peek((patch, shape, dtype, device))
         if found is not None or not self._told:
             return found
-        return self._told.get(_identity(name, settings(patch), shape, _plain(dtype), str(device)))
+        return self._told.get(_verdict_key(name, settings(patch), shape, _plain(dtype), str(device)))
 
     def verdict(
         self, name: str, patch: Patch, q: Tensor, dense: Callable[[], Any], sparse: Callable[[], Any]
@@ -156,7 +156,7 @@ def settings(patch: Patch) -> dict[str, Any]:
     return patch.config.model_dump(mode="json")
 
 
-def _identity(name: str, config: Mapping[str, Any], shape: tuple[int, ...], dtype: str, device: str) -> tuple:
+def _verdict_key(name: str, config: Mapping[str, Any], shape: tuple[int, ...], dtype: str, device: str) -> tuple:
     return name, json.dumps(config, sort_keys=True), tuple(shape), dtype, device
 
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,24 +15,34 @@ from accelplug import chat
 from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.families import pixels
 from accelplug.families.vlm import Vlm, token_grid
+from accelplug.hosts.ledger import Ledger
 from accelplug.hosts.prompts import number_images
 from accelplug.hosts.record import Choice
 from accelplug.hosts.stream import Stream, stock, watching
 from accelplug.hosts.undo import Undo
 from accelplug.patches.generation import Tools
 
-if TYPE_CHECKING:
-    from accelplug.hosts.transformers import LanguageHost
-
 _INSIDE: ContextVar[bool] = ContextVar("accelplug_generating", default=False)
 _BEGUN: ContextVar[list[Stream] | None] = ContextVar("accelplug_begun", default=None)
 """The prompts that the present call of ``generate`` has read, None outside of one."""
 
 
+class GeneratingHost(Protocol):
+    """The language model's host, as far as it is asked here."""
+
+    model: Any
+    family: Vlm | None
+    ledger: Ledger
+    visual_tokens: dict[str, int]
+    no_image: str
+    recipe: str
+    """Name of the recipe that is on."""
+
+
 class Generation:
     """A model's ``generate``, wrapped on the instance by a recipe's generation patches, the first one outermost."""
 
-    def __init__(self, host: LanguageHost, around: tuple[Choice, ...], processor: Any) -> None:
+    def __init__(self, host: GeneratingHost, around: tuple[Choice, ...], processor: Any) -> None:
         self.host, self.around, self.processor = host, around, processor
 
     def tools(self) -> Tools:
@@ -120,7 +130,7 @@ def _through(choice: Choice, generation: Generation, call: Any, **inputs: Any) -
 class _Prompts:
     """Pictures and prompts in the arguments of ``generate``."""
 
-    def __init__(self, host: LanguageHost, processor: Any) -> None:
+    def __init__(self, host: GeneratingHost, processor: Any) -> None:
         self.host, self.processor = host, processor
         self.vision: Any = getattr(host.model.config, "vision_config", None)
 

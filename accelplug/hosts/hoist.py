@@ -1,15 +1,15 @@
-"""An order of tokens that consecutive blocks share is applied once for all of them, instead of in every attention call.
+"""Tokens are permuted once for consecutive blocks that share an order, instead of in every attention call.
 
 A block-sparse call permutes q, k and v, and un-permutes its output. Where two or more consecutive blocks use the same order, the
-hidden states and the rotary embedding (and the modulation, where it has a token axis) are permuted ahead of the first, the hidden
-states un-permuted behind the last, and the calls between permute nothing. A call in there that runs dense all the same is right:
-without a mask self-attention permutes with its tokens, and cross-attention to text does so row by row. Results are the unhoisted
-ones to rounding, since matrix products see their rows in another order.
+hidden states and the rotary embedding (and the modulation, where it has a token axis) are permuted before the first block, the
+hidden states un-permuted after the last, and the calls in between permute nothing. A dense fallback among them is still correct:
+without a mask, self-attention gives permuted outputs for permuted tokens, and cross-attention to text works row by row. Results
+equal those of permuting in every call to rounding: matrix products see their rows in another order.
 
-Everything stands for one eager forward and is taken down at its end, by exception too. A block ends a run if it is dense by a rule or
-by the gate, or has an order of its own, or if somebody else might look at its tokens: hooks, a replaced forward (step caches,
-offloading), a processor of another class. Nothing is hoisted in compiled blocks: first, inner and last ones would be graphs of their
-own, and Dynamo does not guard on hooks by default.
+The hooks last for one eager forward and are removed at its end, by exception too. A run of blocks ends at one that is dense by a rule
+or by the gate, that has an order of its own, or whose tokens others may look at: hooks, a replaced forward (step caches,
+offloading), a processor of another class. Compiled blocks are left out: first, inner and last ones would need graphs of their own,
+and Dynamo does not guard on hooks by default.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Hoist:
         self.scheme = scheme if scheme is not None and type(denoiser).__name__ == scheme.denoiser else None
         self.answers, self.ledger = answers, ledger
         self._moved: Bounded[tuple[int, torch.device], tuple[Tiles, Tensor, Tensor]] = Bounded(16)
-        self._here = _Here()
+        self._standing = _Standing()
         self.undo = Undo()
         """Journal of the plug's changes, in which those of a forward are noted while it lasts."""
 
@@ -81,12 +81,12 @@ class Hoist:
 
     def end(self) -> None:
         """Take this thread's hooks off, and give the calls their own orders back. A second call does nothing."""
-        if self._here.own is not None:
-            self._here.own.run()
-            self._here.own = None
-        for record, settled in self._here.before:
+        if self._standing.own is not None:
+            self._standing.own.run()
+            self._standing.own = None
+        for record, settled in self._standing.before:
             record.settled = settled
-        self._here.before.clear()
+        self._standing.before.clear()
 
     def _children(self) -> Iterator[tuple[str, nn.Module]]:
         name = self.scheme.blocks if self.scheme else ""
@@ -127,13 +127,13 @@ class Hoist:
         there, back = self._indices(order, device)
         arguments = self.scheme.arguments if self.scheme else ()
         passage = _Passage(arguments, there, back)
-        own = self._here.own = self._here.own or Undo(within=self.undo)
+        own = self._standing.own = self._standing.own or Undo(within=self.undo)
         for block in run:
             hook = passage.first if block is run[0] else passage.inner
             own.hook(block.module, "register_forward_pre_hook", _Hook(block.module, hook), with_kwargs=True)
             for record in block.sites:
                 here = record.settled
-                self._here.before.append((record, here))
+                self._standing.before.append((record, here))
                 if here.patch is not None:
                     record.settled = replace(here, params=here.patch.in_order(here.params))
         own.hook(run[-1].module, "register_forward_hook", _Hook(run[-1].module, passage.last))
@@ -194,7 +194,7 @@ class _Passage:
         return x.index_select(1, self.there) if x.ndim == dimensions else x
 
 
-class _Here(threading.local):
+class _Standing(threading.local):
     """What stands for a thread's own forward."""
 
     def __init__(self) -> None:

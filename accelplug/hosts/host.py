@@ -18,7 +18,7 @@ from accelplug.hosts.gate import Gate, Verdict
 from accelplug.hosts.ledger import Ledger
 from accelplug.hosts.models import model_in
 from accelplug.hosts.placement import Placed
-from accelplug.hosts.record import DENSE, Choice, Decide
+from accelplug.hosts.record import LEFT_DENSE, Choice, Decide
 from accelplug.hosts.undo import Undo
 from accelplug.recipe import ModelFacts, RunFacts
 
@@ -34,7 +34,7 @@ HOSTS = (
 )
 """Where hosts are, in the order in which they are asked for a model. A new host is a line here."""
 
-MARK = "_accelplug_on"
+PLUGGED = "_accelplug_on"
 """Attribute of a model and of its parts that a recipe is on: the `Plug`."""
 
 
@@ -55,7 +55,7 @@ class Setup:
     """
 
     recipe: str = "accelplug"
-    decide: Decide = lambda site, layout, clock: DENSE
+    decide: Decide = lambda site, layout, clock: LEFT_DENSE
     around: tuple[Choice, ...] = ()
     cache: StepCache | None = None
     ledger: Ledger = field(default_factory=Ledger)
@@ -241,7 +241,7 @@ class _On(Protocol):
 
 def plug_of(place: Any) -> _On | None:
     """Return the `Plug` that is on a model, on a denoiser, or on the base model of a language model, or None."""
-    return getattr(place, "__dict__", {}).get(MARK)
+    return getattr(place, "__dict__", {}).get(PLUGGED)
 
 
 def require_free(model: Any, parts: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from accelplug import compat
 from accelplug.call import TEMPLATE, Rows
 
-KINDS = ("image", "video")
+VISUAL_KINDS = ("image", "video")
 """What visual tokens show, in the order in which models encode it."""
 
 Told = tuple[list[int | None], list[bool]]
@@ -21,7 +21,7 @@ NO_IMAGE = "no image was found in the prompt; where it is, plug.mark(image=...) 
 
 def visual_tokens(config: Any) -> dict[str, int]:
     """Return the token that stands for each part of an image and of a video, as a base model's config has them."""
-    names = {kind: (f"{kind}_token_id", f"{kind}_token_index") for kind in KINDS}
+    names = {kind: (f"{kind}_token_id", f"{kind}_token_index") for kind in VISUAL_KINDS}
     found = {
         kind: next((x for name in each if (x := getattr(config, name, None)) is not None), None)
         for kind, each in names.items()

@@ -164,7 +164,7 @@ def _dispatch(
         mask = None if mask is None else gathered.mask_in_order(mask)
         return gathered.as_gathered(_answer(record, whole, q, k, v, mask, scale, None))
 
-    return ulysses.attend(query, key, value, attn_mask, scale, parallel, answer)
+    return ulysses.attend_exchanged(query, key, value, attn_mask, scale, parallel, answer)
 
 
 def _only_dense(dropout_p: float, is_causal: bool) -> str | None:

@@ -24,7 +24,7 @@ class Choice:
     """Number of the recipe's rule that says so, from 0; None where none does."""
 
 
-DENSE = Choice()
+LEFT_DENSE = Choice()
 
 
 def given(signature: inspect.Signature, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -108,3 +108,28 @@ class Run:
 
     def _shared(self, moment: Moment) -> tuple[Tensor, ...]:
         return tuple(schedule for schedule in moment.schedules if any(schedule is ours for ours in self._schedules))
+
+
+@dataclass(eq=False)
+class Passed:
+    """When the forwards of a denoiser were, in all threads, since its recipe is on.
+
+    Attributes
+    ----------
+    latest : the last one.
+    branches : of guidance, all that came by.
+    steps : that came by, of runs with as many steps as the latest.
+    """
+
+    latest: Clock = field(default_factory=Clock)
+    branches: set[str | None] = field(default_factory=set)
+    steps: set[int] = field(default_factory=set)
+
+    def note(self, now: Clock) -> None:
+        """Note a forward."""
+        if now.steps != self.latest.steps:
+            self.steps.clear()
+        self.latest = now
+        self.branches.add(now.branch)
+        if now.step is not None:
+            self.steps.add(now.step)

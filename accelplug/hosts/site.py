@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.families.base import Family, Geometry
 from accelplug.hosts.placement import Placed
-from accelplug.hosts.record import DENSE, Choice, Decide
+from accelplug.hosts.record import LEFT_DENSE, Choice, Decide
 from accelplug.hosts.ulysses import Gathered
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class SiteHost(Protocol):
 class Settled:
     """What runs at an attention module during one forward. Never changed, but replaced. Read inside compiled graphs."""
 
-    choice: Choice = DENSE
+    choice: Choice = LEFT_DENSE
     reason: str | None = None
     patch: Patch | None = None
     params: Any = None

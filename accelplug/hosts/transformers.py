@@ -38,7 +38,7 @@ from accelplug.hosts.ledger import Event
 from accelplug.hosts.models import DENOISERS, attention_modules, is_language_model
 from accelplug.hosts.placement import Placed
 from accelplug.hosts.prompts import NO_IMAGE, answering, asked_of, number_images, opened, together, turns, visual_tokens
-from accelplug.hosts.record import DENSE, Choice, Decide, given
+from accelplug.hosts.record import LEFT_DENSE, Choice, Decide, given
 from accelplug.hosts.stream import (
     AHEAD,
     ASKED,
@@ -68,9 +68,9 @@ ROUNDING = 0.02
 """Rows of a cache whose largest keys differ by less, as a share of the largest of all, are of one prompt: beams."""
 
 
-_users: WeakSet[LanguageHost] = WeakSet()
+_entered: WeakSet[LanguageHost] = WeakSet()
 """Hosts for which our attention function stands in transformers' table."""
-_lock = threading.RLock()  # an interrupt on the way out of it must not lock the undo out
+_entering = threading.RLock()  # an interrupt on the way out of it must not lock the undo out
 
 
 # ------------------------------------------------------------------------------------------------- what a sequence carries
@@ -223,7 +223,7 @@ class AttentionRecord:
         """Say where the call stands. In a compiled decode step only the layers that see the whole sequence are known."""
         tensors = self.host.tensor_parallel
         first_head = tensors.rank * q.shape[1] if tensors else 0
-        gather = tensors.gather if tensors else _identity
+        gather = tensors.gather if tensors else _these_heads
         first_query, first_key = 0, 0
         answers: Rows = 1
         if forward.stream is not None and forward.clock.phase != "decode":
@@ -256,11 +256,11 @@ def _nothing() -> None:
     """What a reference gives whose thing is gone."""
 
 
-def _identity(x: Tensor) -> Tensor:
+def _these_heads(x: Tensor) -> Tensor:
     return x
 
 
-def _dispatch(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+def _attention_function(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     """The registered attention function."""
     forward = kwargs.pop(FORWARD, None)
     return getattr(module, STREAM).attend(module, query, key, value, attention_mask, forward, kwargs)
@@ -353,7 +353,7 @@ class LanguageHost(Host):
             if cross:
                 self.skipped[path] = f"{type(module).__name__} reads keys that are no tokens of the prompt"
             site = Site(path, self.name, "cross" if cross else "self", module.layer_idx, layers)
-            choice = DENSE if cross else decide(site, None, PREFILL)
+            choice = LEFT_DENSE if cross else decide(site, None, PREFILL)
             records.append(AttentionRecord(self, len(records), module, site, module.config, choice))
         if not records:
             raise NoMatchError(
@@ -397,9 +397,9 @@ class LanguageHost(Host):
         """Put the function, views and hooks in place; `undo` restores what is then still ours."""
         self.undo = undo
         undo.add(self._forget)
-        with _lock:
-            _users.add(self)
-            compat.transformers.register_attention(compat.transformers.ATTENTION, _dispatch)
+        with _entering:
+            _entered.add(self)
+            compat.transformers.register_attention(compat.transformers.ATTENTION, _attention_function)
         for record in self.records:
             choice = record.choice
             if (self.watched and record.site.kind == "self") or choice.patch is not None or choice.reason is not None:
@@ -431,9 +431,9 @@ class LanguageHost(Host):
                 delattr(cache, STREAM)
         self.streams.clear()
         self.left.clear()
-        with _lock:
-            _users.discard(self)
-            if not _users:
+        with _entering:
+            _entered.discard(self)
+            if not _entered:
                 compat.transformers.unregister_attention(compat.transformers.ATTENTION)
         compat.transformers.forget_compiled_call(self.model)
 

@@ -64,7 +64,7 @@ def exchanges(parallel: Any) -> bool:
     return context is not None and context.ulysses_degree > 1 and context.ring_degree == 1
 
 
-def attend(
+def attend_exchanged(
     query: Tensor,
     key: Tensor,
     value: Tensor,
