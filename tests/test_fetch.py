@@ -31,7 +31,7 @@ from accelplug.weights import CONVERSIONS, STALE_SECONDS, available, fetch, unpa
 from accelplug.weights.dinov2 import CLASS_POSITION, PATCH_POSITIONS, write_dinov2
 from accelplug.weights.smollm2 import write_smollm2
 from accelplug.weights.tensors import read_onnx
-from accelplug.weights.terrain import LEVELS, NETWORK, blocks, write_terrain
+from accelplug.weights.terrain import DIFFICULTIES, NETWORK, blocks, write_terrain
 from accelplug.weights.unpack import REFUSALS, sha256_of, take_out
 from accelplug.zoo.wheels import WHEELS, Wheel, folder_of
 
@@ -632,7 +632,7 @@ def test_a_terrain_unet_in_onnx_is_a_pipeline(tmp_path: Path) -> None:
         np.testing.assert_array_equal(tensor.numpy(), ours[name].astype(np.float32), err_msg=name)
     embed = [ours[f"network.label_emb.{part}"] for part in ("0.weight", "0.bias", "2.weight", "2.bias")]
     first, first_bias, second, second_bias = (torch.tensor(array, dtype=torch.float32) for array in embed)
-    labels = torch.linspace(0, 1, LEVELS)[:, None]
+    labels = torch.linspace(0, 1, DIFFICULTIES)[:, None]
     expected = torch.nn.functional.silu(labels @ first.T + first_bias) @ second.T + second_bias
     torch.testing.assert_close(rows, expected)
     made = pipe(batch_size=2, class_labels=[0, 99], num_inference_steps=1, output_type="np").images

@@ -34,7 +34,7 @@ PRIVATE_WORDS = {
     r"hunch\w*": "tie-break",
     r"\bspoils?\b": "predicted error",
     r"\bof yours\b": "your own",
-    r"(?<!there )\b(?:is|are|was) no (?!longer|more|dog)\w+": "is not a",
+    r"(?<!there )\b(?:is|are|was) no (?!longer|more|better|dog)\w+": "is not a",
 }
 """Patterns of words that no reader knows, or that are no English, and what to say in their place."""
 

@@ -1,6 +1,6 @@
 """Allegro: self-attention over the video, cross-attention to the text.
 
-An ``attention_mask`` over the video becomes an additive (B, heads, 1, S), which is no bool key validity: dense.
+An ``attention_mask`` over the video becomes an additive (B, heads, 1, S), which does not say by key what may be read: dense.
 """
 
 from accelplug.families.base import SELF_AND_CROSS, Family, latents

@@ -165,7 +165,7 @@ def _block_of(path: str) -> tuple[str, int]:
 
 
 def shape_of(inputs: Inputs, name: str, ndim: int) -> tuple[int, ...] | None:
-    """Return the shape of the tensor argument `name`, or None where it is no tensor of `ndim` dimensions."""
+    """Return the shape of the tensor argument `name`, or None where it is not a tensor of `ndim` dimensions."""
     shape = getattr(inputs.get(name), "shape", None)
     return tuple(int(n) for n in shape) if shape is not None and len(shape) == ndim else None
 

