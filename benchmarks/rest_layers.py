@@ -1,11 +1,12 @@
-"""What becomes of unread blocks, five ways, on the q, k, v of a real run of the bundled model, beside random blocks.
+"""What becomes of unread blocks, seven ways, on the q, k, v of a real run of the bundled model, beside random blocks.
 
-usage: python -m benchmarks.rest_layers [--steps 9] [--setting NAME ...]
+usage: python -m benchmarks.rest_layers [--grid demo|small] [--steps 9] [--setting NAME ...] [--block 64]
 
-Relative L2 error of the attention output, mean over layers and steps (conditional branch), for each selector and each rest.
-Random blocks have the selector's order, block sizes, density and rest. One exact pass serves all rests of a plan. One step is six
-calls, and about four minutes on two idle cores; the figures that patches quote are of steps 5 and 13. The file is written after each
-setting.
+Relative L2 error of the attention output (conditional branch), for each selector and each rest, as it is and repaired by 128 probes on
+output and query; one table by layer, means over steps. Random blocks have the selector's order, block sizes, density, rest and repair. One
+exact pass serves all rests of a plan. At the demo's grid one step is six calls, and about four minutes on two idle cores; the figures that
+patches quote are of steps 5 and 13. The small grid has 1,728 tokens and 12 steps; blocks of 32 there are as large a share as 128 at the
+demo's. The file is written after each setting.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import WanPipeline
@@ -25,9 +26,10 @@ from accelplug import registry, zoo
 from accelplug.call import AttentionCall, Clock, Site
 from accelplug.comparison.environment import environment
 from accelplug.kernels.attention import block_attention
+from accelplug.kernels.linear import first_order
 from accelplug.kernels.plan import BlockPlan, Threshold, counted, pool
 from accelplug.kernels.rectify import rectify
-from accelplug.kernels.rest import Rectified, rectified, tied
+from accelplug.kernels.rest import Linear, Rectified, Slope, rectified, tied
 from accelplug.patches.sparse.template import Blocks, Scored, ScoredConfig
 from benchmarks.common import write_json
 from benchmarks.demo_pareto import PROMPT, Capture, Place
@@ -45,9 +47,25 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "hierarchical": ("hierarchical", COMMON),
     "hierarchical, band 2": ("hierarchical", {**COMMON, "band": 2}),
     "sol": ("sol", COMMON),
+    "sol, tau 1.5": ("sol", {**COMMON, "tau": 1.5}),
+    "sol, least 3": ("sol", {**COMMON, "least": 3}),
+    "sol, tau 1.5, least 3": ("sol", {**COMMON, "tau": 1.5, "least": 3}),
+    "sol, subblock": ("sol", {**COMMON, "statistic": "subblock"}),
+    "sol, subblock, tau 1.5": ("sol", {**COMMON, "statistic": "subblock", "tau": 1.5}),
+    "rows 0.05": ("rows", {**COMMON, "density": 0.05}),
+    "rows 0.1": ("rows", {**COMMON, "density": 0.1}),
+    "rows 0.2": ("rows", {**COMMON, "density": 0.2}),
+    "rows 0.1, 8 rows": ("rows", {**COMMON, "density": 0.1, "rows": 8}),
     "svg_ear": ("svg_ear", {"block": 64, "rest": "drop"}),
     "svg_ear, a budget for each head": ("svg_ear", {"block": 64, "rest": "drop", "density": 0.39}),
 }
+
+
+GRIDS: dict[str, dict[str, int]] = {
+    "demo": {},
+    "small": {"num_frames": 17, "height": 96, "width": 128, "num_inference_steps": 12},
+}
+REPAIR = {"repair": "output_query", "probes": 128}
 
 
 class RandomConfig(ScoredConfig):
@@ -77,7 +95,9 @@ class Random(Scored):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, nargs="+", default=[9], help="diffusion steps, of 16 (default 9)")
+    parser.add_argument("--grid", choices=GRIDS, default="demo", help="frames, height and width of the clip (default demo)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[9], help="diffusion steps, of 16, small 12 (default 9)")
+    parser.add_argument("--block", type=int, default=64, help="slots per query block, and most per key block (default 64)")
     parser.add_argument("--setting", action="append", choices=SETTINGS, help="only these; repeat for several")
     options = parser.parse_args()
     torch.set_num_threads(2)
@@ -86,24 +106,39 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         with accelplug.apply(pipe, Capture(), gate="off"):
-            pipe(prompt=PROMPT, **zoo.DEMO, generator=torch.Generator().manual_seed(0), output_type="latent")
-        facts, rows = {**environment(pipe), "prompt": PROMPT, "grid": "demo", "steps": options.steps}, []
+            arguments = {**zoo.DEMO, **GRIDS[options.grid]}
+            pipe(prompt=PROMPT, **arguments, generator=torch.Generator().manual_seed(0), output_type="latent")
+        where = {"grid": options.grid, "steps": options.steps, "block": options.block}
+        facts, rows = {**environment(pipe), "prompt": PROMPT, **where}, []
         for name in options.setting or SETTINGS:
-            rows += errors(name, *SETTINGS[name])
-            write_json("rest_layers", {**facts, "rows": rows})
+            patch, config = SETTINGS[name]
+            sizes = {"block": options.block, "block_k": min(config.get("block_k", options.block), options.block)}
+            rows += errors(name, patch, {**config, **sizes})
+            write_json("rest_layers" if options.grid == "demo" else f"rest_layers_{options.grid}", {**facts, "rows": rows})
+    print_table(rows)
 
 
 def errors(name: str, patch: str, config: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a captured call and rest, and a printed line for each rest."""
-    method = registry.patch_class(patch)(config)
+    method = registry.patch_class(patch)({**config, **REPAIR})
     sizes = {key: config[key] for key in ("block", "block_k", "order") if key in config}
     rows: list[dict[str, Any]] = []
     for place, call in Capture.calls.items():
         exact = scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale)
         density, mine = measured(method, call, place, exact)
-        _, theirs = measured(Random({**sizes, "density": density}), call, place, exact)
+        _, theirs = measured(Random({**sizes, **REPAIR, "density": density}), call, place, exact)
         where = {"setting": name, "layer": place.layer, "step": place.step, "density": density}
-        rows += [{**where, "rest": rest, "error": mine[rest], "random_error": theirs[rest]} for rest in mine]
+        rows += [
+            {
+                **where,
+                "rest": rest,
+                "error": plain,
+                "repaired_error": repaired,
+                "random_error": theirs[rest][0],
+                "random_repaired_error": theirs[rest][1],
+            }
+            for rest, (plain, repaired) in mine.items()
+        ]
     print(f"{name}: density {statistics.fmean(row['density'] for row in rows):.3f}")
     for rest in dict.fromkeys(row["rest"] for row in rows):
         part = [row for row in rows if row["rest"] == rest]
@@ -113,15 +148,32 @@ def errors(name: str, patch: str, config: dict[str, Any]) -> list[dict[str, Any]
     return rows
 
 
-def measured(patch: Any, call: AttentionCall, place: Place, exact: Tensor) -> tuple[float, dict[str, float]]:
-    """Density of what is read, a mean counted as one key, and the relative L2 error with each rest."""
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Error, and behind a stroke that after repair, by setting, rest and layer, and their means."""
+    layers = sorted({row["layer"] for row in rows})
+    print(f"{'setting':32s} {'rest':18s} density {'  '.join(f'layer {layer:<5d}' for layer in layers)}  mean")
+    for setting, rest in dict.fromkeys((row["setting"], row["rest"]) for row in rows):
+        part = [row for row in rows if (row["setting"], row["rest"]) == (setting, rest)]
+        cells = []
+        for some in (*([row for row in part if row["layer"] == layer] for layer in layers), part):
+            cells.append(
+                " / ".join(f"{statistics.fmean(row[key] for row in some):.3f}" for key in ("error", "repaired_error"))
+            )
+        print(f"{setting:32s} {rest:18s} {statistics.fmean(row['density'] for row in part):.3f}   {'  '.join(cells)}")
+
+
+def measured(patch: Any, call: AttentionCall, place: Place, exact: Tensor) -> tuple[float, dict[str, tuple[float, float]]]:
+    """Density of what is read, a mean counted as one key, and by rest the relative L2 errors, as it is and repaired."""
     params = patch.prepare(Site("", "transformer", "self", place.layer, 6), place.layout, Clock(place.step), {})
     blocks, plan = patch._laid_out(call, params)
     if isinstance(plan, Threshold):
         plan = plan.lower(blocks.q_pool, blocks.k_pool, blocks.scale)
-    found = {
-        rest: float((blocks.q_tiles.unpermute(out) - exact).norm() / exact.norm()) for rest, out in outputs(blocks, plan)
-    }
+    found = {}
+    for rest, out in outputs(blocks, plan):
+        out = blocks.q_tiles.unpermute(out)
+        both = out, patch.repaired(out, call, blocks.q_tiles, plan)
+        plain, repaired = (float((x - exact).norm() / exact.norm()) for x in both)
+        found[rest] = plain, repaired
     return float(plan.density().mean()), found
 
 
@@ -134,7 +186,10 @@ def outputs(blocks: Blocks, plan: BlockPlan) -> Iterator[tuple[str, Tensor]]:
     far = scale * q @ k_pool.mT + counted(plan.k_len, plan.block_k).log()[:, :, None]
     far = far.masked_fill(~plan.at(0).repeat_interleave(plan.block_q, -2)[..., : q.shape[-2], :], -torch.inf)
     total = torch.logaddexp(lse, far.logsumexp(-1))[..., None]
-    yield "pool", (lse[..., None] - total).exp() * out + (far - total).exp() @ v_pool
+    pooled = (lse[..., None] - total).exp() * out + (far - total).exp() @ v_pool
+    yield "pool", pooled
+    for slope in get_args(Slope):
+        yield f"linear, by {slope}", first_order(pooled, total[..., 0], q, k, v, plan, Linear(slope=slope), scale, None)
     for rest, gain in (("rectified", True), ("rectified, no gain", False)):
         weighed = Rectified(*rectify(q, k, plan, blocks.k_tiles.visual_slots, scale, gain=gain))
         yield rest, rectified(weighed, out, v, plan, None)
