@@ -165,7 +165,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def measured(patch: Any, call: AttentionCall, place: Place, exact: Tensor) -> tuple[float, dict[str, tuple[float, float]]]:
     """Density of what is read, a mean counted as one key, and by rest the relative L2 errors, as it is and repaired."""
     params = patch.prepare(Site("", "transformer", "self", place.layer, 6), place.layout, Clock(place.step), {})
-    blocks, plan = patch._laid_out(call, params)
+    blocks, plan = patch.laid_out(call, params)
     if isinstance(plan, Threshold):
         plan = plan.lower(blocks.q_pool, blocks.k_pool, blocks.scale)
     found = {}

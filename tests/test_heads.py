@@ -346,9 +346,9 @@ def test_gift_counts_words_of_the_question_alone() -> None:
     state: dict[str, Any] = {}
     layout = replace(layout, ids=ids)
     patch: Any = gift.Gift({"saliency_layer": 0, "enhance": [1, 4]})
-    assert torch.equal(patch._words(layout)[1], layout.question)
+    assert torch.equal(patch.words(layout)[1], layout.question)
     patch.processor = tokenizer
-    question, content = patch._words(layout)
+    question, content = patch.words(layout)
     assert question[0].nonzero().flatten().tolist() == [13, 14, 16, 17, 18, 21, 22]
     assert content[0].nonzero().flatten().tolist() == [16, 17, 18, 21, 22]
     assert not content[1, 15:18].any()  # of the second image

@@ -207,7 +207,7 @@ class Gift(Patch):
             return None
         if self.processor is not None and prompt.ids is None:
             return "the prompt came as embeddings: which of its words carry content is not known"
-        question, content = (x.to(call.q.device) for x in self._words(prompt))
+        question, content = (x.to(call.q.device) for x in self.words(prompt))
         content = content & prompt.later.to(call.q.device)  # what stands ahead of the image cannot look at it
         if not bool(content.any()):
             return "no word that carries content stands behind the image: there is no gaze to read"
@@ -225,7 +225,7 @@ class Gift(Patch):
         gaze = saliency(by_head, near, self.config.head_share)
         return Params(visual, question, torch.exp(self.config.alpha * pad(gaze, (first, 0))))
 
-    def _words(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
+    def words(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """Words of the question, and those of them that carry content: bool (B, S) each."""
         if self.processor is None or prompt.ids is None:
             return prompt.question, prompt.question

@@ -59,5 +59,5 @@ class FreeSwim(Windowed):
         native = math.prod(self.config.native_hw)
         return math.sqrt(math.log(2 * native, native)) if self.config.entropy else 1.0
 
-    def _laid_out(self, call: AttentionCall, params: BlockParams) -> Any:
-        return super()._laid_out(replace(call, scale=call.scale * self.sharpening), params)
+    def laid_out(self, call: AttentionCall, params: BlockParams) -> Any:
+        return super().laid_out(replace(call, scale=call.scale * self.sharpening), params)

@@ -79,7 +79,7 @@ class PerHead(BlockSparse):
         key = (layout, *choice.tolist(), None if weight is None else (site.layer, *weight.tolist()))
         return self._chosen.get(key, lambda: HeadParams(self.laid(layout), choice, weight))
 
-    def _laid_out(self, call: AttentionCall, params: HeadParams) -> tuple[Blocks, BlockPlan]:
+    def laid_out(self, call: AttentionCall, params: HeadParams) -> tuple[Blocks, BlockPlan]:
         choice, heads = params.choice, call.q.shape[1]
         if choice.shape[0] not in (1, heads):
             raise ShapeError(f"{type(self).__name__} has a choice for {choice.shape[0]} heads, this call has {heads}.")

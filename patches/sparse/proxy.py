@@ -140,7 +140,7 @@ class Proxy(BlockSparse):
     def attend(self, call: AttentionCall, params: BlockParams) -> Tensor:
         if not self.config.variance:
             return super().attend(call, params)
-        blocks, plan = self._laid_out(call, params)
+        blocks, plan = self.laid_out(call, params)
         plan = cast(BlockPlan, plan)  # `select` makes no threshold
         near = block_attention(**{**self._arguments(blocks, plan, params), "rest": Drop()}, return_lse=True)
         far = spread_attention(blocks.q, blocks.k, blocks.v, plan, call.scale, blocks.key_mask)

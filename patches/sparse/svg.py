@@ -187,7 +187,7 @@ class Svg(BlockSparse):
         )
         return (temporal < spatial).long()
 
-    def _laid_out(self, call: AttentionCall, params: Params) -> tuple[Blocks, BlockPlan]:
+    def laid_out(self, call: AttentionCall, params: Params) -> tuple[Blocks, BlockPlan]:
         modes = params.modes
         if modes is None or modes.shape != call.q.shape[:2]:
             modes = self.modes(call, params.masks)

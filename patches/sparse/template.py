@@ -247,7 +247,7 @@ class BlockSparse(Patch):
         return table.at(site, clock).float() if isinstance(table, Table) and self.config.rest in ("pool", "linear") else None
 
     def attend(self, call: AttentionCall, params: BlockParams) -> Tensor:
-        blocks, plan = self._laid_out(call, params)
+        blocks, plan = self.laid_out(call, params)
         out = blocks.q_tiles.unpermute(block_attention(**self._arguments(blocks, plan, params)))
         return self.repaired(out, call, blocks.q_tiles, plan)
 
@@ -287,10 +287,10 @@ class BlockSparse(Patch):
 
     def choose_backend(self, call: AttentionCall, params: BlockParams) -> None:
         if self.config.backend == "auto":
-            measure_choice(**self._arguments(*self._laid_out(call, params), params))
+            measure_choice(**self._arguments(*self.laid_out(call, params), params))
 
     def inspect(self, call: AttentionCall, params: BlockParams) -> tuple[float, BlockPlan]:
-        blocks, plan = self._laid_out(call, params)
+        blocks, plan = self.laid_out(call, params)
         if isinstance(plan, Threshold):
             plan = plan.lower(blocks.q_pool, blocks.k_pool, call.scale)
         exact, rest = (float(plan.density(rest=too).mean()) for too in (False, True))
@@ -309,7 +309,7 @@ class BlockSparse(Patch):
     def in_order(self, params: BlockParams) -> BlockParams:
         return replace(params, tiles=replace(params.tiles, applied=True))
 
-    def _laid_out(self, call: AttentionCall, params: BlockParams) -> tuple[Blocks, BlockPlan | Threshold]:
+    def laid_out(self, call: AttentionCall, params: BlockParams) -> tuple[Blocks, BlockPlan | Threshold]:
         """The call in block order, and what is read of it."""
         q_tiles, k_tiles = self.arrange(call, params)
         blocks = Blocks.of(call, q_tiles, k_tiles, self.config.block, self.config.key_block)
