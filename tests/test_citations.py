@@ -21,6 +21,7 @@ ROOT = Path(SHIPPED).resolve().parent
 
 OTHER_WORKS = {
     "1809.02156": "CHAIR, an evaluator",
+    "1904.10509": "Sparse Transformers, the example of a patch in a package of its own",
     "2103.12731": "HaloNet, which neighborhood has by settings",
     "2103.14030": "Swin, likewise",
     "2108.12409": "ALiBi, whose slopes bias offers",
@@ -93,7 +94,7 @@ def test_the_method_stands_on_the_module_and_config_in_the_class(entry: PatchEnt
     assert cls.cite == Patch.cite, "the registry has the citation"
 
 
-@pytest.mark.parametrize("folder", ["patches", "kernels", "recipes", "accelplug"])
+@pytest.mark.parametrize("folder", ["patches", "kernels", "recipes", "accelplug", "examples"])
 def test_the_code_cites_nothing_that_is_not_known(folder: str) -> None:
     unknown = {
         str(path.relative_to(ROOT)): found
@@ -113,7 +114,7 @@ def test_nothing_is_on_the_list_of_other_works_that_a_patch_cites_or_nobody_does
     assert not {work for entry in OWN for work in works(entry.cite)} & OTHER_WORKS.keys()
     code = "".join(
         path.read_text(encoding="utf-8")
-        for name in ("patches", "kernels", "accelplug")
+        for name in ("patches", "kernels", "accelplug", "examples")
         for path in (ROOT / name).rglob("*.py")
     )
     assert not OTHER_WORKS.keys() - set(works(code))
