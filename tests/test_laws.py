@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
+from pydantic import Field
 from torch import nn
 
 import accelplug
+from accelplug.call import AttentionCall, Clock, Prompt, Site
 from accelplug.errors import AccelplugError, AlreadyAppliedError, FallbackError, NoMatchError, UnsupportedError
+from accelplug.patches.base import Config, Patch
 from accelplug.patches.generation import GenerationPatch
 from accelplug.patches.sparse.template import BlockParams
 from accelplug.registry import list_patches, patch_class
@@ -58,6 +62,40 @@ def test_every_patch_has_a_row() -> None:
 def test_two_laws_on_every_model(name: str) -> None:
     the_kernel_at_density_one_is_dense(ROWS["sol"], MAKERS[name])
     text_stays_dense(ROWS["neighborhood"], MAKERS[name])
+
+
+class Gain(Patch):
+    """Attention's answers weigh more, in every head."""
+
+    class Config(Config):
+        gain: float = Field(2.0, ge=0, description="Factor.")
+
+    name, cite, family, summary = "gain", "unpublished", "heads", "Every head weighs more."
+    config: Config
+    speed = False
+
+    def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> float | None:
+        return self.config.gain if self.config.gain != 1 else None
+
+    def attend(self, call: AttentionCall, params: float) -> torch.Tensor:
+        return call.dense() * params
+
+
+class Batchwise(Gain):
+    """It takes the gain from all rows at once."""
+
+    name = "batchwise"
+
+    def attend(self, call: AttentionCall, params: float) -> torch.Tensor:
+        return call.dense() * (1 + params * call.q.mean())
+
+
+def test_a_head_patch_of_another_package_obeys_the_laws_or_is_told_which_it_breaks() -> None:
+    for law in laws(Gain, {"gain": 1.5}, neutral={"gain": 1.0}, faint={"gain": 1 + 1e-7}):
+        law()
+    (law,) = [law for law in laws(Batchwise, {"gain": 1.5}) if "its_rows" in str(law)]
+    with pytest.raises(AssertionError, match="batchwise on llava, a padded batch is its rows"):
+        law()
 
 
 def alive(kind: type) -> int:
