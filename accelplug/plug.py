@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 import weakref
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
@@ -21,33 +18,30 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 import torch
 
 from accelplug import compat
-from accelplug.bounded import Bounded
-from accelplug.call import Clock, Site
+from accelplug.call import Site
 from accelplug.errors import (
     AccelplugError,
-    FallbackError,
     NoMatchError,
-    RecipeError,
     UnsupportedError,
     nearest,
 )
-from accelplug.hosts.estimates import Estimates, Spread
+from accelplug.hosts import fit
+from accelplug.hosts.chooser import Chooser
+from accelplug.hosts.estimates import Estimates
 from accelplug.hosts.forecast import Forecast, amdahl
 from accelplug.hosts.gate import Gate, Verdict
 from accelplug.hosts.host import PLUGGED, Host, Setup, host_of, plug_of, require_free
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.models import model_in, unwrapped
 from accelplug.hosts.placement import Placement
-from accelplug.hosts.record import Choice
+from accelplug.hosts.report import Report
 from accelplug.hosts.undo import Undo
 from accelplug.kernels.attention import Backend
 from accelplug.recipe import Recipe, load
-from accelplug.registry import patch_class
-from accelplug.show import Shown, as_html
-from accelplug.step_caches import CACHES
+from accelplug.show import as_html
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import Group
     from torch import Tensor
 
     from accelplug.patches.base import Patch
@@ -74,8 +68,8 @@ def apply(
 
     Parameters
     ----------
-    model : a diffusers pipeline (classic or modular) or a bare denoiser; a transformers language or vision-language model, also
-        inside of a transformers pipeline, a PeftModel, what torch.compile returned, or a parallel wrapper.
+    model : a pipeline (classic or modular) that denoises, or a bare denoiser; a language or vision-language model, also inside of a
+        pipeline, a PeftModel, what torch.compile returned, or a parallel wrapper; any model of `accelplug.hosts.host.HOSTS`.
     recipe : None for the default of the file that matches the model; a name in that file, ``radial``; a full name,
         ``wan2.1-t2v-14b/radial``; the path of a recipe file; a mapping; a `Recipe`; or an instance of a patch, for every self- and
         joint-attention module. A rule of a mapping may hold an instance, too: ``{"where": {...}, "patch": MyPatch({...})}``.
@@ -91,7 +85,7 @@ def apply(
     choices : what ``plug.choices`` was in an earlier run of this recipe, from its JSON too. Its gate, backend, verdicts and kernels
         hold in place of those arguments, without timing. A shape it does not know is timed, but not with ``deterministic=True``.
     processor : a vision-language model's processor, for recipes that write prompts of their own (``carve``) or ask which words
-        a prompt has; a transformers pipeline's own, if left out.
+        a prompt has; that of the model's own pipeline, if left out.
     max_error : with ``gate="quality"``: the most that a call's output may differ from dense attention's, relative to that, as rows say
         that were computed exactly (`repair` in a rule's settings). Compiled code is judged a step late, see `hosts.estimates`.
 
@@ -102,9 +96,9 @@ def apply(
     Raises
     ------
     AlreadyAppliedError
-        If a recipe is on one of the model's denoisers.
+        If a recipe is on the model, or on one of its parts.
     NoMatchError
-        If the model has no denoiser, decoder or attention that is known, or no rule of the recipe can fit any of it.
+        If there is no host for the model, it has no attention that is known, or no rule of the recipe can fit any of it.
     RecipeError
         If the recipe cannot be read, was made for another model, has a rule that can never hold, or puts a patch where its step cache
         looks.
@@ -221,15 +215,14 @@ class Plug(AbstractContextManager["Plug"]):
         self._processor = processor
         self._ledger = Ledger(strict, Estimates(max_error))
         self._gate = Gate("off" if gate == "quality" else gate, times=measure)
-        self._patches: Bounded[tuple[str, str], Patch] = Bounded(256)
+        self._chooser = Chooser(recipe, backend, processor)
         if choices is not None:
             self._recall(choices)
         self.hosts: list[Host] = list(host.of(model, parts, self._setup()))
         """What is in the model, one for each part that the recipe is on."""
-        self._require_patches_of_its_kind()
-        self._require_a_cache_that_fits()
-        self._require_a_match()
-        self._require_estimates()
+        fit.require(recipe, self.hosts, elsewhere=host.names(model))
+        if max_error is not None:
+            self._chooser.require_estimates()
 
     def _setup(self) -> Setup:
         cache = self.recipe.cache
@@ -239,14 +232,19 @@ class Plug(AbstractContextManager["Plug"]):
             )
         return Setup(
             self.recipe.name,
-            self._decide,
-            self._around(),
+            self._chooser.decide,
+            self._chooser.around(),
             cache,
             self._ledger,
             self._gate,
             self._processor,
             self._check_rules,
         )
+
+    def _check_rules(self, ended: bool) -> None:
+        """Behind every forward of a run, and at its end: under strict a rule that cannot hold is an error."""
+        if self._ledger.strict:
+            fit.require_held(self.recipe, self.hosts, ended)
 
     def _recall(self, choices: Mapping[str, Any]) -> None:
         from accelplug.kernels.attention import recall
@@ -255,107 +253,6 @@ class Plug(AbstractContextManager["Plug"]):
             raise AccelplugError(f"These choices were made for {choices['recipe']}; expected those of {self.recipe.name}.")
         self._gate.recall(choices["verdicts"])
         recall(choices["kernels"])
-
-    def _decide(self, site: Site, layout: Any, clock: Clock) -> Choice:
-        decision = self.recipe.decide(site, layout, clock)
-        if decision.patch is None:
-            return Choice(reason=decision.reason, rule=decision.rule)
-        patch = self._patch(decision.patch, decision.config, decision.instance)
-        return Choice(patch, decision.patch, rule=decision.rule)
-
-    def _patch(self, name: str, config: Mapping[str, Any], instance: Patch | None = None) -> Patch:
-        """Return the one instance of a patch and config: sites that share it share compiled graphs and plans."""
-
-        def make() -> Patch:
-            cls = patch_class(name)
-            fields = cls.Config.model_fields
-            chosen = {"backend": self._backend} if "backend" in fields and config.get("backend", "auto") == "auto" else {}
-            patch = cls({**config, **chosen})
-            patch.processor = self._processor
-            return patch
-
-        if instance is not None:
-            return self._patches.get((name, f"instance {id(instance)}"), lambda: self._as_told(instance))
-        return self._patches.get((name, repr(sorted(config.items()))), make)
-
-    def _as_told(self, instance: Patch) -> Patch:
-        """A patch that a rule holds; where it leaves open what `apply` was told, a copy that has it."""
-        told: dict[str, Any] = {}
-        if self._backend != "auto" and getattr(instance.config, "backend", None) == "auto":
-            told["config"] = instance.config.model_copy(update={"backend": self._backend})
-        if self._processor is not None and instance.processor is None:
-            told["processor"] = self._processor
-        if not told:
-            return instance
-        patch = copy.copy(instance)
-        vars(patch).update(told)
-        return patch
-
-    def _around(self) -> tuple[Choice, ...]:
-        """The recipe's patches that stand around ``generate``."""
-        return tuple(Choice(self._patch(rule.name, rule.values, rule.instance), rule.name) for rule in self.recipe.around())
-
-    def _require_a_cache_that_fits(self) -> None:
-        """The block from which a step cache predicts the others must be dense."""
-        cache = self.recipe.cache
-        if cache is None:
-            return
-        first = [site for site in self.sites if site.layer == 0]
-        patched = self.recipe.patches() and any(self.recipe.may_touch(site) for site in first)
-        if CACHES[cache.kind].by_first_block and patched:
-            raise RecipeError(
-                f"{self.recipe.name}: the cache {cache.kind} predicts a step from its first block, but a rule puts a patch "
-                "there, and its error would pass for change. Keep it dense: {where: {layers: 0}, patch: dense} as first rule."
-            )
-
-    def _require_patches_of_its_kind(self) -> None:
-        host = self.hosts[0]
-        for entry in self.recipe.patches():
-            if entry.family not in host.serves:
-                raise UnsupportedError(
-                    f"{self.recipe.name} uses {entry.name}, a patch of the family {entry.family}; {type(host.root).__name__} takes "
-                    f"{' and '.join(sorted(host.serves))}. `accelplug list` shows which recipes there are for which model."
-                )
-
-    def _require_estimates(self) -> None:
-        """With a bound on errors, every patch must say how large its own is."""
-        if self._ledger.estimates.bound is None:
-            return
-        for number, rule in enumerate(self.recipe.rules):
-            if rule.entry is not None and not self._patch(rule.name, rule.values, rule.instance).estimates:
-                raise UnsupportedError(
-                    f'gate="quality" goes by what patches estimate of their own error, and {self.recipe.named(number)} uses '
-                    f"{rule.name} without one. Set repair: output_query in its settings, if it is block-sparse."
-                )
-
-    def _require_a_match(self) -> None:
-        if self.recipe.around():
-            return
-        sites = self.sites
-        if not any(self.recipe.may_touch(site) for site in sites):
-            if any(self.recipe.may_touch(replace(site, kind="self")) for site in sites if site.kind == "cross"):
-                logger.warning("%s names cross-attention alone, which is left as it is: nothing changes.", self.recipe.name)
-                return
-            kinds = Counter(site.kind for site in sites)
-            raise NoMatchError(
-                f"No rule of {self.recipe.name} fits any attention of this model, which has "
-                f"{', '.join(f'{n} of kind {kind}' for kind, n in kinds.items())} in {sites[0].layers} layers. "
-                "Check the rules' where: layers, kind, module, denoiser."
-            )
-        self._require_rules_that_can_hold(sites)
-        heads = {r.site: getattr(r.module, "heads", None) for host in self.hosts for r in host.records if r.site}
-        self.recipe.require_tables_for(heads)
-
-    def _require_rules_that_can_hold(self, sites: list[Site]) -> None:
-        self.recipe.require_rules_for(sites, elsewhere=self._kind.names(self._model()))
-        if "step" in self._kind.abilities:
-            return
-        for number, rule in enumerate(self.recipe.rules):
-            if (foreign := rule.of_denoisers()) is not None:
-                raise RecipeError(
-                    f"{self.recipe.named(number)} asks for {foreign}, and {self._kind.called} has neither diffusion "
-                    "steps, guidance branches nor a token grid. Leave it out."
-                )
 
     def _install(self) -> None:
         try:
@@ -379,35 +276,6 @@ class Plug(AbstractContextManager["Plug"]):
         for site in host.barred if self.recipe.patches() else ():
             if self.recipe.may_touch(site):
                 self._ledger.fell_back(site.module, host.skipped[site.module])
-
-    def _idle(self) -> list[tuple[int, str | None, str]]:
-        """Rules that never held though forwards came by: number, which condition nothing met (None: each was met), and why."""
-        idle = []
-        held = frozenset().union(*(host.held for host in self.hosts))
-        for host, seen in ((host, seen) for host in self.hosts if (seen := host.seen) is not None and seen.branches):
-            for number in self.recipe.chosen_among(r.site for r in host.records if r.site):
-                if number not in held:
-                    condition, why = self.recipe.rules[number].where.unmet(seen) or (None, "other rules took its calls")
-                    idle.append((number, condition, why))
-        return list({number: (number, condition, why) for number, condition, why in idle}.values())
-
-    def _check_rules(self, ended: bool) -> None:
-        """Under strict a rule that cannot hold is an error: of steps as soon as a run's are known, of branches at the end of a run.
-
-        Rules for other sizes than that of a run are no error, unless none of a recipe's patches is for this one.
-        """
-        if not self._ledger.strict:
-            return
-        idle = self._idle()
-        patched = {n for host in self.hosts for n in self.recipe.chosen_among(r.site for r in host.records if r.site)}
-        patched = {number for number in patched if self.recipe.rules[number].patch != "dense"}
-        none_is_for_it = patched <= {number for number, condition, _ in idle if condition in ("steps", "tokens")}
-        for number, condition, why in idle:
-            if condition == "steps" or (condition == "branch" and ended) or (condition == "tokens" and none_is_for_it):
-                raise FallbackError(
-                    f"{self.recipe.named(number)} never holds: {why}. strict=True asks for rules that do; mend its where:, or apply "
-                    "with strict=False."
-                )
 
     # ------------------------------------------------------------------------------------------------------ public
 
@@ -496,7 +364,7 @@ class Plug(AbstractContextManager["Plug"]):
     @property
     def sites(self) -> list[Site]:
         """The self- and joint-attention modules that rules can name."""
-        return [record.site for host in self.hosts for record in host.records if record.site]
+        return fit.sites_of(self.hosts)
 
     def where(self) -> Placement:
         """Say what runs where: per attention module its patch, with which params, layout and plan; prints as a table by layers.
@@ -559,7 +427,7 @@ class Plug(AbstractContextManager["Plug"]):
             errors_by_layer=self._ledger.estimates.by_module() if by_layer else {},
             forecasts={f"{f.denoiser} at {_by(f.shape)}": str(f) for f in self.forecasts},
             compiled=[what for host in self.hosts for what in host.compiled()],
-            idle=[f"{self.recipe.named(number)}: {why}" for number, _, why in self._idle()],
+            idle=[f"{self.recipe.named(rule.number)}: {rule.why}" for rule in fit.idle(self.recipe, self.hosts)],
             unrouted=[module for host in self.hosts for module in host.unrouted()],
             skipped={f"{host.name}.{path}": why for host in self.hosts for path, why in host.skipped.items()},
         )
@@ -587,7 +455,7 @@ class Plug(AbstractContextManager["Plug"]):
         return f"; such calls are {shares[0]:.0%} of a forward, which would be {gain:.2f}x as fast with it"
 
     def summary(self) -> str:
-        """One line: which recipe, how many attention modules of how many it may touch, in which denoisers."""
+        """One line: which recipe, how many attention modules of how many it may touch, in which parts."""
         sites = [site for site in self.sites if site.kind != "cross"]
         touched = sum(self.recipe.may_touch(site) for site in sites)
         where = ", ".join(f"{host.name} ({type(host.root).__name__})" for host in self.hosts)
@@ -604,72 +472,13 @@ class Plug(AbstractContextManager["Plug"]):
     def __repr__(self) -> str:
         return f"<Plug {self.summary()}>"
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.summary()
-        yield from self.report().__rich_console__(console, options)
+    def __rich__(self) -> Group:
+        from rich.console import Group
+
+        return Group(self.summary(), self.report())
 
     def _repr_html_(self) -> str:
         return as_html(self)
-
-
-@dataclass(frozen=True, repr=False)
-class Report(Shown):
-    """What a plug did since it was applied. Prints as a table."""
-
-    recipe: str
-    served: dict[str, int] = field(default_factory=dict)
-    fallbacks: dict[str, int] = field(default_factory=dict)
-    hoisted: dict[str, int] = field(default_factory=dict)
-    gated: list[str] = field(default_factory=list)
-    unjudged: list[str] = field(default_factory=list)
-    gains: dict[str, float] = field(default_factory=dict)
-    errors: dict[str, Spread] = field(default_factory=dict)
-    """What each patch estimates of the relative error of its answers, in the last run."""
-    errors_by_layer: dict[str, Spread] = field(default_factory=dict)
-    forecasts: dict[str, str] = field(default_factory=dict)
-    compiled: list[str] = field(default_factory=list)
-    idle: list[str] = field(default_factory=list)
-    unrouted: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    def rows(self) -> Iterator[tuple[str, str]]:
-        """Yield (what, how much) in reading order."""
-        for name, calls in self.served.items():
-            gain = f", each {self.gains[name]:.2f}x faster than dense" if name in self.gains else ""
-            yield f"answered by {name}", f"{calls} calls{gain}"
-        for what, predicted in self.forecasts.items():
-            yield f"predicted for {what}", predicted
-        for name, error in self.errors.items():
-            yield f"estimated error of {name}", str(error)
-        for module, error in self.errors_by_layer.items():
-            yield f"estimated error at {module}", str(error)
-        for what, calls in self.fallbacks.items():
-            yield f"fell back to dense: {what}", f"{calls} calls"
-        for where, forwards in self.hoisted.items():
-            yield f"order of tokens applied {where}", f"{forwards} forwards"
-        for reason in self.gated:
-            yield "left dense by the gate", reason
-        for reason in self.unjudged:
-            yield "not judged by the gate", reason
-        for what in self.compiled:
-            yield "runs compiled, calls not counted", what
-        for rule in self.idle:
-            yield "never held", rule
-        for module in self.unrouted:
-            yield "named by a rule, never seen", module
-        for module, why in self.skipped.items():
-            yield f"cannot be re-bound: {module}", why
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.table import Table
-
-        table = Table("attention", "", title=self.recipe, title_justify="left")
-        for row in self.rows():
-            table.add_row(*row)
-        yield table
-
-    def __str__(self) -> str:
-        return "\n".join(f"{what}: {much}" for what, much in self.rows()) or "nothing ran yet"
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -1,0 +1,73 @@
+"""What a plug did since it was applied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from accelplug.hosts.estimates import Spread
+from accelplug.show import Shown
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
+    """What a plug did since it was applied. Prints as a table."""
+
+    recipe: str
+    served: dict[str, int] = field(default_factory=dict)
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    hoisted: dict[str, int] = field(default_factory=dict)
+    gated: list[str] = field(default_factory=list)
+    unjudged: list[str] = field(default_factory=list)
+    gains: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, Spread] = field(default_factory=dict)
+    """What each patch estimates of the relative error of its answers, in the last run."""
+    errors_by_layer: dict[str, Spread] = field(default_factory=dict)
+    forecasts: dict[str, str] = field(default_factory=dict)
+    compiled: list[str] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
+    unrouted: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Yield (what, how much) in reading order."""
+        for name, calls in self.served.items():
+            gain = f", each {self.gains[name]:.2f}x faster than dense" if name in self.gains else ""
+            yield f"answered by {name}", f"{calls} calls{gain}"
+        for what, predicted in self.forecasts.items():
+            yield f"predicted for {what}", predicted
+        for name, error in self.errors.items():
+            yield f"estimated error of {name}", str(error)
+        for module, error in self.errors_by_layer.items():
+            yield f"estimated error at {module}", str(error)
+        for what, calls in self.fallbacks.items():
+            yield f"fell back to dense: {what}", f"{calls} calls"
+        for where, forwards in self.hoisted.items():
+            yield f"order of tokens applied {where}", f"{forwards} forwards"
+        for reason in self.gated:
+            yield "left dense by the gate", reason
+        for reason in self.unjudged:
+            yield "not judged by the gate", reason
+        for what in self.compiled:
+            yield "runs compiled, calls not counted", what
+        for rule in self.idle:
+            yield "never held", rule
+        for module in self.unrouted:
+            yield "named by a rule, never seen", module
+        for module, why in self.skipped.items():
+            yield f"cannot be re-bound: {module}", why
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table("attention", "", title=self.recipe, title_justify="left")
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def __str__(self) -> str:
+        return "\n".join(f"{what}: {much}" for what, much in self.rows()) or "nothing ran yet"
