@@ -277,13 +277,13 @@ class BlockSparse(Patch):
         return self.config.repair != "none"
 
     def probed(self, layout: Layout, call: AttentionCall) -> int:
-        """Return how many rows of each head are probed; 0 where it does not pay: more than half of them would be."""
+        """Return how many rows of each head are probed; 0 where it does not pay (more than half of them would be) or says nothing (one)."""
         if self.config.repair == "none":
             return 0
         features = call.v.shape[-1] + (call.q.shape[-1] if self.config.repair == "output_query" else 0)
         asked = self.config.probes if self.config.probes >= 1 else max(self.config.probes * layout.visual, 2 * features)
         number = round(asked)
-        return number if number <= layout.visual // 2 else 0
+        return number if 2 <= number <= layout.visual // 2 else 0
 
     def choose_backend(self, call: AttentionCall, params: BlockParams) -> None:
         if self.config.backend == "auto":
