@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -229,9 +229,9 @@ class Target:
             If there is none, or a knob is unknown or out of range.
         """
         if self.patch == "rest":
-            return self._checked(lambda: RestWeights(self.selector, self.options))
+            return RestWeights(self.selector, self.options)
         cls = patch_class(self.patch)
-        return self._checked(lambda: _calibration(self.patch)(cls(self.config), self.options))
+        return _calibration(self.patch)(cls(self.config), self.options)
 
     def selector(self, site: Site, layout: Layout, clock: Clock) -> Any:
         """Return the block-sparse patch that the base recipe has answer there and then, or None."""
@@ -241,13 +241,6 @@ class Target:
         name, config = decision.patch, decision.config
         patch = self.selectors.get((name, repr(sorted(config.items()))), lambda: patch_class(name)(config))
         return patch if isinstance(patch, BlockSparse) else None
-
-    def _checked(self, make: Callable[[], Calibration]) -> Calibration:
-        try:
-            return make()
-        except ValidationError as error:
-            what = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
-            raise AccelplugError(f"Calibrating {self.patch}: {what}.") from error
 
     @staticmethod
     def model(facts: ModelFacts) -> dict[str, Any]:

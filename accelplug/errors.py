@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class AccelplugError(Exception):
@@ -38,3 +39,23 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" (nearest: a, b)"`` for the known names most like `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" (nearest: {', '.join(close)})" if close else ""
+
+
+def refused_values(error: Any, known: Iterable[str]) -> str:
+    """Return what a pydantic ``ValidationError`` found, in one line: key, what was expected, what was got.
+
+    Parameters
+    ----------
+    error : what pydantic raised.
+    known : the keys that there are.
+    """
+    told, keys = [], list(known)
+    for problem in error.errors(include_url=False)[:5]:
+        place = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            told.append(f"there is no key {place!r}{nearest(place, keys)}; known: {', '.join(keys)}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+            got = "" if problem["type"] == "value_error" else f", got {str(problem['input'])[:80]!r}"
+            told.append(f"{place}: {message[:1].lower()}{message[1:]}{got}".removeprefix(": "))
+    return "; ".join(told)

@@ -340,6 +340,8 @@ def register_patch(cls: PatchClass) -> PatchClass:
         If it is not such a class, naming all that it lacks, or another patch has its name.
     """
     entry = _described(cls)
+    if entry.registered is None:  # one of ours
+        return cls
     _require(cls, "registered", [*_unfinished(cls, entry.family), *_undescribed(cls)])
     known = PATCH_CATALOG.get(entry.name)
     if known is not None and known.registered and (known.module, known.cls) == (entry.module, entry.cls):

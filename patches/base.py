@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from accelplug.errors import AccelplugError
+from accelplug.errors import AccelplugError, RecipeError, refused_values
 from accelplug.kernels.orders import Tiles
 from accelplug.kernels.plan import BlockPlan
 from accelplug.kernels.spans import unit_values
@@ -33,6 +33,20 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     layer_numbers: ClassVar[frozenset[str]] = frozenset()
     """Fields that are layers, or ranges of them, 0-based: a recipe may tell them in percent of the model's depth."""
+
+    @classmethod
+    def read(cls, given: Any, what: str) -> Self:
+        """Return settings from a mapping or from such settings; None for the defaults. `what` they are is told in errors.
+
+        Raises
+        ------
+        RecipeError
+            If a key is unknown, or has a value that it cannot have.
+        """
+        try:
+            return cls.model_validate({} if given is None else given)
+        except ValidationError as error:
+            raise RecipeError(f"{what}: {refused_values(error, cls.model_fields)}.") from error
 
     @classmethod
     def kinds(cls, field: str) -> tuple[Any, ...]:
@@ -116,7 +130,7 @@ class Patch:
     """A vision-language model's processor, where one was given to `accelplug.apply`."""
 
     def __init__(self, config: Any = None) -> None:
-        self.config = self.Config.model_validate(config or {})
+        self.config = self.Config.read(config, f"Settings of {type(self).__name__}")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.config)})"

@@ -87,7 +87,7 @@ class Calibration:
 
     def __init__(self, patch: Patch, config: Any = None) -> None:
         self.patch = patch
-        self.config = self.Config.model_validate(config or {})
+        self.config = self.Config.read(config, f"Settings of {type(self).__name__}")
         self.state: dict[str, Tensor] = {}
 
     def observe(self, seen: Seen, part: int) -> None:

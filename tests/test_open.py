@@ -109,6 +109,27 @@ def test_an_instance_needs_no_registration() -> None:
         patch_entry("two_halves")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"raech": 1}, r"Settings of Diagonal: there is no key 'raech' \(nearest: reach\); known: block, .*, reach"),
+        ({"reach": -1, "block": 12}, "block: input should be a multiple of 8, got '12'; reach: input should be greater"),
+        ({"block": 24, "block_k": 16}, "one of block 24 and block_k 16 must divide the other"),
+        ([1], "valid dictionary or instance of Config"),
+    ],
+)
+def test_settings_of_an_instance_are_told_in_our_words(settings: Any, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        Diagonal(settings)
+
+
+@pytest.mark.usefixtures("shelf")
+def test_one_of_ours_is_registered_already() -> None:
+    before = list_patches()
+    assert register_patch(Radial) is Radial
+    assert list_patches() == before
+
+
 def bare(**attributes: Any) -> type:
     return type("Bare", (Diagonal,), attributes)
 
