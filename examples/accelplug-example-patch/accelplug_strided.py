@@ -7,6 +7,8 @@ reads all: `BlockSparse.plan` sees to it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import Field
 
@@ -31,7 +33,7 @@ class Strided(BlockSparse):
     def neutral(self, layout: Layout) -> bool:
         return self.config.stride == 1
 
-    def select(self, tiles: Tiles) -> BlockPlan:
+    def select(self, tiles: Tiles, **where: Any) -> BlockPlan:
         block = torch.arange(tiles.slots // self.config.unit)
         distance = (block[:, None] - block).abs()  # [blocks, blocks]
         return self.plan((distance <= self.config.reach) | (distance % self.config.stride == 0), tiles)
