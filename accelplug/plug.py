@@ -220,7 +220,7 @@ class Plug(AbstractContextManager["Plug"]):
             self._recall(choices)
         self.hosts: list[Host] = list(host.of(model, parts, self._setup()))
         """What is in the model, one for each part that the recipe is on."""
-        fit.require(recipe, self.hosts, elsewhere=host.names(model))
+        fit.require_fit(recipe, self.hosts, elsewhere=host.names(model))
         if max_error is not None:
             self._chooser.require_estimates()
 

@@ -35,7 +35,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Spread:
+class ErrorSpread:
     """Estimates of several calls: their median and the worst, with its module and step."""
 
     median: float
@@ -44,7 +44,7 @@ class Spread:
     step: int | None
 
     @classmethod
-    def of(cls, estimates: Iterable[Estimate]) -> Spread:
+    def of(cls, estimates: Iterable[Estimate]) -> ErrorSpread:
         """Sum up some estimates, one at least."""
         known = list(estimates)
         worst = max(known, key=lambda said: said.error)
@@ -109,16 +109,16 @@ class Estimates:
         said = [(asked, math.nan if asked.error is None else float(asked.error)) for asked in self._asked.values()]
         return [Estimate(asked.site, asked.clock, asked.patch, error) for asked, error in said if not math.isnan(error)]
 
-    def by_patch(self) -> dict[str, Spread]:
+    def by_patch(self) -> dict[str, ErrorSpread]:
         """Sum up by name of the patch."""
         return self._summed(lambda said: said.patch)
 
-    def by_module(self) -> dict[str, Spread]:
+    def by_module(self) -> dict[str, ErrorSpread]:
         """Sum up by attention module, as ``transformer.blocks.3.attn1``, in the order of layers."""
         return self._summed(lambda said: f"{said.site.denoiser}.{said.site.module}")
 
-    def _summed(self, key: Callable[[Estimate], str]) -> dict[str, Spread]:
+    def _summed(self, key: Callable[[Estimate], str]) -> dict[str, ErrorSpread]:
         groups: dict[str, list[Estimate]] = {}
         for said in sorted(self.known(), key=lambda said: (said.site.denoiser, said.site.layer or 0)):
             groups.setdefault(key(said), []).append(said)
-        return {name: Spread.of(group) for name, group in groups.items()}
+        return {name: ErrorSpread.of(group) for name, group in groups.items()}

@@ -21,7 +21,7 @@ def sites_of(hosts: Sequence[Host]) -> list[Site]:
     return [record.site for host in hosts for record in host.records if record.site]
 
 
-def require(recipe: Recipe, hosts: Sequence[Host], elsewhere: tuple[str, ...] = ()) -> None:
+def require_fit(recipe: Recipe, hosts: Sequence[Host], elsewhere: tuple[str, ...] = ()) -> None:
     """Refuse a recipe that cannot work on a model.
 
     Parameters

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from accelplug.hosts.estimates import Spread
+from accelplug.hosts.estimates import ErrorSpread
 from accelplug.show import Shown
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ class Report(Shown):
     gated: list[str] = field(default_factory=list)
     unjudged: list[str] = field(default_factory=list)
     gains: dict[str, float] = field(default_factory=dict)
-    errors: dict[str, Spread] = field(default_factory=dict)
+    errors: dict[str, ErrorSpread] = field(default_factory=dict)
     """What each patch estimates of the relative error of its answers, in the last run."""
-    errors_by_layer: dict[str, Spread] = field(default_factory=dict)
+    errors_by_layer: dict[str, ErrorSpread] = field(default_factory=dict)
     forecasts: dict[str, str] = field(default_factory=dict)
     compiled: list[str] = field(default_factory=list)
     idle: list[str] = field(default_factory=list)

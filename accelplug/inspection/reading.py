@@ -17,11 +17,12 @@ from accelplug.call import AttentionCall, Clock, Prompt
 from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, ShapeError, UnsupportedError
 from accelplug.families.pixels import frames
 from accelplug.families.vlm import Vlm, token_grid
+from accelplug.hosts.attention import AttentionRecord
 from accelplug.hosts.blind import Blind
 from accelplug.hosts.host import Setup, plug_of
 from accelplug.hosts.prompts import visual_tokens
 from accelplug.hosts.stream import watching
-from accelplug.hosts.transformers import AttentionRecord, LanguageHost
+from accelplug.hosts.transformers import LanguageHost
 from accelplug.hosts.undo import Undo
 from accelplug.inspection.looking import SINK, VlmInspection
 from accelplug.kernels.spans import on_spans, probabilities, read_rows, row_scores
