@@ -92,6 +92,8 @@ def test_hoisted_is_unhoisted(order: str, dense: str | None) -> None:
         ("psa", {"bounds": [0.2, 0.3, 0.5, 0.8]}),
         ("sol", {"rest": "rectified"}),
         ("sol", {"rest": "tied"}),
+        ("sol", {"rest": "linear"}),
+        ("sol", {"statistic": "subblock", "least": 2}),
     ],
 )
 def test_methods_that_ask_where_tokens_are_are_told(patch: str, config: dict[str, Any]) -> None:
