@@ -62,23 +62,41 @@ def first_order(
     if rest.slope == "keys":
         ever = (plan.at(0) & (plan.q_len > 0)[:, None]).any(-2)  # [B|1, H|1, N]
         taken = (ever * counted(plan.k_len, plan.block_k, key_mask)).expand(*q.shape[:2], -1)
-    step = q.float() @ slope(k, v, taken, plan, key_mask)
-    return (out.float() + (scale * given)[..., None] * step).to(out.dtype)
+    step = q @ (scale * slope(k, v, taken, plan.k_len, plan.block_k, key_mask)).to(q.dtype)
+    return torch.addcmul(out, given[..., None].to(out.dtype), step)
 
 
-def slope(k: Tensor, v: Tensor, weight: Tensor, plan: BlockPlan, key_mask: Tensor | None) -> Tensor:
-    """Return the mean over blocks, with `weight` (B, H, N), of ``H_C / |C|``: float32 (B, H, D, D_v)."""
-    group = weight.shape[1] // k.shape[1]
-    number = counted(plan.k_len, plan.block_k, key_mask)
-    weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-30)
-    of_key = (weight / number.clamp(min=1)).repeat_interleave(plan.block_k, -1)[..., : k.shape[-2], None]  # [B, H, P_k, 1]
-    counts = held_slots(plan.k_len, plan.block_k, key_mask)[:, None, : k.shape[-2], None]
-    apart = []
-    for x in (k, v):
-        mean, _ = pool(x, plan.k_len, plan.block_k, key_mask)
-        centred = x.float() - mean.repeat_interleave(plan.block_k, -2)[..., : x.shape[-2], :]
-        apart.append(centred.masked_fill(~counts, 0.0).repeat_interleave(group, 1))
-    return apart[0].mT @ (of_key * apart[1])
+@torch.library.custom_op("accelplug::slope", mutates_args=())
+def slope(k: Tensor, v: Tensor, weight: Tensor, k_len: Tensor, block_k: int, key_mask: Tensor | None) -> Tensor:
+    """Return the mean over blocks of ``H_C / |C|``, one key head after the other, so that little is held in float32.
+
+    Parameters
+    ----------
+    k, v : Tensor (B, H_kv, P_k, D) and (B, H_kv, P_k, D_v), tokens in block order.
+    weight : float32 (B, H, N), at least 0, of each block in the mean; they need not sum to 1.
+    k_len : int32 (N,), keys at the front of each block of `block_k` slots.
+    key_mask : bool (B, P_k), keys that may be read; None for all.
+
+    Returns
+    -------
+    slope : float32 (B, H, D, D_v), 0 where all weights are.
+    """
+    number, held = counted(k_len, block_k, key_mask), held_slots(k_len, block_k, key_mask)[:, None, : k.shape[-2], None]
+    weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-30) / number.clamp(min=1)
+    of_head = []
+    for head, of_group in enumerate(weight.chunk(k.shape[1], 1)):
+        apart = []
+        for x in (k[:, head : head + 1], v[:, head : head + 1]):
+            mean = pool(x, k_len, block_k, key_mask)[0].repeat_interleave(block_k, -2)[..., : x.shape[-2], :]
+            apart.append((x.float() - mean).masked_fill(~held, 0.0))  # [B, 1, P_k, D]
+        of_key = of_group.repeat_interleave(block_k, -1)[..., : k.shape[-2], None]  # [B, H / H_kv, P_k, 1]
+        of_head.append(apart[0].mT @ (of_key * apart[1]))
+    return torch.cat(of_head, 1)
+
+
+@slope.register_fake
+def _slope_fake(k: Tensor, v: Tensor, weight: Tensor, *others: object) -> Tensor:
+    return weight.new_empty(*weight.shape[:2], k.shape[-1], v.shape[-1])
 
 
 @torch.library.custom_op("accelplug::pooled_mass", mutates_args=())
