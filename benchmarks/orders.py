@@ -19,7 +19,8 @@ from torch import Tensor
 from accelplug.call import Layout
 from accelplug.comparison.environment import environment
 from accelplug.kernels import curves
-from accelplug.kernels.clusters import COLD, Memory, cluster_order
+from accelplug.kernels.clusters import cluster_order
+from accelplug.kernels.memory import COLD, Memory
 from accelplug.kernels.orders import Order, Tiles, tiles
 from benchmarks.common import write_json
 

@@ -6,52 +6,14 @@ spans two clusters mixes near ones. Blocks have equally many slots as in any ord
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import count
-from weakref import WeakValueDictionary
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from accelplug.kernels.chunks import at_once
+from accelplug.kernels.memory import memory_of
 from accelplug.kernels.orders import Tiles
-
-
-@dataclass(eq=False)
-class Memory:
-    """Centres of one attention module and guidance branch, from step to step.
-
-    A step starts where the last one ended; within a step every call starts from the same centres, so that measuring or
-    drawing a call does not change what comes after. Without a step count every call starts anew.
-
-    Attributes
-    ----------
-    start, end : (B, H, C, D) in the dtype of the tokens; None before the first call.
-    step : diffusion step that `start` belongs to.
-    ticket : int64 (), the number by which `cluster_order` finds it. Compiled graphs take tensors, and no objects.
-    """
-
-    start: Tensor | None = None
-    end: Tensor | None = None
-    step: int | None = None
-    ticket: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        number = next(_numbers)
-        self.ticket = torch.tensor(number, device="cpu")
-        _memories[number] = self
-
-    def advance(self, step: int | None) -> None:
-        """Begin a step, unless it has begun already."""
-        if step != self.step:
-            self.start, self.step = self.end, step
-
-
-_numbers = count(1)
-_memories: WeakValueDictionary[int, Memory] = WeakValueDictionary()
-
-COLD = torch.tensor(0, device="cpu")
-"""The ticket of no memory: every call starts anew."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,10 +94,11 @@ def cluster_order(
     batch, heads, _, dim = x.shape
     tokens = x[:, :, first : first + number].flatten(0, 1).float()  # [R, n, D]
     counts = None if valid is None else valid[:, first : first + number].repeat_interleave(heads, 0)
-    memory = _memories.get(int(ticket))
+    memory = memory_of(ticket)
     shape = (batch, heads, min(clusters, number), dim)
-    if memory is not None and memory.start is not None and memory.start.shape == shape and memory.start.device == x.device:
-        centres, iterations = memory.start.flatten(0, 1).float(), warm_iterations
+    last = memory.started(shape, x.device) if memory is not None else None
+    if last is not None:
+        centres, iterations = last.flatten(0, 1).float(), warm_iterations
     else:
         # Any tokens do; drawn once for all heads, by a generator of our own.
         drawn = torch.randperm(number, generator=torch.Generator().manual_seed(0))[: shape[2]]

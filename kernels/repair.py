@@ -15,6 +15,11 @@ foresees ``y'_r`` at a row that has no part in it, which takes no second fit: wi
 
 it errs there by ``(y_r - mean y - x_r W) / (1 - h_r)``. Every row gets ``o + t (mean y + x W)``, where t in [0, 1], by head, brings
 ``t y'`` nearest to ``y``: 0 where nothing is foreseen. Probed rows are exact. `ridge` counts as so many more rows without error.
+
+A diffusion step takes the sums of the last one too, at a weight (`carry`), and probes other rows. On steps 3 to 9 of the bundled model
+(1,728 tokens, `rows` at density .1, mean of six layers in step 9) that is worth twice the probes: error .118 to .096 with 32, .103 to .089
+with 64, .090 to .079 with 128. With the same rows in every step it was worth nothing, and the estimate was a third too low. The sums are
+float32 (B, H, F + 1, F + 1 + D_v) for each attention module and guidance branch.
 """
 
 from __future__ import annotations
@@ -22,16 +27,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GOLDEN = 0.6180339887498949
+from accelplug.kernels.memory import COLD, memory_of
+
+GOLDEN, SILVER = 0.6180339887498949, 0.41421356237309515
 
 
-def probe_rows(first: int, number: int, probes: int, device: torch.device | str = "cpu") -> Tensor:
+def probe_rows(
+    first: int, number: int, probes: int, device: torch.device | str = "cpu", step: Tensor | float = 0.0
+) -> Tensor:
     """Return the rows that are probed, int64 (probes,): one in each stretch of ``number / probes`` rows from `first` on.
 
-    Its place in the stretch moves by the golden ratio: at the same place, rows of a grid could all be of one column.
+    Its place in the stretch moves by the golden ratio: at the same place, rows of a grid could all be of one column. It moves from step to
+    step too, since what is carried over says little new of the same rows, and would foresee them too well.
     """
     stretch = torch.arange(probes, device=device, dtype=torch.float64)
-    return first + ((stretch + stretch * GOLDEN % 1) * (number / probes)).long().clamp(max=number - 1)
+    place = (stretch * GOLDEN + step * SILVER) % 1
+    return first + ((stretch + place) * (number / probes)).long().clamp(max=number - 1)
+
+
+@torch.library.custom_op("accelplug::step_of", mutates_args=())
+def step_of(x: Tensor, ticket: Tensor) -> Tensor:
+    """Return the step that a memory is at, float64 () on the device of x; 0 without one."""
+    memory = memory_of(ticket)
+    return torch.tensor(float((memory and memory.step) or 0), dtype=torch.float64, device=x.device)
+
+
+@step_of.register_fake
+def _step_of_fake(x: Tensor, ticket: Tensor) -> Tensor:
+    return x.new_empty((), dtype=torch.float64)
+
+
+@torch.library.custom_op("accelplug::carried", mutates_args=())
+def carried(sums: Tensor, carry: float, ticket: Tensor) -> Tensor:
+    """Add to sums those of the last step, weighed by `carry`, and leave the result for the next one."""
+    memory = memory_of(ticket)
+    if memory is None:
+        return sums.clone()
+    last = memory.started(tuple(sums.shape), sums.device)
+    memory.end = sums.clone() if last is None else sums + carry * last
+    return memory.end.clone()  # a graph may write over what it is given
+
+
+@carried.register_fake
+def _carried_fake(sums: Tensor, carry: float, ticket: Tensor) -> Tensor:
+    return torch.empty_like(sums)
 
 
 def repair(
@@ -43,6 +82,8 @@ def repair(
     *,
     on_query: bool = True,
     ridge: float = 5.0,
+    carry: float = 0.0,
+    ticket: Tensor = COLD,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add to a sparse output what its exact rows say of its error.
 
@@ -55,6 +96,7 @@ def repair(
     within : the rows that are repaired; others, which are exact, stay as they are.
     on_query : whether the error is regressed on the query too.
     ridge : above 0, how many rows without error the prior counts for.
+    carry, ticket : what rows of the last step weigh, and where to find what is known of them, see `kernels.memory`. They must be others.
 
     Returns
     -------
@@ -64,22 +106,32 @@ def repair(
     """
     output, target = out[..., rows, :].float(), exact.float()
     parts = [output, q[..., rows, :].float()] if on_query else [output]
-    size = [x.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=1e-12) for x in parts]  # [B, H, 1, 1]
-    x = torch.cat([part / s for part, s in zip(parts, size, strict=True)], -1)  # [B, H, R, F]
     residual = target - output
-    x_mean, y_mean = x.mean(-2, keepdim=True), residual.mean(-2, keepdim=True)
-    x, y = x - x_mean, residual - y_mean
-    gram = x.mT @ x
+    sizes = [
+        x.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=1e-12).expand(*x.shape[:2], 1, x.shape[-1]) for x in parts
+    ]
+    x, size = torch.cat(parts, -1), torch.cat(sizes, -1)  # [B, H, R, F], [B, H, 1, F]
+    # Sums over rows of all products of features, 1 and residual.
+    ones = torch.ones_like(x[..., :1])
+    sums = carried(
+        torch.cat([x, ones], -1).mT @ torch.cat([x, ones, residual], -1), carry, ticket
+    )  # [B, H, F + 1, F + 1 + D_v]
+    width = x.shape[-1]
+    number = sums[..., width:, width : width + 1]  # [B, H, 1, 1]
+    x_mean, y_mean = sums[..., width:, :width] / number, sums[..., width:, width + 1 :] / number
+    gram = (sums[..., :width, :width] - number * x_mean.mT * x_mean) / (size.mT * size)
     gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
     root = torch.linalg.cholesky_ex(gram)[0]  # [B, H, F, F]
-    z = torch.linalg.solve_triangular(root, x.mT, upper=False)  # [B, H, F, R]
-    leverage = z.square().sum(-2) + 1 / len(rows)  # [B, H, R]
-    foreseen = residual - (y - z.mT @ (z @ y)) / (1 - leverage).clamp(min=1e-6)[..., None]
+    cross = (sums[..., :width, width + 1 :] - number * x_mean.mT * y_mean) / size.mT  # [B, H, F, D_v]
+    z = torch.linalg.solve_triangular(root, ((x - x_mean) / size).mT, upper=False)  # [B, H, F, R]
+    half = torch.linalg.solve_triangular(root, cross, upper=False)  # [B, H, F, D_v]
+    leverage = z.square().sum(-2) + 1 / number[..., 0]  # [B, H, R]
+    foreseen = residual - (residual - y_mean - z.mT @ half) / (1 - leverage).clamp(min=1e-6)[..., None]
     agreement, size_foreseen = ((foreseen * w).sum((-2, -1), keepdim=True) for w in (residual, foreseen))
     trust = (agreement / size_foreseen.clamp(min=1e-30)).clamp(0, 1)  # [B, H, 1, 1]
-    slope = trust * torch.linalg.solve_triangular(root.mT, z @ y, upper=True)  # [B, H, F, D_v]
+    slope = trust * torch.linalg.solve_triangular(root.mT, half, upper=True) / size.mT  # [B, H, F, D_v]
     constant = (trust * y_mean - x_mean @ slope).to(out.dtype)  # [B, H, 1, D_v]
-    factors = [(w / s).to(out.dtype) for w, s in zip(slope.split([p.shape[-1] for p in parts], -2), size, strict=True)]
+    factors = slope.to(out.dtype).split([p.shape[-1] for p in parts], -2)
     error = constant + sum(
         (w[..., within, :] @ factor for w, factor in zip((out, q), factors, strict=False)), torch.zeros_like(constant)
     )

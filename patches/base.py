@@ -125,7 +125,7 @@ class Patch:
     speed: ClassVar[bool] = True
     """Whether the method exists to be faster: such a patch is left dense where it would not pay (`gate="auto"`)."""
     estimates: bool = False
-    """Whether `attend` writes an estimate of its error into ``call.error``; may be a property."""
+    """Whether `attend` writes an estimate of its error into ``call.error``, and may take ``call.ticket``; may be a property."""
     processor: Any = None
     """A vision-language model's processor, where one was given to `accelplug.apply`."""
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
-from accelplug.kernels import chunks, clusters
-from accelplug.kernels.clusters import COLD, Memory, cluster_order, cluster_tiles, kmeans, lined_up
+from accelplug.kernels import chunks
+from accelplug.kernels.clusters import cluster_order, cluster_tiles, kmeans, lined_up
+from accelplug.kernels.memory import COLD, Memory, memory_of
 from accelplug.kernels.orders import tiles
 from accelplug.patches.sparse.sol import Sol
 
@@ -175,7 +176,7 @@ def test_centres_die_with_the_state_of_the_run() -> None:
     del queries, keys
     state.clear()
     gc.collect()
-    assert ticket not in clusters._memories
+    assert memory_of(torch.tensor(ticket)) is None
     assert torch.isfinite(sol.attend(call, params)).all()  # its ticket is void: it starts anew
     unclocked = sol.prepare(SITE, layout, Clock(), state)
     for _ in range(2):

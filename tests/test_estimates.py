@@ -82,6 +82,19 @@ def test_the_estimate_is_that_of_the_call(wan: tuple[Any, dict[str, Any]]) -> No
     assert all(0.4 < said / true < 2.5 for said, true in found), found
 
 
+def test_a_step_learns_from_the_last_one(wan: tuple[Any, dict[str, Any]]) -> None:
+    """In one run; its first step stands alone."""
+    model, inputs = wan
+    with accelplug.apply(model, RECIPE, gate="off") as plug:
+        carried = steps(plug, model, inputs)
+    with accelplug.apply(model, ROWS["sol"].recipe({**MENDED, "carry": 0.0}), gate="off") as plug:
+        alone = steps(plug, model, inputs)
+    assert torch.equal(carried[0], alone[0])
+    assert all(torch.equal(out, alone[0]) for out in alone), "nothing moves"
+    assert not torch.equal(carried[1], alone[1])
+    assert not torch.equal(carried[2], carried[1])
+
+
 def test_without_repair_there_is_no_estimate(wan: tuple[Any, dict[str, Any]]) -> None:
     model, inputs = wan
     with accelplug.apply(model, ROWS["sol"].recipe(), gate="off") as plug, plug.trace() as events:

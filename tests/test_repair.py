@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
+from accelplug.kernels.memory import Memory
 from accelplug.kernels.repair import probe_rows, repair
 from accelplug.patches.sparse.neighborhood import Neighborhood
 from accelplug.patches.sparse.sol import Sol
@@ -151,3 +152,42 @@ def test_probes_are_twice_as_many_as_features_and_never_half_of_the_rows() -> No
     assert Neighborhood({"repair": "output_query", "probes": 0.25}).probed(LAYOUT, call) == 32
     assert Neighborhood({"repair": "output", "probes": 1}).probed(LAYOUT, call) == 0, "one row says nothing of others"
     assert Neighborhood({}).probed(LAYOUT, call) == 0, "off, if it is not asked for"
+
+
+def test_a_step_takes_the_rows_of_the_last_one_too() -> None:
+    """As if they were rows of this one that weigh less, written out; within a step every call starts from the same sums."""
+    q, dense, sparse = wrong_by_query()
+    memory, width = Memory(), 4
+    rows = [probe_rows(5, LAYOUT.visual, 20, step=step) for step in range(2)]
+    for step in range(2):
+        memory.advance(step)
+        exact = dense[..., rows[step], :]
+        outs = [repair(sparse, q, exact, rows[step], slice(5, 131), carry=0.5, ticket=memory.ticket) for _ in range(2)]
+        assert all(torch.equal(*both) for both in zip(*outs, strict=True)), "a call changes what the same call gives"
+        alone = repair(sparse, q, exact, rows[step], slice(5, 131))[0]
+        assert torch.equal(outs[0][0], alone) == (step == 0)
+    o, query, exact = (x[1, 1].double() for x in (sparse, q, dense))
+    size = torch.cat([y[rows[1]].square().mean().sqrt().expand(width) for y in (o, query)])
+    both, weight = torch.cat(rows[::-1]), torch.tensor([1.0] * 20 + [0.5] * 20, dtype=torch.float64)[:, None]
+    x, residual = torch.cat([o, query], -1) / size, exact - o
+    x_mean, y_mean = ((weight * z[both]).sum(0) / weight.sum() for z in (x, residual))
+    centred = weight * (x[both] - x_mean)
+    slope = torch.linalg.solve(centred.T @ (x[both] - x_mean) + 5 * torch.eye(8), centred.T @ (residual[both] - y_mean))
+    expected = o + y_mean + (x - x_mean) @ slope
+    expected[rows[1]] = exact[rows[1]]
+    torch.testing.assert_close(outs[0][0][1, 1, 5:131].double(), expected[5:131], atol=1e-5, rtol=1e-4)
+
+
+def test_probes_move_from_step_to_step() -> None:
+    rows = [set(probe_rows(0, 1000, 50, step=step).tolist()) for step in range(6)]
+    assert len(set.union(*rows)) > 250
+
+
+def test_a_memory_of_another_size_counts_for_nothing() -> None:
+    q, dense, sparse = wrong_by_query()
+    memory, rows = Memory(), probe_rows(5, LAYOUT.visual, 20)
+    memory.advance(0)
+    repair(sparse, q, dense[..., rows, :], rows, carry=0.5, ticket=memory.ticket)
+    memory.advance(1)
+    out, q, exact = (x[:1] for x in (sparse, q, dense[..., rows, :]))
+    assert torch.equal(repair(out, q, exact, rows, carry=0.5, ticket=memory.ticket)[0], repair(out, q, exact, rows)[0])

@@ -36,6 +36,7 @@ from accelplug.hosts.run import Moment, Passed, Run
 from accelplug.hosts.site import Entered, Region, Settled, SiteRecord, key_validity, scale_of
 from accelplug.hosts.ulysses import Gathered
 from accelplug.hosts.undo import Undo
+from accelplug.kernels.memory import Memory
 from accelplug.kernels.timing import timed_ms
 from accelplug.recipe import ModelFacts, RunFacts
 
@@ -377,7 +378,10 @@ class DenoiserHost(Host):
                 self._judge_ahead(record, region)
 
     def _ask_for_error(self, record: SiteRecord, device: torch.device | None) -> None:
-        """Hand a patch that estimates its error where to write it, or leave it out by what it said in the step before."""
+        """Hand a patch that estimates its error where to write it, or leave it out by what it said in the step before.
+
+        Such a patch is also told where to find what it left there.
+        """
         here, site, run = record.settled, record.site, self._thread.run
         if here.patch is None or not here.patch.estimates or site is None or run is None or device is None:
             return
@@ -385,7 +389,9 @@ class DenoiserHost(Host):
         compiled = self._traced or compat.torch.is_compiled(self.denoiser)
         error, reason = self.ledger.estimates.ask(site, self.now, here.choice.name, device, state, compiled)
         patch = here.patch if reason is None else None
-        record.settled = replace(here, patch=patch, reason=reason, error=error)
+        memory: Memory = state.setdefault("memory", Memory())
+        memory.advance(self.now.step)
+        record.settled = replace(here, patch=patch, reason=reason, error=error, ticket=memory.ticket)
 
     def _is_compiled(self) -> bool:
         """Whether attention never comes by in eager mode, where the gate would time it: blocks are compiled, or all around us."""
@@ -507,7 +513,7 @@ class DenoiserHost(Host):
                 self.ledger.fell_back(record.site.module, reason)
             else:
                 key_mask, _ = key_validity(mask, k.shape[-2], self.family.outer_mask)
-                call = AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense, error=here.error)
+                call = AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense, error=here.error, ticket=here.ticket)
                 reason = self._not_worth_it(record, call)
                 call = call if reason is None else None
         run = dense if call is None or patch is None else partial(patch.attend, call, params)

@@ -68,6 +68,8 @@ class Settled:
     """Whether the forward of the denoiser was seen in this thread."""
     error: Tensor | None = None
     """Into which the patch writes an estimate of its error, float32 (); None where it has none."""
+    ticket: Tensor | None = None
+    """Of what it left here in the last step, see `kernels.memory`; None without an estimate."""
 
 
 class _Here(threading.local):
@@ -153,7 +155,7 @@ class SiteRecord:
         if blocked is not None or not understood or not q.shape[-2] == k.shape[-2] == here.length:
             self.missed = True  # counted by the host, outside the graph
             return dense()
-        call = AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense, error=here.error)
+        call = AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense, error=here.error, ticket=here.ticket)
         return patch.attend(call, here.params)
 
     def settle(

@@ -18,12 +18,13 @@ from torch.nn.functional import pad
 from accelplug.bounded import Bounded
 from accelplug.errors import ShapeError
 from accelplug.kernels.attention import Backend, block_attention, measure_choice
-from accelplug.kernels.clusters import COLD, Memory, cluster_tiles
+from accelplug.kernels.clusters import cluster_tiles
+from accelplug.kernels.memory import COLD, Memory
 from accelplug.kernels.orders import Order, Tiles, tiles
 from accelplug.kernels.plan import BlockPlan, Box, Threshold, counted, pool
 from accelplug.kernels.precision import Precision
 from accelplug.kernels.rectify import rectify
-from accelplug.kernels.repair import probe_rows, repair
+from accelplug.kernels.repair import probe_rows, repair, step_of
 from accelplug.kernels.rest import Drop, Linear, Pool, Rectified, Representative, Rest, Slope, Tied
 from accelplug.patches.base import Config, Patch, Positive, UnimplementedHalf
 from accelplug.table import Table
@@ -71,6 +72,12 @@ class BlockConfig(Config):
     )
     ridge: float = Field(
         5.0, gt=0.0, description="Rows without error that the regression's prior counts for (repair). Ours."
+    )
+    carry: float = Field(
+        0.5,
+        ge=0.0,
+        le=1.0,
+        description="Weight of the last step's probes in this one's regression, by squares for the one before (repair); 0 for none. Ours.",
     )
     precision: Precision = Field(
         "native", description="Of q.k where it is exact: native, int8 or fp8, keys smoothed. Only Triton is faster for it."
@@ -258,12 +265,16 @@ class BlockSparse(Patch):
             return out
         # Tokens that come in order already have their visual ones in front.
         first = 0 if tiles.applied else tiles.layout.text_before
-        rows = probe_rows(tiles.layout.text_before, tiles.layout.visual, number, out.device)
+        ticket = COLD if call.ticket is None or not self.config.carry else call.ticket
+        rows = probe_rows(tiles.layout.text_before, tiles.layout.visual, number, out.device, step_of(out, ticket))
         rows = tiles.slot_of_token()[rows] if tiles.applied else rows
         exact = call.dense(q=call.q[..., rows, :], attn_mask=None if call.mask is None else call.mask[:, None, None])
         on_query = self.config.repair == "output_query"
         visual = slice(first, first + tiles.layout.visual)
-        mended, left, whole = repair(out, call.q, exact, rows, visual, on_query=on_query, ridge=self.config.ridge)
+        carry, ridge = self.config.carry, self.config.ridge
+        mended, left, whole = repair(
+            out, call.q, exact, rows, visual, on_query=on_query, ridge=ridge, carry=carry, ticket=ticket
+        )
         if isinstance(plan, BlockPlan):
             mended = torch.where(plan.skipped[..., None, None], out, mended)
             left = torch.where(plan.skipped, whole, left)

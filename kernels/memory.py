@@ -1,0 +1,57 @@
+"""What a call leaves for the same attention module in the next step. Compiled graphs take tensors and no objects: they take its ticket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Memory:
+    """A tensor of one attention module and guidance branch, from step to step.
+
+    A step starts where the last one ended; within a step every call starts from the same tensor, so that measuring or drawing a call
+    does not change what comes after. Without a step count every call starts anew.
+
+    Attributes
+    ----------
+    start, end : what the last step left, and what this one leaves; None before the first call.
+    step : diffusion step that `start` belongs to.
+    ticket : int64 () on the CPU, the number by which `memory_of` finds it.
+    """
+
+    start: Tensor | None = None
+    end: Tensor | None = None
+    step: int | None = None
+    ticket: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        number = next(_numbers)
+        self.ticket = torch.tensor(number, device="cpu")
+        _memories[number] = self
+
+    def advance(self, step: int | None) -> None:
+        """Begin a step, unless it has begun already."""
+        if step != self.step:
+            self.start, self.step = self.end, step
+
+    def started(self, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+        """Return what the last step left, if it fits."""
+        fits = self.start is not None and self.start.shape == shape and self.start.device == device
+        return self.start if fits else None
+
+
+_numbers = count(1)
+_memories: WeakValueDictionary[int, Memory] = WeakValueDictionary()
+
+COLD = torch.tensor(0, device="cpu")
+"""The ticket of no memory: every call starts anew."""
+
+
+def memory_of(ticket: Tensor) -> Memory | None:
+    """Return the memory that has a ticket; None for `COLD`, and for one that is gone. Not to be traced: called inside of operators."""
+    return _memories.get(int(ticket))
