@@ -68,3 +68,16 @@ def test_words_are_the_fields(words: str) -> None:
         for match in re.finditer(words, line, re.IGNORECASE)
     ]
     assert not found
+
+
+def test_tests_come_in_by_the_front_door() -> None:
+    """No test, benchmark or example reads a private attribute of a plug, a host, a patch, a recipe or a record."""
+    private = re.compile(r"\b(?:plug|hosts?(?:\[\d\])?|patch|recipe|record|row|gate|ledger)\._(?!repr_html_)[a-z]\w*")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {match[0]}"
+        for folder in ("tests", "benchmarks", "examples")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for match in private.finditer(line)
+    ]
+    assert not found
