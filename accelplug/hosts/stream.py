@@ -45,7 +45,6 @@ CURRENT: ContextVar[Forward | None] = ContextVar("accelplug_run", default=None)
 """The forward that this thread runs; a ContextVar that is read outside of graphs only."""
 ASKED: ContextVar[Rows] = ContextVar("accelplug_asked", default=1)
 """What the model was asked for: logits of the last so many tokens, or of those in a bool (1|B, S)."""
-MARKED: ContextVar[tuple[Reader, Tensor] | None] = ContextVar("accelplug_mark", default=None)
 WATCHER: ContextVar[Watch | None] = ContextVar("accelplug_watch", default=None)
 UNPATCHED: ContextVar[bool] = ContextVar("accelplug_stock", default=False)
 

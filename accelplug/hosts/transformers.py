@@ -27,17 +27,17 @@ from torch.nn.functional import pad
 
 from accelplug import compat
 from accelplug.call import Clock, Prompt, Site
-from accelplug.chat import speakers, tokenizer_of
-from accelplug.errors import NoMatchError, ShapeError, UnsupportedError
+from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families.vlm import Vlm, vlm_of
 from accelplug.hosts.attention import AttentionRecord
 from accelplug.hosts.blind import Blind
 from accelplug.hosts.generation import Generation
 from accelplug.hosts.host import Host, Setup
-from accelplug.hosts.images import ImageEncoder, VisionTower
+from accelplug.hosts.images import VisionTower
 from accelplug.hosts.models import DENOISERS, attention_modules, is_language_model
 from accelplug.hosts.placement import Placed
-from accelplug.hosts.prompts import NO_IMAGE, answering, asked_of, number_images, opened, together, turns, visual_tokens
+from accelplug.hosts.prompts import NO_IMAGE, asked_of, visual_tokens
+from accelplug.hosts.reader import PromptReader
 from accelplug.hosts.record import LEFT_DENSE, Decide, given
 from accelplug.hosts.stream import (
     AHEAD,
@@ -45,7 +45,6 @@ from accelplug.hosts.stream import (
     CURRENT,
     DECODE,
     FORWARD,
-    MARKED,
     PREFILL,
     STREAM,
     UNPATCHED,
@@ -130,7 +129,6 @@ class LanguageHost(Host):
         self.family: Vlm | None = vlm_of(model)
         self.signature, self.outer = (inspect.signature(type(m).forward) for m in (self.base, model))
         self.skipped: dict[str, str] = {}
-        self._said = False
         self.sees = self.family is not None or getattr(self.base.config, "vision_config", None) is not None
         """Whether the model looks at images."""
         self.tensor_parallel = TensorParallel.of(model)
@@ -139,7 +137,7 @@ class LanguageHost(Host):
         self.visual_tokens = {} if crosses else visual_tokens(self.base.config)
         self.no_image = "its images are read by cross-attention, and are no tokens of the prompt" if crosses else NO_IMAGE
         self._require_readings(crosses)
-        self.images = ImageEncoder(self.base)
+        self.reader = PromptReader(self.base, self.family, self.visual_tokens, self.needs, setup.processor, self.recipe)
         self.tower = VisionTower(self.base) if "vision_attention" in self.needs else None
         self.streams: WeakSet[Any] = WeakSet()
         self.left: WeakKeyDictionary[Any, ref[Tensor]] = WeakKeyDictionary()
@@ -214,7 +212,7 @@ class LanguageHost(Host):
                 undo.put(
                     record.module, "config", compat.transformers.config_view(record.config, compat.transformers.ATTENTION)
                 )
-        self.images.install(undo)
+        self.reader.images.install(undo)
         if self.tower is not None:
             self.tower.install(undo)
         compat.transformers.forget_compiled_call(self.model)  # Dynamo does not guard on hooks
@@ -335,13 +333,13 @@ class LanguageHost(Host):
                 forward.stream = stream
                 return
             known, past = stream.prompt, stream.tokens - new
-            prompt = self._prompt(known, ids, embeds, inputs, past)
+            prompt = self.reader.read(known, ids, embeds, inputs, past)
             self._refuse_pieces(known, prompt)
             stream.prompt = prompt
         else:
             last = _last_position(inputs)
             shift = 0 if last is None else last + 1 - new
-            stream = Stream(self, self._prompt(None, ids, embeds, inputs, 0), tokens=new, shift=shift)
+            stream = Stream(self, self.reader.read(None, ids, embeds, inputs, 0), tokens=new, shift=shift)
             self.generation.note(stream)
         if cache is not None:
             self._keep(stream, cache)
@@ -365,63 +363,9 @@ class LanguageHost(Host):
 
     def _grow(self, forward: Forward, begun: Stream, ids: Tensor, inputs: dict[str, Any]) -> None:
         """Go on with an answer that is generated without a cache: all of it is read anew, and patches choose where its prompt ends."""
-        known = begun.prompt
-        more = ids.shape[1] - known.image.shape[1]
-        valid = self._valid(inputs, 0, ids.shape[1], known.image)
-        answers, spoken = answering(valid, more + 1), _fitted(known.turns, ids.shape[1])
-        prompt = Prompt(pad(known.image, (0, more)), valid, known.length, 0, answers, ids, spoken)
-        stream = Stream(self, prompt, begun.states, tokens=ids.shape[1])
+        stream = Stream(self, self.reader.grown(begun.prompt, ids, inputs), begun.states, tokens=ids.shape[1])
         self._prepare_blind(stream, inputs)
         forward.stream, forward.clock = stream, PREFILL
-
-    @staticmethod
-    def _valid(inputs: dict[str, Any], past: int, tokens: int, like: Tensor) -> Tensor:
-        """Which of a sequence's tokens, those of the forward behind `past` others, are no padding: bool (B, tokens)."""
-        valid = compat.transformers.valid_tokens(inputs.get("attention_mask"), past)
-        if valid is None:
-            return torch.ones(len(like), tokens, dtype=torch.bool, device=like.device)
-        return pad(valid[:, :tokens], (0, max(0, tokens - valid.shape[1])), value=True)
-
-    def _prompt(
-        self, known: Prompt | None, ids: Tensor | None, embeds: Tensor | None, inputs: dict[str, Any], past: int
-    ) -> Prompt:
-        """Describe the tokens of a sequence, those of this forward at its end."""
-        image = self._numbers(ids, embeds, past)
-        new = image.shape[1]
-        valid = self._valid(inputs, past, past + new, image)
-        answers = answering(valid[:, past:], ASKED.get())
-        if known is None:
-            length = new - answers + 1 if isinstance(answers, int) else answers[:, :1] + 1
-            return self._spoken(Prompt(image, valid, length, 0, answers, ids))
-        before = pad(known.image[:, :past], (0, past - min(past, known.image.shape[1])))
-        was_valid = pad(known.valid[:, :past], (0, past - min(past, known.valid.shape[1])), value=True)
-        valid = torch.cat([was_valid, valid[:, past:]], 1)
-        image = torch.where(image > 0, image + before.amax(-1, keepdim=True), image)
-        prompt = Prompt(torch.cat([before, image], 1), valid, past + new, past, answers, _joined(known.ids, ids, past))
-        return (
-            replace(prompt, length=known.length, turns=_fitted(known.turns, past + new))
-            if prompt.drafts
-            else self._spoken(prompt)
-        )
-
-    def _spoken(self, prompt: Prompt) -> Prompt:
-        """The same, with whose turn its tokens are in, where a tokenizer or the family's own tokens say so."""
-        processor = self.generation.processor if "turns" in self.needs else None
-        openings = self.family.turns if self.family is not None else {}
-        if prompt.ids is None or not prompt.shows or not (processor or openings):
-            found = None
-        elif processor is not None:
-            found = turns(prompt.ids, prompt.visual, prompt.valid, partial(speakers, tokenizer_of(processor)), alone=True)
-        else:
-            found = turns(prompt.ids, prompt.visual, prompt.valid, partial(opened, openings), alone=False)
-        if found is None and "turns" in self.needs and bool(prompt.system.any()) and not self._said:
-            self._said = True
-            logger.warning(
-                "%s: whose turn text is in cannot be told, so that all text ahead of the first image is taken for the system's. Pass "
-                "the processor: accelplug.apply(model, recipe, processor=processor)",
-                self.recipe,
-            )
-        return replace(prompt, turns=found)
 
     def _keep(self, stream: Stream, cache: Any) -> None:
         setattr(cache, STREAM, stream)
@@ -461,41 +405,7 @@ class LanguageHost(Host):
 
     def mark(self, image: Tensor | None) -> None:
         """Take the images of this thread's prompts to be where `image` says, (B, S) bool or numbers from 1; None to look for them."""
-        if image is not None and (image.ndim != 2 or image.is_floating_point() or image.is_complex()):
-            raise ShapeError(
-                f"mark(): expected (B, S), True or a number from 1 where a token shows an image, got {image.dtype} of shape "
-                f"{tuple(image.shape)}."
-            )
-        MARKED.set(None if image is None else (self, image))
-
-    def _marked(self, image: Tensor, tokens: Tensor) -> Tensor:
-        """Numbers of images as they were marked, for these tokens (B, S, ...)."""
-        rows, length = tokens.shape[:2]
-        if image.shape[1] != length or rows % len(image):
-            raise ShapeError(
-                f"The images of a prompt of {rows} rows of {length} tokens were marked in {len(image)} of {image.shape[1]}. Mark them "
-                "for every prompt anew, or take it back with plug.mark(image=None)."
-            )
-        numbers = number_images(image, []) if image.dtype == torch.bool else image.to(torch.int16)
-        return numbers.repeat_interleave(rows // len(image), 0).to(tokens.device)
-
-    def _numbers(self, ids: Tensor | None, embeds: Tensor | None, past: int) -> Tensor:
-        """Number the images and videos of every row from 1: int16 (B, S_q)."""
-        tokens = ids if ids is not None else embeds
-        assert tokens is not None
-        marked = MARKED.get()
-        if marked is not None and marked[0] is self and not past:
-            return self._marked(marked[1], tokens)
-        numbers = [torch.zeros(tokens.shape[:2], dtype=torch.int16, device=tokens.device)]
-        for kind, token in self.visual_tokens.items():
-            if ids is not None:
-                visual = ids == token
-            else:
-                visual = (tokens == self.base.get_input_embeddings()(torch.tensor(token, device=tokens.device))).all(-1)
-            if bool(visual.any()):
-                sizes = self.images.take(kind)
-                numbers.append(number_images(visual, sizes if self.family is not None and self.family.by_image else []))
-        return together(numbers[1:] or numbers)
+        self.reader.mark(image)
 
     def _after_base(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module is not self.base or torch.compiler.is_compiling():
@@ -629,17 +539,3 @@ def _last_position(inputs: dict[str, Any]) -> int | None:
     """The largest position id that a forward was given, None where it was given none for each token."""
     positions = inputs.get("position_ids")
     return int(positions.max()) if isinstance(positions, Tensor) and positions.ndim == 2 else None
-
-
-def _fitted(turns: Tensor | None, tokens: int) -> Tensor | None:
-    """Whose turn so many tokens are in: those that are not known go on with the last one."""
-    if turns is None:
-        return None
-    return torch.cat([turns[:, :tokens], turns[:, -1:].expand(-1, max(0, tokens - turns.shape[1]))], 1)
-
-
-def _joined(known: Tensor | None, new: Tensor | None, past: int) -> Tensor | None:
-    """Token ids of a sequence that goes on; -1 for what was generated one by one and not kept."""
-    if known is None or new is None:
-        return None
-    return torch.cat([pad(known[:, :past], (0, past - min(past, known.shape[1])), value=-1), new], 1)
