@@ -157,7 +157,7 @@ def test_nothing_matched_says_what_is_there() -> None:
     before = snapshot_of(model)
     with pytest.raises(NoMatchError, match=r"No rule .* fits any attention .* 3 of kind self|No rule"):
         accelplug.apply(model, ROWS["radial"].recipe(layers="90:"))
-    with pytest.raises(NoMatchError, match="neither denoiser nor decoder"):
+    with pytest.raises(NoMatchError, match="neither a denoiser nor a language model: expected a diffusers pipeline"):
         accelplug.apply(object(), DENSE)
     assert snapshot_of(model) == before
 
