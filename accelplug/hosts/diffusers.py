@@ -364,7 +364,7 @@ class DenoiserHost(Host):
         if key == region.here.seen:
             return
         region.here.seen = key
-        compiled = self._is_compiled()
+        compiled = self.gate.mode != "off" and self._is_compiled()
         for record in region.records:
             if record.site is None:
                 continue
@@ -386,7 +386,7 @@ class DenoiserHost(Host):
         if here.patch is None or not here.patch.estimates or site is None or run is None or device is None:
             return
         state = run.state[site.module, self.now.branch]
-        compiled = self._traced or compat.torch.is_compiled(self.denoiser)
+        compiled = self._is_compiled()
         error, reason = self.ledger.estimates.ask(site, self.now, here.choice.name, device, state, compiled)
         patch = here.patch if reason is None else None
         memory: Memory = state.setdefault("memory", Memory())
@@ -395,7 +395,7 @@ class DenoiserHost(Host):
 
     def _is_compiled(self) -> bool:
         """Whether attention never comes by in eager mode, where the gate would time it: blocks are compiled, or all around us."""
-        return self.gate.mode != "off" and (self._traced or compat.torch.is_compiled(self.denoiser))
+        return self._traced or compat.torch.is_compiled(self.denoiser)
 
     def _judge_ahead(self, record: SiteRecord, region: Region) -> None:
         """Let the gate time made-up tensors of the real shape, outside every graph; what cannot be judged stands as such."""
