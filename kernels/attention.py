@@ -320,7 +320,7 @@ def _call_key(q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Rest, key_mask: 
     shapes = (tuple(q.shape), tuple(k.shape), v.shape[-1], plan.block_q, plan.block_k)
     kind: Any = type(plan).__name__
     if isinstance(plan, BlockPlan):
-        kind = (plan.box is not None, plan.levels, tuple(plan.index.shape))
+        kind = (plan.box is not None, plan.levels, tuple(plan.bits.shape))
     return (q.device, q.dtype, *shapes, kind, type(rest).__name__, key_mask is not None, precision)
 
 

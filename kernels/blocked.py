@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from accelplug import compat
 from accelplug.bounded import Bounded
-from accelplug.kernels.plan import BlockPlan, held_slots
-from accelplug.kernels.rest import Coarse, extended
+from accelplug.kernels.chunks import at_once
+from accelplug.kernels.plan import BlockPlan, Box
+from accelplug.kernels.rest import Coarse
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +23,23 @@ class _Group:
     Attributes
     ----------
     rows : int64 (R,), their query slots, or a slice where they lie side by side.
-    keys : int64 (C,), the key slots that they read; the coarse keys stand behind the plan's last slot.
-    exact : how many of `keys` are read exactly. They stand in front.
+    blocks : int64 (n,) each, the key blocks that they read exactly, then at each of the coarse levels.
     """
 
     rows: Tensor | slice
-    keys: Tensor
-    exact: int
+    blocks: tuple[Tensor, ...]
+
+    def keys(self, plan: BlockPlan, levels: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The key slots that they read exactly, int64 (n,), and the coarse keys, int64 (e,)."""
+        parts, before = [], 0
+        for level, blocks in zip((1, *levels), self.blocks, strict=True):
+            run = level or plan.block_k
+            each = plan.block_k // run
+            place = torch.arange(each, device=blocks.device)
+            slots = before + blocks[:, None] * each + place
+            parts.append(slots[place * run < plan.k_len[blocks, None]])
+            before += each * len(plan.k_len) if level != 1 else 0  # coarse keys are counted from 0
+        return parts[0], torch.cat([parts[0][:0], *parts[1:]])
 
 
 # The plan is kept beside its groups, so that the address in the key stays its own.
@@ -52,32 +64,57 @@ def attend(
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     lse = torch.full(q.shape[:-1], -torch.inf, device=q.device) if return_lse else None
     ratio = q.shape[1] // k.shape[1]
-    k, v = extended(k, v, coarse, plan.key_slots)
     for b, of_batch in enumerate(groups):
         batch = slice(None) if len(groups) == 1 else slice(b, b + 1)
-        for h, of_head in enumerate(of_batch):
-            head, kv_head = slice(None), slice(None)
-            if len(of_batch) > 1:
-                head, kv_head = slice(h, h + 1), slice(h // ratio, h // ratio + 1)
-            for group in of_head:
+        for h, alone in enumerate(of_batch):
+            for group in alone:
+                exact, means = group.keys(plan, levels)
+                at = torch.cat([exact, means + plan.key_slots])  # places in `bias`
                 rows = group.rows if isinstance(group.rows, slice) else group.rows[group.rows < q.shape[-2]]
-                keys, values = (x[batch, kv_head].index_select(-2, group.keys) for x in (k, v))
-                mask = None
-                if bias is not None:
-                    of_bias = (batch if len(bias) > 1 else slice(None), head if bias.shape[1] > 1 else slice(None))
-                    mask = bias[of_bias].index_select(-1, group.keys)[:, :, None]  # [B|1, H|1, 1, C]
-                if plan.box is not None:
-                    slots = torch.arange(q.shape[-2], device=q.device)[rows]
-                    inside = F.pad(
-                        plan.box.allows(slots, group.keys[: group.exact]), (0, len(group.keys) - group.exact), value=True
-                    )
-                    mask = torch.where(inside, 0.0 if mask is None else mask, -torch.inf)  # [B|1, H|1, R, C]
-                    mask = mask if mask.ndim == 4 else mask[None, None]
-                part, part_lse = _dense(q[batch, head][:, :, rows], keys, values, mask, scale, return_lse)
-                out[batch, head, rows] = part
-                if lse is not None and part_lse is not None:
-                    lse[batch, head, rows] = part_lse
+                alike = [h] if len(of_batch) > 1 else range(q.shape[1])
+                for head, kv_head in _heads_at_once(alike, ratio, len(at) * (k.shape[-1] + v.shape[-1])):
+                    theirs = (batch, kv_head)
+                    keys, values = k[theirs].index_select(-2, exact), v[theirs].index_select(-2, exact)
+                    if coarse is not None:
+                        keys = torch.cat([keys, coarse.k[theirs].index_select(-2, means)], -2)
+                        values = torch.cat([values, coarse.v[theirs].index_select(-2, means)], -2)
+                    mask = None
+                    if bias is not None:
+                        of_bias = (batch if len(bias) > 1 else slice(None), head if bias.shape[1] > 1 else slice(None))
+                        mask = bias[of_bias].index_select(-1, at)[:, :, None]  # [B|1, H|1, 1, C]
+                    for some in _rows_at_once(rows, q.shape[-2], plan, len(at)):
+                        inside = mask if plan.box is None else _within(plan.box, some, exact, len(means), mask, q.device)
+                        part, part_lse = _dense(q[batch, head][:, :, some], keys, values, inside, scale, return_lse)
+                        out[batch, head, some] = part
+                        if lse is not None and part_lse is not None:
+                            lse[batch, head, some] = part_lse
     return out, lse
+
+
+def _heads_at_once(heads: Sequence[int], ratio: int, numbers: int) -> Iterator[tuple[slice, slice]]:
+    """Query heads that read the same blocks, and their key heads, so many at a time as `at_once` of `numbers` a key head says."""
+    if len(heads) == 1:
+        yield slice(heads[0], heads[0] + 1), slice(heads[0] // ratio, heads[0] // ratio + 1)
+        return
+    number = at_once(numbers)
+    for first in range(0, len(heads) // ratio, number):
+        yield slice(first * ratio, (first + number) * ratio), slice(first, first + number)
+
+
+def _rows_at_once(rows: Tensor | slice, slots: int, plan: BlockPlan, keys: int) -> list[Tensor] | list[slice]:
+    """The query slots `rows` of `slots`, all at a time, or under a box, whose mask has rows x keys x axes entries, some query blocks."""
+    step = slots if plan.box is None else max(at_once(keys * plan.box.coord.shape[1]) // plan.block_q, 1) * plan.block_q
+    if isinstance(rows, slice):
+        last = min(rows.stop, slots)
+        return [slice(first, min(first + step, last)) for first in range(rows.start, last, step)]
+    return list(rows.split(step))
+
+
+def _within(box: Box, rows: Tensor | slice, exact: Tensor, means: int, mask: Tensor | None, device: torch.device) -> Tensor:
+    """`mask` (B|1, H|1, 1, C), or None for 0, with the box's window over the exact keys: float32 (B|1, H|1, R, C)."""
+    slots = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
+    inside = F.pad(box.allows(slots, exact), (0, means), value=True)
+    return torch.where(inside, torch.zeros(1, 1, 1, 1, device=device) if mask is None else mask, -torch.inf)
 
 
 def _bias(coarse: Coarse | None, key_mask: Tensor | None, slots: int, device: torch.device) -> Tensor | None:
@@ -105,19 +142,13 @@ def _dense(
 
 def _groups(plan: BlockPlan, levels: tuple[int, ...]) -> list[list[list[_Group]]]:
     """Groups by batch entry, then head, of the plan."""
-    reads = plan.members.repeat_interleave(plan.block_k, -1) & held_slots(plan.k_len, plan.block_k)  # [B|1, H|1, M, slots]
-    exact = reads.shape[-1]
-    if levels:
-        reads = torch.cat([reads, plan.coarse_reads(levels)], -1)
+    read = torch.stack([plan.at(level) for level in (1, *levels)], 2)  # [B|1, H|1, 1 and levels, M, N]
     words = torch.cat([plan.bits, plan.taken] if plan.level is None else [plan.bits, plan.taken, plan.level], -1)
-    return [
-        [_groups_of(plan, *rows, exact) for rows in zip(*of_batch, strict=True)]
-        for of_batch in zip(words, reads, strict=True)
-    ]
+    return [[_groups_of(plan, *rows) for rows in zip(*of_batch, strict=True)] for of_batch in zip(words, read, strict=True)]
 
 
-def _groups_of(plan: BlockPlan, words: Tensor, reads: Tensor, exact: int) -> list[_Group]:
-    """Groups of one head: `words` (M, W) tell its patterns apart, `reads` bool (M, slots and means) are the keys read."""
+def _groups_of(plan: BlockPlan, words: Tensor, read: Tensor) -> list[_Group]:
+    """Groups of one head: `words` (M, W) tell its patterns apart; `read`, bool (L, M, N), has what is read at each level."""
     patterns, owner = torch.unique(words, dim=0, return_inverse=True)
     groups = []
     for pattern in range(len(patterns)):
@@ -125,12 +156,12 @@ def _groups_of(plan: BlockPlan, words: Tensor, reads: Tensor, exact: int) -> lis
         blocks = blocks[plan.q_len[blocks] > 0]
         if not len(blocks):
             continue
-        keys = reads[blocks[0]].nonzero()[:, 0]
-        if not len(keys):  # a skipped head
-            continue
         first, last = int(blocks[0]), int(blocks[-1])
+        listed = tuple(level.nonzero()[:, 0] for level in read[:, first])
+        if not any(map(len, listed)):  # a skipped head
+            continue
         rows: Tensor | slice = slice(first * plan.block_q, (last + 1) * plan.block_q)
         if last - first + 1 != len(blocks):
             rows = (blocks[:, None] * plan.block_q + torch.arange(plan.block_q, device=words.device)).flatten()
-        groups.append(_Group(rows, keys, int((keys < exact).sum())))
+        groups.append(_Group(rows, listed))
     return groups

@@ -1,5 +1,12 @@
 """How much of a large intermediate is held at a time: longer ones are made piece by piece."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
 CHUNK = 1 << 24
 """Most numbers of an intermediate that are held at a time; 64 MiB in float32."""
 
@@ -7,3 +14,14 @@ CHUNK = 1 << 24
 def at_once(numbers: int) -> int:
     """Return how many rows of so many numbers are made at a time, at least one."""
     return max(CHUNK // numbers, 1)
+
+
+def by_heads(numbers: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield tensors (B, H|1, ...) some heads at a time, as many as `at_once` says; `numbers` of an intermediate are one head's.
+
+    All at once in a compiled graph, which makes one pass of what stands in the way here.
+    """
+    heads = max(x.shape[1] for x in tensors)
+    step = heads if torch.compiler.is_compiling() else at_once(numbers)
+    for first in range(0, heads, step):
+        yield tuple(x if x.shape[1] == 1 else x[:, first : first + step] for x in tensors)

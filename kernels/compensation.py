@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from accelplug.kernels.chunks import at_once
+from accelplug.kernels.chunks import at_once, by_heads
 from accelplug.kernels.plan import pool
 
 
@@ -35,6 +35,25 @@ def compensation_error(
     -------
     error : float32 (B, H, M, N), 0 for blocks without a key that may be read.
     """
+    group = q_pool.shape[1] // k.shape[1]
+    by_key_head = q_pool.unflatten(1, (k.shape[1], group))
+    parts = [
+        _of_heads(q.flatten(1, 2), *some, k_len, block_k, scale, key_mask)
+        for q, *some in by_heads(len(k) * k.shape[-2] * (k.shape[-1] + v.shape[-1]), by_key_head, k, v)
+    ]
+    return torch.cat(parts, 1)
+
+
+@compensation_error.register_fake
+def _compensation_error_fake(
+    q_pool: Tensor, k: Tensor, v: Tensor, k_len: Tensor, block_k: int, scale: float, key_mask: Tensor | None
+) -> Tensor:
+    return q_pool.new_empty((*q_pool.shape[:-1], len(k_len)))
+
+
+def _of_heads(
+    q_pool: Tensor, k: Tensor, v: Tensor, k_len: Tensor, block_k: int, scale: float, key_mask: Tensor | None
+) -> Tensor:
     group, blocks = q_pool.shape[1] // k.shape[1], len(k_len)
     (k_pool, number), (v_pool, _) = (pool(x, k_len, block_k, key_mask) for x in (k, v))
     key, value = (torch.nn.functional.pad(x.float(), (0, 0, 0, blocks * block_k - x.shape[-2])) for x in (k, v))
@@ -64,10 +83,3 @@ def compensation_error(
 
     step = at_once(key.shape[0] * key.shape[1] * key.shape[-1])
     return torch.cat([of_rows(rows) for rows in (q_pool * scale).split(step, -2)], -2)
-
-
-@compensation_error.register_fake
-def _compensation_error_fake(
-    q_pool: Tensor, k: Tensor, v: Tensor, k_len: Tensor, block_k: int, scale: float, key_mask: Tensor | None
-) -> Tensor:
-    return q_pool.new_empty((*q_pool.shape[:-1], len(k_len)))

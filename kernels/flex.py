@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import math
 import shutil
 import types
 from collections.abc import Callable
@@ -30,6 +31,9 @@ logger = logging.getLogger("accelplug")
 
 FLASH_DIMS = (64, 128)
 """Head dimensions for which FlashAttention-4 has tiles of 128 keys on every GPU that it runs on."""
+
+KEPT = 1 << 22
+"""Most pairs of blocks of a plan whose mask is kept between calls; it takes 8 bytes a pair, and heads that differ have a pair each."""
 
 _compiled: Bounded[tuple, Callable[..., Any]] = Bounded(32)
 # The plan is kept beside its mask, so that the address in the key stays its own.
@@ -121,11 +125,11 @@ def attend(
     k, v = extended(k, v, coarse, slots_k)
     q, k, v = _padded(q, slots_q), *(_padded(x, -(-x.shape[-2] // plan.block_k) * plan.block_k) for x in (k, v))
     levels = () if coarse is None else coarse.levels
-    if key_mask is None:
+    if key_mask is None and math.prod(plan.bits.shape[:3]) * slots_k // plan.block_k <= KEPT:
         key = (plan.bits.data_ptr(), compat.torch.times_written(plan.bits), levels)
         mask = _masks.get(key, lambda: (plan, plan.block_mask(levels)))[1]
     else:
-        key_mask = F.pad(key_mask, (0, slots_k - key_mask.shape[-1]))
+        key_mask = None if key_mask is None else F.pad(key_mask, (0, slots_k - key_mask.shape[-1]))
         mask = plan.block_mask(levels, key_mask)
     score_mod = None if coarse is None else _score_mod(coarse.bias, slots_k)
     shapes = (tuple(q.shape), tuple(k.shape), v.shape[-1], plan.block_q, plan.block_k, tuple(plan.bits.shape), levels)

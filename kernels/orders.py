@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from accelplug.bounded import Bounded
 from accelplug.call import Layout
 from accelplug.errors import ShapeError
 from accelplug.kernels import curves
@@ -103,7 +104,11 @@ class Tiles:
         return replace(self, gather=self.gather[choice], scatter=self.scatter[choice])
 
     def to(self, device: torch.device | str) -> Tiles:
-        """Return the tiles with their tensors on `device`."""
+        """Return the tiles with their tensors on `device`, the same copy for all who ask: layers share an order."""
+        device = torch.device(device)
+        return self if self.held.device == device else _moved.get((id(self), device), lambda: (self, self._to(device)))[1]
+
+    def _to(self, device: torch.device) -> Tiles:
         gather, scatter = (x if x is None else x.to(device) for x in (self.gather, self.scatter))
         return replace(self, gather=gather, scatter=scatter, held=self.held.to(device))
 
@@ -137,6 +142,10 @@ class Tiles:
         gathers = [in_order[0] if tiles.gather is None else tiles.gather for tiles in choices]
         scatters = [in_order[1] if tiles.scatter is None else tiles.scatter for tiles in choices]
         return replace(first, gather=torch.stack(gathers), scatter=torch.stack(scatters))
+
+
+# The original is kept beside its copy, so that the id in the key stays its own.
+_moved: Bounded[tuple[int, torch.device], tuple[Tiles, Tiles]] = Bounded(64)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

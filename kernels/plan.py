@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from accelplug.errors import ShapeError
+from accelplug.kernels.chunks import at_once, by_heads
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -47,12 +48,10 @@ LEVELS = (2, 4, 8)
 
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
-    """Lists of key blocks per query block.
+    """Which key blocks each query block reads, packed. A kernel that walks lists of them makes its own while it runs.
 
     Attributes
     ----------
-    index : int32 (B|1, H|1, M, K), listed key blocks: those read exactly, first the full, then the partly filled ones; then those of
-        level 2, 4 and 8. Each part is ascending; 0 behind the last. K is a power of two or N.
     count, whole : int32 (B|1, H|1, M), how many blocks are read exactly, and how many of those are filled.
     bits : int32 (B|1, H|1, M, ceil(N / 32)), packed: bit ``j % 32`` of word ``j // 32`` says that block j is read exactly.
     taken : like `bits`, the blocks that are not left to the rest: read exactly, by means, or skipped.
@@ -64,7 +63,6 @@ class BlockPlan:
     box : token-level window inside the blocks that are read exactly, or None to read them whole.
     """
 
-    index: Tensor
     count: Tensor
     whole: Tensor
     bits: Tensor
@@ -77,7 +75,7 @@ class BlockPlan:
     level_count: Tensor | None = None
     box: Box | None = None
 
-    BY_HEAD: ClassVar = ("index", "count", "whole", "bits", "taken", "level", "level_count")
+    BY_HEAD: ClassVar = ("count", "whole", "bits", "taken", "level", "level_count")
     """Tensors of the shape (B|1, H|1, ...)."""
 
     @classmethod
@@ -130,9 +128,7 @@ class BlockPlan:
         block_k: int,
         box: Box | None,
     ) -> BlockPlan:
-        blocks, filled = members.shape[-1], k_len == block_k
-        count, whole = (part.sum(-1, dtype=torch.int32) for part in (members, members & filled))
-        part = torch.where(members, torch.where(filled, 0, 1), 2 + len(LEVELS))  # [B|1, H|1, M, N], its place in the list
+        count, whole = (part.sum(-1, dtype=torch.int32) for part in (members, members & (k_len == block_k)))
         taken, listed, level_count, unknown = members, count, None, torch.zeros((), dtype=torch.bool, device=members.device)
         if level is not None:
             unknown = ~torch.isin(level, torch.tensor([0, *LEVELS], device=level.device)).all()
@@ -140,17 +136,13 @@ class BlockPlan:
             members, count, whole = (x.expand(*level.shape[:2], *x.shape[2:]) for x in (members, count, whole))
             level_count = torch.stack([(level == h).sum(-1, dtype=torch.int32) for h in LEVELS], -1)
             taken, listed = members | (level > 0), count + level_count.sum(-1, dtype=torch.int32)
-            for place, h in enumerate(LEVELS):
-                part = torch.where(level == h, 2 + place, part)
         empty = listed == 0  # [B|1, H|1, M]
         if skipped is not None:
             taken = taken | (empty & skipped[..., None])[..., None]
             empty = empty & ~skipped[..., None]
         empty = (empty & (q_len > 0)).any()
-        if torch.compiler.is_compiling():  # a graph must not wait for a number
-            width = blocks
-        else:
-            widest, without, wrong = torch.stack([listed.max(), empty.int(), unknown.int()]).tolist()
+        if not torch.compiler.is_compiling():  # a graph must not wait for a number
+            without, wrong = torch.stack([empty, unknown]).tolist()
             if wrong:
                 raise ShapeError(f"Levels must be 0, {', '.join(map(str, LEVELS))}. Got others among them.")
             if without:
@@ -158,14 +150,11 @@ class BlockPlan:
                     "A query block that holds tokens reads no key block. Select at least one block for each, or name the "
                     "head in `skipped`."
                 )
-            width = min(blocks, 1 << (max(widest, 1) - 1).bit_length())
-        end = (2 + len(LEVELS)) * blocks
-        order = torch.arange(blocks, device=members.device, dtype=torch.int32)
-        rank = torch.where(part < 2 + len(LEVELS), order + part.int() * blocks, end).sort(-1).values[..., :width]
-        index = torch.where(rank < end, rank % blocks, 0).int().contiguous()
         bits = pack_bits(members)
         packed = bits if taken is members else pack_bits(taken)
-        return cls(index, count, whole, bits, packed, q_len, k_len, block_q, block_k, level, level_count, box)
+        return cls(
+            count.contiguous(), whole.contiguous(), bits, packed, q_len, k_len, block_q, block_k, level, level_count, box
+        )
 
     @property
     def skipped(self) -> Tensor:
@@ -203,20 +192,21 @@ class BlockPlan:
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """Return the plan with its tensors on `device`."""
-        return BlockPlan.of_tensors([x if x is None else x.to(device) for x in self.tensors()], self.block_q, self.block_k)
+        tensors = {id(x): x if x is None else x.to(device) for x in self.tensors()}  # `taken` may be `bits`
+        return BlockPlan.of_tensors([tensors[id(x)] for x in self.tensors()], self.block_q, self.block_k)
 
     def tensors(self) -> list[Tensor | None]:
         """Everything but the block sizes, for `of_tensors`."""
         box = (None, None, None) if self.box is None else (self.box.lo, self.box.hi, self.box.coord)
-        lists = (self.index, self.count, self.whole, self.bits, self.taken, self.q_len, self.k_len)
-        return [*lists, self.level, self.level_count, *box]
+        packed = (self.count, self.whole, self.bits, self.taken, self.q_len, self.k_len)
+        return [*packed, self.level, self.level_count, *box]
 
     @classmethod
     def of_tensors(cls, tensors: Sequence[Any], block_q: int, block_k: int) -> BlockPlan:
         """Inverse of `tensors`."""
-        index, count, whole, bits, taken, q_len, k_len, level, level_count, lo, hi, coord = tensors
+        count, whole, bits, taken, q_len, k_len, level, level_count, lo, hi, coord = tensors
         box = None if lo is None else Box(lo, hi, coord)
-        return cls(index, count, whole, bits, taken, q_len, k_len, block_q, block_k, level, level_count, box)
+        return cls(count, whole, bits, taken, q_len, k_len, block_q, block_k, level, level_count, box)
 
     def of_heads(self, choice: Tensor) -> BlockPlan:
         """Return a plan whose heads are, one after the other, those that `choice`, int64 (H',), names here."""
@@ -268,10 +258,7 @@ class BlockPlan:
             partial = torch.cat([partial.expand(*some.shape[:3], -1), some], -1)
             full = torch.nn.functional.pad(full, (0, some.shape[-1])).expand(partial.shape)
 
-        def listed(part: Tensor) -> tuple[Tensor, Tensor]:
-            return part.sum(-1, dtype=torch.int32), part.int().argsort(dim=-1, descending=True, stable=True).int()
-
-        (partial_number, partial_index), (full_number, full_index) = listed(partial), listed(full)
+        (partial_number, partial_index), (full_number, full_index) = _listed(partial), _listed(full)
         return BlockMask.from_kv_blocks(
             partial_number,
             partial_index,
@@ -280,6 +267,7 @@ class BlockPlan:
             BLOCK_SIZE=(self.block_q, self.block_k),
             mask_mod=self._mask_mod(key_mask, coarse),
             seq_lengths=(len(self.q_len) * self.block_q, full.shape[-1] * self.block_k),
+            compute_q_blocks=False,  # lists by key block: as many again, and only a backward pass reads them
         )
 
     def _mask_mod(
@@ -371,12 +359,16 @@ def pool(x: Tensor, lengths: Tensor, block: int, valid: Tensor | None = None) ->
     mean : float32 (B, H, N, D), 0 where a block is empty.
     number : float32 (B|1, 1, N), or (B, H, N) as `valid` is, tokens averaged.
     """
-    blocks = len(lengths)
-    holds = _with_heads(held_slots(lengths, block, valid))
-    x = torch.nn.functional.pad(x.float(), (0, 0, 0, blocks * block - x.shape[-2]))
-    x = x.masked_fill(~holds[..., None], 0.0).unflatten(-2, (blocks, block))
-    number = counted(lengths, block, valid)
-    return x.sum(-2) / number.clamp(min=1)[..., None], number
+    blocks, number = len(lengths), counted(lengths, block, valid)
+    holds = _with_heads(held_slots(lengths, block, valid))[..., None]
+
+    def mean(x: Tensor, holds: Tensor, number: Tensor) -> Tensor:
+        x = torch.nn.functional.pad(x.float(), (0, 0, 0, blocks * block - x.shape[-2]))
+        x = x.masked_fill(~holds, 0.0).unflatten(-2, (blocks, block))
+        return x.sum(-2) / number.clamp(min=1)[..., None]
+
+    means = [mean(*some) for some in by_heads(len(x) * x.shape[-2] * x.shape[-1], x, holds, number)]
+    return torch.cat(means, 1), number
 
 
 def counted(lengths: Tensor, block: int, valid: Tensor | None = None) -> Tensor:
@@ -395,18 +387,32 @@ def held_slots(lengths: Tensor, block: int, valid: Tensor | None = None) -> Tens
     return holds if valid is None else holds & torch.nn.functional.pad(valid, (0, holds.shape[-1] - valid.shape[-1]))
 
 
+def _listed(part: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each row of ``part`` bool (B, H, M, N) has, int32 (B, H, M), and their numbers in front: int32 (B, H, M, N)."""
+    index = torch.empty(part.shape, dtype=torch.int32, device=part.device)
+    rows = at_once(part.shape[-1])
+    for some, into in zip(part.flatten(0, 2).split(rows), index.flatten(0, 2).split(rows), strict=True):
+        into.copy_(some.to(torch.uint8).argsort(dim=-1, descending=True, stable=True))
+    return part.sum(-1, dtype=torch.int32), index
+
+
 def pack_bits(members: Tensor) -> Tensor:
     """Pack bool (..., N) into int32 (..., ceil(N / 32)), lowest bit first."""
     words = -(-members.shape[-1] // 32)
-    padded = torch.nn.functional.pad(members, (0, words * 32 - members.shape[-1])).unflatten(-1, (words, 32))
-    weight = torch.ones(32, dtype=torch.int64, device=members.device) << torch.arange(32, device=members.device)
-    return (padded * weight).sum(-1).to(torch.int32)
+    padded = torch.nn.functional.pad(members, (0, words * 32 - members.shape[-1])).unflatten(-1, (words, 4, 8))
+    octets = (padded * _powers(members.device)).sum(-1, dtype=torch.uint8)  # one byte a block, not eight
+    return (octets.int() << torch.arange(0, 32, 8, device=members.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
 
 
 def unpack_bits(bits: Tensor, number: int) -> Tensor:
     """Inverse of `pack_bits`: bool (..., number)."""
-    shifts = torch.arange(32, device=bits.device, dtype=torch.int32)
-    return ((bits[..., None] >> shifts) & 1).bool().flatten(-2)[..., :number]
+    octets = (bits[..., None] >> torch.arange(0, 32, 8, device=bits.device, dtype=torch.int32)) & 255
+    return ((octets.to(torch.uint8)[..., None] & _powers(bits.device)) != 0).flatten(-3)[..., :number]
+
+
+def _powers(device: torch.device) -> Tensor:
+    """Value of each bit of a byte, uint8 (8,)."""
+    return 1 << torch.arange(8, device=device, dtype=torch.uint8)
 
 
 def _holds(lengths: Tensor, block: int) -> Tensor:

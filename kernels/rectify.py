@@ -27,6 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from accelplug.kernels.chunks import by_heads
 from accelplug.kernels.plan import BlockPlan, pool
 
 
@@ -72,8 +73,12 @@ def worth_a_key(q_pool: Tensor, k_pool: Tensor, q_deviation: Tensor, k_deviation
 
 def deviation(x: Tensor, mean: Tensor, lengths: Tensor, block: int, valid: Tensor | None = None) -> Tensor:
     """Mean absolute deviation of each channel from the block's mean, float32 (B, H, N, D); arguments as in `plan.pool`."""
-    apart = x.float() - mean.repeat_interleave(block, -2)[..., : x.shape[-2], :]
-    return pool(apart.abs(), lengths, block, valid)[0]
+    valid = valid[:, None] if valid is not None and valid.ndim == 2 else valid
+    parts = []
+    for some, their_mean, *their_valid in by_heads(len(x) * x[0, 0].numel(), x, mean, *([] if valid is None else [valid])):
+        apart = some.float() - their_mean.repeat_interleave(block, -2)[..., : x.shape[-2], :]
+        parts.append(pool(apart.abs(), lengths, block, *their_valid)[0])
+    return torch.cat(parts, 1)
 
 
 def rectify(

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from accelplug.kernels.chunks import by_heads
 from accelplug.kernels.plan import BlockPlan, counted, held_slots, pool
 
 Representative = Literal["mean", "centre", "centre_k_mean_v"]
@@ -125,18 +125,18 @@ def coarse(
     keys, values, biases = [], [], []
     for h in levels:
         runs = plan.runs(h)
-        keys.append(mean(k, runs, h, key_mask))
-        values.append(mean(v, runs, h, key_mask))
+        keys.append(mean(k, runs, h, key_mask).to(k.dtype))
+        values.append(mean(v, runs, h, key_mask).to(v.dtype))
         biases.append(counted(runs, h, key_mask).log())  # [B|1, 1, E]
     if isinstance(rest, Pool):
         for x, out, by_centre in ((k, keys, rest.representative != "mean"), (v, values, rest.representative == "centre")):
             block = (plan.k_len, plan.block_k, key_mask)
-            out.append(_at_slots(x, _centre(*block)) if by_centre else mean(x, *block))
+            out.append(_at_slots(x, _centre(*block)) if by_centre else mean(x, *block).to(x.dtype))
         biases.append(log_number(plan, rest.weight, key_mask))
     heads = max(x.shape[1] for x in biases)
     bias = torch.cat([x.expand(-1, heads, -1) for x in biases], -1)
     levels = (*levels, 0) if isinstance(rest, Pool) else levels
-    return Coarse(levels, torch.cat(keys, -2).to(k.dtype), torch.cat(values, -2).to(v.dtype), bias)
+    return Coarse(levels, torch.cat(keys, -2), torch.cat(values, -2), bias)
 
 
 def log_number(plan: Any, weight: Tensor | None, key_mask: Tensor | None) -> Tensor:
@@ -183,14 +183,19 @@ def tied(
 
 
 def _blend(out: Tensor, share: Tensor, more: Tensor, block_q: int) -> Tensor:
-    """``share * out + more``, both given per query block: share (B|1, H|1, M), more (B, H, M, D_v)."""
-    share, more = (x.repeat_interleave(block_q, 2)[:, :, : out.shape[2]] for x in (share[..., None], more))
-    return (share * out.float() + more).to(out.dtype)
+    """``share * out + more`` in the place of `out`, both given per query block: share (B|1, H|1, M), more (B, H, M, D_v)."""
+    for some, *given in by_heads(len(out) * out[0, 0].numel(), out, share[..., None], more):
+        their_share, added = (x.repeat_interleave(block_q, 2)[:, :, : out.shape[2]] for x in given)
+        some.copy_(their_share * some.float() + added)
+    return out
 
 
 def extended(k: Tensor, v: Tensor, coarse: Coarse | None, slots: int) -> tuple[Tensor, Tensor]:
     """Return keys and values with the coarse ones from slot `slots` on."""
     if coarse is None:
         return k, v
-    gap = (0, 0, 0, slots - k.shape[-2])
-    return torch.cat([pad(k, gap), coarse.k], -2), torch.cat([pad(v, gap), coarse.v], -2)
+    gap = slots - k.shape[-2]
+    k, v = (
+        torch.cat([x, x.new_zeros(*x.shape[:2], gap, x.shape[-1]), more], -2) for x, more in ((k, coarse.k), (v, coarse.v))
+    )
+    return k, v

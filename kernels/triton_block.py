@@ -122,7 +122,7 @@ def attend(
         theta = plan.theta.expand(batch, heads, -1).contiguous()
         bits = pack_bits(plan.always)[None, None]
     else:
-        index, count, whole, bits, box = plan.index, plan.count, plan.whole, plan.taken, plan.box
+        index, count, whole, bits, box = lists(plan), plan.count, plan.whole, plan.taken, plan.box
         counts = [count[..., None]] if spread else []
         counts += [] if plan.level_count is None else [plan.level_count]
         level_count = torch.cat(counts, -1).contiguous() if counts else none
@@ -194,6 +194,24 @@ def attend(
         num_stages=stages,
     )
     return out, lse if return_lse else None
+
+
+def lists(plan: BlockPlan) -> Tensor:
+    """Return the numbers of the key blocks that each row reads, int16 (B|1, H|1, M, N), or int32 from 32,768 blocks on.
+
+    First those read exactly, the full before the partly filled, then those of level 2, 4 and 8; each part ascending. Behind the
+    last stands nothing that was written. Made in one pass over the bits, with nothing beside: it need not be kept between calls.
+    """
+    *outer, rows, words = plan.bits.shape
+    blocks = len(plan.k_len)
+    dtype = torch.int16 if blocks <= torch.iinfo(torch.int16).max else torch.int32
+    index = torch.empty(*outer, rows, blocks, dtype=dtype, device=plan.bits.device)
+    levels = plan.bits.new_empty(0) if plan.level is None else plan.level.contiguous()
+    _list_kernel[index[..., 0].numel(),](
+        plan.bits, levels, plan.k_len, index, blocks, words,
+        BLOCK_K=plan.block_k, LEVELS=len(plan.levels), SPAN=min(1024, max(32, triton.next_power_of_2(blocks))),
+    )  # fmt: skip
+    return index
 
 
 def _not_whole(row_bytes: int) -> str | None:
@@ -285,6 +303,29 @@ def _pool_kernel(
     out = mean + (tl.program_id(1).to(tl.int64) * number + run[:, None]) * D + d[None, :]
     result = tl.sum(tokens, 1) / divisor[:, None]  # [RUNS, D]
     tl.store(out, result.to(mean.dtype.element_ty), mask=(run[:, None] < number) & (d[None, :] < D))
+
+
+@triton.jit
+def _list_kernel(
+    bits, levels, k_len, index, blocks, words, BLOCK_K: tl.constexpr, LEVELS: tl.constexpr, SPAN: tl.constexpr
+):  # fmt: skip
+    """The list of one row of a plan, see `lists`."""
+    row = tl.program_id(0).to(tl.int64)
+    listed = 0
+    for part in tl.static_range(2 + LEVELS):  # read exactly and full, exactly and not full, by means of 2, 4, 8
+        for start in range(0, blocks, SPAN):
+            block = start + tl.arange(0, SPAN)
+            there = block < blocks
+            if part < 2:
+                word = tl.load(bits + row * words + block // 32, mask=there, other=0)
+                length = tl.load(k_len + block, mask=there, other=0)
+                chosen = there & (((word >> (block % 32)) & 1) != 0)
+                chosen = chosen & (length == BLOCK_K if part == 0 else length != BLOCK_K)
+            else:
+                chosen = tl.load(levels + row * blocks + block, mask=there, other=0) == (1 << (part - 1))
+            place = listed + tl.cumsum(chosen.to(tl.int32), 0) - 1
+            tl.store(index + row * blocks + place, block.to(index.dtype.element_ty), mask=chosen)
+            listed += tl.sum(chosen.to(tl.int32), 0)
 
 
 @triton.jit
@@ -476,14 +517,14 @@ def _kernel(
         filled = tl.load(whole + row_of_plan)  # how many blocks at the front of the list have a token in every slot
         # No branch in this loop: loads of the next steps start while this one multiplies.
         for step in range(0, filled * STEPS):
-            block = tl.load(entries_of_row + step // STEPS)
+            block = tl.load(entries_of_row + step // STEPS).to(tl.int32)
             top, total, acc = _key_step(
                 queries, k, v, stride_ks, stride_vs, b, kv_head, block, step % STEPS * TILE_K, BLOCK_K, rows, lo, hi, coord,
                 key_mask, k_step, slots_k, rows_held, exact_scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_K,
                 TILE_K, AXES, HAS_MASK, EIGHT, KEY_TILES, False,
             )  # fmt: skip
         for step in range(filled * STEPS, tl.load(count + row_of_plan) * STEPS):
-            block = tl.load(entries_of_row + step // STEPS)
+            block = tl.load(entries_of_row + step // STEPS).to(tl.int32)
             top, total, acc = _key_step(
                 queries, k, v, stride_ks, stride_vs, b, kv_head, block, step % STEPS * TILE_K, tl.load(k_len + block), rows,
                 lo, hi, coord, key_mask, k_step, slots_k, rows_held, exact_scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV,
@@ -497,7 +538,7 @@ def _kernel(
         for start in range(0, number * means, GROUP_K):
             mean = start + tl.arange(0, GROUP_K)  # [G]
             there = mean < number * means
-            at = tl.load(entries_of_row + mean // means, mask=there, other=0) * means + mean % means
+            at = tl.load(entries_of_row + mean // means, mask=there, other=0).to(tl.int32) * means + mean % means
             scores = _coarse_scores(wide, k_coarse, at, there, scale, D, BLOCK_D)
             top, total, acc = _coarse_step(scores, v_coarse, bias, at, there, top, total, acc, D_V, BLOCK_DV)
         entries_of_row += number

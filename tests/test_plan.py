@@ -30,29 +30,35 @@ def test_bits_round_trip(number: int) -> None:
 
 
 def test_lists_are_complete_and_filled_blocks_stand_in_front() -> None:
+    from accelplug.kernels.triton_block import lists
+
     members = torch.rand(2, 3, 7, 9) < 0.4
     members[..., 4] = True
     k_len = torch.tensor([8, 3, 8, 8, 8, 1, 8, 7, 8], dtype=torch.int32)
     plan = BlockPlan.from_members(members, torch.full((7,), 8, dtype=torch.int32), k_len, 8, 8)
     assert torch.equal(plan.members, members)
-    width = plan.index.shape[-1]
-    assert width == min(9, 1 << (int(members.sum(-1).max()) - 1).bit_length())
+    index = lists(plan)
+    assert index.dtype == torch.int16
+    assert index.shape == members.shape
     for b, h, m in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(7)).tolist():
-        listed = plan.index[b, h, m, : plan.count[b, h, m]].tolist()
+        listed = index[b, h, m, : plan.count[b, h, m]].tolist()
         assert sorted(listed) == members[b, h, m].nonzero()[:, 0].tolist()
         assert listed == sorted(listed, key=lambda block: (k_len[block] < 8, block))
         assert plan.whole[b, h, m] == sum(int(k_len[block]) == 8 for block in listed)
 
 
 def test_means_stand_behind_what_is_read_exactly() -> None:
+    from accelplug.kernels.triton_block import lists
+
     members = torch.rand(1, 2, 7, 9) < 0.3
     members[..., 4] = True
     k_len = torch.tensor([8, 3, 8, 8, 8, 0, 8, 7, 8], dtype=torch.int32)
     level = torch.tensor([0, 2, 4, 8], dtype=torch.uint8)[torch.randint(4, (1, 1, 7, 9))]
     plan = BlockPlan.from_members(members, torch.full((7,), 8, dtype=torch.int32), k_len, 8, 8, level=level)
     assert torch.equal(plan.at(0), ~members & (level == 0) & (k_len > 0))
+    index = lists(plan)
     for h, m in torch.cartesian_prod(torch.arange(2), torch.arange(7)).tolist():
-        row, start = plan.index[0, h, m].tolist(), int(plan.count[0, h, m])
+        row, start = index[0, h, m].tolist(), int(plan.count[0, h, m])
         for place, run in enumerate((2, 4, 8)):
             number = int(plan.level_count[0, h, m, place])
             held = [j for j in range(9) if level[0, 0, m, j] == run and not members[0, h, m, j] and k_len[j]]

@@ -24,6 +24,7 @@ three masks, which take 206 MiB in the file.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -31,7 +32,7 @@ from pydantic import Field
 from torch import Tensor
 
 from accelplug.bounded import Bounded
-from accelplug.call import Clock, Layout, Site
+from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.errors import RecipeError, UnsupportedError
 from accelplug.kernels.chunks import at_once
 from accelplug.kernels.orders import Tiles, tiles
@@ -194,6 +195,7 @@ class Paro(BlockSparse):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self._prepared = Bounded(256)  # a plan for each layer
+        self._stacked: Bounded[Layout, Tiles] = Bounded(16)
 
     def neutral(self, layout: Layout) -> bool:
         return self.config.masks == "all"
@@ -208,9 +210,19 @@ class Paro(BlockSparse):
         where = {"orders": orders, "layer": layer, "row": row, "heads": site.heads}
         return self.weighted(self.params(layout, **where), site, clock)
 
+    def _params(self, layout: Layout, where: dict[str, Any]) -> BlockParams:
+        choice = torch.tensor([ORDERS.index(order) for order in where["orders"]])
+        return replace(super()._params(layout, where), where={"choice": choice})
+
     def order(self, layout: Layout, **where: Any) -> Tiles:
-        laid = [tiles(layout, order, self.config.unit) for order in where["orders"]]
-        return laid[0] if len(laid) == 1 else Tiles.per_head(laid)
+        """The order of all heads, or all six, of which `arrange` picks: layers share them, an order a head is 48 MB at Wan 14B."""
+        orders = where["orders"] if len(where["orders"]) == 1 else ORDERS
+        laid = [tiles(layout, order, self.config.unit) for order in orders]
+        return laid[0] if len(laid) == 1 else self._stacked.get(layout, lambda: Tiles.per_head(laid))
+
+    def arrange(self, call: AttentionCall, params: BlockParams) -> tuple[Tiles, Tiles]:
+        laid = params.tiles.of_heads(params.where["choice"])
+        return laid, laid
 
     def select(self, tiles: Tiles, **where: Any) -> BlockPlan:
         masks, unit = self.config.masks, self.config.unit

@@ -255,8 +255,11 @@ class BlockSparse(Patch):
 
     def attend(self, call: AttentionCall, params: BlockParams) -> Tensor:
         blocks, plan = self.laid_out(call, params)
-        out = blocks.q_tiles.unpermute(block_attention(**self._arguments(blocks, plan, params)))
-        return self.repaired(out, call, blocks.q_tiles, plan)
+        arguments, q_tiles = self._arguments(blocks, plan, params), blocks.q_tiles
+        del blocks
+        out = block_attention(**arguments)
+        del arguments  # with it go q, k and v in block order: the output is put back without them
+        return self.repaired(q_tiles.unpermute(out), call, q_tiles, plan)
 
     def repaired(self, out: Tensor, call: AttentionCall, tiles: Tiles, plan: BlockPlan | Threshold | None = None) -> Tensor:
         """Return the output (B, H, S, D_v) of a call with its error repaired, as the config says; an own `attend` ends in it."""
