@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from accelplug.errors import ShapeError
+from accelplug.kernels.chunks import by_heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,9 +140,12 @@ def merge(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None = None) -> 
     mean : (B, H, slots, D) in x's dtype; 0 where nothing counts.
     """
     number = slot_sizes(slot, slots, weight).clamp(min=1)[:, None, :, None]
-    x32 = x.float() if weight is None else x.float() * weight[:, None, :, None]
-    total = x32.new_zeros((*x.shape[:2], slots, x.shape[-1]))
-    return (total.scatter_add(2, _expand(slot, x), x32) / number).to(x.dtype)
+    parts = []
+    for (some,) in by_heads(len(x) * x.shape[-2] * x.shape[-1], x):
+        x32 = some.float() if weight is None else some.float() * weight[:, None, :, None]
+        total = x32.new_zeros((*some.shape[:2], slots, x.shape[-1]))
+        parts.append((total.scatter_add(2, _expand(slot, some), x32) / number).to(x.dtype))
+    return torch.cat(parts, 1)
 
 
 def slot_sizes(slot: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from accelplug.kernels.chunks import by_heads
 
 
 def top_p(
@@ -28,13 +32,16 @@ def top_p(
     -------
     members : bool (..., N). Of equally likely entries the first is kept first. A row without candidates keeps nothing.
     """
-    sorted_probability, entry, candidate = _sorted(probability, candidates)
-    mass = torch.where(candidate, sorted_probability, 0.0)
-    p = _per_row(p, probability)
-    up_to = mass.cumsum(-1)
-    before = torch.cat([torch.zeros_like(up_to[..., :1]), up_to[..., :-1]], -1)
-    keep = (before < p) | (p >= 1) | (_ranks(probability) < _per_row(k_min, probability))
-    return torch.zeros_like(keep).scatter(-1, entry, keep & candidate)
+
+    def rule(probability: Tensor, p: Tensor, k_min: Tensor, candidates: Tensor | None = None) -> Tensor:
+        sorted_probability, entry, candidate = _sorted(probability, candidates)
+        mass = torch.where(candidate, sorted_probability, 0.0)
+        up_to = mass.cumsum(-1)
+        before = torch.cat([torch.zeros_like(up_to[..., :1]), up_to[..., :-1]], -1)
+        keep = (before < p) | (p >= 1) | (_ranks(probability) < k_min)
+        return torch.zeros_like(keep).scatter(-1, entry, keep & candidate)
+
+    return _by_heads(rule, probability, _per_row(p, probability), _per_row(k_min, probability), candidates)
 
 
 def top_k(scores: Tensor, k: int | Tensor, *, candidates: Tensor | None = None) -> Tensor:
@@ -50,9 +57,12 @@ def top_k(scores: Tensor, k: int | Tensor, *, candidates: Tensor | None = None) 
     -------
     members : bool (..., N). Of equal scores the first is kept first.
     """
-    _, entry, candidate = _sorted(scores, candidates)
-    keep = _ranks(scores) < _per_row(k, scores)
-    return torch.zeros_like(candidate).scatter(-1, entry, keep & candidate)
+
+    def rule(scores: Tensor, k: Tensor, candidates: Tensor | None = None) -> Tensor:
+        _, entry, candidate = _sorted(scores, candidates)
+        return torch.zeros_like(candidate).scatter(-1, entry, (_ranks(scores) < k) & candidate)
+
+    return _by_heads(rule, scores, _per_row(k, scores), candidates)
 
 
 def within_budget(scores: Tensor, cost: Tensor, budget: Tensor, *, candidates: Tensor | None = None) -> Tensor:
@@ -69,10 +79,23 @@ def within_budget(scores: Tensor, cost: Tensor, budget: Tensor, *, candidates: T
     -------
     members : bool (..., N). Of equal scores the first is kept first.
     """
-    _, entry, candidate = _sorted(scores, candidates)
-    ordered_cost = torch.where(candidate, cost.expand(scores.shape).gather(-1, entry), 0.0)
-    keep = ordered_cost.cumsum(-1) - ordered_cost < budget[..., None]
-    return torch.zeros_like(candidate).scatter(-1, entry, keep & candidate)
+
+    def rule(scores: Tensor, cost: Tensor, budget: Tensor, candidates: Tensor | None = None) -> Tensor:
+        _, entry, candidate = _sorted(scores, candidates)
+        ordered_cost = torch.where(candidate, cost.expand(scores.shape).gather(-1, entry), 0.0)
+        keep = ordered_cost.cumsum(-1) - ordered_cost < budget
+        return torch.zeros_like(candidate).scatter(-1, entry, keep & candidate)
+
+    return _by_heads(rule, scores, cost, budget[..., None], candidates)
+
+
+def _by_heads(rule: Callable[..., Tensor], scores: Tensor, *given: Tensor | None) -> Tensor:
+    """Apply a rule to scores (B, H, ..., N), some heads at a time; what else is given, broadcast to them, goes along. Other scores as a whole."""
+    tensors = [scores, *(x for x in given if x is not None)]
+    if scores.ndim < 3:
+        return rule(*tensors)
+    tensors = [x.view((1,) * (scores.ndim - x.ndim) + x.shape) for x in tensors]
+    return torch.cat([rule(*some) for some in by_heads(scores[:, 0].numel(), *tensors)], 1)
 
 
 def _sorted(scores: Tensor, candidates: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -59,7 +59,7 @@ def terms(patch: str) -> tuple[list[int], float, float]:
     pass
 
 
-def extra(patch: str, frames: int, dtype=torch.bfloat16) -> tuple[int, int]:
+def extra(patch: str, frames: int, DIM=DIM, BLOCK=BLOCK, dtype=torch.bfloat16) -> tuple[int, int]:
     """Bytes above dense, and those of q, k, v and out."""
     row, layout = DENOISING[patch], Layout((frames, 8, 12))
     common = {"block": BLOCK, "backend": "blocked"} if row.blocks else {}

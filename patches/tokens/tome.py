@@ -174,7 +174,7 @@ class Tome(Patch):
         memory = params.memory
         if memory is not None and params.reads and memory.slot is not None and len(memory.slot) == len(keys):
             return memory.slot
-        slot = match(keys.float().mean(1), params.partition, params.merged)
+        slot = match(keys.mean(1, dtype=torch.float32), params.partition, params.merged)
         if memory is not None:
             memory.slot = slot
         return slot
