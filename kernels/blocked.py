@@ -83,7 +83,7 @@ def attend(
                         of_bias = (batch if len(bias) > 1 else slice(None), head if bias.shape[1] > 1 else slice(None))
                         mask = bias[of_bias].index_select(-1, at)[:, :, None]  # [B|1, H|1, 1, C]
                     for some in _rows_at_once(rows, q.shape[-2], plan, len(at)):
-                        inside = mask if plan.box is None else _within(plan.box, some, exact, len(means), mask, q.device)
+                        inside = mask if plan.box is None else _windowed(plan.box, some, exact, len(means), mask, q.device)
                         part, part_lse = _dense(q[batch, head][:, :, some], keys, values, inside, scale, return_lse)
                         out[batch, head, some] = part
                         if lse is not None and part_lse is not None:
@@ -110,7 +110,7 @@ def _rows_at_once(rows: Tensor | slice, slots: int, plan: BlockPlan, keys: int) 
     return list(rows.split(step))
 
 
-def _within(box: Box, rows: Tensor | slice, exact: Tensor, means: int, mask: Tensor | None, device: torch.device) -> Tensor:
+def _windowed(box: Box, rows: Tensor | slice, exact: Tensor, means: int, mask: Tensor | None, device: torch.device) -> Tensor:
     """`mask` (B|1, H|1, 1, C), or None for 0, with the box's window over the exact keys: float32 (B|1, H|1, R, C)."""
     slots = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
     inside = F.pad(box.allows(slots, exact), (0, means), value=True)

@@ -41,7 +41,7 @@ def top_p(
         keep = (before < p) | (p >= 1) | (_ranks(probability) < k_min)
         return torch.zeros_like(keep).scatter(-1, entry, keep & candidate)
 
-    return _by_heads(rule, probability, _per_row(p, probability), _per_row(k_min, probability), candidates)
+    return _piecewise(rule, probability, _per_row(p, probability), _per_row(k_min, probability), candidates)
 
 
 def top_k(scores: Tensor, k: int | Tensor, *, candidates: Tensor | None = None) -> Tensor:
@@ -62,7 +62,7 @@ def top_k(scores: Tensor, k: int | Tensor, *, candidates: Tensor | None = None) 
         _, entry, candidate = _sorted(scores, candidates)
         return torch.zeros_like(candidate).scatter(-1, entry, (_ranks(scores) < k) & candidate)
 
-    return _by_heads(rule, scores, _per_row(k, scores), candidates)
+    return _piecewise(rule, scores, _per_row(k, scores), candidates)
 
 
 def within_budget(scores: Tensor, cost: Tensor, budget: Tensor, *, candidates: Tensor | None = None) -> Tensor:
@@ -86,11 +86,11 @@ def within_budget(scores: Tensor, cost: Tensor, budget: Tensor, *, candidates: T
         keep = ordered_cost.cumsum(-1) - ordered_cost < budget
         return torch.zeros_like(candidate).scatter(-1, entry, keep & candidate)
 
-    return _by_heads(rule, scores, cost, budget[..., None], candidates)
+    return _piecewise(rule, scores, cost, budget[..., None], candidates)
 
 
-def _by_heads(rule: Callable[..., Tensor], scores: Tensor, *given: Tensor | None) -> Tensor:
-    """Apply a rule to scores (B, H, ..., N), some heads at a time; what else is given, broadcast to them, goes along. Other scores as a whole."""
+def _piecewise(rule: Callable[..., Tensor], scores: Tensor, *given: Tensor | None) -> Tensor:
+    """Apply a rule to scores (B, H, ..., N), some heads at a time, with what else is given, broadcast to them."""
     tensors = [scores, *(x for x in given if x is not None)]
     if scores.ndim < 3:
         return rule(*tensors)
