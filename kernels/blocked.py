@@ -110,7 +110,9 @@ def _rows_at_once(rows: Tensor | slice, slots: int, plan: BlockPlan, keys: int) 
     return list(rows.split(step))
 
 
-def _windowed(box: Box, rows: Tensor | slice, exact: Tensor, means: int, mask: Tensor | None, device: torch.device) -> Tensor:
+def _windowed(
+    box: Box, rows: Tensor | slice, exact: Tensor, means: int, mask: Tensor | None, device: torch.device
+) -> Tensor:
     """`mask` (B|1, H|1, 1, C), or None for 0, with the box's window over the exact keys: float32 (B|1, H|1, R, C)."""
     slots = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
     inside = F.pad(box.allows(slots, exact), (0, means), value=True)

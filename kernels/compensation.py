@@ -38,8 +38,8 @@ def compensation_error(
     group = q_pool.shape[1] // k.shape[1]
     by_key_head = q_pool.unflatten(1, (k.shape[1], group))
     parts = [
-        _of_heads(q.flatten(1, 2), *some, k_len, block_k, scale, key_mask)
-        for q, *some in by_heads(len(k) * k.shape[-2] * (k.shape[-1] + v.shape[-1]), by_key_head, k, v)
+        _of_heads(q.flatten(1, 2), keys, values, k_len, block_k, scale, key_mask)
+        for q, keys, values in by_heads(len(k) * k.shape[-2] * (k.shape[-1] + v.shape[-1]), by_key_head, k, v)
     ]
     return torch.cat(parts, 1)
 
