@@ -20,6 +20,11 @@ A diffusion step takes the sums of the last one too, at a weight (`carry`), and 
 (1,728 tokens, `rows` at density .1, mean of six layers in step 9) that is worth twice the probes: error .118 to .096 with 32, .103 to .089
 with 64, .090 to .079 with 128. With the same rows in every step it was worth nothing, and the estimate was a third too low. The sums are
 float32 (B, H, F + 1, F + 1 + D_v) for each attention module and guidance branch.
+
+What is foreseen decides, not a vote by head whether to repair: a few rows of a head may err some hundred times as much as most of them, and
+a fit that gains on these harms the others downstream. In DINOv2-small, all layers sparse (`rows` in tiles of 8 x 8, pooled, density .2,
+2,304 patches), the mean cosine of features to dense rises on two photographs from .975 and .925 to .993 and .989 with 128 probes, and .995
+and .991 with 256; at densities .05 and .1, and with the rest dropped, it rises too (`python -m benchmarks.repair_layers`).
 """
 
 from __future__ import annotations
