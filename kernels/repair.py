@@ -20,8 +20,8 @@ A diffusion step takes the sums of the last one too, at a weight (`carry`), and 
 (1,728 tokens, `rows` at density .1, mean of six layers in step 9) that is worth twice the probes: error .118 to .096 with 32, .103 to .089
 with 64, .090 to .079 with 128. With the same rows in every step it was worth nothing, and the estimate was a third too low. The sums are
 float32 (B, H, F + 1, F + 1 + D_v) for each attention module and guidance branch.
-A whole run (12 steps, `sol` at tau 1 in every layer and step, pooled, one caption and seed) comes as near to dense as 17.5 dB without
-repair, 23.5 with 128 probes and 27.5 with what is carried over; with 64 probes 23.0 and 25.7.
+Whole runs (12 steps, `sol` at tau 1 in every layer and step, pooled, one caption, two seeds) come as near to dense as 17.5 and 14.3 dB
+without repair, 23.5 and 24.8 with 128 probes, 27.5 and 24.3 with what is carried over; with 64 probes 23.0 and 18.8, 25.7 and 23.9.
 
 What is foreseen decides, not a vote by head whether to repair: a few rows of a head may err some hundred times as much as most of them, and
 a fit that gains on these harms the others downstream. In DINOv2-small, all layers sparse (`rows` in tiles of 8 x 8, pooled, density .2,
