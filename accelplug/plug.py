@@ -75,7 +75,7 @@ def apply(
         joint-attention module. A rule of a mapping may hold an instance, too: ``{"where": {...}, "patch": MyPatch({...})}``.
     strict : raise `FallbackError` where an attention call that a rule names would run dense, and where a rule cannot hold: of steps
         that no run has at the first forward, of a guidance branch that never comes at the end of a run. Rules for other sizes than
-        that of the run are no error, unless no patch of the recipe is for this one.
+        that of the run are not an error, unless no patch of the recipe is for this one.
     gate : ``auto`` times dense against sparse at the first call of each shape and leaves dense what would not pay;
         ``report`` times and tells, but forces the recipe; ``off`` forces it and times nothing; ``quality`` too, but calls whose
         estimated error is above `max_error` run dense, and are counted.

@@ -15,7 +15,6 @@ SOURCES = [path for folder in ("accelplug", "kernels", "patches") for path in so
 
 SHARED = {
     "logger": "the package's logger",
-    "_": "the fake of a torch.library operator, which nobody calls by name",
     "attend": "a kernel backend's answer to block_attention",
     "missing": "why a kernel backend cannot be used on this machine",
     "unsupported": "why a kernel backend cannot answer a call",

@@ -122,7 +122,7 @@ def idle(recipe: Recipe, hosts: Sequence[Host]) -> list[Idle]:
 def require_held(recipe: Recipe, hosts: Sequence[Host], ended: bool) -> None:
     """Refuse rules that cannot hold: of steps as soon as a run's are known, of branches at the end of a run (`ended`).
 
-    Rules for other sizes than that of a run are no error, unless none of a recipe's patches is for this one.
+    Rules for other sizes than that of a run are not an error, unless none of a recipe's patches is for this one.
 
     Raises
     ------

@@ -98,7 +98,7 @@ class Gate:
         Raises
         ------
         AccelplugError
-            If they are no such data.
+            If they are something else.
         """
         try:
             told = [Verdict.from_dict(data) for data in verdicts]

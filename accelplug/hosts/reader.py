@@ -110,7 +110,7 @@ class PromptReader:
 
     @staticmethod
     def _valid(inputs: dict[str, Any], past: int, tokens: int, like: Tensor) -> Tensor:
-        """Which of a sequence's tokens, those of the forward behind `past` others, are no padding: bool (B, tokens)."""
+        """Which of a sequence's tokens, those of the forward behind `past` others, are not padding: bool (B, tokens)."""
         valid = compat.transformers.valid_tokens(inputs.get("attention_mask"), past)
         if valid is None:
             return torch.ones(len(like), tokens, dtype=torch.bool, device=like.device)

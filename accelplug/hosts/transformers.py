@@ -135,7 +135,7 @@ class LanguageHost(Host):
         self.records = self._records(setup.decide)
         crosses = any(record.site.kind == "cross" for record in self.records)
         self.visual_tokens = {} if crosses else visual_tokens(self.base.config)
-        self.no_image = "its images are read by cross-attention, and are no tokens of the prompt" if crosses else NO_IMAGE
+        self.no_image = "its images are read by cross-attention, and are not tokens of the prompt" if crosses else NO_IMAGE
         self._require_readings(crosses)
         self.reader = PromptReader(self.base, self.family, self.visual_tokens, self.needs, setup.processor, self.recipe)
         self.tower = VisionTower(self.base) if "vision_attention" in self.needs else None
@@ -156,7 +156,7 @@ class LanguageHost(Host):
                 continue
             cross = compat.transformers.crosses(type(module))
             if cross:
-                self.skipped[path] = f"{type(module).__name__} reads keys that are no tokens of the prompt"
+                self.skipped[path] = f"{type(module).__name__} reads keys that are not tokens of the prompt"
             site = Site(path, self.name, "cross" if cross else "self", module.layer_idx, layers)
             choice = LEFT_DENSE if cross else decide(site, None, PREFILL)
             records.append(AttentionRecord(self, len(records), module, site, module.config, choice))
@@ -185,7 +185,7 @@ class LanguageHost(Host):
             return
         reason = None
         if crosses:
-            reason = "its images are read by cross-attention, and are no tokens that could be left out"
+            reason = "its images are read by cross-attention, and are not tokens that could be left out"
         elif not hasattr(self.decoder, "layers"):
             reason = f"its decoder, {type(self.decoder).__name__}, has no layers that can be run one by one"
         elif required := compat.transformers.must_be_given(self.base):
