@@ -1,4 +1,4 @@
-"""The worth-it gate: what it times and when, what that foretells for a run, and choices that are replayed. Times are made up."""
+"""The worth-it gate: what it times and when, what that predicts for a run, and choices that are replayed. Times are made up."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_what_is_left_dense_gains_nothing_and_says_what_it_would_have_cost(monke
     assert f"60% of a forward, which would be {gain:.2f}x as fast" in reason
 
 
-def test_gate_report_foretells_what_it_forces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gate_report_predicts_what_it_forces(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build("wan")
     MadeUpTime(monkeypatch, model, sparse_ms=15.0)
     with accelplug.apply(model, sparse(), gate="report") as plug:
@@ -147,7 +147,7 @@ def test_only_the_first_forwards_of_a_size_are_timed(
         assert len(plug.forecasts) == 1
 
 
-def test_with_the_gate_off_nothing_is_timed_or_foretold(wan: tuple[Any, dict[str, Any], MadeUpTime]) -> None:
+def test_with_the_gate_off_nothing_is_timed_or_predicted(wan: tuple[Any, dict[str, Any], MadeUpTime]) -> None:
     model, inputs, time = wan
     for options in ({"gate": "off"}, {"deterministic": True}):
         with accelplug.apply(model, sparse(), **options) as plug:
@@ -169,7 +169,7 @@ def test_compiled_attention_has_no_share(wan: tuple[Any, dict[str, Any], MadeUpT
     assert time.judged == 2, "made-up tensors are still judged, outside the graph"
 
 
-def test_a_denoiser_compiled_whole_foretells_nothing() -> None:
+def test_a_denoiser_compiled_whole_predicts_nothing() -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, sparse()) as plug:
         run_once(torch.compile(model, backend="eager", fullgraph=True), inputs)
@@ -193,7 +193,7 @@ def test_nothing_is_timed_while_a_graph_is_captured(
         assert plug.report().served == {"radial": LAYERS}
 
 
-def test_two_denoisers_are_foretold_over_the_steps_each_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_denoisers_are_predicted_over_the_steps_each_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, inputs = tiny_pipelines.decoding("wan22_moe")
     monkeypatch.setattr(gate, "median_ms", lambda call, device: 1.0)
     with accelplug.apply(pipe, sparse(), gate="report") as plug:

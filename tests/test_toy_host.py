@@ -92,7 +92,7 @@ class ToyRecord:
 class ToyHost(Host):
     """Gets into `ToyModel`."""
 
-    library = "toys"
+    library = "pytest"  # an installed package that accelplug knows no versions of
     called = "a toy"
     expects = "a toy"
     gives = "pixels"

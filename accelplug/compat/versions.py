@@ -39,9 +39,11 @@ def tested_versions(package: str) -> str:
 
 
 def untested(package: str) -> bool:
-    """Whether the suite did not run on the installed version of `package`, by its minor version."""
+    """Whether the suite did not run on the installed version of `package`, by its minor version; never of one it does not know."""
     found = installed(package)
-    return found is not None and not _minor(OLDEST[package]) <= _minor(found) <= _minor(TESTED[package])
+    if found is None or package not in OLDEST:
+        return False
+    return not _minor(OLDEST[package]) <= _minor(found) <= _minor(TESTED[package])
 
 
 def _minor(text: str) -> tuple[int, int]:
