@@ -18,6 +18,10 @@ exactly, then rule H. Ours is the mean by what the rows give to the blocks they 
 the matrix with which the terms of all rows sum to what each block's own would give, if queries did not matter. Also ours: H and T are of
 the blocks that some row pools, which leaves out text, as all rows read it; only keys that may be read count; g and m are found from
 log-sum-exps, so that every kernel that gives them serves.
+
+On six calls of the bundled model at 1,728 tokens, sol at tau 1: error .138 pooled, .102 with the term (keys alike .103), by layer between
+.226 -> .095 and .163 -> .170. With `repair` on the query, which finds what is linear in it, .073 each: nothing is left of the term
+(``python -m benchmarks.rest_layers --grid small --steps 7 --block 32``).
 """
 
 from __future__ import annotations
