@@ -8,7 +8,7 @@ a library takes past the allocator, and what kernels on a GPU need (the Triton k
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,14 @@ WAN = {"tokens": 75_600, "heads": 40, "width": 128}
 
 
 @pytest.fixture
-def one_head_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is made in pieces of a fixed size on large calls is made in pieces here too."""
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is made in pieces of a fixed size on large calls is so here too; one thread: torch's attention has scratch for each."""
     monkeypatch.setattr(chunks, "CHUNK", 1)
     monkeypatch.setattr(importance, "BUDGET", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def peak(run: Callable[[], Any]) -> int:
@@ -102,7 +106,7 @@ def above_dense(patch: str, frames: int, width: int, tile_thw: tuple[int, int, i
     return held - one, 4 * one, HEADS * (-(-layout.length // block)) ** 2
 
 
-@pytest.mark.usefixtures("one_head_at_a_time")
+@pytest.mark.usefixtures("one_at_a_time")
 @pytest.mark.parametrize(
     ("frames", "width", "tile_thw"),
     [(8, 32, (1, 8, 4)), (3, 8, (1, 2, 4)), (5, 8, (1, 2, 4))],
