@@ -159,6 +159,7 @@ def tomorrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     )
     monkeypatch.setattr(compat.versions, "why_broken", lambda check: (checked.append(check.__name__), why_broken(check))[1])
     monkeypatch.setattr(compat.versions, "_HELD", set())
+    monkeypatch.delenv("ACCELPLUG_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return checked
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -175,3 +176,23 @@ def test_layers_that_are_given_the_last_tokens_alone_are_counted(patch: str) -> 
         }  # of no layer in transformers 5.17
         assert {reason.split(": ")[0] for reason in plug.report().fallbacks} == short
         assert all("tokens alone" in reason for reason in plug.report().fallbacks)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_forward_that_an_interrupt_left_behind_is_nothing_to_the_next(same: bool) -> None:
+    """torch runs no hooks behind a forward that Ctrl-C ends. (The decoder of InstructBLIP is called past its model.)"""
+    model, inputs = instruct_blip() if same else gemma4()
+    with accelplug.apply(model, recipe("pai")) as plug:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(type(plug.hosts[0]), "prepare", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                forward(model, inputs)
+        other, theirs = (model, inputs) if same else instruct_blip()
+        with nullcontext(plug) if same else accelplug.apply(other, recipe("pai")) as second:
+            generate(other, theirs)
+            assert all("past its model" in reason for reason in second.report().fallbacks)
+            assert second.report().fallbacks
+
+
+def interrupted(*given: Any) -> None:
+    raise KeyboardInterrupt

@@ -36,7 +36,7 @@ from accelplug.comparison.vlm import VlmComparison
 from accelplug.errors import AccelplugError
 from accelplug.patches.sparse.radial import Radial
 from accelplug.recipe import ModelFacts, describe, load, model_name, read_file, shipped_files
-from accelplug.registry import list_patches, patch_class
+from accelplug.registry import patch_class, patch_entry
 from accelplug.step_caches import CACHES
 from accelplug.table import Origin
 from accelplug.tuning.contest import _read_sheet
@@ -152,7 +152,7 @@ def mutated(rng: random.Random, data: Any) -> Any:
 
 def rule_of(rng: random.Random) -> dict[str, Any]:
     """A rule with a patch's own settings, one or two of them nasty, and perhaps a cache."""
-    entry = rng.choice(list_patches())
+    entry = patch_entry(rng.choice(list(ROWS)))
     settings = dict(ROWS[entry.name].working)
     fields = list(patch_class(entry.name).Config.model_fields)
     settings |= {"block": 8, "backend": "reference"} if "block" in fields else {}
@@ -790,7 +790,7 @@ def seeing() -> tuple[Any, Any]:
 def test_a_strangers_recipe_for_a_language_model_works_or_is_refused(number: int, seeing: tuple[Any, Any]) -> None:
     model, processor = seeing
     rng = random.Random(f"{SEED} language {number}")
-    entry = rng.choice([entry for entry in list_patches() if entry.family in ("heads", "generation")])
+    entry = rng.choice([entry for entry in map(patch_entry, ROWS) if entry.family in ("heads", "generation")])
     fields = list(patch_class(entry.name).Config.model_fields)
     values = [*NASTY[:25], 99, [99], [0, 99], [-1], [0.0, 1.0], [3, 2], 0.25, 2.0, RAMP]
     settings = {field: rng.choice(values) for field in rng.sample(fields, 1)}
@@ -860,7 +860,7 @@ def test_recipes_that_mean_nothing_are_refused_at_apply(recipe: dict[str, Any], 
     assert time.process_time() - start < SOON_S
 
 
-@pytest.mark.parametrize("patch", [entry.name for entry in list_patches() if entry.family in ("sparse", "tokens", "bias")])
+@pytest.mark.parametrize("patch", [name for name in ROWS if patch_entry(name).family in ("sparse", "tokens", "bias")])
 def test_what_may_ramp_ramps(patch: str, wan: tuple[Any, dict[str, Any]]) -> None:
     model, inputs = wan
     fields = patch_class(patch).Config.model_fields

@@ -93,6 +93,10 @@ class Forward:
     inputs: dict[str, Any] | None = None
     """Arguments of the base model's forward, until the decoder begins: images are encoded in between."""
     parent: Forward | None = None
+    host: Reader | None = None
+    """Whose it is. torch runs no hooks behind a forward that Ctrl-C ends: what is left behind in a thread is nothing to others."""
+    handed: bool = False
+    """Whether the decoder has it: a second call of the decoder is another forward."""
 
 
 @contextmanager

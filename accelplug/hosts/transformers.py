@@ -230,7 +230,9 @@ class LanguageHost(Host):
         self.generation.install(undo)
 
     def _forget(self) -> None:
-        """Leave caches, transformers' table and the decode step that generate() compiled without us."""
+        """Leave caches, transformers' table, this thread and the decode step that generate() compiled without us."""
+        if self._current() is not None:
+            CURRENT.set(None)
         for cache in list(self.streams):
             if getattr(vars(cache).get(STREAM), "host", None) is self:
                 delattr(cache, STREAM)
@@ -305,9 +307,14 @@ class LanguageHost(Host):
             forward = Forward(companion=as_it_is)
         else:
             forward = Forward(inputs=given(self.signature, args, kwargs))
-        forward.parent = CURRENT.get()
+        forward.host, forward.parent = self, self._current()
         CURRENT.set(forward)
         return args, kwargs
+
+    def _current(self) -> Forward | None:
+        """This thread's forward of this model."""
+        forward = CURRENT.get()
+        return forward if forward is not None and forward.host is self else None
 
     def _open(self, forward: Forward, inputs: dict[str, Any]) -> None:
         """Say what a forward is: which sequences, and whether it reads a prompt or decodes."""
@@ -410,8 +417,7 @@ class LanguageHost(Host):
     def _after_base(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module is not self.base or torch.compiler.is_compiling():
             return
-        forward = CURRENT.get()
-        if forward is None:
+        if (forward := self._current()) is None:
             return
         CURRENT.set(forward.parent)
         if output is None or forward.stream is None:
@@ -443,8 +449,11 @@ class LanguageHost(Host):
             stream = getattr(cache, STREAM, None)
             forward = stream.step if stream is not None else None
         else:
-            forward = CURRENT.get()
-            if forward is not None and forward.inputs is not None:
+            forward = self._current()
+            if forward is None or forward.handed:
+                return None
+            forward.handed = True
+            if forward.inputs is not None:
                 inputs, forward.inputs = forward.inputs, None
                 self._open(forward, inputs)
                 self._read_ahead(forward, args, kwargs)
