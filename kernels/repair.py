@@ -9,12 +9,12 @@ centred and with channels scaled to a mean square of 1 by part, the ridge regres
 
     ``W = (X^T X + ridge I)^-1 X^T Y``
 
-foresees ``y'_r`` at a row that has no part in it, which takes no second fit: with the leverage
+predicts ``y'_r`` at a row that has no part in it, which takes no second fit: with the leverage
 
     ``h_r = 1 / R + x_r (X^T X + ridge I)^-1 x_r^T``
 
 it errs there by ``(y_r - mean y - x_r W) / (1 - h_r)``. Every row gets ``o + t (mean y + x W)``, where t in [0, 1], by head, brings
-``t y'`` nearest to ``y``: 0 where nothing is foreseen. Probed rows are exact. `ridge` counts as so many more rows without error.
+``t y'`` nearest to ``y``: 0 where nothing is predicted. Probed rows are exact. `ridge` counts as so many more rows without error.
 
 A diffusion step takes the sums of the last one too, at a weight (`carry`), and probes other rows. On steps 3 to 9 of the bundled model
 (1,728 tokens, `rows` at density .1, mean of six layers in step 9) that is worth twice the probes: error .118 to .096 with 32, .103 to .089
@@ -23,7 +23,7 @@ float32 (B, H, F + 1, F + 1 + D_v) for each attention module and guidance branch
 Whole runs (12 steps, `sol` at tau 1 in every layer and step, pooled, one caption, two seeds) come as near to dense as 17.5 and 14.3 dB
 without repair, 23.5 and 24.8 with 128 probes, 27.5 and 24.3 with what is carried over; with 64 probes 23.0 and 18.8, 25.7 and 23.9.
 
-What is foreseen decides, not a vote by head whether to repair: a few rows of a head may err some hundred times as much as most of them, and
+What is predicted decides, not a vote by head whether to repair: a few rows of a head may err hundreds of times as much as most, and
 a fit that gains on these harms the others downstream. In DINOv2-small, all layers sparse (`rows` in tiles of 8 x 8, pooled, density .2,
 2,304 patches), the mean cosine of features to dense rises on two photographs from .975 and .925 to .993 and .989 with 128 probes, and .995
 and .991 with 256; at densities .05 and .1, and with the rest dropped, it rises too (`python -m benchmarks.repair_layers`).
@@ -45,7 +45,7 @@ def probe_rows(
     """Return the rows that are probed, int64 (probes,): one in each stretch of ``number / probes`` rows from `first` on.
 
     Its place in the stretch moves by the golden ratio: at the same place, rows of a grid could all be of one column. It moves from step to
-    step too, since what is carried over says little new of the same rows, and would foresee them too well.
+    step too, since what is carried over says little new of the same rows, and would predict them too well.
     """
     stretch = torch.arange(probes, device=device, dtype=torch.float64)
     place = (stretch * GOLDEN + step * SILVER) % 1
@@ -133,9 +133,9 @@ def repair(
     z = torch.linalg.solve_triangular(root, ((x - x_mean) / size).mT, upper=False)  # [B, H, F, R]
     half = torch.linalg.solve_triangular(root, cross, upper=False)  # [B, H, F, D_v]
     leverage = z.square().sum(-2) + 1 / number[..., 0]  # [B, H, R]
-    foreseen = residual - (residual - y_mean - z.mT @ half) / (1 - leverage).clamp(min=1e-6)[..., None]
-    agreement, size_foreseen = ((foreseen * w).sum((-2, -1), keepdim=True) for w in (residual, foreseen))
-    trust = (agreement / size_foreseen.clamp(min=1e-30)).clamp(0, 1)  # [B, H, 1, 1]
+    predicted = residual - (residual - y_mean - z.mT @ half) / (1 - leverage).clamp(min=1e-6)[..., None]
+    agreement, size_predicted = ((predicted * w).sum((-2, -1), keepdim=True) for w in (residual, predicted))
+    trust = (agreement / size_predicted.clamp(min=1e-30)).clamp(0, 1)  # [B, H, 1, 1]
     slope = trust * torch.linalg.solve_triangular(root.mT, half, upper=True) / size.mT  # [B, H, F, D_v]
     constant = (trust * y_mean - x_mean @ slope).to(out.dtype)  # [B, H, 1, D_v]
     factors = slope.to(out.dtype).split([p.shape[-1] for p in parts], -2)
@@ -144,5 +144,5 @@ def repair(
     )
     mended = out.clone()
     mended[..., within, :] += error
-    left = (residual - trust * foreseen).norm(dim=(-2, -1))
+    left = (residual - trust * predicted).norm(dim=(-2, -1))
     return mended.index_copy(-2, rows, exact.to(out.dtype)), left, target.norm(dim=(-2, -1))

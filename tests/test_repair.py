@@ -59,7 +59,7 @@ def textbook(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor
 def test_the_regression_is_the_textbooks_and_every_row_is_judged_by_the_others() -> None:
     """Features scaled to a mean square of 1; each row left out by a fit of its own, written out."""
     q, dense, sparse = wrong_by_query()
-    dense = dense + torch.randn(dense.shape, generator=torch.Generator().manual_seed(2))  # which nothing foresees
+    dense = dense + torch.randn(dense.shape, generator=torch.Generator().manual_seed(2))  # which nothing predicts
     trusts = []
     rows = probe_rows(5, LAYOUT.visual, 14)
     mended, left, whole = repair(sparse, q, dense[..., rows, :], rows, slice(5, 131), ridge=0.5)
@@ -68,12 +68,12 @@ def test_the_regression_is_the_textbooks_and_every_row_is_judged_by_the_others()
             o, query, exact = (x[row, head].double() for x in (sparse, q, dense))
             x = torch.cat([y / y[rows].square().mean().sqrt() for y in (o, query)], -1)
             residual = exact[rows] - o[rows]
-            foreseen = torch.zeros_like(residual)
+            predicted = torch.zeros_like(residual)
             for place in range(14):
                 others = torch.arange(14) != place
                 x_mean, y_mean, slope = textbook(x[rows][others], residual[others], 0.5)
-                foreseen[place] = y_mean + (x[rows][place] - x_mean) @ slope
-            trust = ((foreseen * residual).sum() / foreseen.square().sum()).clamp(0, 1)
+                predicted[place] = y_mean + (x[rows][place] - x_mean) @ slope
+            trust = ((predicted * residual).sum() / predicted.square().sum()).clamp(0, 1)
             trusts.append(float(trust))
             x_mean, y_mean, slope = textbook(x[rows], residual, 0.5)
             expected = o + trust * (y_mean + (x - x_mean) @ slope)
@@ -81,7 +81,7 @@ def test_the_regression_is_the_textbooks_and_every_row_is_judged_by_the_others()
             torch.testing.assert_close(mended[row, head, 5:131].double(), expected[5:131], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(mended[row, head, :5], sparse[row, head, :5], atol=0, rtol=0)
             torch.testing.assert_close(mended[row, head, 131:], sparse[row, head, 131:], atol=0, rtol=0)
-            torch.testing.assert_close(left[row, head].double(), (residual - trust * foreseen).norm(), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(left[row, head].double(), (residual - trust * predicted).norm(), atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(whole[row, head].double(), exact[rows].norm(), atol=1e-5, rtol=1e-5)
     assert any(0 < trust < 0.9 for trust in trusts), trusts
 

@@ -1,4 +1,4 @@
-"""Strided attention: every query block reads those around it, and and every `stride`-th block from itself.
+"""Strided attention: every query block reads those around it, and every `stride`-th block from itself.
 
 The strided pattern of Sparse Transformers (arXiv 1904.10509, section 4.3) by blocks, and to both sides, since denoisers read the
 whole sequence: query block m reads key block n iff ``|m - n| <= reach`` or ``(m - n) mod stride = 0``. Text is read by all, and
