@@ -20,8 +20,8 @@ A diffusion step takes the sums of the last one too, at a weight (`carry`), and 
 (1,728 tokens, `rows` at density .1, mean of six layers in step 9) that is worth twice the probes: error .118 to .096 with 32, .103 to .089
 with 64, .090 to .079 with 128. With the same rows in every step it was worth nothing, and the estimate was a third too low. The sums are
 float32 (B, H, F + 1, F + 1 + D_v) for each attention module and guidance branch.
-Whole runs (12 steps, `sol` at tau 1 in every layer and step, pooled, one caption, two seeds) come as near to dense as 17.5 and 14.3 dB
-without repair, 23.5 and 24.8 with 128 probes, 27.5 and 24.3 with what is carried over; with 64 probes 23.0 and 18.8, 25.7 and 23.9.
+Whole runs of the bundled model (1,728 tokens, 12 steps, five captions, two seeds): foreground PSNR of `sol` at tau 1 from 16.4 to 23.2 dB
+with 64 probes and 25.1 with 128, of `radial` from 24.7 to 33.5 and 35.0, for 5 to 12 % more time (`python -m benchmarks.repair_runs`).
 
 What is predicted decides, not a vote by head whether to repair: a few rows of a head may err hundreds of times as much as most, and
 a fit that gains on these harms the others downstream. In DINOv2-small, all layers sparse (`rows` in tiles of 8 x 8, pooled, density .2,
