@@ -16,10 +16,8 @@ predicts ``y'_r`` at a row that has no part in it, which takes no second fit: wi
 it errs there by ``(y_r - mean y - x_r W) / (1 - h_r)``. Every row gets ``o + t (mean y + x W)``, where t in [0, 1], by head, brings
 ``t y'`` nearest to ``y``: 0 where nothing is predicted. Probed rows are exact. `ridge` counts as so many more rows without error.
 
-A diffusion step takes the sums of the last one too, at a weight (`carry`), and probes other rows. On steps 3 to 9 of the bundled model
-(1,728 tokens, `rows` at density .1, mean of six layers in step 9) that is worth twice the probes: error .118 to .096 with 32, .103 to .089
-with 64, .090 to .079 with 128. With the same rows in every step it was worth nothing, and the estimate was a third too low. The sums are
-float32 (B, H, F + 1, F + 1 + D_v) for each attention module and guidance branch.
+A diffusion step takes the sums of the last one too, at a weight (`carry`), and probes other rows: the same rows again would say nothing
+new, and would be predicted too well. The sums are float32 (B, H, F + 1, F + 1 + D_v) for each attention module and guidance branch.
 Whole runs of the bundled model (1,728 tokens, 12 steps, five captions, two seeds): foreground PSNR of `sol` at tau 1 from 16.4 to 23.2 dB
 with 64 probes and 25.1 with 128, of `radial` from 24.7 to 33.5 and 35.0, for 5 to 12 % more time (`python -m benchmarks.repair_runs`).
 

@@ -5,11 +5,6 @@ Clips are float arrays (F, H, W, 3) in [0, 1]; a still has F = 1.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -91,7 +91,6 @@ def config_view(config: Any, name: str) -> Any:
             (cls,),
             {
                 "_attn_implementation": property(lambda self: name),
-                "_accelplug_view": True,
                 "__reduce__": lambda self: (_itself, (_stock_config(self),)),
                 "__deepcopy__": lambda self, memo: _copied(self, memo),
                 "__module__": cls.__module__,
@@ -101,11 +100,6 @@ def config_view(config: Any, name: str) -> Any:
     view: Any = object.__new__(_VIEWS[cls, name])
     object.__setattr__(view, "__dict__", config.__dict__)
     return view
-
-
-def is_view(config: Any) -> bool:
-    """Whether a config is one of our views."""
-    return getattr(type(config), "_accelplug_view", False)
 
 
 def _itself(config: Any) -> Any:

@@ -10,14 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from accelplug.errors import AccelplugError
-
-if TYPE_CHECKING:
-    pass
 
 Resampled = TypeVar("Resampled")
 
