@@ -58,7 +58,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Return (out, lse); see `attention.block_attention`."""
     levels = () if coarse is None else coarse.levels
-    key = (plan.bits.data_ptr(), compat.torch.times_written(plan.bits), levels)
+    # By its shape too: one head of a plan starts where the whole plan does.
+    key = (plan.bits.data_ptr(), plan.bits.shape, compat.torch.times_written(plan.bits), levels)
     groups = _grouped.get(key, lambda: (plan, _groups(plan, levels)))[1]
     bias = _bias(coarse, key_mask, plan.key_slots, q.device)
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])

@@ -126,7 +126,7 @@ def attend(
     q, k, v = _padded(q, slots_q), *(_padded(x, -(-x.shape[-2] // plan.block_k) * plan.block_k) for x in (k, v))
     levels = () if coarse is None else coarse.levels
     if key_mask is None and math.prod(plan.bits.shape[:3]) * slots_k // plan.block_k <= KEPT:
-        key = (plan.bits.data_ptr(), compat.torch.times_written(plan.bits), levels)
+        key = (plan.bits.data_ptr(), plan.bits.shape, compat.torch.times_written(plan.bits), levels)
         mask = _masks.get(key, lambda: (plan, plan.block_mask(levels)))[1]
     else:
         key_mask = None if key_mask is None else F.pad(key_mask, (0, slots_k - key_mask.shape[-1]))

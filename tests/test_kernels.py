@@ -749,3 +749,13 @@ def test_means_follow_a_mask_by_head() -> None:
         alone, count = pool(x[:, head : head + 1], lengths(40, 16), 16, mask[:, head])
         torch.testing.assert_close(mean[:, head : head + 1], alone)
         assert torch.equal(number[:, head : head + 1], count)
+
+
+def test_a_head_alone_leaves_nothing_for_the_whole_plan() -> None:
+    """One head of a plan starts at the address of all: what is kept of the one must not serve the other."""
+    shape = (1, 3, 3, 97, 16, 24, 16, 16)
+    q, k, v, plan = make(shape, per_head=True)
+    mask = torch.rand(1, 3, 97) < 0.7
+    for key_mask in (mask, None, mask):
+        got, expected = (block_attention(q, k, v, plan, key_mask=key_mask, backend=b) for b in ("blocked", "reference"))
+        close(got, expected)
