@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from accelplug import files
+from accelplug import files, zoo
 from accelplug.errors import AccelplugError
 from accelplug.version import __version__
 
@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
+        if "model_dir" in options:
+            options.model_dir = zoo.folder(options.model_dir)
         # Of several processes that were launched together, the first speaks.
         with contextlib.nullcontext() if files.is_first() else contextlib.redirect_stdout(io.StringIO()):
             status: int = options.run(options)
@@ -83,7 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="store_true", help="log what is chosen")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("list", help="list recipes and patches")
+    command = commands.add_parser("list", help="list recipes by model, or patches, or all about one of them")
+    command.add_argument(
+        "what", nargs="?", default="models", help="models (default), patches, a patch's name, or part of a name: wan, sol"
+    )
     command.set_defaults(run=_list)
 
     command = commands.add_parser("show", help="print a recipe")
@@ -91,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_show)
 
     command = commands.add_parser("inspect", help="attention sites, matching recipes, and what there is to gain")
-    command.add_argument("model_dir", type=Path, help="a pipeline or a vision-language model saved on disk")
+    _takes_model(command, "a pipeline or a vision-language model")
     command.add_argument("--image", type=Path, help="vision-language models: say where it looks in this picture")
     command.add_argument(
         "--prompt", default="Please describe this image in detail.", help="the question asked about --image"
@@ -100,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser("compare", help="run a model dense and with recipes; report speed and quality")
-    command.add_argument("model_dir", type=Path, help="a pipeline or a vision-language model saved on disk")
+    _takes_model(command, "a pipeline or a vision-language model")
     command.add_argument(
         "--recipe", action="append", help="name or file; repeat for several; the model's default if left out"
     )
@@ -124,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_compare)
 
     command = commands.add_parser("tune", help="search for the best recipe within a budget, and prove it")
-    command.add_argument("model_dir", type=Path, help="a pipeline or a language model saved on disk")
+    _takes_model(command, "a pipeline or a language model")
     command.add_argument("--prompts", type=Path, help="pipelines: a text file, one prompt a line; the last is held out")
     _takes_questions(command)
     command.add_argument(
@@ -146,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("verify", help="run what a recipe file says was measured once more")
     command.add_argument("recipe", type=Path, help="a recipe file")
-    command.add_argument("model_dir", type=Path, help="the pipeline or language model that it was measured on")
+    _takes_model(command, "the pipeline or language model that it was measured on,")
     command.add_argument("--prompt", help="for rows that name no prompt")
     _takes_questions(command)
     command.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
@@ -154,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_verify)
 
     command = commands.add_parser("calibrate", help="measure a method's tables on dense runs; write a recipe that uses them")
-    command.add_argument("model_dir", type=Path, help="a pipeline saved on disk")
+    _takes_model(command, "a pipeline")
     command.add_argument(
         "--patch", required=True, help="sparse_vdit, paro or sta; rest: weights of pooled blocks, for --recipe"
     )
@@ -183,6 +188,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("doctor", help="check versions, device, kernels, and what is relied on in host libraries")
     command.set_defaults(run=_doctor)
     return parser
+
+
+def _takes_model(command: argparse.ArgumentParser, what: str) -> None:
+    here = f"the name of one that is here: {', '.join((*zoo.BUNDLED, *zoo.WHEELS))}"
+    command.add_argument("model_dir", metavar="MODEL", help=f"{what} saved on disk, or {here}")
 
 
 def _takes_questions(command: argparse.ArgumentParser) -> None:
@@ -221,19 +231,14 @@ def _console() -> Any:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from rich.table import Table
-
-    from accelplug.recipe import list_recipes
-    from accelplug.registry import list_patches
+    from accelplug import listing
 
     console = _console()
-    patches = Table("patch", "what it does", "source", title="patches", title_justify="left")
-    for entry in list_patches():
-        patches.add_row(entry.name, entry.summary, entry.cite)
-    recipes = Table("recipe", "source", "measured on real weights", title="recipes", title_justify="left")
-    for info in list_recipes():
-        recipes.add_row(f"{info.model}/{info.name}" + (" *" if info.default else ""), info.cite, str(info.measured or ""))
-    console.print(patches, recipes, "* what apply(pipe) takes by default")
+    if options.what == "models":
+        console.print(listing.models())
+        console.print("accelplug list patches: what they are made of; accelplug list NAME: all about a model or a patch.")
+    else:
+        console.print(listing.patches() if options.what == "patches" else listing.about(options.what))
     return 0
 
 
@@ -262,7 +267,7 @@ def _inspect(options: argparse.Namespace) -> int:
             raise AccelplugError("--image is for vision-language models, and this is a pipeline. Leave it out.")
         _console().print(inspect(loading.pipeline(options.model_dir, device="cpu")))
         return 0
-    model, processor = loading.language_model(options.model_dir)
+    model, processor = loading.language_model(options.model_dir, text=True)
     if options.image is None:
         _console().print(inspect(model))
         return 0

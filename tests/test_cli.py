@@ -19,10 +19,34 @@ from accelplug.inspection.denoiser import STEPS, TOKENS, Inspection
 def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    assert "radial" in out
-    assert "wan2.1-t2v-14b/sol" in out
+    assert len(out.splitlines()) < 40  # a screen
+    for info in accelplug.list_recipes():
+        assert info.name in next(line for line in out.splitlines() if f" {info.model} " in line)
     assert main(["show", "wan2.1-t2v-14b/radial"]) == 0
     assert "2506.19852" in capsys.readouterr().out
+
+
+def test_list_has_every_patch_once_and_all_about_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "patches"]) == 0
+    out = capsys.readouterr().out
+    for patch in accelplug.list_patches():
+        assert out.count(f"│ {patch.name} ") == 1
+    assert main(["list", "rows"]) == 0
+    out = capsys.readouterr().out
+    assert "arXiv 2406.15486" in out
+    assert "density" in out
+    assert main(["list", "wan2.2"]) == 0
+    assert "wan2.2-t2v-a14b/sol *" in capsys.readouterr().out
+    assert main(["list", "wan-shape5"]) == 2
+    assert "nearest: wan-shapes" in capsys.readouterr().err
+
+
+def test_a_bundled_model_goes_by_its_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["inspect", "wan-shapes"]) == 0
+    assert "6 self" in capsys.readouterr().out
+    monkeypatch.setenv("ACCELPLUG_CACHE", "/nowhere")
+    assert main(["inspect", "dinov2-small"]) == 2
+    assert "accelplug fetch dinov2-small" in capsys.readouterr().err
 
 
 def test_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -217,7 +217,7 @@ def test_it_is_listed_and_goes_on_by_its_name(capsys: pytest.CaptureFixture[str]
     model, inputs = build_denoiser(wan)
     recipe = {"rules": [{"where": {"layers": "1:"}, "patch": "diagonal", "with": {"block": 8, "backend": "reference"}}]}
     with registered(Diagonal):
-        assert main(["list"]) == 0
+        assert main(["list", "patches"]) == 0
         assert "Every block reads those around it." in capsys.readouterr().out
         with accelplug.apply(model, recipe, gate="off") as plug:
             run_once(model, inputs)

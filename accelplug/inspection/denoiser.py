@@ -69,6 +69,8 @@ class Inspection(Shown):
     """Recipes that match, with what each would touch."""
     ceilings: dict[str, list[float]] = field(default_factory=dict)
     """By recipe, at each of `TOKENS`: gain of denoising if the attention it patches took no time, its dense steps and layers counted."""
+    summaries: dict[str, str] = field(default_factory=dict)
+    """By recipe: what it does, in a sentence."""
 
     def __rich__(self) -> Group:
         from rich.console import Group
@@ -84,11 +86,18 @@ class Inspection(Shown):
                 share, ceiling = part.attention_share(tokens), part.ceiling(tokens)
                 table.add_row(f"at {tokens:,} tokens", f"self-attention is {share:.0%} of the work: at most {ceiling:.1f}x")
             shown.append(table)
-        columns = [f"at {tokens:,} tokens" for tokens in TOKENS]
-        recipes = Table("recipe", "touches", *columns, title="recipes that match this model", title_justify="left")
-        recipes.caption = "at most so much faster, dense steps and layers counted; plug.report() predicts it from timings"
+        recipes = Table(title="recipes that match this model", title_justify="left")
+        recipes.add_column("recipe", no_wrap=True)
+        for column in ("touches", f"at most, {TOKENS[0]:,} to {TOKENS[-1]:,} tokens", "what it does"):
+            recipes.add_column(column)
+        recipes.caption = (
+            "at most: were its attention free, dense steps and layers counted; plug.report() predicts it from timings"
+        )
         for name, touches in self.recipes.items():
-            recipes.add_row(name, touches, *(f"{gain:.1f}x" for gain in self.ceilings.get(name, ())))
+            gains = self.ceilings.get(name, ())
+            recipes.add_row(
+                name, touches, f"{min(gains):.1f}x to {max(gains):.1f}x" if gains else "", self.summaries.get(name, "")
+            )
         none = "No shipped recipe matches this model; apply() takes a mapping or a file of your own."
         return Group(*shown, recipes if self.recipes else none)
 
@@ -104,7 +113,10 @@ def inspect_denoiser(model: Any) -> Inspection:
     parts = tuple(_facts(name, denoiser) for name, denoiser in denoisers(model).items())
     sites = [site for part in parts for site in part.sites]
     facts = model_facts(model)
-    return Inspection(type(model).__name__, parts, recipes_for(facts, sites), _ceilings(facts, parts))
+    summaries = {
+        f"{file.model}/{name}": recipe.summary for file in matching_files(facts) for name, recipe in file.recipes.items()
+    }
+    return Inspection(type(model).__name__, parts, recipes_for(facts, sites), _ceilings(facts, parts), summaries)
 
 
 def _ceilings(facts: ModelFacts, parts: Sequence[DenoiserFacts]) -> dict[str, list[float]]:

@@ -38,3 +38,15 @@ def path(name: Any = "wan-shapes") -> Path:
             f"The weights {name} are not on this machine: expected {folder}. Run `accelplug fetch {name}` first."
         )
     return folder
+
+
+def folder(model: str) -> Path:
+    """Return the folder that a user means: one on disk, else a model of `path` by its name.
+
+    Raises
+    ------
+    NoMatchError
+        If it is the name of a model that was not fetched yet.
+    """
+    here = Path(model)
+    return path(model) if not here.exists() and model in (*BUNDLED, *WHEELS) else here

@@ -1,0 +1,100 @@
+"""What there is to apply, on one screen: by model, by patch, or all about one word.
+
+Models and patches are listed from tables and files; torch is imported for the settings of one patch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from accelplug.errors import NoMatchError, nearest
+from accelplug.recipe import RecipeInfo, list_recipes, read_file
+from accelplug.registry import PatchEntry, list_patches, patch_class
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+AUDIENCES = {
+    "pipelines": ("sparse", "tokens", "bias"),
+    "language models": ("heads", "generation"),
+}
+"""Which families of patches are for which models; what other packages add stands with the first that has its family."""
+
+
+def models() -> RenderableType:
+    """Return the shipped recipes, a line for each model."""
+    from rich.table import Table
+
+    table = Table("model", "recipes (the first: default)", title="recipes by model", title_justify="left")
+    for model, group in groupby(list_recipes(), key=lambda info: info.model):
+        names = sorted(group, key=lambda info: not info.default)
+        table.add_row(model, ", ".join(_proven(info) for info in names))
+    return table
+
+
+def patches(chosen: Iterable[PatchEntry] = ()) -> RenderableType:
+    """Return the patches, or those that are chosen, for pipelines and for language models apart."""
+    from rich.console import Group
+    from rich.table import Table
+
+    tables = []
+    for audience, families in AUDIENCES.items():
+        rows = [entry for entry in tuple(chosen) or list_patches() if entry.family in families]
+        if rows:
+            table = Table("patch", "what it does", title=f"patches for {audience}", title_justify="left")
+            for entry in rows:
+                table.add_row(entry.name, entry.summary)
+            tables.append(table)
+    return Group(*tables)
+
+
+def about(word: str) -> RenderableType:
+    """Return all that a word names: one patch with its settings, or the recipes and patches whose names hold the word.
+
+    Raises
+    ------
+    NoMatchError
+        If no model, recipe or patch has it in its name.
+    """
+    from rich.console import Group
+    from rich.table import Table
+
+    exact = [entry for entry in list_patches() if entry.name == word]
+    recipes = [info for info in list_recipes() if word in f"{info.model}/{info.name}" or (exact and _uses(info, word))]
+    found = exact or [entry for entry in list_patches() if word in entry.name]
+    if not recipes and not found:
+        known = [*(info.model for info in list_recipes()), *(entry.name for entry in list_patches())]
+        raise NoMatchError(
+            f"Nothing is called {word!r}{nearest(word, known)}: expected models, patches, or a part of a model's or a patch's name. "
+            "Run `accelplug list` or `accelplug list patches`."
+        )
+    parts: list[RenderableType] = [_settings(exact[0])] if exact else [patches(found)] if found else []
+    if recipes:
+        table = Table("recipe", "what it is", "source", title="recipes", title_justify="left")
+        for info in recipes:
+            table.add_row(f"{info.model}/{_proven(info)}" + (" *" if info.default else ""), info.summary, info.cite)
+        parts += [table, "* the model's default"]
+    return Group(*parts)
+
+
+def _proven(info: RecipeInfo) -> str:
+    """Return a recipe's name, marked where it was measured on real weights."""
+    return info.name + (" (measured)" if info.measured else "")
+
+
+def _uses(info: RecipeInfo, patch: str) -> bool:
+    return any(rule.name == patch for rule in read_file(info.path).recipes[info.name].rules)
+
+
+def _settings(entry: PatchEntry) -> RenderableType:
+    """Return what a patch does, and each of its settings."""
+    from rich.console import Group
+    from rich.table import Table
+
+    table = Table("setting", "default", "what it says", title_justify="left")
+    for name, field in patch_class(entry.name).Config.model_fields.items():
+        default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+        table.add_row(name, default, field.description or "")
+    return Group(f"{entry.name}: {entry.summary} {entry.cite}", table)
