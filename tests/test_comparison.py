@@ -68,6 +68,15 @@ def test_ssim_and_latent_distance(clips: tuple[np.ndarray, np.ndarray]) -> None:
     assert metrics.relative_distance(2 * x, x) == pytest.approx(1.0)
 
 
+def test_flicker_counts_changes_and_not_offsets(clips: tuple[np.ndarray, np.ndarray]) -> None:
+    a, _ = clips
+    blinking = a + np.array([0.0, 1.0, 0.0, 1.0, 0.0], np.float32)[:, None, None, None]
+    assert metrics.flicker(a + np.float32(0.5), a) == pytest.approx(0.0, abs=1e-6)
+    assert metrics.flicker(np.repeat(a[:1], 5, 0), a) == pytest.approx(1.0)
+    assert metrics.flicker(blinking, a) == pytest.approx(1 / np.sqrt(np.square(np.diff(a, axis=0)).mean()), rel=1e-4)
+    assert metrics.flicker(a[:1], a[:1]) is None
+
+
 def test_quantiles() -> None:
     assert Quantiles.of([3.0]) == Quantiles(3.0, 3.0, 3.0)
     assert Quantiles.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == Quantiles(2.0, 3.5, 5.0)

@@ -51,6 +51,13 @@ def foreground_psnr_db(clip: Clip, reference: Clip, foreground: Callable[[NDArra
     return psnr_db(clip, reference, mask)
 
 
+def flicker(clip: Clip, reference: Clip) -> float | None:
+    """Distance of what changes from frame to frame, relative to the reference's changes (L2); None where nothing changes there."""
+    change, expected = np.diff(clip.astype(np.float64), axis=0), np.diff(reference.astype(np.float64), axis=0)
+    size = float(np.linalg.norm(expected))
+    return float(np.linalg.norm(change - expected)) / size if size else None
+
+
 def relative_distance(latents: torch.Tensor, reference: torch.Tensor) -> float:
     """L2 distance of latents over the norm of the reference."""
     a, b = latents.double(), reference.double()
@@ -137,7 +144,7 @@ class ClipMetric(Metric):
     columns: tuple[Literal["mean", "worst"], ...] = ("mean",)
 
 
-def _against(score: Callable[[Clip, Clip], float]) -> Callable[[Beside], float | None]:
+def _against(score: Callable[[Clip, Clip], float | None]) -> Callable[[Beside], float | None]:
     return lambda run: None if run.dense is None else score(run.clip, run.dense)
 
 
@@ -189,6 +196,7 @@ METRICS: Mapping[str, ClipMetric] = {
             MEAN_AND_WORST,
         ),
         ClipMetric("ssim", ">=", "SSIM", of=_against(ssim), recorded="ssim"),
+        ClipMetric("flicker", "<=", "flicker", needs="frames that differ", of=_against(flicker), columns=()),
         ClipMetric("agreement", ">=", "agreement", digits=2, needs="detect=", of=_agreement),
         ClipMetric(
             "latent_distance", "<=", "distance of latents", needs="latents of the pipeline", of=_latent_distance, columns=()
