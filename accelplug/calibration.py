@@ -26,7 +26,7 @@ from accelplug.hosts.host import model_facts, require_ability
 from accelplug.patches.base import Patch
 from accelplug.patches.calibration import Calibration, Seen
 from accelplug.patches.sparse.rest_weights import RestWeights
-from accelplug.patches.sparse.template import BlockSparse
+from accelplug.patches.sparse.template import WEIGHTED_RESTS, BlockSparse
 from accelplug.plug import apply
 from accelplug.recipe import DENSE, ModelFacts, Recipe, load, match_for, matching_files, read_file, strict_yaml, write_recipe
 from accelplug.registry import list_patches, patch_class, patch_entry
@@ -268,7 +268,7 @@ class Target:
         plain = {"where": {}, **rule.to_mapping()}
         pools = (
             rule.patch != "dense"
-            and getattr(patch_class(rule.patch)(_constants(rule.settings)).config, "rest", "") == "pool"
+            and getattr(patch_class(rule.patch)(_constants(rule.settings)).config, "rest", "") in WEIGHTED_RESTS
         )
         if not pools:
             yield plain

@@ -62,9 +62,10 @@ def test_cut_off_and_taken_up_again_gives_the_same_bytes(tmp_path: Path) -> None
     assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
-def test_weights_of_a_recipes_pooled_blocks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rest", ["pool", "linear"])
+def test_weights_of_a_recipes_pooled_blocks(rest: str) -> None:
     pipe, inputs = tiny_pipelines.decoding("wan")
-    base = {"patch": "radial", "with": {"block": 8, "rest": "pool"}}
+    base = {"patch": "radial", "with": {"block": 8, "rest": rest}}
     recipe = run(pipe, None, inputs, "rest", recipe=base, config={})
     weights = recipe.rules[0].settings["rest_weight"]
     assert weights.values.shape == (2, 2)

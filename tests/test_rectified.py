@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def members_by_hand(
             words = [t for j, part in enumerate(read) if text[j] for t in part]
             weight[-1] = sum(math.exp(blocks.scale * query @ k[t]) for t in words)
         ranked = sorted(weight, key=lambda j: -weight[j])
-        least = max(1, math.floor((1 - config.drop_rate) * len(candidates) + 1e-9))
+        least = max(1, math.floor((1 - cast(float, config.drop_rate)) * len(candidates) + 1e-9))
         for rank, j in enumerate(ranked):
             mass_before = sum(weight[i] for i in ranked[:rank]) / sum(weight.values())
             if j >= 0:

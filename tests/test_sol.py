@@ -237,7 +237,7 @@ def test_both_statistics_agree_where_channels_are_uncorrelated() -> None:
     keys = torch.cat([torch.eye(8), -torch.eye(8)]) * torch.arange(1, 9).repeat(2)[:, None]  # diagonal covariance, mean 0
     laid = tiles(Layout((1, 4, 4)), "raster", 1)
     blocks = blocks_of(torch.randn(1, 2, 16, 8), keys.expand(1, 2, 16, 8), laid, scale=0.3, block=1)
-    diag, exact = (Sol({"statistic": statistic}).theta(blocks) for statistic in ("diag", "exact"))
+    diag, exact = (Sol({"statistic": statistic}).theta(blocks, 1.0) for statistic in ("diag", "exact"))
     torch.testing.assert_close(diag, exact)
 
 

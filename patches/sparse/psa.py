@@ -35,6 +35,7 @@ from accelplug.call import Layout
 from accelplug.kernels.importance import sampled_importance
 from accelplug.kernels.plan import LEVELS, BlockPlan
 from accelplug.patches.sparse.template import Blocks, Scored, ScoredConfig
+from accelplug.table import Table
 
 PYRAMID = (1, *LEVELS)
 """Consecutive keys that are read as one; 0 stands for a block that is not read."""
@@ -54,6 +55,9 @@ class Psa(Scored):
         )
         rule: Literal["thresholdbound", "topk"] = Field(
             "thresholdbound", description="Whether bounds are shares of a row's importance, or of its blocks."
+        )
+        reach: Annotated[float, Field(gt=0.0, le=100.0)] | Table = Field(
+            1.0, description="Factor on all bounds, which then end at 1, or a table (steps, layers, heads) of them. Ours."
         )
         least_exact: float = Field(
             0.06,
@@ -79,11 +83,13 @@ class Psa(Scored):
             return self
 
     config: Config
+    knob = "reach"
+    rungs = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 2.5)
 
     def neutral(self, layout: Layout) -> bool:
-        return self.config.bounds[0] == 1.0
+        return not isinstance(self.config.reach, Table) and self.config.bounds[0] * self.config.reach >= 1.0
 
-    def route(self, blocks: Blocks) -> BlockPlan:
+    def route(self, blocks: Blocks, budget: Tensor | None = None) -> BlockPlan:
         importance = sampled_importance(
             blocks.q,
             blocks.k,
@@ -95,18 +101,19 @@ class Psa(Scored):
             blocks.key_mask,
             self.config.seed,
         )
-        level = self.levels(importance, blocks.candidates)
+        level = self.levels(importance, blocks.candidates, self.allowed(budget))
         if self.config.similarity is not None:
             level = torch.minimum(level, self.coarsest(blocks)[..., None, :])
         return blocks.plan(level == 1, torch.where(level > 1, level, 0))
 
-    def levels(self, importance: Tensor, candidates: Tensor) -> Tensor:
+    def levels(self, importance: Tensor, candidates: Tensor, reach: float | Tensor = 1.0) -> Tensor:
         """Return the level of each block, uint8 (B, H, M, N), 0 where it is not read.
 
         Parameters
         ----------
         importance : float32 (B, H, M, N), at least 0.
         candidates : bool (B|1, H|1, N), blocks that have a level.
+        reach : factor on all bounds, or float32 (H, 1).
         """
         candidates = candidates[..., None, :]  # [B|1, H|1, 1, N]
         number = candidates.sum(-1)  # [B|1, H|1, 1]
@@ -119,24 +126,25 @@ class Psa(Scored):
         ranked_level = torch.zeros_like(block, dtype=torch.uint8)
         start = torch.zeros_like(number)
         for h, bound in zip(PYRAMID, self.config.bounds, strict=True):
-            end = self.end(h, bound, before, number)
+            end = self.end(h, torch.as_tensor(bound * reach, device=number.device).clamp(max=1), before, number)
             end = self.whole_tiles(h, start, torch.maximum(end, start), number)
             ranked_level = torch.where((rank >= start[..., None]) & (rank < end[..., None]), h, ranked_level)
             start = end
         return torch.zeros_like(ranked_level).scatter(-1, block, ranked_level)
 
-    def end(self, h: int, bound: float, before: Tensor, number: Tensor) -> Tensor:
+    def end(self, h: int, bound: Tensor, before: Tensor, number: Tensor) -> Tensor:
         """Return the rank at which level h ends, by its bound alone: int64 (B, H, M) or (B|1, H|1, 1).
 
         Parameters
         ----------
+        bound : float32 () or (H, 1), share at which the level ends.
         before : float32 (B, H, M, N), share of a row's importance in the blocks of higher rank.
         number : int64 (B|1, H|1, 1), candidates of a row.
         """
         if self.config.rule == "topk":
             end, least = (number * bound + 1e-4).long(), torch.ones_like(number)  # 20 * 0.15 is 3
         else:
-            end = (before < bound).sum(-1) if bound < 1 else number
+            end = torch.where(bound < 1, (before < bound[..., None]).sum(-1), number)
             least = (number * self.config.least_exact + 1e-4).long() + 1
         return torch.minimum(torch.maximum(end, least) if h == 1 else end, number)
 

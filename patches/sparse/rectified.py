@@ -24,7 +24,7 @@ with ``rest: pool``, which weighs the blocks row by row: there, and for all sele
 from __future__ import annotations
 
 from itertools import product
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -37,6 +37,7 @@ from accelplug.kernels.plan import BlockPlan
 from accelplug.kernels.rectify import reallocate, text_keys
 from accelplug.kernels.rows import top_p
 from accelplug.patches.sparse.template import BlockParams, Blocks, RestKind, Scored, ScoredConfig
+from accelplug.table import Table
 
 
 class RectifiedSpaAttn(Scored):
@@ -48,11 +49,9 @@ class RectifiedSpaAttn(Scored):
         rest: RestKind = Field(
             "rectified", description="What becomes of the key blocks that are not read; rectified is the method."
         )
-        drop_rate: float = Field(
+        drop_rate: Annotated[float, Field(ge=0.0, le=1.0)] | Table = Field(
             0.75,
-            ge=0.0,
-            le=1.0,
-            description="Share of the visual blocks that a row need not read; 0 reads all: the call runs dense.",
+            description="Share of the visual blocks that a row need not read, or a table of them; 0 reads all: the call runs dense.",
         )
         p: float = Field(
             0.3, ge=0.0, le=1.0, description="Probability that a row's likeliest blocks reach together, at least."
@@ -67,6 +66,8 @@ class RectifiedSpaAttn(Scored):
             return self
 
     config: Config
+    knob = "drop_rate"
+    rungs = (0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.75, 0.65, 0.5, 0.3)
 
     def neutral(self, layout: Layout) -> bool:
         return self.config.drop_rate == 0.0
@@ -88,11 +89,11 @@ class RectifiedSpaAttn(Scored):
             read[..., : first[0], : first[1]] = True
         return read
 
-    def route(self, blocks: Blocks, always: Tensor | None = None) -> BlockPlan:
+    def route(self, blocks: Blocks, always: Tensor | None = None, budget: Tensor | None = None) -> BlockPlan:
         if always is None:
             always = self.always(blocks.q_tiles, blocks.k_tiles)
         candidates = blocks.candidates[..., None, :]  # [B|1, H|1, 1, N]
-        k_min = ((1 - self.config.drop_rate) * candidates.sum(-1) + 1e-4).long().clamp(min=1)  # 30 * (1 - 0.8) is 6
+        k_min = ((1 - self.allowed(budget)) * candidates.sum(-1) + 1e-4).long().clamp(min=1)  # 30 * (1 - 0.8) is 6
         if blocks.k_tiles.visual_slots == blocks.k_tiles.slots:
             logits = (blocks.q_pool * blocks.scale) @ blocks.k_pool.transpose(-1, -2)
             probability = logits.masked_fill(~candidates, -torch.inf).softmax(-1)

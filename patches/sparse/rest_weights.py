@@ -1,4 +1,4 @@
-"""How much a pooled block weighs: one factor on log n per head, for any selector whose rest is pooled.
+"""How much a pooled block weighs: one factor on log n per head, for any selector whose rest is pooled or linear.
 
 A pooled block of n keys enters the softmax as one key with ``weight * log n`` added to its logit. The textbook weight 1 is
 right where the keys of a block are alike. Where they are not, the value that enters is the plain mean, not that of the
@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from accelplug.patches.calibration import Calibration, CalibrationConfig, Seen, relative_error
-from accelplug.patches.sparse.template import BlockSparse
+from accelplug.patches.sparse.template import WEIGHTED_RESTS, BlockSparse
 
 
 class RestWeights(Calibration):
@@ -39,7 +39,7 @@ class RestWeights(Calibration):
 
     def observe(self, seen: Seen, part: int) -> None:
         patch = self._choose(seen.site, seen.layout, seen.clock)
-        if patch is None or patch.config.rest != "pool":
+        if patch is None or patch.config.rest not in WEIGHTED_RESTS:
             return
         params = patch.prepare(seen.site, seen.layout, seen.clock, {})
         if params is None:

@@ -14,14 +14,18 @@ Text blocks are read by all, and read all. They are not candidates: mass is shar
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from accelplug.call import Layout
 from accelplug.kernels.importance import sampled_mass
 from accelplug.kernels.plan import BlockPlan
 from accelplug.kernels.rows import top_k, top_p
 from accelplug.patches.sparse.template import Blocks, RestKind, Scored, ScoredConfig
+from accelplug.table import Table
 
 
 class SampledRows(Scored):
@@ -31,23 +35,27 @@ class SampledRows(Scored):
         block: int = Field(64, ge=8, le=1024, multiple_of=8, description="Slots per query and key block.")
         rest: RestKind = Field("pool", description="What becomes of the key blocks that are not read.")
         rows: int = Field(4, ge=1, le=64, description="Rows of each query block that are held against all keys.")
-        density: float | None = Field(0.2, gt=0.0, le=1.0, description="Share of the visual key blocks that a block reads.")
+        density: Annotated[float, Field(gt=0.0, le=1.0)] | Table | None = Field(
+            0.2, description="Share of the visual key blocks that a block reads, or a table (steps, layers, heads) of them."
+        )
         top_p: float = Field(
             0.9, ge=0.0, le=1.0, description="Share of its attention that the blocks hold which it reads (density: none)."
         )
 
     config: Config
+    knob = "density"
+    rungs = (0.02, 0.04, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.55, 0.75, 1.0)
 
     def neutral(self, layout: Layout) -> bool:
         return self.config.density == 1.0 if self.config.density is not None else self.config.top_p == 1.0
 
-    def route(self, blocks: Blocks) -> BlockPlan:
+    def route(self, blocks: Blocks, budget: Tensor | None = None) -> BlockPlan:
         sizes = blocks.query_lengths, blocks.key_lengths, blocks.block, blocks.block_k
         mass = sampled_mass(blocks.q, blocks.k, *sizes, self.config.rows, blocks.scale, blocks.key_mask)
         candidates = blocks.candidates[..., None, :]  # [B|1, H|1, 1, N]
         mass = torch.where(candidates, mass, 0.0)
         if self.config.density is not None:
-            number = (self.config.density * candidates.sum(-1) + 1e-4).long().clamp(min=1)
+            number = (self.allowed(budget) * candidates.sum(-1) + 1e-4).long().clamp(min=1)
             return blocks.plan(top_k(mass, number, candidates=candidates))
         mass = mass / mass.sum(-1, keepdim=True).clamp(min=1e-30)
         return blocks.plan(top_p(mass, self.config.top_p, candidates=candidates))

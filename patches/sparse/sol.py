@@ -37,6 +37,7 @@ from accelplug.kernels.importance import subblock_scores
 from accelplug.kernels.plan import BlockPlan, Threshold
 from accelplug.kernels.rows import top_k
 from accelplug.patches.sparse.template import Blocks, RestKind, Scored, ScoredConfig
+from accelplug.table import Table
 
 
 class Sol(Scored):
@@ -45,8 +46,9 @@ class Sol(Scored):
     class Config(ScoredConfig):
         block: int = Field(64, ge=8, le=1024, multiple_of=8, description="Slots per query and key block.")
         rest: RestKind = Field("pool", description="What becomes of the key blocks that are not read exactly.")
-        tau: float | Literal["dense"] = Field(
-            1.0, description="Standard deviations above the mean score from which a block is read exactly; dense reads all."
+        tau: float | Table | Literal["dense"] = Field(
+            1.0,
+            description="Deviations above the mean score from which a block is read exactly, or a table of them; dense reads all.",
         )
         statistic: Literal["diag", "exact", "subblock"] = Field(
             "diag",
@@ -56,16 +58,19 @@ class Sol(Scored):
         band: int = Field(1, ge=0, description="Blocks on either side of its own that a query block always reads.")
 
     config: Config
+    knob = "tau"
+    rungs = (3.0, 2.5, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25, 0.0, -0.5, -1.0, -2.0)
 
     def neutral(self, layout: Layout) -> bool:
         return self.config.tau == "dense"
 
-    def route(self, blocks: Blocks) -> BlockPlan | Threshold:
+    def route(self, blocks: Blocks, budget: Tensor | None = None) -> BlockPlan | Threshold:
+        tau = -math.inf if self.config.tau == "dense" else self.allowed(budget, 2)
         shape = blocks.query_lengths, blocks.key_lengths, blocks.block, blocks.block_k
         if self.config.statistic != "subblock" and self.config.least == 0:
-            return Threshold(self.theta(blocks), self.config.band, blocks.key_text, blocks.query_text, *shape)
+            return Threshold(self.theta(blocks, tau), self.config.band, blocks.key_text, blocks.query_text, *shape)
         score = self.scores(blocks)
-        theta = self.theta_of(score, blocks) if self.config.statistic == "subblock" else self.theta(blocks)
+        theta = self.theta_of(score, blocks, tau) if self.config.statistic == "subblock" else self.theta(blocks, tau)
         rule = Threshold(theta, self.config.band, blocks.key_text, blocks.query_text, *shape)
         members = (score > theta[..., None]) | rule.always
         if self.config.least > 0:
@@ -79,21 +84,16 @@ class Sol(Scored):
             return math.log2(math.e) * subblock_scores(blocks.q, blocks.k, *sizes, blocks.scale, blocks.key_mask)
         return (blocks.q_pool * (blocks.scale * math.log2(math.e))) @ blocks.k_pool.mT
 
-    def theta_of(self, score: Tensor, blocks: Blocks) -> Tensor:
+    def theta_of(self, score: Tensor, blocks: Blocks, tau: float | Tensor) -> Tensor:
         """Return the threshold of each query block, float32 (B, H, M), from the mean and deviation of its scores."""
         weight = blocks.candidates.float()[..., None, :]
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)  # [B|1, H|1, 1, N]
         score = torch.where(weight > 0, score, 0.0)
         mean = (weight * score).sum(-1, keepdim=True)
-        variance = (weight * (score - mean).square()).sum(-1)
-        return mean[..., 0] + self.tau * (variance + 1e-6).sqrt()
+        variance = (weight * (score - mean).square()).sum(-1, keepdim=True)
+        return (mean + tau * (variance + 1e-6).sqrt())[..., 0]
 
-    @property
-    def tau(self) -> float:
-        """Standard deviations above the mean from which a block is read exactly."""
-        return -math.inf if self.config.tau == "dense" else float(self.config.tau)
-
-    def theta(self, blocks: Blocks) -> Tensor:
+    def theta(self, blocks: Blocks, tau: float | Tensor) -> Tensor:
         """Return the threshold of each query block, float32 (B, H, M), log2 domain, from the statistics of the pooled keys."""
         weight = blocks.candidates[..., None].float()
         weight = weight / weight.sum(-2, keepdim=True).clamp(min=1)  # [B|1, 1, N, 1]
@@ -105,4 +105,4 @@ class Sol(Scored):
         else:
             covariance = centred.transpose(-1, -2) @ (weight * centred)
             variance = ((query @ covariance) * query).sum(-1, keepdim=True).clamp(min=0)  # rounding may pass below 0
-        return (query @ mean.transpose(-1, -2) + self.tau * (variance + 1e-6).sqrt())[..., 0]
+        return (query @ mean.transpose(-1, -2) + tau * (variance + 1e-6).sqrt())[..., 0]

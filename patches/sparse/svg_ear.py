@@ -28,7 +28,7 @@ outputs err by 3.6 % with `density` at 0.39, where pairs compete over all rows, 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -40,6 +40,7 @@ from accelplug.kernels.orders import Order
 from accelplug.kernels.plan import BlockPlan
 from accelplug.kernels.rows import top_k, top_p, within_budget
 from accelplug.patches.sparse.template import Blocks, RestKind, Scored, ScoredConfig
+from accelplug.table import Table
 
 
 class SvgEar(Scored):
@@ -65,19 +66,19 @@ class SvgEar(Scored):
             le=1.0,
             description="Share of the visual key blocks that a row reads as its likeliest; it reads twice as many at least. Released.",
         )
-        density: float | None = Field(
+        density: Annotated[float, Field(gt=0.0, le=1.0)] | Table | None = Field(
             None,
-            gt=0.0,
-            le=1.0,
-            description="Share of its visual pairs of blocks that a head reads, in place of top_p. Ours.",
+            description="Share of its visual pairs of blocks that a head reads, or a table of them, in place of top_p. Ours.",
         )
 
     config: Config
+    knob = "density"
+    rungs = (0.02, 0.04, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.55, 0.75, 1.0)
 
     def neutral(self, layout: Layout) -> bool:
         return self.config.density == 1.0 if self.config.density is not None else self.config.top_p == 1.0
 
-    def route(self, blocks: Blocks) -> BlockPlan:
+    def route(self, blocks: Blocks, budget: Tensor | None = None) -> BlockPlan:
         error = compensation_error(
             blocks.q_pool, blocks.k, blocks.v, blocks.key_lengths, blocks.block_k, blocks.scale, blocks.key_mask
         )
@@ -85,9 +86,17 @@ class SvgEar(Scored):
         candidates = blocks.candidates[..., None, :]
         logits = (blocks.q_pool * blocks.scale) @ blocks.k_pool.transpose(-1, -2) + number.log()
         mass = logits.masked_fill(~candidates, -torch.inf).softmax(-1)
-        return blocks.plan(self.worst(error, mass, number, candidates, blocks.query_text))
+        return blocks.plan(self.worst(error, mass, number, candidates, blocks.query_text, budget))
 
-    def worst(self, error: Tensor, mass: Tensor, keys: Tensor, candidates: Tensor, query_text: Tensor) -> Tensor:
+    def worst(
+        self,
+        error: Tensor,
+        mass: Tensor,
+        keys: Tensor,
+        candidates: Tensor,
+        query_text: Tensor,
+        density: Tensor | None = None,
+    ) -> Tensor:
         """Return which blocks are read exactly, bool (B, H, M, N).
 
         Parameters
@@ -97,6 +106,7 @@ class SvgEar(Scored):
         keys : float32 (B|1, 1, 1, N), keys of each block: what it costs to read.
         candidates : bool (B|1, H|1, 1, N), key blocks that may be chosen.
         query_text : bool (M,), rows that read everything in any case, and spend no budget.
+        density : float32 (H,), in place of the config's; None without a table.
         """
         number = candidates.sum(-1)  # [B|1, H|1, 1]
 
@@ -111,6 +121,6 @@ class SvgEar(Scored):
             return first | within_budget(error, keys, left, candidates=candidates & ~first)
         pairs = (candidates & ~query_text[:, None]).expand(error.shape)
         first = top_k(mass, least.clamp(min=1), candidates=pairs)
-        budget = (self.config.density * pairs.sum((-2, -1)) + 1e-4).long()  # [B, H]
+        budget = (self.allowed(density, 0) * pairs.sum((-2, -1)) + 1e-4).long()  # [B, H]
         ranked = error.masked_fill(first, torch.inf).flatten(-2)  # what rows read at least is spent first
         return first | top_k(ranked, budget, candidates=pairs.flatten(-2)).unflatten(-1, error.shape[-2:])

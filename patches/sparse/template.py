@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 RestKind = Literal["drop", "pool", "linear", "rectified", "tied"]
 """Names of what may become of the key blocks that are not selected; see `kernels.rest`, `kernels.linear` and `kernels.rectify`."""
+WEIGHTED_RESTS = ("pool", "linear")
+"""Rests in which a block is read as one key, whose weight `rest_weight` says."""
 RepairKind = Literal["none", "output", "output_query"]
 """What the error of all this is regressed on, if it is repaired; see `kernels.repair`."""
 
@@ -170,6 +172,10 @@ class BlockParams:
         plan = self.plan and self.plan.to(device)
         return replace(self, tiles=self.tiles.to(device), plan=plan, where=where, rest_weight=weight)
 
+    def within(self, budget: Tensor | None) -> BlockParams:
+        """Return the params with how much each head reads, float32 (H,), in the units of the method's `BlockSparse.knob`."""
+        return self if budget is None else replace(self, where={**self.where, "budget": budget})
+
 
 @dataclass(frozen=True, eq=False)
 class OncePerDevice:
@@ -201,6 +207,10 @@ class BlockSparse(Patch):
     Config: ClassVar[type[Config]] = BlockConfig
     family = "sparse"
     writes: ClassVar[tuple[str, ...]] = ("select",)
+    knob: ClassVar[str] = ""
+    """The setting of how much is read that may be a table, if there is one: `route` is then told a head's value as ``budget``."""
+    rungs: ClassVar[tuple[float, ...]] = ()
+    """Values of it that a calibration of budgets tries, whatever their order."""
     config: BlockConfig
 
     def __init__(self, config: Any = None) -> None:
@@ -241,17 +251,27 @@ class BlockSparse(Patch):
         return BlockParams(tiles, self.select(tiles, **where), where)
 
     def weighted(self, params: BlockParams, site: Site, clock: Clock) -> BlockParams:
-        """Return the params with the factors that a table has for a layer's pooled blocks, if there is one."""
-        if (weight := self.rest_weights(site, clock)) is None:
+        """Return the params with what tables have for a layer's heads now, where there are such tables."""
+        weight, budget = self.rest_weights(site, clock), self.budgets(site, clock)
+        if weight is None and budget is None:
             return params
         # The originals are kept beside the weighted ones, so that an id stays theirs.
-        key = (id(params), *weight.tolist())
-        return self._weighted.get(key, lambda: (params, replace(params, rest_weight=weight)))[1]
+        key = (id(params), *(None if x is None else tuple(x.tolist()) for x in (weight, budget)))
+        return self._weighted.get(key, lambda: (params, replace(params.within(budget), rest_weight=weight)))[1]
 
     def rest_weights(self, site: Site, clock: Clock) -> Tensor | None:
         """Return what a table of weights says here and now, float32 (H,), or None without one."""
         table = self.config.rest_weight
-        return table.at(site, clock).float() if isinstance(table, Table) and self.config.rest in ("pool", "linear") else None
+        return table.at(site, clock).float() if isinstance(table, Table) and self.config.rest in WEIGHTED_RESTS else None
+
+    def budgets(self, site: Site, clock: Clock) -> Tensor | None:
+        """Return what a table of budgets says here and now, float32 (H,), or None without one."""
+        table = getattr(self.config, self.knob, None)
+        return table.at(site, clock).float() if isinstance(table, Table) else None
+
+    def allowed(self, budget: Tensor | None, axes: int = 1) -> float | Tensor:
+        """Return how much may be read: one value for all heads, or float32 (H, 1, ...) with so many `axes` of length 1."""
+        return getattr(self.config, self.knob) if budget is None else budget[(..., *[None] * axes)]
 
     def attend(self, call: AttentionCall, params: BlockParams) -> Tensor:
         blocks, plan = self.laid_out(call, params)
@@ -307,11 +327,15 @@ class BlockSparse(Patch):
         blocks, plan = self.laid_out(call, params)
         if isinstance(plan, Threshold):
             plan = plan.lower(blocks.q_pool, blocks.k_pool, call.scale)
-        exact, rest = (float(plan.density(rest=too).mean()) for too in (False, True))
-        if self.config.rest in ("pool", "linear"):
-            return rest, plan
+        return float(self.costs(plan).mean()), plan
+
+    def costs(self, plan: BlockPlan) -> Tensor:
+        """Return what a plan costs as a fraction of dense, by head: float64 (B|1, H|1)."""
+        exact, rest = (plan.density(rest=too) for too in (False, True))
+        if self.config.rest in WEIGHTED_RESTS:
+            return rest
         # Rectified and tied, the rest is read once for all rows of a query block.
-        return exact if self.config.rest == "drop" else exact + (rest - exact) / self.config.block, plan
+        return exact if self.config.rest == "drop" else exact + (rest - exact) / self.config.block
 
     def arrange(self, call: AttentionCall, params: BlockParams) -> tuple[Tiles, Tiles]:
         """Return how queries and how keys line up in this call."""
