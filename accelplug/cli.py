@@ -125,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     _takes_pipeline_settings(command)
     command.add_argument("--caches", action="store_true", help="add FirstBlockCache, alone and with each recipe")
     command.add_argument("--report", type=Path, help="write a page (.html) or the figures (.json)")
+    command.add_argument(
+        "--by-layer", action="store_true", help="pipelines: also print what repair estimates of its error by layer"
+    )
     command.add_argument("--record", action="store_true", help="append the result to the recipe's file as a measured row")
     command.set_defaults(run=_compare)
 
@@ -296,6 +299,8 @@ def _compare(options: argparse.Namespace) -> int:
     inputs = [{"prompt": prompt, **given} for prompt in options.prompt]
     result = compare(pipe, options.recipe, inputs, options.seed or [0], caches=options.caches)
     _publish(result, report)
+    if options.by_layer:
+        _console().print(result.errors_by_layer())
     if options.record:
         for path in result.record():
             print(f"recorded in {path}")

@@ -80,8 +80,9 @@ def about(word: str) -> RenderableType:
 
 
 def _proven(info: RecipeInfo) -> str:
-    """Return a recipe's name, marked where it was measured on real weights."""
-    return info.name + (" (measured)" if info.measured else "")
+    """Return a recipe's name, marked where it repairs its error, and where it was measured on real weights."""
+    marks = ["repaired"] * info.repairs + ["measured"] * bool(info.measured)
+    return info.name + (f" ({', '.join(marks)})" if marks else "")
 
 
 def _uses(info: RecipeInfo, patch: str) -> bool:

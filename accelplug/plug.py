@@ -27,7 +27,7 @@ from accelplug.errors import (
 )
 from accelplug.hosts import fit
 from accelplug.hosts.chooser import Chooser
-from accelplug.hosts.estimates import Estimates
+from accelplug.hosts.estimates import Estimate, Estimates
 from accelplug.hosts.forecast import Forecast, amdahl
 from accelplug.hosts.gate import Gate, Verdict
 from accelplug.hosts.host import PLUGGED, Host, Setup, host_of, plug_of, require_free
@@ -376,6 +376,11 @@ class Plug(AbstractContextManager["Plug"]):
                 print(row.site.module, row.name, row.density)
         """
         return Placement(self.summary(), tuple(row for host in self.hosts for row in host.placed()))
+
+    @property
+    def estimates(self) -> list[Estimate]:
+        """What patches say of the relative error of their answers, by site, step and guidance branch of the latest run."""
+        return self._ledger.estimates.known()
 
     @property
     def choices(self) -> dict[str, Any]:

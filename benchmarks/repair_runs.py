@@ -43,7 +43,7 @@ SELECTORS: dict[str, tuple[str, dict[str, Any]]] = {
 PROBES = {"small": (0, 64, 128), "demo": (0, 240, 480)}
 """Exact rows of each head: none, 3.7 % and 7.4 % of them."""
 
-DRAWN = ("plans", "density", "choices")
+DRAWN = ("plans", "density", "errors", "choices")
 """What a page draws, and a file of figures does not need."""
 
 

@@ -126,6 +126,8 @@ class Patch:
     """Whether the method exists to be faster: such a patch is left dense where it would not pay (`gate="auto"`)."""
     estimates: bool = False
     """Whether `attend` writes an estimate of its error into ``call.error``, and may take ``call.ticket``; may be a property."""
+    repairs: str = ""
+    """How `attend` takes its own error off, in words; empty where it does not; may be a property."""
     processor: Any = None
     """A vision-language model's processor, where one was given to `accelplug.apply`."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from accelplug.comparison.result import Comparison
 from accelplug.comparison.rows import Quantiles, Row, Sample
 from accelplug.errors import AccelplugError
 from accelplug.recipe import Measured, read_file
+from accelplug.show import as_text
 from accelplug.testing.laws import snapshot_of
 from tests import tiny_pipelines
 from tests.patch_rows import ROWS
@@ -167,6 +169,40 @@ def test_the_table_prints(compared: tuple[Comparison, dict[str, Any], dict[str, 
     assert "radial" in text
     assert "same" in text
     assert "another seed" in text
+
+
+def test_estimated_errors_are_told_by_layer_and_step(tmp_path: Path) -> None:
+    pipe, inputs = small()
+    mended = {**ROWS["sol"].working, "tau": 1.5, "repair": "output_query", "probes": 30}
+    rules = [{"where": {"steps": 0}, "patch": "dense"}, {"where": {"layers": 1}, "patch": "sol", "with": mended}]
+    recipes = {"mended": {"rules": rules}, "radial": ROWS["radial"].recipe()}
+    result = accelplug.compare(pipe, recipes, inputs, seeds=[0, 1], floors=False, progress=False)
+    found = result.row("mended")
+    steps = result.settings["num_inference_steps"]
+    assert found.errors[0] == [None] * steps, "dense makes no estimate"
+    assert found.errors[1][0] is None
+    assert all(0 < error < 2 for error in found.errors[1][1:])
+    assert (found.error.worst, found.error.layer) == (max(found.errors[1][1:]), 1)
+    assert found.errors[1][found.error.step] == found.error.worst
+    assert result.row("radial").error is None
+    assert result.cells(found)[result.headings().index("estimated error (worst)")].startswith(f"{found.error.median:.3f} (")
+    text = result.to_json(tmp_path / "r.json").read_text()
+    assert json.loads(text)["rows"][1]["error"]["worst"] == found.error.worst
+    assert Comparison.from_json(tmp_path / "r.json").rows == result.rows
+    page = Page(result.page()).data
+    assert page["rows"][1]["errors"] == found.errors
+    facts = {what: measured for what, measured, _ in page["dots"][0]["facts"]}
+    assert facts["estimated error"] == str(found.error)
+    assert "estimated error" not in {what for what, _, _ in page["dots"][1]["facts"]}
+    assert f"worst {found.error.worst:.3f} in step {found.error.step}" in as_text(result.errors_by_layer())
+
+
+def test_of_several_runs_the_largest_estimate_counts() -> None:
+    row = Row("", "recipe")
+    for errors in ([[None, 0.1], [0.3, 0.2]], [], [[0.2, None, 0.4], [0.1, 0.3, None], [None, 0.5, None]]):
+        row.add_errors(errors)
+    assert row.errors == [[0.2, 0.1, 0.4], [0.3, 0.3, None], [None, 0.5, None]]
+    assert (row.error.median, row.error.worst, row.error.layer, row.error.step) == (0.3, 0.5, 2, 1)
 
 
 def test_recording_adds_a_row_to_the_file(tmp_path: Path) -> None:

@@ -63,6 +63,30 @@ def test_events_and_reports_have_the_estimate(wan: tuple[Any, dict[str, Any]]) -
         json.dumps(by_layer.to_dict())
 
 
+def test_where_tells_the_repair_and_the_last_estimate(wan: tuple[Any, dict[str, Any]]) -> None:
+    model, inputs = wan
+    with accelplug.apply(model, RECIPE, gate="off") as plug:
+        assert {(row.repairs, row.error) for row in plug.where()} == {("output_query, 30 rows exact, carry 0.5", None)}
+        steps(plug, model, inputs)
+        last = {said.site.module: said.error for said in plug.estimates if said.clock.step == 2}
+        assert {row.site.module: row.error for row in plug.where()} == last
+        worst = max(last, key=lambda module: last[module])
+        assert f"{last[worst]:.3f}" in str(plug.where())
+        assert "estimated" in str(plug.where())
+    with accelplug.apply(model, ROWS["sol"].recipe(), gate="off") as plug:
+        assert {(row.repairs, row.error) for row in plug.where()} == {("", None)}
+        assert "estimated" not in str(plug.where())
+
+
+def test_estimates_are_those_of_the_latest_run(wan: tuple[Any, dict[str, Any]]) -> None:
+    model, inputs = wan
+    with accelplug.apply(model, RECIPE, gate="off") as plug:
+        steps(plug, model, inputs, 3)
+        assert {said.clock.step for said in plug.estimates} == {0, 1, 2}
+        steps(plug, model, inputs, 2)
+        assert {said.clock.step for said in plug.estimates} == {0, 1}, "step 2 was the run's before"
+
+
 def test_the_estimate_is_that_of_the_call(wan: tuple[Any, dict[str, Any]]) -> None:
     """Held-back rows say about what all rows would."""
     model, inputs = wan

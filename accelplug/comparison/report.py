@@ -120,13 +120,19 @@ def sprite(clip: np.ndarray) -> dict[str, Any]:
     return {"frames": frames, "height": height, "width": width, "columns": columns, "source": source}
 
 
+def filled_columns(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Leave out the columns that are empty in every line."""
+    kept = [any(cells[column] for cells in lines) for column in range(len(headings))]
+    return list(compress(headings, kept)), [list(compress(cells, kept)) for cells in lines]
+
+
 def _table(headings: Sequence[str], lines: Iterable[tuple[str, str, Sequence[str]]]) -> str:
     """A table of text; each line is (name, kind, cells). Columns that are empty in every line are left out."""
     lines = list(lines)
-    told = [any(cells[column] for _, _, cells in lines) for column in range(len(headings))]
-    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in compress(headings, told))
+    headings, filled = filled_columns(headings, [cells for _, _, cells in lines])
+    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in headings)
     body = ""
-    for name, kind, cells in lines:
-        line = "".join(f"<td>{html.escape(cell)}</td>" for cell in compress(cells, told))
+    for (name, kind, _), cells in zip(lines, filled, strict=True):
+        line = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         body += f'<tr class="{kind}" data-name="{html.escape(name)}">{line}</tr>\n'
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"

@@ -16,7 +16,7 @@ from accelplug import files
 from accelplug.comparison import report
 from accelplug.comparison.metrics import BY_KEY, METRICS
 from accelplug.comparison.report import Dot, PlotAxis
-from accelplug.comparison.rows import DENSE_ROW, Quantiles, Row, Sample, gains
+from accelplug.comparison.rows import DENSE_ROW, ErrorSummary, Quantiles, Row, Sample, gains
 from accelplug.errors import AccelplugError
 from accelplug.show import Shown, jsonable
 
@@ -125,11 +125,25 @@ class Comparison(Shown):
 
         left: Any = {"title_justify": "left", "caption_justify": "left"}
         table = Table(title=self.verdict, caption=self.timed, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), **left)
-        for heading in self.headings():
+        headings, lines = report.filled_columns(self.headings(), [self.cells(row) for row in self.rows])
+        for heading in headings:
             run = heading == "run"
             table.add_column(heading, justify="left" if run else "right", no_wrap=run)
-        for row in self.rows:
-            table.add_row(*self.cells(row), style="dim" if row.kind == "floor" else None)
+        for row, cells in zip(self.rows, lines, strict=True):
+            table.add_row(*cells, style="dim" if row.kind == "floor" else None)
+        return table
+
+    def errors_by_layer(self) -> Table:
+        """Return what is estimated of errors by layer, as a rich table: median over steps, worst and its step, a row of ours a column."""
+        from rich.table import Table
+
+        rows = [row for row in self.rows if row.error]
+        caption = "no row estimates its error: repair in a rule's settings does" if not rows else None
+        table = Table("layer", *(row.name for row in rows), title="estimated error", caption=caption, title_justify="left")
+        for layer in range(max((len(row.errors) for row in rows), default=0)):
+            found = [ErrorSummary.of(row.errors[layer : layer + 1]) for row in rows]
+            said = [f"{error.median:.3f}, worst {error.worst:.3f} in step {error.step}" if error else "" for error in found]
+            table.add_row(str(layer), *said)
         return table
 
     def headings(self) -> list[str]:
@@ -141,6 +155,7 @@ class Comparison(Shown):
             "predicted",
             "sparse steps (pred.)",
             "density",
+            "estimated error (worst)",
             "peak MiB",
             *(metric.heading if column == "mean" else "worst" for metric in METRICS.values() for column in metric.columns),
         ]
@@ -158,6 +173,7 @@ class Comparison(Shown):
             f"{row.predicted:.2f}x" if row.predicted else "",
             (f"{step.p50:.2f}x" + (f" ({row.forward_predicted:.2f}x)" if row.forward_predicted else "")) if step else "",
             f"{row.mean_density:.3f}" if row.mean_density is not None else "",
+            f"{row.error.median:.3f} ({row.error.worst:.3f})" if row.error else "",
             f"{row.peak_mib:.0f}" if row.peak_mib else "",
             *(
                 rounded((row.mean if column == "mean" else row.worst)(metric.key), metric.digits)
@@ -172,7 +188,9 @@ class Comparison(Shown):
             name: getattr(self, name)
             for name in ("model", "prompts", "seeds", "settings", "timed", "environment", "headline")
         }
-        rows = [{**vars(row), "samples": [sample.to_dict() for sample in row.samples]} for row in self.rows]
+        rows = [
+            {**vars(row), "samples": [sample.to_dict() for sample in row.samples], "error": row.error} for row in self.rows
+        ]
         return jsonable({**data, "verdict": self.verdict, "rows": rows})
 
     @classmethod
@@ -188,6 +206,8 @@ class Comparison(Shown):
         try:
             data = json.loads(text)
             data.pop("verdict")
+            for row in data["rows"]:
+                row.pop("error", None)
             # Samples hold numbers only: there "inf" is a number, while a prompt may be any text.
             rows = [
                 Row(**{**row, "samples": [Sample.from_dict(_from_jsonable(sample)) for sample in row["samples"]]})
@@ -238,6 +258,7 @@ class Comparison(Shown):
                 facts.append(("in steps with patches", spread_text(step), times_text(row.forward_predicted)))
             if row.mean_density is not None:
                 facts.append(("density", f"{row.mean_density:.3f}", ""))
+            facts += errors(row)
             facts += qualities(row)
             facts += [("runs", str(len(row.samples)), ""), ("worst run", self._worst_run(row, metric), "")]
             mean = row.mean(metric)
@@ -294,6 +315,11 @@ class Comparison(Shown):
 
     def __rich__(self) -> Table:
         return self.table()
+
+
+def errors(row: Row) -> list[tuple[str, str, str]]:
+    """What is estimated of its errors, where something is."""
+    return [("estimated error", str(row.error), "")] if row.error else []
 
 
 def qualities(row: Row) -> list[tuple[str, str, str]]:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeAlias
 
+from accelplug.call import Clock, Site
 from accelplug.comparison.metrics import BY_KEY
+
+LayerGrid: TypeAlias = "list[list[float | None]]"
+"""Values by layer and step; None where there is none."""
 
 DENSE_ROW = "dense"
 """Name of the row that all others are held against."""
@@ -75,6 +80,43 @@ class Quantiles:
         return cls(low, statistics.median(values), high)
 
 
+@dataclass(frozen=True)
+class ErrorSummary:
+    """Estimated relative errors of attention outputs, over layers and steps: the median and the worst, and where that is."""
+
+    median: float
+    worst: float
+    layer: int
+    step: int
+
+    @classmethod
+    def of(cls, errors: LayerGrid) -> ErrorSummary | None:
+        """Sum up errors by layer and step; None if there are none."""
+        known = [
+            (error, layer, step)
+            for layer, by_step in enumerate(errors)
+            for step, error in enumerate(by_step)
+            if error is not None
+        ]
+        return cls(statistics.median(error for error, _, _ in known), *max(known)) if known else None
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f}, worst {self.worst:.3f} in layer {self.layer}, step {self.step}"
+
+
+def by_layer_and_step(found: Sequence[tuple[Site, Clock, float | None]], of: Callable[[list[float]], float]) -> LayerGrid:
+    """Put values of attention calls in a table of layers by steps, None where there are none; `of` several makes one."""
+    layers = max((site.layers for site, _, _ in found), default=0)
+    steps = max((max(clock.steps or 0, 1 + (clock.step or 0)) for _, clock, _ in found), default=0)
+    values: dict[tuple[int, int], list[float]] = {}
+    for site, clock, value in found:
+        if site.layer is not None and value is not None:
+            values.setdefault((site.layer, clock.step or 0), []).append(value)
+    return [
+        [of(values[layer, step]) if (layer, step) in values else None for step in range(steps)] for layer in range(layers)
+    ]
+
+
 @dataclass
 class Row:
     """One line of the table: the dense run, a recipe, a cache, or a floor.
@@ -85,6 +127,8 @@ class Row:
     rules : the recipe as text for people.
     attention_ms : self- and joint-attention of one traced run, in all.
     density : by layer and step, fraction of (query, key) pairs computed, pooled keys counted; None where it did not run.
+    errors : by layer and step, what patches estimate of the relative error of their answers, the largest of all runs and guidance
+        branches; empty where none of them does.
     plans : a few block plans: layer -> {step, blocks (M, N) as rows of "0" and "1", density}.
     predicted : end-to-end gain over dense that was predicted from the gate's timings (see `Forecast`), text encoder and decoding counted.
     denoising_predicted, forward_predicted : the same for denoising alone, and for a forward in which patches answer.
@@ -98,7 +142,8 @@ class Row:
     rules: str = ""
     samples: list[Sample] = field(default_factory=list)
     attention_ms: float | None = None
-    density: list[list[float | None]] = field(default_factory=list)
+    density: LayerGrid = field(default_factory=list)
+    errors: LayerGrid = field(default_factory=list)
     plans: list[dict[str, Any]] = field(default_factory=list)
     predicted: float | None = None
     denoising_predicted: float | None = None
@@ -128,6 +173,17 @@ class Row:
         """Whether it is dense under another name: patches answered no call, or every run gave what dense gave, to the last bit."""
         same = [s.scores.get("psnr_db") == math.inf and s.scores.get("latent_distance", 0.0) == 0.0 for s in self.samples]
         return self.kind == "dense" or self.answered == 0 or (bool(same) and all(same))
+
+    def add_errors(self, errors: LayerGrid) -> None:
+        """Take in the estimates of one more run, or of another process."""
+        lines = zip_longest(self.errors, errors, fillvalue=())
+        pairs = [[[e for e in pair if e is not None] for pair in zip_longest(*both)] for both in lines]
+        self.errors = [[max(pair, default=None) for pair in line] for line in pairs]
+
+    @property
+    def error(self) -> ErrorSummary | None:
+        """What is estimated of its errors, in short; None where nothing is."""
+        return ErrorSummary.of(self.errors)
 
     @property
     def mean_density(self) -> float | None:

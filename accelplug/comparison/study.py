@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import statistics
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from accelplug.comparison.environment import environment, forget_peak, peak_mib
 from accelplug.comparison.metrics import METRICS, Beside, to_uint8
 from accelplug.comparison.ranks import Ranks
 from accelplug.comparison.result import Comparison
-from accelplug.comparison.rows import DENSE_ROW, Row, Sample, Variant
+from accelplug.comparison.rows import DENSE_ROW, Row, Sample, Variant, by_layer_and_step
 from accelplug.errors import AccelplugError
 from accelplug.hosts.forecast import amdahl, overall_gain
 from accelplug.hosts.ledger import Event
@@ -77,7 +78,7 @@ class Study:
         with self._on(variant, gate="report") as plug, plug.trace(timed=True, plans=True) as events:
             self.run(0, self.seeds[0])
         row.attention_ms = sum(event.ms or 0.0 for event in events)
-        row.density = _by_layer_and_step(events)
+        row.density = by_layer_and_step([(event.site, event.clock, event.density) for event in events], statistics.fmean)
         row.plans = _drawn(events)
         row.choices = plug.choices
         row.forward_predicted = overall_gain(plug.forecasts, "forward_gain", "sparse_steps")
@@ -98,11 +99,13 @@ class Study:
     def time(self, variant: Variant, prompt: int, seed: int) -> None:
         """PipelineRun once, timed, and hold the result against the dense run."""
         device = next(next(iter(denoisers(self.pipe).values())).parameters()).device
-        with self._on(variant, gate="off"):
+        row = self.rows[variant.name]
+        with self._on(variant, gate="off") as plug:
             known = forget_peak(device)
             run = self.run(prompt, seed)
             peak = peak_mib(device) if known else None
-        row = self.rows[variant.name]
+            if plug is not None:
+                row.add_errors(by_layer_and_step([(said.site, said.clock, said.error) for said in plug.estimates], max))
         if peak is not None:
             row.peak_mib = max(row.peak_mib or 0.0, peak)
         if variant.name == DENSE_ROW:
@@ -186,6 +189,7 @@ class Study:
         first, *others = ranks.gather(self.rows)
         for name, row in ((name, row) for rows in others for name, row in rows.items()):
             first[name].samples += row.samples
+            first[name].add_errors(row.errors)
             first[name].peak_mib = max(filter(None, (first[name].peak_mib, row.peak_mib)), default=None)
         for row in first.values():
             row.samples.sort(key=lambda sample: self.pairs.index((sample.prompt, sample.seed)))
@@ -244,20 +248,6 @@ def _as_called(pipe: Any) -> list[torch.nn.Module]:
     """The denoisers as the pipeline calls them: hooks on a compiled one then run outside its graph."""
     found = (getattr(pipe, name, None) for name in DENOISERS)
     return [part for part in found if isinstance(part, torch.nn.Module)]
-
-
-def _by_layer_and_step(events: list[Event]) -> list[list[float | None]]:
-    """Mean density by layer and step; layers and steps that saw no call are None."""
-    layers = max((e.site.layers for e in events), default=0)
-    steps = 1 + max((e.clock.step or 0 for e in events), default=0)
-    sums: dict[tuple[int, int], list[float]] = {}
-    for event in events:
-        if event.site.layer is not None and event.density is not None:
-            sums.setdefault((event.site.layer, event.clock.step or 0), []).append(event.density)
-    return [
-        [float(np.mean(sums[layer, step])) if (layer, step) in sums else None for step in range(steps)]
-        for layer in range(layers)
-    ]
 
 
 def _drawn(events: list[Event]) -> list[dict[str, Any]]:

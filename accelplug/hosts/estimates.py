@@ -77,7 +77,7 @@ class Estimates:
 
     def __init__(self, bound: float | None = None) -> None:
         self.bound = bound
-        self._asked: Bounded[tuple, _Asked] = Bounded(1 << 14)
+        self._asked: Bounded[tuple, dict[int | None, _Asked]] = Bounded(1 << 10)
 
     def ask(
         self, site: Site, clock: Clock, patch: str, device: torch.device, state: MutableMapping[str, Any], compiled: bool
@@ -87,12 +87,15 @@ class Estimates:
         `state` is kept from step to step. `compiled`: whether calls cannot be judged when they come.
         """
         last: _Asked | None = state.get("asked")
+        where = site.denoiser, site.module, clock.branch
+        if last is None:
+            self._asked.put(where, {})  # a run begins: nothing is left of the one before
         if last is None or last.clock != clock:
             too_wrong = compiled and last is not None and last.error is not None and self.is_above(last.error)
             with torch.inference_mode(False):  # calls outside of inference mode may write to it too
                 error = None if too_wrong else torch.full((), torch.nan, device=device)
             last = state["asked"] = _Asked(site, clock, patch, error, too_wrong)
-            self._asked.put((site.denoiser, site.module, clock.step, clock.branch), last)
+            self._asked.get(where, dict)[clock.step] = last
         return last.error, f"{self.reason}, in the step before" if last.too_wrong else None
 
     def is_above(self, error: Tensor) -> bool:
@@ -106,7 +109,8 @@ class Estimates:
 
     def known(self) -> list[Estimate]:
         """Return what was said in the latest run, by site, step and guidance branch."""
-        said = [(asked, math.nan if asked.error is None else float(asked.error)) for asked in self._asked.values()]
+        asked = [asked for by_step in self._asked.values() for asked in list(by_step.values())]
+        said = [(asked, math.nan if asked.error is None else float(asked.error)) for asked in asked]
         return [Estimate(asked.site, asked.clock, asked.patch, error) for asked, error in said if not math.isnan(error)]
 
     def by_patch(self) -> dict[str, ErrorSpread]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ class Placed:
     params : what the patch was given for this forward; None where it was given nothing and dense attention runs.
     layout : how the tokens lie, a `Layout` for denoisers and a `Prompt` for language models; None where that is not known.
     reason : why a module that a rule names runs dense, where that is known before the call; else None.
+    error : the patch's last estimate of its answer's relative error; None where it makes none.
     """
 
     site: Site | None
@@ -36,6 +38,7 @@ class Placed:
     params: Any = None
     layout: Layout | Prompt | None = None
     reason: str | None = None
+    error: float | None = None
 
     @property
     def plan(self) -> BlockPlan | None:
@@ -52,6 +55,11 @@ class Placed:
         """Settings of the patch that are not its defaults, as plain data."""
         return {} if self.patch is None else self.patch.config.model_dump(mode="json", exclude_defaults=True)
 
+    @property
+    def repairs(self) -> str:
+        """How the patch takes its own error off, in words; empty where it does not."""
+        return "" if self.patch is None else self.patch.repairs
+
 
 @dataclass(frozen=True, repr=False)
 class Placement(Shown):
@@ -67,7 +75,7 @@ class Placement(Shown):
         return len(self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data: a row's site, patch, settings, reason and density."""
+        """Return plain data: a row's site, patch, settings, reason, density, repair and estimated error."""
         return {
             "title": self.title,
             "rows": [
@@ -77,6 +85,8 @@ class Placement(Shown):
                     "config": row.config,
                     "reason": row.reason,
                     "density": row.density,
+                    "repairs": row.repairs,
+                    "error": row.error,
                 }
                 for row in self.rows
             ],
@@ -85,14 +95,15 @@ class Placement(Shown):
     def __rich__(self) -> Table:
         from rich.table import Table
 
-        table = Table(
-            "part", "attention", "layers", "runs", "settings", "density", "", title=self.title, title_justify="left"
-        )
+        headings = ["part", "attention", "layers", "runs", "settings", "density", ""]
+        mended = any(row.repairs for row in self.rows)
+        table = Table(*headings, *(["repair", "estimated error"] if mended else []), title=self.title, title_justify="left")
         alike: dict[tuple[str, ...], list[Placed]] = {}
         for row in self.rows:
             alike.setdefault(_cells(row), []).append(row)
         for (part, kind, *cells), rows in alike.items():
-            table.add_row(part, kind, _layers(row.site for row in rows), *cells)
+            repair = [rows[0].repairs, _errors(rows)] if mended else []
+            table.add_row(part, kind, _layers(row.site for row in rows), *cells, *repair)
         return table
 
 
@@ -101,6 +112,15 @@ def _cells(row: Placed) -> tuple[str, ...]:
     part, kind = ("", "around generate") if row.site is None else (row.site.denoiser, row.site.kind)
     config = ", ".join(f"{name}={value}" for name, value in row.config.items())
     return part, kind, row.name, config, "" if row.density is None else f"{row.density:.2f}", row.reason or ""
+
+
+def _errors(rows: Iterable[Placed]) -> str:
+    """The last estimates of layers that run alike: their median, and the worst with its layer."""
+    known = [(row.error, row.site) for row in rows if row.error is not None and row.site is not None]
+    if not known:
+        return ""
+    worst, site = max(known, key=lambda pair: pair[0])
+    return f"{statistics.median(error for error, _ in known):.3f}, worst {worst:.3f} in layer {site.layer}"
 
 
 def _layers(sites: Iterable[Site | None]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -124,9 +125,10 @@ class SiteRecord:
         """Say what runs here in this thread's forward, or in the latest one; ahead of the first, what the rules say already."""
         seen = self.settled if self.settled.known else self.latest
         choice = seen.choice if seen.known else self.host.decide(site, None, self.host.now)
-        return Placed(
-            site, choice.name, choice.patch, seen.params, seen.layout, seen.reason if seen.known else choice.reason
-        )
+        reason = seen.reason if seen.known else choice.reason
+        error = math.nan if seen.error is None else float(seen.error)
+        known = None if math.isnan(error) else error
+        return Placed(site, choice.name, choice.patch, seen.params, seen.layout, reason, known)
 
     @property
     def gathered(self) -> Gathered | None:

@@ -35,6 +35,8 @@ class RecipeInfo:
     default: bool
     measured: int
     """Number of measured rows."""
+    repairs: bool
+    """Whether a rule has its patch take its own error off."""
     path: Path
 
 
@@ -42,7 +44,7 @@ def list_recipes() -> list[RecipeInfo]:
     """Return all recipes that come with the package."""
     files = [(path, read_file(path)) for path in shipped_files().values()]
     return [
-        RecipeInfo(file.model, name, r.cite, r.summary, name == file.default, len(r.measured), path)
+        RecipeInfo(file.model, name, r.cite, r.summary, name == file.default, len(r.measured), r.repairs, path)
         for path, file in files
         for name, r in file.recipes.items()
     ]
@@ -178,7 +180,7 @@ def recipes_for(facts: ModelFacts, sites: Sequence[Site]) -> dict[str, str]:
         for name, recipe in file.recipes.items():
             touched = sum(recipe.may_touch(site) for site in sites)
             around = "around generate(), " if recipe.around() else ""
-            recipes[f"{file.model}/{name}"] = f"{around}{touched} of {len(sites)} sites" + (
-                ", default" if name == file.default else ""
-            )
+            said = [f"{around}{touched} of {len(sites)} sites"]
+            said += ["repaired"] if recipe.repairs else []
+            recipes[f"{file.model}/{name}"] = ", ".join([*said, *(["default"] if name == file.default else [])])
     return recipes

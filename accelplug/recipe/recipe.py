@@ -219,12 +219,19 @@ class Recipe(Shown):
         rules = (dense_first, *self.rules) if CACHES[kind].by_first_block else self.rules
         return replace(self, rules=rules, cache=cache, measured=())
 
+    @property
+    def repairs(self) -> bool:
+        """Whether a rule has its patch take its own error off (`repair`)."""
+        return any(rule.values.get("repair", "none") != "none" for rule in self.rules)
+
     def describe(self) -> str:
         """Return the recipe as text for people."""
         lines = [f"{self.name}  {self.cite}".rstrip(), *([f"  {self.summary}"] if self.summary else [])]
         for rule in self.rules:
             lines.append(f"  {rule.where}: {rule}")
         lines.append("  elsewhere: dense")
+        if self.repairs:
+            lines.append("  its error is repaired, and estimated at run time: plug.report()")
         if self.cache is not None:
             settings = ", ".join(f"{key}: {value}" for key, value in self.cache.settings.items())
             lines.append(f"  step cache: {self.cache.kind}" + (f" ({settings})" if settings else ""))

@@ -11,7 +11,7 @@ from accelplug import files
 from accelplug.comparison import report
 from accelplug.comparison.metrics import METRICS
 from accelplug.comparison.report import Dot, PlotAxis
-from accelplug.comparison.result import Comparison, qualities, times_text
+from accelplug.comparison.result import Comparison, errors, qualities, times_text
 from accelplug.comparison.rows import DENSE_ROW
 from accelplug.errors import AccelplugError
 from accelplug.recipe import ModelFacts, Recipe, match_for, write_recipe
@@ -163,6 +163,7 @@ class Tuned(Recipe):
             *((f"worst {bound.name}, bound {bound.limit:g}", f"{point.worst[bound.name]:.2f}", "") for bound in self.bounds),
             ("margin", f"{point.margin:+.2f}", "" if margin is None else f"{margin:+.2f}"),
             ("density", "", "" if density is None else f"{density:.3f}"),
+            *errors(row),
             *qualities(row),
             ("runs", str(point.runs), ""),
         ]

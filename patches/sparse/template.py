@@ -310,6 +310,15 @@ class BlockSparse(Patch):
         """Whether an estimate of the error comes with the output: where it is repaired."""
         return self.config.repair != "none"
 
+    @property
+    def repairs(self) -> str:
+        """How the error is repaired, in words."""
+        config = self.config
+        if config.repair == "none":
+            return ""
+        exact = f"{config.probes:g} rows" if config.probes >= 1 else f"{config.probes:.3g} of the rows"
+        return f"{config.repair}, {exact} exact, carry {config.carry:g}"
+
     def probed(self, layout: Layout, call: AttentionCall) -> int:
         """Return how many rows of each head are probed; 0 where it does not pay (more than half of them would be) or says nothing (one)."""
         if self.config.repair == "none":
