@@ -56,7 +56,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "demo": {**zoo.DEMO, "num_inference_steps": 8},  # 6,528 tokens; half of the demo's steps, for their time
 }
 BLOCK = {"small": 32, "demo": 64}
-PROBES = (0.0, 0.04, 0.08)
+PROBES = (0.0, 0.08, 0.04, 0.15)
 """Exact rows of each head, as a share; given as a number, since a share means twice as many as there are features at least."""
 TOKENS = {"small": 1728, "demo": 6528}
 RUNS, TIME = "whole_runs", "whole_runs_time"
@@ -133,8 +133,8 @@ def arms(grid: str) -> Iterator[Arm]:
         sizes = {"block": block, "block_k": block // 2 if method == "psa" else block}  # as in the recipes of this model
         common = {} if method == "tome" else {**sizes, "rest": "pool", "backend": "blocked"}
         for (place, value), probes in product(enumerate(values), PROBES[: 1 if method == "tome" else None]):
-            if place and probes == PROBES[1]:
-                continue  # few probes at the main setting only
+            if place and probes not in PROBES[:2]:
+                continue  # few and many probes at the main setting only
             repair = {"repair": "output_query", "probes": round(probes * TOKENS[grid])} if probes else {}
             config = {**common, **others, knob: value, **repair}
             recipe = {"rules": [{"where": {"steps": "0:25%"}, "patch": "dense"}, {"patch": patch, "with": config}]}
@@ -237,7 +237,7 @@ def timed(grid: str, chosen: Sequence[Arm], rounds: int) -> dict[str, float]:
     for arm in chosen:
         if arm.method == "fewer steps":
             found[arm.name] = around + arm.settings["num_inference_steps"] * step
-        elif arm.name in best and arm is not dense:
+        elif arm.name in best and arm.method != "dense":
             first, *later = best[arm.name]
             found[arm.name] = around + (
                 first if not later else dense_steps * step + first + (steps - dense_steps - 1) * later[0]
