@@ -49,7 +49,8 @@ def block_attention(
     ----------
     q : Tensor (B, H, P_q, D), bf16, fp16 or fp32, tokens in block order; at most ``len(plan.q_len) * plan.block_q`` slots.
     k, v : Tensor (B, H_kv, P_k, D) and (B, H_kv, P_k, D_v); H_kv divides H.
-    plan : which blocks are read exactly.
+    plan : which blocks are read exactly. A causal plan takes `Drop` and `Pool`: the other rests share something among rows, which
+        would tell rows of later ones.
     rest : `Drop` (default), `Pool`, `Linear`, `Rectified` or `Tied`.
     scale : factor on q.k; 1 / sqrt(D) by default.
     precision : of q.k in the blocks that are read exactly; see `precision`.
@@ -99,7 +100,8 @@ def block_attention(
         return (out, lse) if return_lse else out
     weight, kind = (rest.weight, rest.representative) if isinstance(rest, Pool) else (None, "drop")
     band = plan.band if isinstance(plan, Threshold) else None
-    tensors, sizes = plan.tensors(), (plan.block_q, plan.block_k, band)
+    causal = plan.causal if isinstance(plan, BlockPlan) else None
+    tensors, sizes = plan.tensors(), (plan.block_q, plan.block_k, band, causal)
     out, lse = _op(q, k, v, key_mask, weight, tensors, *sizes, kind, scale, precision, backend, return_lse)
     return (out, lse) if return_lse else out
 
@@ -138,6 +140,7 @@ def _op(
     block_q: int,
     block_k: int,
     band: int | None,
+    causal: int | None,
     rest: str,
     scale: float,
     precision: str,
@@ -146,7 +149,7 @@ def _op(
 ) -> tuple[Tensor, Tensor]:
     """One opaque node in compiled graphs, whatever the backend. `rest` is ``drop`` or the representative of a `Pool`."""
     sizes = (block_q, block_k)
-    made = BlockPlan.of_tensors(plan, *sizes) if band is None else Threshold.of_tensors(plan, band, *sizes)
+    made = BlockPlan.of_tensors(plan, *sizes, causal) if band is None else Threshold.of_tensors(plan, band, *sizes)
     kept = Drop() if rest == "drop" else Pool(weight, rest)  # type: ignore[arg-type]
     out, lse = _run(backend, q, k, v, made, kept, scale, precision, key_mask, return_lse)
     return out, out.new_empty(0, dtype=torch.float32) if lse is None else lse
@@ -206,6 +209,8 @@ def _served(
     flash = partial(flex.attend, backend="flash")
     kernels: dict[str, Any] = {"flex": flex.attend, "flash": flash, "blocked": blocked.attend, "reference": reference.attend}
     more = coarse(k, v, plan, rest, key_mask)
+    if 1 < plan.bits.shape[1] < q.shape[1] and backend != "blocked":  # heads that share keys read the same
+        plan = plan.of_heads(torch.arange(q.shape[1], device=q.device) // (q.shape[1] // plan.bits.shape[1]))
     if eight is not None:
         q, k = eight.restored(q.dtype)
     return kernels[backend](q, k, v, plan, more, scale, key_mask, return_lse)
@@ -320,7 +325,7 @@ def _call_key(q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Rest, key_mask: 
     shapes = (tuple(q.shape), tuple(k.shape), v.shape[-1], plan.block_q, plan.block_k)
     kind: Any = type(plan).__name__
     if isinstance(plan, BlockPlan):
-        kind = (plan.box is not None, plan.levels, tuple(plan.bits.shape))
+        kind = (plan.box is not None, plan.causal, plan.levels, tuple(plan.bits.shape))
     return (q.device, q.dtype, *shapes, kind, type(rest).__name__, key_mask is not None, precision)
 
 
@@ -332,7 +337,9 @@ def _candidates(q: Tensor, v: Tensor, plan: Any, precision: Precision, return_ls
 
         if triton_block.unsupported(q, v, plan, DTYPES[precision]) is None:
             names.append("triton")
-    large = q.device.type != "cpu" or len(plan.k_len) * plan.block_k >= FLEX_MIN_SLOTS
+    # Causal prompts differ in length, and a CPU would compile for each.
+    causal = isinstance(plan, BlockPlan) and plan.causal is not None
+    large = q.device.type != "cpu" or (len(plan.k_len) * plan.block_k >= FLEX_MIN_SLOTS and not causal)
     if large and flex.unsupported(q, plan, return_lse) is None:
         names.append("flex")
     if flex.flash_unsupported(q, v, plan) is None:  # behind the others: taken where it was measured to be the fastest
@@ -367,6 +374,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | Threshold, rest: R
         raise ShapeError(
             f"key_mask must be bool (B, P_k) = {expected}, or {by_head} with as many heads in k, got {key_mask.dtype} "
             f"{tuple(key_mask.shape)} and {k.shape[1]} heads in k."
+        )
+    heads = plan.bits.shape[1] if isinstance(plan, BlockPlan) else plan.theta.shape[1]
+    if heads not in (1, k.shape[1], q.shape[1]):
+        raise ShapeError(
+            f"The plan has {heads} heads; expected 1, {k.shape[1]} as the keys, or {q.shape[1]} as the queries."
+        )
+    if isinstance(plan, BlockPlan) and plan.causal is not None and isinstance(rest, Linear | Rectified | Tied):
+        raise UnsupportedError(
+            f"rest={type(rest).__name__} shares something among rows, which would tell rows of a causal plan of later ones. Take "
+            "Drop or Pool."
         )
     if isinstance(rest, Rectified):
         blocks = (len(plan.q_len), len(plan.k_len))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from accelplug import compat
 from accelplug.bounded import Bounded
 from accelplug.kernels.chunks import at_once
-from accelplug.kernels.plan import BlockPlan, Box
+from accelplug.kernels.plan import BlockPlan, Box, held_slots
 from accelplug.kernels.rest import Coarse
 
 
@@ -63,16 +63,17 @@ def attend(
     groups = _grouped.get(key, lambda: (plan, _groups(plan, levels)))[1]
     bias = _bias(coarse, key_mask, plan.key_slots, q.device)
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
-    lse = torch.full(q.shape[:-1], -torch.inf, device=q.device) if return_lse else None
+    lse = torch.full(q.shape[:-1], -torch.inf, device=q.device) if return_lse or plan.causal is not None else None
     ratio = q.shape[1] // k.shape[1]
     for b, of_batch in enumerate(groups):
         batch = slice(None) if len(groups) == 1 else slice(b, b + 1)
+        each = q.shape[1] // len(of_batch)
         for h, alone in enumerate(of_batch):
             for group in alone:
                 exact, means = group.keys(plan, levels)
                 at = torch.cat([exact, means + plan.key_slots])  # places in `bias`
                 rows = group.rows if isinstance(group.rows, slice) else group.rows[group.rows < q.shape[-2]]
-                alike = [h] if len(of_batch) > 1 else range(q.shape[1])
+                alike = range(h * each, (h + 1) * each)
                 for head, kv_head in _heads_at_once(alike, ratio, len(at) * (k.shape[-1] + v.shape[-1])):
                     theirs = (batch, kv_head)
                     keys, values = k[theirs].index_select(-2, exact), v[theirs].index_select(-2, exact)
@@ -85,21 +86,29 @@ def attend(
                         mask = bias[of_bias].index_select(-1, at)[:, :, None]  # [B|1, H|1, 1, C]
                     for some in _rows_at_once(rows, q.shape[-2], plan, len(at)):
                         inside = mask if plan.box is None else _windowed(plan.box, some, exact, len(means), mask, q.device)
-                        part, part_lse = _dense(q[batch, head][:, :, some], keys, values, inside, scale, return_lse)
-                        out[batch, head, some] = part
-                        if lse is not None and part_lse is not None:
-                            lse[batch, head, some] = part_lse
-    return out, lse
+                        queries = q[batch, head][:, :, some]
+                        if lse is None:
+                            out[batch, head, some] = _dense(queries, keys, values, inside, scale)
+                        else:
+                            both = _dense_with_lse(queries, keys, values, inside, scale)
+                            out[batch, head, some], lse[batch, head, some] = both
+    if lse is None or plan.causal is None:
+        return out, lse
+    # What rows read in part is not among the groups: it stands in bands, and all bands go through one call.
+    near, near_lse = _diagonal(q, k, v, plan, scale, key_mask)
+    share = torch.sigmoid(near_lse - lse).nan_to_num(0.0)[..., None]  # NaN: neither has a key
+    return torch.lerp(out, near, share.to(out.dtype)), torch.logaddexp(lse, near_lse)
 
 
-def _heads_at_once(heads: Sequence[int], ratio: int, numbers: int) -> Iterator[tuple[slice, slice]]:
+def _heads_at_once(heads: range, ratio: int, numbers: int) -> Iterator[tuple[slice, slice]]:
     """Query heads that read the same blocks, and their key heads, so many at a time as `at_once` of `numbers` a key head says."""
-    if len(heads) == 1:
-        yield slice(heads[0], heads[0] + 1), slice(heads[0] // ratio, heads[0] // ratio + 1)
+    if len(heads) < ratio:
+        yield slice(heads.start, heads.stop), slice(heads.start // ratio, heads.start // ratio + 1)
         return
-    number = at_once(numbers)
-    for first in range(0, len(heads) // ratio, number):
-        yield slice(first * ratio, (first + number) * ratio), slice(first, first + number)
+    number, last = at_once(numbers), heads.stop // ratio
+    for first in range(heads.start // ratio, last, number):
+        end = min(first + number, last)
+        yield slice(first * ratio, end * ratio), slice(first, end)
 
 
 def _rows_at_once(rows: Tensor | slice, slots: int, plan: BlockPlan, keys: int) -> list[Tensor] | list[slice]:
@@ -131,21 +140,49 @@ def _bias(coarse: Coarse | None, key_mask: Tensor | None, slots: int, device: to
     return torch.cat([exact.expand(*shape, -1), coarse.bias.expand(*shape, -1)], -1)
 
 
-def _dense(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    if mask is not None:
-        out = out.nan_to_num(nan=0.0)  # rows that a mask leaves without a key
-    if not return_lse:
-        return out, None
+    return out if mask is None else out.nan_to_num(nan=0.0)  # rows that a mask leaves without a key
+
+
+def _dense_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    if (both := compat.torch.attention_with_lse(q, k, v, mask, scale)) is not None:
+        out, lse = both
+        return out, lse if mask is None else lse.masked_fill(mask.amax(-1) == -torch.inf, -torch.inf)
     logits = (q.float() * scale) @ k.float().repeat_interleave(q.shape[1] // k.shape[1], 1).mT
-    return out, (logits if mask is None else logits + mask).logsumexp(-1)
+    lse = (logits if mask is None else logits + mask).logsumexp(-1)
+    return _dense(q, k, v, mask, scale), lse
+
+
+def _diagonal(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of the diagonal blocks alone."""
+    assert plan.causal is not None
+    blocks, block_q, block_k = len(plan.q_len), plan.block_q, plan.block_k
+    first = plan.causal + torch.arange(blocks, device=q.device)[:, None] * block_q  # key slot of each block's first query
+    past = (first + 1) // block_k * block_k  # behind the last past block
+    width = block_q - 1 + max((plan.causal + 1 + block * block_q) % block_k for block in range(blocks))
+    slots = past + torch.arange(width, device=q.device)  # [M, W]
+    held = held_slots(plan.k_len, block_k, key_mask)  # [B|1, N * block_k]
+    reads = held[:, slots.clamp(max=held.shape[-1] - 1)] & (slots < held.shape[-1])
+    stands = first + torch.arange(block_q, device=q.device)  # [M, block_q]
+    reads = reads[:, :, None] & (slots[:, None] <= stands[..., None])  # [B|1, M, block_q, W]
+    slots = slots.clamp(max=k.shape[-2] - 1)
+    rows = F.pad(q, (0, 0, 0, blocks * block_q - q.shape[-2])).unflatten(-2, (blocks, block_q))
+    of_q, of_k, of_v = (
+        x.transpose(1, 2).flatten(0, 1) for x in (rows, k[..., slots, :], v[..., slots, :])
+    )  # [B * M, H, n, D]
+    mask = torch.where(reads, 0.0, -torch.inf).expand(len(q), -1, -1, -1).flatten(0, 1)[:, None]
+    out, lse = (
+        x.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3) for x in _dense_with_lse(of_q, of_k, of_v, mask, scale)
+    )
+    return out[:, :, : q.shape[-2]], lse[:, :, : q.shape[-2]]
 
 
 def _groups(plan: BlockPlan, levels: tuple[int, ...]) -> list[list[list[_Group]]]:
     """Groups by batch entry, then head, of the plan."""
-    read = torch.stack([plan.at(level) for level in (1, *levels)], 2)  # [B|1, H|1, 1 and levels, M, N]
+    read = torch.stack([plan.at(level) & plan.past for level in (1, *levels)], 2)  # [B|1, H|1, 1 and levels, M, N]
     words = torch.cat([plan.bits, plan.taken] if plan.level is None else [plan.bits, plan.taken, plan.level], -1)
     return [[_groups_of(plan, *rows) for rows in zip(*of_batch, strict=True)] for of_batch in zip(words, read, strict=True)]
 

@@ -126,14 +126,15 @@ def attend(
     q, k, v = _padded(q, slots_q), *(_padded(x, -(-x.shape[-2] // plan.block_k) * plan.block_k) for x in (k, v))
     levels = () if coarse is None else coarse.levels
     if key_mask is None and math.prod(plan.bits.shape[:3]) * slots_k // plan.block_k <= KEPT:
-        key = (plan.bits.data_ptr(), plan.bits.shape, compat.torch.times_written(plan.bits), levels)
+        key = (plan.bits.data_ptr(), plan.bits.shape, compat.torch.times_written(plan.bits), plan.causal, levels)
         mask = _masks.get(key, lambda: (plan, plan.block_mask(levels)))[1]
     else:
         key_mask = None if key_mask is None else F.pad(key_mask, (0, slots_k - key_mask.shape[-1]))
         mask = plan.block_mask(levels, key_mask)
     score_mod = None if coarse is None else _score_mod(coarse.bias, slots_k)
     shapes = (tuple(q.shape), tuple(k.shape), v.shape[-1], plan.block_q, plan.block_k, tuple(plan.bits.shape), levels)
-    kind = (coarse and coarse.bias.shape, plan.box is not None, key_mask is not None, return_lse)
+    masked = (plan.box is not None, plan.causal is not None, key_mask is not None)
+    kind = (coarse and coarse.bias.shape, *masked, return_lse)
     run = _compiled.get((backend, q.device, q.dtype, *shapes, *kind, scale), lambda: _compile(q, k))
     options: dict[str, Any] = {"scale": scale, "enable_gqa": ratio > 1, "return_lse": return_lse}
     if flash:

@@ -2,6 +2,10 @@
 
 Tokens are assumed to lie in *block order* (see `orders.Tiles`): query block m covers slots ``m * block_q`` to
 ``(m + 1) * block_q``, of which the first ``q_len[m]`` hold tokens; keys likewise. A plan never holds S x S of anything.
+
+A causal plan says at which key slot its first query stands. Key blocks that lie wholly behind a query block (in time: before it) are
+*past*: they are read whole, or left to the rest. The *diagonal* blocks, which some of its queries reach and others do not, are
+always read, and masked by token. What no query reaches is neither read nor part of the rest.
 """
 
 from __future__ import annotations
@@ -61,6 +65,7 @@ class BlockPlan:
         ``log(tokens averaged)`` added to its logit (PSA, arXiv 2512.04025); 0 elsewhere.
     level_count : int32 (B|1, H|1, M, 3), how many blocks have level 2, 4, 8. None with `level`.
     box : token-level window inside the blocks that are read exactly, or None to read them whole.
+    causal : the key slot at which query slot 0 stands: query slot i reads no key slot after ``causal + i``. None: it may read all.
     """
 
     count: Tensor
@@ -74,9 +79,10 @@ class BlockPlan:
     level: Tensor | None = None
     level_count: Tensor | None = None
     box: Box | None = None
+    causal: int | None = None
 
     BY_HEAD: ClassVar = ("count", "whole", "bits", "taken", "level", "level_count")
-    """Tensors of the shape (B|1, H|1, ...)."""
+    """Tensors of the shape (B|1, H|1, ...); with fewer heads of keys, also (B|1, H_kv, ...): the heads that share keys read the same."""
 
     @classmethod
     def from_members(
@@ -90,12 +96,15 @@ class BlockPlan:
         *,
         level: Tensor | None = None,
         skipped: Tensor | None = None,
+        causal: int | None = None,
     ) -> BlockPlan:
         """Build a plan from block membership, bool (B|1, H|1, M, N) or (M, N): the blocks that are read exactly.
 
         Parameters
         ----------
         level : uint8, shaped like `members`, or None; what `members` has is read exactly whatever its level.
+        causal : at least 0, the key slot at which query slot 0 stands; then diagonal blocks are members whatever `members` says, and
+            those that no query reaches are none.
         skipped : bool (B|1, H|1) or None, heads in which a row without any block gives exactly 0, whatever the rest.
 
         Raises
@@ -114,7 +123,9 @@ class BlockPlan:
                 )
         if level is not None and block_k % max(LEVELS):
             raise ShapeError(f"Blocks read by means need a multiple of {max(LEVELS)} slots, got block_k={block_k}.")
-        return cls._pack(members & (k_len > 0), level, skipped, q_len, k_len, block_q, block_k, box)
+        if causal is not None and (causal < 0 or box is not None):
+            raise ShapeError(f"A causal plan begins at a key slot of at least 0, and has no box; got {causal=} and {box=}.")
+        return cls._pack(members & (k_len > 0), level, skipped, q_len, k_len, block_q, block_k, box, causal)
 
     @classmethod
     def _pack(
@@ -127,12 +138,18 @@ class BlockPlan:
         block_q: int,
         block_k: int,
         box: Box | None,
+        causal: int | None,
     ) -> BlockPlan:
-        count, whole = (part.sum(-1, dtype=torch.int32) for part in (members, members & (k_len == block_k)))
+        filled, may = k_len == block_k, k_len > 0
+        if causal is not None:
+            past, reached = past_and_reached(causal, q_len, k_len, block_q, block_k)
+            members = (members & past) | (reached & ~past & may)
+            filled, may = filled & past, may & past
+        count, whole = (part.sum(-1, dtype=torch.int32) for part in (members, members & filled))
         taken, listed, level_count, unknown = members, count, None, torch.zeros((), dtype=torch.bool, device=members.device)
         if level is not None:
             unknown = ~torch.isin(level, torch.tensor([0, *LEVELS], device=level.device)).all()
-            level = torch.where(members | (k_len == 0), 0, level)  # broadcasts to both
+            level = torch.where(members | ~may, 0, level)  # broadcasts to both
             members, count, whole = (x.expand(*level.shape[:2], *x.shape[2:]) for x in (members, count, whole))
             level_count = torch.stack([(level == h).sum(-1, dtype=torch.int32) for h in LEVELS], -1)
             taken, listed = members | (level > 0), count + level_count.sum(-1, dtype=torch.int32)
@@ -150,11 +167,12 @@ class BlockPlan:
                     "A query block that holds tokens reads no key block. Select at least one block for each, or name the "
                     "head in `skipped`."
                 )
+        if causal is not None:
+            taken = taken | ~past
         bits = pack_bits(members)
         packed = bits if taken is members else pack_bits(taken)
-        return cls(
-            count.contiguous(), whole.contiguous(), bits, packed, q_len, k_len, block_q, block_k, level, level_count, box
-        )
+        counts = count.contiguous(), whole.contiguous()
+        return cls(*counts, bits, packed, q_len, k_len, block_q, block_k, level, level_count, box, causal)
 
     @property
     def skipped(self) -> Tensor:
@@ -193,44 +211,73 @@ class BlockPlan:
     def to(self, device: torch.device | str) -> BlockPlan:
         """Return the plan with its tensors on `device`."""
         tensors = {id(x): x if x is None else x.to(device) for x in self.tensors()}  # `taken` may be `bits`
-        return BlockPlan.of_tensors([tensors[id(x)] for x in self.tensors()], self.block_q, self.block_k)
+        return BlockPlan.of_tensors([tensors[id(x)] for x in self.tensors()], self.block_q, self.block_k, self.causal)
 
     def tensors(self) -> list[Tensor | None]:
-        """Everything but the block sizes, for `of_tensors`."""
+        """Everything that is a tensor, for `of_tensors`."""
         box = (None, None, None) if self.box is None else (self.box.lo, self.box.hi, self.box.coord)
         packed = (self.count, self.whole, self.bits, self.taken, self.q_len, self.k_len)
         return [*packed, self.level, self.level_count, *box]
 
     @classmethod
-    def of_tensors(cls, tensors: Sequence[Any], block_q: int, block_k: int) -> BlockPlan:
+    def of_tensors(cls, tensors: Sequence[Any], block_q: int, block_k: int, causal: int | None = None) -> BlockPlan:
         """Inverse of `tensors`."""
         count, whole, bits, taken, q_len, k_len, level, level_count, lo, hi, coord = tensors
         box = None if lo is None else Box(lo, hi, coord)
-        return cls(count, whole, bits, taken, q_len, k_len, block_q, block_k, level, level_count, box)
+        return cls(count, whole, bits, taken, q_len, k_len, block_q, block_k, level, level_count, box, causal)
 
     def of_heads(self, choice: Tensor) -> BlockPlan:
         """Return a plan whose heads are, one after the other, those that `choice`, int64 (H',), names here."""
         picked = {name: x.index_select(1, choice) for name in self.BY_HEAD if (x := getattr(self, name)) is not None}
         return replace(self, **picked)
 
+    @property
+    def past(self) -> Tensor:
+        """Blocks that all rows of a query block may read whole, bool (M, N)."""
+        if self.causal is None:
+            return (self.k_len > 0).expand(len(self.q_len), -1)
+        return past_and_reached(self.causal, self.q_len, self.k_len, self.block_q, self.block_k)[0]
+
+    @property
+    def pairs(self) -> Tensor:
+        """How many (query, key) pairs dense attention reads in each pair of blocks, float64 (M, N)."""
+        q_len, k_len = self.q_len.double()[:, None], self.k_len.double()
+        if self.causal is None:
+            return q_len * k_len
+        first, start = (torch.arange(len(n), device=n.device) * b for n, b in ((q_len, self.block_q), (k_len, self.block_k)))
+        reach = (
+            self.causal + 1 + first[:, None] - start
+        ).double()  # keys of the block that its first query reaches, without a bound
+
+        def up_to(last: Tensor) -> Tensor:
+            """Sum of max(n, 0) over all n up to `last`."""
+            return last.clamp(min=0) * (last.clamp(min=0) + 1) / 2
+
+        def reads(reach: Tensor) -> Tensor:
+            return up_to(reach + q_len - 1) - up_to(reach - 1)
+
+        return reads(reach) - reads(reach - k_len)
+
     def density(self, rest: bool = False) -> Tensor:
-        """Keys read as a fraction of all (query, key) pairs, float64 (B|1, H|1). The box is not counted: blocks cost.
+        """Keys read as a fraction of the (query, key) pairs of dense attention, float64 (B|1, H|1). A box is not counted: blocks cost.
 
         A mean counts as one key. With `rest`, so does each block that is left to the rest.
         """
-        keys = self.members.double() @ self.k_len.double()  # [B|1, H|1, M]
+        pairs = self.pairs
+        keys = (self.members * pairs).sum(-1)  # [B|1, H|1, M]
         for level in (*self.levels, *((0,) if rest else ())):
-            keys = keys + self.at(level).double() @ (self.runs(level) > 0).view(len(self.k_len), -1).sum(-1).double()
-        return keys @ self.q_len.double() / (self.q_len.double().sum() * self.k_len.double().sum())
+            means = (self.runs(level) > 0).view(len(self.k_len), -1).sum(-1).double()
+            keys = keys + self.at(level).double() @ means * self.q_len
+        return keys.sum(-1) / pairs.sum()
 
     def dense_mask(self) -> Tensor:
         """Token-level mask, bool (B|1, H|1, M * block_q, N * block_k). For tests and drawings: it holds S x S."""
         mask = self.members.repeat_interleave(self.block_q, -2).repeat_interleave(self.block_k, -1)
         mask = mask & _holds(self.q_len, self.block_q)[:, None] & _holds(self.k_len, self.block_k)
+        slots_q, slots_k = (torch.arange(n, device=mask.device) for n in mask.shape[-2:])
         if self.box is not None:
-            slots_q, slots_k = (torch.arange(n, device=mask.device) for n in mask.shape[-2:])
             mask = mask & self.box.allows(slots_q, slots_k)
-        return mask
+        return mask if self.causal is None else mask & (slots_k <= self.causal + slots_q[:, None])
 
     def coarse_reads(self, levels: Sequence[int]) -> Tensor:
         """Which means of `levels`, one level behind the other, each query block reads: bool (B|1, H|1, M, E)."""
@@ -238,7 +285,7 @@ class BlockPlan:
         return torch.cat(each, -1)
 
     def block_mask(self, levels: Sequence[int] = (), key_mask: Tensor | None = None) -> BlockMask:
-        """Convert to FlexAttention: full where the key block is filled and no box applies, partial under one mask_mod else.
+        """Convert to FlexAttention: full where the key block is filled and past and no box applies, partial under one mask_mod else.
 
         Parameters
         ----------
@@ -247,7 +294,7 @@ class BlockPlan:
         """
         from torch.nn.attention.flex_attention import BlockMask
 
-        members, whole = self.members, self.k_len == self.block_k
+        members, whole = self.members, self.past & (self.k_len == self.block_k)
         if self.box is not None or key_mask is not None:
             whole = torch.zeros_like(whole)
         full, partial, coarse = members & whole, members & ~whole, None
@@ -274,6 +321,8 @@ class BlockPlan:
         self, key_mask: Tensor | None, coarse: Tensor | None
     ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         k_len, block_q, block_k, slots, box = self.k_len, self.block_q, self.block_k, self.key_slots, self.box
+        # A tensor: the number would be compiled into the kernel.
+        first = None if self.causal is None else torch.tensor(self.causal, device=k_len.device)
         one_batch, one_head = coarse is None or coarse.shape[0] == 1, coarse is None or coarse.shape[1] == 1
 
         def in_plan(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -285,6 +334,8 @@ class BlockPlan:
                 for axis in range(box.coord.shape[1]):
                     coord = box.coord[at, axis]
                     reads = reads & (coord >= box.lo[row, axis]) & (coord < box.hi[row, axis])
+            if first is not None:
+                reads = reads & (at <= row + first)
             if coarse is None:
                 return reads
             mean = torch.where(key < slots, 0, key - slots)
@@ -343,6 +394,18 @@ class Threshold:
         reach = self.band * self.block_k
         near = (j < m + self.block_q + reach) & (j + self.block_k > m - reach)
         return near | self.sink | self.dense_rows[:, None]
+
+
+def past_and_reached(causal: int, q_len: Tensor, k_len: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
+    """Which key blocks all rows of each query block may read whole, and which some row may read in part: bool (M, N) each.
+
+    `causal` is the key slot at which query slot 0 stands; the others are as in `BlockPlan`.
+    """
+    first = (
+        causal + torch.arange(len(q_len), device=q_len.device)[:, None] * block_q
+    )  # where each block's first query stands
+    start = torch.arange(len(k_len), device=k_len.device) * block_k
+    return start + block_k <= first + 1, start < first + q_len[:, None]
 
 
 def pool(x: Tensor, lengths: Tensor, block: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -640,7 +640,7 @@ def test_op_is_well_formed() -> None:
     q, k, v, plan = make(SHAPES["B1-H2-S100-d16"])
     arguments = (
         *(q, k, v, None, None, plan.tensors()),
-        *(16, 16, None, "mean", 0.25, "native", "blocked", True),
+        *(16, 16, None, None, "mean", 0.25, "native", "blocked", True),
     )
     torch.library.opcheck(
         torch.ops.accelplug.block_attention.default, arguments, test_utils=("test_schema", "test_faketensor")
