@@ -1,19 +1,24 @@
 """What becomes of unread blocks, seven ways, on the q, k, v of a real run of the bundled model, beside random blocks.
 
-usage: python -m benchmarks.rest_layers [--grid demo|small] [--steps 9] [--setting NAME ...] [--block 64]
+usage: python -m benchmarks.rest_layers [--grid demo|small] [--steps 9] [--setting NAME ...] [--block 64] [--carry]
 
 Relative L2 error of the attention output (conditional branch), for each selector and each rest, as it is and repaired by 128 probes on
 output and query; one table by layer, means over steps. Random blocks have the selector's order, block sizes, density, rest and repair. One
 exact pass serves all rests of a plan. At the demo's grid one step is six calls, and about four minutes on two idle cores; the figures that
 patches quote are of steps 5 and 13. The small grid has 1,728 tokens and 12 steps; blocks of 32 there are as large a share as 128 at the
 demo's. The file is written after each setting.
+
+With `--carry` it is what a repair gains from the steps before: calls of steps that follow each other (`--steps 3 4 5 6 7 8 9`), the rest
+pooled, the error in the last of them by number of probes and by what the last step's count (`carry`), and the error that they estimate.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, get_args
 
 import torch
@@ -27,6 +32,7 @@ from accelplug.call import AttentionCall, Clock, Site
 from accelplug.comparison.environment import environment
 from accelplug.kernels.attention import block_attention
 from accelplug.kernels.linear import first_order
+from accelplug.kernels.memory import Memory
 from accelplug.kernels.plan import BlockPlan, Threshold, counted, pool
 from accelplug.kernels.rectify import rectify
 from accelplug.kernels.rest import Linear, Rectified, Slope, rectified, tied
@@ -98,6 +104,7 @@ def main() -> None:
     parser.add_argument("--grid", choices=GRIDS, default="demo", help="frames, height and width of the clip (default demo)")
     parser.add_argument("--steps", type=int, nargs="+", default=[9], help="diffusion steps, of 16, small 12 (default 9)")
     parser.add_argument("--block", type=int, default=64, help="slots per query block, and most per key block (default 64)")
+    parser.add_argument("--carry", action="store_true", help="what a repair gains from the steps before")
     parser.add_argument("--setting", action="append", choices=SETTINGS, help="only these; repeat for several")
     options = parser.parse_args()
     torch.set_num_threads(2)
@@ -113,9 +120,37 @@ def main() -> None:
         for name in options.setting or SETTINGS:
             patch, config = SETTINGS[name]
             sizes = {"block": options.block, "block_k": min(config.get("block_k", options.block), options.block)}
-            rows += errors(name, patch, {**config, **sizes})
-            write_json("rest_layers" if options.grid == "demo" else f"rest_layers_{options.grid}", {**facts, "rows": rows})
-    print_table(rows)
+            rows += (carried if options.carry else errors)(name, patch, {**config, **sizes})
+            file = "_".join(
+                ["carry_layers" if options.carry else "rest_layers", *(["small"] if options.grid == "small" else [])]
+            )
+            write_json(file, {**facts, "rows": rows})
+    if not options.carry:
+        print_table(rows)
+
+
+def carried(name: str, patch: str, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a layer, number of probes and carry: error of the last captured step, and its estimate."""
+    rows: list[dict[str, Any]] = []
+    for probes, carry in product((32, 64, 128), (0.0, 0.3, 0.5, 0.7)):
+        method = registry.patch_class(patch)({**config, "rest": "pool", **REPAIR, "probes": probes, "carry": carry})
+        memories: dict[int, Memory] = defaultdict(Memory)
+        last: dict[int, dict[str, Any]] = {}
+        for place, call in sorted(Capture.calls.items(), key=lambda item: (item[0].layer, item[0].step)):
+            memory, estimate = memories[place.layer], torch.zeros(())
+            memory.advance(place.step)
+            known = AttentionCall(
+                call.q, call.k, call.v, call.mask, call.scale, call.dense, error=estimate, ticket=memory.ticket
+            )
+            params = method.prepare(Site("", "transformer", "self", place.layer, 6), place.layout, Clock(place.step), {})
+            exact = scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale)
+            error = float((method.attend(known, params) - exact).norm() / exact.norm())
+            where = {"setting": name, "layer": place.layer, "step": place.step, "probes": probes, "carry": carry}
+            last[place.layer] = {**where, "error": error, "estimate": float(estimate)}
+        rows += last.values()
+        error, estimated = (statistics.fmean(row[key] for row in last.values()) for key in ("error", "estimate"))
+        print(f"{name}: {probes} probes, carry {carry}: error {error:.4f}, estimate {estimated:.4f}", flush=True)
+    return rows
 
 
 def errors(name: str, patch: str, config: dict[str, Any]) -> list[dict[str, Any]]:

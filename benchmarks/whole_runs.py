@@ -21,8 +21,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,6 @@ BLOCK = {"small": 32, "demo": 64}
 PROBES = (0.0, 0.08, 0.04, 0.15)
 """Exact rows of each head, as a share; given as a number, since a share means twice as many as there are features at least."""
 TOKENS = {"small": 1728, "demo": 6528}
-RUNS, TIME = "whole_runs", "whole_runs_time"
-"""Names of results."""
-SCORES = {"psnr_db": 1, "ssim": 3, "agreement": 2, "flicker": 2}
-"""With the digits shown, beside foreground PSNR."""
 PICTURE = Path(__file__).parents[1] / "docs" / "whole_runs.png"
 
 # method: (patch, the knob, its values, the main one first, what else is set)
@@ -77,15 +74,14 @@ METHODS: dict[str, tuple[str, str, tuple[Any, ...], dict[str, Any]]] = {
     "rectified": ("rectified", "drop_rate", (0.8, 0.9), {"order": "gilbert", "adjacent": False, "rest": "rectified"}),
     "tome": ("tome", "ratio", (0.5, 0.7), {"cell_thw": [4, 1, 1], "tile_thw": [8, 4, 4]}),
 }
-LITE = {"use_lite_mode": True}
-CACHED: tuple[
-    tuple[str, str, tuple[Any, ...], dict[str, Any]], ...
-] = (  # (name, kind, values of its knob, what else is set)
-    ("FirstBlockCache", "first_block", (0.2, 0.3), {}),
-    ("TaylorSeer lite", "taylorseer", (2, 3), LITE),
-)
+# name: (kind, values of its knob, what else is set)
+CACHED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
+    "FirstBlockCache": ("first_block", (0.2, 0.3), {}),
+    "TaylorSeer lite": ("taylorseer", (2, 3), {"use_lite_mode": True}),
+}
 FEWER = (0.75, 0.6, 0.5)
 """Shares of the steps."""
+MARKS = {"fewer steps": "x", "FirstBlockCache": "s", "TaylorSeer lite": "D"}
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ def arms(grid: str) -> Iterator[Arm]:
     yield Arm("dense", "", 0.0, True, None, settings)
     for share in FEWER:
         yield Arm("fewer steps", f"{share:g}", 0.0, True, None, {**settings, "num_inference_steps": round(share * steps)})
-    for name, kind, values, others in CACHED:
+    for name, (kind, values, others) in CACHED.items():
         for place, value in enumerate(values):
             cache = {"kind": kind, "with": {CACHES[kind].knob: value, **CACHES[kind].for_run(steps, ()), **others}}
             yield Arm(name, f"{value}", 0.0, place == 0, {"rules": [{"patch": "dense"}], "cache": cache}, settings)
@@ -182,18 +178,13 @@ def run(store: Path, grid: str, chosen: Sequence[Arm], captions: Sequence[int], 
             file = store / f"{arm.key(caption, seed)}.json"
             if file.exists():
                 continue
-            start, text = time.perf_counter(), HELD_OUT_CAPTIONS[caption]
-            expected = np.load(reference)
+            expected, text = np.load(reference), HELD_OUT_CAPTIONS[caption]
             clip = expected if arm is dense else clip_of(runner.call(arm, caption, seed, output_type="np"))
             beside = Beside(clip, expected, None, None, foreground, agreement, text)
             scores = {metric.key: metric.of(beside) for metric in METRICS.values() if metric.of is not None}
-            row = {"grid": grid, "arm": arm.name, "method": arm.method, "setting": arm.setting, "probes": arm.probes}
-            row |= {"caption": caption, "seed": seed, "recipe": arm.recipe, "settings": arm.settings, "scores": scores}
-            row |= {"git": git, "loaded_seconds": time.perf_counter() - start}
-            files.write(file, json.dumps(jsonable(row), indent=1))
-            print(
-                f"{time.strftime('%H:%M:%S')} {grid} {caption} {seed} {arm.name}: {scores['fg_psnr_db']:.1f} dB", flush=True
-            )
+            row = {"grid": grid, "arm": arm.name, "recipe": arm.recipe, "settings": arm.settings, "caption": caption}
+            files.write(file, json.dumps(jsonable({**row, "seed": seed, "scores": scores, "git": git}), indent=1))
+            print(f"{time.strftime('%T')} {grid} {caption} {seed} {arm.name}: {scores['fg_psnr_db']:.1f} dB", flush=True)
 
 
 def clip_of(frames: Any) -> np.ndarray:
@@ -205,44 +196,28 @@ def clip_of(frames: Any) -> np.ndarray:
 
 
 def timed(grid: str, chosen: Sequence[Arm], rounds: int) -> dict[str, float]:
-    """Seconds of a whole run by arm, the fastest of some rounds; a patch's from those of its first step and of a later one.
+    """Time of a whole run over a dense one's, by arm: the median of some rounds, each beside a dense step of its own.
 
-    Steps of a patch are alike, so two of them tell the rest. Step caches differ by step and are run whole.
+    A patch's steps are alike, so its first one and the faster of two later ones tell the rest. Step caches are run whole. The text
+    encoder (some hundredths of a second) is left out on both sides.
     """
     runner, steps = Runner(2), GRIDS[grid]["num_inference_steps"]
-    dense_steps = round(0.25 * steps)
-    dense = next(arms(grid))
-    best: dict[str, list[float]] = {}
-    around = 0.0
-
-    def note(name: str, seconds: Sequence[float]) -> None:
-        best[name] = [min(pair) for pair in zip(seconds, best.get(name, seconds), strict=True)]
-
-    for turn in range(rounds):
-        start = time.perf_counter()
-        seconds = by_step(runner, dense, steps, output_type="np")
-        whole = time.perf_counter() - start - sum(seconds)
-        around = whole if turn == 0 else min(whole, around)
-        note(dense.name, [min(seconds)])
-        for arm in (arm for arm in chosen if arm.recipe is not None):
-            if "cache" in arm.recipe:
-                note(arm.name, [sum(by_step(runner, arm, steps))])
-            else:
-                at_work = Arm(**{**vars(arm), "recipe": {"rules": arm.recipe["rules"][1:]}})
-                note(arm.name, by_step(runner, at_work, 2))
-            note(dense.name, by_step(runner, dense, 1))
-            print(arm.name, *(f"{x:.2f}" for x in best[arm.name]), f"dense {best[dense.name][0]:.2f}", flush=True)
-    (step,) = best[dense.name]
-    found = {dense.name: around + steps * step}
-    for arm in chosen:
-        if arm.method == "fewer steps":
-            found[arm.name] = around + arm.settings["num_inference_steps"] * step
-        elif arm.name in best and arm.method != "dense":
-            first, *later = best[arm.name]
-            found[arm.name] = around + (
-                first if not later else dense_steps * step + first + (steps - dense_steps - 1) * later[0]
-            )
-    return found
+    dense, dense_steps = next(arms(grid)), round(0.25 * steps)
+    start = time.perf_counter()
+    around = -sum(by_step(runner, dense, steps, output_type="np")) + time.perf_counter() - start
+    ratios: dict[str, list[float]] = defaultdict(list)
+    for arm in (arm for _ in range(rounds) for arm in chosen):
+        (step,) = by_step(runner, dense, 1)
+        if arm.recipe is None:
+            took = arm.settings["num_inference_steps"] * step
+        elif "cache" in arm.recipe:
+            took = sum(by_step(runner, arm, steps))
+        else:
+            first, *later = by_step(runner, replace(arm, recipe={"rules": arm.recipe["rules"][1:]}), 3)
+            took = dense_steps * step + first + (steps - dense_steps - 1) * min(later)
+        ratios[arm.name].append((around + took) / (around + steps * step))
+        print(f"{arm.name}: {ratios[arm.name][-1]:.3f} of {around + steps * step:.2f} s", flush=True)
+    return {name: round(statistics.median(found), 4) for name, found in ratios.items()}
 
 
 def by_step(runner: Runner, arm: Arm, steps: int, output_type: str = "latent") -> list[float]:
@@ -256,7 +231,7 @@ def by_step(runner: Runner, arm: Arm, steps: int, output_type: str = "latent") -
         marks.append(time.perf_counter())
         return tensors
 
-    few = Arm(**{**vars(arm), "settings": {**arm.settings, "num_inference_steps": steps}})
+    few = replace(arm, settings={**arm.settings, "num_inference_steps": steps})
     hook = runner.pipe.transformer.register_forward_pre_hook(begin)
     try:
         runner.call(few, CAPTIONS[0], 0, output_type=output_type, callback_on_step_end=end)
@@ -270,65 +245,60 @@ def by_step(runner: Runner, arm: Arm, steps: int, output_type: str = "latent") -
 Pair = tuple[int, int]
 """Caption and seed."""
 SETS: dict[str, Callable[[Pair], bool]] = {
-    "all": lambda pair: True,
     "chosen on": lambda pair: pair[0] in CHOSEN_ON,
     "held out": lambda pair: pair[0] not in CHOSEN_ON,
 }
 EQUAL_TIMES = (1.0, 0.75, 0.6)
-LOOKS = dict(zip(METHODS, ("C0", "C1", "C2", "C3", "0.6", "C4", "C5", "C6", "C8"), strict=True))
+FOREGROUND = "fg_psnr_db"
+OTHERS = {"psnr_db": 1, "ssim": 3, "agreement": 2, "flicker": 2}
+"""Scores that tables show too, with their digits."""
 
 
 @dataclass
 class Shown:
-    """An arm with its runs: the scores by caption and seed, and its time over dense's, None if it was not timed."""
+    """An arm with its scores by caption and seed, and its time over dense's, None if it was not timed."""
 
     arm: Arm
     runs: dict[Pair, dict[str, float]]
     time: float | None
 
-    def mean(self, score: str, pairs: Iterable[Pair]) -> float:
+    def mean(self, pairs: Sequence[Pair], score: str = FOREGROUND) -> float:
         """Mean of a score."""
         return statistics.fmean(float(self.runs[pair][score]) for pair in pairs)
 
 
 def collect(store: Path | None) -> dict[str, Any]:
-    """Return all runs, those of the results file and those in the store, and keep them in that file, scores by arm and run."""
-    file = RESULTS / f"{RUNS}.json"
-    data: dict[str, Any] = (
-        json.loads(file.read_text()) if file.exists() else {"git": [], "runs": {grid: {} for grid in GRIDS}}
-    )
-    if store is None:
-        return data
-    for row in (json.loads(path.read_text()) for path in sorted(store.glob("*.json"))):
-        scores = {key: float(f"{float(value):.5g}") for key, value in row["scores"].items() if value is not None}
-        data["runs"][row["grid"]].setdefault(row["arm"], {})[f"{row['caption']}, {row['seed']}"] = jsonable(scores)
-        data["git"] = sorted({*data["git"], row["git"]})
-    facts = {"captions": {number: HELD_OUT_CAPTIONS[number] for number in CAPTIONS}, "chosen_on": CHOSEN_ON, "grids": GRIDS}
-    write_json(RUNS, {**facts, **data})
-    return data
+    """Return the scores of all runs, those of the results file and those in the store, and keep them in that file."""
+    file = RESULTS / "whole_runs.json"
+    runs = json.loads(file.read_text())["runs"] if file.exists() else {grid: {} for grid in GRIDS}
+    if store is not None:
+        found = [json.loads(path.read_text()) for path in sorted(store.glob("*.json"))]
+        for row in found:
+            scores = {key: float(f"{float(value):.5g}") for key, value in row["scores"].items() if value is not None}
+            runs[row["grid"]].setdefault(row["arm"], {})[f"{row['caption']}, {row['seed']}"] = jsonable(scores)
+        facts = {"git": sorted({row["git"] for row in found}), "chosen_on": CHOSEN_ON, "grids": GRIDS}
+        captions = {number: HELD_OUT_CAPTIONS[number] for number in CAPTIONS}
+        write_json("whole_runs", {**environment(), **facts, "captions": captions, "runs": runs})
+    return runs
 
 
 def shown(grid: str, runs: dict[str, Any]) -> list[Shown]:
-    """The arms that have a run for every caption that dense has, at the first seed at least."""
-    file = RESULTS / f"{TIME}_{grid}.json"
-    seconds = json.loads(file.read_text())["seconds"] if file.exists() else {}
+    """The arms, dense first, that have a run at the first seed for every caption that dense has."""
+    file = RESULTS / f"whole_runs_time_{grid}.json"
+    times = json.loads(file.read_text())["of_dense"] if file.exists() else {}
     rows = []
     for arm in arms(grid):
-        found = {pair_of(key): scores for key, scores in runs.get(arm.name, {}).items()}
-        rows.append(Shown(arm, found, seconds[arm.name] / seconds["dense"] if arm.name in seconds else None))
+        found = runs[grid].get(arm.name, {}).items()
+        by_pair = {(int(caption), int(seed)): scores for key, scores in found for caption, seed in [key.split(", ")]}
+        rows.append(Shown(arm, by_pair, times.get(arm.name)))
     wanted = {pair for pair in rows[0].runs if pair[1] == 0}
     return [row for row in rows if row.runs and wanted <= row.runs.keys()]
 
 
-def pair_of(key: str) -> Pair:
-    """Caption and seed of a key in the results file."""
-    caption, seed = map(int, key.split(", "))
-    return caption, seed
-
-
-def common(rows: Sequence[Shown], of: str) -> list[Pair]:
+def common(rows: Sequence[Shown], of: str | None = None) -> list[Pair]:
     """Captions and seeds that all rows ran, of a set."""
-    return sorted(pair for pair in set.intersection(*(set(row.runs) for row in rows)) if SETS[of](pair))
+    pairs = set.intersection(*(set(row.runs) for row in rows))
+    return sorted(pair for pair in pairs if of is None or SETS[of](pair))
 
 
 def gain(plain: Shown, mended: Shown, of: str) -> str:
@@ -338,36 +308,39 @@ def gain(plain: Shown, mended: Shown, of: str) -> str:
 
     def difference(some: Sequence[Sequence[Pair]]) -> float:
         flat = [pair for group in some for pair in group]
-        return mended.mean("fg_psnr_db", flat) - plain.mean("fg_psnr_db", flat)
+        return mended.mean(flat) - plain.mean(flat)
 
     return "{:+.1f} ({:+.1f} to {:+.1f})".format(*paired_bootstrap(difference, captions)) if captions else ""
 
 
 def table(rows: Sequence[Shown]) -> Iterator[str]:
-    """All arms in Markdown, each over its own runs, what repair brings paired."""
-    quality = " | ".join(METRICS[key.removesuffix("_db")].heading for key in SCORES)
-    yield f"| arm | runs | time of dense | foreground PSNR, dB (worst) | {quality} | repair brings, dB: chosen on | held out |"
-    yield "|---" * (6 + len(SCORES)) + "|"
+    """All arms in Markdown, each over its own runs; what repair brings over the runs of both."""
+    headings = ["arm", "runs", "time of dense", *(f"foreground PSNR, {of}" for of in SETS), "worst"]
+    headings += [METRICS[key.removesuffix("_db")].heading for key in OTHERS] + [f"repair brings, {of}" for of in SETS]
+    yield f"| {' | '.join(headings)} |"
+    yield "|---" * len(headings) + "|"
     for row in rows:
-        if row.arm.method == "dense":
-            continue
-        plain = next((r for r in rows if (r.arm.method, r.arm.setting) == (row.arm.method, row.arm.setting)), row)
-        sets = [[pair for pair in row.runs if SETS[of](pair)] for of in ("chosen on", "held out")]
-        worst = min(float(scores["fg_psnr_db"]) for scores in row.runs.values())
-        cells = [
-            row.arm.name,
-            str(len(row.runs)),
-            f"{row.time:.2f}" if row.time else "",
-            ", ".join(f"{row.mean('fg_psnr_db', pairs):.1f}" for pairs in sets if pairs) + f" ({worst:.1f})",
-            *(f"{row.mean(key, row.runs):.{digits}f}" for key, digits in SCORES.items()),
-            *(gain(plain, row, of) if row is not plain else "" for of in ("chosen on", "held out")),
-        ]
+        plain = next(r for r in rows if (r.arm.method, r.arm.setting) == (row.arm.method, row.arm.setting))
+        sets = {of: common([row], of) for of in SETS}
+        cells = [row.arm.name, str(len(row.runs)), f"{row.time:.2f}" if row.time else ""]
+        cells += [f"{row.mean(pairs):.1f}" if pairs else "" for pairs in sets.values()]
+        cells += [f"{min(float(scores[FOREGROUND]) for scores in row.runs.values()):.1f}"]
+        cells += [f"{row.mean(common([row]), key):.{digits}f}" for key, digits in OTHERS.items()]
+        cells += [gain(plain, row, of) if row is not plain else "" for of in SETS]
         yield f"| {' | '.join(cells)} |"
 
 
-def at(points: Sequence[tuple[float, float]], limit: float) -> float | None:
+def curves(rows: Sequence[Shown], pairs: Sequence[Pair]) -> dict[tuple[str, bool], list[tuple[float, float]]]:
+    """By method, and whether it is repaired: times over dense's with foreground PSNR, from the fastest on."""
+    found: dict[tuple[str, bool], list[tuple[float, float]]] = defaultdict(list)
+    for row in rows[1:]:
+        if row.time is not None:
+            found[row.arm.method, row.arm.probes > 0].append((row.time, row.mean(pairs)))
+    return {key: sorted(points) for key, points in found.items()}
+
+
+def within(points: Sequence[tuple[float, float]], limit: float) -> float | None:
     """The best quality within a time, between two settings by a straight line; None where all take longer."""
-    points = sorted(points)
     if not points or points[0][0] > limit:
         return None
     best = np.maximum.accumulate([quality for _, quality in points])
@@ -376,36 +349,30 @@ def at(points: Sequence[tuple[float, float]], limit: float) -> float | None:
 
 def at_equal_time(rows: Sequence[Shown]) -> Iterator[str]:
     """Foreground PSNR of each method at equal times, without and with repair, in Markdown; all over the same runs."""
-    yield "| method | " + " | ".join(f"{limit:g} of dense: plain | repaired" for limit in EQUAL_TIMES) + " |"
+    by_set = [curves(rows, pairs) for of in SETS if (pairs := common(rows, of))]
+    yield f"| method | {' | '.join(f'within {limit:g} of dense: plain | repaired' for limit in EQUAL_TIMES)} |"
     yield "|---" * (1 + 2 * len(EQUAL_TIMES)) + "|"
     for method in dict.fromkeys(row.arm.method for row in rows[1:]):
         cells = []
         for limit, mended in product(EQUAL_TIMES, (False, True)):
-            mine = [r for r in rows if r.arm.method == method and (r.arm.probes > 0) is mended and r.time is not None]
-            found = [
-                at([(row.time, row.mean("fg_psnr_db", common(rows, of))) for row in mine if row.time], limit)
-                for of in ("chosen on", "held out")
-            ]
-            cells.append(", ".join(f"{value:.1f}" for value in found if value is not None))
+            values = [within(found.get((method, mended), []), limit) for found in by_set]
+            cells.append(", ".join(f"{value:.1f}" for value in values if value is not None))
         yield f"| {method} | {' | '.join(cells)} |"
 
 
-def draw(found: dict[str, list[Shown]]) -> None:
+def draw(grids: dict[str, list[Shown]]) -> None:
     """A panel a grid: foreground PSNR over time; dashed and hollow as it is, filled with repair."""
     import matplotlib.pyplot as plt  # the bench extra
 
-    figure, axes = plt.subplots(1, len(found), figsize=(13, 5.5), layout="constrained", squeeze=False)
-    for axis, (grid, rows) in zip(axes[0], found.items(), strict=True):
-        pairs = common(rows, "all")
-        for method in dict.fromkeys(row.arm.method for row in rows[1:]):
-            for mended in (False, True):
-                timed_rows = [r for r in rows if r.arm.method == method and (r.arm.probes > 0) is mended and r.time]
-                points = sorted((row.time, row.mean("fg_psnr_db", pairs)) for row in timed_rows)
-                if points:
-                    colour, line = LOOKS.get(method, "k"), "-" if mended or method not in METHODS else "--"
-                    look = {"marker": "o" if method in METHODS else "D", "mfc": colour if mended else "w", "color": colour}
-                    label = f"{method}, repaired" if mended else method
-                    axis.plot(*zip(*points, strict=True), line, **look, label=label)
+    figure, axes = plt.subplots(1, len(grids), figsize=(13, 5.5), layout="constrained", squeeze=False)
+    for axis, (grid, rows) in zip(axes[0], grids.items(), strict=True):
+        pairs = common(rows)
+        for (method, mended), points in curves(rows, pairs).items():
+            colour = "k" if method not in METHODS else "0.6" if method == "random" else f"C{list(METHODS).index(method)}"
+            filled = mended or method not in METHODS
+            look = {"marker": MARKS.get(method, "o"), "mfc": colour if filled else "w", "color": colour}
+            label = f"{method}, repaired" if mended else method
+            axis.plot(*zip(*points, strict=True), "-" if filled else "--", **look, label=label)
         axis.axvline(1.0, color="0.8", zorder=0)
         axis.set_title(f"{TOKENS[grid]:,} tokens, {GRIDS[grid]['num_inference_steps']} steps, {len(pairs)} runs", loc="left")
         axis.set_xlabel("time of a whole run, of dense")
@@ -418,13 +385,13 @@ def draw(found: dict[str, list[Shown]]) -> None:
 
 def show(store: Path | None) -> None:
     """Print the tables of both grids, and draw them."""
-    runs = collect(store)["runs"]
-    found = {grid: rows for grid in GRIDS if len(rows := shown(grid, runs[grid])) > 1}
-    for grid, rows in found.items():
-        of = [len(common(rows, name)) for name in ("chosen on", "held out")]
-        print(f"\n## {TOKENS[grid]:,} tokens\n", *table(rows), "", sep="\n")
-        print(f"At equal time, on {of[0]} and {of[1]} runs:\n", *at_equal_time(rows), sep="\n")
-    draw(found)
+    runs = collect(store)
+    grids = {grid: rows for grid in GRIDS if len(rows := shown(grid, runs)) > 1}
+    for grid, rows in grids.items():
+        of = " and ".join(f"{len(common(rows, name))} {name}" for name in SETS)
+        print(f"\n## {TOKENS[grid]:,} tokens\n", *table(rows), sep="\n")
+        print(f"\nAt equal time, runs {of}:\n", *at_equal_time(rows), sep="\n")
+    draw(grids)
 
 
 def main() -> None:
@@ -454,9 +421,9 @@ def main() -> None:
     if options.part == "run":
         run(options.store, options.grid, chosen, CAPTIONS[: options.captions], options.seeds)
     else:
-        seconds = timed(options.grid, chosen, options.rounds)
+        times = timed(options.grid, chosen, options.rounds)
         facts = {**environment(), "grid": options.grid, "settings": GRIDS[options.grid], "rounds": options.rounds}
-        write_json(f"{TIME}_{options.grid}", {**facts, "seconds": seconds})
+        write_json(f"whole_runs_time_{options.grid}", {**facts, "of_dense": times})
 
 
 if __name__ == "__main__":
