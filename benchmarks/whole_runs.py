@@ -1,7 +1,7 @@
 """Approximate and mend, in whole runs of the bundled video model: quality over time of every selector, plain and repaired.
 
 usage: python -m benchmarks.whole_runs run STORE [--grid small|demo] [--only TEXT ...] [--main] [--captions 8] [--seeds 0 1]
-       python -m benchmarks.whole_runs time [--grid small|demo] [--only TEXT ...] [--main] [--rounds 2]
+       python -m benchmarks.whole_runs time [--grid small|demo] [--only TEXT ...] [--main] [--measured] [--rounds 2]
        python -m benchmarks.whole_runs show [STORE]
 
 Quality does not depend on what else a machine does, time does. So `run` makes whole runs for their quality alone, in the background if
@@ -403,6 +403,7 @@ def main() -> None:
         part.add_argument("--grid", choices=GRIDS, default="small")
         part.add_argument("--only", nargs="+", help="arms whose name holds one of these")
         part.add_argument("--main", action="store_true", help="the main setting of each method only")
+        part.add_argument("--measured", action="store_true", help="arms only of which the results file has runs")
         if name == "run":
             part.add_argument("store", type=Path, help="folder of runs")
             part.add_argument("--captions", type=int, default=len(CAPTIONS), help="how many (default all 8)")
@@ -413,11 +414,13 @@ def main() -> None:
     if options.part == "show":
         show(options.store)
         return
-    chosen = [
-        arm
-        for arm in arms(options.grid)
-        if (arm.main or not options.main) and (not options.only or any(text in arm.name for text in options.only))
-    ]
+    chosen = list(arms(options.grid))
+    if options.measured:
+        chosen = [arm for arm in chosen if arm.name in collect(None)[options.grid]]
+    if options.main:
+        chosen = [arm for arm in chosen if arm.main]
+    if options.only:
+        chosen = [arm for arm in chosen if any(text in arm.name for text in options.only)]
     if options.part == "run":
         run(options.store, options.grid, chosen, CAPTIONS[: options.captions], options.seeds)
     else:
