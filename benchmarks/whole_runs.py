@@ -23,6 +23,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -47,19 +48,13 @@ CAPTIONS = (0, 10, 1, 11, 2, 12, 3, 13)
 """Of the held-out ones: settings were chosen on 0 to 3, and nothing was run on the others before."""
 CHOSEN_ON = (0, 1, 2, 3)
 GRIDS: dict[str, dict[str, Any]] = {
-    "small": {
-        "num_frames": 17,
-        "height": 96,
-        "width": 128,
-        "num_inference_steps": 12,
-        "guidance_scale": 3.0,
-    },  # 1,728 tokens
-    "demo": {**zoo.DEMO, "num_inference_steps": 8},  # 6,528 tokens; half of the demo's steps, for their time
+    "small": {"num_frames": 17, "height": 96, "width": 128, "num_inference_steps": 12, "guidance_scale": 3.0},
+    "demo": {**zoo.DEMO, "num_inference_steps": 8},  # half of the demo's steps, for their time
 }
+TOKENS = {"small": 1728, "demo": 6528}
 BLOCK = {"small": 32, "demo": 64}
 PROBES = (0.0, 0.08, 0.04, 0.15)
 """Exact rows of each head, as a share; given as a number, since a share means twice as many as there are features at least."""
-TOKENS = {"small": 1728, "demo": 6528}
 PICTURE = Path(__file__).parents[1] / "docs" / "whole_runs.png"
 
 # method: (patch, the knob, its values, the main one first, what else is set)
@@ -153,11 +148,8 @@ class Runner:
             self.texts[caption] = self.pipe.encode_prompt(HELD_OUT_CAPTIONS[caption])
         prompt, negative = self.texts[caption]
         given = {"prompt_embeds": prompt, "negative_prompt_embeds": negative, **arm.settings, **others}
-        call = lambda: self.pipe(**given, generator=torch.Generator().manual_seed(seed)).frames  # noqa: E731
-        if arm.recipe is None:
-            return call()
-        with accelplug.apply(self.pipe, arm.recipe, gate="off"):
-            return call()
+        with nullcontext() if arm.recipe is None else accelplug.apply(self.pipe, arm.recipe, gate="off"):
+            return self.pipe(**given, generator=torch.Generator().manual_seed(seed)).frames
 
 
 # ------------------------------------------------------------------------------------------------------------------- run
@@ -166,7 +158,7 @@ class Runner:
 def run(store: Path, grid: str, chosen: Sequence[Arm], captions: Sequence[int], seeds: Sequence[int]) -> None:
     """Make the runs that are not in the store, seed by seed and caption by caption, each against its dense one."""
     runner, git = Runner(1), revision()
-    (dense,) = (arm for arm in arms(grid) if arm.method == "dense")
+    dense = next(arms(grid))
     store.mkdir(parents=True, exist_ok=True)
     for seed, caption in product(seeds, captions):
         reference = store / f"{dense.key(caption, seed)}.npy"
@@ -179,7 +171,7 @@ def run(store: Path, grid: str, chosen: Sequence[Arm], captions: Sequence[int], 
             if file.exists():
                 continue
             expected, text = np.load(reference), HELD_OUT_CAPTIONS[caption]
-            clip = expected if arm is dense else clip_of(runner.call(arm, caption, seed, output_type="np"))
+            clip = expected if arm == dense else clip_of(runner.call(arm, caption, seed, output_type="np"))
             beside = Beside(clip, expected, None, None, foreground, agreement, text)
             scores = {metric.key: metric.of(beside) for metric in METRICS.values() if metric.of is not None}
             row = {"grid": grid, "arm": arm.name, "recipe": arm.recipe, "settings": arm.settings, "caption": caption}
@@ -196,18 +188,19 @@ def clip_of(frames: Any) -> np.ndarray:
 
 
 def timed(grid: str, chosen: Sequence[Arm], rounds: int) -> dict[str, float]:
-    """Time of a whole run over a dense one's, by arm: the median of some rounds, each beside a dense step of its own.
+    """Time of a whole run over a dense one's, by arm: the median of some rounds, each beside dense steps of its own.
 
-    A patch's steps are alike, so its first one and the faster of two later ones tell the rest. Step caches are run whole. The text
-    encoder (some hundredths of a second) is left out on both sides.
+    A patch's steps are alike, so its first one and the faster of two later ones tell the rest, as the faster of two tells dense ones.
+    Step caches are run whole. The text encoder (some hundredths of a second) is left out on both sides.
     """
     runner, steps = Runner(2), GRIDS[grid]["num_inference_steps"]
     dense, dense_steps = next(arms(grid)), round(0.25 * steps)
+    by_step(runner, dense, 1, output_type="np")  # warms up
     start = time.perf_counter()
     around = -sum(by_step(runner, dense, steps, output_type="np")) + time.perf_counter() - start
     ratios: dict[str, list[float]] = defaultdict(list)
     for arm in (arm for _ in range(rounds) for arm in chosen):
-        (step,) = by_step(runner, dense, 1)
+        step = min(by_step(runner, dense, 2))
         if arm.recipe is None:
             took = arm.settings["num_inference_steps"] * step
         elif "cache" in arm.recipe:
