@@ -104,7 +104,6 @@ class CacheKind:
     by_context : it cannot run outside of a cache context, by which it tells guidance branches apart.
     by_first_block : it predicts a step from the first block, which must be dense, or the error of a patch would pass for change.
     counts_steps : it counts the steps of each denoiser, so that denoisers cannot share those of a run.
-    extrapolates : it reads derivatives off consecutive steps; a patch that reads other blocks at every step makes them wrong.
     measured : it must be told the model's magnitudes, which a dense run shows.
     """
 
@@ -117,7 +116,6 @@ class CacheKind:
     by_context: bool = False
     by_first_block: bool = False
     counts_steps: bool = False
-    extrapolates: bool = False
     measured: bool = False
 
 
@@ -166,7 +164,6 @@ CACHES = {
             for_run=_taylorseer_for_run,
             by_context=True,
             counts_steps=True,
-            extrapolates=True,
         ),
     )
 }

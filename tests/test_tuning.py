@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -26,7 +27,7 @@ from accelplug.patches.sparse.rest_weights import RestWeights
 from accelplug.recipe import Measured, load, read_file
 from accelplug.step_caches import CACHES
 from accelplug.testing.laws import snapshot_of
-from accelplug.tuning import Bound, caches, search, space, verification, workers
+from accelplug.tuning import Bound, caches, prediction, search, space, verification, workers
 from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.caches import Cache
 from accelplug.tuning.journal import Journal, adapters, fingerprint
@@ -74,7 +75,7 @@ def tell_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def probe(self: Any, pipe: Any, recipe: dict[str, Any], snapshots: Any = None) -> Probe:
         found = probed(self, pipe, recipe, snapshots)
-        return Probe(found.errors, {"sol": 0.5, "radial": 0.7}[recipe["rules"][-1]["patch"]], found.density)
+        return Probe(found.errors, {"sol": 0.5, "radial": 0.7}[recipe["rules"][-1]["patch"]], found.density, found.estimate)
 
     monkeypatch.setattr(Study, "time", timed)
     monkeypatch.setattr(Trajectory, "probe", probe)
@@ -282,8 +283,56 @@ def test_patches_are_tried_beside_a_cache_that_is_faster_than_all_of_them() -> N
     found.points[Candidate(None, cache=cache)] = search.Point("cache", {}, 1, 4.0, {"psnr": 40.0}, 14.0)
     found.predictor.cache_ratio = {cache: 0.15}
     assert all(found.predictor.latency_ms(candidate) > 1000 / 4 for candidate in found.candidates), "none is faster alone"
+    alone = found._next()
+    assert (alone.cache, alone.arm is None) == (None, False), "what it loses by itself is seen first"
+    found._run(alone, found.seen)
     beside = found._next()
     assert (beside.cache, beside.arm is None) == (cache, False)
+    together = found.predictor.margin(beside)
+    assert together < min(14.0, found.predictor.margin(dataclasses.replace(beside, cache=None)))
+    found._run = lambda *_: None
+    found.points[beside] = search.Point("both", {}, 1, 5.0, {"psnr": 26 + together - 2.0}, together - 2.0)
+    found.predictor.runs = [(c, p.worst, p.speedup) for c, p in found.points.items()]
+    assert found.predictor.margin(beside) < together, "whole runs say more"
+
+
+def test_two_losses_together() -> None:
+    assert prediction.together(4.0, 4.0, in_db=True) == pytest.approx(4.0 - 3.0103)
+    assert prediction.together(4.0, 24.0, in_db=True) == pytest.approx(4.0 - 0.0432, abs=1e-4)
+    assert prediction.together(4.0, math.inf, in_db=True) == 4.0
+    assert prediction.together(math.inf, math.inf, in_db=True) == math.inf
+    assert prediction.together(0.1, 0.3, in_db=False) == 0.1
+
+
+def test_arms_are_pruned_by_what_they_lose_and_take(told_times: None) -> None:
+    """What another arm beats in both is repaired by nobody, and run by nobody."""
+    found, _ = offline(1)
+    told = {
+        "slow and bad": (0.9, 0.2),
+        "fast and bad": (0.5, 0.2),
+        "slow and good": (0.9, 0.1),
+        "as fast, worse": (0.5, 0.3),
+    }
+    arms = {name: Arm("a", (("is", name),)) for name in told}
+    found.predictor.probes = {arms[name]: Probe({0: error}, ratio) for name, (ratio, error) in told.items()}
+    kept = [dict(arm.settings)["is"] for arm in found.predictor.front()]
+    assert kept == ["fast and bad", "as fast, worse", "slow and good"], "times are off by some percent"
+
+
+def test_repair_is_tried_and_what_it_estimates_is_told(told_times: None) -> None:
+    layout = Layout((2, 10, 10))
+    (few, many) = space.repaired(Arm("sol", (("tau", 1.0),)), layout)
+    assert (dict(few.settings)["probes"], dict(many.settings)["probes"]) == (8, 16)
+    assert not space.repaired(few, layout), "twice is once"
+    assert not space.repaired(Arm("tome", (("ratio", 0.5),)), layout), "it has no blocks"
+    pipe, inputs = pipeline()
+    found = run(pipe, inputs, "psnr>=1")
+    mended = [point for point in found.points if "repair=output_query" in point.name]
+    assert mended
+    for point in found.points:
+        ran, foretold = found.comparison.row(point.name).error, point.predicted["estimate"]
+        assert (ran is None, foretold is None) == ((False, False) if point in mended else (True, True))
+    assert all(point.verdict != "overturned" or found.proven is not point for point in found.points)
 
 
 def test_the_search_goes_on_where_no_finalist_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,9 +453,6 @@ def test_caches_are_set_for_the_model_or_said_not_to_fit() -> None:
     assert "no module of transformer to hook" in why_not[0]
     ratios = dict(ladders[1][0].settings)["mag_ratios"]
     assert ratios == pytest.approx(measured_ratios(pipe, study), abs=2e-3)
-    static, scored = Candidate(Arm("radial", ())), Candidate(Arm("sol", ()))
-    assert [c.cache.kind for c in space.cached(static, [ladders[0][0], ladders[2][0]])] == ["first_block", "taylorseer"]
-    assert [c.cache.kind for c in space.cached(scored, [ladders[0][0], ladders[2][0]])] == ["first_block"]
     for ladder in ladders[1:]:
         with accelplug.apply(pipe, Candidate(None, cache=ladder[-1]).rules(), gate="off") as plug, plug.trace() as events:
             study.run(0, 0)

@@ -133,14 +133,15 @@ class Comparison(Shown):
             table.add_row(*cells, style="dim" if row.kind == "floor" else None)
         return table
 
-    def errors_by_layer(self) -> Table:
-        """Return what is estimated of errors by layer, as a rich table: median over steps, worst and its step, a row of ours a column."""
+    def errors_by_layer(self) -> Table | str:
+        """Return what is estimated of errors by layer, as a rich table: median over steps, worst and its step, a column for each row."""
         from rich.table import Table
 
         rows = [row for row in self.rows if row.error]
-        caption = "no row estimates its error: repair in a rule's settings does" if not rows else None
-        table = Table("layer", *(row.name for row in rows), title="estimated error", caption=caption, title_justify="left")
-        for layer in range(max((len(row.errors) for row in rows), default=0)):
+        if not rows:
+            return "No row estimates its error: rules whose settings have repair do, where there are tokens enough to probe."
+        table = Table("layer", *(row.name for row in rows), title="estimated error", title_justify="left")
+        for layer in range(max(len(row.errors) for row in rows)):
             found = [ErrorSummary.of(row.errors[layer : layer + 1]) for row in rows]
             said = [f"{error.median:.3f}, worst {error.worst:.3f} in step {error.step}" if error else "" for error in found]
             table.add_row(str(layer), *said)
@@ -317,9 +318,9 @@ class Comparison(Shown):
         return self.table()
 
 
-def errors(row: Row) -> list[tuple[str, str, str]]:
-    """What is estimated of its errors, where something is."""
-    return [("estimated error", str(row.error), "")] if row.error else []
+def errors(row: Row, predicted: float | None = None) -> list[tuple[str, str, str]]:
+    """What is estimated of its errors, where something is, and the median that was predicted."""
+    return [("estimated error", str(row.error), "" if predicted is None else f"{predicted:.3f}")] if row.error else []
 
 
 def qualities(row: Row) -> list[tuple[str, str, str]]:

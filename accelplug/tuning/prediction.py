@@ -7,13 +7,15 @@ differ from dense ones by a relative error e(s) at step s, and in time. From tha
 * predicted error: ``sum over patched steps of w(s) e(s)``, where ``w(s) = |sigma(s) - sigma(s + 1)| exp(-kappa s / steps)``
   is how far a step moves the latents, and how much of an error made there is left in the end. Errors of one patch at
   neighbouring steps point the same way, so they add; those of layers do not, so dense layers take away their share of the
-  square. kappa and the line from log(predicted error) to a metric are fitted to the full runs seen so far: attention errors
-  alone do not say what a clip looks like.
+  square. kappa and the line from log(predicted error) to a metric are fitted to the full runs seen so far without a cache: attention
+  errors alone do not say what a clip looks like;
+* beside a cache: what patch and cache lose each alone they lose together. Noise adds, so that a PSNR is that of both powers.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from accelplug.call import Layout
 from accelplug.comparison.metrics import METRICS
 from accelplug.comparison.study import OBSERVED, Study
 from accelplug.hosts.forecast import amdahl
@@ -29,11 +32,12 @@ from accelplug.kernels.timing import timed_ms
 from accelplug.plug import apply
 from accelplug.tuning.budget import Bound
 from accelplug.tuning.caches import magnitudes
-from accelplug.tuning.space import Arm, Candidate
+from accelplug.tuning.space import WORTH, Arm, Candidate
 
 KAPPAS = (0.0, 1.0, 2.0, 4.0, 8.0)
-DECIBEL_SLOPE = -20.0
-"""dB that a PSNR falls where an error grows tenfold. Other metrics are taken to lose as much as their limit, until runs say better."""
+DECIBEL_SLOPE = -30.0
+"""dB that a PSNR falls where an error grows tenfold: 28 to 30 by `python -m benchmarks.estimates`, 20 if clips were linear in it. Other
+metrics are taken to lose as much as their limit, until runs say better."""
 
 
 @dataclass
@@ -66,7 +70,7 @@ class Trajectory:
 
     snapshots: list[Snapshot]
     moves: list[float]
-    layouts: list[Any]
+    layouts: list[Layout]
     layers: int
     attention: float | None = None
     contexts: frozenset[str] = frozenset()
@@ -104,6 +108,11 @@ class Trajectory:
         return trajectory
 
     @property
+    def layout(self) -> Layout:
+        """The largest token layout."""
+        return max(self.layouts, key=lambda layout: layout.visual)
+
+    @property
     def steps(self) -> int:
         """Diffusion steps of a run."""
         return len(self.moves)
@@ -125,17 +134,28 @@ class Trajectory:
                     (output.float() - snapshot.output.float()).norm() / snapshot.output.float().norm()
                 )
                 ratios.append(ms / snapshot.ms)
+            said = [estimate.error for estimate in plug.estimates]
         known = [density for density in densities if density is not None]
-        return Probe(errors, float(np.median(ratios)), float(np.mean(known)) if known else None)
+        density = statistics.fmean(known) if known else None
+        return Probe(errors, statistics.median(ratios), density, statistics.median(said) if said else None)
 
 
 @dataclass
 class Probe:
-    """What a recipe did to the snapshots: relative error of the output by step, time over dense time, and density at the first."""
+    """What a recipe did to the snapshots.
+
+    Attributes
+    ----------
+    errors : relative error of the denoiser's output by step.
+    ratio : time over dense time.
+    density : mean over the attention calls of the first snapshot.
+    estimate : median over layers and snapshots of what the patch estimates of the error of its own answers; None where it does not.
+    """
 
     errors: dict[int, float]
     ratio: float
     density: float | None = None
+    estimate: float | None = None
 
     def error(self, step: int) -> float:
         """The error at a step, in a straight line between those seen."""
@@ -212,23 +232,55 @@ class Predictor:
         )
         return moved * math.sqrt(max(left, 1e-3))
 
+    def front(self) -> list[Arm]:
+        """Return the arms that no other one beats by `WORTH` in time at no larger error, the fastest first."""
+        errors = {arm: self.predicted_error(Candidate(arm), 2.0) for arm in self.probes}
+        kept: list[Arm] = []
+        for arm in sorted(self.probes, key=lambda arm: self.probes[arm].ratio):
+            least = self.probes[arm].ratio / WORTH
+            if not any(self.probes[other].ratio <= least and errors[other] <= errors[arm] for other in kept):
+                kept.append(arm)
+        return kept
+
     def margin(self, candidate: Candidate) -> float | None:
-        """Predict the smallest margin over the bounds, in the bound's own unit; None before a full run with the same cache."""
-        seen = [
-            (other, values)
-            for other, values, _ in self.runs
-            if other.arm is not None and other.cache == candidate.cache and self.predicted_error(other, 0.0) > 0
-        ]
-        if not seen or candidate.arm is None:
-            return None
-        margins = []
-        for bound in self.bounds:
-            points = [(other, bound.margin(v)) for other, values in seen if math.isfinite(v := values[bound.name])]
-            in_db = bound.score is None and METRICS[bound.name].unit == "dB"
-            slope = DECIBEL_SLOPE if in_db else -abs(bound.limit)
-            if points:
-                margins.append(self._line(candidate, points, slope))
+        """Predict the smallest margin over the bounds, in the bound's own unit; None where no run says what arm and cache lose alone.
+
+        Where whole runs with the arm, or else with the cache beside another, came out otherwise than predicted, so will this one.
+        """
+        margins = [m for bound in self.bounds if (m := self._margin(bound, candidate)) is not None]
         return min(margins, default=None)
+
+    def _margin(self, bound: Bound, candidate: Candidate) -> float | None:
+        if candidate.arm is None or (predicted := self._uncorrected(bound, candidate)) is None:
+            return None
+        patched = [run for run in self.runs if run[0].arm is not None]
+        akin = [run for run in patched if run[0].arm == candidate.arm] or [
+            run for run in patched if run[0].cache == candidate.cache is not None
+        ]
+        off = [
+            bound.margin(values[bound.name]) - expected
+            for other, values, _ in akin
+            if (expected := self._uncorrected(bound, other)) is not None
+        ]
+        known = [difference for difference in off if math.isfinite(difference)]
+        return predicted + (statistics.median(known) if known else 0.0)
+
+    def _uncorrected(self, bound: Bound, candidate: Candidate) -> float | None:
+        """Predict the margin to a bound, with a cache from what arm and cache lose alone."""
+        alone = [
+            (other, margin)
+            for other, values, _ in self.runs
+            if other.arm is not None and other.cache is None and self.predicted_error(other, 0.0) > 0
+            if math.isfinite(margin := bound.margin(values[bound.name]))
+        ]
+        if not alone:
+            return None
+        in_db = bound.score is None and METRICS[bound.name].unit == "dB"
+        margin = self._line(candidate, alone, DECIBEL_SLOPE if in_db else -abs(bound.limit))
+        if candidate.cache is None:
+            return margin
+        cache = [bound.margin(v[bound.name]) for other, v, _ in self.runs if other == Candidate(None, cache=candidate.cache)]
+        return together(margin, cache[0], in_db) if cache else None
 
     def _line(self, candidate: Candidate, points: list[tuple[Candidate, float]], usual: float) -> float:
         """The margin on the best line from log10(predicted error), over all kappas; with under three runs, on one of the usual slope."""
@@ -243,6 +295,12 @@ class Predictor:
             line = y.mean() + slope * (x - x.mean())
             best = min(best, (float(((y - line) ** 2).mean()), float(y.mean() + slope * (at - x.mean()))))
         return best[1]
+
+
+def together(a: float, b: float, in_db: bool) -> float:
+    """Return the margin that is left of two losses: in dB that of the sum of both noises, else no more than the worse of both."""
+    worse, better = sorted((a, b))
+    return worse - 10 * math.log10(1 + 10 ** ((worse - better) / 10)) if in_db and math.isfinite(worse) else worse
 
 
 def _attention_share(plug: Any, snapshots: Sequence[Snapshot]) -> float | None:

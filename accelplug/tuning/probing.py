@@ -20,7 +20,7 @@ from accelplug.registry import patch_class
 from accelplug.table import HEADER, Origin, Table
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.prediction import Predictor, Probe
-from accelplug.tuning.space import WORTH, Arm, Candidate
+from accelplug.tuning.space import WORTH, Arm, Candidate, repaired
 
 
 @dataclass
@@ -45,9 +45,14 @@ class Prober:
             self.tell(f"probing {arm}")
             probe = self.predictor.trajectory.probe(self.pipe, Candidate(arm).rules())
             errors = {str(step): error for step, error in probe.errors.items()}
-            return {"errors": errors, "ratio": probe.ratio, "density": probe.density}
+            return {"errors": errors, "ratio": probe.ratio, "density": probe.density, "estimate": probe.estimate}
 
         self.predictor.probes[arm] = self.journal.get(f"probe {arm}", measure, TypeAdapter(Probe).validate_python)
+
+    def arm_repaired(self, arm: Arm) -> None:
+        """Measure an arm with its error repaired."""
+        for mended in repaired(arm, self.predictor.trajectory.layout):
+            self.arm(mended)
 
     def arm_in_8_bits(self, arm: Arm) -> None:
         """Measure an arm with q.k in 8 bits, and know of it where it is faster."""
@@ -101,9 +106,9 @@ def in_8_bits(arm: Arm) -> list[Arm]:
 
 
 def pools(arm: Arm) -> bool:
-    """Whether an arm pools blocks by weights that are not calibrated."""
+    """Whether an arm pools blocks by weights that are not calibrated, and does not repair what that does."""
     settings = dict(arm.settings)
-    return settings.get("rest") == "pool" and "rest_weight" not in settings
+    return settings.get("rest") == "pool" and not {"rest_weight", "repair"} & set(settings)
 
 
 def no_weights(pipe: Any) -> str | None:

@@ -38,7 +38,7 @@ class Point:
     margin : smallest distance to a bound, negative outside of the budget.
     verdict : ``tried``, ``front``, ``proven`` on runs the search never saw, or ``overturned`` there.
     worst_run : prompt and seed of the run with that margin.
-    predicted : what the predictor said before the first run: density, and speed-up and margin where it could.
+    predicted : what the predictor said before the first run: density, and speed-up, margin and the estimated error where it could.
     gain, holm : language models: the objective's gain over stock on the same questions; on the proof with its 95 % interval (else NaN),
         and the corrected p-value.
 
@@ -163,7 +163,7 @@ class Tuned(Recipe):
             *((f"worst {bound.name}, bound {bound.limit:g}", f"{point.worst[bound.name]:.2f}", "") for bound in self.bounds),
             ("margin", f"{point.margin:+.2f}", "" if margin is None else f"{margin:+.2f}"),
             ("density", "", "" if density is None else f"{density:.3f}"),
-            *errors(row),
+            *errors(row, told.get("estimate")),
             *qualities(row),
             ("runs", str(point.runs), ""),
         ]

@@ -141,10 +141,11 @@ class Search:
             self.ladders, why_not = fitting(denoisers(self.study.pipe), seen)
             self._note(*why_not)
         with self._phase("probing"):
-            self._probe(arms(max(trajectory.layouts, key=lambda layout: layout.visual), patches))
+            self._probe(arms(trajectory.layout, patches))
+        probes = self.predictor.probes
         # What changes no snapshot reads everything here: it is dense, whatever the clock said.
         paying = [
-            arm for arm, probe in self.predictor.probes.items() if probe.ratio < 1 / WORTH and any(probe.errors.values())
+            arm for arm in self.predictor.front() if probes[arm].ratio < 1 / WORTH and any(probes[arm].errors.values())
         ]
         self.candidates = [candidate for arm in paying for candidate in self._variants(arm)]
 
@@ -293,16 +294,17 @@ class Search:
         return Prober(self.predictor, self.study.pipe, self.journal, lambda what: self.tell(self.spent_s, what))
 
     def _probe(self, found: Sequence[Arm]) -> None:
-        """Measure arms while there is time for it, the fastest also with q.k in 8 bits, then layers."""
+        """Measure arms while there is time for it, what none beats also repaired, the fastest also with q.k in 8 bits, then layers."""
         assert self.predictor is not None
         prober, predictor, until = self._prober, self.predictor, PROBE_SHARE * self.time_budget_s
-        for arm in found:
-            if self.spent_s > until:
-                return
-            try:
-                prober.arm(arm)
-            except AccelplugError as error:
-                self._note(f"Not tried, {arm}: {error}")
+        for measure, those in ((prober.arm, lambda: found), (prober.arm_repaired, predictor.front)):
+            for arm in those():
+                if self.spent_s > until:
+                    return
+                try:
+                    measure(arm)
+                except AccelplugError as error:
+                    self._note(f"Not tried, {arm}: {error}")
         if why_not := no_8_bits(predictor.trajectory.snapshots[0].output.device):
             self._note(why_not)
         else:
@@ -372,6 +374,7 @@ class Search:
             "margin": self.predictor.margin(candidate),
             "speedup": speedup,
             "density": self.predictor.density(candidate),
+            "estimate": self.predictor.probes[candidate.arm].estimate if candidate.arm else None,
         }
 
     # ------------------------------------------------------------------------------------------------- choosing
@@ -401,10 +404,10 @@ class Search:
         promising = [c for c in open_ if (m := margins[c]) is not None and m >= 0]
         if promising:
             return min(promising, key=predictor.latency_ms)
-        unknown = [c for c in open_ if margins[c] is None]
-        if unknown:  # nothing was run yet: one in the middle teaches most
-            by_error = sorted(unknown, key=lambda c: predictor.predicted_error(c, 2.0))
-            return by_error[len(by_error) // 3]
+        if all(margin is None for margin in margins.values()):  # nothing was run yet: one in the middle, alone, teaches most
+            bare = [candidate for candidate in self.candidates if candidate not in self.points]
+            by_error = sorted(bare, key=lambda c: predictor.predicted_error(c, 2.0))
+            return by_error[len(by_error) // 3] if bare else None
         closest = max(open_, key=lambda c: margins[c] or 0.0)
         # A prediction is off by some decibels: what misses by less than that is worth a run while there is time.
         scale = max(abs(bound.limit) for bound in self.bounds)

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelplug.call import Layout
 from accelplug.errors import AccelplugError, nearest
-from accelplug.patches.sparse.template import BlockSparse, Scored
+from accelplug.patches.sparse.template import BlockSparse
 from accelplug.registry import list_patches, patch_class
 from accelplug.step_caches import CACHES
 from accelplug.table import Table
@@ -26,11 +26,15 @@ PYRAMIDS = ((0.4, 0.5, 0.6, 0.8), (0.6, 0.7, 0.8, 0.9))
 
 BOTH = ("pool", "drop")
 
+PROBES = (0.04, 0.08)
+"""Shares of the visual tokens that are exact where the error of a block-sparse arm is repaired."""
+
 FINALISTS = 4
 """Candidates that are put to the proof at most, before a search goes on: pipelines one after the other, the fastest first."""
 
 LADDERS: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
     "sol": ([{"tau": tau, "order": "morton"} for tau in (0.5, 1.0, 0.0, 1.5)], BOTH),
+    "rows": ([{"density": density, "order": "morton"} for density in (0.2, 0.35)], BOTH),
     "svg_ear": ([{"density": density, "order": "morton"} for density in (0.35, 0.25, 0.5)], ("pool",)),
     "psa": ([{"bounds": bounds, "order": "gilbert", "block_k": 32} for bounds in PYRAMIDS], ("pool",)),
     "rectified": ([{"drop_rate": rate, "order": "gilbert"} for rate in (0.75, 0.9, 0.6)], ("pool",)),
@@ -154,6 +158,15 @@ def _ladder(name: str, layout: Layout) -> Iterator[Arm]:
             yield Arm(name, tuple(settings.items()))
 
 
+def repaired(arm: Arm, layout: Layout) -> list[Arm]:
+    """Return an arm with its error repaired, from each share of exact rows; none for a patch without blocks."""
+    if not issubclass(patch_class(arm.patch), BlockSparse) or "repair" in dict(arm.settings):
+        return []
+    return [
+        arm.but(repair="output_query", probes=round(share * layout.visual)) for share in PROBES if share * layout.visual >= 2
+    ]
+
+
 def variants(arm: Arm, sensitive_layers: Sequence[int], steps: int) -> Iterator[Candidate]:
     """Yield an arm with every share of `steps` dense, and with none, one or two of the most sensitive layers dense.
 
@@ -165,20 +178,9 @@ def variants(arm: Arm, sensitive_layers: Sequence[int], steps: int) -> Iterator[
             yield Candidate(arm, percent, tuple(sorted(sensitive_layers[:number])))
 
 
-def cached(candidate: Candidate, caches: Iterable[Cache]) -> Iterator[Candidate]:
-    """Yield a candidate with each step cache that goes with it.
-
-    One that extrapolates reads derivatives off consecutive steps; where a patch reads other blocks at every step, they are of its
-    choice.
-    """
-    for cache in caches:
-        if not CACHES[cache.kind].extrapolates or candidate.arm is None or _fixed_in_time(candidate.arm.patch):
-            yield replace(candidate, cache=cache)
-
-
-def _fixed_in_time(patch: str) -> bool:
-    cls = patch_class(patch)
-    return issubclass(cls, BlockSparse) and not issubclass(cls, Scored)
+def cached(candidate: Candidate, caches: Iterable[Cache]) -> list[Candidate]:
+    """Return a candidate with each step cache."""
+    return [replace(candidate, cache=cache) for cache in caches]
 
 
 def _short(value: Any) -> str:
