@@ -8,7 +8,7 @@ OLDEST := clock coexistence compat families flash_attention guidance head_laws h
 # What `accelplug fetch` brings for the tests that need real weights.
 WEIGHTS := smollm2-135m dinov2-small terrain-unet
 
-.PHONY: demo test test-oldest weights lint bench clean
+.PHONY: demo test test-oldest weights lint docs bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(PY) || python3 -m venv .venv
@@ -42,8 +42,16 @@ lint: .venv/installed
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
+.venv/documented: .venv/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: .venv/documented
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "open site/index.html"
+
 bench: .venv/installed
 	$(PY) -m benchmarks.demo_pareto
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info demo.html
+	rm -rf .venv .venv-oldest build dist site *.egg-info demo.html

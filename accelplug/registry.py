@@ -1,7 +1,7 @@
 """Which patches there are: ours, a literal table, so that listing them imports neither torch nor a patch; and those of others.
 
 Another package's patch is registered by `register_patch`, or named by an entry point of the group ``accelplug.patches``, which is
-read when it is first needed. See docs/add-a-patch.md.
+read when it is first needed. See docs/extending.md.
 """
 
 from __future__ import annotations
@@ -401,7 +401,7 @@ def _undescribed(cls: type[Patch]) -> Iterator[str]:
 
 def _require(cls: type[Patch], what: str, faults: Iterable[str]) -> None:
     if found := list(faults):
-        raise AccelplugError(f"{_full_name(cls)} cannot be {what} as a patch: {'; '.join(found)}. See docs/add-a-patch.md.")
+        raise AccelplugError(f"{_full_name(cls)} cannot be {what} as a patch: {'; '.join(found)}. See docs/extending.md.")
 
 
 def _full_name(cls: type) -> str:

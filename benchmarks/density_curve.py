@@ -8,7 +8,7 @@ one, and caption agreement. A small grid of few steps: 17 frames of 64 x 96, 864
 rows and a picture. Nothing is timed. Tables are calibrated on one other caption, for each setting anew.
 
 With `--patch` or `--rest`, rows of settings that were not run are kept as the file has them, and its environment goes under
-"earlier". `tables` prints both files as docs/performance.md shows them.
+"earlier". `tables` prints both files, as docs/density.md shows them.
 """
 
 from __future__ import annotations

@@ -187,4 +187,4 @@ class UnimplementedHalf(AccelplugError, TypeError):
     """A `Patch` subclass lacks a method that it must write."""
 
     def __init__(self, cls: type, half: str) -> None:
-        super().__init__(f"{cls.__name__} must define {half}(); see docs/add-a-patch.md.")
+        super().__init__(f"{cls.__name__} must define {half}(); see docs/extending.md.")

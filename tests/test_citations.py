@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from accelplug.patches.base import Patch
 from accelplug.recipe import SHIPPED, read_file, shipped_files
 from accelplug.registry import PatchEntry, list_patches, patch_class
+from docs import pages
 
 ROOT = Path(SHIPPED).resolve().parent
 
@@ -57,16 +59,17 @@ def notice() -> dict[str, str]:
     return paragraphs
 
 
+@cache
 def documents() -> dict[str, str]:
-    """README and the pages of docs/, by name."""
+    """README and the pages of the documentation as they are shown, by name."""
     paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    return {path.name: path.read_text(encoding="utf-8") for path in paths}
+    return {path.name: pages.rendered(path.read_text(encoding="utf-8")) for path in paths} | pages.generated()
 
 
 def rows(name: str) -> Iterator[str]:
     """Lines of tables in the documents that are about a patch."""
     for text in documents().values():
-        yield from re.findall(rf"^\| *`{name}` *\|.*$", text, re.MULTILINE)
+        yield from re.findall(rf"^\| *\[?`{name}`[^|]*\|.*$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("entry", OWN, ids=lambda entry: entry.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -18,7 +17,6 @@ from accelplug import catalog, families, registry
 from accelplug.call import AttentionCall, Layout
 from accelplug.cli import main
 from accelplug.errors import AccelplugError, NoMatchError, RecipeError
-from accelplug.families import vlm
 from accelplug.families.base import SELF_AND_CROSS, Family, latents
 from accelplug.families.vlm import Vlm, list_vlms
 from accelplug.kernels.orders import Tiles
@@ -367,30 +365,3 @@ def test_what_a_family_lacks_is_named(family: Any, said: str) -> None:
     with pytest.raises(AccelplugError, match=said):
         accelplug.register_family(family)
     assert families.list_families() == families.FAMILIES
-
-
-# ------------------------------------------------------------------------------------------------------------------ the page
-
-
-@pytest.mark.usefixtures("shelf", "own_families")
-def test_what_the_page_tells_is_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vlm, "VLM_CATALOG", copy.copy(vlm.VLM_CATALOG))
-    page = (Path(__file__).parent.parent / "docs" / "add-a-patch.md").read_text()
-    names: dict[str, Any] = {"accelplug": accelplug, "__name__": "page"}
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    for block in blocks:
-        if "(pipe" not in block:
-            exec(block, names)
-    assert "strided" in [entry.name for entry in list_patches()]
-    assert "mine" in [family.name for family in families.list_families()]
-    assert "mine" in [family.name for family in list_vlms()]
-    for law in names["test_law"].pytestmark[0].args[1]:
-        if law.model == "wan":
-            names["test_law"](law)
-    model, inputs = build_denoiser(wan)
-    for block in blocks:
-        if '{"rules"' in block:
-            with eval(block.replace("pipe", "model"), names, {"model": model}) as plug:
-                plug.step(2, 4)
-                run_once(model, inputs)
-                assert [row.name for row in plug.where()][-1] == "strided"

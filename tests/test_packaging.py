@@ -8,6 +8,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 LINKED = ("patches", "kernels", "recipes")
 
@@ -40,7 +42,26 @@ def test_the_linked_folders_are_no_packages_of_their_own() -> None:
         assert (ROOT / "accelplug" / name).readlink() == Path("..") / name
 
 
-def test_the_wheel_holds_what_git_tracks(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the source distribution, built from a tree of its own: an earlier build leaves files beside a checkout."""
+    tree, made = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tree / name, follow_symlinks=False)
+    build = [sys.executable, "-m", "build", "--wheel", "--sdist", "--no-isolation", "--outdir", str(made), str(tree)]
+    subprocess.run(build, capture_output=True, text=True, check=True)
+    return made
+
+
+def test_an_index_would_take_the_package(built: Path) -> None:
+    check = [sys.executable, "-m", "twine", "check", "--strict", *map(str, built.iterdir())]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASSED") == 2
+
+
+def test_the_wheel_holds_what_git_tracks(built: Path) -> None:
     tracked = subprocess.run(
         ["git", "ls-files", "accelplug", *LINKED], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
@@ -49,17 +70,7 @@ def test_the_wheel_holds_what_git_tracks(tmp_path: Path) -> None:
         for name in tracked.split()
         if name not in {f"accelplug/{link}" for link in LINKED}
     }
-    tree = tmp_path / "tree"  # of its own: what an earlier build left beside a checkout goes into the wheel too
-    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split():
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, tree / name, follow_symlinks=False)
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, tree],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = built.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert {name.split("/")[0] for name in names} == {"accelplug"}
     assert names == expected

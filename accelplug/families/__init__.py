@@ -49,7 +49,7 @@ def list_families() -> tuple[Family, ...]:
 def register_family(family: Family) -> Family:
     """Have denoisers of a family's classes known: patches go on, and recipes whose match names such a class fit.
 
-    An installed package names its families by entry points of the group ``accelplug.families``; see docs/add-a-patch.md.
+    An installed package names its families by entry points of the group ``accelplug.families``; see docs/extending.md.
 
     Parameters
     ----------
@@ -63,9 +63,7 @@ def register_family(family: Family) -> Family:
     if not isinstance(family, Family):
         raise AccelplugError(f"register_family: expected an accelplug.families.base.Family, got {family!r}.")
     if faults := _faults(family):
-        raise AccelplugError(
-            f"The family {family.name!r} cannot be registered: {'; '.join(faults)}. See docs/add-a-patch.md."
-        )
+        raise AccelplugError(f"The family {family.name!r} cannot be registered: {'; '.join(faults)}. See docs/extending.md.")
     FAMILY_CATALOG.add(family.classes, family)
     return family
 

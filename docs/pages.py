@@ -1,0 +1,495 @@
+"""What the documentation takes from the code when it is built: a hook of MkDocs (see mkdocs.yml).
+
+A mark ``<!-- made: NAME -->`` in a page is replaced by what `MADE` has for that name. `generated` are whole pages: one for each patch,
+the command line, and the changelog. Nothing that is made here is committed, so that it cannot disagree with the code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from unittest import mock
+
+from pydantic import BaseModel, ValidationError
+
+from accelplug import families
+from accelplug.cli import main
+from accelplug.compat import versions
+from accelplug.families.vlm import KNOWN_VLMS
+from accelplug.patches.sparse import template
+from accelplug.patches.sparse.template import BlockConfig, BlockSparse
+from accelplug.recipe import RecipeFile, read_file, shipped_files
+from accelplug.registry import PatchEntry, list_patches, patch_class
+from accelplug.step_caches import CACHES
+from accelplug.table import Table
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+OWN = tuple(entry for entry in list_patches() if entry.module.startswith("accelplug."))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- docstrings
+
+
+def papers(text: str) -> str:
+    """Return Markdown in which papers on arXiv are links."""
+    return re.sub(r"(?<![\d.\[/])(\d{4}\.\d{5})(?!\d)", r"[\1](https://arxiv.org/abs/\1)", text)
+
+
+def markdown(docstring: str) -> str:
+    """Return a docstring as Markdown: what is indented is a formula, and papers are links."""
+
+    def formula(found: re.Match[str]) -> str:
+        return f"```text\n{inspect.cleandoc(found[0]).replace('``', '')}\n```\n"
+
+    return papers(re.sub(r"(?:^ {4}.*\n?)+", formula, docstring, flags=re.MULTILINE))
+
+
+def said_of(module: str) -> tuple[str, str]:
+    """The first line of a module's docstring, and the rest as Markdown."""
+    first, _, rest = (inspect.getdoc(import_module(module)) or "").partition("\n")
+    return first, markdown(rest.strip("\n"))
+
+
+# ------------------------------------------------------------------------------------------------------------- patches
+
+
+GROUPS: Mapping[str, Callable[[PatchEntry, type[Any]], bool]] = {
+    "By the token grid alone": lambda entry, cls: entry.family == "sparse" and cls.select is not BlockSparse.select,
+    "By queries and keys": lambda entry, cls: entry.family == "sparse",
+    "By tables from dense runs, head by head": lambda entry, cls: False,
+    "Other": lambda entry, cls: entry.family in ("tokens", "bias"),
+}
+"""Groups of the methods for pipelines, and which methods belong there; those that are calibrated belong to the third."""
+
+
+def group_of(entry: PatchEntry) -> str | None:
+    """The group of a method for pipelines; None for those of vision-language models."""
+    cls = patch_class(entry.name)
+    if cls.Calibration is not None:
+        return "By tables from dense runs, head by head"
+    return next((group for group, belongs in GROUPS.items() if belongs(entry, cls)), None)
+
+
+def patch_rows(entries: Iterable[PatchEntry]) -> str:
+    rows = [(f"[`{entry.name}`](patches/{entry.name}.md)", entry.summary, papers(entry.cite)) for entry in entries]
+    return table(("patch", "what it does", "paper"), rows)
+
+
+def pipeline_patches() -> str:
+    """The methods for pipelines, a table for each group."""
+    members = {group: [entry for entry in OWN if group_of(entry) == group] for group in GROUPS}
+    return "\n\n".join(f"### {group}\n\n{patch_rows(entries)}" for group, entries in members.items())
+
+
+def language_patches() -> str:
+    """The methods for vision-language models."""
+    return patch_rows(entry for entry in OWN if group_of(entry) is None)
+
+
+def block_sparse() -> list[tuple[PatchEntry, type[Any]]]:
+    found = [(entry, patch_class(entry.name)) for entry in OWN if entry.family == "sparse"]
+    return [(entry, cls) for entry, cls in found if issubclass(cls.Config, BlockConfig)]
+
+
+def accepts(config: type[BaseModel], **settings: Any) -> bool:
+    """Whether settings are valid: tried, not looked up."""
+    try:
+        config.model_validate(settings)
+    except ValidationError:
+        return False
+    return True
+
+
+def choices_matrix(key: str, values: Mapping[str, Sequence[Any]], otherwise: str) -> str:
+    """Which method takes which values of a setting: ``default``, ``yes``, or nothing; `values` by the heading of their column."""
+    rows = []
+    for entry, cls in block_sparse():
+        cells = []
+        for options in values.values():
+            default = key in cls.Config.model_fields and cls.Config.model_fields[key].default in options
+            cells.append(
+                "**default**" if default else "yes" if any(accepts(cls.Config, **{key: o}) for o in options) else ""
+            )
+        rows.append((f"[`{entry.name}`](patches/{entry.name}.md)", *(cells if any(cells) else [otherwise, *cells[1:]])))
+    return table(("patch", *values), rows)
+
+
+def rest_matrix() -> str:
+    return choices_matrix("rest", {f"`{name}`": (name,) for name in get_args(template.RestKind)}, "its own")
+
+
+ORDERS = {
+    "`raster`": ("raster",),
+    "`thw`, `twh`, ...": ("thw", "twh", "hwt", "htw", "wht", "wth"),
+    "`tile`": ("tile",),
+    "`morton`, `hilbert`, `gilbert`": ("morton", "hilbert", "gilbert"),
+    "`kmeans`": ("kmeans",),
+}
+
+
+def order_matrix() -> str:
+    return choices_matrix("order", ORDERS, "its own order")
+
+
+def shared_settings() -> str:
+    return settings(BlockConfig, BlockConfig.model_fields)
+
+
+def settings(config: type[BaseModel], names: Iterable[str]) -> str:
+    """A table of settings: values, default, meaning."""
+    rows = []
+    for name in names:
+        field = config.model_fields[name]
+        default = "required" if field.is_required() else f"`{plain(field.default)}`"
+        rows.append((f"`{name}`", values(field.annotation, field.metadata), default, field.description or ""))
+    return table(("setting", "values", "default", "what it is"), rows)
+
+
+def plain(value: Any) -> str:
+    """A default as a recipe has it."""
+    written = {None: "null", True: "true", False: "false"}
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(plain(item) for item in value)}]"
+    return written.get(value, str(value)) if isinstance(value, bool | NoneType) else str(value)
+
+
+def values(kind: Any, bounds: Sequence[Any] = ()) -> str:
+    """What a setting may be, in words."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return values(inner[0], [*bounds, *inner[1:]])
+    if origin in (Union, UnionType):
+        return " or ".join(values(each, bounds) for each in inner)
+    if origin is Literal:
+        return ", ".join(f"`{each}`" for each in inner)
+    if origin in (tuple, list):
+        if inner[-1] is Ellipsis or origin is list:
+            return f"list of: {values(inner[0])}"
+        same = len(set(map(str, inner))) == 1
+        return f"{len(inner)} of: {values(inner[0])}" if same else f"[{', '.join(values(each) for each in inner)}]"
+    names = {bool: "true, false", int: "whole number", float: "number", str: "text", NoneType: "null", Table: "a table"}
+    return names.get(kind, "mapping") + ("".join(bounded(bounds)) if kind in (int, float) else "")
+
+
+def bounded(bounds: Iterable[Any]) -> Iterator[str]:
+    """Bounds in words."""
+    words = {"ge": "from", "gt": "above", "le": "to", "lt": "below", "multiple_of": "in steps of"}
+    for bound in bounds:
+        for name in ("ge", "gt", "le", "lt", "multiple_of"):
+            if getattr(bound, name, None) is not None:
+                yield f" {words[name]} {getattr(bound, name)}"
+        if hasattr(bound, "metadata"):  # a Field inside of Annotated
+            yield from bounded(bound.metadata)
+
+
+def own_settings(config: type[BaseModel]) -> list[str]:
+    """The settings of a method that others do not share, or that differ from what is shared."""
+    shared = BlockConfig.model_fields if issubclass(config, BlockConfig) else {}
+
+    def differs(name: str) -> bool:
+        return (
+            name not in shared
+            or config.model_fields[name].default != shared[name].default
+            or (values(config.model_fields[name].annotation) != values(shared[name].annotation))
+        )
+
+    return [name for name in config.model_fields if differs(name)]
+
+
+@cache
+def recipe_files() -> tuple[RecipeFile, ...]:
+    """The recipe files that come with the package."""
+    return tuple(read_file(path) for path in shipped_files().values())
+
+
+def recipes_with(patch: str) -> list[str]:
+    """Full names of the shipped recipes that use a patch, each from the file that it stands in."""
+    return [
+        recipe.name
+        for file in recipe_files()
+        for recipe in file.recipes.values()
+        if recipe.path == file.path and patch in (entry.name for entry in recipe.patches())
+    ]
+
+
+NEEDED = {
+    "hidden_states": "what enters the layer",
+    "blind": "a second reading of the prompt, without its image tokens",
+    "ahead": "a plain forward over the prompt before the one that answers",
+    "vision_attention": "attention maps of the vision tower",
+    "turns": "where the turn of the system ends and the turn of the user begins",
+    "whole_prompt": "the prompt in one forward, not in pieces",
+    "answers": "which row answers, when it is read",
+    "scores": "scores that no soft cap changes before the softmax",
+    "probabilities": "scores that nothing is added to: no sink logits, no soft cap, no position bias",
+}
+"""`accelplug.patches.base.NEEDS`, for readers."""
+
+
+def patch_page(entry: PatchEntry) -> str:
+    """The page of a method, from its module's docstring, its settings and the recipes that use it."""
+    cls = patch_class(entry.name)
+    first, rest = said_of(entry.module)
+    parts = [f"# {entry.name}", f"**{first}**", rest]
+    parts += [f"Paper: arXiv {papers(entry.cite.removeprefix('arXiv '))}. The official code and its licence: `NOTICE`."]
+    if cls.needs:
+        parts += ["## What it needs of a model", "\n".join(f"* {NEEDED[need]}" for need in sorted(cls.needs))]
+    parts += ["## Settings", settings(cls.Config, own_settings(cls.Config))]
+    if issubclass(cls.Config, BlockConfig):
+        parts += [
+            "The other settings are [the same for all block-sparse patches](../patches.md#settings-that-block-sparse-patches-share)."
+        ]
+    if cls.Calibration is not None:
+        parts += [
+            "## Calibration",
+            f"```sh\naccelplug calibrate MODEL_DIR --patch {entry.name} --prompts prompts.txt -o my.yaml\n```",
+        ]
+        parts += (
+            ["Options, as `--set KEY=VALUE`:", settings(cls.Calibration, cls.Calibration.model_fields)] if knobs(cls) else []
+        )
+    if recipes := recipes_with(entry.name):
+        parts += ["## Shipped recipes", "\n".join(f"* `{name}`" for name in recipes)]
+    return "\n\n".join(parts) + "\n"
+
+
+def knobs(cls: type[Any]) -> bool:
+    return isinstance(cls.Calibration, type) and issubclass(cls.Calibration, BaseModel)
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+STATUS = {"verified": "verified", "layout": "layout-tested", "dense": "dense"}
+
+
+def denoisers() -> str:
+    """All families of denoisers."""
+    rows = []
+    for family in families.FAMILIES:
+        kinds = ", ".join(dict.fromkeys(kind for _, kind in family.sites))
+        status = "refused" if family.refuse else STATUS[family.status]
+        classes = ", ".join(f"`{name}`" for name in family.classes)
+        rows.append((family.name, classes, "" if status in ("refused", "dense") else kinds, status))
+    return table(("family", "classes", "kinds of attention", "status"), rows)
+
+
+def denoiser_notes() -> str:
+    """What each family's module says of it."""
+    notes = []
+    for file in families.FILES:
+        first, rest = said_of(f"accelplug.families.{file}")
+        title, _, what = first.partition(": ")
+        notes.append(f"**{title}.** {what[:1].upper()}{what[1:]}" + (f"\n\n{rest}" if rest else ""))
+    return "\n\n".join(notes)
+
+
+def vlms() -> str:
+    """All families of vision-language models."""
+    lie = {
+        "square": "one square",
+        "thw": "by frames, rows and columns",
+        "tiles": "square tiles",
+        "anyres": "a square and rows of tiles",
+    }
+    rows = [
+        (
+            family.name,
+            ", ".join(f"`{name}`" for name in family.classes),
+            lie[family.grid],
+            "refused" if family.pixels == "tiles" else "yes",
+        )
+        for family in KNOWN_VLMS
+    ]
+    return table(("family", "classes", "image tokens", "`carve`, `agla`"), rows)
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+def shipped_recipes() -> str:
+    """All recipe files that come with the package."""
+    rows = []
+    for file in recipe_files():
+        names = ", ".join(f"**{name}**" if name == file.default else name for name in file.recipes)
+        measured = sum(len(recipe.measured) for recipe in file.recipes.values())
+        rows.append((f"`{file.model}`", file.summary, names, str(measured or "")))
+    return table(("file", "model", "recipes (default in bold)", "measured rows"), rows)
+
+
+def step_caches() -> str:
+    """Step caches, with their settings."""
+    parts = []
+    for kind in CACHES.values():
+        fields = kind.settings.model_fields
+        rows = [
+            (
+                f"`{name}`",
+                values(field.annotation, field.metadata),
+                "required" if field.is_required() else f"`{plain(field.default)}`",
+            )
+            for name, field in fields.items()
+        ]
+        parts.append(f"**`{kind.name}`**: `diffusers.{kind.config}`\n\n{table(('setting', 'values', 'default'), rows)}")
+    return "\n\n".join(parts)
+
+
+def tested_versions() -> str:
+    rows = [(package, versions.tested_versions(package)) for package in versions.OLDEST]
+    return table(("library", "versions that the tests run on"), rows)
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def results(name: str) -> dict[str, Any]:
+    """A file of ``benchmarks/results``."""
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def run_of(name: str) -> str:
+    """When, where and on what a result was measured, in a line."""
+    file = results(name)
+    where = file.get("environment", file)
+    commits = file.get("git") or where["git"]
+    commit = ", ".join(dict.fromkeys(commits.values())) if isinstance(commits, dict) else commits
+    return f"*Measured on {where['date']}: {where['device']}, torch {where['versions']['torch']}, commit {commit}.*"
+
+
+def density(name: str, shown: dict[str, str]) -> str:
+    """All rows of a curve of quality over density."""
+    from benchmarks.density_curve import table as curves
+
+    return curves(results(name)["rows"], shown)
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def helped(*arguments: str) -> str:
+    """What ``accelplug ... --help`` prints, in 88 columns."""
+    out = io.StringIO()
+    with (
+        mock.patch.dict(os.environ, {"COLUMNS": "88", "NO_COLOR": "1"}),
+        contextlib.redirect_stdout(out),
+        contextlib.suppress(SystemExit),
+    ):
+        main([*arguments, "--help"])
+    return out.getvalue().strip()
+
+
+def commands() -> list[str]:
+    """The commands, in the order of the help."""
+    _, _, listed = helped().partition("commands:")
+    return re.findall(r"^    (\w+) ", listed, re.MULTILINE)
+
+
+def command_line() -> str:
+    """The page of the command line."""
+    parts = [
+        "# Command line",
+        "Every command ends with 0 if all is well, 1 if it found something wrong, 2 if it was asked wrongly.",
+    ]
+    for command in commands():
+        parts.append(f"## accelplug {command}\n\n```text\n{helped(command)}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------ the site
+
+
+MADE: Mapping[str, Callable[[], str]] = {
+    "pipeline patches": pipeline_patches,
+    "language patches": language_patches,
+    "rest matrix": rest_matrix,
+    "order matrix": order_matrix,
+    "shared settings": shared_settings,
+    "denoisers": denoisers,
+    "denoiser notes": denoiser_notes,
+    "vlms": vlms,
+    "shipped recipes": shipped_recipes,
+    "step caches": step_caches,
+    "tested versions": tested_versions,
+    "density layers": partial(density, "density_layers", {"error": "error"}),
+    "density runs": partial(
+        density, "density_runs", {"fg_psnr_db": "foreground dB", "psnr_db": "PSNR dB", "agreement": "agreement"}
+    ),
+    **{f"run {path.stem}": partial(run_of, path.stem) for path in (ROOT / "benchmarks" / "results").glob("*.json")},
+}
+"""What a mark in a page stands for."""
+
+
+def generated() -> dict[str, str]:
+    """Whole pages, by their path in the documentation."""
+    own = {f"patches/{entry.name}.md": patch_page(entry) for entry in OWN}
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    return {**own, "cli.md": command_line(), "changelog.md": papers(changelog)}
+
+
+def rendered(text: str) -> str:
+    """Return a page with its marks replaced, its drawings in place, and its code blocks without what tests are told of them."""
+    text = re.sub(r"<!-- made: ([\w ]+) -->", lambda found: MADE[found[1]](), text)
+    text = re.sub(r"!\[([^\]]*)\]\((\w+\.svg)\)", lambda found: drawing(found[2], found[1]), text)
+    return re.sub(r"^```python \{.*\}$", "```python", text, flags=re.MULTILINE)
+
+
+def drawing(name: str, says: str) -> str:
+    """Return a drawing as HTML, so that it has the colours of the theme."""
+    svg = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    svg = re.sub(r"\n\s*\n", "\n", svg.strip()).replace("<svg ", f'<svg role="img" aria-label="{says}" ', 1)
+    return f"<figure>{svg}</figure>"
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Have the page of every patch in the navigation."""
+    section = next(section["Patches"] for section in config.nav or [] if "Patches" in section)
+    groups = [*GROUPS, None]
+    for group in groups:
+        pages = [{entry.name: f"patches/{entry.name}.md"} for entry in OWN if group_of(entry) == group]
+        section.append({group or "For vision-language models": pages})
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made whole."""
+    from mkdocs.structure.files import File
+
+    for path, content in generated().items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Replace a page's marks."""
+    return rendered(text)
+
+
+def on_post_page(html: str, page: Page, config: MkDocsConfig) -> str:
+    """Refuse a page that loads anything from elsewhere."""
+    from mkdocs.exceptions import PluginError
+
+    if found := re.findall(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>", html):
+        raise PluginError(f"{page.file.src_uri} loads from the network: {found[0]}")
+    return html
