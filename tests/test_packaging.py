@@ -44,7 +44,7 @@ def test_the_linked_folders_are_no_packages_of_their_own() -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel and the source distribution, built from a tree of its own: an earlier build leaves files beside a checkout."""
+    """The wheel and the source distribution, built from a tree of its own: an earlier build leaves files beside a checkout."""
     tree, made = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
     for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
