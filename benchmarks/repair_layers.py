@@ -182,7 +182,7 @@ def show(pictures: list[dict[str, Any]]) -> None:
     for number, name in enumerate(SELECTED):
         cells = [cell for (selector, _), cell in found.items() if selector == name]
         for probes, line in ((0, "--"), (128, "-")):
-            colour = "0.5" if name == "random" else f"C{number}"
+            colour = "k" if name == "random" else f"C{number}"
             look = {"color": colour, "mfc": colour if probes else "w", "label": name if probes else None}
             axis.plot([cell["density"] for cell in cells], [cell[probes] for cell in cells], "o" + line, **look)
     axis.set(xlabel="density: pairs read, means counted", ylabel="relative error of the output", yscale="log")
