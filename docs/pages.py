@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from importlib import import_module
@@ -385,6 +386,61 @@ def density(name: str, shown: dict[str, str]) -> str:
     return curves(results(name)["rows"], shown)
 
 
+# --------------------------------------------------------------------------------------------------------------- house
+
+ROOMS = {
+    "cli": "the command line",
+    "testing": "laws and tiny models",
+    "tuning": "searches for a recipe, and proves it",
+    "calibration": "tables",
+    "loading": "from disk",
+    "weights": "real ones",
+    "comparison": "before and after, evaluators, reports",
+    "inspection": "where a model attends",
+    "plug": "apply, remove",
+    "hosts": "in and out of diffusers and transformers",
+    "recipe": "which patch, where, when",
+    "families": "what tokens mean",
+    "registry": "which patches there are",
+    "patches": "one file, one method",
+    "table": "what was calibrated",
+    "kernels": "plans, orders, block attention",
+    "chat": "prompts",
+    "compat": "private names",
+    "show": "print",
+    "zoo": "small models",
+    "call": "what a patch sees",
+    "errors": "what users are told",
+}
+"""What is said of a room of the house, where there is room for it."""
+ROW, WIDTH = 44, 660
+"""Of the picture: pixels from one floor to the next, and of a floor."""
+
+
+def house() -> str:
+    """A picture of the layers of the package, from their contract in pyproject.toml, as HTML in the theme's colours."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    shapes = []
+    for floor, layer in enumerate(layers):
+        rooms = [room for room in layer.split(" | ") if room not in ("__main__", "version")]
+        wide = (WIDTH - 10 * (len(rooms) - 1)) / len(rooms)
+        for place, room in enumerate(rooms):
+            x, y = 10 + place * (wide + 10), 10 + floor * ROW
+            says = ROOMS.get(room, "")
+            words = f'<tspan font-weight="700">{room}</tspan> {says if 8 * len(room + says) < wide else ""}'
+            bold = ' stroke-width="2.5"' if room in ("patches", "kernels") else ""
+            shapes.append(
+                f'<rect x="{x:.0f}" y="{y}" width="{wide:.0f}" height="34" rx="6" fill="none" stroke="currentColor"{bold}/>'
+            )
+            shapes.append(f'<text x="{x + 10:.0f}" y="{y + 22}">{words}</text>')
+    tall = len(layers) * ROW
+    arrow = f'<path d="M695 12V{tall - 8}m-5-8 5 8 5-8" fill="none" stroke="currentColor" stroke-width="2"/>'
+    along = f'<text transform="translate(714 {tall / 2 - 70:.0f}) rotate(90)">imports run down only</text>'
+    head = f'<svg role="img" aria-label="The layers of the package" viewBox="0 0 730 {tall + 10}" font-size="14" fill="currentColor">'
+    return f"<figure>{head}{''.join(shapes)}{arrow}{along}</svg></figure>"
+
+
 # -------------------------------------------------------------------------------------------------------- command line
 
 
@@ -432,6 +488,7 @@ MADE: Mapping[str, Callable[[], str]] = {
     "shipped recipes": shipped_recipes,
     "step caches": step_caches,
     "tested versions": tested_versions,
+    "house": house,
     "density layers": partial(density, "density_layers", {"error": "error"}),
     "density runs": partial(
         density, "density_runs", {"fg_psnr_db": "foreground dB", "psnr_db": "PSNR dB", "agreement": "agreement"}

@@ -186,6 +186,12 @@ def test_the_interface_is_all_there() -> None:
     assert set(re.findall(r"^::: accelplug\.(\w+)$", text, re.MULTILINE)) >= set(accelplug.__all__) - {"__version__"}
 
 
+def test_the_picture_of_the_house_has_every_room() -> None:
+    rooms = {path.stem for path in (ROOT / "accelplug").iterdir() if path.suffix == ".py" or path.is_dir()}
+    shown = set(re.findall(r'font-weight="700">(\w+)<', pages.house()))
+    assert {room for room in rooms if not room.startswith("_")} - {"recipes", "version"} == shown
+
+
 def test_every_need_is_said_in_words() -> None:
     assert pages.NEEDED.keys() == NEEDS
 
