@@ -163,12 +163,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("calibrate", help="measure a method's tables on dense runs; write a recipe that uses them")
     _takes_model(command, "a pipeline")
-    command.add_argument(
-        "--patch", required=True, help="sparse_vdit, paro or sta; rest: weights of pooled blocks, for --recipe"
-    )
+    command.add_argument("--patch", required=True, help="sparse_vdit, paro or sta; for --recipe: rest, or budget")
     command.add_argument("--prompts", type=Path, required=True, help="a text file, one prompt a line")
     command.add_argument("-o", "--output", type=Path, required=True, help="where the recipe goes: my.yaml")
-    command.add_argument("--recipe", help="rest: name or file of the recipe whose pooled blocks are weighed")
+    command.add_argument("--recipe", help="rest, budget: name or file of the recipe whose blocks are weighed or shared out")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the patch or a knob")
     command.add_argument("--buckets", type=_whole, default=4, help="spans of steps, each looked at once a run (default 4)")
     command.add_argument("--dense-steps", default="0:25%", help="steps that the recipe leaves dense (default 0:25%%)")

@@ -45,7 +45,7 @@ PATCH_FAMILIES = {
 }
 """What a patch may change, which decides what models take it."""
 
-RESERVED = ("dense", "rest")
+RESERVED = ("dense", "rest", "budget")
 """Names that mean something else to recipes and to `accelplug.calibrate`."""
 
 _OWN = (

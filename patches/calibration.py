@@ -32,6 +32,7 @@ class Seen:
     site, layout, clock : where, on which grid, when.
     bucket, buckets : in which of how many spans of equal length of the run.
     generator : for sampling; the same for the same call whenever it is observed. On the CPU.
+    prompt, prompts : which of how many.
     """
 
     call: AttentionCall
@@ -42,6 +43,8 @@ class Seen:
     bucket: int
     buckets: int
     generator: torch.Generator
+    prompt: int = 0
+    prompts: int = 1
 
     def sample(self, number: int, of: int | None = None) -> Tensor:
         """Draw indices below `of`, or visual tokens of the sequence, with replacement: int64 (number,), on the call's device."""
@@ -94,9 +97,17 @@ class Calibration:
         """Look at a dense call."""
         raise NotImplementedError
 
+    def serves(self, patch: Patch) -> bool:
+        """Whether a patch takes the tables."""
+        return type(patch) is type(self.patch)
+
     def tables(self) -> dict[str, Tensor]:
         """Return the tables, by key; see `axes`."""
         raise NotImplementedError
+
+    def told(self) -> str:
+        """Return what there is to say of the tables, in a sentence; nothing by default."""
+        return ""
 
     def add(self, seen: Seen, name: str, values: Tensor, row: tuple[int, int] | None = None) -> None:
         """Add numbers of one call, [H, ...], to a sum [rows, layers, H, ...] of their dtype, and count the call.

@@ -37,9 +37,13 @@ class RestWeights(Calibration):
         super().__init__(BlockSparse(), config)
         self._choose = choose  # (site, layout, clock) -> the selector that would answer there and then
 
+    def serves(self, patch: Any) -> bool:
+        """Whether a patch takes the table."""
+        return isinstance(patch, BlockSparse) and patch.config.rest in WEIGHTED_RESTS
+
     def observe(self, seen: Seen, part: int) -> None:
         patch = self._choose(seen.site, seen.layout, seen.clock)
-        if patch is None or patch.config.rest not in WEIGHTED_RESTS:
+        if patch is None or not self.serves(patch):
             return
         params = patch.prepare(seen.site, seen.layout, seen.clock, {})
         if params is None:

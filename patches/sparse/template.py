@@ -333,10 +333,13 @@ class BlockSparse(Patch):
             measure_choice(**self._arguments(*self.laid_out(call, params), params))
 
     def inspect(self, call: AttentionCall, params: BlockParams) -> tuple[float, BlockPlan]:
-        blocks, plan = self.laid_out(call, params)
-        if isinstance(plan, Threshold):
-            plan = plan.lower(blocks.q_pool, blocks.k_pool, call.scale)
+        plan = self.planned(call, params)
         return float(self.costs(plan).mean()), plan
+
+    def planned(self, call: AttentionCall, params: BlockParams) -> BlockPlan:
+        """Return the block plan of a call."""
+        blocks, plan = self.laid_out(call, params)
+        return plan.lower(blocks.q_pool, blocks.k_pool, call.scale) if isinstance(plan, Threshold) else plan
 
     def costs(self, plan: BlockPlan) -> Tensor:
         """Return what a plan costs as a fraction of dense, by head: float64 (B|1, H|1)."""

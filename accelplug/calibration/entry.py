@@ -1,0 +1,205 @@
+"""calibrate(): what a method or a recipe leaves to be measured, found on dense runs of a pipeline, and a recipe that has it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accelplug import compat, files, show
+from accelplug.calibration.effects import weigh
+from accelplug.calibration.rules import rules_with
+from accelplug.calibration.tally import Tally
+from accelplug.calibration.target import OF_RECIPES, Target, calibration_of
+from accelplug.comparison import arguments
+from accelplug.comparison.environment import environment
+from accelplug.comparison.ranks import working
+from accelplug.errors import AccelplugError, NoMatchError, nearest
+from accelplug.hosts.host import model_facts, require_ability
+from accelplug.plug import apply
+from accelplug.recipe import Recipe, load, match_for, matching_files, read_file, strict_yaml, write_recipe
+from accelplug.registry import patch_class, patch_entry
+from accelplug.table import Origin, Table, write_tables
+
+
+def calibrate(
+    pipe: Any,
+    patch: str,
+    prompts: str | Sequence[str | Mapping[str, Any]],
+    *,
+    path: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    recipe: Any = None,
+    inputs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    buckets: int = 4,
+    dense_steps: str | None = "0:25%",
+    progress: bool = True,
+) -> Recipe:
+    """Run a pipeline dense on some prompts, measure what a method's tables hold, and return a recipe that uses them.
+
+    Several processes (`accelerate launch`, torchrun) share the prompts, each with a pipeline of its own; all get the recipe, the first
+    one writes files. The tables are the same to the bit, and a calibration that was cut off goes on with any number of processes.
+
+    One attention call per layer, guidance branch and bucket is looked at, at the step in the bucket's middle, on sampled
+    queries; everything else runs as it always does. The pipeline is left as it was. Sums are kept on the CPU.
+
+    Parameters
+    ----------
+    pipe : a diffusers pipeline.
+    patch : ``sparse_vdit``, ``paro``, ``sta``: what is calibrated; or for the selectors of `recipe` ``rest``, the weights of their
+        pooled blocks, or ``budget``, how much each layer, head and span of steps reads at the cost of the recipe as it is.
+    prompts : one or several, or arguments of the pipeline's call each; one run of `seed` plus its index each.
+    path : where the recipe goes, ``my.yaml``; tables go to ``my.safetensors`` beside it. Until then ``my.partial.safetensors`` is
+        written after every run, and taken up again by a call with the same arguments. None: nothing is written.
+    config : settings of the patch, as in a recipe.
+    options : knobs of the calibration; see the patch's ``Calibration.Config``.
+    recipe : what ``rest`` and ``budget`` are for; anything that `accelplug.apply` takes.
+    inputs : further arguments of the pipeline's call: size, frames, steps, guidance.
+    buckets : spans of equal length that a run's steps fall into; tables with an axis of steps have one row each.
+    dense_steps : steps that the written recipe leaves dense; None for none. They are measured all the same. `recipe` has its own.
+    progress : show a progress bar.
+
+    Raises
+    ------
+    NoMatchError
+        If there is no such patch, or it has nothing to calibrate, or no attention was seen.
+    AccelplugError
+        If `path` is there already, a partial file holds something else, or a knob is unknown.
+    UnsupportedError
+        If the model is not a pipeline, or its attention runs on several grids.
+    """
+    require_ability(pipe, "calibrate")
+    arguments.require_whole(buckets, "calibrate, buckets", 1)
+    arguments.require_whole(seed, "calibrate, seed", 0, 2**62)
+    given = [prompts] if isinstance(prompts, str | Mapping) else prompts
+    if isinstance(given, Sequence):
+        given = [{"prompt": item} if isinstance(item, str) else item for item in given]
+    runs = arguments.calls(pipe, given, "calibrate")
+    arguments.calls(pipe, [inputs or {}], "calibrate")
+    for name, settings in {"config": config, "options": options}.items():
+        if not isinstance(settings, Mapping | None):
+            raise AccelplugError(f"calibrate, {name}: expected a mapping of settings, got {settings!r}.")
+    facts = model_facts(pipe)
+    base = load(recipe, facts) if patch in OF_RECIPES else None
+    if base is not None:
+        base.to_mapping()  # a rule that cannot be written is refused before anything runs
+    target = Target(patch, dict(config or {}), dict(options or {}), base)
+    target.make()  # a wrong knob is refused before anything runs
+    if dense_steps is not None:
+        load({"rules": [{"where": {"steps": dense_steps}, "patch": "dense"}]}, facts)
+    place = None if path is None else Files(files.output(path, "calibrate writes a recipe", (".yaml", ".yml")))
+    if place is not None and (there := place.in_the_way()):
+        raise AccelplugError(f"{there} is there already. Give another name, or move it away.")
+    settings = {
+        "patch": patch,
+        "config": target.config,
+        "options": target.options,
+        "recipe": base.describe() if base else None,
+        "runs": [{key: repr(value) for key, value in {**run, **(inputs or {})}.items()} for run in runs],
+        "seed": seed,
+        "buckets": buckets,
+        "model": target.model(facts),
+    }
+    tally = Tally(target, len(runs), buckets, seed, json.dumps(settings, sort_keys=True))
+    done = tally.resume(place.partial) if place is not None else 0
+
+    def run(index: int) -> Any:
+        generator = torch.Generator("cpu").manual_seed(seed + index)
+        given = {"output_type": "latent", **runs[index], **(inputs or {}), "return_dict": False, "generator": generator}
+        with arguments.refusals(pipe, started=lambda: tally.steps):
+            return pipe(**given)[0]
+
+    with (
+        working(pipe) as ranks,
+        apply(pipe, tally.watcher, gate="off", deterministic=True) as plug,
+        show.progress("calibrating", tally.turns, progress and ranks.first) as tell,
+        compat.diffusers.quiet(pipe),
+        torch.no_grad(),
+    ):
+        while done < tally.turns:
+            turns = tally.round(done, ranks.parts)
+            for turn in ranks.share(turns):
+                index = tally.start(turn, tell)
+                run(index)
+            tally.add_up(ranks)
+            done = turns.stop
+            if place is not None and ranks.first:
+                tally.save(place.partial, done)
+        why_not = "; ".join(plug.report().fallbacks)
+    if not tally.calibrations:
+        raise NoMatchError(f"No attention of {type(pipe).__name__} was observed. {why_not or 'Does a rule fit any?'}")
+    with working(pipe) as ranks, compat.diffusers.quiet(pipe), torch.no_grad():
+        weigh(pipe, tally, lambda: run(0), ranks, progress and ranks.first)
+    origin = Origin(
+        model=target.model(facts),
+        grid_thw=tally.grid_thw,
+        steps=tally.steps,
+        patch=patch,
+        versions=environment(pipe)["versions"],
+        git=environment(pipe)["git"],
+        notes={"prompts": len(runs), "seed": seed, "buckets": buckets, **target.options},
+    )
+    tables, axes = tally.tables()
+    told = [one.told() for one in tally.calibrations.values()]
+    grid = "x".join(map(str, tally.grid_thw or ()))
+    summary = " ".join([f"Calibrated on {len(runs)} prompts, {tally.steps} steps, {grid} tokens.", *filter(None, told)])
+    origin = replace(origin, axes=axes)
+    if place is None:
+        made = {key: Table(values, axes[key], key=key, origin=origin) for key, values in tables.items()}
+        return load({"rules": rules_with(tally, made, dense_steps), "summary": summary}, facts)
+    with working(pipe) as ranks:
+        if ranks.first:
+            refs = write_tables(place.tables, tables, origin)
+            rules = rules_with(tally, refs, dense_steps)
+            shipped = matching_files(facts)
+            match = shipped[0].match.to_mapping() if len(shipped) == 1 else match_for(facts)
+            cite = base.cite if base is not None else patch_entry(patch).cite
+            write_recipe(place.recipe, match, patch, {"cite": cite, "summary": summary, "rules": rules, "measured": []})
+            place.partial.unlink(missing_ok=True)
+        ranks.gather(None)  # it is there for all
+    return load(read_file(place.recipe).recipe(), facts)
+
+
+def split_settings(patch: str, settings: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what ``key=value`` texts set of the patch, and what of its calibration; a key that both have sets both."""
+    knobs = calibration_of(patch).Config.model_fields
+    fields = {} if patch in OF_RECIPES else patch_class(patch).Config.model_fields
+    config, options = {}, {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not {key} & (set(fields) | set(knobs)):
+            raise AccelplugError(
+                f"--set takes key=value, of {', '.join(sorted({*fields, *knobs}))}{nearest(key, [*fields, *knobs])}."
+            )
+        parsed, _ = strict_yaml.parse_yaml(f"value: {value}", f"--set {text}")
+        if key in fields:
+            config[key] = parsed["value"]
+        if key in knobs:
+            options[key] = parsed["value"]
+    return config, options
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a calibration writes."""
+
+    recipe: Path
+
+    @property
+    def tables(self) -> Path:
+        return self.recipe.with_suffix(".safetensors")
+
+    @property
+    def partial(self) -> Path:
+        return self.recipe.with_suffix(".partial.safetensors")
+
+    def in_the_way(self) -> Path | None:
+        """A file that would be lost. Tables beside a partial file are this calibration's own, written when it was cut off."""
+        mine = (self.recipe,) if self.partial.exists() else (self.recipe, self.tables)
+        return next((path for path in mine if path.exists()), None)
