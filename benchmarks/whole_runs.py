@@ -64,7 +64,7 @@ METHODS: dict[str, tuple[str, str, tuple[Any, ...], dict[str, Any]]] = {
     "radial": ("radial", "sink", (True, False), {}),
     "svg_ear": ("svg_ear", "density", (0.2, 0.1), {"order": "gilbert"}),
     "random": (Random.name, "density", (0.2, 0.4), {}),
-    "neighborhood": ("neighborhood", "window", (("full", 5, 5), ("full", 7, 9)), {"mask": "tile"}),
+    "neighborhood": ("neighborhood", "window", (("full", 5, 5), ("full", 7, 9), ("full", 3, 3)), {"mask": "tile"}),
     "psa": ("psa", "bounds", ((0.5, 0.7, 0.8, 0.9), (0.4, 0.5, 0.6, 0.8)), {"order": "gilbert", "rest": "drop"}),
     "rectified": ("rectified", "drop_rate", (0.8, 0.9), {"order": "gilbert", "adjacent": False, "rest": "rectified"}),
     "tome": ("tome", "ratio", (0.5, 0.7), {"cell_thw": [4, 1, 1], "tile_thw": [8, 4, 4]}),
