@@ -124,16 +124,32 @@ def accepts(config: type[BaseModel], **settings: Any) -> bool:
     return True
 
 
+def in_the_way(config: type[BaseModel], **settings: Any) -> list[str] | None:
+    """The switches that must be off for settings to be valid, most often none; None where they never are."""
+    switches = [name for name, field in config.model_fields.items() if field.default is True]
+    if not accepts(config, **settings, **dict.fromkeys(switches, False)):
+        return None
+    for name in tuple(switches):
+        rest = [other for other in switches if other != name]
+        switches = rest if accepts(config, **settings, **dict.fromkeys(rest, False)) else switches
+    return switches
+
+
+def cell(config: type[BaseModel], key: str, options: Sequence[Any]) -> str:
+    """What a matrix says of some values of a setting."""
+    if key not in config.model_fields:
+        return ""
+    if config.model_fields[key].default in options:
+        return "**default**"
+    off = in_the_way(config, **{key: options[0]})
+    return "" if off is None else "yes" + (", without " + ", ".join(f"`{name}`" for name in off) if off else "")
+
+
 def choices_matrix(key: str, values: Mapping[str, Sequence[Any]], otherwise: str) -> str:
-    """Which method takes which values of a setting: ``default``, ``yes``, or nothing; `values` by the heading of their column."""
+    """Which method takes which values of a setting, `values` by the heading of their column."""
     rows = []
     for entry, cls in block_sparse():
-        cells = []
-        for options in values.values():
-            default = key in cls.Config.model_fields and cls.Config.model_fields[key].default in options
-            cells.append(
-                "**default**" if default else "yes" if any(accepts(cls.Config, **{key: o}) for o in options) else ""
-            )
+        cells = [cell(cls.Config, key, options) for options in values.values()]
         rows.append((f"[`{entry.name}`](patches/{entry.name}.md)", *(cells if any(cells) else [otherwise, *cells[1:]])))
     return table(("patch", *values), rows)
 
@@ -255,7 +271,6 @@ def patch_page(entry: PatchEntry) -> str:
     cls = patch_class(entry.name)
     first, rest = said_of(entry.module)
     parts = [f"# {entry.name}", f"**{first}**", rest]
-    parts += [f"Paper: arXiv {papers(entry.cite.removeprefix('arXiv '))}. The official code and its licence: `NOTICE`."]
     if cls.needs:
         parts += ["## What it needs of a model", "\n".join(f"* {NEEDED[need]}" for need in sorted(cls.needs))]
     parts += ["## Settings", settings(cls.Config, own_settings(cls.Config))]
@@ -268,16 +283,19 @@ def patch_page(entry: PatchEntry) -> str:
             "## Calibration",
             f"```sh\naccelplug calibrate MODEL_DIR --patch {entry.name} --prompts prompts.txt -o my.yaml\n```",
         ]
-        parts += (
-            ["Options, as `--set KEY=VALUE`:", settings(cls.Calibration, cls.Calibration.model_fields)] if knobs(cls) else []
-        )
+        knobs = cls.Calibration.Config
+        parts += ["Its knobs, as `--set KEY=VALUE`:", settings(knobs, knobs.model_fields)]
     if recipes := recipes_with(entry.name):
         parts += ["## Shipped recipes", "\n".join(f"* `{name}`" for name in recipes)]
+    parts += ["## Source", papers(notices()[entry.name])]
     return "\n\n".join(parts) + "\n"
 
 
-def knobs(cls: type[Any]) -> bool:
-    return isinstance(cls.Calibration, type) and issubclass(cls.Calibration, BaseModel)
+@cache
+def notices() -> dict[str, str]:
+    """What NOTICE says of each method."""
+    text = (ROOT / "NOTICE").read_text(encoding="utf-8")
+    return {name: " ".join(said.split()) for name, said in re.findall(r"^(\w+) {2,}(.*(?:\n {2,}.*)*)", text, re.MULTILINE)}
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -319,7 +337,7 @@ def vlms() -> str:
             family.name,
             ", ".join(f"`{name}`" for name in family.classes),
             lie[family.grid],
-            "refused" if family.pixels == "tiles" else "yes",
+            "refused" if family.pixels == "tiles" else "with one tile" if family.grid == "tiles" else "yes",
         )
         for family in KNOWN_VLMS
     ]
