@@ -231,7 +231,7 @@ def outputs(blocks: Blocks, plan: BlockPlan) -> Iterator[tuple[str, Tensor]]:
         yield f"linear, by {slope}", first_order(pooled, total[..., 0], q, k, v, plan, Linear(slope=slope), scale, None)
     for rest, gain in (("rectified", True), ("rectified, no gain", False)):
         weighed = Rectified(*rectify(q, k, plan, blocks.k_tiles.visual_slots, scale, gain=gain))
-        yield rest, rectified(weighed, out, v, plan, None)
+        yield rest, rectified(weighed, out.clone(), v, plan, None)  # both write over the exact output
     yield "tied", tied(out, lse, q, k, v, plan, scale, None)
 
 
