@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from accelplug.kernels.plan import BlockPlan
@@ -20,6 +22,12 @@ def write_json(name: str, data: Any) -> Path:
     path.write_text(json.dumps(data, indent=1) + "\n")
     print(f"wrote {path.relative_to(RESULTS.parents[1])}")
     return path
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's, of values without ties."""
+    first, second = (np.argsort(np.argsort(values)) for values in (a, b))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def random_plan(tokens: int, block: int, density: float, seed: int = 0) -> BlockPlan:

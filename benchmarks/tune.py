@@ -1,10 +1,11 @@
 """What tune() finds on the bundled video model, held against shipped recipes, random search, and other splits of seeds.
 
-usage: python -m benchmarks.tune [--time 600] [--budget "psnr>=26"] [--grid middle] [--pairs 6] [--limit 2040] [--smoke]
+usage: python -m benchmarks.tune [--time 600] [--budget "psnr>=26" ...] [--grid middle] [--parts ...] [--pairs 6] [--limit 2040] [--smoke]
 
 Five parts, each written to `benchmarks/results/tune.json` as soon as it is done:
 
-* `tune`: one search: time by phase, probes, whole runs, the winner and its proof, and how far forecasts were off.
+* `tune`: one search: time by phase, probes, whole runs, the winner and its proof, and how far forecasts were off. Under every further
+  budget another one, `tune, BUDGET`, with the probes of the first.
 * `random`: candidates drawn at random from the same space for as long, each run whole, with the same proof.
 * `held_out`: on the proof's prompt and seeds, both winners, every recipe shipped for the model, and the best patch alone, the
   best cache alone, and the two together.
@@ -43,7 +44,7 @@ from accelplug.tuning.journal import Journal
 from accelplug.tuning.prediction import Probe
 from accelplug.tuning.result import Point, Tuned
 from accelplug.tuning.search import Search
-from accelplug.tuning.space import FINALISTS, WORTH, Arm, Candidate, cached
+from accelplug.tuning.space import FINALISTS, WORTH, Arm, Candidate, cached, repaired
 from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, foreground
 from benchmarks.common import write_json
 
@@ -54,6 +55,7 @@ GRIDS = {  # frames, height, width, steps
     "demo": (33, 128, 192, 16),  # 17 x 16 x 24 = 6,528 tokens
 }
 SEARCHED, PROVEN, FRESH = HELD_OUT_CAPTIONS[0], HELD_OUT_CAPTIONS[1], HELD_OUT_CAPTIONS[2:]
+PARTS = ("random", "held_out", "splits")
 SIDE = 2
 """Prompts and seeds on each side of a split."""
 
@@ -69,7 +71,9 @@ class RandomSearch(Search):
     def _probe(self, found: Sequence[Arm]) -> None:
         assert self.predictor is not None
         self.draw = random.Random(self.seed)
-        self.predictor.probes = {arm: Probe({0: 0.0}, 0.0) for arm in found}  # every arm is kept, and nothing is known of it
+        layout = self.predictor.trajectory.layout
+        every = [each for arm in found for each in (arm, *repaired(arm, layout))]
+        self.predictor.probes = {arm: Probe({0: 1.0}, 0.5) for arm in every}  # every arm is kept, and nothing is known of it
         self.predictor.layer_share = {layer: self.draw.random() for layer in range(self.predictor.trajectory.layers)}
 
     def _weigh(self) -> bool:
@@ -89,12 +93,18 @@ class RandomSearch(Search):
 
 
 def searched(
-    kind: type[Search], pipe: Any, settings: dict[str, Any], seeds: int, bounds: tuple[Bound, ...], seconds: float
+    kind: type[Search],
+    pipe: Any,
+    settings: dict[str, Any],
+    seeds: int,
+    bounds: tuple[Bound, ...],
+    seconds: float,
+    journal: Journal,
 ) -> Search:
     """Run one search on the first half of the seeds and one prompt, proven on the others, as `accelplug.tune` does."""
     study = Study(pipe, [{"prompt": text, **settings} for text in (SEARCHED, PROVEN)], list(range(seeds)), foreground, None)
     seen, unseen = [(0, seed) for seed in range(seeds // 2)], [(1, seed) for seed in range(seeds // 2, seeds)]
-    search = kind(study, bounds, seen, unseen, seconds, Journal(None, ""))
+    search = kind(study, bounds, seen, unseen, seconds, journal)
     with quiet(pipe):
         search.run(None, True)
     return search
@@ -117,7 +127,7 @@ def told(search: Search, found: Tuned) -> dict[str, Any]:
             for name, values in measured.items()
             if values
         },
-        "points": [vars(point) for point in found.points],
+        "points": [{**vars(point), "error": search.study.rows[point.name].error} for point in found.points],
     }
 
 
@@ -240,10 +250,12 @@ def splits(runs: Mapping[str, Sequence[Run]]) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--time", type=float, default=600.0, help="seconds of each search (default 600)")
-    parser.add_argument("--budget", default="psnr>=26", help="bounds (default psnr>=26)")
+    parser.add_argument("--budget", nargs="+", default=["psnr>=26"], help="bounds, of one search each (default psnr>=26)")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="beside the searches (default all)")
     parser.add_argument("--grid", choices=GRIDS, default="middle")
     parser.add_argument("--seeds", type=int, default=4, help="of a search, half of them for its proof (default 4)")
     parser.add_argument("--pairs", type=int, default=6, help="prompts and seeds to split, at least 4 (default 6)")
+    parser.add_argument("--no-shipped", dest="shipped", action="store_false", help="leave shipped recipes out of held_out")
     parser.add_argument("--pool", type=int, default=6, help="candidates that are run on them (default 6)")
     parser.add_argument(
         "--limit", type=float, default=2040.0, help="seconds in all; pairs are left out for it (default 2040)"
@@ -263,46 +275,61 @@ def main() -> None:
     pipe = WanPipeline.from_pretrained(zoo.path(), dtype=torch.float32)
     frames, height, width, steps = GRIDS[options.grid]
     settings = {"num_frames": frames, "height": height, "width": width, "num_inference_steps": steps, "guidance_scale": 3.0}
-    bounds = parse_budget(options.budget)
     data: dict[str, Any] = {**environment(pipe), "settings": settings, "budget": options.budget, "asked": vars(options)}
 
     def write(**parts: Any) -> None:
         data.update(parts)
         write_json(options.name, jsonable(data))
 
-    search = searched(Search, pipe, settings, options.seeds, bounds, options.time)
-    found = search.result()
-    print(found)
-    write(tune=told(search, found))
+    journal, winners = Journal(None, ""), {}
+
+    def search_for(name: str, kind: type[Search], budget: str, seconds: float) -> tuple[Search, Tuned]:
+        search = searched(kind, pipe, settings, options.seeds, parse_budget(budget), seconds, journal)
+        found = search.result()
+        print(found)
+        write(**{name: told(search, found)})
+        winners[name] = found.proven
+        return search, found
+
+    first, *stricter = options.budget
+    search, found = search_for("tune", Search, first, options.time)
     if options.report is not None:
         found.to_html(options.report)
+    for budget in stricter:
+        search_for(f"tune, {budget}", Search, budget, options.time)
+    if "random" in options.parts:
+        search_for("random", RandomSearch, first, found.seconds["all"])
+    if "held_out" in options.parts:
+        write(**held_out(pipe, search, winners, options.shipped))
+    if "splits" in options.parts:
+        write(splits=splitted(pipe, found, settings, options, until))
 
-    drawn = searched(RandomSearch, pipe, settings, options.seeds, bounds, found.seconds["all"])
-    lucky = drawn.result()
-    print(lucky)
-    write(random=told(drawn, lucky))
 
-    (file,) = matching_files(model_facts(pipe))
-    recipes: dict[str, Any] = {f"shipped {name}": recipe for name, recipe in file.recipes.items()}
+def held_out(pipe: Any, search: Search, winners: Mapping[str, Point | None], shipped: bool) -> dict[str, Any]:
+    """Run winners, the best patch and cache with and without each other, and what is shipped, where the search never looked."""
+    bounds, (file,) = search.bounds, matching_files(model_facts(pipe))
+    recipes: dict[str, Any] = {f"shipped {name}": recipe for name, recipe in file.recipes.items() if shipped}
     recipes |= {name: candidate.rules() for name, candidate in pieces(search).items()}
-    winners = {"tune": found.proven, "random": lucky.proven}
     recipes |= {name: point.recipe for name, point in winners.items() if point is not None}
     with quiet(pipe):
         runs = beside(search.study, recipes, search.unseen, bounds)
-    held_out = {name: {"recipe": str(search.study.rows[name].rules), **summary(of, bounds)} for name, of in runs.items()}
-    shipped = [row["gain"] for name, row in held_out.items() if name.startswith("shipped") and row["holds"]]
-    mine = held_out["tune"]["gain"] if found.proven else 1.0
-    best = max(shipped, default=1.0)
+    found = {name: {"recipe": str(search.study.rows[name].rules), **summary(of, bounds)} for name, of in runs.items()}
+    within = [row["gain"] for name, row in found.items() if name.startswith("shipped") and row["holds"]]
+    mine = found["tune"]["gain"] if winners["tune"] else 1.0
+    best = max(within, default=1.0)
     finds = {
         "tune": mine,
-        "fastest_shipped_within_budget": best if shipped else None,
+        "fastest_shipped_within_budget": best if within else None,
         "at_least_as_fast": mine >= max(best, 1.0),
     }
-    for name, row in held_out.items():
+    for name, row in found.items():
         print(f"{name:24s} {row['gain']:.2f}x  {'holds' if row['holds'] else 'fails'}  {[row[b.name] for b in bounds]}")
-    print(f"tune finds a recipe at least as fast at the same budget: {'yes' if finds['at_least_as_fast'] else 'no'}")
-    write(held_out=held_out, finds=finds)
+    return {"held_out": found, "finds": finds} if shipped else {"held_out": found}
 
+
+def splitted(pipe: Any, found: Tuned, settings: dict[str, Any], options: argparse.Namespace, until: float) -> dict[str, Any]:
+    """Run the search's fastest on fresh prompts and seeds, and split these in every way."""
+    bounds = found.bounds
     texts = [{"prompt": FRESH[i], **settings} for i in range(options.pairs)]
     fresh = Study(pipe, texts, list(range(100, 100 + options.pairs)), foreground, None)
     chosen = {point.name: point.recipe for point in pool(found.points, bounds, options.pool)}
@@ -310,9 +337,7 @@ def main() -> None:
         runs = beside(fresh, chosen, list(zip(range(options.pairs), fresh.seeds, strict=True)), bounds, until)
     counts = splits(runs)
     print(counts)
-    write(
-        splits={"counts": counts, "candidates": {name: summary(of, bounds) for name, of in runs.items() if of}, "runs": runs}
-    )
+    return {"counts": counts, "candidates": {name: summary(of, bounds) for name, of in runs.items() if of}, "runs": runs}
 
 
 if __name__ == "__main__":
