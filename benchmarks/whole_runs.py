@@ -269,7 +269,7 @@ def collect(store: Path | None) -> dict[str, Any]:
         for row in found:
             scores = {key: float(f"{float(value):.5g}") for key, value in row["scores"].items() if value is not None}
             runs[row["grid"]].setdefault(row["arm"], {})[f"{row['caption']}, {row['seed']}"] = jsonable(scores)
-        facts = {"git": sorted({row["git"] for row in found}), "chosen_on": CHOSEN_ON, "grids": GRIDS}
+        facts = {"git": ", ".join(sorted({row["git"] for row in found})), "chosen_on": CHOSEN_ON, "grids": GRIDS}
         captions = {number: HELD_OUT_CAPTIONS[number] for number in CAPTIONS}
         write_json("whole_runs", {**environment(), **facts, "captions": captions, "runs": runs})
     return runs
