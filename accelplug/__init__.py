@@ -14,7 +14,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from accelplug.errors import AccelplugError
+from accelplug.files import without_links
 from accelplug.version import __version__
+
+if (_BROKEN := without_links()) is not None:
+    raise ImportError(_BROKEN)
 
 if TYPE_CHECKING:
     from accelplug.calibration import calibrate

@@ -31,6 +31,17 @@ def path_of(given: Any, what: str) -> Path:
     return path
 
 
+def without_links(package: Path = Path(__file__).parent) -> str | None:
+    """Say in a sentence that this clone has text files where there should be symbolic links, as git makes without them; else None."""
+    broken = [name for name in ("kernels", "patches", "recipes") if (package / name).is_file()]
+    if not broken:
+        return None
+    return (
+        f"{package} has text files in place of the symbolic links {', '.join(broken)}: in the clone, run "
+        "`git config core.symlinks true` and `git checkout -- accelplug`, or install it by `pip install .`, without -e."
+    )
+
+
 def cache_folder() -> Path:
     """Return where this package may keep what it can make again; it need not be there.
 

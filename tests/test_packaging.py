@@ -42,6 +42,22 @@ def test_the_linked_folders_are_no_packages_of_their_own() -> None:
         assert (ROOT / "accelplug" / name).readlink() == Path("..") / name
 
 
+@pytest.mark.parametrize(
+    "arguments", [["-c", "import accelplug"], ["-m", "accelplug", "list"], ["-m", "accelplug", "doctor"]]
+)
+def test_a_clone_without_links_says_so_in_a_sentence(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "accelplug").mkdir()
+    for path in (ROOT / "accelplug").glob("*.py"):
+        shutil.copy2(path, tmp_path / "accelplug")
+    for name in LINKED:
+        (tmp_path / "accelplug" / name).write_text(f"../{name}")  # what git writes where links are off
+    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env={}, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "text files in place of the symbolic links kernels, patches, recipes" in last
+    assert "git config core.symlinks true" in last
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel and the source distribution, built from a tree of its own: an earlier build leaves files beside a checkout."""
