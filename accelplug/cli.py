@@ -309,6 +309,8 @@ def _compare_answers(options: argparse.Namespace, report: Path | None) -> int:
     """Compare a vision-language model on questions and descriptions."""
     if options.record:
         raise AccelplugError("compare records pipelines only; of a language model, `accelplug tune` writes a measured row.")
+    if options.by_layer:
+        raise AccelplugError("--by-layer shows errors that repair estimates, of pipelines only. Leave it out.")
     from accelplug import loading
     from accelplug.comparison import Exam, compare
 

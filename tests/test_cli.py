@@ -86,8 +86,19 @@ def test_compare_writes_a_page_and_json(tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*common, *size, "--recipe", "sol", "--report", str(tmp_path / "r.html")]) == 0
     assert "sol" in capsys.readouterr().out
     assert "<canvas" in (tmp_path / "r.html").read_text()
-    assert main([*common, *size, "--recipe", "radial", "--report", str(tmp_path / "r.json")]) == 0
+    assert main([*common, *size, "--recipe", "radial", "--by-layer", "--report", str(tmp_path / "r.json")]) == 0
+    assert "No row estimates its error" in capsys.readouterr().out
     assert Comparison.from_json(tmp_path / "r.json").row("radial").samples
+
+
+def test_show_says_what_is_repaired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    text = "schema: 1\nmodel: mine\nmatch: {class: A}\ndefault: a\nrecipes:\n  a:\n    cite: us\n    measured: []\n"
+    text += "    rules: [{patch: radial, with: {repair: REPAIR}}]\n"
+    for repair, said in (("output_query", True), ("none", False)):
+        path.write_text(text.replace("REPAIR", repair))
+        assert main(["show", str(path)]) == 0
+        assert ("its error is repaired" in capsys.readouterr().out) == said
 
 
 def test_no_pipeline_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

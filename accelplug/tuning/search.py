@@ -297,23 +297,24 @@ class Search:
         """Measure arms while there is time for it, what none beats also repaired, the fastest also with q.k in 8 bits, then layers."""
         assert self.predictor is not None
         prober, predictor, until = self._prober, self.predictor, PROBE_SHARE * self.time_budget_s
-        for measure, those in ((prober.arm, lambda: found), (prober.arm_repaired, predictor.front)):
+        by_layer_s = 2 * predictor.trajectory.layers * predictor.trajectory.snapshots[0].ms / 1e3
+        half, rest = (self.spent_s + until - by_layer_s) / 2, until - by_layer_s
+        for measure, those, end in ((prober.arm, lambda: found, half), (prober.arm_repaired, predictor.front, rest)):
             for arm in those():
-                if self.spent_s > until:
-                    return
+                if self.spent_s > end:
+                    break
                 try:
                     measure(arm)
                 except AccelplugError as error:
                     self._note(f"Not tried, {arm}: {error}")
+        if self.spent_s > until or not predictor.probes:
+            return
         if why_not := no_8_bits(predictor.trajectory.snapshots[0].output.device):
             self._note(why_not)
         else:
             for arm in sorted(predictor.probes, key=lambda arm: predictor.probes[arm].ratio)[:2]:
                 prober.arm_in_8_bits(arm)
-        if (
-            predictor.probes
-            and self.spent_s + 2 * predictor.trajectory.layers * predictor.trajectory.snapshots[0].ms / 1e3 < until
-        ):
+        if self.spent_s + by_layer_s < until:
             prober.layers()
 
     def _variants(self, arm: Arm) -> Iterator[Candidate]:
