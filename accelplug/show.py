@@ -49,8 +49,7 @@ class Shown:
 
     def page(self) -> str:
         """Return one self-contained HTML page."""
-        name = html.escape(type(self).__name__)
-        return f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{name}</title>\n<body>{as_html(self)}</body></html>\n"
+        return framed(type(self).__name__, as_elements(self))
 
     def to_html(self, path: str | Path) -> Path:
         """Write `page` to a file.
@@ -80,6 +79,66 @@ def as_html(renderable: Any) -> str:
     console = Console(record=True, width=NOTEBOOK_WIDTH, file=io.StringIO())
     console.print(renderable)
     return console.export_html(inline_styles=True, code_format="<pre style='font-family:monospace'>{code}</pre>")
+
+
+def as_elements(renderable: Any) -> str:
+    """Render as elements of a page: tables as tables, groups one under another, other text as paragraphs."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    if hasattr(renderable, "__rich__"):
+        return as_elements(renderable.__rich__())
+    if isinstance(renderable, Group):
+        return "\n".join(map(as_elements, renderable.renderables))
+    if isinstance(renderable, Table):
+        return _table_elements(renderable)
+    if not isinstance(renderable, str | Text):
+        return f"<pre>{html.escape(as_text(renderable))}</pre>"
+    lines = "<br>".join(map(html.escape, _unmarked(renderable).split("\n")))
+    return f"<p>{lines}</p>"
+
+
+def _table_elements(table: Any) -> str:
+    """A table of rich's as HTML, with its title and caption."""
+    columns = [(column, [_unmarked(cell) for cell in column.cells]) for column in table.columns]
+    align = [' class="figure"' if column.justify == "right" else "" for column, _ in columns]
+    head = "".join(
+        f"<th{side}>{html.escape(_unmarked(column.header))}</th>" for side, (column, _) in zip(align, columns, strict=True)
+    )
+    body = "".join(
+        f"<tr>{''.join(f'<td{side}>{html.escape(cell)}</td>' for side, cell in zip(align, cells, strict=True))}</tr>\n"
+        for cells in zip(*(cells for _, cells in columns), strict=True)
+    )
+    title = f"<h2>{html.escape(_unmarked(table.title))}</h2>" if table.title else ""
+    caption = f'<p class="soft">{html.escape(_unmarked(table.caption))}</p>' if table.caption else ""
+    head = f"<thead><tr>{head}</tr></thead>" if table.show_header else ""
+    return f'{title}<div class="panel scroll"><table>{head}<tbody>\n{body}</tbody></table></div>{caption}'
+
+
+def _unmarked(cell: Any) -> str:
+    """The text of a cell, a heading or a title, without its marks."""
+    from rich.text import Text
+
+    return Text.from_markup(cell).plain if isinstance(cell, str) else as_text(cell)
+
+
+def framed(title: str, body: str, style: str = "") -> str:
+    """Return a self-contained page, without scripts: light and dark, from 390 pixels on.
+
+    Parameters
+    ----------
+    title : of the window, as text.
+    body : elements.
+    style : rules beside those of ``page.css``.
+    """
+    rules = Path(__file__).with_name("page.css").read_text(encoding="utf-8") + style
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+        f"<title>{html.escape(title)}</title>\n<style>\n{rules}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
 
 
 def jsonable(value: Any) -> Any:

@@ -15,7 +15,7 @@ import accelplug
 from accelplug.comparison.evaluators.evaluator import Question, Said
 from accelplug.comparison.exam import POPE_SPLITS, Exam
 from accelplug.comparison.outcome import Outcome, hold_against_dense
-from accelplug.comparison.rows import DENSE_ROW, Variant
+from accelplug.comparison.rows import STOCK_ROW, Variant
 from accelplug.comparison.vlm import compare_vlm
 from accelplug.errors import AccelplugError
 from accelplug.zoo import path, scenes
@@ -71,8 +71,8 @@ def test_neutral_changes_no_answer_and_the_model_is_left_as_it_was(bundled: tupl
         Variant("blind", None, "control", lambda picture: Image.new("RGB", picture.size)),
     ]
     result = compare_vlm(model, rows, exam, processor, progress=False)
-    assert [row.name for row in result.rows] == [DENSE_ROW, "neutral", "loud", "blind"]
-    dense, neutral = result[DENSE_ROW], result["neutral"]
+    assert [row.name for row in result.rows] == [STOCK_ROW, "neutral", "loud", "blind"]
+    dense, neutral = result[STOCK_ROW], result["neutral"]
     assert neutral.said.replies == dense.said.replies
     assert neutral.said.descriptions == dense.said.descriptions
     assert neutral.figures["pope"].hallucination.value == 0
@@ -115,7 +115,7 @@ def exam_of(questions: list[Question]) -> Exam:
 
 def test_a_shifted_threshold_says_yes_as_often() -> None:
     asked = [Question(i, "?", i < 2, "x", "adversarial") for i in range(4)]
-    dense = Outcome(DENSE_ROW, "dense", Said({"adversarial": ["no"] * 4}, {"adversarial": [-1.0, -3.0, -2.0, -4.0]}))
+    dense = Outcome(STOCK_ROW, "dense", Said({"adversarial": ["no"] * 4}, {"adversarial": [-1.0, -3.0, -2.0, -4.0]}))
     row = Outcome("a", "recipe", Said({"adversarial": ["yes", "no", "no", "yes"]}, {"adversarial": [1.0, -1.0, -1.0, 1.0]}))
     for one in (dense, row):
         one.score(exam_of(asked))
@@ -130,7 +130,7 @@ def test_rows_are_held_against_dense() -> None:
     asked = [Question(i, "?", i % 2 == 0, "x", "adversarial") for i in range(20)]
     right = ["yes" if q.answer else "no" for q in asked]
     margins = {"adversarial": [0.0] * 20}
-    dense = Outcome(DENSE_ROW, "dense", Said({"adversarial": ["yes"] * 20}, margins))
+    dense = Outcome(STOCK_ROW, "dense", Said({"adversarial": ["yes"] * 20}, margins))
     better = Outcome("better", "recipe", Said({"adversarial": right}, margins))
     same = Outcome("same", "recipe", Said({"adversarial": ["yes"] * 20}, margins))
     control = Outcome("control", "control", Said({"adversarial": ["no"] * 20}, margins))
@@ -150,7 +150,7 @@ def test_rows_are_held_against_dense() -> None:
 
 def judged(replies: list[Any], asked: list[Any], **more: Any) -> list[Outcome]:
     """Rows of made-up replies to questions, the first one dense."""
-    rows = [Outcome(DENSE_ROW if i == 0 else f"row {i}", "recipe", Said(said, {})) for i, said in enumerate(replies)]
+    rows = [Outcome(STOCK_ROW if i == 0 else f"row {i}", "recipe", Said(said, {})) for i, said in enumerate(replies)]
     exam = replace(exam_of(asked), **more)
     for row in rows:
         row.score(exam)
@@ -368,6 +368,6 @@ def test_another_familys_processor() -> None:
     result = compare_vlm(
         model, {"loud": {"patch": "visual_bias", "with": {"image_weight": 50.0}}}, exam, processor, progress=False
     )
-    assert result[DENSE_ROW].said.margins != result["loud"].said.margins
+    assert result[STOCK_ROW].said.margins != result["loud"].said.margins
     assert all(len(row.said.descriptions) == 4 for row in result.rows)
     assert not result["loud"].notes

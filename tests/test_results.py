@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ import pytest
 import accelplug
 from accelplug.comparison import Exam, metrics, outcome
 from accelplug.comparison.evaluators import EVALUATORS
-from accelplug.comparison.evaluators.evaluator import Asked, Said
+from accelplug.comparison.evaluators.evaluator import Asked, Figure, Said
 from accelplug.comparison.outcome import Outcome, hold_against_dense
-from accelplug.comparison.rows import DENSE_ROW
+from accelplug.comparison.rows import STOCK_ROW
 from accelplug.comparison.vlm import VlmComparison
 from accelplug.hosts.host import model_facts
 from accelplug.recipe import load, named
@@ -41,7 +43,7 @@ def examined() -> VlmComparison:
     said = Said(
         right, {split: [0.0] * len(asked) for split, asked in right.items()}, pairs, dict.fromkeys(exam.pictures, "A")
     )
-    rows = [Outcome(DENSE_ROW, "dense", said), Outcome("vhr", "recipe", said, alarms=["It says less."], notes=["a note"])]
+    rows = [Outcome(STOCK_ROW, "dense", said), Outcome("vhr", "recipe", said, alarms=["It says less."], notes=["a note"])]
     for one in rows:
         one.score(exam)
     hold_against_dense(rows, exam)
@@ -118,6 +120,27 @@ def test_no_kind_of_result_is_left_out(results: dict[str, list[Shown]]) -> None:
     assert kinds(Shown) == {type(result).__qualname__ for found in results.values() for result in found}
 
 
+def test_the_page_of_answers_needs_no_script_and_shows_what_changed() -> None:
+    found = examined()
+    stock, vhr = found.rows
+    asked = found.exam.of("adversarial")
+    vhr.said = replace(stock.said, replies={**stock.said.replies, "adversarial": ["no"] * len(asked)})
+    vhr.said.replies["adversarial"][0] = "No, <b>nothing</b>"
+    vhr.score(found.exam)
+    hold_against_dense(found.rows, found.exam)
+    page = found.page()
+    assert "<script" not in page
+    assert "vhr: 0 righted" in page
+    assert page.count('class="card broken"') == 3  # a picture each
+    assert "No, &lt;b&gt;nothing&lt;/b&gt;" in page
+    assert asked[0].text in page
+    assert "hallucinates, adversarial questions" in page
+    for one in found.rows:
+        for figure in one.drawn():
+            assert str(figure) in page
+            assert math.isnan(figure.value) or figure.interval[0] <= figure.value <= figure.interval[1]
+
+
 class Length:
     """An evaluator in one class: how long descriptions are."""
 
@@ -132,6 +155,9 @@ class Length:
     def columns(self, figures: float, holm: Mapping[str, float]) -> dict[str, str]:
         return {"letters": f"{figures:.0f} (p {holm['length']:.2f})" if holm else f"{figures:.0f}"}
 
+    def drawn(self, figures: float) -> list[Figure]:
+        return [Figure("letters", figures, share=False)]
+
     def summary(self, figures: float | None, p: Mapping[str, float], holm: Mapping[str, float]) -> dict[str, Any]:
         return {"letters": figures}
 
@@ -141,6 +167,7 @@ def test_an_evaluator_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPatch)
     found = examined()
     assert "letters" in str(found)
     assert "1 (p 1.00)" in str(found)
+    assert "<h3>letters" in found.page()
     assert [row["letters"] for row in found.to_dict()["rows"]] == [1.0, 1.0]
 
 

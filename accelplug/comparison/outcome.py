@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelplug.comparison.evaluators import EVALUATORS
-from accelplug.comparison.evaluators.evaluator import Said
+from accelplug.comparison.evaluators.evaluator import Figure, Said
 from accelplug.comparison.evaluators.pope import pooled
 from accelplug.comparison.evaluators.statistics import Health, collapsed, holm
 from accelplug.comparison.exam import Exam
@@ -47,6 +47,13 @@ class Outcome:
             if evaluator.name in self.figures:
                 cells |= evaluator.columns(self.figures[evaluator.name], self.holm)
         return cells | {"tokens/s": "" if math.isnan(self.tokens_per_s) else f"{self.tokens_per_s:.0f}"}
+
+    def drawn(self) -> list[Figure]:
+        """What a page draws: the figures of all evaluators, and speed."""
+        found = [
+            figure for tool in EVALUATORS if tool.name in self.figures for figure in tool.drawn(self.figures[tool.name])
+        ]
+        return [*found, Figure("tokens a second", self.tokens_per_s, "more", share=False)]
 
     def summary(self) -> dict[str, Any]:
         """Return the figures, without the texts."""

@@ -16,6 +16,8 @@ LayerGrid: TypeAlias = "list[list[float | None]]"
 """Values by layer and step; None where there is none."""
 
 DENSE_ROW = "dense"
+STOCK_ROW = "stock"
+"""What the first row of a vision-language comparison is called: the model as it is."""
 """Name of the row that all others are held against."""
 
 

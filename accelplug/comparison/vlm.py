@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from accelplug import show
 from accelplug.chat import Chat
 from accelplug.comparison import arguments
+from accelplug.comparison.answers import answers_page
 from accelplug.comparison.environment import environment
 from accelplug.comparison.evaluators.pope import questions_sha256
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.outcome import Outcome, hold_against_dense
-from accelplug.comparison.rows import DENSE_ROW, Variant
+from accelplug.comparison.rows import STOCK_ROW, Variant
 from accelplug.errors import AccelplugError
 from accelplug.kernels.timing import synchronise
 from accelplug.plug import apply
@@ -60,6 +61,10 @@ class VlmComparison(Shown):
 
         said = [f"[bold red]{row.name}:[/] {alarm}" for row in self.rows for alarm in row.alarms]
         return Group(self.table(), *said, *(f"{row.name}: {note}" for row in self.rows for note in row.notes))
+
+    def page(self) -> str:
+        """Return one self-contained HTML page."""
+        return answers_page(self.model, self.exam, self.rows, self.environment, self.table())
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures, the settings of the exam and the environment; no pictures and no answers."""
@@ -110,7 +115,7 @@ def compare_vlm(
     named = [Variant(name, recipe) for name, recipe in recipes.items()] if isinstance(recipes, Mapping) else list(recipes)
     examiner = Examiner(model, processor, exam, batch)
     rows = []
-    variants = [Variant(DENSE_ROW, kind="dense"), *named]
+    variants = [Variant(STOCK_ROW, kind="dense"), *named]
     with show.progress("examining", len(variants), progress) as tell:
         for done, variant in enumerate(variants):
             tell(done, variant.name)

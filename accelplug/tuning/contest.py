@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from accelplug.comparison.evaluators.statistics import holm, mcnemar, paired_bootstrap
 from accelplug.comparison.metrics import ANSWER_METRICS, LIKELIHOODS, AnswerMetric, figures
 from accelplug.comparison.questions import Asker, Item, Reply
+from accelplug.comparison.rows import STOCK_ROW
 from accelplug.errors import AccelplugError
 from accelplug.kernels.timing import synchronise
 from accelplug.plug import apply
@@ -25,7 +26,7 @@ from accelplug.tuning.budget import Bound
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.space import FINALISTS
 
-STOCK = Aim("stock", {"rules": [{"patch": "dense"}]})
+STOCK = Aim(STOCK_ROW, {"rules": [{"patch": "dense"}]})
 PAGE_SIZE = 32
 """Questions that are put at a time: a page."""
 LEVEL = 0.05

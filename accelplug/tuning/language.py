@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 
 from accelplug import compat, show
 from accelplug.comparison import arguments
+from accelplug.comparison.charts import CHARTS_STYLE, Mark, chart
 from accelplug.comparison.environment import device_name, environment
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.metrics import ANSWER_METRICS, ANSWERS, LIKELIHOODS, POLAR, figures
@@ -21,7 +23,8 @@ from accelplug.comparison.questions import Asker, Item, digest, items, require_p
 from accelplug.comparison.rows import Quantiles
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
-from accelplug.recipe import Measured, Recipe, load
+from accelplug.recipe import Measured, load
+from accelplug.show import as_elements, framed
 from accelplug.tuning import aims
 from accelplug.tuning.aims import Aim
 from accelplug.tuning.budget import Bound, parse_budget
@@ -156,8 +159,17 @@ class Answered(Tuned):
         ]
 
     def page(self) -> str:
-        """Return the table as a page."""
-        return Recipe.page(self)
+        """Return one self-contained HTML page: what was gained, with its interval where it was proven, and the table."""
+        marks = [
+            Mark(point.name, point.verdict, *point.gain, f"{point.gain[0]:+.3f}") for point in self.points if point.gain
+        ]
+        hint = "more is better; bars: 95 % on the proof, by pictures; dashed: stock"
+        drawn = chart(f"gain in {self.objective}", hint, marks, 0.0)
+        head = (
+            f'<div class="soft">{html.escape(self.model)}: {html.escape(self.budget)}</div><h1>{html.escape(self.why)}</h1>'
+        )
+        notes = "".join(f'<p class="soft">{html.escape(note)}</p>' for note in self.notes)
+        return framed("accelplug: tuned", f"{head}\n{drawn}\n{as_elements(self.table())}\n{notes}", CHARTS_STYLE)
 
 
 def _tuned(contest: Contest, seed: int) -> Answered:

@@ -16,7 +16,7 @@ from typing import Any
 
 from accelplug.comparison.evaluators import pope
 from accelplug.comparison.evaluators.chair import check_truth
-from accelplug.comparison.evaluators.evaluator import Asked, Image, Parse, Question, Said
+from accelplug.comparison.evaluators.evaluator import Asked, Figure, Image, Parse, Question, Said
 from accelplug.comparison.evaluators.statistics import ratio, same_length
 from accelplug.comparison.evaluators.vocabulary import Vocabulary, inflect
 from accelplug.errors import AccelplugError
@@ -354,6 +354,17 @@ class AmberEvaluator:
             return {}
         shares = {f"AMBER {name}": f"{figures.shares[name]:.1%}" for name in ("chair", "cover", "hal", "cog", "f1")}
         return {**shares, "AMBER": f"{figures.shares['score']:.1f}"}
+
+    def drawn(self, figures: AmberFigures) -> list[Figure]:
+        """See `Evaluator`; drawn where the exam is AMBER's own."""
+        if "score" not in figures.shares:
+            return []
+        drawn = [Figure(f"AMBER {name}", figures.shares[name], "less") for name in ("chair", "hal", "cog")]
+        return [
+            *drawn,
+            Figure("AMBER cover", figures.shares["cover"], "more"),
+            Figure("AMBER F1", figures.shares["f1"], "more"),
+        ]
 
     def summary(self, figures: AmberFigures | None, p: Mapping[str, float], holm: Mapping[str, float]) -> dict[str, Any]:
         """See `Evaluator`."""

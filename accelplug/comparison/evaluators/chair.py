@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from accelplug.comparison.evaluators.evaluator import Asked, Delta, Image, Said
+from accelplug.comparison.evaluators.evaluator import Asked, Delta, Figure, Image, Said
 from accelplug.comparison.evaluators.statistics import paired_bootstrap, ratio
 from accelplug.comparison.evaluators.vocabulary import Vocabulary
 from accelplug.errors import AccelplugError
@@ -162,6 +162,14 @@ class ChairEvaluator:
             "recall": f"{figures.recall:.2f}",
             "words": f"{figures.mean_words:.1f}",
         }
+
+    def drawn(self, figures: Chair) -> list[Figure]:
+        """See `Evaluator`."""
+        return [
+            Figure("CHAIR_I, hallucinated of what descriptions mention", figures.chair_i, "less", figures.delta),
+            Figure("recall of descriptions", figures.recall, "more"),
+            Figure("words a description", figures.mean_words, share=False),
+        ]
 
     def summary(self, figures: Chair | None, p: Mapping[str, float], holm: Mapping[str, float]) -> dict[str, Any]:
         """See `Evaluator`."""

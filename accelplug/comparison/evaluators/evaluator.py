@@ -82,6 +82,43 @@ class Delta:
         return "" if math.isnan(self.value) else f"{self.value:+.1%} ({self.low:+.1%} to {self.high:+.1%})"
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A figure of one row, as a page draws it.
+
+    Attributes
+    ----------
+    name : with the unit; better : ``less`` or ``more``, empty where neither is.
+    delta : to the dense model; None for that one, and where nothing was resampled.
+    share : whether the value is a share, shown in percent.
+    """
+
+    name: str
+    value: float
+    better: Literal["less", "more", ""] = ""
+    delta: Delta | None = None
+    share: bool = True
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the difference to dense, around the value: it holds the dense value where nothing differs."""
+        if self.delta is None:
+            return self.value, self.value
+        dense = self.value - self.delta.value
+        return dense + self.delta.low, dense + self.delta.high
+
+    @property
+    def verdict(self) -> Literal["better", "worse", ""]:
+        """What the interval says beside dense; empty where it holds no difference, or nothing was resampled."""
+        if self.delta is None or not self.better or not (self.delta.low > 0 or self.delta.high < 0):
+            return ""
+        return "better" if (self.delta.low > 0) == (self.better == "more") else "worse"
+
+    def __str__(self) -> str:
+        digits = 0 if abs(self.value) >= 100 else 2
+        return "" if math.isnan(self.value) else f"{self.value:.1%}" if self.share else f"{self.value:,.{digits}f}"
+
+
 class Evaluator(Protocol):
     """Scores what was said, holds it against what the dense model said, and gives columns of the table and figures for the JSON.
 
@@ -101,6 +138,9 @@ class Evaluator(Protocol):
 
     def columns(self, figures: Any, holm: Mapping[str, float]) -> dict[str, str]:
         """Return cells by their headings, with the corrected p-values at hand."""
+
+    def drawn(self, figures: Any) -> list[Figure]:
+        """Return what a page draws, the most telling first."""
 
     def summary(self, figures: Any, p: Mapping[str, float], holm: Mapping[str, float]) -> dict[str, Any]:
         """Return the figures as plain data, under the keys that they have in the JSON; of None too."""

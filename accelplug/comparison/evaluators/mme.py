@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from accelplug.comparison.evaluators.evaluator import Asked, Said
+from accelplug.comparison.evaluators.evaluator import Asked, Figure, Said
 from accelplug.comparison.evaluators.statistics import ratio
 
 HALLUCINATION = ("existence", "count", "position", "color")
@@ -120,6 +120,11 @@ class MmeEvaluator:
     def columns(self, figures: Mme, holm: Mapping[str, float]) -> dict[str, str]:
         """See `Evaluator`."""
         return {"MME": f"{sum(task.score for task in figures.tasks.values()):.0f} of {200 * len(figures.tasks)}"}
+
+    def drawn(self, figures: Mme) -> list[Figure]:
+        """See `Evaluator`."""
+        total = sum(task.score for task in figures.tasks.values())
+        return [Figure(f"MME, of {200 * len(figures.tasks)}", total, "more", share=False)]
 
     def summary(self, figures: Mme | None, p: Mapping[str, float], holm: Mapping[str, float]) -> dict[str, Any]:
         """See `Evaluator`."""

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from accelplug.comparison.evaluators.evaluator import Asked, Delta, Image, Parse, Question, Said
+from accelplug.comparison.evaluators.evaluator import Asked, Delta, Figure, Image, Parse, Question, Said
 from accelplug.comparison.evaluators.statistics import (
     YesNo,
     mcc,
@@ -240,13 +240,23 @@ class PopeEvaluator:
         hard, (low, high), p = figures.splits.get(HARDEST), figures.interval, holm.get("questions", math.nan)
         return {
             "hallucinates, adversarial": f"{hard.hallucination_rate:.1%} ({low:.1%} to {high:.1%})" if hard else "",
-            "to dense": str(figures.hallucination or "") if hard else "",
+            "to stock": str(figures.hallucination or "") if hard else "",
             "p (Holm)": "" if math.isnan(p) else f"{p:.2g}",
             "F1": f"{hard.f1:.3f}" if hard else "",
             "MCC": f"{hard.mcc:.3f}" if hard else "",
             "yes": f"{hard.yes_ratio:.2f}" if hard else "",
             "offset MCC": f"{figures.matched.mcc:.3f}" if figures.matched else "",
         }
+
+    def drawn(self, figures: PopeFigures) -> list[Figure]:
+        """See `Evaluator`."""
+        if (hard := figures.splits.get(HARDEST)) is None:
+            return []
+        return [
+            Figure("hallucinates, adversarial questions", hard.hallucination_rate, "less", figures.hallucination),
+            Figure("MCC, adversarial questions", hard.mcc, "more", share=False),
+            Figure("says yes, adversarial questions", hard.yes_ratio),
+        ]
 
     def summary(self, figures: PopeFigures | None, p: Mapping[str, float], holm: Mapping[str, float]) -> dict[str, Any]:
         """See `Evaluator`."""
