@@ -150,7 +150,7 @@ def by_layer(model: Model, pixels: Tensor, side: int) -> list[dict[str, Any]]:
             params = prepared(patch, layer, side)
             out, (density, _) = patch.attend(call, params), patch.inspect(call, params)
             for mended in repairs:
-                wrong = (patch_of({**config, **mended}, name).repaired(out, call, params.tiles) - exact)[:, :, 1:]
+                wrong = (patch_of({**config, **mended}, name).repaired(out.clone(), call, params.tiles) - exact)[:, :, 1:]
                 row = next(place)
                 row["errors"].append(round(float(wrong.norm() / exact[:, :, 1:].norm()), 4))
                 row["densities"].append(round(density, 4))

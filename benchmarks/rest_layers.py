@@ -210,7 +210,7 @@ def measured(patch: Any, call: AttentionCall, place: Place, exact: Tensor) -> tu
     found = {}
     for rest, out in outputs(blocks, plan):
         out = blocks.q_tiles.unpermute(out)
-        both = out, patch.repaired(out, call, blocks.q_tiles, plan)
+        both = out, patch.repaired(out.clone(), call, blocks.q_tiles, plan)
         plain, repaired = (float((x - exact).norm() / exact.norm()) for x in both)
         found[rest] = plain, repaired
     return float(plan.density().mean()), found

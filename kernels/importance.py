@@ -7,7 +7,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from accelplug.kernels.chunks import by_heads
 from accelplug.kernels.plan import pool
 
 SHARE = 4
@@ -15,6 +17,9 @@ SHARE = 4
 
 BUDGET = 1 << 25
 """Logits held at a time."""
+
+PIECE = (1 << 20, 1 << 25)
+"""Logits of sampled rows held at a time: so many as a CPU's caches hold, more elsewhere. Ours."""
 
 PARTS = 4
 """Parts of a block that have a mean each."""
@@ -104,63 +109,82 @@ def _sampled_importance_fake(
 def sampled_mass(
     q: Tensor,
     k: Tensor,
-    q_len: Tensor,
-    k_len: Tensor,
-    block_q: int,
+    slots: Tensor,
+    keys: int,
     block_k: int,
-    rows: int,
     scale: float,
-    key_mask: Tensor | None = None,
-) -> Tensor:
-    """Return the share of attention that rows of each query block give to each key block, the mean over its sampled rows.
+    reads: Tensor | None = None,
+    v: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the share of attention that rows of each query block give to each key block, and what these rows read there.
 
-    The rows stand evenly in a block, and are held against all keys, a few query blocks at a time: ``rows / block_q`` of the
-    products of dense attention.
+    The rows are held against all keys in float32, a few heads and query blocks at a time: their share of dense attention's products.
 
     Parameters
     ----------
     q, k : Tensor (B, H, P_q, D) and (B, H_kv, P_k, D), tokens in block order; H_kv divides H.
-    q_len, k_len : int32 (M,) and (N,), tokens at the front of each block.
-    block_q, block_k : slots per query and key block.
-    rows : sampled rows of a block; one that holds fewer tokens has some of them twice.
+    slots : int64 (M, n), the rows of each block.
+    keys, block_k : key blocks, N of them, and slots of each.
     scale : factor on q.k.
-    key_mask : bool (B, P_k) or (B, H, P_k), keys that may be read.
+    reads : bool (B|1, H_kv|1, P_k), keys that may be read; None for all.
+    v : Tensor (B, H_kv, P_k, D_v), or None where the output is not asked for.
 
     Returns
     -------
-    mass : float32 (B, H, M, N), at least 0. A row sums to 1; that of a block without a token means nothing, and is finite.
+    mass : float32 (B, H, M, N), at least 0, the mean over a block's rows. A row sums to 1, or to 0 where no key may be read.
+    out : Tensor (B, H, M * n, D_v) in v's dtype, dense attention of the rows; empty without v.
     """
-    group, number = q.shape[1] // k.shape[1], len(k_len)
-    keys = torch.nn.functional.pad(k, (0, 0, 0, number * block_k - k.shape[-2])).repeat_interleave(group, 1).mT
-    reads = (torch.arange(block_k, device=k.device) < k_len[:, None]).flatten()[None, None]  # [1, 1, N * block_k]
-    if key_mask is not None:
-        key_mask = key_mask[:, None] if key_mask.ndim == 2 else key_mask
-        reads = reads & torch.nn.functional.pad(key_mask, (0, reads.shape[-1] - key_mask.shape[-1]))
-    place = (torch.arange(rows, device=q.device) + 0.5) * q_len[:, None] / rows  # [M, rows]
-    slots = (torch.arange(len(q_len), device=q.device)[:, None] * block_q + place.long()).clamp(max=q.shape[-2] - 1)
-    parts = []
-    for some in slots.split(max(1, BUDGET // (rows * keys[..., 0, :].numel()))):
-        logits = ((q[..., some.flatten(), :] * scale) @ keys).float().masked_fill(~reads[..., None, :], -torch.inf)
-        mass = (
-            logits.unflatten(-1, (number, block_k)).logsumexp(-1).softmax(-1).nan_to_num(nan=0.0)
-        )  # NaN: no key may be read
-        parts.append(mass.unflatten(-2, (-1, rows)).mean(-2))
-    return torch.cat(parts, -2)
+    groups, width = q.shape[1] // k.shape[1], slots.shape[1]
+    queries = q[..., slots.flatten(), :].unflatten(1, (-1, groups))  # [B, H_kv, groups, M * n, D]
+    given = [x for x in (v, reads if reads is None else ~reads[..., None, :]) if x is not None]
+    masses, outs = [], []
+    for some, key, *others in by_heads(len(k) * k[0, 0].numel(), queries, k, *given):
+        key, value = key.to(_exact(k)).mT, None if v is None else others[0].to(_exact(k))
+        rows = max(1, PIECE[q.device.type != "cpu"] // (width * some[..., 0, 0].numel() * key.shape[-1])) * width
+        mass, out = [], []
+        for part in some.split(rows, -2):
+            logits = _product(part.flatten(2, 3).to(key.dtype), key).mul_(scale)
+            if reads is not None:
+                logits.masked_fill_(others[-1], -torch.inf)
+            given_to = logits.softmax(-1)
+            if reads is not None:
+                given_to.nan_to_num_(nan=0.0)  # NaN: no key may be read
+            if value is not None:
+                out.append(_product(given_to.to(value.dtype), value).unflatten(2, (groups, -1)))
+            by_block = given_to.unflatten(2, (groups, -1, width)).mean(-2)  # [B, h, groups, m, P_k]
+            mass.append(pad(by_block, (0, keys * block_k - by_block.shape[-1])).unflatten(-1, (keys, -1)).sum(-1))
+        masses.append(torch.cat(mass, 3))
+        outs.append(torch.cat(out, 3) if out else q.new_empty(0))
+    if v is None:
+        return torch.cat(masses, 1).flatten(1, 2), q.new_empty(0)
+    return torch.cat(masses, 1).flatten(1, 2), torch.cat(outs, 1).flatten(1, 2).to(v.dtype)
 
 
 @sampled_mass.register_fake
-def _(
+def _sampled_mass_fake(
     q: Tensor,
     k: Tensor,
-    q_len: Tensor,
-    k_len: Tensor,
-    block_q: int,
+    slots: Tensor,
+    keys: int,
     block_k: int,
-    rows: int,
     scale: float,
-    key_mask: Tensor | None = None,
-) -> Tensor:
-    return q.new_empty(*q.shape[:2], len(q_len), len(k_len), dtype=torch.float32)
+    reads: Tensor | None = None,
+    v: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(0) if v is None else v.new_empty(*q.shape[:2], slots.numel(), v.shape[-1])
+    return q.new_empty(*q.shape[:2], len(slots), keys, dtype=torch.float32), out
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    """In what factors of a product are kept that is to be exact to float32: a GPU sums products of 16 bits in float32 itself."""
+    return x.dtype if x.is_cuda else torch.float32
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Products (B, H, R, C) of matrices, float32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
 
 
 def subblock_scores(

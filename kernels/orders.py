@@ -70,11 +70,11 @@ class Tiles:
 
         Fewer heads than the order has (grouped-query attention) are repeated.
         """
-        return x if self.gather is None or self.applied else _take(x, self.gather)
+        return x if self.gather is None or self.applied else take(x, self.gather)
 
     def unpermute(self, x: Tensor) -> Tensor:
         """Put slots (B, H, P, D) back to tokens (B, H, S, D)."""
-        return x[..., : self.tokens, :] if self.scatter is None or self.applied else _take(x, self.scatter)
+        return x[..., : self.tokens, :] if self.scatter is None or self.applied else take(x, self.scatter)
 
     def permute_mask(self, mask: Tensor) -> Tensor:
         """Put flags of tokens, bool (B, S), into slots: (B, P), or (B, H, P) where the order differs by head."""
@@ -102,6 +102,10 @@ class Tiles:
         if self.gather is None or self.scatter is None:  # all are the same
             return self
         return replace(self, gather=self.gather[choice], scatter=self.scatter[choice])
+
+    def tokens_in(self, slots: Tensor) -> Tensor:
+        """Return which token of those that come stands in each of some slots, int64 (R,) -> (R,), (H, R) or (B, H, R)."""
+        return slots if self.gather is None or self.applied else self.gather[..., slots]
 
     def to(self, device: torch.device | str) -> Tiles:
         """Return the tiles with their tensors on `device`, the same copy for all who ask: layers share an order."""
@@ -148,7 +152,7 @@ class Tiles:
 _moved: Bounded[tuple[int, torch.device], tuple[Tiles, Tiles]] = Bounded(64)
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
+def take(x: Tensor, index: Tensor) -> Tensor:
     """Pick along the sequence of x (B, H, S, D) by an index (P,), (H, P) or (B, H, P)."""
     if index.ndim == 1:
         return x.index_select(-2, index)

@@ -29,25 +29,62 @@ and .991 with 256; at densities .05 and .1, and with the rest dropped, it rises 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from accelplug.kernels.chunks import by_heads
 from accelplug.kernels.memory import COLD, memory_of
+from accelplug.kernels.orders import take
 
 GOLDEN, SILVER = 0.6180339887498949, 0.41421356237309515
+
+
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """Rows of each head that were computed exactly.
+
+    Attributes
+    ----------
+    rows : int64 (R,), or (H, R) or (B, H, R) where they differ by head, which these are.
+    out : Tensor (B, H, R, D_v), dense attention of them.
+    counted : bool (R,), False for what is another one's double; None where all are different.
+    """
+
+    rows: Tensor
+    out: Tensor
+    counted: Tensor | None = None
+
+
+def spread(lengths: Tensor, number: int, step: Tensor | float = 0.0) -> Tensor:
+    """Return places in runs of `lengths`, int64 (M, number): one in each stretch of ``length / number`` of a run.
+
+    Its place in the stretch moves by the golden ratio: at the same place, rows of a grid could all be of one column. It moves from step to
+    step too, since what is carried over says little new of the same rows, and would predict them too well.
+    """
+    stretch = torch.arange(number, device=lengths.device, dtype=torch.float64)
+    turn = torch.arange(len(lengths), device=lengths.device)[:, None] * number + stretch
+    place = (turn * GOLDEN + step * SILVER) % 1
+    return ((stretch + place) * (lengths[:, None] / number)).long().clamp(max=lengths[:, None] - 1)
+
+
+def block_rows(lengths: Tensor, block: int, number: int, step: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return `number` slots of each block, spread over its tokens: int64 (M, number), and which of them count, bool.
+
+    What does not count is there twice: a block that holds fewer tokens has some of them again, and one without the first of all.
+    """
+    place = spread(lengths.clamp(min=1), number, step)
+    slots = torch.where(lengths[:, None] > 0, place + torch.arange(len(lengths), device=lengths.device)[:, None] * block, 0)
+    first = torch.ones_like(lengths[:, None], dtype=torch.bool)
+    return slots, torch.cat([first, place.diff() > 0], -1) & (lengths[:, None] > 0)
 
 
 def probe_rows(
     first: int, number: int, probes: int, device: torch.device | str = "cpu", step: Tensor | float = 0.0
 ) -> Tensor:
-    """Return the rows that are probed, int64 (probes,): one in each stretch of ``number / probes`` rows from `first` on.
-
-    Its place in the stretch moves by the golden ratio: at the same place, rows of a grid could all be of one column. It moves from step to
-    step too, since what is carried over says little new of the same rows, and would predict them too well.
-    """
-    stretch = torch.arange(probes, device=device, dtype=torch.float64)
-    place = (stretch * GOLDEN + step * SILVER) % 1
-    return first + ((stretch + place) * (number / probes)).long().clamp(max=number - 1)
+    """Return the rows that are probed, int64 (probes,), of `number` from `first` on: see `spread`."""
+    return first + spread(torch.full((1,), number, device=device), probes, step)[0]
 
 
 @torch.library.custom_op("accelplug::step_of", mutates_args=())
@@ -78,46 +115,85 @@ def _carried_fake(sums: Tensor, carry: float, ticket: Tensor) -> Tensor:
     return torch.empty_like(sums)
 
 
-def repair(
+def repair_(
     out: Tensor,
     q: Tensor,
-    exact: Tensor,
-    rows: Tensor,
+    probes: Probes,
     within: slice = slice(None),
     *,
     on_query: bool = True,
     ridge: float = 5.0,
     carry: float = 0.0,
     ticket: Tensor = COLD,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Add to a sparse output what its exact rows say of its error.
+    skipped: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add to a sparse output, in place, what its exact rows say of its error.
 
     Parameters
     ----------
     out : Tensor (B, H, S, D_v), sparse attention.
     q : Tensor (B, H, S, D), its queries.
-    exact : Tensor (B, H, R, D_v), dense attention of the probed rows.
-    rows : int64 (R,), which rows these are; two at least.
+    probes : two exact rows at least.
     within : the rows that are repaired; others, which are exact, stay as they are.
     on_query : whether the error is regressed on the query too.
     ridge : above 0, how many rows without error the prior counts for.
     carry, ticket : what rows of the last step weigh, and where to find what is known of them, see `kernels.memory`. They must be others.
+    skipped : bool (B|1, H|1), heads that stay as they are, all wrong; None for none.
 
     Returns
     -------
-    mended : Tensor (B, H, S, D_v) in the dtype of `out`.
     left, whole : float32 (B, H), norm of the error that is left in probed rows, each by a fit to the others, and of these rows. One over
         the other estimates the relative error, of a head or of all.
     """
-    output, target = out[..., rows, :].float(), exact.float()
-    parts = [output, q[..., rows, :].float()] if on_query else [output]
-    residual = target - output
-    sizes = [
-        x.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=1e-12).expand(*x.shape[:2], 1, x.shape[-1]) for x in parts
+    output = take(out, probes.rows)
+    parts = [output.float(), take(q, probes.rows).float()] if on_query else [output.float()]
+    exact = probes.out.float()
+    counted = torch.ones_like(exact[0, 0, :, :1]) if probes.counted is None else probes.counted[:, None].float()  # [R, 1]
+    slope, constant, left = _fit([x * counted for x in parts], (exact - parts[0]) * counted, counted, ridge, carry, ticket)
+    whole = (exact * counted).norm(dim=(-2, -1))
+    exact = probes.out.to(out.dtype)
+    if skipped is not None:
+        keep = skipped[..., None, None]
+        slope, constant = slope.masked_fill(keep, 0.0), constant.masked_fill(keep, 0.0)
+        exact, left = torch.where(keep, output, exact), torch.where(skipped, whole, left)
+    slope, constant = slope.to(out.dtype), constant.to(out.dtype)
+    of_output, of_query = slope[..., : out.shape[-1], :], slope[..., out.shape[-1] :, :]
+    wrong = out[..., within, :]
+    for some, query, by_output, by_query, more in by_heads(
+        len(out) * wrong[0, 0].numel(), wrong, q[..., within, :], of_output, of_query, constant
+    ):
+        error = some @ by_output
+        if on_query:
+            error += query @ by_query
+        some += error.add_(more)
+    _put_(out, probes.rows, exact)
+    return left, whole
+
+
+def _fit(
+    parts: list[Tensor], residual: Tensor, counted: Tensor, ridge: float, carry: float, ticket: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Regress residuals on features, judged by leaving out: see above.
+
+    Parameters
+    ----------
+    parts : features, float32 (B, H, R, D) each, 0 in rows that do not count.
+    residual : float32 (B, H, R, D_v), 0 there too.
+    counted : float32 (R, 1), 1 for rows that count, else 0.
+
+    Returns
+    -------
+    slope, constant : float32 (B, H, F, D_v) and (B, H, 1, D_v).
+    left : float32 (B, H), norm of what each row's residual is wrong by, as a fit to the others predicts it.
+    """
+    x = torch.cat(parts, -1)  # [B, H, R, F]
+    squares = [
+        part.square().sum((-2, -1), keepdim=True).expand(*part.shape[:2], 1, part.shape[-1]) / part.shape[-1]
+        for part in parts
     ]
-    x, size = torch.cat(parts, -1), torch.cat(sizes, -1)  # [B, H, R, F], [B, H, 1, F]
+    size = (torch.cat(squares, -1) / counted.sum()).sqrt().clamp(min=1e-12)  # [B, H, 1, F]
     # Sums over rows of all products of features, 1 and residual.
-    ones = torch.ones_like(x[..., :1])
+    ones = counted.expand(*x.shape[:-1], 1)
     sums = carried(
         torch.cat([x, ones], -1).mT @ torch.cat([x, ones, residual], -1), carry, ticket
     )  # [B, H, F + 1, F + 1 + D_v]
@@ -126,21 +202,23 @@ def repair(
     x_mean, y_mean = sums[..., width:, :width] / number, sums[..., width:, width + 1 :] / number
     gram = (sums[..., :width, :width] - number * x_mean.mT * x_mean) / (size.mT * size)
     gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    root = torch.linalg.cholesky_ex(gram)[0]  # [B, H, F, F]
     cross = (sums[..., :width, width + 1 :] - number * x_mean.mT * y_mean) / size.mT  # [B, H, F, D_v]
-    z = torch.linalg.solve_triangular(root, ((x - x_mean) / size).mT, upper=False)  # [B, H, F, R]
-    half = torch.linalg.solve_triangular(root, cross, upper=False)  # [B, H, F, D_v]
-    leverage = z.square().sum(-2) + 1 / number[..., 0]  # [B, H, R]
-    predicted = residual - (residual - y_mean - z.mT @ half) / (1 - leverage).clamp(min=1e-6)[..., None]
+    root = torch.linalg.cholesky_ex(gram)[0]  # [B, H, F, F]
+    both = torch.linalg.solve_triangular(root, torch.cat([((x - x_mean) / size).mT, cross], -1), upper=False)
+    z, half = both.split([x.shape[-2], cross.shape[-1]], -1)  # [B, H, F, R], [B, H, F, D_v]
+    others = 1 - z.square().sum(-2) - 1 / number[..., 0]  # [B, H, R], 1 - leverage
+    wrong = (residual - y_mean - z.mT @ half) / others.clamp(min=1e-6)[..., None]
+    # A row that nothing else says anything of is not predicted.
+    predicted = torch.where(others[..., None] > 1e-6, residual - wrong, 0.0) * counted
     agreement, size_predicted = ((predicted * w).sum((-2, -1), keepdim=True) for w in (residual, predicted))
     trust = (agreement / size_predicted.clamp(min=1e-30)).clamp(0, 1)  # [B, H, 1, 1]
-    slope = trust * torch.linalg.solve_triangular(root.mT, half, upper=True) / size.mT  # [B, H, F, D_v]
-    constant = (trust * y_mean - x_mean @ slope).to(out.dtype)  # [B, H, 1, D_v]
-    factors = slope.to(out.dtype).split([p.shape[-1] for p in parts], -2)
-    error = constant + sum(
-        (w[..., within, :] @ factor for w, factor in zip((out, q), factors, strict=False)), torch.zeros_like(constant)
-    )
-    mended = out.clone()
-    mended[..., within, :] += error
-    left = (residual - trust * predicted).norm(dim=(-2, -1))
-    return mended.index_copy(-2, rows, exact.to(out.dtype)), left, target.norm(dim=(-2, -1))
+    slope = trust * torch.linalg.solve_triangular(root.mT, half, upper=True) / size.mT
+    return slope, trust * y_mean - x_mean @ slope, (residual - trust * predicted).norm(dim=(-2, -1))
+
+
+def _put_(x: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Write rows of x (B, H, S, D), which may differ by head."""
+    if rows.ndim == 1:
+        x.index_copy_(-2, rows, values)
+    else:
+        x.scatter_(-2, rows.expand(*x.shape[:2], -1)[..., None].expand(values.shape), values)

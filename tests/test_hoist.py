@@ -52,13 +52,13 @@ def unhoisted(plug: accelplug.Plug) -> None:
 def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of what attention calls permute or un-permute."""
     seen: list[tuple[int, ...]] = []
-    take = orders._take
+    take = orders.take
 
     def counting(x: Tensor, index: Tensor) -> Tensor:
         seen.append(tuple(x.shape))
         return take(x, index)
 
-    monkeypatch.setattr(orders, "_take", counting)
+    monkeypatch.setattr(orders, "take", counting)
     return seen
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.memory import Memory
-from accelplug.kernels.repair import probe_rows, repair
+from accelplug.kernels.repair import Probes, block_rows, probe_rows, repair_
 from accelplug.patches.sparse.neighborhood import Neighborhood
 from accelplug.patches.sparse.sol import Sol
 from accelplug.patches.sparse.sparse_vdit import SparseVdit
@@ -24,6 +24,14 @@ def tensors(heads: int = 2, tokens: int = LAYOUT.length, width: int = 4, batch: 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(batch, heads, tokens, width, generator=generator) for _ in range(3))
     return q, k, v
+
+
+def repair(
+    sparse: Tensor, q: Tensor, exact: Tensor, rows: Tensor, within: slice = slice(None), **how: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `repair_` makes of a copy, and what it says of it."""
+    out = sparse.clone()
+    return out, *repair_(out, q, Probes(rows, exact), within, **how)
 
 
 def wrong_by_query(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,6 +51,16 @@ def test_probes_are_different_rows_all_over(number: int) -> None:
     assert (rows.diff() > 0).all()
     assert len(rows) == number
     assert (rows.diff() <= 2 * 126 / number + 1).all()
+
+
+def test_every_block_has_its_probes_and_what_is_there_twice_does_not_count() -> None:
+    lengths = torch.tensor([8, 2, 0, 5], dtype=torch.int32)
+    for step in range(3):
+        slots, counted = block_rows(lengths, 8, 3, step)
+        for block, held in enumerate(lengths.tolist()):
+            inside = slots[block] - 8 * block if held else slots[block]
+            assert ((inside >= 0) & (inside < max(held, 1))).all(), "a slot without a token"
+            assert len(inside[counted[block]].unique()) == int(counted[block].sum()) == min(held, 3)
 
 
 def test_probes_of_a_grid_are_not_all_of_one_column() -> None:

@@ -14,7 +14,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import scaled_dot_product_attention
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
-from accelplug.kernels.repair import probe_rows
+from accelplug.kernels import chunks, importance
+from accelplug.kernels.memory import Memory
+from accelplug.kernels.orders import tiles
+from accelplug.kernels.repair import Probes, block_rows, probe_rows, repair_
 from accelplug.patches.sparse.paro import Paro
 from accelplug.patches.sparse.sparse_vdit import FULL, SKIP, SparseVdit
 from accelplug.patches.sparse.template import BlockSparse
@@ -35,11 +38,27 @@ SUBJECTS = [row for row in ROWS.values() if row.blocks]
 BY_TOKEN = replace(ROWS["vmoba"], working={**ROWS["vmoba"].working, "gates": "token"})
 BY_VARIANCE = replace(ROWS["proxy"], working={**ROWS["proxy"].working, "variance": True})
 CLUSTERED = replace(ROWS["sol"], working={**ROWS["sol"].working, "order": "kmeans", "cluster_iterations": 3})
-WAYS = [*SUBJECTS, BY_TOKEN, BY_VARIANCE, CLUSTERED]
+SHARED = replace(ROWS["rows"], working={**ROWS["rows"].working, "rows": 3})
+"""The rows that it scores by are the probes."""
+WAYS = [*SUBJECTS, BY_TOKEN, BY_VARIANCE, CLUSTERED, SHARED]
 
 every_way = pytest.mark.parametrize(
     "subject", WAYS, ids=lambda row: f"{row.patch}-{'-'.join(map(str, row.working.values()))}"
 )
+
+
+def mending(subject: Subject) -> dict[str, Any]:
+    """Settings with which its error is repaired."""
+    return {"repair": "output_query"} if subject is SHARED else REPAIR
+
+
+def probed(subject: Subject, layout: Layout = LAYOUT) -> Tensor:
+    """Tokens that it computes exactly in a first step, int64 (R,)."""
+    if subject is not SHARED:
+        return probe_rows(layout.text_before, layout.visual, PROBES)
+    order = tiles(layout, "raster", 8)
+    slots, _ = block_rows(order.lengths(8)[: order.visual_slots // 8], 8, 3)
+    return order.tokens_in(slots.flatten())
 
 
 def patch_of(subject: Subject, **config: Any) -> BlockSparse:
@@ -94,8 +113,8 @@ def mapped(call: AttentionCall, change: Callable[[Tensor], Tensor]) -> Attention
 @every_way
 def test_probes_are_exact_and_text_is_as_it_was(subject: Subject) -> None:
     call = call_of(masked=True)
-    plain, mended = (answer(patch_of(subject, **repair), call) for repair in ({}, REPAIR))
-    rows = probe_rows(5, LAYOUT.visual, PROBES)
+    plain, mended = (answer(patch_of(subject, **repair), call) for repair in ({}, mending(subject)))
+    rows = probed(subject)
     torch.testing.assert_close(mended[..., rows, :], call.dense()[..., rows, :])
     assert not torch.equal(mended[..., VISUAL, :], plain[..., VISUAL, :])
     for text in (slice(0, 5), slice(131, None)):
@@ -104,7 +123,7 @@ def test_probes_are_exact_and_text_is_as_it_was(subject: Subject) -> None:
 
 @every_way
 def test_two_samples_have_no_say_in_each_other(subject: Subject) -> None:
-    call, patch = call_of(batch=2), patch_of(subject, **REPAIR)
+    call, patch = call_of(batch=2), patch_of(subject, **mending(subject))
     together = answer(patch, call)
     apart = torch.cat([answer(patch, mapped(call, itemgetter(slice(i, i + 1)))) for i in range(2)])
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
@@ -112,13 +131,13 @@ def test_two_samples_have_no_say_in_each_other(subject: Subject) -> None:
 
 @every_way
 def test_two_calls_are_equal_bit_for_bit(subject: Subject) -> None:
-    call, patch = call_of(), patch_of(subject, **REPAIR)
+    call, patch = call_of(), patch_of(subject, **mending(subject))
     assert torch.equal(answer(patch, call), answer(patch, call))
 
 
 @every_way
 def test_keys_that_are_padding_have_no_influence(subject: Subject) -> None:
-    call, patch = call_of(masked=True), patch_of(subject, **REPAIR)
+    call, patch = call_of(masked=True), patch_of(subject, **mending(subject))
     louder = mapped(call, lambda x: torch.where(torch.arange(LAYOUT.length)[:, None] < LAYOUT.length - 2, x, 1e4))
     torch.testing.assert_close(answer(patch, louder)[..., VISUAL, :], answer(patch, call)[..., VISUAL, :])
 
@@ -126,14 +145,14 @@ def test_keys_that_are_padding_have_no_influence(subject: Subject) -> None:
 @every_way
 def test_heads_may_share_keys(subject: Subject) -> None:
     """Grouped queries give what they give where keys and values are written out for each head."""
-    call, patch = call_of(heads=4, kv_heads=2), patch_of(subject, **REPAIR)
+    call, patch = call_of(heads=4, kv_heads=2), patch_of(subject, **mending(subject))
     repeated = asked(call.q, call.k.repeat_interleave(2, 1), call.v.repeat_interleave(2, 1))
     torch.testing.assert_close(answer(patch, call), answer(patch, repeated), rtol=1e-4, atol=1e-5)
 
 
 @every_way
 def test_low_precision_is_near_to_full(subject: Subject) -> None:
-    call, patch = call_of(), patch_of(subject, **REPAIR)
+    call, patch = call_of(), patch_of(subject, **mending(subject))
     out = answer(patch, mapped(call, Tensor.bfloat16))
     assert out.dtype == torch.bfloat16
     assert torch.isfinite(out).all()
@@ -149,9 +168,9 @@ def test_odd_sizes(subject: Subject, layout: Layout) -> None:
     if params is None:
         assert subject.video_only, "it runs dense on a grid of several frames"
         return
-    out = answer(patch_of(subject, **REPAIR), call, layout)
+    out = answer(patch_of(subject, **mending(subject)), call, layout)
     assert torch.isfinite(out).all()
-    rows = probe_rows(layout.text_before, layout.visual, PROBES)
+    rows = probed(subject, layout)
     torch.testing.assert_close(out[..., rows, :], call.dense()[..., rows, :])
 
 
@@ -159,7 +178,7 @@ def test_odd_sizes(subject: Subject, layout: Layout) -> None:
 def test_one_graph_serves_all_layers(subject: Subject) -> None:
     """Nothing in it depends on values, and layers whose params are other tensors do not recompile."""
     torch._dynamo.reset()
-    counter, patch = CompileCounter(), patch_of(subject, **REPAIR)
+    counter, patch = CompileCounter(), patch_of(subject, **mending(subject))
 
     @torch.compile(fullgraph=True, backend=counter)
     def attend(q: Tensor, k: Tensor, v: Tensor, params: Any) -> Tensor:
@@ -211,8 +230,71 @@ def test_orders_that_differ_by_head(patch: type[BlockSparse], heads: dict[str, A
     torch.testing.assert_close(out[..., rows, :], expected)
 
 
+SAMPLED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "raster": ({}, {}),
+    "short tiles": ({"order": "tile", "tile_thw": [2, 2, 2]}, {}),
+    "empty blocks": ({"block": 8, "block_k": 32}, {}),
+    "more rows than tokens": ({"rows": 8}, {}),
+    "clusters": ({"order": "kmeans", "cluster_iterations": 3}, {"heads": 3}),
+    "masked": ({"order": "morton"}, {"masked": True, "batch": 2}),
+    "clusters, masked": (
+        {"order": "kmeans", "cluster_iterations": 3},
+        {"masked": True, "heads": 4, "kv_heads": 2, "batch": 2},
+    ),
+    "shared keys": ({"order": "gilbert"}, {"heads": 4, "kv_heads": 2, "batch": 2}),
+    "output": ({"repair": "output"}, {}),
+}
+"""Ways of sampling, and calls."""
+
+
+@pytest.mark.parametrize("pieces", [1, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", SAMPLED)
+def test_sampled_rows_serve_as_probes(way: str, dtype: torch.dtype, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are what dense attention gives there, and repair makes of them what it makes of any probes."""
+    monkeypatch.setattr(importance, "PIECE", (pieces, pieces))
+    monkeypatch.setattr(chunks, "CHUNK", pieces)
+    config, given = SAMPLED[way]
+    call = mapped(call_of(**given), lambda x: x.to(dtype))
+    patch = patch_of(SHARED, **{**mending(SHARED), **config})
+    params, found, repaired = prepared(patch, LAYOUT), [], patch.repaired
+
+    def listen(out: Tensor, call: AttentionCall, tiles: Any, plan: Any, probes: Probes) -> Tensor:
+        found.append((out.clone(), probes))
+        return repaired(out, call, tiles, plan, probes)
+
+    monkeypatch.setattr(patch, "repaired", listen)
+    answered = patch.attend(call, params)
+    ((sparse, probes),) = found
+    place = probes.rows.expand(*call.q.shape[:2], -1)[..., None].expand(-1, -1, -1, 6)
+    dense = mapped(call, Tensor.float).dense().gather(-2, place)
+    near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(probes.out.float(), dense, **near)
+    assert probes.counted is not None
+    for row in place[..., 0].flatten(0, 1):
+        assert set(row[probes.counted].tolist()) == set(row.tolist()) - (set() if probes.counted[0] else {int(row[0])})
+        assert len(row[probes.counted].unique()) == probes.counted.sum()
+    rows = probes.rows.expand(*call.q.shape[:2], -1)
+    for b, h in torch.cartesian_prod(torch.arange(len(rows)), torch.arange(rows.shape[1])).tolist():
+        own = [x[b : b + 1, h : h + 1] for x in (sparse, call.q, dense.to(dtype))]
+        of_head = Probes(rows[b, h, probes.counted], own[2][..., probes.counted, :])
+        repair_(own[0], own[1], of_head, VISUAL, on_query=patch.config.repair == "output_query")
+        torch.testing.assert_close(answered[b : b + 1, h : h + 1], own[0], **near)
+
+
+def test_sampled_rows_move_where_the_last_step_is_known() -> None:
+    """Else what is carried over says nothing new."""
+    patch, found, memory = patch_of(SHARED, **mending(SHARED)), [], Memory()
+    params, call = prepared(patch, LAYOUT), replace(call_of(), ticket=memory.ticket)
+    for step in range(6):
+        memory.advance(step)
+        blocks, _ = patch.laid_out(call, params)
+        found.append(set(blocks.probes[0].rows.tolist()))
+    assert len(set.union(*found)) > 1.5 * len(found[0])
+
+
 ON_A_MODEL = (it_does_something_and_undoes_it, nothing_is_left_of_a_run)
-REPAIRED = [replace(row, working={**row.working, **REPAIR}) for row in SUBJECTS]
+REPAIRED = [replace(row, working={**row.working, **mending(row)}) for row in (*SUBJECTS, SHARED)]
 WAN = {"wan": DENOISERS_TRIED["wan"]}
 
 

@@ -10,6 +10,8 @@ is the share of attention that they give to the block. The rows of block m read 
 the mass, or a share `density` of them. Sampling costs ``n / block`` of dense attention.
 
 Text blocks are read by all, and read all. They are not candidates: mass is shared out among visual blocks alone.
+
+With `repair`, the same rows are its probes: weighed values in the place of sums over blocks make them exact, for one product more.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from pydantic import Field
 from torch import Tensor
 
 from accelplug.call import Layout
-from accelplug.kernels.importance import sampled_mass
 from accelplug.kernels.plan import BlockPlan
 from accelplug.kernels.rows import top_k, top_p
 from accelplug.patches.sparse.template import Blocks, RestKind, Scored, ScoredConfig
@@ -35,6 +36,12 @@ class SampledRows(Scored):
         block: int = Field(64, ge=8, le=1024, multiple_of=8, description="Slots per query and key block.")
         rest: RestKind = Field("pool", description="What becomes of the key blocks that are not read.")
         rows: int = Field(4, ge=1, le=64, description="Rows of each query block that are held against all keys.")
+        probes: float | None = Field(  # type: ignore[assignment]  # a wider choice of a value that is only read
+            None,
+            gt=0.0,
+            le=65536,
+            description="Rows of a head that are exact (repair); none: those that are sampled. Else a share or a number of others.",
+        )
         density: Annotated[float, Field(gt=0.0, le=1.0)] | Table | None = Field(
             0.2, description="Share of the visual key blocks that a block reads, or a table (steps, layers, heads) of them."
         )
@@ -50,8 +57,8 @@ class SampledRows(Scored):
         return self.config.density == 1.0 if self.config.density is not None else self.config.top_p == 1.0
 
     def route(self, blocks: Blocks, budget: Tensor | None = None) -> BlockPlan:
-        sizes = blocks.query_lengths, blocks.key_lengths, blocks.block, blocks.block_k
-        mass = sampled_mass(blocks.q, blocks.k, *sizes, self.config.rows, blocks.scale, blocks.key_mask)
+        shared = self.estimates and self.config.probes is None
+        mass = blocks.sampled_mass(self.config.rows, shared)
         candidates = blocks.candidates[..., None, :]  # [B|1, H|1, 1, N]
         mass = torch.where(candidates, mass, 0.0)
         if self.config.density is not None:

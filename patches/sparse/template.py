@@ -19,12 +19,13 @@ from accelplug.bounded import Bounded
 from accelplug.errors import ShapeError
 from accelplug.kernels.attention import Backend, block_attention, measure_choice
 from accelplug.kernels.clusters import cluster_tiles
+from accelplug.kernels.importance import sampled_mass
 from accelplug.kernels.memory import COLD, Memory
 from accelplug.kernels.orders import Order, Tiles, tiles
 from accelplug.kernels.plan import BlockPlan, Box, Threshold, counted, pool
 from accelplug.kernels.precision import Precision
 from accelplug.kernels.rectify import rectify
-from accelplug.kernels.repair import probe_rows, repair, step_of
+from accelplug.kernels.repair import Probes, block_rows, probe_rows, repair_, step_of
 from accelplug.kernels.rest import Drop, Linear, Pool, Rectified, Representative, Rest, Slope, Tied
 from accelplug.patches.base import Config, Patch, Positive, UnimplementedHalf
 from accelplug.table import Table
@@ -275,35 +276,59 @@ class BlockSparse(Patch):
 
     def attend(self, call: AttentionCall, params: BlockParams) -> Tensor:
         blocks, plan = self.laid_out(call, params)
-        arguments, q_tiles = self._arguments(blocks, plan, params), blocks.q_tiles
+        arguments, q_tiles, probes = self._arguments(blocks, plan, params), blocks.q_tiles, blocks.probes
         del blocks
         out = block_attention(**arguments)
         del arguments  # with it go q, k and v in block order: the output is put back without them
-        return self.repaired(q_tiles.unpermute(out), call, q_tiles, plan)
+        return self.repaired(q_tiles.unpermute(out), call, q_tiles, plan, *probes)
 
-    def repaired(self, out: Tensor, call: AttentionCall, tiles: Tiles, plan: BlockPlan | Threshold | None = None) -> Tensor:
-        """Return the output (B, H, S, D_v) of a call with its error repaired, as the config says; an own `attend` ends in it."""
-        number = self.probed(tiles.layout, call)
-        if number == 0:
+    def repaired(
+        self,
+        out: Tensor,
+        call: AttentionCall,
+        tiles: Tiles,
+        plan: BlockPlan | Threshold | None = None,
+        probes: Probes | None = None,
+    ) -> Tensor:
+        """Return the output (B, H, S, D_v) of a call with its error repaired in place, as the config says; an own `attend` ends in it.
+
+        `probes`: rows that are known exactly already; None: the config says how many are computed.
+        """
+        probes = self._probes(call, tiles) if probes is None else probes
+        if probes is None:
             return out
         # Tokens that come in order already have their visual ones in front.
         first = 0 if tiles.applied else tiles.layout.text_before
-        ticket = COLD if call.ticket is None or not self.config.carry else call.ticket
-        rows = probe_rows(tiles.layout.text_before, tiles.layout.visual, number, out.device, step_of(out, ticket))
-        rows = tiles.slot_of_token()[rows] if tiles.applied else rows
-        exact = call.dense(q=call.q[..., rows, :], attn_mask=None if call.mask is None else call.mask[:, None, None])
-        on_query = self.config.repair == "output_query"
         visual = slice(first, first + tiles.layout.visual)
-        carry, ridge = self.config.carry, self.config.ridge
-        mended, left, whole = repair(
-            out, call.q, exact, rows, visual, on_query=on_query, ridge=ridge, carry=carry, ticket=ticket
+        skipped = plan.skipped if isinstance(plan, BlockPlan) else None
+        left, whole = repair_(
+            out,
+            call.q,
+            probes,
+            visual,
+            on_query=self.config.repair == "output_query",
+            ridge=self.config.ridge,
+            carry=self.config.carry,
+            ticket=self._ticket(call),
+            skipped=skipped,
         )
-        if isinstance(plan, BlockPlan):
-            mended = torch.where(plan.skipped[..., None, None], out, mended)
-            left = torch.where(plan.skipped, whole, left)
         if call.error is not None:
             call.error.copy_(left.norm() / whole.norm().clamp(min=1e-12))
-        return mended
+        return out
+
+    def _probes(self, call: AttentionCall, tiles: Tiles) -> Probes | None:
+        number = self.probed(tiles.layout, call)
+        if number == 0:
+            return None
+        step = step_of(call.q, self._ticket(call))
+        rows = probe_rows(tiles.layout.text_before, tiles.layout.visual, number, call.q.device, step)
+        rows = tiles.slot_of_token()[rows] if tiles.applied else rows
+        mask = None if call.mask is None else call.mask[:, None, None]
+        return Probes(rows, call.dense(q=call.q[..., rows, :], attn_mask=mask))
+
+    def _ticket(self, call: AttentionCall) -> Tensor:
+        """Where a call finds what the last step's left, if it takes any of it."""
+        return COLD if call.ticket is None or not self.config.carry else call.ticket
 
     @property
     def estimates(self) -> bool:
@@ -362,7 +387,7 @@ class BlockSparse(Patch):
     def laid_out(self, call: AttentionCall, params: BlockParams) -> tuple[Blocks, BlockPlan | Threshold]:
         """The call in block order, and what is read of it."""
         q_tiles, k_tiles = self.arrange(call, params)
-        blocks = Blocks.of(call, q_tiles, k_tiles, self.config.block, self.config.key_block)
+        blocks = Blocks.of(call, q_tiles, k_tiles, self.config.block, self.config.key_block, self._ticket(call))
         plan = params.plan if params.plan is not None else self._route(blocks, params)
         if isinstance(plan, Threshold) and self.config.rest == "rectified":
             plan = plan.lower(blocks.q_pool, blocks.k_pool, blocks.scale)
@@ -465,6 +490,8 @@ class Blocks:
     scale : factor on q.k.
     q_tiles, k_tiles : how queries and keys line up.
     block, block_k : slots per query and key block, M and N of them.
+    ticket : of what the call's last step left, see `kernels.memory`.
+    probes : rows that a selector has computed exactly: none or one `Probes`.
     """
 
     q: Tensor
@@ -476,17 +503,21 @@ class Blocks:
     k_tiles: Tiles
     block: int
     block_k: int
+    ticket: Tensor = COLD
+    probes: list[Probes] = field(default_factory=list)
     _means: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, call: AttentionCall, q_tiles: Tiles, k_tiles: Tiles, block: int, block_k: int) -> Blocks:
+    def of(
+        cls, call: AttentionCall, q_tiles: Tiles, k_tiles: Tiles, block: int, block_k: int, ticket: Tensor = COLD
+    ) -> Blocks:
         """Lay a call out in block order."""
         key_mask = call.mask if call.mask is None else k_tiles.permute_mask(call.mask)
         q, k, v = q_tiles.permute(call.q), k_tiles.permute(call.k), k_tiles.permute(call.v)
         q, k, v = _filled(q, q_tiles.slots, block), _filled(k, k_tiles.slots, block_k), _filled(v, k_tiles.slots, block_k)
         if key_mask is not None:
             key_mask = pad(key_mask, (0, k.shape[-2] - key_mask.shape[-1]))
-        return cls(q, k, v, key_mask, call.scale, q_tiles, k_tiles, block, block_k)
+        return cls(q, k, v, key_mask, call.scale, q_tiles, k_tiles, block, block_k, ticket)
 
     @property
     def q_pool(self) -> Tensor:
@@ -538,6 +569,29 @@ class Blocks:
     def candidates(self) -> Tensor:
         """Key blocks that a selector has the choice of: visual, with a key that may be read. Bool (B|1, 1, N)."""
         return (self.k_number > 0) & ~self.key_text
+
+    def sampled_mass(self, rows: int, probe: bool) -> Tensor:
+        """Return the share of attention that so many rows of each block give to each key block, float32 (B, H, M, N); 0 for text's.
+
+        `probe`: these rows are computed exactly, and left in `probes`. They are others in every step that knows of the last one.
+        """
+        visual = self.q_tiles.visual_slots // self.block
+        step = step_of(self.q, self.ticket) if probe else 0.0
+        slots, counted = block_rows(self.query_lengths[:visual], self.block, rows, step)
+        number, v = len(self.key_lengths), self.v if probe else None
+        mass, out = sampled_mass(self.q, self.k, slots, number, self.block_k, self.scale, self._readable, v)
+        if probe:
+            self.probes.append(Probes(self.q_tiles.tokens_in(slots.flatten()), out, counted.flatten()))
+        return pad(mass, (0, 0, 0, len(self.query_lengths) - visual))
+
+    @property
+    def _readable(self) -> Tensor | None:
+        """Keys that may be read, bool (B|1, H|1, P); None for all."""
+        mask = self.key_mask if self.key_mask is None or self.key_mask.ndim == 3 else self.key_mask[:, None]
+        if self.k_tiles.tokens == self.k.shape[-2]:  # every slot holds one
+            return mask
+        held = self.k_tiles.held[None, None, : self.k.shape[-2]]
+        return held if mask is None else held & mask
 
     def plan(self, members: Tensor, level: Tensor | None = None) -> BlockPlan:
         """Make a plan from block membership, bool (B|1, H|1, M, N): text is read by all rows, and reads all.
