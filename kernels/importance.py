@@ -18,9 +18,6 @@ SHARE = 4
 BUDGET = 1 << 25
 """Logits held at a time."""
 
-PIECE = (1 << 20, 1 << 25)
-"""Logits of sampled rows held at a time: so many as a CPU's caches hold, more elsewhere. Ours."""
-
 PARTS = 4
 """Parts of a block that have a mean each."""
 
@@ -140,7 +137,7 @@ def sampled_mass(
     masses, outs = [], []
     for some, key, *others in by_heads(len(k) * k[0, 0].numel(), queries, k, *given):
         key, value = key.to(_exact(k)).mT, None if v is None else others[0].to(_exact(k))
-        rows = max(1, PIECE[q.device.type != "cpu"] // (width * some[..., 0, 0].numel() * key.shape[-1])) * width
+        rows = max(1, BUDGET // (width * some[..., 0, 0].numel() * key.shape[-1])) * width
         mass, out = [], []
         for part in some.split(rows, -2):
             logits = _product(part.flatten(2, 3).to(key.dtype), key).mul_(scale)

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accelplug.kernels.chunks import by_heads
+from accelplug.kernels.chunks import by_rows
 from accelplug.kernels.memory import COLD, memory_of
 from accelplug.kernels.orders import take
 
@@ -156,16 +156,13 @@ def repair_(
         keep = skipped[..., None, None]
         slope, constant = slope.masked_fill(keep, 0.0), constant.masked_fill(keep, 0.0)
         exact, left = torch.where(keep, output, exact), torch.where(skipped, whole, left)
-    slope, constant = slope.to(out.dtype), constant.to(out.dtype)
-    of_output, of_query = slope[..., : out.shape[-1], :], slope[..., out.shape[-1] :, :]
-    wrong = out[..., within, :]
-    for some, query, by_output, by_query, more in by_heads(
-        len(out) * wrong[0, 0].numel(), wrong, q[..., within, :], of_output, of_query, constant
-    ):
-        error = some @ by_output
+    of_output, of_query = slope.to(out.dtype).flatten(0, 1).tensor_split([out.shape[-1]], 1)
+    constant = constant.to(out.dtype).flatten(0, 1)
+    for some, query in by_rows(out[..., 0, :].numel(), out[..., within, :], q[..., within, :]):
+        error = torch.baddbmm(constant, some.flatten(0, 1), of_output)
         if on_query:
-            error += query @ by_query
-        some += error.add_(more)
+            error = error.baddbmm_(query.flatten(0, 1), of_query)
+        some += error.unflatten(0, some.shape[:2])
     _put_(out, probes.rows, exact)
     return left, whole
 

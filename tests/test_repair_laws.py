@@ -252,7 +252,7 @@ SAMPLED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("way", SAMPLED)
 def test_sampled_rows_serve_as_probes(way: str, dtype: torch.dtype, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are what dense attention gives there, and repair makes of them what it makes of any probes."""
-    monkeypatch.setattr(importance, "PIECE", (pieces, pieces))
+    monkeypatch.setattr(importance, "BUDGET", pieces)
     monkeypatch.setattr(chunks, "CHUNK", pieces)
     config, given = SAMPLED[way]
     call = mapped(call_of(**given), lambda x: x.to(dtype))
