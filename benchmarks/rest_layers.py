@@ -148,7 +148,7 @@ def carried(name: str, patch: str, config: dict[str, Any]) -> list[dict[str, Any
             memory, estimate = memories[place.layer], torch.zeros(())
             memory.advance(place.step)
             known = replace(call, error=estimate, ticket=memory.ticket)
-            error = float((method.repaired(out, known, tiles) - exact).norm() / exact.norm())
+            error = float((method.repaired(out.clone(), known, tiles) - exact).norm() / exact.norm())
             where = {"setting": name, "layer": place.layer, "step": place.step, "probes": probes, "carry": carry}
             last[place.layer] = {**where, "error": error, "estimate": float(estimate)}
         rows += last.values()
