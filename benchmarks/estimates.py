@@ -33,7 +33,7 @@ from accelplug.hosts.models import denoisers
 from accelplug.recipe import load
 from accelplug.show import jsonable
 from accelplug.tuning.caches import Cache, CacheFacts, fitting
-from accelplug.tuning.prediction import Predictor, Trajectory, together
+from accelplug.tuning.prediction import Predictor, Trajectory, margin_of_both
 from accelplug.tuning.space import Arm, Candidate, arms, repaired
 from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, foreground
 from benchmarks.common import rank_correlation, write_json
@@ -120,7 +120,7 @@ def _together(run: Callable[..., Row], cache: Cache, beside: list[Arm], found: l
     for arm in (arm for arm in beside if str(arm) in alone):
         candidate, patch_db = Candidate(arm, cache=cache), alone[str(arm)]
         both = run(str(candidate), candidate.rules()).mean("psnr_db")
-        predicted = together(patch_db, cache_db, in_db=True)
+        predicted = margin_of_both(patch_db, cache_db, in_db=True)
         told.append(
             {"name": str(arm), "patch_db": patch_db, "cache_db": cache_db, "both_db": both, "predicted_db": predicted}
         )

@@ -280,7 +280,7 @@ class Predictor:
         if candidate.cache is None:
             return margin
         cache = [bound.margin(v[bound.name]) for other, v, _ in self.runs if other == Candidate(None, cache=candidate.cache)]
-        return together(margin, cache[0], in_db) if cache else None
+        return margin_of_both(margin, cache[0], in_db) if cache else None
 
     def _line(self, candidate: Candidate, points: list[tuple[Candidate, float]], usual: float) -> float:
         """The margin on the best line from log10(predicted error), over all kappas; with under three runs, on one of the usual slope."""
@@ -297,7 +297,7 @@ class Predictor:
         return best[1]
 
 
-def together(a: float, b: float, in_db: bool) -> float:
+def margin_of_both(a: float, b: float, in_db: bool) -> float:
     """Return the margin that is left of two losses: in dB that of the sum of both noises, else no more than the worse of both."""
     worse, better = sorted((a, b))
     return worse - 10 * math.log10(1 + 10 ** ((worse - better) / 10)) if in_db and math.isfinite(worse) else worse
