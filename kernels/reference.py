@@ -24,10 +24,10 @@ def attend(
     reads = plan.dense_mask()[..., : q.shape[-2], : k.shape[-2]]  # [B|1, H|1, P_q, P_k]
     if key_mask is not None:
         reads = reads & key_mask[:, None, None]
-    logits = _product(q, k, groups).masked_fill(~reads, -torch.inf)
+    logits = _logits(q, k, groups).masked_fill(~reads, -torch.inf)
     if coarse is not None:
         reads = plan.coarse_reads(coarse.levels).repeat_interleave(plan.block_q, -2)[..., : q.shape[-2], :]
-        by_mean = _product(q, coarse.k, groups) + coarse.bias[:, :, None]
+        by_mean = _logits(q, coarse.k, groups) + coarse.bias[:, :, None]
         logits = torch.cat([logits, by_mean.masked_fill(~reads, -torch.inf)], -1)
         v = torch.cat([v, coarse.v], -2)
     lse = logits.logsumexp(-1)
@@ -35,5 +35,5 @@ def attend(
     return (weights @ v.float().repeat_interleave(groups, 1)).to(k.dtype), lse
 
 
-def _product(q: Tensor, k: Tensor, groups: int) -> Tensor:
+def _logits(q: Tensor, k: Tensor, groups: int) -> Tensor:
     return q @ k.float().repeat_interleave(groups, 1).mT

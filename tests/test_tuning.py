@@ -297,11 +297,11 @@ def test_patches_are_tried_beside_a_cache_that_is_faster_than_all_of_them() -> N
 
 
 def test_two_losses_together() -> None:
-    assert prediction.together(4.0, 4.0, in_db=True) == pytest.approx(4.0 - 3.0103)
-    assert prediction.together(4.0, 24.0, in_db=True) == pytest.approx(4.0 - 0.0432, abs=1e-4)
-    assert prediction.together(4.0, math.inf, in_db=True) == 4.0
-    assert prediction.together(math.inf, math.inf, in_db=True) == math.inf
-    assert prediction.together(0.1, 0.3, in_db=False) == 0.1
+    assert prediction.margin_of_both(4.0, 4.0, in_db=True) == pytest.approx(4.0 - 3.0103)
+    assert prediction.margin_of_both(4.0, 24.0, in_db=True) == pytest.approx(4.0 - 0.0432, abs=1e-4)
+    assert prediction.margin_of_both(4.0, math.inf, in_db=True) == 4.0
+    assert prediction.margin_of_both(math.inf, math.inf, in_db=True) == math.inf
+    assert prediction.margin_of_both(0.1, 0.3, in_db=False) == 0.1
 
 
 def test_arms_are_pruned_by_what_they_lose_and_take(told_times: None) -> None:

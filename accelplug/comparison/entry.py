@@ -21,7 +21,7 @@ from accelplug.hosts.host import model_facts, require_ability
 from accelplug.hosts.models import denoisers, unwrapped
 from accelplug.recipe import Recipe, load
 
-CACHED = "FirstBlockCache"
+STEP_CACHE = "FirstBlockCache"
 CACHE_THRESHOLD = 0.2
 """Residual difference below which FirstBlockCache skips the other blocks."""
 
@@ -83,8 +83,8 @@ def compare(
     variants = [Variant(DENSE_ROW, kind="dense"), *(Variant(name, loaded) for name, loaded in recipes.items())]
     if caches:
         _require_caches(pipe)
-        cached = {CACHED: load(OBSERVED, model_facts(pipe))}
-        cached |= {f"{CACHED} + {name}": loaded for name, loaded in recipes.items()}
+        cached = {STEP_CACHE: load(OBSERVED, model_facts(pipe))}
+        cached |= {f"{STEP_CACHE} + {name}": loaded for name, loaded in recipes.items()}
         variants += [
             Variant(name, loaded.with_cache("first_block", threshold=CACHE_THRESHOLD), "cache")
             for name, loaded in cached.items()
@@ -126,7 +126,7 @@ def _compare_vlm(model: Any, recipe: Any, exam: Any, processor: Any, progress: b
 def _rows_of(pipe: Any, recipe: Any) -> dict[str, Recipe]:
     """The recipes by the names of their rows."""
     named = _by_name(pipe, recipe)
-    if taken := [name for name in named if name.split(",")[0] == DENSE_ROW or name.startswith(CACHED)]:
+    if taken := [name for name in named if name.split(",")[0] == DENSE_ROW or name.startswith(STEP_CACHE)]:
         raise AccelplugError(
             f"A recipe is called {taken[0]!r}, as a row of the comparison is. Pass {{'another name': recipe}}."
         )

@@ -29,7 +29,7 @@ def colours(x: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(place, range(len(HEAT)), channel) for channel in HEAT.T], -1).round().astype(np.uint8)
 
 
-def spread(layers: int, number: int = MAPS) -> list[int]:
+def over_depth(layers: int, number: int = MAPS) -> list[int]:
     """Return up to `number` indices from the first layer to the last, evenly spaced."""
     return sorted({round(x) for x in np.linspace(0, layers - 1, min(number, layers))})
 
@@ -107,7 +107,7 @@ def image_figure(
         columns = math.ceil(math.sqrt(attention.shape[1]))
         grid, picture = (-(-attention.shape[1] // columns), columns), None
     shape = picture.shape[:2] if picture is not None else grid
-    chosen = spread(len(attention))
+    chosen = over_depth(len(attention))
     pitch = (SHEET - 2 * EDGE - MAPS * GAP) // (MAPS + 1)
     shrink = max(1.0, shape[0] / shape[1] / 1.6)  # tall pictures get narrower, not longer
     size = round(pitch / shrink), max(1, round(pitch / shrink * shape[0] / shape[1]))
