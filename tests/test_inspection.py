@@ -21,7 +21,7 @@ from accelplug.cli import main
 from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, ShapeError, UnsupportedError
 from accelplug.families import vlm
 from accelplug.hosts.transformers import LanguageHost
-from accelplug.inspection.drawing import colours, spread
+from accelplug.inspection.drawing import colours, over_depth
 from accelplug.inspection.language import LanguageInspection
 from accelplug.inspection.reading import sink_dimensions
 from accelplug.testing.language_models import IMAGE, TEXT_CONFIG, TokenRows
@@ -332,8 +332,8 @@ def test_without_system_text_there_is_no_vas(tmp_path: Path) -> None:
 def test_colours_go_from_dark_to_light_and_layers_over_all_depth() -> None:
     light = colours(np.linspace(0, 1, 50)).astype(float) @ [0.3, 0.59, 0.11]
     assert (np.diff(light) > 0).all()
-    assert spread(32) == [0, 6, 12, 19, 25, 31]
-    assert spread(4) == [0, 1, 2, 3]
+    assert over_depth(32) == [0, 6, 12, 19, 25, 31]
+    assert over_depth(4) == [0, 1, 2, 3]
 
 
 # --------------------------------------------------------------------------------------------------------- summary and errors
