@@ -31,7 +31,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from accelplug.comparison.environment import environment
 from accelplug.kernels.attention import Backend, available_backends, block_attention
 from accelplug.kernels.plan import BlockPlan
-from accelplug.kernels.precision import Precision, quantised, smoothed
+from accelplug.kernels.precision import Precision, quantised, shared_key
 from accelplug.kernels.rest import Drop, Pool
 from benchmarks.common import RESULTS, random_plan, write_json
 
@@ -83,9 +83,8 @@ def tiered(tier: Tier | None, precision: Precision = "native") -> Kernel:
     def make(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Run:
         eight = None
         if precision != "native":
-            k, _ = smoothed(k, plan.k_len, plan.block_k, None)
-            eight = quantised(q, k, plan, precision, None)
-        return lambda: triton_block.attend(q, k, v, plan, Drop(), q.shape[-1] ** -0.5, None, False, eight, tier)[0]
+            eight = quantised(q, k, shared_key(k, plan, None), plan, precision, None)
+        return lambda: triton_block.attend(q, k, v, plan, Drop(), q.shape[-1] ** -0.5, None, False, eight, tier=tier)[0]
 
     return Kernel(make, Drop(), precision)
 

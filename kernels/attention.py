@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -13,9 +13,10 @@ from torch import Tensor
 from accelplug.bounded import Bounded
 from accelplug.errors import ShapeError, UnsupportedError
 from accelplug.kernels import blocked, flex, reference
+from accelplug.kernels.chunks import at_once, by_heads
 from accelplug.kernels.linear import first_order
 from accelplug.kernels.plan import BlockPlan, Threshold, pool
-from accelplug.kernels.precision import DTYPES, Precision, Quantised, quantised, smoothed
+from accelplug.kernels.precision import DTYPES, Precision, ValuePrecision, quantised, quantised_values, shared_key
 from accelplug.kernels.rest import Drop, Linear, Pool, Rectified, Rest, Tied, coarse, rectified, tied
 from accelplug.kernels.timing import timed_ms
 
@@ -39,6 +40,7 @@ def block_attention(
     rest: Rest | None = None,
     scale: float | None = None,
     precision: Precision = "native",
+    values: ValuePrecision = "native",
     key_mask: Tensor | None = None,
     backend: Backend = "auto",
     return_lse: bool = False,
@@ -53,7 +55,7 @@ def block_attention(
         would tell rows of later ones.
     rest : `Drop` (default), `Pool`, `Linear`, `Rectified` or `Tied`.
     scale : factor on q.k; 1 / sqrt(D) by default.
-    precision : of q.k in the blocks that are read exactly; see `precision`.
+    precision, values : of q.k and of p.v in the blocks that are read exactly; see `precision`.
     key_mask : bool (B, P_k), keys that may be read, or (B, H, P_k) where that differs by head, as orders may; the kernels know
         one mask, so that heads then go one after the other. Pooled blocks are means over these alone.
     backend : ``auto`` takes what `measure_choice` found for this shape, or the first that serves; ``first`` asks no measurement.
@@ -72,21 +74,20 @@ def block_attention(
         If the backend that was asked for cannot serve here, gradients are asked for, or the log-sum-exp of `Rectified` or
         `Tied`, which have none.
     """
-    arguments: Any
     _check(q, k, v, plan, rest, key_mask)
     rest = Drop() if rest is None else rest
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend in ("auto", "first"):
-        measured = _choices.peek(_call_key(q, k, v, plan, rest, key_mask, precision)) if backend == "auto" else None
-        serve = _candidates(q, v, plan, precision, return_lse or isinstance(rest, NEED_LSE))
+        measured = _choices.peek(_call_key(q, k, v, plan, rest, key_mask, precision, values)) if backend == "auto" else None
+        serve = _candidates(q, v, plan, precision, values, return_lse or isinstance(rest, NEED_LSE))
         backend = measured[0] if measured is not None and measured[0] in serve else serve[0]  # type: ignore[assignment]
+    arguments: dict[str, Any] = {"scale": scale, "precision": precision, "values": values, "backend": backend}
     if key_mask is not None and key_mask.ndim == 3:
-        arguments = {"scale": scale, "precision": precision, "backend": backend, "return_lse": return_lse}
-        return _by_head(q, k, v, plan, rest, key_mask, arguments)
+        return _by_head(q, k, v, plan, rest, key_mask, {**arguments, "return_lse": return_lse})
+    arguments["key_mask"] = key_mask
     if isinstance(rest, Rectified | Tied):
         if return_lse:
             raise UnsupportedError(f"rest={type(rest).__name__} has no log-sum-exp. Call without return_lse.")
-        arguments = {"scale": scale, "precision": precision, "key_mask": key_mask, "backend": backend}
         if isinstance(rest, Rectified):
             return rectified(rest, block_attention(q, k, v, plan, **arguments), v, plan, key_mask)
         plan = plan if isinstance(plan, BlockPlan) else lower(plan, q, k, scale, key_mask)
@@ -94,15 +95,14 @@ def block_attention(
         return tied(out, lse, q, k, v, plan, scale, key_mask)
     if isinstance(rest, Linear):
         plan = plan if isinstance(plan, BlockPlan) else lower(plan, q, k, scale, key_mask)
-        arguments = {"scale": scale, "precision": precision, "key_mask": key_mask, "backend": backend, "return_lse": True}
-        out, lse = block_attention(q, k, v, plan, rest=Pool(rest.weight), **arguments)
+        out, lse = block_attention(q, k, v, plan, rest=Pool(rest.weight), **arguments, return_lse=True)
         out = first_order(out, lse, q, k, v, plan, rest, scale, key_mask)
         return (out, lse) if return_lse else out
     weight, kind = (rest.weight, rest.representative) if isinstance(rest, Pool) else (None, "drop")
     band = plan.band if isinstance(plan, Threshold) else None
     causal = plan.causal if isinstance(plan, BlockPlan) else None
     tensors, sizes = plan.tensors(), (plan.block_q, plan.block_k, band, causal)
-    out, lse = _op(q, k, v, key_mask, weight, tensors, *sizes, kind, scale, precision, backend, return_lse)
+    out, lse = _op(q, k, v, key_mask, weight, tensors, *sizes, kind, scale, precision, values, backend, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -111,22 +111,20 @@ def _by_head(q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Any, key_mask: Te
     pairs = []
     for head in range(q.shape[1]):
         one = slice(head, head + 1)
-
-        def own(x: Any, names: Sequence[str], one: slice = one) -> Any:
-            parts = {name: part for name in names if (part := getattr(x, name)) is not None and part.shape[1] > 1}
-            return replace(x, **{name: part[:, one] for name, part in parts.items()})
-
-        their_rest = rest
-        if isinstance(rest, Pool | Linear) and rest.weight is not None:
-            their_rest = replace(rest, weight=rest.weight[one])
-        elif isinstance(rest, Rectified):
-            their_rest = own(rest, ("share", "weights"))
-        theirs = own(plan, BlockPlan.BY_HEAD if isinstance(plan, BlockPlan) else ("theta",))
-        tensors = q[:, one], k[:, one], v[:, one]
-        pairs.append(block_attention(*tensors, theirs, rest=their_rest, key_mask=key_mask[:, head], **arguments))
+        tensors, theirs = (q[:, one], k[:, one], v[:, one]), (_said_of(plan, one), _said_of(rest, one))
+        pairs.append(block_attention(*tensors, theirs[0], rest=theirs[1], key_mask=key_mask[:, head], **arguments))
     if arguments["return_lse"]:
         return tuple(torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
     return torch.cat(pairs, 1)
+
+
+def _said_of(x: Any, heads: slice) -> Any:
+    """What a plan or a rest says of some query heads."""
+    if isinstance(x, Pool | Linear):
+        return x if x.weight is None else replace(x, weight=x.weight[heads])
+    names = {BlockPlan: BlockPlan.BY_HEAD, Threshold: ("theta",), Rectified: ("share", "weights")}.get(type(x), ())
+    parts = {name: part for name in names if (part := getattr(x, name)) is not None and part.shape[1] > 1}
+    return replace(x, **{name: part[:, heads] for name, part in parts.items()})
 
 
 @torch.library.custom_op("accelplug::block_attention", mutates_args=())
@@ -144,6 +142,7 @@ def _op(
     rest: str,
     scale: float,
     precision: str,
+    values: str,
     backend: str,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -151,7 +150,7 @@ def _op(
     sizes = (block_q, block_k)
     made = BlockPlan.of_tensors(plan, *sizes, causal) if band is None else Threshold.of_tensors(plan, band, *sizes)
     kept = Drop() if rest == "drop" else Pool(weight, rest)  # type: ignore[arg-type]
-    out, lse = _run(backend, q, k, v, made, kept, scale, precision, key_mask, return_lse)
+    out, lse = _run(backend, q, k, v, made, kept, scale, precision, values, key_mask, return_lse)
     return out, out.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
@@ -171,49 +170,83 @@ def _run(
     rest: Drop | Pool,
     scale: float,
     precision: str,
+    values: str,
     key_mask: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    if precision == "native":
-        return _served(backend, q, k, v, plan, rest, scale, key_mask, return_lse, None)
-    if isinstance(plan, Threshold):  # a rule on the scores as they are
-        plan = lower(plan, q, k, scale, key_mask)
-    k, mean = smoothed(k, plan.k_len, plan.block_k, key_mask)
-    eight = quantised(q, k, plan, precision, key_mask)
-    out, lse = _served(backend, q, k, v, plan, rest, scale, key_mask, return_lse, eight)
-    if lse is not None and return_lse:
-        lse = lse + scale * (q.float() @ mean.repeat_interleave(q.shape[1] // k.shape[1], 1).mT)[..., 0]
-    return out, lse
-
-
-def _served(
-    backend: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: BlockPlan | Threshold,
-    rest: Drop | Pool,
-    scale: float,
-    key_mask: Tensor | None,
-    return_lse: bool,
-    eight: Quantised | None,
-) -> tuple[Tensor, Tensor | None]:
+    eight_bits = precision != "native" or values != "native"
     if backend == "triton":
         from accelplug.kernels import triton_block
 
-        if isinstance(plan, Threshold) and not triton_block.evaluates(plan, rest):
-            plan = lower(plan, q, k, scale, key_mask)
-        return triton_block.attend(q, k, v, plan, rest, scale, key_mask, return_lse, eight)
+        if isinstance(plan, Threshold) and (eight_bits or not triton_block.evaluates(plan, rest)):
+            plan = lower(plan, q, k, scale, key_mask)  # in 8 bits too: it is a rule on the scores as they are
+        shared = None if precision == "native" else shared_key(k, plan, key_mask)
+        eight = None if shared is None else quantised(q, k, shared, plan, precision, key_mask)
+        v8 = None if values == "native" else quantised_values(v, plan, key_mask)
+        out, lse = triton_block.attend(q, k, v, plan, rest, scale, key_mask, return_lse, eight, v8)
+        return out, lse if lse is None or shared is None else lse + _shared_logit(q, shared, scale)
     if isinstance(plan, Threshold):
         plan = lower(plan, q, k, scale, key_mask)
+    if 1 < plan.bits.shape[1] < q.shape[1] and (eight_bits or backend != "blocked"):  # heads that share keys read the same
+        plan = plan.of_heads(torch.arange(q.shape[1], device=q.device) // (q.shape[1] // plan.bits.shape[1]))
+    if not eight_bits:
+        return _kernels(backend)(q, k, v, plan, coarse(k, v, plan, rest, key_mask), scale, key_mask, return_lse)
+    if values != "native" and backend != "reference":
+        raise UnsupportedError(
+            f"backend='{backend}' cannot serve: it rounds no probabilities, as values='{values}' asks. Use 'triton', 'reference' or 'auto'."
+        )
+    return _rounded_in_dtype(_kernels(backend), q, k, v, plan, rest, scale, precision, values, key_mask, return_lse)
+
+
+def _kernels(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What serves a backend other than Triton: (q, k, v, plan, coarse, scale, key_mask, return_lse) -> (out, lse)."""
     flash = partial(flex.attend, backend="flash")
     kernels: dict[str, Any] = {"flex": flex.attend, "flash": flash, "blocked": blocked.attend, "reference": reference.attend}
-    more = coarse(k, v, plan, rest, key_mask)
-    if 1 < plan.bits.shape[1] < q.shape[1] and backend != "blocked":  # heads that share keys read the same
-        plan = plan.of_heads(torch.arange(q.shape[1], device=q.device) // (q.shape[1] // plan.bits.shape[1]))
-    if eight is not None:
-        q, k = eight.restored(q.dtype)
-    return kernels[backend](q, k, v, plan, more, scale, key_mask, return_lse)
+    return kernels[backend]
+
+
+def _rounded_in_dtype(
+    kernel: Callable[..., tuple[Tensor, Tensor | None]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    rest: Drop | Pool,
+    scale: float,
+    precision: str,
+    values: str,
+    key_mask: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """What 8-bit products give, by a kernel that multiplies in the dtype of q; some heads at a time, since their roundings are copies."""
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    lse = torch.empty(q.shape[:-1], device=q.device) if return_lse else None
+    ratio = q.shape[1] // k.shape[1]
+    step = at_once(len(q) * (ratio * q[0, 0].numel() + k[0, 0].numel() + v[0, 0].numel()))
+    for first in range(0, k.shape[1], step):
+        ours, heads = slice(first, first + step), slice(first * ratio, (first + step) * ratio)
+        q_own, k_own, v_own, plan_own = q[:, heads], k[:, ours], v[:, ours], _said_of(plan, heads)
+        more = coarse(k_own, v_own, plan_own, _said_of(rest, heads), key_mask)
+        logit, options = q.new_zeros(()), {}
+        if precision != "native":
+            shared = shared_key(k_own, plan, key_mask)
+            eight = quantised(q_own, k_own, shared, plan, precision, key_mask)
+            logit = _shared_logit(q_own, shared, scale) if return_lse else logit
+            more = more and replace(more, k=eight.smoothed(more.k))
+            q_own, k_own = eight.restored(q.dtype)
+        if values != "native":
+            v8 = quantised_values(v_own, plan, key_mask)
+            v_own, options = v8.restored(v.dtype, v.shape[-2]), {"tile": v8.tile}
+        out[:, heads], own = kernel(q_own, k_own, v_own, plan_own, more, scale, key_mask, return_lse, **options)
+        if lse is not None and own is not None:
+            lse[:, heads] = own + logit
+    return out, lse
+
+
+def _shared_logit(q: Tensor, shared: Tensor, scale: float) -> Tensor:
+    """What the logits of each row lost with `shared`, float32 (B, H_kv, 1, D), of all keys: float32 (B, H, P_q)."""
+    shared = shared.repeat_interleave(q.shape[1] // shared.shape[1], 1)
+    return torch.cat([scale * (x.float() @ key.mT)[..., 0] for x, key in by_heads(q[:, 0].numel(), q, shared)], 1)
 
 
 def lower(plan: Threshold, q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None) -> BlockPlan:
@@ -250,6 +283,7 @@ def measure_choice(
     rest: Rest | None = None,
     scale: float | None = None,
     precision: Precision = "native",
+    values: ValuePrecision = "native",
     key_mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> dict[str, float]:
@@ -263,12 +297,13 @@ def measure_choice(
 
     def measure() -> tuple[str, dict[str, float]]:
         times = {}
-        for name in _candidates(q, v, plan, precision, isinstance(rest, NEED_LSE)):
+        for name in _candidates(q, v, plan, precision, values, isinstance(rest, NEED_LSE)):
             try:
                 arguments: Any = {
                     "rest": rest,
                     "scale": scale,
                     "precision": precision,
+                    "values": values,
                     "key_mask": key_mask,
                     "backend": name,
                 }
@@ -278,7 +313,7 @@ def measure_choice(
                 continue
         return min(times, key=times.__getitem__), times
 
-    return _choices.get(_call_key(q, k, v, plan, rest, key_mask, precision), measure)[1]
+    return _choices.get(_call_key(q, k, v, plan, rest, key_mask, precision, values), measure)[1]
 
 
 def choices() -> list[dict[str, Any]]:
@@ -321,22 +356,28 @@ def forget_choices() -> None:
     _choices.clear()
 
 
-def _call_key(q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Rest, key_mask: Tensor | None, precision: str) -> tuple:
+def _call_key(
+    q: Tensor, k: Tensor, v: Tensor, plan: Any, rest: Rest, key_mask: Tensor | None, precision: str, values: str
+) -> tuple:
     shapes = (tuple(q.shape), tuple(k.shape), v.shape[-1], plan.block_q, plan.block_k)
     kind: Any = type(plan).__name__
     if isinstance(plan, BlockPlan):
         kind = (plan.box is not None, plan.causal, plan.levels, tuple(plan.bits.shape))
-    return (q.device, q.dtype, *shapes, kind, type(rest).__name__, key_mask is not None, precision)
+    return (q.device, q.dtype, *shapes, kind, type(rest).__name__, key_mask is not None, precision, values)
 
 
-def _candidates(q: Tensor, v: Tensor, plan: Any, precision: Precision, return_lse: bool) -> list[str]:
+def _candidates(
+    q: Tensor, v: Tensor, plan: Any, precision: Precision, values: ValuePrecision, return_lse: bool
+) -> list[str]:
     """Backends that can serve, the one that is tried first without a measurement ahead."""
     names = []
     if q.device.type != "cpu" and triton_missing(q.device) is None:
         from accelplug.kernels import triton_block
 
-        if triton_block.unsupported(q, v, plan, DTYPES[precision]) is None:
+        if triton_block.unsupported(q, v, plan, DTYPES[precision], values) is None:
             names.append("triton")
+    if values != "native":
+        return [*names, "reference"]
     # Causal prompts differ in length, and a CPU would compile for each.
     causal = isinstance(plan, BlockPlan) and plan.causal is not None
     large = q.device.type != "cpu" or (len(plan.k_len) * plan.block_k >= FLEX_MIN_SLOTS and not causal)

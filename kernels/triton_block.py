@@ -20,10 +20,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from accelplug.errors import UnsupportedError
 from accelplug.kernels.plan import LEVELS, BlockPlan, Threshold, pack_bits
-from accelplug.kernels.precision import Quantised
+from accelplug.kernels.precision import Quantised, QuantisedValues
 from accelplug.kernels.rest import Drop, Pool, coarse
 
 MIN_BLOCK = 16  # the least that tl.dot takes on a side
+MIN_EIGHT = 32  # and of 8-bit numbers on the side that it sums over
 GROUP = 64  # pooled keys per step
 
 Tier = Literal["pointers", "keys", "whole"]
@@ -40,8 +41,10 @@ def missing(device: torch.device) -> str | None:
     return None if device.type in ("cuda", "xpu") else f"Triton does not run on {device.type}"
 
 
-def unsupported(q: Tensor, v: Tensor, plan: BlockPlan | Threshold, dtype: torch.dtype | None = None) -> str | None:
-    """Why this call, with q.k in an 8-bit `dtype` or as it is, cannot run here, or None."""
+def unsupported(
+    q: Tensor, v: Tensor, plan: BlockPlan | Threshold, dtype: torch.dtype | None = None, values: str = "native"
+) -> str | None:
+    """Why this call, with q.k in an 8-bit `dtype` or as it is, and p.v as `values` says, cannot run here, or None."""
     if (reason := missing(q.device)) is not None:
         return reason
     if plan.block_q < MIN_BLOCK or plan.block_q & (plan.block_q - 1):
@@ -50,6 +53,8 @@ def unsupported(q: Tensor, v: Tensor, plan: BlockPlan | Threshold, dtype: torch.
         return f"key blocks under a box must be a power of two of at least {MIN_BLOCK}, got {plan.block_k}"
     if dtype is not None and _spread(plan):
         return f"8-bit key blocks must be a power of two of at least {MIN_BLOCK}, got {plan.block_k}"
+    if values != "native" and (_spread(plan) or plan.block_k < MIN_EIGHT):
+        return f"key blocks of 8-bit values must be a power of two of at least {MIN_EIGHT}, got {plan.block_k}"
     if dtype == torch.float8_e4m3fn and q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 9):
         return "this GPU multiplies no fp8"
     if max(q.shape[-1], v.shape[-1]) > 256:
@@ -83,21 +88,24 @@ def attend(
     key_mask: Tensor | None,
     return_lse: bool,
     eight: Quantised | None = None,
+    v8: QuantisedValues | None = None,
     tier: Tier | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (out, lse); see `attention.block_attention`. A `Threshold` takes `Drop` or means, and no `eight`.
+    """Return (out, lse); see `attention.block_attention`. A `Threshold` takes `Drop` or means, and neither `eight` nor `v8`.
 
-    With `eight`, blocks are read exactly by its queries and keys, and by means through its queries and `k`. `tier`: that of
-    `tier_of`; ``whole`` wants triton 3.5 and rows of the output that are multiples of 16 bytes, else `UnsupportedError` is raised.
+    With `eight`, blocks are read exactly by its queries and keys, and by means through its queries and the means of `k`, smoothed too;
+    the log-sum-exp is that of smoothed keys. With `v8`, blocks that are read exactly give its values. `tier`: that of `tier_of`;
+    ``whole`` wants triton 3.5 and rows of the output that are multiples of 16 bytes, else `UnsupportedError` is raised.
     """
-    if (reason := unsupported(q, v, plan, None if eight is None else eight.k.dtype)) is not None:
+    values = "native" if v8 is None else "int8"
+    if (reason := unsupported(q, v, plan, None if eight is None else eight.k.dtype, values)) is not None:
         raise UnsupportedError(f"backend='triton' cannot serve: {reason}. Use backend='flex', 'blocked' or 'auto'.")
     spread = _spread(plan)
     tier = tier_of(q.device) if tier is None else tier
     if tier == "whole" and (reason := _not_whole(v.shape[-1] * q.element_size())) is not None:
         raise UnsupportedError(f"tier='whole' cannot serve: {reason}. Use tier='keys'.")
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # the interpreter's dot takes the bits of bf16 for integers
-        out, lse = attend(q.float(), k.float(), v.float(), plan, rest, scale, key_mask, return_lse, eight, tier)
+        out, lse = attend(q.float(), k.float(), v.float(), plan, rest, scale, key_mask, return_lse, eight, v8, tier)
         return out.bfloat16(), lse
     if scale < 0:  # the kernel takes maxima before it scales
         q, scale, eight = -q, -scale, eight and replace(eight, q=-eight.q)
@@ -113,9 +121,13 @@ def attend(
     k_coarse, v_coarse, bias, coarse_keys = none, none, none, 0
     if more is not None:
         k_coarse, v_coarse, coarse_keys = more.k, more.v, more.k.shape[-2]
+        k_coarse = k_coarse if eight is None else eight.smoothed(k_coarse)
+        v_coarse = v_coarse if v8 is None else v8.in_steps(v_coarse)
         bias = (more.bias * math.log2(math.e)).expand(batch, heads, -1).contiguous()
     if eight is not None:
         q, k = eight.q, eight.k
+    if v8 is not None:
+        v = v8.v
     box, theta, level_count = None, none, none
     if isinstance(plan, Threshold):
         index = count = whole = plan.q_len  # not read
@@ -133,11 +145,12 @@ def attend(
     block_dv = max(16, triton.next_power_of_2(dim_v))
     grid = (len(plan.q_len), batch * heads)
     tile, warps, stages = _tuning(out, plan.block_q, MIN_BLOCK if spread else plan.block_k)
+    tile = tile if v8 is None else v8.tile
     by_tile, whole_tier = tier != "pointers", tier == "whole"
     _kernel[grid](
         _tiles_of(q, plan.block_q, block_d) if whole_tier else q,
         _tiles_of(k, tile, block_d) if by_tile else k,
-        _tiles_of(v, tile, block_dv) if by_tile else v,
+        _tiles_of(v, *((tile, block_dv) if v8 is None else (block_dv, tile))) if by_tile else v,
         _tiles_of(out, plan.block_q, block_dv) if whole_tier else out,
         lse,
         index,
@@ -154,6 +167,7 @@ def attend(
         none if key_mask is None else key_mask.to(torch.uint8).contiguous(),
         none if eight is None else eight.q_step,
         none if eight is None else eight.k_step,
+        none if v8 is None else v8.step,
         k_coarse,
         v_coarse,
         bias,
@@ -183,6 +197,7 @@ def attend(
         AXES=box.coord.shape[1] if box else 0,
         HAS_MASK=key_mask is not None,
         EIGHT=eight is not None,
+        EIGHT_V=v8 is not None,
         LISTED=not spread and not threshold,
         FIRST_RUN=1 if spread else LEVELS[0],
         LEVELS=level_count.shape[-1] if level_count is not none else 0,
@@ -275,6 +290,21 @@ def _softmax_step(scores, scale, values, top, total, acc):
     fade = tl.exp2(top - shift)  # [M]
     total = total * fade + tl.sum(p, 1)
     acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")  # [M, DV]
+    return new_top, total, acc
+
+
+@triton.jit
+def _eight_bit_step(scores, scale, values, top, total, acc):
+    """As `_softmax_step`, with int8 `values` [T, DV] in steps: in each row the largest of the tile has 127 of its own steps."""
+    own_top = tl.max(scores, 1) * scale  # [M]
+    new_top = tl.maximum(top, own_top)
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    own_shift = tl.where(own_top == float("-inf"), 0.0, own_top)
+    p = tl.exp2(scores * scale - own_shift[:, None])  # [M, T]
+    fade, share = tl.exp2(top - shift), tl.exp2(own_top - shift)  # [M]
+    total = total * fade + share * tl.sum(p, 1)
+    product = tl.dot((p * 127 + 0.5).to(tl.int8), values).to(tl.float32)  # [M, DV]
+    acc = acc * fade[:, None] + product * (share / 127)[:, None]
     return new_top, total, acc
 
 
@@ -386,6 +416,7 @@ def _key_step(
     AXES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     EIGHT: tl.constexpr,
+    EIGHT_V: tl.constexpr,
     KEY_TILES: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
@@ -395,16 +426,24 @@ def _key_step(
     held = (start + tile < length) & (first + tile < slots_k)
     if KEY_TILES:
         keys = k.load([b, kv_head, first, 0]).reshape(TILE_K, BLOCK_D)
-        values = v.load([b, kv_head, first, 0]).reshape(TILE_K, BLOCK_DV)
     else:
         keys = _rows_at(k, first + tile, stride_ks, held, D, BLOCK_D, RAGGED)
+    if EIGHT_V and KEY_TILES:
+        values = tl.trans(v.load([b, kv_head, 0, first]).reshape(BLOCK_DV, TILE_K))
+    elif EIGHT_V:
+        dv = tl.arange(0, BLOCK_DV)[None, :]
+        values = tl.load(v + dv * stride_vs + (first + tile)[:, None], mask=dv < D_V, other=0)
+    elif KEY_TILES:
+        values = v.load([b, kv_head, first, 0]).reshape(TILE_K, BLOCK_DV)
+    else:
         values = _rows_at(v, first + tile, stride_vs, held, D_V, BLOCK_DV, RAGGED)
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee").to(tl.float32)  # [M, T]
     if EIGHT:
         scale *= tl.load(k_step + block)
     if RAGGED:
         scores = tl.where(held[None, :], scores, float("-inf"))
-        values = tl.where(held[:, None], values, 0.0)  # nobody may have written to a slot without a token
+        if not EIGHT_V:
+            values = tl.where(held[:, None], values, 0.0)  # nobody may have written to a slot without a token
     if HAS_MASK:
         allowed = tl.load(key_mask + first + tile, mask=held, other=0) != 0
         scores = tl.where(allowed[None, :], scores, float("-inf"))
@@ -413,7 +452,11 @@ def _key_step(
         low = tl.load(lo + rows * AXES + axis, mask=rows_held, other=0)[:, None]
         high = tl.load(hi + rows * AXES + axis, mask=rows_held, other=1)[:, None]
         scores = tl.where((at >= low) & (at < high), scores, float("-inf"))
-    return _softmax_step(scores, scale, values, top, total, acc)
+    if EIGHT_V:
+        top, total, acc = _eight_bit_step(scores, scale, values, top, total, acc)
+    else:
+        top, total, acc = _softmax_step(scores, scale, values, top, total, acc)
+    return top, total, acc
 
 
 @triton.jit
@@ -437,6 +480,7 @@ def _kernel(
     key_mask,
     q_step,
     k_step,
+    v_step,
     k_coarse,
     v_coarse,
     bias,
@@ -472,6 +516,7 @@ def _kernel(
     AXES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     EIGHT: tl.constexpr,
+    EIGHT_V: tl.constexpr,
     LISTED: tl.constexpr,
     FIRST_RUN: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -521,14 +566,14 @@ def _kernel(
             top, total, acc = _key_step(
                 queries, k, v, stride_ks, stride_vs, b, kv_head, block, step % STEPS * TILE_K, BLOCK_K, rows, lo, hi, coord,
                 key_mask, k_step, slots_k, rows_held, exact_scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_K,
-                TILE_K, AXES, HAS_MASK, EIGHT, KEY_TILES, False,
+                TILE_K, AXES, HAS_MASK, EIGHT, EIGHT_V, KEY_TILES, False,
             )  # fmt: skip
         for step in range(filled * STEPS, tl.load(count + row_of_plan) * STEPS):
             block = tl.load(entries_of_row + step // STEPS).to(tl.int32)
             top, total, acc = _key_step(
                 queries, k, v, stride_ks, stride_vs, b, kv_head, block, step % STEPS * TILE_K, tl.load(k_len + block), rows,
                 lo, hi, coord, key_mask, k_step, slots_k, rows_held, exact_scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV,
-                BLOCK_K, TILE_K, AXES, HAS_MASK, EIGHT, KEY_TILES, True,
+                BLOCK_K, TILE_K, AXES, HAS_MASK, EIGHT, EIGHT_V, KEY_TILES, True,
             )  # fmt: skip
         entries_of_row += tl.load(count + row_of_plan)
 
@@ -571,14 +616,16 @@ def _kernel(
                             top, total, acc = _key_step(
                                 queries, k, v, stride_ks, stride_vs, b, kv_head, block, start, length, rows, lo, hi, coord,
                                 key_mask, k_step, slots_k, rows_held, exact_scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV,
-                                BLOCK_K, TILE_K, AXES, HAS_MASK, EIGHT, KEY_TILES, True,
+                                BLOCK_K, TILE_K, AXES, HAS_MASK, EIGHT, EIGHT_V, KEY_TILES, True,
                             )  # fmt: skip
 
     result = acc / tl.where(total > 0, total, 1.0)[:, None]  # [M, DV]
+    dv = tl.arange(0, BLOCK_DV)
+    if EIGHT_V:
+        result *= tl.load(v_step + (b64 * heads_kv + kv64) * D_V + dv, mask=dv < D_V, other=0.0)[None, :]
     if ROW_TILES:
         out.store([b, h, m * BLOCK_M, 0], result.to(out.dtype).reshape(1, 1, BLOCK_M, BLOCK_DV))
     else:
-        dv = tl.arange(0, BLOCK_DV)
         out_at = out + ((b64 * heads + h64) * slots_q + rows[:, None]) * D_V + dv[None, :]
         tl.store(out_at, result.to(out.dtype.element_ty), mask=rows_held[:, None] & (dv[None, :] < D_V))
     natural = tl.where(total > 0, (top + tl.log2(tl.where(total > 0, total, 1.0))) * 0.6931471805599453, float("-inf"))

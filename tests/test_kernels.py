@@ -27,7 +27,7 @@ from accelplug.kernels.attention import (
     measure_choice,
 )
 from accelplug.kernels.plan import BlockPlan, Box, Threshold, pool
-from accelplug.kernels.precision import quantised
+from accelplug.kernels.precision import ValuePrecision, quantised, quantised_values
 from accelplug.kernels.rest import Drop, Pool, Rectified, Representative, Rest, Tied
 from tests.conftest import DEVICE
 
@@ -245,19 +245,46 @@ def test_tied_is_the_two_level_form(backend: Backend, mask: str) -> None:
         close(got[0, 1, block * b : block * (b + 1)], mu * logits.softmax(-1) @ v[0, 0, parts[b]] + shared)
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
-@pytest.mark.parametrize("name", ["S113-q16k16", "B2-H2kv1-S97-q32k16"])
+# (batch, heads, kv heads, tokens, head_dim, value dim, block_q, block_k); blocks of 96 and 128 have several tiles of probabilities
+EIGHT_BIT_SHAPES = {
+    "S113-q16k32": (1, 2, 2, 113, 16, 16, 16, 32),
+    "B2-H2kv1-S161-q32k64": (2, 2, 1, 161, 24, 40, 32, 64),
+    "B2-H2-S300-q64k128": (2, 2, 2, 300, 16, 16, 64, 128),
+}
+EIGHT_BITS: list[tuple[Precision, ValuePrecision]] = [
+    ("int8", "native"),
+    ("fp8", "native"),
+    ("native", "int8"),
+    ("int8", "int8"),
+    ("fp8", "int8"),
+]
+
+
+@pytest.mark.parametrize(("precision", "values"), EIGHT_BITS)
+@pytest.mark.parametrize("name", EIGHT_BIT_SHAPES)
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_8_bit_backends_agree(backend: Backend, name: str, precision: Precision) -> None:
-    shape = MEANS_SHAPES[name]
+def test_8_bit_backends_agree(backend: Backend, name: str, precision: Precision, values: ValuePrecision) -> None:
+    if backend == "blocked" and values != "native":
+        pytest.skip("it rounds no probabilities: test_what_8_bit_values_want")
+    shape = EIGHT_BIT_SHAPES[name]
     q, k, v, plan = levelled(shape)
     key_mask = torch.rand(shape[0], shape[3]) < 0.7
-    k = torch.where(key_mask[:, None, :, None], k + 2, torch.nan)  # a key that may not be read has no say in the rounding
-    arguments: dict[str, Any] = {"rest": Pool(), "precision": precision, "key_mask": key_mask, "return_lse": True}
+    kept = key_mask[:, None, :, None]  # a key that may not be read has no say in the rounding
+    k = k if precision == "native" else torch.where(kept, k + 2, torch.nan)
+    v = v if values == "native" else torch.where(kept, v + 2, torch.nan)
+    how: dict[str, Any] = {"precision": precision, "values": values}
+    arguments: dict[str, Any] = {**how, "rest": Pool(), "key_mask": key_mask, "return_lse": True}
     expected, expected_lse = block_attention(q, k, v, plan, backend="reference", **arguments)
     got, lse = block_attention(q, k, v, plan, backend=backend, **arguments)
-    close(got, expected)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+    if values == "native":
+        close(got, expected)
+        return
+    off = (
+        (got - expected).abs().amax(-1)
+    )  # a probability half-way between two steps may go to the one here, to the other there
+    assert off.max() <= 2 / 127 * v.nan_to_num().abs().max()
+    assert (off > TOLERANCE[torch.float32] * expected.abs().max()).double().mean() < 0.01
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
@@ -299,13 +326,50 @@ def test_8_bit_errors_are_those_of_rounding(precision: Precision) -> None:
     assert off.max() < 0.3, "a bound that says nothing"
     assert ((out - exact).abs() <= (2 * off).expm1()[..., None] * spread).all()
     assert ((lse - logits.logsumexp(-1)).abs() <= off).all()
-    rough = quantised(q.float(), (k + shared).float(), plan, precision, None).restored(torch.float32)
+    nothing = torch.zeros(1, 2, 1, 16)
+    rough = quantised(q.float(), (k + shared).float(), nothing, plan, precision, None).restored(torch.float32)
     unsmoothed = block_attention(*rough, v.float(), plan, backend="reference")
     assert (unsmoothed - exact).abs().mean() > 5 * (out - exact).abs().mean()
 
 
+def test_8_bit_values_are_those_of_a_row_and_a_tile_spelled_out() -> None:
+    """Numerators of each row and 64 keys in 127ths of their largest, values in 127ths of a channel's; sums as they were."""
+    q, k, v, plan = make((1, 1, 1, 150, 16, 8, 128, 128), density=2.0)
+    got = block_attention(q, k, v, plan, values="int8", backend="reference")
+    step = v.abs().amax(-2, keepdim=True) / 127
+    values = (v / step).round() * step
+    for row in (0, 77, 149):
+        p = (0.25 * k[0, 0] @ q[0, 0, row]).softmax(0)
+        rounded = torch.cat([(part / part.max() * 127 + 0.5).floor() / 127 * part.max() for part in p.split(64)])
+        assert not torch.equal(rounded, p)
+        close(got[0, 0, row], rounded @ values[0, 0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_8_bit_values_lose_nothing_of_numbers_they_hold(backend: Backend) -> None:
+    """All keys alike: every probability of a tile is its largest. Channels have values of many sizes, and one has none."""
+    q, k, v, plan = make((1, 2, 2, 96, 16, 16, 32, 32))
+    v = v.mul(40).round().clamp(-127, 127)
+    v[..., 0, :], v[..., 3] = 127, 0
+    v *= 2.0 ** torch.arange(-8, 8)
+    k[:] = k[..., :1, :]
+    arguments: dict[str, Any] = {"rest": Pool(), "backend": backend}
+    got, expected = (block_attention(q, k, v, plan, values=x, **arguments) for x in ("int8", "native"))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_8_bit_values_want() -> None:
+    q, k, v, plan = make((1, 1, 1, 97, 16, 16, 16, 16))
+    with pytest.raises(UnsupportedError, match="key blocks of 8-bit values must be a power of two of at least 32, got 16"):
+        block_attention(q, k, v, plan, values="int8", backend="triton")
+    wide = make((1, 1, 1, 300, 16, 16, FLEX_BLOCK, FLEX_BLOCK))
+    for backend in ("flex", "flash", "blocked"):
+        with pytest.raises(UnsupportedError, match=f"backend='{backend}' cannot serve: it rounds no probabilities"):
+            block_attention(*wide, values="int8", backend=backend)
+
+
 @pytest.mark.parametrize("tier", ["pointers", "whole"])  # all other tests have the third
-@pytest.mark.parametrize("case", ["padded", "odd", "means", "int8", "threshold"])
+@pytest.mark.parametrize("case", ["padded", "odd", "means", "int8", "values", "threshold"])
 def test_tiers_of_the_triton_kernel_equal_the_reference(monkeypatch: pytest.MonkeyPatch, case: str, tier: Tier) -> None:
     """Keys by descriptor or by pointer, queries and the output too; on a CPU as the interpreter has them."""
     from accelplug.kernels import triton_block
@@ -313,7 +377,16 @@ def test_tiers_of_the_triton_kernel_equal_the_reference(monkeypatch: pytest.Monk
     described = []
     true_tiles = triton_block._tiles_of
     monkeypatch.setattr(triton_block, "_tiles_of", lambda x, *sizes: described.append(sizes) or true_tiles(x, *sizes))
-    shape = (1, 2, 1, 45, 18 if case == "odd" else 40, 24, 32, 16)  # rows of 18 floats are no multiple of 16 bytes
+    shape = (
+        1,
+        2,
+        1,
+        45,
+        18 if case == "odd" else 40,
+        24,
+        32,
+        32 if case == "values" else 16,
+    )  # rows of 18 floats: no multiple of 16 bytes
     plan: BlockPlan | Threshold
     q, k, v, plan = levelled(shape) if case == "means" else make(shape, per_head=True, box=case == "int8")
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))  # as models hand them over
@@ -323,12 +396,17 @@ def test_tiers_of_the_triton_kernel_equal_the_reference(monkeypatch: pytest.Monk
         plan = Threshold(
             torch.zeros(1, 2, len(plan.q_len)), 0, none, none[: len(plan.q_len)], plan.q_len, plan.k_len, 32, 16
         )
-    eight = quantised(q, k, plan, "int8", key_mask) if case == "int8" else None
+    eight = quantised(q, k, torch.zeros(1, 1, 1, 40), plan, "int8", key_mask) if case == "int8" else None
     rest = Drop() if case == "int8" else Pool()
-    got, lse = triton_block.attend(q, k, v, plan, rest, 0.2, key_mask, True, eight, tier)
+    v8 = None
+    if case == "values":
+        k[:] = k[..., :1, :]  # all probabilities alike: a tile's largest
+        v8 = quantised_values(v, plan, key_mask)
+    got, lse = triton_block.attend(q, k, v, plan, rest, 0.2, key_mask, True, eight, v8, tier)
     assert len(described) == {"pointers": 0, "whole": 4}[tier]
     q, k = (q, k) if eight is None else eight.restored(q.dtype)
-    arguments: dict[str, Any] = {"rest": rest, "scale": 0.2, "key_mask": key_mask, "return_lse": True}
+    values = "native" if v8 is None else "int8"
+    arguments: dict[str, Any] = {"rest": rest, "scale": 0.2, "values": values, "key_mask": key_mask, "return_lse": True}
     expected, expected_lse = block_attention(q, k, v, plan, backend="reference", **arguments)
     close(got, expected)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
@@ -612,13 +690,15 @@ from accelplug.kernels.triton_block import _kernel
 names = _kernel.arg_names
 numbers = dict(D=64, D_V=64, BLOCK_D=64, BLOCK_DV=64, BLOCK_M=64, BLOCK_K=64, TILE_K=64, GROUP_K=64, AXES=1, HAS_MASK=True,
                EIGHT=True, LISTED=True, FIRST_RUN=2, THRESHOLD=False)
-types = dict.fromkeys(names, "i32") | {"scale": "fp32", "key_mask": "*u8", "q_step": "*fp32", "k_step": "*fp32"}
+types = dict.fromkeys(names, "i32") | {"scale": "fp32", "key_mask": "*u8"}
+types |= dict.fromkeys(("q_step", "k_step", "v_step"), "*fp32")
 types |= dict.fromkeys(("index", "count", "whole", "level_count", "bits", "q_len", "k_len", "lo", "hi", "coord"), "*i32")
 types |= dict.fromkeys(("k_coarse", "v_coarse"), "*bf16") | dict.fromkeys(("lse", "theta", "bias"), "*fp32")
-for capability, tiles in ((90, True), (80, False)):
-    constants = numbers | dict(LEVELS=2 if tiles else 0, POOLED=tiles, KEY_TILES=tiles, ROW_TILES=tiles)
+for capability, tiles, eight_v in ((90, True, False), (90, True, True), (80, False, False), (80, False, True)):
+    constants = numbers | dict(LEVELS=2 if tiles else 0, POOLED=tiles, KEY_TILES=tiles, ROW_TILES=tiles, EIGHT_V=eight_v)
     form = "tensordesc<{}[1,1,64,64]>" if tiles else "*{}"
-    mine = types | dict.fromkeys(("q", "k"), form.format("i8")) | dict.fromkeys(("v", "out"), form.format("bf16"))
+    mine = types | dict.fromkeys(("q", "k"), form.format("i8")) | {"out": form.format("bf16")}
+    mine["v"] = form.format("i8" if eight_v else "bf16")
     mine |= dict.fromkeys(constants, "constexpr")
     at = {(names.index(name),): value for name, value in constants.items()}
     even = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if mine[n][0] == "*" or n.startswith("stride")}
@@ -628,19 +708,24 @@ for capability, tiles in ((90, True), (80, False)):
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
-    _, hopper, ampere = ran.stdout.split("=====")
-    assert "k32.s32.s8.s8" in hopper
-    assert len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", hopper)) >= 5
-    assert len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.global", hopper)) == 1
-    assert "cp.async.cg.shared.global" in ampere  # copies of 16 bytes
-    assert "ld.global.b16" not in ampere
+    _, hopper, hopper_v, ampere, ampere_v = ran.stdout.split("=====")
+    for ptx in (hopper, hopper_v):
+        assert "k32.s32.s8.s8" in ptx
+        assert len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", ptx)) >= 5
+        assert len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.global", ptx)) == 1
+    for ptx in (ampere, ampere_v):
+        assert "cp.async.cg.shared.global" in ptx  # copies of 16 bytes
+        assert "ld.global.b16" not in ptx
+    assert ampere_v.count("ld.global.b8") == ampere.count("ld.global.b8")  # of the mask
+    for native, eight in ((hopper, hopper_v), (ampere, ampere_v)):
+        assert eight.count(".s32.s8.s8") > native.count(".s32.s8.s8"), "p.v is not multiplied in 8 bits"
 
 
 def test_op_is_well_formed() -> None:
     q, k, v, plan = make(SHAPES["B1-H2-S100-d16"])
     arguments = (
         *(q, k, v, None, None, plan.tensors()),
-        *(16, 16, None, None, "mean", 0.25, "native", "blocked", True),
+        *(16, 16, None, None, "mean", 0.25, "native", "native", "blocked", True),
     )
     torch.library.opcheck(
         torch.ops.accelplug.block_attention.default, arguments, test_utils=("test_schema", "test_faketensor")

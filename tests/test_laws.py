@@ -311,13 +311,13 @@ def test_every_error_is_ours() -> None:
     assert not model._forward_pre_hooks
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_a_recipe_may_ask_for_eight_bits(precision: str) -> None:
+@pytest.mark.parametrize("eight", [{"precision": "int8"}, {"precision": "fp8"}, {"precision": "int8", "values": "int8"}])
+def test_a_recipe_may_ask_for_eight_bits(eight: dict[str, str]) -> None:
     model, inputs = tiny_models.build("wan")
     row = ROWS["sol"]
     with accelplug.apply(model, row.recipe(), gate="off"):
         native = run_once(model, inputs)
-    with accelplug.apply(model, row.recipe({**row.working, "precision": precision}), gate="off"):
+    with accelplug.apply(model, row.recipe({**row.working, **eight}), gate="off"):
         rounded = run_once(model, inputs)
     assert not torch.equal(rounded, native)
     torch.testing.assert_close(rounded, native, rtol=0.05, atol=0.05 * float(native.abs().max()))

@@ -23,7 +23,7 @@ from accelplug.kernels.importance import sampled_mass
 from accelplug.kernels.memory import COLD, Memory
 from accelplug.kernels.orders import Order, Tiles, tiles
 from accelplug.kernels.plan import BlockPlan, Box, Threshold, counted, pool
-from accelplug.kernels.precision import Precision
+from accelplug.kernels.precision import Precision, ValuePrecision
 from accelplug.kernels.rectify import rectify
 from accelplug.kernels.repair import Probes, block_rows, probe_rows, repair_, step_of
 from accelplug.kernels.rest import Drop, Linear, Pool, Rectified, Representative, Rest, Slope, Tied
@@ -84,6 +84,9 @@ class BlockConfig(Config):
     )
     precision: Precision = Field(
         "native", description="Of q.k where it is exact: native, int8 or fp8, keys smoothed. Only Triton is faster for it."
+    )
+    values: ValuePrecision = Field(
+        "native", description="Of p.v where it is exact: native, or int8, by rows of tiles. PAROAttention, tiles finer."
     )
     backend: Backend = Field(
         "auto", description="Kernel that runs the plan: auto, first, triton, flex, flash, blocked or reference."
@@ -405,6 +408,7 @@ class BlockSparse(Patch):
             "plan": plan,
             "rest": rest,
             "precision": self.config.precision,
+            "values": self.config.values,
             "backend": self.config.backend,
         }
 

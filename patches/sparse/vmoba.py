@@ -60,9 +60,11 @@ class Vmoba(Scored):
 
         @model_validator(mode="after")
         def _tokens_have_no_plan(self) -> Self:
-            if self.gates == "token" and (self.rest != "drop" or self.precision != "native"):
+            given, taken = (self.rest, self.precision, self.values), ("drop", "native", "native")
+            if self.gates == "token" and given != taken:
                 raise ValueError(
-                    f"gates: token has no blocks: it takes rest: drop and precision: native, got {self.rest} and {self.precision}"
+                    "gates: token has no blocks: it takes rest, precision and values of "
+                    f"{', '.join(taken)}, got {', '.join(given)}"
                 )
             return self
 
