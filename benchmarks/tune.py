@@ -249,7 +249,9 @@ def splits(runs: Mapping[str, Sequence[Run]]) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--time", type=float, default=600.0, help="seconds of each search (default 600)")
+    parser.add_argument(
+        "--time", type=float, nargs="+", default=[600.0], help="seconds of each search, of further ones the last"
+    )
     parser.add_argument("--budget", nargs="+", default=["psnr>=26"], help="bounds, of one search each (default psnr>=26)")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="beside the searches (default all)")
     parser.add_argument("--grid", choices=GRIDS, default="middle")
@@ -269,7 +271,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.grid, options.seeds, options.pairs, options.pool, options.threads = "tiny", 2, 4, 2, 1
-        options.name, options.time = "tune_smoke", min(options.time, 10.0)
+        options.name, options.time = "tune_smoke", [10.0]
     until = time.monotonic() + options.limit
     torch.set_num_threads(options.threads)
     pipe = WanPipeline.from_pretrained(zoo.path(), dtype=torch.float32)
@@ -291,12 +293,12 @@ def main() -> None:
         winners[name] = found.proven
         return search, found
 
-    first, *stricter = options.budget
-    search, found = search_for("tune", Search, first, options.time)
+    first, *others = options.budget
+    search, found = search_for("tune", Search, first, options.time[0])
     if options.report is not None:
         found.to_html(options.report)
-    for budget in stricter:
-        search_for(f"tune, {budget}", Search, budget, options.time)
+    for number, budget in enumerate(others, start=1):
+        search_for(f"tune, {budget}", Search, budget, options.time[min(number, len(options.time) - 1)])
     if "random" in options.parts:
         search_for("random", RandomSearch, first, found.seconds["all"])
     if "held_out" in options.parts:
