@@ -14,12 +14,13 @@ from torch import Tensor
 class Memory:
     """A tensor of one attention module and guidance branch, from step to step.
 
-    A step starts where the last one ended; within a step every call starts from the same tensor, so that measuring or drawing a call
-    does not change what comes after. Without a step count every call starts anew.
+    A step starts where the last one ended; within a step every call starts from the same tensor, or from what the first one left, so
+    that measuring or drawing a call does not change what comes after. Without a step count every call starts anew.
 
     Attributes
     ----------
-    start, end : what the last step left, and what this one leaves; None before the first call.
+    start, end : what the last step left, and what this one leaves, the same until its first call; None before the first call, and
+        `start` where nobody asks for it again.
     step : diffusion step that `start` belongs to.
     ticket : int64 () on the CPU, the number by which `memory_of` finds it.
     """
@@ -41,8 +42,15 @@ class Memory:
 
     def started(self, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
         """Return what the last step left, if it fits."""
-        fits = self.start is not None and self.start.shape == shape and self.start.device == device
-        return self.start if fits else None
+        return _fitting(self.start, shape, device)
+
+    def ended(self, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+        """Return what a call of this step left, if it fits; None before there was one."""
+        return None if self.end is self.start else _fitting(self.end, shape, device)
+
+
+def _fitting(x: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    return x if x is not None and x.shape == shape and x.device == device else None
 
 
 _numbers = count(1)

@@ -101,13 +101,18 @@ def _step_of_fake(x: Tensor, ticket: Tensor) -> Tensor:
 
 @torch.library.custom_op("accelplug::carried", mutates_args=())
 def carried(sums: Tensor, carry: float, ticket: Tensor) -> Tensor:
-    """Add to sums those of the last step, weighed by `carry`, and leave the result for the next one."""
+    """Add to sums those of the last step, weighed by `carry`, and leave the result for the next one.
+
+    The first call of a step settles it: later ones of the step take what it left, so that one set of sums is held, not two.
+    """
     memory = memory_of(ticket)
-    if memory is None:
+    if memory is None or memory.step is None:
         return sums.clone()
-    last = memory.started(tuple(sums.shape), sums.device)
-    memory.end = sums.clone() if last is None else sums + carry * last
-    return memory.end.clone()  # a graph may write over what it is given
+    if (settled := memory.ended(sums.shape, sums.device)) is None:
+        last = memory.started(sums.shape, sums.device)
+        settled = sums.clone() if last is None else sums + carry * last
+        memory.start, memory.end = None, settled
+    return settled.clone()  # a graph may write over what it is given
 
 
 @carried.register_fake

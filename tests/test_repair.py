@@ -173,7 +173,7 @@ def test_probes_are_twice_as_many_as_features_and_never_half_of_the_rows() -> No
 
 
 def test_a_step_takes_the_rows_of_the_last_one_too() -> None:
-    """As if they were rows of this one that weigh less, written out; within a step every call starts from the same sums."""
+    """As if they were rows of this one that weigh less, written out; within a step the first call's sums are those of all."""
     q, dense, sparse = wrong_by_query()
     memory, width = Memory(), 4
     rows = [probe_rows(5, LAYOUT.visual, 20, step=step) for step in range(2)]
@@ -184,6 +184,7 @@ def test_a_step_takes_the_rows_of_the_last_one_too() -> None:
         assert all(torch.equal(*both) for both in zip(*outs, strict=True)), "a call changes what the same call gives"
         alone = repair(sparse, q, exact, rows[step], slice(5, 131))[0]
         assert torch.equal(outs[0][0], alone) == (step == 0)
+        assert memory.start is None, "the sums of two steps are held"
     o, query, exact = (x[1, 1].double() for x in (sparse, q, dense))
     size = torch.cat([y[rows[1]].square().mean().sqrt().expand(width) for y in (o, query)])
     both, weight = torch.cat(rows[::-1]), torch.tensor([1.0] * 20 + [0.5] * 20, dtype=torch.float64)[:, None]
