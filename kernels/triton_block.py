@@ -49,8 +49,9 @@ def unsupported(
         return reason
     if plan.block_q < MIN_BLOCK or plan.block_q & (plan.block_q - 1):
         return f"query blocks must be a power of two of at least {MIN_BLOCK}, got {plan.block_q}"
-    if _spread(plan) and isinstance(plan, BlockPlan) and plan.box is not None:
-        return f"key blocks under a box must be a power of two of at least {MIN_BLOCK}, got {plan.block_k}"
+    if _spread(plan) and isinstance(plan, BlockPlan) and (plan.box is not None or plan.causal is not None):
+        what = "under a box" if plan.causal is None else "of a causal plan"
+        return f"key blocks {what} must be a power of two of at least {MIN_BLOCK}, got {plan.block_k}"
     if dtype is not None and _spread(plan):
         return f"8-bit key blocks must be a power of two of at least {MIN_BLOCK}, got {plan.block_k}"
     if values != "native" and (_spread(plan) or plan.block_k < MIN_EIGHT):
@@ -138,7 +139,8 @@ def attend(
         counts = [count[..., None]] if spread else []
         counts += [] if plan.level_count is None else [plan.level_count]
         level_count = torch.cat(counts, -1).contiguous() if counts else none
-    plan_batch, plan_heads = (0 if bits.shape[0] == 1 else 1), (0 if bits.shape[1] == 1 else 1)
+    plan_batch, plan_heads = (0 if bits.shape[0] == 1 else 1), bits.shape[1]
+    causal = plan.causal if isinstance(plan, BlockPlan) else None
     entries = index.shape[-1] if not threshold else 0
 
     block_d = max(16 if eight is None else 32, triton.next_power_of_2(dim))  # tl.dot takes no fewer
@@ -183,8 +185,9 @@ def attend(
         coarse_keys,
         entries,
         bits.shape[-1],
-        plan_batch * bits.shape[1],
-        plan_heads,
+        plan_batch * plan_heads,
+        heads // plan_heads,
+        causal or 0,
         scale * math.log2(math.e),
         D=dim,
         D_V=dim_v,
@@ -195,6 +198,7 @@ def attend(
         TILE_K=tile,
         GROUP_K=GROUP,
         AXES=box.coord.shape[1] if box else 0,
+        CAUSAL=causal is not None,
         HAS_MASK=key_mask is not None,
         EIGHT=eight is not None,
         EIGHT_V=v8 is not None,
@@ -214,7 +218,7 @@ def attend(
 def lists(plan: BlockPlan) -> Tensor:
     """Return the numbers of the key blocks that each row reads, int16 (B|1, H|1, M, N), or int32 from 32,768 blocks on.
 
-    First those read exactly, the full before the partly filled, then those of level 2, 4 and 8; each part ascending. Behind the
+    First those read exactly, the full and past before the others, then those of level 2, 4 and 8; each part ascending. Behind the
     last stands nothing that was written. Made in one pass over the bits, with nothing beside: it need not be kept between calls.
     """
     *outer, rows, words = plan.bits.shape
@@ -223,8 +227,9 @@ def lists(plan: BlockPlan) -> Tensor:
     index = torch.empty(*outer, rows, blocks, dtype=dtype, device=plan.bits.device)
     levels = plan.bits.new_empty(0) if plan.level is None else plan.level.contiguous()
     _list_kernel[index[..., 0].numel(),](
-        plan.bits, levels, plan.k_len, index, blocks, words,
-        BLOCK_K=plan.block_k, LEVELS=len(plan.levels), SPAN=min(1024, max(32, triton.next_power_of_2(blocks))),
+        plan.bits, levels, plan.k_len, index, blocks, words, rows, plan.causal or 0,
+        CAUSAL=plan.causal is not None, BLOCK_M=plan.block_q, BLOCK_K=plan.block_k, LEVELS=len(plan.levels),
+        SPAN=min(1024, max(32, triton.next_power_of_2(blocks))),
     )  # fmt: skip
     return index
 
@@ -337,12 +342,14 @@ def _pool_kernel(
 
 @triton.jit
 def _list_kernel(
-    bits, levels, k_len, index, blocks, words, BLOCK_K: tl.constexpr, LEVELS: tl.constexpr, SPAN: tl.constexpr
+    bits, levels, k_len, index, blocks, words, rows, first_key,
+    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, LEVELS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """The list of one row of a plan, see `lists`."""
     row = tl.program_id(0).to(tl.int64)
+    past = (first_key + tl.program_id(0) % rows * BLOCK_M + 1) // BLOCK_K if CAUSAL else blocks
     listed = 0
-    for part in tl.static_range(2 + LEVELS):  # read exactly and full, exactly and not full, by means of 2, 4, 8
+    for part in tl.static_range(2 + LEVELS):  # read exactly and full and past, exactly and not so, by means of 2, 4, 8
         for start in range(0, blocks, SPAN):
             block = start + tl.arange(0, SPAN)
             there = block < blocks
@@ -350,7 +357,8 @@ def _list_kernel(
                 word = tl.load(bits + row * words + block // 32, mask=there, other=0)
                 length = tl.load(k_len + block, mask=there, other=0)
                 chosen = there & (((word >> (block % 32)) & 1) != 0)
-                chosen = chosen & (length == BLOCK_K if part == 0 else length != BLOCK_K)
+                whole = (length == BLOCK_K) & (block < past)
+                chosen = chosen & (whole if part == 0 else ~whole)
             else:
                 chosen = tl.load(levels + row * blocks + block, mask=there, other=0) == (1 << (part - 1))
             place = listed + tl.cumsum(chosen.to(tl.int32), 0) - 1
@@ -403,6 +411,7 @@ def _key_step(
     k_step,
     slots_k,
     rows_held,
+    first_key,
     scale,
     top,
     total,
@@ -413,6 +422,7 @@ def _key_step(
     BLOCK_DV: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE_K: tl.constexpr,
+    CAUSAL: tl.constexpr,
     AXES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     EIGHT: tl.constexpr,
@@ -444,6 +454,8 @@ def _key_step(
         scores = tl.where(held[None, :], scores, float("-inf"))
         if not EIGHT_V:
             values = tl.where(held[:, None], values, 0.0)  # nobody may have written to a slot without a token
+        if CAUSAL:
+            scores = tl.where((first + tile)[None, :] <= (first_key + rows)[:, None], scores, float("-inf"))
     if HAS_MASK:
         allowed = tl.load(key_mask + first + tile, mask=held, other=0) != 0
         scores = tl.where(allowed[None, :], scores, float("-inf"))
@@ -503,7 +515,8 @@ def _kernel(
     entries,
     words,
     plan_batch,
-    plan_head,
+    heads_alike,
+    first_key,
     scale,
     D: tl.constexpr,
     D_V: tl.constexpr,
@@ -513,6 +526,7 @@ def _kernel(
     BLOCK_K: tl.constexpr,
     TILE_K: tl.constexpr,
     GROUP_K: tl.constexpr,
+    CAUSAL: tl.constexpr,
     AXES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     EIGHT: tl.constexpr,
@@ -534,7 +548,7 @@ def _kernel(
         k += b64 * stride_kb + kv64 * stride_kh
         v += b64 * stride_vb + kv64 * stride_vh
     key_mask += b64 * slots_k
-    row_of_plan = (b64 * plan_batch + h64 * plan_head) * blocks_q + m
+    row_of_plan = (b64 * plan_batch + h64 // heads_alike) * blocks_q + m
     row_of_bits = m.to(tl.int64) if THRESHOLD else row_of_plan  # what is always read is the same for all heads
     heads_kv = heads // ratio
     k_coarse += (b64 * heads_kv + kv64) * coarse_keys * D
@@ -565,15 +579,15 @@ def _kernel(
             block = tl.load(entries_of_row + step // STEPS).to(tl.int32)
             top, total, acc = _key_step(
                 queries, k, v, stride_ks, stride_vs, b, kv_head, block, step % STEPS * TILE_K, BLOCK_K, rows, lo, hi, coord,
-                key_mask, k_step, slots_k, rows_held, exact_scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_K,
-                TILE_K, AXES, HAS_MASK, EIGHT, EIGHT_V, KEY_TILES, False,
+                key_mask, k_step, slots_k, rows_held, first_key, exact_scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV,
+                BLOCK_K, TILE_K, CAUSAL, AXES, HAS_MASK, EIGHT, EIGHT_V, KEY_TILES, False,
             )  # fmt: skip
         for step in range(filled * STEPS, tl.load(count + row_of_plan) * STEPS):
             block = tl.load(entries_of_row + step // STEPS).to(tl.int32)
             top, total, acc = _key_step(
                 queries, k, v, stride_ks, stride_vs, b, kv_head, block, step % STEPS * TILE_K, tl.load(k_len + block), rows,
-                lo, hi, coord, key_mask, k_step, slots_k, rows_held, exact_scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV,
-                BLOCK_K, TILE_K, AXES, HAS_MASK, EIGHT, EIGHT_V, KEY_TILES, True,
+                lo, hi, coord, key_mask, k_step, slots_k, rows_held, first_key, exact_scale, top, total, acc, D, D_V, BLOCK_D,
+                BLOCK_DV, BLOCK_K, TILE_K, CAUSAL, AXES, HAS_MASK, EIGHT, EIGHT_V, KEY_TILES, True,
             )  # fmt: skip
         entries_of_row += tl.load(count + row_of_plan)
 
@@ -615,8 +629,8 @@ def _kernel(
                         for start in tl.static_range(0, BLOCK_K, TILE_K):
                             top, total, acc = _key_step(
                                 queries, k, v, stride_ks, stride_vs, b, kv_head, block, start, length, rows, lo, hi, coord,
-                                key_mask, k_step, slots_k, rows_held, exact_scale, top, total, acc, D, D_V, BLOCK_D, BLOCK_DV,
-                                BLOCK_K, TILE_K, AXES, HAS_MASK, EIGHT, EIGHT_V, KEY_TILES, True,
+                                key_mask, k_step, slots_k, rows_held, first_key, exact_scale, top, total, acc, D, D_V, BLOCK_D,
+                                BLOCK_DV, BLOCK_K, TILE_K, CAUSAL, AXES, HAS_MASK, EIGHT, EIGHT_V, KEY_TILES, True,
                             )  # fmt: skip
 
     result = acc / tl.where(total > 0, total, 1.0)[:, None]  # [M, DV]

@@ -688,7 +688,7 @@ from triton.compiler import ASTSource
 from accelplug.kernels.triton_block import _kernel
 
 names = _kernel.arg_names
-numbers = dict(D=64, D_V=64, BLOCK_D=64, BLOCK_DV=64, BLOCK_M=64, BLOCK_K=64, TILE_K=64, GROUP_K=64, AXES=1, HAS_MASK=True,
+numbers = dict(D=64, D_V=64, BLOCK_D=64, BLOCK_DV=64, BLOCK_M=64, BLOCK_K=64, TILE_K=64, GROUP_K=64, CAUSAL=True, AXES=1, HAS_MASK=True,
                EIGHT=True, LISTED=True, FIRST_RUN=2, THRESHOLD=False)
 types = dict.fromkeys(names, "i32") | {"scale": "fp32", "key_mask": "*u8"}
 types |= dict.fromkeys(("q_step", "k_step", "v_step"), "*fp32")
