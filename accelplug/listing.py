@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 AUDIENCES = {
     "pipelines": ("sparse", "tokens", "bias"),
-    "language models": ("heads", "generation"),
+    "language models": ("heads", "prefill", "generation"),
 }
 """Which families of patches are for which models; what other packages add stands with the first that has its family."""
 

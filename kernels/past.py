@@ -1,8 +1,8 @@
 """How much the past key blocks of a prompt matter to each of its query blocks, in causal attention.
 
-Query slot i stands at key slot ``causal + i``. Every function returns float32 (B, H, M, N): shares of attention, or their logarithm, that are
-0, or -inf, for blocks that no query of the block reaches. What one query block is told depends on no later block. Inside of a block,
-all its rows have a say: what a row reads may depend on rows up to ``block - 1`` behind it.
+Query slot i stands at key slot ``causal + i``. Every function returns float32 (B, H, M, N): shares of attention, or their
+logarithm, that are 0, or -inf, for blocks that no query of the block reaches. What one query block is told depends on no later
+block. Inside of a block all rows have a say: what a row reads may depend on rows up to ``block - 1`` behind it.
 """
 
 from __future__ import annotations

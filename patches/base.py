@@ -128,6 +128,8 @@ class Patch:
     """Whether `attend` writes an estimate of its error into ``call.error``, and may take ``call.ticket``; may be a property."""
     repairs: str = ""
     """How `attend` takes its own error off, in words; empty where it does not; may be a property."""
+    about_images: ClassVar[bool] = True
+    """Of a language model's patch: whether a prompt without an image is nothing to it, and is left as it is."""
     processor: Any = None
     """A vision-language model's processor, where one was given to `accelplug.apply`."""
 
@@ -158,6 +160,10 @@ class Patch:
         * `state` lives until the end of the run, or of the sequence.
         """
         raise UnimplementedHalf(type(self), "prepare")
+
+    def declines(self, call: AttentionCall, params: Any) -> str | None:
+        """Return why a language model's call must run dense for reasons that `prepare` cannot see, which is counted; None to attend."""
+        return None
 
     def attend(self, call: AttentionCall, params: Any) -> Tensor:
         """Return the attention output (B, H, S_q, D_v)."""

@@ -79,11 +79,13 @@ class AttentionRecord:
             watch(self, call, forward.stream.prompt, forward.clock)
         decoding = forward.clock.phase == "decode"
         params = forward.stream.decode[self.index] if decoding else self.host.prepare(self, forward.stream, forward.clock)
+        if patch is not None and params is not None and not isinstance(params, str):
+            params = patch.declines(call, params) or params
         if isinstance(params, str):
             self.fell_back(params)
             return whole()
         if not compiling and not ahead:
-            self.note(params is not None, forward.clock, q)
+            self.note(call, params, forward.clock)
         if patch is None or params is None:
             return whole()
         out = patch.attend(call, params).transpose(1, 2).contiguous()
@@ -97,13 +99,15 @@ class AttentionRecord:
         else:
             self.host.ledger.fell_back(self.site.module, reason)
 
-    def note(self, answered: bool, clock: Clock, q: Tensor) -> None:
-        """Count a call."""
+    def note(self, call: AttentionCall, params: Any, clock: Clock) -> None:
+        """Count a call, and tell those who trace what it reads."""
         self.routed = True
-        name = self.choice.name if answered else "dense"
+        patch, name = self.choice.patch, self.choice.name if params is not None else "dense"
         self.host.ledger.count(self.host.ledger.served, name)
         if self.host.ledger.traces:
-            self.host.ledger.note(Event(self.site, clock, name, None, None, q.shape[2]))
+            density, plan = (None, None) if patch is None or params is None else patch.inspect(call, params)
+            plan = plan if self.host.ledger.keeps_plans else None
+            self.host.ledger.note(Event(self.site, clock, name, None, density, call.q.shape[2], plan=plan))
 
     def obstacle(self, q: Tensor, k: Tensor, mask: Any, forward: Forward | None, kwargs: dict[str, Any]) -> str | None:
         """Why a call that a patch is there for must run dense, or None."""
@@ -124,7 +128,9 @@ class AttentionRecord:
         if kwargs.get("dropout"):
             return "the call has dropout"
         if not torch.compiler.is_compiling() and patch is not None:
-            why = self.pruned(q, k, forward, forward.stream, patch.needs, kwargs) or forward.stream.lacks(patch.needs)
+            why = self.pruned(q, k, forward, forward.stream, patch.needs, kwargs) or (
+                forward.stream.lacks(patch.needs) if patch.about_images else None
+            )
             if why is not None:
                 return why
         if patch is not None and "probabilities" in patch.needs and not self.explicit(kwargs):

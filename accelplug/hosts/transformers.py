@@ -90,7 +90,7 @@ class LanguageHost(Host):
     called = "a language model"
     expects = "a transformers model with get_decoder()"
     gives = "answers"
-    serves = frozenset({"heads", "generation"})
+    serves = frozenset({"heads", "prefill", "generation"})
     abilities = {"compare": "a vision-language model"} | dict.fromkeys(("tune", "inspect", "mark"), "a language model")
 
     @classmethod

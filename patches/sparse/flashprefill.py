@@ -4,10 +4,10 @@ FlashPrefill (arXiv 2603.06199) scores block J for query block I by its mean key
 
     ``score_IJ = sum_(q in I) exp(s q.k_J)``,   kept where ``score_IJ >= alpha max_J' score_IJ'``,
 
-without sorting or cumulative sums: a threshold relative to the largest. Read anyway are the first tokens, a window, and all by the last query
-blocks. Its second version (arXiv 2608.19758) reads what is left as one key a block, its mean key with ``log |J|`` added to the logit and its
-mean value: ``rest: pool``. `alpha` is .1 for all models there; .18 for Llama and .08 for Qwen2 in the first. Scoring costs ``1 / block``
-of the products q.k of dense attention. Padded queries have no part in a score.
+without sorting or cumulative sums: a threshold relative to the largest. Read anyway are the first tokens, a window, and all by
+the last query blocks. Its second version (arXiv 2608.19758) reads what is left as one key a block, its mean key with ``log |J|``
+added to the logit and its mean value: ``rest: pool``. `alpha` is .1 for all models there; .18 for Llama and .08 for Qwen2 in the
+first. Scoring costs ``1 / block`` of the products q.k of dense attention. Padded queries have no part in a score.
 """
 
 from __future__ import annotations

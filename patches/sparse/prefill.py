@@ -1,13 +1,15 @@
 """Template of sparse prefill: a language model's prompt is read by blocks, which a method selects; its answer is decoded as ever.
 
-A method writes `route`, which looks at queries and keys and names past key blocks. Always read are the block of the query itself and
-the blocks of the first (`sink`) and of the last (`local`) tokens before it. What remains is dropped, or read as one key a block (`rest: pool`).
+A method writes `route`, which looks at queries and keys and names past key blocks. Always read are the block of the query itself
+and the blocks of the first (`sink`) and of the last (`local`) tokens before it. What remains is dropped, or read as one key a
+block (`rest: pool`).
 
 * Causal: no row reads a key behind it, and no block depends on a later one. Inside of a block, rows choose together.
 * Blocks count from each row's own first token: padding on the left moves none. Padding is neither read nor asked.
-* A prompt that is shorter than `min_tokens`, a forward of fewer tokens than a block, and every decode step run the model's own attention.
-* In chunks it is the whole, where chunks are multiples of a block. Where rows of a batch have other padding on the left, blocks of
-  later chunks count from the first slot.
+* A prompt that is shorter than `min_tokens`, a forward of fewer tokens than a block, and every decode step run the model's own
+  attention. No clock decides: with `gate="auto"` too, a prompt runs sparse from `min_tokens` on.
+* In chunks it is the whole, where chunks are multiples of a block, and as long as the prompt so far is no shorter than `min_tokens`.
+  Where rows of a batch have padding on the left, blocks of later chunks count from the first slot.
 """
 
 from __future__ import annotations
@@ -116,7 +118,9 @@ class PromptBlocks:
         if self.reads is None:
             return some
         width = len(self.lengths[1]) * self.block
-        return some & pad(self.reads, (0, width - self.reads.shape[-1])).unflatten(-1, (-1, self.block)).any(-1)[:, None, None]
+        return (
+            some & pad(self.reads, (0, width - self.reads.shape[-1])).unflatten(-1, (-1, self.block)).any(-1)[:, None, None]
+        )
 
     def plan(self, members: Tensor) -> BlockPlan:
         """Make a plan from the past blocks that are selected, bool (B|1, H|H_kv|1, M, N): what is always read is read too."""
@@ -130,6 +134,7 @@ class Prefill(Patch):
     family = "prefill"
     writes: ClassVar[tuple[str, ...]] = ("route",)
     needs = frozenset({"probabilities"})
+    about_images = False
     config: PrefillConfig
 
     def neutral(self) -> bool:

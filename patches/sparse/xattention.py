@@ -1,10 +1,11 @@
 """XAttention: past key blocks by sums along antidiagonals.
 
-XAttention (arXiv 2503.16428) sums logits along the antidiagonals of tiles of ``stride x stride``, which every row and every column of a tile
-crosses once. Groups of `stride` keys, and of queries in reversed order, are laid side by side, so that one product of vectors of
-``stride * D`` numbers is the sum of an antidiagonal; a softmax over a row of tiles, with the sum divided by `stride`, makes shares of
-it. Block m reads the blocks of most share until they hold `tau` of it, its own and those that are read anyway among them. It costs
-``1 / stride`` of the products q.k of dense attention. Paper: stride 8 or 16, blocks of 128, tau .9, or .82 to .99 by head.
+XAttention (arXiv 2503.16428) sums logits along the antidiagonals of tiles of ``stride x stride``, which cross every row and every
+column of a tile once. Groups of `stride` keys, and of queries in reversed order, are laid side by side, so that one product of
+vectors of ``stride * D`` numbers is the sum of an antidiagonal; a softmax over a row of tiles, with the sum divided by `stride`,
+makes shares of it. A block reads the blocks of most share until they hold `tau` of it, its own and those that are read anyway
+among them. It costs ``1 / stride`` of the products q.k of dense attention. Paper: stride 8 or 16, blocks of 128, tau .9, or .82
+to .99 by head.
 """
 
 from __future__ import annotations

@@ -1,0 +1,209 @@
+"""Sparse prefill on SmolLM2-135M: what it costs a prompt, and what it saves.
+
+usage: python -m benchmarks.long_context TEXT [--tokens 2048 4096 8192] [--only quality|time|call] [--recipes NAME ...]
+
+Needs `accelplug fetch smollm2-135m`, and a text file of a few hundred thousand characters: the haystack, and what is predicted.
+
+* quality: the prompt is read by the recipe, what follows by the stock model on the cache that the recipe left. NLL per token of the 256
+  tokens that follow, on texts from `--texts` places of the file; and how many of three needles (a number told at a tenth, a half and nine
+  tenths of the text) are answered. Density is the share of causal (query, key) pairs that were read, mean over all layers, sparse or not.
+* time: a prompt read by the stock model and by each recipe in turn, the least of `--repeats` rounds.
+* call: one attention call with random queries and keys of the model's shape, and random blocks, against dense causal attention.
+
+A part, a length or a recipe that is not run stays as the file has it, with the commit it was run at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+import accelplug
+from accelplug import compat, zoo
+from accelplug.comparison.environment import environment
+from accelplug.kernels.attention import block_attention
+from accelplug.kernels.plan import BlockPlan
+from benchmarks.common import RESULTS, write_json
+
+NAME = "long_context"
+SUFFIX = 256
+DEPTHS = (0.1, 0.5, 0.9)
+NEEDLE = " One of the special magic numbers for {key} is: {value}."
+QUESTION = "\nWhat is the special magic number for {key} mentioned in the text above? The special magic number for {key} is:"
+RECIPES: dict[str, list[dict[str, Any]]] = {
+    "rows .95": [{"patch": "prefill_rows", "with": {"top_p": 0.95}}],
+    "rows .90": [{"patch": "prefill_rows", "with": {"top_p": 0.90}}],
+    "rows .95, layers 2:": [{"where": {"layers": "2:"}, "patch": "prefill_rows", "with": {"top_p": 0.95}}],
+    "rows, density .3": [{"patch": "prefill_rows", "with": {"density": 0.3}}],
+    "flashprefill": [{"patch": "flashprefill"}],
+    "xattention": [{"patch": "xattention"}],
+    "triangle, layers 15:": [{"where": {"layers": "15:"}, "patch": "triangle"}],
+    "stream": [{"patch": "stream"}],
+}
+HEADS, KEY_HEADS, DIM, BLOCK = 9, 3, 64, 64
+
+
+def loaded() -> tuple[Any, Any]:
+    folder = zoo.path("smollm2-135m")
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    return model, hf.AutoTokenizer.from_pretrained(folder)
+
+
+def on(model: Any, name: str) -> accelplug.Plug:
+    """Have a recipe on, at any length."""
+    rules = [{**rule, "with": {**rule.get("with", {}), "min_tokens": 0}} for rule in RECIPES[name]]
+    return accelplug.apply(model, {"rules": rules}, gate="off")
+
+
+def read(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Read tokens (S,) behind what a cache has; logits of the last one, (V,)."""
+    given = {compat.transformers.cache_keyword(type(model).forward): cache}
+    return model(ids[None], logits_to_keep=1, **given).logits[0, -1]
+
+
+def read_sparse(model: Any, ids: torch.Tensor, name: str | None) -> tuple[Any, torch.Tensor, float]:
+    """Read a prompt by a recipe: the cache, logits of the last token, and the share of pairs that was read."""
+    cache = hf.DynamicCache(config=model.config)
+    if name is None:
+        return cache, read(model, ids, cache), 1.0
+    with on(model, name) as plug, plug.trace() as events:
+        last = read(model, ids, cache)
+    return cache, last, sum(event.density or 1.0 for event in events) / model.config.num_hidden_layers
+
+
+def nll(model: Any, ids: torch.Tensor, name: str | None) -> tuple[float, float]:
+    """NLL per token of the last `SUFFIX` tokens behind a prompt that a recipe read, and the density."""
+    cache, last, density = read_sparse(model, ids[:-SUFFIX], name)
+    given = {compat.transformers.cache_keyword(type(model).forward): cache}
+    logits = torch.cat([last[None], model(ids[None, -SUFFIX:-1], **given).logits[0]])
+    return float(cross_entropy(logits, ids[-SUFFIX:])), density
+
+
+def finds(model: Any, tokenizer: Any, ids: torch.Tensor, name: str | None, depth: float, seed: int) -> bool:
+    """Whether a number that is told at some depth of a text is answered."""
+    g = torch.Generator().manual_seed(seed)
+    value = str(int(torch.randint(1_000_000, 9_999_999, (1,), generator=g)))
+    needle = tokenizer(NEEDLE.format(key="gentle-river", value=value)).input_ids
+    question = tokenizer(QUESTION.format(key="gentle-river")).input_ids
+    room = len(ids) - len(needle) - len(question)
+    place = int(depth * room)
+    text = [*ids[:place].tolist(), *needle, *ids[place:room].tolist(), *question]
+    cache, last, _ = read_sparse(model, torch.tensor(text), name)
+    said: list[int] = []
+    for _ in range(10):
+        said.append(int(last.argmax()))
+        last = read(model, torch.tensor(said[-1:]), cache)
+    return value in tokenizer.decode(said)
+
+
+@torch.no_grad()
+def quality(model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, name: str | None, texts: int) -> dict[str, Any]:
+    places = [ids[(i + 1) * len(ids) // (texts + 2) :][:tokens] for i in range(texts)]
+    found = [nll(model, text, name) for text in places]
+    told = [finds(model, tokenizer, places[0], name, depth, seed) for seed, depth in enumerate(DEPTHS)]
+    return {
+        "density": round(sum(d for _, d in found) / texts, 4),
+        "nll": [round(value, 4) for value, _ in found],
+        "needles": sum(told),
+    }
+
+
+@torch.no_grad()
+def prefill_s(model: Any, ids: torch.Tensor, tokens: int, names: list[str | None], repeats: int) -> dict[str, float]:
+    """Least time of a prompt in seconds, recipes in turn."""
+    times: dict[str, list[float]] = {name or "dense": [] for name in names}
+    for _ in range(repeats):
+        for name in names:
+            plug = None if name is None else on(model, name)
+            start = time.perf_counter()
+            read(model, ids[:tokens], hf.DynamicCache(config=model.config))
+            times[name or "dense"].append(time.perf_counter() - start)
+            if plug is not None:
+                plug.remove()
+    return {name: round(min(taken), 3) for name, taken in times.items()}
+
+
+def random_causal_plan(blocks: int, heads: int, density: float) -> BlockPlan:
+    """Every head reads its own random past blocks, as many as the share of causal pairs asks for."""
+    g, lengths = torch.Generator().manual_seed(0), torch.full((blocks,), BLOCK, dtype=torch.int32)
+    score = torch.rand(1, heads, blocks, blocks, generator=g).masked_fill(~torch.ones(blocks, blocks).tril(-1).bool(), -1)
+    number = (density * torch.arange(1, blocks + 1)).round().clamp(min=1).long()[:, None] - 1
+    members = score.argsort(-1, descending=True).argsort(-1) < number
+    return BlockPlan.from_members(members, lengths, lengths, BLOCK, BLOCK, causal=0)
+
+
+def least_ms(run: Callable[[], Any], repeats: int) -> float:
+    run()
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return round(1e3 * min(taken), 1)
+
+
+@torch.no_grad()
+def call_ms(tokens: int, repeats: int) -> dict[str, Any]:
+    """One call, float32 and bfloat16: dense causal attention, and `blocked` with an own plan for each head, or one for heads that
+    share keys."""
+    found: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (torch.randn(1, heads, tokens, DIM).to(dtype) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+        dense = partial(scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
+        times: dict[str, Any] = {"dense": least_ms(dense, repeats)}
+        for heads in (HEADS, KEY_HEADS):
+            for density in (0.15, 0.3, 0.5):
+                plans = iter([random_causal_plan(tokens // BLOCK, heads, density) for _ in range(repeats + 1)])
+
+                def anew(plans: Iterator[BlockPlan] = plans) -> torch.Tensor:  # nothing is kept between calls
+                    return block_attention(q, k, v, next(plans), backend="blocked")  # noqa: B023
+
+                times[f"density {density}, {heads} plans"] = least_ms(anew, repeats)
+        found[str(dtype).removeprefix("torch.")] = times
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--only", choices=("quality", "time", "call"))
+    parser.add_argument("--recipes", nargs="*", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--texts", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=2)
+    asked = parser.parse_args()
+    path = RESULTS / f"{NAME}.json"
+    data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    at = {"environment": environment(), "text": asked.text.name}
+    model, tokenizer = loaded() if asked.only != "call" else (None, None)
+    ids = torch.tensor(tokenizer(asked.text.read_text()[:1_500_000]).input_ids) if tokenizer is not None else torch.empty(0)
+    names: list[str | None] = [None, *asked.recipes]
+    for tokens in asked.tokens:
+        for part in ("quality", "time", "call") if asked.only is None else (asked.only,):
+            into = data.setdefault(part, {}).setdefault(str(tokens), {})
+            if part == "call":
+                into |= {**call_ms(tokens, asked.repeats), "at": at}
+            elif part == "time":
+                into |= {
+                    "seconds": {**into.get("seconds", {}), **prefill_s(model, ids, tokens, names, asked.repeats)},
+                    "at": at,
+                }
+            else:
+                for name in names:
+                    into[name or "dense"] = {**quality(model, tokenizer, ids, tokens, name, asked.texts), "at": at}
+                    print(tokens, name or "dense", {k: v for k, v in into[name or "dense"].items() if k != "at"}, flush=True)
+            print(tokens, part, {k: v for k, v in into.items() if k != "at" and part != "quality"}, flush=True)
+            write_json(NAME, data)
+
+
+if __name__ == "__main__":
+    main()
