@@ -30,7 +30,7 @@ def sampled_past(
     q, k : Tensor (B, H, P_q, D) and (B, H_kv, P_k, D); H_kv divides H.
     block : slots per query and key block.
     causal : the key slot at which query slot 0 stands.
-    rows : sampled rows of a block, at equal distances. Where padding takes some, the others count.
+    rows : sampled rows of a block, at equal distances among its tokens. One that has fewer has some of them twice.
     scale : factor on q.k.
     held : bool (B|1, P_q), queries that are tokens.
     reads : bool (B, P_k), keys that may be read; None for all.
@@ -41,9 +41,10 @@ def sampled_past(
     """
     (slots_q, slots_k), groups = (q.shape[-2], k.shape[-2]), q.shape[1] // k.shape[1]
     blocks_q, blocks_k = -(-slots_q // block), -(-slots_k // block)
-    place = ((torch.arange(rows, device=q.device) + 0.5) * block / rows).long()
-    slots = (torch.arange(blocks_q, device=q.device)[:, None] * block + place).clamp(max=slots_q - 1)  # [M, rows]
-    counts = held[:, slots].float()  # [B|1, M, rows]
+    number = pad(held, (0, blocks_q * block - slots_q)).unflatten(-1, (-1, block)).sum(-1, keepdim=True)  # [B|1, M, 1]
+    place = ((torch.arange(rows, device=q.device) + 0.5) * number / rows).long()
+    slots = (torch.arange(blocks_q, device=q.device)[:, None] * block + place).clamp(max=slots_q - 1)  # [B|1, M, rows]
+    counts = held.gather(1, slots.flatten(1)).view(slots.shape).float()
     weight = counts / counts.sum(-1, keepdim=True).clamp(min=1)
     mass = torch.zeros(*q.shape[:2], blocks_q, blocks_k, device=q.device)
     step = max(1, PIECE[q.device.type != "cpu"] // (len(q) * groups * rows * slots_k))  # query blocks
@@ -51,16 +52,17 @@ def sampled_past(
         of_head = slice(head * groups, (head + 1) * groups)
         keys = k[:, head].float().mT  # [B, D, P_k]
         for first in range(0, blocks_q, step):
-            some = slots[first : first + step]
+            some = slots[:, first : first + step]  # [B|1, m, rows]
             seen = min(causal + int(min((first + step) * block, slots_q)), slots_k)
             tail = min(causal + first * block, seen)  # from here on not all rows read all
-            queries = (q[:, of_head, some.flatten()].float() * scale).flatten(1, 2)  # [B, groups * m * rows, D]
+            queries = q[:, of_head].take_along_dim(some.flatten(1)[:, None, :, None], 2).float() * scale
+            queries = queries.flatten(1, 2)  # [B, groups * m * rows, D]
             logits = (queries @ keys[..., :seen]).unflatten(1, (groups, -1))
-            ahead = torch.arange(tail, seen, device=q.device) > causal + some.flatten()[:, None]
+            ahead = torch.arange(tail, seen, device=q.device) > causal + some.flatten(1)[:, None, :, None]
             logits[..., tail:].masked_fill_(ahead, -torch.inf)
             if reads is not None:
                 logits.masked_fill_(~reads[:, None, None, :seen], -torch.inf)
-            share = logits.softmax(-1).nan_to_num_(nan=0.0).unflatten(2, some.shape)  # NaN: no key may be read
+            share = logits.softmax(-1).nan_to_num_(nan=0.0).unflatten(2, some.shape[1:])  # NaN: no key may be read
             share = (share * weight[:, None, first : first + step, :, None]).sum(3)  # [B, groups, m, seen]
             by_block = pad(share, (0, -seen % block)).unflatten(-1, (-1, block)).sum(-1)
             mass[:, of_head, first : first + step, : by_block.shape[-1]] = by_block
