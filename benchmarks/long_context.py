@@ -197,11 +197,10 @@ def main() -> None:
                     "seconds": {**into.get("seconds", {}), **prefill_s(model, ids, tokens, names, asked.repeats)},
                     "at": at,
                 }
-            else:
-                for name in names:
-                    into[name or "dense"] = {**quality(model, tokenizer, ids, tokens, name, asked.texts), "at": at}
-                    print(tokens, name or "dense", {k: v for k, v in into[name or "dense"].items() if k != "at"}, flush=True)
-            print(tokens, part, {k: v for k, v in into.items() if k != "at" and part != "quality"}, flush=True)
+            for name in names if part == "quality" else ():
+                into[name or "dense"] = {**quality(model, tokenizer, ids, tokens, name, asked.texts), "at": at}
+                print(tokens, name or "dense", into[name or "dense"], flush=True)
+                write_json(NAME, data)
             write_json(NAME, data)
 
 
