@@ -166,6 +166,11 @@ class Prompt:
         return self.image > 0
 
     @cached_property
+    def padded(self) -> bool:
+        """Whether any token is padding."""
+        return not bool(self.valid.all())
+
+    @cached_property
     def shows(self) -> bool:
         """Whether any row has an image."""
         return bool(self.visual.any())

@@ -51,9 +51,10 @@ class PrefillConfig(Config):
 
 @dataclass(frozen=True, eq=False)
 class Params:
-    """Which tokens of a sequence are no padding: bool (B, S); and the state that its layers share."""
+    """Which tokens of a sequence are no padding, bool (B, S), whether some are; and the state that its layers share."""
 
     valid: Tensor
+    padded: bool
     state: dict[str, Any]
 
 
@@ -149,7 +150,7 @@ class Prefill(Patch):
         tokens, few = layout.image.shape[1], max(self.config.block, 2)
         if clock.phase != "prefill" or self.neutral() or tokens < self.config.min_tokens or tokens - layout.past < few:
             return None
-        return Params(layout.valid, state)
+        return Params(layout.valid, layout.padded, state)
 
     def declines(self, call: AttentionCall, params: Params) -> str | None:
         place = call.place
@@ -181,12 +182,12 @@ class Prefill(Patch):
         assert call.place is not None
         tokens, causal, back = params.valid.shape[1], call.place.first_query, None
         q, k, v, valid = call.q, call.k[:, :, :tokens], call.v[:, :, :tokens], params.valid.to(call.q.device)
-        if (whole := bool(valid.all())) is False and not causal:  # each row begins with its first token
+        if params.padded and not causal:  # each row begins with its first token
             slot = torch.arange(tokens, device=q.device)
             shift = valid.int().argmax(-1, keepdim=True)
             there, back = (slot + shift) % tokens, (slot - shift) % tokens
             q, k, v, valid = _rows(q, there), _rows(k, there), _rows(v, there), valid.gather(1, there)
-        held, reads = valid[:, causal : causal + q.shape[2]], None if whole else valid
+        held, reads = valid[:, causal : causal + q.shape[2]], valid if params.padded else None
         config = self.config
         sizes = (call.scale, causal, config.block, config.sink, config.local)
         return PromptBlocks(q, k, v, held, reads, *sizes), back
