@@ -294,32 +294,31 @@ def common(rows: Sequence[Shown], of: str | None = None) -> list[Pair]:
     return sorted(pair for pair in pairs if of is None or SETS[of](pair))
 
 
-def gain(plain: Shown, mended: Shown, of: str) -> str:
-    """What one has above the other in foreground PSNR, paired, with the 95 % interval over captions."""
-    pairs = common([plain, mended], of)
+def spread(row: Shown, pairs: Sequence[Pair], above: Shown | None = None) -> str:
+    """Mean foreground PSNR with its 95 % interval over captions, or how much of it a row has above another on the same runs."""
     captions = [[pair for pair in pairs if pair[0] == caption] for caption in sorted({pair[0] for pair in pairs})]
 
-    def difference(some: Sequence[Sequence[Pair]]) -> float:
+    def figure(some: Sequence[Sequence[Pair]]) -> float:
         flat = [pair for group in some for pair in group]
-        return mended.mean(flat) - plain.mean(flat)
+        return row.mean(flat) - (above.mean(flat) if above else 0.0)
 
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*paired_bootstrap(difference, captions)) if captions else ""
+    sign = "+" if above else ""
+    return "{0:{3}.1f} ({1:{3}.1f} to {2:{3}.1f})".format(*paired_bootstrap(figure, captions), sign) if captions else ""
 
 
 def table(rows: Sequence[Shown]) -> Iterator[str]:
     """All arms in Markdown, each over its own runs; what repair brings over the runs of both."""
-    headings = ["arm", "runs", "time of dense", *(f"foreground PSNR, {of}" for of in SETS), "worst"]
-    headings += [METRICS[key.removesuffix("_db")].heading for key in OTHERS] + [f"repair brings, {of}" for of in SETS]
+    headings = ["arm", "runs", "time of dense", *(f"foreground PSNR, dB: {of}" for of in SETS), "worst"]
+    headings += [METRICS[key.removesuffix("_db")].heading for key in OTHERS] + [f"repair brings, dB: {of}" for of in SETS]
     yield f"| {' | '.join(headings)} |"
     yield "|---" * len(headings) + "|"
-    for row in rows:
+    for row in rows[1:]:
         plain = next(r for r in rows if (r.arm.method, r.arm.setting) == (row.arm.method, row.arm.setting))
-        sets = {of: common([row], of) for of in SETS}
         cells = [row.arm.name, str(len(row.runs)), f"{row.time:.2f}" if row.time else ""]
-        cells += [f"{row.mean(pairs):.1f}" if pairs else "" for pairs in sets.values()]
+        cells += [spread(row, common([row], of)) for of in SETS]
         cells += [f"{min(float(scores[FOREGROUND]) for scores in row.runs.values()):.1f}"]
         cells += [f"{row.mean(common([row]), key):.{digits}f}" for key, digits in OTHERS.items()]
-        cells += [gain(plain, row, of) if row is not plain else "" for of in SETS]
+        cells += [spread(row, common([row, plain], of), plain) if row is not plain else "" for of in SETS]
         yield f"| {' | '.join(cells)} |"
 
 
@@ -383,6 +382,7 @@ def show(store: Path | None) -> None:
     for grid, rows in grids.items():
         of = " and ".join(f"{len(common(rows, name))} {name}" for name in SETS)
         print(f"\n## {TOKENS[grid]:,} tokens\n", *table(rows), sep="\n")
+        print(f"\nAgreement of the dense runs: {rows[0].mean(common(rows[:1]), 'agreement'):.2f}.")
         print(f"\nAt equal time, runs {of}:\n", *at_equal_time(rows), sep="\n")
     draw(grids)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.whole_runs import CAPTIONS, CHOSEN_ON, GRIDS, Arm, Shown, arms, gain, within
+from benchmarks.whole_runs import CAPTIONS, CHOSEN_ON, GRIDS, Arm, Shown, arms, common, spread, within
 
 ARM = Arm("sol", "tau 1.0", 0.0, True, None, {})
 
@@ -20,8 +20,9 @@ def test_a_gain_is_paired_and_its_interval_is_over_captions() -> None:
     plain = Shown(ARM, {(caption, seed): {"fg_psnr_db": 10.0 * caption} for caption in (0, 1) for seed in (0, 1)}, None)
     better = {(0, 0): 1.0, (0, 1): 3.0, (1, 0): 12.0, (1, 1): 16.0, (2, 0): 99.0}  # plain did not run the last one
     mended = Shown(ARM, {pair: {"fg_psnr_db": value} for pair, value in better.items()}, None)
-    assert gain(plain, mended, "chosen on") == "+3.0 (+2.0 to +4.0)"
-    assert gain(plain, mended, "held out") == ""
+    assert spread(mended, common([plain, mended], "chosen on"), plain) == "+3.0 (+2.0 to +4.0)"
+    assert spread(mended, common([plain, mended])) == "8.0 (2.0 to 14.0)"
+    assert spread(mended, common([plain, mended], "held out"), plain) == ""
 
 
 @pytest.mark.parametrize("grid", GRIDS)
