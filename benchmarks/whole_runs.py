@@ -166,7 +166,7 @@ def run(store: Path, grid: str, chosen: Sequence[Arm], captions: Sequence[int], 
             half = store / f"{os.getpid()}.npy"
             np.save(half, clip_of(runner.call(dense, caption, seed, output_type="np")))
             half.rename(reference)
-        for arm in chosen:
+        for arm in (dense, *chosen):
             file = store / f"{arm.key(caption, seed)}.json"
             if file.exists():
                 continue
@@ -276,7 +276,7 @@ def collect(store: Path | None) -> dict[str, Any]:
 
 
 def shown(grid: str, runs: dict[str, Any]) -> list[Shown]:
-    """The arms, dense first, that have a run at the first seed for every caption that dense has."""
+    """The arms that have runs, dense first."""
     file = RESULTS / f"whole_runs_time_{grid}.json"
     times = json.loads(file.read_text())["of_dense"] if file.exists() else {}
     rows = []
@@ -284,8 +284,13 @@ def shown(grid: str, runs: dict[str, Any]) -> list[Shown]:
         found = runs[grid].get(arm.name, {}).items()
         by_pair = {(int(caption), int(seed)): scores for key, scores in found for caption, seed in [key.split(", ")]}
         rows.append(Shown(arm, by_pair, times.get(arm.name)))
+    return [row for row in rows if row.runs]
+
+
+def complete(rows: Sequence[Shown]) -> list[Shown]:
+    """Those that have a run at the first seed for every caption that dense has."""
     wanted = {pair for pair in rows[0].runs if pair[1] == 0}
-    return [row for row in rows if row.runs and wanted <= row.runs.keys()]
+    return [row for row in rows if wanted <= row.runs.keys()]
 
 
 def common(rows: Sequence[Shown], of: str | None = None) -> list[Pair]:
@@ -380,11 +385,12 @@ def show(store: Path | None) -> None:
     runs = collect(store)
     grids = {grid: rows for grid in GRIDS if len(rows := shown(grid, runs)) > 1}
     for grid, rows in grids.items():
-        of = " and ".join(f"{len(common(rows, name))} {name}" for name in SETS)
         print(f"\n## {TOKENS[grid]:,} tokens\n", *table(rows), sep="\n")
         print(f"\nAgreement of the dense runs: {rows[0].mean(common(rows[:1]), 'agreement'):.2f}.")
+        rows = complete(rows)
+        of = " and ".join(f"{len(common(rows, name))} {name}" for name in SETS)
         print(f"\nAt equal time, runs {of}:\n", *at_equal_time(rows), sep="\n")
-    draw(grids)
+    draw({grid: complete(rows) for grid, rows in grids.items()})
 
 
 def main() -> None:
