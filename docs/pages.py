@@ -77,21 +77,28 @@ def said_of(module: str) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------------------------- patches
 
 
-GROUPS: Mapping[str, Callable[[PatchEntry, type[Any]], bool]] = {
-    "By the token grid alone": lambda entry, cls: entry.family == "sparse" and cls.select is not BlockSparse.select,
-    "By queries and keys": lambda entry, cls: entry.family == "sparse",
-    "By tables from dense runs, head by head": lambda entry, cls: False,
-    "Other": lambda entry, cls: entry.family in ("tokens", "bias"),
+PIPELINES = ("By the token grid alone", "By queries and keys", "By tables from dense runs, head by head", "Other")
+"""Groups of the methods for pipelines."""
+LANGUAGE = {
+    "prefill": "For language models",
+    "heads": "For vision-language models",
+    "generation": "For vision-language models",
 }
-"""Groups of the methods for pipelines, and which methods belong there; those that are calibrated belong to the third."""
+"""Groups of the other methods, by their family."""
+GROUPS = tuple(dict.fromkeys((*PIPELINES, *LANGUAGE.values())))
 
 
-def group_of(entry: PatchEntry) -> str | None:
-    """The group of a method for pipelines; None for those of vision-language models."""
-    cls = patch_class(entry.name)
+def group_of(entry: PatchEntry) -> str:
+    """The group of a method."""
+    if entry.family in LANGUAGE:
+        return LANGUAGE[entry.family]
+    grid, scores, tables, other = PIPELINES
+    cls: type[Any] = patch_class(entry.name)
+    if entry.family != "sparse":
+        return other
     if cls.Calibration is not None:
-        return "By tables from dense runs, head by head"
-    return next((group for group, belongs in GROUPS.items() if belongs(entry, cls)), None)
+        return tables
+    return scores if cls.select is BlockSparse.select else grid
 
 
 def patch_rows(entries: Iterable[PatchEntry]) -> str:
@@ -99,15 +106,14 @@ def patch_rows(entries: Iterable[PatchEntry]) -> str:
     return table(("patch", "what it does", "paper"), rows)
 
 
+def patches_of(group: str) -> str:
+    """The methods of a group."""
+    return patch_rows(entry for entry in OWN if group_of(entry) == group)
+
+
 def pipeline_patches() -> str:
     """The methods for pipelines, a table for each group."""
-    members = {group: [entry for entry in OWN if group_of(entry) == group] for group in GROUPS}
-    return "\n\n".join(f"### {group}\n\n{patch_rows(entries)}" for group, entries in members.items())
-
-
-def language_patches() -> str:
-    """The methods for vision-language models."""
-    return patch_rows(entry for entry in OWN if group_of(entry) is None)
+    return "\n\n".join(f"### {group}\n\n{patches_of(group)}" for group in PIPELINES)
 
 
 def block_sparse() -> list[tuple[PatchEntry, type[Any]]]:
@@ -496,7 +502,8 @@ def command_line() -> str:
 
 MADE: Mapping[str, Callable[[], str]] = {
     "pipeline patches": pipeline_patches,
-    "language patches": language_patches,
+    "vision-language patches": partial(patches_of, "For vision-language models"),
+    "language patches": partial(patches_of, "For language models"),
     "rest matrix": rest_matrix,
     "order matrix": order_matrix,
     "shared settings": shared_settings,
@@ -525,7 +532,7 @@ def generated() -> dict[str, str]:
 
 def rendered(text: str) -> str:
     """Return a page with its marks replaced, its drawings in place, and its code blocks without what tests are told of them."""
-    text = re.sub(r"<!-- made: ([\w ]+) -->", lambda found: MADE[found[1]](), text)
+    text = re.sub(r"<!-- made: ([\w -]+) -->", lambda found: MADE[found[1]](), text)
     text = re.sub(r"!\[([^\]]*)\]\((\w+\.svg)\)", lambda found: drawing(found[2], found[1]), text)
     return re.sub(r"^```python \{.*\}$", "```python", text, flags=re.MULTILINE)
 
@@ -540,10 +547,8 @@ def drawing(name: str, says: str) -> str:
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Have the page of every patch in the navigation."""
     section = next(section["Patches"] for section in config.nav or [] if "Patches" in section)
-    groups = [*GROUPS, None]
-    for group in groups:
-        pages = [{entry.name: f"patches/{entry.name}.md"} for entry in OWN if group_of(entry) == group]
-        section.append({group or "For vision-language models": pages})
+    for group in GROUPS:
+        section.append({group: [{entry.name: f"patches/{entry.name}.md"} for entry in OWN if group_of(entry) == group]})
     return config
 
 
