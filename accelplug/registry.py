@@ -229,7 +229,7 @@ _OWN = (
     PatchEntry(
         name="stream",
         module="accelplug.patches.sparse.stream",
-        cls="Stream",
+        cls="StreamingWindow",
         family="prefill",
         summary="A prompt reads its first tokens and a sliding window.",
         cite="arXiv 2309.17453",

@@ -8,7 +8,7 @@ block (`rest: pool`).
 * Blocks count from each row's own first token: padding on the left moves none. Padding is neither read nor asked.
 * A prompt that is shorter than `min_tokens`, a forward of fewer tokens than a block, and every decode step run the model's own
   attention. No clock decides: with `gate="auto"` too, a prompt runs sparse from `min_tokens` on.
-* In chunks it is the whole, where chunks are multiples of a block, and as long as the prompt so far is no shorter than `min_tokens`.
+* In chunks of whole blocks it is the whole, but for the chunks before the prompt has `min_tokens`, which run dense.
   Where rows of a batch have padding on the left, blocks of later chunks count from the first slot.
 """
 
@@ -51,7 +51,7 @@ class PrefillConfig(Config):
 
 @dataclass(frozen=True, eq=False)
 class Params:
-    """Which tokens of a sequence are no padding, bool (B, S), whether some are; and the state that its layers share."""
+    """Which tokens of a sequence are not padding, bool (B, S), whether some are; and the state that its layers share."""
 
     valid: Tensor
     padded: bool
@@ -65,8 +65,8 @@ class PromptBlocks:
     Attributes
     ----------
     q, k, v : (B, H, P_q, D), (B, H_kv, P_k, D) and (B, H_kv, P_k, D_v).
-    held : bool (B|1, P_q), queries that are no padding.
-    reads : bool (B, P_k), keys that are no padding; None for all.
+    held : bool (B|1, P_q), queries that are tokens, not padding.
+    reads : bool (B, P_k), keys that are tokens, not padding; None for all.
     scale : factor on q.k.
     causal : the key slot at which query slot 0 stands.
     block : slots per query and key block, M and N of them.

@@ -13,7 +13,7 @@ from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.sparse.prefill import Prefill, PrefillConfig, PromptBlocks
 
 
-class Stream(Prefill):
+class StreamingWindow(Prefill):
     """Read the first tokens and a sliding window."""
 
     class Config(PrefillConfig):
