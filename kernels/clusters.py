@@ -94,7 +94,7 @@ def cluster_order(
     batch, heads, _, dim = x.shape
     tokens = x[:, :, first : first + number].flatten(0, 1).float()  # [R, n, D]
     counts = None if valid is None else valid[:, first : first + number].repeat_interleave(heads, 0)
-    memory = memory_of(ticket)
+    memory = memory_of(ticket, x.device)
     shape = (batch, heads, min(clusters, number), dim)
     last = memory.started(shape, x.device) if memory is not None else None
     if last is not None:

@@ -9,6 +9,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from accelplug.kernels.timing import capturing
+
 
 @dataclass(eq=False)
 class Memory:
@@ -60,6 +62,9 @@ COLD = torch.tensor(0, device="cpu")
 """The ticket of no memory: every call starts anew."""
 
 
-def memory_of(ticket: Tensor) -> Memory | None:
-    """Return the memory that has a ticket; None for `COLD`, and for one that is gone. Not to be traced: called inside of operators."""
-    return _memories.get(int(ticket))
+def memory_of(ticket: Tensor, device: torch.device) -> Memory | None:
+    """Return the memory that has a ticket; None for `COLD`, for one that is gone, and while a CUDA graph is captured on `device`.
+
+    A replay would start from what was there at the capture, every time. Not to be traced: called inside of operators.
+    """
+    return None if capturing(device) else _memories.get(int(ticket))

@@ -90,8 +90,8 @@ def probe_rows(
 @torch.library.custom_op("accelplug::step_of", mutates_args=())
 def step_of(x: Tensor, ticket: Tensor) -> Tensor:
     """Return the step that a memory is at, float64 () on the device of x; 0 without one."""
-    memory = memory_of(ticket)
-    return torch.tensor(float((memory and memory.step) or 0), dtype=torch.float64, device=x.device)
+    memory = memory_of(ticket, x.device)
+    return torch.full((), float((memory and memory.step) or 0), dtype=torch.float64, device=x.device)
 
 
 @step_of.register_fake
@@ -105,7 +105,7 @@ def carried(sums: Tensor, carry: float, ticket: Tensor) -> Tensor:
 
     The first call of a step settles it: later ones of the step take what it left, so that one set of sums is held, not two.
     """
-    memory = memory_of(ticket)
+    memory = memory_of(ticket, sums.device)
     if memory is None or memory.step is None:
         return sums.clone()
     if (settled := memory.ended(sums.shape, sums.device)) is None:

@@ -18,6 +18,11 @@ def timed_ms(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     return result, 1e3 * (time.perf_counter() - start)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: then nothing may be timed, and a replay comes by no Python."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def synchronise(device: torch.device) -> None:
     """Wait for `device` to finish, where it runs ahead."""
     if device.type != "cpu":

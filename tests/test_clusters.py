@@ -176,7 +176,7 @@ def test_centres_die_with_the_state_of_the_run() -> None:
     del queries, keys
     state.clear()
     gc.collect()
-    assert memory_of(torch.tensor(ticket)) is None
+    assert memory_of(torch.tensor(ticket), torch.device("cpu")) is None
     assert torch.isfinite(sol.attend(call, params)).all()  # its ticket is void: it starts anew
     unclocked = sol.prepare(SITE, layout, Clock(), state)
     for _ in range(2):

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from accelplug import kernels
 from accelplug.call import AttentionCall, Clock, Layout, Site
+from accelplug.kernels import chunks
 from accelplug.kernels.memory import Memory
-from accelplug.kernels.repair import Probes, block_rows, probe_rows, repair_
+from accelplug.kernels.repair import Probes, block_rows, probe_rows, repair_, step_of
 from accelplug.patches.sparse.neighborhood import Neighborhood
 from accelplug.patches.sparse.sol import Sol
 from accelplug.patches.sparse.sparse_vdit import SparseVdit
+from tests.test_memory import peak
 
 LAYOUT = Layout((3, 6, 7), text_before=5, text_after=3)
 SITE = Site("block", "transformer", "joint", 1, 4)
@@ -210,3 +213,27 @@ def test_a_memory_of_another_size_counts_for_nothing() -> None:
     memory.advance(1)
     out, q, exact = (x[:1] for x in (sparse, q, dense[..., rows, :]))
     assert torch.equal(repair(out, q, exact, rows, carry=0.5, ticket=memory.ticket)[0], repair(out, q, exact, rows)[0])
+
+
+def test_a_cuda_graph_that_is_captured_takes_nothing_from_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its replay would take the same from the same step every time."""
+    q, dense, sparse = wrong_by_query()
+    memory, rows = Memory(), probe_rows(5, LAYOUT.visual, 20)
+    for step in range(2):
+        memory.advance(step)
+        repair(sparse, q, dense[..., rows, :], rows, carry=0.5, ticket=memory.ticket)
+    left = memory.end
+    monkeypatch.setattr(kernels.memory, "capturing", lambda device: True)
+    captured = repair(sparse, q, dense[..., rows, :], rows, carry=0.5, ticket=memory.ticket)
+    assert torch.equal(captured[0], repair(sparse, q, dense[..., rows, :], rows)[0])
+    assert memory.end is left
+    assert step_of(q, memory.ticket) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_holds_no_copy_of_the_output(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK", 1 << 14)
+    q, out, exact = (x.to(dtype) for x in tensors(4, 8192, 8, 1))
+    rows = probe_rows(0, 8192, 32)
+    probes = Probes(rows, exact[..., rows, :])
+    assert peak(lambda: repair_(out, q, probes)) < 0.3 * out.nbytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
@@ -42,23 +42,48 @@ SHARED = replace(ROWS["rows"], working={**ROWS["rows"].working, "rows": 3})
 """The rows that it scores by are the probes."""
 WAYS = [*SUBJECTS, BY_TOKEN, BY_VARIANCE, CLUSTERED, SHARED]
 
+
+@dataclass(frozen=True)
+class Way:
+    """A patch, what its error is regressed on, and the step it is tried in: later ones take what was learned before."""
+
+    subject: Subject
+    repair: str
+    step: int
+
+    def __str__(self) -> str:
+        return "-".join(map(str, (self.subject.patch, *self.subject.working.values(), self.repair, self.step)))
+
+    @property
+    def mending(self) -> dict[str, Any]:
+        """Settings with which its error is repaired."""
+        return {"repair": self.repair} if self.subject is SHARED else {"repair": self.repair, "probes": PROBES}
+
+    def patch(self, **config: Any) -> BlockSparse:
+        return patch_of(self.subject, **{**self.mending, **config})
+
+    def probed(self, layout: Layout = LAYOUT) -> Tensor:
+        """Tokens that it computes exactly, int64 (R,)."""
+        if self.subject is not SHARED:
+            return probe_rows(layout.text_before, layout.visual, PROBES, step=self.step)
+        order = tiles(layout, "raster", 8)
+        slots, _ = block_rows(order.lengths(8)[: order.visual_slots // 8], 8, 3, self.step)
+        return order.tokens_in(slots.flatten())
+
+    def answer(self, call: AttentionCall, layout: Layout = LAYOUT) -> Tensor:
+        """What it gives in its step, other queries before."""
+        patch, memory = self.patch(), Memory()
+        params = prepared(patch, layout)
+        for step in range(self.step):
+            memory.advance(step)
+            patch.attend(replace(asked(1.2 * call.q, call.k, call.v, call.mask), ticket=memory.ticket), params)
+        memory.advance(self.step)
+        return patch.attend(replace(call, ticket=memory.ticket), params)
+
+
 every_way = pytest.mark.parametrize(
-    "subject", WAYS, ids=lambda row: f"{row.patch}-{'-'.join(map(str, row.working.values()))}"
+    "way", [Way(subject, *how) for subject in WAYS for how in (("output_query", 0), ("output", 1))], ids=str
 )
-
-
-def mending(subject: Subject) -> dict[str, Any]:
-    """Settings with which its error is repaired."""
-    return {"repair": "output_query"} if subject is SHARED else REPAIR
-
-
-def probed(subject: Subject, layout: Layout = LAYOUT) -> Tensor:
-    """Tokens that it computes exactly in a first step, int64 (R,)."""
-    if subject is not SHARED:
-        return probe_rows(layout.text_before, layout.visual, PROBES)
-    order = tiles(layout, "raster", 8)
-    slots, _ = block_rows(order.lengths(8)[: order.visual_slots // 8], 8, 3)
-    return order.tokens_in(slots.flatten())
 
 
 def patch_of(subject: Subject, **config: Any) -> BlockSparse:
@@ -111,10 +136,9 @@ def mapped(call: AttentionCall, change: Callable[[Tensor], Tensor]) -> Attention
 
 
 @every_way
-def test_probes_are_exact_and_text_is_as_it_was(subject: Subject) -> None:
+def test_probes_are_exact_and_text_is_as_it_was(way: Way) -> None:
     call = call_of(masked=True)
-    plain, mended = (answer(patch_of(subject, **repair), call) for repair in ({}, mending(subject)))
-    rows = probed(subject)
+    plain, mended, rows = answer(patch_of(way.subject), call), way.answer(call), way.probed()
     torch.testing.assert_close(mended[..., rows, :], call.dense()[..., rows, :])
     assert not torch.equal(mended[..., VISUAL, :], plain[..., VISUAL, :])
     for text in (slice(0, 5), slice(131, None)):
@@ -122,80 +146,84 @@ def test_probes_are_exact_and_text_is_as_it_was(subject: Subject) -> None:
 
 
 @every_way
-def test_two_samples_have_no_say_in_each_other(subject: Subject) -> None:
-    call, patch = call_of(batch=2), patch_of(subject, **mending(subject))
-    together = answer(patch, call)
-    apart = torch.cat([answer(patch, mapped(call, itemgetter(slice(i, i + 1)))) for i in range(2)])
+def test_two_samples_have_no_say_in_each_other(way: Way) -> None:
+    call = call_of(batch=2)
+    together = way.answer(call)
+    apart = torch.cat([way.answer(mapped(call, itemgetter(slice(i, i + 1)))) for i in range(2)])
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
 
 
 @every_way
-def test_two_calls_are_equal_bit_for_bit(subject: Subject) -> None:
-    call, patch = call_of(), patch_of(subject, **mending(subject))
-    assert torch.equal(answer(patch, call), answer(patch, call))
+def test_two_calls_are_equal_bit_for_bit(way: Way) -> None:
+    call = call_of()
+    assert torch.equal(way.answer(call), way.answer(call))
 
 
 @every_way
-def test_keys_that_are_padding_have_no_influence(subject: Subject) -> None:
-    call, patch = call_of(masked=True), patch_of(subject, **mending(subject))
+def test_keys_that_are_padding_have_no_influence(way: Way) -> None:
+    call = call_of(masked=True)
     louder = mapped(call, lambda x: torch.where(torch.arange(LAYOUT.length)[:, None] < LAYOUT.length - 2, x, 1e4))
-    torch.testing.assert_close(answer(patch, louder)[..., VISUAL, :], answer(patch, call)[..., VISUAL, :])
+    torch.testing.assert_close(way.answer(louder)[..., VISUAL, :], way.answer(call)[..., VISUAL, :])
 
 
 @every_way
-def test_heads_may_share_keys(subject: Subject) -> None:
+def test_heads_may_share_keys(way: Way) -> None:
     """Grouped queries give what they give where keys and values are written out for each head."""
-    call, patch = call_of(heads=4, kv_heads=2), patch_of(subject, **mending(subject))
+    call = call_of(heads=4, kv_heads=2)
     repeated = asked(call.q, call.k.repeat_interleave(2, 1), call.v.repeat_interleave(2, 1))
-    torch.testing.assert_close(answer(patch, call), answer(patch, repeated), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(way.answer(call), way.answer(repeated), rtol=1e-4, atol=1e-5)
 
 
 @every_way
-def test_low_precision_is_near_to_full(subject: Subject) -> None:
-    call, patch = call_of(), patch_of(subject, **mending(subject))
-    out = answer(patch, mapped(call, Tensor.bfloat16))
+def test_low_precision_is_near_to_full(way: Way) -> None:
+    call = call_of()
+    out = way.answer(mapped(call, Tensor.bfloat16))
     assert out.dtype == torch.bfloat16
     assert torch.isfinite(out).all()
     exact = call.dense()
-    assert float((out - exact).norm()) < 1.5 * float((answer(patch, call) - exact).norm()) + 0.02 * float(exact.norm())
+    assert float((out - exact).norm()) < 1.5 * float((way.answer(call) - exact).norm()) + 0.02 * float(exact.norm())
 
 
 @every_way
 @pytest.mark.parametrize("layout", [Layout((3, 5, 7), 3), Layout((2, 7, 9), text_after=2), Layout((5, 5, 5))], ids=str)
-def test_odd_sizes(subject: Subject, layout: Layout) -> None:
+def test_odd_sizes(way: Way, layout: Layout) -> None:
     call = call_of(layout)
-    params = patch_of(subject).prepare(SITE, layout, Clock(0, 4), {})
+    params = way.patch().prepare(SITE, layout, Clock(0, 4), {})
     if params is None:
-        assert subject.video_only, "it runs dense on a grid of several frames"
+        assert way.subject.video_only, "it runs dense on a grid of several frames"
         return
-    out = answer(patch_of(subject, **mending(subject)), call, layout)
+    out, rows = way.answer(call, layout), way.probed(layout)
     assert torch.isfinite(out).all()
-    rows = probed(subject, layout)
     torch.testing.assert_close(out[..., rows, :], call.dense()[..., rows, :])
 
 
-@every_way
-def test_one_graph_serves_all_layers(subject: Subject) -> None:
-    """Nothing in it depends on values, and layers whose params are other tensors do not recompile."""
+@pytest.mark.parametrize("way", [Way(subject, "output_query", 1) for subject in WAYS], ids=str)
+def test_one_graph_serves_all_layers(way: Way) -> None:
+    """Nothing in it depends on values, and layers and steps whose params and memories are other tensors do not recompile."""
     torch._dynamo.reset()
-    counter, patch = CompileCounter(), patch_of(subject, **mending(subject))
+    counter, patch = CompileCounter(), way.patch()
 
     @torch.compile(fullgraph=True, backend=counter)
-    def attend(q: Tensor, k: Tensor, v: Tensor, params: Any) -> Tensor:
-        return patch.attend(asked(q, k, v), params)
+    def attend(q: Tensor, k: Tensor, v: Tensor, params: Any, ticket: Tensor) -> Tensor:
+        return patch.attend(replace(asked(q, k, v), ticket=ticket), params)
 
     call = call_of(VIDEO)
     for layer in (1, 4, 7):  # methods that go by turns have three
         site = replace(SITE, layer=layer, layers=9, kind="self")
-        params = patch.prepare(site, VIDEO, Clock(0, 4), {})
-        torch.testing.assert_close(attend(call.q, call.k, call.v, params), patch.attend(call, params), rtol=1e-4, atol=1e-5)
+        params, memory = patch.prepare(site, VIDEO, Clock(0, 4), {}), Memory()
+        for step in range(way.step + 1):
+            memory.advance(step)
+            eager = patch.attend(replace(call, ticket=memory.ticket), params)
+            compiled = attend(call.q, call.k, call.v, params, memory.ticket)
+            torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("layout", [VIDEO, Layout((3, 6, 8), text_before=8), Layout((3, 6, 8), 4, 4)], ids=str)
-def test_tokens_may_come_in_order_already(layout: Layout) -> None:
+@pytest.mark.parametrize("way", [Way(ROWS["sol"], "output_query", 0), Way(SHARED, "output_query", 0)], ids=str)
+def test_tokens_may_come_in_order_already(way: Way, layout: Layout) -> None:
     """A host that permutes once for many blocks hands in tokens in slots: the same rows are probed, and the same are visual."""
-    patch = patch_of(ROWS["sol"], order="morton", **REPAIR)
+    patch = way.patch(order="morton")
     params = prepared(patch, layout)
     order = patch.shared_order(params)
     assert order is not None
@@ -256,7 +284,7 @@ def test_sampled_rows_serve_as_probes(way: str, dtype: torch.dtype, pieces: int,
     monkeypatch.setattr(chunks, "CHUNK", pieces)
     config, given = SAMPLED[way]
     call = mapped(call_of(**given), lambda x: x.to(dtype))
-    patch = patch_of(SHARED, **{**mending(SHARED), **config})
+    patch = patch_of(SHARED, **{"repair": "output_query", **config})
     params, found, repaired = prepared(patch, LAYOUT), [], patch.repaired
 
     def listen(out: Tensor, call: AttentionCall, tiles: Any, plan: Any, probes: Probes) -> Tensor:
@@ -284,7 +312,7 @@ def test_sampled_rows_serve_as_probes(way: str, dtype: torch.dtype, pieces: int,
 
 def test_sampled_rows_move_where_the_last_step_is_known() -> None:
     """Else what is carried over says nothing new."""
-    patch, found, memory = patch_of(SHARED, **mending(SHARED)), [], Memory()
+    patch, found, memory = patch_of(SHARED, repair="output_query"), [], Memory()
     params, call = prepared(patch, LAYOUT), replace(call_of(), ticket=memory.ticket)
     for step in range(6):
         memory.advance(step)
@@ -294,7 +322,7 @@ def test_sampled_rows_move_where_the_last_step_is_known() -> None:
 
 
 ON_A_MODEL = (it_does_something_and_undoes_it, nothing_is_left_of_a_run)
-REPAIRED = [replace(row, working={**row.working, **mending(row)}) for row in (*SUBJECTS, SHARED)]
+REPAIRED = [replace(row, working={**row.working, **Way(row, "output_query", 0).mending}) for row in (*SUBJECTS, SHARED)]
 WAN = {"wan": DENOISERS_TRIED["wan"]}
 
 

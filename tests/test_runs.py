@@ -41,6 +41,7 @@ STATEFUL = {
     "svg_ear": rule("svg_ear", block_k=8, top_p=0.5, cluster_iterations=4),
     "svg": rule("svg", density=0.3, sink=False, profile_interval=4),
     "tome": {"rules": [{"patch": "tome", "with": {"ratio": 0.5, "interval": 4, "reuse_layers": 2}}]},
+    "repair": rule("rows", density=0.3, rows=3, repair="output_query"),
 }
 """Patches that keep something from step to step. The laws try the others."""
 
@@ -73,10 +74,11 @@ def test_a_cancelled_run_leaves_nothing_in_a_step_cache(name: str, cache: str, s
 
 
 @pytest.mark.parametrize("name", ["sd3", "z_image", "pixart", "cosmos", "wan22_moe", "qwen_image", "wan_video2video"])
-def test_a_second_run_is_the_first_again(name: str) -> None:
+@pytest.mark.parametrize("patch", ["kmeans", "repair"])
+def test_a_second_run_is_the_first_again(patch: str, name: str) -> None:
     """Also where no context tells that a run has ended."""
     pipe, inputs = tiny_pipelines.pipeline(name)
-    with accelplug.apply(pipe, STATEFUL["kmeans"], gate="off"):
+    with accelplug.apply(pipe, STATEFUL[patch], gate="off"):
         first = run_pipeline(pipe, inputs)
         assert torch.equal(run_pipeline(pipe, inputs), first)
         cancel_in_the_model(pipe, another_prompt(inputs), 1)
@@ -368,7 +370,9 @@ HOISTED = {"rules": [{"patch": "sol", "with": {**EIGHT, "tau": 0.5, "band": 0, "
 
 
 @pytest.mark.parametrize("name", ["wan", "flux", "sd15"])
-@pytest.mark.parametrize("recipe", [NEIGHBORHOOD, STATEFUL["kmeans"], STATEFUL["tome"], HOISTED, STEPPED])
+@pytest.mark.parametrize(
+    "recipe", [NEIGHBORHOOD, STATEFUL["kmeans"], STATEFUL["tome"], STATEFUL["repair"], HOISTED, STEPPED]
+)
 def test_two_threads_are_each_as_alone(name: str, recipe: dict[str, Any]) -> None:
     pipe, inputs = tiny_pipelines.pipeline(name)
     kinds = [inputs, other_way_up(another_prompt(inputs))]
@@ -384,16 +388,17 @@ def test_two_threads_are_each_as_alone(name: str, recipe: dict[str, Any]) -> Non
         assert torch.equal(left, right)
 
 
-def test_two_threads_are_each_as_alone_in_compiled_blocks() -> None:
+@pytest.mark.parametrize("recipe", [STATEFUL["repair"], STEPPED])
+def test_two_threads_are_each_as_alone_in_compiled_blocks(recipe: dict[str, Any]) -> None:
     torch._dynamo.reset()
     pipe, inputs = tiny_pipelines.pipeline("wan")
     kinds = [inputs, other_way_up(another_prompt(inputs))]
     pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
     alone = []
     for number, kind in enumerate(kinds):
-        with accelplug.apply(pipe, STEPPED, gate="off"):
+        with accelplug.apply(pipe, recipe, gate="off"):
             alone.append(run_pipeline(pipe, kind, seed=number))
-    with accelplug.apply(pipe, STEPPED, gate="off", strict=True):
+    with accelplug.apply(pipe, recipe, gate="off", strict=True):
         for left, right in zip(side_by_side(pipe, kinds), alone, strict=True):
             assert torch.equal(left, right)
     torch._dynamo.reset()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from accelplug.bounded import Bounded
 from accelplug.call import Clock, Site
-from accelplug.hosts.gate import capturing
+from accelplug.kernels.timing import capturing
 
 
 @dataclass(frozen=True)

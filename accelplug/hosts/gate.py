@@ -14,7 +14,7 @@ from torch import Tensor
 
 from accelplug.bounded import Bounded
 from accelplug.errors import AccelplugError
-from accelplug.kernels.timing import timed_ms
+from accelplug.kernels.timing import capturing, timed_ms
 
 if TYPE_CHECKING:
     from accelplug.patches.base import Patch
@@ -162,11 +162,6 @@ def _verdict_key(name: str, config: Mapping[str, Any], shape: tuple[int, ...], d
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured: then nothing may be timed."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def median_ms(run: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
