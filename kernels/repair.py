@@ -1,8 +1,10 @@
 """Probe repair: what a few exact rows of a head say about the error of all others.
 
-After the probe repair of SparsePR (arXiv 2608.18484), which regresses the error of sparse attention on its own output. Ours is that it is
-regressed on the output *and* the query, and that it is judged: every probed row by a fit to all the others. What they say decides by head
-how much of the repair is done, and estimates what error is left.
+After the probe repair of SparsePR (arXiv 2608.18484): the error of 64 exact rows of a head, regressed by ridge on their sparse output,
+is taken off all others. There it is projected on its 16 leading directions first; here it is not. Ours is that it is regressed on the
+output *and* the query, centred and scaled; that it is judged, every probed row by a fit to all the others, which decides by head how
+much of the repair is done and estimates what error is left; that a step goes on from the last; and that rows which a selector has
+computed anyway serve as probes.
 
 With output o_r, query q_r and exact output e_r of the probed rows r, features ``x_r = (o_r, q_r)`` and residual ``y_r = e_r - o_r``, both
 centred and with channels scaled to a mean square of 1 by part, the ridge regression

@@ -65,16 +65,16 @@ class BlockConfig(Config):
     )
     repair: RepairKind = Field(
         "none",
-        description="Regress the error of some exact rows on output, or output_query, and take it off all. SparsePR, ours.",
+        description="What the error of exact rows is regressed on, to be taken off all: output (SparsePR), or output_query (ours).",
     )
     probes: float = Field(
         0.0625,
         gt=0.0,
         le=65536,
-        description="Rows of a head that are exact (repair): a share of the visual ones, or from 1 on a number.",
+        description="Rows of a head that are exact (repair): a number, as SparsePR's 64, or below 1 a share of visual ones (ours).",
     )
     ridge: float = Field(
-        5.0, gt=0.0, description="Rows without error that the regression's prior counts for (repair). Ours."
+        5.0, gt=0.0, description="Rows without error that the prior counts for (repair). Ours; SparsePR has 0.1."
     )
     carry: float = Field(
         0.5,
