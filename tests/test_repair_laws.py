@@ -310,6 +310,15 @@ def test_sampled_rows_serve_as_probes(way: str, dtype: torch.dtype, pieces: int,
         torch.testing.assert_close(answered[b : b + 1, h : h + 1], own[0], **near)
 
 
+def test_it_says_which_rows_are_exact() -> None:
+    said = [patch_of(SHARED, repair="output", probes=probes).repairs for probes in (None, 0.5, 12)]
+    assert said == [
+        "output, 3 rows of each block exact, carry 0.5",
+        "output, 0.5 of the rows exact, carry 0.5",
+        "output, 12 rows exact, carry 0.5",
+    ]
+
+
 def test_sampled_rows_move_where_the_last_step_is_known() -> None:
     """Else what is carried over says nothing new."""
     patch, found, memory = patch_of(SHARED, repair="output_query"), [], Memory()

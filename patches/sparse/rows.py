@@ -2,16 +2,17 @@
 
 After SampleAttention (arXiv 2406.15486), which finds the keys of a whole head by some of its queries; by blocks it is ours. A mean query
 against mean keys (`psa`, `sol`, `bilevel`) does not see a single key that stands out in its block. Here n rows of each query block are held
-against every key, and with the log-sum-exp ``l_rj`` of row r over the keys of block j
+against every key, and with the probability ``p_ri`` that row r gives to key i
 
-    ``mass_mj = mean_r softmax_j l_rj``
+    ``mass_mj = mean_r sum_i p_ri``, i in block j,
 
 is the share of attention that they give to the block. The rows of block m read the likeliest key blocks: so many that they hold `top_p` of
 the mass, or a share `density` of them. Sampling costs ``n / block`` of dense attention.
 
 Text blocks are read by all, and read all. They are not candidates: mass is shared out among visual blocks alone.
 
-With `repair`, the same rows are its probes: weighed values in the place of sums over blocks make them exact, for one product more.
+With `repair`, the same rows are its probes, unless `probes` asks for others: their exact output ``sum_i p_ri v_i`` is one product more.
+They then stand elsewhere in each step.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from accelplug.call import Layout
+from accelplug.call import AttentionCall, Layout
 from accelplug.kernels.plan import BlockPlan
 from accelplug.kernels.rows import top_k, top_p
 from accelplug.patches.sparse.template import Blocks, RestKind, Scored, ScoredConfig
@@ -56,9 +57,15 @@ class SampledRows(Scored):
     def neutral(self, layout: Layout) -> bool:
         return self.config.density == 1.0 if self.config.density is not None else self.config.top_p == 1.0
 
+    @property
+    def exact_rows(self) -> str:
+        return super().exact_rows if self.config.probes is not None else f"{self.config.rows} rows of each block"
+
+    def probed(self, layout: Layout, call: AttentionCall) -> int:
+        return super().probed(layout, call) if self.config.probes is not None else 0
+
     def route(self, blocks: Blocks, budget: Tensor | None = None) -> BlockPlan:
-        shared = self.estimates and self.config.probes is None
-        mass = blocks.sampled_mass(self.config.rows, shared)
+        mass = blocks.sampled_mass(self.config.rows, probe=self.estimates and self.config.probes is None)
         candidates = blocks.candidates[..., None, :]  # [B|1, H|1, 1, N]
         mass = torch.where(candidates, mass, 0.0)
         if self.config.density is not None:

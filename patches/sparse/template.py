@@ -344,8 +344,13 @@ class BlockSparse(Patch):
         config = self.config
         if config.repair == "none":
             return ""
-        exact = f"{config.probes:g} rows" if config.probes >= 1 else f"{config.probes:.3g} of the rows"
-        return f"{config.repair}, {exact} exact, carry {config.carry:g}"
+        return f"{config.repair}, {self.exact_rows} exact, carry {config.carry:g}"
+
+    @property
+    def exact_rows(self) -> str:
+        """Which rows of a head are computed exactly, in words."""
+        probes = self.config.probes
+        return f"{probes:g} rows" if probes >= 1 else f"{probes:.3g} of the rows"
 
     def probed(self, layout: Layout, call: AttentionCall) -> int:
         """Return how many rows of each head are probed; 0 where it does not pay (more than half of them would be) or says nothing (one)."""
