@@ -429,6 +429,7 @@ class Plug(AbstractContextManager["Plug"]):
             unjudged=sorted(self._gate.unjudged),
             gains={v.patch: v.dense_ms / v.sparse_ms for v in self._gate.verdicts if v.pays},
             errors=self._ledger.estimates.by_patch(),
+            unestimated=self._ledger.estimates.missing(),
             errors_by_layer=self._ledger.estimates.by_module() if by_layer else {},
             forecasts={f"{f.denoiser} at {_by(f.shape)}": str(f) for f in self.forecasts},
             compiled=[what for host in self.hosts for what in host.compiled()],

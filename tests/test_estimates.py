@@ -172,6 +172,18 @@ def test_calls_above_the_bound_are_dense_and_counted(wan: tuple[Any, dict[str, A
         run_once(model, inputs)
 
 
+def test_too_few_tokens_to_probe_are_told(wan: tuple[Any, dict[str, Any]]) -> None:
+    model, inputs = wan
+    with accelplug.apply(model, ROWS["sol"].recipe({**MENDED, "probes": 0.1}), gate="off") as plug:
+        steps(plug, model, inputs)
+        report = plug.report()
+        assert (report.unestimated, report.errors) == ({"sol": 9}, {})
+        assert "not repaired by sol: 9 calls of the last run: too few tokens to probe" in str(report)
+    with accelplug.apply(model, RECIPE, gate="off") as plug:
+        steps(plug, model, inputs)
+        assert not plug.report().unestimated
+
+
 def test_without_enough_probes_for_an_estimate_a_bound_leaves_calls_dense(wan: tuple[Any, dict[str, Any]]) -> None:
     model, inputs = wan
     dense = run_once(model, inputs)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -109,9 +110,16 @@ class Estimates:
 
     def known(self) -> list[Estimate]:
         """Return what was said in the latest run, by site, step and guidance branch."""
+        return [said for said in self._answers() if not math.isnan(said.error)]
+
+    def missing(self) -> dict[str, int]:
+        """Count by patch the calls of the latest run that were asked for an estimate, and of which none came."""
+        return dict(Counter(said.patch for said in self._answers() if math.isnan(said.error)))
+
+    def _answers(self) -> list[Estimate]:
+        """What came of all that was asked of patches that run, NaN where nothing did."""
         asked = [asked for by_step in self._asked.values() for asked in list(by_step.values())]
-        said = [(asked, math.nan if asked.error is None else float(asked.error)) for asked in asked]
-        return [Estimate(asked.site, asked.clock, asked.patch, error) for asked, error in said if not math.isnan(error)]
+        return [Estimate(one.site, one.clock, one.patch, float(one.error)) for one in asked if one.error is not None]
 
     def by_patch(self) -> dict[str, ErrorSpread]:
         """Sum up by name of the patch."""

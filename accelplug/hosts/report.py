@@ -27,6 +27,8 @@ class Report(Shown):
     errors: dict[str, ErrorSpread] = field(default_factory=dict)
     """What each patch estimates of the relative error of its answers, in the last run."""
     errors_by_layer: dict[str, ErrorSpread] = field(default_factory=dict)
+    unestimated: dict[str, int] = field(default_factory=dict)
+    """Calls of the last run, by patch, that should have been repaired and estimated, and were not."""
     forecasts: dict[str, str] = field(default_factory=dict)
     compiled: list[str] = field(default_factory=list)
     idle: list[str] = field(default_factory=list)
@@ -42,6 +44,11 @@ class Report(Shown):
             yield f"predicted for {what}", predicted
         for name, error in self.errors.items():
             yield f"estimated error of {name}", str(error)
+        for name, calls in self.unestimated.items():
+            yield (
+                f"not repaired by {name}",
+                f"{calls} calls of the last run: too few tokens to probe, or dense attention answered",
+            )
         for module, error in self.errors_by_layer.items():
             yield f"estimated error at {module}", str(error)
         for what, calls in self.fallbacks.items():
