@@ -13,6 +13,7 @@ from accelplug import compat
 from accelplug.errors import UnsupportedError
 from accelplug.kernels.past import antidiagonal_past, mean_past, sampled_past
 from accelplug.registry import list_patches
+from accelplug.table import Origin, Table
 from accelplug.testing.language_models import TEXT_CONFIG, generate
 from tests.patch_rows import ROWS
 
@@ -133,6 +134,21 @@ def test_trace_tells_what_is_read() -> None:
         assert event.plan is not None
         assert event.density == pytest.approx(float(event.plan.density().mean()))
         assert 0.2 < event.density < 0.5
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_heads_read_as_much_as_a_table_says(grouped: bool) -> None:
+    model = llama()
+    values = torch.tensor([[0.1, 0.1, 1.0, 1.0], [1.0, 1.0, 0.5, 0.5], [0.3, 0.3, 0.3, 0.3], [1.0, 1.0, 1.0, 1.0]])
+    table = Table(values, ("layers", "heads"), key="density", origin=Origin())
+    settings = {**ROWS["prefill_rows"].working, "density": table, "grouped": grouped}
+    with applied(model, "prefill_rows", settings) as plug, plug.trace(plans=True) as events:
+        hidden(model, prompt(160))
+    for event, expected in zip(events, values, strict=True):
+        assert event.plan is not None
+        read = event.plan.density()[0]
+        assert len(read) == (2 if grouped else 4)
+        torch.testing.assert_close(read.float(), expected[:: 2 if grouped else 1], atol=0.06, rtol=0)
 
 
 def tensors(tokens: int, queries: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from accelplug.kernels.past import mean_past
 from accelplug.kernels.plan import BlockPlan
@@ -40,7 +41,7 @@ class FlashPrefill(Prefill):
     def neutral(self) -> bool:
         return self.config.alpha == 0.0
 
-    def route(self, blocks: PromptBlocks) -> BlockPlan:
+    def route(self, blocks: PromptBlocks, budget: Tensor | None = None) -> BlockPlan:
         score = mean_past(blocks.q, blocks.k, blocks.block, blocks.causal, blocks.scale, blocks.held, blocks.reads)
         bound = score.amax(-1, keepdim=True) + torch.tensor(self.config.alpha, device=score.device).log()
         number = blocks.held.sum(-1, keepdim=True)  # [B|1, 1]: tokens stand in front

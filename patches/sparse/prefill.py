@@ -25,6 +25,7 @@ from accelplug.kernels.attention import Backend, block_attention
 from accelplug.kernels.plan import BlockPlan, past_and_reached
 from accelplug.kernels.rest import Drop, Pool
 from accelplug.patches.base import Config, Patch, UnimplementedHalf
+from accelplug.table import Table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,11 +52,20 @@ class PrefillConfig(Config):
 
 @dataclass(frozen=True, eq=False)
 class Params:
-    """Which tokens of a sequence are not padding, bool (B, S), whether some are; and the state that its layers share."""
+    """What a call needs to know of its sequence.
+
+    Attributes
+    ----------
+    valid : bool (B, S), False for padding.
+    padded : whether there is any.
+    state : what its layers share.
+    budget : float32 (H,), what a table says of how much each head reads; None without one.
+    """
 
     valid: Tensor
     padded: bool
     state: dict[str, Any]
+    budget: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,13 +146,15 @@ class Prefill(Patch):
     writes: ClassVar[tuple[str, ...]] = ("route",)
     needs = frozenset({"probabilities"})
     about_images = False
+    knob: ClassVar[str] = ""
+    """The setting of how much is read that may be a table, if there is one: `route` is then told a head's value as ``budget``."""
     config: PrefillConfig
 
     def neutral(self) -> bool:
         """Whether this config reads all: then prompts run dense, bit for bit."""
         return False
 
-    def route(self, blocks: PromptBlocks) -> BlockPlan:
+    def route(self, blocks: PromptBlocks, budget: Tensor | None = None) -> BlockPlan:
         """Return the key blocks that each query block reads: ``blocks.plan`` turns membership into what this returns."""
         raise UnimplementedHalf(type(self), "route")
 
@@ -150,7 +162,9 @@ class Prefill(Patch):
         tokens, few = layout.image.shape[1], max(self.config.block, 2)
         if clock.phase != "prefill" or self.neutral() or tokens < self.config.min_tokens or tokens - layout.past < few:
             return None
-        return Params(layout.valid, layout.padded, state)
+        table = getattr(self.config, self.knob, None)
+        budget = table.at(site, clock).float().to(layout.valid.device) if isinstance(table, Table) else None
+        return Params(layout.valid, layout.padded, state, budget)
 
     def declines(self, call: AttentionCall, params: Params) -> str | None:
         place = call.place
@@ -168,13 +182,13 @@ class Prefill(Patch):
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
         blocks, back = self._laid_out(call, params)
         rest = Pool() if self.config.rest == "pool" else Drop()
-        plan = self.route(blocks)
+        plan = self.route(blocks, params.budget)
         tensors: Any = {"key_mask": blocks.reads, "scale": blocks.scale, "backend": self.config.backend}
         out = block_attention(blocks.q, blocks.k, blocks.v, plan, rest=rest, **tensors)
         return out if back is None else _rows(out, back)
 
     def inspect(self, call: AttentionCall, params: Params) -> tuple[float, BlockPlan]:
-        plan = self.route(self._laid_out(call, params)[0])
+        plan = self.route(self._laid_out(call, params)[0], params.budget)
         return float(plan.density(rest=self.config.rest == "pool").mean()), plan
 
     def _laid_out(self, call: AttentionCall, params: Params) -> tuple[PromptBlocks, Tensor | None]:

@@ -6,21 +6,25 @@ denoisers. With ``p_ij`` the attention of row i on key j, n rows R_m of block m,
     ``mass_mJ = 1/n sum_(i in R_m) sum_(j in J) p_ij``
 
 is the share of their attention that these rows give to J, exactly. Block m reads what is read anyway, and the past blocks of most mass:
-until it has read `density` of its blocks, or, with ``density: none``, until its blocks hold `top_p` of the mass: then heads and rows take
-as many as they need. Sampling costs ``n / block`` of the products q.k of dense attention.
+until it has read `density` of its blocks, or, with ``density: none``, until its blocks hold `top_p` of the mass: then heads and rows
+take as many as they need. Sampling costs ``n / block`` of the products q.k of dense attention.
 
 Heads differ by ten times in what they need for the same mass, and early layers need most: keep these dense by a rule.
 """
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from accelplug.kernels.past import sampled_past
 from accelplug.kernels.plan import BlockPlan
 from accelplug.kernels.rows import top_k, top_p
 from accelplug.patches.sparse.prefill import Prefill, PrefillConfig, PromptBlocks
+from accelplug.table import Table
 
 
 class PrefillRows(Prefill):
@@ -28,8 +32,9 @@ class PrefillRows(Prefill):
 
     class Config(PrefillConfig):
         rows: int = Field(4, ge=1, le=64, description="Rows of each block that are held against all keys.")
-        density: float | None = Field(
-            None, gt=0.0, le=1.0, description="Share of the blocks up to its own that a block reads; none: by top_p."
+        density: Annotated[float, Field(gt=0.0, le=1.0)] | Table | None = Field(
+            None,
+            description="Share of the blocks up to its own that a block reads, or a table (layers, heads) of them; none: by top_p.",
         )
         top_p: float = Field(
             0.95, ge=0.0, le=1.0, description="Share of its attention that the blocks hold which a block reads."
@@ -37,20 +42,23 @@ class PrefillRows(Prefill):
         grouped: bool = Field(False, description="Whether heads that share keys read the same blocks, by their mean mass.")
 
     config: Config
+    knob = "density"
 
     def neutral(self) -> bool:
         return (self.config.top_p if self.config.density is None else self.config.density) == 1.0
 
-    def route(self, blocks: PromptBlocks) -> BlockPlan:
+    def route(self, blocks: PromptBlocks, budget: Tensor | None = None) -> BlockPlan:
         sizes = blocks.block, blocks.causal, self.config.rows, blocks.scale
         mass = sampled_past(blocks.q, blocks.k, *sizes, blocks.held, blocks.reads)  # [B, H, M, N]
         if self.config.grouped:
             mass = mass.unflatten(1, (blocks.k.shape[1], -1)).mean(2)
+            budget = budget if budget is None else budget.unflatten(0, (blocks.k.shape[1], -1)).mean(1)
         candidates = blocks.candidates
         if self.config.density is None:
             rest = torch.where(candidates, mass, 0.0)
             missing = self.config.top_p - (1.0 - rest.sum(-1))  # [B, H, M]
             return blocks.plan(top_p(rest, missing, k_min=0, candidates=candidates))
+        share: Any = self.config.density if budget is None else budget[:, None]
         reached = blocks.past.sum(-1) + 1
-        number = torch.ceil(self.config.density * reached - 1e-4).long() - (reached - candidates.sum(-1))
+        number = torch.ceil(share * reached - 1e-4).long() - (reached - candidates.sum(-1))
         return blocks.plan(top_k(mass, number, candidates=candidates))

@@ -8,6 +8,7 @@ for something far away lose it, so that it is for layers and heads that are know
 from __future__ import annotations
 
 from pydantic import Field
+from torch import Tensor
 
 from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.sparse.prefill import Prefill, PrefillConfig, PromptBlocks
@@ -22,5 +23,5 @@ class StreamingWindow(Prefill):
 
     config: Config
 
-    def route(self, blocks: PromptBlocks) -> BlockPlan:
+    def route(self, blocks: PromptBlocks, budget: Tensor | None = None) -> BlockPlan:
         return blocks.plan(blocks.forced)

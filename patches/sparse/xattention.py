@@ -14,6 +14,7 @@ from typing import Self
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from accelplug.kernels.past import antidiagonal_past
 from accelplug.kernels.plan import BlockPlan
@@ -42,7 +43,7 @@ class XAttention(Prefill):
     def neutral(self) -> bool:
         return self.config.tau == 1.0
 
-    def route(self, blocks: PromptBlocks) -> BlockPlan:
+    def route(self, blocks: PromptBlocks, budget: Tensor | None = None) -> BlockPlan:
         sizes = blocks.block, blocks.causal, self.config.stride, blocks.scale
         mass = antidiagonal_past(blocks.q, blocks.k, *sizes, blocks.held, blocks.reads)
         candidates = blocks.candidates
