@@ -324,6 +324,7 @@ def test_repair_is_tried_and_what_it_estimates_is_told(told_times: None) -> None
     (few, many) = space.repaired(Arm("sol", (("tau", 1.0),)), layout)
     assert (dict(few.settings)["probes"], dict(many.settings)["probes"]) == (8, 16)
     assert not space.repaired(few, layout), "twice is once"
+    assert [str(arm) for arm in space.repaired(Arm("rows", ()), layout)] == ["rows repair=output_query"], "it has exact rows"
     assert not space.repaired(Arm("tome", (("ratio", 0.5),)), layout), "it has no blocks"
     pipe, inputs = pipeline()
     found = run(pipe, inputs, "psnr>=1")

@@ -160,12 +160,17 @@ def _ladder(name: str, layout: Layout) -> Iterator[Arm]:
 
 
 def repaired(arm: Arm, layout: Layout) -> list[Arm]:
-    """Return an arm with its error repaired, from each share of exact rows; none for a patch without blocks."""
-    if not issubclass(patch_class(arm.patch), BlockSparse) or "repair" in dict(arm.settings):
+    """Return an arm with its error repaired, from each share of exact rows, or from those that the patch has of its own.
+
+    None for a patch without blocks.
+    """
+    probes = patch_class(arm.patch).Config.model_fields.get("probes")
+    if probes is None or "repair" in dict(arm.settings):
         return []
-    return [
-        arm.but(repair="output_query", probes=round(share * layout.visual)) for share in PROBES if share * layout.visual >= 2
-    ]
+    mended = arm.but(repair="output_query")
+    if probes.default is None:
+        return [mended]
+    return [mended.but(probes=round(share * layout.visual)) for share in PROBES if share * layout.visual >= 2]
 
 
 def variants(arm: Arm, sensitive_layers: Sequence[int], steps: int) -> Iterator[Candidate]:
