@@ -52,9 +52,9 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
 HEADS, KEY_HEADS, DIM, BLOCK = 9, 3, 64, 64
 
 
-def loaded() -> tuple[Any, Any]:
+def loaded(dtype: str) -> tuple[Any, Any]:
     folder = zoo.path("smollm2-135m")
-    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
     return model, hf.AutoTokenizer.from_pretrained(folder)
 
 
@@ -85,7 +85,7 @@ def nll(model: Any, ids: torch.Tensor, name: str | None) -> tuple[float, float]:
     cache, last, density = read_sparse(model, ids[:-SUFFIX], name)
     given = {compat.transformers.cache_keyword(type(model).forward): cache}
     logits = torch.cat([last[None], model(ids[None, -SUFFIX:-1], **given).logits[0]])
-    return float(cross_entropy(logits, ids[-SUFFIX:])), density
+    return float(cross_entropy(logits.float(), ids[-SUFFIX:])), density
 
 
 def finds(model: Any, tokenizer: Any, ids: torch.Tensor, name: str | None, depth: float, seed: int) -> bool:
@@ -178,13 +178,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--only", choices=("quality", "time", "call"))
     parser.add_argument("--recipes", nargs="*", choices=list(RECIPES), default=list(RECIPES))
-    parser.add_argument("--texts", type=int, default=4)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model")
+    parser.add_argument("--texts", type=int, default=4, help="places of the file")
     parser.add_argument("--repeats", type=int, default=2)
     asked = parser.parse_args()
     path = RESULTS / f"{NAME}.json"
     data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    at = {"environment": environment(), "text": asked.text.name}
-    model, tokenizer = loaded() if asked.only != "call" else (None, None)
+    at = {"environment": environment(), "text": asked.text.name, "dtype": asked.dtype}
+    model, tokenizer = loaded(asked.dtype) if asked.only != "call" else (None, None)
     ids = torch.tensor(tokenizer(asked.text.read_text()[:1_500_000]).input_ids) if tokenizer is not None else torch.empty(0)
     names: list[str | None] = [None, *asked.recipes]
     for tokens in asked.tokens:
