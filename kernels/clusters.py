@@ -27,33 +27,24 @@ class ClusterTiles(Tiles):
         return mask.gather(-1, self.gather[:, 0])
 
 
-def cluster_tiles(
-    tiles: Tiles,
-    unit: int,
-    x: Tensor,
-    valid: Tensor | None,
-    clusters: int,
-    iterations: int,
-    warm_iterations: int,
-    ticket: Tensor,
-) -> ClusterTiles:
+def cluster_tiles(tiles: Tiles, unit: int, order: Tensor) -> ClusterTiles:
     """Line up the visual tokens of a call by cluster, those of each head and batch row by themselves.
 
     Parameters
     ----------
     tiles : the layout in raster order, its slots a multiple of `unit`; text keeps its slots.
-    x : Tensor (B, H, S, D), what is clustered: queries or keys, all tokens.
-    valid : bool (B, S), tokens that count. The others stand last.
-    clusters, iterations, warm_iterations, ticket : see `cluster_order`.
+    order : int64 (B, H, visual), as `cluster_order` gives it.
     """
     layout = tiles.layout
     first, visual = layout.text_before, layout.visual
-    order = cluster_order(x, valid, first, visual, clusters, iterations, warm_iterations, ticket) + first  # [B, H, visual]
-    at = torch.arange(tiles.visual_slots, device=x.device)
+    order = order + first
+    at = torch.arange(tiles.visual_slots, device=order.device)
     slots = order[..., torch.where(at < visual, at, at // unit * unit)]
     scatter = torch.empty_like(order).scatter_(-1, order - first, at[:visual].expand_as(order))
     # Text keeps its place: as in raster order, where it lies in slots, or where `tiles` left it as it is.
-    there = torch.arange(tiles.slots, device=x.device).clamp(max=tiles.tokens - 1) if tiles.gather is None else tiles.gather
+    there = (
+        torch.arange(tiles.slots, device=order.device).clamp(max=tiles.tokens - 1) if tiles.gather is None else tiles.gather
+    )
     back = tiles.slot_of_token()
     heads = order.shape[:2]
     text_slots = there[tiles.visual_slots :].expand(*heads, -1)

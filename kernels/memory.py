@@ -24,12 +24,14 @@ class Memory:
     start, end : what the last step left, and what this one leaves, the same until its first call; None before the first call, and
         `start` where nobody asks for it again.
     step : diffusion step that `start` belongs to.
+    differed : whether calls of one step left different things, where somebody looks.
     ticket : int64 () on the CPU, the number by which `memory_of` finds it.
     """
 
     start: Tensor | None = None
     end: Tensor | None = None
     step: int | None = None
+    differed: bool = False
     ticket: Tensor = field(init=False)
 
     def __post_init__(self) -> None:

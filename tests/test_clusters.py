@@ -125,7 +125,7 @@ def test_tiles_of_clusters_round_trip(text: tuple[int, int], grid_thw: tuple[int
     layout = Layout(grid_thw, *text)
     raster, x = tiles(layout, "raster", 16), torch.randn(2, 3, layout.length, 4)
     valid = torch.rand(2, layout.length) < 0.8
-    laid = cluster_tiles(raster, 16, x, valid, 6, 10, 2, COLD)
+    laid = cluster_tiles(raster, 16, cluster_order(x, valid, layout.text_before, layout.visual, 6, 10, 2, COLD))
     assert laid.gather.shape == (2, 3, raster.slots)
     assert torch.equal(laid.unpermute(laid.permute(x)), x)
     assert torch.equal(laid.held, raster.held)

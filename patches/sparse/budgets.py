@@ -150,11 +150,11 @@ class Budgets(Calibration):
         made = self.mean("error")[..., 0].sum(-1).nan_to_num(nan=0.0) * steps  # [buckets, layers], as the recipe is
         weights = steps
         for axis, other in (("steps", 1), ("layers", 0)):
-            if (final := self.state.get(f"final {axis}")) is not None:
+            if axis in self.config.sensitivity and (final := self.state.get(f"final {axis}")) is not None:
                 here = made.sum(other)
                 rate = final[: len(here)] / here.clamp(min=1e-30)
                 rate = torch.where(here > 0, rate, 0.0)
-                first = axis == "steps" or "final steps" not in self.state
+                first = axis == "steps" or "steps" not in self.config.sensitivity
                 weights = weights * (rate if first else rate * here.sum() / final.sum().clamp(min=1e-30)).unsqueeze(other)
         return weights
 

@@ -83,6 +83,7 @@ class Psa(Scored):
             return self
 
     config: Config
+    by_means = True
     knob = "reach"
     rungs = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 2.5)
 

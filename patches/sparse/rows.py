@@ -54,6 +54,11 @@ class SampledRows(Scored):
     knob = "density"
     rungs = (0.02, 0.04, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.55, 0.75, 1.0)
 
+    @property
+    def asked_probes(self) -> float:
+        """Where a plan is recalled (`reuse_steps`), no rows are sampled: as many others are probed."""
+        return self.config.probes or self.config.rows / self.config.block
+
     def neutral(self, layout: Layout) -> bool:
         return self.config.density == 1.0 if self.config.density is not None else self.config.top_p == 1.0
 

@@ -18,15 +18,16 @@ from torch.nn.functional import pad
 from accelplug.bounded import Bounded
 from accelplug.errors import ShapeError
 from accelplug.kernels.attention import Backend, block_attention, measure_choice
-from accelplug.kernels.clusters import cluster_tiles
+from accelplug.kernels.clusters import cluster_order, cluster_tiles
 from accelplug.kernels.importance import sampled_mass
 from accelplug.kernels.memory import COLD, Memory
 from accelplug.kernels.orders import Order, Tiles, tiles
-from accelplug.kernels.plan import BlockPlan, Box, Threshold, counted, pool
+from accelplug.kernels.plan import LEVELS, BlockPlan, Box, Threshold, counted, pool
 from accelplug.kernels.precision import Precision, ValuePrecision
 from accelplug.kernels.rectify import rectify
 from accelplug.kernels.repair import Probes, block_rows, probe_rows, repair_, step_of
 from accelplug.kernels.rest import Drop, Linear, Pool, Rectified, Representative, Rest, Slope, Tied
+from accelplug.kernels.reuse import KeptPlan, Reuse, kept, packed, recalled, unpacked
 from accelplug.patches.base import Config, Patch, Positive, UnimplementedHalf
 from accelplug.table import Table
 
@@ -148,6 +149,9 @@ class ScoredConfig(OrderedConfig):
     cluster_iterations_warm: int = Field(
         2, ge=0, description="Iterations of k-means in a later step, from the centres of the last one (order: kmeans). SVG2."
     )
+    reuse_steps: int = Field(
+        1, ge=1, description="Consecutive steps that share the plan of blocks that the first of them makes. Ours."
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +165,7 @@ class BlockParams:
     where : what else `route` is told: plain values that the plan depends on beside the layout, and tensors made of both.
     tickets : of the `Memory` of query and of key clusters (order: kmeans), int64 () on the CPU.
     rest_weight : float32 (H,), factors on log(length) of pooled blocks, where they stand in a table.
+    reuse : whether the plan is kept for the next steps, or recalled, and where (reuse_steps above 1).
     """
 
     tiles: Tiles
@@ -168,6 +173,7 @@ class BlockParams:
     where: Mapping[str, Any] = field(default_factory=dict)
     tickets: tuple[Tensor, Tensor] = (COLD, COLD)
     rest_weight: Tensor | None = None
+    reuse: Reuse | None = None
 
     def to(self, device: torch.device | str) -> BlockParams:
         """Return the params with their tensors on `device`."""
@@ -339,6 +345,11 @@ class BlockSparse(Patch):
         return self.config.repair != "none"
 
     @property
+    def asked_probes(self) -> float:
+        """How many rows of a head are to be exact: a share of the visual ones, or from 1 on a number."""
+        return self.config.probes
+
+    @property
     def repairs(self) -> str:
         """How the error is repaired, in words."""
         config = self.config
@@ -357,7 +368,7 @@ class BlockSparse(Patch):
         if self.config.repair == "none":
             return 0
         features = call.v.shape[-1] + (call.q.shape[-1] if self.config.repair == "output_query" else 0)
-        asked = self.config.probes if self.config.probes >= 1 else max(self.config.probes * layout.visual, 2 * features)
+        asked = self.asked_probes if self.asked_probes >= 1 else max(self.asked_probes * layout.visual, 2 * features)
         number = round(asked)
         return number if 2 <= number <= layout.visual // 2 else 0
 
@@ -445,6 +456,8 @@ class Scored(BlockSparse):
 
     Config: ClassVar[type[Config]] = ScoredConfig
     writes: ClassVar[tuple[str, ...]] = ("route",)
+    by_means: ClassVar[bool] = False
+    """Whether its plans have levels: `reuse_steps` keeps them then."""
     config: ScoredConfig
 
     def order(self, layout: Layout, **where: Any) -> Tiles:
@@ -456,7 +469,10 @@ class Scored(BlockSparse):
         return params and self.remember(params, clock, state)
 
     def remember(self, params: BlockParams, clock: Clock, state: dict[str, Any]) -> BlockParams:
-        """Return params whose clusters start from those of the last step: for an own `prepare` to end in."""
+        """Return params that start from what the last step left, clusters and plans: for an own `prepare` to end in."""
+        if self.config.reuse_steps > 1 and clock.step is not None:
+            plans: KeptPlan = state.setdefault("plans", KeptPlan())
+            params = replace(params, reuse=plans.at(params, clock.step, self.config.reuse_steps, clock.branch))
         if self.config.order != "kmeans":
             return params
         memories: tuple[Memory, Memory] = state.setdefault("clusters", (Memory(), Memory()))
@@ -465,17 +481,28 @@ class Scored(BlockSparse):
         return replace(params, tickets=(memories[0].ticket, memories[1].ticket))
 
     def arrange(self, call: AttentionCall, params: BlockParams) -> tuple[Tiles, Tiles]:
-        config, visual = self.config, params.tiles.layout.visual
+        config, layout, reuse = self.config, params.tiles.layout, params.reuse
         if config.order != "kmeans":
             return super().arrange(call, params)
+        first, visual = layout.text_before, layout.visual
         queries = config.query_clusters or max(round(visual / 252), 2)
         keys = config.key_clusters or max(round(visual / 75.6), 2)
 
-        def clustered(x: Tensor, valid: Tensor | None, clusters: int, ticket: Tensor) -> Tiles:
-            rounds = config.cluster_iterations, config.cluster_iterations_warm
-            return cluster_tiles(params.tiles, config.unit, x, valid, clusters, *rounds, ticket)
+        def clustered(x: Tensor, valid: Tensor | None, clusters: int, centres: Tensor, place: Tensor | None) -> Tiles:
+            if reuse is not None and reuse.recalls and place is not None:
+                as_it_came = torch.arange(visual, device=x.device, dtype=torch.int32).expand(*x.shape[:2], -1)
+                order = recalled(as_it_came, place).long()
+            else:
+                rounds = config.cluster_iterations, config.cluster_iterations_warm
+                order = cluster_order(x, valid, first, visual, clusters, *rounds, centres)
+                order = order if place is None else kept(order.int(), place).long()
+            return cluster_tiles(params.tiles, config.unit, order)
 
-        return clustered(call.q, None, queries, params.tickets[0]), clustered(call.k, call.mask, keys, params.tickets[1])
+        places = (None, None) if reuse is None else (reuse.queries, reuse.keys)
+        return (
+            clustered(call.q, None, queries, params.tickets[0], places[0]),
+            clustered(call.k, call.mask, keys, params.tickets[1], places[1]),
+        )
 
     def route(self, blocks: Blocks, **where: Any) -> BlockPlan | Threshold:
         """Return the key blocks that each query block reads: ``blocks.plan`` turns membership into what this returns."""
@@ -485,7 +512,20 @@ class Scored(BlockSparse):
         return BlockParams(self.order(layout, **where), None, where)
 
     def _route(self, blocks: Blocks, params: BlockParams) -> BlockPlan | Threshold:
-        return self.route(blocks, **params.where)
+        reuse = params.reuse
+        if reuse is None:
+            return self.route(blocks, **params.where)
+        batch, heads, number = *blocks.q.shape[:2], len(blocks.key_lengths)
+        if reuse.recalls:  # where a call has another batch than the one that made the plan, it reads everything
+            words = -(-number // 32)
+            everything = blocks.query_lengths.new_full((batch, heads, len(blocks.query_lengths), words), -1)
+            read = recalled(pad(everything, (0, self.by_means * len(LEVELS) * words)), reuse.plan)
+        else:
+            plan = self.route(blocks, **params.where)
+            if isinstance(plan, Threshold):
+                plan = plan.lower(blocks.q_pool, blocks.k_pool, blocks.scale)
+            read = kept(packed(plan, batch, heads, self.by_means), reuse.plan)
+        return blocks.plan(*unpacked(read, number, self.by_means))
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,10 +60,11 @@ class Vmoba(Scored):
 
         @model_validator(mode="after")
         def _tokens_have_no_plan(self) -> Self:
-            given, taken = (self.rest, self.precision, self.values), ("drop", "native", "native")
+            given = (self.rest, self.precision, self.values, str(self.reuse_steps))
+            taken = ("drop", "native", "native", "1")
             if self.gates == "token" and given != taken:
                 raise ValueError(
-                    "gates: token has no blocks: it takes rest, precision and values of "
+                    "gates: token has no blocks: it takes rest, precision, values and reuse_steps of "
                     f"{', '.join(taken)}, got {', '.join(given)}"
                 )
             return self
@@ -76,7 +77,8 @@ class Vmoba(Scored):
     def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> BlockParams | None:
         if self.neutral(layout):
             return None
-        return self.weighted(self.params(layout, turn=(2 if site.layer is None else site.layer) % 3), site, clock)
+        params = self.params(layout, turn=(2 if site.layer is None else site.layer) % 3)
+        return self.remember(self.weighted(params, site, clock), clock, state)
 
     def attend(self, call: AttentionCall, params: BlockParams) -> Tensor:
         if self.config.gates == "block":
