@@ -65,7 +65,7 @@ class KeptPlan:
 @torch.library.custom_op("accelplug::kept", mutates_args=())
 def kept(x: Tensor, ticket: Tensor) -> Tensor:
     """Keep a tensor under a ticket, and return a copy."""
-    memory = memory_of(ticket)
+    memory = memory_of(ticket, x.device)
     if memory is not None:
         memory.differed = memory.differed or (memory.end is not None and not torch.equal(memory.end, x))
         memory.end = x.clone()
@@ -79,11 +79,10 @@ def _kept_fake(x: Tensor, ticket: Tensor) -> Tensor:
 
 @torch.library.custom_op("accelplug::recalled", mutates_args=())
 def recalled(otherwise: Tensor, ticket: Tensor) -> Tensor:
-    """Return a copy of what is kept under a ticket, or of `otherwise` where that has another shape: a batch that was halved."""
-    memory = memory_of(ticket)
-    last = None if memory is None else memory.end
-    fits = last is not None and last.shape == otherwise.shape and last.device == otherwise.device
-    return last.clone() if fits and last is not None else otherwise.clone()
+    """Return a copy of what is kept under a ticket; of `otherwise` where that has another shape (a batch was halved), or in a capture."""
+    memory = memory_of(ticket, otherwise.device)
+    last = None if memory is None else memory.ended(tuple(otherwise.shape), otherwise.device)
+    return (otherwise if last is None else last).clone()
 
 
 @recalled.register_fake

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from accelplug.call import AttentionCall, Layout
+from accelplug.call import Layout
 from accelplug.kernels.plan import BlockPlan
 from accelplug.kernels.rows import top_k, top_p
 from accelplug.patches.sparse.template import Blocks, RestKind, Scored, ScoredConfig
@@ -65,9 +65,6 @@ class SampledRows(Scored):
     @property
     def exact_rows(self) -> str:
         return super().exact_rows if self.config.probes is not None else f"{self.config.rows} rows of each block"
-
-    def probed(self, layout: Layout, call: AttentionCall) -> int:
-        return super().probed(layout, call) if self.config.probes is not None else 0
 
     def route(self, blocks: Blocks, budget: Tensor | None = None) -> BlockPlan:
         mass = blocks.sampled_mass(self.config.rows, probe=self.estimates and self.config.probes is None)
