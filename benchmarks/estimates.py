@@ -2,9 +2,9 @@
 
 usage: python -m benchmarks.estimates [--frames 17] [--seeds 0] [--threads 2]
 
-The first settings of four ladders of `tune`, rest dropped and pooled, as they are and repaired from 4 and 8 % of the rows. Each is tried on
-a few denoiser calls of a dense run (snapshots), as `tune` does, and run whole; then the best repaired and the others as they are beside a
-step cache. Written to `benchmarks/results/estimates.json`:
+The first settings of four ladders of `tune`, rest dropped and pooled, as they are and repaired from 4 and 8 % of the rows (`rows`: from
+those that it samples). Each is tried on a few denoiser calls of a dense run (snapshots), as `tune` does, and run whole; then the best
+repaired and the others as they are beside a step cache. Written to `benchmarks/results/estimates.json`:
 
 * `ranks`: rank correlation (Spearman) of PSNR with the error of the denoiser's output at the snapshots, with the median estimate of the
   attention's error there, and with that of the whole run; the last two of repaired recipes alone.
