@@ -227,6 +227,14 @@ _OWN = (
         cite="arXiv 2507.21526",
     ),
     PatchEntry(
+        name="power",
+        module="accelplug.patches.sparse.power",
+        cls="Power",
+        family="prefill",
+        summary="A prompt reads blocks at distances of powers of two, its first tokens and a window. Experimental.",
+        cite="arXiv 2503.03588",
+    ),
+    PatchEntry(
         name="stream",
         module="accelplug.patches.sparse.stream",
         cls="StreamingWindow",

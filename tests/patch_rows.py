@@ -44,6 +44,7 @@ _ROWS = (
         "xattention", {"tau": 1.0}, {**_SHORT, "tau": 0.1, "stride": 4}, faint={**_SHORT, "stride": 4, "tau": 1 - 1e-12}
     ),
     Subject("triangle", {"min_tokens": 9999}, {**_SHORT, "last": 1}, faint={**_SHORT, "local": 999}),
+    Subject("power", {"min_tokens": 9999}, {**_SHORT, "block": 8}, faint={**_SHORT, "local": 999}),
     Subject("stream", {"min_tokens": 9999}, _SHORT, faint={**_SHORT, "local": 999}),
     Subject(
         "visual_bias",

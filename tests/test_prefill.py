@@ -12,6 +12,8 @@ import accelplug
 from accelplug import compat
 from accelplug.errors import UnsupportedError
 from accelplug.kernels.past import antidiagonal_past, mean_past, sampled_past
+from accelplug.patches.sparse.power import Power
+from accelplug.patches.sparse.prefill import PromptBlocks
 from accelplug.registry import list_patches
 from accelplug.table import Origin, Table
 from accelplug.testing.language_models import TEXT_CONFIG, generate
@@ -49,7 +51,7 @@ def test_a_later_token_changes_no_earlier_block(patch: str) -> None:
             other = ids.clone()
             other[:, token:] = prompt(61 - token, seed=1)
             after = hidden(model, other)
-            same = token if patch in ("stream", "triangle") else token // BLOCK * BLOCK
+            same = token if patch in ("stream", "triangle", "power") else token // BLOCK * BLOCK
             assert torch.equal(after[:, :same], before[:, :same])
             assert not torch.equal(after[:, token], before[:, token])
 
@@ -149,6 +151,15 @@ def test_heads_read_as_much_as_a_table_says(grouped: bool) -> None:
         read = event.plan.density()[0]
         assert len(read) == (2 if grouped else 4)
         torch.testing.assert_close(read.float(), expected[:: 2 if grouped else 1], atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_powers_of_two_reach_what_their_number_of_ones_says(layers: int) -> None:
+    x = torch.zeros(1, 1, 40 * BLOCK, 4)
+    blocks = PromptBlocks(x, x, x, torch.ones(1, 40 * BLOCK, dtype=torch.bool), None, 1.0, 0, BLOCK, 0, 0)
+    reads = Power({"block": BLOCK}).route(blocks).members[0, 0].double()
+    reached = torch.linalg.matrix_power(reads, layers)[-1].flip(0) > 0
+    assert reached.tolist() == [n.bit_count() <= layers for n in range(40)]
 
 
 def tensors(tokens: int, queries: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
