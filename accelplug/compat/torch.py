@@ -212,29 +212,3 @@ def _hooks_and_writes() -> None:
     before = times_written(x)
     x += 1
     expect(times_written(x) > before, "Tensor._version does not count writes")
-
-
-def attention_with_lse(q: Any, k: Any, v: Any, mask: Any, scale: float, causal: bool = False) -> tuple[Any, Any] | None:
-    """Attend on a CPU, in one pass for the output (B, H, S_q, D) and its natural log-sum-exps, float32 (B, H, S_q); None elsewhere.
-
-    k and v have S_k > 0 keys, and H or fewer heads. `mask`, float32 (B|1, H|1, S_q|1, S_k) or None, is added to the logits. With
-    `causal`, query i reads no key behind key i. A row without a key is 0 in both.
-    """
-    import torch
-
-    if q.device.type != "cpu" or q.shape[-1] != v.shape[-1]:
-        return None
-    mask = None if mask is None else mask.expand(*(n if n == 1 else -1 for n in mask.shape[:2]), q.shape[2], -1)
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return attend(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
-
-
-@contract("torch: attention on a CPU gives log-sum-exps")
-def _log_sum_exps() -> None:
-    import torch
-
-    q, k = torch.ones(1, 2, 3, 4), torch.zeros(1, 1, 5, 4)
-    mask = torch.tensor([[[[0.0, -torch.inf, 0.0, 0.0, -torch.inf]]]])
-    out, lse = attention_with_lse(q, k, k + 2, mask, 1.0) or (q, q)
-    expect(torch.allclose(out, torch.full((1, 2, 3, 4), 2.0)), "torch's flash attention on a CPU gives another output")
-    expect(torch.allclose(lse, torch.full((1, 2, 3), 3.0).log()), "its second result is not the log-sum-exp")
