@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from accelplug.bounded import Bounded
 from accelplug.errors import ShapeError, UnsupportedError
-from accelplug.kernels import flex
+from accelplug.kernels import chunks, flex
 from accelplug.kernels.attention import (
     Backend,
     Precision,
@@ -108,6 +108,41 @@ def test_backend_equals_reference(backend: Backend, shape: tuple[int, ...], rest
     got, lse = block_attention(q, k, v, plan, backend=backend, **arguments)
     close(got, expected)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lie", ["by token", "fused", "between others"])
+def test_blocked_takes_rows_where_they_lie(lie: str) -> None:
+    q, k, v, plan = make((2, 4, 4, 97, 16, 16, 16, 16), per_head=True)
+    expected = block_attention(q, k, v, plan, rest=Pool(), backend="reference")
+    if lie == "by token":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    elif lie == "fused":
+        q, k, v = torch.stack([q, k, v], 3).permute(0, 2, 3, 1, 4).contiguous().permute(2, 0, 3, 1, 4)
+    else:  # at no multiple of their width
+        q, k, v = (torch.cat([x, x[..., :3]], -1)[..., : x.shape[-1]] for x in (q, k, v))
+    close(block_attention(q, k, v, plan, rest=Pool(), backend="blocked"), expected)
+
+
+@pytest.mark.parametrize("rest", RESTS)
+@pytest.mark.parametrize("heads", [1, 2, 4], ids=["one list", "lists of keys", "lists of queries"])
+@pytest.mark.parametrize("numbers", [1, 1 << 12, 1 << 24], ids=["rows", "pieces", "whole"])
+def test_blocked_takes_what_reads_alike_together(
+    numbers: int, heads: int, rest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that read one block beside such that read all; blocks that are all short, shorter, or empty."""
+    monkeypatch.setattr(chunks, "CHUNK", numbers)
+    q, k, v, plan = make((2, 4, 2, 160, 16, 16, 16, 16))
+    members = torch.rand(2, heads, 10, 10) < torch.linspace(0.0, 1.0, 10)[:, None]
+    members[..., 0] = True
+    k_len = torch.tensor([12, 12, 5, 12, 0, 12, 12, 1, 12, 12], dtype=torch.int32)
+    q_len = torch.tensor([16] * 9 + [0], dtype=torch.int32)
+    plan = BlockPlan.from_members(members, q_len, k_len, 16, 16)
+    arguments: dict[str, Any] = {"rest": RESTS[rest](4), "return_lse": True}
+    (expected, expected_lse), (got, lse) = (
+        block_attention(q, k, v, plan, backend=name, **arguments) for name in ("reference", "blocked")
+    )
+    close(got[:, :, :144], expected[:, :, :144])
+    torch.testing.assert_close(lse[:, :, :144], expected_lse[:, :, :144], rtol=1e-5, atol=1e-5)
 
 
 # (batch, heads, kv heads, tokens, head_dim, value dim, block_q, block_k); key blocks of 8 and 24 have no tile of their own
