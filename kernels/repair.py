@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accelplug.kernels.chunks import by_rows
+from accelplug.kernels.chunks import by_heads, by_rows
 from accelplug.kernels.memory import COLD, memory_of
 from accelplug.kernels.orders import take
 
@@ -153,11 +153,22 @@ def repair_(
         the other estimates the relative error, of a head or of all.
     """
     output = take(out, probes.rows)
-    parts = [output.float(), take(q, probes.rows).float()] if on_query else [output.float()]
-    exact = probes.out.float()
-    counted = torch.ones_like(exact[0, 0, :, :1]) if probes.counted is None else probes.counted[:, None].float()  # [R, 1]
-    slope, constant, left = _fit([x * counted for x in parts], (exact - parts[0]) * counted, counted, ridge, carry, ticket)
-    whole = (exact * counted).norm(dim=(-2, -1))
+    given = (output, take(q, probes.rows)) if on_query else (output,)
+    counted = torch.ones_like(output[0, 0, :, :1]) if probes.counted is None else probes.counted[:, None]
+    counted = counted.float()  # [R, 1]
+
+    def regression(exact: Tensor, *given: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        parts = [x.float() * counted for x in given]
+        return counted, parts, exact.float() * counted - parts[0]
+
+    # What is made of a head's probes is several times their size: some heads at a time, and the sums of all in between.
+    each = 4 * len(out) * output.shape[-2] * (sum(x.shape[-1] for x in given) + output.shape[-1])
+    heads = list(by_heads(each, probes.out, *given))
+    sums = carried(torch.cat([_sums(*regression(*some)) for some in heads], 1), carry, ticket)
+    theirs = sums.split(heads[0][0].shape[1], 1)
+    fits = [_fit(*regression(*some), of_heads, ridge) for some, of_heads in zip(heads, theirs, strict=True)]
+    slope, constant, left = (torch.cat(found, 1) for found in zip(*fits, strict=True))
+    whole = torch.cat([(exact.float() * counted).norm(dim=(-2, -1)) for exact, *_ in heads], 1)
     exact = probes.out.to(out.dtype)
     if skipped is not None:
         keep = skipped[..., None, None]
@@ -174,16 +185,23 @@ def repair_(
     return left, whole
 
 
+def _sums(counted: Tensor, parts: list[Tensor], residual: Tensor) -> Tensor:
+    """Return sums over rows of all products of features, 1 and residual, float32 (B, H, F + 1, F + 1 + D_v); arguments as of `_fit`."""
+    x = torch.cat([*parts, counted.expand(*residual.shape[:-1], 1)], -1)
+    return x.mT @ torch.cat([x, residual], -1)
+
+
 def _fit(
-    parts: list[Tensor], residual: Tensor, counted: Tensor, ridge: float, carry: float, ticket: Tensor
+    counted: Tensor, parts: list[Tensor], residual: Tensor, sums: Tensor, ridge: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Regress residuals on features, judged by leaving out: see above.
 
     Parameters
     ----------
+    counted : float32 (R, 1), 1 for rows that count, else 0.
     parts : features, float32 (B, H, R, D) each, 0 in rows that do not count.
     residual : float32 (B, H, R, D_v), 0 there too.
-    counted : float32 (R, 1), 1 for rows that count, else 0.
+    sums : what `_sums` gives of these rows, and of earlier ones.
 
     Returns
     -------
@@ -196,11 +214,6 @@ def _fit(
         for part in parts
     ]
     size = (torch.cat(squares, -1) / counted.sum()).sqrt().clamp(min=1e-12)  # [B, H, 1, F]
-    # Sums over rows of all products of features, 1 and residual.
-    ones = counted.expand(*x.shape[:-1], 1)
-    sums = carried(
-        torch.cat([x, ones], -1).mT @ torch.cat([x, ones, residual], -1), carry, ticket
-    )  # [B, H, F + 1, F + 1 + D_v]
     width = x.shape[-1]
     number = sums[..., width:, width : width + 1]  # [B, H, 1, 1]
     x_mean, y_mean = sums[..., width:, :width] / number, sums[..., width:, width + 1 :] / number
