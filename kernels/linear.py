@@ -29,7 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from accelplug.kernels.chunks import at_once
+from accelplug.kernels.chunks import at_once, by_heads
 from accelplug.kernels.plan import BlockPlan, counted, held_slots, pool
 from accelplug.kernels.rest import Linear, log_number
 
@@ -45,7 +45,7 @@ def first_order(
     scale: float,
     key_mask: Tensor | None,
 ) -> Tensor:
-    """Add the first-order term to attention with pooled blocks.
+    """Add the first-order term to attention with pooled blocks, in place.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def first_order(
 
     Returns
     -------
-    out : Tensor (B, H, P_q, D_v) in its dtype; the same numbers as before in rows that pool nothing.
+    out : `out`; the same numbers as before in rows that pool nothing.
     """
     k_pool, _ = pool(k, plan.k_len, plan.block_k, key_mask)
     logs = log_number(plan, rest.weight, key_mask)
@@ -66,8 +66,10 @@ def first_order(
     if rest.slope == "keys":
         ever = (plan.at(0) & (plan.q_len > 0)[:, None]).any(-2)  # [B|1, H|1, N]
         taken = (ever * counted(plan.k_len, plan.block_k, key_mask)).expand(*q.shape[:2], -1)
-    step = q @ (scale * slope(k, v, taken, plan.k_len, plan.block_k, key_mask)).to(q.dtype)
-    return torch.addcmul(out, given[..., None].to(out.dtype), step)
+    by_query = (scale * slope(k, v, taken, plan.k_len, plan.block_k, key_mask)).to(q.dtype)  # [B, H, D, D_v]
+    for some, query, theirs, share in by_heads(len(q) * out[0, 0].numel(), out, q, by_query, given[..., None]):
+        some.addcmul_(share.to(out.dtype), query @ theirs)
+    return out
 
 
 @torch.library.custom_op("accelplug::slope", mutates_args=())
