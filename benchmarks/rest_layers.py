@@ -228,7 +228,10 @@ def outputs(blocks: Blocks, plan: BlockPlan) -> Iterator[tuple[str, Tensor]]:
     pooled = (lse[..., None] - total).exp() * out + (far - total).exp() @ v_pool
     yield "pool", pooled
     for slope in get_args(Slope):
-        yield f"linear, by {slope}", first_order(pooled.clone(), total[..., 0], q, k, v, plan, Linear(slope=slope), scale, None)
+        yield (
+            f"linear, by {slope}",
+            first_order(pooled.clone(), total[..., 0], q, k, v, plan, Linear(slope=slope), scale, None),
+        )
     for rest, gain in (("rectified", True), ("rectified, no gain", False)):
         weighed = Rectified(*rectify(q, k, plan, blocks.k_tiles.visual_slots, scale, gain=gain))
         yield rest, rectified(weighed, out.clone(), v, plan, None)  # both write over the exact output
