@@ -31,7 +31,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from accelplug.comparison.environment import environment
 from accelplug.kernels.attention import Backend, available_backends, block_attention
 from accelplug.kernels.plan import BlockPlan
-from accelplug.kernels.precision import Precision, quantised, shared_key
+from accelplug.kernels.precision import Precision, ValuePrecision, quantised, shared_key
 from accelplug.kernels.rest import Drop, Pool
 from benchmarks.common import RESULTS, random_plan, write_json
 
@@ -65,15 +65,21 @@ class Kernel:
     make: Callable[[Tensor, Tensor, Tensor, BlockPlan], Run]
     rest: Drop | Pool = Drop()  # noqa: RUF009  # it holds nothing
     precision: Precision = "native"
+    values: ValuePrecision = "native"
 
 
-def ours(backend: Backend, rest: Drop | Pool = Drop(), precision: Precision = "native") -> Kernel:  # noqa: B008
+def ours(
+    backend: Backend,
+    rest: Drop | Pool = Drop(),  # noqa: B008
+    precision: Precision = "native",
+    values: ValuePrecision = "native",
+) -> Kernel:
     """`block_attention` as anyone calls it."""
 
     def make(*call: Any) -> Run:
-        return partial(block_attention, *call, rest=rest, precision=precision, backend=backend)
+        return partial(block_attention, *call, rest=rest, precision=precision, values=values, backend=backend)
 
-    return Kernel(make, rest, precision)
+    return Kernel(make, rest, precision, values)
 
 
 def tiered(tier: Tier | None, precision: Precision = "native") -> Kernel:
@@ -108,6 +114,7 @@ def kernels(smoke: bool, device: torch.device) -> dict[str, Kernel]:
         "triton pool": ours("triton", Pool()),
         **{f"triton {tier}": tiered(tier) for tier in ("pointers", "keys", "whole")},
         **{f"triton {eight}": ours("triton", precision=eight) for eight in ("int8", "fp8")},
+        "triton int8, values int8": ours("triton", precision="int8", values="int8"),
         **{f"triton in 8 bits, {eight}": tiered(None, eight) for eight in ("int8", "fp8")},
     }
     if available_backends(device)["flash"] is None:
@@ -127,7 +134,8 @@ def error(kernel: Kernel, device: torch.device, dtype: torch.dtype, smoke: bool)
         tokens, block = (70, 32) if smoke else (1000, 128)
         q, k, v = (torch.randn(1, 2, tokens, dim, device=device, dtype=dtype) for _ in range(3))
         plan = random_plan(tokens, block, 0.4).to(device)
-        expected = block_attention(q, k, v, plan, rest=kernel.rest, precision=kernel.precision, backend="reference")
+        how: dict[str, Any] = {"rest": kernel.rest, "precision": kernel.precision, "values": kernel.values}
+        expected = block_attention(q, k, v, plan, **how, backend="reference")
         worst = max(worst, float((kernel.make(q, k, v, plan)().float() - expected.float()).abs().max()))
     return worst
 

@@ -22,10 +22,10 @@ def test_every_model_runs_and_is_foretold(name: str) -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu" or importlib.util.find_spec("triton") is None, reason="runs in Triton's interpreter")
 def test_kernels_are_checked_then_timed_in_turns() -> None:
-    names = ["triton pool", "triton whole", "triton in 8 bits, int8"]
+    names = ["triton pool", "triton whole", "triton int8, values int8", "triton in 8 bits, int8"]
     rows = gpu_block_attention.main(["--smoke", *(x for name in names for x in ("--only", name))])
     timed = [(row["kernel"], row["target"]) for row in rows if not row["kernel"].startswith("dense")]
-    assert timed == [(names[0], 0.5), (names[1], 0.5), (names[2], 0.5), ("triton whole", 1.0)]
+    assert timed == [(names[0], 0.5), (names[1], 0.5), (names[2], 0.5), (names[3], 0.5), ("triton whole", 1.0)]
     assert all(row["ms"]["p50"] > 0 and row["over_dense"] > 0 and "failed" not in row for row in rows)
 
 
