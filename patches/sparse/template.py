@@ -408,7 +408,9 @@ class BlockSparse(Patch):
         q_tiles, k_tiles = self.arrange(call, params)
         blocks = Blocks.of(call, q_tiles, k_tiles, self.config.block, self.config.key_block, self._ticket(call))
         plan = params.plan if params.plan is not None else self._route(blocks, params)
-        if isinstance(plan, Threshold) and self.config.rest == "rectified":
+        # Only the Triton kernel finds blocks as it goes. Others need the plan, and here the pooled queries and keys are at hand.
+        finds = self.config.backend == "triton" or call.q.device.type != "cpu"
+        if isinstance(plan, Threshold) and (self.config.rest == "rectified" or not finds):
             plan = plan.lower(blocks.q_pool, blocks.k_pool, blocks.scale)
         return blocks, plan
 
