@@ -131,24 +131,29 @@ def main() -> None:
 
 
 def carried(name: str, patch: str, config: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a layer, number of probes and carry: error of the last captured step, and its estimate."""
+    """One row a layer, number of probes and carry: error of the last captured step, and its estimate.
+
+    `rows` also has as many as it samples of blocks of 32, and these themselves (probes: None).
+    """
     kind: Any = registry.patch_class(patch)
     config = {**config, "rest": "pool"}
     plain, answered = kind(config), []
     for place, call in sorted(Capture.calls.items(), key=lambda item: (item[0].layer, item[0].step)):
         params = plain.prepare(Site("", "transformer", "self", place.layer, 6), place.layout, Clock(place.step), {})
         exact = scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale)
-        answered.append((place, call, params.tiles, plain.attend(call, params), exact))
+        answered.append((place, call, params, plain.attend(call, params), exact))
     rows: list[dict[str, Any]] = []
-    for probes, carry in product((32, 64, 128), (0.0, 0.3, 0.5, 0.7)):
+    for probes, carry in product((32, 64, 128, *((216, None) if patch == "rows" else ())), (0.0, 0.3, 0.5, 0.7)):
         method = kind({**config, **REPAIR, "probes": probes, "carry": carry})
         memories: dict[int, Memory] = defaultdict(Memory)
         last: dict[int, dict[str, Any]] = {}
-        for place, call, tiles, out, exact in answered:
+        for place, call, params, out, exact in answered:
             memory, estimate = memories[place.layer], torch.zeros(())
             memory.advance(place.step)
             known = replace(call, error=estimate, ticket=memory.ticket)
-            error = float((method.repaired(out.clone(), known, tiles) - exact).norm() / exact.norm())
+            shared = probes is None
+            mended = method.attend(known, params) if shared else method.repaired(out.clone(), known, params.tiles)
+            error = float((mended - exact).norm() / exact.norm())
             where = {"setting": name, "layer": place.layer, "step": place.step, "probes": probes, "carry": carry}
             last[place.layer] = {**where, "error": error, "estimate": float(estimate)}
         rows += last.values()
