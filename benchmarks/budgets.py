@@ -48,14 +48,14 @@ SELECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "svg_ear": ("svg_ear", {"block_k": 32, "density": 0.1, "order": "raster"}),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "layers": {"over": ["layers"], "sensitivity": ["steps"]},
-    "layers, heads": {"over": ["layers", "heads"], "sensitivity": ["steps"]},
-    "steps": {"over": ["steps"], "sensitivity": ["steps"]},
-    "all": {"over": ["steps", "layers", "heads"], "sensitivity": ["steps"]},
-    "all, weighed by layer": {"over": ["steps", "layers", "heads"], "sensitivity": ["steps", "layers"]},
+    "layers": {"over": ["layers"]},
+    "layers, heads": {"over": ["layers", "heads"]},
+    "steps": {"over": ["steps"]},
+    "all": {"over": ["steps", "layers", "heads"]},
+    "all, not weighed": {"over": ["steps", "layers", "heads"], "sensitivity": []},
 }
-REUSED = (2, 3, 9)
-"""Steps that share a plan; 9 are all that are sparse."""
+REUSED = (2, 3)
+"""Steps that share a plan."""
 EAR: dict[str, dict[str, Any]] = {
     **{f"density {value}": {"density": value} for value in (0.1, 0.2, 0.3)},
     **{
@@ -104,7 +104,7 @@ def calibrate(pipe: Any, name: str) -> dict[str, Any]:
     assert isinstance(budgets, Budgets)
     found: dict[str, Any] = {f"final {axis}": budgets.state[f"final {axis}"].tolist() for axis in ("steps", "layers")}
     for variant, options in VARIANTS.items():
-        budgets.config = Budgets.Config.model_validate(options)
+        budgets.config = Budgets.Config.model_validate({"sensitivity": ["steps", "layers"], **options})
         found[variant] = {"told": budgets.told(), "values": budgets.tables()[budgets.method.knob].tolist()}
         print(name, variant, found[variant]["told"], flush=True)
     return found
@@ -157,10 +157,11 @@ def runs(pipe: Any, names: list[str], captions: list[int], seeds: list[int], ear
             text = HELD_OUT_CAPTIONS[caption]
             dense = run(pipe, text, seed, "np")[0] if todo else None
             for name, variant, recipe in todo:
-                row = {"selector": name, "variant": variant, "caption": caption, "seed": seed}
-                data["runs"].append({**row, **measured(pipe, recipe, text, seed, dense)})
-                print(*data["runs"][-1].values(), flush=True)
-                write_json(FILE, {**data, **environment(pipe)})
+                row: dict[str, Any] = {"selector": name, "variant": variant, "caption": caption, "seed": seed}
+                row |= measured(pipe, recipe, text, seed, dense)
+                print(*row.values(), flush=True)
+                data = stored()  # others may have added to it
+                write_json(FILE, {**data, "runs": [*data["runs"], row], **environment(pipe)})
 
 
 def calls(pipe: Any) -> None:

@@ -6,7 +6,7 @@ kernel, repair too where it is on, are tried with each of its `BlockSparse.rungs
 * cost: the share of keys that the head reads, pooled ones counted, times the steps of the span that are sparse;
 * error: the head's squared error over the squared size of the layer's output, times these steps and the *sensitivity* of the span and
   the layer: the squared error of the final latents, over their size, for each unit of such error. A run of the recipe as it is in one
-  span alone measures that, one in one layer alone too if asked. Errors of parts are taken to add up.
+  span alone and one in each layer alone measure that. Errors of parts are taken to add up.
 
 The least total error at a total cost is where all curves have one slope (a Lagrange multiplier, Everett 1963). On the lower convex hulls
 the steepest steps are taken first until the cost of the recipe as it is has been spent (`allocate`). Ours; by layer, Sparse-vDiT and STA
@@ -42,7 +42,7 @@ class Budgets(Calibration):
             ("steps", "layers", "heads"), min_length=1, description="What budgets differ by: steps, layers, heads."
         )
         sensitivity: tuple[Literal["steps", "layers"], ...] = Field(
-            ("steps",),
+            ("steps", "layers"),
             description="By what the effect of errors on the final latents is measured: a run for each span, each layer.",
         )
         held_out: float = Field(
@@ -117,8 +117,8 @@ class Budgets(Calibration):
         values = torch.where(choice == 0, own, rungs[(choice - 1).clamp(min=0)])
         seen = (self.state["steps calls"] > 0)[..., None] & ~values.isnan()
         # Spans that the recipe leaves dense have the budgets of the next one: runs with other steps may come to need them.
-        for row in [*reversed(range(len(values) - 1)), *range(1, len(values))]:
-            other = min(row + 1, len(values) - 1) if not seen[row].all() and row + 1 < len(values) else max(row - 1, 0)
+        last = len(values) - 1
+        for row, other in [*((row, row + 1) for row in reversed(range(last))), *((row + 1, row) for row in range(last))]:
             values[row] = torch.where(seen[row], values[row], values[other])
             seen[row] |= seen[other]
         return {self.method.knob: torch.where(seen, values, rungs[0])}
@@ -129,7 +129,8 @@ class Budgets(Calibration):
         allowed = cost[..., 0].sum()
         together = tuple(AXES.index(axis) for axis in AXES if axis not in self.config.over)
         own = self.mean("own")
-        error[..., 0].masked_fill_(own.isnan(), math.inf)  # no number says what it has
+        unsaid = own.isnan() & (self.sparse_steps() > 0)[..., None]
+        error[..., 0].masked_fill_(unsaid, math.inf)  # no number says what it has
         if together:
             error, cost = (x.sum(together, keepdim=True) for x in (error, cost))
         choice = allocate(error.flatten(0, -2), cost.flatten(0, -2), float(allowed))
@@ -158,6 +159,11 @@ class Budgets(Calibration):
                 weights = weights * (rate if first else rate * here.sum() / final.sum().clamp(min=1e-30)).unsqueeze(other)
         return weights
 
+    @property
+    def weighed(self) -> bool:
+        """Whether errors count by what they make of the final latents."""
+        return any(f"final {axis}" in self.state for axis in self.config.sensitivity)
+
     def told(self) -> str:
         """Return in a sentence what the budgets are worth."""
         choice = self.chosen()
@@ -167,11 +173,11 @@ class Budgets(Calibration):
 
         def of(choice: Tensor) -> tuple[float, float]:
             squares, read = (x.gather(-1, choice[..., None]).sum() for x in (error, cost))
-            scale = 1.0 if any(key.startswith("final") for key in self.state) else total / choice.shape[-1]
+            scale = 1.0 if self.weighed else total / choice.shape[-1]
             return float((squares / scale).sqrt()), float(read / total)
 
         (mine, reads), (theirs, read) = of(choice), of(torch.zeros_like(choice))
-        what = "final latents" if any(key.startswith("final") for key in self.state) else "attention outputs"
+        what = "final latents" if self.weighed else "attention outputs"
         where = "held-out prompts" if held else "the prompts that chose them, since none was held out"
         return (
             f"Budgets by {', '.join(self.config.over)}: {what} are predicted to err by {mine:.4f} at density {reads:.3f}, "
