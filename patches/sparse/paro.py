@@ -6,8 +6,11 @@ Locality in time, rows and columns turns into blocks on the diagonal when that a
 per head, for all steps and prompts; static masks per head over blocks in that order, one for each of several spans of the
 first half of the steps, one for the second half. Both come from a calibration (`ParoSearch`).
 
-Not taken over: heads whose output is left out, and the last row and column of blocks, which the release always reads since
-they hold its text and padding. Text stands in blocks of its own here, is read by all rows, and reads all.
+Its 8-bit products are the keys `precision` and `values`, which all block-sparse patches have. Off by default: the release, which has
+kernels for both, runs Wan with 8-bit q.k alone.
+
+Not taken over: 4-bit products, heads whose output is left out, and the last row and column of blocks, which the release always reads
+since they hold its text and padding. Text stands in blocks of its own here, is read by all rows, and reads all.
 
 *The calibration*: first an order for every head, then, in that order, the masks. Both terms of an order's cost are to be small, and
 are divided by their sums over the six orders:
