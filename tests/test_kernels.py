@@ -879,3 +879,31 @@ def test_a_head_alone_leaves_nothing_for_the_whole_plan() -> None:
     for key_mask in (mask, None, mask):
         got, expected = (block_attention(q, k, v, plan, key_mask=key_mask, backend=b) for b in ("blocked", "reference"))
         close(got, expected)
+
+
+@pytest.mark.parametrize(("precision", "values"), EIGHT_BITS)
+def test_pieces_of_a_large_call_are_the_whole(
+    monkeypatch: pytest.MonkeyPatch, precision: Precision, values: ValuePrecision
+) -> None:
+    """8 bits go by heads, the reference by query blocks: with plans and weights that differ by head, windows, masks, shared keys."""
+    shape, key_mask = (2, 4, 2, 161, 24, 40, 32, 64), torch.rand(2, 161) < 0.7
+    for box in (False, True):
+        q, k, v, plan = make(shape, per_head=True, box=box)
+        rest = Drop() if box else Pool(torch.linspace(0.1, 1, 4))
+        how: dict[str, Any] = {"precision": precision, "values": values, "rest": rest, "key_mask": key_mask}
+        how |= {"return_lse": True, "backend": "reference"}
+        whole = block_attention(q, k, v, plan, **how)
+        with monkeypatch.context() as patched:
+            patched.setattr(chunks, "CHUNK", 1)
+            pieces = block_attention(q, k, v, plan, **how)
+        for one, other in zip(pieces, whole, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_the_reference_of_a_causal_plan_goes_by_query_blocks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, _ = make((1, 2, 2, 97, 16, 16, 16, 16))
+    n = lengths(97, 16)
+    plan = BlockPlan.from_members(torch.rand(1, 2, 7, 7) < 0.5, n, n, 16, 16, causal=0)
+    whole = block_attention(q, k, v, plan, backend="reference")
+    monkeypatch.setattr(chunks, "CHUNK", 1)
+    torch.testing.assert_close(block_attention(q, k, v, plan, backend="reference"), whole)

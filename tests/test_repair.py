@@ -237,3 +237,19 @@ def test_it_holds_no_copy_of_the_output(dtype: torch.dtype, monkeypatch: pytest.
     rows = probe_rows(0, 8192, 32)
     probes = Probes(rows, exact[..., rows, :])
     assert peak(lambda: repair_(out, q, probes)) < 0.3 * out.nbytes
+
+
+def test_heads_of_a_large_call_are_fitted_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, dense, sparse = wrong_by_query()
+    found = []
+    for piece in (None, 1):
+        if piece is not None:
+            monkeypatch.setattr(chunks, "CHUNK", piece)
+        memory, outs = Memory(), list[torch.Tensor]()
+        for step in range(2):
+            memory.advance(step)
+            rows = probe_rows(5, LAYOUT.visual, 20, step=step)
+            outs += repair(sparse, q, dense[..., rows, :], rows, slice(5, 131), carry=0.5, ticket=memory.ticket)
+        found.append(outs)
+    for whole, pieces in zip(*found, strict=True):
+        torch.testing.assert_close(pieces, whole)
