@@ -12,7 +12,9 @@ the mass, or a share `density` of them. Sampling costs ``n / block`` of dense at
 Text blocks are read by all, and read all. They are not candidates: mass is shared out among visual blocks alone.
 
 With `repair`, the same rows are its probes, unless `probes` asks for others: their exact output ``sum_i p_ri v_i`` is one product more.
-They then stand elsewhere in each step.
+They then stand elsewhere in each step. Blocks were chosen for these very rows, so they err less than the others: the estimate of the error
+is too low, and as many rows of their own would repair better, at the cost of computing them
+(`python -m benchmarks.rest_layers --carry --grid small` measures both).
 """
 
 from __future__ import annotations
