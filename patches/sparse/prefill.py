@@ -40,7 +40,7 @@ class PrefillConfig(Config):
     sink: int = Field(64, ge=0, description="Tokens at the front that all read. Ours: a block.")
     local: int = Field(128, ge=0, description="Tokens ahead of its own block that a block reads. Ours: two blocks.")
     min_tokens: int = Field(
-        4096, ge=0, description="Shorter prompts run dense. Ours, by benchmarks/long_context.py on two cores."
+        4096, ge=0, description="Shorter prompts run dense. Ours: of a small model's, attention takes less than a third."
     )
     rest: Literal["drop", "pool"] = Field(
         "drop", description="What becomes of past blocks that are not selected: dropped, or one mean key and value each."
