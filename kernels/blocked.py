@@ -202,11 +202,11 @@ class _Call:
                 yield _Piece(owner, slots, *(part.at(here) for part in lists))
 
     def _at_once(self, keys: int) -> int:
-        """How many query blocks go at a time that read so many keys each: a multiple of the number of threads."""
+        """How many query blocks go at a time that read so many keys each: a multiple of the number of threads, if memory allows."""
         axes = 0 if self.plan.box is None else self.plan.box.coord.shape[1]
         each = keys * (self.k.table.shape[1] + self.v.table.shape[1] + self.plan.block_q * (self.together + axes))
-        threads = torch.get_num_threads()
-        return max(min(PIECE, chunks.CHUNK) // (each * threads), 1) * threads
+        number, threads = min(PIECE, chunks.CHUNK) // each, torch.get_num_threads()
+        return number - number % threads or max(min(chunks.CHUNK // each, threads), 1)
 
     def parts(self, piece: _Piece) -> Iterator[_Part]:
         """What a piece reads."""
