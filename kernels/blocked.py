@@ -45,16 +45,31 @@ def attend(
     call = _Call(q, k, v, plan, coarse, key_mask)
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     lse = torch.full(q.shape[:-1], -torch.inf, device=q.device) if return_lse else None
+    scratch = _Scratch()
     for piece in call.pieces():
         heads = piece.owner[:, None] * call.together + torch.arange(call.together, device=q.device)  # of queries, [G, t]
         queries = call.q.take(heads, piece.slots[:, None].clamp(max=q.shape[-2] - 1)).flatten(1, 2).float()
-        answer, log = _attention(queries.mul_(scale * LOG2_E), piece.owner, list(call.parts(piece)))
+        answer, log = _attention(queries.mul_(scale * LOG2_E), piece.owner, list(call.parts(piece)), scratch)
         at = heads[..., None] * q.shape[-2] + piece.slots[:, None]
         held = (piece.slots < q.shape[-2])[:, None].expand_as(at)  # the last block may have fewer slots
         out.view(-1, v.shape[-1]).index_copy_(0, at[held], answer.view(*at.shape, -1)[held].to(out.dtype))
         if lse is not None:
             lse.view(-1).index_copy_(0, at[held], log.view(at.shape)[held])
     return out, lse
+
+
+class _Scratch:
+    """Memory that piece after piece takes: asked for anew, it would go back to the system each time, and come with page faults."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def of(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Return memory of that name and shape, in the dtype of `like`, with anything in it."""
+        number, held = math.prod(shape), self._held.get(name)
+        if held is None or held.numel() < number or held.dtype != like.dtype:
+            held = self._held[name] = like.new_empty(number)
+        return held[:number].view(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +101,13 @@ class _Rows:
 
     def take(self, owner: Tensor, slots: Tensor) -> Tensor:
         """Return slots, int64 (..., n), of heads `owner`, int64 (...) in B * H: (..., n, D)."""
+        return self.take_into(_Scratch(), owner, slots)
+
+    def take_into(self, scratch: _Scratch, owner: Tensor, slots: Tensor) -> Tensor:
+        """`take`, into memory that the next rows take too."""
         at = self.first[owner][..., None] + slots * self.step
-        return self.table.index_select(0, at.flatten()).view(*at.shape, -1)
+        into = scratch.of("rows", self.table, at.numel(), self.table.shape[1])
+        return torch.index_select(self.table, 0, at.flatten(), out=into).view(*at.shape, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,26 +268,29 @@ def _of_rows(plan: BlockPlan, rows: Tensor) -> BlockPlan:
     return replace(plan, **picked)
 
 
-def _attention(queries: Tensor, owner: Tensor, parts: list[_Part]) -> tuple[Tensor, Tensor]:
+def _attention(queries: Tensor, owner: Tensor, parts: list[_Part], scratch: _Scratch) -> tuple[Tensor, Tensor]:
     """Attention over all parts: (G, n_q, D_v), and the natural log-sum-exp, (G, n_q). Queries, float32, have scale and log2(e) in them."""
-    sizes = [part.slots.shape[1] for part in parts]
-    logits = queries.new_empty(*queries.shape[:2], sum(sizes))
-    shares = logits.split(sizes, -1)
-    for part, share in zip(parts, shares, strict=True):
-        torch.bmm(queries, part.keys.take(owner, part.slots).float().mT, out=share)
+    # Each part on its own: torch goes batch entry by batch entry where a product is written into a slice.
+    logits: list[Tensor] = []
+    for part in parts:
+        keys = part.keys.take_into(scratch, owner, part.slots).float()
+        product = scratch.of(f"logits {len(logits)}", queries, *queries.shape[:2], keys.shape[1])
+        logits.append(torch.bmm(queries, keys.mT, out=product))
+        del keys
         if part.bias is not None:
-            share += part.bias
-    top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)  # -inf where a row has no key
-    total = logits.sub_(top).exp2_().sum(-1, keepdim=True)  # logits are weights from here on
+            product += part.bias
+    top = torch.stack([x.amax(-1, keepdim=True) for x in logits]).amax(0)
+    top.clamp_(min=torch.finfo(torch.float32).min)  # -inf where a row has no key
+    weights = [x.sub_(top).exp2_() for x in logits]
+    total = torch.stack([x.sum(-1, keepdim=True) for x in weights]).sum(0)
     log = top.add_(total.log2()).mul_(math.log(2))[..., 0]
     total.clamp_(min=torch.finfo(torch.float32).tiny)
     halves = parts[0].values.table.dtype != torch.float32
-    if halves:
-        logits /= total  # rounded once, to the dtype of the values
     out = None
-    for part, share in zip(parts, shares, strict=True):
-        values = part.values.take(owner, part.slots)
-        more = torch.bmm(share.to(values.dtype), values)
+    for part, weight in zip(parts, weights, strict=True):
+        values = part.values.take_into(scratch, owner, part.slots)
+        # Halves are rounded once, to the dtype of the values.
+        more = torch.bmm(weight.div_(total).to(values.dtype) if halves else weight, values)
         out = more if out is None else out.add_(more)
     assert out is not None
     return out if halves else out.div_(total), log
