@@ -66,9 +66,11 @@ class _Scratch:
 
     def of(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """Return memory of that name and shape, in the dtype of `like`, with anything in it."""
-        number, held = math.prod(shape), self._held.get(name)
+        number, held = math.prod(shape), self._held.pop(name, None)
         if held is None or held.numel() < number or held.dtype != like.dtype:
-            held = self._held[name] = like.new_empty(number)
+            held = None  # given back first
+            held = like.new_empty(number)
+        self._held[name] = held
         return held[:number].view(shape)
 
 
