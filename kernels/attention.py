@@ -79,7 +79,7 @@ def block_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend in ("auto", "first"):
         measured = _choices.peek(_call_key(q, k, v, plan, rest, key_mask, precision, values)) if backend == "auto" else None
-        serve = _candidates(q, v, plan, precision, values, return_lse or isinstance(rest, NEED_LSE))
+        serve = _candidates(q, v, plan, rest, precision, values, return_lse)
         backend = measured[0] if measured is not None and measured[0] in serve else serve[0]  # type: ignore[assignment]
     arguments: dict[str, Any] = {"scale": scale, "precision": precision, "values": values, "backend": backend}
     if key_mask is not None and key_mask.ndim == 3:
@@ -297,7 +297,7 @@ def measure_choice(
 
     def measure() -> tuple[str, dict[str, float]]:
         times = {}
-        for name in _candidates(q, v, plan, precision, values, isinstance(rest, NEED_LSE)):
+        for name in _candidates(q, v, plan, rest, precision, values, return_lse=False):
             try:
                 arguments: Any = {
                     "rest": rest,
@@ -367,7 +367,7 @@ def _call_key(
 
 
 def _candidates(
-    q: Tensor, v: Tensor, plan: Any, precision: Precision, values: ValuePrecision, return_lse: bool
+    q: Tensor, v: Tensor, plan: Any, rest: Rest, precision: Precision, values: ValuePrecision, return_lse: bool
 ) -> list[str]:
     """Backends that can serve, the one that is tried first without a measurement ahead."""
     names = []
@@ -381,11 +381,14 @@ def _candidates(
     # Causal prompts differ in length, and a CPU would compile for each.
     causal = isinstance(plan, BlockPlan) and plan.causal is not None
     large = q.device.type != "cpu" or (len(plan.k_len) * plan.block_k >= FLEX_MIN_SLOTS and not causal)
-    if large and flex.unsupported(q, plan, return_lse) is None:
+    compiled = large and flex.unsupported(q, plan, return_lse or isinstance(rest, NEED_LSE)) is None
+    # On a CPU it is the faster one for float32 with the rest dropped alone; benchmarks.block_attention_cpu measures both.
+    behind = q.device.type == "cpu" and (not isinstance(rest, Drop) or q.dtype != torch.float32)
+    if compiled and not behind:
         names.append("flex")
     if flex.flash_unsupported(q, v, plan) is None:  # behind the others: taken where it was measured to be the fastest
         names.append("flash")
-    return [*names, "blocked"]
+    return [*names, "blocked", *(["flex"] if compiled and behind else [])]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | Threshold, rest: Rest | None, key_mask: Tensor | None) -> None:

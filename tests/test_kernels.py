@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from accelplug.bounded import Bounded
 from accelplug.errors import ShapeError, UnsupportedError
-from accelplug.kernels import chunks, flex
+from accelplug.kernels import attention, chunks, flex
 from accelplug.kernels.attention import (
     Backend,
     Precision,
@@ -785,6 +785,26 @@ def test_choice_is_measured_kept_and_used() -> None:
     assert measure_choice(q, k, v, plan) == times
     forget_choices()
     assert choices() == []
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("rest", "dtype", "order"),
+    [
+        (Drop(), torch.float32, ["flex", "blocked"]),
+        (Pool(), torch.float32, ["blocked", "flex"]),
+        (Drop(), torch.bfloat16, ["blocked", "flex"]),
+        (Tied(), torch.float32, ["blocked"]),  # which asks for log-sum-exps
+    ],
+    ids=["drop", "pool", "bfloat16", "tied"],
+)
+def test_a_large_call_on_a_cpu_tries_first_what_is_mostly_faster(
+    rest: Rest, dtype: torch.dtype, order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "FLEX_MIN_SLOTS", 0)
+    monkeypatch.setattr(flex, "missing", lambda device: None)
+    q, _, v, plan = make((1, 2, 2, 100, 16, 16, 16, 16), dtype=dtype)
+    assert attention._candidates(q, v, plan, rest, "native", "native", False) == order
 
 
 @on_cpu
