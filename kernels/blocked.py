@@ -21,7 +21,7 @@ from accelplug.kernels.rest import Coarse
 
 LOG2_E = math.log2(math.e)
 
-PIECE = 1 << 21
+GATHERED = 1 << 21
 """Most numbers that are gathered and computed at a time, 8 MiB in float32. Ours: with half as many, calls of torch take their share."""
 
 PAIRS = 1 << 18
@@ -208,7 +208,7 @@ class _Call:
             uncut = torch.zeros_like(uncut)
         filled = (plan.q_len > 0).repeat(self.batch * self.heads).nonzero()[:, 0]
         for rows in filled.split(max(min(PAIRS, chunks.CHUNK) // len(plan.k_len), 1)):
-            some, may = _of_rows(plan, own[rows]), uncut[rows % blocks]
+            some, may = _plan_of(plan, own[rows]), uncut[rows % blocks]
             read = some.members[0, 0]
             coarse_read = some.coarse_reads(levels)[0, 0] if levels else read[:, :0]
             lists = [_Lists.of(part) for part in (read & may, read & ~may, coarse_read)]
@@ -227,7 +227,7 @@ class _Call:
         """How many query blocks go at a time that read so many keys each: a multiple of the number of threads, if memory allows."""
         axes = 0 if self.plan.box is None else self.plan.box.coord.shape[1]
         each = keys * (self.k.table.shape[1] + self.v.table.shape[1] + self.plan.block_q * (self.together + axes))
-        number, threads = min(PIECE, chunks.CHUNK) // each, torch.get_num_threads()
+        number, threads = min(GATHERED, chunks.CHUNK) // each, torch.get_num_threads()
         return number - number % threads or max(min(chunks.CHUNK // each, threads), 1)
 
     def parts(self, piece: _Piece) -> Iterator[_Part]:
@@ -264,7 +264,7 @@ class _Call:
         return inside if inside.shape[1] == 1 else inside.repeat(1, self.together, 1)
 
 
-def _of_rows(plan: BlockPlan, rows: Tensor) -> BlockPlan:
+def _plan_of(plan: BlockPlan, rows: Tensor) -> BlockPlan:
     """A plan of one head whose query blocks are those that `rows`, int64 (G,), names in (B|1, H|1, M)."""
     picked = {name: x.flatten(0, 2)[rows][None, None] for name in plan.BY_HEAD if (x := getattr(plan, name)) is not None}
     return replace(plan, **picked)
