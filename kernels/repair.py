@@ -20,8 +20,9 @@ it errs there by ``(y_r - mean y - x_r W) / (1 - h_r)``. Every row gets ``o + t 
 
 A diffusion step takes the sums of the last one too, at a weight (`carry`), and probes other rows: the same rows again would say nothing
 new, and would be predicted too well. The sums are float32 (B, H, F + 1, F + 1 + D_v) for each attention module and guidance branch.
-Whole runs of the bundled model (1,728 tokens, 12 steps, eight captions): with 8 % of the rows exact, foreground PSNR of `sol` at tau 1 rises
-from 17.4 to 23.9 dB, of a fixed window of 5 x 5 from 15.5 to 26.7, of random blocks from 12.2 to 14.7 (`python -m benchmarks.whole_runs`).
+Whole runs of the bundled model (1,728 tokens, 12 steps, eight captions): with 8 % of the rows exact, foreground PSNR of `sol` at tau 1
+rises from 17.4 to 23.9 dB, of a fixed window of 5 x 5 from 15.5 to 26.7, of random blocks from 12.2 to 14.7
+(`python -m benchmarks.whole_runs`).
 
 What is predicted decides, not a vote by head whether to repair: a few rows of a head may err hundreds of times as much as most, and
 a fit that gains on these harms the others downstream. In DINOv2-small, all layers sparse (`rows` in tiles of 8 x 8, pooled, density .2,
