@@ -410,6 +410,19 @@ def density(name: str, shown: dict[str, str]) -> str:
     return curves(results(name)["rows"], shown)
 
 
+def cpu_kernels() -> str:
+    """Speed of block attention on a CPU, a row for each size, type and block."""
+    cases: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in results("block_attention_cpu")["rows"]:
+        if row["backend"] == "blocked" and row["density"] <= 0.3:
+            cells = cases.setdefault((f"{row['tokens']:,}", row["dtype"], str(row["block"])), {})
+            faster = row["dense_ms"]["p50"] / row["ms"]["p50"]
+            cells[f"{row['rest']}, {row['density']:g}"] = f"{faster:.1f}x, {row['achieved_over_ideal']:.2f}"
+    columns = sorted({column for cells in cases.values() for column in cells})
+    rows = ((*case, *(cells.get(column, "") for column in columns)) for case, cells in cases.items())
+    return table(("tokens", "type", "block", *columns), rows)
+
+
 # --------------------------------------------------------------------------------------------------------------- house
 
 ROOMS = {
@@ -514,6 +527,7 @@ MADE: Mapping[str, Callable[[], str]] = {
     "step caches": step_caches,
     "tested versions": tested_versions,
     "house": house,
+    "cpu kernels": cpu_kernels,
     "density layers": partial(density, "density_layers", {"error": "error"}),
     "density runs": partial(
         density, "density_runs", {"fg_psnr_db": "foreground dB", "psnr_db": "PSNR dB", "agreement": "agreement"}
