@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -94,6 +95,19 @@ def device() -> torch.device:
     return PartialState().device
 
 
+_ALONE: ContextVar[bool] = ContextVar("_ALONE", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Have what is done inside be this process' own work, though others were launched with it: `working` then meets nobody."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
 @contextmanager
 def working(model: Any) -> Iterator[Ranks]:
     """Share a task over the processes that were launched together; all must come.
@@ -105,7 +119,7 @@ def working(model: Any) -> Iterator[Ranks]:
     """
     if launched() and not is_running():
         device()
-    if not is_running() or distributed.get_world_size() == 1:
+    if _ALONE.get() or not is_running() or distributed.get_world_size() == 1:
         yield Ranks()
         return
     try:

@@ -13,6 +13,7 @@ import torch
 from pydantic import TypeAdapter
 
 from accelplug.calibration import calibrate
+from accelplug.comparison.ranks import alone
 from accelplug.hosts.models import denoisers, runs_compiled
 from accelplug.kernels.attention import triton_missing
 from accelplug.patches.sparse.template import BlockSparse
@@ -121,9 +122,13 @@ def no_weights(pipe: Any) -> str | None:
 
 
 def weights(pipe: Any, arm: Arm, inputs: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Calibrate the weight of each head's pooled blocks on one dense run; return the table [layers, heads] as plain data."""
+    """Calibrate the weight of each head's pooled blocks on one dense run; return the table [layers, heads] as plain data.
+
+    Of several processes the first one alone searches, while the others wait to run what it asks for.
+    """
     rules = [{"patch": arm.patch, "with": dict(arm.settings)}]
-    recipe = calibrate(pipe, "rest", [inputs], recipe={"rules": rules}, seed=seed, progress=False)
+    with alone():
+        recipe = calibrate(pipe, "rest", [inputs], recipe={"rules": rules}, seed=seed, progress=False)
     (table,) = (rule.settings["rest_weight"] for rule in recipe.rules)
     return {"values": table.values.tolist(), **table.origin.to_header()}
 

@@ -143,10 +143,9 @@ class Search:
         with self._phase("probing"):
             self._probe(arms(trajectory.layout, patches))
         probes = self.predictor.probes
-        # What changes no snapshot reads everything here: it is dense, whatever the clock said.
-        paying = [
-            arm for arm in self.predictor.front() if probes[arm].ratio < 1 / WORTH and any(probes[arm].errors.values())
-        ]
+        # What reads everything here, or changes no snapshot, is dense, whatever the clock said; kernels differ by rounding.
+        sparse = [arm for arm in self.predictor.front() if probes[arm].density != 1 and any(probes[arm].errors.values())]
+        paying = [arm for arm in sparse if probes[arm].ratio < 1 / WORTH]
         self.candidates = [candidate for arm in paying for candidate in self._variants(arm)]
 
     def explore(self) -> None:
