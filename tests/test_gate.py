@@ -271,7 +271,7 @@ def test_kernels_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = ROWS["radial"].recipe({"decay": 0.2, "backend": "auto"})
     model, inputs = tiny_models.build("wan")
     attention.forget_choices()
-    monkeypatch.setattr(attention, "_candidates", lambda *_: ["blocked", "reference"])
+    monkeypatch.setattr(attention, "_candidates", lambda *_, **__: ["blocked", "reference"])
     with accelplug.apply(model, recipe, gate="report") as plug:
         run_once(model, inputs)
         choices = stored(plug)
@@ -301,7 +301,7 @@ def test_deterministic_takes_no_kernel_that_another_plug_measured(monkeypatch: p
         return kernel(backend, *arguments)
 
     monkeypatch.setattr(attention, "_run", noted)
-    monkeypatch.setattr(attention, "_candidates", lambda *_: ["blocked", "reference"])
+    monkeypatch.setattr(attention, "_candidates", lambda *_, **__: ["blocked", "reference"])
     monkeypatch.setattr(attention._choices, "peek", lambda key: ("reference", {"reference": 1.0}))  # measured elsewhere
     with accelplug.apply(model, recipe, gate="off"):
         run_once(model, inputs)

@@ -236,10 +236,10 @@ def test_tune_tries_the_ladder_of_a_patch_that_it_is_told() -> None:
         found = space.arms(layout, ["diagonal"])
         assert {arm.patch for arm in space.arms(layout)} == set(space.LADDERS), "what others bring is tried by name alone"
     assert [str(arm) for arm in found] == [
-        "diagonal reach=2 rest=pool",
-        "diagonal reach=4 rest=pool",
         "diagonal reach=2 rest=drop",
+        "diagonal reach=2 rest=pool",
         "diagonal reach=4 rest=drop",
+        "diagonal reach=4 rest=pool",
     ]
 
 
