@@ -24,6 +24,7 @@ class Memory:
     start, end : what the last step left, and what this one leaves, the same until its first call; None before the first call, and
         `start` where nobody asks for it again.
     step : diffusion step that `start` belongs to.
+    first : whether no step came before it: a run that starts over where it began is then the same, though nobody said so.
     differed : whether calls of one step left different things, where somebody looks.
     ticket : int64 () on the CPU, the number by which `memory_of` finds it.
     """
@@ -31,6 +32,7 @@ class Memory:
     start: Tensor | None = None
     end: Tensor | None = None
     step: int | None = None
+    first: bool = True
     differed: bool = False
     ticket: Tensor = field(init=False)
 
@@ -42,7 +44,7 @@ class Memory:
     def advance(self, step: int | None) -> None:
         """Begin a step, unless it has begun already."""
         if step != self.step:
-            self.start, self.step = self.end, step
+            self.start, self.step, self.first = self.end, step, self.end is None
 
     def started(self, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
         """Return what the last step left, if it fits."""

@@ -106,10 +106,14 @@ def _step_of_fake(x: Tensor, ticket: Tensor) -> Tensor:
 def carried(sums: Tensor, carry: float, ticket: Tensor) -> Tensor:
     """Add to sums those of the last step, weighed by `carry`, and leave the result for the next one.
 
-    The first call of a step settles it: later ones of the step take what it left, so that one set of sums is held, not two.
+    The first call of a step settles it: later ones of the step take what it left, so that one set of sums is held, not two. In the
+    first step of all there is nothing to add, and each call goes by its own.
     """
     memory = memory_of(ticket, sums.device)
     if memory is None or memory.step is None:
+        return sums.clone()
+    if memory.first:
+        memory.end = sums.clone()
         return sums.clone()
     if (settled := memory.ended(sums.shape, sums.device)) is None:
         last = memory.started(sums.shape, sums.device)

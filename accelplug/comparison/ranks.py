@@ -95,7 +95,7 @@ def device() -> torch.device:
     return PartialState().device
 
 
-_ALONE: ContextVar[bool] = ContextVar("_ALONE", default=False)
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
 
 @contextmanager
