@@ -85,6 +85,7 @@ def calibrate(
     for name, settings in {"config": config, "options": options}.items():
         if not isinstance(settings, Mapping | None):
             raise AccelplugError(f"calibrate, {name}: expected a mapping of settings, got {settings!r}.")
+    calibration_of(patch)  # a wrong name is refused before anything runs
     facts = model_facts(pipe)
     base = load(recipe, facts) if patch in OF_RECIPES else None
     if base is not None:

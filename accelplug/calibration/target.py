@@ -84,7 +84,10 @@ def calibration_of(patch: str) -> type[Calibration]:
     NoMatchError
         If there is nothing.
     """
-    if (found := OF_RECIPES.get(patch) or patch_class(patch).Calibration) is not None:
+    of_recipes = (
+        OF_RECIPES.get(patch) if isinstance(patch, str) else None
+    )  # the registry refuses in words what is not a name
+    if (found := of_recipes or patch_class(patch).Calibration) is not None:
         return found
     known = [*OF_RECIPES, *(name for name, cls in _sparse().items() if cls.Calibration)]
     raise NoMatchError(f"{patch} has nothing to calibrate. These have: {', '.join(known)}.")
