@@ -3,6 +3,7 @@ of parts of both."""
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -17,6 +18,11 @@ SHARE = 4
 
 BUDGET = 1 << 25
 """Logits held at a time."""
+
+CACHED = 1 << 20
+"""The same on a CPU, of rows against all keys: so many stay in its caches. Ours, measured by `benchmarks.repair_overhead`."""
+
+LOG2_E = math.log2(math.e)
 
 PARTS = 4
 """Parts of a block that have a mean each."""
@@ -80,10 +86,15 @@ def sampled_importance(
     parts = []
     for slots, drawn in zip(*(x.split(max(1, BUDGET // per_block)) for x in (q_slots, q_drawn)), strict=True):
         queries = q[..., slots.clamp(max=q.shape[-2] - 1).flatten(), :]
-        logits = ((queries * scale) @ keys.transpose(-1, -2)).float().masked_fill(~seen[..., None, :], -torch.inf)
-        largest = logits.unflatten(-1, k_slots.shape).amax(-1) - logits.logsumexp(-1, keepdim=True)  # [B, H, m * s, N]
-        largest = largest.unflatten(-2, slots.shape).masked_fill(~drawn[..., None], -torch.inf)
-        parts.append(largest.amax(-2).exp().nan_to_num(nan=0.0))  # NaN: no key may be read
+        logits = (
+            ((queries * (scale * LOG2_E)) @ keys.transpose(-1, -2)).float().masked_fill_(~seen[..., None, :], -torch.inf)
+        )
+        largest = logits.unflatten(-1, k_slots.shape).amax(-1)  # [B, H, m * s, N]
+        top = largest.amax(-1, keepdim=True)
+        share = (
+            (largest - top).exp2_().div_(logits.sub_(top).exp2_().sum(-1, keepdim=True)).nan_to_num_(nan=0.0)
+        )  # NaN: no key may be read
+        parts.append(share.unflatten(-2, slots.shape).masked_fill_(~drawn[..., None], 0.0).amax(-2))
     return torch.cat(parts, -2)
 
 
@@ -131,25 +142,26 @@ def sampled_mass(
     mass : float32 (B, H, M, N), at least 0, the mean over a block's rows. A row sums to 1, or to 0 where no key may be read.
     out : Tensor (B, H, M * n, D_v) in v's dtype, dense attention of the rows; empty without v.
     """
-    groups, width = q.shape[1] // k.shape[1], slots.shape[1]
+    groups, width, held = q.shape[1] // k.shape[1], slots.shape[1], CACHED if q.device.type == "cpu" else BUDGET
     queries = q[..., slots.flatten(), :].unflatten(1, (-1, groups))  # [B, H_kv, groups, M * n, D]
     given = [x for x in (v, reads if reads is None else ~reads[..., None, :]) if x is not None]
     masses, outs = [], []
     for some, key, *others in by_heads(len(k) * k[0, 0].numel(), queries, k, *given):
         key, value = key.to(_exact(k)).mT, None if v is None else others[0].to(_exact(k))
-        rows = max(1, BUDGET // (width * some[..., 0, 0].numel() * key.shape[-1])) * width
+        rows = max(1, held // (width * some[..., 0, 0].numel() * key.shape[-1])) * width
         mass, out = [], []
         for part in some.split(rows, -2):
-            logits = _product(part.flatten(2, 3).to(key.dtype), key).mul_(scale)
+            logits = _product(part.flatten(2, 3).to(key.dtype), key, scale * LOG2_E)
             if reads is not None:
                 logits.masked_fill_(others[-1], -torch.inf)
-            given_to = logits.softmax(-1)
+            weights = logits.sub_(logits.amax(-1, keepdim=True)).exp2_()  # [B, h, groups * m * width, P_k]
             if reads is not None:
-                given_to.nan_to_num_(nan=0.0)  # NaN: no key may be read
+                weights.nan_to_num_(nan=0.0)  # NaN: no key may be read
+            by_block = _block_sums(weights, keys, block_k)
+            total = by_block.sum(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
             if value is not None:
-                out.append(_product(given_to.to(value.dtype), value).unflatten(2, (groups, -1)))
-            by_block = given_to.unflatten(2, (groups, -1, width)).mean(-2)  # [B, h, groups, m, P_k]
-            mass.append(pad(by_block, (0, keys * block_k - by_block.shape[-1])).unflatten(-1, (keys, -1)).sum(-1))
+                out.append(_product(weights.to(value.dtype), value).div_(total).unflatten(2, (groups, -1)))
+            mass.append((by_block / total).unflatten(2, (groups, -1, width)).mean(-2))  # [B, h, groups, m, N]
         masses.append(torch.cat(mass, 3))
         outs.append(torch.cat(out, 3) if out else q.new_empty(0))
     if v is None:
@@ -177,11 +189,20 @@ def _exact(x: Tensor) -> torch.dtype:
     return x.dtype if x.is_cuda else torch.float32
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Products (B, H, R, C) of matrices, float32."""
+def _product(a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
+    """Products (B, H, R, C) of matrices times a factor, float32."""
     if a.dtype == torch.float32:
-        return a @ b
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
+        return (a if factor == 1 else a * factor) @ b
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).mul_(factor).unflatten(0, a.shape[:2])
+
+
+def _block_sums(x: Tensor, blocks: int, block: int) -> Tensor:
+    """Sum x (..., P) over blocks of so many columns: (..., N). The last ones may be short, or empty."""
+    whole = x.shape[-1] // block
+    sums = x[..., : whole * block].unflatten(-1, (whole, block)).sum(-1)
+    if whole == blocks:
+        return sums
+    return pad(torch.cat([sums, x[..., whole * block :].sum(-1, keepdim=True)], -1), (0, blocks - whole - 1))
 
 
 def subblock_scores(

@@ -206,14 +206,15 @@ class Search:
     def _prove(self) -> bool:
         """Run the fastest that holds where the search never looked; if it fails there, the next. Return whether one holds.
 
-        What a finalist lost there the others may lose too: those that have as much to lose come next.
+        What a finalist lost there the others may lose too: the fastest that has as much to lose comes next, else the safest.
         """
         with self._phase("proof"):
             for _ in range(FINALISTS):
                 held = [candidate for candidate in self._holding() if self.points[candidate].speedup >= WORTH]
                 if not held:
                     break
-                candidate = next((c for c in held if self.points[c].margin > self.lost), held[0])
+                safest = max(held, key=lambda c: self.points[c].margin)
+                candidate = next((c for c in held if self.points[c].margin > self.lost), safest)
                 point, margin = self.points[candidate], self.points[candidate].margin
                 self._run(candidate, self.unseen)
                 self._tell_of_the_proof(candidate)
