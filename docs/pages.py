@@ -27,6 +27,7 @@ from accelplug import families
 from accelplug.cli import main
 from accelplug.compat import versions
 from accelplug.families.vlm import KNOWN_VLMS
+from accelplug.kernels.attention import FLEX_MIN_SLOTS
 from accelplug.patches.sparse import template
 from accelplug.patches.sparse.template import BlockConfig, BlockSparse
 from accelplug.recipe import RecipeFile, read_file, shipped_files
@@ -411,16 +412,27 @@ def density(name: str, shown: dict[str, str]) -> str:
 
 
 def cpu_kernels() -> str:
-    """Speed of block attention on a CPU, a row for each size, type and block."""
+    """Speed of block attention on a CPU, by the backend that `auto` takes: a row for each size, type and block."""
     cases: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in results("block_attention_cpu")["rows"]:
-        if row["backend"] == "blocked" and row["density"] <= 0.3:
+        compiled = row["dtype"] == "float32" and row["rest"] == "drop" and row["tokens"] >= FLEX_MIN_SLOTS
+        if row["backend"] == ("flex" if compiled else "blocked") and row["density"] <= 0.3:
             cells = cases.setdefault((f"{row['tokens']:,}", row["dtype"], str(row["block"])), {})
             faster = row["dense_ms"]["p50"] / row["ms"]["p50"]
             cells[f"{row['rest']}, {row['density']:g}"] = f"{faster:.1f}x, {row['achieved_over_ideal']:.2f}"
     columns = sorted({column for cells in cases.values() for column in cells})
     rows = ((*case, *(cells.get(column, "") for column in columns)) for case, cells in cases.items())
     return table(("tokens", "type", "block", *columns), rows)
+
+
+def repair_costs() -> str:
+    """What repair and sampled rows cost, of dense attention: a row for each, a column for each size."""
+    cases: dict[str, dict[str, str]] = {}
+    for row in results("repair_overhead")["rows"]:
+        size = f"{row['tokens']:,} tokens, heads of {row['head_dim']}"
+        cases.setdefault(row["what"], {})[size] = f"{100 * row['share']['p50']:.1f} %"
+    columns = list(dict.fromkeys(column for cells in cases.values() for column in cells))
+    return table(("", *columns), ((what, *(cells[column] for column in columns)) for what, cells in cases.items()))
 
 
 # --------------------------------------------------------------------------------------------------------------- house
@@ -528,6 +540,7 @@ MADE: Mapping[str, Callable[[], str]] = {
     "tested versions": tested_versions,
     "house": house,
     "cpu kernels": cpu_kernels,
+    "repair costs": repair_costs,
     "density layers": partial(density, "density_layers", {"error": "error"}),
     "density runs": partial(
         density, "density_runs", {"fg_psnr_db": "foreground dB", "psnr_db": "PSNR dB", "agreement": "agreement"}

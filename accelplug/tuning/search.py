@@ -207,22 +207,26 @@ class Search:
         """Run the fastest that holds where the search never looked; if it fails there, the next. Return whether one holds.
 
         What a finalist lost there the others may lose too: the fastest that has as much to lose comes next, else the safest.
+        Once one is proven, what is faster has its turn, the safest first, while there is time.
         """
+        proven: Candidate | None = None
         with self._phase("proof"):
             for _ in range(FINALISTS):
-                held = [candidate for candidate in self._holding() if self.points[candidate].speedup >= WORTH]
-                if not held:
+                bar = self.points[proven].speedup if proven else WORTH
+                held = [candidate for candidate in self._holding() if self.points[candidate].speedup >= bar]
+                if not held or (proven and not self._affords(())):
                     break
                 safest = max(held, key=lambda c: self.points[c].margin)
-                candidate = next((c for c in held if self.points[c].margin > self.lost), safest)
+                enough = [c for c in held if self.points[c].margin > self.lost]
+                candidate = enough[0] if enough and not proven else safest
                 point, margin = self.points[candidate], self.points[candidate].margin
                 self._run(candidate, self.unseen)
                 self._tell_of_the_proof(candidate)
                 point.verdict = "proven" if point.margin >= 0 else "overturned"
-                if point.verdict == "proven" and point.speedup >= WORTH:
-                    return True
+                if point.verdict == "proven" and point.speedup >= bar:
+                    proven = candidate
                 self.lost = max(self.lost, margin - point.margin)
-        return False
+        return proven is not None
 
     def _tell_of_the_proof(self, candidate: Candidate) -> None:
         """Where a prompt was held out, report a finalist on that prompt only: a `measured` row then names runs that `verify` can repeat."""
@@ -238,7 +242,8 @@ class Search:
     def result(self) -> Tuned:
         """Put the recipe, its measurement and the front together."""
         points = sorted(self.points.values(), key=lambda p: -p.speedup)
-        proven = next((c for c, p in self.points.items() if p.verdict == "proven" and p.speedup >= WORTH), None)
+        held = [c for c, p in self.points.items() if p.verdict == "proven" and p.speedup >= WORTH]
+        proven = max(held, key=lambda c: self.points[c].speedup, default=None)
         mapping = proven.rules() if proven is not None else OBSERVED
         recipe = load(mapping, model_facts(self.study.pipe))
         # An interrupt leaves rows that are empty.
