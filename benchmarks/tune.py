@@ -100,13 +100,14 @@ def searched(
     bounds: tuple[Bound, ...],
     seconds: float,
     journal: Journal,
+    patches: Sequence[str] | None = None,
 ) -> Search:
     """Run one search on the first half of the seeds and one prompt, proven on the others, as `accelplug.tune` does."""
     study = Study(pipe, [{"prompt": text, **settings} for text in (SEARCHED, PROVEN)], list(range(seeds)), foreground, None)
     seen, unseen = [(0, seed) for seed in range(seeds // 2)], [(1, seed) for seed in range(seeds // 2, seeds)]
     search = kind(study, bounds, seen, unseen, seconds, journal)
     with quiet(pipe):
-        search.run(None, True)
+        search.run(patches, True)
     return search
 
 
@@ -254,6 +255,7 @@ def main() -> None:
     )
     parser.add_argument("--budget", nargs="+", default=["psnr>=26"], help="bounds, of one search each (default psnr>=26)")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="beside the searches (default all)")
+    parser.add_argument("--patches", nargs="+", help="of the searches (default all that have a ladder)")
     parser.add_argument("--grid", choices=GRIDS, default="middle")
     parser.add_argument("--seeds", type=int, default=4, help="of a search, half of them for its proof (default 4)")
     parser.add_argument("--pairs", type=int, default=6, help="prompts and seeds to split, at least 4 (default 6)")
@@ -286,7 +288,7 @@ def main() -> None:
     journal, winners = Journal(None, ""), {}
 
     def search_for(name: str, kind: type[Search], budget: str, seconds: float) -> tuple[Search, Tuned]:
-        search = searched(kind, pipe, settings, options.seeds, parse_budget(budget), seconds, journal)
+        search = searched(kind, pipe, settings, options.seeds, parse_budget(budget), seconds, journal, options.patches)
         found = search.result()
         print(found)
         write(**{name: told(search, found)})

@@ -358,16 +358,19 @@ def test_the_search_goes_on_where_no_finalist_is_proven(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("lost", [4.0, 9.0], ids=["the third has as much to lose", "none has more to lose: the safest"])
 def test_what_an_overturned_finalist_lost_the_next_must_have_to_lose(lost: float) -> None:
     found, _ = offline(1)
+    order: list[str] = []
     for number, margin in enumerate((1.0, 2.0, 9.0)):  # the fastest holds by least; each loses where the search never looked
         point = search.Point(str(number), {}, 1, 3.0 - number / 10, {"psnr": 26 + margin}, margin)
         found.points[found.candidates[number]] = point
 
     def told(candidate: Candidate, pairs: Sequence[tuple[int, int]]) -> None:
         found.points[candidate].margin -= lost
+        order.append(found.points[candidate].name)
 
     found._run = told
     found.prove()
-    assert [point.verdict for point in found.points.values()] == ["overturned", "tried", "proven"]
+    assert order == ["0", "2", "1"], "what is faster than the proven one has its turn behind it"
+    assert [point.verdict for point in found.points.values()] == ["overturned", "overturned", "proven"]
 
 
 def test_survivors_are_halved_while_the_seeds_they_see_double() -> None:
@@ -653,7 +656,7 @@ def test_one_gain_is_told_everywhere(told_times: None, monkeypatch: pytest.Monke
     assert f"{gain:.2f}x within" in found.why
     assert row.seeds == [0, 1, 2, 3]
     data = Page(found.to_html(tmp_path / "a.html").read_text()).data
-    assert [dot["speedup"] for dot in data["dots"] if dot["verdict"] == "proven"] == [gain]
+    assert max(dot["speedup"] for dot in data["dots"] if dot["verdict"] == "proven") == gain
     assert data["verdict"] == found.comparison.verdict == found.why
     path = found.to_yaml(tmp_path / "mine.yaml", model_facts(pipe))
     assert read_file(path).recipe().measured[0].gain == pytest.approx(gain)
