@@ -158,14 +158,15 @@ class Search:
             self._halve()
 
     def prove(self) -> None:
-        """Prove the fastest that holds; where none of the finalists does, go on among what is slower, while there is time."""
-        while not self._prove() and not self.interrupted:
+        """Prove the fastest that holds, and go on while there is time: among what is slower where it fails, else among what is faster."""
+        self._prove()
+        while not self.interrupted and self._affords(()):
             with self._phase("whole runs"):
                 self._climb()
                 self._halve()
-            best = self._holding()[:1]
-            if not best or self.points[best[0]].speedup < WORTH or not self._affords(()):
+            if not self._finalists():
                 break
+            self._prove()
 
     def _climb(self) -> None:
         while self._affords(self.first) and (candidate := self._next()) is not None:
@@ -203,17 +204,15 @@ class Search:
             survivors = [candidate for candidate in self._holding() if candidate in survivors]
             survivors = survivors[: (len(survivors) + 1) // 2]
 
-    def _prove(self) -> bool:
-        """Run the fastest that holds where the search never looked; if it fails there, the next. Return whether one holds.
+    def _prove(self) -> None:
+        """Run the fastest that holds where the search never looked; if it fails there, the next.
 
         What a finalist lost there the others may lose too: the fastest that has as much to lose comes next, else the safest.
         Once one is proven, what is faster has its turn, the safest first, while there is time.
         """
-        proven: Candidate | None = None
         with self._phase("proof"):
             for _ in range(FINALISTS):
-                bar = self.points[proven].speedup if proven else WORTH
-                held = [candidate for candidate in self._holding() if self.points[candidate].speedup >= bar]
+                held, proven = self._finalists(), self._proven
                 if not held or (proven and not self._affords(())):
                     break
                 safest = max(held, key=lambda c: self.points[c].margin)
@@ -223,10 +222,7 @@ class Search:
                 self._run(candidate, self.unseen)
                 self._tell_of_the_proof(candidate)
                 point.verdict = "proven" if point.margin >= 0 else "overturned"
-                if point.verdict == "proven" and point.speedup >= bar:
-                    proven = candidate
                 self.lost = max(self.lost, margin - point.margin)
-        return proven is not None
 
     def _tell_of_the_proof(self, candidate: Candidate) -> None:
         """Where a prompt was held out, report a finalist on that prompt only: a `measured` row then names runs that `verify` can repeat."""
@@ -242,8 +238,7 @@ class Search:
     def result(self) -> Tuned:
         """Put the recipe, its measurement and the front together."""
         points = sorted(self.points.values(), key=lambda p: -p.speedup)
-        held = [c for c, p in self.points.items() if p.verdict == "proven" and p.speedup >= WORTH]
-        proven = max(held, key=lambda c: self.points[c].speedup, default=None)
+        proven = self._proven
         mapping = proven.rules() if proven is not None else OBSERVED
         recipe = load(mapping, model_facts(self.study.pipe))
         # An interrupt leaves rows that are empty.
@@ -390,6 +385,17 @@ class Search:
         held = [(c, p) for c, p in self.points.items() if p.margin >= 0 and p.verdict == "tried"]
         return [candidate for candidate, _ in sorted(held, key=lambda item: -item[1].speedup)]
 
+    @property
+    def _proven(self) -> Candidate | None:
+        """The fastest that is proven and worth it."""
+        proven = [c for c, p in self.points.items() if p.verdict == "proven" and p.speedup >= WORTH]
+        return max(proven, key=lambda c: self.points[c].speedup, default=None)
+
+    def _finalists(self) -> list[Candidate]:
+        """What holds, is worth it and not slower than what is proven, the fastest first."""
+        bar = self.points[self._proven].speedup if self._proven else WORTH
+        return [candidate for candidate in self._holding() if self.points[candidate].speedup >= bar]
+
     def _best(self) -> str:
         held = self._holding()
         return f"{self.points[held[0]].speedup:.2f}x" if held else "dense"
@@ -398,10 +404,9 @@ class Search:
         """The fastest that promises to hold, alone or beside a cache that holds alone; None if none could be the best."""
         assert self.predictor is not None
         predictor = self.predictor
-        fastest = max((self.points[c].speedup for c in self._holding()), default=WORTH)
-        caches = [
-            c.cache for c in self._holding() if c.arm is None and c.cache is not None and self.points[c].speedup > WORTH
-        ]
+        held = sorted({*self._holding(), *filter(None, [self._proven])}, key=lambda c: -self.points[c].speedup)
+        fastest = max((self.points[c].speedup for c in held), default=WORTH)
+        caches = [c.cache for c in held if c.arm is None and c.cache is not None and self.points[c].speedup > WORTH]
         pool = [candidate for bare in self.candidates for candidate in (bare, *cached(bare, caches[:BESIDE]))]
         open_ = [c for c in pool if c not in self.points and predictor.dense_ms / predictor.latency_ms(c) > fastest]
         if not open_:
