@@ -99,6 +99,7 @@ class CacheKind:
     settings : what a recipe may set of it.
     knob : the setting that trades speed for quality.
     ladders : what a search tries.
+    cite : where it was published; empty if nowhere.
     for_run : ``(steps of a run, magnitudes of the model by step) -> settings`` that a search gives to every rung. The first fifth of
         a run and its last step are always computed.
     by_context : it cannot run outside of a cache context, by which it tells guidance branches apart.
@@ -112,6 +113,7 @@ class CacheKind:
     settings: type[CacheSettings]
     knob: str
     ladders: tuple[CacheLadder, ...]
+    cite: str = ""
     for_run: Callable[[int, Sequence[float]], dict[str, Any]] = lambda steps, magnitudes: {}
     by_context: bool = False
     by_first_block: bool = False
@@ -148,6 +150,7 @@ CACHES = {
             settings=MagSettings,
             knob="threshold",
             ladders=(CacheLadder("mag", (0.03, 0.06, 0.12)),),
+            cite="arXiv 2506.09045",
             for_run=_mag_for_run,
             counts_steps=True,
             measured=True,
@@ -161,6 +164,7 @@ CACHES = {
                 CacheLadder("taylorseer", (3, 5)),
                 CacheLadder("taylorseer lite", (2, 3), (("use_lite_mode", True),), needs="proj_out"),
             ),
+            cite="arXiv 2503.06923",
             for_run=_taylorseer_for_run,
             by_context=True,
             counts_steps=True,

@@ -1,7 +1,7 @@
 """What the documentation takes from the code when it is built: a hook of MkDocs (see mkdocs.yml).
 
-A mark ``<!-- made: NAME -->`` in a page is replaced by what `MADE` has for that name. `generated` are whole pages: one for each patch,
-the command line, and the changelog. Nothing that is made here is committed, so that it cannot disagree with the code.
+A mark ``<!-- made: NAME -->`` in a page is replaced by what `MADE` has for that name. `generated` are whole pages: README as the first one,
+one for each patch, the command line, and the changelog. Nothing that is made here is committed, so that it cannot disagree with the code.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ PIPELINES = ("By the token grid alone", "By queries and keys", "By tables from d
 """Groups of the methods for pipelines."""
 LANGUAGE = {
     "prefill": "For language models",
+    "decode": "For language models",
     "heads": "For vision-language models",
     "generation": "For vision-language models",
 }
@@ -377,7 +378,10 @@ def step_caches() -> str:
             )
             for name, field in fields.items()
         ]
-        parts.append(f"**`{kind.name}`**: `diffusers.{kind.config}`\n\n{table(('setting', 'values', 'default'), rows)}")
+        cite = f" ({papers(kind.cite)})" if kind.cite else ""
+        parts.append(
+            f"**`{kind.name}`**: `diffusers.{kind.config}`{cite}\n\n{table(('setting', 'values', 'default'), rows)}"
+        )
     return "\n\n".join(parts)
 
 
@@ -440,6 +444,7 @@ def repair_costs() -> str:
 ROOMS = {
     "cli": "the command line",
     "testing": "laws and tiny models",
+    "demo": "before and after, in two minutes",
     "tuning": "searches for a recipe, and proves it",
     "calibration": "tables",
     "loading": "from disk",
@@ -511,6 +516,14 @@ def commands() -> list[str]:
     return re.findall(r"^    (\w+) ", listed, re.MULTILINE)
 
 
+def start() -> str:
+    """README as the first page: its links lead to pages, and files that are not one are named only."""
+    text = (
+        (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](").replace("](CHANGELOG.md", "](changelog.md")
+    )
+    return re.sub(r"\[([^\]]+)\]\((?:[A-Z]\w+(?:\.md)?|examples/[^)]*)\)", r"\1", text)
+
+
 def command_line() -> str:
     """The page of the command line."""
     parts = [
@@ -554,7 +567,7 @@ def generated() -> dict[str, str]:
     """Whole pages, by their path in the documentation."""
     own = {f"patches/{entry.name}.md": patch_page(entry) for entry in OWN}
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    return {**own, "cli.md": command_line(), "changelog.md": papers(changelog)}
+    return {**own, "index.md": start(), "cli.md": command_line(), "changelog.md": papers(changelog)}
 
 
 def rendered(text: str) -> str:

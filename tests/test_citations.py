@@ -1,13 +1,12 @@
 """A published method is one page: its module says what it is, its class is short, and its citation stands once, in the registry.
 
-What NOTICE, the documentation, the modules and the recipes cite follows from that.
+What NOTICE, docs/patches.md, the modules and the recipes cite follows from that. README has no row for each patch.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from accelplug.patches.base import Patch
 from accelplug.recipe import SHIPPED, read_file, shipped_files
 from accelplug.registry import PatchEntry, list_patches, patch_class
+from accelplug.step_caches import CACHES
 from docs import pages
 
 ROOT = Path(SHIPPED).resolve().parent
@@ -47,7 +47,8 @@ def works(text: str) -> list[str]:
     return re.findall(r"(?<![\d.])\d{4}\.\d{5}(?!\d)", text)
 
 
-KNOWN = {work for entry in OWN for work in works(entry.cite)} | OTHER_WORKS.keys()
+CITED = [*(entry.cite for entry in OWN), *(cache.cite for cache in CACHES.values())]
+KNOWN = {work for cite in CITED for work in works(cite)} | OTHER_WORKS.keys()
 
 
 def notice() -> dict[str, str]:
@@ -66,10 +67,9 @@ def documents() -> dict[str, str]:
     return {path.name: pages.rendered(path.read_text(encoding="utf-8")) for path in paths} | pages.generated()
 
 
-def rows(name: str) -> Iterator[str]:
-    """Lines of tables in the documents that are about a patch."""
-    for text in documents().values():
-        yield from re.findall(rf"^\| *\[?`{name}`[^|]*\|.*$", text, re.MULTILINE)
+def rows(name: str, page: str) -> list[str]:
+    """Lines of a page's tables that are about a patch."""
+    return re.findall(rf"^\| *\[?`{name}`[^|]*\|.*$", documents()[page], re.MULTILINE)
 
 
 @pytest.mark.parametrize("entry", OWN, ids=lambda entry: entry.name)
@@ -80,11 +80,10 @@ def test_a_patch_is_cited_alike_by_the_registry_its_module_notice_and_documents(
     paragraph = notice()[entry.name]
     assert not set(cited) - set(works(paragraph)), f"NOTICE: {entry.name} lacks some of {entry.cite}"
     assert set(works(paragraph)) <= set(cited), f"NOTICE: {entry.name} has works that the registry has not"
-    found = [works(row) for row in rows(entry.name) if works(row)]
-    assert found, f"no table of README.md or docs/ cites {entry.name}"
-    for numbers in found:
-        assert cited[0] in numbers
-        assert set(numbers) <= set(cited)
+    assert [set(works(row)) for row in rows(entry.name, "patches.md") if works(row)] == [set(cited)]
+    for page in documents():
+        for numbers in map(works, rows(entry.name, page)):
+            assert not numbers or (cited[0] in numbers and set(numbers) <= set(cited)), page
 
 
 @pytest.mark.parametrize("entry", OWN, ids=lambda entry: entry.name)
@@ -124,9 +123,10 @@ def test_nothing_is_on_the_list_of_other_works_that_a_patch_cites_or_nobody_does
 
 
 @pytest.mark.parametrize("path", shipped_files().values(), ids=lambda path: path.stem)
-def test_a_recipe_cites_works_of_its_patches(path: Path) -> None:
+def test_a_recipe_cites_works_of_its_patches_and_cache(path: Path) -> None:
     cites = {entry.name: set(works(entry.cite)) for entry in OWN}
     for name, recipe in read_file(path).recipes.items():
         theirs = set().union(*(cites[rule.patch] for rule in recipe.rules if rule.patch != "dense"))
+        theirs |= set(works(CACHES[recipe.cache.kind].cite)) if recipe.cache else set()
         assert works(recipe.cite), name
-        assert set(works(recipe.cite)) <= theirs, f"{path.stem}/{name} cites {recipe.cite}, its patches {sorted(theirs)}"
+        assert set(works(recipe.cite)) <= theirs, f"{path.stem}/{name} cites {recipe.cite}, it uses {sorted(theirs)}"
