@@ -22,7 +22,7 @@ if (_BROKEN := without_links()) is not None:
 
 if TYPE_CHECKING:
     from accelplug.calibration import calibrate
-    from accelplug.comparison import Comparison, Exam, compare
+    from accelplug.comparison import Comparison, Exam, TextExam, compare
     from accelplug.families import register_family
     from accelplug.families.vlm import register_vlm
     from accelplug.inspection import inspect
@@ -39,6 +39,7 @@ __all__ = [
     "Exam",
     "Plug",
     "Recipe",
+    "TextExam",
     "Tuned",
     "__version__",
     "apply",
@@ -65,6 +66,7 @@ _HOMES = {
     "verify": "tuning",
     "Comparison": "comparison",
     "Exam": "comparison",
+    "TextExam": "comparison",
     "Plug": "plug",
     "Recipe": "recipe",
     "apply": "plug",

@@ -32,6 +32,8 @@ class AttentionCall:
     place : where the call stands in its sequence; None for denoisers.
     hidden : (B, S_q, C), what enters the layer (the residual stream), for patches that need ``hidden_states``; else None.
     error : float32 (), into which a patch that can writes an estimate of its output's relative error; None where nobody asks.
+    audited : language models: takes the share of attention that a plan kept, float32 (B, H), and which heads read everything for that,
+        bool (B, H), for `Plug.report`; None where nobody asks.
     ticket : int64 () on the CPU, of the `kernels.memory.Memory` in which such a patch finds what it left here in the last step; or None.
     """
 
@@ -45,6 +47,7 @@ class AttentionCall:
     hidden: Tensor | None = None
     error: Tensor | None = None
     ticket: Tensor | None = None
+    audited: Callable[[Tensor, Tensor], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser("compare", help="run a model dense and with recipes; report speed and quality")
-    _takes_model(command, "a pipeline or a vision-language model")
+    _takes_model(command, "a pipeline or a language model")
     command.add_argument(
         "--recipe", action="append", help="name or file; repeat for several; the model's default if left out"
     )
@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=["strict", "official"],
         help="how yes and no are read: ours, or as POPE's release does",
     )
+    _takes_texts(command)
     command.add_argument("--seed", action="append", type=_seed, help="repeat for several (default 0)")
     _takes_pipeline_settings(command)
     command.add_argument("--caches", action="store_true", help="add FirstBlockCache, alone and with each recipe")
@@ -135,12 +136,16 @@ def _parser() -> argparse.ArgumentParser:
     _takes_model(command, "a pipeline or a language model")
     command.add_argument("--prompts", type=Path, help="pipelines: a text file, one prompt a line; the last is held out")
     _takes_questions(command)
+    _takes_texts(command)
     command.add_argument(
         "--budget",
-        help="bounds, such as 'psnr>=26, ssim>=.9' (default psnr>=26); of a language model 'accuracy>=0.8, speed>=0.9' (default none)",
+        help="bounds, such as 'psnr>=26, ssim>=.9' (default psnr>=26); of a language model 'accuracy>=0.8, speed>=0.9' (default none); "
+        "on long texts 'needle>=stock, nll<=stock+0.02' (default)",
     )
-    command.add_argument("--objective", choices=["accuracy", "mcc", "nll"], help="what a language model should do better")
-    command.add_argument("--time", type=_number, default=600.0, help="seconds to spend, about (default 600)")
+    command.add_argument(
+        "--objective", choices=["accuracy", "mcc", "nll", "speed"], help="what a language model should do better"
+    )
+    command.add_argument("--time", type=_number, help="seconds to spend, about (default 600; on long texts 110)")
     command.add_argument("--seeds", type=_whole, default=4, help="number of seeds; half are held out (default 4)")
     command.add_argument("--patch", action="append", help="try only this patch; repeat for several")
     command.add_argument("--no-caches", action="store_true", help="try no step caches")
@@ -194,6 +199,17 @@ def _parser() -> argparse.ArgumentParser:
 def _takes_model(command: argparse.ArgumentParser, what: str) -> None:
     here = f"the name of one that is here: {', '.join((*zoo.BUNDLED, *zoo.WHEELS))}"
     command.add_argument("model_dir", metavar="MODEL", help=f"{what} saved on disk, or {here}")
+
+
+def _takes_texts(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tokens", action="append", type=_whole, help="language models: length of prompts; repeat for several"
+    )
+    command.add_argument(
+        "--text", type=Path, help="language models: plant what is asked for in this file of text, and weigh it"
+    )
+    command.add_argument("--trials", type=_whole, help="language models: contexts of each kind a length (default 1)")
+    command.add_argument("--anew", action="store_true", help="language models: read the context anew with every question")
 
 
 def _takes_questions(command: argparse.ArgumentParser) -> None:
@@ -306,7 +322,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _compare_answers(options: argparse.Namespace, report: Path | None) -> int:
-    """Compare a vision-language model on questions and descriptions."""
+    """Compare a language model on long texts, a vision-language model on questions and descriptions."""
     if options.record:
         raise AccelplugError("compare records pipelines only; of a language model, `accelplug tune` writes a measured row.")
     if options.by_layer:
@@ -316,19 +332,35 @@ def _compare_answers(options: argparse.Namespace, report: Path | None) -> int:
 
     if options.coco and options.amber:
         raise AccelplugError("--coco and --amber are two exams: expected one of them. Compare twice.")
-    pictures = 200 if options.pictures is None else options.pictures
-    if options.amber:
+    exam: Any = _text_exam(options)
+    if exam is None and options.amber:
         exam = Exam.amber(options.amber, options.pictures)
-    else:
-        exam = Exam.coco(options.coco, pictures) if options.coco else Exam.scenes(pictures)
-    exam = replace(exam, parse=options.parse)
-    model, processor = loading.language_model(options.model_dir, options.dtype, options.device)
+    elif exam is None and options.coco:
+        exam = Exam.coco(options.coco, options.pictures or 200)
+    model, processor = loading.language_model(options.model_dir, options.dtype, options.device, text=True)
+    if exam is None and hasattr(processor, "image_processor"):
+        exam = Exam.scenes(options.pictures or 200)
+    exam = replace(exam, parse=options.parse) if isinstance(exam, Exam) else exam
     _publish(compare(model, options.recipe, exam, processor=processor), report)
     return 0
 
 
+def _text_exam(options: argparse.Namespace) -> Any:
+    """What a language model is examined on where it reads texts; None where nothing was said of them."""
+    from accelplug.comparison import TextExam
+
+    if not (options.text or options.tokens or options.trials or options.anew):
+        return None
+    if getattr(options, "coco", None) or getattr(options, "amber", None) or getattr(options, "questions", None):
+        raise AccelplugError(
+            "--text, --tokens, --trials and --anew are of an exam on texts: expected no other one beside it."
+        )
+    return TextExam(tokens=tuple(options.tokens or ()), text=options.text, trials=options.trials or 1, anew=options.anew)
+
+
 def _tune(options: argparse.Namespace) -> int:
     from accelplug import loading
+    from accelplug.comparison import TextExam
     from accelplug.hosts.host import model_facts
     from accelplug.table import require_place
     from accelplug.tuning import tune
@@ -336,8 +368,10 @@ def _tune(options: argparse.Namespace) -> int:
     output, report = files.output(options.output, "--output", (".yaml", ".yml")), _report(options)
     require_place(output.with_suffix(".safetensors"))
     inputs: Any
+    seconds = 600.0
     if loading.kind_of(options.model_dir) == "language model":
-        pipe, processor, inputs = _questioned(options)
+        pipe, processor, inputs = _questioned(options, _text_exam(options))
+        seconds = 110.0 if inputs is None or isinstance(inputs, TextExam) else seconds
     elif options.prompts is None:
         raise AccelplugError("tune runs a pipeline on prompts; add --prompts FILE.")
     else:
@@ -350,7 +384,7 @@ def _tune(options: argparse.Namespace) -> int:
         options.budget,
         processor=processor,
         objective=options.objective,
-        time_budget_s=options.time,
+        time_budget_s=seconds if options.time is None else options.time,
         seeds=options.seeds,
         patches=options.patch,
         caches=not options.no_caches,
@@ -378,18 +412,21 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if found.confirmed else 1
 
 
-def _questioned(options: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """Load a language model, its processor or tokenizer, and the questions that are asked of it."""
+def _questioned(options: argparse.Namespace, texts: Any = None) -> tuple[Any, Any, Any]:
+    """Load a language model, its processor or tokenizer, and what is asked of it: None for long texts of no set length."""
     from accelplug import loading
     from accelplug.comparison import Exam
     from accelplug.comparison.questions import read_questions
 
     if options.questions and options.coco:
         raise AccelplugError("--questions and --coco both say what is asked; give one of them.")
-    asked: Any = read_questions(options.questions) if options.questions else None
-    if asked is None:
-        asked = Exam.coco(options.coco, options.pictures) if options.coco else Exam.scenes(options.pictures)
-    return *loading.language_model(options.model_dir, options.dtype, options.device, text=True), asked
+    asked: Any = read_questions(options.questions) if options.questions else texts
+    if asked is None and options.coco:
+        asked = Exam.coco(options.coco, options.pictures)
+    model, processor = loading.language_model(options.model_dir, options.dtype, options.device, text=True)
+    if asked is None and hasattr(processor, "image_processor"):
+        asked = Exam.scenes(options.pictures)
+    return model, processor, asked
 
 
 def _prompts(path: Path) -> list[str]:

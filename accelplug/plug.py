@@ -414,7 +414,8 @@ class Plug(AbstractContextManager["Plug"]):
 
         Parameters
         ----------
-        by_layer : list what patches estimate of their errors by module too, the median over steps and guidance branches of the last run.
+        by_layer : list what patches estimate of their errors by module too, the median over steps and guidance branches of the last run;
+            and what audits found by module.
         """
         self._count_replaced()
         for host in self.hosts:
@@ -431,6 +432,7 @@ class Plug(AbstractContextManager["Plug"]):
             errors=self._ledger.estimates.by_patch(),
             unestimated=self._ledger.estimates.missing(),
             errors_by_layer=self._ledger.estimates.by_module() if by_layer else {},
+            kept=self._ledger.kept_in(by_layer),
             forecasts={f"{f.denoiser} at {_by(f.shape)}": str(f) for f in self.forecasts},
             compiled=[what for host in self.hosts for what in host.compiled()],
             idle=[f"{self.recipe.named(rule.number)}: {rule.why}" for rule in fit.idle(self.recipe, self.hosts)],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from accelplug.kernels.plan import pool
+from accelplug.kernels.plan import BlockPlan, pool
 
 PIECE = (1 << 20, 1 << 25)
 """Logits held at a time: so many as a CPU's caches hold, more elsewhere. Ours."""
@@ -145,3 +145,37 @@ def mean_past(
         logits = pad(logits, (0, 0, 0, blocks_q * block - q.shape[-2])).masked_fill(out, -torch.inf)
         scores.append(logits.unflatten(1, (-1, block)).logsumexp(2))  # [B, M, N]
     return torch.stack(scores, 1).masked_fill(ahead | (number == 0)[:, :, None], -torch.inf)
+
+
+def kept_mass(
+    q: Tensor, k: Tensor, plan: BlockPlan, rows: int, scale: float, held: Tensor, reads: Tensor | None = None
+) -> Tensor:
+    """Return the share of their attention that some rows give to the keys that a causal plan has them read exactly.
+
+    Parameters
+    ----------
+    q, k, scale, held, reads : as in `sampled_past`.
+    plan : causal, of one block size for queries and keys, for these queries and keys.
+    rows : how many, at equal distances among the tokens of all queries; the last one is the last token.
+
+    Returns
+    -------
+    kept : float32 (B, H), mean over the rows. What is read as part of the rest does not count.
+    """
+    causal = plan.causal or 0
+    number, first = held.sum(-1, keepdim=True), held.int().argmax(-1, keepdim=True)  # [B|1, 1]
+    place = ((torch.arange(rows, device=q.device) + 1) * number / rows).ceil().long() - 1
+    slots = (first + place.clamp(min=0)).expand(len(q), -1)  # [B, R]
+    members, groups = plan.members, q.shape[1] // k.shape[1]  # [B|1, H|H_kv|1, M, N]
+    members = members.repeat_interleave(q.shape[1] // members.shape[1], 1).expand(len(q), -1, -1, -1)
+    read = members.take_along_dim((slots // plan.block_q)[:, None, :, None], 2)  # [B, H, R, N]
+    ahead = torch.arange(k.shape[-2], device=q.device) > causal + slots[:, None, :, None]  # [B, 1, R, P_k]
+    out = ahead if reads is None else ahead | ~reads[:, None, None]
+    kept = []
+    for head in range(q.shape[1]):
+        queries = q[:, head].take_along_dim(slots[..., None], 1).float() * scale
+        share = (queries @ k[:, head // groups].float().mT).masked_fill(out[:, 0], -torch.inf)
+        share = share.softmax(-1).nan_to_num(nan=0.0)  # [B, R, P_k]; NaN: no token in the row
+        by_block = pad(share, (0, -k.shape[-2] % plan.block_k)).unflatten(-1, (-1, plan.block_k)).sum(-1)
+        kept.append((by_block * read[:, head]).sum(-1).mean(-1))
+    return torch.stack(kept, 1)

@@ -180,6 +180,10 @@ class Patch:
         """Return what `call` costs as a fraction of dense, and its block plan, where there are such things."""
         return None, None
 
+    def kept(self, call: AttentionCall, params: Any, plan: BlockPlan) -> Tensor | None:
+        """Return the share of its true attention that each head finds in a plan, float32 (B, H), from a few exact rows; or None."""
+        return None
+
     def shared_order(self, params: Any) -> Tiles | None:
         """Return the order into which every call with these params puts its tokens, where they could come in it; None if not."""
         return None

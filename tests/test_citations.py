@@ -32,6 +32,8 @@ OTHER_WORKS = {
     "2306.13394": "MME, an evaluator",
     "2309.14509": "DeepSpeed-Ulysses, context parallelism",
     "2311.07397": "AMBER, an evaluator",
+    "2312.04927": "Zoology, associative recall, an evaluator",
+    "2404.06654": "RULER, evaluators",
     "2410.02367": "SageAttention, the setting precision",
     "2512.01540": "FlashVGGT, the setting representative",
     "2602.01077": "PISA, the setting rest",

@@ -4,6 +4,19 @@ from accelplug.comparison.entry import compare
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.result import Comparison
 from accelplug.comparison.rows import Row, Sample, Variant
+from accelplug.comparison.texts import TextExam
+from accelplug.comparison.texts.compared import TextComparison
 from accelplug.comparison.vlm import VlmComparison, compare_vlm
 
-__all__ = ["Comparison", "Exam", "Row", "Sample", "Variant", "VlmComparison", "compare", "compare_vlm"]
+__all__ = [
+    "Comparison",
+    "Exam",
+    "Row",
+    "Sample",
+    "TextComparison",
+    "TextExam",
+    "Variant",
+    "VlmComparison",
+    "compare",
+    "compare_vlm",
+]

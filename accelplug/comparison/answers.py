@@ -8,13 +8,12 @@ from __future__ import annotations
 import base64
 import html
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accelplug.comparison.charts import CHARTS_STYLE, Mark, chart
-from accelplug.comparison.evaluators.evaluator import Figure, Question
+from accelplug.comparison.charts import CHARTS_STYLE, charts
+from accelplug.comparison.evaluators.evaluator import Question
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.outcome import Outcome
 from accelplug.comparison.rows import STOCK_ROW
@@ -46,7 +45,7 @@ def answers_page(model: str, exam: Exam, rows: Sequence[Outcome], environment: M
         told,
         '<p class="soft">Dots are values; bars are 95 % intervals of the difference to stock, resampled over pictures. '
         "A bar that crosses the dashed line, stock, shows no difference. Controls, in grey: what a real effect must beat.</p>",
-        _charts(rows),
+        charts(rows),
         as_elements(table),
         "<h2>Where answers changed</h2>",
         _changes(exam, rows),
@@ -71,26 +70,6 @@ def _verdict(rows: Sequence[Outcome]) -> str:
     words = {"better": "better than stock", "": "no difference shown", "worse": "worse"}
     parts = [f"{words[key]}: {', '.join(names)}" for key, names in by_verdict.items() if names]
     return f"{what[:1].upper()}{what[1:]}: {'; '.join(parts)}"
-
-
-def _charts(rows: Sequence[Outcome]) -> str:
-    """A chart for each figure, of all rows that have it."""
-    by_name: dict[str, list[tuple[Outcome, Figure]]] = {}
-    for row in rows:
-        for figure in row.drawn():
-            by_name.setdefault(figure.name, []).append((row, figure))
-    parts = []
-    for name, held in by_name.items():
-        marks = [
-            Mark(
-                row.name, row.kind, figure.value, *figure.interval, str(figure), f"{row.name}: {figure} {figure.delta or ''}"
-            )
-            for row, figure in held
-        ]
-        better = held[0][1].better
-        stock = next((figure.value for row, figure in held if row.name == STOCK_ROW), math.nan)
-        parts.append(chart(name, f"{better} is better" if better else "", marks, stock))
-    return f'<div class="charts">{"".join(parts)}</div>'
 
 
 @dataclass(frozen=True)

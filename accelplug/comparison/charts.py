@@ -6,6 +6,10 @@ import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+from accelplug.comparison.evaluators.evaluator import Figure
+from accelplug.comparison.rows import STOCK_ROW
 
 CHARTS_STYLE = """
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 18px; }
@@ -76,3 +80,31 @@ def chart(title: str, hint: str, marks: Sequence[Mark], reference: float = math.
             f'<div class="line {mark.kind}" title="{said}"><b>{name}</b>{track}<span>{html.escape(mark.text)}</span></div>\n'
         )
     return f'<section class="panel"><h3>{html.escape(title)} <span class="soft">{html.escape(hint)}</span></h3>\n{lines}</section>'
+
+
+class Drawn(Protocol):
+    """A row that has figures to draw."""
+
+    name: str
+    kind: str
+
+    def drawn(self) -> list[Figure]:
+        """Return them, the most telling first."""
+
+
+def charts(rows: Sequence[Drawn]) -> str:
+    """Return a chart for each figure, of all rows that have it; the dashed line is the stock model's."""
+    by_name: dict[str, list[tuple[Drawn, Figure]]] = {}
+    for row in rows:
+        for figure in row.drawn():
+            by_name.setdefault(figure.name, []).append((row, figure))
+    parts = []
+    for name, held in by_name.items():
+        marks = [
+            Mark(row.name, row.kind, f.value, *f.interval, str(f), f"{row.name}: {f} {f.difference}".strip())
+            for row, f in held
+        ]
+        better = held[0][1].better
+        stock = next((figure.value for row, figure in held if row.name == STOCK_ROW), math.nan)
+        parts.append(chart(name, f"{better} is better" if better else "", marks, stock))
+    return f'<div class="charts">{"".join(parts)}</div>'

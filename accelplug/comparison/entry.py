@@ -15,6 +15,8 @@ from accelplug.comparison.exam import Exam
 from accelplug.comparison.ranks import working
 from accelplug.comparison.rows import DENSE_ROW, Variant
 from accelplug.comparison.study import OBSERVED, Study
+from accelplug.comparison.texts import TextExam
+from accelplug.comparison.texts.compared import compare_texts
 from accelplug.comparison.vlm import compare_vlm
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts, require_ability
@@ -41,8 +43,9 @@ def compare(
 ) -> Any:
     """Run a model dense and with recipes, on the same inputs, and measure speed and quality.
 
-    A vision-language model is examined on an `Exam` and gives a `VlmComparison` (see `accelplug.comparison.vlm`); the rest of
-    this is about pipelines, which give a `Comparison`.
+    A vision-language model is examined on an `Exam` and gives a `VlmComparison` (see `accelplug.comparison.vlm`), a language model on
+    a `TextExam` and gives a `TextComparison` (see `accelplug.comparison.texts.compared`); the rest of this is about pipelines, which
+    give a `Comparison`.
 
     Several processes (`accelerate launch`, torchrun) share the prompts and seeds, each with a pipeline of its own: dense and recipes
     of one prompt and seed are timed in one process. All get all figures, the first one the clips too; it alone writes files.
@@ -52,16 +55,17 @@ def compare(
 
     Parameters
     ----------
-    pipe : a diffusers pipeline, or a transformers vision-language model.
+    pipe : a diffusers pipeline, or a transformers language or vision-language model.
     recipe : one recipe or several: anything that `accelplug.apply` takes, a list of such, or a mapping name -> recipe.
     inputs : arguments of the pipeline's call; one mapping, or one per prompt. `output_type` is set here, to arrays. For a
-        vision-language model an `Exam`; generated scenes if left out.
+        vision-language model an `Exam`; generated scenes if left out. For a language model a `TextExam`; one prompt length at which
+        all recipes are at work if left out.
     seeds : one run of everything per seed and prompt.
     caches : add FirstBlockCache alone, and with each recipe.
     floors : add the two floors: dense in another attention kernel or dtype, and dense at another seed.
     foreground : uint8 (F, H, W, 3) -> bool (F, H, W), the objects, for the foreground PSNR.
     detect : (uint8 clip, prompt) -> agreement in [0, 1].
-    processor : a vision-language model's.
+    processor : a language model's: its processor, or its tokenizer.
     progress : show a progress bar.
 
     Raises
@@ -75,7 +79,7 @@ def compare(
     if require_ability(pipe, "compare").gives == "answers":
         if caches or foreground is not None or detect is not None:
             raise AccelplugError("caches, foreground and detect are about pipelines; leave them out for a language model.")
-        return _compare_vlm(pipe, recipe, inputs, processor, progress)
+        return _examine(pipe, recipe, inputs, processor, progress)
     prompts, seeds = arguments.calls(pipe, inputs, "compare"), arguments.seeds_of(seeds, "compare")
     arguments.require_functions(foreground=foreground, detect=detect)
     recipes = _rows_of(pipe, recipe)
@@ -108,19 +112,20 @@ def compare(
     return study.finish(recipes)
 
 
-def _compare_vlm(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool) -> Any:
-    """Examine a vision-language model."""
+def _examine(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool) -> Any:
+    """Examine a language model: on pictures where it sees some, unless a `TextExam` is given."""
     arguments.require_processor(processor, "compare")
-    if not hasattr(processor, "image_processor"):
+    sees = hasattr(processor, "image_processor")
+    if not isinstance(exam, TextExam | (Exam if sees else TextExam) | None):
         raise AccelplugError(
-            f"compare asks about pictures, and {type(processor).__name__} takes none. Pass a vision-language model's processor; "
-            "models of text alone are asked by tune."
+            f"A language model is examined on a TextExam{', or on an Exam of pictures' if sees else ''}, got {type(exam).__name__}; "
+            f"see TextExam(){', Exam.scenes() and Exam.coco(folder)' if sees else ''}."
         )
-    if exam is not None and not isinstance(exam, Exam):
-        raise AccelplugError(
-            f"A vision-language model is examined on an Exam, got {type(exam).__name__}; see Exam.scenes() and Exam.coco(folder)."
-        )
-    return compare_vlm(model, _rows_of(model, recipe), exam or Exam.scenes(), processor, progress=progress)
+    rows = _rows_of(model, recipe)
+    if isinstance(exam, TextExam) or not sees:
+        texts = exam if isinstance(exam, TextExam) else TextExam()
+        return compare_texts(model, rows, texts.at_work(rows.values()), processor, progress=progress)
+    return compare_vlm(model, rows, exam or Exam.scenes(), processor, progress=progress)
 
 
 def _rows_of(pipe: Any, recipe: Any) -> dict[str, Recipe]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -73,7 +74,15 @@ class AttentionRecord:
                 self.fell_back(str(reason))
             return whole()
         call = AttentionCall(
-            q, k, v, mask, self.scale(q, kwargs), dense, self.place(q, k, mask, forward, kwargs), forward.hidden
+            q,
+            k,
+            v,
+            mask,
+            self.scale(q, kwargs),
+            dense,
+            self.place(q, k, mask, forward, kwargs),
+            forward.hidden,
+            audited=None if compiling else partial(self.host.ledger.audited, self.choice.name, self.site.module),
         )
         if watch is not None and not ahead:
             watch(self, call, forward.stream.prompt, forward.clock)
@@ -106,8 +115,10 @@ class AttentionRecord:
         self.host.ledger.count(self.host.ledger.served, name)
         if self.host.ledger.traces:
             density, plan = (None, None) if patch is None or params is None else patch.inspect(call, params)
+            kept = None if patch is None or plan is None else patch.kept(call, params, plan)
+            share = None if kept is None else float(kept.mean())
             plan = plan if self.host.ledger.keeps_plans else None
-            self.host.ledger.note(Event(self.site, clock, name, None, density, call.q.shape[2], plan=plan))
+            self.host.ledger.note(Event(self.site, clock, name, None, density, call.q.shape[2], plan=plan, kept=share))
 
     def obstacle(self, q: Tensor, k: Tensor, mask: Any, forward: Forward | None, kwargs: dict[str, Any]) -> str | None:
         """Why a call that a patch is there for must run dense, or None."""

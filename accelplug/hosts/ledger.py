@@ -15,6 +15,8 @@ from accelplug.errors import FallbackError
 from accelplug.hosts.estimates import Estimates
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from accelplug.kernels.plan import BlockPlan
 
 logger = logging.getLogger("accelplug")
@@ -45,6 +47,34 @@ class Event:
     ms: float | None = None
     plan: BlockPlan | None = None
     error: float | None = None
+    kept: float | None = None
+    """Share of the true attention that falls on what the plan reads, mean over heads and a few exact rows; None where nobody can say."""
+
+
+@dataclass
+class Audit:
+    """What audits of a module's calls found: the share of attention that its heads kept, and how many read everything for that."""
+
+    heads: int = 0
+    total: float = 0.0
+    least: float = 1.0
+    dense: int = 0
+
+    def add(self, kept: Tensor, dense: Tensor) -> None:
+        """Take in a call: float32 (B, H) and bool (B, H)."""
+        self.heads += kept.numel()
+        self.total += float(kept.sum())
+        self.least = min(self.least, float(kept.min()))
+        self.dense += int(dense.sum())
+
+    def join(self, other: Audit) -> None:
+        """Take in those of another module."""
+        self.heads, self.total, self.dense = self.heads + other.heads, self.total + other.total, self.dense + other.dense
+        self.least = min(self.least, other.least)
+
+    def __str__(self) -> str:
+        said = f"{self.total / max(self.heads, 1):.3f}, least {self.least:.3f}"
+        return f"{said}; {self.dense} of {self.heads} heads read everything"
 
 
 @dataclass(eq=False)
@@ -68,6 +98,8 @@ class Ledger:
     """Calls that a rule names and that ran dense all the same, by (module, reason)."""
     hoisted: Counter[str] = field(default_factory=Counter)
     """Forwards in which an order that blocks share was applied once for them, by where, and in which it was not, by why."""
+    kept: dict[tuple[str, str], Audit] = field(default_factory=dict)
+    """What audits found, by (patch, module)."""
     traces: list[Trace] = field(default_factory=list)
     _counting: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -96,6 +128,18 @@ class Ledger:
         """Add to one of the counters, which threads share."""
         with self._counting:
             counter[key] += times
+
+    def audited(self, patch: str, module: str, kept: Tensor, dense: Tensor) -> None:
+        """Take in what an audit of a call found."""
+        with self._counting:
+            self.kept.setdefault((patch, module), Audit()).add(kept, dense)
+
+    def kept_in(self, by_module: bool) -> dict[str, str]:
+        """What audits found, by patch, or by patch and module."""
+        found: dict[str, Audit] = {}
+        for (patch, module), kept in self.kept.items():
+            found.setdefault(f"{patch} at {module}" if by_module else patch, Audit()).join(kept)
+        return {what: str(kept) for what, kept in found.items()}
 
     def note(self, event: Event) -> None:
         """Add an event to the open traces."""

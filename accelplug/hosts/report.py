@@ -29,6 +29,8 @@ class Report(Shown):
     errors_by_layer: dict[str, ErrorSpread] = field(default_factory=dict)
     unestimated: dict[str, int] = field(default_factory=dict)
     """Calls of the last run, by patch, that should have been repaired and estimated, and were not."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """What audits found of the attention that each patch's plans keep; by module where that was asked for."""
     forecasts: dict[str, str] = field(default_factory=dict)
     compiled: list[str] = field(default_factory=list)
     idle: list[str] = field(default_factory=list)
@@ -51,6 +53,8 @@ class Report(Shown):
             )
         for module, error in self.errors_by_layer.items():
             yield f"estimated error at {module}", str(error)
+        for what, kept in self.kept.items():
+            yield f"attention kept by {what}", kept
         for what, calls in self.fallbacks.items():
             yield f"fell back to dense: {what}", f"{calls} calls"
         for where, forwards in self.hoisted.items():

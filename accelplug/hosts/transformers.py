@@ -91,7 +91,7 @@ class LanguageHost(Host):
     expects = "a transformers model with get_decoder()"
     gives = "answers"
     serves = frozenset({"heads", "prefill", "generation"})
-    abilities = {"compare": "a vision-language model"} | dict.fromkeys(("tune", "inspect", "mark"), "a language model")
+    abilities = dict.fromkeys(("compare", "tune", "inspect", "mark"), "a language model")
 
     @classmethod
     def knows(cls, model: Any) -> bool:

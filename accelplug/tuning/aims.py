@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeAlias
 
 from accelplug.recipe import ModelFacts, Rule, at_depth, matching_files
 from accelplug.registry import patch_class
@@ -14,7 +14,10 @@ from accelplug.tuning.space import require_ladders
 ALL, NEARLY_ALL, MIDDLE, LATE = (0.0, 1.0), (0.06, 1.0), (0.25, 0.5), (0.5, 1.0)
 """Shares of the depth, from and to: all but the first two of 32 layers, where text reads the picture, where the answer forms."""
 
-AIM_LADDERS: dict[str, list[tuple[tuple[float, float] | None, dict[str, Any]]]] = {
+Ladder: TypeAlias = "Sequence[tuple[tuple[float, float] | None, Mapping[str, Any]]]"
+"""Layers and settings of a patch, the likeliest first."""
+
+AIM_LADDERS: Mapping[str, Ladder] = {
     "vhr": [(LATE, {"gain": 2.0}), (LATE, {"gain": 3.0}), (ALL, {"gain": 1.5})],
     "visual_bias": [(MIDDLE, {"image_weight": 1.5}), (NEARLY_ALL, {"image_weight": 1.15}), (MIDDLE, {"image_weight": 3.0})],
     "pai": [(NEARLY_ALL, {"alpha": 0.2}), (NEARLY_ALL, {"alpha": 0.5}), (MIDDLE, {"alpha": 0.2})],
@@ -40,36 +43,46 @@ class Aim:
         return {rule["patch"] for rule in self.recipe["rules"]} - {"dense"}
 
 
-def aims(facts: ModelFacts, depth: int, patches: Sequence[str] | None = None) -> list[Aim]:
+def aims(
+    facts: ModelFacts,
+    depth: int,
+    patches: Sequence[str] | None = None,
+    ladders: Mapping[str, Ladder] | None = None,
+    **more: Any,
+) -> list[Aim]:
     """Return candidates for a model of `depth` layers: the recipes shipped for it, then a ladder of each patch, rung by rung.
+
+    `ladders` are `AIM_LADDERS` if left out; `more` are settings that every rung has beside its own, where its patch takes them.
 
     Raises
     ------
     AccelplugError
         If a patch has no ladder here.
     """
-    require_ladders(patches, AIM_LADDERS, "a language model")
-    wanted = set(patches or AIM_LADDERS)
+    ladders = AIM_LADDERS if ladders is None else ladders
+    require_ladders(patches, ladders, "a language model")
+    wanted = set(patches or ladders)
     files = matching_files(facts)
     shipped = [Aim(r.name, r.to_mapping()) for file in files[:1] for r in file.recipes.values()] if len(files) == 1 else []
-    ladders = [list(_aims_of(name, depth)) for name in AIM_LADDERS if name in wanted]
+    made = [list(_aims_of(name, depth, ladders[name], more)) for name in ladders if name in wanted]
     # One of each patch before the second of any: where time is short, each has been seen.
-    steps = [aim for rung in zip_longest(*ladders) for aim in rung if aim is not None]
+    steps = [aim for rung in zip_longest(*made) for aim in rung if aim is not None]
     return _distinct([aim for aim in shipped if aim.patches and aim.patches <= wanted] + steps, depth)
 
 
-def _aims_of(name: str, depth: int) -> Iterator[Aim]:
-    for shares, settings in AIM_LADDERS[name]:
+def _aims_of(name: str, depth: int, ladder: Ladder, more: Mapping[str, Any]) -> Iterator[Aim]:
+    more = {key: value for key, value in more.items() if key in patch_class(name).Config.model_fields}
+    for shares, settings in ladder:
         said = " ".join([name, *(f"{key}={value:g}" for key, value in settings.items())])
         if shares is None:
-            yield Aim(said, {"rules": [{"patch": name, "with": dict(settings)}]})
+            yield Aim(said, {"rules": [{"patch": name, "with": {**settings, **more}}]})
             continue
         first = min(round(shares[0] * depth), depth - 1)
         stop = max(round(shares[1] * depth), first + 1)
         # gift is told which layer it reads and which it changes; its rule has both.
         told = {"saliency_layer": first, "enhance": [first + (first + 1 < stop), stop]} if name == "gift" else {}
         layers = f"{first}:{stop}"
-        rule = {"where": {"layers": layers}, "patch": name, "with": {**settings, **told}}
+        rule = {"where": {"layers": layers}, "patch": name, "with": {**settings, **told, **more}}
         yield Aim(f"{said}, layers {layers}", {"rules": [rule]})
 
 

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from accelplug.comparison.evaluators.statistics import holm, mcnemar, paired_bootstrap
-from accelplug.comparison.metrics import ANSWER_METRICS, LIKELIHOODS, AnswerMetric, figures
-from accelplug.comparison.questions import Asker, Item, Reply
+from accelplug.comparison.metrics import ANSWER_METRICS, LIKELIHOODS, AnswerMetric
+from accelplug.comparison.questions import Item, Reply
 from accelplug.comparison.rows import STOCK_ROW
 from accelplug.errors import AccelplugError
 from accelplug.kernels.timing import synchronise
@@ -79,13 +79,15 @@ class Contest:
 
     Attributes
     ----------
+    metrics : what may be the objective and in bounds.
     candidates : those that are still in it, in order before the first page.
     sheets : by candidate and page, what was answered.
     refused : by candidate, why the model cannot have it.
     winner : the finalist that beats stock; of several that do equally well, the fastest.
     """
 
-    asker: Asker
+    asker: Any
+    """`Asker`, or what asks as it does."""
     seen: list[Item]
     held: list[Item]
     objective: str
@@ -105,6 +107,7 @@ class Contest:
     proof: list[int] = field(default_factory=list)
     """Pages that the finalists were proven on."""
     seconds: dict[str, float] = field(default_factory=dict)
+    metrics: ClassVar[Mapping[str, AnswerMetric]] = ANSWER_METRICS
 
     def __post_init__(self) -> None:
         self.pages = [half[i : i + PAGE_SIZE] for half in (self.seen, self.held) for i in range(0, len(half), PAGE_SIZE)]
@@ -113,7 +116,7 @@ class Contest:
     @property
     def metric(self) -> AnswerMetric:
         """What is to be better than the stock model's."""
-        return ANSWER_METRICS[self.objective]
+        return self.metrics[self.objective]
 
     @property
     def spent_s(self) -> float:
@@ -131,7 +134,7 @@ class Contest:
         """Put few questions to all candidates, and more to the better half, as often as it takes; each rung has its share of the time."""
         self.all_candidates = list(self.candidates)
         if f"{STOCK.name}, page 0" not in self.journal.entries:
-            self.asker.ask(self.pages[0])  # warms up
+            self.warm()
         self._answer(STOCK, 0)
         steps, page = rungs(len(self.candidates), self.first_held), 0
         for number, (left, upto) in enumerate(steps):
@@ -140,6 +143,21 @@ class Contest:
             while page < upto and (page == 0 or self.spent_s < until):
                 self.answer_all([STOCK, *self.candidates], [page])
                 page += 1
+
+    def warm(self) -> None:
+        """Have the model answer once, so that the first page is not timed with what a first call takes."""
+        self.asker.ask(self.pages[0])
+
+    def ask(self, page: int) -> tuple[list[Reply], float]:
+        """Have the model answer a page as it is; return what it said, and seconds."""
+        start = time.perf_counter()
+        replies = self.asker.ask(self.pages[page])
+        synchronise(self.asker.model.device)
+        return replies, time.perf_counter() - start
+
+    def worth(self, asked: Sequence[Item], replies: Sequence[Reply]) -> dict[str, float]:
+        """Return what replies are worth by all metrics but speed."""
+        return {name: metric.value(asked, replies) for name, metric in self.metrics.items() if metric.counts is not None}
 
     def answer_all(self, variants: Sequence[Aim], pages: Iterable[int]) -> None:
         """Have pages answered by turns, while there is time."""
@@ -160,13 +178,17 @@ class Contest:
         for page, aim in product(self.proof, [STOCK, *self.finalists]):
             self._answer(aim, page)
         self.finalists = [aim for aim in self.finalists if aim.name not in self.refused]
+        self.choose()
+        self.seconds["proof"] = round(self.spent_s - start, 1)
+
+    def choose(self) -> None:
+        """Say which finalist is the winner."""
         corrected = holm([self.test(STOCK, aim) for aim in self.finalists])
         self.holm = {aim.name: p for aim, p in zip(self.finalists, corrected, strict=True)}
         if better := [aim for aim in self.finalists if self.beats(aim)]:
             best = max(better, key=lambda aim: self.standing(aim, self.proof).gain)
             equal = [aim for aim in better if aim is best or self.test(best, aim) >= LEVEL]
             self.winner = max(equal, key=lambda aim: self.standing(aim, self.proof).figures["speed"])
-        self.seconds["proof"] = round(self.spent_s - start, 1)
 
     def beats(self, aim: Aim) -> bool:
         """Whether a finalist is within the budget and better than stock on the proof, beyond chance."""
@@ -188,10 +210,8 @@ class Contest:
             try:
                 model, processor = self.asker.model, self.asker.processor
                 with nullcontext() if aim is STOCK else apply(model, aim.recipe, gate="off", processor=processor):
-                    start = time.perf_counter()
-                    replies = self.asker.ask(self.pages[page])
-                    synchronise(model.device)
-                    return {"replies": [asdict(reply) for reply in replies], "seconds": time.perf_counter() - start}
+                    replies, seconds = self.ask(page)
+                    return {"replies": [asdict(reply) for reply in replies], "seconds": seconds}
             except AccelplugError as error:
                 if aim is STOCK:
                     raise
@@ -221,7 +241,7 @@ class Contest:
         """What a candidate is worth on pages, by default all that it answered in the search."""
         pages = self.searched(aim) if pages is None else pages
         asked, stock, own = self.answered(aim, pages)
-        before, found = figures(asked, stock), figures(asked, own)
+        before, found = self.worth(asked, stock), self.worth(asked, own)
         before["speed"], found["speed"] = 1.0, float(np.median(self.speeds(aim, pages)))
         for bound in self.bounds:
             if bound.score is not None:

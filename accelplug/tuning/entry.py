@@ -13,6 +13,7 @@ from accelplug import compat, show
 from accelplug.comparison import arguments
 from accelplug.comparison.ranks import require_one, working
 from accelplug.comparison.study import Study
+from accelplug.comparison.texts import TextExam
 from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.hosts.host import require_ability
 from accelplug.hosts.models import unwrapped
@@ -24,6 +25,7 @@ from accelplug.tuning.language import tune_language
 from accelplug.tuning.result import Tuned
 from accelplug.tuning.search import Search
 from accelplug.tuning.space import require_ladders
+from accelplug.tuning.texts import tune_texts
 from accelplug.tuning.workers import Workers
 
 
@@ -43,7 +45,7 @@ def tune(
     resume: str | Path | None = None,
     progress: bool = True,
 ) -> Tuned:
-    """Find the fastest recipe that keeps a diffusers pipeline within a quality budget; of a language model, the most accurate.
+    """Find the fastest recipe that keeps a diffusers pipeline or a language model within a quality budget; or the most accurate.
 
     Probe cheaply, then run. A dense run is recorded; every patch and setting is tried on a few of its denoiser calls, from
     which time and error of whole runs are predicted (`accelplug.tuning.prediction`). The fastest that promise to stay
@@ -59,22 +61,26 @@ def tune(
 
     Where the denoiser goes through torch.compile, each candidate compiles anew, and its first run is not timed.
 
-    Language models: patches aim attention at the picture, and make no model faster. Candidates answer questions, few at first,
-    and the better half goes on to more (successive halving). Those that beat the stock model answer questions about pictures
-    that were held out; the recipe is one that beats it there too (McNemar's test, for likelihoods the sign test, with Holm's
-    correction over the finalists) within the budget: the fastest of those that do equally well. Else: stay stock, and why.
+    Language models on long texts (a `TextExam`, or nothing for a model that sees no pictures): patches of sparse prefill, and what reads
+    or keeps fewer keys in decoding; the fastest that finds and predicts as stock does, see `accelplug.tuning.texts`.
+
+    Language models that answer questions: patches aim attention at the picture, and make no model faster. Candidates answer
+    questions, few at first, and the better half goes on to more (successive halving). Those that beat the stock model answer
+    questions about pictures that were held out; the recipe is one that beats it there too (McNemar's test, for likelihoods the
+    sign test, with Holm's correction over the finalists) within the budget: the fastest of those that do equally well. Else: stay stock.
 
     Parameters
     ----------
     pipe : a diffusers pipeline, or a transformers language or vision-language model. It is left as it was.
     inputs : arguments of the pipeline's call, one mapping or several. The last of several prompts is held out for the proof.
         Language models: an `Exam`, or a list of ``{"text", "answer", "image"}``, image a PIL image or a path, and optional;
-        generated scenes if left out. Half of the pictures are held out.
+        generated scenes if left out. Half of the pictures are held out. Or a `TextExam`; contexts of the next seed are held out.
     budget : bounds that every run must keep against dense at the same seed: ``"fg_psnr>=26"``, ``"ssim>=.9, agreement>=1"``,
         a `Bound` with your own function, or a list of such; ``"psnr>=26"`` if left out. Language models: bounds on figures
         over all questions, ``"accuracy>=0.8, hallucination<=stock, speed>=0.9"``, none if left out. accuracy: share that is
         right; mcc, recall, hallucination: of questions of yes and no; nll: nats a token of the reference answers; speed: the
-        stock model's time over the patched one's; each against a number or against ``stock+0.01``.
+        stock model's time over the patched one's; each against a number or against ``stock+0.01``. On long texts
+        ``"needle>=stock, nll<=stock+0.02"`` if left out; also ruler, associative.
     time_budget_s : seconds to spend, about; the proof is kept time for. Ctrl-C ends the search and keeps the best so far.
     seeds : number of seeds, or the seeds. The second half is held out for the proof. Language models: the first one draws which
         pictures are.
@@ -109,7 +115,8 @@ def tune(
             raise AccelplugError(
                 "foreground and detect are about clips; bound a language model's answers, or leave them out."
             )
-        return tune_language(
+        reads = isinstance(inputs, TextExam) or (inputs is None and not hasattr(processor, "image_processor"))
+        return (tune_texts if reads else tune_language)(
             pipe,
             inputs,
             budget,

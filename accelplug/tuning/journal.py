@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accelplug import files
+from accelplug import compat, files
 from accelplug.comparison.environment import device_name
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
@@ -72,6 +72,17 @@ class Journal:
             return read(self.entries[key])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise AccelplugError(f"{self.path} holds no measurement under {key!r}: {error!r}. Delete that line.") from error
+
+
+def fingerprint_of(model: Any, *facts: Any) -> str:
+    """Return 16 hex digits that change with facts, with a language model's config, and with samples of its weights."""
+    config = sorted(
+        (key, str(value)) for key, value in model_facts(model).config.items() if compat.transformers.ORIGIN not in key
+    )
+    sha = hashlib.sha256(repr((config, facts, device_name())).encode())
+    for name, weight in model.named_parameters():
+        sha.update(f"{name} {weight.device} {weight.dtype} {'' if weight.is_meta else few_numbers(weight)}".encode())
+    return sha.hexdigest()[:16]
 
 
 SAMPLES = 16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import html
 import logging
 import math
@@ -13,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from accelplug import compat, show
+from accelplug import show
 from accelplug.comparison import arguments
 from accelplug.comparison.charts import CHARTS_STYLE, Mark, chart
-from accelplug.comparison.environment import device_name, environment
+from accelplug.comparison.environment import environment
 from accelplug.comparison.exam import Exam
-from accelplug.comparison.metrics import ANSWER_METRICS, ANSWERS, LIKELIHOODS, POLAR, figures
+from accelplug.comparison.metrics import ANSWER_METRICS, ANSWERS, LIKELIHOODS, POLAR
 from accelplug.comparison.questions import Asker, Item, digest, items, require_pictures, shifted_accuracy
 from accelplug.comparison.rows import Quantiles
 from accelplug.errors import AccelplugError
@@ -29,7 +28,7 @@ from accelplug.tuning import aims
 from accelplug.tuning.aims import Aim
 from accelplug.tuning.budget import Bound, parse_budget
 from accelplug.tuning.contest import PAGE_SIZE, SEARCH_SHARE, STOCK, Contest
-from accelplug.tuning.journal import Journal, few_numbers
+from accelplug.tuning.journal import Journal, fingerprint_of
 from accelplug.tuning.result import Point, Tuned
 from accelplug.tuning.space import FINALISTS, require_ladders
 
@@ -74,7 +73,9 @@ def tune_language(
     needs = {ANSWER_METRICS[name].needs for name in named}
     says = bool(needs & {ANSWERS, POLAR}) or any(bound.score for bound in bounds)
     asker = Asker(model, processor, says=says, likelihoods=LIKELIHOODS in needs, parse=getattr(given, "parse", "strict"))
-    journal = Journal(resume, _fingerprint(model, asked, seed, asker))
+    journal = Journal(
+        resume, fingerprint_of(model, digest(asked), seed, asker.says, asker.likelihoods, asker.parse, PAGE_SIZE)
+    )
     contest = Contest(asker, *split(asked, seed), objective, bounds, time_budget_s, journal)
     with show.progress("tuning", time_budget_s, progress) as contest.tell:
         try:
@@ -86,7 +87,7 @@ def tune_language(
                 raise
             logger.warning("tune: interrupted; the best so far is proven now. Interrupt again to stop at once.")
         contest.prove()
-    return _tuned(contest, seed)
+    return tuned(contest, seed, _why(contest), _notes(contest), parse=asker.parse)
 
 
 def questions(model: Any, given: Any, processor: Any) -> tuple[Item, ...]:
@@ -112,18 +113,6 @@ def split(asked: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
     seen = {groups[i] for i in rng.permutation(len(groups))[: len(groups) // 2]}
     shuffled = [asked[i] for i in rng.permutation(len(asked))]  # so that the first page shows many pictures
     return [item for item in shuffled if item.group in seen], [item for item in shuffled if item.group not in seen]
-
-
-def _fingerprint(model: Any, asked: Sequence[Item], seed: int, asker: Asker) -> str:
-    """What replies depend on: the model, some of its weights, the questions in their order, and what is asked of each."""
-    config = sorted(
-        (key, str(value)) for key, value in model_facts(model).config.items() if compat.transformers.ORIGIN not in key
-    )
-    facts = (config, digest(asked), seed, asker.says, asker.likelihoods, asker.parse, PAGE_SIZE, device_name())
-    sha = hashlib.sha256(repr(facts).encode())
-    for name, weight in model.named_parameters():
-        sha.update(f"{name} {weight.device} {weight.dtype} {'' if weight.is_meta else few_numbers(weight)}".encode())
-    return sha.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------------------- the result
@@ -172,13 +161,11 @@ class Answered(Tuned):
         return framed("accelplug: tuned", f"{head}\n{drawn}\n{as_elements(self.table())}\n{notes}", CHARTS_STYLE)
 
 
-def _tuned(contest: Contest, seed: int) -> Answered:
-    """Put the recipe, its measurement and what was tried together."""
+def tuned(contest: Contest, seed: int, why: str, notes: tuple[str, ...], **inputs: Any) -> Answered:
+    """Put the recipe, its measurement and what was tried together; `inputs` say what it was measured on."""
     winner = contest.winner
     recipe = load((winner or STOCK).recipe, model_facts(contest.asker.model))
-    stock = _point(contest, STOCK)
-    tried = {aim.name: _point(contest, aim) for aim in contest.tried}
-    why = _why(contest, stock, tried)
+    stock, *tried = points(contest).values()
     return Answered(
         name="tuned",
         model="tuned",
@@ -186,14 +173,19 @@ def _tuned(contest: Contest, seed: int) -> Answered:
         source=recipe.source,
         loc=recipe.loc,
         summary=why,
-        measured=(_measured(contest, winner, seed),) if winner else (),
+        measured=(_measured(contest, winner, seed, inputs),) if winner else (),
         why=why,
         bounds=contest.bounds,
-        notes=_notes(contest, stock),
-        points=(stock, *sorted(tried.values(), key=lambda p: (p.verdict == "tried", -p.runs, -p.margin))),
+        notes=notes,
+        points=(stock, *sorted(tried, key=lambda p: (p.verdict == "tried", -p.runs, -p.margin))),
         seconds={**contest.seconds, "all": round(contest.spent_s, 1)},
         objective=contest.objective,
     )
+
+
+def points(contest: Contest) -> dict[str, Point]:
+    """Return the stock model and all that was tried, by name."""
+    return {aim.name: _point(contest, aim) for aim in (STOCK, *contest.tried)}
 
 
 def _point(contest: Contest, aim: Aim) -> Point:
@@ -216,20 +208,22 @@ def _point(contest: Contest, aim: Aim) -> Point:
     )
 
 
-def _why(contest: Contest, stock: Point, points: Mapping[str, Point]) -> str:
+def _why(contest: Contest) -> str:
     """The result in a sentence."""
+    found = points(contest)
+    stock = found.pop(STOCK.name)
     name, held = contest.objective, sum(len(contest.pages[page]) for page in contest.proof)
     value = f"{stock.worst.get(name, math.nan):.3f}"
     if contest.winner is not None:
-        point = points[contest.winner.name]
-        found = f"{name} {point.worst[name]:.3f}, stock {value}, on {held} questions held out"
-        return f"{point.name}: {found} ({_gained(point)}), at {point.speedup:.2f}x the speed"
+        point = found[contest.winner.name]
+        beside = f"{name} {point.worst[name]:.3f}, stock {value}, on {held} questions held out"
+        return f"{point.name}: {beside} ({_gained(point)}), at {point.speedup:.2f}x the speed"
     if contest.seen[0].picture is None:
         return (
             "Stay stock: every patch for language models moves attention to pictures, and these questions show none. "
             f"Stock: {name} {value} on {stock.runs} questions."
         )
-    if not points:
+    if not found:
         page_s = contest.sheets[STOCK.name][0].seconds
         enough = math.ceil(2 * (1 + FINALISTS) * page_s / SEARCH_SHARE)
         return (
@@ -237,17 +231,18 @@ def _why(contest: Contest, stock: Point, points: Mapping[str, Point]) -> str:
             f"Give time_budget_s of at least {enough}."
         )
     if contest.finalists:
-        said = "; ".join(f"{aim.name}: {_gained(points[aim.name])}" for aim in contest.finalists)
+        said = "; ".join(f"{aim.name}: {_gained(found[aim.name])}" for aim in contest.finalists)
         return f"Stay stock: what did better in the search is not proven on {held} questions held out. {said}."
-    best = max(points.values(), key=lambda point: (point.margin, point.runs))
+    best = max(found.values(), key=lambda point: (point.margin, point.runs))
     return (
-        f"Stay stock: of {len(points)} candidates none did better within the budget. Stock: {name} {value} on {stock.runs} questions; "
+        f"Stay stock: of {len(found)} candidates none did better within the budget. Stock: {name} {value} on {stock.runs} questions; "
         f"nearest: {best.name}, gain {_gain(best)} on {best.runs}."
     )
 
 
-def _notes(contest: Contest, stock: Point) -> tuple[str, ...]:
-    """What was not tried, what the stock model itself misses, and whether a shifted threshold does as well as the recipe."""
+def untried(contest: Contest) -> tuple[str, ...]:
+    """What was not tried, and why; and what the stock model itself misses."""
+    stock = points(contest)[STOCK.name]
     notes = [f"Not tried: {name}: {reason}" for name, reason in contest.refused.items()]
     if left := len(contest.all_candidates) - len(contest.tried) - len(contest.refused):
         notes.append(f"Not tried for want of time: {left} of {len(contest.all_candidates)} candidates.")
@@ -255,6 +250,12 @@ def _notes(contest: Contest, stock: Point) -> tuple[str, ...]:
     missed = [bound for bound in contest.bounds if bound.name in own and bound.margin(own[bound.name], own[bound.name]) < 0]
     if missed:
         notes.append(f"The stock model itself misses {', '.join(map(str, missed))}.")
+    return tuple(notes)
+
+
+def _notes(contest: Contest) -> tuple[str, ...]:
+    """What was not tried, what the stock model itself misses, and whether a shifted threshold does as well as the recipe."""
+    notes = list(untried(contest))
     if contest.winner and not math.isnan(shifted := shifted_accuracy(*contest.answered(contest.winner))):
         notes.append(f"The stock model with its threshold moved to as many yes: accuracy {shifted:.3f}.")
     return tuple(notes)
@@ -269,10 +270,10 @@ def _gained(point: Point) -> str:
     return f"gain {_gain(point)}, 95 % by pictures, corrected p {point.holm:.2g}"
 
 
-def _measured(contest: Contest, aim: Aim, seed: int) -> Measured:
+def _measured(contest: Contest, aim: Aim, seed: int, inputs: Mapping[str, Any]) -> Measured:
     """The proof as a row of a recipe file: figures beside stock's, milliseconds a question."""
     asked, stock, own = contest.answered(aim)
-    before, found = figures(asked, stock), figures(asked, own)
+    before, found = contest.worth(asked, stock), contest.worth(asked, own)
     facts = environment(contest.asker.model)
     ms = {
         variant.name: Quantiles.of(
@@ -288,7 +289,7 @@ def _measured(contest: Contest, aim: Aim, seed: int) -> Measured:
                 for key in ("date", "device", "versions", "git", "dtype", "baseline")
                 if facts.get(key) is not None
             },
-            "inputs": {"questions": len(asked), "questions_sha256": digest(asked), "parse": contest.asker.parse},
+            "inputs": {"questions": len(asked), "questions_sha256": digest(asked), **inputs},
             "seeds": [seed],
             "dense_ms": asdict(ms[STOCK.name]),
             "ms": asdict(ms[aim.name]),

@@ -10,6 +10,7 @@ block (`rest: pool`).
   attention. No clock decides: with `gate="auto"` too, a prompt runs sparse from `min_tokens` on.
 * In chunks of whole blocks it is the whole, but for the chunks before the prompt has `min_tokens`, which run dense.
   Where rows of a batch have padding on the left, blocks of later chunks count from the first slot.
+* With `min_mass` each plan is audited: the attention of a few exact rows says what share of it the blocks hold.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pydantic import Field
 from torch.nn.functional import pad
 
 from accelplug.kernels.attention import Backend, block_attention
+from accelplug.kernels.past import kept_mass
 from accelplug.kernels.plan import BlockPlan, past_and_reached
 from accelplug.kernels.rest import Drop, Pool
 from accelplug.patches.base import Config, Patch, UnimplementedHalf
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from accelplug.call import AttentionCall, Clock, Prompt, Site
+
+AUDIT_ROWS = 16
+"""Rows of a prompt that an audit looks at: 16 of 8,192 tokens are 1/512 of the products q.k. Ours."""
 
 
 class PrefillConfig(Config):
@@ -44,6 +49,13 @@ class PrefillConfig(Config):
     )
     rest: Literal["drop", "pool"] = Field(
         "drop", description="What becomes of past blocks that are not selected: dropped, or one mean key and value each."
+    )
+    min_mass: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="Least share of their attention that 16 exact rows of a head must find in its blocks; a head that has less reads "
+        "everything, which is counted. none: nobody looks.",
     )
     backend: Backend = Field(
         "auto", description="Kernel that runs the plan: auto, first, triton, flex, flash, blocked or reference."
@@ -183,6 +195,8 @@ class Prefill(Patch):
         blocks, back = self._laid_out(call, params)
         rest = Pool() if self.config.rest == "pool" else Drop()
         plan = self.route(blocks, params.budget)
+        if self.config.min_mass is not None:
+            plan = self._audited(blocks, plan, call, self.config.min_mass)
         tensors: Any = {"key_mask": blocks.reads, "scale": blocks.scale, "backend": self.config.backend}
         out = block_attention(blocks.q, blocks.k, blocks.v, plan, rest=rest, **tensors)
         return out if back is None else _rows(out, back)
@@ -190,6 +204,24 @@ class Prefill(Patch):
     def inspect(self, call: AttentionCall, params: Params) -> tuple[float, BlockPlan]:
         plan = self.route(self._laid_out(call, params)[0], params.budget)
         return float(plan.density(rest=self.config.rest == "pool").mean()), plan
+
+    def kept(self, call: AttentionCall, params: Params, plan: BlockPlan) -> Tensor:
+        return self._kept(self._laid_out(call, params)[0], plan)
+
+    def _kept(self, blocks: PromptBlocks, plan: BlockPlan) -> Tensor:
+        return kept_mass(blocks.q, blocks.k, plan, AUDIT_ROWS, blocks.scale, blocks.held, blocks.reads)
+
+    def _audited(self, blocks: PromptBlocks, plan: BlockPlan, call: AttentionCall, least: float) -> BlockPlan:
+        """A plan in which heads that keep less than `least` read everything; heads that share a list are one."""
+        kept = self._kept(blocks, plan)  # [B, H]
+        below = kept < least
+        if call.audited is not None:
+            call.audited(kept, below)
+        if not bool(below.any()):
+            return plan
+        heads = plan.count.shape[1]
+        some = below.unflatten(1, (heads, -1)).any(2)[..., None, None]
+        return blocks.plan(plan.members & blocks.past | some & blocks.past)
 
     def _laid_out(self, call: AttentionCall, params: Params) -> tuple[PromptBlocks, Tensor | None]:
         """The call by blocks, and which of its slots each row of the output is, int64 (B, S_q), where they were moved."""

@@ -90,7 +90,7 @@ class Figure:
     ----------
     name : with the unit; better : ``less`` or ``more``, empty where neither is.
     delta : to the dense model; None for that one, and where nothing was resampled.
-    share : whether the value is a share, shown in percent.
+    share : whether the value is a share, shown in percent; else with so many `digits`.
     """
 
     name: str
@@ -98,6 +98,7 @@ class Figure:
     better: Literal["less", "more", ""] = ""
     delta: Delta | None = None
     share: bool = True
+    digits: int = 2
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -108,6 +109,14 @@ class Figure:
         return dense + self.delta.low, dense + self.delta.high
 
     @property
+    def difference(self) -> str:
+        """The difference to dense with its interval, as the value is written; empty where there is none."""
+        if self.delta is None or math.isnan(self.delta.value) or self.share:
+            return str(self.delta or "")
+        value, low, high = (f"{x:+,.{self.digits}f}" for x in (self.delta.value, self.delta.low, self.delta.high))
+        return f"{value} ({low} to {high})"
+
+    @property
     def verdict(self) -> Literal["better", "worse", ""]:
         """What the interval says beside dense; empty where it holds no difference, or nothing was resampled."""
         if self.delta is None or not self.better or not (self.delta.low > 0 or self.delta.high < 0):
@@ -115,7 +124,7 @@ class Figure:
         return "better" if (self.delta.low > 0) == (self.better == "more") else "worse"
 
     def __str__(self) -> str:
-        digits = 0 if abs(self.value) >= 100 else 2
+        digits = 0 if abs(self.value) >= 100 else self.digits
         return "" if math.isnan(self.value) else f"{self.value:.1%}" if self.share else f"{self.value:,.{digits}f}"
 
 

@@ -1,0 +1,37 @@
+"""What tune() chooses from for language models on long prompts: sparse prefill, where, and how much of a prompt it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from accelplug.registry import list_patches
+from accelplug.tuning.aims import Ladder
+
+REST, DEEPER, HALF, LAST = (0.07, 1.0), (0.25, 1.0), (0.5, 1.0), (0.75, 1.0)
+"""Shares of the depth: early layers need most of what they read, and stay dense."""
+
+_LADDERS: Mapping[str, Ladder] = {
+    "prefill_rows": [
+        (DEEPER, {"top_p": 0.95}),
+        (HALF, {"top_p": 0.9}),
+        (DEEPER, {"density": 0.5}),
+        (REST, {"top_p": 0.9}),
+        (DEEPER, {"density": 0.35}),
+        (REST, {"density": 0.25}),
+    ],
+    "triangle": [(HALF, {}), (LAST, {}), (DEEPER, {})],
+    "flashprefill": [(DEEPER, {"alpha": 0.05}), (HALF, {"alpha": 0.1}), (REST, {"alpha": 0.1})],
+    "xattention": [(DEEPER, {"tau": 0.95}), (REST, {"tau": 0.9})],
+    "stream": [(LAST, {}), (HALF, {})],
+    "pages": [(REST, {})],
+    "clusters": [(REST, {})],
+    "retrieval": [(REST, {})],
+    "duo": [(None, {})],
+    "snapkv": [(None, {})],
+}
+
+
+def prefill_ladders() -> Mapping[str, Ladder]:
+    """Return ladders by patch, of the patches that there are."""
+    known = {entry.name for entry in list_patches()}
+    return {name: ladder for name, ladder in _LADDERS.items() if name in known}

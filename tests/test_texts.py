@@ -1,0 +1,327 @@
+"""Language models on long texts: contexts made from a seed, figures that are right and paired, what plans keep, pages, and the search."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+import accelplug
+from accelplug import zoo
+from accelplug.comparison import TextExam
+from accelplug.comparison.questions import Reply
+from accelplug.comparison.texts.exam import TASKS
+from accelplug.comparison.texts.reader import ContextReader, kv_bytes
+from accelplug.comparison.texts.scores import TEXT_METRICS, text_figures
+from accelplug.errors import AccelplugError
+from accelplug.hosts.host import model_facts
+from accelplug.recipe import load
+from accelplug.testing.language_models import TEXT_CONFIG
+from accelplug.tuning import contest
+from accelplug.tuning.aims import Aim
+from accelplug.tuning.budget import parse_budget
+from accelplug.tuning.journal import Journal
+from accelplug.tuning.texts import ReadingContest, of_contexts
+
+FIRST = 3
+
+
+class Letters:
+    """A tokenizer whose tokens are bytes."""
+
+    pad_token_id = 0
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+        return SimpleNamespace(input_ids=[1] * add_special_tokens + [byte + FIRST for byte in text.encode()])
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(token - FIRST for token in ids if FIRST <= token < 256 + FIRST).decode(errors="replace")
+
+
+LETTERS = Letters()
+WINDOW = {"min_tokens": 0, "local": 128, "backend": "blocked"}
+SMALL = TextExam(tokens=(1600,), depths=(0.2, 0.8), suffix=32)
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(**{**TEXT_CONFIG, "max_position_embeddings": 4096})
+    return hf.LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+class Oracle(nn.Module):
+    """Says what `answer` gives for the text so far; its cache remembers the text."""
+
+    config = hf.LlamaConfig(**TEXT_CONFIG)
+    generation_config = SimpleNamespace(eos_token_id=2)
+    device = torch.device("cpu")
+
+    def __init__(self, answer: Callable[[str], str]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, ids: Any, past_key_values: Any = None, logits_to_keep: int = 0, use_cache: bool = True) -> Any:
+        past_key_values.text = getattr(past_key_values, "text", "") + LETTERS.decode(ids[0].tolist())
+        logits = torch.zeros(1, 1, 300)
+        logits[0, 0, LETTERS(self.answer(past_key_values.text)[:1] or "\n").input_ids[-1]] = 20.0
+        return SimpleNamespace(logits=logits)
+
+
+def knowing(exam: TextExam) -> Callable[[str], str]:
+    """What comes next in the answers of an exam, whose questions end with the references that they have."""
+    known = [
+        (asked.items[0].text, " " + ", ".join(item.answer for item in asked.items))
+        for context in exam.contexts(LETTERS)
+        for asked in context.asked
+        if asked.room
+    ]
+    recalled = [
+        (item.text, item.answer)
+        for context in exam.contexts(LETTERS)
+        for asked in context.asked
+        for item in asked.items
+        if item.task == "associative"
+    ]
+
+    def answer(text: str) -> str:
+        for question, said in (*known, *recalled):
+            place = text.rfind(question)
+            if place >= 0 and said.startswith(behind := text[place + len(question) :]):
+                return said[len(behind) :]
+        return ""
+
+    return answer
+
+
+# ---------------------------------------------------------------------------------------------------------------- contexts
+
+
+def test_a_seed_makes_the_same_contexts_whatever_else_is_asked() -> None:
+    alone = SMALL.contexts(LETTERS)
+    among = TextExam(tokens=(2400, 1600), depths=(0.2, 0.8), suffix=32, trials=2).contexts(LETTERS)
+    assert alone == SMALL.contexts(LETTERS)
+    assert alone == [context for context in among if context.tokens == 1600 and ".0," in context.key]
+    assert alone[0].ids != TextExam(tokens=(1600,), depths=(0.2, 0.8), suffix=32, seed=1).contexts(LETTERS)[0].ids
+
+
+def test_contexts_have_their_length_and_hold_what_is_asked() -> None:
+    for context in TextExam(tokens=(1600, 2600), depths=(0.0, 0.5, 1.0)).contexts(LETTERS):
+        assert len(context.ids) == context.tokens
+        text = LETTERS.decode(list(context.ids))
+        for item in context.items:
+            if item.task != "suffix":
+                assert item.answer.strip() in text
+            if item.task == "needle":
+                assert text.find(item.answer) / len(text) == pytest.approx(item.depth, abs=0.15)
+    assert {item.task for context in SMALL.contexts(LETTERS) for item in context.items} == {*TASKS, "suffix"} - {"nll"}
+
+
+def test_questions_find_room_below_the_models_bound() -> None:
+    for context in SMALL.contexts(LETTERS, longest=1600):
+        assert len(context.ids) + max(len(asked.ids) + asked.room for asked in context.asked) <= 1600
+
+
+def test_a_file_of_text_is_the_haystack_and_what_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"This is sentence {i} of a book. " for i in range(3000)))
+    (context,) = TextExam(tokens=(1600,), text=path, tasks=("needle", "nll"), suffix=32).contexts(LETTERS)
+    text, suffix = LETTERS.decode(list(context.ids)), LETTERS.decode(list(context.asked[-1].ids))
+    assert text.count("of a book. ") > 20
+    assert suffix in path.read_text()
+    assert all(f"{item.answer}." in text for item in context.items if item.task == "needle")
+    path.write_text("short.")
+    with pytest.raises(AccelplugError, match=r"book\.txt: .* Give a longer text"):
+        TextExam(tokens=(1600,), text=path).contexts(LETTERS)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"tokens": (100,)}, "tokens of a prompt"),
+        ({"depths": (2,)}, "numbers from 0 to 1"),
+        ({"tasks": ("needel",)}, "needle"),
+        ({"trials": 0}, "trials"),
+    ],
+)
+def test_what_cannot_be_asked_is_said(asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(AccelplugError, match=said):
+        TextExam(**asked)
+
+
+# ----------------------------------------------------------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_model_that_knows_has_full_marks_and_one_that_does_not_has_none(anew: bool) -> None:
+    contexts = SMALL.contexts(LETTERS)
+    for answer, mark in ((knowing(SMALL), 1.0), (lambda text: "", 0.0)):
+        reader = ContextReader(Oracle(answer), LETTERS, contexts, anew)
+        items = [item for context in contexts for item in context.items]
+        found = text_figures(items, reader.ask(items))
+        assert {name: found[name] for name in ("needle", "ruler", "associative")} == dict.fromkeys(
+            ("needle", "ruler", "associative"), mark
+        )
+
+
+def test_what_is_weighed_is_the_models_own_likelihood() -> None:
+    model, (context, _) = llama(), SMALL.contexts(LETTERS)
+    reading = ContextReader(model, LETTERS, [context]).read(context)
+    suffix = context.asked[-1].ids
+    logits = model(torch.tensor([[*context.ids, *suffix]])).logits[0, len(context.ids) - 1 : -1]
+    expected = nn.functional.cross_entropy(logits, torch.tensor(suffix), reduction="sum")
+    weighed = [r for item, r in zip(context.items, reading.replies, strict=True) if item.task == "suffix"]
+    assert sum(reply.nll for reply in weighed) == pytest.approx(float(expected), rel=1e-4)
+    assert sum(reply.tokens for reply in weighed) == len(suffix)
+
+
+def test_bytes_of_a_cache_are_those_of_its_storages() -> None:
+    model = llama()
+    cache, _ = ContextReader(model, LETTERS, []).first(list(range(3, 103)))
+    config = model.config
+    size = (
+        2 * config.num_hidden_layers * config.num_key_value_heads * 100 * (config.hidden_size // config.num_attention_heads)
+    )
+    assert kv_bytes(cache) == 4 * size
+    for layer in cache.layers:
+        layer.keys = layer.keys[:, :, :10]  # a view frees nothing
+    assert kv_bytes(cache) == 4 * size
+
+
+@pytest.fixture(scope="module")
+def compared() -> Any:
+    recipes = {
+        "same": {"rules": [{"patch": "dense"}]},
+        "stream": {"rules": [{"where": {"layers": "1:"}, "patch": "stream", "with": WINDOW}]},
+    }
+    model = llama()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    found = accelplug.compare(model, recipes, SMALL, processor=LETTERS, progress=False)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    return found
+
+
+def test_stock_against_stock_differs_in_nothing(compared: Any) -> None:
+    stock, same = compared["stock"], compared["same"]
+    assert [(r.said, r.right, r.tokens) for r in stock.replies] == [(r.said, r.right, r.tokens) for r in same.replies]
+    for name in ("needle", "ruler", "associative", "nll"):
+        delta = same.figures[name].delta
+        assert (delta.value, delta.low, delta.high) == (0.0, 0.0, 0.0)
+    assert same.figures["kv 1600"].value == stock.figures["kv 1600"].value
+
+
+def test_what_a_recipe_reads_and_keeps_is_told_by_layer(compared: Any) -> None:
+    layers = compared["stream"].layers[1600]
+    assert layers.density[0] == 1.0
+    assert layers.kept[0] is None
+    assert all(share < 0.5 for share in layers.density[1:])
+    assert all(0 < share < 1 for share in layers.kept[1:])
+    assert compared["stream"].figures["nll"].delta.value != 0.0
+
+
+def test_it_is_a_page_a_table_and_json(compared: Any, tmp_path: Path) -> None:
+    page = compared.page()
+    assert "<script" not in page
+    assert page.count('<table class="heat">') == 3
+    assert "layer 1: " in page
+    assert "stream" in str(compared)
+    data = json.loads(compared.to_json(tmp_path / "texts.json").read_text())
+    assert data["rows"][2]["figures"]["nll"]["delta"]["low"] <= data["rows"][2]["figures"]["nll"]["delta"]["high"]
+    assert set(data["rows"][0]["needle"]) == {"depth 0.2, 1600", "depth 0.8, 1600"}
+    with pytest.raises(AccelplugError, match="there are stock, same, stream"):
+        compared["other"]
+
+
+def test_the_length_is_one_at_which_recipes_are_at_work() -> None:
+    recipe = load({"rules": [{"patch": "stream", "with": {"min_tokens": 5000}}]}, model_facts(llama()))
+    assert TextExam().at_work([recipe]).tokens == (5000,)
+    assert TextExam().at_work([]).tokens == (2048,)
+    assert SMALL.at_work([recipe]) is SMALL
+
+
+# ------------------------------------------------------------------------------------------------------------------ search
+
+
+class Scripted:
+    """Readings as a script says: by recipe, seconds and the share of needles in the search and on the proof."""
+
+    processor, likelihoods = None, True
+
+    def __init__(self, contexts: list[Any], script: dict[str, tuple[float, float, float]], held: set[str]) -> None:
+        self.contexts, self.script, self.held, self.on = {c.key: c for c in contexts}, script, held, "stock"
+        self.model = SimpleNamespace(device=torch.device("cpu"))
+
+    @contextmanager
+    def apply(self, model: Any, recipe: dict[str, Any], **_: object) -> Iterator[None]:
+        self.on = recipe["rules"][0]["patch"]
+        yield
+        self.on = "stock"
+
+    def warm(self, ids: Any) -> None:
+        """Nothing."""
+
+    def timed(self, page: list[Any]) -> tuple[list[Reply], float]:
+        seconds, *shares = self.script[self.on]
+        share = shares[page[0].context in self.held]
+        return [Reply("", None, i < share * len(page), math.nan, math.nan, 0) for i in range(len(page))], seconds
+
+
+def test_the_fastest_that_keeps_the_budget_on_contexts_held_out_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    halves = [
+        TextExam((1600,), depths=(0.2, 0.8), tasks=("needle",), seed=seed, trials=3).contexts(LETTERS) for seed in (0, 1)
+    ]
+    script = {
+        "stock": (1.0, 1.0, 1.0),
+        "fast": (0.5, 1.0, 1.0),
+        "faster": (0.4, 1.0, 0.5),  # not on the proof
+        "worse": (0.2, 0.5, 0.5),
+        "slow": (1.2, 1.0, 1.0),
+    }
+    asker: Any = Scripted([c for half in halves for c in half], script, {c.key for c in halves[1]})
+    monkeypatch.setattr(contest, "apply", asker.apply)
+    seen, unseen = (of_contexts(half) for half in halves)
+    found = ReadingContest(asker, seen, unseen, "speed", parse_budget("needle>=stock", TEXT_METRICS), 1e9, Journal(None, ""))
+    found.candidates = [Aim(name, {"rules": [{"patch": name}]}) for name in script if name != "stock"]
+    found.explore()
+    found.prove()
+    assert found.winner.name == "fast"
+    assert {aim.name for aim in found.finalists} == {"fast", "faster"}
+    assert found.interval(found.winner) == (1.0, 1.0, 1.0)
+
+
+def test_tune_gives_a_recipe_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = llama()
+    exam = TextExam(tokens=(1600,), depths=(0.5,), suffix=16)
+    found = accelplug.tune(
+        model, exam, "needle>=stock", processor=LETTERS, time_budget_s=4, patches=["stream"], progress=False
+    )
+    assert "stock" in found.why or "stream" in found.why
+    assert "speed better than stock, needle>=stock" in str(found.budget)
+    assert "<script" not in found.page()
+    assert next(point.name for point in found.points) == "stock"
+    with pytest.raises(AccelplugError, match="There is no metric"):
+        accelplug.tune(model, exam, "psnr>=3", processor=LETTERS, progress=False)
+
+
+def test_smollm2_finds_a_needle_and_reads_less(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        folder = zoo.path("smollm2-135m")
+    except AccelplugError as error:
+        pytest.skip(str(error))
+    model = hf.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    exam = TextExam(tokens=(768,), depths=(0.5,), tasks=("needle", "nll"), suffix=16)
+    recipe = {"rules": [{"where": {"layers": "8:"}, "patch": "prefill_rows", "with": {"min_tokens": 0}}]}
+    found = accelplug.compare(model, {"rows": recipe}, exam, processor=tokenizer, progress=True)
+    assert found["stock"].figures["needle"].value == found["rows"].figures["needle"].value == 1.0
+    assert abs(found["rows"].figures["nll"].delta.value) < 0.2
+    assert 0.9 < found["rows"].layers[768].mean_kept < 1
+    assert "rows: text of 768 tokens" in capsys.readouterr().err
