@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,6 +14,28 @@ if TYPE_CHECKING:
 Kind = Literal["self", "joint", "cross", "temporal"]
 Rows: TypeAlias = "int | Tensor"
 """Some of a forward's queries: the last so many, or their places, int64 (B, n), of which some may be named twice."""
+
+
+class KeptKeys(Protocol):
+    """Keys and values of one layer of a language model's cache, as a patch keeps them (see `Patch.keep`)."""
+
+    length: int
+    """Tokens that went in, whatever has become of their keys: positions and masks follow it."""
+    freed: bool
+    """Whether some keys are gone: then no model can go on from here without the patch."""
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add tokens (B, H_kv, n, D); return what attention is handed: all keys and values, on any device, or, where some are gone,
+        what the patch makes of it."""
+
+    def crop(self, length: int) -> None:
+        """Drop all tokens behind the first `length`."""
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Have these rows of the batch, int64 (n,), in this order; a row may come several times, or not at all."""
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Return all keys and values, (B, H_kv, length, D). Not asked where some are gone."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +56,7 @@ class AttentionCall:
     error : float32 (), into which a patch that can writes an estimate of its output's relative error; None where nobody asks.
     audited : language models: takes the share of attention that a plan kept, float32 (B, H), and which heads read everything for that,
         bool (B, H), for `Plug.report`; None where nobody asks.
+    kept : a language model's: what the patch keeps the layer's keys and values in, where it does.
     ticket : int64 () on the CPU, of the `kernels.memory.Memory` in which such a patch finds what it left here in the last step; or None.
     """
 
@@ -48,6 +71,7 @@ class AttentionCall:
     error: Tensor | None = None
     ticket: Tensor | None = None
     audited: Callable[[Tensor, Tensor], None] | None = None
+    kept: KeptKeys | None = None
 
 
 @dataclass(frozen=True)

@@ -270,6 +270,7 @@ NEEDED = {
     "answers": "which row answers, when it is read",
     "scores": "scores that no soft cap changes before the softmax",
     "probabilities": "scores that nothing is added to: no sink logits, no soft cap, no position bias",
+    "cache": "a dynamic cache, whose keys and values it keeps: none that is static, quantised or offloaded",
 }
 """`accelplug.patches.base.NEEDS`, for readers."""
 

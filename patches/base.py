@@ -17,7 +17,7 @@ from accelplug.table import Table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from accelplug.call import AttentionCall, Clock, Site
+    from accelplug.call import AttentionCall, Clock, KeptKeys, Site
 
 
 MAX_NUMBER = (1 << 31) - 1
@@ -84,7 +84,18 @@ Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)
 
 
 NEEDS = frozenset(
-    ["hidden_states", "blind", "ahead", "vision_attention", "turns", "whole_prompt", "answers", "scores", "probabilities"]
+    [
+        "hidden_states",
+        "blind",
+        "ahead",
+        "vision_attention",
+        "turns",
+        "whole_prompt",
+        "answers",
+        "scores",
+        "probabilities",
+        "cache",
+    ]
 )
 """All that a `Patch` may need of its host."""
 
@@ -121,6 +132,7 @@ class Patch:
     ``answers`` : as ``whole_prompt``, but later turns may follow: a row that answers is known when it is read.
     ``scores`` : what is added to q.k is added to what the softmax takes; no soft cap comes between.
     ``probabilities`` : q, k and the mask say in full what the softmax takes; no sink logits, soft cap or position bias.
+    ``cache`` : a dynamic cache, in whose place it may `keep` keys and values.
     """
     speed: ClassVar[bool] = True
     """Whether the method exists to be faster: such a patch is left dense where it would not pay (`gate="auto"`)."""
@@ -160,6 +172,18 @@ class Patch:
         * `state` lives until the end of the run, or of the sequence.
         """
         raise UnimplementedHalf(type(self), "prepare")
+
+    def keep(self, keys: Tensor, values: Tensor, params: Any) -> KeptKeys | None:
+        """Return what keeps a cache layer's keys and values (B, H_kv, S, D) from now on; None leaves them as they are.
+
+        Asked of language models' patches that need ``cache``, once a prompt was read, with what `prepare` returned for decode steps.
+        Later calls of the layer have it as ``call.kept``, until the cache is reset.
+        """
+        return None
+
+    def idles(self, call: AttentionCall, params: Any) -> bool:
+        """Whether a language model's call is better left to the model's own attention, which is counted as dense: a short sequence."""
+        return False
 
     def declines(self, call: AttentionCall, params: Any) -> str | None:
         """Return why a language model's call must run dense for reasons that `prepare` cannot see, which is counted; None to attend."""

@@ -244,6 +244,54 @@ def tokens_seen(layer: Any) -> int:
     return layer.get_seq_length()
 
 
+def keeps_all(layer: Any) -> bool:
+    """Whether a cache layer holds all keys and values as they are, and grows with them."""
+    from transformers.cache_utils import DynamicLayer
+
+    return type(layer) is DynamicLayer
+
+
+def is_offloaded(cache: Any) -> bool:
+    """Whether a cache moves its layers to CPU memory and back by itself."""
+    return bool(getattr(cache, "offloading", False))
+
+
+CACHE_LAYER_METHODS = frozenset(
+    {
+        "update", "lazy_initialization", "get_mask_sizes", "get_seq_length", "get_max_length", "get_max_cache_shape", "offload",
+        "prefetch", "reset", "reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices",
+    }
+)  # fmt: skip
+"""What a cache asks of a layer that keeps all."""
+
+
+@contract("transformers: a layer of a cache may be another's, and is asked for what is known")
+def _cache_layers() -> None:
+    import torch
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    public = {name for name in dir(DynamicLayer) if not name.startswith("_") and callable(getattr(DynamicLayer, name))}
+    expect(not public - CACHE_LAYER_METHODS, f"layers of a cache are asked for {sorted(public - CACHE_LAYER_METHODS)} too")
+    model, cache = _tiny_decoder(), DynamicCache()
+    asked: list[int] = []
+
+    class Layer(DynamicLayer):
+        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+            asked.append(key_states.shape[2])
+            return super().update(key_states, value_states)
+
+    given = {cache_keyword(type(model).forward): cache}
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]), **given)
+        expect(keeps_all(cache.layers[0]), "a dynamic cache has another layer than DynamicLayer")
+        expect(not is_offloaded(cache), "a plain cache says that it is offloaded")
+        held, cache.layers[0] = cache.layers[0], Layer()
+        cache.layers[0].update(held.keys, held.values)
+        model(torch.tensor([[4]]), **given)
+    expect(asked == [3, 1], f"another layer in a cache was handed {asked}, expected [3, 1] tokens")
+
+
 @contract("transformers: a decode step is handed the cache that read the prompt, and the cache takes attributes")
 def _cache_contract() -> None:
     """What reads a prompt and then a token: the decoder is handed the very cache that was given and came back."""

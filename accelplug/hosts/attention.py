@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accelplug import compat
-from accelplug.call import AttentionCall, Clock, Place, Rows, Site
+from accelplug.call import AttentionCall, Clock, KeptKeys, Place, Rows, Site
 from accelplug.errors import UnsupportedError
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import Choice
@@ -53,8 +53,10 @@ class AttentionRecord:
             compat.transformers.seen_by(name, module, self.config),
         )
 
+        kept = self.kept(forward)
+
         def whole() -> tuple[Tensor, Tensor | None]:
-            return base(asked, q, k, v, mask, **kwargs)
+            return base(asked, q, *self.in_full(q, k, v, kept), mask, **kwargs)
 
         if forward is not None and forward.companion is not None:
             return forward.companion(self, whole()[0].transpose(1, 2)).transpose(1, 2).contiguous(), None
@@ -65,7 +67,7 @@ class AttentionRecord:
             return whole()
 
         def dense(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
-            return base(asked, q, k, v, mask, **kwargs)[0].transpose(1, 2)
+            return base(asked, q, *self.in_full(q, k, v, kept), mask, **kwargs)[0].transpose(1, 2)
 
         ahead = forward is not None and forward.clock is AHEAD
         reason = self.obstacle(q, k, mask, forward, kwargs)
@@ -73,23 +75,15 @@ class AttentionRecord:
             if not ahead and (patch is not None or self.choice.reason is not None):
                 self.fell_back(str(reason))
             return whole()
-        call = AttentionCall(
-            q,
-            k,
-            v,
-            mask,
-            self.scale(q, kwargs),
-            dense,
-            self.place(q, k, mask, forward, kwargs),
-            forward.hidden,
-            audited=None if compiling else partial(self.host.ledger.audited, self.choice.name, self.site.module),
-        )
+        audited = None if compiling else partial(self.host.ledger.audited, self.choice.name, self.site.module)
+        place, scale = self.place(q, k, mask, forward, kwargs), self.scale(q, kwargs)
+        call = AttentionCall(q, k, v, mask, scale, dense, place, forward.hidden, audited=audited, kept=kept)
         if watch is not None and not ahead:
             watch(self, call, forward.stream.prompt, forward.clock)
         decoding = forward.clock.phase == "decode"
         params = forward.stream.decode[self.index] if decoding else self.host.prepare(self, forward.stream, forward.clock)
         if patch is not None and params is not None and not isinstance(params, str):
-            params = patch.declines(call, params) or params
+            params = patch.declines(call, params) or (None if patch.idles(call, params) else params)
         if isinstance(params, str):
             self.fell_back(params)
             return whole()
@@ -100,6 +94,20 @@ class AttentionRecord:
         out = patch.attend(call, params).transpose(1, 2).contiguous()
         collected = not compiling and name == "eager" and compat.transformers.attention_is_collected()
         return out, patch.attention(call, params).to(q.dtype) if collected else None
+
+    def kept(self, forward: Forward | None) -> KeptKeys | None:
+        """What a patch keeps the layer's keys and values in, or None. Of a compiled forward it is not known."""
+        layer = None if forward is None else compat.transformers.cache_layer(forward.cache, self.module.layer_idx)
+        return getattr(layer, "kept", None)
+
+    def in_full(self, q: Tensor, k: Tensor, v: Tensor, kept: KeptKeys | None) -> tuple[Tensor, Tensor]:
+        """All keys and values of a call, where the model's own attention reads them."""
+        if kept is not None and kept.freed:
+            raise UnsupportedError(
+                f"{self.site.module} shall read all keys, and {self.choice.name} has freed some of them. plug.report() says why it "
+                "could not answer; start a new cache, or remove the plug first."
+            )
+        return (k, v) if k.device == q.device else (k.to(q.device), v.to(q.device))
 
     def fell_back(self, reason: str) -> None:
         """Count a call that a rule names and that runs dense."""
@@ -168,7 +176,7 @@ class AttentionRecord:
         self, q: Tensor, k: Tensor, forward: Forward, stream: Stream, needs: frozenset[str], kwargs: dict[str, Any]
     ) -> str | None:
         """Why it is not known which tokens the queries and keys are, or None."""
-        if k.shape[2] < stream.tokens and not self.slides(forward, kwargs):
+        if self.kept(forward) is None and k.shape[2] < stream.tokens and not self.slides(forward, kwargs):
             return f"the cache was pruned to {k.shape[2]} keys of {stream.tokens} tokens: which are the image's is not known"
         if forward.cache is None and forward.clock.phase == "prefill" and k.shape[2] > stream.tokens:
             return (

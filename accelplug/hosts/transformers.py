@@ -90,7 +90,7 @@ class LanguageHost(Host):
     called = "a language model"
     expects = "a transformers model with get_decoder()"
     gives = "answers"
-    serves = frozenset({"heads", "prefill", "generation"})
+    serves = frozenset({"heads", "prefill", "decode", "generation"})
     abilities = dict.fromkeys(("compare", "tune", "inspect", "mark"), "a language model")
 
     @classmethod
@@ -236,6 +236,7 @@ class LanguageHost(Host):
         for cache in list(self.streams):
             if getattr(vars(cache).get(STREAM), "host", None) is self:
                 delattr(cache, STREAM)
+                _give_back(cache)
         self.streams.clear()
         self.left.clear()
         with _entering:
@@ -331,6 +332,7 @@ class LanguageHost(Host):
         stream = stream if stream is not None and stream.host is self else None
         past = 0 if cache is None else int(cache.get_seq_length())
         if past and stream is not None:
+            self.streams.add(cache)  # it may be a copy
             self._follow(stream, cache, rows)
         if past and (stream is None or rows != len(stream.prompt.image)):
             return
@@ -440,6 +442,7 @@ class LanguageHost(Host):
                 compat.transformers.rows_told_apart(cache, forward.stream.tokens) if several else None
             )
             self._prepare_decode(forward.stream)
+            self._keep_layers(forward.stream, cache)
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if module is not self.decoder or FORWARD in kwargs:
@@ -475,6 +478,15 @@ class LanguageHost(Host):
         self._read_last = ref(stream)
         stream.decode = [self.prepare(record, stream, DECODE) for record in self.records]
         stream.step = Forward(stream)
+
+    def _keep_layers(self, stream: Stream, cache: Any) -> None:
+        """Have patches keep the keys and values of their layers, where they ask for it."""
+        from accelplug.hosts.kept import hand_over  # it has transformers' classes for bases
+
+        for record, params in zip(self.records, stream.decode, strict=True):
+            patch = record.choice.patch
+            if patch is not None and "cache" in patch.needs and params is not None and not isinstance(params, str):
+                hand_over(cache, record.module.layer_idx, partial(patch.keep, params=params), record.choice.name)
 
     def _read_ahead(self, forward: Forward, args: tuple, kwargs: dict[str, Any]) -> None:
         """For patches that ask what the model makes of a prompt before they change it: read it once, without a cache."""
@@ -512,6 +524,12 @@ class LanguageHost(Host):
         for patch in {id(r.choice.patch): r.choice.patch for r in self.records if r.choice.patch}.values():
             if "vision_attention" in patch.needs:
                 stream.states.setdefault(id(patch), {})["vision_attention"] = tuple(pad(x, (past, 0)) for x in maps)
+
+
+def _give_back(cache: Any) -> None:
+    from accelplug.hosts.kept import give_back
+
+    give_back(cache)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
