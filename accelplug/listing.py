@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 AUDIENCES = {
     "pipelines": ("sparse", "tokens", "bias"),
-    "language models": ("heads", "prefill", "generation"),
+    "language models": ("heads", "prefill", "decode", "generation"),
 }
 """Which families of patches are for which models; what other packages add stands with the first that has its family."""
 

@@ -42,6 +42,7 @@ PATCH_FAMILIES = {
     "bias": "what is added to a denoiser's scores",
     "heads": "where a language model's heads look",
     "prefill": "which keys a language model's prompt reads",
+    "decode": "which keys a language model's next token reads",
     "generation": "what stands around a language model's generate",
 }
 """What a patch may change, which decides what models take it."""
@@ -241,6 +242,30 @@ _OWN = (
         family="prefill",
         summary="A prompt reads its first tokens and a sliding window.",
         cite="arXiv 2309.17453",
+    ),
+    PatchEntry(
+        name="pages",
+        module="accelplug.patches.sparse.pages",
+        cls="Pages",
+        family="decode",
+        summary="A decode step reads the pages of keys with the largest bound of q.k, the first tokens and the newest.",
+        cite="arXiv 2406.10774",
+    ),
+    PatchEntry(
+        name="clusters",
+        module="accelplug.patches.sparse.clusters",
+        cls="Clusters",
+        family="decode",
+        summary="A decode step reads the tokens of the clusters of keys that weigh most, and the means of the next.",
+        cite="arXiv 2505.02922, 2602.05191",
+    ),
+    PatchEntry(
+        name="retrieval",
+        module="accelplug.patches.sparse.retrieval",
+        cls="Retrieval",
+        family="decode",
+        summary="Keys lie in CPU memory; a decode step reads those that an index finds, the first tokens and the newest.",
+        cite="arXiv 2409.10516",
     ),
     PatchEntry(
         name="visual_bias",

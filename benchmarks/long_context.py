@@ -1,6 +1,6 @@
 """Sparse prefill on SmolLM2-135M: what it costs a prompt, and what it saves.
 
-usage: python -m benchmarks.long_context TEXT [--tokens 2048 4096 8192] [--only quality|time|call] [--recipes NAME ...]
+usage: python -m benchmarks.long_context TEXT [--tokens 2048 4096 8192] [--only quality|time|call|decode] [--recipes NAME ...]
 
 Needs `accelplug fetch smollm2-135m`, and a text file of a few hundred thousand characters: the haystack, and what is predicted.
 
@@ -9,6 +9,11 @@ Needs `accelplug fetch smollm2-135m`, and a text file of a few hundred thousand 
   tenths of the text) are answered. Density is the share of causal (query, key) pairs that were read, mean over all layers, sparse or not.
 * time: a prompt read by the stock model and by each recipe in turn, the least of `--repeats` rounds.
 * call: one attention call with random queries and keys of the model's shape, and random blocks, against dense causal attention.
+
+* decode: the prompt is read by the stock model's attention, what follows token by token by the recipe. NLL per token of the 128 tokens that
+  follow; needles as above, with the question token by token too; the share of the cache that a step reads, mean over all layers; the
+  median time of a step, and that of the first one, in which what was read is indexed. "room" is dense attention on keys that stand in room
+  which grows ahead, as those of all these recipes do; the stock cache is copied for every token.
 
 A part, a length or a recipe that is not run stays as the file has it, with the commit it was run at.
 """
@@ -19,6 +24,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +40,7 @@ from accelplug.kernels.attention import block_attention
 from accelplug.kernels.plan import BlockPlan
 from benchmarks.common import RESULTS, write_json
 
-NAME = "long_context"
+NAME, STEPPED = "long_context", "long_context_decode"
 SUFFIX = 256
 DEPTHS = (0.1, 0.5, 0.9)
 NEEDLE = " One of the special magic numbers for {key} is: {value}."
@@ -49,6 +55,16 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "triangle, layers 15:": [{"where": {"layers": "15:"}, "patch": "triangle"}],
     "stream": [{"patch": "stream"}],
 }
+DECODE: dict[str, list[dict[str, Any]]] = {
+    "room": [{"patch": "pages", "with": {"min_tokens": 1 << 30}}],
+    "pages 512": [{"patch": "pages", "with": {"budget": 512}}],
+    "pages 1024": [{"patch": "pages", "with": {"budget": 1024}}],
+    "clusters": [{"patch": "clusters"}],
+    "clusters .05": [{"patch": "clusters", "with": {"exact": 0.05, "estimate": 0.95}}],
+    "clusters p .9": [{"patch": "clusters", "with": {"exact": 0.25, "estimate": 0.75, "top_p": 0.9}}],
+    "retrieval": [{"patch": "retrieval"}],
+}
+STEPS = 128
 HEADS, KEY_HEADS, DIM, BLOCK = 9, 3, 64, 64
 
 
@@ -60,7 +76,7 @@ def loaded(dtype: str) -> tuple[Any, Any]:
 
 def on(model: Any, name: str) -> accelplug.Plug:
     """Have a recipe on, at any length."""
-    rules = [{**rule, "with": {**rule.get("with", {}), "min_tokens": 0}} for rule in RECIPES[name]]
+    rules = [{**rule, "with": {"min_tokens": 0, **rule.get("with", {})}} for rule in (RECIPES | DECODE)[name]]
     return accelplug.apply(model, {"rules": rules}, gate="off")
 
 
@@ -88,16 +104,21 @@ def nll(model: Any, ids: torch.Tensor, name: str | None) -> tuple[float, float]:
     return float(cross_entropy(logits.float(), ids[-SUFFIX:])), density
 
 
-def finds(model: Any, tokenizer: Any, ids: torch.Tensor, name: str | None, depth: float, seed: int) -> bool:
-    """Whether a number that is told at some depth of a text is answered."""
+def haystack(tokenizer: Any, ids: torch.Tensor, depth: float, seed: int) -> tuple[str, list[int], list[int]]:
+    """A number, a text that tells it at some depth, and the question for it; as long together as the text was."""
     g = torch.Generator().manual_seed(seed)
     value = str(int(torch.randint(1_000_000, 9_999_999, (1,), generator=g)))
     needle = tokenizer(NEEDLE.format(key="gentle-river", value=value)).input_ids
     question = tokenizer(QUESTION.format(key="gentle-river")).input_ids
     room = len(ids) - len(needle) - len(question)
     place = int(depth * room)
-    text = [*ids[:place].tolist(), *needle, *ids[place:room].tolist(), *question]
-    cache, last, _ = read_sparse(model, torch.tensor(text), name)
+    return value, [*ids[:place].tolist(), *needle, *ids[place:room].tolist()], question
+
+
+def finds(model: Any, tokenizer: Any, ids: torch.Tensor, name: str | None, depth: float, seed: int) -> bool:
+    """Whether a number that is told at some depth of a text is answered."""
+    value, text, question = haystack(tokenizer, ids, depth, seed)
+    cache, last, _ = read_sparse(model, torch.tensor(text + question), name)
     said: list[int] = []
     for _ in range(10):
         said.append(int(last.argmax()))
@@ -114,6 +135,53 @@ def quality(model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, name: st
         "density": round(sum(d for _, d in found) / texts, 4),
         "nll": [round(value, 4) for value, _ in found],
         "needles": sum(told),
+    }
+
+
+def spoken(model: Any, text: torch.Tensor, said: torch.Tensor) -> tuple[torch.Tensor, list[float], Any]:
+    """Logits behind a text and behind each of the tokens that follow, (1 + n, V), the seconds of each step, and the cache."""
+    cache, seconds = hf.DynamicCache(config=model.config), []
+    logits = [read(model, text, cache)]
+    for token in said:
+        start = time.perf_counter()
+        logits.append(read(model, token[None], cache))
+        seconds.append(time.perf_counter() - start)
+    return torch.stack(logits), seconds, cache
+
+
+def told_later(model: Any, tokenizer: Any, ids: torch.Tensor, depth: float, seed: int) -> bool:
+    """Whether a number is answered that is told at some depth of a text, where the question comes token by token."""
+    value, text, question = haystack(tokenizer, ids, depth, seed)
+    logits, _, cache = spoken(model, torch.tensor(text), torch.tensor(question))
+    said = [int(logits[-1].argmax())]
+    for _ in range(9):
+        said.append(int(read(model, torch.tensor(said[-1:]), cache).argmax()))
+    return value in tokenizer.decode(said)
+
+
+@torch.no_grad()
+def decode(model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, name: str | None, asked: Any) -> dict[str, Any]:
+    """What a recipe makes of the tokens behind a prompt, and how long a step takes."""
+    found, seconds, density = [], [], 1.0
+    with nullcontext() if name is None else on(model, name) as plug:
+        for i in range(asked.texts):
+            text = ids[(i + 1) * len(ids) // (asked.texts + 2) :][: tokens + STEPS]
+            logits, took, cache = spoken(model, text[:tokens], text[tokens:-1])
+            found.append(float(cross_entropy(logits.float(), text[tokens:])))
+            seconds.append(took)
+        if plug is not None:
+            with plug.trace() as events:
+                read(model, text[-1:], cache)
+            density = sum(event.density or 1.0 for event in events) / model.config.num_hidden_layers
+        first = ids[len(ids) // (asked.texts + 2) :][:tokens]
+        told = [told_later(model, tokenizer, first, depth, seed) for seed, depth in enumerate(asked.depths)]
+    steady = sorted(second for took in seconds for second in took[2:])
+    return {
+        "nll": [round(value, 4) for value in found],
+        "needles": f"{sum(told)} of {len(told)}",
+        "density": round(density, 4),
+        "step_ms": round(1e3 * steady[len(steady) // 2], 1),
+        "first_step_ms": round(1e3 * min(took[0] for took in seconds), 1),
     }
 
 
@@ -176,33 +244,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
-    parser.add_argument("--only", choices=("quality", "time", "call"))
-    parser.add_argument("--recipes", nargs="*", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--only", choices=("quality", "time", "call", "decode"))
+    parser.add_argument("--recipes", nargs="*", choices=["dense", *RECIPES, *DECODE], help="all, if none is named")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model")
     parser.add_argument("--texts", type=int, default=4, help="places of the file")
+    parser.add_argument("--depths", type=float, nargs="*", default=DEPTHS, help="of needles, in the part decode")
     parser.add_argument("--repeats", type=int, default=2)
     asked = parser.parse_args()
-    path = RESULTS / f"{NAME}.json"
-    data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    written = {
+        name: json.loads(path.read_text()) if (path := RESULTS / f"{name}.json").exists() else {} for name in (NAME, STEPPED)
+    }
     at = {"environment": environment(), "text": asked.text.name, "dtype": asked.dtype}
     model, tokenizer = loaded(asked.dtype) if asked.only != "call" else (None, None)
     ids = torch.tensor(tokenizer(asked.text.read_text()[:1_500_000]).input_ids) if tokenizer is not None else torch.empty(0)
-    names: list[str | None] = [None, *asked.recipes]
+
+    def names(recipes: dict[str, Any]) -> list[str | None]:
+        return [
+            None if name == "dense" else name
+            for name in ("dense", *recipes)
+            if asked.recipes is None or name in asked.recipes
+        ]
+
     for tokens in asked.tokens:
-        for part in ("quality", "time", "call") if asked.only is None else (asked.only,):
-            into = data.setdefault(part, {}).setdefault(str(tokens), {})
+        for part in ("quality", "time", "call", "decode") if asked.only is None else (asked.only,):
+            file = STEPPED if part == "decode" else NAME
+            into = written[file].setdefault(part, {}).setdefault(str(tokens), {})
             if part == "call":
                 into |= {**call_ms(tokens, asked.repeats), "at": at}
             elif part == "time":
-                into |= {
-                    "seconds": {**into.get("seconds", {}), **prefill_s(model, ids, tokens, names, asked.repeats)},
-                    "at": at,
-                }
-            for name in names if part == "quality" else ():
-                into[name or "dense"] = {**quality(model, tokenizer, ids, tokens, name, asked.texts), "at": at}
+                taken = prefill_s(model, ids, tokens, names(RECIPES), asked.repeats)
+                into |= {"seconds": {**into.get("seconds", {}), **taken}, "at": at}
+            for name in names({"quality": RECIPES, "decode": DECODE}[part]) if part in ("quality", "decode") else ():
+                of = (
+                    quality(model, tokenizer, ids, tokens, name, asked.texts)
+                    if part == "quality"
+                    else decode(model, tokenizer, ids, tokens, name, asked)
+                )
+                into[name or "dense"] = {**of, "at": at}
                 print(tokens, name or "dense", into[name or "dense"], flush=True)
-                write_json(NAME, data)
-            write_json(NAME, data)
+                write_json(file, written[file])
+            write_json(file, written[file])
 
 
 if __name__ == "__main__":

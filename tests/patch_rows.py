@@ -6,8 +6,10 @@ from accelplug.testing.laws import Subject
 
 _SHORT = {"block": 8, "sink": 0, "local": 0, "min_tokens": 0}
 """Of sparse prefill, on prompts of some 25 tokens."""
+_STEP = {"sink": 1, "local": 2, "min_tokens": 0, "dense_layers": 0}
+"""Of sparse decoding, in caches of as many."""
 _CAUSAL = ("llava", "qwen2_5_vl")
-"""Of sparse prefill too, which does not look at images: two models that read them causally."""
+"""Of both too, which do not look at images: two models that read them causally."""
 _ROWS = (
     Subject("radial", {"window": "full"}, {"decay": 0.2}, {}, video_only=True),
     Subject(
@@ -60,6 +62,21 @@ _ROWS = (
     Subject("triangle", {"min_tokens": 9999}, {**_SHORT, "last": 1}, faint={**_SHORT, "local": 999}, only=_CAUSAL),
     Subject("power", {"min_tokens": 9999}, {**_SHORT, "block": 8}, faint={**_SHORT, "local": 999}, only=_CAUSAL),
     Subject("stream", {"min_tokens": 9999}, _SHORT, faint={**_SHORT, "local": 999}, only=_CAUSAL),
+    Subject("pages", {"min_tokens": 9999}, {**_STEP, "page": 2, "budget": 2}, faint={**_STEP, "page": 2}, only=_CAUSAL),
+    Subject(
+        "clusters",
+        {"min_tokens": 9999},
+        {**_STEP, "cluster": 2, "exact": 0.1, "estimate": 0.3},
+        faint={**_STEP, "cluster": 2, "exact": 1.0},
+        only=_CAUSAL,
+    ),
+    Subject(
+        "retrieval",
+        {"min_tokens": 9999},
+        {**_STEP, "cluster": 2, "probe": 0.3, "tokens": 2},
+        faint={**_STEP, "cluster": 2, "probe": 1.0, "tokens": 999},
+        only=_CAUSAL,
+    ),
     Subject(
         "visual_bias",
         {"image_weight": 1.0, "system_weight": 1.0},
