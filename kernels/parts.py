@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Part = tuple[Tensor, Tensor]
+PartialAttention = tuple[Tensor, Tensor]
 """float32 (B, H_kv, G, D_v), and the logarithm of the sum of its exponentials, (B, H_kv, G); -inf where it has no key."""
 
 
-def part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Part:
+def part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> PartialAttention:
     """Return attention over these keys, of queries that share them.
 
     Parameters
@@ -28,7 +28,7 @@ def part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Part:
     return weights @ v.float(), lse
 
 
-def joined(parts: Sequence[Part]) -> Tensor:
+def joined(parts: Sequence[PartialAttention]) -> Tensor:
     """Return attention over the keys of all parts, float32 (B, H_kv, G, D_v), on the device of the first; 0 where there is no key."""
     device = parts[0][0].device
     lse = torch.stack([each.to(device) for _, each in parts])

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from accelplug.errors import UnsupportedError
 from accelplug.kernels.kept import GrowingKeys, RowOrder, rows_at
-from accelplug.kernels.parts import Part, joined, part
+from accelplug.kernels.parts import PartialAttention, joined, part
 from accelplug.patches.base import Config, Patch, UnimplementedHalf
 
 if TYPE_CHECKING:
@@ -212,14 +212,14 @@ class Decode(Patch):
         ranks = torch.cat([front, start + torch.arange(max(tail, 0), device=start.device)], 1)
         return ranks, ranks < order.tokens(kept.length)
 
-    def _static(self, step: Step, mask: Tensor | None) -> Part:
+    def _static(self, step: Step, mask: Tensor | None) -> PartialAttention:
         ranks, held = self._static_ranks(step)
         slots = step.order.slots_of(ranks).clamp(0, step.kept.length - 1).expand(len(step.q), -1)
         keys, values = step.kept.near(slots)
         held = held.expand(len(step.q), -1) & _readable(mask, slots)
         return part(step.q, keys, values, _bias(held).to(keys.device)[:, None])
 
-    def _chosen(self, step: Step, choice: Reads, mask: Tensor | None) -> Part:
+    def _chosen(self, step: Step, choice: Reads, mask: Tensor | None) -> PartialAttention:
         slots = step.slots(choice.ranks)
         kept = step.kept
         keys, values = rows_at(kept.keys, slots), rows_at(kept.values, slots)
