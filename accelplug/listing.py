@@ -16,6 +16,8 @@ from accelplug.registry import PatchEntry, list_patches, patch_class
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+MARKS = "+ its error is repaired, ° measured: `accelplug show MODEL/RECIPE`"
+
 AUDIENCES = {
     "pipelines": ("sparse", "tokens", "bias"),
     "language models": ("heads", "prefill", "decode", "generation"),
@@ -27,10 +29,11 @@ def models() -> RenderableType:
     """Return the shipped recipes, a line for each model."""
     from rich.table import Table
 
-    table = Table("model", "recipes (the first: default)", title="recipes by model", title_justify="left")
+    heads = ("model", "recipes (the first: default)")
+    table = Table(*heads, title="recipes by model", title_justify="left", caption=MARKS, caption_justify="left")
     for model, group in groupby(list_recipes(), key=lambda info: info.model):
         names = sorted(group, key=lambda info: not info.default)
-        table.add_row(model, ", ".join(_proven(info) for info in names))
+        table.add_row(model, ", ".join(_marked(info) for info in names))
     return table
 
 
@@ -74,15 +77,14 @@ def about(word: str) -> RenderableType:
     if recipes:
         table = Table("recipe", "what it is", "source", title="recipes", title_justify="left")
         for info in recipes:
-            table.add_row(f"{info.model}/{_proven(info)}" + (" *" if info.default else ""), info.summary, info.cite)
-        parts += [table, "* the model's default"]
+            table.add_row(f"{info.model}/{_marked(info)}" + (" *" if info.default else ""), info.summary, info.cite)
+        parts += [table, f"* the model's default, {MARKS}"]
     return Group(*parts)
 
 
-def _proven(info: RecipeInfo) -> str:
-    """Return a recipe's name, marked where it repairs its error, and where it was measured on real weights."""
-    marks = ["repaired"] * info.repairs + ["measured"] * bool(info.measured)
-    return info.name + (f" ({', '.join(marks)})" if marks else "")
+def _marked(info: RecipeInfo) -> str:
+    """Return a recipe's name with its marks."""
+    return info.name + "+" * info.repairs + "°" * bool(info.measured)
 
 
 def _uses(info: RecipeInfo, patch: str) -> bool:

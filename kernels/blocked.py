@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from accelplug.kernels import chunks
-from accelplug.kernels.plan import BlockPlan
+from accelplug.kernels.plan import LOG2_E, BlockPlan
 from accelplug.kernels.rest import Coarse
-
-LOG2_E = math.log2(math.e)
 
 GATHERED = 1 << 21
 """Most numbers that are gathered and computed at a time, 8 MiB in float32. Ours: with half as many, calls of torch take their share."""

@@ -3,7 +3,6 @@ of parts of both."""
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from accelplug.kernels.chunks import by_heads
-from accelplug.kernels.plan import pool
+from accelplug.kernels.plan import LOG2_E, pool
 
 SHARE = 4
 """One in so many tokens of a block is looked at."""
@@ -19,10 +18,8 @@ SHARE = 4
 BUDGET = 1 << 25
 """Logits held at a time."""
 
-CACHED = 1 << 20
+CACHED_LOGITS = 1 << 20
 """The same on a CPU, of rows against all keys: so many stay in its caches. Ours, measured by `benchmarks.repair_overhead`."""
-
-LOG2_E = math.log2(math.e)
 
 PARTS = 4
 """Parts of a block that have a mean each."""
@@ -142,7 +139,7 @@ def sampled_mass(
     mass : float32 (B, H, M, N), at least 0, the mean over a block's rows. A row sums to 1, or to 0 where no key may be read.
     out : Tensor (B, H, M * n, D_v) in v's dtype, dense attention of the rows; empty without v.
     """
-    groups, width, held = q.shape[1] // k.shape[1], slots.shape[1], CACHED if q.device.type == "cpu" else BUDGET
+    groups, width, held = q.shape[1] // k.shape[1], slots.shape[1], CACHED_LOGITS if q.device.type == "cpu" else BUDGET
     queries = q[..., slots.flatten(), :].unflatten(1, (-1, groups))  # [B, H_kv, groups, M * n, D]
     given = [x for x in (v, reads if reads is None else ~reads[..., None, :]) if x is not None]
     masses, outs = [], []

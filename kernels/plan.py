@@ -46,6 +46,7 @@ class Box:
         return inside.all(-1)
 
 
+LOG2_E = math.log2(math.e)
 LEVELS = (2, 4, 8)
 """How many keys a mean may stand for where a block is read by means. Level 1 is exact, level 0 is left to the rest."""
 
@@ -382,7 +383,7 @@ class Threshold:
 
     def lower(self, q_pool: Tensor, k_pool: Tensor, scale: float) -> BlockPlan:
         """Evaluate the rule on pooled queries (B, H, M, D) and keys (B, H, N, D), both float32."""
-        score = (q_pool * (scale * math.log2(math.e))) @ k_pool.transpose(-1, -2)
+        score = (q_pool * (scale * LOG2_E)) @ k_pool.transpose(-1, -2)
         members = (score > self.theta[..., None]) | self.always
         return BlockPlan.from_members(members, self.q_len, self.k_len, self.block_q, self.block_k)
 

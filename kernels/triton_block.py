@@ -8,7 +8,6 @@ Tiles go by tensor descriptors or by pointers, see `Tier`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Literal
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from accelplug.errors import UnsupportedError
-from accelplug.kernels.plan import LEVELS, BlockPlan, Threshold, pack_bits
+from accelplug.kernels.plan import LEVELS, LOG2_E, BlockPlan, Threshold, pack_bits
 from accelplug.kernels.precision import Quantised, QuantisedValues
 from accelplug.kernels.rest import Drop, Pool, coarse
 
@@ -124,7 +123,7 @@ def attend(
         k_coarse, v_coarse, coarse_keys = more.k, more.v, more.k.shape[-2]
         k_coarse = k_coarse if eight is None else eight.smoothed(k_coarse)
         v_coarse = v_coarse if v8 is None else v8.in_steps(v_coarse)
-        bias = (more.bias * math.log2(math.e)).expand(batch, heads, -1).contiguous()
+        bias = (more.bias * LOG2_E).expand(batch, heads, -1).contiguous()
     if eight is not None:
         q, k = eight.q, eight.k
     if v8 is not None:
@@ -188,7 +187,7 @@ def attend(
         plan_batch * plan_heads,
         heads // plan_heads,
         causal or 0,
-        scale * math.log2(math.e),
+        scale * LOG2_E,
         D=dim,
         D_V=dim_v,
         BLOCK_D=block_d,
