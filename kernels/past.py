@@ -2,7 +2,7 @@
 
 Query slot i stands at key slot ``causal + i``. Every function returns float32 (B, H, M, N): shares of attention, or their
 logarithm, that are 0, or -inf, for blocks that no query of the block reaches. What one query block is told depends on no later
-block. Inside of a block all rows have a say: what a row reads may depend on rows up to ``block - 1`` behind it.
+block. Inside of a block all rows have a say: what a row reads may depend on rows up to ``block - 1`` behind it, unless it is `strict`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ PIECE = (1 << 20, 1 << 25)
 
 @torch.library.custom_op("accelplug::sampled_past", mutates_args=())
 def sampled_past(
-    q: Tensor, k: Tensor, block: int, causal: int, rows: int, scale: float, held: Tensor, reads: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    block: int,
+    causal: int,
+    rows: int,
+    scale: float,
+    held: Tensor,
+    reads: Tensor | None = None,
+    strict: bool = False,
 ) -> Tensor:
     """Return the mean share of attention that some rows of each query block give to each key block, exactly.
 
@@ -34,6 +42,8 @@ def sampled_past(
     scale : factor on q.k.
     held : bool (B|1, P_q), queries that are tokens.
     reads : bool (B, P_k), keys that may be read; None for all.
+    strict : take the first row of a block and, in place of its others, rows of the block before it, so that no row is told anything
+        of those behind it. The first block has its first row alone.
 
     Returns
     -------
@@ -41,9 +51,13 @@ def sampled_past(
     """
     (slots_q, slots_k), groups = (q.shape[-2], k.shape[-2]), q.shape[1] // k.shape[1]
     blocks_q, blocks_k = -(-slots_q // block), -(-slots_k // block)
-    number = pad(held, (0, blocks_q * block - slots_q)).unflatten(-1, (-1, block)).sum(-1, keepdim=True)  # [B|1, M, 1]
-    place = ((torch.arange(rows, device=q.device) + 0.5) * number / rows).long()
-    slots = (torch.arange(blocks_q, device=q.device)[:, None] * block + place).clamp(max=slots_q - 1)  # [B|1, M, rows]
+    if strict:
+        place = -torch.arange(rows, device=q.device).expand(len(held), 1, -1) * block // rows
+    else:
+        number = pad(held, (0, blocks_q * block - slots_q)).unflatten(-1, (-1, block)).sum(-1, keepdim=True)  # [B|1, M, 1]
+        place = ((torch.arange(rows, device=q.device) + 0.5) * number / rows).long()
+    slots = torch.arange(blocks_q, device=q.device)[:, None] * block + place
+    slots = slots.clamp(min=0, max=slots_q - 1)  # [B|1, M, rows]
     counts = held.gather(1, slots.flatten(1)).view(slots.shape).float()
     weight = counts / counts.sum(-1, keepdim=True).clamp(min=1)
     mass = torch.zeros(*q.shape[:2], blocks_q, blocks_k, device=q.device)
@@ -54,7 +68,7 @@ def sampled_past(
         for first in range(0, blocks_q, step):
             some = slots[:, first : first + step]  # [B|1, m, rows]
             seen = min(causal + int(min((first + step) * block, slots_q)), slots_k)
-            tail = min(causal + first * block, seen)  # from here on not all rows read all
+            tail = min(causal + max((first - strict) * block, 0), seen)  # from here on not all rows read all
             queries = q[:, of_head].take_along_dim(some.flatten(1)[:, None, :, None], 2).float() * scale
             queries = queries.flatten(1, 2)  # [B, groups * m * rows, D]
             logits = (queries @ keys[..., :seen]).unflatten(1, (groups, -1))
@@ -71,7 +85,15 @@ def sampled_past(
 
 @sampled_past.register_fake
 def _sampled_past_fake(
-    q: Tensor, k: Tensor, block: int, causal: int, rows: int, scale: float, held: Tensor, reads: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    block: int,
+    causal: int,
+    rows: int,
+    scale: float,
+    held: Tensor,
+    reads: Tensor | None = None,
+    strict: bool = False,
 ) -> Tensor:
     return q.new_empty(*q.shape[:2], -(-q.shape[-2] // block), -(-k.shape[-2] // block), dtype=torch.float32)
 
@@ -179,3 +201,35 @@ def kept_mass(
         by_block = pad(share, (0, -k.shape[-2] % plan.block_k)).unflatten(-1, (-1, plan.block_k)).sum(-1)
         kept.append((by_block * read[:, head]).sum(-1).mean(-1))
     return torch.stack(kept, 1)
+
+
+def gated_past(
+    q: Tensor, k: Tensor, block: int, causal: int, scale: float, held: Tensor, reads: Tensor | None = None
+) -> Tensor:
+    """Return the mean weight of each key block in a softmax over blocks, each stood for by its mean key and as heavy as it is long.
+
+    A query has the blocks ahead of its own as its choice. It costs ``1 / block`` of the q.k products of dense attention.
+
+    Parameters
+    ----------
+    As in `sampled_past`.
+
+    Returns
+    -------
+    gate : float32 (B, H, M, N). A row sums to 1, or to 0 where no token of the block has a block ahead of it.
+    """
+    groups, blocks_q, blocks_k = q.shape[1] // k.shape[1], -(-q.shape[-2] // block), -(-k.shape[-2] // block)
+    lengths = (k.shape[-2] - torch.arange(blocks_k, device=k.device) * block).clamp(max=block).int()
+    means, number = pool(k, lengths, block, reads)  # [B, H_kv, N, D], [B|1, 1, N]
+    first_query = causal + torch.arange(blocks_q, device=k.device)[:, None] * block
+    ahead = torch.arange(1, blocks_k + 1, device=k.device) * block > first_query  # [M, N]: not wholly past
+    out = ahead | (number == 0)[:, :, None]  # [B|1, 1, M, N]
+    weights = pad(held, (0, blocks_q * block - held.shape[-1])).unflatten(-1, (-1, block)).float()
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)  # [B|1, M, block]
+    gates = []
+    for head in range(q.shape[1]):
+        logits = scale * q[:, head].float() @ means[:, head // groups].mT + number[:, 0, None].log()
+        logits = pad(logits, (0, 0, 0, blocks_q * block - q.shape[-2])).unflatten(1, (-1, block))  # [B, M, block, N]
+        share = logits.masked_fill(out[:, 0, :, None], -torch.inf).softmax(-1).nan_to_num(nan=0.0)
+        gates.append((share * weights[..., None]).sum(2))
+    return torch.stack(gates, 1)

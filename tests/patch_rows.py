@@ -61,6 +61,9 @@ _ROWS = (
     ),
     Subject("triangle", {"min_tokens": 9999}, {**_SHORT, "last": 1}, faint={**_SHORT, "local": 999}, only=_CAUSAL),
     Subject("power", {"min_tokens": 9999}, {**_SHORT, "block": 8}, faint={**_SHORT, "local": 999}, only=_CAUSAL),
+    Subject("superlinear", {"min_tokens": 9999}, {**_SHORT, "spans": 1}, faint={**_SHORT, "local": 999}, only=_CAUSAL),
+    Subject("landmark", {"min_tokens": 9999}, {**_SHORT, "k": 1}, faint={**_SHORT, "k": 999}, only=_CAUSAL),
+    Subject("dynamic_mask", {"min_tokens": 9999}, {**_SHORT, "keys": 8}, faint={**_SHORT, "keys": 9999}, only=_CAUSAL),
     Subject("stream", {"min_tokens": 9999}, _SHORT, faint={**_SHORT, "local": 999}, only=_CAUSAL),
     Subject("pages", {"min_tokens": 9999}, {**_STEP, "page": 2, "budget": 2}, faint={**_STEP, "page": 2}, only=_CAUSAL),
     Subject(
