@@ -12,6 +12,7 @@ import pytest
 from accelplug.call import Clock, Kind, Layout, Site
 from accelplug.families.vlm import list_vlms
 from accelplug.recipe import named, read_file, shipped_files
+from accelplug.recipe.conditions import as_list
 from accelplug.registry import patch_class
 
 
@@ -189,4 +190,6 @@ def test_the_table_has_every_recipe_of_a_denoiser() -> None:
 
 def _is_for_language(path: Path) -> bool:
     keys = read_file(path).match.keys
-    return "vlm" in keys or keys["class"] in {cls for family in list_vlms() for cls in family.classes}
+    named_classes = as_list(keys.get("class", "ForCausalLM"))
+    vlms = {cls for family in list_vlms() for cls in family.classes}
+    return "vlm" in keys or all(cls in vlms or cls.endswith("ForCausalLM") for cls in named_classes)

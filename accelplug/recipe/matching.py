@@ -21,10 +21,12 @@ class ModelFacts:
     """Components of the pipeline that are loaded; empty for a bare denoiser."""
     vlm: bool = False
     """Whether it is a vision-language model of a family that is known."""
+    llm: bool = False
+    """Whether it is any other model with a decoder."""
 
     def value(self, key: str) -> Any:
         """Return what stands for `key` of a match."""
-        own = {"class": self.class_names[0], "vlm": self.vlm}
+        own = {"class": self.class_names[0], "vlm": self.vlm, "llm": self.llm}
         return own.get(key, self.config.get(key, "<none>"))
 
 
@@ -40,9 +42,13 @@ def match_for(facts: ModelFacts) -> dict[str, Any]:
     return {"class": facts.class_names[0], **{key: facts.config[key] for key in MATCHED if key in facts.config}}
 
 
+MODEL_KINDS = ("vlm", "llm")
+"""Keys that stand for all models of a kind: any vision-language model that is known, any other model with a decoder."""
+
+
 @dataclass(frozen=True)
 class Match:
-    """Which models a file is for. A value may be a list: any of. ``vlm: true`` is any vision-language model that is known."""
+    """Which models a file is for. A value may be a list: any of. ``vlm: true`` and ``llm: true`` stand for all of a kind."""
 
     keys: Mapping[str, Any]
     pipeline: tuple[str, ...] = ()
@@ -57,8 +63,8 @@ class Match:
     def _has(facts: ModelFacts, key: str, wanted: Any) -> bool:
         if key == "class":
             return any(name in facts.class_names for name in as_list(wanted))
-        if key == "vlm":
-            return facts.vlm is wanted
+        if key in MODEL_KINDS:
+            return getattr(facts, key) is wanted
         if key not in facts.config:
             return False
         value = facts.config[key]
@@ -67,8 +73,8 @@ class Match:
         return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in as_list(wanted))
 
     def weight(self, facts: ModelFacts) -> int:
-        """Number of keys that fitted, but for ``vlm``: the file with most wins, and one for a class over one for all."""
-        return len(self.keys.keys() - {"vlm"}) + (len(self.pipeline) if facts.components else 0)
+        """Number of keys that fitted, but for `MODEL_KINDS`: the file with most wins, and one for a class over one for all."""
+        return len(self.keys.keys() - set(MODEL_KINDS)) + (len(self.pipeline) if facts.components else 0)
 
     def to_mapping(self) -> dict[str, Any]:
         """Return it as it stands in a file."""

@@ -14,7 +14,7 @@ from accelplug.errors import NoMatchError, RecipeError, nearest
 from accelplug.recipe import strict_yaml
 from accelplug.recipe.conditions import MAX_LIST, Names, Strict, Where, as_list
 from accelplug.recipe.explaining import explain, shortened
-from accelplug.recipe.matching import Match
+from accelplug.recipe.matching import MODEL_KINDS, Match
 from accelplug.recipe.measured import Measured, Quality, Spread, Task
 from accelplug.recipe.recipe import Recipe
 from accelplug.recipe.rules import Rule, StepCache
@@ -162,10 +162,10 @@ def _match(keys: Mapping[str, Any], source: Source) -> Match:
     pipeline: tuple[str, ...] = ()
     if "pipeline" in keys:
         pipeline = validated(_Pipeline, keys.pop("pipeline"), source, ("match", "pipeline")).has
-    if "class" not in keys and keys.get("vlm") is not True:
+    if "class" not in keys and not any(keys.get(kind) is True for kind in MODEL_KINDS):
         raise RecipeError(
             f"{source.at(('match',))}: expected the key class, the model's class name, or vlm: true, for every vision-language model "
-            f"that is known, got {', '.join(keys) or 'pipeline alone'}."
+            f"that is known, or llm: true, for every other model with a decoder, got {', '.join(keys) or 'pipeline alone'}."
         )
     for key, value in keys.items():
         if any(isinstance(item, Mapping | list | tuple) for item in as_list(value)):
