@@ -37,6 +37,7 @@ OTHER_WORKS = {
     "2410.02367": "SageAttention, the setting precision",
     "2512.01540": "FlashVGGT, the setting representative",
     "2602.01077": "PISA, the setting rest",
+    "2604.07394": "Flux Attention, in whose place calibrate chooses layers",
     "2608.18484": "SparsePR, the setting repair",
 }
 """Works that are cited and are not a patch."""
