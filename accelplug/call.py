@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Kind = Literal["self", "joint", "cross", "temporal"]
+FULL_ATTENTION = "full_attention"
+"""The type of a layer whose queries read all that stands before them, in the words of transformers."""
 Rows: TypeAlias = "int | Tensor"
 """Some of a forward's queries: the last so many, or their places, int64 (B, n), of which some may be named twice."""
 
@@ -131,6 +133,8 @@ class Site:
     """Number of layers that `layer` counts in."""
     heads: Share = ALL_HEADS
     """Which heads the calls have: not all where tensor or context parallelism shares them out."""
+    layer_type: str = FULL_ATTENTION
+    """As transformers has it: ``sliding_attention``, ``chunked_attention`` ... where the model's own design bounds what is read."""
 
 
 @dataclass(frozen=True)

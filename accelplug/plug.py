@@ -434,6 +434,7 @@ class Plug(AbstractContextManager["Plug"]):
             errors_by_layer=self._ledger.estimates.by_module() if by_layer else {},
             kept=self._ledger.kept_in(by_layer),
             forecasts={f"{f.denoiser} at {_by(f.shape)}": str(f) for f in self.forecasts},
+            reach=[said for host in self.hosts if (said := host.reach()) is not None],
             compiled=[what for host in self.hosts for what in host.compiled()],
             idle=[f"{self.recipe.named(rule.number)}: {rule.why}" for rule in fit.idle(self.recipe, self.hosts)],
             unrouted=[module for host in self.hosts for module in host.unrouted()],

@@ -47,6 +47,9 @@ PATCH_FAMILIES = {
 }
 """What a patch may change, which decides what models take it."""
 
+BENEATH = ("prefill",)
+"""Families that stand beneath a head patch of the same layer, for which what they give is dense attention; each has rules of its own."""
+
 RESERVED = ("dense", "rest", "budget")
 """Names that mean something else to recipes and to `accelplug.calibrate`."""
 
@@ -234,6 +237,30 @@ _OWN = (
         family="prefill",
         summary="A prompt reads blocks at distances of powers of two, its first tokens and a window. Experimental.",
         cite="arXiv 2503.03588",
+    ),
+    PatchEntry(
+        name="superlinear",
+        module="accelplug.patches.sparse.superlinear",
+        cls="Superlinear",
+        family="prefill",
+        summary="A prompt reads a few spans of keys, of candidates that thin out with distance. Experimental.",
+        cite="arXiv 2601.18401",
+    ),
+    PatchEntry(
+        name="landmark",
+        module="accelplug.patches.sparse.landmark",
+        cls="Landmark",
+        family="prefill",
+        summary="A prompt reads the few past key blocks that a softmax over their mean keys weighs most. Experimental.",
+        cite="arXiv 2305.16300",
+    ),
+    PatchEntry(
+        name="dynamic_mask",
+        module="accelplug.patches.sparse.dynamic_mask",
+        cls="DynamicMask",
+        family="prefill",
+        summary="A prompt reads so many keys as a budget says, by how they fit and how large their values are. Experimental.",
+        cite="arXiv 2508.02124",
     ),
     PatchEntry(
         name="stream",

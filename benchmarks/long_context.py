@@ -7,7 +7,8 @@ Needs `accelplug fetch smollm2-135m`, and a text file of a few hundred thousand 
 * quality: the prompt is read by the recipe, what follows by the stock model on the cache that the recipe left. NLL per token of the 256
   tokens that follow, on texts from `--texts` places of the file; and how many of three needles (a number told at a tenth, a half and nine
   tenths of the text) are answered. Density is the share of causal (query, key) pairs that were read, mean over all layers, sparse or not.
-* time: a prompt read by the stock model and by each recipe in turn, the least of `--repeats` rounds.
+* time: a prompt read by the stock model and by each recipe in turn, the least of `--repeats` rounds, and what attention took of it in a
+  round more: all that a patch does, choosing too, or dense attention.
 * call: one attention call with random queries and keys of the model's shape, and random blocks, against dense causal attention.
 
 * decode: the prompt is read by the stock model's attention, what follows token by token by the recipe. NLL per token of the 128 tokens that
@@ -34,7 +35,7 @@ import transformers as hf
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import accelplug
-from accelplug import compat, zoo
+from accelplug import compat, recipe, zoo
 from accelplug.comparison.environment import environment
 from accelplug.kernels.attention import block_attention
 from accelplug.kernels.plan import BlockPlan
@@ -46,15 +47,26 @@ DEPTHS = (0.1, 0.5, 0.9)
 NEEDLE = " One of the special magic numbers for {key} is: {value}."
 QUESTION = "\nWhat is the special magic number for {key} mentioned in the text above? The special magic number for {key} is:"
 RECIPES: dict[str, list[dict[str, Any]]] = {
+    "rows .98": [{"patch": "prefill_rows", "with": {"top_p": 0.98}}],
     "rows .95": [{"patch": "prefill_rows", "with": {"top_p": 0.95}}],
     "rows .90": [{"patch": "prefill_rows", "with": {"top_p": 0.90}}],
-    "rows .95, layers 2:": [{"where": {"layers": "2:"}, "patch": "prefill_rows", "with": {"top_p": 0.95}}],
+    "rows .80": [{"patch": "prefill_rows", "with": {"top_p": 0.80}}],
+    "rows .95, layers 3:": [{"where": {"layers": "3:"}, "patch": "prefill_rows", "with": {"top_p": 0.95}}],
+    "rows .95, strict": [{"patch": "prefill_rows", "with": {"top_p": 0.95, "strict": True}}],
+    "rows .95, grouped": [{"patch": "prefill_rows", "with": {"top_p": 0.95, "grouped": True}}],
     "rows, density .3": [{"patch": "prefill_rows", "with": {"density": 0.3}}],
     "flashprefill": [{"patch": "flashprefill"}],
+    "flashprefill, blocks of 64": [{"patch": "flashprefill", "with": {"block": 64}}],
     "xattention": [{"patch": "xattention"}],
     "triangle, layers 15:": [{"where": {"layers": "15:"}, "patch": "triangle"}],
     "stream": [{"patch": "stream"}],
+    "power": [{"patch": "power"}],
+    "superlinear": [{"patch": "superlinear"}],
+    "landmark": [{"patch": "landmark", "with": {"k": 16}}],
+    "dynamic_mask": [{"patch": "dynamic_mask", "with": {"keys": 1024}}],
 }
+SHIPPED = ("smollm2-135m/long",)
+"""Recipes by full name, beside them."""
 DECODE: dict[str, list[dict[str, Any]]] = {
     "room": [{"patch": "pages", "with": {"min_tokens": 1 << 30}}],
     "pages 512": [{"patch": "pages", "with": {"budget": 512}}],
@@ -74,10 +86,15 @@ def loaded(dtype: str) -> tuple[Any, Any]:
     return model, hf.AutoTokenizer.from_pretrained(folder)
 
 
+def rules_of(name: str) -> list[dict[str, Any]]:
+    """A recipe's rules, for prompts of any length."""
+    found = recipe.named(name).to_mapping()["rules"] if name in SHIPPED else (RECIPES | DECODE)[name]
+    return [{**rule, "with": {"min_tokens": 0, **rule.get("with", {})}} for rule in found]
+
+
 def on(model: Any, name: str) -> accelplug.Plug:
-    """Have a recipe on, at any length."""
-    rules = [{**rule, "with": {"min_tokens": 0, **rule.get("with", {})}} for rule in (RECIPES | DECODE)[name]]
-    return accelplug.apply(model, {"rules": rules}, gate="off")
+    """Have a recipe on."""
+    return accelplug.apply(model, {"rules": rules_of(name)}, gate="off")
 
 
 def read(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
@@ -93,7 +110,11 @@ def read_sparse(model: Any, ids: torch.Tensor, name: str | None) -> tuple[Any, t
         return cache, read(model, ids, cache), 1.0
     with on(model, name) as plug, plug.trace() as events:
         last = read(model, ids, cache)
-    return cache, last, sum(event.density or 1.0 for event in events) / model.config.num_hidden_layers
+    layers = model.config.num_hidden_layers
+    read_share = (
+        sum(event.density or 1.0 for event in events) + layers - len(events)
+    )  # layers that no rule names tell nothing
+    return cache, last, read_share / layers
 
 
 def nll(model: Any, ids: torch.Tensor, name: str | None) -> tuple[float, float]:
@@ -186,8 +207,10 @@ def decode(model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, name: str
 
 
 @torch.no_grad()
-def prefill_s(model: Any, ids: torch.Tensor, tokens: int, names: list[str | None], repeats: int) -> dict[str, float]:
-    """Least time of a prompt in seconds, recipes in turn."""
+def prefill_s(
+    model: Any, ids: torch.Tensor, tokens: int, names: list[str | None], repeats: int
+) -> dict[str, dict[str, float]]:
+    """Least time of a prompt in seconds, recipes in turn; and what attention took in a round more."""
     times: dict[str, list[float]] = {name or "dense": [] for name in names}
     for _ in range(repeats):
         for name in names:
@@ -197,7 +220,20 @@ def prefill_s(model: Any, ids: torch.Tensor, tokens: int, names: list[str | None
             times[name or "dense"].append(time.perf_counter() - start)
             if plug is not None:
                 plug.remove()
-    return {name: round(min(taken), 3) for name, taken in times.items()}
+    return {
+        "seconds": {name: round(min(taken), 3) for name, taken in times.items()},
+        "attention_s": {name or "dense": attention_s(model, ids[:tokens], name) for name in names},
+    }
+
+
+def attention_s(model: Any, ids: torch.Tensor, name: str | None) -> float:
+    """Seconds that attention takes of a prompt, in all layers: those that no rule names are told by a rule that answers nothing."""
+    idle = {"patch": "stream", "with": {"min_tokens": len(ids) + 1}}
+    rules = [] if name is None else rules_of(name)
+    left = [idle] if name is None or any("where" in rule for rule in rules) else []
+    with accelplug.apply(model, {"rules": [*rules, *left]}, gate="off") as plug, plug.trace(timed=True) as events:
+        read(model, ids, hf.DynamicCache(config=model.config))
+    return round(sum(event.ms or 0.0 for event in events) / 1e3, 3)
 
 
 def random_causal_plan(blocks: int, heads: int, density: float) -> BlockPlan:
@@ -245,7 +281,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--only", choices=("quality", "time", "call", "decode"))
-    parser.add_argument("--recipes", nargs="*", choices=["dense", *RECIPES, *DECODE], help="all, if none is named")
+    parser.add_argument("--recipes", nargs="*", choices=["dense", *RECIPES, *SHIPPED, *DECODE], help="all, if none is named")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model")
     parser.add_argument("--texts", type=int, default=4, help="places of the file")
     parser.add_argument("--depths", type=float, nargs="*", default=DEPTHS, help="of needles, in the part decode")
@@ -258,7 +294,7 @@ def main() -> None:
     model, tokenizer = loaded(asked.dtype) if asked.only != "call" else (None, None)
     ids = torch.tensor(tokenizer(asked.text.read_text()[:1_500_000]).input_ids) if tokenizer is not None else torch.empty(0)
 
-    def names(recipes: dict[str, Any]) -> list[str | None]:
+    def names(recipes: list[str]) -> list[str | None]:
         return [
             None if name == "dense" else name
             for name in ("dense", *recipes)
@@ -272,9 +308,12 @@ def main() -> None:
             if part == "call":
                 into |= {**call_ms(tokens, asked.repeats), "at": at}
             elif part == "time":
-                taken = prefill_s(model, ids, tokens, names(RECIPES), asked.repeats)
-                into |= {"seconds": {**into.get("seconds", {}), **taken}, "at": at}
-            for name in names({"quality": RECIPES, "decode": DECODE}[part]) if part in ("quality", "decode") else ():
+                taken = prefill_s(model, ids, tokens, names([*RECIPES, *SHIPPED]), asked.repeats)
+                into |= {key: {**into.get(key, {}), **values} for key, values in taken.items()} | {"at": at}
+                print(tokens, taken, flush=True)
+            for name in (
+                names({"quality": [*RECIPES, *SHIPPED], "decode": [*DECODE]}[part]) if part in ("quality", "decode") else ()
+            ):
                 of = (
                     quality(model, tokenizer, ids, tokens, name, asked.texts)
                     if part == "quality"

@@ -7,20 +7,27 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from transformers import ContinuousBatchingConfig
 
 import accelplug
 from accelplug import compat
-from accelplug.errors import UnsupportedError
-from accelplug.kernels.past import antidiagonal_past, mean_past, sampled_past
+from accelplug.errors import RecipeError, UnsupportedError
+from accelplug.kernels.past import antidiagonal_past, gated_past, mean_past, sampled_past
+from accelplug.patches.sparse.dynamic_mask import DynamicMask
 from accelplug.patches.sparse.power import Power
 from accelplug.patches.sparse.prefill import PromptBlocks
+from accelplug.patches.sparse.superlinear import Superlinear
 from accelplug.registry import list_patches
 from accelplug.table import Origin, Table
 from accelplug.testing.language_models import TEXT_CONFIG, generate
 from tests.patch_rows import ROWS
+from tests.tiny_language_models import build, inputs
 
+HYBRIDS = ("qwen3_next", "qwen3_5", "lfm2", "gemma3_text")
 PREFILL = [entry.name for entry in list_patches() if entry.family == "prefill"]
 BLOCK = 8
+STATIC = ("stream", "triangle", "power")
+"""Which look at no token."""
 
 
 def llama(**more: Any) -> Any:
@@ -51,9 +58,34 @@ def test_a_later_token_changes_no_earlier_block(patch: str) -> None:
             other = ids.clone()
             other[:, token:] = prompt(61 - token, seed=1)
             after = hidden(model, other)
-            same = token if patch in ("stream", "triangle", "power") else token // BLOCK * BLOCK
+            same = token if patch in STATIC else token // BLOCK * BLOCK
             assert torch.equal(after[:, :same], before[:, :same])
             assert not torch.equal(after[:, token], before[:, token])
+
+
+def test_a_block_that_is_told_by_rows_before_it_knows_nothing_of_later_tokens() -> None:
+    model, ids = llama(num_hidden_layers=1), prompt(61)
+    settings = {**ROWS["prefill_rows"].working, "strict": True}
+    with applied(model, "prefill_rows", settings, strict=True) as plug, plug.trace(plans=True) as events:
+        before = hidden(model, ids)
+        for token in range(30, 61, 3):
+            other = ids.clone()
+            other[:, token:] = prompt(61 - token, seed=token)
+            after = hidden(model, other)
+            assert torch.equal(after[:, :token], before[:, :token])
+            assert not torch.equal(after[:, token], before[:, token])
+    assert events[0].plan is not None and events[0].density == pytest.approx(0.43, abs=0.1)  # noqa: PT018
+
+
+@pytest.mark.parametrize("tokens", [40, 45])
+def test_rows_of_the_block_before_tell_where_it_is_strict(tokens: int) -> None:
+    q, k, reads = tensors(tokens, tokens)
+    got = sampled_past(q, k, BLOCK, 0, 4, 0.25, reads, reads, True)
+    p = torch.nn.functional.pad(probabilities(q, k, reads), (0, -tokens % BLOCK)).unflatten(-1, (-1, BLOCK)).sum(-1)
+    for block in range(1, tokens // BLOCK):
+        rows = [block * BLOCK - back for back in (0, 2, 4, 6)]
+        torch.testing.assert_close(got[0, :, block], p[0, :, rows].mean(1))
+    torch.testing.assert_close(got[0, :, 0], p[0, :, 0])
 
 
 @pytest.mark.parametrize("patch", [name for name in PREFILL if name != "triangle"])
@@ -97,9 +129,14 @@ def test_decoding_is_the_models_own_and_short_prompts_are_dense(patch: str) -> N
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("more", [{"num_beams": 3}, {"cache_implementation": "static"}, {"prefill_chunk_size": 16}])
+EIGHT_BITS = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+WAYS: list[dict[str, Any]] = [{"num_beams": 3}, {"cache_implementation": "static"}, {"prefill_chunk_size": 16}]
+WAYS += [EIGHT_BITS] if hasattr(hf.cache_utils, "Fp8QuantizedLayer") else []
+
+
+@pytest.mark.parametrize("more", WAYS, ids=str)
 def test_what_reads_all_answers_as_the_model_does(more: dict[str, Any]) -> None:
-    """Beams, a static cache, a prompt in chunks: through the kernel, with nothing left out."""
+    """Beams, a static cache, a prompt in chunks, a cache of 8 bits: through the kernel, with nothing left out."""
     model, ids = llama(), prompt(43, rows=2)
     stock = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 4, **more)
     with applied(model, "prefill_rows", dict(ROWS["prefill_rows"].faint or {}), strict=True) as plug:
@@ -108,22 +145,94 @@ def test_what_reads_all_answers_as_the_model_does(more: dict[str, Any]) -> None:
     assert torch.equal(got, stock)
 
 
+def test_beams_of_a_padded_batch_answer_as_the_model_does() -> None:
+    """Its mask tells rows apart, and what is known of it is forgotten when the prompt is read: beams change places later."""
+    model, ids = llama(), prompt(43, rows=2)
+    ids[0, :9] = 0
+    given = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    stock = generate(model, given, 6, num_beams=3)
+    with applied(model, "prefill_rows", dict(ROWS["prefill_rows"].faint or {}), strict=True):
+        assert torch.equal(generate(model, given, 6, num_beams=3), stock)
+
+
+def test_calls_are_timed_where_a_trace_asks() -> None:
+    model, ids = llama(), prompt(80)
+    with applied(model, "stream") as plug:
+        with plug.trace(timed=True) as events:
+            generate(model, {"input_ids": ids}, 2)
+        assert [event.patch for event in events] == ["stream"] * 4 + ["dense"] * 4
+        assert all(event.ms is not None and event.ms > 0 for event in events)
+        with plug.trace() as events:
+            hidden(model, ids)
+        assert all(event.ms is None for event in events)
+
+
 def test_a_sliding_window_is_left_alone() -> None:
     torch.manual_seed(0)
     model = hf.MistralForCausalLM(hf.MistralConfig(**TEXT_CONFIG, sliding_window=16)).eval()
     ids = prompt(40)
     with torch.no_grad():
         stock = hidden(model, ids)
-        with applied(model, "stream") as plug:
+        with applied(model, "stream", strict=True) as plug:
             assert torch.equal(hidden(model, ids), stock)
-            assert "mask is not that of causal attention" in str(plug.report()) or "a window of its own" in str(
-                plug.report()
-            )
+            assert plug.report().served == {"dense": 4}
+            assert "in 0 layers, of 0 with full attention among 4; 4 sliding_attention" in str(plug.report())
 
 
-def test_training_is_refused() -> None:
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_rules_reach_the_layers_with_full_attention_alone_and_the_report_says_which(name: str) -> None:
+    model, ids = build(name), prompt(61, rows=2)
+    types = compat.transformers.layer_types(model.get_decoder().config)
+    full = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
+    assert 0 < len(full) < len(types)
+    with torch.no_grad():
+        stock = model(ids).logits
+        with applied(model, "prefill_rows", strict=True) as plug, plug.trace() as events:
+            changed = model(ids).logits
+            report = plug.report()
+        with applied(model, "prefill_rows", dict(ROWS["prefill_rows"].faint or {}), strict=True):
+            torch.testing.assert_close(model(ids).logits, stock, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(changed, stock, atol=1e-4)
+    assert [event.site.layer for event in events if event.patch == "prefill_rows"] == full
+    assert f"in {len(full)} layers, of {len(full)} with full attention among {len(types)}" in report.reach[0]
+    assert "At 61 tokens" in report.reach[0]
+
+
+def test_the_ceiling_is_the_share_of_attention_in_the_arithmetic() -> None:
+    model = llama(num_hidden_layers=2)
+    with applied(model, "stream") as plug:
+        hidden(model, prompt(100))
+        (said,) = plug.report().reach
+    weights = sum(x.numel() for name, x in model.model.layers.named_parameters() if "norm" not in name)
+    attention = 2 * 2 * 5050 * 64  # layers, q.k and p.v, pairs, channels
+    share = attention / (attention + 100 * weights)
+    assert said.endswith(f"{share:.0%} of the arithmetic: at most {1 / (1 - share):.2f}x")
+
+
+@pytest.mark.parametrize("patch", PREFILL)
+def test_sequences_packed_into_a_row_run_dense_and_are_counted(patch: str) -> None:
+    model, ids = llama(), prompt(40)
+    positions = torch.cat([torch.arange(23), torch.arange(17)])[None]
+    stock = hidden(model, ids, position_ids=positions, use_cache=False)
+    with applied(model, patch) as plug:
+        assert torch.equal(hidden(model, ids, position_ids=positions, use_cache=False), stock)
+        assert not plug.report().served.get(patch)
+        assert "the model's mask is not that of causal attention" in str(plug.report())
+
+
+@pytest.mark.parametrize("patch", PREFILL)
+def test_continuous_batching_is_refused(patch: str) -> None:
+    model = llama()
+    with applied(model, patch):
+        small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=16)  # or it takes most of the machine's memory
+        answers = model.generate_batch([[1, 2, 3], [4, 5]], continuous_batching_config=small, max_new_tokens=2)
+    assert all("Use generate() instead of generate_batch()" in answer.error for answer in answers.values())
+
+
+@pytest.mark.parametrize("patch", PREFILL)
+def test_training_is_refused(patch: str) -> None:
     model = llama().train().requires_grad_(True)
-    with applied(model, "stream"), pytest.raises(UnsupportedError, match="in training mode"):
+    with applied(model, patch), pytest.raises(UnsupportedError, match="in training mode"):
         model(prompt(40))
 
 
@@ -160,6 +269,39 @@ def test_powers_of_two_reach_what_their_number_of_ones_says(layers: int) -> None
     reads = Power({"block": BLOCK}).route(blocks).members[0, 0].double()
     reached = torch.linalg.matrix_power(reads, layers)[-1].flip(0) > 0
     assert reached.tolist() == [n.bit_count() <= layers for n in range(40)]
+
+
+def test_gates_are_a_softmax_over_the_blocks_ahead() -> None:
+    q, k, reads = tensors(45, 29)
+    got = gated_past(q, k, BLOCK, 16, 0.25, reads[:, 16:], reads)
+    means = torch.stack(
+        [k[1, :, 8 * j : min(8 * j + 8, 42)].mean(1) for j in range(6)], 1
+    )  # three keys of the last block are padding
+    for block in range(3):
+        ahead = 2 + block
+        share = (0.25 * q[1, 3, 8 * block : 8 * block + 8] @ means[1, :ahead].mT).softmax(-1).mean(0)
+        torch.testing.assert_close(got[1, 3, block, :ahead], share)
+        assert not got[1, 3, block, ahead:].any()
+
+
+def test_spans_stand_behind_candidates_that_thin_out() -> None:
+    x = torch.zeros(1, 1, 40 * BLOCK, 4)
+    blocks = PromptBlocks(x, x, x, torch.ones(1, 40 * BLOCK, dtype=torch.bool), None, 1.0, 0, BLOCK, 0, 0)
+    reads = Superlinear({"block": BLOCK, "spans": 64}).route(blocks).members[0, 0]
+    last = (39 - reads[39].nonzero()[:, 0]).tolist()
+    expected = {back for i in range(1, 7) for back in range(i * i, i * i + 7)}  # a span of ceil(sqrt(39)) blocks
+    assert set(last) - {0} == {back for back in expected if back <= 39}
+
+
+def test_a_budget_of_keys_is_spent_and_large_values_come_first() -> None:
+    g = torch.Generator().manual_seed(0)
+    q = torch.zeros(1, 2, 20 * BLOCK, 4)
+    v = torch.randn(1, 1, 20 * BLOCK, 4, generator=g)
+    v[:, :, 5 * BLOCK : 6 * BLOCK] *= 9
+    blocks = PromptBlocks(q, q[:, :1], v, torch.ones(1, 20 * BLOCK, dtype=torch.bool), None, 1.0, 0, BLOCK, 0, 0)
+    reads = DynamicMask({"block": BLOCK, "keys": 3 * BLOCK}).route(blocks).members[0]
+    assert reads[:, 6:, 5].all()
+    assert (reads.tril(-1).sum(-1)[:, 6:] == 3).all()
 
 
 def tensors(tokens: int, queries: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -209,3 +351,48 @@ def test_scores_by_mean_keys_leave_padding_out() -> None:
     expected = (0.25 * q[1, 3, 24:29] @ means[1]).logsumexp(0)
     torch.testing.assert_close(got[1, 3, 3, 3], expected)
     assert torch.equal(got == -torch.inf, torch.ones(4, 4, dtype=torch.bool).triu(1).expand(2, 4, -1, -1))
+
+
+BOTH = [
+    {"patch": "stream", "with": {**(ROWS["stream"].working), "backend": "blocked"}},
+    {"patch": "pai", "with": {"alpha": 4.0}},
+]
+
+
+def test_a_head_patch_stands_on_what_reads_the_prompt() -> None:
+    """One layer: the rows that it reads anew are as if the prompt were read dense, all others as if it were not there."""
+    model, given = build("llava", num_hidden_layers=1), inputs("llava", ((30, "I", 19),))
+
+    def last_hidden(rules: list[dict[str, Any]]) -> torch.Tensor:
+        with torch.no_grad(), accelplug.apply(model, {"rules": rules}, strict=True) as plug:
+            out = model.base_model(**given).last_hidden_state
+            assert plug.report().served == {rule["patch"]: 1 for rule in rules}
+        return out
+
+    below, above, both = last_hidden(BOTH[:1]), last_hidden(BOTH[1:]), last_hidden(BOTH)
+    assert torch.equal(both[:, -1], above[:, -1])
+    assert torch.equal(both[:, :-1], below[:, :-1])
+    assert not torch.allclose(both[:, -1], below[:, -1], atol=1e-4)
+    assert not torch.allclose(both[:, :-1], above[:, :-1], atol=1e-4)
+
+
+def test_two_stages_of_a_recipe_are_chosen_for_themselves() -> None:
+    model, given = build("llava"), inputs("llava", ((30, "I", 19),))
+    rules = [{"where": {"layers": 0}, "patch": "dense"}, *({"where": {"layers": "1:"}, **rule} for rule in BOTH)]
+    stock = generate(model, given)
+    with accelplug.apply(model, {"rules": rules}, strict=True) as plug:
+        generate(model, given, 3)
+        assert plug.report().served == {"stream": 3, "pai": 3 * 3}
+        placed = [(row.site.layer, row.name) for row in plug.where() if row.site is not None]
+        assert placed == [(0, "dense"), *((layer, name) for layer in (1, 2, 3) for name in ("stream", "pai"))]
+    assert torch.equal(generate(model, given), stock)
+    with accelplug.apply(model, {"rules": BOTH}) as plug:  # without an image the prompt is read sparse all the same
+        model(prompt(40))
+        assert plug.report().served == {"stream": 4}
+        assert any("no image" in reason for reason in plug.report().fallbacks)
+
+
+@pytest.mark.parametrize("rules", [[*BOTH, BOTH[0]], [*BOTH, BOTH[1]], [*BOTH, {"where": {"layers": 0}, "patch": "dense"}]])
+def test_a_rule_behind_one_of_its_own_stage_can_never_hold(rules: list[dict[str, Any]]) -> None:
+    with pytest.raises(RecipeError, match="can never hold"):
+        accelplug.apply(build("llava"), {"rules": rules})

@@ -96,6 +96,28 @@ def _qwen3_next() -> Any:
     return hf.Qwen3NextForCausalLM(config)
 
 
+def _qwen3_5() -> Any:
+    config = hf.Qwen3_5TextConfig(
+        **TEXT_CONFIG,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )
+    return hf.Qwen3_5ForCausalLM(config)
+
+
+def _lfm2() -> Any:
+    return hf.Lfm2ForCausalLM(hf.Lfm2Config(**TEXT_CONFIG, full_attn_idxs=[1, 3]))
+
+
+def _gemma3_text() -> Any:
+    types = ["sliding_attention", "full_attention"] * 2
+    text = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16, "layer_types": types}
+    return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**TEXT_CONFIG, **text))
+
+
 def _llava_next() -> Any:
     config = hf.LlavaNextConfig(
         vision_config=hf.CLIPVisionConfig(**TOWER_CONFIG, projection_dim=32),
@@ -193,6 +215,9 @@ LLM: dict[str, Callable[..., Any]] = {
     "gpt_oss": _gpt_oss,
     "deepseek_v3": _deepseek_v3,
     "qwen3_next": _qwen3_next,
+    "qwen3_5": _qwen3_5,
+    "lfm2": _lfm2,
+    "gemma3_text": _gemma3_text,
 }
 PER_IMAGE = {"llava": 16, "internvl": 16, "gemma3": 4, "smolvlm": 4, "llava_next": 52, "llava_onevision": 52}
 GRIDS = ((1, 4, 6), (1, 8, 4), (1, 4, 4))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from accelplug.call import FULL_ATTENTION
 from accelplug.compat.contracts import contract, expect
 from accelplug.compat.torch import unwrap_compiled
 
@@ -185,6 +186,19 @@ def must_be_given(base: Any) -> set[str]:
 def number_of_layers(decoder: Any) -> int:
     """Return how many layers a decoder has."""
     return len(decoder.layers) if hasattr(decoder, "layers") else decoder.config.num_hidden_layers
+
+
+def layer_type(module: Any) -> str:
+    """Return the type of the layer that an attention module stands in, in the words of transformers' configs."""
+    if module.layer_idx < len(types := layer_types(module.config)):
+        return types[module.layer_idx]
+    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    return FULL_ATTENTION if window is None else "sliding_attention"
+
+
+def layer_types(config: Any) -> list[str]:
+    """Return the type of each of a decoder's layers, as its config has them: attention's, and those of what stands in its place; or []."""
+    return list(getattr(config, "layer_types", None) or ())
 
 
 CACHE_NAMES = ("cache", "past_key_values")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +15,13 @@ from accelplug.call import AttentionCall, Clock, KeptKeys, Place, Rows, Site
 from accelplug.errors import UnsupportedError
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import Choice
-from accelplug.hosts.stream import AHEAD, WATCHER, Forward, Stream
+from accelplug.hosts.stream import AHEAD, WATCHER, Forward, Stream, Watch
 from accelplug.hosts.tensor_parallel import TensorParallel
+from accelplug.kernels.timing import timed_ms
+
+if TYPE_CHECKING:
+    from accelplug.kernels.plan import BlockPlan
+    from accelplug.patches.base import Patch
 
 
 class AttendingHost(Protocol):
@@ -25,8 +31,28 @@ class AttendingHost(Protocol):
     ledger: Ledger
     tensor_parallel: TensorParallel | None
 
-    def prepare(self, record: AttentionRecord, stream: Stream, clock: Clock) -> Any:
-        """Ask a record's patch what it needs, None to run dense."""
+    def prepare(self, choice: Choice, site: Site, stream: Stream, clock: Clock) -> Any:
+        """Ask a patch what it needs at a site, None to run dense."""
+
+
+class Answer(NamedTuple):
+    """What a choice makes of a call: params, None for dense attention."""
+
+    choice: Choice
+    call: AttentionCall
+    params: Any
+
+    @property
+    def patch(self) -> Patch:
+        """The patch that answers."""
+        assert self.choice.patch is not None
+        return self.choice.patch
+
+    def inspected(self) -> tuple[float | None, BlockPlan | None, float | None]:
+        """What is read of the pairs, by which plan, and the share of attention that falls on it."""
+        density, plan = self.patch.inspect(self.call, self.params)
+        kept = None if plan is None else self.patch.kept(self.call, self.params, plan)
+        return density, plan, None if kept is None else float(kept.mean())
 
 
 @dataclass(eq=False)
@@ -42,6 +68,11 @@ class AttentionRecord:
     choice: Choice
     missed: bool = False
     routed: bool = False
+
+    @property
+    def patches(self) -> list[Patch]:
+        """The patches that rules put here."""
+        return [choice.patch for choice in self.choice.stages if choice.patch is not None]
 
     def attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, forward: Forward | None, kwargs: dict[str, Any]
@@ -62,38 +93,70 @@ class AttentionRecord:
             return forward.companion(self, whole()[0].transpose(1, 2)).transpose(1, 2).contiguous(), None
         compiling = torch.compiler.is_compiling()
         watch = None if compiling else WATCHER.get()
-        patch = self.choice.patch
-        if patch is None and watch is None and self.choice.reason is None:
+        if watch is None and not self.choice.chosen:
             return whole()
 
         def dense(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
             return base(asked, q, *self.in_full(q, k, v, kept), mask, **kwargs)[0].transpose(1, 2)
 
-        ahead = forward is not None and forward.clock is AHEAD
-        reason = self.obstacle(q, k, mask, forward, kwargs)
+        decoding = forward is None or forward.clock.phase == "decode"
+        found = 0
+        answering: list[Answer] = []
+        for choice in (self.choice,) if decoding else self.choice.stages:
+            watches = watch if choice is self.choice else None
+            if (answer := self.asked(choice, q, k, v, mask, dense, forward, kwargs, watches)) is not None:
+                found += 1
+                if answer.params is not None:
+                    answering.append(answer)
+        run: Callable[[], tuple[Tensor, Tensor | None]] = whole
+        if answering:
+            top, beneath = answering[-1], answering[0]
+            call = top.call if top is beneath else replace(top.call, dense=_over(beneath, dense))
+            run = partial(_attended, top, call)
+        if compiling or forward is None or forward.clock is AHEAD or not found:
+            return run()
+        (out, probabilities), ms = timed_ms(run, q.device) if self.host.ledger.timed else (run(), None)
+        for answer in answering[:-1]:
+            self.note(answer, q.shape[2], forward.clock, None)
+        self.note(answering[-1] if answering else None, q.shape[2], forward.clock, ms)
+        if answering and name == "eager" and compat.transformers.attention_is_collected():
+            probabilities = top.patch.attention(call, top.params).to(q.dtype)
+        return out, probabilities
+
+    def asked(
+        self,
+        choice: Choice,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Any,
+        dense: Callable[..., Tensor],
+        forward: Forward | None,
+        kwargs: dict[str, Any],
+        watch: Watch | None,
+    ) -> Answer | None:
+        """Return what a choice makes of a call, its params None where it is dense; None where it cannot be served, which is counted."""
+        patch, ahead = choice.patch, forward is not None and forward.clock is AHEAD
+        reason = self.obstacle(choice, q, k, mask, forward, kwargs)
         if reason is not None or forward is None or forward.stream is None:
-            if not ahead and (patch is not None or self.choice.reason is not None):
+            if not ahead and (patch is not None or choice.reason is not None):
                 self.fell_back(str(reason))
-            return whole()
-        audited = None if compiling else partial(self.host.ledger.audited, self.choice.name, self.site.module)
-        place, scale = self.place(q, k, mask, forward, kwargs), self.scale(q, kwargs)
+            return None
+        audited = None if torch.compiler.is_compiling() else partial(self.host.ledger.audited, choice.name, self.site.module)
+        place, scale, kept = self.place(q, k, mask, forward, kwargs), self.scale(q, kwargs), self.kept(forward)
         call = AttentionCall(q, k, v, mask, scale, dense, place, forward.hidden, audited=audited, kept=kept)
         if watch is not None and not ahead:
             watch(self, call, forward.stream.prompt, forward.clock)
-        decoding = forward.clock.phase == "decode"
-        params = forward.stream.decode[self.index] if decoding else self.host.prepare(self, forward.stream, forward.clock)
+        if forward.clock.phase == "decode":
+            params = forward.stream.decode[self.index]
+        else:
+            params = self.host.prepare(choice, self.site, forward.stream, forward.clock)
         if patch is not None and params is not None and not isinstance(params, str):
             params = patch.declines(call, params) or (None if patch.idles(call, params) else params)
         if isinstance(params, str):
             self.fell_back(params)
-            return whole()
-        if not compiling and not ahead:
-            self.note(call, params, forward.clock)
-        if patch is None or params is None:
-            return whole()
-        out = patch.attend(call, params).transpose(1, 2).contiguous()
-        collected = not compiling and name == "eager" and compat.transformers.attention_is_collected()
-        return out, patch.attention(call, params).to(q.dtype) if collected else None
+            return None
+        return Answer(choice, call, params)
 
     def kept(self, forward: Forward | None) -> KeptKeys | None:
         """What a patch keeps the layer's keys and values in, or None. Of a compiled forward it is not known."""
@@ -116,28 +179,28 @@ class AttentionRecord:
         else:
             self.host.ledger.fell_back(self.site.module, reason)
 
-    def note(self, call: AttentionCall, params: Any, clock: Clock) -> None:
-        """Count a call, and tell those who trace what it reads."""
+    def note(self, answer: Answer | None, tokens: int, clock: Clock, ms: float | None) -> None:
+        """Count a call of so many queries, None where no patch answers it, and tell those who trace what it reads and took."""
         self.routed = True
-        patch, name = self.choice.patch, self.choice.name if params is not None else "dense"
+        name = "dense" if answer is None else answer.choice.name
         self.host.ledger.count(self.host.ledger.served, name)
         if self.host.ledger.traces:
-            density, plan = (None, None) if patch is None or params is None else patch.inspect(call, params)
-            kept = None if patch is None or plan is None else patch.kept(call, params, plan)
-            share = None if kept is None else float(kept.mean())
+            density, plan, kept = (None, None, None) if answer is None else answer.inspected()
             plan = plan if self.host.ledger.keeps_plans else None
-            self.host.ledger.note(Event(self.site, clock, name, None, density, call.q.shape[2], plan=plan, kept=share))
+            self.host.ledger.note(Event(self.site, clock, name, None, density, tokens, ms, plan, kept=kept))
 
-    def obstacle(self, q: Tensor, k: Tensor, mask: Any, forward: Forward | None, kwargs: dict[str, Any]) -> str | None:
+    def obstacle(
+        self, choice: Choice, q: Tensor, k: Tensor, mask: Any, forward: Forward | None, kwargs: dict[str, Any]
+    ) -> str | None:
         """Why a call that a patch is there for must run dense, or None."""
-        patch = self.choice.patch
+        patch = choice.patch
         if compat.transformers.packs_sequences(kwargs):
             raise UnsupportedError(
-                f"{self.choice.name} keeps what it knows of a sequence on that sequence's cache, and continuous batching packs "
+                f"{choice.name} keeps what it knows of a sequence on that sequence's cache, and continuous batching packs "
                 "several into one. Use generate() instead of generate_batch(), or remove the plug first."
             )
-        if self.choice.reason is not None:
-            return self.choice.reason
+        if choice.reason is not None:
+            return choice.reason
         if forward is None:
             return "the decoder was called past its model, which is told the tokens"
         if forward.stream is None:
@@ -227,6 +290,28 @@ class AttentionRecord:
     def explicit(kwargs: dict[str, Any]) -> bool:
         """Whether the model adds nothing of its own to the scores."""
         return all(kwargs.get(name) is None for name in ("s_aux", "softcap", "position_bias"))
+
+
+def patches_of(records: Iterable[AttentionRecord]) -> list[Patch]:
+    """Return the patches that stand at any of these, each once."""
+    return list({id(patch): patch for record in records for patch in record.patches}.values())
+
+
+def _attended(answer: Answer, call: AttentionCall) -> tuple[Tensor, None]:
+    """What a patch answers, as transformers takes it."""
+    return answer.patch.attend(call, answer.params).transpose(1, 2).contiguous(), None
+
+
+def _over(beneath: Answer, dense: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Dense attention over a patch that stands beneath: it answers the call as it is, the model any with other queries, keys or values."""
+    call = beneath.call
+
+    def answer(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        if q is None and k is None and v is None:
+            return beneath.patch.attend(call, beneath.params)
+        return dense(call.q if q is None else q, call.k if k is None else k, call.v if v is None else v)
+
+    return answer
 
 
 def _these_heads(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from accelplug.bounded import Bounded
@@ -33,7 +34,12 @@ class Chooser:
 
     def decide(self, site: Site, layout: Any, clock: Clock) -> Choice:
         """Return what serves a call at `site`, with tokens lying as `layout` says (None: not known), at `clock`."""
-        decision = self.recipe.decide(site, layout, clock)
+        found = [self._of_stage(site, layout, clock, stage) for stage in self.recipe.stages]
+        told = [choice for choice in found if choice.chosen]
+        return replace(told[0], under=told[1]) if len(told) > 1 else (told or found)[0]
+
+    def _of_stage(self, site: Site, layout: Any, clock: Clock, beneath: bool) -> Choice:
+        decision = self.recipe.decide(site, layout, clock, beneath=beneath)
         if decision.patch is None:
             return Choice(reason=decision.reason, rule=decision.rule)
         patch = self._patch(decision.patch, decision.config, decision.instance)

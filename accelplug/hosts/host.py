@@ -143,6 +143,10 @@ class Host(Protocol):
         """What ran in compiled code, where calls are not counted."""
         return []
 
+    def reach(self) -> str | None:
+        """Say how much of a prompt's time rules can touch; None where no rule says how one is read."""
+        return None
+
     def forecasts(self) -> list[Forecast]:
         """What the gate's timings predict end to end."""
         return []

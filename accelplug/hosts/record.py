@@ -22,6 +22,18 @@ class Choice:
     reason: str | None = None
     rule: int | None = None
     """Number of the recipe's rule that says so, from 0; None where none does."""
+    under: Choice | None = None
+    """What reads a prompt beneath the patch: its answer is that patch's dense attention."""
+
+    @property
+    def stages(self) -> tuple[Choice, ...]:
+        """It and what stands beneath, which comes first."""
+        return (self,) if self.under is None else (self.under, self)
+
+    @property
+    def chosen(self) -> bool:
+        """Whether a rule says something: a patch, or dense for a reason that is counted."""
+        return any(one.patch is not None or one.reason is not None for one in self.stages)
 
 
 LEFT_DENSE = Choice()

@@ -32,6 +32,8 @@ class Report(Shown):
     kept: dict[str, str] = field(default_factory=dict)
     """What audits found of the attention that each patch's plans keep; by module where that was asked for."""
     forecasts: dict[str, str] = field(default_factory=dict)
+    reach: list[str] = field(default_factory=list)
+    """How much of a prompt's time rules can touch in a language model: its layers with full attention, and the ceiling that leaves."""
     compiled: list[str] = field(default_factory=list)
     idle: list[str] = field(default_factory=list)
     unrouted: list[str] = field(default_factory=list)
@@ -63,6 +65,8 @@ class Report(Shown):
             yield "left dense by the gate", reason
         for reason in self.unjudged:
             yield "not judged by the gate", reason
+        for said in self.reach:
+            yield "of a prompt", said
         for what in self.compiled:
             yield "runs compiled, calls not counted", what
         for rule in self.idle:

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from accelplug import compat
-from accelplug.call import Clock, Prompt, Site
+from accelplug.call import FULL_ATTENTION, Clock, Kind, Prompt, Site
 from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families.vlm import Vlm, vlm_of
-from accelplug.hosts.attention import AttentionRecord
+from accelplug.hosts.attention import AttentionRecord, patches_of
 from accelplug.hosts.blind import Blind
 from accelplug.hosts.generation import Generation
 from accelplug.hosts.host import Host, Setup
@@ -37,8 +37,9 @@ from accelplug.hosts.images import VisionTower
 from accelplug.hosts.models import DENOISERS, attention_modules, is_language_model
 from accelplug.hosts.placement import Placed
 from accelplug.hosts.prompts import NO_IMAGE, asked_of, visual_tokens
+from accelplug.hosts.reach import reach
 from accelplug.hosts.reader import PromptReader
-from accelplug.hosts.record import LEFT_DENSE, Decide, given
+from accelplug.hosts.record import LEFT_DENSE, Choice, Decide, given
 from accelplug.hosts.stream import (
     AHEAD,
     ASKED,
@@ -55,6 +56,7 @@ from accelplug.hosts.stream import (
 from accelplug.hosts.tensor_parallel import TensorParallel
 from accelplug.hosts.undo import Undo
 from accelplug.recipe import ModelFacts
+from accelplug.registry import BENEATH
 
 logger = logging.getLogger("accelplug")
 
@@ -63,6 +65,10 @@ ROUNDING = 0.02
 _entered: WeakSet[LanguageHost] = WeakSet()
 """Hosts for which our attention function stands in transformers' table."""
 _entering = threading.RLock()  # an interrupt on the way out of it must not lock the undo out
+
+
+OF_A_FORWARD = ("blind", "forward")
+"""What a patch's state holds for the forward that reads a prompt alone."""
 
 
 def _nothing() -> None:
@@ -105,9 +111,10 @@ class LanguageHost(Host):
 
     @classmethod
     def facts(cls, model: Any) -> ModelFacts:
-        """Return the classes, the config by dotted keys, and whether it is a known vision-language model."""
+        """Return the classes, the config by dotted keys, and which kind of language model it is."""
         names = tuple(kind.__name__ for kind in type(model).__mro__)
-        return ModelFacts(names, _flat(model.config.to_dict()), vlm=vlm_of(model) is not None)
+        vlm = vlm_of(model) is not None
+        return ModelFacts(names, _flat(model.config.to_dict()), vlm=vlm, llm=not vlm)
 
     @classmethod
     def of(cls, model: Any, parts: Mapping[str, Any], setup: Setup) -> list[LanguageHost]:
@@ -157,7 +164,8 @@ class LanguageHost(Host):
             cross = compat.transformers.crosses(type(module))
             if cross:
                 self.skipped[path] = f"{type(module).__name__} reads keys that are not tokens of the prompt"
-            site = Site(path, self.name, "cross" if cross else "self", module.layer_idx, layers)
+            kind: Kind = "cross" if cross else "self"
+            site = Site(path, self.name, kind, module.layer_idx, layers, layer_type=compat.transformers.layer_type(module))
             choice = LEFT_DENSE if cross else decide(site, None, PREFILL)
             records.append(AttentionRecord(self, len(records), module, site, module.config, choice))
         if not records:
@@ -176,8 +184,8 @@ class LanguageHost(Host):
         heads, width = (size if isinstance(size, int) else sys.maxsize for size in sizes)
         for around in (choice.patch for choice in self.generation.around if choice.patch is not None):
             around.check(everywhere, heads, width)
-        for patch in {id(r.choice.patch): r.choice.patch for r in records if r.choice.patch is not None}.values():
-            patch.check([record.site for record in records if record.choice.patch is patch], heads, width)
+        for patch in patches_of(records):
+            patch.check([record.site for record in records if patch in record.patches], heads, width)
 
     def _require_readings(self, crosses: bool) -> None:
         """Refuse patches that have a prompt read without its images where a model's layers cannot be run alone."""
@@ -206,8 +214,7 @@ class LanguageHost(Host):
             _entered.add(self)
             compat.transformers.register_attention(compat.transformers.ATTENTION, _attention_function)
         for record in self.records:
-            choice = record.choice
-            if (self.watched and record.site.kind == "self") or choice.patch is not None or choice.reason is not None:
+            if (self.watched and record.site.kind == "self") or record.choice.chosen:
                 undo.put(record.module, STREAM, record)
                 undo.put(
                     record.module, "config", compat.transformers.config_view(record.config, compat.transformers.ATTENTION)
@@ -217,7 +224,7 @@ class LanguageHost(Host):
             self.tower.install(undo)
         compat.transformers.forget_compiled_call(self.model)  # Dynamo does not guard on hooks
         if self.watched or "hidden_states" in self.needs:
-            watched = {record.site.module for record in self.records if self.watched or record.choice.patch}
+            watched = {record.site.module for record in self.records if self.watched or record.patches}
             for path in {module.rpartition(".")[0] for module in watched}:
                 layer = self.decoder.get_submodule(path)
                 undo.hook(layer, "register_forward_pre_hook", partial(_before_layer, self, layer), with_kwargs=True)
@@ -256,8 +263,7 @@ class LanguageHost(Host):
     @property
     def needs(self) -> frozenset[str]:
         """What the recipe's patches ask of the host."""
-        patches = {id(record.choice.patch): record.choice.patch for record in self.records if record.choice.patch}
-        return frozenset().union(*(patch.needs for patch in patches.values()))
+        return frozenset().union(*(patch.needs for patch in patches_of(self.records)))
 
     def collect(self) -> None:
         """Count what compiled code could not."""
@@ -269,11 +275,15 @@ class LanguageHost(Host):
     def placed(self) -> list[Placed]:
         """What runs where: around generate first, then by layers, as it stands for the decode steps of the sequence read last."""
         around = [Placed(None, choice.name, choice.patch) for choice in self.generation.around]
-        return around + [self._placed(record) for record in self.records if record.site.kind != "cross"]
+        at_sites = [
+            (record, choice) for record in self.records if record.site.kind != "cross" for choice in record.choice.stages
+        ]
+        return around + [self._placed(record, choice) for record, choice in at_sites]
 
-    def _placed(self, record: AttentionRecord) -> Placed:
-        choice, stream = record.choice, self._read_last()
-        params = stream.decode[record.index] if stream is not None and stream.decode else None
+    def _placed(self, record: AttentionRecord, choice: Choice) -> Placed:
+        stream = self._read_last()
+        top = choice is record.choice  # what stands beneath has no part in decode steps
+        params = stream.decode[record.index] if top and stream is not None and stream.decode else None
         reason = params if isinstance(params, str) else choice.reason
         return Placed(
             record.site,
@@ -286,7 +296,15 @@ class LanguageHost(Host):
 
     def unrouted(self) -> list[str]:
         """Modules that a rule names, whose attention never came by."""
-        return [record.site.module for record in self.records if record.choice.patch is not None and not record.routed]
+        return [record.site.module for record in self.records if record.patches and not record.routed]
+
+    def reach(self) -> str | None:
+        """How much of a prompt's time rules can touch, where rules say how it is read."""
+        beneath = [r for r in self.records if any(p.family in BENEATH for p in r.patches)]
+        full = [r for r in beneath if r.site.layer_type == FULL_ATTENTION]
+        stream = self._read_last()
+        tokens = None if stream is None else stream.prompt.image.shape[1]
+        return reach(self.decoder, self.records, full, tokens) if beneath else None
 
     # ------------------------------------------------------------------------------------------------- the forward
 
@@ -433,7 +451,8 @@ class LanguageHost(Host):
         if forward.clock is not PREFILL:
             return
         for state in forward.stream.states.values():
-            state.pop("blind", None)
+            for name in OF_A_FORWARD:
+                state.pop(name, None)
         if cache is not None:
             if forward.cache is None:
                 self._keep(forward.stream, cache)
@@ -466,17 +485,17 @@ class LanguageHost(Host):
 
     # ----------------------------------------------------------------------------------------------------- patches
 
-    def prepare(self, record: AttentionRecord, stream: Stream, clock: Clock) -> Any:
-        """Ask a record's patch what it needs, None to run dense."""
-        patch = record.choice.patch
+    def prepare(self, choice: Choice, site: Site, stream: Stream, clock: Clock) -> Any:
+        """Ask a patch what it needs at a site, None to run dense."""
+        patch = choice.patch
         if patch is None or (clock is AHEAD and "ahead" not in patch.needs):
             return None
-        return patch.prepare(record.site, stream.prompt, clock, stream.states.setdefault(id(patch), {}))
+        return patch.prepare(site, stream.prompt, clock, stream.states.setdefault(id(patch), {}))
 
     def _prepare_decode(self, stream: Stream) -> None:
         """Have everything ready that decode steps need, outside of their graph."""
         self._read_last = ref(stream)
-        stream.decode = [self.prepare(record, stream, DECODE) for record in self.records]
+        stream.decode = [self.prepare(record.choice, record.site, stream, DECODE) for record in self.records]
         stream.step = Forward(stream)
 
     def _keep_layers(self, stream: Stream, cache: Any) -> None:
@@ -506,9 +525,9 @@ class LanguageHost(Host):
         if "blind" not in self.needs or stream.prompt.past or not bool(stream.prompt.visual.any()):
             return
         blind = Blind(self.base, self.decoder, stream.prompt, inputs, self.undo)
-        for record in self.records:
-            if record.choice.patch is not None and "blind" in record.choice.patch.needs:
-                stream.states.setdefault(id(record.choice.patch), {})["blind"] = blind
+        for patch in patches_of(self.records):
+            if "blind" in patch.needs:
+                stream.states.setdefault(id(patch), {})["blind"] = blind
 
     def _prepare_tower(self, stream: Stream) -> None:
         """For patches that ask what the vision tower's class token looks at, in the images of this forward."""
@@ -521,7 +540,7 @@ class LanguageHost(Host):
                 f"{self.recipe} reads the vision tower's attention, and the images of this prompt were encoded before "
                 "apply() or elsewhere. Pass pixel_values."
             )
-        for patch in {id(r.choice.patch): r.choice.patch for r in self.records if r.choice.patch}.values():
+        for patch in patches_of(self.records):
             if "vision_attention" in patch.needs:
                 stream.states.setdefault(id(patch), {})["vision_attention"] = tuple(pad(x, (past, 0)) for x in maps)
 

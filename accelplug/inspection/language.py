@@ -69,7 +69,8 @@ def inspect_language(model: Any) -> LanguageInspection:
         asks = compat.transformers.looks_kernel_up(type(module))
         modules[path] = "" if asks else f"{type(module).__name__} does not ask transformers for its attention function"
         if asks:
-            sites.append(Site(path, LanguageHost.name, "self", module.layer_idx, layers))
+            kind = compat.transformers.layer_type(module)
+            sites.append(Site(path, LanguageHost.name, "self", module.layer_idx, layers, layer_type=kind))
     return LanguageInspection(
         model=type(model).__name__,
         family=family.name if family else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +50,16 @@ class Recipe(Shown):
     source: Source = field(default=Source("<recipe>"), repr=False)
     loc: Loc = field(default=(), repr=False)
     """Where it stands in its source."""
-    _by_site: Bounded[Site, tuple[int, ...]] = field(default_factory=lambda: Bounded(4096), init=False, repr=False)
+    _by_site: Bounded[tuple[Site, bool], tuple[int, ...]] = field(
+        default_factory=lambda: Bounded(4096), init=False, repr=False
+    )
 
-    def decide(self, site: Site, layout: Layout | None, clock: Clock) -> Decision:
-        """Return what serves a call at `site`, with tokens lying as `layout` says (None: not known), at `clock`."""
-        for number in self._rules_at(site):
+    def decide(self, site: Site, layout: Layout | None, clock: Clock, *, beneath: bool = False) -> Decision:
+        """Return what serves a call at `site`, with tokens lying as `layout` says (None: not known), at `clock`.
+
+        `beneath`: what reads a language model's prompt, beneath what is asked without it.
+        """
+        for number in self._rules_at(site, beneath):
             rule = self.rules[number]
             holds = rule.where.holds(layout, clock)
             if isinstance(holds, str):
@@ -70,15 +76,25 @@ class Recipe(Shown):
 
     def may_touch(self, site: Site) -> bool:
         """Whether a patch may serve calls at `site` at some time; for a recipe without any patch, whether a rule fits."""
-        return bool(self._rules_at(site)) or (not self.patches() and any(rule.where.fits(site) for rule in self.rules))
+        return bool(self.chosen_among([site])) or (not self.patches() and any(rule.where.fits(site) for rule in self.rules))
 
-    def _rules_at(self, site: Site) -> tuple[int, ...]:
-        """Numbers of the rules that time and layout choose among at `site`; the last has a patch, so that being undecided matters."""
+    @cached_property
+    def stages(self) -> tuple[bool, ...]:
+        """Whether rules stand beneath others (True), and others do (False): each kind is chosen from for itself."""
+        found = {rule.beneath for rule in self.rules if rule.patch != "dense" and not rule.around}
+        return tuple(sorted(found)) or (False,)
+
+    def _stages_of(self, rule: Rule) -> tuple[bool, ...]:
+        """For which of them a rule is: a dense one is for all."""
+        return self.stages if rule.patch == "dense" else (rule.beneath,)
+
+    def _rules_at(self, site: Site, beneath: bool) -> tuple[int, ...]:
+        """Numbers of the rules of a stage that time and layout choose among at `site`; the last has a patch: being undecided matters."""
 
         def make() -> tuple[int, ...]:
             fitting: list[int] = []
             for number, rule in enumerate(self.rules):
-                if rule.where.fits(site) and not rule.around:
+                if rule.where.fits(site) and not rule.around and beneath in self._stages_of(rule):
                     fitting.append(number)
                     if rule.where.placed:
                         break
@@ -86,7 +102,7 @@ class Recipe(Shown):
                 fitting.pop()
             return tuple(fitting)
 
-        return self._by_site.get(site, make)
+        return self._by_site.get((site, beneath), make)
 
     def around(self) -> tuple[Rule, ...]:
         """Return the rules whose patches stand around ``generate``, outermost first; they have no site."""
@@ -102,15 +118,15 @@ class Recipe(Shown):
         """
         reached, behind = set(), {}
         for site in sites:
-            first = None
+            first: dict[bool, int] = {}  # by stage, the rule that takes all that is left
             for number, rule in enumerate(self.rules):
                 if rule.around or not rule.where.fits(site):
                     continue
-                if first is None:
+                if left := [stage for stage in self._stages_of(rule) if stage not in first]:
                     reached.add(number)
-                    first = number if rule.where.placed else None
+                    first |= dict.fromkeys(left, number) if rule.where.placed else {}
                 else:
-                    behind[number] = first
+                    behind[number] = first[self._stages_of(rule)[0]]
         for number, rule in enumerate(self.rules):
             if rule.around or number in reached or set(rule.where.denoiser or ()) & set(elsewhere):
                 continue
@@ -133,7 +149,7 @@ class Recipe(Shown):
 
     def chosen_among(self, sites: Iterable[Site]) -> list[int]:
         """Return the numbers of the rules that may hold at some of these sites."""
-        return sorted({number for site in sites for number in self._rules_at(site)})
+        return sorted({number for site in sites for stage in self.stages for number in self._rules_at(site, stage)})
 
     def patches(self) -> tuple[PatchEntry, ...]:
         """What the registry says of the patches that its rules use, each once."""
@@ -181,7 +197,7 @@ class Recipe(Shown):
             If one has as many layers or heads as another model.
         """
         for site, known in heads.items():
-            for number in self._rules_at(site):
+            for number in self.chosen_among([site]):
                 for table in self.rules[number].values.values():
                     if isinstance(table, Table) and site.layer is not None:
                         table.require(site, None, known)

@@ -14,7 +14,7 @@ from accelplug.recipe.conditions import Strict, Where, name_list, written
 from accelplug.recipe.explaining import explain, shortened
 from accelplug.recipe.settings import Ramp, at_depth, read_varying, shown
 from accelplug.recipe.strict_yaml import Source
-from accelplug.registry import PatchEntry, entry_of, patch_entry
+from accelplug.registry import BENEATH, PatchEntry, entry_of, patch_entry
 from accelplug.step_caches import CACHES
 from accelplug.table import Table
 
@@ -80,6 +80,11 @@ class Rule(Strict):
     def around(self) -> bool:
         """Whether its patch stands around ``generate``, and so has no site."""
         return self.entry is not None and self.entry.family == "generation"
+
+    @property
+    def beneath(self) -> bool:
+        """Whether its patch reads a prompt beneath what other rules put at the same layer."""
+        return self.entry is not None and self.entry.family in BENEATH
 
     @property
     def values(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ block (`rest: pool`).
 
 * Causal: no row reads a key behind it, and no block depends on a later one. Inside of a block, rows choose together.
 * Blocks count from each row's own first token: padding on the left moves none. Padding is neither read nor asked.
+* Layers with a window of their own are left alone; so are what hybrids have in the place of attention.
 * A prompt that is shorter than `min_tokens`, a forward of fewer tokens than a block, and every decode step run the model's own
   attention. No clock decides: with `gate="auto"` too, a prompt runs sparse from `min_tokens` on.
 * In chunks of whole blocks it is the whole, but for the chunks before the prompt has `min_tokens`, which run dense.
@@ -22,6 +23,7 @@ import torch
 from pydantic import Field
 from torch.nn.functional import pad
 
+from accelplug.call import FULL_ATTENTION
 from accelplug.kernels.attention import Backend, block_attention
 from accelplug.kernels.past import kept_mass
 from accelplug.kernels.plan import BlockPlan, past_and_reached
@@ -174,6 +176,8 @@ class Prefill(Patch):
         tokens, few = layout.image.shape[1], max(self.config.block, 2)
         if clock.phase != "prefill" or self.neutral() or tokens < self.config.min_tokens or tokens - layout.past < few:
             return None
+        if site.layer_type != FULL_ATTENTION:
+            return None
         table = getattr(self.config, self.knob, None)
         budget = table.at(site, clock).float().to(layout.valid.device) if isinstance(table, Table) else None
         return Params(layout.valid, layout.padded, state, budget)
@@ -187,9 +191,14 @@ class Prefill(Patch):
         if call.mask is None or call.mask.ndim == 2:
             return None
         seen = (call.mask.data_ptr(), call.mask.shape, place.first_query)
-        if params.state.get("mask", (None, None))[0] != seen:  # all layers are given the same
-            params.state["mask"] = seen, _says_more(call.mask, params.valid, place.first_query)
-        return "the model's mask is not that of causal attention" if params.state["mask"][1] else None
+        known = params.state.setdefault("forward", {})
+        if seen not in known:  # all layers are given the same
+            known[seen] = _says_more(call.mask, params.valid, place.first_query)
+        return (
+            "the model's mask is not that of causal attention: several sequences in a row, or one of its own"
+            if known[seen]
+            else None
+        )
 
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
         blocks, back = self._laid_out(call, params)

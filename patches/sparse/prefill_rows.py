@@ -9,6 +9,9 @@ is the share of their attention that these rows give to J, exactly. Block m read
 until it has read `density` of its blocks, or, with ``density: none``, until its blocks hold `top_p` of the mass: then heads and rows
 take as many as they need. Sampling costs ``n / block`` of the products q.k of dense attention.
 
+The rows of a block tell what all of it reads, those ahead of them too: `strict` has its first row and rows of the block before tell it.
+There, in chunks, the first block of a chunk has its first row alone.
+
 Heads differ by ten times in what they need for the same mass, and early layers need most: keep these dense by a rule.
 """
 
@@ -39,6 +42,11 @@ class PrefillRows(Prefill):
         top_p: float = Field(
             0.95, ge=0.0, le=1.0, description="Share of its attention that the blocks hold which a block reads."
         )
+        strict: bool = Field(
+            False,
+            description="Whether a block is told by its first row and rows before it, so that what a row reads depends on no later one. "
+            "By default rows all over the block tell, up to block - 1 tokens behind a row that goes by them.",
+        )
         grouped: bool = Field(False, description="Whether heads that share keys read the same blocks, by their mean mass.")
 
     config: Config
@@ -49,7 +57,7 @@ class PrefillRows(Prefill):
 
     def route(self, blocks: PromptBlocks, budget: Tensor | None = None) -> BlockPlan:
         sizes = blocks.block, blocks.causal, self.config.rows, blocks.scale
-        mass = sampled_past(blocks.q, blocks.k, *sizes, blocks.held, blocks.reads)  # [B, H, M, N]
+        mass = sampled_past(blocks.q, blocks.k, *sizes, blocks.held, blocks.reads, self.config.strict)  # [B, H, M, N]
         if self.config.grouped:
             mass = mass.unflatten(1, (blocks.k.shape[1], -1)).mean(2)
             budget = budget if budget is None else budget.unflatten(0, (blocks.k.shape[1], -1)).mean(1)
