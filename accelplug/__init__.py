@@ -10,7 +10,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelplug.errors import AccelplugError
@@ -18,7 +20,8 @@ from accelplug.files import without_links
 from accelplug.version import __version__
 
 if (_BROKEN := without_links()) is not None:
-    raise ImportError(_BROKEN)
+    # A command ends with the sentence alone.
+    raise SystemExit(f"accelplug: {_BROKEN}") if Path(sys.argv[0]).stem in ("accelplug", "-m") else ImportError(_BROKEN)
 
 if TYPE_CHECKING:
     from accelplug.calibration import calibrate

@@ -15,8 +15,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from accelplug import files, zoo
-from accelplug.errors import AccelplugError
+from accelplug.errors import AccelplugError, typed
 from accelplug.version import __version__
+
+PICTURES = 200
+"""Pictures of an exam, where nobody says how many."""
+SCENES = 60
+"""Generated scenes in a comparison: TODO."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "model_dir" in options:
             options.model_dir = zoo.folder(options.model_dir)
         # Of several processes that were launched together, the first speaks.
-        with contextlib.nullcontext() if files.is_first() else contextlib.redirect_stdout(io.StringIO()):
+        with typed(), contextlib.nullcontext() if files.is_first() else contextlib.redirect_stdout(io.StringIO()):
             status: int = options.run(options)
             sys.stdout.flush()
             return status
@@ -97,11 +102,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("inspect", help="attention sites, matching recipes, and what there is to gain")
     _takes_model(command, "a pipeline or a vision-language model")
+    _takes_size(command)
     command.add_argument("--image", type=Path, help="vision-language models: say where it looks in this picture")
     command.add_argument(
         "--prompt", default="Please describe this image in detail.", help="the question asked about --image"
     )
-    command.add_argument("--report", type=Path, help="write a page (.html), the drawings (.png) or the figures (.json)")
+    command.add_argument(
+        "--report", type=Path, help="write a page (.html), the figures (.json) or, with --image, drawings (.png)"
+    )
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser("compare", help="run a model dense and with recipes; report speed and quality")
@@ -114,12 +122,15 @@ def _parser() -> argparse.ArgumentParser:
         "--coco", type=Path, help="examine a vision-language model on this COCO folder, not generated scenes"
     )
     command.add_argument("--amber", type=Path, help="or on AMBER: a folder with its data/ and image/")
-    command.add_argument("--pictures", type=_whole, help="how many of them (default 200, of AMBER all)")
+    command.add_argument(
+        "--pictures",
+        type=_whole,
+        help=f"how many (default {PICTURES} of COCO, all of AMBER, {SCENES} scenes: two minutes for one recipe on two CPU cores)",
+    )
     command.add_argument(
         "--parse",
-        default="strict",
         choices=["strict", "official"],
-        help="how yes and no are read: ours, or as POPE's release does",
+        help="how yes and no are read: strict, ours (default), or as POPE's release does",
     )
     _takes_texts(command)
     command.add_argument("--seed", action="append", type=_seed, help="repeat for several (default 0)")
@@ -215,15 +226,17 @@ def _takes_texts(command: argparse.ArgumentParser) -> None:
 def _takes_questions(command: argparse.ArgumentParser) -> None:
     command.add_argument("--questions", type=Path, help="language models: JSON lines of text, answer and, optional, image")
     command.add_argument("--coco", type=Path, help="vision-language models: questions on this COCO folder")
-    command.add_argument(
-        "--pictures", type=_whole, default=200, help="how many of it, or generated scenes if no folder (200)"
-    )
+    command.add_argument("--pictures", type=_whole, help=f"how many of it, or of generated scenes ({PICTURES})")
 
 
-def _takes_pipeline_settings(command: argparse.ArgumentParser) -> None:
+def _takes_size(command: argparse.ArgumentParser) -> None:
     command.add_argument("--frames", type=_whole, help="frames to generate, for video")
     command.add_argument("--height", type=_whole, help="pixels")
     command.add_argument("--width", type=_whole, help="pixels")
+
+
+def _takes_pipeline_settings(command: argparse.ArgumentParser) -> None:
+    _takes_size(command)
     command.add_argument("--steps", type=_whole, help="diffusion steps")
     command.add_argument("--guidance", type=_number, help="guidance scale")
     command.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
@@ -231,20 +244,28 @@ def _takes_pipeline_settings(command: argparse.ArgumentParser) -> None:
 
 
 def _pipeline_settings(options: argparse.Namespace) -> dict[str, Any]:
-    settings = {
-        "num_frames": options.frames,
-        "height": options.height,
-        "width": options.width,
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance,
-    }
-    return {name: value for name, value in settings.items() if value is not None}
+    """Arguments of the pipeline's call that were given as options."""
+    from accelplug.comparison.arguments import OPTIONS
+
+    given = {name: getattr(options, option, None) for name, option in OPTIONS.items()}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+SIZES = ("frames", "height", "width", "steps", "guidance")
+EXAMS = ("coco", "amber", "pictures", "parse", "questions", "tokens", "text", "trials", "anew")
+
+
+def _refuse(options: argparse.Namespace, kind: str, *names: str) -> None:
+    """Refuse options that are for models of another kind."""
+    for name in names:
+        if getattr(options, name, None):
+            raise AccelplugError(f"--{name.replace('_', '-')} is not for a {kind}, which this is. Leave it out.")
 
 
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 150)  # a log has no width of its own
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 150)  # a log has no width of its own
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -275,21 +296,22 @@ def _inspect(options: argparse.Namespace) -> int:
     from accelplug import chat, loading
     from accelplug.inspection import inspect
 
-    report = _report(options, ".png")
-    if report is not None and options.image is None:
-        raise AccelplugError("--report shows where a model looks in a picture: expected --image too. Add --image FILE.")
+    report = _report(options, *([".png"] if options.image else []))
     picture = None if options.image is None else chat.open_picture(options.image)
-    if loading.kind_of(options.model_dir) == "pipeline":
-        if options.image is not None:
-            raise AccelplugError("--image is for vision-language models, and this is a pipeline. Leave it out.")
-        _console().print(inspect(loading.pipeline(options.model_dir, device="cpu")))
+    if (kind := loading.kind_of(options.model_dir)) == "pipeline":
+        _refuse(options, kind, "image")
+        trained_for = zoo.DEMO if options.model_dir == zoo.path() else {}
+        pipe = loading.pipeline(options.model_dir, device="cpu")
+        _publish(inspect(pipe, {**trained_for, **_pipeline_settings(options)}), report)
         return 0
+    _refuse(options, kind, *SIZES)
     model, processor = loading.language_model(options.model_dir, text=True)
     if options.image is None:
-        _console().print(inspect(model))
+        _publish(inspect(model), report)
         return 0
     asked = [chat.prompt(processor, options.prompt, picture=True)]
-    _publish(inspect(model, chat.tokenized(processor, asked, [picture])), report)
+    found = inspect(model, chat.tokenized(processor, asked, [picture]), processor)
+    _publish(replace(found, picture_name=options.image.name, question=options.prompt), report)
     return 0
 
 
@@ -298,12 +320,12 @@ def _compare(options: argparse.Namespace) -> int:
     from accelplug.comparison import compare
 
     report = _report(options)
-    if loading.kind_of(options.model_dir) == "language model":
+    if (kind := loading.kind_of(options.model_dir)) == "language model":
+        _refuse(options, kind, "prompt", "seed", "caches", "by_layer", "record", *SIZES)
         return _compare_answers(options, report)
+    _refuse(options, kind, *EXAMS)
     if not options.prompt:
         raise AccelplugError("compare runs a pipeline on prompts; add --prompt '...'.")
-    if options.coco is not None:
-        raise AccelplugError("--coco is for vision-language models, and this is a pipeline. Leave it out.")
     if options.record:
         for recipe in options.recipe or ():
             if recipe.endswith((".yaml", ".yml")):
@@ -323,10 +345,6 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _compare_answers(options: argparse.Namespace, report: Path | None) -> int:
     """Compare a language model on long texts, a vision-language model on questions and descriptions."""
-    if options.record:
-        raise AccelplugError("compare records pipelines only; of a language model, `accelplug tune` writes a measured row.")
-    if options.by_layer:
-        raise AccelplugError("--by-layer shows errors that repair estimates, of pipelines only. Leave it out.")
     from accelplug import loading
     from accelplug.comparison import Exam, compare
 
@@ -336,11 +354,11 @@ def _compare_answers(options: argparse.Namespace, report: Path | None) -> int:
     if exam is None and options.amber:
         exam = Exam.amber(options.amber, options.pictures)
     elif exam is None and options.coco:
-        exam = Exam.coco(options.coco, options.pictures or 200)
+        exam = Exam.coco(options.coco, options.pictures or PICTURES)
     model, processor = loading.language_model(options.model_dir, options.dtype, options.device, text=True)
     if exam is None and hasattr(processor, "image_processor"):
-        exam = Exam.scenes(options.pictures or 200)
-    exam = replace(exam, parse=options.parse) if isinstance(exam, Exam) else exam
+        exam = Exam.scenes(options.pictures or SCENES)
+    exam = replace(exam, parse=options.parse or "strict") if isinstance(exam, Exam) else exam
     _publish(compare(model, options.recipe, exam, processor=processor), report)
     return 0
 
@@ -369,12 +387,14 @@ def _tune(options: argparse.Namespace) -> int:
     require_place(output.with_suffix(".safetensors"))
     inputs: Any
     seconds = 600.0
-    if loading.kind_of(options.model_dir) == "language model":
+    if (kind := loading.kind_of(options.model_dir)) == "language model":
+        _refuse(options, kind, "prompts", "no_caches", *SIZES)
         pipe, processor, inputs = _questioned(options, _text_exam(options))
         seconds = 110.0 if inputs is None or isinstance(inputs, TextExam) else seconds
-    elif options.prompts is None:
-        raise AccelplugError("tune runs a pipeline on prompts; add --prompts FILE.")
     else:
+        _refuse(options, kind, "objective", *EXAMS)
+        if options.prompts is None:
+            raise AccelplugError("tune runs a pipeline on prompts; add --prompts FILE.")
         prompts = _prompts(options.prompts)
         pipe, processor = loading.pipeline(options.model_dir, options.dtype, options.device), None
         inputs = [{"prompt": prompt, **_pipeline_settings(options)} for prompt in prompts]
@@ -402,10 +422,12 @@ def _verify(options: argparse.Namespace) -> int:
     from accelplug.tuning.verification import measured
 
     measured(options.recipe)  # refuse what cannot be read before anything is loaded
-    if loading.kind_of(options.model_dir) == "language model":
+    if (kind := loading.kind_of(options.model_dir)) == "language model":
+        _refuse(options, kind, "prompt")
         model, processor, questions = _questioned(options)
         found = verify(model, options.recipe, questions, processor=processor)
     else:
+        _refuse(options, kind, *EXAMS)
         inputs = None if options.prompt is None else {"prompt": options.prompt}
         found = verify(loading.pipeline(options.model_dir, options.dtype, options.device), options.recipe, inputs)
     _console().print(found)
@@ -422,10 +444,10 @@ def _questioned(options: argparse.Namespace, texts: Any = None) -> tuple[Any, An
         raise AccelplugError("--questions and --coco both say what is asked; give one of them.")
     asked: Any = read_questions(options.questions) if options.questions else texts
     if asked is None and options.coco:
-        asked = Exam.coco(options.coco, options.pictures)
+        asked = Exam.coco(options.coco, options.pictures or PICTURES)
     model, processor = loading.language_model(options.model_dir, options.dtype, options.device, text=True)
     if asked is None and hasattr(processor, "image_processor"):
-        asked = Exam.scenes(options.pictures)
+        asked = Exam.scenes(options.pictures or PICTURES)
     return model, processor, asked
 
 
@@ -499,28 +521,28 @@ def _fetch(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     import torch
-    from rich.table import Table
 
     from accelplug import compat
     from accelplug.kernels.attention import available_backends
+    from accelplug.show import table
 
-    table = Table("", "", title="accelplug doctor", title_justify="left", show_header=False)
+    checked = table("accelplug doctor", "", "", names=False, show_header=False)
     for package in ("torch", "diffusers", "transformers", "triton", "flash-attn"):
         found = compat.versions.installed(package) or "not installed"
         if package in compat.versions.TESTED:
             found += f" ({'untested; ' if compat.versions.untested(package) else ''}tested: {compat.versions.tested_versions(package)})"
-        table.add_row(package, found)
+        checked.add_row(package, found)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    table.add_row("device", name)
+    checked.add_row("device", name)
     for backend, why_not in available_backends(device).items():
-        table.add_row(f"kernel {backend}", "works" if why_not is None else why_not)
+        checked.add_row(f"kernel {backend}", "works" if why_not is None else why_not)
     broken = 0
     for promise, check in compat.versions.contracts():
         why = compat.contracts.why_broken(check)
         broken += why is not None
-        table.add_row(promise, "holds" if why is None else f"[red]broken: {why}")
-    _console().print(table)
+        checked.add_row(promise, "holds" if why is None else f"[red]broken: {why}")
+    _console().print(checked)
     return 1 if broken else 0
 
 

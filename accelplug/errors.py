@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 
@@ -59,3 +61,21 @@ def refused_values(error: Any, known: Iterable[str]) -> str:
             got = "" if problem["type"] == "value_error" else f", got {str(problem['input'])[:80]!r}"
             told.append(f"{place}: {message[:1].lower()}{message[1:]}{got}".removeprefix(": "))
     return "; ".join(told)
+
+
+_TYPED: ContextVar[bool] = ContextVar("typed", default=False)
+
+
+@contextmanager
+def typed() -> Iterator[None]:
+    """Have errors inside speak to who typed a command, not to who wrote Python."""
+    token = _TYPED.set(True)
+    try:
+        yield
+    finally:
+        _TYPED.reset(token)
+
+
+def worded(python: str, command: str) -> str:
+    """Return the wording that fits who asked: an argument, ``time_budget_s``, or a command's option, ``--time``."""
+    return command if _TYPED.get() else python

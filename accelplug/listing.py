@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from accelplug.errors import NoMatchError, nearest
 from accelplug.recipe import RecipeInfo, list_recipes, read_file
 from accelplug.registry import PatchEntry, list_patches, patch_class
+from accelplug.show import table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,29 +28,25 @@ AUDIENCES = {
 
 def models() -> RenderableType:
     """Return the shipped recipes, a line for each model."""
-    from rich.table import Table
-
-    heads = ("model", "recipes (the first: default)")
-    table = Table(*heads, title="recipes by model", title_justify="left", caption=MARKS, caption_justify="left")
+    found = table("recipes by model", "model", "recipes (the first: default)", caption=MARKS)
     for model, group in groupby(list_recipes(), key=lambda info: info.model):
         names = sorted(group, key=lambda info: not info.default)
-        table.add_row(model, ", ".join(_marked(info) for info in names))
-    return table
+        found.add_row(model, ", ".join(_marked(info) for info in names))
+    return found
 
 
 def patches(chosen: Iterable[PatchEntry] = ()) -> RenderableType:
     """Return the patches, or those that are chosen, for pipelines and for language models apart."""
     from rich.console import Group
-    from rich.table import Table
 
     tables = []
     for audience, families in AUDIENCES.items():
         rows = [entry for entry in tuple(chosen) or list_patches() if entry.family in families]
         if rows:
-            table = Table("patch", "what it does", title=f"patches for {audience}", title_justify="left")
+            found = table(f"patches for {audience}", "patch", "what it does")
             for entry in rows:
-                table.add_row(entry.name, entry.summary)
-            tables.append(table)
+                found.add_row(entry.name, entry.summary)
+            tables.append(found)
     return Group(*tables)
 
 
@@ -62,7 +59,6 @@ def about(word: str) -> RenderableType:
         If no model, recipe or patch has it in its name.
     """
     from rich.console import Group
-    from rich.table import Table
 
     exact = [entry for entry in list_patches() if entry.name == word]
     recipes = [info for info in list_recipes() if word in f"{info.model}/{info.name}" or (exact and _uses(info, word))]
@@ -75,10 +71,10 @@ def about(word: str) -> RenderableType:
         )
     parts: list[RenderableType] = [_settings(exact[0])] if exact else [patches(found)] if found else []
     if recipes:
-        table = Table("recipe", "what it is", "source", title="recipes", title_justify="left")
+        lines = table("recipes", "recipe", "what it is", "source")
         for info in recipes:
-            table.add_row(f"{info.model}/{_marked(info)}" + (" *" if info.default else ""), info.summary, info.cite)
-        parts += [table, f"* the model's default, {MARKS}"]
+            lines.add_row(f"{info.model}/{_marked(info)}" + (" *" if info.default else ""), info.summary, info.cite)
+        parts += [lines, f"* the model's default, {MARKS}"]
     return Group(*parts)
 
 
@@ -94,10 +90,9 @@ def _uses(info: RecipeInfo, patch: str) -> bool:
 def _settings(entry: PatchEntry) -> RenderableType:
     """Return what a patch does, and each of its settings."""
     from rich.console import Group
-    from rich.table import Table
 
-    table = Table("setting", "default", "what it says", title_justify="left")
+    lines = table("", "setting", "default", "what it says")
     for name, field in patch_class(entry.name).Config.model_fields.items():
         default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
-        table.add_row(name, default, field.description or "")
-    return Group(f"{entry.name}: {entry.summary} {entry.cite}", table)
+        lines.add_row(name, default, field.description or "")
+    return Group(f"{entry.name}: {entry.summary} {entry.cite}", lines)

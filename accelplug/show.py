@@ -8,12 +8,16 @@ import io
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelplug import files
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 TEXT_WIDTH = 150
 """Width of a table that is printed as text, where no terminal says how wide it is."""
@@ -60,6 +64,16 @@ class Shown:
             If it cannot be written.
         """
         return files.write(path, self.page())
+
+
+def table(title: str, *headings: str, names: bool = True, **more: Any) -> Table:
+    """Return a table of rich's in which nothing is cut: words break where they must, but not in a first column of `names`."""
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", caption_justify="left", **more)
+    for heading in headings:
+        made.add_column(heading, no_wrap=names and not made.columns, overflow="fold")
+    return made
 
 
 def as_text(renderable: Any) -> str:
@@ -165,12 +179,16 @@ def jsonable(value: Any) -> Any:
 
 
 Tell = Callable[..., None]
-"""``tell(done, now="")``: so much of the total is done, and this is done now."""
+"""``tell(done, now="", far="")``: so much of the total is done; this is done now, and so far it has come."""
+PAUSE_S = 15.0
+"""Seconds between two lines about one thing, where no terminal shows a bar."""
 
 
 @contextmanager
 def progress(what: str, total: float, show: bool = True) -> Iterator[Tell]:
-    """Show how far work has come: a bar in a terminal, elsewhere a line on stderr for each thing that is done.
+    """Show how far work has come and what time is left: in a terminal by a bar, elsewhere by lines on stderr.
+
+    There is a line for each thing that is done, and one every `PAUSE_S` seconds while it lasts.
 
     Parameters
     ----------
@@ -180,35 +198,46 @@ def progress(what: str, total: float, show: bool = True) -> Iterator[Tell]:
 
     Yields
     ------
-    ``tell(done, now="")``.
+    ``tell(done, now="", far="")``.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-    console = Console(file=sys.stderr)
+    console, begun = Console(file=sys.stderr), time.monotonic()
+
+    def line(now: str, far: str) -> str:
+        return f"{what}: {', '.join(filter(None, (now, far)))}" if now else what
+
+    def left(done: float) -> str:
+        seconds = (time.monotonic() - begun) * (total - done) / done if 0 < done < total else 0.0
+        return f"{seconds // 60:.0f}:{seconds % 60:02.0f} left" if seconds >= 1 else ""
+
     if not show:
-        yield lambda done, now="": None
+        yield silent
     elif not console.is_terminal:
-        yield _lines(what, total)
+        yield _lines(total, line, left)
     else:
-        columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda done, now="": bar.update(task, completed=min(done, total), description=_line(what, now))
+        columns = (BarColumn(bar_width=None), TaskProgressColumn(), TextColumn("{task.fields[left]}"))
+        with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True, expand=True) as bar:
+            task = bar.add_task(what, total=total, left="")
+            yield lambda done, now="", far="": bar.update(
+                task, completed=min(done, total), description=line(now, far), left=left(done)
+            )
 
 
-def _line(what: str, now: str) -> str:
-    return f"{what}: {now}" if now else what
+def silent(done: float, now: str = "", far: str = "") -> None:
+    """Tell nobody."""
 
 
-def _lines(what: str, total: float) -> Tell:
-    last = ""
+def _lines(total: float, line: Callable[[str, str], str], left: Callable[[float], str]) -> Tell:
+    last, at = "", -math.inf
 
-    def tell(done: float, now: str = "") -> None:
-        nonlocal last
-        line = _line(what, now)
-        if line != last:  # of what is told often, each thing once
-            print(f"[{min(done / total, 1.0) if total else 1.0:4.0%}] {line}", file=sys.stderr, flush=True)
-        last = line
+    def tell(done: float, now: str = "", far: str = "") -> None:
+        nonlocal last, at
+        if now == last and time.monotonic() - at < PAUSE_S:
+            return
+        last, at = now, time.monotonic()
+        said = ", ".join(filter(None, (line(now, far), left(done))))
+        print(f"[{min(done / total, 1.0) if total else 1.0:4.0%}] {said}", file=sys.stderr, flush=True)
 
     return tell

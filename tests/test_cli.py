@@ -13,7 +13,7 @@ import accelplug
 from accelplug import zoo
 from accelplug.cli import main
 from accelplug.comparison import Comparison
-from accelplug.inspection.denoiser import STEPS, TOKENS, Inspection
+from accelplug.inspection.denoiser import STEPS, Inspection
 
 
 def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,10 +67,10 @@ def test_the_ceiling_of_a_recipe_counts_its_dense_steps() -> None:
     found = accelplug.inspect(pipe)
     assert isinstance(found, Inspection)
     (part,) = found.denoisers
-    share = part.attention_share(TOKENS[0])
+    share = part.attention_share(part.lengths[0])
     steps = sum(step >= round(0.25 * STEPS) for step in range(STEPS)) / STEPS
     assert found.ceilings["wan-shapes/radial"][0] == pytest.approx(1 / (1 - share * steps))
-    assert part.ceiling(TOKENS[0]) > found.ceilings["wan-shapes/radial"][0] > 1
+    assert part.ceiling(part.lengths[0]) > found.ceilings["wan-shapes/radial"][0] > 1
 
 
 def test_doctor_finds_all_contracts_holding(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import accelplug
 from accelplug.comparison.evaluators.evaluator import Question, Said
 from accelplug.comparison.exam import POPE_SPLITS, Exam
-from accelplug.comparison.outcome import Outcome, hold_against_dense
+from accelplug.comparison.outcome import Outcome, hold_against_stock
 from accelplug.comparison.rows import STOCK_ROW, Variant
 from accelplug.comparison.vlm import compare_vlm
 from accelplug.errors import AccelplugError
@@ -115,11 +115,11 @@ def exam_of(questions: list[Question]) -> Exam:
 
 def test_a_shifted_threshold_says_yes_as_often() -> None:
     asked = [Question(i, "?", i < 2, "x", "adversarial") for i in range(4)]
-    dense = Outcome(STOCK_ROW, "dense", Said({"adversarial": ["no"] * 4}, {"adversarial": [-1.0, -3.0, -2.0, -4.0]}))
+    dense = Outcome(STOCK_ROW, STOCK_ROW, Said({"adversarial": ["no"] * 4}, {"adversarial": [-1.0, -3.0, -2.0, -4.0]}))
     row = Outcome("a", "recipe", Said({"adversarial": ["yes", "no", "no", "yes"]}, {"adversarial": [1.0, -1.0, -1.0, 1.0]}))
     for one in (dense, row):
         one.score(exam_of(asked))
-    hold_against_dense([dense, row], exam_of(asked))
+    hold_against_stock([dense, row], exam_of(asked))
     matched = row.figures["pope"].matched
     assert matched is not None
     assert matched.yes_ratio == 0.5
@@ -130,14 +130,14 @@ def test_rows_are_held_against_dense() -> None:
     asked = [Question(i, "?", i % 2 == 0, "x", "adversarial") for i in range(20)]
     right = ["yes" if q.answer else "no" for q in asked]
     margins = {"adversarial": [0.0] * 20}
-    dense = Outcome(STOCK_ROW, "dense", Said({"adversarial": ["yes"] * 20}, margins))
+    dense = Outcome(STOCK_ROW, STOCK_ROW, Said({"adversarial": ["yes"] * 20}, margins))
     better = Outcome("better", "recipe", Said({"adversarial": right}, margins))
     same = Outcome("same", "recipe", Said({"adversarial": ["yes"] * 20}, margins))
     control = Outcome("control", "control", Said({"adversarial": ["no"] * 20}, margins))
     rows, exam = [dense, better, same, control], exam_of(asked)
     for row in rows:
         row.score(exam)
-    hold_against_dense(rows, exam)
+    hold_against_stock(rows, exam)
     assert dense.figures["pope"].splits["adversarial"].hallucination_rate == 1
     assert better.figures["pope"].hallucination.value == -1
     assert better.p["questions"] == pytest.approx(2 / 2**10)
@@ -154,7 +154,7 @@ def judged(replies: list[Any], asked: list[Any], **more: Any) -> list[Outcome]:
     exam = replace(exam_of(asked), **more)
     for row in rows:
         row.score(exam)
-    hold_against_dense(rows, exam)
+    hold_against_stock(rows, exam)
     return rows
 
 
@@ -216,12 +216,36 @@ def test_ambers_files_become_an_exam(bundled: tuple[Any, Any], tmp_path: Path) -
         assert row.figures["amber"].dimensions["attribute"].n == 6
     assert result["vhr"].p["questions"] == 1.0
     assert [replace(exam, parse="official").read(said) for said in ("Yes", "No", "yes", "No.")] == [True, False, None, None]
-    assert "AMBER" in str(result.table().columns[-2].header)
+    assert "AMBER" in [column.header for table in result.tables() for column in table.columns]
     result.to_json(tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["amber_dimensions"]["existence"]["n"] == 2
     assert len(Exam.amber(tmp_path, 1).pictures) == 1
     with pytest.raises(AccelplugError, match="there are 2"):
         Exam.amber(tmp_path, 3)
+
+
+def test_amber_scores_generated_scenes() -> None:
+    """All answers right, all things named, and in one description a thing that is not there and that one would expect."""
+    exam = Exam.scenes(4)
+    right = {split: ["yes" if question.answer else "no" for question in exam.of(split)] for split in exam.splits}
+    described = {key: " ".join(things) for key, things in exam.truth.items()}
+    first = next(iter(described))
+    described[first] += f" {min(exam.likely[first])}"
+    margins = {split: [0.0] * len(said) for split, said in right.items()}
+    row = Outcome(STOCK_ROW, STOCK_ROW, Said(right, margins, [("yes", "no")] * len(exam.pairs), described))
+    row.score(exam)
+    found, named = row.figures["amber"], 1 + sum(map(len, exam.truth.values()))
+    likely = sum(map(len, exam.likely.values()))
+    assert found.shares == {
+        **dict.fromkeys(("accuracy", "precision", "recall", "f1", "cover"), 1.0),
+        "chair": 1 / named,
+        "hal": 1 / 4,
+        "cog": 1 / likely,
+        "score": pytest.approx(100 - 50 / named),
+    }
+    assert set(found.dimensions) == {"existence", "state", "number", "relation", "attribute"}
+    assert found.dimensions["existence"].n == len({(question.image, question.text) for question in exam.questions})
+    assert [cells["AMBER"] for cells in row.cells().values() if "AMBER" in cells] == [f"{found.shares['score']:.1f}"]
 
 
 def test_a_coco_folder_becomes_an_exam(tmp_path: Path) -> None:
@@ -324,7 +348,7 @@ def test_photographs_in_a_coco_folder_are_examined_whole(bundled: tuple[Any, Any
         assert row.figures["pope"].splits["adversarial"].n == 18
         assert row.figures["mme"].tasks["existence"].n == 3
         assert row.figures["chair"].n_captions == 3
-        assert set(row.figures["amber"].shares) == {"chair", "cover", "hal", "cog"}
+        assert {"chair", "cover", "hal", "cog", "score"} <= set(row.figures["amber"].shares)
 
 
 def gemma_3() -> tuple[Any, Any]:

@@ -129,7 +129,7 @@ def test_a_head_that_does_not_read_the_system_text_has_a_bounded_score(bias: flo
     assert found.vas_mean == pytest.approx(1)
     found.to_json(tmp_path / "a.json")
     assert "Infinity" not in (tmp_path / "a.json").read_text()
-    assert len(found.rows()) == 4
+    assert found.table().row_count == 4
 
 
 def head_outputs(model: Any, **inputs: Any) -> np.ndarray:
@@ -229,7 +229,7 @@ def test_sink_dimensions_are_massive_in_most_middle_layers() -> None:
 
 def test_a_narrow_model_says_why_it_has_no_sinks() -> None:
     found = looked(llava(), prompt("llava", [[4, "I", 6]]))
-    assert any("cannot reach 20" in note for note in found.notes)
+    assert any("none can reach 20" in note for note in found.notes)
 
 
 # ------------------------------------------------------------------------------------------------------- the model as it was
@@ -293,9 +293,11 @@ def test_pages_and_pictures_are_written(kind: str, model: Any, tmp_path: Path) -
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 200
     found.to_html(tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 10  # two pictures, and four layers on each
     assert page.count("<tr>") == 5
-    assert "http" not in page
+    assert page.count('class="layer"') == 8
+    assert "http:" not in page
+    assert "https:" not in page
     assert "<!--" not in page
     found.to_json(tmp_path / "a.json")
     data = json.loads((tmp_path / "a.json").read_text())
@@ -303,7 +305,7 @@ def test_pages_and_pictures_are_written(kind: str, model: Any, tmp_path: Path) -
     assert data["vas_mean"] == pytest.approx(found.vas_mean)
     printed = io.StringIO()
     Console(width=120, file=printed).print(found)
-    assert "VAS" in printed.getvalue()
+    assert "Visual Attention Score" in printed.getvalue()
     assert "data:image/png" in found._repr_html_()
 
 
@@ -323,7 +325,7 @@ def test_without_system_text_there_is_no_vas(tmp_path: Path) -> None:
     inputs = {key: x[:, 1:] if x.ndim == 2 else x for key, x in inputs.items()}
     found = looked(llava(), inputs)
     assert np.isnan(found.vas_mean)
-    assert any("no VAS" in note for note in found.notes)
+    assert any("picture : system" in note for note in found.notes)
     found.to_json(tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text())["vas"] == [None] * 4
     found.to_png(tmp_path / "a.png")
@@ -389,7 +391,7 @@ def test_what_cannot_be_inspected_says_so() -> None:
     right["attention_mask"][:, -2:] = 0
     with pytest.raises(ShapeError, match="padded on the right"):
         looked(model, right)
-    with pytest.raises(AccelplugError, match="not a language model"):
+    with pytest.raises(AccelplugError, match="arguments of the call"):
         accelplug.inspect(torch.nn.Linear(2, 2), inputs)
     with accelplug.apply(model, {"patch": "var"}), pytest.raises(AlreadyAppliedError):
         looked(model, inputs)
@@ -417,7 +419,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert main([*asked, "--report", str(tmp_path / name)]) == 0
         assert (tmp_path / name).stat().st_size > 10_000
     assert "vision-aware heads" in capsys.readouterr().out
-    assert main(["inspect", str(folder), "--report", str(tmp_path / "b.html")]) == 2
-    assert "--image" in capsys.readouterr().err
+    assert main(["inspect", str(folder), "--report", str(tmp_path / "b.html")]) == 0
+    assert main(["inspect", str(folder), "--report", str(tmp_path / "b.png")]) == 2
+    assert "ends in .html or .json" in capsys.readouterr().err
     assert main(["inspect", str(folder), "--image", str(folder / "config.json")]) == 2
     assert "cannot be read as a picture" in capsys.readouterr().err

@@ -53,6 +53,7 @@ def test_a_clone_without_links_says_so_in_a_sentence(tmp_path: Path, arguments: 
         (tmp_path / "accelplug" / name).write_text(f"../{name}")  # what git writes where links are off
     done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env={}, capture_output=True, text=True)
     assert done.returncode == 1
+    assert arguments[0] == "-c" or len(done.stderr.splitlines()) == 1, "a command says it without a traceback"
     last = done.stderr.splitlines()[-1]
     assert "text files in place of the symbolic links kernels, patches, recipes" in last
     assert "git config core.symlinks true" in last

@@ -13,6 +13,7 @@ import pytest
 
 from accelplug.comparison.result import Comparison
 from accelplug.comparison.rows import DENSE_ROW, Row, Sample
+from accelplug.hosts.gate import Verdict
 from accelplug.recipe import Recipe, load
 from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.result import Point, Tuned
@@ -141,3 +142,16 @@ def test_several_bounds_are_plotted_by_their_margin(tuned: Tuned, tmp_path: Path
     page = Page(tuned.to_html(tmp_path / "page.html").read_text())
     assert page.data["axis"]["limit"] == 0.0
     assert [dot["worst"] for dot in page.data["dots"]] == [0.5, pytest.approx(0.2), -6.0]
+
+
+def test_what_apply_would_leave_dense_is_said_to_be_forced(tmp_path: Path) -> None:
+    slow = row("slow", 1.4, 30.0, 28.0)
+    slow.choices = {"verdicts": [Verdict("sol", (1, 2, 400, 64), "float32", "cpu", 1.0, 1.5).to_dict()]}
+    found = comparison(slow, row("fast", 0.5, 30.0, 28.0))
+    for said in (str(found), found.page()):
+        assert "slow (forced)" in said
+        assert "fast (forced)" not in said
+        assert "dense 1.0 ms, sparse 1.5 ms a call" in " ".join(said.split())
+    found.to_json(tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["rows"][1]["forced"] == slow.forced
+    assert Comparison.from_json(tmp_path / "a.json").row("slow").forced == slow.forced

@@ -16,7 +16,7 @@ import accelplug
 from accelplug.comparison import Exam, metrics, outcome
 from accelplug.comparison.evaluators import EVALUATORS
 from accelplug.comparison.evaluators.evaluator import Asked, Figure, Said
-from accelplug.comparison.outcome import Outcome, hold_against_dense
+from accelplug.comparison.outcome import Outcome, hold_against_stock
 from accelplug.comparison.rows import STOCK_ROW
 from accelplug.comparison.vlm import VlmComparison
 from accelplug.hosts.host import model_facts
@@ -43,10 +43,10 @@ def examined() -> VlmComparison:
     said = Said(
         right, {split: [0.0] * len(asked) for split, asked in right.items()}, pairs, dict.fromkeys(exam.pictures, "A")
     )
-    rows = [Outcome(STOCK_ROW, "dense", said), Outcome("vhr", "recipe", said, alarms=["It says less."], notes=["a note"])]
+    rows = [Outcome(STOCK_ROW, STOCK_ROW, said), Outcome("vhr", "recipe", said, alarms=["It says less."], notes=["a note"])]
     for one in rows:
         one.score(exam)
-    hold_against_dense(rows, exam)
+    hold_against_stock(rows, exam)
     return VlmComparison("A model", exam, rows, {"device": "a CPU"})
 
 
@@ -127,7 +127,7 @@ def test_the_page_of_answers_needs_no_script_and_shows_what_changed() -> None:
     vhr.said = replace(stock.said, replies={**stock.said.replies, "adversarial": ["no"] * len(asked)})
     vhr.said.replies["adversarial"][0] = "No, <b>nothing</b>"
     vhr.score(found.exam)
-    hold_against_dense(found.rows, found.exam)
+    hold_against_stock(found.rows, found.exam)
     page = found.page()
     assert "<script" not in page
     assert "vhr: 0 righted" in page
@@ -144,12 +144,12 @@ def test_the_page_of_answers_needs_no_script_and_shows_what_changed() -> None:
 class Length:
     """An evaluator in one class: how long descriptions are."""
 
-    name = "length"
+    name, title = "length", "length of descriptions"
 
     def score(self, asked: Asked, said: Said) -> float | None:
         return sum(map(len, said.descriptions.values())) / len(said.descriptions) if said.descriptions else None
 
-    def hold(self, asked: Asked, dense: Said, said: Said, before: float, figures: float) -> dict[str, float]:
+    def hold(self, asked: Asked, stock: Said, said: Said, before: float, figures: float) -> dict[str, float]:
         return {"length": 0.04 if before != figures else 1.0}
 
     def columns(self, figures: float, holm: Mapping[str, float]) -> dict[str, str]:

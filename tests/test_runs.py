@@ -16,6 +16,7 @@ import accelplug
 from accelplug.errors import FallbackError, NoMatchError, UnsupportedError
 from accelplug.hosts.diffusers import DenoiserHost
 from accelplug.hosts.models import denoisers
+from accelplug.inspection.denoiser import inspect_denoiser
 from accelplug.testing.models import Arguments, noise, sample_of
 from accelplug.testing.runs import (
     another_prompt,
@@ -208,6 +209,28 @@ def test_the_step_is_the_place_of_the_timestep_that_was_given(name: str) -> None
         check_steps(plug, pipe, inputs)
         check_steps(plug, twin, {**inputs, "num_inference_steps": 5})
         assert not [reason for reason in plug.report().fallbacks if "step" in reason]
+
+
+@pytest.mark.parametrize("name", [name for name in tiny_pipelines.PIPELINES if not name.startswith("sd15_")])
+def test_inspect_knows_the_grid_that_a_run_has(name: str) -> None:
+    """By the sizes that the call is given; where it cannot know, as of several resolutions, it says nothing."""
+    pipe, inputs = tiny_pipelines.pipeline(name)
+    sizes: dict[str, Any] = {key: inputs[key] for key in ("num_frames", "height", "width") if key in inputs}
+    told = {part.name: part.grid for part in inspect_denoiser(pipe, sizes).denoisers}
+    with accelplug.apply(pipe, STEPPED, gate="off") as plug:
+        pipe(**{**inputs, "num_inference_steps": 2})
+        for host in plug.hosts:
+            assert isinstance(host, DenoiserHost)
+            seen = [region.entered.geometry for region in host.regions if region.entered.geometry]
+            assert not seen or told[host.name] in (None, *(geometry.grid_thw for geometry in seen))
+    assert (told["transformer" if "transformer" in told else "unet"] is None) == (name in NO_GRID_AHEAD)
+
+
+NO_GRID_AHEAD = {
+    *("sd15", "sdxl", "animatediff", "animatediff_video2video"),  # several resolutions
+    *("wan_video2video", "cogvideox_video2video", "cosmos_2"),  # the video that is given says how many frames, or nobody
+    *("latte", "allegro"),  # a grid for each frame; frames are rounded up to odd numbers
+}
 
 
 def _settings(pipe: Any) -> dict[str, Any]:

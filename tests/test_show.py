@@ -74,3 +74,18 @@ def test_progress_that_is_not_shown_says_nothing(capsys: pytest.CaptureFixture[s
         tell(1, "dense")
     out = capsys.readouterr()
     assert (out.out, out.err) == ("", "")
+
+
+def test_what_lasts_is_told_again_with_the_time_that_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("accelplug.show.time.monotonic", lambda: clock[0])
+    with progress("examining", 100) as tell:
+        for seconds, done in ((0, 0), (10, 30), (16, 40), (30, 70)):
+            clock[0] = seconds
+            tell(done, "vhr", f"{done} of 100 answers")
+    assert capsys.readouterr().err.splitlines() == [
+        "[  0%] examining: vhr, 0 of 100 answers",
+        "[ 40%] examining: vhr, 40 of 100 answers, 0:24 left",
+    ]

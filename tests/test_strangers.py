@@ -892,7 +892,7 @@ def test_results_print_what_they_show(seeing: tuple[Any, Any]) -> None:
     found = accelplug.inspect(seeing[0])
     assert "can be entered" in str(found)
     assert str(found) == repr(found)
-    compared = VlmComparison("A", accelplug.Exam.scenes(4), [Outcome("dense", "dense")], {})
+    compared = VlmComparison("A", accelplug.Exam.scenes(4), [Outcome("stock", "stock")], {})
     assert len(str(compared)) < 1000
     assert "dense" in repr(compared)
 

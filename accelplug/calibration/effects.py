@@ -14,7 +14,7 @@ from accelplug.calibration.tally import Tally
 from accelplug.call import Clock
 from accelplug.comparison.metrics import relative_distance
 from accelplug.comparison.ranks import Ranks
-from accelplug.errors import UnsupportedError
+from accelplug.errors import UnsupportedError, worded
 from accelplug.patches.sparse.budgets import Budgets
 from accelplug.plug import apply
 from accelplug.recipe import Recipe, Rule
@@ -35,7 +35,8 @@ def weigh(pipe: Any, tally: Tally, run: Callable[[], Tensor], ranks: Ranks, prog
         return
     if not isinstance(dense := run(), Tensor):
         raise UnsupportedError(
-            f"{type(pipe).__name__} gives no latents to weigh errors by, but {type(dense).__name__}. Calibrate with sensitivity=[]."
+            f"{type(pipe).__name__} gives no latents to weigh errors by, but {type(dense).__name__}. "
+            + worded("Calibrate with sensitivity=[].", "Add --set sensitivity=[].")
         )
     with show.progress("weighing", 1 + sum(map(len, axes.values())), progress) as tell:
         done = 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelplug.bounded import Bounded
 from accelplug.call import Clock, Layout, Site
-from accelplug.errors import NoMatchError, UnsupportedError
+from accelplug.errors import NoMatchError, UnsupportedError, worded
 from accelplug.patches.base import Patch
 from accelplug.patches.calibration import Calibration
 from accelplug.patches.sparse.budgets import Budgets
@@ -56,7 +56,7 @@ class Target:
             known = ", ".join(name for name, cls in _sparse().items() if issubclass(cls, BlockSparse) and cls.knob)
             raise UnsupportedError(
                 f"Budgets are shared out within one selector, and the recipe has {', '.join(used) or 'none'}. Give one with one "
-                f"of {known}: --recipe."
+                f"of {known}{worded('', ': --recipe')}."
             )
         return found[0]
 

@@ -35,8 +35,10 @@ details { margin: 10px 0; } summary { cursor: pointer; font-weight: 500; }
 """
 
 
-def answers_page(model: str, exam: Exam, rows: Sequence[Outcome], environment: Mapping[str, Any], table: Any) -> str:
-    """Return the page as text; `rows` are the stock model's and the others', `table` is what shows them side by side."""
+def answers_page(
+    model: str, exam: Exam, rows: Sequence[Outcome], environment: Mapping[str, Any], tables: Sequence[Any]
+) -> str:
+    """Return the page as text; `rows` are the stock model's and the others', `tables` are what shows them side by side."""
     alarms = [(row.name, alarm) for row in rows if row.kind == "recipe" for alarm in row.alarms]
     told = "".join(f'<p class="alarm"><b>{html.escape(name)}:</b> {html.escape(alarm)}</p>' for name, alarm in alarms)
     body = [
@@ -46,7 +48,7 @@ def answers_page(model: str, exam: Exam, rows: Sequence[Outcome], environment: M
         '<p class="soft">Dots are values; bars are 95 % intervals of the difference to stock, resampled over pictures. '
         "A bar that crosses the dashed line, stock, shows no difference. Controls, in grey: what a real effect must beat.</p>",
         charts(rows),
-        as_elements(table),
+        *map(as_elements, tables),
         "<h2>Where answers changed</h2>",
         _changes(exam, rows),
         "<h2>Where this was measured</h2>",

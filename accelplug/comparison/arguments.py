@@ -10,7 +10,16 @@ from numbers import Integral
 from typing import Any
 
 from accelplug.chat import tokenizer_of
-from accelplug.errors import AccelplugError, nearest
+from accelplug.errors import AccelplugError, nearest, worded
+
+OPTIONS = {
+    "num_frames": "frames",
+    "height": "height",
+    "width": "width",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+}
+"""Arguments of a pipeline's call, and the command's options for them."""
 
 
 def require_processor(processor: Any, what: str) -> None:
@@ -51,8 +60,11 @@ def calls(pipe: Any, inputs: Any, what: str) -> list[dict[str, Any]]:
                 raise AccelplugError(f"inputs hold a generator, but {what} makes one per seed. Leave it out and pass seeds.")
             if known is not None and name not in known:
                 raise AccelplugError(
-                    f"{what}: {type(pipe).__name__} takes no argument {name!r}{nearest(str(name), known)}; "
-                    f"it takes {', '.join(known)}."
+                    worded(
+                        f"{what}: {type(pipe).__name__} takes no argument {name!r}{nearest(str(name), known)}; "
+                        f"it takes {', '.join(known)}.",
+                        f"{type(pipe).__name__} takes no --{OPTIONS.get(name, name)}. Leave it out.",
+                    )
                 )
     return [dict(item) for item in made]
 
@@ -67,7 +79,9 @@ def seeds_of(given: Any, what: str) -> list[int]:
     """
     seeds = [] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
     if not seeds:
-        raise AccelplugError(f"{what}: expected at least one seed, such as seeds=[0, 1], got {given!r}.")
+        raise AccelplugError(
+            f"{what}: expected at least one seed, such as {worded('seeds=[0, 1]', '--seed 0')}, got {given!r}."
+        )
     for seed in seeds:
         require_whole(seed, f"{what}, a seed", 0, 2**63 - 1)
     if len(set(seeds)) < len(seeds):

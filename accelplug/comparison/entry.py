@@ -13,12 +13,12 @@ from accelplug import compat, show
 from accelplug.comparison import arguments
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.ranks import working
-from accelplug.comparison.rows import DENSE_ROW, Variant
+from accelplug.comparison.rows import DENSE_ROW, STOCK_ROW, Variant
 from accelplug.comparison.study import OBSERVED, Study
 from accelplug.comparison.texts import TextExam
 from accelplug.comparison.texts.compared import compare_texts
 from accelplug.comparison.vlm import compare_vlm
-from accelplug.errors import AccelplugError
+from accelplug.errors import AccelplugError, worded
 from accelplug.hosts.host import model_facts, require_ability
 from accelplug.hosts.models import denoisers, unwrapped
 from accelplug.recipe import Recipe, load
@@ -119,7 +119,10 @@ def _examine(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool)
     if not isinstance(exam, TextExam | (Exam if sees else TextExam) | None):
         raise AccelplugError(
             f"A language model is examined on a TextExam{', or on an Exam of pictures' if sees else ''}, got {type(exam).__name__}; "
-            f"see TextExam(){', Exam.scenes() and Exam.coco(folder)' if sees else ''}."
+            + worded(
+                f"see TextExam(){', Exam.scenes() and Exam.coco(folder)' if sees else ''}.",
+                "this one sees no pictures: leave --coco and --amber out.",
+            )
         )
     rows = _rows_of(model, recipe)
     if isinstance(exam, TextExam) or not sees:
@@ -131,9 +134,10 @@ def _examine(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool)
 def _rows_of(pipe: Any, recipe: Any) -> dict[str, Recipe]:
     """The recipes by the names of their rows."""
     named = _by_name(pipe, recipe)
-    if taken := [name for name in named if name.split(",")[0] == DENSE_ROW or name.startswith(STEP_CACHE)]:
+    if taken := [name for name in named if name.split(",")[0] in (DENSE_ROW, STOCK_ROW) or name.startswith(STEP_CACHE)]:
         raise AccelplugError(
-            f"A recipe is called {taken[0]!r}, as a row of the comparison is. Pass {{'another name': recipe}}."
+            f"A recipe is called {taken[0]!r}, as a row of the comparison is. "
+            + worded("Pass {'another name': recipe}.", "Rename it in its file.")
         )
     return named
 
@@ -154,4 +158,6 @@ def _by_name(pipe: Any, recipe: Any) -> dict[str, Recipe]:
 def _require_caches(pipe: Any) -> None:
     for part in denoisers(pipe).values():
         if not hasattr(part, "enable_cache"):
-            raise AccelplugError(f"{type(part).__name__} takes no FirstBlockCache; compare with caches=False.")
+            raise AccelplugError(
+                f"{type(part).__name__} takes no FirstBlockCache; {worded('compare with caches=False', 'leave --caches out')}."
+            )

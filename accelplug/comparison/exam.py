@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from accelplug.comparison.arguments import require_whole
 from accelplug.comparison.evaluators import amber, coco, pope
 from accelplug.comparison.evaluators.evaluator import Parse, Question
 from accelplug.comparison.evaluators.vocabulary import Vocabulary
-from accelplug.errors import AccelplugError
+from accelplug.errors import AccelplugError, worded
 from accelplug.files import path_of
 
 POPE_SPLITS: tuple[Literal["random", "popular", "adversarial"], ...] = ("random", "popular", "adversarial")
@@ -62,6 +63,12 @@ class Exam:
     def of(self, split: str) -> list[Question]:
         """The questions of a split."""
         return [question for question in self.questions if question.split == split]
+
+    @cached_property
+    def prompts(self) -> list[tuple[Any, str]]:
+        """What is asked for a yes or no, by the picture's key and the text, each once: splits and pairs share some."""
+        asked = [(question.image, question.text) for question in self.questions]
+        return list(dict.fromkeys([*asked, *((key, text) for _, key, *both in self.pairs for text in both)]))
 
     def read(self, answer: str) -> bool | None:
         """Read an answer: True for yes, False for no, None for neither; officially as the release that the questions are from."""
@@ -137,7 +144,8 @@ class Exam:
         rich = sorted(key for key in held.files if len(set(held.things.get(key, ()))) >= 3)
         if len(rich) < pictures:
             raise AccelplugError(
-                f"{folder}: {pictures} pictures with three things or more were asked for, there are {len(rich)}; ask for fewer."
+                f"{folder}: {pictures} pictures with three things or more were asked for, there are {len(rich)}; "
+                + worded("ask for fewer.", "ask for fewer: --pictures.")
             )
         keys = sorted(rich[i] for i in np.random.default_rng(seed).permutation(len(rich))[:pictures])
         things = {key: held.things[key] for key in keys}

@@ -1,4 +1,4 @@
-"""What a vision-language model answered, what it is worth, and whether a row differs from the dense one."""
+"""What a vision-language model answered, what it is worth, and whether a row differs from the stock one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Outcome:
     Attributes
     ----------
     figures : by evaluator, for those that the exam asks for: ``row.figures["pope"].splits["adversarial"].mcc``.
-    p, holm : by test, ``questions`` and ``described``: the p-value against dense, and corrected over all recipes; see `PopeEvaluator`.
+    p, holm : by test, ``questions`` and ``described``: the p-value against stock, and corrected over all recipes; see `PopeEvaluator`.
     tokens_per_s : over all descriptions, prompts included.
     alarms : signs that fewer errors come from saying less.
     """
@@ -40,13 +40,13 @@ class Outcome:
         found = {evaluator.name: evaluator.score(exam, self.said) for evaluator in EVALUATORS}
         self.figures = {name: figures for name, figures in found.items() if figures is not None}
 
-    def cells(self) -> dict[str, str]:
-        """One line of the table by its headings; empty where something was not asked."""
-        cells = {"": self.name if self.kind != "control" else f"[dim]{self.name}"}
-        for evaluator in EVALUATORS:
-            if evaluator.name in self.figures:
-                cells |= evaluator.columns(self.figures[evaluator.name], self.holm)
-        return cells | {"tokens/s": "" if math.isnan(self.tokens_per_s) else f"{self.tokens_per_s:.0f}"}
+    def cells(self) -> dict[str, dict[str, str]]:
+        """Return its line of each table: by the title, then by heading; empty where something was not asked."""
+        cells = {
+            tool.title: tool.columns(self.figures[tool.name], self.holm) for tool in EVALUATORS if tool.name in self.figures
+        }
+        speed = {} if math.isnan(self.tokens_per_s) else {"tokens a second": f"{self.tokens_per_s:.0f}"}
+        return cells | {"speed of descriptions, prompts included": speed}
 
     def drawn(self) -> list[Figure]:
         """What a page draws: the figures of all evaluators, and speed."""
@@ -63,15 +63,15 @@ class Outcome:
         return data | {"tokens_per_s": self.tokens_per_s, "alarms": self.alarms, "notes": self.notes}
 
 
-def hold_against_dense(rows: list[Outcome], exam: Exam) -> None:
-    """Hold every row against the first, the dense one."""
-    dense = rows[0]
-    before = _health(dense, exam)
-    dense.alarms = collapsed(before, before)  # what is neither yes nor no is so without a recipe, too
+def hold_against_stock(rows: list[Outcome], exam: Exam) -> None:
+    """Hold every row against the first, the stock model."""
+    stock = rows[0]
+    before = _health(stock, exam)
+    stock.alarms = collapsed(before, before)  # what is neither yes nor no is so without a recipe, too
     for row in rows[1:]:
         for evaluator in EVALUATORS:
-            if (name := evaluator.name) in dense.figures and name in row.figures:
-                row.p |= evaluator.hold(exam, dense.said, row.said, dense.figures[name], row.figures[name])
+            if (name := evaluator.name) in stock.figures and name in row.figures:
+                row.p |= evaluator.hold(exam, stock.said, row.said, stock.figures[name], row.figures[name])
         row.alarms = collapsed(before, _health(row, exam))
     tested = [row for row in rows if row.kind == "recipe"]
     for test in dict.fromkeys(test for row in tested for test in row.p):

@@ -19,6 +19,7 @@ from accelplug.comparison.report import Dot, PlotAxis
 from accelplug.comparison.rows import DENSE_ROW, ErrorSummary, Quantiles, Row, Sample, gains
 from accelplug.errors import AccelplugError
 from accelplug.show import Shown, jsonable
+from accelplug.show import table as lined
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -118,13 +119,27 @@ class Comparison(Shown):
             return f"{best.name}: {pace} end to end"
         return f"{best.name}: {pace} end to end, {what} {rounded(mean, 1)} dB (worst {rounded(worst, 1)} dB)"
 
+    def forced(self) -> list[str]:
+        """Say which rows ran what `apply` would leave dense, and why."""
+        return [
+            f"{row.name} is forced here: apply() would leave it dense where it does not pay. {'; '.join(row.forced)}."
+            for row in self.rows
+            if row.forced
+        ]
+
     def table(self) -> Table:
         """Return the figures as a rich table."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         left: Any = {"title_justify": "left", "caption_justify": "left"}
-        table = Table(title=self.verdict, caption=self.timed, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), **left)
+        table = Table(
+            title=self.verdict,
+            caption="\n".join([self.timed, *self.forced()]),
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            **left,
+        )
         headings, lines = report.filled_columns(self.headings(), [self.cells(row) for row in self.rows])
         for heading in headings:
             run = heading == "run"
@@ -135,12 +150,10 @@ class Comparison(Shown):
 
     def errors_by_layer(self) -> Table | str:
         """Return what is estimated of errors by layer, as a rich table: median over steps, worst and its step, a column for each row."""
-        from rich.table import Table
-
         rows = [row for row in self.rows if row.error]
         if not rows:
             return "No row estimates its error: rules whose settings have repair do, where there are tokens enough to probe."
-        table = Table("layer", *(row.name for row in rows), title="estimated error", title_justify="left")
+        table = lined("estimated error", "layer", *(row.name for row in rows))
         for layer in range(max(len(row.errors) for row in rows)):
             found = [ErrorSummary.of(row.errors[layer : layer + 1]) for row in rows]
             said = [f"{error.median:.3f}, worst {error.worst:.3f} in step {error.step}" if error else "" for error in found]
@@ -168,7 +181,7 @@ class Comparison(Shown):
         timed = row.kind != "floor"
         step = self.step_gain(row) if row.kind == "recipe" else None
         return [
-            row.name,
+            row.name + (" (forced)" if row.forced else ""),
             f"{row.latency.p50 / 1e3:.2f}" if timed else "",
             f"{gain.p50:.2f}x{spread}" if timed else "",
             f"{row.predicted:.2f}x" if row.predicted else "",
@@ -190,7 +203,8 @@ class Comparison(Shown):
             for name in ("model", "prompts", "seeds", "settings", "timed", "environment", "headline")
         }
         rows = [
-            {**vars(row), "samples": [sample.to_dict() for sample in row.samples], "error": row.error} for row in self.rows
+            {**vars(row), "samples": [sample.to_dict() for sample in row.samples], "error": row.error, "forced": row.forced}
+            for row in self.rows
         ]
         return jsonable({**data, "verdict": self.verdict, "rows": rows})
 
@@ -209,6 +223,7 @@ class Comparison(Shown):
             data.pop("verdict")
             for row in data["rows"]:
                 row.pop("error", None)
+                row.pop("forced", None)
             # Samples hold numbers only: there "inf" is a number, while a prompt may be any text.
             rows = [
                 Row(**{**row, "samples": [Sample.from_dict(_from_jsonable(sample)) for sample in row["samples"]]})
@@ -227,7 +242,7 @@ class Comparison(Shown):
         return report.page(
             self.subject,
             self.verdict,
-            f"Timed {self.timed}.",
+            " ".join([f"Timed {self.timed}.", *self.forced()]),
             {**self.to_dict(), "chosen": self.best.name if self.best else None, "notes": (), "floors": floors},
             axis=PlotAxis(BY_KEY[metric].heading),
             dots=dots,

@@ -11,14 +11,15 @@ from typing import Any, TypeAlias
 
 from accelplug.call import Clock, Site
 from accelplug.comparison.metrics import BY_KEY
+from accelplug.hosts.gate import Verdict
 
 LayerGrid: TypeAlias = "list[list[float | None]]"
 """Values by layer and step; None where there is none."""
 
 DENSE_ROW = "dense"
+"""What the first row of a comparison of pipelines is called: all others are held against it."""
 STOCK_ROW = "stock"
-"""What the first row of a vision-language comparison is called: the model as it is."""
-"""Name of the row that all others are held against."""
+"""What the first row of a vision-language comparison is called, and its kind: the model as it is."""
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Variant:
     Attributes
     ----------
     recipe : None for the stock model; language models: anything that `accelplug.apply` takes.
-    kind : ``dense``, ``recipe``, ``cache``, or ``control``: what a real effect must beat.
+    kind : ``dense`` or ``stock``, ``recipe``, ``cache``, or ``control``: what a real effect must beat.
     picture : language models: what becomes of every picture before it is shown, for a blind control.
     """
 
@@ -175,6 +176,11 @@ class Row:
         """Whether it is dense under another name: patches answered no call, or every run gave what dense gave, to the last bit."""
         same = [s.scores.get("psnr_db") == math.inf and s.scores.get("latent_distance", 0.0) == 0.0 for s in self.samples]
         return self.kind == "dense" or self.answered == 0 or (bool(same) and all(same))
+
+    @property
+    def forced(self) -> list[str]:
+        """Why `apply` would leave calls dense that its patches answered here, in words."""
+        return [Verdict.from_dict(told).reason for told in self.choices.get("verdicts", ()) if not told["pays"]]
 
     def add_errors(self, errors: LayerGrid) -> None:
         """Take in the estimates of one more run, or of another process."""

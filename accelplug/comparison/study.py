@@ -73,7 +73,7 @@ class Study:
         return Row(variant.name, variant.kind, variant.recipe.name, textwrap.dedent(rules))
 
     def trace(self, variant: Variant) -> None:
-        """PipelineRun once, observing every attention call; this is also the warm-up."""
+        """Run once, observing every attention call; this is also the warm-up."""
         row = self.rows[variant.name] = self.new_row(variant)
         with self._on(variant, gate="report") as plug, plug.trace(timed=True, plans=True) as events:
             self.run(0, self.seeds[0])
@@ -85,19 +85,17 @@ class Study:
         row.denoising_predicted = overall_gain(plug.forecasts, "run_gain", "steps")
         report = plug.report()
         if events and variant.recipe is not None and variant.recipe.cache is None:
-            row.answered = sum(report.served.values())
-        row.notes = [f"fell back to dense: {what} ({times} calls)" for what, times in report.fallbacks.items()]
-        row.notes += [
-            f"gate: {v['patch']} {v['dense_ms']:.1f} -> {v['sparse_ms']:.1f} ms a call" for v in plug.choices["verdicts"]
-        ]
+            row.answered = report.answered
+        if variant.recipe is not None and variant.recipe.patches():
+            row.notes = report.left_dense
 
     def warm_up(self, variant: Variant, prompt: int, seed: int) -> None:
-        """PipelineRun once, as `time` does, and drop it: what is compiled is compiled then."""
+        """Run once, as `time` does, and drop it: what is compiled is compiled then."""
         with self._on(variant, gate="off"):
             self.run(prompt, seed)
 
     def time(self, variant: Variant, prompt: int, seed: int) -> None:
-        """PipelineRun once, timed, and hold the result against the dense run."""
+        """Run once, timed, and hold the result against the dense run."""
         device = next(next(iter(denoisers(self.pipe).values())).parameters()).device
         row = self.rows[variant.name]
         with self._on(variant, gate="off") as plug:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,12 @@ from accelplug.comparison.answers import answers_page
 from accelplug.comparison.environment import environment
 from accelplug.comparison.evaluators.pope import questions_sha256
 from accelplug.comparison.exam import Exam
-from accelplug.comparison.outcome import Outcome, hold_against_dense
+from accelplug.comparison.outcome import Outcome, hold_against_stock
 from accelplug.comparison.rows import STOCK_ROW, Variant
 from accelplug.errors import AccelplugError
 from accelplug.kernels.timing import synchronise
 from accelplug.plug import apply
-from accelplug.show import Shown, jsonable
+from accelplug.show import Shown, Tell, jsonable
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -43,28 +43,37 @@ class VlmComparison(Shown):
                 return row
         raise AccelplugError(f"There is no row {name!r}; there are {', '.join(row.name for row in self.rows)}.")
 
-    def table(self) -> Table:
-        """Return the rows side by side."""
-        from rich.table import Table
+    def tables(self) -> list[Table]:
+        """Return the rows side by side, a table for each evaluator."""
+        from rich.box import SIMPLE_HEAD
 
-        table = Table(title=f"{self.model} on {self.exam.name}", title_justify="left")
         lines = [row.cells() for row in self.rows]
-        heads = [head for head in {head: None for line in lines for head in line} if any(line.get(head) for line in lines)]
-        for head in heads:
-            table.add_column(head, no_wrap=not head)  # names stay whole
-        for line in lines:
-            table.add_row(*(line.get(head, "") for head in heads))
-        return table
+        tables = []
+        for title in dict.fromkeys(title for line in lines for title in line):
+            found = [line.get(title, {}) for line in lines]
+            heads = [head for head in dict.fromkeys(h for cells in found for h in cells) if any(c.get(head) for c in found)]
+            if not heads:
+                continue
+            table = show.table(title, "", *heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+            for column in table.columns[1:]:
+                column.justify = "right"
+            for row, cells in zip(self.rows, found, strict=True):
+                table.add_row(
+                    row.name, *(cells.get(head, "") for head in heads), style="dim" if row.kind == "control" else None
+                )
+            tables.append(table)
+        return tables
 
     def __rich__(self) -> Group:
         from rich.console import Group
 
         said = [f"[bold red]{row.name}:[/] {alarm}" for row in self.rows for alarm in row.alarms]
-        return Group(self.table(), *said, *(f"{row.name}: {note}" for row in self.rows for note in row.notes))
+        notes = [f"{row.name}: {note}" for row in self.rows for note in row.notes]
+        return Group(f"[bold]{self.model} on {self.exam.name}[/]", *self.tables(), *said, *notes)
 
     def page(self) -> str:
         """Return one self-contained HTML page."""
-        return answers_page(self.model, self.exam, self.rows, self.environment, self.table())
+        return answers_page(self.model, self.exam, self.rows, self.environment, self.tables())
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures, the settings of the exam and the environment; no pictures and no answers."""
@@ -114,44 +123,55 @@ def compare_vlm(
     exam.require_pictures()
     named = [Variant(name, recipe) for name, recipe in recipes.items()] if isinstance(recipes, Mapping) else list(recipes)
     examiner = Examiner(model, processor, exam, batch)
-    rows = []
-    variants = [Variant(STOCK_ROW, kind="dense"), *named]
-    with show.progress("examining", len(variants), progress) as tell:
-        for done, variant in enumerate(variants):
-            tell(done, variant.name)
-            rows.append(examiner.examine(variant, descriptions))
-    hold_against_dense(rows, exam)
+    variants = [Variant(STOCK_ROW, kind=STOCK_ROW), *named]
+    with show.progress("examining", len(variants) * examiner.work(descriptions), progress) as examiner.tell:
+        rows = [examiner.examine(variant, descriptions) for variant in variants]
+    hold_against_stock(rows, exam)
     return VlmComparison(type(model).__name__, exam, rows, environment(model))
+
+
+YES_NO_TOKENS = 4
+"""Tokens of an answer of yes or no, at most."""
 
 
 @dataclass
 class Examiner:
-    """Asks a model everything in an exam."""
+    """Asks a model everything in an exam.
+
+    Attributes
+    ----------
+    tell : is told of the tokens that were asked for, see `show.progress`; done : how many they are; row : what they are for.
+    """
 
     model: Any
     processor: Any
     exam: Exam
     batch: int
+    tell: Tell = show.silent
+    done: int = 0
+    row: str = ""
+
+    def work(self, descriptions: bool = True) -> int:
+        """Tokens that a row is asked for, at most."""
+        described = len(self.exam.pictures) * self.exam.max_new_tokens if descriptions else 0
+        return len(self.exam.prompts) * YES_NO_TOKENS + described
 
     def examine(self, variant: Variant, descriptions: bool = True) -> Outcome:
         """Ask, score, and take the recipe off again."""
-        row = Outcome(variant.name, variant.kind)
+        row, exam, self.row = Outcome(variant.name, variant.kind), self.exam, variant.name
         stock = variant.recipe is None
         plug: Any = nullcontext() if stock else apply(self.model, variant.recipe, gate="off", processor=self.processor)
         with plug as on:
-            for split in self.exam.splits:
-                texts = [(question.image, question.text) for question in self.exam.of(split)]
-                row.said.replies[split], row.said.margins[split] = self.ask(texts, variant.picture)
-            texts = [(key, text) for _, key, *both in self.exam.pairs for text in both]
-            answers, _ = self.ask(texts, variant.picture)
-            row.said.pairs = list(zip(answers[::2], answers[1::2], strict=True))
+            said = self.ask(variant.picture)
+            for split in exam.splits:
+                found = [said[question.image, question.text] for question in exam.of(split)]
+                row.said.replies[split], row.said.margins[split] = [reply for reply, _ in found], [by for _, by in found]
+            row.said.pairs = [(said[key, yes][0], said[key, no][0]) for _, key, yes, no in exam.pairs]
             if descriptions:
                 row.said.descriptions, row.tokens_per_s = self.describe(variant.picture)
             if on is not None:
-                report = on.report()
-                row.notes = [f"fell back to dense: {what} ({n} calls)" for what, n in report.fallbacks.items()]
-                row.notes += [] if report.served else ["no call was answered: this row is dense"]
-        row.score(self.exam)
+                row.notes = on.report().left_dense
+        row.score(exam)
         return row
 
     @functools.cached_property
@@ -159,20 +179,19 @@ class Examiner:
         """The model as one that is put questions to."""
         return Chat(self.model, self.processor)
 
-    def ask(self, asked: Sequence[tuple[Any, str]], picture: Any = None) -> tuple[list[str], list[float]]:
-        """Return answers of a few tokens, and margins of yes over no."""
-        replies, margins = [], []
-        for chunk in _chunks(asked, self.batch):
-            said, by = self.chat.say(self._inputs(chunk, picture), 4)
-            replies += said
-            margins += by
-        return replies, margins
+    def ask(self, picture: Any = None) -> dict[tuple[Any, str], tuple[str, float]]:
+        """Return the answer to each of the prompts, a few tokens, and by how much it is rather yes than no."""
+        said: dict[tuple[Any, str], tuple[str, float]] = {}
+        for asked in self._chunks(self.exam.prompts, "answers", YES_NO_TOKENS):
+            found = self.chat.say(self._inputs(asked, picture), YES_NO_TOKENS)
+            said |= dict(zip(asked, zip(*found, strict=True), strict=True))
+        return said
 
     def describe(self, picture: Any = None) -> tuple[dict[Any, str], float]:
         """Return a description of every picture, and tokens a second."""
         texts: dict[Any, str] = {}
         tokens, seconds = 0, 0.0
-        for keys in _chunks(list(self.exam.pictures), self.batch):
+        for keys in self._chunks(list(self.exam.pictures), "descriptions", self.exam.max_new_tokens):
             start = time.perf_counter()
             inputs = self._inputs([(key, self.exam.describe) for key in keys], picture)
             out = self.chat.generate(inputs, self.exam.max_new_tokens)
@@ -186,6 +205,10 @@ class Examiner:
         shown = [self.exam.picture(key) for key, _ in asked]
         return self.chat.questions([text for _, text in asked], [picture(item) for item in shown] if picture else shown)
 
-
-def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
+    def _chunks(self, items: Sequence[Any], what: str, tokens: int) -> Iterator[Sequence[Any]]:
+        """Items of so many tokens each, a batch at a time; told as they come."""
+        for begin in range(0, len(items), self.batch):
+            self.tell(self.done, self.row, f"{begin:,} of {len(items):,} {what}")
+            chunk = items[begin : begin + self.batch]
+            yield chunk
+            self.done += len(chunk) * tokens

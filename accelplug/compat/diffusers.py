@@ -74,6 +74,51 @@ def is_parallel(part: Any) -> bool:
     return parallel_config(part) is not None
 
 
+LATENT_PIXELS = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor", "vae_scale_factor")
+LATENT_FRAMES = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
+"""What pipelines call the pixels and the frames that make one latent."""
+
+
+def latent_size(pipe: Any, config: Any, given: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Return latent frames, rows and columns of a pipeline's call: by the sizes `given`, else by its own; None where it has none.
+
+    Parameters
+    ----------
+    config : of its denoiser.
+    given : arguments of the call: num_frames, height, width.
+    """
+    taken = inspect.signature(type(pipe).__call__).parameters
+    by, by_frames = (
+        next(filter(None, (getattr(pipe, name, None) for name in names)), None) for names in (LATENT_PIXELS, LATENT_FRAMES)
+    )
+    side = getattr(pipe, "default_sample_size", None) or getattr(config, "sample_size", None)
+    own = dict(zip(("height", "width"), side if isinstance(side, list | tuple) else (side, side), strict=True))
+    own |= {name: found for name in own if (found := getattr(config, f"sample_{name}", None))}
+
+    def latents(name: str) -> int | None:
+        pixels = given.get(name) or (taken[name].default if name in taken else None)
+        return pixels // by if isinstance(pixels, int) and by else own[name]
+
+    frames = given.get("num_frames") or ("num_frames" in taken and taken["num_frames"].default)
+    frames = frames or getattr(config, "sample_frames", None) if by_frames else 1
+    rows, columns = latents("height"), latents("width")
+    if not (frames and rows and columns) or (by_frames and "num_frames" not in taken):
+        return None
+    return (frames - 1) // (by_frames or 1) + 1, rows, columns
+
+
+@contract("diffusers: pipelines say how many pixels and frames make one latent")
+def _latent_size() -> None:
+    from diffusers import FluxPipeline, LTXPipeline, MochiPipeline, WanPipeline
+
+    for cls, names in ((WanPipeline, 0), (LTXPipeline, 1), (MochiPipeline, 2), (FluxPipeline, 3)):
+        kept = cls.__init__.__code__.co_names
+        expect(
+            {LATENT_PIXELS[names], *LATENT_FRAMES[names : names + 1]} <= set(kept),
+            f"{cls.__name__} does not keep {LATENT_PIXELS[names]}",
+        )
+
+
 @contract("diffusers: parallel models and processors say so, and attention runs through a function that takes another's")
 def _parallel() -> None:
     from diffusers.models._modeling_parallel import ContextParallelConfig, TensorParallelConfig

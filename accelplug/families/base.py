@@ -79,6 +79,24 @@ class AnyOrder:
     arguments: tuple[tuple[str, int], ...]
 
 
+def patch_thw(config: Any) -> Grid:
+    """Return how many latent frames, rows and columns make one token, from ``patch_size`` and ``patch_size_t``."""
+    size = getattr(config, "patch_size", None) or 1
+    if not isinstance(size, int):
+        frames, rows, columns = size
+        return frames, rows, columns
+    return getattr(config, "patch_size_t", None) or 1, size, size
+
+
+def two_by_two(config: Any) -> Grid:
+    """Pipelines pack 2 x 2 latents into a token, whatever the config says."""
+    return 1, 2, 2
+
+
+def unsaid(config: Any) -> None:
+    """A model of which nobody can say ahead what makes a token."""
+
+
 @dataclass(frozen=True)
 class Family:
     """Data about one family of denoisers.
@@ -96,6 +114,7 @@ class Family:
     refuse : why this family's self-attention cannot be patched (linear attention), or None.
     any_order : blocks that take their tokens in any order, or None where that is not known of them.
     split_apart : whether context parallelism splits text and grid each for itself, so that every rank has a share of both.
+    patch : config -> latent frames, rows and columns that make one token, None where it does not say.
     timestep : what pipelines hand to the denoiser of their scheduler's timesteps, keys of `accelplug.hosts.clock.SCALES`, the
         likeliest first.
     status : how well it is known: ``verified`` (a real pipeline run), ``layout`` (tiny model), or ``dense``.
@@ -110,6 +129,7 @@ class Family:
     refuse: str | None = None
     any_order: AnyOrder | None = None
     split_apart: bool = False
+    patch: Callable[[Any], Grid | None] = patch_thw
     timestep: tuple[str, ...] = ("timestep", "unit")
     status: Literal["verified", "layout", "dense"] = "layout"
 
@@ -168,15 +188,6 @@ def shape_of(inputs: Inputs, name: str, ndim: int) -> tuple[int, ...] | None:
     """Return the shape of the tensor argument `name`, or None where it is not a tensor of `ndim` dimensions."""
     shape = getattr(inputs.get(name), "shape", None)
     return tuple(int(n) for n in shape) if shape is not None and len(shape) == ndim else None
-
-
-def patch_thw(config: Any) -> Grid:
-    """Return how many latent frames, rows and columns make one token, from ``patch_size`` and ``patch_size_t``."""
-    size = getattr(config, "patch_size", None) or 1
-    if not isinstance(size, int):
-        frames, rows, columns = size
-        return frames, rows, columns
-    return getattr(config, "patch_size_t", None) or 1, size, size
 
 
 def latent_grid(config: Any, inputs: Inputs, axes: str, name: str = "hidden_states") -> Grid | None:

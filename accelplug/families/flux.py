@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from accelplug import compat
-from accelplug.families.base import DOUBLE_AND_SINGLE, Family, Geometry, Grid, Inputs, shape_of
+from accelplug.families.base import DOUBLE_AND_SINGLE, Family, Geometry, Grid, Inputs, shape_of, two_by_two
 
 
 def raster_grid(ids: Any) -> Grid | None:
@@ -55,6 +55,7 @@ FLUX = Family(
     classes=("FluxTransformer2DModel",),
     sites=DOUBLE_AND_SINGLE,
     geometry=by_ids,
+    patch=two_by_two,
     split_apart=True,
     status="verified",
 )
@@ -63,8 +64,14 @@ FLUX2 = Family(
     classes=("Flux2Transformer2DModel",),
     sites=DOUBLE_AND_SINGLE,
     geometry=_without_references,
+    patch=two_by_two,
     split_apart=True,
 )
 CHROMA = Family(
-    name="chroma", classes=("ChromaTransformer2DModel",), sites=DOUBLE_AND_SINGLE, geometry=by_ids, status="dense"
+    name="chroma",
+    classes=("ChromaTransformer2DModel",),
+    sites=DOUBLE_AND_SINGLE,
+    geometry=by_ids,
+    patch=two_by_two,
+    status="dense",
 )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from accelplug.families.base import SELF_AND_CROSS, Family, Geometry, Inputs, latent_grid, latents
+from accelplug.families.base import SELF_AND_CROSS, Family, Geometry, Inputs, latent_grid, latents, unsaid
 
 PIXART = Family(
     name="pixart",
@@ -23,4 +23,5 @@ LATTE = Family(
     classes=("LatteTransformer3DModel",),
     sites=(*SELF_AND_CROSS, ("temporal_transformer_blocks.*.attn1", "temporal")),
     geometry=_one_frame,
+    patch=unsaid,
 )

@@ -6,7 +6,7 @@ The padding tokens are learned and valid, so they count as text. Captions of dif
 
 from typing import Any
 
-from accelplug.families.base import Family, Geometry, Inputs
+from accelplug.families.base import Family, Geometry, Inputs, two_by_two
 
 _MULTIPLE = 32
 
@@ -35,5 +35,6 @@ Z_IMAGE = Family(
     classes=("ZImageTransformer2DModel",),
     sites=(("layers.*.attention", "joint"),),
     geometry=_stream,
+    patch=two_by_two,
     timestep=("inverse",),
 )

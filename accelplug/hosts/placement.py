@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelplug.call import Layout, Prompt, Site
-from accelplug.show import Shown
+from accelplug.show import Shown, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -93,18 +93,16 @@ class Placement(Shown):
         }
 
     def __rich__(self) -> Table:
-        from rich.table import Table
-
         headings = ["part", "attention", "layers", "runs", "settings", "density", ""]
         mended = any(row.repairs for row in self.rows)
-        table = Table(*headings, *(["repair", "estimated error"] if mended else []), title=self.title, title_justify="left")
+        found = table(self.title, *headings, *(["repair", "estimated error"] if mended else []))
         alike: dict[tuple[str, ...], list[Placed]] = {}
         for row in self.rows:
             alike.setdefault(_cells(row), []).append(row)
         for (part, kind, *cells), rows in alike.items():
             repair = [rows[0].repairs, _errors(rows)] if mended else []
-            table.add_row(part, kind, _layers(row.site for row in rows), *cells, *repair)
-        return table
+            found.add_row(part, kind, _layers(row.site for row in rows), *cells, *repair)
+        return found
 
 
 def _cells(row: Placed) -> tuple[str, ...]:

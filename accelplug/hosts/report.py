@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from accelplug.hosts.estimates import ErrorSpread
-from accelplug.show import Shown
+from accelplug.show import Shown, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,6 +38,19 @@ class Report(Shown):
     idle: list[str] = field(default_factory=list)
     unrouted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def answered(self) -> int:
+        """Calls that patches answered."""
+        return sum(calls for name, calls in self.served.items() if name != "dense")
+
+    @property
+    def left_dense(self) -> list[str]:
+        """What ran dense though it should not have, in words."""
+        found = [f"fell back to dense: {what} ({calls} calls)" for what, calls in self.fallbacks.items()]
+        if not self.answered and not self.compiled:
+            found.append("; ".join(["no call was answered by a patch", *self.idle]))
+        return found
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Yield (what, how much) in reading order."""
@@ -77,12 +90,10 @@ class Report(Shown):
             yield f"cannot be re-bound: {module}", why
 
     def __rich__(self) -> Table:
-        from rich.table import Table
-
-        table = Table("attention", "", title=self.recipe, title_justify="left")
+        found = table(self.recipe, "attention", "", names=False)
         for row in self.rows():
-            table.add_row(*row)
-        return table
+            found.add_row(*row)
+        return found
 
     def __str__(self) -> str:
         return "\n".join(f"{what}: {much}" for what, much in self.rows()) or "nothing ran yet"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from accelplug.errors import AccelplugError
 from accelplug.hosts.host import require_ability
 from accelplug.hosts.models import model_in
 from accelplug.inspection.denoiser import Inspection, inspect_denoiser
@@ -16,14 +15,18 @@ from accelplug.inspection.reading import inspect_vlm
 __all__ = ["Inspection", "LanguageInspection", "VlmInspection", "inspect"]
 
 
-def inspect(model: Any, inputs: Mapping[str, Any] | None = None) -> Inspection | LanguageInspection | VlmInspection:
+def inspect(
+    model: Any, inputs: Mapping[str, Any] | None = None, processor: Any = None
+) -> Inspection | LanguageInspection | VlmInspection:
     """Say what accelplug sees in a model: attention sites, recipes that match and what they touch, and what there is to gain.
 
     Parameters
     ----------
     model : a diffusers pipeline or a bare denoiser, or a transformers language or vision-language model; it is not changed.
     inputs : vision-language models: what the processor makes of text and images. They are read once, with the images and without,
-        and `VlmInspection` says where the model looks, layer by layer.
+        and `VlmInspection` says where the model looks, layer by layer. Pipelines: num_frames, height, width, num_inference_steps of the
+        call, if not its own.
+    processor : with inputs: the model's, so that the question and the answer are told too.
 
     Raises
     ------
@@ -32,14 +35,9 @@ def inspect(model: Any, inputs: Mapping[str, Any] | None = None) -> Inspection |
     UnsupportedError
         If models of this kind are not inspected.
     AccelplugError
-        If it has a denoiser and inputs are given.
+        If inputs are none of a pipeline's call.
     """
     gives, model = require_ability(model, "inspect").gives, model_in(model)
     if gives == "answers":
-        return inspect_language(model) if inputs is None else inspect_vlm(model, inputs)
-    if inputs is not None:
-        raise AccelplugError(
-            f"{type(model).__name__} is not a language model: expected inputs for none but those, got {type(inputs).__name__}. "
-            "Leave the inputs out."
-        )
-    return inspect_denoiser(model)
+        return inspect_language(model) if inputs is None else inspect_vlm(model, inputs, processor)
+    return inspect_denoiser(model, inputs)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from accelplug import compat
 from accelplug.call import Clock, Layout, Site
 from accelplug.errors import AccelplugError
 from accelplug.families import family_of
-from accelplug.families.base import site_kinds
+from accelplug.families.base import Family, Grid, site_kinds, unknown
 from accelplug.hosts.forecast import amdahl
 from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import PATCHABLE, denoisers, processor_owners
-from accelplug.recipe import ModelFacts, Recipe, matching_files, recipes_for
-from accelplug.show import Shown
+from accelplug.recipe import Recipe, matching_files, recipes_for
+from accelplug.recipe.settings import shown
+from accelplug.show import Shown, table
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -38,6 +43,7 @@ class DenoiserFacts:
     status : how well the family is known: verified, layout or dense; or why it is refused.
     width : heads * head_dim, the model's hidden width.
     linear_weights : weights of the linear layers that every visual token passes.
+    grid : latent frames, patch rows and columns of the pipeline's own size, or the one that was given; None where it is not known.
     """
 
     name: str
@@ -48,6 +54,12 @@ class DenoiserFacts:
     kinds: dict[str, int]
     width: int
     linear_weights: int
+    grid: Grid | None = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Sequence lengths that are told of: the grid's, else `TOKENS`."""
+        return TOKENS if self.grid is None else (math.prod(self.grid),)
 
     def attention_share(self, tokens: int) -> float:
         """Share of self-attention in the multiply-adds of one forward with `tokens` tokens, in [0, 1]."""
@@ -68,77 +80,110 @@ class Inspection(Shown):
     recipes: dict[str, str] = field(default_factory=dict)
     """Recipes that match, with what each would touch."""
     ceilings: dict[str, list[float]] = field(default_factory=dict)
-    """By recipe, at each of `TOKENS`: gain of denoising if the attention it patches took no time, its dense steps and layers counted."""
+    """By recipe, at each of the `lengths`: gain of denoising if the attention it patches took no time; dense steps and layers count."""
     summaries: dict[str, str] = field(default_factory=dict)
     """By recipe: what it does, in a sentence."""
+    differences: dict[str, str] = field(default_factory=dict)
+    """By recipe: what it says that not all of them say."""
 
     def __rich__(self) -> Group:
         from rich.console import Group
-        from rich.table import Table
 
         shown: list[RenderableType] = []
         for part in self.denoisers:
-            table = Table("", "", title=f"{part.name}: {part.cls}", title_justify="left", show_header=False)
-            table.add_row("family", f"{part.family or 'unknown'} ({part.status})")
-            table.add_row("attention", ", ".join(f"{n} {kind}" for kind, n in part.kinds.items()) or "none")
-            table.add_row("layers", str(part.sites[0].layers if part.sites else 0))
-            for tokens in TOKENS:
+            told = table(f"{part.name}: {part.cls}", "", "", names=False, show_header=False)
+            told.add_row("family", f"{part.family or 'unknown'} ({part.status})")
+            told.add_row("attention", ", ".join(f"{n} {kind}" for kind, n in part.kinds.items()) or "none")
+            told.add_row("layers", str(part.sites[0].layers if part.sites else 0))
+            if part.grid is not None:
+                told.add_row(
+                    "its own grid",
+                    f"{' x '.join(map(str, part.grid))} (latent frames, rows, columns), {math.prod(part.grid):,} tokens",
+                )
+            for tokens in part.lengths:
                 share, ceiling = part.attention_share(tokens), part.ceiling(tokens)
-                table.add_row(f"at {tokens:,} tokens", f"self-attention is {share:.0%} of the work: at most {ceiling:.1f}x")
-            shown.append(table)
-        recipes = Table(title="recipes that match this model", title_justify="left")
-        recipes.add_column("recipe", no_wrap=True)
-        for column in ("touches", f"at most, {TOKENS[0]:,} to {TOKENS[-1]:,} tokens", "what it does"):
-            recipes.add_column(column)
+                told.add_row(f"at {tokens:,} tokens", f"self-attention is {share:.0%} of the work: at most {ceiling:.1f}x")
+            shown.append(told)
+        recipes = table("recipes that match this model", "recipe", "at most", "what it does", "what not all of them say")
         recipes.caption = (
             "at most: were its attention free, dense steps and layers counted; plug.report() predicts it from timings"
         )
         for name, touches in self.recipes.items():
-            gains = self.ceilings.get(name, ())
-            recipes.add_row(
-                name, touches, f"{min(gains):.1f}x to {max(gains):.1f}x" if gains else "", self.summaries.get(name, "")
-            )
+            low, high = min(self.ceilings[name]), max(self.ceilings[name])
+            gain = f"{high:.1f}x" if low == high else f"{low:.1f} to {high:.1f}x"
+            recipes.add_row(name, gain, f"{self.summaries[name]} {touches}.", self.differences[name])
         none = "No shipped recipe matches this model; apply() takes a mapping or a file of your own."
         return Group(*shown, recipes if self.recipes else none)
 
 
-def inspect_denoiser(model: Any) -> Inspection:
+def inspect_denoiser(model: Any, sizes: Mapping[str, Any] | None = None) -> Inspection:
     """Say what accelplug sees in a diffusers pipeline or a bare denoiser; nothing is run.
+
+    Parameters
+    ----------
+    sizes : arguments of the pipeline's call: num_frames, height, width, num_inference_steps; its own where they are left out.
 
     Raises
     ------
     NoMatchError
         If it has no denoiser.
+    AccelplugError
+        If its call has no argument of such a name.
     """
-    parts = tuple(_facts(name, denoiser) for name, denoiser in denoisers(model).items())
+    given = dict(sizes or {})
+    taken = () if isinstance(model, torch.nn.Module) else signature(type(model).__call__).parameters
+    if strange := [name for name in given if name not in taken]:
+        raise AccelplugError(
+            f"inspect: expected arguments of the call of {type(model).__name__}, such as height, got {strange[0]!r}. Leave it out."
+        )
+    parts = tuple(_facts(name, denoiser, model, given) for name, denoiser in denoisers(model).items())
     sites = [site for part in parts for site in part.sites]
     facts = model_facts(model)
-    summaries = {
-        f"{file.model}/{name}": recipe.summary for file in matching_files(facts) for name, recipe in file.recipes.items()
-    }
-    return Inspection(type(model).__name__, parts, recipes_for(facts, sites), _ceilings(facts, parts), summaries)
+    recipes = {f"{file.model}/{name}": recipe for file in matching_files(facts) for name, recipe in file.recipes.items()}
+    steps = given.get("num_inference_steps") or STEPS
+    return Inspection(
+        type(model).__name__,
+        parts,
+        recipes_for(facts, sites),
+        {name: _ceilings(recipe, parts, steps) for name, recipe in recipes.items()},
+        {name: recipe.summary for name, recipe in recipes.items()},
+        _differences(recipes),
+    )
 
 
-def _ceilings(facts: ModelFacts, parts: Sequence[DenoiserFacts]) -> dict[str, list[float]]:
-    """Of the denoiser with most to gain, by full name of the recipe."""
-    return {
-        f"{file.model}/{name}": [max(_ceiling(recipe, part, tokens) for part in parts) for tokens in TOKENS]
-        for file in matching_files(facts)
-        for name, recipe in file.recipes.items()
-    }
+def _ceilings(recipe: Recipe, parts: Sequence[DenoiserFacts], steps: int) -> list[float]:
+    """Of the denoiser with most to gain, at each length."""
+    return [
+        max(gains)
+        for gains in zip(*([_ceiling(recipe, part, n, steps) for n in part.lengths] for part in parts), strict=True)
+    ]
 
 
-def _ceiling(recipe: Recipe, part: DenoiserFacts, tokens: int) -> float:
-    clocks = [Clock(step, STEPS, "cond") for step in range(STEPS)]
-    # Rules that ask for a grid are decided on one of so many tokens in a row: only their number is known.
-    layout = Layout((1, 1, tokens))
+def _ceiling(recipe: Recipe, part: DenoiserFacts, tokens: int, steps: int) -> float:
+    clocks = [Clock(step, steps, "cond") for step in range(steps)]
+    layout = Layout(
+        part.grid or (1, 1, tokens)
+    )  # where the grid is not known, the number of tokens is all that rules can ask for
     patched = [recipe.decide(site, layout, clock).patch is not None for clock in clocks for site in part.sites]
     return amdahl(part.attention_share(tokens) * sum(patched) / max(len(patched), 1), math.inf)
 
 
-def _facts(name: str, denoiser: Any) -> DenoiserFacts:
-    import torch
+def _differences(recipes: Mapping[str, Recipe]) -> dict[str, str]:
+    """By recipe: patches, conditions and settings, but for those that all recipes have."""
+    said = {name: _pieces_of(recipe) for name, recipe in recipes.items()}
+    shared = set.intersection(*map(set, said.values())) if len(said) > 1 else set()
+    return {name: ", ".join(one for one in each if one not in shared) for name, each in said.items()}
 
+
+def _pieces_of(recipe: Recipe) -> list[str]:
+    """What a recipe says, piece by piece."""
+    pieces = []
+    for rule in recipe.rules:
+        pieces += [f"{rule.name} at {rule.where}", *(f"{key} {shown(value)}" for key, value in rule.values.items())]
+    return pieces + ([] if recipe.cache is None else [f"step cache {recipe.cache.kind}"])
+
+
+def _facts(name: str, denoiser: Any, model: Any, sizes: Mapping[str, Any]) -> DenoiserFacts:
     family = family_of(denoiser)
     owners = dict(processor_owners(denoiser))
     kinds, layers = site_kinds(family, list(owners)) if family else ({}, 0)
@@ -156,13 +201,26 @@ def _facts(name: str, denoiser: Any) -> DenoiserFacts:
     count: Counter[str] = Counter(kind for kind, _ in kinds.values())
     count["left alone"] = len(owners) - sum(count.values())
     status = "unknown" if family is None else family.refuse or family.status
-    return DenoiserFacts(
-        name, type(denoiser).__name__, family.name if family else None, status, sites, dict(+count), width, linear
-    )
+    cls, named = type(denoiser).__name__, family.name if family else None
+    grid = own_grid(model, denoiser, family, sizes) if family else None
+    return DenoiserFacts(name, cls, named, status, sites, dict(+count), width, linear, grid)
+
+
+def own_grid(model: Any, denoiser: Any, family: Family, sizes: Mapping[str, Any]) -> Grid | None:
+    """Return the grid of tokens at some sizes of a pipeline's call, or at its own; None where it is not known ahead of a run."""
+    config = getattr(denoiser, "config", None)
+    unknown_ahead = isinstance(model, torch.nn.Module) or family.level or family.geometry is unknown
+    if unknown_ahead or (patch := family.patch(config)) is None:
+        return None
+    latents = compat.diffusers.latent_size(model, config, sizes)
+    return None if latents is None else (latents[0] // patch[0], latents[1] // patch[1], latents[2] // patch[2])
 
 
 def _width(attention: Any) -> int:
-    projection = next((getattr(attention, name) for name in ("to_q", "to_qkv") if hasattr(attention, name)), None)
-    if projection is None or not hasattr(projection, "out_features"):
+    """Channels of all its queries."""
+    for name, parts in (("to_q", 1), ("to_query", 1), ("to_qkv", 3)):
+        if (width := getattr(getattr(attention, name, None), "out_features", None)) is not None:
+            return width // parts
+    if (width := getattr(attention, "inner_dim", None)) is None:
         raise AccelplugError(f"{type(attention).__name__} has neither to_q nor to_qkv to read its width from.")
-    return projection.out_features // (1 if hasattr(attention, "to_q") else 3)
+    return width

@@ -16,9 +16,13 @@ SHEET, EDGE, GAP = 1600, 40, 16
 TITLES, HIGH, WIDE, GUTTER = 118, 330, 680, 60
 """Pixels: of the titles above, of a chart, and of the room for its scale on the left."""
 PAPER, INK, SOFT, LINE = (255, 255, 255), (29, 32, 36), (100, 107, 117), (226, 227, 223)
-SPANS = {"image": (194, 87, 26), "system": (176, 182, 190), "question": (45, 108, 223)}
+SPANS = {"picture": (194, 87, 26), "system text": (150, 157, 166), "question": (45, 108, 223)}
+"""Colours of what a prompt has: the picture, the text ahead of the user's turn, and what the user asks."""
 MAPS = 6
 """Layers that heat maps are drawn for, spread over depth."""
+MAPS_SAID = "Attention of the last token, with which the answer begins, mean over heads; each map has its own peak."
+MASSES_SAID = "Of the last token, mean over heads."
+HEADS_SAID = "How far a head's output moves without the picture. Marked: the upper half of a layer."
 HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)], np.float32)
 """Anchors of a perceptually even colour map, dark to light."""
 
@@ -82,16 +86,15 @@ def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
-def image_figure(
+def heat_maps(
     attention: np.ndarray,
     layers: Sequence[int],
     sinks: Sequence[np.ndarray],
     picture: np.ndarray | None,
     grid: tuple[int, int] | None,
-    title: str,
-    marks: str,
-) -> Image.Image:
-    """Draw an image and heat maps of the attention to it, side by side, for a few layers from the first to the last.
+    width: int,
+) -> tuple[list[Image.Image], list[tuple[str, str]]]:
+    """Draw an image, and on it the attention to it in a few layers from the first to the last.
 
     Parameters
     ----------
@@ -100,37 +103,44 @@ def image_figure(
     sinks : by layer, the tokens that are marked.
     picture : uint8 (H, W, 3), or None for a grey ground.
     grid : rows and columns of the tokens; None where they lie on no single grid: they are drawn in reading order, on grey.
-    marks : what the marks say.
+    width : pixels of a map; tall ones are narrower.
+
+    Returns
+    -------
+    maps, captions : the image and the maps; what each shows, and more about it.
     """
     lie = f"{attention.shape[1]} tokens, reading order" if grid is None else f"{grid[1]} x {grid[0]} tokens"
     if grid is None:
         columns = math.ceil(math.sqrt(attention.shape[1]))
         grid, picture = (-(-attention.shape[1] // columns), columns), None
     shape = picture.shape[:2] if picture is not None else grid
-    chosen = over_depth(len(attention))
-    pitch = (SHEET - 2 * EDGE - MAPS * GAP) // (MAPS + 1)
-    shrink = max(1.0, shape[0] / shape[1] / 1.6)  # tall pictures get narrower, not longer
-    size = round(pitch / shrink), max(1, round(pitch / shrink * shape[0] / shape[1]))
+    shrink = max(1.0, shape[0] / shape[1] / 1.6)
+    size = round(width / shrink), max(1, round(width / shrink * shape[0] / shape[1]))
     ground = Image.new("RGB", size, (150, 150, 150))
     if picture is not None:
         ground = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
-
-    under = f"Attention to image tokens, mean over heads; each map has its own peak. {marks}"
-    sheet, draw = _figure(TITLES + size[1] + 66, title, under)
-    _scale(sheet, draw, SHEET - EDGE, 38, "peak")
-    for place, layer in enumerate([None, *chosen]):
-        left, top = EDGE + place * (pitch + GAP), TITLES
-        if layer is None:
-            sheet.paste(ground, (left, top))
-            _text(draw, (left, top + size[1] + 8), "picture" if picture is not None else "picture not shown", 20)
-            _text(draw, (left, top + size[1] + 34), lie, 17, SOFT)
-            continue
+    maps, captions = [ground], [("picture" if picture is not None else "picture not shown", lie)]
+    for layer in over_depth(len(attention)):
         heat = attention[layer]
-        sheet.paste(_overlay(ground, heat, grid), (left, top))
+        maps.append(_overlay(ground, heat, grid))
         for token in sinks[layer]:
-            _mark(draw, left, top, size, grid, int(token))
-        _text(draw, (left, top + size[1] + 8), f"layer {layers[layer]}", 20)
-        _text(draw, (left, top + size[1] + 34), f"image {heat.sum():.1%}, peak {heat.max():.1%}", 17, SOFT)
+            _mark(ImageDraw.Draw(maps[-1]), size, grid, int(token))
+        captions.append((f"layer {layers[layer]}", f"picture {heat.sum():.1%}, peak {heat.max():.1%}"))
+    return maps, captions
+
+
+def image_figure(title: str, marks: str, **look: Any) -> Image.Image:
+    """Draw what `heat_maps` gives side by side, with what the `marks` say."""
+    pitch = (SHEET - 2 * EDGE - MAPS * GAP) // (MAPS + 1)
+    maps, captions = heat_maps(**look, width=pitch)
+    high = maps[0].height
+    sheet, draw = _figure(TITLES + high + 66, title, f"{MAPS_SAID} {marks}")
+    _scale(sheet, draw, SHEET - EDGE, 38, "peak")
+    for place, (drawn, (name, more)) in enumerate(zip(maps, captions, strict=True)):
+        left = EDGE + place * (pitch + GAP)
+        sheet.paste(drawn, (left, TITLES))
+        _text(draw, (left, TITLES + high + 8), name, 20)
+        _text(draw, (left, TITLES + high + 34), more, 17, SOFT)
     return sheet
 
 
@@ -143,27 +153,24 @@ def _overlay(ground: Image.Image, heat: np.ndarray, grid: tuple[int, int]) -> Im
     return Image.composite(Image.fromarray(colours(cells)).resize(ground.size, 0), dim, strength)
 
 
-def _mark(draw: ImageDraw.ImageDraw, left: int, top: int, size: tuple[int, int], grid: tuple[int, int], token: int) -> None:
+def _mark(draw: ImageDraw.ImageDraw, size: tuple[int, int], grid: tuple[int, int], token: int) -> None:
     row, column = divmod(token, grid[1])
     height, width = size[1] / grid[0], size[0] / grid[1]
-    x, y, half = left + (column + 0.5) * width, top + (row + 0.5) * height, max(3.0, min(5.0, min(height, width) / 4))
+    x, y, half = (column + 0.5) * width, (row + 0.5) * height, max(3.0, min(5.0, min(height, width) / 4))
     draw.rectangle((x - half, y - half, x + half, y + half), outline=(90, 240, 250), width=2)
 
 
-def layer_figure(
-    layers: Sequence[int], masses: Sequence[np.ndarray], vhd: np.ndarray, chosen: np.ndarray, under: str
-) -> Image.Image:
+def layer_figure(layers: Sequence[int], masses: Sequence[np.ndarray], vhd: np.ndarray, chosen: np.ndarray) -> Image.Image:
     """Draw masses of the three spans by layer, and VHD by layer and head, side by side.
 
     Parameters
     ----------
     layers : numbers of the L layers.
-    masses : (L,) each, in [0, 1]: attention to image, system text and question.
+    masses : (L,) each, in [0, 1]: attention to what `SPANS` names.
     vhd : (L, H), vision-aware head divergence.
     chosen : bool (L, H), heads that get a dot.
-    under : the line under the title of the masses.
     """
-    sheet, draw = _figure(TITLES + HIGH + 80, "Attention by layer", under)
+    sheet, draw = _figure(TITLES + HIGH + 80, "Attention by layer", MASSES_SAID)
     _masses(draw, EDGE + GUTTER, layers, masses)
     _heads(sheet, draw, SHEET - EDGE - WIDE, layers, vhd, chosen)
     return sheet
@@ -203,9 +210,8 @@ def _heads(
 ) -> None:
     """A cell for each layer and head, as light as the head's VHD is large."""
     depth, heads = vhd.shape
-    says = "What the image changes in each head; dots: upper half of a layer, outliers left out."
-    _text(draw, (left - GUTTER, 30), "Vision-aware head divergence", 28)
-    _text(draw, (left - GUTTER, 70), says, 18, SOFT)
+    _text(draw, (left - GUTTER, 30), "What the picture changes in each head", 28)
+    _text(draw, (left - GUTTER, 70), HEADS_SAID, 18, SOFT)
     largest = max(float(vhd.max()), 1e-12)
     _scale(sheet, draw, SHEET - EDGE, 38, f"{largest:.2g}")
     pitch, tall = WIDE / depth, HIGH / heads

@@ -12,7 +12,7 @@ from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import attention_modules
 from accelplug.hosts.transformers import LanguageHost
 from accelplug.recipe import recipes_for
-from accelplug.show import Shown
+from accelplug.show import Shown, table
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -42,22 +42,21 @@ class LanguageInspection(Shown):
 
     def __rich__(self) -> Group:
         from rich.console import Group
-        from rich.table import Table
 
-        table = Table("", "", title=self.model, title_justify="left", show_header=False)
-        table.add_row("family", self.family or "no known vision-language family")
-        table.add_row("decoder", f"{self.layers} layers of {self.heads} heads, {self.kv_heads} key-value heads")
-        table.add_row("attention", self.attention)
+        told = table(self.model, "", "", names=False, show_header=False)
+        told.add_row("family", self.family or "no known vision-language family")
+        told.add_row("decoder", f"{self.layers} layers of {self.heads} heads, {self.kv_heads} key-value heads")
+        told.add_row("attention", self.attention)
         open_to_us = sum(not why for why in self.modules.values())
-        table.add_row("can be entered", f"{open_to_us} of {len(self.modules)} attention modules")
+        told.add_row("can be entered", f"{open_to_us} of {len(self.modules)} attention modules")
         for path, why in self.modules.items():
             if why:
-                table.add_row(path, why)
-        recipes = Table("recipe", "touches", title="recipes that match this model", title_justify="left")
+                told.add_row(path, why)
+        recipes = table("recipes that match this model", "recipe", "touches")
         for name, touches in self.recipes.items():
             recipes.add_row(name, touches)
         none = "No shipped recipe matches this model; apply() takes a mapping or a file of your own."
-        return Group(table, recipes if self.recipes else none)
+        return Group(told, recipes if self.recipes else none)
 
 
 def inspect_language(model: Any) -> LanguageInspection:

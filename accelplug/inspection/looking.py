@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +13,24 @@ import torch
 
 from accelplug import files
 from accelplug.inspection import drawing
+from accelplug.inspection.page import looking_page
 from accelplug.kernels.vision import outliers
-from accelplug.show import Shown, jsonable
+from accelplug.show import Shown, jsonable, table
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.console import Group
+    from rich.table import Table
 
 SINK = 20.0
 """Normalised value in a sink dimension from which a token is a sink."""
+EXPLAINED = {
+    "picture : system": "the picture's part of what question tokens give to it and to the system text (Visual Attention Score)",
+    "picture : question": "its part of what they give to it and to the question",
+    "sinks": "tokens of the picture that draw attention whatever they show",
+    "heads": "those that the picture changes most (vision-aware heads)",
+}
+"""What stands in the table beside the masses, and what it is."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,6 +65,8 @@ class VlmInspection(Shown):
     pictures, grids : of the first row's images: uint8 (H, W, 3) or None where pixels do not show it; token rows and columns
         or None where they lie on no single grid. Frames of a video lie one under another.
     notes : what could not be said, and why.
+    origin : name that the model was loaded by.
+    picture_name, question, answer : of the first picture, and what was asked and said about it, where that is known.
     """
 
     model: str
@@ -80,19 +91,10 @@ class VlmInspection(Shown):
     pictures: list[np.ndarray | None] = field(default_factory=list)
     grids: list[tuple[int, int] | None] = field(default_factory=list)
     notes: tuple[str, ...] = ()
-
-    HEADINGS = (
-        "layer",
-        "image",
-        "system",
-        "question",
-        "VAS",
-        "V / S",
-        "V / (V + Q)",
-        "sinks",
-        "aligned",
-        "vision-aware heads",
-    )
+    origin: str = ""
+    picture_name: str = ""
+    question: str = ""
+    answer: str = ""
 
     @property
     def vas_mean(self) -> float:
@@ -110,68 +112,84 @@ class VlmInspection(Shown):
         """What is marked as sinks: by phi where sink dimensions were found, else by cosine."""
         return self.visual_sinks if self.sink_dims else self.cosine_sinks
 
+    @property
+    def marks(self) -> str:
+        """What the squares on the maps are."""
+        found = any(map(len, self.sinks))
+        return "Squares: sinks, tokens that draw attention whatever they show." if found else "None of its tokens is a sink."
+
+    @property
+    def masses(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Attention of the last token to pictures, system text and question, (L,) each: the mean over heads."""
+        return self.visual_mass.mean(1), self.system_mass.mean(1), self.question_mass.mean(1)
+
     def facts(self) -> dict[str, str]:
-        """What holds of the whole model, in reading order."""
-        heads = self.vhd.shape[1]
-        counts = ", ".join(f"{n} {kind}" for kind, n in self.tokens.items())
-        return {
-            "model": f"{self.model} ({self.family}, {self.attention} attention)",
-            "seen": f"{len(self.layers)} layers of {heads} heads; tokens of the first row: {counts}",
-            "VAS": "unknown"
-            if math.isnan(self.vas_mean)
-            else f"{self.vas_mean:.2f}, image / (image + system), mean over layers",
-            "attention to images": f"{self.visual_mass.mean():.1%}, mean over layers and heads",
-            "sink dimensions": ", ".join(map(str, self.sink_dims)) or "none found",
+        """What was asked, and what holds of the whole model, in reading order; what is not known is left out."""
+        both = "" if math.isnan(self.vas_mean) else f"; {self.vas_mean:.0%} of what it and the system text get"
+        told = {
+            "model": f"{self.origin} ({self.model})" if self.origin else self.model,
+            "picture": self.picture_name,
+            "question": self.question,
+            "answer": self.answer,
+            "attention to the picture": f"{self.visual_mass.mean():.1%}, mean over layers and heads{both}",
+            "read by": f"{len(self.layers)} layers of {self.vhd.shape[1]} heads, {self.attention} attention",
+            "tokens": ", ".join(f"{n} {name}" for n, name in zip(self.tokens.values(), drawing.SPANS, strict=True)),
+            "sinks are told by": f"dimensions {', '.join(map(str, self.sink_dims))} of the hidden state"
+            if self.sink_dims
+            else "",
             **{f"note {number}": note for number, note in enumerate(self.notes, 1)},
         }
+        return {what: fact for what, fact in told.items() if fact}
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """By layer: its number, masses, VAS and its ratio, share, sinks by phi and by cosine, and the three heads with the largest VHD."""
-        out = []
+    def table(self) -> Table:
+        """Return the figures by layer: masses, the picture's shares, sinks, and the three heads with the largest VHD."""
+        from rich.box import SIMPLE_HEAD
+
+        lines = table("by layer", "layer", *drawing.SPANS, *EXPLAINED, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        explained = {", ".join(drawing.SPANS): "attention of the last token, mean over heads", **EXPLAINED}
+        lines.caption = "\n".join(f"{heading}: {said}" for heading, said in explained.items())
+        for column in lines.columns:
+            column.justify = "right"
         for i, layer in enumerate(self.layers):
-            masses = (f"{x[i].mean():.1%}" for x in (self.visual_mass, self.system_mass, self.question_mass))
-            vas, share = ("-" if math.isnan(x[i]) else f"{x[i]:.2f}" for x in (self.vas, self.visual_share))
-            ratio = "-" if math.isnan(self.vas_ratio[i]) else f"{self.vas_ratio[i]:.3g}"
+            masses = (f"{mass[i]:.1%}" for mass in self.masses)
+            shares = ("" if math.isnan(x[i]) else f"{x[i]:.0%}" for x in (self.vas, self.visual_share))
             ranked = np.argsort(-np.where(self.vision_heads[i], self.vhd[i], -1))[: min(3, int(self.vision_heads[i].sum()))]
-            heads = ", ".join(map(str, ranked))
-            sinks = (str(len(found[i])) for found in (self.visual_sinks, self.cosine_sinks))
-            out.append((str(layer), *masses, vas, ratio, share, *sinks, heads))
-        return out
+            lines.add_row(str(layer), *masses, *shares, str(len(self.sinks[i])), ", ".join(map(str, ranked)))
+        return lines
 
     def __rich__(self) -> Group:
         from rich.console import Group
-        from rich.table import Table
 
-        table = Table("", "", title="where it looks", title_justify="left", show_header=False)
+        facts = table("where it looks", "", "", names=False, show_header=False)
         for what, fact in self.facts().items():
-            table.add_row(what, fact)
-        layers = Table(title="attention of the last token, by layer", title_justify="left")
-        for heading in self.HEADINGS:
-            layers.add_column(heading, justify="right")
-        for row in self.rows():
-            layers.add_row(*row)
-        return Group(table, layers)
+            facts.add_row(what, fact)
+        return Group(facts, self.table())
 
     def _repr_html_(self) -> str:
         shown = "".join(f'<img style="max-width:100%" src="{drawing.inlined(figure)}">' for figure in self.figures())
         return super()._repr_html_() + shown
 
-    def figures(self) -> list[Image]:
-        """Draw where the last token looks: heat maps on each image of the first row; masses by layer, VHD by layer and head."""
-        rule = f"phi of at least {SINK:g}" if self.sink_dims else "aligned with the first token"
-        marks = f"Squares: sinks, {rule}." if any(map(len, self.sinks)) else "No sinks were found on it."
-        images, begin, drawn = self.image_attention[0], 0, []
-        for number, maps in enumerate(images, 1):
-            title = "What the last token looks at" + (f": image {number} of {len(images)}" if len(images) > 1 else "")
+    def looks(self) -> Iterator[dict[str, Any]]:
+        """Yield what is drawn of each image of the first row; see `drawing.heat_maps`."""
+        begin = 0
+        for maps, picture, grid in zip(self.image_attention[0], self.pictures, self.grids, strict=True):
             end = begin + maps.shape[1]
             sinks = [found[(begin <= found) & (found < end)] - begin for found in self.sinks]
-            shown = self.pictures[number - 1], self.grids[number - 1]
-            drawn.append(drawing.image_figure(maps, self.layers, sinks, *shown, title, marks))
+            yield {"attention": maps, "layers": self.layers, "sinks": sinks, "picture": picture, "grid": grid}
             begin = end
-        vas = "" if math.isnan(self.vas_mean) else f"; VAS {self.vas_mean:.2f}"
-        masses = [x.mean(1) for x in (self.visual_mass, self.system_mass, self.question_mass)]
-        under = f"Last token, mean over heads{vas}."
-        return [*drawn, drawing.layer_figure(self.layers, masses, self.vhd, self.vision_heads, under)]
+
+    def figures(self) -> list[Image]:
+        """Draw where the last token looks: heat maps on each image of the first row; masses by layer, VHD by layer and head."""
+        looks = list(self.looks())
+        drawn = [
+            drawing.image_figure(
+                "What the last token looks at" + (f": image {number} of {len(looks)}" if len(looks) > 1 else ""),
+                self.marks,
+                **look,
+            )
+            for number, look in enumerate(looks, 1)
+        ]
+        return [*drawn, drawing.layer_figure(self.layers, self.masses, self.vhd, self.vision_heads)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but pictures as plain data; see `show.jsonable`."""
@@ -190,12 +208,5 @@ class VlmInspection(Shown):
         return files.write(path, drawing.stacked(self.figures()))
 
     def page(self) -> str:
-        """Return one self-contained HTML page with the drawings and the tables."""
-        facts = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in self.facts().items())
-        drawn = "".join(f'<div class="panel"><img alt="" src="{drawing.inlined(x)}"></div>' for x in self.figures())
-        head = "".join(f"<th>{html.escape(x)}</th>" for x in self.HEADINGS)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in row) + "</tr>" for row in self.rows())
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        page = Path(__file__).with_name("looking.html").read_text(encoding="utf-8")
-        page = page.replace("<!--FACTS-->", facts).replace("<!--FIGURES-->", drawn).replace("<!--TABLE-->", table)
-        return page.replace("<!--TITLE-->", html.escape(f"Where {self.model} looks"))
+        """Return one self-contained HTML page: what was asked, maps on the pictures, attention and heads by layer, all figures."""
+        return looking_page(self)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 
 from accelplug import compat
 from accelplug.call import AttentionCall, Clock, Prompt
-from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, ShapeError, UnsupportedError
+from accelplug.chat import Chat, speakers, tokenizer_of
+from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, ShapeError, UnsupportedError, worded
 from accelplug.families.pixels import frames
 from accelplug.families.vlm import Vlm, token_grid
 from accelplug.hosts.attention import AttentionRecord
@@ -31,17 +33,20 @@ from accelplug.kernels.vision import divergence, massive, normalised, vision_awa
 if TYPE_CHECKING:
     from torch import Tensor
 
+SHOWN_TOKENS = 100
+"""Tokens that are shown of an answer, at most."""
 ALIGNED = 0.9
 """Cosine with the first token from which a token is a sink, whatever the dimension."""
 
 
-def inspect_vlm(model: Any, inputs: Mapping[str, Any]) -> VlmInspection:
+def inspect_vlm(model: Any, inputs: Mapping[str, Any], processor: Any = None) -> VlmInspection:
     """Read one prompt and say where the model looks; it is left as it was.
 
     Parameters
     ----------
     model : a transformers vision-language model.
     inputs : a processor's output: ``input_ids``, ``attention_mask``, ``pixel_values`` ... Batches are padded on the left.
+    processor : the model's, to say what was asked and what it answers.
 
     Raises
     ------
@@ -62,7 +67,7 @@ def inspect_vlm(model: Any, inputs: Mapping[str, Any]) -> VlmInspection:
     if host.family is None:
         raise NoMatchError(
             f"{name} is not a known vision-language model: with inputs, inspect() expects one whose images lie in the prompt "
-            "(accelplug.register_vlm makes one known). Leave the inputs out for a summary."
+            f"(accelplug.register_vlm makes one known). {worded('Leave the inputs out', 'Leave --image out')} for a summary."
         )
     if host.tensor_parallel:
         raise UnsupportedError(
@@ -79,7 +84,32 @@ def inspect_vlm(model: Any, inputs: Mapping[str, Any]) -> VlmInspection:
         prompt = reading.checked(name)
         blind = Blind(base, host.decoder, prompt, dict(inputs), undo)
     attention = compat.transformers.attention_name(host.records[0].config)
-    return reading.result(name, attention, host.family, blind, inputs, base.config)
+    found = reading.result(name, attention, host.family, blind, inputs, base.config)
+    return (
+        found
+        if processor is None
+        else replace(found, question=_told_question(prompt, processor), answer=_told_answer(model, inputs, processor))
+    )
+
+
+def _told_question(prompt: Prompt, processor: Any) -> str:
+    """What the first row asks behind its picture, without what the chat template says."""
+    if prompt.ids is None:
+        return ""
+    tokenizer, ids = tokenizer_of(processor), prompt.ids[0].tolist()
+    _, template = speakers(tokenizer, ids)
+    asked = (prompt.question & prompt.later)[0].tolist()
+    kept = [
+        token
+        for token, of_template, of_question in zip(ids, template, asked, strict=True)
+        if of_question and not of_template
+    ]
+    return tokenizer.decode(kept, skip_special_tokens=True).strip()
+
+
+def _told_answer(model: Any, inputs: dict[str, Any], processor: Any) -> str:
+    chat = Chat(model, processor)
+    return chat.texts(inputs, chat.generate(inputs, SHOWN_TOKENS))[0]
 
 
 @dataclass
@@ -176,7 +206,7 @@ class _Reading:
         if not self.layers:
             raise UnsupportedError(
                 f"Every layer of this {name} adds sink logits or a soft cap, and cannot be recomputed from queries, keys and mask. "
-                "Load it with sdpa or eager attention, or leave the inputs out for a summary."
+                f"Load it with sdpa or eager attention, or {worded('leave the inputs out', 'leave --image out')} for a summary."
             )
         return prompt
 
@@ -200,9 +230,9 @@ class _Reading:
         pictures, grids = _pictures(family, inputs, config, list(zip(_images_or_videos(prompt, config), sizes, strict=True)))
         notes = [*self._unscored(prompt), *said]
         if any(picture is None for picture in pictures):
-            notes.append(f"pictures of {family.name} cannot be told from its pixels; they are drawn on grey")
+            notes.append(f"the pixels of {family.name} do not show the picture; maps are drawn on grey")
         if any(grid is None for grid in grids):
-            notes.append("an image's tokens lie on no single grid; they are drawn in reading order")
+            notes.append("a picture's tokens lie on no single grid; they are drawn in reading order")
         kinds = {"image": prompt.visual, "system": prompt.system, "question": prompt.question}
         return VlmInspection(
             model=name,
@@ -230,6 +260,7 @@ class _Reading:
             pictures=pictures,
             grids=grids,
             notes=tuple(notes),
+            origin=Path(getattr(config, compat.transformers.ORIGIN, "")).name,
         )
 
     def _unscored(self, prompt: Prompt) -> Iterator[str]:
@@ -241,9 +272,9 @@ class _Reading:
         if self.closed:
             yield f"layers {named(self.closed)} add sink logits or a soft cap, and are left out"
         if not bool(prompt.system.any()):
-            yield "no text stands ahead of the first image, so that there is no VAS"
+            yield "no system text stands before the first picture: there is no picture : system"
         elif short := [n for n, x in self.layers.items() if math.isnan(x.vas)]:
-            yield f"no question token of layers {named(short)} has both image and system text in its window: they have no VAS"
+            yield f"no question token of layers {named(short)} sees both the picture and the system text: they have no picture : system"
 
 
 def _sinks(layers: list[_LayerReading]) -> tuple[tuple[int, ...], Tensor, list[str]]:
@@ -253,11 +284,11 @@ def _sinks(layers: list[_LayerReading]) -> tuple[tuple[int, ...], Tensor, list[s
         return dims, torch.stack([normalised(x.hidden)[:, list(dims)].abs().amax(-1) for x in layers]), []
     width, largest = first.shape[-1], math.sqrt(first.shape[-1])
     why = (
-        f"a normalised value of {width} dimensions is at most {largest:.1f} and cannot reach {SINK:g}"
+        f"of {width} dimensions none can reach {SINK:g} times their root mean square"
         if largest < SINK
-        else "the first token is massive in no dimension of the middle layers"
+        else "no dimension of the first token is massive in the middle layers"
     )
-    return (), torch.zeros(len(layers), len(layers[0].hidden)), [f"{why}: sinks are told by cosine alone"]
+    return (), torch.zeros(len(layers), len(layers[0].hidden)), [f"{why}: sinks are told by likeness to the first token"]
 
 
 def sink_dimensions(first: Tensor) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelplug.call import Site
-from accelplug.errors import NoMatchError, RecipeError, nearest
+from accelplug.errors import NoMatchError, RecipeError, nearest, worded
 from accelplug.recipe import strict_yaml
 from accelplug.recipe.explaining import shortened
 from accelplug.recipe.matching import ModelFacts
@@ -81,7 +81,8 @@ def load(recipe: str | Path | Mapping[str, Any] | Recipe | Patch | None, facts: 
         with_parts = f", a pipeline with {', '.join(sorted(facts.components))}" if found.match.pipeline else ""
         raise RecipeError(
             f"{found.name} is for {found.match}; this model has {is_there}{with_parts}. "
-            "Take a recipe for this model, or copy the rules into a mapping {rules: [...]} to try them on it."
+            "Take a recipe for this model, or copy the rules into a "
+            + worded("mapping {rules: [...]} to try them on it.", "file of your own to try them on it.")
         )
     found = found.with_tables(facts)
     found.check()
@@ -121,7 +122,7 @@ def _require_name(name: str) -> str:
     if ".." in name or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?", name):
         raise RecipeError(
             f"{shortened(name)} is not a recipe name: expected 'radial' or 'wan2.1-t2v-14b/radial'. "
-            "For a file of your own give its path, as a Path or ending in .yaml."
+            f"For a file of your own give its path, {worded('as a Path or ', '')}ending in .yaml."
         )
     return name
 
@@ -139,7 +140,10 @@ def _matching_file(facts: ModelFacts, name: str | None = None) -> RecipeFile:
     if not files:
         raise NoMatchError(
             f"No shipped recipe file is for this {facts.class_names[0]}. Shipped: {', '.join(shipped_files())}. "
-            "Give a path or a mapping, such as {'patch': 'sol', 'with': {'tau': 1.0}}."
+            + worded(
+                "Give a path or a mapping, such as {'patch': 'sol', 'with': {'tau': 1.0}}.",
+                "Give a file of your own: --recipe FILE.yaml.",
+            )
         )
     if len(files) > 1:
         names = " or ".join(f"{file.model}{wanted or '/' + file.default}" for file in files)

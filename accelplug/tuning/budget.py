@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelplug.comparison.metrics import METRICS, ClipMetric, Metric
-from accelplug.errors import AccelplugError, nearest
+from accelplug.errors import AccelplugError, nearest, worded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,9 +56,9 @@ class Bound:
 
     def unmeasured(self) -> AccelplugError:
         """Return the error for a metric that needs what was not given."""
-        return AccelplugError(
-            f"The budget bounds {self.name}, which needs {METRICS[self.name].needs}. Pass it to tune, or bound psnr."
-        )
+        needs = METRICS[self.name].needs
+        cure = worded("Pass it to tune", f"Tune from Python, accelplug.tune(..., {needs}...)")
+        return AccelplugError(f"The budget bounds {self.name}, which needs {needs}. {cure}, or bound psnr.")
 
     def margin(self, value: float, stock: float = 0.0) -> float:
         """How far a value lies on the good side; negative if it does not. NaN is bad."""
@@ -115,8 +115,8 @@ def _bound(text: str, metrics: Mapping[str, Metric]) -> Bound:
     limit = float((number or offset or "0").replace(" ", ""))
     if (metric := metrics.get(name)) is None:
         raise AccelplugError(
-            f"There is no metric {name!r}{nearest(name, metrics)}. Known: {', '.join(metrics)}; for one of your own "
-            "pass Bound(name, limit, score=(dense, candidate) -> float)."
+            f"There is no metric {name!r}{nearest(name, metrics)}. Known: {', '.join(metrics)}"
+            + worded("; for one of your own pass Bound(name, limit, score=(dense, candidate) -> float).", ".")
         )
     if side != metric.better:
         written = number or f"{stock}{offset or ''}"

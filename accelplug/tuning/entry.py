@@ -14,7 +14,7 @@ from accelplug.comparison import arguments
 from accelplug.comparison.ranks import require_one, working
 from accelplug.comparison.study import Study
 from accelplug.comparison.texts import TextExam
-from accelplug.errors import AccelplugError, UnsupportedError
+from accelplug.errors import AccelplugError, UnsupportedError, worded
 from accelplug.hosts.host import require_ability
 from accelplug.hosts.models import unwrapped
 from accelplug.tuning import space
@@ -105,7 +105,7 @@ def tune(
         If processes hold one pipeline between them, or several were launched to tune a language model.
     """
     numbers = arguments.seeds_of(list(range(seeds)) if isinstance(seeds, int) else seeds, "tune")
-    arguments.require_seconds(time_budget_s, "tune, time_budget_s")
+    arguments.require_seconds(time_budget_s, worded("tune, time_budget_s", "--time"))
     if not (patches is None or (isinstance(patches, list | tuple | set) and all(isinstance(name, str) for name in patches))):
         raise AccelplugError(f"tune, patches: expected a list of names, got {patches!r}.")
     pipe, processor = unwrapped(pipe, processor)
@@ -133,7 +133,8 @@ def tune(
         raise AccelplugError(f"tune needs at least two seeds, one to search and one to prove with; got {len(numbers)}.")
     if objective is not None:
         raise AccelplugError(
-            f"objective={objective!r} is a language model's. A pipeline gets faster; bound what it may lose."
+            worded(f"objective={objective!r}", f"--objective {objective}")
+            + " is a language model's. A pipeline gets faster; bound what it may lose."
         )
     bounds = parse_budget("psnr>=26" if budget is None else budget)
     arguments.require_functions(foreground=foreground, detect=detect)

@@ -20,7 +20,7 @@ from accelplug.comparison.exam import Exam
 from accelplug.comparison.metrics import ANSWER_METRICS, ANSWERS, LIKELIHOODS, POLAR
 from accelplug.comparison.questions import Asker, Item, digest, items, require_pictures, shifted_accuracy
 from accelplug.comparison.rows import Quantiles
-from accelplug.errors import AccelplugError
+from accelplug.errors import AccelplugError, worded
 from accelplug.hosts.host import model_facts
 from accelplug.recipe import Measured, load
 from accelplug.show import as_elements, framed
@@ -228,7 +228,7 @@ def _why(contest: Contest) -> str:
         enough = math.ceil(2 * (1 + FINALISTS) * page_s / SEARCH_SHARE)
         return (
             f"Stay stock: {contest.time_budget_s:.0f} s are too few to try a patch, {PAGE_SIZE} questions take {page_s:.1f} s. "
-            f"Give time_budget_s of at least {enough}."
+            f"Give {worded('time_budget_s', '--time')} of at least {enough}."
         )
     if contest.finalists:
         said = "; ".join(f"{aim.name}: {_gained(found[aim.name])}" for aim in contest.finalists)

@@ -14,10 +14,10 @@ from accelplug.comparison.entry import compare
 from accelplug.comparison.environment import device_name
 from accelplug.comparison.metrics import ANSWER_METRICS, figures
 from accelplug.comparison.questions import Asker, Item, digest, require_pictures
-from accelplug.errors import AccelplugError, RecipeError
+from accelplug.errors import AccelplugError, RecipeError, worded
 from accelplug.hosts.models import unwrapped
 from accelplug.recipe import Measured, Recipe, read_file
-from accelplug.show import Shown
+from accelplug.show import Shown, table
 from accelplug.tuning.aims import Aim
 from accelplug.tuning.contest import STOCK, Contest
 from accelplug.tuning.journal import Journal
@@ -68,12 +68,10 @@ class Verification(Shown):
         return self.rows[number]
 
     def __rich__(self) -> RenderableType:
-        from rich.table import Table
-
-        table = Table("recipe", "measured", "verdict", "", title=self.name, title_justify="left")
+        found = table(self.name, "recipe", "measured", "verdict", "")
         for row in self.rows:
-            table.add_row(row.recipe, row.date, row.outcome, row.why)
-        return table
+            found.add_row(row.recipe, row.date, row.outcome, row.why)
+        return found
 
 
 def verify(
@@ -136,13 +134,14 @@ def _given(pipe: Any, recipe: Recipe, row: Measured, inputs: Any, processor: Any
         asked = held[: int(row.inputs.get("questions", 0))]
         if digest(asked) != row.inputs.get("questions_sha256"):
             raise AccelplugError(
-                f"{recipe.name}: the row of {row.date} was measured on other questions. Give those it was tuned on."
+                f"{recipe.name}: the row of {row.date} was measured on other questions. "
+                + worded("Give those it was tuned on.", "Give those it was tuned on: --questions, --coco.")
             )
         require_pictures(asked)
         return asked
     if not row.prompts and inputs is None:
         raise AccelplugError(
-            f"{recipe.name}: the row of {row.date} names no prompts. Give inputs that it was measured with."
+            f"{recipe.name}: the row of {row.date} names no prompts. Give {worded('inputs', 'a --prompt')} that it was measured with."
         )
     made = [{"prompt": text, **row.inputs} for text in row.prompts]
     return made or [{**call, **row.inputs} for call in arguments.calls(pipe, inputs, "verify")]

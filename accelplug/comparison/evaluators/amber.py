@@ -4,12 +4,16 @@ The questions are scored as published. The counts are AMBER-like: AMBER also for
 to one in the image, and finds nouns with a tagger. Neither is done here, so CHAIR and Hal tend to be higher than published, Cover and
 Cog lower: compare before with after only. All else is as in the release: each word stands by itself ("baby" in "a baby elephant"
 too), and is credited to the first thing that it is an association of before it is credited to the thing of its own name.
+
+An exam that is not AMBER's own has no questions in its dimensions: existence are POPE's, each once, state, number and relation those that
+MME asks about colour, count and position.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,8 @@ DIMENSIONS = {
 }
 """The split of a question, what it is about, by the type that AMBER's annotations give it; state, number and action are attributes."""
 ATTRIBUTE = ("state", "number", "action")
+OF_MME = {"color": "state", "count": "number", "position": "relation"}
+"""The dimension of MME's tasks, in exams that are not AMBER's own; its existence is among POPE's questions."""
 
 
 @dataclass(frozen=True)
@@ -216,13 +222,21 @@ def discriminate(questions: Sequence[Question], answers: Sequence[str], parse: P
         There are not as many answers as questions.
     """
     same_length("A score of AMBER's questions", questions, answers)
-    said = list(zip(questions, (read_answer(answer, parse) for answer in answers), strict=True))
+    return _discriminated(
+        (question.split, question.answer, read_answer(answer, parse))
+        for question, answer in zip(questions, answers, strict=True)
+    )
+
+
+def _discriminated(answered: Iterable[tuple[str, bool, bool | None]]) -> Discriminative:
+    """Figures of what was answered: the dimension of a question, its truth, and the answer as it was read."""
+    found = list(answered)
 
     def of(dimensions: Collection[str]) -> NoClass:
-        kept = [(question.answer, answer) for question, answer in said if question.split in dimensions]
+        kept = [(truth, answer) for dimension, truth, answer in found if dimension in dimensions]
         return NoClass.of([truth for truth, _ in kept], [answer for _, answer in kept])
 
-    there = list(dict.fromkeys(question.split for question in questions))
+    there = list(dict.fromkeys(dimension for dimension, *_ in found))
     groups = {name: (name,) for name in there} | ({"attribute": ATTRIBUTE} if set(ATTRIBUTE) & set(there) else {})
     return Discriminative(of(there), {name: of(dimensions) for name, dimensions in groups.items()})
 
@@ -318,16 +332,15 @@ class AmberFigures:
 
 
 class AmberEvaluator:
-    """Descriptions of any exam, and questions in AMBER's dimensions."""
+    """Descriptions of any exam, and questions in AMBER's dimensions: its own, else POPE's and MME's."""
 
-    name = "amber"
+    name, title = "amber", "descriptions and questions: AMBER"
 
     def score(self, asked: Asked, said: Said) -> AmberFigures | None:
         """See `Evaluator`."""
         found = AmberFigures()
-        if dimensions := [split for split in said.replies if split in DIMENSIONS.values()]:
-            questions = [question for split in dimensions for question in asked.of(split)]
-            no = discriminate(questions, [answer for split in dimensions for answer in said.replies[split]], asked.parse)
+        if answered := list(_answered(asked, said)):
+            no = _discriminated(answered)
             found.shares |= {name: getattr(no.all, name) for name in ("accuracy", "precision", "recall", "f1")}
             found.dimensions = no.dimensions
         if said.descriptions:
@@ -340,33 +353,51 @@ class AmberEvaluator:
                 safe=asked.safe,
             )
             found.shares |= {name: getattr(counts, name) for name in ("chair", "cover", "hal", "cog")}
-            if dimensions:
+            if answered:
                 found.shares["score"] = amber_score(counts.chair, no.all.f1)
         return found if found.shares else None
 
-    def hold(self, asked: Asked, dense: Said, said: Said, before: AmberFigures, figures: AmberFigures) -> dict[str, float]:
+    def hold(self, asked: Asked, stock: Said, said: Said, before: AmberFigures, figures: AmberFigures) -> dict[str, float]:
         """See `Evaluator`; the counts have no test, and the questions are among those that `pope` tests."""
         return {}
 
     def columns(self, figures: AmberFigures, holm: Mapping[str, float]) -> dict[str, str]:
-        """See `Evaluator`; shown where the exam is AMBER's own."""
-        if "score" not in figures.shares:
+        """See `Evaluator`; shown where the exam says which hallucinations are likely, as AMBER and generated scenes do."""
+        if math.isnan(figures.shares.get("cog", math.nan)):
             return {}
-        shares = {f"AMBER {name}": f"{figures.shares[name]:.1%}" for name in ("chair", "cover", "hal", "cog", "f1")}
-        return {**shares, "AMBER": f"{figures.shares['score']:.1f}"}
+        named = {"CHAIR": "chair", "Cover": "cover", "Hal": "hal", "Cog": "cog", "F1 of no": "f1"}
+        shares = {heading: f"{figures.shares[name]:.1%}" for heading, name in named.items() if name in figures.shares}
+        return shares | ({"AMBER": f"{figures.shares['score']:.1f}"} if "score" in figures.shares else {})
 
     def drawn(self, figures: AmberFigures) -> list[Figure]:
-        """See `Evaluator`; drawn where the exam is AMBER's own."""
-        if "score" not in figures.shares:
+        """See `Evaluator`; as `columns`, but CHAIR, which `chair` draws with its interval where it can."""
+        if not self.columns(figures, {}):
             return []
-        drawn = [Figure(f"AMBER {name}", figures.shares[name], "less") for name in ("chair", "hal", "cog")]
+        shares = figures.shares
         return [
-            *drawn,
-            Figure("AMBER cover", figures.shares["cover"], "more"),
-            Figure("AMBER F1", figures.shares["f1"], "more"),
+            Figure("AMBER, of 100", shares.get("score", math.nan), "more", share=False),
+            Figure("AMBER Cover, things that descriptions name", shares["cover"], "more"),
+            Figure("AMBER Hal, descriptions that hallucinate", shares["hal"], "less"),
+            Figure("AMBER Cog, likely hallucinations that are named", shares["cog"], "less"),
         ]
 
     def summary(self, figures: AmberFigures | None, p: Mapping[str, float], holm: Mapping[str, float]) -> dict[str, Any]:
         """See `Evaluator`."""
         figures = figures or AmberFigures()
         return {"amber": figures.shares, "amber_dimensions": figures.dimensions}
+
+
+def _answered(asked: Asked, said: Said) -> Iterator[tuple[str, bool, bool | None]]:
+    """The dimension of each question, its truth, and the answer as it was read."""
+    seen = set()
+    for split, replies in said.replies.items():
+        for question, reply in zip(asked.of(split), replies, strict=True):
+            if split in DIMENSIONS.values():
+                yield split, question.answer, asked.read(reply)
+            elif (once := (question.image, question.text)) not in seen:
+                seen.add(once)
+                yield "existence", question.answer, asked.read(reply)
+    for (task, *_), (yes, no) in zip(asked.pairs, said.pairs, strict=bool(said.pairs)):
+        if task in OF_MME:
+            yield OF_MME[task], True, asked.read(yes)
+            yield OF_MME[task], False, asked.read(no)

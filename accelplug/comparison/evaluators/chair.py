@@ -50,7 +50,7 @@ class Chair:
     recall : classes in the images that are mentioned; sums over all images.
     precision : classes mentioned that are in the image; sums over all images, without repetitions.
     mean_words : words a caption, separated by blanks.
-    delta : of `chair_i`, to the dense model.
+    delta : of `chair_i`, to the stock model.
     """
 
     chair_s: float
@@ -133,7 +133,7 @@ def _row(image: str | int, caption: str, truth: set[str], vocabulary: Vocabulary
 class ChairEvaluator:
     """Descriptions, where the exam has classes; AMBER, which has words alone, is scored by itself."""
 
-    name = "chair"
+    name, title = "chair", "descriptions: CHAIR"
 
     def score(self, asked: Asked, said: Said) -> Chair | None:
         """See `Evaluator`."""
@@ -141,7 +141,7 @@ class ChairEvaluator:
             return None
         return score(said.descriptions, asked.truth, asked.vocabulary)
 
-    def hold(self, asked: Asked, dense: Said, said: Said, before: Chair, figures: Chair) -> dict[str, float]:
+    def hold(self, asked: Asked, stock: Said, said: Said, before: Chair, figures: Chair) -> dict[str, float]:
         """See `Evaluator`."""
         counts = [
             [(len(row.hallucinated), len(row.mentions)) for row in pair]
@@ -158,7 +158,8 @@ class ChairEvaluator:
     def columns(self, figures: Chair, holm: Mapping[str, float]) -> dict[str, str]:
         """See `Evaluator`."""
         return {
-            "CHAIR_I": f"{figures.chair_i:.1%} {figures.delta or ''}",
+            "CHAIR_I": f"{figures.chair_i:.1%}",
+            "to stock": str(figures.delta or ""),
             "recall": f"{figures.recall:.2f}",
             "words": f"{figures.mean_words:.1f}",
         }

@@ -72,7 +72,7 @@ class Said:
 
 @dataclass
 class Delta:
-    """A difference to dense with its 95 % interval, resampled over pictures."""
+    """A difference to stock with its 95 % interval, resampled over pictures."""
 
     value: float
     low: float
@@ -89,7 +89,7 @@ class Figure:
     Attributes
     ----------
     name : with the unit; better : ``less`` or ``more``, empty where neither is.
-    delta : to the dense model; None for that one, and where nothing was resampled.
+    delta : to the stock model; None for that one, and where nothing was resampled.
     share : whether the value is a share, shown in percent; else with so many `digits`.
     """
 
@@ -102,15 +102,15 @@ class Figure:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the difference to dense, around the value: it holds the dense value where nothing differs."""
+        """The 95 % interval of the difference to stock, around the value: it holds the stock value where nothing differs."""
         if self.delta is None:
             return self.value, self.value
-        dense = self.value - self.delta.value
-        return dense + self.delta.low, dense + self.delta.high
+        stock = self.value - self.delta.value
+        return stock + self.delta.low, stock + self.delta.high
 
     @property
     def difference(self) -> str:
-        """The difference to dense with its interval, as the value is written; empty where there is none."""
+        """The difference to stock with its interval, as the value is written; empty where there is none."""
         if self.delta is None or math.isnan(self.delta.value) or self.share:
             return str(self.delta or "")
         value, low, high = (f"{x:+,.{self.digits}f}" for x in (self.delta.value, self.delta.low, self.delta.high))
@@ -118,7 +118,7 @@ class Figure:
 
     @property
     def verdict(self) -> Literal["better", "worse", ""]:
-        """What the interval says beside dense; empty where it holds no difference, or nothing was resampled."""
+        """What the interval says beside stock; empty where it holds no difference, or nothing was resampled."""
         if self.delta is None or not self.better or not (self.delta.low > 0 or self.delta.high < 0):
             return ""
         return "better" if (self.delta.low > 0) == (self.better == "more") else "worse"
@@ -129,18 +129,20 @@ class Figure:
 
 
 class Evaluator(Protocol):
-    """Scores what was said, holds it against what the dense model said, and gives columns of the table and figures for the JSON.
+    """Scores what was said, holds it against what the stock model said, and gives columns of the table and figures for the JSON.
 
     Figures are of the evaluator's own kind, None where the exam asks for none of it.
     """
 
     name: str
+    title: str
+    """Of its table."""
 
     def score(self, asked: Asked, said: Said) -> Any:
         """Return the figures of a row, or None."""
 
-    def hold(self, asked: Asked, dense: Said, said: Said, before: Any, figures: Any) -> dict[str, float]:
-        """Put differences to the dense model, which said `dense` and has the figures `before`, into a row's figures.
+    def hold(self, asked: Asked, stock: Said, said: Said, before: Any, figures: Any) -> dict[str, float]:
+        """Put differences to the stock model, which said `stock` and has the figures `before`, into a row's figures.
 
         Return p-values by name; they are corrected for the number of rows.
         """

@@ -104,7 +104,7 @@ def score(pairs: Iterable[TwoAnswers]) -> Mme:
 class MmeEvaluator:
     """Pairs of questions, where the exam has some."""
 
-    name = "mme"
+    name, title = "mme", "pairs of questions: MME"
 
     def score(self, asked: Asked, said: Said) -> Mme | None:
         """See `Evaluator`."""
@@ -113,7 +113,7 @@ class MmeEvaluator:
         asked_pairs = enumerate(zip(asked.pairs, said.pairs, strict=True))
         return score(TwoAnswers(task, f"{key} {i}", *both) for i, ((task, key, *_), both) in asked_pairs)
 
-    def hold(self, asked: Asked, dense: Said, said: Said, before: Mme, figures: Mme) -> dict[str, float]:
+    def hold(self, asked: Asked, stock: Said, said: Said, before: Mme, figures: Mme) -> dict[str, float]:
         """See `Evaluator`; scores of tasks have no test."""
         return {}
 

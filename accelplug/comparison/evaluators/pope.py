@@ -189,8 +189,8 @@ class PopeFigures:
     ----------
     splits : figures by split; interval : Wilson's, of the hallucination rate on the hardest split.
     described : the hardest split answered by the descriptions, yes for what they mention (offline POPE).
-    hallucination, described_hallucination : differences of rates on the hardest split to the dense model.
-    matched : the dense model made to say yes as often as this row does, on the hardest split (see `statistics.shifted`).
+    hallucination, described_hallucination : differences of rates on the hardest split to the stock model.
+    matched : the stock model made to say yes as often as this row does, on the hardest split (see `statistics.shifted`).
     """
 
     splits: dict[str, YesNo]
@@ -204,7 +204,7 @@ class PopeFigures:
 class PopeEvaluator:
     """Questions of yes and no, of all splits; McNemar's test on all questions, each once, and on what descriptions mention."""
 
-    name = "pope"
+    name, title = "pope", "questions of yes and no: POPE"
 
     def score(self, asked: Asked, said: Said) -> PopeFigures | None:
         """See `Evaluator`."""
@@ -222,15 +222,15 @@ class PopeEvaluator:
                 found.described = score(truth_of(asked, HARDEST), _mentioned(asked, said))
         return found
 
-    def hold(self, asked: Asked, dense: Said, said: Said, before: PopeFigures, figures: PopeFigures) -> dict[str, float]:
+    def hold(self, asked: Asked, stock: Said, said: Said, before: PopeFigures, figures: PopeFigures) -> dict[str, float]:
         """See `Evaluator`."""
-        p = {"questions": mcnemar(*(list(_right(asked, one).values()) for one in (dense, said)))}
+        p = {"questions": mcnemar(*(list(_right(asked, one).values()) for one in (stock, said)))}
         yes = _said_yes_to(asked, said)
-        figures.hallucination = _rate_difference(asked, _said_yes_to(asked, dense), yes)
-        if HARDEST in dense.margins and HARDEST in said.margins:
-            figures.matched = score(truth_of(asked, HARDEST), shifted(dense.margins[HARDEST], sum(yes)))
+        figures.hallucination = _rate_difference(asked, _said_yes_to(asked, stock), yes)
+        if HARDEST in stock.margins and HARDEST in said.margins:
+            figures.matched = score(truth_of(asked, HARDEST), shifted(stock.margins[HARDEST], sum(yes)))
         if before.described and figures.described:
-            pair, truth = [_mentioned(asked, one) for one in (dense, said)], truth_of(asked, HARDEST)
+            pair, truth = [_mentioned(asked, one) for one in (stock, said)], truth_of(asked, HARDEST)
             p["described"] = mcnemar(*([a == b for a, b in zip(one, truth, strict=True)] for one in pair))
             figures.described_hallucination = _rate_difference(asked, *pair)
         return p

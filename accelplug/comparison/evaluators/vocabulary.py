@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelplug.errors import AccelplugError, UnsupportedError
+from accelplug.errors import AccelplugError, UnsupportedError, worded
 
 _TOKEN = re.compile(r"\w+(?:[-\u2010\u2011'\u2019]\w+)*|[^\w\s]")
 """A word with the hyphens and apostrophes in it, or a mark, which no term reaches across."""
@@ -160,6 +160,6 @@ def _engine() -> Any:
         return importlib.import_module("inflect").engine()
     except ImportError as error:
         raise UnsupportedError(
-            "Plurals are undone by the package inflect, which is not installed; `pip install inflect`, or pass singular=None "
-            "with a vocabulary that lists all forms."
+            "Plurals are undone by the package inflect, which is not installed; `pip install inflect`"
+            + worded(", or pass singular=None with a vocabulary that lists all forms.", ".")
         ) from error

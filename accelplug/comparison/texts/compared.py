@@ -139,7 +139,7 @@ def compare_texts(
     contexts = exam.contexts(tokenizer_of(processor), longest)
     reader = ContextReader(model, processor, contexts, exam.anew)
     named = [Variant(name, recipe) for name, recipe in recipes.items()] if isinstance(recipes, Mapping) else list(recipes)
-    variants = [Variant(STOCK_ROW, kind="dense"), *named]
+    variants = [Variant(STOCK_ROW, kind=STOCK_ROW), *named]
     rows = {variant.name: TextRow(variant.name, variant.kind) for variant in variants}
     looks = list(product({context.tokens: context for context in reversed(contexts)}.values(), named))
     reads = list(product(contexts, variants))
