@@ -376,7 +376,10 @@ def draw(grids: dict[str, list[Shown]]) -> None:
         axis.grid(color="#ececec")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("foreground PSNR to the dense run, dB")
-    axes[0][-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    lines = {
+        line.get_label(): line for axis in axes[0] for line in axis.get_lines() if not str(line.get_label()).startswith("_")
+    }
+    figure.legend(lines.values(), lines.keys(), fontsize=8, frameon=False, loc="outside right center")
     figure.savefig(PICTURE, dpi=110)
 
 
