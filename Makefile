@@ -54,4 +54,4 @@ bench: .venv/installed
 	$(PY) -m benchmarks.demo_pareto
 
 clean:
-	rm -rf .venv .venv-oldest build dist site *.egg-info demo.html
+	rm -rf .venv .venv-oldest build dist site *.egg-info demo.html demo.png

@@ -19,6 +19,7 @@ from accelplug.comparison.evaluators.evaluator import Asked, Figure, Said
 from accelplug.comparison.outcome import Outcome, hold_against_stock
 from accelplug.comparison.rows import STOCK_ROW
 from accelplug.comparison.vlm import VlmComparison
+from accelplug.demo import Answers, Clips
 from accelplug.hosts.host import model_facts
 from accelplug.recipe import load, named
 from accelplug.show import Shown
@@ -77,6 +78,11 @@ def looked() -> list[Shown]:
     return [accelplug.inspect(model), accelplug.inspect(model, tiny_language_models.inputs("llava"))]
 
 
+def demonstrated() -> list[Shown]:
+    looks: Any = accelplug.inspect(tiny_language_models.build("llava"), tiny_language_models.inputs("llava"))
+    return [Clips(comparison(row("slow", 0.8, 30.0, 28.0)), {"slow": True}), Answers(looks, ["Is it?"], {"stock": ["yes"]})]
+
+
 MAKERS: dict[str, Callable[[], list[Shown]]] = {
     "comparison": lambda: [comparison(row("slow", 0.8, 30.0, 28.0))],
     "examined": lambda: [examined()],
@@ -84,6 +90,7 @@ MAKERS: dict[str, Callable[[], list[Shown]]] = {
     "verified": lambda: [Verification("file.yaml", (Verified("file/a", "2026-01-01", "drifted", "1.1x"),))],
     "plugged": plugged,
     "looked": looked,
+    "demonstrated": demonstrated,
     "recipe": lambda: [named("wan2.1-t2v-14b/radial")],
     "available": lambda: [available()],
 }

@@ -8,9 +8,10 @@ from accelplug.zoo.wheels import WHEELS, folder_of
 
 BUNDLED = ("wan-shapes", "llava-scenes")
 
-# What the model was trained for, as arguments of its pipeline. DEMO is 17 x 16 x 24 = 6,528 visual tokens,
+# What the model was trained for, as arguments of its pipeline. DEMO is 17 x 16 x 24 = 6,528 visual tokens, MEDIUM 17 x 12 x 16 = 3,264,
 # SMALL 5 x 8 x 10 = 400.
 DEMO = {"num_frames": 33, "height": 128, "width": 192, "num_inference_steps": 16, "guidance_scale": 3.0}
+MEDIUM = {"num_frames": 33, "height": 96, "width": 128, "num_inference_steps": 12, "guidance_scale": 3.0}
 SMALL = {"num_frames": 9, "height": 64, "width": 80, "num_inference_steps": 12, "guidance_scale": 3.0}
 
 
