@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 TEXT_WIDTH = 150
 """Width of a table that is printed as text, where no terminal says how wide it is."""
 NOTEBOOK_WIDTH = 110
+AS_DATA: dict[str, Any] = {"force_terminal": False, "force_jupyter": False}
+"""What is rendered is text: a notebook neither colours it nor shows it a second time."""
 
 
 class Shown:
@@ -80,7 +82,7 @@ def as_text(renderable: Any) -> str:
     """Render as plain text, without a line's end."""
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=TEXT_WIDTH)
+    console = Console(file=io.StringIO(), width=TEXT_WIDTH, **AS_DATA)
     with console.capture() as capture:
         console.print(renderable)
     return capture.get().rstrip("\n")
@@ -90,7 +92,7 @@ def as_html(renderable: Any) -> str:
     """Render for a notebook or a page."""
     from rich.console import Console
 
-    console = Console(record=True, width=NOTEBOOK_WIDTH, file=io.StringIO())
+    console = Console(record=True, width=NOTEBOOK_WIDTH, file=io.StringIO(), **AS_DATA)
     console.print(renderable)
     return console.export_html(inline_styles=True, code_format="<pre style='font-family:monospace'>{code}</pre>")
 

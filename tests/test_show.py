@@ -36,6 +36,19 @@ def test_a_result_prints_as_its_table_and_never_as_its_data() -> None:
     assert "a &lt; b" in result._repr_html_()
 
 
+def test_a_notebook_shows_a_result_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a notebook rich displays what it prints, and colours are asked for by the environment."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    displayed: list[Any] = []
+    monkeypatch.setattr("rich.jupyter.display", lambda *shown: displayed.append(shown))
+    result = Result()
+    assert "a < b" in str(result)
+    assert "\x1b" not in str(result)
+    assert "a &lt; b" in result._repr_html_()
+    assert not displayed
+
+
 def test_a_result_writes_json_and_a_page_and_says_where(tmp_path: Path) -> None:
     result = Result(figures={"psnr_db": math.inf, "mcc": math.nan, "heads": np.arange(3), "mass": torch.tensor([0.5])})
     assert result.to_json(tmp_path / "r.json") == tmp_path / "r.json"
