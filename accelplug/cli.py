@@ -387,7 +387,6 @@ def _text_exam(options: argparse.Namespace) -> Any:
 def _tune(options: argparse.Namespace) -> int:
     from accelplug import loading
     from accelplug.comparison import TextExam
-    from accelplug.hosts.host import model_facts
     from accelplug.table import require_place
     from accelplug.tuning import tune
 
@@ -419,7 +418,7 @@ def _tune(options: argparse.Namespace) -> int:
         resume=options.resume,
     )
     _console().print(found)
-    print(f"wrote {found.to_yaml(output, model_facts(pipe))}")
+    print(f"wrote {found.to_yaml(output)}")
     _write(found, report)
     return 0
 

@@ -14,7 +14,6 @@ from accelplug.comparison import ranks
 from accelplug.comparison.ranks import Ranks, working
 from accelplug.comparison.result import Comparison
 from accelplug.errors import AccelplugError
-from accelplug.hosts.host import model_facts
 from accelplug.recipe import Recipe
 from accelplug.tuning import Bound
 from tests import tiny_pipelines
@@ -93,7 +92,7 @@ def tune(rank: int, folder: str) -> dict:
         said = "another process: ZeroDivisionError" if rank == 0 else "first process ended"
         with pytest.raises(AccelplugError, match=said):
             run(pipe, inputs, Bound("broken", 1.0, score=lambda *_: 1 / (1 - rank)), seeds=4)
-    found.to_yaml(f"{folder}/written by {rank}.yaml", model_facts(pipe))
+    found.to_yaml(f"{folder}/written by {rank}.yaml")
     points = [(point.name, point.runs, point.speedup, point.verdict, point.worst) for point in found.points]
     ran = [(s.prompt, s.seed) for s in found.comparison.row(found.proven.name).samples]
     return {"points": points, "rules": found.proven.recipe, "ran": ran, "clips": len(found.comparison.clips)}

@@ -13,6 +13,7 @@ import pytest
 
 from accelplug.comparison.result import Comparison
 from accelplug.comparison.rows import DENSE_ROW, Row, Sample
+from accelplug.errors import AccelplugError
 from accelplug.hosts.gate import Verdict
 from accelplug.recipe import Recipe, load
 from accelplug.tuning.budget import parse_budget
@@ -133,6 +134,11 @@ def test_a_search_shows_all_points_and_the_clips_of_the_front(tuned: Tuned, tmp_
     assert facts["worst run"][0].startswith("seed 1")
     assert [dots[name]["holds"] for name in ("proven", "beaten", "overturned")] == [True, True, False]
     assert {"proven", "beaten", "overturned", "1.25x"} <= set(page.cells), "without scripts there is the table"
+
+
+def test_a_recipe_file_is_for_a_model(tuned: Tuned, tmp_path: Path) -> None:
+    with pytest.raises(AccelplugError, match="not made by tune"):
+        tuned.to_yaml(tmp_path / "mine.yaml")
 
 
 def test_several_bounds_are_plotted_by_their_margin(tuned: Tuned, tmp_path: Path) -> None:

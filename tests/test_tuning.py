@@ -424,7 +424,7 @@ def test_weights_of_pooled_blocks_are_calibrated_where_they_could_help(
     found = run(pipe, inputs, budget, patches=["sol"], resume=tmp_path / "journal")
     assert found.proven is not None
     assert "rest_weight=calibrated" in found.proven.name
-    path = found.to_yaml(tmp_path / "mine.yaml", model_facts(pipe))
+    path = found.to_yaml(tmp_path / "mine.yaml")
     assert path.with_suffix(".safetensors").exists()
     read = load(path, model_facts(pipe))
     weights = [recipe.with_tables().rules[-1].settings["rest_weight"].values for recipe in (found, read)]
@@ -509,7 +509,7 @@ def test_the_recipe_file_is_read_back_with_its_measurement(told_times: None, tmp
     pipe, inputs = pipeline()
     pipe.transformer.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"]), adapter_name="style")
     found = run(pipe, inputs, "psnr>=1")
-    file = read_file(found.to_yaml(tmp_path / "mine.yaml", model_facts(pipe)))
+    file = read_file(found.to_yaml(tmp_path / "mine.yaml"))
     assert file.recipe().measured[0].seeds == [0, 1]
     assert file.recipe().summary.endswith("Tuned with the LoRA adapters style (2); for others tune again")
     assert file.recipe().measured[0].prompts == [], "prompt embeddings are no words"
@@ -658,7 +658,7 @@ def test_one_gain_is_told_everywhere(told_times: None, monkeypatch: pytest.Monke
     data = Page(found.to_html(tmp_path / "a.html").read_text()).data
     assert max(dot["speedup"] for dot in data["dots"] if dot["verdict"] == "proven") == gain
     assert data["verdict"] == found.comparison.verdict == found.why
-    path = found.to_yaml(tmp_path / "mine.yaml", model_facts(pipe))
+    path = found.to_yaml(tmp_path / "mine.yaml")
     assert read_file(path).recipe().measured[0].gain == pytest.approx(gain)
     (verdict,) = accelplug.verify(pipe, path, inputs, progress=False)
     assert f"(recorded {gain:.2f}x" in verdict.why
@@ -703,7 +703,7 @@ def test_a_cache_that_skips_nothing_is_not_on_the_front(told_times: None, monkey
 def test_verify_runs_the_rows_of_a_file(told_times: None, tmp_path: Path) -> None:
     pipe, inputs = pipeline()
     found = run(pipe, inputs, "psnr>=1")
-    path = found.to_yaml(tmp_path / "mine.yaml", model_facts(pipe))
+    path = found.to_yaml(tmp_path / "mine.yaml")
     (verdict,) = accelplug.verify(pipe, path, inputs, progress=False)
     assert verdict.outcome == "confirmed", verdict.why
     with pytest.raises(AccelplugError, match="names no prompts"):

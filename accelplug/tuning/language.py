@@ -164,7 +164,8 @@ class Answered(Tuned):
 def tuned(contest: Contest, seed: int, why: str, notes: tuple[str, ...], **inputs: Any) -> Answered:
     """Put the recipe, its measurement and what was tried together; `inputs` say what it was measured on."""
     winner = contest.winner
-    recipe = load((winner or STOCK).recipe, model_facts(contest.asker.model))
+    facts = model_facts(contest.asker.model)
+    recipe = load((winner or STOCK).recipe, facts)
     stock, *tried = points(contest).values()
     return Answered(
         name="tuned",
@@ -179,6 +180,7 @@ def tuned(contest: Contest, seed: int, why: str, notes: tuple[str, ...], **input
         notes=notes,
         points=(stock, *sorted(tried, key=lambda p: (p.verdict == "tried", -p.runs, -p.margin))),
         seconds={**contest.seconds, "all": round(contest.spent_s, 1)},
+        facts=facts,
         objective=contest.objective,
     )
 

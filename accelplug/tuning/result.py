@@ -81,6 +81,7 @@ class Tuned(Recipe):
     notes : what bounds the search, and what was not tried and why.
     comparison : all runs beside dense ones, with clips.
     seconds : how long it took, by phase.
+    facts : the model that it was tuned on.
     """
 
     why: str = ""
@@ -89,6 +90,7 @@ class Tuned(Recipe):
     notes: tuple[str, ...] = ()
     comparison: Comparison | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    facts: ModelFacts | None = None
 
     @property
     def budget(self) -> str:
@@ -109,8 +111,18 @@ class Tuned(Recipe):
                 kept.append(point)
         return kept
 
-    def to_yaml(self, path: str | Path, facts: ModelFacts) -> Path:
-        """Write a recipe file for the model, with a `measured` row where the recipe was proven, and beside it the table it refers to."""
+    def to_yaml(self, path: str | Path, facts: ModelFacts | None = None) -> Path:
+        """Write a recipe file, with a `measured` row where the recipe was proven, and beside it the table it refers to.
+
+        `facts`: the model that the file is for; the one that was tuned if left out.
+
+        Raises
+        ------
+        AccelplugError
+            If no model is known, or the file cannot be written.
+        """
+        if (facts := facts or self.facts) is None:
+            raise AccelplugError("There is no model to write a recipe file for: this recipe was not made by tune().")
         if not files.is_first():
             return Path(path)
         entry: dict[str, Any] = {"summary": self.summary}

@@ -240,7 +240,8 @@ class Search:
         points = sorted(self.points.values(), key=lambda p: -p.speedup)
         proven = self._proven
         mapping = proven.rules() if proven is not None else OBSERVED
-        recipe = load(mapping, model_facts(self.study.pipe))
+        facts = model_facts(self.study.pipe)
+        recipe = load(mapping, facts)
         # An interrupt leaves rows that are empty.
         self.study.rows = {name: row for name, row in self.study.rows.items() if row.samples}
         comparison = self.study.finish({})
@@ -276,6 +277,7 @@ class Search:
             notes=tuple(self.notes),
             comparison=comparison,
             seconds={**self.seconds, "all": round(self.spent_s, 1)},
+            facts=facts,
             **fields,
         )
 
