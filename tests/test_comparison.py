@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from accelplug.comparison import metrics
 from accelplug.comparison.report import sprite
 from accelplug.comparison.result import Comparison
 from accelplug.comparison.rows import Quantiles, Row, Sample
+from accelplug.comparison.study import Study
 from accelplug.errors import AccelplugError
 from accelplug.recipe import Measured, read_file
 from accelplug.show import as_text
@@ -358,6 +360,15 @@ def test_inputs_may_hold_a_callback_and_an_output_type() -> None:
     assert seen == [0, 1, 2, 3] * 4  # dense and recipe, traced and timed
     with pytest.raises(AccelplugError, match="generator"):
         accelplug.compare(pipe, None, {**inputs, "generator": torch.Generator()}, progress=False)
+
+
+def test_what_is_timed_is_the_device_that_runs() -> None:
+    """Of a pipeline that is offloaded, weights wait on the CPU."""
+    pipe, inputs = tiny_pipelines.decoding("wan")
+    assert Study(pipe, [inputs], [0], None, None).device == torch.device("cpu")
+    for part in (pipe.transformer, pipe.vae):
+        part._hf_hook = SimpleNamespace(execution_device="meta")  # as accelerate leaves it
+    assert Study(pipe, [inputs], [0], None, None).device == torch.device("meta")
 
 
 def test_a_compiled_denoiser_is_timed_from_outside_its_graph() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from accelplug import compat
 from accelplug.comparison import arguments
 from accelplug.comparison.environment import environment, forget_peak, peak_mib
 from accelplug.comparison.metrics import METRICS, Beside, to_uint8
@@ -60,6 +61,12 @@ class Study:
     processes: int = 1
 
     @property
+    def device(self) -> torch.device:
+        """Where the pipeline runs; its weights may wait elsewhere."""
+        weights = next(next(iter(denoisers(self.pipe).values())).parameters())
+        return compat.diffusers.execution_device(self.pipe, weights.device)
+
+    @property
     def pairs(self) -> list[tuple[int, int]]:
         """Prompts by seeds: what each variant is run on."""
         return list(itertools.product(range(len(self.prompts)), self.seeds))
@@ -96,8 +103,7 @@ class Study:
 
     def time(self, variant: Variant, prompt: int, seed: int) -> None:
         """Run once, timed, and hold the result against the dense run."""
-        device = next(next(iter(denoisers(self.pipe).values())).parameters()).device
-        row = self.rows[variant.name]
+        device, row = self.device, self.rows[variant.name]
         with self._on(variant, gate="off") as plug:
             known = forget_peak(device)
             run = self.run(prompt, seed)
@@ -133,7 +139,7 @@ class Study:
         users_callback = given.get("callback_on_step_end")
         ends: list[float] = []
         latents: list[torch.Tensor] = []
-        device = next(next(iter(denoisers(self.pipe).values())).parameters()).device
+        device = self.device
 
         def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             synchronise(device)

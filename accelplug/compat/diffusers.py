@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from accelplug.compat.contracts import contract, expect
@@ -353,6 +354,20 @@ def _progress_bar() -> None:
     with quiet(pipe):
         pass
     expect(pipe._progress_bar_config == {"desc": "mine"}, "_progress_bar_config is not given back")
+
+
+def execution_device(pipe: Any, otherwise: Any) -> Any:
+    """Return the device that a pipeline runs on, also where its weights wait on another (offloading); `otherwise` if it does not say."""
+    return getattr(pipe, "_execution_device", otherwise)
+
+
+@contract("diffusers: a pipeline whose weights wait elsewhere says where it runs")
+def _execution_device() -> None:
+    denoiser = _tiny_denoiser()
+    expect(str(execution_device(_pipeline(denoiser), None)) == "cpu", "a pipeline has no _execution_device")
+    denoiser._hf_hook = SimpleNamespace(execution_device="meta")  # as accelerate leaves it
+    found = str(execution_device(_pipeline(denoiser), None))
+    expect(found == "meta", f"a module whose _hf_hook runs it on meta leaves _execution_device at {found}")
 
 
 def processor_metadata() -> dict[type, Any]:
