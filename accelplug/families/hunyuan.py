@@ -6,6 +6,10 @@ validity. Rows of invalid text then have no key at all in the stock model, and s
 read by nobody, because they are invalid keys of every later layer and only visual tokens leave the model.
 
 The text refiners (``context_embedder``) have attention of the same classes over the text alone and are left alone.
+
+diffusers has no plan of context parallelism for either. With one that splits text and grid of 1.0 ahead of the first block
+(`examples/hunyuan_two_gpus.py`) the mask stays as it was made, over the grid and the text behind it, and is held against tokens that lie
+rank by rank: that is the same where the padding is within the last rank's share of the text.
 """
 
 from accelplug.families.base import DOUBLE_AND_SINGLE, Family, latents, unknown
@@ -15,6 +19,7 @@ HUNYUAN_VIDEO = Family(
     classes=("HunyuanVideoTransformer3DModel",),
     sites=DOUBLE_AND_SINGLE,
     geometry=latents("bcthw", text=("encoder_hidden_states",)),
+    split_apart=True,
     status="verified",
 )
 
