@@ -22,6 +22,8 @@ PICTURES = 200
 """Pictures of an exam, where nobody says how many."""
 SCENES = 60
 """Generated scenes in a comparison: TODO."""
+TEXT_TOKENS = 2048
+"""Tokens that `inspect` reads of a text."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     _takes_model(command, "a pipeline or a vision-language model")
     _takes_size(command)
     command.add_argument("--image", type=Path, help="vision-language models: say where it looks in this picture")
+    command.add_argument("--text", type=Path, help="language models: say what draws attention in this file")
     command.add_argument(
         "--prompt", default="Please describe this image in detail.", help="the question asked about --image"
     )
@@ -178,9 +181,15 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_verify)
 
     command = commands.add_parser("calibrate", help="measure a method's tables on dense runs; write a recipe that uses them")
-    _takes_model(command, "a pipeline")
-    command.add_argument("--patch", required=True, help="sparse_vdit, paro or sta; for --recipe: rest, or budget")
-    command.add_argument("--prompts", type=Path, required=True, help="a text file, one prompt a line")
+    _takes_model(command, "a pipeline or a language model")
+    command.add_argument(
+        "--patch", required=True, help="sparse_vdit, paro or sta; for --recipe: rest, or budget; of a language model: heads"
+    )
+    command.add_argument(
+        "--prompts",
+        type=Path,
+        help="a text file, one prompt a line; of a language model the text in which needles are hidden",
+    )
     command.add_argument("-o", "--output", type=Path, required=True, help="where the recipe goes: my.yaml")
     command.add_argument("--recipe", help="rest, budget: name or file of the recipe whose blocks are weighed or shared out")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the patch or a knob")
@@ -304,16 +313,21 @@ def _inspect(options: argparse.Namespace) -> int:
     from accelplug import chat, loading
     from accelplug.inspection import inspect
 
-    report = _report(options, *([".png"] if options.image else []))
+    report = _report(options, *([".png"] if options.image or options.text else []))
     picture = None if options.image is None else chat.open_picture(options.image)
     if (kind := loading.kind_of(options.model_dir)) == "pipeline":
-        _refuse(options, kind, "image")
+        _refuse(options, kind, "image", "text")
         trained_for = zoo.DEMO if options.model_dir == zoo.path() else {}
         pipe = loading.pipeline(options.model_dir, device="cpu")
         _publish(inspect(pipe, {**trained_for, **_pipeline_settings(options)}), report)
         return 0
     _refuse(options, kind, *SIZES)
     model, processor = loading.language_model(options.model_dir, text=True)
+    if options.text is not None:
+        text = files.read(options.text, "A text")
+        inputs = chat.tokenizer_of(processor)(text, return_tensors="pt", truncation=True, max_length=TEXT_TOKENS)
+        _publish(inspect(model, inputs, processor), report)
+        return 0
     if options.image is None:
         _publish(inspect(model), report)
         return 0
@@ -469,10 +483,18 @@ def _calibrate(options: argparse.Namespace) -> int:
     from accelplug import loading
     from accelplug.calibration import calibrate, split_settings
 
-    prompts, output = _prompts(options.prompts), files.output(options.output, "--output", (".yaml", ".yml"))
+    output = files.output(options.output, "--output", (".yaml", ".yml"))
     config, knobs = split_settings(options.patch, options.set)
+    if loading.kind_of(options.model_dir) == "language model":
+        prompts: Any = None if options.prompts is None else files.read(options.prompts, "A text")
+        model, processor = loading.language_model(options.model_dir, options.dtype, options.device, text=True)
+    elif options.prompts is None:
+        raise AccelplugError("calibrate runs a pipeline on prompts; add --prompts FILE.")
+    else:
+        prompts = _prompts(options.prompts)
+        model, processor = loading.pipeline(options.model_dir, options.dtype, options.device), None
     recipe = calibrate(
-        loading.pipeline(options.model_dir, options.dtype, options.device),
+        model,
         options.patch,
         prompts,
         path=output,
@@ -480,6 +502,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         options=knobs,
         recipe=options.recipe,
         inputs=_pipeline_settings(options),
+        processor=processor,
         seed=options.seed,
         buckets=options.buckets,
         dense_steps=options.dense_steps or None,

@@ -21,7 +21,7 @@ MARKS = "+ its error is repaired, ° measured: `accelplug show MODEL/RECIPE`"
 
 AUDIENCES = {
     "pipelines": ("sparse", "tokens", "bias"),
-    "language models": ("heads", "prefill", "decode", "generation"),
+    "language models": ("heads", "prefill", "decode", "memory", "generation"),
 }
 """Which families of patches are for which models; what other packages add stands with the first that has its family."""
 

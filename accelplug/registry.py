@@ -43,6 +43,7 @@ PATCH_FAMILIES = {
     "heads": "where a language model's heads look",
     "prefill": "which keys a language model's prompt reads",
     "decode": "which keys a language model's next token reads",
+    "memory": "which keys of a language model's sequence are kept",
     "generation": "what stands around a language model's generate",
 }
 """What a patch may change, which decides what models take it."""
@@ -50,7 +51,7 @@ PATCH_FAMILIES = {
 BENEATH = ("prefill",)
 """Families that stand beneath a head patch of the same layer, for which what they give is dense attention; each has rules of its own."""
 
-RESERVED = ("dense", "rest", "budget")
+RESERVED = ("dense", "rest", "budget", "heads")
 """Names that mean something else to recipes and to `accelplug.calibrate`."""
 
 _OWN = (
@@ -295,6 +296,22 @@ _OWN = (
         cite="arXiv 2409.10516",
     ),
     PatchEntry(
+        name="duo",
+        module="accelplug.patches.memory.duo",
+        cls="Duo",
+        family="memory",
+        summary="Heads that retrieve keep all keys; the others first tokens, a window, and one token for the rest.",
+        cite="arXiv 2410.10819, 2407.15891",
+    ),
+    PatchEntry(
+        name="snapkv",
+        module="accelplug.patches.memory.snapkv",
+        cls="SnapKV",
+        family="memory",
+        summary="Keys of a prompt that its last tokens look at are kept, the others let go of: the baseline.",
+        cite="arXiv 2404.14469",
+    ),
+    PatchEntry(
         name="visual_bias",
         module="accelplug.patches.heads.visual_bias",
         cls="VisualBias",
@@ -341,6 +358,14 @@ _OWN = (
         family="heads",
         summary="Scores of image tokens are raised by a share of their size: the baseline.",
         cite="arXiv 2407.21771",
+    ),
+    PatchEntry(
+        name="moh",
+        module="accelplug.patches.heads.moh",
+        cls="Moh",
+        family="heads",
+        summary="Heads that add little to the residual stream are left out. Experimental.",
+        cite="arXiv 2410.11842",
     ),
     PatchEntry(
         name="contrast",

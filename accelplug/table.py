@@ -244,6 +244,18 @@ class Table:
         if heads is not None and own != heads:
             raise RecipeError(f"{self!r} has rows for {own} heads, {site.module} has {heads}. Calibrate for this model.")
 
+    def by_head(self) -> Tensor:
+        """Return the entries of a table of layers and heads: float32 (layers, heads).
+
+        Raises
+        ------
+        RecipeError
+            If it has other axes.
+        """
+        if self.axes != AXES[1:]:
+            raise RecipeError(f"{self!r}: expected a table of layers and heads, got one of {', '.join(self.axes)}.")
+        return self.values.float()
+
     def at(self, site: Site, clock: Clock) -> Tensor:
         """Return the row of a layer now, for the heads that the site's calls have: [heads, ...]."""
         return self.rows(bucket(clock, self.values.shape[0]) if "steps" in self.axes else 0, site.layer, site.heads)

@@ -83,6 +83,7 @@ PIPELINES = ("By the token grid alone", "By queries and keys", "By tables from d
 LANGUAGE = {
     "prefill": "For language models",
     "decode": "For language models",
+    "memory": "For language models",
     "heads": "For vision-language models",
     "generation": "For vision-language models",
 }
@@ -92,10 +93,10 @@ GROUPS = tuple(dict.fromkeys((*PIPELINES, *LANGUAGE.values())))
 
 def group_of(entry: PatchEntry) -> str:
     """The group of a method."""
-    if entry.family in LANGUAGE:
-        return LANGUAGE[entry.family]
-    grid, scores, tables, other = PIPELINES
     cls: type[Any] = patch_class(entry.name)
+    if entry.family in LANGUAGE:
+        return LANGUAGE[entry.family] if cls.about_images else LANGUAGE["prefill"]
+    grid, scores, tables, other = PIPELINES
     if entry.family != "sparse":
         return other
     if cls.Calibration is not None:

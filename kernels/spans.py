@@ -308,3 +308,17 @@ def raised(call: AttentionCall, share: Tensor, heads: Tensor | None = None) -> T
     scores = scores.addcmul(share, scores.abs())  # ahead of the mask: no alpha brings back what it hides
     new = read_rows(call, probabilities(masked(scores, keep_rows(call, rows))))
     return replace_rows(call, new, rows)
+
+
+def says_more(mask: Tensor, valid: Tensor, first_query: int) -> bool:
+    """Whether a mask (B, 1|H, S_q, S_k) lets a token read more or fewer keys than causal attention does.
+
+    Parameters
+    ----------
+    valid : bool (B, S), the sequence's tokens that are not padding.
+    first_query : place of the first of the S_q queries among them.
+    """
+    may = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+    rows, valid = slice(first_query, first_query + mask.shape[2]), valid.to(mask.device)
+    differs = may.sum(-1) != valid.cumsum(-1)[:, None, rows]
+    return bool((differs & valid[:, None, rows]).any())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from accelplug.table import Table
 from accelplug.testing.laws import Subject
 
 _SHORT = {"block": 8, "sink": 0, "local": 0, "min_tokens": 0}
@@ -10,6 +13,10 @@ _STEP = {"sink": 1, "local": 2, "min_tokens": 0, "dense_layers": 0}
 """Of sparse decoding, in caches of as many."""
 _CAUSAL = ("llava", "qwen2_5_vl")
 """Of both too, which do not look at images: two models that read them causally."""
+_NEAR = {"sink": 2, "window": 4, "slack": 2}
+"""Of a sequence whose heads all stream."""
+_ADDED = Table(torch.tensor([[0.5, 0.1], [0.4, 0.3], [0.2, 0.6], [0.7, 0.8]]), ("layers", "heads"))
+"""How much the key heads of the tiny models add."""
 _ROWS = (
     Subject("radial", {"window": "full"}, {"decay": 0.2}, {}, video_only=True),
     Subject(
@@ -80,6 +87,9 @@ _ROWS = (
         faint={**_STEP, "cluster": 2, "probe": 1.0, "tokens": 999},
         only=_CAUSAL,
     ),
+    Subject("duo", {"keep": 1.0}, _NEAR, faint={"window": 999}, only=_CAUSAL),
+    Subject("snapkv", {"share": 1.0}, {"capacity": 10, "window": 4}, faint={"share": 0.999999}, only=_CAUSAL),
+    Subject("moh", {"skip": 0.0}, {"outputs": _ADDED, "skip": 0.25}, only=_CAUSAL),
     Subject(
         "visual_bias",
         {"image_weight": 1.0, "system_weight": 1.0},

@@ -384,7 +384,7 @@ def test_what_cannot_be_inspected_says_so() -> None:
     assert isinstance(summary, LanguageInspection)
     assert summary.family is None
     with pytest.raises(NoMatchError, match="not a known vision-language model"):
-        accelplug.inspect(text, {"input_ids": inputs["input_ids"]})
+        accelplug.inspect(text, inputs)
     with pytest.raises(NoMatchError, match="show no image"):
         looked(model, {"input_ids": torch.randint(3, 400, (1, 9))})
     right = {**inputs, "attention_mask": inputs["attention_mask"].clone()}

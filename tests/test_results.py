@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import accelplug
 from accelplug.comparison import Exam, metrics, outcome
@@ -75,7 +76,9 @@ def plugged() -> list[Shown]:
 
 def looked() -> list[Shown]:
     model = tiny_language_models.build("llava")
-    return [accelplug.inspect(model), accelplug.inspect(model, tiny_language_models.inputs("llava"))]
+    text = tiny_language_models.build("llama")
+    told = accelplug.inspect(text, {"input_ids": torch.arange(3, 40)[None]})
+    return [accelplug.inspect(model), accelplug.inspect(model, tiny_language_models.inputs("llava")), told]
 
 
 def demonstrated() -> list[Shown]:

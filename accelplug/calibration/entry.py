@@ -12,6 +12,7 @@ import torch
 
 from accelplug import compat, files, show
 from accelplug.calibration.effects import weigh
+from accelplug.calibration.language import OF_LANGUAGE_MODELS, calibrate_language
 from accelplug.calibration.rules import rules_with
 from accelplug.calibration.tally import Tally
 from accelplug.calibration.target import OF_RECIPES, Target, calibration_of
@@ -29,19 +30,20 @@ from accelplug.table import Origin, Table, write_tables
 def calibrate(
     pipe: Any,
     patch: str,
-    prompts: str | Sequence[str | Mapping[str, Any]],
+    prompts: str | Sequence[str | Mapping[str, Any]] | None = None,
     *,
     path: str | Path | None = None,
     config: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     recipe: Any = None,
     inputs: Mapping[str, Any] | None = None,
+    processor: Any = None,
     seed: int = 0,
     buckets: int = 4,
     dense_steps: str | None = "0:25%",
     progress: bool = True,
 ) -> Recipe:
-    """Run a pipeline dense on some prompts, measure what a method's tables hold, and return a recipe that uses them.
+    """Run a model dense on some prompts, measure what a method's tables hold, and return a recipe that uses them.
 
     Several processes (`accelerate launch`, torchrun) share the prompts, each with a pipeline of its own; all get the recipe, the first
     one writes files. The tables are the same to the bit, and a calibration that was cut off goes on with any number of processes.
@@ -51,16 +53,19 @@ def calibrate(
 
     Parameters
     ----------
-    pipe : a diffusers pipeline.
+    pipe : a diffusers pipeline, or a language model.
     patch : ``sparse_vdit``, ``paro``, ``sta``: what is calibrated; or for the selectors of `recipe` ``rest``, the weights of their
-        pooled blocks, or ``budget``, how much each layer, head and span of steps reads at the cost of the recipe as it is.
-    prompts : one or several, or arguments of the pipeline's call each; one run of `seed` plus its index each.
+        pooled blocks, or ``budget``, how much each layer, head and span of steps reads at the cost of the recipe as it is. Of a
+        language model ``heads``: what its heads are there for (`HeadScores`), by which `duo` chooses.
+    prompts : one or several, or arguments of the pipeline's call each; one run of `seed` plus its index each. Of a language model a text
+        in which needles are hidden, or None: then heads are told by random tokens alone.
     path : where the recipe goes, ``my.yaml``; tables go to ``my.safetensors`` beside it. Until then ``my.partial.safetensors`` is
         written after every run, and taken up again by a call with the same arguments. None: nothing is written.
     config : settings of the patch, as in a recipe.
     options : knobs of the calibration; see the patch's ``Calibration.Config``.
     recipe : what ``rest`` and ``budget`` are for; anything that `accelplug.apply` takes.
     inputs : further arguments of the pipeline's call: size, frames, steps, guidance.
+    processor : a language model's, or its tokenizer.
     buckets : spans of equal length that a run's steps fall into; tables with an axis of steps have one row each.
     dense_steps : steps that the written recipe leaves dense; None for none. They are measured all the same. `recipe` has its own.
     progress : show a progress bar.
@@ -72,19 +77,34 @@ def calibrate(
     AccelplugError
         If `path` is there already, a partial file holds something else, or a knob is unknown.
     UnsupportedError
-        If the model is not a pipeline, or its attention runs on several grids.
+        If the model is of another kind, or its attention runs on several grids.
     """
-    require_ability(pipe, "calibrate")
+    host = require_ability(pipe, "calibrate")
     arguments.require_whole(buckets, "calibrate, buckets", 1)
     arguments.require_whole(seed, "calibrate, seed", 0, 2**62)
+    for name, settings in {"config": config, "options": options}.items():
+        if not isinstance(settings, Mapping | None):
+            raise AccelplugError(f"calibrate, {name}: expected a mapping of settings, got {settings!r}.")
+    place = None if path is None else Files(files.output(path, "calibrate writes a recipe", (".yaml", ".yml")))
+    if place is not None and (there := place.in_the_way()):
+        raise AccelplugError(f"{there} is there already. Give another name, or move it away.")
+    if host.gives == "answers":
+        return calibrate_language(
+            pipe,
+            patch,
+            prompts,
+            processor=processor,
+            path=None if place is None else place.recipe,
+            config=config or {},
+            options=options or {},
+            seed=seed,
+            progress=progress,
+        )
     given = [prompts] if isinstance(prompts, str | Mapping) else prompts
     if isinstance(given, Sequence):
         given = [{"prompt": item} if isinstance(item, str) else item for item in given]
     runs = arguments.calls(pipe, given, "calibrate")
     arguments.calls(pipe, [inputs or {}], "calibrate")
-    for name, settings in {"config": config, "options": options}.items():
-        if not isinstance(settings, Mapping | None):
-            raise AccelplugError(f"calibrate, {name}: expected a mapping of settings, got {settings!r}.")
     calibration_of(patch)  # a wrong name is refused before anything runs
     facts = model_facts(pipe)
     base = load(recipe, facts) if patch in OF_RECIPES else None
@@ -94,9 +114,6 @@ def calibrate(
     target.make()  # a wrong knob is refused before anything runs
     if dense_steps is not None:
         load({"rules": [{"where": {"steps": dense_steps}, "patch": "dense"}]}, facts)
-    place = None if path is None else Files(files.output(path, "calibrate writes a recipe", (".yaml", ".yml")))
-    if place is not None and (there := place.in_the_way()):
-        raise AccelplugError(f"{there} is there already. Give another name, or move it away.")
     settings = {
         "patch": patch,
         "config": target.config,
@@ -169,8 +186,12 @@ def calibrate(
 
 def split_settings(patch: str, settings: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what ``key=value`` texts set of the patch, and what of its calibration; a key that both have sets both."""
-    knobs = calibration_of(patch).Config.model_fields
-    fields = {} if patch in OF_RECIPES else patch_class(patch).Config.model_fields
+    if patch in OF_LANGUAGE_MODELS:
+        measure = OF_LANGUAGE_MODELS[patch]
+        knobs, fields = measure.knobs.model_fields, patch_class(measure.patch).Config.model_fields
+    else:
+        knobs = calibration_of(patch).Config.model_fields
+        fields = {} if patch in OF_RECIPES else patch_class(patch).Config.model_fields
     config, options = {}, {}
     for text in settings:
         key, equals, value = text.partition("=")

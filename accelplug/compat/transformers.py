@@ -334,12 +334,34 @@ def slides(layer: Any) -> bool:
     return bool(getattr(layer, "is_sliding", False))
 
 
+def window_of(module: Any) -> int | None:
+    """Return how many keys an attention module reads at most, None where it reads all: as it says itself, or its config for all."""
+    found = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    return found if isinstance(found, int) else None
+
+
 @contract("transformers: a layer of a cache says whether it keeps a window only")
 def _windows() -> None:
     from transformers import DynamicCache, MistralConfig
 
     layers = [cache_layer(DynamicCache(config=MistralConfig(sliding_window=window)), 0) for window in (4, None)]
     expect([slides(layer) for layer in layers] == [True, False], "is_sliding of a cache's layer does not say that it slides")
+    from transformers.models.mistral.modeling_mistral import MistralAttention
+
+    found = [window_of(MistralAttention(MistralConfig(sliding_window=window), 0)) for window in (4, None)]
+    expect(found == [4, None], f"attention modules say that their windows are {found}, expected [4, None]")
+
+
+@contract("transformers: heads are put together by o_proj")
+def _outputs() -> None:
+    weight = output_weight(_tiny_decoder().model.layers[0].self_attn)
+    expect(weight is not None and tuple(weight.shape) == (16, 16), "a LlamaAttention has no o_proj with a weight (C, H D)")
+
+
+def output_weight(module: Any) -> Any:
+    """Return the weight (C, H D) of the projection behind attention, None where it is not where it is known to be."""
+    projection = getattr(module, "o_proj", None)
+    return getattr(projection, "weight", None)
 
 
 def packs_sequences(arguments: Mapping[str, Any]) -> bool:

@@ -84,7 +84,7 @@ class AttentionRecord:
             compat.transformers.seen_by(name, module, self.config),
         )
 
-        kept = self.kept(forward)
+        kept, keys = self.kept(forward), k
 
         def whole() -> tuple[Tensor, Tensor | None]:
             return base(asked, q, *self.in_full(q, k, v, kept), mask, **kwargs)
@@ -97,7 +97,8 @@ class AttentionRecord:
             return whole()
 
         def dense(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
-            return base(asked, q, *self.in_full(q, k, v, kept), mask, **kwargs)[0].transpose(1, 2)
+            its_own = kept if k is keys else None  # what a patch hands in is for it to answer for
+            return base(asked, q, *self.in_full(q, k, v, its_own), mask, **kwargs)[0].transpose(1, 2)
 
         decoding = forward is None or forward.clock.phase == "decode"
         found = 0

@@ -96,8 +96,8 @@ class LanguageHost(Host):
     called = "a language model"
     expects = "a transformers model with get_decoder()"
     gives = "answers"
-    serves = frozenset({"heads", "prefill", "decode", "generation"})
-    abilities = dict.fromkeys(("compare", "tune", "inspect", "mark"), "a language model")
+    serves = frozenset({"heads", "prefill", "decode", "memory", "generation"})
+    abilities = dict.fromkeys(("compare", "tune", "calibrate", "inspect", "mark"), "a language model")
 
     @classmethod
     def knows(cls, model: Any) -> bool:
@@ -571,6 +571,8 @@ def _before_layer(host: LanguageHost, layer: nn.Module, module: nn.Module, args:
 def _tokens(stream: Stream, cache: Any, past: int, new: int, inputs: dict[str, Any]) -> int:
     """How many tokens a sequence has with the new ones: more than its cache holds, where that was pruned."""
     if past >= stream.tokens:  # nothing is missing; on a GPU, looking at positions would wait for it
+        return past + new
+    if getattr(compat.transformers.cache_layer(cache, 0), "kept", None) is not None:  # its length is that of the sequence
         return past + new
     mask, last = inputs.get("attention_mask"), _last_position(inputs)
     told = [mask.shape[1]] if isinstance(mask, Tensor) and mask.ndim == 2 else []

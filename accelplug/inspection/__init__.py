@@ -5,28 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from accelplug.families.vlm import vlm_of
 from accelplug.hosts.host import require_ability
 from accelplug.hosts.models import model_in
 from accelplug.inspection.denoiser import Inspection, inspect_denoiser
 from accelplug.inspection.language import LanguageInspection, inspect_language
 from accelplug.inspection.looking import VlmInspection
 from accelplug.inspection.reading import inspect_vlm
+from accelplug.inspection.text import TextInspection, inspect_text
 
-__all__ = ["Inspection", "LanguageInspection", "VlmInspection", "inspect"]
+__all__ = ["Inspection", "LanguageInspection", "TextInspection", "VlmInspection", "inspect"]
 
 
 def inspect(
     model: Any, inputs: Mapping[str, Any] | None = None, processor: Any = None
-) -> Inspection | LanguageInspection | VlmInspection:
+) -> Inspection | LanguageInspection | VlmInspection | TextInspection:
     """Say what accelplug sees in a model: attention sites, recipes that match and what they touch, and what there is to gain.
 
     Parameters
     ----------
     model : a diffusers pipeline or a bare denoiser, or a transformers language or vision-language model; it is not changed.
     inputs : vision-language models: what the processor makes of text and images. They are read once, with the images and without,
-        and `VlmInspection` says where the model looks, layer by layer. Pipelines: num_frames, height, width, num_inference_steps of the
-        call, if not its own.
-    processor : with inputs: the model's, so that the question and the answer are told too.
+        and `VlmInspection` says where the model looks, layer by layer. Text models: what the tokenizer makes of a text; `TextInspection`
+        says what draws attention in it, and how far heads look. Pipelines: num_frames, height, width, num_inference_steps of the call, if
+        not its own.
+    processor : with inputs: the model's, so that the question and the answer, or the tokens, are told as text.
 
     Raises
     ------
@@ -39,5 +42,12 @@ def inspect(
     """
     gives, model = require_ability(model, "inspect").gives, model_in(model)
     if gives == "answers":
-        return inspect_language(model) if inputs is None else inspect_vlm(model, inputs, processor)
+        if inputs is None:
+            return inspect_language(model)
+        return (inspect_vlm if _shows(model, inputs) else inspect_text)(model, inputs, processor)
     return inspect_denoiser(model, inputs)
+
+
+def _shows(model: Any, inputs: Any) -> bool:
+    """Whether a model looks at images, or is given some."""
+    return vlm_of(model) is not None or hasattr(model.base_model.config, "vision_config") or "pixel_values" in inputs

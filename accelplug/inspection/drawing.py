@@ -209,15 +209,38 @@ def _heads(
     chosen: np.ndarray,
 ) -> None:
     """A cell for each layer and head, as light as the head's VHD is large."""
-    depth, heads = vhd.shape
     _text(draw, (left - GUTTER, 30), "What the picture changes in each head", 28)
     _text(draw, (left - GUTTER, 70), HEADS_SAID, 18, SOFT)
     largest = max(float(vhd.max()), 1e-12)
     _scale(sheet, draw, SHEET - EDGE, 38, f"{largest:.2g}")
+    _squares(draw, left, layers, vhd / largest, chosen)
+
+
+def heads_figure(layers: Sequence[int], *panels: tuple[str, str, np.ndarray]) -> Image.Image:
+    """Draw a value by layer and head, twice, side by side.
+
+    Parameters
+    ----------
+    layers : numbers of the L layers.
+    panels : title, the line under it, and values (L, H) of 0 or more; each has its own peak.
+    """
+    sheet, draw = _figure(TITLES + HIGH + 80, "", "")
+    for left, (title, says, values) in zip((EDGE + GUTTER, SHEET - EDGE - WIDE), panels, strict=True):
+        largest = max(float(values.max()), 1e-12)
+        _text(draw, (left - GUTTER, 30), title, 28)
+        _text(draw, (left - GUTTER, 70), says, 18, SOFT)
+        _scale(sheet, draw, left + WIDE, 38, f"{largest:.2g}")
+        _squares(draw, left, layers, values / largest, np.zeros(values.shape, bool))
+    return sheet
+
+
+def _squares(draw: ImageDraw.ImageDraw, left: int, layers: Sequence[int], shares: np.ndarray, chosen: np.ndarray) -> None:
+    """A cell for each layer and head, as light as its share (L, H) of the largest; a dot on those that are chosen."""
+    depth, heads = shares.shape
     pitch, tall = WIDE / depth, HIGH / heads
     for i in range(depth):
         for h in range(heads):
-            value = vhd[i, h] / largest
+            value = shares[i, h]
             box = left + i * pitch, TITLES + h * tall, left + (i + 1) * pitch - 1, TITLES + (h + 1) * tall - 1
             draw.rectangle(box, fill=tuple(colours(value).tolist()))
             if chosen[i, h] and min(pitch, tall) >= 6:

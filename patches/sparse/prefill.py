@@ -28,6 +28,7 @@ from accelplug.kernels.attention import Backend, block_attention
 from accelplug.kernels.past import kept_mass
 from accelplug.kernels.plan import BlockPlan, past_and_reached
 from accelplug.kernels.rest import Drop, Pool
+from accelplug.kernels.spans import says_more
 from accelplug.patches.base import Config, Patch, UnimplementedHalf
 from accelplug.table import Table
 
@@ -193,7 +194,7 @@ class Prefill(Patch):
         seen = (call.mask.data_ptr(), call.mask.shape, place.first_query)
         known = params.state.setdefault("forward", {})
         if seen not in known:  # all layers are given the same
-            known[seen] = _says_more(call.mask, params.valid, place.first_query)
+            known[seen] = says_more(call.mask, params.valid, place.first_query)
         return (
             "the model's mask is not that of causal attention: several sequences in a row, or one of its own"
             if known[seen]
@@ -251,12 +252,3 @@ class Prefill(Patch):
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x (B, H, S, D) by an index (B, S)."""
     return x.take_along_dim(index[:, None, :, None], 2)
-
-
-def _says_more(mask: Tensor, valid: Tensor, first_query: int) -> bool:
-    """Whether a mask (B, 1|H, S_q, S_k) lets a token read more or fewer keys than causal attention does."""
-    may = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
-    valid = valid.to(mask.device)
-    number = valid.cumsum(-1)[:, first_query : first_query + mask.shape[2]]  # [B, S_q]
-    differs = may.sum(-1) != number[:, None]
-    return bool((differs & valid[:, None, first_query : first_query + mask.shape[2]]).any())

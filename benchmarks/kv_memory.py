@@ -1,0 +1,172 @@
+"""Heads that keep fewer keys, on SmolLM2-135M: bytes that are freed, needles that are found, and the likelihood of what follows.
+
+usage: python -m benchmarks.kv_memory TEXT --heads heads.yaml [--tokens 2048 4096] [--recipes NAME ...]
+
+Needs `accelplug fetch smollm2-135m`, a text of a few hundred thousand characters, and scores of heads:
+`accelplug calibrate smollm2-135m --patch heads --prompts TEXT -o heads.yaml`.
+
+A prompt is read with the recipe on, and so is all that follows.
+
+* kv_mib: bytes of all storages that the cache reaches, once the prompt is read; resident_mib: what the process grew by.
+* nll: per token of the 128 tokens that follow, at `--texts` places of the file's second half; heads are scored on its beginning.
+* needles: numbers told at a tenth, a half and nine tenths of the text that are answered; `after`, where the question comes behind a prompt
+  that was read without it, as one more turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from torch.nn.functional import cross_entropy
+
+import accelplug
+from accelplug.comparison.environment import environment
+from accelplug.hosts.host import model_facts
+from accelplug.recipe import load
+from benchmarks.common import RESULTS, write_json
+from benchmarks.long_context import DEPTHS, NEEDLE, QUESTION, loaded, read
+
+NAME = "kv_memory"
+SUFFIX = 128
+
+
+def duo(by: str, keep: float, **more: Any) -> dict[str, Any]:
+    return {"patch": "duo", "with": {"scores": by, "keep": keep, "sink": 64, "window": 256, **more}}
+
+
+RECIPES: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    **{f"duo {by} {keep:g}": duo(by, keep) for keep in (0.5, 0.25) for by in ("needle", "razor", "reach")},
+    "duo needle 0.5, dense prompt": duo("needle", 0.5, prompt="dense"),
+    "duo needle 0.25, dense prompt": duo("needle", 0.25, prompt="dense"),
+    "duo needle 0.5, nothing for the rest": duo("needle", 0.5, compensate=False),
+    "duo needle 0.25, nothing for the rest": duo("needle", 0.25, compensate=False),
+    "duo 0": {"patch": "duo", "with": {"sink": 64, "window": 256}},
+    "snapkv 0.5": {"patch": "snapkv", "with": {"share": 0.5}},
+    "snapkv 0.25": {"patch": "snapkv", "with": {"share": 0.25}},
+}
+
+
+def rule_of(name: str, tables: dict[str, Any]) -> dict[str, Any] | None:
+    """A recipe's rule, with the table that it names."""
+    if (rule := copy.deepcopy(RECIPES[name])) is not None and "scores" in rule["with"]:
+        rule["with"]["scores"] = tables[rule["with"]["scores"]]
+    return rule
+
+
+def tables_of(model: Any, path: Path) -> dict[str, Any]:
+    """All tables that stand beside a recipe of calibrated heads, by name."""
+    recipe = load(path, model_facts(model))
+    table = next(value for rule in recipe.rules for key, value in rule.settings.items() if key == "scores")
+    keys = ("needle", "razor", "reach")
+    return {key: type(table).read(path.with_suffix(".safetensors"), table.sha256, key) for key in keys}
+
+
+def storages(thing: Any, found: dict[int, int], seen: set[int]) -> None:
+    """Note the bytes of all storages that an object reaches, by address."""
+    if id(thing) in seen or isinstance(thing, type):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    elif isinstance(thing, dict | list | tuple):
+        for item in thing.values() if isinstance(thing, dict) else thing:
+            storages(item, found, seen)
+    elif type(thing).__module__.startswith(
+        ("accelplug.hosts.kept", "accelplug.patches", "accelplug.kernels", "transformers.cache")
+    ):
+        storages(vars(thing), found, seen)
+
+
+def resident_mib() -> float:
+    gc.collect()
+    return next(
+        int(line.split()[1]) / 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmRSS")
+    )
+
+
+def follows(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float, float]:
+    """NLL per token of what follows a prompt, bytes of its cache and growth of the process, both MiB."""
+    found: dict[int, int] = {}
+    before, cache = resident_mib(), hf.DynamicCache(config=model.config)
+    last = read(model, ids[:tokens], cache)
+    grown = resident_mib() - before
+    storages(cache.layers, found, set())
+    logits = [last, *(read(model, token[None], cache) for token in ids[tokens:-1])]
+    return float(cross_entropy(torch.stack(logits).float(), ids[tokens:])), sum(found.values()) / 2**20, grown
+
+
+def needles(model: Any, tokenizer: Any, ids: torch.Tensor, apart: bool) -> int:
+    """How many of three numbers that a text tells are answered; `apart`: the question comes behind the prompt."""
+    found = 0
+    for seed, depth in enumerate(DEPTHS):
+        g = torch.Generator().manual_seed(100 + seed)
+        value = str(int(torch.randint(1_000_000, 9_999_999, (1,), generator=g)))
+        needle = tokenizer(NEEDLE.format(key="gentle-river", value=value)).input_ids
+        question = tokenizer(QUESTION.format(key="gentle-river")).input_ids
+        room = len(ids) - len(needle) - len(question)
+        text = [*ids[: int(depth * room)].tolist(), *needle, *ids[int(depth * room) : room].tolist()]
+        cache = hf.DynamicCache(config=model.config)
+        for part in (text, question) if apart else ([*text, *question],):
+            last = read(model, torch.tensor(part), cache)
+        said: list[int] = []
+        for _ in range(10):
+            said.append(int(last.argmax()))
+            last = read(model, torch.tensor(said[-1:]), cache)
+        found += value in tokenizer.decode(said)
+    return found
+
+
+@torch.no_grad()
+def measured(
+    model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, rule: dict[str, Any] | None, texts: int
+) -> dict[str, Any]:
+    half = ids[len(ids) // 2 :]  # heads are scored on the beginning
+    places = [half[i * len(half) // texts :][: tokens + SUFFIX] for i in range(texts)]
+    with nullcontext() if rule is None else accelplug.apply(model, {"rules": [rule]}, strict=True):
+        found = [follows(model, text, tokens) for text in places]
+        told = {apart: needles(model, tokenizer, places[0][:tokens], apart) for apart in (False, True)}
+    return {
+        "kv_mib": round(found[0][1], 2),
+        "resident_mib": round(found[-1][2], 1),
+        "nll": [round(nll, 4) for nll, _, _ in found],
+        "needles": told[False],
+        "needles after": told[True],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--heads", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096])
+    parser.add_argument("--recipes", nargs="*", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="of the model")
+    parser.add_argument("--texts", type=int, default=2, help="places of the file")
+    asked = parser.parse_args()
+    path = RESULTS / f"{NAME}.json"
+    data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    model, tokenizer = loaded(asked.dtype)
+    tables = tables_of(model, asked.heads)
+    ids = torch.tensor(tokenizer(asked.text.read_text()[:1_500_000]).input_ids)
+    at = {"environment": environment(), "text": asked.text.name, "dtype": asked.dtype}
+    for tokens in asked.tokens:
+        into = data.setdefault(str(tokens), {})
+        for name in asked.recipes:
+            into[name] = {**measured(model, tokenizer, ids, tokens, rule_of(name, tables), asked.texts), "at": at}
+            print(tokens, name, into[name], flush=True)
+            write_json(NAME, data)
+
+
+if __name__ == "__main__":
+    main()
