@@ -232,7 +232,7 @@ def test_it_is_a_page_a_table_and_json(compared: Any, tmp_path: Path) -> None:
     assert "<script" not in page
     assert page.count('<table class="heat">') == 3
     assert "layer 1: " in page
-    assert "stream" in str(compared)
+    assert "attention kept at 1,600" in str(compared)
     data = json.loads(compared.to_json(tmp_path / "texts.json").read_text())
     assert data["rows"][2]["figures"]["nll"]["delta"]["low"] <= data["rows"][2]["figures"]["nll"]["delta"]["high"]
     assert set(data["rows"][0]["needle"]) == {"depth 0.2, 1600", "depth 0.8, 1600"}

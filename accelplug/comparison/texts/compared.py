@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from accelplug import show
 from accelplug.chat import tokenizer_of
 from accelplug.comparison.environment import environment
+from accelplug.comparison.evaluators.evaluator import Figure
 from accelplug.comparison.rows import STOCK_ROW, Variant
 from accelplug.comparison.texts.context import Context, TextItem
 from accelplug.comparison.texts.exam import TextExam
@@ -55,36 +56,31 @@ class TextComparison(Shown):
         raise AccelplugError(f"There is no row {name!r}; there are {', '.join(row.name for row in self.rows)}.")
 
     def table(self) -> Table:
-        """Return the rows side by side."""
+        """Return the rows side by side: a line a figure."""
         from rich.table import Table
 
-        table = Table(title=f"{self.model} on {self.exam.source}, seed {self.exam.seed}", title_justify="left")
-        lines = [dict(self._cells(row)) for row in self.rows]
-        heads = list({head: None for line in lines for head in line})
-        for head in heads:
-            table.add_column(head, no_wrap=not head, justify="right" if head else "left")
-        for line in lines:
-            table.add_row(*(line.get(head, "") for head in heads))
+        columns = [dict(self._cells(row)) for row in self.rows]
+        title = f"{self.model} on {self.exam.source}, seed {self.exam.seed}"
+        table = Table("", *(row.name for row in self.rows), title=title, title_justify="left")
+        for what in dict.fromkeys(what for cells in columns for what in cells):
+            table.add_row(what, *(cells.get(what, "") for cells in columns))
         return table
 
     def _cells(self, row: TextRow) -> Iterator[tuple[str, str]]:
-        yield "", row.name
         for name in TEXT_METRICS:
             if (figure := row.figures.get(name)) is not None:
-                yield figure.name, f"{figure} {figure.difference}".strip()
+                yield figure.name, f"{figure}  {figure.difference}".strip()
         for tokens in dict.fromkeys(length for length, _ in row.readings):
-            speed = row.figures[f"first {tokens}"]
             seconds = statistics.median(reading.first_s for reading in row.of(tokens))
-            yield f"first token at {tokens:,}", f"{seconds:.2f} s" + (f", {speed}x" if speed.delta else "")
+            yield f"first token at {tokens:,}", f"{seconds:.2f} s{_faster(row.figures[f'first {tokens}'])}"
             for what in ("kv", "peak"):
                 if (figure := row.figures.get(f"{what} {tokens}")) is not None:
                     yield figure.name, f"{figure.value:,.1f}" if figure.value < 100 else f"{figure.value:,.0f}"
             if (layers := row.layers.get(tokens)) is not None:
-                yield f"read at {tokens:,}", f"{layers.mean_density:.3f}"
-                yield f"kept at {tokens:,}", "" if math.isnan(layers.mean_kept) else f"{layers.mean_kept:.3f}"
+                yield f"pairs read at {tokens:,}", f"{layers.mean_density:.3f}"
+                yield f"attention kept at {tokens:,}", "" if math.isnan(layers.mean_kept) else f"{layers.mean_kept:.3f}"
         if row.steps:
-            speed = row.figures["step"]
-            yield "a token", f"{1e3 * statistics.median(row.steps):.1f} ms" + (f", {speed}x" if speed.delta else "")
+            yield "a token", f"{1e3 * statistics.median(row.steps):.1f} ms{_faster(row.figures['step'])}"
 
     def __rich__(self) -> Group:
         from rich.console import Group
@@ -141,7 +137,8 @@ def compare_texts(
     named = [Variant(name, recipe) for name, recipe in recipes.items()] if isinstance(recipes, Mapping) else list(recipes)
     variants = [Variant(STOCK_ROW, kind=STOCK_ROW), *named]
     rows = {variant.name: TextRow(variant.name, variant.kind) for variant in variants}
-    looks = list(product({context.tokens: context for context in reversed(contexts)}.values(), named))
+    first = {context.tokens: context for context in reversed(contexts)}
+    looks = list(product((first[tokens] for tokens in sorted(first)), named))
     reads = list(product(contexts, variants))
     with show.progress("reading", len(looks) + len(reads), progress) as tell:
         reader.warm(contexts[0].ids[:WARM])
@@ -166,6 +163,12 @@ def layer_reads(reader: ContextReader, context: Context, variant: Variant) -> La
     with _with_recipe(reader, variant) as plug, plug.trace() as events:
         reader.warm(context.ids)
     return LayerReads.of(events, reader.model.config.get_text_config().num_hidden_layers)
+
+
+def _faster(figure: Figure) -> str:
+    """How many times as fast as stock, with its interval."""
+    low, high = figure.interval
+    return "" if figure.delta is None else f", {figure}x ({low:.2f} to {high:.2f})"
 
 
 def _with_recipe(reader: ContextReader, variant: Variant) -> Any:

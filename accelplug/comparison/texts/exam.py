@@ -57,7 +57,7 @@ class TextExam:
     """
 
     tokens: Sequence[int] = ()
-    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    depths: Sequence[float] = needle.DEPTHS
     tasks: Sequence[str] = TASKS
     text: str | Path | None = None
     suffix: int = 128

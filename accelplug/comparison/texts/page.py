@@ -134,16 +134,17 @@ def _strip(shares: Sequence[float | None]) -> str:
 
 
 def _tasks(items: Sequence[TextItem], rows: Sequence[TextRow]) -> str:
-    """Shares by task and length."""
-    by_row = {row.name: by_task(items, row) for row in rows}
-    keys = list(by_row[rows[0].name])
-    head = "".join(f'<th class="figure">{html.escape(task)}, {tokens:,}</th>' for task, tokens in keys)
+    """Shares by task and length: a line each."""
+    of = [by_task(items, row) for row in rows]
+    head = "".join(f'<th class="figure">{html.escape(row.name)}</th>' for row in rows)
     lines = "".join(
-        f"<tr><td>{html.escape(name)}</td>" + "".join(f'<td class="figure">{of[key]:.0%}</td>' for key in keys) + "</tr>"
-        for name, of in by_row.items()
+        f"<tr><td>{html.escape(task)}, {tokens:,}</td>"
+        + "".join(f'<td class="figure">{shares[task, tokens]:.0%}</td>' for shares in of)
+        + "</tr>"
+        for task, tokens in of[0]
     )
     table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{lines}</tbody></table>"
-    return f'<h2>By task</h2><div class="panel scroll">{table}</div>' if keys else ""
+    return f'<h2>By task</h2><div class="panel scroll">{table}</div>' if lines else ""
 
 
 def _changed_answers(items: Sequence[TextItem], rows: Sequence[TextRow]) -> Iterator[str]:

@@ -121,7 +121,10 @@ class ContextReader:
         return self.model(given, logits_to_keep=1, use_cache=True, **{self.cache_name: cache}).logits[0, -1]
 
     def say(self, asked: TokenQuestion, ids: Sequence[int], cache: Any) -> list[Reply]:
-        """Read the tokens of a question, and answer greedily: up to the last reference, a new line, the end, or as far as there is room."""
+        """Read the tokens of a question, and answer greedily: up to the last reference, the end, or as far as there is room.
+
+        Where there is one reference, a new line ends the answer too.
+        """
         if len(ids) > 1:
             self.next(cache, ids[:-1])
         last, said, text = self.next(cache, ids[-1:]), list[int](), ""
@@ -131,7 +134,8 @@ class ContextReader:
         while len(said) < asked.room:
             said.append(int(last.argmax()))
             text = self.tokenizer.decode(said)
-            if said[-1] in ends or "\n" in text.lstrip() or all(answer in text.lower() for answer in wanted):
+            ended = said[-1] in ends or (len(wanted) == 1 and "\n" in text.lstrip())
+            if ended or all(answer in text.lower() for answer in wanted):
                 break
             last = self.next(cache, said[-1:])
         right = [answer in text.lower() for answer in wanted]

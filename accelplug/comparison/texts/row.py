@@ -91,10 +91,12 @@ class TextRow:
     def note(self, report: Report) -> None:
         """Take in why calls ran dense, and what audits found."""
         said = [f"ran dense: {what.split(': ', 1)[-1]}" for what in report.fallbacks]
-        said += [f"attention kept by {what}: {kept}" for what, kept in report.kept.items()]
         if not set(report.served) - {"dense"}:
             said.append("no call was answered in some contexts: they were read as stock does")
-        self.notes = list(dict.fromkeys(self.notes + said))
+        audits = [f"attention kept by {what}" for what in report.kept]
+        known = [note for note in self.notes if not note.startswith(tuple(audits) or ("\n",))]
+        said += [f"{what}: {kept}" for what, kept in zip(audits, report.kept.values(), strict=True)]  # of the last context
+        self.notes = list(dict.fromkeys(known + said))
 
     def hold(self, stock: TextRow, items: Sequence[TextItem]) -> None:
         """Hold it against the stock model's row, which may be itself."""

@@ -15,9 +15,13 @@ from itertools import pairwise
 from random import Random
 
 from accelplug.comparison.texts.context import Encode, Part, TaskQuestion
-from accelplug.comparison.texts.needle import ASK, NEEDLE
 from accelplug.comparison.texts.words import ADJECTIVES, NOUNS, digits, distinct, letters, name
 
+NEEDLE = "One of the special magic numbers for {key} is: {value}."
+ASK = (
+    "\nWhat is the special magic number for {key} mentioned in the text above? "
+    "The special magic number for {key} mentioned in the text above is"
+)
 VALUES = 4
 HOPS = 4
 OFTEN, LIST_SHARE = 5, 0.5

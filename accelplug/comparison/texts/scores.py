@@ -40,9 +40,7 @@ TEXT_METRICS: Mapping[str, AnswerMetric] = {
         AnswerMetric(
             "associative", ">=", "associative recall", needs="the associative task", counts=_right_in("associative")
         ),
-        AnswerMetric(
-            "nll", "<=", "negative log-likelihood", "nats a token", needs=LIKELIHOODS, counts=_weighed, figure=ratio
-        ),
+        AnswerMetric("nll", "<=", "NLL", "nats a token", needs=LIKELIHOODS, counts=_weighed, figure=ratio),
         AnswerMetric("speed", ">=", "speed"),
     )
 }
