@@ -23,7 +23,7 @@ from torch import Tensor
 
 from accelplug import compat
 from accelplug.call import AttentionCall, Clock, Prompt
-from accelplug.comparison.texts.needle import ASK, NEEDLE
+from accelplug.comparison.texts.ruler import ASK, NEEDLE
 from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.hosts.attention import AttentionRecord
 from accelplug.hosts.host import Setup
