@@ -392,6 +392,17 @@ def test_two_stages_of_a_recipe_are_chosen_for_themselves() -> None:
         assert any("no image" in reason for reason in plug.report().fallbacks)
 
 
+def test_a_prompt_that_is_read_sparsely_is_decoded_sparsely() -> None:
+    model, ids = llama(), prompt(40)
+    pages = {"patch": "pages", "with": dict(ROWS["pages"].working)}
+    with applied(model, "stream", strict=True):
+        alone = hidden(model, ids)
+    with accelplug.apply(model, {"rules": [BOTH[0], pages]}, strict=True) as plug:
+        generate(model, {"input_ids": ids}, 5)
+        assert plug.report().served == {"stream": 4, "pages": 16}
+        torch.testing.assert_close(hidden(model, ids), alone)
+
+
 @pytest.mark.parametrize("rules", [[*BOTH, BOTH[0]], [*BOTH, BOTH[1]], [*BOTH, {"where": {"layers": 0}, "patch": "dense"}]])
 def test_a_rule_behind_one_of_its_own_stage_can_never_hold(rules: list[dict[str, Any]]) -> None:
     with pytest.raises(RecipeError, match="can never hold"):
