@@ -52,6 +52,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "rows .90": [{"patch": "prefill_rows", "with": {"top_p": 0.90}}],
     "rows .80": [{"patch": "prefill_rows", "with": {"top_p": 0.80}}],
     "rows .95, layers 3:": [{"where": {"layers": "3:"}, "patch": "prefill_rows", "with": {"top_p": 0.95}}],
+    "rows .95, last 0": [{"patch": "prefill_rows", "with": {"top_p": 0.95, "last": 0}}],
     "rows .95, strict": [{"patch": "prefill_rows", "with": {"top_p": 0.95, "strict": True}}],
     "rows .95, grouped": [{"patch": "prefill_rows", "with": {"top_p": 0.95, "grouped": True}}],
     "rows, density .3": [{"patch": "prefill_rows", "with": {"density": 0.3}}],

@@ -52,7 +52,7 @@ _ROWS = (
     Subject(
         "prefill_rows",
         {"top_p": 1.0},
-        {**_SHORT, "density": 0.3, "rows": 2},
+        {**_SHORT, "density": 0.3, "rows": 2, "last": 0},
         faint={**_SHORT, "top_p": 1 - 1e-12},
         only=_CAUSAL,
     ),

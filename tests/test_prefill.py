@@ -247,6 +247,22 @@ def test_trace_tells_what_is_read() -> None:
         assert 0.2 < event.density < 0.5
 
 
+@pytest.mark.parametrize(("last", "dense"), [(0, 0), (1, 1), (2, 1), (3, 2), (11, 3)])
+def test_the_last_rows_read_all(last: int, dense: int) -> None:
+    model = llama()  # 82 tokens: two are in the last block
+    with (
+        applied(model, "prefill_rows", {**ROWS["prefill_rows"].working, "last": last}) as plug,
+        plug.trace(plans=True) as events,
+    ):
+        hidden(model, prompt(82))
+    for event in events:
+        assert event.plan is not None
+        reads = event.plan.members.all(1)[0]  # [M, N], by all heads
+        all_of_it = reads.sum(-1) == torch.arange(1, 12)
+        assert all_of_it[11 - dense :].all()
+        assert not all_of_it[8 : 11 - dense].any()
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_heads_read_as_much_as_a_table_says(grouped: bool) -> None:
     model = llama()

@@ -148,6 +148,12 @@ class PromptBlocks:
             some & pad(self.reads, (0, width - self.reads.shape[-1])).unflatten(-1, (-1, self.block)).any(-1)[:, None, None]
         )
 
+    def last(self, rows: int) -> Tensor:
+        """Past blocks of the query blocks that hold one of the last `rows` tokens, bool (B|1, 1, M, N)."""
+        number = self.held.sum(-1, keepdim=True)  # [B|1, 1]: tokens stand in front
+        end = (torch.arange(len(self.lengths[0]), device=number.device) + 1) * self.block
+        return (torch.minimum(end, number) > number - rows)[:, None, :, None] & self.past
+
     def plan(self, members: Tensor) -> BlockPlan:
         """Make a plan from the past blocks that are selected, bool (B|1, H|H_kv|1, M, N): what is always read is read too."""
         return BlockPlan.from_members(members | self.forced, *self.lengths, self.block, self.block, causal=self.causal)

@@ -12,6 +12,8 @@ take as many as they need. Sampling costs ``n / block`` of the products q.k of d
 The rows of a block tell what all of it reads, those ahead of them too: `strict` has its first row and rows of the block before tell it.
 There, in chunks, the first block of a chunk has its first row alone.
 
+The last rows of a prompt, which ask, read all (`last`); of a prompt that comes in chunks, the last rows of each.
+
 Heads differ by ten times in what they need for the same mass, and early layers need most: keep these dense by a rule.
 """
 
@@ -42,6 +44,12 @@ class PrefillRows(Prefill):
         top_p: float = Field(
             0.95, ge=0.0, le=1.0, description="Share of its attention that the blocks hold which a block reads."
         )
+        last: int = Field(
+            128,
+            ge=0,
+            description="Rows at the end that read all, in whole blocks. After TriangleMix: they ask, and few of them are sampled. Ours, "
+            "measured by benchmarks.long_context: without, needles are lost.",
+        )
         strict: bool = Field(
             False,
             description="Whether a block is told by its first row and rows before it, so that what a row reads depends on no later one. "
@@ -61,12 +69,12 @@ class PrefillRows(Prefill):
         if self.config.grouped:
             mass = mass.unflatten(1, (blocks.k.shape[1], -1)).mean(2)
             budget = budget if budget is None else budget.unflatten(0, (blocks.k.shape[1], -1)).mean(1)
-        candidates = blocks.candidates
+        candidates, last = blocks.candidates, blocks.last(self.config.last)
         if self.config.density is None:
             rest = torch.where(candidates, mass, 0.0)
             missing = self.config.top_p - (1.0 - rest.sum(-1))  # [B, H, M]
-            return blocks.plan(top_p(rest, missing, k_min=0, candidates=candidates))
+            return blocks.plan(top_p(rest, missing, k_min=0, candidates=candidates) | last)
         share: Any = self.config.density if budget is None else budget[:, None]
         reached = blocks.past.sum(-1) + 1
         number = torch.ceil(share * reached - 1e-4).long() - (reached - candidates.sum(-1))
-        return blocks.plan(top_k(mass, number, candidates=candidates))
+        return blocks.plan(top_k(mass, number, candidates=candidates) | last)

@@ -11,7 +11,6 @@ nothing else.
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -30,6 +29,4 @@ class Triangle(Prefill):
     config: Config
 
     def route(self, blocks: PromptBlocks, budget: Tensor | None = None) -> BlockPlan:
-        number = blocks.held.sum(-1, keepdim=True)  # [B|1, 1]: tokens stand in front
-        end = (torch.arange(len(blocks.lengths[0]), device=number.device) + 1) * blocks.block
-        return blocks.plan((end > number - self.config.last)[:, None, :, None] & blocks.past)
+        return blocks.plan(blocks.last(self.config.last))
