@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL import Image
 from accelplug import demo, zoo
 from accelplug.cli import main
 
+LINE = re.compile(r"^\[ *\d+%\] |, \d+:\d\d left$")
+"""What stands around a line of progress."""
 TINY = {"num_frames": 5, "height": 32, "width": 48, "num_inference_steps": 4, "guidance_scale": 3.0}
 
 
@@ -27,7 +30,7 @@ def test_the_video_model_before_and_after(
         assert line[-1] == "yes", "bit for bit the same once it is removed"
         assert line[2].endswith("x")
     runs = ["dense", *demo.RECIPES]
-    assert [line.split("] ")[1] for line in told.splitlines()] == [
+    assert [LINE.sub("", line) for line in told.splitlines()] == [
         *(f"comparing: tracing {name}" for name in runs),
         *(f"comparing: timing {name}, seed 0" for name in runs),
         *(f"removing: {name}" for name in demo.RECIPES),
@@ -43,7 +46,7 @@ def test_the_vision_language_model_before_and_after(tmp_path: Path, capfd: pytes
         assert f" {who} " in out
     assert "image" in out
     steps = ["where it looks", "stock", *demo.PATCHES]
-    assert [line.split("] ")[1] for line in told.splitlines()] == [f"asking: {step}" for step in steps]
+    assert [LINE.sub("", line) for line in told.splitlines()] == [f"asking: {step}" for step in steps]
     assert Image.open(tmp_path / "demo.png").width > 1000
     assert (tmp_path / "demo.html").read_text(encoding="utf-8").count("<img") == 2
 
