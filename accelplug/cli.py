@@ -183,7 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("calibrate", help="measure a method's tables on dense runs; write a recipe that uses them")
     _takes_model(command, "a pipeline or a language model")
     command.add_argument(
-        "--patch", required=True, help="sparse_vdit, paro or sta; for --recipe: rest, or budget; of a language model: heads"
+        "--patch",
+        required=True,
+        help="sparse_vdit, paro or sta; for --recipe: rest, or budget; of a language model: heads, layers",
     )
     command.add_argument(
         "--prompts",

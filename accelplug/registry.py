@@ -51,7 +51,7 @@ PATCH_FAMILIES = {
 BENEATH = ("prefill",)
 """Families that stand beneath a head patch of the same layer, for which what they give is dense attention; each has rules of its own."""
 
-RESERVED = ("dense", "rest", "budget", "heads")
+RESERVED = ("dense", "rest", "budget", "heads", "layers")
 """Names that mean something else to recipes and to `accelplug.calibrate`."""
 
 _OWN = (

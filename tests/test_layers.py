@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefill_rows": {"block": 8, "sink": 0, "local": 0, "density": 0.4, "rows": 2, "backend": "blocked"},
     "stream": {"block": 8, "sink": 8, "local": 8, "backend": "blocked"},
 }
-KNOBS: dict[str, Any] = {"tokens": 256, "prompts": 1, "budget": 1.0}
+KNOBS: dict[str, Any] = {"tokens": 256, "prompts": 1, "budget": 1.0, "modes": ("prefill_rows", "stream")}
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +112,28 @@ def test_layers_take_the_way_that_saves_most_of_those_that_were_taken() -> None:
     assert joined(steps[:1]) == {0: "a", 1: "a"}
     assert joined(steps) == {0: "a", 1: "b", 2: "b"}
     assert spans([0, 1, 2, 5, 7, 8]) == ["0:3", "5:6", "7:9"]
+
+
+class Letters:
+    """A tokenizer: a token a letter."""
+
+    pad_token_id = 0
+
+    def __call__(self, text: str) -> Any:
+        return SimpleNamespace(input_ids=[3 + ord(letter) % 400 for letter in text])
+
+
+def test_calibrate_writes_a_recipe(model: Any, tmp_path: Path) -> None:
+    text = "".join(chr(97 + number * number % 26) for number in range(400))
+    options = {**KNOBS, "modes": ["prefill_rows"], "group": 2}
+    config = SETTINGS["prefill_rows"]
+    given: dict[str, Any] = {"config": config, "options": options, "processor": Letters(), "progress": False}
+    recipe = accelplug.calibrate(model, "layers", text, path=tmp_path / "mine.yaml", **given)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+    assert recipe.rules[0].patch == "prefill_rows"
+    assert recipe.rules[0].settings == config
+    assert "Chosen on 1 prompts of 256 tokens" in recipe.summary
+    with accelplug.apply(model, tmp_path / "mine.yaml") as plug:
+        assert plug.recipe.cite == "arXiv 2406.15486"
+    with pytest.raises(AccelplugError, match="calibrate layers reads prompts out of a text"):
+        accelplug.calibrate(model, "layers", **given)

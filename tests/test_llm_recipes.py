@@ -93,6 +93,9 @@ MODELS = {
         {"triangle": TRIANGLE},
     ),
     "gemma-3-27b": Released("Gemma3ForCausalLM", {}, 62, "gemma-3", {"long": (0, 62), "triangle": (31, 62)}),
+    "smollm2-135m": Released(
+        "LlamaForCausalLM", {"hidden_size": 576}, 30, "smollm2-135m", {"long": (0, 30), "triangle": (15, 30)}
+    ),
     "olmo-3-7b": Released("Olmo3ForCausalLM", {}, 32, "llm", {"long": (3, 32)}),
 }
 

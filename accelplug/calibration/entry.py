@@ -56,7 +56,8 @@ def calibrate(
     pipe : a diffusers pipeline, or a language model.
     patch : ``sparse_vdit``, ``paro``, ``sta``: what is calibrated; or for the selectors of `recipe` ``rest``, the weights of their
         pooled blocks, or ``budget``, how much each layer, head and span of steps reads at the cost of the recipe as it is. Of a
-        language model ``heads``: what its heads are there for (`HeadScores`), by which `duo` chooses.
+        language model ``heads``: what its heads are there for (`HeadScores`), by which `duo` chooses; or ``layers``: how each reads a
+        long prompt (`LayerKnobs`).
     prompts : one or several, or arguments of the pipeline's call each; one run of `seed` plus its index each. Of a language model a text
         in which needles are hidden, or None: then heads are told by random tokens alone.
     path : where the recipe goes, ``my.yaml``; tables go to ``my.safetensors`` beside it. Until then ``my.partial.safetensors`` is

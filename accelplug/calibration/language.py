@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from accelplug import show
+from accelplug import compat, show
 from accelplug.calibration.heads import Knobs, score_heads
+from accelplug.calibration.layers import LayerKnobs, choose_layers
 from accelplug.calibration.target import Target
 from accelplug.chat import tokenizer_of
 from accelplug.comparison import arguments
@@ -71,11 +73,15 @@ class TableName:
 
 @dataclass(frozen=True)
 class Measure:
-    """One thing that can be calibrated: what it does, its knobs, the patch that its recipe uses, and how many prompts it reads."""
+    """One thing that can be calibrated: what it does, its knobs, the patch that its recipe uses, and how much there is to do.
+
+    `steps` are told by the knobs, the text and the number of layers.
+    """
 
     run: Callable[[LanguageRun], Found]
     knobs: type[Config]
     patch: str
+    steps: Callable[[Any, str, int], int]
 
 
 def heads(asked: LanguageRun) -> Found:
@@ -91,7 +97,20 @@ def heads(asked: LanguageRun) -> Found:
     return Found([rule], scores.tables, scores.told())
 
 
-OF_LANGUAGE_MODELS: dict[str, Measure] = {"heads": Measure(heads, Knobs, "duo")}
+def layers(asked: LanguageRun) -> Found:
+    """Choose by layer how a prompt is read."""
+    if not asked.text:
+        raise AccelplugError("calibrate layers reads prompts out of a text, and got none. Give one: --prompts FILE.")
+    ids = torch.tensor(asked.tokenizer(asked.text).input_ids)
+    knobs = LayerKnobs.read(asked.options, "Options of calibrate layers")
+    chosen = choose_layers(asked.model, ids, knobs, {"prefill_rows": asked.config}, asked.tell)
+    return Found(chosen.rules, {}, chosen.told)
+
+
+OF_LANGUAGE_MODELS: dict[str, Measure] = {
+    "heads": Measure(heads, Knobs, "duo", lambda knobs, text, depth: knobs.needles if text else 1),
+    "layers": Measure(layers, LayerKnobs, "prefill_rows", lambda knobs, text, depth: knobs.trials(depth)),
+}
 """What is calibrated on language models, by name."""
 
 
@@ -128,10 +147,11 @@ def calibrate_language(
     text = text if isinstance(text, str) else "\n".join(text or ())
     if text:
         arguments.require_processor(processor, f"calibrate {what}")
-    measure.knobs.read(options, f"Options of calibrate {what}")  # a wrong knob is refused before anything runs
+    knobs = measure.knobs.read(options, f"Options of calibrate {what}")  # a wrong knob is refused before anything runs
     patch_class(measure.patch)(dict(config))
     facts = model_facts(model)
-    with show.progress("calibrating", options.get("needles", 6) if text else 1, progress) as tell:
+    steps = measure.steps(knobs, text, compat.transformers.number_of_layers(model.get_decoder()))
+    with show.progress("calibrating", steps, progress) as tell:
         found = measure.run(LanguageRun(model, tokenizer_of(processor) if text else None, text, config, options, seed, tell))
     made = environment(model)
     origin = Origin(
@@ -147,7 +167,8 @@ def calibrate_language(
             name: Table(x, ("layers", "heads"), key=name, origin=origin) for name, x in found.tables.items()
         }
         return load({"rules": _settled_rules(found.rules, held), "summary": found.summary}, facts)
-    rules = _settled_rules(found.rules, write_tables(path.with_suffix(".safetensors"), found.tables, origin))
+    tables = write_tables(path.with_suffix(".safetensors"), found.tables, origin) if found.tables else {}
+    rules = _settled_rules(found.rules, tables)
     cite = patch_entry(measure.patch).cite
     write_recipe(path, match_for(facts), what, {"cite": cite, "summary": found.summary, "rules": rules, "measured": []})
     return load(read_file(path).recipe(), facts)

@@ -47,6 +47,10 @@ class LayerKnobs(Config):
         1, ge=1, description="Neighbouring layers that are tried, and chosen, together: with 2, half as many runs."
     )
 
+    def trials(self, depth: int) -> int:
+        """How many ways of reading are tried alone in a model of so many layers."""
+        return len(self.modes) * -(-depth // self.group)
+
 
 @dataclass(frozen=True, eq=False)
 class Passage:
