@@ -238,7 +238,9 @@ def _takes_texts(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--text", type=Path, help="language models: plant what is asked for in this file of text, and weigh it"
     )
-    command.add_argument("--trials", type=_whole, help="language models: contexts of each kind a length (default 1)")
+    command.add_argument(
+        "--trials", type=_whole, help="language models: contexts of each kind a length (default 1, of tune 4)"
+    )
     command.add_argument("--anew", action="store_true", help="language models: read the context anew with every question")
 
 
@@ -387,7 +389,7 @@ def _compare_answers(options: argparse.Namespace, report: Path | None) -> int:
     return 0
 
 
-def _text_exam(options: argparse.Namespace) -> Any:
+def _text_exam(options: argparse.Namespace, trials: int = 1) -> Any:
     """What a language model is examined on where it reads texts; None where nothing was said of them."""
     from accelplug.comparison import TextExam
 
@@ -397,7 +399,9 @@ def _text_exam(options: argparse.Namespace) -> Any:
         raise AccelplugError(
             "--text, --tokens, --trials and --anew are of an exam on texts: expected no other one beside it."
         )
-    return TextExam(tokens=tuple(options.tokens or ()), text=options.text, trials=options.trials or 1, anew=options.anew)
+    seed = next(iter(getattr(options, "seed", None) or ()), 0)
+    tokens, trials = tuple(options.tokens or ()), options.trials or trials
+    return TextExam(tokens=tokens, text=options.text, trials=trials, seed=seed, anew=options.anew)
 
 
 def _tune(options: argparse.Namespace) -> int:
@@ -405,6 +409,7 @@ def _tune(options: argparse.Namespace) -> int:
     from accelplug.comparison import TextExam
     from accelplug.table import require_place
     from accelplug.tuning import tune
+    from accelplug.tuning.texts import TRIALS
 
     output, report = files.output(options.output, "--output", (".yaml", ".yml")), _report(options)
     require_place(output.with_suffix(".safetensors"))
@@ -412,7 +417,7 @@ def _tune(options: argparse.Namespace) -> int:
     seconds = 600.0
     if (kind := loading.kind_of(options.model_dir)) == "language model":
         _refuse(options, kind, "prompts", "no_caches", *SIZES)
-        pipe, processor, inputs = _questioned(options, _text_exam(options))
+        pipe, processor, inputs = _questioned(options, _text_exam(options, TRIALS))
         seconds = 110.0 if inputs is None or isinstance(inputs, TextExam) else seconds
     else:
         _refuse(options, kind, "objective", *EXAMS)

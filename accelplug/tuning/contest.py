@@ -169,7 +169,9 @@ class Contest:
         """Put the questions that were held out to the best, and see which of them beat the stock model there."""
         start = self.spent_s
         self.seconds["search"] = round(start, 1)
-        self.finalists = [aim for aim in self.ranked() if aim.name in self.sheets and self.standing(aim).holds][:FINALISTS]
+        self.finalists = [aim for aim in self.ranked() if aim.name in self.sheets and self.standing(aim).holds][
+            : self.most_finalists
+        ]
         if not self.finalists:
             return
         page_s = sum(float(np.mean([s.seconds for s in self.sheets[a.name].values()])) for a in [STOCK, *self.finalists])
@@ -180,6 +182,11 @@ class Contest:
         self.finalists = [aim for aim in self.finalists if aim.name not in self.refused]
         self.choose()
         self.seconds["proof"] = round(self.spent_s - start, 1)
+
+    @property
+    def most_finalists(self) -> int:
+        """How many candidates are put to the proof at most."""
+        return FINALISTS
 
     def choose(self) -> None:
         """Say which finalist is the winner."""

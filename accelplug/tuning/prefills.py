@@ -26,7 +26,6 @@ _LADDERS: Mapping[str, Ladder] = {
     "pages": [(REST, {})],
     "clusters": [(REST, {})],
     "retrieval": [(REST, {})],
-    "duo": [(None, {})],
     "snapkv": [(None, {})],
 }
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,10 +34,12 @@ from accelplug.tuning.contest import STOCK, Contest
 from accelplug.tuning.journal import Journal, fingerprint_of
 from accelplug.tuning.language import Answered, tuned, untried
 from accelplug.tuning.prefills import prefill_ladders
-from accelplug.tuning.space import WORTH
+from accelplug.tuning.space import FINALISTS, WORTH
 
 logger = logging.getLogger("accelplug")
 
+TRIALS = 4
+"""Contexts of each kind a length that the search may see, and as many for the proof, where nothing is said."""
 TEXT_BUDGET = "needle>=stock, nll<=stock+0.02"
 
 
@@ -45,6 +48,8 @@ class ReadingContest(Contest):
     """A contest whose pages are contexts."""
 
     metrics: ClassVar[Mapping[str, AnswerMetric]] = TEXT_METRICS
+    took: list[float] = field(default_factory=list)
+    """Seconds that each page took with all its questions."""
 
     def __post_init__(self) -> None:
         seen, held = (list(self._pages(half)) for half in (self.seen, self.held))
@@ -60,7 +65,16 @@ class ReadingContest(Contest):
 
     def ask(self, page: int) -> tuple[list[Reply], float]:
         """See `Contest`."""
-        return self.asker.timed(self.pages[page])
+        start = time.monotonic()
+        found = self.asker.timed(self.pages[page])
+        self.took.append(time.monotonic() - start)
+        return found
+
+    @property
+    def most_finalists(self) -> int:
+        """As many as there is time for, beside stock."""
+        left = (self.time_budget_s - self.spent_s) / (statistics.fmean(self.took) if self.took else 1.0)
+        return max(1, min(FINALISTS, int(left) - 1))
 
     def choose(self) -> None:
         """The fastest of those that keep the budget on the proof."""
@@ -105,7 +119,7 @@ def tune_texts(
         )
     bounds = parse_budget(TEXT_BUDGET if budget is None else budget, TEXT_METRICS)
     ladders = prefill_ladders()
-    exam = replace(exam or TextExam(), seed=seed, tasks=tasks_of(bounds)).at_work([])
+    exam = replace(exam or TextExam(trials=TRIALS), seed=seed, tasks=tasks_of(bounds)).at_work([])
     searched, held = (contexts_of(model, replace(exam, seed=s), processor) for s in (seed, seed + 1))
     reader = ContextReader(model, processor, [*searched, *held], exam.anew)
     journal = Journal(resume, fingerprint_of(model, exam.anew, [*searched, *held]))

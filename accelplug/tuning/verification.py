@@ -129,6 +129,11 @@ def _given(pipe: Any, recipe: Recipe, row: Measured, inputs: Any, processor: Any
     AccelplugError
         If there are none, or they are not those that it was measured on.
     """
+    if row.objective == "speed":
+        raise AccelplugError(
+            f"{recipe.name}: the row of {row.date} was measured on long texts, seed {row.seeds[0]} and the next; compare the recipe "
+            f"on prompts of {row.inputs.get('tokens')} tokens instead: accelplug compare MODEL --recipe FILE --tokens N."
+        )
     if row.task:
         _, held = split(questions(pipe, inputs, processor), row.seeds[0])
         asked = held[: int(row.inputs.get("questions", 0))]
