@@ -399,9 +399,8 @@ def _text_exam(options: argparse.Namespace, trials: int = 1) -> Any:
         raise AccelplugError(
             "--text, --tokens, --trials and --anew are of an exam on texts: expected no other one beside it."
         )
-    seed = next(iter(getattr(options, "seed", None) or ()), 0)
-    tokens, trials = tuple(options.tokens or ()), options.trials or trials
-    return TextExam(tokens=tokens, text=options.text, trials=trials, seed=seed, anew=options.anew)
+    tokens = tuple(options.tokens or ())
+    return TextExam(tokens=tokens, text=options.text, trials=options.trials or trials, anew=options.anew)
 
 
 def _tune(options: argparse.Namespace) -> int:
