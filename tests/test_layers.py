@@ -14,11 +14,11 @@ import accelplug
 from accelplug.calibration.layers import (
     LayerKnobs,
     Passage,
-    Step,
     Trials,
+    Tried,
+    choice_of,
     choose_layers,
     divergence_of,
-    joined,
     passages,
     predictions,
     spans,
@@ -108,9 +108,9 @@ def test_a_budget_that_nothing_keeps_is_refused(model: Any, ids: torch.Tensor) -
 
 
 def test_layers_take_the_way_that_saves_most_of_those_that_were_taken() -> None:
-    steps = [Step((0, 1), "a", 0.1, 0.5), Step((1, 2), "b", 0.2, 0.7), Step((0,), "c", 0.3, 0.4)]
-    assert joined(steps[:1]) == {0: "a", 1: "a"}
-    assert joined(steps) == {0: "a", 1: "b", 2: "b"}
+    steps = [Tried((0, 1), "a", 0.1, 0.5), Tried((1, 2), "b", 0.2, 0.7), Tried((0,), "c", 0.3, 0.4)]
+    assert choice_of(steps[:1]) == {0: "a", 1: "a"}
+    assert choice_of(steps) == {0: "a", 1: "b", 2: "b"}
     assert spans([0, 1, 2, 5, 7, 8]) == ["0:3", "5:6", "7:9"]
 
 

@@ -29,7 +29,7 @@ from accelplug.errors import AccelplugError
 from accelplug.patches.base import Config
 from accelplug.plug import apply
 
-DEPTHS = (0.1, 0.5, 0.9)
+QUOTED_AT = (0.1, 0.5, 0.9)
 QUOTED, BEGUN, GOES_ON = 32, 8, 32
 """Tokens of a passage, those of them that the prompt ends in, and tokens of the text behind it."""
 
@@ -61,7 +61,7 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class Step:
+class Tried:
     """Some layers read in one way: what that costs alone, and the share of pairs that it saves."""
 
     layers: tuple[int, ...]
@@ -95,7 +95,7 @@ def passages(ids: Tensor, knobs: LayerKnobs) -> list[Passage]:
     for number in range(knobs.prompts + 1):
         text = ids[number * (len(ids) - need) // knobs.prompts :][:need]
         end = knobs.tokens - BEGUN
-        at = int(DEPTHS[number % len(DEPTHS)] * (end - QUOTED))
+        at = int(QUOTED_AT[number % len(QUOTED_AT)] * (end - QUOTED))
         passage = text[at : at + QUOTED]
         found.append(
             Passage(torch.cat([text[:end], passage[:BEGUN]]), torch.cat([passage[BEGUN:], text[end : end + GOES_ON]]))
@@ -178,21 +178,21 @@ def choose_layers(
         for some in (tuple(layers[i : i + knobs.group]) for i in range(0, len(layers), knobs.group)):
             tell(done, f"{mode} in layer {spans(some)[0]}")
             cost = trials.cost(dict.fromkeys(some, mode), end=-1)
-            steps.append(Step(some, mode, cost, sum(by_layer[layer] for layer in some) / len(some)))
+            steps.append(Tried(some, mode, cost, sum(by_layer[layer] for layer in some) / len(some)))
             done += 1
     steps.sort(key=lambda step: step.cost / max(step.saving, 1e-9))
     few, most, joint = 0, len(steps), 0.0
     while few < most:
         number = (few + most + 1) // 2
         tell(done, f"{number} of {len(steps)} together")
-        cost = trials.cost(joined(steps[:number]), end=-1)
+        cost = trials.cost(choice_of(steps[:number]), end=-1)
         few, most, joint = (number, most, cost) if cost <= knobs.budget else (few, number - 1, joint)
     if not few:
         raise AccelplugError(
             f"calibrate layers: no layer can be read by {' or '.join(knobs.modes)} within {knobs.budget} nats: the least is "
             f"{min(step.cost for step in steps):.4f}. Raise the budget, or give milder settings."
         )
-    chosen = joined(steps[:few])
+    chosen = choice_of(steps[:few])
     saved = sum(savings[mode][layer] for layer, mode in chosen.items()) / max(map(len, savings.values()))
     judged = trials.cost(chosen, first=-1)
     told = (
@@ -202,7 +202,7 @@ def choose_layers(
     return ChosenLayers(trials.rules(chosen), told)
 
 
-def joined(steps: Sequence[Step]) -> dict[int, str]:
+def choice_of(steps: Sequence[Tried]) -> dict[int, str]:
     """Return by layer the way of reading that saves most, of those that were taken."""
     saved: dict[int, tuple[float, str]] = {}
     for step in steps:
