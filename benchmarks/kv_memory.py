@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy
 
 import accelplug
 from accelplug.comparison.environment import environment
+from accelplug.comparison.texts.reader import kv_bytes
 from accelplug.hosts.host import model_facts
 from accelplug.recipe import load
 from benchmarks.common import RESULTS, write_json
@@ -70,22 +71,6 @@ def tables_of(model: Any, path: Path) -> dict[str, Any]:
     return {key: type(table).read(path.with_suffix(".safetensors"), table.sha256, key) for key in keys}
 
 
-def storages(thing: Any, found: dict[int, int], seen: set[int]) -> None:
-    """Note the bytes of all storages that an object reaches, by address."""
-    if id(thing) in seen or isinstance(thing, type):
-        return
-    seen.add(id(thing))
-    if isinstance(thing, torch.Tensor):
-        found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-    elif isinstance(thing, dict | list | tuple):
-        for item in thing.values() if isinstance(thing, dict) else thing:
-            storages(item, found, seen)
-    elif type(thing).__module__.startswith(
-        ("accelplug.hosts.kept", "accelplug.patches", "accelplug.kernels", "transformers.cache")
-    ):
-        storages(vars(thing), found, seen)
-
-
 def resident_mib() -> float:
     gc.collect()
     return next(
@@ -97,13 +82,12 @@ def resident_mib() -> float:
 
 def follows(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float, float]:
     """NLL per token of what follows a prompt, bytes of its cache and growth of the process, both MiB."""
-    found: dict[int, int] = {}
     before, cache = resident_mib(), hf.DynamicCache(config=model.config)
     last = read(model, ids[:tokens], cache)
     grown = resident_mib() - before
-    storages(cache.layers, found, set())
+    held = kv_bytes(cache) / 2**20
     logits = [last, *(read(model, token[None], cache) for token in ids[tokens:-1])]
-    return float(cross_entropy(torch.stack(logits).float(), ids[tokens:])), sum(found.values()) / 2**20, grown
+    return float(cross_entropy(torch.stack(logits).float(), ids[tokens:])), held, grown
 
 
 def needles(model: Any, tokenizer: Any, ids: torch.Tensor, apart: bool) -> int:

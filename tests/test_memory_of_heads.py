@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import accelplug
 from accelplug import compat
+from accelplug.comparison.texts.reader import kv_bytes
 from accelplug.errors import AccelplugError, NoMatchError, RecipeError, UnsupportedError
 from accelplug.kernels.head_scores import by_key_head, echo_and_induction, look_back, razor, rotated, unrotated
 from accelplug.kernels.streaming import QUERIES_AT_ONCE, streaming_attention
@@ -253,44 +254,21 @@ def test_a_cache_is_copied_cropped_sorted_and_repeated(rule: dict[str, Any]) -> 
             cache.crop(-24)
 
 
-def bytes_of(cache: Any) -> int:
-    """Bytes of all storages that a cache reaches."""
-    storages: dict[int, int] = {}
-    seen: set[int] = set()
-
-    def walk(thing: Any) -> None:
-        if id(thing) in seen:
-            return
-        seen.add(id(thing))
-        if isinstance(thing, torch.Tensor):
-            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-        elif isinstance(thing, dict):
-            [walk(x) for x in thing.values()]
-        elif isinstance(thing, list | tuple):
-            [walk(x) for x in thing]
-        elif hasattr(thing, "__dict__") and type(thing).__module__.startswith(("accelplug", "transformers.cache")):
-            walk(vars(thing))
-
-    for layer in cache.layers:
-        walk(layer)
-    return sum(storages.values())
-
-
 def test_keys_are_freed() -> None:
     model, ids = llama(), prompt(400)
     dense = fresh(model)
     hidden(model, ids, dense)
-    full = bytes_of(dense)
+    full = kv_bytes(dense)
     token = full // 400 // LAYERS // KEY_HEADS
     with on(model, DUO):
         cache = fresh(model)
         hidden(model, ids, cache)
         near = SINK + WINDOW + 2 * 4
-        assert bytes_of(cache) <= 4 * 400 * token + 4 * near * token + 64 * LAYERS * near + 8 * LAYERS * KEY_HEADS * 16 * 4
+        assert kv_bytes(cache) <= 4 * 400 * token + 4 * near * token + 64 * LAYERS * near + 8 * LAYERS * KEY_HEADS * 16 * 4
     with on(model, SNAP):
         cache = fresh(model)
         hidden(model, ids, cache)
-        assert bytes_of(cache) <= full * 10 // 400 + 64 * LAYERS * 10
+        assert kv_bytes(cache) <= full * 10 // 400 + 64 * LAYERS * 10
 
 
 def test_everything_kept_is_dense() -> None:
