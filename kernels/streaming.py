@@ -46,6 +46,8 @@ def streaming_attention(
     (B, H, T, D_v); 0 for queries that are padding.
     """
     batch, heads, tokens, _ = q.shape
+    if tokens == 1:
+        return _step(q, k, v, number, scale, sink, window, dropped)
     key_heads, slots = k.shape[1], k.shape[2]
     held = number >= 0
     order = number.cummax(-1).values  # rises, whatever padding stands in between
@@ -54,38 +56,78 @@ def streaming_attention(
     out = torch.empty(batch, heads, tokens, v.shape[-1], dtype=q.dtype, device=q.device)
     for start in range(0, tokens, QUERIES_AT_ONCE):
         stop = min(start + QUERIES_AT_ONCE, tokens)
-        own = number[:, slots - tokens + start : slots - tokens + stop]  # [B, P]
-        oldest = (
-            order[:, slots - tokens + start : slots - tokens + start + 1] - window
-        )  # [B, 1], the last that no query of the piece reads
+        new = slots - tokens  # the slot of the first query
+        own = number[:, new + start : new + stop]  # [B, P]
+        oldest = order[:, new + start : new + start + 1] - window  # [B, 1], the last that no query of the piece reads
         begin = int((order <= oldest).sum(-1).min())  # the first slot that a window reaches
         sinks = int(((number < sink) & held).cumsum(-1).argmax(-1).max()) + 1 if sink else 0
-        near = torch.arange(begin, slots - tokens + stop, device=q.device)
+        near = torch.arange(begin, new + stop, device=q.device)
         read = torch.cat([torch.arange(min(sinks, begin), device=q.device), near])
         at = number[:, read][:, None]  # [B, 1, n]
         behind = own[..., None] - at
         may = (at >= 0) & (behind >= 0) & ((behind < window) | (at < sink))  # [B, P, n]
         queries = q[:, :, start:stop].float().unflatten(1, (key_heads, -1)) * scale  # [B, H_kv, g, P, D]
-        scores = (queries @ k[:, :, read].float().mT[:, :, None]).masked_fill_(~may[:, None, None], float("-inf"))
-        if sums is None:
-            p = scores.softmax(-1).nan_to_num_(0.0)
-            answer = p @ v[:, :, read].float()[:, :, None]
-        else:
-            left = own - window - sink + 1  # [B, P], tokens in between
-            upto = torch.searchsorted(order, own - window, right=True)  # slots up to the last of them
+        means: list[Tensor] = []
+        if sums is not None:
+            upto = torch.searchsorted(order, own - window, right=True)  # slots up to the last that stands in between
             first, last = int(upto.min()), int(upto.max())
             sums = tuple(x + _sum(y, middle, counted, first) for x, y in zip(sums, (k, v), strict=True))
             counted = max(counted, first)
-            count = left.clamp(min=1)[:, None, :, None]
             means = [
-                _running(x, y, middle, counted, last, upto) / count for x, y in zip(sums, (k, v), strict=True)
+                _running(x, y, middle, counted, last, upto) for x, y in zip(sums, (k, v), strict=True)
             ]  # [B, H_kv, P, D]
-            extra = (queries * means[0][:, :, None]).sum(-1, keepdim=True) + left.clamp(min=1).log()[:, None, None, :, None]
-            extra = extra.masked_fill((left < 1)[:, None, None, :, None], float("-inf"))
-            p = torch.cat([scores, extra], -1).softmax(-1).nan_to_num_(0.0)
-            answer = p[..., :-1] @ v[:, :, read].float()[:, :, None] + p[..., -1:] * means[1][:, :, None]
-        out[:, :, start:stop] = answer.flatten(1, 2).to(q.dtype)
+        answer = _mixed(queries, k[:, :, read], v[:, :, read], may, own - window - sink + 1, means)
+        out[:, :, start:stop] = answer.to(q.dtype)
     return out
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    number: Tensor,
+    scale: float,
+    sink: int,
+    window: int,
+    dropped: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """One query, that of the last slot: all slots are looked at, and nothing waits for a device."""
+    own, held = number[:, -1:], number >= 0
+    near = held & ((number > own - window) | (number < sink))
+    queries = q.float().unflatten(1, (k.shape[1], -1)) * scale
+    totals: list[Tensor] = []
+    if dropped is not None:
+        between = (held & ~near)[:, None, :, None]
+        totals = [(x + (y.float() * between).sum(2))[:, :, None] for x, y in zip(dropped, (k, v), strict=True)]
+    return _mixed(queries, k, v, near[:, None], own - window - sink + 1, totals).to(q.dtype)
+
+
+def _mixed(queries: Tensor, k: Tensor, v: Tensor, may: Tensor, left: Tensor, totals: list[Tensor]) -> Tensor:
+    """Attend to keys, and to one token in place of others.
+
+    Parameters
+    ----------
+    queries : float32 (B, H_kv, g, P, D), scaled.
+    k, v : Tensor (B, H_kv, n, D) and (B, H_kv, n, D_v).
+    may : bool (B, P, n), which of them a query reads.
+    left : int64 (B, P), how many tokens one stands for; 0 or less for none.
+    totals : float32 (B, H_kv, P, D) and (B, H_kv, P, D_v), sums of their keys and values; none: nothing stands for them.
+
+    Returns
+    -------
+    float32 (B, H, P, D_v); 0 for queries that read nothing.
+    """
+    scores = (queries @ k.float().mT[:, :, None]).masked_fill_(~may[:, None, None], float("-inf"))
+    if totals:
+        count = left.clamp(min=1)[:, None, :, None]  # [B, 1, P, 1]
+        key, value = (total / count for total in totals)
+        extra = (queries * key[:, :, None]).sum(-1, keepdim=True) + count.log()[:, :, None]
+        scores = torch.cat([scores, extra.masked_fill((left < 1)[:, None, None, :, None], float("-inf"))], -1)
+    p = scores.softmax(-1).nan_to_num_(0.0)
+    answer = p[..., : k.shape[2]] @ v.float()[:, :, None]
+    if totals:
+        answer = answer + p[..., -1:] * value[:, :, None]
+    return answer.flatten(1, 2)
 
 
 def _sum(x: Tensor, members: Tensor, start: int, stop: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import accelplug
 from accelplug import compat
+from accelplug.cli import main
 from accelplug.comparison.texts.reader import kv_bytes
 from accelplug.errors import AccelplugError, NoMatchError, RecipeError, UnsupportedError
 from accelplug.kernels.head_scores import by_key_head, echo_and_induction, look_back, razor, rotated, unrotated
@@ -147,6 +148,19 @@ def test_calibrated_heads_are_tables_and_a_recipe_that_runs(tmp_path: Path) -> N
         accelplug.calibrate(model, "heads", options={"by": "needle", "period": 32}, progress=False)
     with pytest.raises(NoMatchError, match="nothing that is calibrated on language models"):
         accelplug.calibrate(model, "sta", progress=False)
+
+
+def test_the_command_line_scores_heads_and_tells_what_draws_attention(tmp_path: Path) -> None:
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    llama().save_pretrained(folder)
+    word_processor().tokenizer.save_pretrained(folder)
+    text.write_text(" ".join(f"w{i % 490}" for i in range(400)))
+    knobs = [part for knob in ("tokens=256", "needles=2", "period=32", "keep=0.25") for part in ("--set", knob)]
+    asked = ["calibrate", str(folder), "--patch", "heads", "--prompts", str(text), "-o", str(tmp_path / "mine.yaml"), *knobs]
+    assert main(asked) == 0
+    assert "keep: 0.25" in (tmp_path / "mine.yaml").read_text()
+    assert main(["inspect", str(folder), "--text", str(text), "--report", str(tmp_path / "found.html")]) == 0
+    assert "secondary sinks" in (tmp_path / "found.html").read_text()
 
 
 @BOTH

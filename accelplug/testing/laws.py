@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import accelplug
 from accelplug import compat
 from accelplug.call import AttentionCall, Layout
+from accelplug.comparison.texts.reader import kv_bytes
 from accelplug.hosts.models import is_language_model, processor_owners
 from accelplug.hosts.transformers import LanguageHost
 from accelplug.patches.base import Patch
@@ -168,6 +169,7 @@ def laws(
             neutral_is_exact: subject.neutral is None,
             the_kernel_at_density_one_is_dense: not subject.everything,
             near_nothing_it_is_the_stock_model: not subject.faint,
+            what_is_let_go_of_is_freed: entry_of(subject.patch).family != "memory",
         }
         if not unsaid.get(check) and (blocks or check not in OF_BLOCKS):
             tried = (host.models if models is None else models) if names is None else {name: TRIED[name] for name in names}
@@ -366,6 +368,20 @@ def nothing_is_left_of_an_answer(subject: Subject, make: Callable[[], Built]) ->
         assert torch.equal(run_once(model, inputs), alone), "the same answer again is another"
 
 
+def what_is_let_go_of_is_freed(subject: Subject, make: Callable[[], Built]) -> None:
+    """A cache that has read a prompt holds fewer bytes than the model's own: of whole storages, whatever part of them is read."""
+    model, inputs = _built(subject, make)
+
+    def held() -> int:
+        with torch.no_grad():
+            return kv_bytes(compat.transformers.cache_of(model(**copy.deepcopy(inputs), use_cache=True)))
+
+    whole = held()
+    with _on(model, subject, strict=True):
+        kept = held()
+    assert kept < 0.75 * whole, f"it holds {kept} bytes, the model's own cache {whole}"
+
+
 @dataclass(frozen=True)
 class LawsOfHost:
     """What patches of a sort of models are tried with.
@@ -404,6 +420,7 @@ ON_LANGUAGE_MODELS = LawsOfHost(
         (low_precision_stays_finite, ("llava",)),
         (copies_are_stock, ("llava",)),
         (nothing_is_left_of_an_answer, ("llava",)),
+        (what_is_let_go_of_is_freed, ("llava",)),
     ),
     LANGUAGE_MODELS_TRIED,
 )
