@@ -22,7 +22,7 @@ from accelplug import compat
 from accelplug.errors import AlreadyAppliedError, FallbackError, NoMatchError, UnsupportedError
 from accelplug.hosts.prompts import answering, number_images
 from accelplug.hosts.stream import Stream
-from accelplug.registry import entry_of
+from accelplug.registry import entry_of, patch_class
 from accelplug.testing.language_models import forward, generate
 from tests import tiny_models
 from tests.patch_rows import ROWS
@@ -30,7 +30,11 @@ from tests.test_laws import alive
 from tests.tiny_language_models import LLM, VLM, build, held, inputs, right_padded
 
 LOUD: dict[str, Any] = {"patch": "visual_bias", "with": ROWS["visual_bias"].working}
-WORKING = {name: dict(row.working) for name, row in ROWS.items() if entry_of(name).family == "heads"}
+WORKING = {
+    name: dict(row.working)
+    for name, row in ROWS.items()
+    if entry_of(name).family == "heads" and patch_class(name).about_images
+}
 PAIRS = [(patch, name) for patch in WORKING for name in ROWS[patch].only or VLM]
 
 

@@ -258,10 +258,10 @@ def _needle_prompts(tokenizer: Any, text: str, knobs: Knobs, generator: torch.Ge
     """Tokens of prompts that end ahead of the last token of a number that they tell, and where each token of the number is told."""
 
     def tokens(some: str) -> list[int]:
-        return list(tokenizer(some, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"])
 
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    haystack, prompts = tokens(text[: 16 * knobs.tokens * knobs.needles]), []
+    haystack, prompts = tokens(text[: 8 * knobs.tokens * knobs.needles]), []
     if len(haystack) < knobs.tokens:
         raise AccelplugError(
             f"calibrate heads hides needles in {knobs.tokens} tokens of text, and was given {len(haystack)}. Give a longer text, or "
