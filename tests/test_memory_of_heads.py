@@ -285,6 +285,20 @@ def test_keys_are_freed() -> None:
         assert kv_bytes(cache) <= full * 10 // 400 + 64 * LAYERS * 10
 
 
+@BOTH
+def test_a_layer_is_freed_before_the_next_is_read(rule: dict[str, Any]) -> None:
+    model, ids = llama(), prompt(400)
+    cache, held = fresh(model), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: held.append(kv_bytes(cache)))
+    hidden(model, ids, cache)
+    stock, cache = held[-1], fresh(model)
+    held.clear()
+    with on(model, {**rule, "with": {**rule["with"], "scores": 0.0}} if rule is DUO else rule):
+        hidden(model, ids, cache)
+    assert max(held) < stock // 4, "more than one layer's keys were there at a time"
+
+
 def test_everything_kept_is_dense() -> None:
     model, ids = llama(), prompt(40)
     stock = generate(model, {"input_ids": ids}, 6, return_dict_in_generate=True, output_scores=True)

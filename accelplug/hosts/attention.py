@@ -15,7 +15,7 @@ from accelplug.call import AttentionCall, Clock, KeptKeys, Place, Rows, Site
 from accelplug.errors import UnsupportedError
 from accelplug.hosts.ledger import Event, Ledger
 from accelplug.hosts.record import Choice
-from accelplug.hosts.stream import AHEAD, WATCHER, Forward, Stream, Watch
+from accelplug.hosts.stream import AHEAD, PREFILL, WATCHER, Forward, Stream, Watch
 from accelplug.hosts.tensor_parallel import TensorParallel
 from accelplug.kernels.timing import timed_ms
 
@@ -33,6 +33,9 @@ class AttendingHost(Protocol):
 
     def prepare(self, choice: Choice, site: Site, stream: Stream, clock: Clock) -> Any:
         """Ask a patch what it needs at a site, None to run dense."""
+
+    def keep_layer(self, record: AttentionRecord, stream: Stream, cache: Any) -> None:
+        """Have a patch keep the keys and values of its layer, where it asks for it."""
 
 
 class Answer(NamedTuple):
@@ -117,6 +120,8 @@ class AttentionRecord:
         if compiling or forward is None or forward.clock is AHEAD or not found:
             return run()
         (out, probabilities), ms = timed_ms(run, q.device) if self.host.ledger.timed else (run(), None)
+        if forward.clock is PREFILL and forward.stream is not None and forward.cache is not None:
+            self.host.keep_layer(self, forward.stream, forward.cache)
         for answer in answering[:-1]:
             self.note(answer, q.shape[2], forward.clock, None)
         self.note(answering[-1] if answering else None, q.shape[2], forward.clock, ms)

@@ -461,7 +461,8 @@ class LanguageHost(Host):
                 compat.transformers.rows_told_apart(cache, forward.stream.tokens) if several else None
             )
             self._prepare_decode(forward.stream)
-            self._keep_layers(forward.stream, cache)
+            for record in self.records:  # those of a cache that the forward made itself
+                self.keep_layer(record, forward.stream, cache)
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if module is not self.decoder or FORWARD in kwargs:
@@ -498,14 +499,16 @@ class LanguageHost(Host):
         stream.decode = [self.prepare(record.choice, record.site, stream, DECODE) for record in self.records]
         stream.step = Forward(stream)
 
-    def _keep_layers(self, stream: Stream, cache: Any) -> None:
-        """Have patches keep the keys and values of their layers, where they ask for it."""
+    def keep_layer(self, record: AttentionRecord, stream: Stream, cache: Any) -> None:
+        """Have a patch keep the keys and values of its layer, where it asks for it."""
         from accelplug.hosts.kept import hand_over  # it has transformers' classes for bases
 
-        for record, params in zip(self.records, stream.decode, strict=True):
-            patch = record.choice.patch
-            if patch is not None and "cache" in patch.needs and params is not None and not isinstance(params, str):
-                hand_over(cache, record.module.layer_idx, partial(patch.keep, params=params), record.choice.name)
+        patch = record.choice.patch
+        if patch is None or "cache" not in patch.needs:
+            return
+        params = self.prepare(record.choice, record.site, stream, DECODE)
+        if params is not None and not isinstance(params, str):
+            hand_over(cache, record.module.layer_idx, partial(patch.keep, params=params), record.choice.name)
 
     def _read_ahead(self, forward: Forward, args: tuple, kwargs: dict[str, Any]) -> None:
         """For patches that ask what the model makes of a prompt before they change it: read it once, without a cache."""

@@ -163,13 +163,14 @@ def laws(
         subject = Subject(name, neutral, working or {}, everything, video_only, pools, only=only, faint=faint)
     with registered(cls) if cls is not None else nullcontext():
         blocks, host = subject.blocks, ON_LANGUAGE_MODELS if subject.of_language_models else ON_DENOISERS
+        lets_go = entry_of(subject.patch).family == "memory"
     found: list[Law] = []
     for check, names in host.laws:
         unsaid: dict[Callable[..., None], bool] = {
             neutral_is_exact: subject.neutral is None,
             the_kernel_at_density_one_is_dense: not subject.everything,
             near_nothing_it_is_the_stock_model: not subject.faint,
-            what_is_let_go_of_is_freed: entry_of(subject.patch).family != "memory",
+            what_is_let_go_of_is_freed: not lets_go,
         }
         if not unsaid.get(check) and (blocks or check not in OF_BLOCKS):
             tried = (host.models if models is None else models) if names is None else {name: TRIED[name] for name in names}
