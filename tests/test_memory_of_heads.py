@@ -136,6 +136,9 @@ def test_calibrated_heads_are_tables_and_a_recipe_that_runs(tmp_path: Path) -> N
     with accelplug.apply(model, path, strict=True) as plug:
         generate(model, {"input_ids": prompt(40)}, 3)
         assert plug.report().served["duo"]
+    model.config.dtype = torch.bfloat16  # heads are the same in any
+    accelplug.apply(model, path).remove()
+    model.config.dtype = torch.float32
     again = accelplug.calibrate(model, "heads", text, **given)
     assert torch.equal(again.rules[0].settings["scores"].values, table.values)
     free = accelplug.calibrate(model, "heads", options={"period": 32, "repeats": 3}, progress=False)

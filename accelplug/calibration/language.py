@@ -155,7 +155,9 @@ def calibrate_language(
         found = measure.run(LanguageRun(model, tokenizer_of(processor) if text else None, text, config, options, seed, tell))
     made = environment(model)
     origin = Origin(
-        model=Target.model(facts),
+        model={
+            key: value for key, value in Target.model(facts).items() if key.split(".")[-1] != "dtype"
+        },  # heads are the same
         patch=what,
         axes=dict.fromkeys(found.tables, ("layers", "heads")),
         versions=made["versions"],
