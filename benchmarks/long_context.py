@@ -52,7 +52,6 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "rows .90": [{"patch": "prefill_rows", "with": {"top_p": 0.90}}],
     "rows .80": [{"patch": "prefill_rows", "with": {"top_p": 0.80}}],
     "rows .95, layers 3:": [{"where": {"layers": "3:"}, "patch": "prefill_rows", "with": {"top_p": 0.95}}],
-    "rows .95, last 0": [{"patch": "prefill_rows", "with": {"top_p": 0.95, "last": 0}}],
     "rows .95, strict": [{"patch": "prefill_rows", "with": {"top_p": 0.95, "strict": True}}],
     "rows .95, grouped": [{"patch": "prefill_rows", "with": {"top_p": 0.95, "grouped": True}}],
     "rows, density .3": [{"patch": "prefill_rows", "with": {"density": 0.3}}],
@@ -65,6 +64,11 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "superlinear": [{"patch": "superlinear"}],
     "landmark": [{"patch": "landmark", "with": {"k": 16}}],
     "dynamic_mask": [{"patch": "dynamic_mask", "with": {"keys": 1024}}],
+}
+RECIPES |= {
+    f"{name}, last 0": [{**rule, "with": {**rule["with"], "last": 0}} for rule in rules]
+    for name, rules in list(RECIPES.items())
+    if name.startswith("rows .")
 }
 SHIPPED = ("smollm2-135m/long",)
 """Recipes by full name, beside them."""
