@@ -1,6 +1,6 @@
 """Sparse prefill on SmolLM2-135M: what it costs a prompt, and what it saves.
 
-usage: python -m benchmarks.long_context TEXT [--tokens 2048 4096 8192] [--only quality|time|call|decode] [--recipes NAME ...]
+usage: python -m benchmarks.long_context TEXT [--tokens 2048 4096 8192] [--only quality|time|call|decode|step] [--recipes NAME ...]
 
 Needs `accelplug fetch smollm2-135m`, and a text file of a few hundred thousand characters: the haystack, and what is predicted.
 
@@ -11,10 +11,11 @@ Needs `accelplug fetch smollm2-135m`, and a text file of a few hundred thousand 
   round more: all that a patch does, choosing too, or dense attention.
 * call: one attention call with random queries and keys of the model's shape, and random blocks, against dense causal attention.
 
-* decode: the prompt is read by the stock model's attention, what follows token by token by the recipe. NLL per token of the 128 tokens that
-  follow; needles as above, with the question token by token too; the share of the cache that a step reads, mean over all layers; the
-  median time of a step, and that of the first one, in which what was read is indexed. "room" is dense attention on keys that stand in room
-  which grows ahead, as those of all these recipes do; the stock cache is copied for every token.
+* decode: the prompt is read by the model's own attention, what follows token by token by the recipe. NLL per token of the 64 tokens that
+  follow; three needles in one text, whose questions come token by token on copies of its cache; density is the share of the cache that
+  a step reads, mean over all layers.
+* step: time of such a step: of the first, in which what was read is indexed, and the median of the next. "room" is dense attention on keys
+  that stand in room which grows ahead, as all these recipes have them; the stock cache is copied for every token.
 
 A part, a length or a recipe that is not run stays as the file has it, with the commit it was run at.
 """
@@ -22,6 +23,7 @@ A part, a length or a recipe that is not run stays as the file has it, with the 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +43,7 @@ from accelplug.kernels.attention import block_attention
 from accelplug.kernels.plan import BlockPlan
 from benchmarks.common import RESULTS, write_json
 
+PARTS = ("quality", "time", "call", "decode", "step")
 NAME, STEPPED = "long_context", "long_context_decode"
 SUFFIX = 256
 DEPTHS = (0.1, 0.5, 0.9)
@@ -81,7 +84,7 @@ DECODE: dict[str, list[dict[str, Any]]] = {
     "clusters p .9": [{"patch": "clusters", "with": {"exact": 0.25, "estimate": 0.75, "top_p": 0.9}}],
     "retrieval": [{"patch": "retrieval"}],
 }
-STEPS = 128
+STEPS, KEYS = 64, ("gentle-river", "amber-clock", "silent-harbor")
 HEADS, KEY_HEADS, DIM, BLOCK = 9, 3, 64, 64
 
 
@@ -130,21 +133,16 @@ def nll(model: Any, ids: torch.Tensor, name: str | None) -> tuple[float, float]:
     return float(cross_entropy(logits.float(), ids[-SUFFIX:])), density
 
 
-def haystack(tokenizer: Any, ids: torch.Tensor, depth: float, seed: int) -> tuple[str, list[int], list[int]]:
-    """A number, a text that tells it at some depth, and the question for it; as long together as the text was."""
+def finds(model: Any, tokenizer: Any, ids: torch.Tensor, name: str | None, depth: float, seed: int) -> bool:
+    """Whether a number that is told at some depth of a text is answered."""
     g = torch.Generator().manual_seed(seed)
     value = str(int(torch.randint(1_000_000, 9_999_999, (1,), generator=g)))
     needle = tokenizer(NEEDLE.format(key="gentle-river", value=value)).input_ids
     question = tokenizer(QUESTION.format(key="gentle-river")).input_ids
     room = len(ids) - len(needle) - len(question)
     place = int(depth * room)
-    return value, [*ids[:place].tolist(), *needle, *ids[place:room].tolist()], question
-
-
-def finds(model: Any, tokenizer: Any, ids: torch.Tensor, name: str | None, depth: float, seed: int) -> bool:
-    """Whether a number that is told at some depth of a text is answered."""
-    value, text, question = haystack(tokenizer, ids, depth, seed)
-    cache, last, _ = read_sparse(model, torch.tensor(text + question), name)
+    text = [*ids[:place].tolist(), *needle, *ids[place:room].tolist(), *question]
+    cache, last, _ = read_sparse(model, torch.tensor(text), name)
     said: list[int] = []
     for _ in range(10):
         said.append(int(last.argmax()))
@@ -164,51 +162,65 @@ def quality(model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, name: st
     }
 
 
-def spoken(model: Any, text: torch.Tensor, said: torch.Tensor) -> tuple[torch.Tensor, list[float], Any]:
-    """Logits behind a text and behind each of the tokens that follow, (1 + n, V), the seconds of each step, and the cache."""
-    cache, seconds = hf.DynamicCache(config=model.config), []
-    logits = [read(model, text, cache)]
-    for token in said:
-        start = time.perf_counter()
-        logits.append(read(model, token[None], cache))
-        seconds.append(time.perf_counter() - start)
-    return torch.stack(logits), seconds, cache
+def said_behind(model: Any, cache: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits behind each of some tokens (n,), read one by one behind what a cache has: (n, V)."""
+    return torch.stack([read(model, token[None], cache) for token in tokens])
 
 
-def told_later(model: Any, tokenizer: Any, ids: torch.Tensor, depth: float, seed: int) -> bool:
-    """Whether a number is answered that is told at some depth of a text, where the question comes token by token."""
-    value, text, question = haystack(tokenizer, ids, depth, seed)
-    logits, _, cache = spoken(model, torch.tensor(text), torch.tensor(question))
-    said = [int(logits[-1].argmax())]
-    for _ in range(9):
-        said.append(int(read(model, torch.tensor(said[-1:]), cache).argmax()))
-    return value in tokenizer.decode(said)
+def told_at(tokenizer: Any, ids: torch.Tensor) -> tuple[torch.Tensor, list[tuple[str, torch.Tensor]]]:
+    """A text that tells a number for a key at each of `DEPTHS`, as long as it was; and each number with the question for it."""
+    g = torch.Generator().manual_seed(0)
+    values = [str(int(torch.randint(1_000_000, 9_999_999, (1,), generator=g))) for _ in DEPTHS]
+    needles = [tokenizer(NEEDLE.format(key=key, value=value)).input_ids for key, value in zip(KEYS, values, strict=True)]
+    room, parts, last = len(ids) - sum(map(len, needles)), [], 0
+    for depth, needle in zip(DEPTHS, needles, strict=True):
+        parts += [ids[last : int(depth * room)], torch.tensor(needle)]
+        last = int(depth * room)
+    asked = [
+        (value, torch.tensor(tokenizer(QUESTION.format(key=key)).input_ids)) for key, value in zip(KEYS, values, strict=True)
+    ]
+    return torch.cat([*parts, ids[last:room]]), asked
 
 
 @torch.no_grad()
-def decode(model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, name: str | None, asked: Any) -> dict[str, Any]:
-    """What a recipe makes of the tokens behind a prompt, and how long a step takes."""
-    found, seconds, density = [], [], 1.0
+def decode(model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, name: str | None, texts: int) -> dict[str, Any]:
+    """What a recipe makes of the tokens behind a prompt, and of questions for what the prompt told."""
+    found, density, told = [], 1.0, 0
     with nullcontext() if name is None else on(model, name) as plug:
-        for i in range(asked.texts):
-            text = ids[(i + 1) * len(ids) // (asked.texts + 2) :][: tokens + STEPS]
-            logits, took, cache = spoken(model, text[:tokens], text[tokens:-1])
+        for i in range(texts):
+            text = ids[(i + 1) * len(ids) // (texts + 2) :][: tokens + STEPS]
+            cache = hf.DynamicCache(config=model.config)
+            logits = torch.cat([read(model, text[:tokens], cache)[None], said_behind(model, cache, text[tokens:-1])])
             found.append(float(cross_entropy(logits.float(), text[tokens:])))
-            seconds.append(took)
         if plug is not None:
             with plug.trace() as events:
                 read(model, text[-1:], cache)
             density = sum(event.density or 1.0 for event in events) / model.config.num_hidden_layers
-        first = ids[len(ids) // (asked.texts + 2) :][:tokens]
-        told = [told_later(model, tokenizer, first, depth, seed) for seed, depth in enumerate(asked.depths)]
-    steady = sorted(second for took in seconds for second in took[2:])
-    return {
-        "nll": [round(value, 4) for value in found],
-        "needles": f"{sum(told)} of {len(told)}",
-        "density": round(density, 4),
-        "step_ms": round(1e3 * steady[len(steady) // 2], 1),
-        "first_step_ms": round(1e3 * min(took[0] for took in seconds), 1),
-    }
+        cache, (text, questions) = (
+            hf.DynamicCache(config=model.config),
+            told_at(tokenizer, ids[len(ids) // (texts + 2) :][:tokens]),
+        )
+        read(model, text, cache)
+        for value, question in questions:
+            behind = copy.deepcopy(cache)
+            said = [int(said_behind(model, behind, question)[-1].argmax())]
+            for _ in range(9):
+                said.append(int(read(model, torch.tensor(said[-1:]), behind).argmax()))
+            told += value in tokenizer.decode(said)
+    return {"density": round(density, 4), "nll": [round(value, 4) for value in found], "needles": told}
+
+
+@torch.no_grad()
+def step_ms(model: Any, ids: torch.Tensor, tokens: int, name: str | None, steps: int) -> dict[str, float]:
+    """Milliseconds of a step behind so many tokens: of the first, in which what was read is indexed, and the median of the others."""
+    with nullcontext() if name is None else on(model, name):
+        cache, taken = hf.DynamicCache(config=model.config), []
+        read(model, ids[:tokens], cache)
+        for token in ids[tokens : tokens + steps]:
+            start = time.perf_counter()
+            read(model, token[None], cache)
+            taken.append(1e3 * (time.perf_counter() - start))
+    return {"first": round(taken[0], 1), "step": round(sorted(taken[1:])[len(taken) // 2 - 1], 1)}
 
 
 @torch.no_grad()
@@ -285,11 +297,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
-    parser.add_argument("--only", choices=("quality", "time", "call", "decode"))
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--recipes", nargs="*", choices=["dense", *RECIPES, *SHIPPED, *DECODE], help="all, if none is named")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model")
     parser.add_argument("--texts", type=int, default=4, help="places of the file")
-    parser.add_argument("--depths", type=float, nargs="*", default=DEPTHS, help="of needles, in the part decode")
     parser.add_argument("--repeats", type=int, default=2)
     asked = parser.parse_args()
     written = {
@@ -307,8 +318,8 @@ def main() -> None:
         ]
 
     for tokens in asked.tokens:
-        for part in ("quality", "time", "call", "decode") if asked.only is None else (asked.only,):
-            file = STEPPED if part == "decode" else NAME
+        for part in PARTS if asked.only is None else (asked.only,):
+            file = STEPPED if part in ("decode", "step") else NAME
             into = written[file].setdefault(part, {}).setdefault(str(tokens), {})
             if part == "call":
                 into |= {**call_ms(tokens, asked.repeats), "at": at}
@@ -316,15 +327,13 @@ def main() -> None:
                 taken = prefill_s(model, ids, tokens, names([*RECIPES, *SHIPPED]), asked.repeats)
                 into |= {key: {**into.get(key, {}), **values} for key, values in taken.items()} | {"at": at}
                 print(tokens, taken, flush=True)
-            for name in (
-                names({"quality": [*RECIPES, *SHIPPED], "decode": [*DECODE]}[part]) if part in ("quality", "decode") else ()
-            ):
-                of = (
-                    quality(model, tokenizer, ids, tokens, name, asked.texts)
-                    if part == "quality"
-                    else decode(model, tokenizer, ids, tokens, name, asked)
-                )
-                into[name or "dense"] = {**of, "at": at}
+            runs: dict[str, Callable[[str | None], dict[str, Any]]] = {
+                "quality": lambda name: quality(model, tokenizer, ids, tokens, name, asked.texts),  # noqa: B023
+                "decode": lambda name: decode(model, tokenizer, ids, tokens, name, asked.texts),  # noqa: B023
+                "step": lambda name: step_ms(model, ids, tokens, name, 24),  # noqa: B023
+            }
+            for name in names([*RECIPES, *SHIPPED] if part == "quality" else [*DECODE]) if part in runs else ():
+                into[name or "dense"] = {**runs[part](name), "at": at}
                 print(tokens, name or "dense", into[name or "dense"], flush=True)
                 write_json(file, written[file])
             write_json(file, written[file])

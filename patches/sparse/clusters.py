@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from accelplug.kernels.kept import rows_at
 from accelplug.kernels.wave import cluster_keys, members
 from accelplug.patches.sparse.decode import Decode, DecodeConfig, Reads, Step
 
@@ -93,6 +94,6 @@ class Clusters(Clustered):
         place, before = torch.arange(chosen.shape[-1], device=chosen.device), share.cumsum(-1) - share
         read = (place < exact) & (before < config.top_p)
         ranks, held = members(clusters, chosen, read)
-        keys, values = (clusters[name].take_along_dim(chosen[..., None], 2) for name in ("centre", "mean"))
+        keys, values = (rows_at(clusters[name], chosen) for name in ("centre", "mean"))
         weight = clusters["number"].gather(2, chosen).log().masked_fill(read | (place >= both), -torch.inf)
         return Reads(ranks, held, keys, values, weight)
