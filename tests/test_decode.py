@@ -184,6 +184,19 @@ def test_rows_that_are_taken_out_go_on_with_the_models_own_attention(patch: str)
 
 
 @methods
+def test_beside_a_patch_that_reads_the_prompt(patch: str) -> None:
+    model, ids = llama(), prompt(40)
+    reads, makes = ({"patch": name, "with": dict(ROWS[name].working)} for name in ("prefill_rows", patch))
+    with accelplug.apply(model, {"rules": [reads, makes]}, strict=True) as plug:
+        both = generate(model, {"input_ids": ids}, 5, return_dict_in_generate=True, output_scores=True).scores
+        assert plug.report().served == {"prefill_rows": 4, patch: 4 * 4}
+    with accelplug.apply(model, {"rules": [reads]}, strict=True):
+        prompts = generate(model, {"input_ids": ids}, 5, return_dict_in_generate=True, output_scores=True).scores
+    assert torch.equal(both[0], prompts[0])
+    assert not torch.equal(both[1], prompts[1])
+
+
+@methods
 def test_short_sequences_are_dense_and_first_layers_too(patch: str) -> None:
     model, ids = llama(), prompt(30)
     stock = generate(model, {"input_ids": ids}, 5, return_dict_in_generate=True, output_scores=True)
@@ -286,9 +299,9 @@ def params_of(method: Any, tokens: int) -> Any:
     return method.prepare(Site("a", "decoder", "self", 0, 1), Prompt(valid.short() * 0, valid, tokens), STEP, {})
 
 
-def random_call(method: Decode, tokens: int = 90) -> tuple[AttentionCall, Any]:
+def random_call(method: Decode, tokens: int = 90, heads: int = 6) -> tuple[AttentionCall, Any]:
     g = torch.Generator().manual_seed(0)
-    k, v, q = (torch.randn(2, heads, n, 8, generator=g) for heads, n in ((2, tokens), (2, tokens), (6, 1)))
+    k, v, q = (torch.randn(2, each, n, 8, generator=g) for each, n in ((2, tokens), (2, tokens), (heads, 1)))
     params = params_of(method, tokens)
     return call_of(method.keep(k, v, params), q), params
 
@@ -464,6 +477,18 @@ def test_clusters_hold_every_token_once() -> None:
 
 def test_faiss_finds_the_best() -> None:
     pytest.importorskip("faiss", reason="faiss is absent: pip install faiss-cpu")
-    by_faiss, by_us = (made("retrieval", search=search, probe=1.0, tokens=6) for search in ("faiss", "clusters"))
-    found = [method.attend(*random_call(method)) for method in (by_faiss, by_us)]
-    torch.testing.assert_close(*found)
+    by = [made("retrieval", search=search, probe=1.0, tokens=6) for search in ("faiss", "clusters")]
+    calls = [random_call(method, heads=2) for method in by]
+
+    def answers() -> list[Tensor]:
+        return [method.attend(call_of(call.kept, call.q), params) for method, (call, params) in zip(by, calls, strict=True)]
+
+    for _ in range(9):
+        new = torch.randn(2, 2, 2, 1, 8)
+        for call, _ in calls:
+            call.kept.append(*new)
+        torch.testing.assert_close(*answers())
+    for call, _ in calls:
+        call.kept.take_rows(torch.tensor([1, 1]))
+        call.kept.forget()  # as faiss does by itself
+    torch.testing.assert_close(*answers())
