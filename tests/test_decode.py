@@ -489,6 +489,7 @@ def test_faiss_finds_the_best() -> None:
             call.kept.append(*new)
         torch.testing.assert_close(*answers())
     for call, _ in calls:
-        call.kept.take_rows(torch.tensor([1, 1]))
-        call.kept.forget()  # as faiss does by itself
+        kept: Any = call.kept
+        kept.take_rows(torch.tensor([1, 1]))
+        kept.forget()  # as faiss does by itself
     torch.testing.assert_close(*answers())
