@@ -95,6 +95,7 @@ NEEDS = frozenset(
         "scores",
         "probabilities",
         "cache",
+        "first_forward",
     ]
 )
 """All that a `Patch` may need of its host."""
@@ -132,6 +133,7 @@ class Patch:
     ``answers`` : as ``whole_prompt``, but later turns may follow: a row that answers is known when it is read.
     ``scores`` : what is added to q.k is added to what the softmax takes; no soft cap comes between.
     ``probabilities`` : q, k and the mask say in full what the softmax takes; no sink logits, soft cap or position bias.
+    ``first_forward`` : the first prompt of a sequence in one forward, which `generate` may not cut; further turns may follow.
     ``cache`` : a dynamic cache, in whose place it may `keep` keys and values.
     """
     speed: ClassVar[bool] = True

@@ -350,6 +350,12 @@ def test_what_cannot_work_is_refused_in_words(rule: dict[str, Any]) -> None:
     with on(model, rule):
         with pytest.raises(UnsupportedError, match="StaticLayer"):
             generate(model, {"input_ids": ids}, 3, cache_implementation="static")
+        pieces = {"prefill_chunk_size": 8}
+        if rule is SNAP:
+            with pytest.raises(UnsupportedError, match="in pieces of 8 tokens"):
+                generate(model, {"input_ids": ids}, 3, **pieces)
+        else:
+            assert torch.equal(generate(model, {"input_ids": ids}, 3, **pieces), generate(model, {"input_ids": ids}, 3))
         cache = fresh(model)
         hidden(model, ids, cache)
     with pytest.raises(UnsupportedError, match="new cache"):

@@ -38,6 +38,10 @@ class GeneratingHost(Protocol):
     recipe: str
     """Name of the recipe that is on."""
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the recipe's patches ask of the host."""
+
 
 class Generation:
     """A model's ``generate``, wrapped on the instance by a recipe's generation patches, the first one outermost."""
@@ -76,6 +80,16 @@ class Generation:
                 return stream
         return None
 
+    def require_whole(self, kwargs: Mapping[str, Any]) -> None:
+        """Refuse a prompt in pieces where a patch takes the first forward of a sequence for all of it."""
+        config = kwargs.get("generation_config") or getattr(self.host.model, "generation_config", None)
+        size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        if size and "first_forward" in self.host.needs:
+            raise UnsupportedError(
+                f"{self.host.recipe} takes the first forward of a sequence for its whole prompt, and this one would come in pieces of "
+                f"{size} tokens. Leave out prefill_chunk_size."
+            )
+
     def install(self, undo: Undo) -> None:
         """Put the wrapper in place."""
         if hasattr(self.host.model, "generate"):
@@ -91,6 +105,7 @@ class _Generate:
         self._generation, self._own = generation, own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._generation.require_whole(kwargs)
         begun = _BEGUN.set([])
         try:
             return self._around(*args, **kwargs)

@@ -104,6 +104,7 @@ class SnapKV(Keeping):
             return value
 
     config: Config
+    needs = Keeping.needs | {"first_forward"}
 
     def prepare(self, site: Site, layout: Prompt, clock: Clock, state: dict[str, Any]) -> SnapParams | None:
         if self.config.share == 1.0:
