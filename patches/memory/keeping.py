@@ -34,12 +34,6 @@ class FewerKeys:
         """What is kept, by name."""
         return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that it holds on to: of whole storages, whatever part of them is looked at."""
-        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors.values()}
-        return sum(held.values())
-
     @abstractmethod
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add tokens (B, H_kv, n, D); return the same, since attention is handed no others."""
