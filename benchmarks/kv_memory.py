@@ -7,7 +7,7 @@ Needs `accelplug fetch smollm2-135m`, a text of a few hundred thousand character
 
 A prompt is read with the recipe on, and so is all that follows.
 
-* kv_mib: bytes of all storages that the cache reaches, once the prompt is read; resident_mib: what the process grew by.
+* kv_mib: bytes of all storages that the cache reaches, once the prompt is read: what the allocator has given for it.
 * nll: per token of the 128 tokens that follow, at `--texts` places of the file's second half; heads are scored on its beginning.
 * needles: numbers told at a tenth, a half and nine tenths of the text that are answered; `after`, where the question comes behind a prompt
   that was read without it, as one more turn.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -71,23 +70,13 @@ def tables_of(model: Any, path: Path) -> dict[str, Any]:
     return {key: type(table).read(path.with_suffix(".safetensors"), table.sha256, key) for key in keys}
 
 
-def resident_mib() -> float:
-    gc.collect()
-    return next(
-        int(line.split()[1]) / 1024
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmRSS")
-    )
-
-
-def follows(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float, float]:
-    """NLL per token of what follows a prompt, bytes of its cache and growth of the process, both MiB."""
-    before, cache = resident_mib(), hf.DynamicCache(config=model.config)
+def follows(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
+    """NLL per token of what follows a prompt, and MiB of its cache."""
+    cache = hf.DynamicCache(config=model.config)
     last = read(model, ids[:tokens], cache)
-    grown = resident_mib() - before
     held = kv_bytes(cache) / 2**20
     logits = [last, *(read(model, token[None], cache) for token in ids[tokens:-1])]
-    return float(cross_entropy(torch.stack(logits).float(), ids[tokens:])), held, grown
+    return float(cross_entropy(torch.stack(logits).float(), ids[tokens:])), held
 
 
 def needles(model: Any, tokenizer: Any, ids: torch.Tensor, apart: bool) -> int:
@@ -122,8 +111,7 @@ def measured(
         told = {apart: needles(model, tokenizer, places[0][:tokens], apart) for apart in (False, True)}
     return {
         "kv_mib": round(found[0][1], 2),
-        "resident_mib": round(found[-1][2], 1),
-        "nll": [round(nll, 4) for nll, _, _ in found],
+        "nll": [round(nll, 4) for nll, _ in found],
         "needles": told[False],
         "needles after": told[True],
     }
