@@ -389,7 +389,7 @@ def _compare_answers(options: argparse.Namespace, report: Path | None) -> int:
     return 0
 
 
-def _text_exam(options: argparse.Namespace, trials: int = 1) -> Any:
+def _text_exam(options: argparse.Namespace, **defaults: Any) -> Any:
     """What a language model is examined on where it reads texts; None where nothing was said of them."""
     from accelplug.comparison import TextExam
 
@@ -399,8 +399,8 @@ def _text_exam(options: argparse.Namespace, trials: int = 1) -> Any:
         raise AccelplugError(
             "--text, --tokens, --trials and --anew are of an exam on texts: expected no other one beside it."
         )
-    tokens = tuple(options.tokens or ())
-    return TextExam(tokens=tokens, text=options.text, trials=options.trials or trials, anew=options.anew)
+    told = {name: found for name in ("tokens", "text", "trials", "anew") if (found := getattr(options, name))}
+    return TextExam(**{**defaults, **told})
 
 
 def _tune(options: argparse.Namespace) -> int:
@@ -408,7 +408,7 @@ def _tune(options: argparse.Namespace) -> int:
     from accelplug.comparison import TextExam
     from accelplug.table import require_place
     from accelplug.tuning import tune
-    from accelplug.tuning.texts import TRIALS
+    from accelplug.tuning.texts import SEARCH_EXAM
 
     output, report = files.output(options.output, "--output", (".yaml", ".yml")), _report(options)
     require_place(output.with_suffix(".safetensors"))
@@ -416,7 +416,7 @@ def _tune(options: argparse.Namespace) -> int:
     seconds = 600.0
     if (kind := loading.kind_of(options.model_dir)) == "language model":
         _refuse(options, kind, "prompts", "no_caches", *SIZES)
-        pipe, processor, inputs = _questioned(options, _text_exam(options, TRIALS))
+        pipe, processor, inputs = _questioned(options, _text_exam(options, **SEARCH_EXAM))
         seconds = 110.0 if inputs is None or isinstance(inputs, TextExam) else seconds
     else:
         _refuse(options, kind, "objective", *EXAMS)

@@ -38,8 +38,9 @@ from accelplug.tuning.space import FINALISTS, WORTH
 
 logger = logging.getLogger("accelplug")
 
-TRIALS = 4
-"""Contexts of each kind a length that the search may see, and as many for the proof, where nothing is said."""
+SEARCH_EXAM: Mapping[str, Any] = {"tokens": (4096,), "trials": 4, "suffix": 64}
+"""What a search asks where nothing is said: prompts from which on sparse prefill is at work by default; contexts of each kind, and as
+many for the proof; and fewer tokens than compare weighs, since a candidate costs a reading and an answer."""
 TEXT_BUDGET = "needle>=stock, nll<=stock+0.02"
 
 
@@ -119,7 +120,7 @@ def tune_texts(
         )
     bounds = parse_budget(TEXT_BUDGET if budget is None else budget, TEXT_METRICS)
     ladders = prefill_ladders()
-    exam = replace(exam or TextExam(trials=TRIALS), seed=seed, tasks=tasks_of(bounds)).at_work([])
+    exam = replace(exam or TextExam(**SEARCH_EXAM), seed=seed, tasks=tasks_of(bounds)).at_work([])
     searched, held = (contexts_of(model, replace(exam, seed=s), processor) for s in (seed, seed + 1))
     reader = ContextReader(model, processor, [*searched, *held], exam.anew)
     journal = Journal(resume, fingerprint_of(model, exam.anew, [*searched, *held]))

@@ -57,7 +57,7 @@ class TextExam:
     """
 
     tokens: Sequence[int] = ()
-    depths: Sequence[float] = needle.DEPTHS
+    depths: Sequence[float] = needle.NEEDLE_DEPTHS
     tasks: Sequence[str] = TASKS
     text: str | Path | None = None
     suffix: int = 128

@@ -12,7 +12,7 @@ from random import Random
 from accelplug.comparison.texts.context import Encode, Part, TaskQuestion
 from accelplug.comparison.texts.words import digits, distinct
 
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+NEEDLE_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SUBJECTS = (
     "secret code",
     "telephone number",
@@ -26,7 +26,7 @@ SUBJECTS = (
 ASK_NEEDLE = "\nQuestion: What is the {what}? Answer: The {what} is"
 
 
-def needles(rng: Random, room: int, encode: Encode, depths: Sequence[float] = DEPTHS) -> Part:
+def needles(rng: Random, room: int, encode: Encode, depths: Sequence[float] = NEEDLE_DEPTHS) -> Part:
     """A needle at each depth, 0 for the front and 1 for the end."""
     subjects = rng.sample(SUBJECTS, len(SUBJECTS))
     told = [
