@@ -25,12 +25,14 @@ from accelplug.comparison.texts.scores import TEXT_METRICS, text_figures
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
 from accelplug.recipe import load
+from accelplug.registry import list_patches
 from accelplug.testing.language_models import TEXT_CONFIG
 from accelplug.tuning import contest
 from accelplug.tuning.aims import Aim
 from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.texts import ReadingContest, of_contexts
+from tests.patch_rows import ROWS
 
 FIRST = 3
 
@@ -325,3 +327,15 @@ def test_smollm2_finds_a_needle_and_reads_less(capsys: pytest.CaptureFixture[str
     assert abs(found["rows"].figures["nll"].delta.value) < 0.2
     assert 0.9 < found["rows"].layers[768].mean_kept < 1
     assert "rows: text of 768 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("patch", [e.name for e in list_patches() if e.family in ("prefill", "decode", "memory")])
+def test_a_patch_that_reads_everything_is_worth_what_stock_is(patch: str) -> None:
+    """Its kernel runs on copies of a cache, in pieces, token by token: and differs from stock by rounding."""
+    row, exam = ROWS[patch], TextExam(tokens=(512,), depths=(0.5,), tasks=("needle", "nll"), suffix=16)
+    recipes = {"faint": {"rules": [{"patch": patch, "with": dict(row.faint or row.neutral)}]}}
+    recipes["working"] = {"rules": [{"patch": patch, "with": dict(row.working)}]}
+    found = accelplug.compare(llama(), recipes, exam, processor=LETTERS, progress=False)
+    assert abs(found["faint"].figures["nll"].delta.value) < 1e-4
+    assert abs(found["working"].figures["nll"].delta.value) > 1e-6
+    assert not any("no call was answered" in note for note in found["working"].notes)
