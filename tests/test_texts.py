@@ -337,5 +337,5 @@ def test_a_patch_that_reads_everything_is_worth_what_stock_is(patch: str) -> Non
     recipes["working"] = {"rules": [{"patch": patch, "with": dict(row.working)}]}
     found = accelplug.compare(llama(), recipes, exam, processor=LETTERS, progress=False)
     assert abs(found["faint"].figures["nll"].delta.value) < 1e-4
-    assert abs(found["working"].figures["nll"].delta.value) > 1e-6
+    assert found["working"].figures["nll"].delta.value != 0.0, "its kernel ran"
     assert not any("no call was answered" in note for note in found["working"].notes)

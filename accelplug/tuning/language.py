@@ -152,7 +152,8 @@ class Answered(Tuned):
         marks = [
             Mark(point.name, point.verdict, *point.gain, f"{point.gain[0]:+.3f}") for point in self.points if point.gain
         ]
-        hint = "more is better; bars: 95 % on the proof, by pictures; dashed: stock"
+        by = "contexts" if self.objective == "speed" else "pictures"
+        hint = f"more is better; bars: 95 % on the proof, by {by}; dashed: stock"
         drawn = chart(f"gain in {self.objective}", hint, marks, 0.0)
         head = (
             f'<div class="soft">{html.escape(self.model)}: {html.escape(self.budget)}</div><h1>{html.escape(self.why)}</h1>'
