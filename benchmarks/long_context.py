@@ -245,9 +245,11 @@ def prefill_s(
 
 def attention_s(model: Any, ids: torch.Tensor, name: str | None) -> float:
     """Seconds that attention takes of a prompt, in all layers: those that no rule names are told by a rule that answers nothing."""
-    idle = {"patch": "stream", "with": {"min_tokens": len(ids) + 1}}
-    rules = [] if name is None else rules_of(name)
-    left = [idle] if name is None or any("where" in rule for rule in rules) else []
+    rules, depth = [] if name is None else rules_of(name), model.config.num_hidden_layers
+    named = {layer for rule in rules for layer in recipe.Where.model_validate(rule.get("where", {})).layers_of(depth)}
+    others = [layer for layer in range(depth) if layer not in named]
+    idle = {"where": {"layers": others}, "patch": "stream", "with": {"min_tokens": len(ids) + 1}}
+    left = [idle] if others else []
     with accelplug.apply(model, {"rules": [*rules, *left]}, gate="off") as plug, plug.trace(timed=True) as events:
         read(model, ids, hf.DynamicCache(config=model.config))
     return round(sum(event.ms or 0.0 for event in events) / 1e3, 3)
