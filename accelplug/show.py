@@ -212,7 +212,8 @@ def progress(what: str, total: float, show: bool = True) -> Iterator[Tell]:
 
     def left(done: float) -> str:
         seconds = (time.monotonic() - begun) * (total - done) / done if 0 < done < total else 0.0
-        return f"{seconds // 60:.0f}:{seconds % 60:02.0f} left" if seconds >= 1 else ""
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes}:{rest:02} left" if seconds >= 1 else ""
 
     if not show:
         yield silent
