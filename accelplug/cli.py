@@ -21,7 +21,7 @@ from accelplug.version import __version__
 PICTURES = 200
 """Pictures of an exam, where nobody says how many."""
 SCENES = 60
-"""Generated scenes in a comparison: TODO."""
+"""Generated scenes in a comparison: the stock model and one recipe take a minute and a half on one CPU core, less on two."""
 TEXT_TOKENS = 2048
 """Tokens that `inspect` reads of a text."""
 

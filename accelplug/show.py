@@ -53,9 +53,14 @@ class Shown:
         """
         return files.write(path, json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
+    @property
+    def heading(self) -> str:
+        """What stands above its page."""
+        return type(self).__name__
+
     def page(self) -> str:
         """Return one self-contained HTML page."""
-        return framed(type(self).__name__, as_elements(self))
+        return framed(f"accelplug: {self.heading}", f"<h1>{html.escape(self.heading)}</h1>\n{as_elements(self)}")
 
     def to_html(self, path: str | Path) -> Path:
         """Write `page` to a file.
@@ -69,10 +74,10 @@ class Shown:
 
 
 def table(title: str, *headings: str, names: bool = True, **more: Any) -> Table:
-    """Return a table of rich's in which nothing is cut: words break where they must, but not in a first column of `names`."""
-    from rich.table import Table
+    """Return a table of rich's in which nothing is cut, its first column of `names` on one line each."""
+    from accelplug.tables import WholeTable
 
-    made = Table(title=title, title_justify="left", caption_justify="left", **more)
+    made = WholeTable(title=title, title_justify="left", caption_justify="left", **more)
     for heading in headings:
         made.add_column(heading, no_wrap=names and not made.columns, overflow="fold")
     return made
@@ -115,6 +120,17 @@ def as_elements(renderable: Any) -> str:
     return f"<p>{lines}</p>"
 
 
+def as_definitions(facts: Mapping[str, Any]) -> str:
+    """Render facts by their names as a list of a page; those that hold nothing are left out."""
+
+    def said(value: Any) -> str:
+        return ", ".join(f"{name} {part}" for name, part in value.items()) if isinstance(value, Mapping) else str(value)
+
+    known = {name: value for name, value in facts.items() if value not in (None, "", {}, [])}
+    lines = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(said(value))}</dd>" for name, value in known.items())
+    return f"<dl>{lines}</dl>"
+
+
 def _table_elements(table: Any) -> str:
     """A table of rich's as HTML, with its title and caption."""
     columns = [(column, [_unmarked(cell) for cell in column.cells]) for column in table.columns]
@@ -126,8 +142,10 @@ def _table_elements(table: Any) -> str:
         f"<tr>{''.join(f'<td{side}>{html.escape(cell)}</td>' for side, cell in zip(align, cells, strict=True))}</tr>\n"
         for cells in zip(*(cells for _, cells in columns), strict=True)
     )
-    title = f"<h2>{html.escape(_unmarked(table.title))}</h2>" if table.title else ""
-    caption = f'<p class="soft">{html.escape(_unmarked(table.caption))}</p>' if table.caption else ""
+    words = _unmarked(table.title) if table.title else ""
+    title = f"<h2>{html.escape(words[:1].upper() + words[1:])}</h2>" if words else ""
+    lines = "<br>".join(map(html.escape, _unmarked(table.caption).split("\n"))) if table.caption else ""
+    caption = f'<p class="soft">{lines}</p>' if lines else ""
     head = f"<thead><tr>{head}</tr></thead>" if table.show_header else ""
     return f'{title}<div class="panel scroll"><table>{head}<tbody>\n{body}</tbody></table></div>{caption}'
 

@@ -17,7 +17,7 @@ from accelplug.comparison.evaluators.evaluator import Question
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.outcome import Outcome
 from accelplug.comparison.rows import STOCK_ROW
-from accelplug.show import as_elements, framed
+from accelplug.show import as_definitions, as_elements, framed
 
 CARDS = 6
 """How many changed answers of each kind, righted and broken, a row shows."""
@@ -52,7 +52,7 @@ def answers_page(
         "<h2>Where answers changed</h2>",
         _changes(exam, rows),
         "<h2>Where this was measured</h2>",
-        f'<div class="panel"><dl>{_measured_where(exam, rows, environment)}</dl></div>',
+        f'<div class="panel">{_measured_where(exam, rows, environment)}</div>',
     ]
     return framed(f"accelplug: {model} before and after", "\n".join(body), CHARTS_STYLE + CARDS_STYLE)
 
@@ -155,11 +155,10 @@ def _when(facts: Mapping[str, Any]) -> str:
 
 
 def _measured_where(exam: Exam, rows: Sequence[Outcome], environment: Mapping[str, Any]) -> str:
-    facts = {
+    facts: dict[str, Any] = {
         "exam": f"{exam.name}: {len(exam.questions)} questions on {len(exam.pictures)} pictures; truth: {exam.source or 'given'}",
         "answers": f"read {'as the release does' if exam.parse == 'official' else 'strictly: yes or no'}, greedy",
         "descriptions": f"{exam.describe!r}, at most {exam.max_new_tokens} tokens",
-        **{key: str(value) for key, value in environment.items() if value not in (None, "", {}, [])},
+        **environment,
     }
-    notes = {f"note on {row.name}": "; ".join(row.notes) for row in rows if row.notes}
-    return "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in (facts | notes).items())
+    return as_definitions(facts | {f"note on {row.name}": "; ".join(row.notes) for row in rows})

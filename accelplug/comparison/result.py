@@ -130,20 +130,12 @@ class Comparison(Shown):
     def table(self) -> Table:
         """Return the figures as a rich table."""
         from rich.box import SIMPLE_HEAD
-        from rich.table import Table
 
-        left: Any = {"title_justify": "left", "caption_justify": "left"}
-        table = Table(
-            title=self.verdict,
-            caption="\n".join([self.timed, *self.forced()]),
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            **left,
-        )
         headings, lines = report.filled_columns(self.headings(), [self.cells(row) for row in self.rows])
-        for heading in headings:
-            run = heading == "run"
-            table.add_column(heading, justify="left" if run else "right", no_wrap=run)
+        caption = "\n".join([self.timed, *self.forced()])
+        table = lined(self.verdict, *headings, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for column in table.columns[1:]:
+            column.justify = "right"
         for row, cells in zip(self.rows, lines, strict=True):
             table.add_row(*cells, style="dim" if row.kind == "floor" else None)
         return table

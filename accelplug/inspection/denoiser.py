@@ -86,6 +86,10 @@ class Inspection(Shown):
     differences: dict[str, str] = field(default_factory=dict)
     """By recipe: what it says that not all of them say."""
 
+    @property
+    def heading(self) -> str:
+        return f"What accelplug sees in {self.model}"
+
     def __rich__(self) -> Group:
         from rich.console import Group
 
@@ -104,14 +108,16 @@ class Inspection(Shown):
                 share, ceiling = part.attention_share(tokens), part.ceiling(tokens)
                 told.add_row(f"at {tokens:,} tokens", f"self-attention is {share:.0%} of the work: at most {ceiling:.1f}x")
             shown.append(told)
-        recipes = table("recipes that match this model", "recipe", "at most", "what it does", "what not all of them say")
+        recipes = table("recipes that match this model", "recipe", "at most", "what it does", "what few others say")
         recipes.caption = (
             "at most: were its attention free, dense steps and layers counted; plug.report() predicts it from timings"
         )
+        same = len({touches.split(", ")[0] for touches in self.recipes.values()}) == 1
         for name, touches in self.recipes.items():
             low, high = min(self.ceilings[name]), max(self.ceilings[name])
-            gain = f"{high:.1f}x" if low == high else f"{low:.1f} to {high:.1f}x"
-            recipes.add_row(name, gain, f"{self.summaries[name]} {touches}.", self.differences[name])
+            gain = "" if high == 1 else f"{low:.1f}x" if low == high else f"{low:.1f} to {high:.1f}x"
+            marks = ", ".join(touches.split(", ")[same:])  # what each touches is told where they differ
+            recipes.add_row(name, gain, self.summaries[name] + f" ({marks})" * bool(marks), self.differences[name])
         none = "No shipped recipe matches this model; apply() takes a mapping or a file of your own."
         return Group(*shown, recipes if self.recipes else none)
 
@@ -169,17 +175,20 @@ def _ceiling(recipe: Recipe, part: DenoiserFacts, tokens: int, steps: int) -> fl
 
 
 def _differences(recipes: Mapping[str, Recipe]) -> dict[str, str]:
-    """By recipe: patches, conditions and settings, but for those that all recipes have."""
+    """By recipe: patches, conditions and settings that fewer than half of the recipes have."""
     said = {name: _pieces_of(recipe) for name, recipe in recipes.items()}
-    shared = set.intersection(*map(set, said.values())) if len(said) > 1 else set()
-    return {name: ", ".join(one for one in each if one not in shared) for name, each in said.items()}
+    times = Counter(piece for pieces in said.values() for piece in dict.fromkeys(pieces))
+    return {name: ", ".join(one for one in pieces if 2 * times[one] < max(len(said), 3)) for name, pieces in said.items()}
 
 
 def _pieces_of(recipe: Recipe) -> list[str]:
     """What a recipe says, piece by piece."""
     pieces = []
     for rule in recipe.rules:
-        pieces += [f"{rule.name} at {rule.where}", *(f"{key} {shown(value)}" for key, value in rule.values.items())]
+        if rule.patch == "dense":
+            pieces.append(f"dense at {rule.where}")
+        else:
+            pieces += [rule.name, f"at {rule.where}", *(f"{key} {shown(value)}" for key, value in rule.values.items())]
     return pieces + ([] if recipe.cache is None else [f"step cache {recipe.cache.kind}"])
 
 

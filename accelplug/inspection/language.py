@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from accelplug import compat
@@ -11,7 +11,7 @@ from accelplug.families.vlm import vlm_of
 from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import attention_modules
 from accelplug.hosts.transformers import LanguageHost
-from accelplug.recipe import recipes_for
+from accelplug.recipe import matching_files, recipes_for
 from accelplug.show import Shown, table
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class LanguageInspection(Shown):
     layers, heads, kv_heads : of the decoder, from its config.
     attention : name of the attention implementation in use.
     modules : attention modules of the decoder, and why one cannot be entered; empty where it can.
-    recipes : recipes that match, with what each would touch.
+    recipes, summaries : recipes that match, with what each would touch, and what it does.
     """
 
     model: str
@@ -39,6 +39,11 @@ class LanguageInspection(Shown):
     attention: str
     modules: dict[str, str]
     recipes: dict[str, str]
+    summaries: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def heading(self) -> str:
+        return f"What accelplug sees in {self.model}"
 
     def __rich__(self) -> Group:
         from rich.console import Group
@@ -52,9 +57,9 @@ class LanguageInspection(Shown):
         for path, why in self.modules.items():
             if why:
                 told.add_row(path, why)
-        recipes = table("recipes that match this model", "recipe", "touches")
+        recipes = table("recipes that match this model", "recipe", "touches", "what it does")
         for name, touches in self.recipes.items():
-            recipes.add_row(name, touches)
+            recipes.add_row(name, touches, self.summaries.get(name, ""))
         none = "No shipped recipe matches this model; apply() takes a mapping or a file of your own."
         return Group(told, recipes if self.recipes else none)
 
@@ -70,6 +75,7 @@ def inspect_language(model: Any) -> LanguageInspection:
         if asks:
             kind = compat.transformers.layer_type(module)
             sites.append(Site(path, LanguageHost.name, "self", module.layer_idx, layers, layer_type=kind))
+    facts = model_facts(model)
     return LanguageInspection(
         model=type(model).__name__,
         family=family.name if family else None,
@@ -78,5 +84,6 @@ def inspect_language(model: Any) -> LanguageInspection:
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         attention=compat.transformers.attention_name(config),
         modules=modules,
-        recipes=recipes_for(model_facts(model), sites),
+        recipes=recipes_for(facts, sites),
+        summaries={f"{file.model}/{name}": r.summary for file in matching_files(facts) for name, r in file.recipes.items()},
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from accelplug.inspection import drawing
-from accelplug.show import as_elements, framed
+from accelplug.show import as_definitions, as_elements, framed
 
 MAP_WIDTH = 320
 """Pixels of a map; a page has less room for it."""
@@ -29,10 +29,9 @@ STYLE = """
 def looking_page(found: Any) -> str:
     """Return the page of a `VlmInspection` as text."""
     title = f"Where {found.origin or found.model} looks"
-    facts = "".join(f"<dt>{html.escape(what)}</dt><dd>{html.escape(fact)}</dd>" for what, fact in found.facts().items())
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        f'<div class="panel"><dl>{facts}</dl></div>',
+        f'<div class="panel">{as_definitions(found.facts())}</div>',
         "<h2>On the picture</h2>",
         f'<p class="soft">{html.escape(drawing.MAPS_SAID)} {html.escape(found.marks)}</p>',
         *(f'<div class="maps">{_maps(look)}</div>' for look in found.looks()),

@@ -16,6 +16,7 @@ from accelplug.comparison.rows import DENSE_ROW
 from accelplug.errors import AccelplugError
 from accelplug.recipe import ModelFacts, Recipe, match_for, write_recipe
 from accelplug.show import jsonable
+from accelplug.show import table as lined
 from accelplug.table import Table as Tensors
 from accelplug.table import write_tables
 from accelplug.tuning.budget import Bound
@@ -206,12 +207,9 @@ class Tuned(Recipe):
 
     def table(self) -> Table:
         """Return what was run as a rich table."""
-        from rich.table import Table
-
-        caption = "\n".join([f"budget: {self.budget}", *self.notes])
-        table = Table(title=self.why, caption=caption, title_justify="left", caption_justify="left")
-        for heading in self.headings():
-            table.add_column(heading, justify="left" if heading in ("candidate", "verdict") else "right")
+        table = lined(self.why, *self.headings(), names=False, caption="\n".join([f"budget: {self.budget}", *self.notes]))
+        for column in table.columns[1:-1]:
+            column.justify = "right"
         for point in self.points:
             table.add_row(*self.cells(point))
         return table

@@ -366,8 +366,9 @@ class AmberEvaluator:
         if math.isnan(figures.shares.get("cog", math.nan)):
             return {}
         named = {"CHAIR": "chair", "Cover": "cover", "Hal": "hal", "Cog": "cog", "F1 of no": "f1"}
-        shares = {heading: f"{figures.shares[name]:.1%}" for heading, name in named.items() if name in figures.shares}
-        return shares | ({"AMBER": f"{figures.shares['score']:.1f}"} if "score" in figures.shares else {})
+        known = {name: value for name, value in figures.shares.items() if not math.isnan(value)}
+        cells = {heading: f"{known[name]:.1%}" for heading, name in named.items() if name in known}
+        return cells | ({"AMBER": f"{known['score']:.1f}"} if "score" in known else {})
 
     def drawn(self, figures: AmberFigures) -> list[Figure]:
         """See `Evaluator`; as `columns`, but CHAIR, which `chair` draws with its interval where it can."""

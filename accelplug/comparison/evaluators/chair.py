@@ -158,7 +158,7 @@ class ChairEvaluator:
     def columns(self, figures: Chair, holm: Mapping[str, float]) -> dict[str, str]:
         """See `Evaluator`."""
         return {
-            "CHAIR_I": f"{figures.chair_i:.1%}",
+            "CHAIR_I": "" if math.isnan(figures.chair_i) else f"{figures.chair_i:.1%}",
             "to stock": str(figures.delta or ""),
             "recall": f"{figures.recall:.2f}",
             "words": f"{figures.mean_words:.1f}",

@@ -13,7 +13,7 @@ from accelplug.comparison.charts import CHARTS_STYLE, charts
 from accelplug.comparison.texts.context import TextItem
 from accelplug.comparison.texts.exam import TextExam
 from accelplug.comparison.texts.row import TextRow, by_task, needle_grid
-from accelplug.show import as_elements, framed
+from accelplug.show import as_definitions, as_elements, framed
 
 SHOWN = 12
 """Changed answers that a row shows."""
@@ -59,7 +59,7 @@ def texts_page(
         "<h2>Where answers changed</h2>",
         "".join(_changed_answers(items, rows)) or '<p class="soft">Nowhere.</p>',
         "<h2>Where this was measured</h2>",
-        f'<div class="panel"><dl>{_measured_on(exam, items, environment)}</dl></div>',
+        f'<div class="panel">{_measured_on(exam, items, environment)}</div>',
     ]
     return framed(f"accelplug: {model} before and after", "\n".join(body), CHARTS_STYLE + TEXTS_STYLE)
 
@@ -179,6 +179,6 @@ def _measured_on(exam: TextExam, items: Sequence[TextItem], environment: Mapping
         "asked": "each question in one prompt with its context"
         if exam.anew
         else "behind a context that was read without the question",
-        **{key: value for key, value in environment.items() if value not in (None, "", {}, [])},
+        **environment,
     }
-    return "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
+    return as_definitions(facts)
