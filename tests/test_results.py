@@ -33,6 +33,7 @@ from tests import tiny_language_models, tiny_pipelines
 from tests.patch_rows import ROWS
 from tests.test_comparison import small
 from tests.test_report import comparison, row
+from tests.test_texts import LETTERS, SMALL, llama
 
 OWN = "accelplug."
 """Results of tests and of other packages are not asked for here."""
@@ -89,6 +90,7 @@ def demonstrated() -> list[Shown]:
 MAKERS: dict[str, Callable[[], list[Shown]]] = {
     "comparison": lambda: [comparison(row("slow", 0.8, 30.0, 28.0))],
     "examined": lambda: [examined()],
+    "texts": lambda: [accelplug.compare(llama(), {"patch": "stream"}, SMALL, processor=LETTERS, progress=False)],
     "tuned": lambda: [tuned(), tuned(Answered, objective="accuracy")],
     "verified": lambda: [Verification("file.yaml", (Verified("file/a", "2026-01-01", "drifted", "1.1x"),))],
     "plugged": plugged,

@@ -17,7 +17,7 @@ from accelplug.calibration.target import Target
 from accelplug.chat import tokenizer_of
 from accelplug.comparison import arguments
 from accelplug.comparison.environment import environment
-from accelplug.errors import AccelplugError, NoMatchError, nearest
+from accelplug.errors import AccelplugError, NoMatchError, nearest, worded
 from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import unwrapped
 from accelplug.patches.base import Config
@@ -100,7 +100,10 @@ def heads(asked: LanguageRun) -> Found:
 def layers(asked: LanguageRun) -> Found:
     """Choose by layer how a prompt is read."""
     if not asked.text:
-        raise AccelplugError("calibrate layers reads prompts out of a text, and got none. Give one: --prompts FILE.")
+        raise AccelplugError(
+            "calibrate layers reads prompts out of a text, and got none. "
+            + worded("Pass one as prompts.", "Give one: --prompts FILE.")
+        )
     ids = torch.tensor(asked.tokenizer(asked.text).input_ids)
     knobs = LayerKnobs.read(asked.options, "Options of calibrate layers")
     chosen = choose_layers(asked.model, ids, knobs, {"prefill_rows": asked.config}, asked.tell)

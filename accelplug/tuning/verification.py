@@ -132,7 +132,7 @@ def _given(pipe: Any, recipe: Recipe, row: Measured, inputs: Any, processor: Any
     if row.objective == "speed":
         raise AccelplugError(
             f"{recipe.name}: the row of {row.date} was measured on long texts, seed {row.seeds[0]} and the next; compare the recipe "
-            f"on prompts of {row.inputs.get('tokens')} tokens instead: accelplug compare MODEL --recipe FILE --tokens N."
+            f"on prompts of {row.inputs.get('tokens')} tokens instead: `accelplug compare MODEL --recipe FILE --tokens N`."
         )
     if row.task:
         _, held = split(questions(pipe, inputs, processor), row.seeds[0])
