@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 import accelplug
 from accelplug import zoo
+from accelplug.cli import main
 from accelplug.comparison import TextExam
 from accelplug.comparison.questions import Reply
 from accelplug.comparison.texts.exam import TASKS
@@ -24,7 +26,7 @@ from accelplug.comparison.texts.reader import ContextReader, kv_bytes
 from accelplug.comparison.texts.scores import TEXT_METRICS, text_figures
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
-from accelplug.recipe import load
+from accelplug.recipe import load, read_file
 from accelplug.registry import list_patches
 from accelplug.testing.language_models import TEXT_CONFIG
 from accelplug.tuning import contest
@@ -339,3 +341,31 @@ def test_a_patch_that_reads_everything_is_worth_what_stock_is(patch: str) -> Non
     assert abs(found["faint"].figures["nll"].delta.value) < 1e-4
     assert found["working"].figures["nll"].delta.value != 0.0, "its kernel ran"
     assert not any("no call was answered" in note for note in found["working"].notes)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A tiny model on disk, with a tokenizer whose tokens are bytes."""
+    folder, letters = tmp_path / "model", pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocab = {"<end>": 0, **{letter: i for i, letter in enumerate(sorted(letters.alphabet()), FIRST)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = letters, decoders.ByteLevel()
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    llama().save_pretrained(folder)
+    return folder
+
+
+def test_the_command_line_compares_and_tunes(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, page, found = (tmp_path / name for name in ("stream.yaml", "page.html", "tuned.yaml"))
+    recipe.write_text(
+        "schema: 1\nmodel: tiny\nmatch: {class: LlamaForCausalLM}\ndefault: stream\nrecipes:\n  stream:\n    summary: a window\n"
+        "    rules:\n      - {patch: stream, with: {min_tokens: 0, local: 128, backend: blocked}}\n"
+    )
+    texts = ["--tokens", "1600"]
+    assert main(["compare", str(saved), "--recipe", str(recipe), *texts, "--report", str(page)]) == 0
+    assert "first token at 1,600" in capsys.readouterr().out
+    assert 'class="heat"' in page.read_text()
+    assert main(["tune", str(saved), *texts, "--patch", "stream", "--time", "2", "-o", str(found)]) == 0
+    assert "tuned" in read_file(found).recipes
+    assert main(["compare", str(saved), "--recipe", str(recipe), *texts, "--coco", str(tmp_path)]) == 2
+    assert "expected no other one beside it" in capsys.readouterr().err
