@@ -185,6 +185,27 @@ def test_adapters_are_part_of_what_was_measured() -> None:
     assert len(set(seen)) == 4, "loaded, at another scale, fused into the weights"
 
 
+def test_what_holds_the_proof_and_gains_nothing_there_is_not_the_recipe(
+    told_times: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told = Study.time
+
+    def slow_where_unseen(self: Study, variant: Variant, prompt: int, seed: int) -> None:
+        told(self, variant, prompt, seed)
+        if prompt == 1:
+            self.rows[variant.name].samples[-1].latency_ms = 10_000.0
+
+    monkeypatch.setattr(Study, "time", slow_where_unseen)
+    pipe, inputs = pipeline()
+    found = run(pipe, [inputs, inputs], "psnr>=1", patches=["sol"])
+    assert {point.speedup for point in found.points if point.worst_run == (1, 1)} == {1.0}
+    assert found.proven is None
+    assert "gains less than 1.03x, at best" in found.why
+    written = read_file(found.to_yaml(tmp_path / "mine.yaml")).recipe()
+    assert [rule.patch for rule in written.rules] == ["dense"]
+    found.to_html(tmp_path / "page.html")
+
+
 @pytest.mark.parametrize(
     ("where", "at", "proven", "says"),
     [
