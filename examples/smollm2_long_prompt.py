@@ -3,8 +3,10 @@
     accelplug fetch smollm2-135m
     python examples/smollm2_long_prompt.py BOOK.txt
 
-BOOK.txt is any text of 40,000 characters or more. A number is hidden in the middle of it, and asked for at the end. Decoding is the
-model's own; only the prompt reads fewer keys.
+BOOK.txt is any text of 40,000 characters or more. A number is hidden in the middle of it, and asked for at the end. Only the prompt
+reads fewer keys; decoding is the model's own. For a whole exam: `accelplug.compare(llm, ["long"], TextExam(...), processor=tokenizer)`.
+
+It needs no GPU, and has not run on one yet. `tests/test_examples.py` runs it on a tiny Llama, and on SmolLM2 itself where it was fetched.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ from accelplug import zoo
 
 NEEDLE = " The number of the locker is 7413."
 QUESTION = "\nWhat is the number of the locker? The number of the locker is"
-RECIPE = {"where": {"layers": "2:"}, "patch": "prefill_rows", "with": {"top_p": 0.9}}
 
 
 def prompt_of(tokenizer: Any, text: str, tokens: int) -> torch.Tensor:
@@ -43,11 +44,11 @@ def answer(llm: Any, ids: torch.Tensor, tokens: int) -> tuple[torch.Tensor, floa
 def main(
     book: Path,
     model: str | Path | None = None,
-    recipe: Any = RECIPE,
+    recipe: Any = "long",
     tokens: int = 8000,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> accelplug.Plug:
-    """Read the prompt both ways. Prompts below `min_tokens` of the patch, 4,096, run dense."""
+    """Read the prompt both ways. `recipe`: a name of recipes/llm.yaml; prompts of less than 4,096 tokens run dense by it."""
     folder = model or zoo.path("smollm2-135m")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     llm = AutoModelForCausalLM.from_pretrained(folder).to(device)

@@ -174,7 +174,11 @@ def test_smollm2_long_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     word_tokenizer().save_pretrained(tmp_path / "llama")
     book = tmp_path / "book.txt"
     book.write_text(" ".join(f"w{i * i % 480}" for i in range(400)), encoding="utf-8")
-    recipe = {**smollm2_long_prompt.RECIPE, "with": {"top_p": 0.9, "block": 8, "sink": 8, "local": 8, "min_tokens": 0}}
+    recipe = {
+        "where": {"layers": "2:"},
+        "patch": "prefill_rows",
+        "with": {"top_p": 0.9, "block": 8, "sink": 8, "local": 8, "min_tokens": 0},
+    }
     plug = smollm2_long_prompt.main(book, tmp_path / "llama", recipe, 200, "cpu")
     assert plug.report().served["prefill_rows"] == 2 * 2, "two prompts, in the last two of four layers"
     dense, sparse, *_ = capsys.readouterr().out.splitlines()
@@ -186,7 +190,7 @@ def test_smollm2_itself_finds_what_is_hidden(fetched: Any, tmp_path: Path, capsy
     folder = fetched("smollm2-135m")
     book = tmp_path / "book.txt"
     book.write_text("The grass is green. The sky is blue. The sun is yellow. Here we go. " * 40, encoding="utf-8")
-    recipe = {**smollm2_long_prompt.RECIPE, "with": {"top_p": 0.9, "min_tokens": 0}}
+    recipe = {"where": {"layers": "10%:"}, "patch": "prefill_rows", "with": {"min_tokens": 0}}  # as long, but for its length
     smollm2_long_prompt.main(book, folder, recipe, 400, "cpu")
     dense, sparse, *_ = capsys.readouterr().out.splitlines()
     assert "7413" in dense
