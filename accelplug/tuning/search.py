@@ -239,7 +239,9 @@ class Search:
         """Put the recipe, its measurement and the front together."""
         points = sorted(self.points.values(), key=lambda p: -p.speedup)
         for point in points:
-            if point.verdict == "proven" and point.speedup < WORTH:  # it holds, and gains nothing where the search never looked
+            if (
+                point.verdict == "proven" and point.speedup < WORTH
+            ):  # it holds, and gains nothing where the search never looked
                 point.verdict = "tried"
         proven = self._proven
         mapping = proven.rules() if proven is not None else OBSERVED
