@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from accelplug.chat import Chat
 from accelplug.comparison import Comparison, Row, compare
 from accelplug.comparison.result import rounded
 from accelplug.inspection import VlmInspection, inspect
-from accelplug.inspection.drawing import inlined
+from accelplug.inspection.page import looking_page
 from accelplug.plug import apply
 from accelplug.show import Shown
 
@@ -191,9 +192,14 @@ class Answers(Shown):
         return Group(self.table(), self.where(), ONE_PICTURE)
 
     def page(self) -> str:
-        """Return one self-contained HTML page: the answers, and drawings of where the model looks."""
-        drawn = "".join(f'<div class="panel"><img alt="" src="{inlined(figure)}"></div>' for figure in self.looks.figures())
-        return show.framed("accelplug: one picture, before and after", show.as_elements(self) + drawn)
+        """Return one self-contained HTML page: the answers to each question, and drawings of where the model looks."""
+        said = zip(self.questions, zip(*self.answers.values(), strict=True), strict=True)
+        parts = [
+            f"<h3>{html.escape(asked)}</h3>{show.as_definitions(dict(zip(self.answers, answers, strict=True)))}"
+            for asked, answers in said
+        ]
+        panels = "".join(f'<div class="panel">{part}</div>' for part in parts)
+        return looking_page(self.looks, f"<h2>What it answers</h2>{panels}<p>{html.escape(ONE_PICTURE)}</p>")
 
     def to_png(self, path: str | Path) -> Path:
         """Write the drawings of where the model looks.

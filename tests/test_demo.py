@@ -48,7 +48,7 @@ def test_the_vision_language_model_before_and_after(tmp_path: Path, capfd: pytes
     steps = ["where it looks", "stock", *demo.PATCHES]
     assert [LINE.sub("", line) for line in told.splitlines()] == [f"asking: {step}" for step in steps]
     assert Image.open(tmp_path / "demo.png").width > 1000
-    assert (tmp_path / "demo.html").read_text(encoding="utf-8").count("<img") == 2
+    assert (tmp_path / "demo.html").read_text(encoding="utf-8").count("<img") == 7
 
 
 def test_a_filmstrip_has_a_row_a_clip_and_its_first_and_last_frame() -> None:

@@ -26,12 +26,13 @@ STYLE = """
 """
 
 
-def looking_page(found: Any) -> str:
-    """Return the page of a `VlmInspection` as text."""
+def looking_page(found: Any, ahead: str = "") -> str:
+    """Return the page of a `VlmInspection` as text; `ahead` are elements that stand above its drawings."""
     title = f"Where {found.origin or found.model} looks"
     body = [
         f"<h1>{html.escape(title)}</h1>",
         f'<div class="panel">{as_definitions(found.facts())}</div>',
+        ahead,
         "<h2>On the picture</h2>",
         f'<p class="soft">{html.escape(drawing.MAPS_SAID)} {html.escape(found.marks)}</p>',
         *(f'<div class="maps">{_maps(look)}</div>' for look in found.looks()),
