@@ -79,7 +79,7 @@ DECODE: dict[str, list[dict[str, Any]]] = {
     "room": [{"patch": "pages", "with": {"min_tokens": 1 << 30}}],
     "pages 512": [{"patch": "pages", "with": {"budget": 512}}],
     "pages 1024": [{"patch": "pages", "with": {"budget": 1024}}],
-    "clusters": [{"patch": "clusters"}],
+    "clusters .018": [{"patch": "clusters", "with": {"exact": 0.018}}],
     "clusters .05": [{"patch": "clusters", "with": {"exact": 0.05, "estimate": 0.95}}],
     "clusters p .9": [{"patch": "clusters", "with": {"exact": 0.25, "estimate": 0.75, "top_p": 0.9}}],
     "retrieval": [{"patch": "retrieval"}],
