@@ -33,6 +33,7 @@ from accelplug.tuning import contest
 from accelplug.tuning.aims import Aim
 from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.journal import Journal
+from accelplug.tuning.language import tuned
 from accelplug.tuning.texts import ReadingContest, of_contexts
 from tests.patch_rows import ROWS
 
@@ -261,7 +262,7 @@ class Scripted:
 
     def __init__(self, contexts: list[Any], script: dict[str, tuple[float, float, float]], held: set[str]) -> None:
         self.contexts, self.script, self.held, self.on = {c.key: c for c in contexts}, script, held, "stock"
-        self.model = SimpleNamespace(device=torch.device("cpu"))
+        self.model = llama()
 
     @contextmanager
     def apply(self, model: Any, recipe: dict[str, Any], **_: object) -> Iterator[None]:
@@ -278,16 +279,18 @@ class Scripted:
         return [Reply("", None, i < share * len(page), math.nan, math.nan, 0) for i in range(len(page))], seconds
 
 
-def test_the_fastest_that_keeps_the_budget_on_contexts_held_out_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_that_keeps_the_budget_on_contexts_held_out_wins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     halves = [
         TextExam((1600,), depths=(0.2, 0.8), tasks=("needle",), seed=seed, trials=3).contexts(LETTERS) for seed in (0, 1)
     ]
     script = {
         "stock": (1.0, 1.0, 1.0),
-        "fast": (0.5, 1.0, 1.0),
-        "faster": (0.4, 1.0, 0.5),  # not on the proof
-        "worse": (0.2, 0.5, 0.5),
-        "slow": (1.2, 1.0, 1.0),
+        "stream": (0.5, 1.0, 1.0),
+        "triangle": (0.4, 1.0, 0.5),  # not on the proof
+        "xattention": (0.2, 0.5, 0.5),
+        "flashprefill": (1.2, 1.0, 1.0),
     }
     asker: Any = Scripted([c for half in halves for c in half], script, {c.key for c in halves[1]})
     monkeypatch.setattr(contest, "apply", asker.apply)
@@ -296,9 +299,18 @@ def test_the_fastest_that_keeps_the_budget_on_contexts_held_out_wins(monkeypatch
     found.candidates = [Aim(name, {"rules": [{"patch": name}]}) for name in script if name != "stock"]
     found.explore()
     found.prove()
-    assert found.winner.name == "fast"
-    assert {aim.name for aim in found.finalists} == {"fast", "faster"}
+    assert found.winner.name == "stream"
+    assert {aim.name for aim in found.finalists} == {"stream", "triangle"}
     assert found.interval(found.winner) == (1.0, 1.0, 1.0)
+    made = tuned(found, 0, "why", (), tokens="1600")
+    assert made.proven is not None
+    assert made.proven.name == "stream"
+    assert made.measured[0].objective == "speed"
+    assert made.measured[0].gain == 2.0
+    assert made.measured[0].task["needle"].value == 1.0
+    assert read_file(made.to_yaml(tmp_path / "tuned.yaml")).recipes["tuned"].rules[0].name == "stream"
+    with pytest.raises(AccelplugError, match="was measured on long texts"):
+        accelplug.verify(llama(), tmp_path / "tuned.yaml", processor=LETTERS)
 
 
 def test_tune_gives_a_recipe_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
