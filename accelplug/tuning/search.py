@@ -238,10 +238,8 @@ class Search:
     def result(self) -> Tuned:
         """Put the recipe, its measurement and the front together."""
         points = sorted(self.points.values(), key=lambda p: -p.speedup)
-        for point in points:
-            if (
-                point.verdict == "proven" and point.speedup < WORTH
-            ):  # it holds, and gains nothing where the search never looked
+        for point in points:  # what holds, and gains nothing where the search never looked, is not the recipe
+            if point.verdict == "proven" and point.speedup < WORTH:
                 point.verdict = "tried"
         proven = self._proven
         mapping = proven.rules() if proven is not None else OBSERVED
