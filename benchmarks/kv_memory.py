@@ -39,7 +39,7 @@ SUFFIX = 128
 
 
 def duo(by: str, keep: float, **more: Any) -> dict[str, Any]:
-    return {"patch": "duo", "with": {"scores": by, "keep": keep, "sink": 64, "window": 256, **more}}
+    return {"patch": "duo", "with": {"scores": by, "keep": keep, "sink": 64, "window": 256, "prompt": "stream", **more}}
 
 
 RECIPES: dict[str, dict[str, Any] | None] = {
@@ -49,7 +49,7 @@ RECIPES: dict[str, dict[str, Any] | None] = {
     "duo needle 0.25, dense prompt": duo("needle", 0.25, prompt="dense"),
     "duo needle 0.5, nothing for the rest": duo("needle", 0.5, compensate=False),
     "duo needle 0.25, nothing for the rest": duo("needle", 0.25, compensate=False),
-    "duo 0": {"patch": "duo", "with": {"sink": 64, "window": 256}},
+    "duo 0": {"patch": "duo", "with": {"sink": 64, "window": 256, "prompt": "stream"}},
     "snapkv 0.5": {"patch": "snapkv", "with": {"share": 0.5}},
     "snapkv 0.25": {"patch": "snapkv", "with": {"share": 0.25}},
 }

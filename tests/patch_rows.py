@@ -13,7 +13,7 @@ _STEP = {"sink": 1, "local": 2, "min_tokens": 0, "dense_layers": 0}
 """Of sparse decoding, in caches of as many."""
 _CAUSAL = ("llava", "qwen2_5_vl")
 """Of both too, which do not look at images: two models that read them causally."""
-_NEAR = {"sink": 2, "window": 4, "slack": 2}
+_NEAR = {"sink": 2, "window": 4, "slack": 2, "prompt": "stream"}
 """Of a sequence whose heads all stream."""
 _ADDED = Table(torch.tensor([[0.5, 0.1], [0.4, 0.3], [0.2, 0.6], [0.7, 0.8]]), ("layers", "heads"))
 """How much the key heads of the tiny models add."""
@@ -87,7 +87,7 @@ _ROWS = (
         faint={**_STEP, "cluster": 2, "probe": 1.0, "tokens": 999},
         only=_CAUSAL,
     ),
-    Subject("duo", {"keep": 1.0}, _NEAR, faint={"window": 999}, only=_CAUSAL),
+    Subject("duo", {"keep": 1.0}, _NEAR, faint={"window": 999, "prompt": "stream"}, only=_CAUSAL),
     Subject("snapkv", {"share": 1.0}, {"capacity": 10, "window": 4}, faint={"share": 0.999999}, only=_CAUSAL),
     Subject("moh", {"skip": 0.0}, {"outputs": _ADDED, "skip": 0.25}, only=_CAUSAL),
     Subject(

@@ -24,9 +24,14 @@ from accelplug.testing.language_models import TEXT_CONFIG, generate, word_proces
 LAYERS, KEY_HEADS, SINK, WINDOW = 4, 2, 2, 4
 SPLIT = Table(torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.6], [0.0, 0.05]]), ("layers", "heads"))
 """By half of the heads: one of each kind in two layers, then both, then none."""
-DUO = {"patch": "duo", "with": {"scores": SPLIT, "keep": 0.5, "sink": SINK, "window": WINDOW, "slack": 4}}
+DUO: dict[str, Any] = {
+    "patch": "duo",
+    "with": {"scores": SPLIT, "keep": 0.5, "sink": SINK, "window": WINDOW, "slack": 4, "prompt": "stream"},
+}
 SNAP = {"patch": "snapkv", "with": {"capacity": 10, "window": 4, "pool": 3}}
+READ_DENSE = {"patch": "duo", "with": {**DUO["with"], "prompt": "dense"}}
 BOTH = pytest.mark.parametrize("rule", [DUO, SNAP], ids=["duo", "snapkv"])
+ALL = pytest.mark.parametrize("rule", [DUO, READ_DENSE, SNAP], ids=["duo", "duo, dense prompt", "snapkv"])
 
 
 def llama(**more: Any) -> Any:
@@ -166,7 +171,7 @@ def test_the_command_line_scores_heads_and_tells_what_draws_attention(tmp_path: 
     assert "secondary sinks" in (tmp_path / "found.html").read_text()
 
 
-@BOTH
+@ALL
 def test_a_later_token_changes_no_earlier_row_of_a_prompt(rule: dict[str, Any]) -> None:
     model, ids = llama(), prompt(31)
     with on(model, rule):
@@ -187,7 +192,7 @@ def test_in_chunks_and_one_by_one_it_is_the_whole() -> None:
         torch.testing.assert_close(hidden(model, ids, use_cache=False), whole)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch_is_its_rows(rule: dict[str, Any], side: str) -> None:
     """The prompt, a further turn and single tokens behind it."""
@@ -250,7 +255,7 @@ def beams(model: Any, ids: torch.Tensor, tokens: int, number: int) -> torch.Tens
     return torch.cat([sequence for _, sequence in found])
 
 
-@BOTH
+@ALL
 def test_a_cache_is_copied_cropped_sorted_and_repeated(rule: dict[str, Any]) -> None:
     model, ids, more = llama(), prompt(30, rows=2), prompt(3, rows=2, seed=5)
     with on(model, rule):
@@ -288,7 +293,7 @@ def test_keys_are_freed() -> None:
         assert kv_bytes(cache) <= full * 10 // 400 + 64 * LAYERS * 10
 
 
-@BOTH
+@ALL
 def test_a_layer_is_freed_before_the_next_is_read(rule: dict[str, Any]) -> None:
     model, ids = llama(), prompt(400)
     cache, held = fresh(model), []
@@ -297,7 +302,7 @@ def test_a_layer_is_freed_before_the_next_is_read(rule: dict[str, Any]) -> None:
     hidden(model, ids, cache)
     stock, cache = held[-1], fresh(model)
     held.clear()
-    with on(model, {**rule, "with": {**rule["with"], "scores": 0.0}} if rule is DUO else rule):
+    with on(model, {**rule, "with": {**rule["with"], "scores": 0.0}} if rule["patch"] == "duo" else rule):
         hidden(model, ids, cache)
     assert max(held) < stock // 4, "more than one layer's keys were there at a time"
 
@@ -305,7 +310,7 @@ def test_a_layer_is_freed_before_the_next_is_read(rule: dict[str, Any]) -> None:
 def test_everything_kept_is_dense() -> None:
     model, ids = llama(), prompt(40)
     stock = generate(model, {"input_ids": ids}, 6, return_dict_in_generate=True, output_scores=True)
-    wide = {"patch": "duo", "with": {"scores": SPLIT, "window": 99}}
+    wide = {"patch": "duo", "with": {"scores": SPLIT, "window": 99, "prompt": "stream"}}
     with on(model, wide):
         got = generate(model, {"input_ids": ids}, 6, return_dict_in_generate=True, output_scores=True)
     for a, b in zip(got.scores, stock.scores, strict=True):
@@ -344,7 +349,7 @@ def test_snapkv_keeps_what_the_last_tokens_look_at() -> None:
     torch.testing.assert_close(seen[-1].view(4, -1), expected[0, :, 0], rtol=1e-4, atol=1e-5)
 
 
-@BOTH
+@ALL
 def test_what_cannot_work_is_refused_in_words(rule: dict[str, Any]) -> None:
     model, ids = llama(), prompt(30)
     with on(model, rule):
@@ -354,7 +359,7 @@ def test_what_cannot_work_is_refused_in_words(rule: dict[str, Any]) -> None:
         if rule is SNAP:
             with pytest.raises(UnsupportedError, match="in pieces of 8 tokens"):
                 generate(model, {"input_ids": ids}, 3, **pieces)
-        else:
+        elif rule is DUO:
             assert torch.equal(generate(model, {"input_ids": ids}, 3, **pieces), generate(model, {"input_ids": ids}, 3))
         cache = fresh(model)
         hidden(model, ids, cache)

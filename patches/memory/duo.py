@@ -7,9 +7,10 @@ and value, counted n times, ``o = (sum_read e^{s q.k_j} v_j + n e^{s q.k^} v^) /
 Which heads retrieve is a table of scores, which `accelplug calibrate MODEL --patch heads` measures; the share `keep` of the model's key
 heads with the highest scores keeps all. Without a table no head does: that is StreamingLLM, compensated.
 
-Keys and values of streaming heads are let go of when the prompt was read: a layer of H key heads, of which F keep all, holds
-F S + (H - F) (sink + window + slack) keys in place of H S. What a token reads depends on the tokens before it, not on how they came: in one
-forward, in chunks or one by one. `slack` is for drafts: an assisted answer takes back as many tokens at a time as there are in one.
+Keys and values of streaming heads are let go of layer by layer while the prompt is read: a layer of H key heads, of which F keep
+all, holds F S + (H - F) (sink + window + slack) keys in place of H S. With ``prompt: stream`` what a token reads depends on the tokens
+before it alone, not on whether they came in one forward, in chunks or one by one; else the first forward is the model's own. `slack`
+is for drafts: an assisted answer takes back as many tokens at a time as there are in one.
 """
 
 from __future__ import annotations
@@ -177,9 +178,9 @@ class Duo(Keeping):
         window: int = Field(256, ge=1, description="Recent tokens that they keep, the newest one too. Paper: 256.")
         compensate: bool = Field(True, description="Whether one token stands for what they drop. RazorAttention's.")
         prompt: Literal["stream", "dense"] = Field(
-            "stream",
-            description="How the first forward of a sequence is read: as all others, as DuoAttention does, or by the model's own "
-            "attention, as RazorAttention does.",
+            "dense",
+            description="How the first forward of a sequence is read: by the model's own attention, as RazorAttention does, or as all "
+            "others, as DuoAttention does. Ours: dense, measured by benchmarks.kv_memory.",
         )
         slack: int = Field(64, ge=0, description="Further tokens that they hold on to, for drafts to be taken back. Ours.")
 
