@@ -21,7 +21,7 @@ from accelplug.version import __version__
 PICTURES = 200
 """Pictures of an exam, where nobody says how many."""
 SCENES = 60
-"""Generated scenes in a comparison: the stock model and one recipe take a minute and a half on one CPU core, less on two."""
+"""Generated scenes in a comparison: the stock model and one recipe took 50 s on one CPU thread."""
 TEXT_TOKENS = 2048
 """Tokens that `inspect` reads of a text."""
 
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--pictures",
         type=_whole,
-        help=f"how many (default {PICTURES} of COCO, all of AMBER, {SCENES} scenes: two minutes for one recipe on two CPU cores)",
+        help=f"how many (default {PICTURES} of COCO, all of AMBER, {SCENES} scenes, which take under two minutes on two CPU cores)",
     )
     command.add_argument(
         "--parse",
