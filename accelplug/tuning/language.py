@@ -158,8 +158,9 @@ class Answered(Tuned):
         head = (
             f'<div class="soft">{html.escape(self.model)}: {html.escape(self.budget)}</div><h1>{html.escape(self.why)}</h1>'
         )
-        notes = "".join(f'<p class="soft">{html.escape(note)}</p>' for note in self.notes)
-        return framed("accelplug: tuned", f"{head}\n{drawn}\n{as_elements(self.table())}\n{notes}", CHARTS_STYLE)
+        table = self.table()
+        table.title = "All that was tried"
+        return framed("accelplug: tuned", f"{head}\n{drawn}\n{as_elements(table)}", CHARTS_STYLE)
 
 
 def tuned(contest: Contest, seed: int, why: str, notes: tuple[str, ...], **inputs: Any) -> Answered:
