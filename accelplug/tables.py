@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import replace
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
@@ -56,7 +55,7 @@ class WholeTable(Table):
         spare, wanted = self._spare(options, [spans[i] for i in numbers]), sum(spans[i][1] - spans[i][0] for i in numbers)
         share = min(1.0, max(spare, 0) / wanted) if wanted else 0.0
         widths = [least + int(share * (most - least)) for least, most in (spans[i] for i in numbers)]
-        return [
-            replace(self.columns[i], width=width, _index=place, _cells=self.columns[i]._cells)
-            for place, (i, width) in enumerate(zip(numbers, widths, strict=True))
-        ]
+        columns = [copy(self.columns[i]) for i in numbers]
+        for column, width in zip(columns, widths, strict=True):
+            column.width = width
+        return columns
