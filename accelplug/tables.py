@@ -51,11 +51,13 @@ class WholeTable(Table):
         return options.max_width - lines - sum(least + left + right for least, _ in spans)
 
     def _fitted(self, options: ConsoleOptions, numbers: list[int], spans: list[tuple[int, int]]) -> list[Column]:
-        """Columns with their widths: the spare room goes to those that want more."""
-        spare, wanted = self._spare(options, [spans[i] for i in numbers]), sum(spans[i][1] - spans[i][0] for i in numbers)
-        share = min(1.0, max(spare, 0) / wanted) if wanted else 0.0
-        widths = [least + int(share * (most - least)) for least, most in (spans[i] for i in numbers)]
-        columns = [copy(self.columns[i]) for i in numbers]
-        for column, width in zip(columns, widths, strict=True):
-            column.width = width
-        return columns
+        """Columns with their widths: those that want little get it, the others share the room that is left."""
+        spare, columns = (
+            max(self._spare(options, [spans[i] for i in numbers]), 0),
+            {i: copy(self.columns[i]) for i in numbers},
+        )
+        for place, i in enumerate(sorted(numbers, key=lambda i: spans[i][1] - spans[i][0])):
+            least, most = spans[i]
+            more = min(most - least, spare // (len(numbers) - place))
+            columns[i].width, spare = least + more, spare - more
+        return list(columns.values())

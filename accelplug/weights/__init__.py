@@ -95,7 +95,7 @@ class Available(Shown):
             wheel = WHEELS[name]
             about = f"{wheel.about}; {wheel.licence}; from the wheel {wheel.project} {wheel.version}"
             found.add_row(
-                name, about, f"{wheel.size / 1e6:.0f}, {wheel.converted_size / 1e6:.0f}", str(folder or "not\u00a0fetched")
+                name, about, f"{wheel.size / 1e6:.0f}, {wheel.converted_size / 1e6:.0f}", str(folder or "not fetched")
             )
         return found
 
