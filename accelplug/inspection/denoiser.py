@@ -134,8 +134,12 @@ def inspect_denoiser(model: Any, sizes: Mapping[str, Any] | None = None) -> Insp
     NoMatchError
         If it has no denoiser.
     AccelplugError
-        If its call has no argument of such a name.
+        If sizes are no mapping, or its call has no argument of such a name.
     """
+    if not isinstance(sizes, Mapping | None):
+        raise AccelplugError(
+            f"inspect: expected a mapping of arguments of the call of {type(model).__name__}, such as height, got {sizes!r}."
+        )
     given = dict(sizes or {})
     taken = () if isinstance(model, torch.nn.Module) else signature(type(model).__call__).parameters
     if strange := [name for name in given if name not in taken]:
