@@ -687,7 +687,7 @@ SLIPS: dict[str, dict[str, list[Any]]] = {
         "deterministic": [None, "no", 1],
     },
     "remove": {"model": [None, *NOTHING]},
-    "inspect": {"model": [None, *NOTHING], "inputs": [3, "x", {}, []]},
+    "inspect": {"model": [None, *NOTHING], "inputs": [3, "x", [], {"x": 1}]},
     "compare": {
         "pipe": [None, *NOTHING, torch.nn.Linear(2, 2)],
         "recipe": [*NO_RECIPE[:5], [3], ["no"], {"a": 3}],
