@@ -16,6 +16,7 @@ from accelplug.show import table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 MARKS = "+ its error is repaired, ° measured: `accelplug show MODEL/RECIPE`"
 
@@ -26,12 +27,15 @@ AUDIENCES = {
 """Which families of patches are for which models; what other packages add stands with the first that has its family."""
 
 
-def models() -> RenderableType:
-    """Return the shipped recipes, a line for each model."""
-    found = table("recipes by model", "model", "recipes (the first: default)", caption=MARKS)
+def models() -> Table:
+    """Return the shipped recipes, a row for the models that have the same."""
+    alike: dict[str, list[str]] = {}
     for model, group in groupby(list_recipes(), key=lambda info: info.model):
         names = sorted(group, key=lambda info: not info.default)
-        found.add_row(model, ", ".join(_marked(info) for info in names))
+        alike.setdefault(", ".join(_marked(info) for info in names), []).append(model)
+    found = table("recipes by model", "model", "recipes (the first: default)", caption=MARKS)
+    for recipes, those in alike.items():
+        found.add_row("\n".join(those), recipes)
     return found
 
 

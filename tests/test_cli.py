@@ -10,7 +10,7 @@ import torch
 from diffusers import WanPipeline
 
 import accelplug
-from accelplug import zoo
+from accelplug import listing, zoo
 from accelplug.cli import main
 from accelplug.comparison import Comparison
 from accelplug.inspection.denoiser import STEPS, Inspection
@@ -20,8 +20,10 @@ def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) < 40  # a screen
+    rows = {model: names for cell, names in zip(*(column.cells for column in listing.models().columns)) for model in cell.split("\n")}
     for info in accelplug.list_recipes():
-        assert info.name in next(line for line in out.splitlines() if f" {info.model} " in line)
+        assert info.model in out
+        assert info.name in rows[info.model].replace("+", "").replace("°", "").split(", ")
     assert main(["show", "wan2.1-t2v-14b/radial"]) == 0
     assert "2506.19852" in capsys.readouterr().out
 

@@ -238,6 +238,6 @@ def test_a_host_is_found_by_its_models(toy: tuple[ToyModel, Tensor]) -> None:
     assert host_of(toy[0]).gives == "pixels"
     assert host_of(nn.Linear(1, 1)).called == "a denoiser"
     with pytest.raises(
-        AccelplugError, match="compare: expected a vision-language model or a whole diffusers pipeline, got Linear"
+        AccelplugError, match="compare: expected a language model or a whole diffusers pipeline, got Linear"
     ):
         require_ability(nn.Linear(1, 1), "compare")

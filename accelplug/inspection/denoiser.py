@@ -134,7 +134,7 @@ def inspect_denoiser(model: Any, sizes: Mapping[str, Any] | None = None) -> Insp
     NoMatchError
         If it has no denoiser.
     AccelplugError
-        If sizes are no mapping, or its call has no argument of such a name.
+        If sizes is not a mapping, or its call has no argument of such a name.
     """
     if not isinstance(sizes, Mapping | None):
         raise AccelplugError(
