@@ -20,10 +20,11 @@ def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) < 40  # a screen
-    rows = {model: names for cell, names in zip(*(column.cells for column in listing.models().columns)) for model in cell.split("\n")}
+    cells = zip(*(column.cells for column in listing.models().columns), strict=True)
+    rows = {model: names for models, names in cells for model in str(models).split("\n")}
     for info in accelplug.list_recipes():
         assert info.model in out
-        assert info.name in rows[info.model].replace("+", "").replace("°", "").split(", ")
+        assert info.name in str(rows[info.model]).replace("+", "").replace("°", "").split(", ")
     assert main(["show", "wan2.1-t2v-14b/radial"]) == 0
     assert "2506.19852" in capsys.readouterr().out
 

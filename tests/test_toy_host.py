@@ -237,7 +237,5 @@ def test_what_cannot_be_done_is_refused_in_one_way(toy: tuple[ToyModel, Tensor],
 def test_a_host_is_found_by_its_models(toy: tuple[ToyModel, Tensor]) -> None:
     assert host_of(toy[0]).gives == "pixels"
     assert host_of(nn.Linear(1, 1)).called == "a denoiser"
-    with pytest.raises(
-        AccelplugError, match="compare: expected a language model or a whole diffusers pipeline, got Linear"
-    ):
+    with pytest.raises(AccelplugError, match="compare: expected a language model or a whole diffusers pipeline, got Linear"):
         require_ability(nn.Linear(1, 1), "compare")
