@@ -279,7 +279,8 @@ def main() -> None:
     pipe = WanPipeline.from_pretrained(zoo.path(), dtype=torch.float32)
     frames, height, width, steps = GRIDS[options.grid]
     settings = {"num_frames": frames, "height": height, "width": width, "num_inference_steps": steps, "guidance_scale": 3.0}
-    data: dict[str, Any] = {**environment(pipe), "settings": settings, "budget": options.budget, "asked": vars(options)}
+    asked = {**vars(options), "report": options.report and options.report.name}
+    data: dict[str, Any] = {**environment(pipe), "settings": settings, "budget": options.budget, "asked": asked}
 
     def write(**parts: Any) -> None:
         data.update(parts)
