@@ -78,7 +78,7 @@ class StepClock:
         self._bare = isinstance(pipe, torch.nn.Module)
         self._others: list[weakref.ref[Any]] = []
         self._holders = 0
-        self._looking = threading.Lock()
+        self._looking, self._taking = threading.Lock(), threading.Lock()
         self._thread = _Told()
         # Schedules are kept, small as they are, so that an id stays theirs.
         self._schedules: Bounded[int, _Schedule] = Bounded(64)
@@ -121,14 +121,15 @@ class StepClock:
             return Moment(Clock(*self._thread.fixed, branch))
         timestep = getattr(context, "timestep", None) if timestep is None else timestep
         given = _Given.of(timestep)
-        if given is not None:
-            places = self._places(given, denoiser, run, scales)
-        else:
-            places = self._counted(denoiser, run, branch) if self._told() is None else []
-        if places:
+        with self._taking:  # two threads that begin at once must not take one schedule for new
+            if given is not None:
+                places = self._places(given, denoiser, run, scales)
+            else:
+                places = self._counted(denoiser, run, branch) if self._told() is None else []
             schedules = tuple(schedule for schedule, _ in places)
             if len(schedules) == 1:
                 self._schedules.get(id(schedules[0]), lambda: _Schedule(schedules[0])).used = True
+        if places:
             first, step = places[0]
             return Moment(Clock(step, len(first), branch), schedules)
         told = self._told()
