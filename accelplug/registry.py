@@ -276,7 +276,7 @@ _OWN = (
         module="accelplug.patches.sparse.pages",
         cls="Pages",
         family="decode",
-        summary="A decode step reads the pages of keys with the largest bound of q.k, the first tokens and the newest.",
+        summary="A decode step reads the pages of keys with the largest bound of q.k, the first tokens and the newest. Experimental.",
         cite="arXiv 2406.10774",
     ),
     PatchEntry(
@@ -284,7 +284,7 @@ _OWN = (
         module="accelplug.patches.sparse.clusters",
         cls="Clusters",
         family="decode",
-        summary="A decode step reads the tokens of the clusters of keys that weigh most, and the means of the next.",
+        summary="A decode step reads the tokens of the clusters of keys that weigh most, and the means of the next. Experimental.",
         cite="arXiv 2505.02922, 2602.05191",
     ),
     PatchEntry(
@@ -292,7 +292,7 @@ _OWN = (
         module="accelplug.patches.sparse.retrieval",
         cls="Retrieval",
         family="decode",
-        summary="Keys lie in CPU memory; a decode step reads those that an index finds, the first tokens and the newest.",
+        summary="Keys lie in CPU memory; a decode step reads those that an index finds, the first tokens and the newest. Experimental.",
         cite="arXiv 2409.10516",
     ),
     PatchEntry(
