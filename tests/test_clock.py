@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,6 +80,26 @@ def test_what_the_user_says_wins_until_taken_back() -> None:
     assert clock.now().clock == Clock(3, 30)
     clock.set(None, None)
     assert clock.now().clock == Clock(0, 4)
+
+
+def test_two_threads_choose_a_schedule_one_after_the_other() -> None:
+    """Else both take the same one for new: each must see what the other has taken."""
+    pipe, met = Pipe(scheduler=euler(4)), []
+    clock: Any = StepClock(pipe)
+    choose, both = clock._places, threading.Barrier(2)
+
+    def choose_beside_the_other(*args: Any) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            met.append(both.wait(timeout=0.5))
+        return choose(*args)
+
+    clock._places = choose_beside_the_other
+    threads = [threading.Thread(target=clock.now, args=(torch.tensor(1000.0),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not met
 
 
 def test_a_pipe_that_is_gone_tells_nothing() -> None:
