@@ -8,7 +8,7 @@ OLDEST := clock coexistence compat families flash_attention guidance head_laws h
 # What `accelplug fetch` brings for the tests that need real weights.
 WEIGHTS := smollm2-135m dinov2-small terrain-unet
 
-.PHONY: demo test test-oldest weights lint docs bench clean
+.PHONY: demo test test-oldest test-newest weights lint docs bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(PY) || python3 -m venv .venv
@@ -36,6 +36,12 @@ test: .venv/installed
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -n auto --dist worksteal $(OLDEST:%=tests/test_%.py)
 
+test-newest:
+	python3 -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "$(TORCH)" diffusers transformers --editable '.[dev]'
+	.venv-newest/bin/python -m accelplug doctor
+	.venv-newest/bin/python -m pytest -n auto --dist worksteal tests/test_compat.py tests/test_families.py
+
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -54,4 +60,4 @@ bench: .venv/installed
 	$(PY) -m benchmarks.demo_pareto
 
 clean:
-	rm -rf .venv .venv-oldest build dist site *.egg-info demo.html demo.png
+	rm -rf .venv .venv-oldest .venv-newest build dist site *.egg-info demo.html demo.png

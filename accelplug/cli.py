@@ -554,7 +554,7 @@ def _fetch(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     import torch
 
-    from accelplug import compat
+    from accelplug import compat, families
     from accelplug.kernels.attention import available_backends
     from accelplug.show import table
 
@@ -570,7 +570,7 @@ def _doctor(options: argparse.Namespace) -> int:
     for backend, why_not in available_backends(device).items():
         checked.add_row(f"kernel {backend}", "works" if why_not is None else why_not)
     broken = 0
-    for promise, check in compat.versions.contracts():
+    for promise, check in (*compat.versions.contracts(), *compat.contracts.contracts_of(families)):
         why = compat.contracts.why_broken(check)
         broken += why is not None
         checked.add_row(promise, "holds" if why is None else f"[red]broken: {why}")

@@ -103,9 +103,9 @@ def apply(
         If the recipe cannot be read, was made for another model, has a rule that can never hold, or puts a patch where its step cache
         looks.
     UnsupportedError
-        If the model's attention cannot be swapped (linear attention), a patch of the recipe is for other models or does not estimate its
-        error where ``gate="quality"`` asks for it, or a library newer
-        than what accelplug was tested with no longer keeps what it relies on.
+        If a denoiser's class is not known or its attention cannot be swapped (linear attention), a patch of the recipe is for other
+        models or does not estimate its error where ``gate="quality"`` asks for it, or a library newer than what accelplug was tested
+        with no longer keeps what it relies on.
     """
     for name, given in {"strict": strict, "deterministic": deterministic}.items():
         if not isinstance(given, bool):
@@ -124,6 +124,7 @@ def apply(
         parts = host.parts(model)
         require_free(model, parts)
         compat.versions.require(host.library)
+        host.require_known(parts)
         loaded = load(recipe, host.facts(model))
         plug = Plug(
             model,

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ValidationError
 from accelplug import families
 from accelplug.cli import main
 from accelplug.compat import versions
+from accelplug.families.unsupported import UNSUPPORTED
 from accelplug.families.vlm import KNOWN_VLMS
 from accelplug.kernels.attention import FLEX_MIN_SLOTS
 from accelplug.patches.sparse import template
@@ -319,10 +320,15 @@ def denoisers() -> str:
     rows = []
     for family in families.FAMILIES:
         kinds = ", ".join(dict.fromkeys(kind for _, kind in family.sites))
-        status = "refused" if family.refuse else STATUS[family.status]
         classes = ", ".join(f"`{name}`" for name in family.classes)
-        rows.append((family.name, classes, "" if status in ("refused", "dense") else kinds, status))
+        rows.append((family.name, classes, "" if family.status == "dense" else kinds, STATUS[family.status]))
     return table(("family", "classes", "kinds of attention", "status"), rows)
+
+
+def refused_denoisers() -> str:
+    """The classes of diffusers that no patch is for, and why."""
+    rows = [(f"`{name}`", f"{why[:1].upper()}{why[1:]}") for name, why in UNSUPPORTED.items()]
+    return table(("class", "why"), rows)
 
 
 def denoiser_notes() -> str:
@@ -549,6 +555,7 @@ MADE: Mapping[str, Callable[[], str]] = {
     "order matrix": order_matrix,
     "shared settings": shared_settings,
     "denoisers": denoisers,
+    "refused denoisers": refused_denoisers,
     "denoiser notes": denoiser_notes,
     "vlms": vlms,
     "shipped recipes": shipped_recipes,

@@ -226,6 +226,22 @@ def test_inspect_knows_the_grid_that_a_run_has(name: str) -> None:
     assert (told["transformer" if "transformer" in told else "unet"] is None) == (name in NO_GRID_AHEAD)
 
 
+WHOLE = ("hunyuan_video_15", "ltx_2", "chronoedit", "anyflow", "motif_video", "easyanimate")
+"""Pipelines that no other test runs from noise to the end with and without a patch."""
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if name in tiny_pipelines.PIPELINES])
+def test_a_whole_run_is_exact_where_nothing_is_left_out_and_sparse_where_something_is(name: str) -> None:
+    pipe, inputs = tiny_pipelines.pipeline(name)
+    stock = run_pipeline(pipe, inputs)
+    with accelplug.apply(pipe, ROWS["neighborhood"].recipe(ROWS["neighborhood"].neutral), gate="off"):
+        assert torch.equal(run_pipeline(pipe, inputs), stock)
+    with accelplug.apply(pipe, NEIGHBORHOOD, gate="off", strict=True) as plug:
+        assert not torch.equal(run_pipeline(pipe, inputs), stock)
+        assert set(plug.report().served) == {"neighborhood"}
+    assert torch.equal(run_pipeline(pipe, inputs), stock)
+
+
 NO_GRID_AHEAD = {
     *("sd15", "sdxl", "animatediff", "animatediff_video2video"),  # several resolutions
     *("wan_video2video", "cogvideox_video2video", "cosmos_2"),  # the video that is given says how many frames, or nobody

@@ -60,6 +60,84 @@ def skyreels() -> Built:
     return model, wan()[1]
 
 
+def chronoedit() -> Built:
+    """As long as it reasons over the way from the old image to the new one; then there are two frames."""
+    model = diffusers.ChronoEditTransformer3DModel(**WAN_CONFIG, num_layers=2, in_channels=4, out_channels=4)
+    return model, wan()[1]
+
+
+def anyflow() -> Built:
+    model = diffusers.AnyFlowTransformer3DModel(**WAN_CONFIG, num_layers=2, in_channels=4, out_channels=4)
+    times = {"timestep": torch.full((1, 3), 500.0), "r_timestep": torch.full((1, 3), 250.0)}
+    return model, {"hidden_states": noise(1, 3, 4, 8, 12), "encoder_hidden_states": noise(1, 12, 16), **times}
+
+
+def consisid() -> Built:
+    _, inputs = cogvideox()
+    model = diffusers.ConsisIDTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=8,
+        num_layers=2,
+        sample_width=12,
+        sample_height=8,
+        sample_frames=9,
+        max_text_seq_length=8,
+        use_rotary_positional_embeddings=True,
+        cross_attn_interval=1,
+    )
+    return model, inputs
+
+
+def easyanimate() -> Built:
+    """A block with weights of its own for the text, and one that shares them; a second text."""
+    model = diffusers.EasyAnimateTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        num_layers=2,
+        mmdit_layers=1,
+        time_embed_dim=8,
+        text_embed_dim=16,
+        text_embed_dim_t5=8,
+    )
+    return model, {
+        "hidden_states": noise(1, 4, 3, 8, 12),
+        "timestep": TIMESTEP,
+        "encoder_hidden_states": noise(1, 7, 16),
+        "encoder_hidden_states_t5": noise(1, 5, 8),
+    }
+
+
+def motif_video() -> Built:
+    """Of image to video: an image's tokens stand ahead of the padded text."""
+    model = diffusers.MotifVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=2,
+        mlp_ratio=2.0,
+        text_embed_dim=16,
+        image_embed_dim=12,
+        rope_axes_dim=(2, 2, 4),
+        enable_text_cross_attention_dual=True,
+    )
+    return model, {
+        "hidden_states": noise(1, 4, 3, 8, 12),
+        "timestep": TIMESTEP,
+        "encoder_hidden_states": noise(1, 9, 16),
+        "encoder_attention_mask": valid_first(9, 6),
+        "image_embeds": noise(1, 3, 12),
+    }
+
+
 def hunyuan_video_15() -> Built:
     model = diffusers.HunyuanVideo15Transformer3DModel(
         in_channels=4,
@@ -420,6 +498,96 @@ def animatediff() -> Built:
     }
 
 
+UNET_OF_FRAMES = {
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "cross_attention_dim": 16,
+    "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+    "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+}
+
+
+def unet_modelscope() -> Built:
+    model = diffusers.UNet3DConditionModel(**UNET_OF_FRAMES, attention_head_dim=8)
+    return model, {
+        "sample": noise(1, 4, 3, 12, 16),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": noise(1, 7, 16),
+    }
+
+
+def unet_i2vgen() -> Built:
+    model = diffusers.I2VGenXLUNet(**UNET_OF_FRAMES, attention_head_dim=8)
+    _, inputs = unet_modelscope()
+    return model, inputs | {
+        "fps": torch.tensor([16]),
+        "image_latents": noise(1, 4, 3, 12, 16),
+        "image_embeddings": noise(1, 1, 16),
+    }
+
+
+def unet_svd() -> Built:
+    """Stable Video Diffusion."""
+    model = diffusers.UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+        num_attention_heads=(2, 4),
+    )
+    return model, {
+        "sample": noise(1, 3, 8, 12, 16),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": noise(1, 1, 16),
+        "added_time_ids": torch.tensor([[6.0, 127.0, 0.02]]),
+    }
+
+
+def unet_dreamlite() -> Built:
+    """Self-attention on the lower resolutions alone, with one head of keys for all."""
+    model = diffusers.DreamLiteUNetModel(
+        block_out_channels=(16, 32),
+        down_block_types=("DreamLiteCrossAttnNoSelfAttnDownBlock2D", "DreamLiteCrossAttnDownBlock2D"),
+        up_block_types=("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        ff_mult=2,
+    )
+    return model, {
+        "sample": noise(1, 4, 12, 16),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": noise(1, 7, 16),
+    }
+
+
+def kandinsky3() -> Built:
+    """Four resolutions, as its constructor has them; all but the first attend."""
+    model = diffusers.Kandinsky3UNet(
+        time_embedding_dim=16,
+        groups=4,
+        attention_head_dim=8,
+        layers_per_block=2,
+        block_out_channels=(16, 16, 16, 16),
+        cross_attention_dim=16,
+        encoder_hid_dim=12,
+    )
+    return model, {
+        "sample": noise(1, 4, 48, 64),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": noise(1, 7, 12),
+        "encoder_attention_mask": valid_first(7, 5),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- sound
+
+
 def stable_audio() -> Built:
     model = diffusers.StableAudioDiTModel(
         sample_size=16,
@@ -435,12 +603,94 @@ def stable_audio() -> Built:
         cross_attention_input_dim=4,
     )
     return model, {
-        "hidden_states": noise(1, 3, 16),
+        "hidden_states": noise(1, 3, 60),
         "timestep": torch.tensor([0.5]),
         "encoder_hidden_states": noise(1, 5, 4),
         "global_hidden_states": noise(1, 1, 8),
-        "rotary_embedding": embeddings.get_1d_rotary_pos_embed(8, 17, use_real=True, repeat_interleave_real=False),
+        "rotary_embedding": embeddings.get_1d_rotary_pos_embed(8, 61, use_real=True, repeat_interleave_real=False),
     }
+
+
+def stable_audio_3() -> Built:
+    """Differential attention, with learned tokens ahead of the sound."""
+    model = diffusers.StableAudio3DiTModel(
+        io_channels=4,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        cond_token_dim=8,
+        global_cond_dim=8,
+        local_add_cond_dim=4,
+        timestep_features_dim=8,
+        ff_mult=2.0,
+        num_memory_tokens=5,
+    )
+    return model, {
+        "hidden_states": noise(1, 4, 60),
+        "timestep": torch.tensor([0.5]),
+        "encoder_hidden_states": noise(1, 7, 8),
+        "global_hidden_states": noise(1, 8),
+    }
+
+
+def minimax_music_3() -> Built:
+    model = diffusers.MiniMaxMusic3Transformer1DModel(
+        in_channels=4,
+        condition_dim=8,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        ff_inner_dim=32,
+        rotary_dim=8,
+        fourier_embedding_dim=16,
+    )
+    return model, {
+        "hidden_states": noise(1, 4, 60),
+        "timestep": torch.tensor([0.5]),
+        "encoder_hidden_states": noise(1, 60, 8),
+    }
+
+
+def ace_step() -> Built:
+    """Its first layer has a sliding window; two latents make a token, and the last token is half padding."""
+    model = diffusers.AceStepTransformer1DModel(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        in_channels=12,
+        audio_acoustic_hidden_dim=4,
+        sliding_window=8,
+    )
+    return model, {
+        "hidden_states": noise(1, 119, 4),
+        "timestep": torch.tensor([0.5]),
+        "timestep_r": torch.tensor([0.5]),
+        "encoder_hidden_states": noise(1, 7, 32),
+        "context_latents": noise(1, 119, 8),
+    }
+
+
+def longcat_audio() -> Built:
+    model = diffusers.LongCatAudioDiTTransformer(
+        dit_dim=32, dit_depth=2, dit_heads=2, dit_text_dim=8, latent_dim=4, ff_mult=2.0
+    )
+    return model, {
+        "hidden_states": noise(1, 60, 4),
+        "timestep": torch.tensor([0.5]),
+        "encoder_hidden_states": noise(1, 7, 8),
+        "encoder_attention_mask": valid_first(7, 5).bool(),
+        "latent_cond": noise(1, 60, 4),
+    }
+
+
+def is_there(builder: Callable[[], Built]) -> bool:
+    """Whether the installed diffusers has the class that a builder is for: the oldest that is supported lacks some."""
+    names = builder.__code__.co_names
+    ends = ("Model", "UNet", "Pipeline", "Scheduler")
+    return all(hasattr(diffusers, name) for name in names if "Transformer" in name or name.endswith(ends))
 
 
 MODELS: dict[str, Callable[[], Built]] = {
@@ -474,7 +724,22 @@ MODELS: dict[str, Callable[[], Built]] = {
         unet_sdxl,
         animatediff,
         stable_audio,
+        chronoedit,
+        anyflow,
+        consisid,
+        easyanimate,
+        motif_video,
+        unet_modelscope,
+        unet_i2vgen,
+        unet_svd,
+        unet_dreamlite,
+        kandinsky3,
+        stable_audio_3,
+        minimax_music_3,
+        ace_step,
+        longcat_audio,
     )
+    if is_there(builder)
 }
 
 

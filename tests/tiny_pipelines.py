@@ -16,7 +16,7 @@ from torch import nn
 
 from accelplug.testing import models
 from accelplug.testing.models import Arguments, Built, build_pipeline, noise, valid_first, wan_pipeline
-from tests.tiny_models import build
+from tests.tiny_models import build, is_there
 
 
 class NoVae(nn.Module):
@@ -39,6 +39,51 @@ class NoGuardrail:
 
     def check_video_safety(self, video: Any) -> Any:
         return video
+
+
+class NoSound:
+    """What LTX-2 asks a VAE of sound for that it does not run."""
+
+    mel_compression_ratio = temporal_compression_ratio = 4
+    latents_mean, latents_std = torch.zeros(128), torch.ones(128)
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+
+class NoConnectors:
+    """LTX-2's text goes to the video and to the sound as it is."""
+
+    def __call__(self, embeds: torch.Tensor, mask: torch.Tensor, **_: Any) -> tuple[torch.Tensor, ...]:
+        return embeds, embeds, mask
+
+
+class NoEye(nn.Module):
+    """An image encoder and its processor that see the same five tokens in every picture."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def forward(self, images: Any = None, **_: Any) -> Any:
+        return Seen() if images is not None else SimpleNamespace(hidden_states=[noise(1, 5, 4)] * 2)
+
+
+class Seen(dict):
+    """What such a processor hands to such an encoder."""
+
+    def to(self, *_: Any) -> Seen:
+        return self
+
+
+class NoTokenizer:
+    """Every letter is a token, of thirty."""
+
+    eos_token_id = 31
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return 30
+
+    def apply_chat_template(self, turns: list[dict[str, str]], **_: Any) -> Any:
+        return SimpleNamespace(input_ids=[ord(letter) % 30 for letter in turns[-1]["content"][:12]])
 
 
 def euler(**config: Any) -> Any:
@@ -329,10 +374,8 @@ def wan_5b() -> Built:
 
 def hunyuan_video_15() -> Built:
     """Its guider names the branches, and counts the steps."""
-    smaller, _ = build("hunyuan_video_15")
-    config = {**smaller.config, "in_channels": 9}
     pipe = diffusers.HunyuanVideo15Pipeline(
-        transformer=diffusers.HunyuanVideo15Transformer3DModel.from_config(config),
+        transformer=widened("hunyuan_video_15", in_channels=9),
         vae=NoVae(),
         scheduler=euler(),
         guider=diffusers.ClassifierFreeGuidance(guidance_scale=4.0),
@@ -393,6 +436,106 @@ def animatediff_video2video() -> Built:
     return diffusers.AnimateDiffVideoToVideoPipeline(**parts), {**inputs, **late, "height": 24, "width": 32}
 
 
+def wan_vae() -> Any:
+    return wan_pipeline()[0].vae
+
+
+def widened(model: str, **config: Any) -> Any:
+    """A tiny denoiser with other settings."""
+    denoiser, _ = build(model)
+    return type(denoiser)(**{**{name: kept for name, kept in denoiser.config.items() if name[0] != "_"}, **config})
+
+
+def ltx_2() -> Built:
+    """With sound; one forward for both prompts, one with a block perturbed, one without the other modality."""
+    sound = SimpleNamespace(mel_bins=64, latent_channels=8, sample_rate=16_000, mel_hop_length=160)
+    pipe = diffusers.LTX2Pipeline(
+        transformer=widened("ltx2", audio_in_channels=128, audio_out_channels=128),
+        scheduler=euler(),
+        vae=NoVae(),
+        audio_vae=NoSound(sound),
+        connectors=NoConnectors(),
+        **dict.fromkeys(("text_encoder", "tokenizer", "vocoder")),
+    )
+    embeds = ("prompt_embeds", 16, 16), ("prompt_attention_mask", None, valid_first(16, 11))
+    return pipe, guided(*embeds, spatio_temporal_guidance_blocks=[1], height=64, width=96, num_frames=9)
+
+
+def helios() -> Built:
+    """Two chunks, the second behind the history of the first."""
+    pipe = diffusers.HeliosPipeline(
+        transformer=widened("helios", in_channels=16, out_channels=16),
+        scheduler=diffusers.HeliosScheduler(),
+        vae=wan_vae(),
+        **dict.fromkeys(("text_encoder", "tokenizer")),
+    )
+    chunks = {"num_frames": 18, "history_sizes": [4, 2, 1], "num_latent_frames_per_chunk": 3}
+    return pipe, guided(("prompt_embeds", 16, 12), **chunks, height=64, width=96)
+
+
+def kandinsky6() -> Built:
+    """With sound, which goes by a scheduler of its own."""
+    pipe = piped(diffusers.Kandinsky6TI2VAPipeline, "kandinsky6", euler(), "text_encoder_2", "tokenizer_2")
+    embeds = ("prompt_embeds", 16, 7), ("pooled_prompt_embeds", 8, None)
+    return pipe, guided(*embeds, height=64, width=96, num_frames=9)
+
+
+def chronoedit() -> Built:
+    """Two steps over the way from the old image to the new one, and two over its ends."""
+    pipe = diffusers.ChronoEditPipeline(
+        transformer=widened("chronoedit", in_channels=36, out_channels=16, image_dim=4, added_kv_proj_dim=24),
+        scheduler=unipc(),
+        vae=wan_vae(),
+        image_encoder=NoEye(),
+        image_processor=NoEye(),
+        **dict.fromkeys(("text_encoder", "tokenizer")),
+    )
+    reasoning = {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": 2}
+    image = {"image": torch.rand(1, 3, 64, 96)}
+    return pipe, guided(("prompt_embeds", 16, 512), **reasoning, **image, height=64, width=96, num_frames=9)
+
+
+def cosmos3() -> Built:
+    """It takes words, and makes one sample."""
+    pipe = diffusers.Cosmos3OmniPipeline(
+        transformer=widened("cosmos3", latent_channel=16, patch_latent_dim=64),
+        text_tokenizer=NoTokenizer(),
+        vae=wan_vae(),
+        scheduler=unipc(),
+        enable_safety_checker=False,
+    )
+    return pipe, {"prompt": "a red square", "negative_prompt": "", "height": 64, "width": 96, "num_frames": 9}
+
+
+def anyflow() -> Built:
+    pipe = diffusers.AnyFlowPipeline(
+        transformer=widened("anyflow", in_channels=16, out_channels=16),
+        scheduler=diffusers.FlowMapEulerDiscreteScheduler(),
+        vae=wan_vae(),
+        **dict.fromkeys(("text_encoder", "tokenizer")),
+    )
+    return pipe, guided(("prompt_embeds", 16, 12), height=64, width=96, num_frames=9)
+
+
+def motif_video() -> Built:
+    """Its guider names the branches, and counts the steps."""
+    pipe = diffusers.MotifVideoPipeline(
+        transformer=widened("motif_video", in_channels=33, out_channels=16, image_embed_dim=None),
+        scheduler=euler(),
+        vae=wan_vae(),
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=4.0),
+        **dict.fromkeys(("text_encoder", "tokenizer")),
+    )
+    embeds = ("prompt_embeds", 16, 9), ("prompt_attention_mask", None, valid_first(9, 6))
+    return pipe, guided(*embeds, height=64, width=96, num_frames=9)
+
+
+def easyanimate() -> Built:
+    pipe = piped(diffusers.EasyAnimatePipeline, "easyanimate", euler(), vae=NoVae())
+    embeds = ("prompt_embeds", 16, 7), ("prompt_attention_mask", None, valid_first(7, 7))
+    return pipe, guided(*embeds, height=128, width=192, num_frames=9)
+
+
 def sd15_by(scheduler: Any) -> Built:
     pipe, inputs = sd15()
     pipe.scheduler = scheduler
@@ -428,7 +571,13 @@ PIPELINES: dict[str, Callable[[], Built]] = {
             sdxl,
             animatediff,
             animatediff_video2video,
+            ltx_2,
+            chronoedit,
+            anyflow,
+            motif_video,
+            easyanimate,
         )
+        if is_there(builder)
     },
     "sd15_heun": lambda: sd15_by(diffusers.HeunDiscreteScheduler()),
     "sd15_kdpm2": lambda: sd15_by(diffusers.KDPM2DiscreteScheduler()),

@@ -39,6 +39,21 @@ def _dispatcher() -> None:
     )
 
 
+def denoiser_classes() -> tuple[str, ...]:
+    """Return the names of all classes that stand among diffusers' denoisers, in ``models.transformers`` and ``models.unets``."""
+    import torch
+    from diffusers.models import transformers, unets
+
+    found = (cls for package in (transformers, unets) for cls in vars(package).values())
+    return tuple(cls.__name__ for cls in found if isinstance(cls, type) and issubclass(cls, torch.nn.Module))
+
+
+@contract("diffusers: denoisers stand in models.transformers and models.unets")
+def _denoiser_classes() -> None:
+    missing = {"WanTransformer3DModel", "FluxTransformer2DModel", "UNet2DConditionModel"} - set(denoiser_classes())
+    expect(not missing, f"among the denoisers there is no {', '.join(sorted(missing))}")
+
+
 @contract("diffusers: processors reach attention by the two known names")
 def _processor_entry_points() -> None:
     from diffusers.models.attention_processor import AttnProcessor2_0

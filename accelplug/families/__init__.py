@@ -5,10 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, get_args
 
+from accelplug import compat
 from accelplug.call import Kind
 from accelplug.catalog import Catalog, EntryPoints
-from accelplug.errors import AccelplugError
+from accelplug.compat.contracts import contract, expect
+from accelplug.errors import AccelplugError, UnsupportedError, nearest
 from accelplug.families.base import Family
+from accelplug.families.unsupported import UNSUPPORTED
 
 FILES = (
     "wan",
@@ -25,8 +28,9 @@ FILES = (
     "zimage",
     "pixart",
     "unet",
-    "sana",
     "audio",
+    "easyanimate",
+    "motif",
 )
 """Modules of this package, each with the families that it defines. A new one is a file, and a line here."""
 
@@ -39,6 +43,32 @@ FAMILIES: tuple[Family, ...] = tuple(
 def family_of(model: Any) -> Family | None:
     """Return the family of a denoiser by the names of its class and the classes that it derives from, or None."""
     return FAMILY_CATALOG.of(model)
+
+
+def why_unsupported(model: Any) -> str | None:
+    """Return why a denoiser without a family can have none, by its class and those that it derives from; None if that is not known."""
+    return next((UNSUPPORTED[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in UNSUPPORTED), None)
+
+
+def require_family(model: Any) -> Family:
+    """Return the family of a denoiser.
+
+    Raises
+    ------
+    UnsupportedError
+        If there is none: why its class cannot be patched, or that it is not known, which classes are, and how a family is registered.
+    """
+    if (family := family_of(model)) is not None:
+        return family
+    name = type(model).__name__
+    if (reason := why_unsupported(model)) is not None:
+        raise UnsupportedError(f"{name} cannot be patched: {reason}")
+    known = [cls for family in list_families() for cls in family.classes]
+    raise UnsupportedError(
+        f"{name} is not a denoiser that accelplug knows{nearest(name, known)}. It knows the {len(known)} classes of "
+        "accelplug.families.list_families(). Say where this one attends and how its tokens lie by accelplug.register_family(...), as "
+        "docs/extending.md shows."
+    )
 
 
 def list_families() -> tuple[Family, ...]:
@@ -91,3 +121,11 @@ FAMILY_CATALOG: Catalog[Family] = Catalog(
     {cls: family for family in FAMILIES for cls in family.classes},
     EntryPoints("accelplug.families", register_family),
 )
+
+
+@contract("diffusers: every denoiser has a family, or a reason why it has none")
+def _every_denoiser_is_placed() -> None:
+    strange = [
+        name for name in compat.diffusers.denoiser_classes() if name not in UNSUPPORTED and FAMILY_CATALOG.get(name) is None
+    ]
+    expect(not strange, f"nothing is known of {', '.join(strange)}: a family is to be written, or a line in UNSUPPORTED")

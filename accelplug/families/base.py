@@ -111,7 +111,6 @@ class Family:
     level : None, or the class names of sub-modules whose own input gives the grid (UNets: one resolution a block); then
         `geometry` gets that sub-module's config and inputs.
     outer_mask : masks (B, 1, S, S) of this family are outer products of one key validity; their first row is that.
-    refuse : why this family's self-attention cannot be patched (linear attention), or None.
     any_order : blocks that take their tokens in any order, or None where that is not known of them.
     split_apart : whether context parallelism splits text and grid each for itself, so that every rank has a share of both.
     patch : config -> latent frames, rows and columns that make one token, None where it does not say.
@@ -126,7 +125,6 @@ class Family:
     geometry: Callable[[Any, Inputs], Geometry | None]
     level: tuple[str, ...] = ()
     outer_mask: bool = False
-    refuse: str | None = None
     any_order: AnyOrder | None = None
     split_apart: bool = False
     patch: Callable[[Any], Grid | None] = patch_thw
@@ -201,7 +199,13 @@ def latent_grid(config: Any, inputs: Inputs, axes: str, name: str = "hidden_stat
 
 
 def latents(
-    axes: str, *, name: str = "hidden_states", text: tuple[str, ...] = (), text_first: bool = False, text_drops: bool = False
+    axes: str,
+    *,
+    name: str = "hidden_states",
+    text: tuple[str, ...] = (),
+    more_text: tuple[str, ...] = (),
+    text_first: bool = False,
+    text_drops: bool = False,
 ) -> Callable[[Any, Inputs], Geometry | None]:
     """Return the geometry of a denoiser that cuts latents into patches, t-major, then rows, then columns.
 
@@ -210,13 +214,15 @@ def latents(
     axes : dimensions of the latents, ``"bcthw"``.
     name : argument that holds them.
     text : arguments (B, S, C) whose tokens stand beside them in joint attention.
+    more_text : such arguments that may be absent.
     text_first : whether the text stands ahead of them.
     text_drops : whether the model leaves out padded text, so that fewer text tokens come than went in.
     """
 
     def geometry(config: Any, inputs: Inputs) -> Geometry | None:
         grid = latent_grid(config, inputs, axes, name)
-        shapes = [shape_of(inputs, argument, 3) for argument in text]
+        given = (*text, *(argument for argument in more_text if inputs.get(argument) is not None))
+        shapes = [shape_of(inputs, argument, 3) for argument in given]
         if grid is None or None in shapes:
             return None
         tokens = sum(shape[1] for shape in shapes if shape)

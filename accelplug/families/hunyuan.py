@@ -29,6 +29,7 @@ HUNYUAN_VIDEO_15 = Family(
     sites=DOUBLE_AND_SINGLE[:1],
     geometry=latents("bcthw", text=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")),
     outer_mask=True,
+    status="verified",
 )
 
 FRAMEPACK = Family(

@@ -23,6 +23,7 @@ LTX = Family(
     classes=("LTXVideoTransformer3DModel",),
     sites=SELF_AND_CROSS,
     geometry=by_sizes,
+    status="verified",
 )
 
 LTX2 = Family(
@@ -31,4 +32,5 @@ LTX2 = Family(
     # The four other attentions of a block have the sound as queries or keys, and are left alone.
     sites=SELF_AND_CROSS,
     geometry=by_sizes,
+    status="verified",
 )

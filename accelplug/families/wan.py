@@ -3,14 +3,20 @@
 Wan and SkyReels-V2 pass no mask to self-attention, but for SkyReels-V2 with ``num_frame_per_block > 1``: a block-causal
 (1, 1, S, S), which is more than key padding and so runs dense. Image-to-video conditions come as channels, and Wan-Animate's
 reference image as one more latent frame; neither adds tokens beside the grid. Timesteps per token (Wan 2.2 5B) change
-modulation only.
+modulation only. ChronoEdit edits an image as a video from the old to the new one, of two latent frames in its last steps. AnyFlow has two
+timesteps, that it is at and that it goes to, and frames ahead of channels.
 """
 
 from accelplug.families.base import AnyOrder, Family, latents
 
 WAN = Family(
     name="wan",
-    classes=("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel"),
+    classes=(
+        "WanTransformer3DModel",
+        "WanVACETransformer3DModel",
+        "WanAnimateTransformer3DModel",
+        "ChronoEditTransformer3DModel",
+    ),
     sites=(
         ("blocks.*.attn1", "self"),
         ("blocks.*.attn2", "cross"),
@@ -29,3 +35,10 @@ WAN = Family(
 )
 
 SKYREELS = Family(name="skyreels", classes=("SkyReelsV2Transformer3DModel",), sites=WAN.sites, geometry=latents("bcthw"))
+ANYFLOW = Family(
+    name="anyflow",
+    classes=("AnyFlowTransformer3DModel",),
+    sites=WAN.sites,
+    geometry=latents("btchw"),
+    status="verified",
+)

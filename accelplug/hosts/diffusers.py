@@ -19,7 +19,7 @@ from accelplug import compat
 from accelplug.bounded import Bounded
 from accelplug.call import AttentionCall, Clock, Layout, Share, Site
 from accelplug.errors import NoMatchError, UnsupportedError
-from accelplug.families import family_of
+from accelplug.families import require_family
 from accelplug.families.base import Geometry, site_kinds
 from accelplug.hosts import rebind, ulysses
 from accelplug.hosts.caches import StepCaches
@@ -93,6 +93,12 @@ class DenoiserHost(Host):
         return dict(denoisers(model))
 
     @classmethod
+    def require_known(cls, parts: Mapping[str, Any]) -> None:
+        """Refuse denoisers that have no family."""
+        for part in parts.values():
+            require_family(part)
+
+    @classmethod
     def facts(cls, model: Any) -> ModelFacts:
         """Return the classes and the config of the first denoiser, and which components the pipeline has."""
         denoiser = next(iter(denoisers(model).values()))
@@ -120,15 +126,7 @@ class DenoiserHost(Host):
         return DENOISERS if isinstance(model, nn.Module) else ()
 
     def __init__(self, name: str, denoiser: nn.Module, clock: StepClock, setup: Setup, *, takes_turns: bool = False) -> None:
-        family = family_of(denoiser)
-        if family is None:
-            raise UnsupportedError(
-                f"{type(denoiser).__name__} is not a denoiser that accelplug knows: accelplug.families.list_families() has them. Describe "
-                "it by accelplug.register_family(...)."
-            )
-        if family.refuse:
-            raise UnsupportedError(f"{type(denoiser).__name__} cannot be patched: {family.refuse}")
-        self.name, self.denoiser, self.family = name, denoiser, family
+        self.name, self.denoiser, self.family = name, denoiser, require_family(denoiser)
         self.root = denoiser
         self.clock = clock
         self.decide, self.ledger, self.gate, self.check_rules = setup.decide, setup.ledger, setup.gate, setup.check_rules

@@ -106,6 +106,11 @@ class Host(Protocol):
         """Return the modules of a model that a recipe goes on, by name."""
 
     @classmethod
+    def require_known(cls, parts: Mapping[str, Any]) -> None:
+        """Refuse parts of which it is not known where they attend, ahead of any recipe, by `UnsupportedError`. By default all are."""
+        return
+
+    @classmethod
     def facts(cls, model: Any) -> ModelFacts:
         """Return what recipes match a model by."""
 

@@ -14,7 +14,7 @@ import torch
 from accelplug import compat
 from accelplug.call import Clock, Layout, Site
 from accelplug.errors import AccelplugError
-from accelplug.families import family_of
+from accelplug.families import family_of, why_unsupported
 from accelplug.families.base import Family, Grid, site_kinds, unknown
 from accelplug.hosts.forecast import amdahl
 from accelplug.hosts.host import model_facts
@@ -213,7 +213,7 @@ def _facts(name: str, denoiser: Any, model: Any, sizes: Mapping[str, Any]) -> De
     width = max((_width(owners[site.module]) for site in sites), default=0)
     count: Counter[str] = Counter(kind for kind, _ in kinds.values())
     count["left alone"] = len(owners) - sum(count.values())
-    status = "unknown" if family is None else family.refuse or family.status
+    status = (why_unsupported(denoiser) or "unknown") if family is None else family.status
     cls, named = type(denoiser).__name__, family.name if family else None
     grid = own_grid(model, denoiser, family, sizes) if family else None
     return DenoiserFacts(name, cls, named, status, sites, dict(+count), width, linear, grid)
