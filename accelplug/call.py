@@ -114,6 +114,11 @@ class Share:
         each = -(-heads // self.ranks)
         return range(self.rank * each, min((self.rank + 1) * each, heads))
 
+    def part(self, x: Tensor) -> Tensor:
+        """Of what stands for all heads, [heads, ...], what stands for these."""
+        here = self.of(len(x))
+        return x[here.start : here.stop]
+
 
 ALL_HEADS = Share()
 

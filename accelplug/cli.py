@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--objective", choices=["accuracy", "mcc", "nll", "speed"], help="what a language model should do better"
     )
-    command.add_argument("--time", type=_number, help="seconds to spend, about (default 600; on long texts 110)")
+    command.add_argument("--time", type=_number, help="seconds to spend, about (default 600; on long texts 240)")
     command.add_argument("--seeds", type=_whole, default=4, help="number of seeds; half are held out (default 4)")
     command.add_argument("--patch", action="append", help="try only this patch; repeat for several")
     command.add_argument("--no-caches", action="store_true", help="try no step caches")
@@ -175,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("recipe", type=Path, help="a recipe file")
     _takes_model(command, "the pipeline or language model that it was measured on,")
     command.add_argument("--prompt", help="for rows that name no prompt")
+    command.add_argument("--text", type=Path, help="language models: the file of text that a recipe was tuned on")
     _takes_questions(command)
     command.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     command.add_argument("--device", help="cuda, cpu, mps ... (default: the accelerator that is there)")
@@ -239,7 +240,7 @@ def _takes_texts(command: argparse.ArgumentParser) -> None:
         "--text", type=Path, help="language models: plant what is asked for in this file of text, and weigh it"
     )
     command.add_argument(
-        "--trials", type=_whole, help="language models: contexts of each kind a length (default 1, of tune 4)"
+        "--trials", type=_whole, help="language models: contexts of each kind a length (default 1, of tune 2)"
     )
     command.add_argument("--anew", action="store_true", help="language models: read the context anew with every question")
 
@@ -417,7 +418,7 @@ def _tune(options: argparse.Namespace) -> int:
     if (kind := loading.kind_of(options.model_dir)) == "language model":
         _refuse(options, kind, "prompts", "no_caches", *SIZES)
         pipe, processor, inputs = _questioned(options, _text_exam(options, **SEARCH_EXAM))
-        seconds = 110.0 if inputs is None or isinstance(inputs, TextExam) else seconds
+        seconds = 240.0 if inputs is None or isinstance(inputs, TextExam) else seconds
     else:
         _refuse(options, kind, "objective", *EXAMS)
         if options.prompts is None:
@@ -445,13 +446,14 @@ def _tune(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from accelplug import loading
+    from accelplug.comparison import TextExam
     from accelplug.tuning import verify
     from accelplug.tuning.verification import measured
 
     measured(options.recipe)  # refuse what cannot be read before anything is loaded
     if (kind := loading.kind_of(options.model_dir)) == "language model":
         _refuse(options, kind, "prompt")
-        model, processor, questions = _questioned(options)
+        model, processor, questions = _questioned(options, TextExam(text=options.text) if options.text else None)
         found = verify(model, options.recipe, questions, processor=processor)
     else:
         _refuse(options, kind, *EXAMS)

@@ -264,10 +264,7 @@ class Table:
         """Return what stands in a row of the steps' axis and in a layer's, as far as there are such axes: [heads, ...]."""
         index = {"steps": step, "layers": layer or 0}
         found = self.values[tuple(index[axis] for axis in self.axes if axis != "heads")]
-        if "heads" not in self.axes:
-            return found
-        here = heads.of(len(found))
-        return found[here.start : here.stop]
+        return heads.part(found) if "heads" in self.axes else found
 
 
 def bucket(clock: Clock, number: int) -> int:

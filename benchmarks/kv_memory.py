@@ -1,6 +1,6 @@
 """Heads that keep fewer keys, on SmolLM2-135M: bytes that are freed, needles that are found, and the likelihood of what follows.
 
-usage: python -m benchmarks.kv_memory TEXT --heads heads.yaml [--tokens 2048 4096] [--recipes NAME ...]
+usage: python -m benchmarks.kv_memory TEXT --heads heads.yaml [--tokens 2048 4096] [--texts 3] [--recipes NAME ...]
 
 Needs `accelplug fetch smollm2-135m`, a text of a few hundred thousand characters, and scores of heads:
 `accelplug calibrate smollm2-135m --patch heads --prompts TEXT -o heads.yaml`.
@@ -9,8 +9,10 @@ A prompt is read with the recipe on, and so is all that follows.
 
 * kv_mib: bytes of all storages that the cache reaches, once the prompt is read: what the allocator has given for it.
 * nll: per token of the 128 tokens that follow, at `--texts` places of the file's second half; heads are scored on its beginning.
-* needles: numbers told at a tenth, a half and nine tenths of the text that are answered; `after`, where the question comes behind a prompt
-  that was read without it, as one more turn.
+* needles: numbers told at a tenth, a half and nine tenths of each of these texts that are answered, of so many; `after`, where the
+  question comes behind a prompt that was read without it, as one more turn.
+
+`benchmarks.beside_kvpress` puts the same prompts to kvpress, in an environment of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from accelplug.comparison.texts.reader import kv_bytes
 from accelplug.hosts.host import model_facts
 from accelplug.recipe import load
 from benchmarks.common import RESULTS, write_json
-from benchmarks.long_context import DEPTHS, NEEDLE, QUESTION, loaded, read
+from benchmarks.haystack import DEPTHS, asked_within, says, second_half, told_at
+from benchmarks.long_context import loaded, read
 
 NAME = "kv_memory"
 SUFFIX = 128
@@ -79,41 +82,39 @@ def follows(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
     return float(cross_entropy(torch.stack(logits).float(), ids[tokens:])), held
 
 
-def needles(model: Any, tokenizer: Any, ids: torch.Tensor, apart: bool) -> int:
-    """How many of three numbers that a text tells are answered; `apart`: the question comes behind the prompt."""
-    found = 0
-    for seed, depth in enumerate(DEPTHS):
-        g = torch.Generator().manual_seed(100 + seed)
-        value = str(int(torch.randint(1_000_000, 9_999_999, (1,), generator=g)))
-        needle = tokenizer(NEEDLE.format(key="gentle-river", value=value)).input_ids
-        question = tokenizer(QUESTION.format(key="gentle-river")).input_ids
-        room = len(ids) - len(needle) - len(question)
-        text = [*ids[: int(depth * room)].tolist(), *needle, *ids[int(depth * room) : room].tolist()]
-        cache = hf.DynamicCache(config=model.config)
-        for part in (text, question) if apart else ([*text, *question],):
-            last = read(model, torch.tensor(part), cache)
-        said: list[int] = []
-        for _ in range(10):
-            said.append(int(last.argmax()))
-            last = read(model, torch.tensor(said[-1:]), cache)
-        found += value in tokenizer.decode(said)
-    return found
+def answers(model: Any, tokenizer: Any, cache: Any, ids: torch.Tensor, value: str) -> bool:
+    """Whether a number is answered behind what a cache has and some tokens more."""
+    return says(lambda token: read(model, token, cache), read(model, ids, cache), tokenizer, value)
+
+
+def needles(model: Any, tokenizer: Any, ids: torch.Tensor, place: int) -> tuple[int, int]:
+    """How many of three numbers that a text tells are answered: asked for at the end of the prompt, and behind it."""
+    within = after = 0
+    for number, depth in enumerate(DEPTHS):
+        prompt, value = asked_within(tokenizer, ids, depth, 100 + 10 * place + number)
+        within += answers(model, tokenizer, hf.DynamicCache(config=model.config), prompt, value)
+    text, questions = told_at(tokenizer, ids)
+    cache = hf.DynamicCache(config=model.config)
+    read(model, text, cache)
+    for question, value in questions:
+        after += answers(model, tokenizer, copy.deepcopy(cache), question, value)
+    return within, after
 
 
 @torch.no_grad()
 def measured(
     model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, rule: dict[str, Any] | None, texts: int
 ) -> dict[str, Any]:
-    half = ids[len(ids) // 2 :]  # heads are scored on the beginning
-    places = [half[i * len(half) // texts :][: tokens + SUFFIX] for i in range(texts)]
+    places = second_half(ids, texts, tokens + SUFFIX)
     with nullcontext() if rule is None else accelplug.apply(model, {"rules": [rule]}, strict=True):
         found = [follows(model, text, tokens) for text in places]
-        told = {apart: needles(model, tokenizer, places[0][:tokens], apart) for apart in (False, True)}
+        told = [needles(model, tokenizer, text[:tokens], place) for place, text in enumerate(places)]
     return {
         "kv_mib": round(found[0][1], 2),
         "nll": [round(nll, 4) for nll, _ in found],
-        "needles": told[False],
-        "needles after": told[True],
+        "needles": sum(within for within, _ in told),
+        "needles after": sum(after for _, after in told),
+        "of": len(DEPTHS) * texts,
     }
 
 
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--recipes", nargs="*", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="of the model")
-    parser.add_argument("--texts", type=int, default=2, help="places of the file")
+    parser.add_argument("--texts", type=int, default=3, help="places of the file")
     asked = parser.parse_args()
     path = RESULTS / f"{NAME}.json"
     data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}

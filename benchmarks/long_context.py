@@ -5,8 +5,9 @@ usage: python -m benchmarks.long_context TEXT [--tokens 2048 4096 8192] [--only 
 Needs `accelplug fetch smollm2-135m`, and a text file of a few hundred thousand characters: the haystack, and what is predicted.
 
 * quality: the prompt is read by the recipe, what follows by the stock model on the cache that the recipe left. NLL per token of the 256
-  tokens that follow, on texts from `--texts` places of the file; and how many of three needles (a number told at a tenth, a half and nine
-  tenths of the text) are answered. Density is the share of causal (query, key) pairs that were read, mean over all layers, sparse or not.
+  tokens that follow, on texts from `--texts` places of the file; and how many needles (a number told at a tenth, a half and nine tenths
+  of each text) are answered, of so many. Density is the share of causal (query, key) pairs that were read, mean over all layers, sparse
+  or not.
 * time: a prompt read by the stock model and by each recipe in turn, the least of `--repeats` rounds, and what attention took of it in a
   round more: all that a patch does, choosing too, or dense attention.
 * call: one attention call with random queries and keys of the model's shape, and random blocks, against dense causal attention.
@@ -41,20 +42,22 @@ from accelplug import compat, recipe, zoo
 from accelplug.comparison.environment import environment
 from accelplug.kernels.attention import block_attention
 from accelplug.kernels.plan import BlockPlan
+from benchmarks import prefill_baselines  # noqa: F401  # it registers minference and flexprefill
 from benchmarks.common import RESULTS, write_json
+from benchmarks.haystack import DEPTHS, asked_within, middle, says, told_at
 
 PARTS = ("quality", "time", "call", "decode", "step")
 NAME, STEPPED = "long_context", "long_context_decode"
 SUFFIX = 256
-DEPTHS = (0.1, 0.5, 0.9)
-NEEDLE = " One of the special magic numbers for {key} is: {value}."
-QUESTION = "\nWhat is the special magic number for {key} mentioned in the text above? The special magic number for {key} is:"
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "rows .98": [{"patch": "prefill_rows", "with": {"top_p": 0.98}}],
     "rows .95": [{"patch": "prefill_rows", "with": {"top_p": 0.95}}],
     "rows .90": [{"patch": "prefill_rows", "with": {"top_p": 0.90}}],
     "rows .80": [{"patch": "prefill_rows", "with": {"top_p": 0.80}}],
     "rows .95, layers 3:": [{"where": {"layers": "3:"}, "patch": "prefill_rows", "with": {"top_p": 0.95}}],
+    "rows .95, layers 3:, grouped": [
+        {"where": {"layers": "3:"}, "patch": "prefill_rows", "with": {"top_p": 0.95, "grouped": True}}
+    ],
     "rows .95, strict": [{"patch": "prefill_rows", "with": {"top_p": 0.95, "strict": True}}],
     "rows .95, grouped": [{"patch": "prefill_rows", "with": {"top_p": 0.95, "grouped": True}}],
     "rows, density .3": [{"patch": "prefill_rows", "with": {"density": 0.3}}],
@@ -67,6 +70,8 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "superlinear": [{"patch": "superlinear"}],
     "landmark": [{"patch": "landmark", "with": {"k": 16}}],
     "dynamic_mask": [{"patch": "dynamic_mask", "with": {"keys": 1024}}],
+    "minference": [{"patch": "minference"}],
+    "flexprefill": [{"patch": "flexprefill"}],
 }
 RECIPES |= {
     f"{name}, last 0": [{**rule, "with": {**rule["with"], "last": 0}} for rule in rules]
@@ -84,7 +89,7 @@ DECODE: dict[str, list[dict[str, Any]]] = {
     "clusters p .9": [{"patch": "clusters", "with": {"exact": 0.25, "estimate": 0.75, "top_p": 0.9}}],
     "retrieval": [{"patch": "retrieval"}],
 }
-STEPS, KEYS = 64, ("gentle-river", "amber-clock", "silent-harbor")
+STEPS = 64
 HEADS, KEY_HEADS, DIM, BLOCK = 9, 3, 64, 64
 
 
@@ -135,30 +140,22 @@ def nll(model: Any, ids: torch.Tensor, name: str | None) -> tuple[float, float]:
 
 def finds(model: Any, tokenizer: Any, ids: torch.Tensor, name: str | None, depth: float, seed: int) -> bool:
     """Whether a number that is told at some depth of a text is answered."""
-    g = torch.Generator().manual_seed(seed)
-    value = str(int(torch.randint(1_000_000, 9_999_999, (1,), generator=g)))
-    needle = tokenizer(NEEDLE.format(key="gentle-river", value=value)).input_ids
-    question = tokenizer(QUESTION.format(key="gentle-river")).input_ids
-    room = len(ids) - len(needle) - len(question)
-    place = int(depth * room)
-    text = [*ids[:place].tolist(), *needle, *ids[place:room].tolist(), *question]
-    cache, last, _ = read_sparse(model, torch.tensor(text), name)
-    said: list[int] = []
-    for _ in range(10):
-        said.append(int(last.argmax()))
-        last = read(model, torch.tensor(said[-1:]), cache)
-    return value in tokenizer.decode(said)
+    prompt, value = asked_within(tokenizer, ids, depth, seed)
+    cache, last, _ = read_sparse(model, prompt, name)
+    return says(lambda token: read(model, token, cache), last, tokenizer, value)
 
 
 @torch.no_grad()
 def quality(model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, name: str | None, texts: int) -> dict[str, Any]:
-    places = [ids[(i + 1) * len(ids) // (texts + 2) :][:tokens] for i in range(texts)]
+    places = middle(ids, texts, tokens)
     found = [nll(model, text, name) for text in places]
-    told = [finds(model, tokenizer, places[0], name, depth, seed) for seed, depth in enumerate(DEPTHS)]
+    asked = [(text, depth) for text in places for depth in DEPTHS]
+    told = [finds(model, tokenizer, text, name, depth, seed) for seed, (text, depth) in enumerate(asked)]
     return {
         "density": round(sum(d for _, d in found) / texts, 4),
         "nll": [round(value, 4) for value, _ in found],
         "needles": sum(told),
+        "of": len(told),
     }
 
 
@@ -167,28 +164,12 @@ def said_behind(model: Any, cache: Any, tokens: torch.Tensor) -> torch.Tensor:
     return torch.stack([read(model, token[None], cache) for token in tokens])
 
 
-def told_at(tokenizer: Any, ids: torch.Tensor) -> tuple[torch.Tensor, list[tuple[str, torch.Tensor]]]:
-    """A text that tells a number for a key at each of `DEPTHS`, as long as it was; and each number with the question for it."""
-    g = torch.Generator().manual_seed(0)
-    values = [str(int(torch.randint(1_000_000, 9_999_999, (1,), generator=g))) for _ in DEPTHS]
-    needles = [tokenizer(NEEDLE.format(key=key, value=value)).input_ids for key, value in zip(KEYS, values, strict=True)]
-    room, parts, last = len(ids) - sum(map(len, needles)), [], 0
-    for depth, needle in zip(DEPTHS, needles, strict=True):
-        parts += [ids[last : int(depth * room)], torch.tensor(needle)]
-        last = int(depth * room)
-    asked = [
-        (value, torch.tensor(tokenizer(QUESTION.format(key=key)).input_ids)) for key, value in zip(KEYS, values, strict=True)
-    ]
-    return torch.cat([*parts, ids[last:room]]), asked
-
-
 @torch.no_grad()
 def decode(model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, name: str | None, texts: int) -> dict[str, Any]:
     """What a recipe makes of the tokens behind a prompt, and of questions for what the prompt told."""
     found, density, told = [], 1.0, 0
     with nullcontext() if name is None else on(model, name) as plug:
-        for i in range(texts):
-            text = ids[(i + 1) * len(ids) // (texts + 2) :][: tokens + STEPS]
+        for text in middle(ids, texts, tokens + STEPS):
             cache = hf.DynamicCache(config=model.config)
             logits = torch.cat([read(model, text[:tokens], cache)[None], said_behind(model, cache, text[tokens:-1])])
             found.append(float(cross_entropy(logits.float(), text[tokens:])))
@@ -198,15 +179,13 @@ def decode(model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, name: str
             density = sum(event.density or 1.0 for event in events) / model.config.num_hidden_layers
         cache, (text, questions) = (
             hf.DynamicCache(config=model.config),
-            told_at(tokenizer, ids[len(ids) // (texts + 2) :][:tokens]),
+            told_at(tokenizer, middle(ids, texts, tokens)[0]),
         )
         read(model, text, cache)
-        for value, question in questions:
+        for question, value in questions:
             behind = copy.deepcopy(cache)
-            said = [int(said_behind(model, behind, question)[-1].argmax())]
-            for _ in range(9):
-                said.append(int(read(model, torch.tensor(said[-1:]), behind).argmax()))
-            told += value in tokenizer.decode(said)
+            last = said_behind(model, behind, question)[-1]
+            told += says(partial(read, model, cache=behind), last, tokenizer, value)
     return {"density": round(density, 4), "nll": [round(value, 4) for value in found], "needles": told}
 
 

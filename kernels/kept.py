@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 LEAST_ROOM = 256
 """Slots that are made ahead at least; else an eighth of what there is. Ours."""
@@ -26,6 +27,7 @@ class GrowingKeys:
     end : int64 (B, 1), the token of each row with which the index ends, where it is not empty.
     indexed : how many slots stand ahead of the tail, which the index lacks.
     settled : how many slots the index goes by: of fewer it knows nothing.
+    below : bool (B, H_kv), key heads that an audit found to keep too little; None ahead of the first.
     """
 
     freed = False
@@ -40,6 +42,7 @@ class GrowingKeys:
         self.index: dict[str, Tensor] = {}
         self.end = torch.zeros(1, 1, dtype=torch.int64)
         self.indexed = self.settled = 0
+        self.below: Tensor | None = None
 
     @property
     def keys(self) -> Tensor:
@@ -62,7 +65,7 @@ class GrowingKeys:
 
     def crop(self, length: int) -> None:
         """Drop all tokens behind the first `length`. An index that knows some of them begins anew."""
-        self.length = min(self.length, length)
+        self.length, self.below = min(self.length, length), None
         if self.length < self.settled:
             self.forget()
 
@@ -71,6 +74,7 @@ class GrowingKeys:
         self._keys, self._values = self._keys[rows.to(self._keys.device)], self._values[rows.to(self._values.device)]
         self.index = {name: x[rows.to(x.device)] for name, x in self.index.items()}
         self.end = self.end[rows.to(self.end.device)] if self.index else self.end
+        self.below = None if self.below is None else self.below[rows.to(self.below.device)]
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens."""
@@ -177,6 +181,15 @@ class RowOrder:
     def tokens(self, slots: int) -> Tensor:
         """How many tokens so many slots hold, as far as all behind the prompt's end are: int64 (B|1, 1), below 0 ahead of a row's first."""
         return slots - self.padding
+
+    def held(self, slots: int) -> Tensor:
+        """Which of the first so many slots hold tokens, as far as all behind the prompt's end do: bool (B|1, slots)."""
+        if self.slots is None:
+            return torch.ones(1, slots, dtype=torch.bool, device=self.padding.device)
+        number = (
+            torch.arange(self.prompt, device=self.padding.device) < self.prompt - self.padding
+        )  # tokens stand first in the order
+        return pad(torch.zeros_like(number).scatter(1, self.slots, number), (0, slots - self.prompt), value=True)
 
     def slots_of(self, ranks: Tensor) -> Tensor:
         """Slots of tokens by their rank in their row, int64 (B|1, H, n) or (B|1, n); of a rank that no token has, any slot."""

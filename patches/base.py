@@ -206,8 +206,11 @@ class Patch:
         """Return what `call` costs as a fraction of dense, and its block plan, where there are such things."""
         return None, None
 
-    def kept(self, call: AttentionCall, params: Any, plan: BlockPlan) -> Tensor | None:
-        """Return the share of its true attention that each head finds in a plan, float32 (B, H), from a few exact rows; or None."""
+    def kept(self, call: AttentionCall, params: Any, plan: BlockPlan | None) -> Tensor | None:
+        """Return the share of its true attention that each head finds in what is read, float32 (B, H), from a few exact rows; or None.
+
+        `plan` is what `inspect` returned.
+        """
         return None
 
     def shared_order(self, params: Any) -> Tiles | None:

@@ -30,7 +30,6 @@ DUO: dict[str, Any] = {
 }
 SNAP = {"patch": "snapkv", "with": {"capacity": 10, "window": 4, "pool": 3}}
 READ_DENSE = {"patch": "duo", "with": {**DUO["with"], "prompt": "dense"}}
-BOTH = pytest.mark.parametrize("rule", [DUO, SNAP], ids=["duo", "snapkv"])
 ALL = pytest.mark.parametrize("rule", [DUO, READ_DENSE, SNAP], ids=["duo", "duo, dense prompt", "snapkv"])
 
 
@@ -222,7 +221,7 @@ def test_a_padded_batch_is_its_rows(rule: dict[str, Any], side: str) -> None:
             torch.testing.assert_close(found, torch.cat(alone, 1)[0], rtol=1e-4, atol=1e-5)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize(
     "more", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=str
 )

@@ -39,7 +39,7 @@ from accelplug.recipe import ModelFacts, describe, load, model_name, read_file, 
 from accelplug.registry import patch_class, patch_entry
 from accelplug.step_caches import CACHES
 from accelplug.table import Origin
-from accelplug.tuning.contest import _read_sheet
+from accelplug.tuning.contest import Sheet
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.prediction import Probe
 from accelplug.tuning.probing import with_weights
@@ -420,7 +420,11 @@ def test_journals_in_wrong_places(tmp_path: Path) -> None:
     "bad", [None, 3, "x", [], {}, {"errors": 3}, {"errors": {"a": 1}, "ratio": 1}, {"values": [["x"]]}, [["x"]]]
 )
 def test_values_of_a_journal_are_measurements(bad: object, tmp_path: Path) -> None:
-    readers = [TypeAdapter(Probe).validate_python, lambda found: with_weights(Arm("sol", ()), found), _read_sheet]
+    readers = [
+        TypeAdapter(Probe).validate_python,
+        lambda found: with_weights(Arm("sol", ()), found),
+        TypeAdapter(Sheet).validate_python,
+    ]
     for read in readers:
         (tmp_path / "j").write_text('{"fingerprint": "f"}\n' + json.dumps({"key": "a", "value": bad}) + "\n")
         with pytest.raises(AccelplugError, match="no measurement under 'a'"):

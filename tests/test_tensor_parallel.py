@@ -11,11 +11,16 @@ import torch
 import accelplug
 from accelplug.call import AttentionCall
 from accelplug.hosts.stream import watching
+from accelplug.table import Table
 from accelplug.testing.language_models import forward
 from tests.tiny_language_models import build, inputs
 from tests.two_ranks import together
 
+SCORES = Table(torch.tensor([[0.5, 0.1], [0.4, 0.3], [0.2, 0.6], [0.7, 0.8]]), ("layers", "heads"))
+"""Of key heads: some layers have one of them on a rank that is unlike the other's."""
 RECIPES = (
+    {"patch": "duo", "with": {"scores": SCORES, "sink": 1, "window": 4, "prompt": "stream"}},
+    {"patch": "moh", "with": {"outputs": SCORES, "skip": 0.3}},
     {"patch": "visual_bias", "with": {"image_weight": 6.0, "heads": [1, 3]}},
     {"patch": "vhr", "with": {"gain": 2.0}},
     {"patch": "gift", "with": {"saliency_layer": 1, "enhance": [0, 4]}},

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,19 +23,19 @@ from accelplug.cli import main
 from accelplug.comparison import TextExam
 from accelplug.comparison.questions import Reply
 from accelplug.comparison.texts.exam import TASKS
-from accelplug.comparison.texts.reader import ContextReader, kv_bytes
+from accelplug.comparison.texts.reader import ContextReader, Glance, kv_bytes
 from accelplug.comparison.texts.scores import TEXT_METRICS, text_figures
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
-from accelplug.recipe import load, read_file
+from accelplug.recipe import Measured, load, read_file
 from accelplug.registry import list_patches
 from accelplug.testing.language_models import TEXT_CONFIG
-from accelplug.tuning import contest
+from accelplug.tuning import contest, verification
 from accelplug.tuning.aims import Aim
 from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.language import tuned
-from accelplug.tuning.texts import ReadingContest, of_contexts
+from accelplug.tuning.texts import TEXT_BUDGET, ReadingContest, of_contexts, told_of
 from tests.patch_rows import ROWS
 
 FIRST = 3
@@ -177,6 +178,16 @@ def test_a_model_that_knows_has_full_marks_and_one_that_does_not_has_none(anew: 
         )
 
 
+def test_a_first_look_costs_what_a_plain_forward_does() -> None:
+    model = llama()
+    context = TextExam((512,), depths=(0.5,), tasks=("needle", "nll"), suffix=32).contexts(LETTERS)[0]
+    found = ContextReader(model, LETTERS, [context]).glance(context)
+    suffix = next(asked.ids for asked in context.asked if asked.items[0].task == "suffix")
+    ids = torch.tensor([*context.ids, *suffix[:16]])
+    expected = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, -273:-1], ids[-272:], reduction="none")
+    torch.testing.assert_close(torch.tensor(found.costs), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_weighed_is_the_models_own_likelihood() -> None:
     model, (context, _) = llama(), SMALL.contexts(LETTERS)
     reading = ContextReader(model, LETTERS, [context]).read(context)
@@ -256,11 +267,11 @@ def test_the_length_is_one_at_which_recipes_are_at_work() -> None:
 
 
 class Scripted:
-    """Readings as a script says: by recipe, seconds and the share of needles in the search and on the proof."""
+    """Readings as a script says: by recipe, seconds, the share of needles in the search and on the proof, and nats lost at a glance."""
 
     processor, likelihoods = None, True
 
-    def __init__(self, contexts: list[Any], script: dict[str, tuple[float, float, float]], held: set[str]) -> None:
+    def __init__(self, contexts: list[Any], script: Mapping[str, tuple[float, ...]], held: set[str]) -> None:
         self.contexts, self.script, self.held, self.on = {c.key: c for c in contexts}, script, held, "stock"
         self.model = llama()
 
@@ -273,44 +284,94 @@ class Scripted:
     def warm(self, ids: Any) -> None:
         """Nothing."""
 
+    def glance(self, context: Any) -> Glance:
+        seconds, *_, loss = self.script[self.on]
+        return Glance(seconds, [1.0 + loss + 0.1 * loss * (i % 3) for i in range(30)], 0.0)
+
     def timed(self, page: list[Any]) -> tuple[list[Reply], float]:
-        seconds, *shares = self.script[self.on]
-        share = shares[page[0].context in self.held]
-        return [Reply("", None, i < share * len(page), math.nan, math.nan, 0) for i in range(len(page))], seconds
+        seconds, *shares, _ = self.script[self.on]
+        needles = [item for item in page if item.task == "needle"]
+        found = needles[: round(shares[page[0].context in self.held] * len(needles))]
+        return [Reply("", None, item in found, math.nan, 16.0, 16) for item in page], seconds
 
 
 def test_the_fastest_that_keeps_the_budget_on_contexts_held_out_wins(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    halves = [
-        TextExam((1600,), depths=(0.2, 0.8), tasks=("needle",), seed=seed, trials=3).contexts(LETTERS) for seed in (0, 1)
-    ]
+    exams = [TextExam((1600,), depths=(0.2, 0.8), tasks=("needle", "nll"), seed=seed, trials=3) for seed in (0, 1)]
+    halves = [exam.contexts(LETTERS) for exam in exams]
     script = {
-        "stock": (1.0, 1.0, 1.0),
-        "stream": (0.5, 1.0, 1.0),
-        "triangle": (0.4, 1.0, 0.5),  # not on the proof
-        "xattention": (0.2, 0.5, 0.5),
-        "flashprefill": (1.2, 1.0, 1.0),
+        "stock": (1.0, 1.0, 1.0, 0.0),
+        "stream": (0.5, 1.0, 1.0, 0.01),
+        "triangle": (0.4, 1.0, 0.5, 0.0),  # not on the proof
+        "xattention": (0.2, 0.5, 0.5, 0.0),
+        "flashprefill": (1.2, 1.0, 1.0, 0.0),  # slower
+        "power": (0.1, 1.0, 1.0, 0.05),  # predicts worse
+        "pages": (0.9, 1.0, 1.0, 0.0),
     }
     asker: Any = Scripted([c for half in halves for c in half], script, {c.key for c in halves[1]})
     monkeypatch.setattr(contest, "apply", asker.apply)
     seen, unseen = (of_contexts(half) for half in halves)
-    found = ReadingContest(asker, seen, unseen, "speed", parse_budget("needle>=stock", TEXT_METRICS), 1e9, Journal(None, ""))
+    found = ReadingContest(asker, seen, unseen, "speed", parse_budget(TEXT_BUDGET, TEXT_METRICS), 1e9, Journal(None, ""))
     found.candidates = [Aim(name, {"rules": [{"patch": name}]}) for name in script if name != "stock"]
     found.explore()
     found.prove()
     assert found.winner.name == "stream"
-    assert {aim.name for aim in found.finalists} == {"stream", "triangle"}
+    assert {aim.name for aim in found.finalists} == {"stream", "triangle", "pages"}
+    looked_at = {point.name: point for point in found.looked_at()}
+    assert set(looked_at) == {"flashprefill", "power"}, "nothing was asked of them"
+    assert looked_at["power"].worst["nll change"] == pytest.approx(0.055)
+    assert [aim.name for aim in found.tried][-1] == "xattention with pages", "the fastest of each stage, together"
+    assert found.untouched == 0
     assert found.interval(found.winner) == (1.0, 1.0, 1.0)
-    made = tuned(found, 0, "why", (), tokens="1600")
+    told = told_of(exams[1], halves[1])
+    made = tuned(found, 0, "why", (), found.looked_at(), **told)
     assert made.proven is not None
     assert made.proven.name == "stream"
     assert made.measured[0].objective == "speed"
     assert made.measured[0].gain == 2.0
     assert made.measured[0].task["needle"].value == 1.0
     assert read_file(made.to_yaml(tmp_path / "tuned.yaml")).recipes["tuned"].rules[0].name == "stream"
-    with pytest.raises(AccelplugError, match="was measured on long texts"):
-        accelplug.verify(llama(), tmp_path / "tuned.yaml", processor=LETTERS)
+    again = accelplug.verify(llama(), tmp_path / "tuned.yaml", processor=LETTERS)[0]
+    assert again.outcome == "drifted", "the model that was really asked is no faster"
+    assert "recorded 2.00x" in again.why
+    with pytest.raises(AccelplugError, match="Give no text"):
+        accelplug.verify(llama(), made, TextExam(text="a book.txt"), processor=LETTERS)
+    for lacking, said in (("contexts_sha256", "does not say which contexts"), ("seed", "on other contexts")):
+        row = made.measured[0]
+        row = row.model_copy(
+            update={"seeds": [7]} if lacking == "seed" else {"inputs": {k: v for k, v in row.inputs.items() if k != lacking}}
+        )
+        with pytest.raises(AccelplugError, match=said):
+            accelplug.verify(llama(), replace(made, measured=(row,)), processor=LETTERS)
+
+
+@pytest.mark.parametrize(
+    ("needle", "nll", "speed", "outcome"),
+    [
+        (0.8, 2.01, 1.5, "confirmed"),
+        (0.7, 2.01, 1.5, "drifted"),
+        (0.6, 2.01, 1.5, "broken"),
+        (0.8, 2.04, 1.5, "drifted"),
+        (0.8, 2.20, 1.5, "broken"),
+        (0.8, 2.01, 1.1, "drifted"),
+    ],
+)
+def test_a_row_of_long_texts_is_judged_by_what_is_lost(needle: float, nll: float, speed: float, outcome: str) -> None:
+    spread, gained = {"p20": 5.0, "p50": 5.0, "p80": 5.0}, {"p20": 1.5, "p50": 1.5, "p80": 1.5}
+    row = {"date": "2026-01-01", "device": "here", "versions": {}, "seeds": [0], "dense_ms": spread, "ms": spread}
+    task = {"needle": {"dense": 0.8, "value": 0.8}, "nll": {"dense": 2.0, "value": 2.01}}
+    read = Measured.model_validate({**row, "objective": "speed", "speedup": gained, "task": task})
+    found = {"needle": needle, "nll": nll}
+    assert verification.judge_reading(read, {"needle": 0.8, "nll": 2.0}, found, speed, True)[0] == outcome
+
+
+def test_too_little_time_says_how_much_is_enough() -> None:
+    found = accelplug.tune(
+        llama(), TextExam((1600,), depths=(0.5,), suffix=16), processor=LETTERS, time_budget_s=0.01, progress=False
+    )
+    assert any("s are enough" in note for note in found.notes)
+    assert found.proven is None
 
 
 def test_tune_gives_a_recipe_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -353,6 +414,9 @@ def test_a_patch_that_reads_everything_is_worth_what_stock_is(patch: str) -> Non
     assert abs(found["faint"].figures["nll"].delta.value) < 1e-4
     assert found["working"].figures["nll"].delta.value != 0.0, "its kernel ran"
     assert not any("no call was answered" in note for note in found["working"].notes)
+    entry = next(entry for entry in list_patches() if entry.name == patch)
+    step = found["working"].steps_read[512]
+    assert (step.mean_density < 1) == (step.mean_kept < 1) == (entry.family == "decode")
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ class Answer(NamedTuple):
     def inspected(self) -> tuple[float | None, BlockPlan | None, float | None]:
         """What is read of the pairs, by which plan, and the share of attention that falls on it."""
         density, plan = self.patch.inspect(self.call, self.params)
-        kept = None if plan is None else self.patch.kept(self.call, self.params, plan)
+        kept = self.patch.kept(self.call, self.params, plan)
         return density, plan, None if kept is None else float(kept.mean())
 
 
@@ -104,6 +104,9 @@ class AttentionRecord:
             return base(asked, q, *self.in_full(q, k, v, its_own), mask, **kwargs)[0].transpose(1, 2)
 
         decoding = forward is None or forward.clock.phase == "decode"
+        if decoding and not compiling and watch is None and forward is not None and self.idles(forward):
+            self.note(None, q.shape[2], forward.clock, None)
+            return whole()
         found = 0
         answering: list[Answer] = []
         for choice in (self.choice,) if decoding else self.choice.stages:
@@ -163,6 +166,13 @@ class AttentionRecord:
             self.fell_back(params)
             return None
         return Answer(choice, call, params)
+
+    def idles(self, forward: Forward) -> bool:
+        """Whether a decode step is nothing to the patch, so that the call need not be looked at; nobody traces it either."""
+        patch, stream = self.choice.patch, forward.stream
+        if patch is None or patch.about_images or stream is None or self.choice.reason is not None:
+            return False
+        return stream.decode[self.index] is None and not self.host.ledger.traces
 
     def kept(self, forward: Forward | None) -> KeptKeys | None:
         """What a patch keeps the layer's keys and values in, or None. Of a compiled forward it is not known."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from accelplug import compat
-from accelplug.call import FULL_ATTENTION, Clock, Kind, Prompt, Site
+from accelplug.call import ALL_HEADS, FULL_ATTENTION, Clock, Kind, Prompt, Share, Site
 from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families.vlm import Vlm, vlm_of
 from accelplug.hosts.attention import AttentionRecord, patches_of
@@ -156,6 +156,8 @@ class LanguageHost(Host):
     def _records(self, decide: Decide) -> list[AttentionRecord]:
         modules = list(attention_modules(self.decoder))
         layers = compat.transformers.number_of_layers(self.decoder)
+        tensors = self.tensor_parallel
+        heads = ALL_HEADS if tensors is None else Share(tensors.rank, tensors.ranks)
         records: list[AttentionRecord] = []
         for path, module in modules:
             if not compat.transformers.looks_kernel_up(type(module)):
@@ -165,7 +167,8 @@ class LanguageHost(Host):
             if cross:
                 self.skipped[path] = f"{type(module).__name__} reads keys that are not tokens of the prompt"
             kind: Kind = "cross" if cross else "self"
-            site = Site(path, self.name, kind, module.layer_idx, layers, layer_type=compat.transformers.layer_type(module))
+            layer_type = compat.transformers.layer_type(module)
+            site = Site(path, self.name, kind, module.layer_idx, layers, heads, layer_type)
             choice = LEFT_DENSE if cross else decide(site, None, PREFILL)
             records.append(AttentionRecord(self, len(records), module, site, module.config, choice))
         if not records:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, TypeAlias
 
-from accelplug.recipe import ModelFacts, Rule, at_depth, matching_files
+from accelplug.recipe import ModelFacts, Rule, at_depth, matching_files, named
 from accelplug.registry import patch_class
 from accelplug.tuning.space import require_ladders
 
@@ -48,11 +48,13 @@ def aims(
     depth: int,
     patches: Sequence[str] | None = None,
     ladders: Mapping[str, Ladder] | None = None,
+    generic: Sequence[str] = (),
     **more: Any,
 ) -> list[Aim]:
     """Return candidates for a model of `depth` layers: the recipes shipped for it, then a ladder of each patch, rung by rung.
 
-    `ladders` are `AIM_LADDERS` if left out; `more` are settings that every rung has beside its own, where its patch takes them.
+    `ladders` are `AIM_LADDERS` if left out; `generic`, full names of recipes for any model, which come behind the model's default;
+    `more` are settings that every rung has beside its own, where its patch takes them.
 
     Raises
     ------
@@ -63,7 +65,14 @@ def aims(
     require_ladders(patches, ladders, "a language model")
     wanted = set(patches or ladders)
     files = matching_files(facts)
-    shipped = [Aim(r.name, r.to_mapping()) for file in files[:1] for r in file.recipes.values()] if len(files) == 1 else []
+    its_own = files[0].recipes if len(files) == 1 else {}
+    default = [name for name in its_own if name == files[0].default]
+    listed = [
+        *(its_own[name] for name in default),
+        *map(named, generic),
+        *(r for r in its_own.values() if r.name not in default),
+    ]
+    shipped = [Aim(r.name, r.to_mapping()) for r in listed]
     made = [list(_aims_of(name, depth, ladders[name], more)) for name in ladders if name in wanted]
     # One of each patch before the second of any: where time is short, each has been seen.
     steps = [aim for rung in zip_longest(*made) for aim in rung if aim is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -48,11 +48,6 @@ class Sheet:
 
     replies: list[Reply]
     seconds: float
-
-
-def _read_sheet(found: Mapping[str, Any]) -> Sheet | str:
-    """A page as plain data has it, or why it was not answered."""
-    return str(found["refused"]) if "refused" in found else TypeAdapter(Sheet).validate_python(found)
 
 
 @dataclass
@@ -159,6 +154,10 @@ class Contest:
         """Return what replies are worth by all metrics but speed."""
         return {name: metric.value(asked, replies) for name, metric in self.metrics.items() if metric.counts is not None}
 
+    def page_s(self, aim: Aim) -> float:
+        """Seconds that a page takes with a candidate."""
+        return float(np.mean([sheet.seconds for sheet in self.sheets[aim.name].values()]))
+
     def answer_all(self, variants: Sequence[Aim], pages: Iterable[int]) -> None:
         """Have pages answered by turns, while there is time."""
         for page, aim in product(pages, variants):
@@ -174,7 +173,7 @@ class Contest:
         ]
         if not self.finalists:
             return
-        page_s = sum(float(np.mean([s.seconds for s in self.sheets[a.name].values()])) for a in [STOCK, *self.finalists])
+        page_s = sum(map(self.page_s, [STOCK, *self.finalists]))
         number = max(1, int((self.time_budget_s - start) / page_s))
         self.proof = list(range(self.first_held, len(self.pages)))[:number]
         for page, aim in product(self.proof, [STOCK, *self.finalists]):
@@ -207,7 +206,17 @@ class Contest:
         """Have a page answered, unless it was. A candidate that the model refuses is left out."""
         if page in self.sheets.get(aim.name, {}) or aim.name in self.refused:
             return
-        key = f"{aim.name}, page {page}"
+
+        def answered() -> dict[str, Any]:
+            replies, seconds = self.ask(page)
+            return {"replies": [asdict(reply) for reply in replies], "seconds": seconds}
+
+        if (found := self.measured(aim, f"page {page}", answered, TypeAdapter(Sheet).validate_python)) is not None:
+            self.sheets.setdefault(aim.name, {})[page] = found
+
+    def measured(self, aim: Aim, what: str, run: Callable[[], dict[str, Any]], read: Callable[[Any], Any]) -> Any:
+        """Return what `run` gives with a candidate on, as `read` makes it of what the journal keeps; None where the model refuses it."""
+        key = f"{aim.name}, {what}"
 
         def measure() -> dict[str, Any]:
             self.tell(self.spent_s, f"{key}; best so far {self._best()}")
@@ -217,19 +226,18 @@ class Contest:
             try:
                 model, processor = self.asker.model, self.asker.processor
                 with nullcontext() if aim is STOCK else apply(model, aim.recipe, gate="off", processor=processor):
-                    replies, seconds = self.ask(page)
-                    return {"replies": [asdict(reply) for reply in replies], "seconds": seconds}
+                    return run()
             except AccelplugError as error:
                 if aim is STOCK:
                     raise
                 return {"refused": str(error)}
 
-        found = self.journal.get(key, measure, _read_sheet)
-        if isinstance(found, str):
-            self.refused[aim.name] = found
-            self.candidates = [other for other in self.candidates if other is not aim]
-        else:
-            self.sheets.setdefault(aim.name, {})[page] = found
+        found = self.journal.get(key, measure, lambda kept: str(kept["refused"]) if "refused" in kept else read(kept))
+        if not isinstance(found, str):
+            return found
+        self.refused[aim.name] = found
+        self.candidates = [other for other in self.candidates if other is not aim]
+        return None
 
     def _replies(self, aim: Aim, pages: Sequence[int]) -> list[Reply]:
         return [reply for page in pages for reply in self.sheets[aim.name][page].replies]
@@ -299,6 +307,16 @@ class Contest:
             return standing.slack >= 0, standing.gain, standing.tie_break, standing.figures["speed"]
 
         return sorted(self.candidates, key=merit, reverse=True)
+
+    @property
+    def untouched(self) -> int:
+        """How many candidates there was no time for."""
+        return len(self.all_candidates) - len(self.tried) - len(self.refused)
+
+    @property
+    def enough_s(self) -> float | None:
+        """Seconds in which all would be tried, about; None where nobody can say."""
+        return None
 
     @property
     def tried(self) -> list[Aim]:

@@ -163,8 +163,13 @@ class Answered(Tuned):
         return framed("accelplug: tuned", f"{head}\n{drawn}\n{as_elements(table)}", CHARTS_STYLE)
 
 
-def tuned(contest: Contest, seed: int, why: str, notes: tuple[str, ...], **inputs: Any) -> Answered:
-    """Put the recipe, its measurement and what was tried together; `inputs` say what it was measured on."""
+def tuned(
+    contest: Contest, seed: int, why: str, notes: tuple[str, ...], looked_at: Sequence[Point] = (), **inputs: Any
+) -> Answered:
+    """Put the recipe, its measurement and what was tried together; `inputs` say what it was measured on.
+
+    `looked_at`: candidates that were asked nothing.
+    """
     winner = contest.winner
     facts = model_facts(contest.asker.model)
     recipe = load((winner or STOCK).recipe, facts)
@@ -180,7 +185,7 @@ def tuned(contest: Contest, seed: int, why: str, notes: tuple[str, ...], **input
         why=why,
         bounds=contest.bounds,
         notes=notes,
-        points=(stock, *sorted(tried, key=lambda p: (p.verdict == "tried", -p.runs, -p.margin))),
+        points=(stock, *sorted(tried, key=lambda p: (p.verdict == "tried", -p.runs, -p.margin)), *looked_at),
         seconds={**contest.seconds, "all": round(contest.spent_s, 1)},
         facts=facts,
         objective=contest.objective,
@@ -248,8 +253,13 @@ def untried(contest: Contest) -> tuple[str, ...]:
     """What was not tried, and why; and what the stock model itself misses."""
     stock = points(contest)[STOCK.name]
     notes = [f"Not tried: {name}: {reason}" for name, reason in contest.refused.items()]
-    if left := len(contest.all_candidates) - len(contest.tried) - len(contest.refused):
-        notes.append(f"Not tried for want of time: {left} of {len(contest.all_candidates)} candidates.")
+    if left := contest.untouched:
+        enough = (
+            ""
+            if contest.enough_s is None
+            else f" About {contest.enough_s:.0f} s are enough: {worded('time_budget_s', '--time')}."
+        )
+        notes.append(f"Not tried for want of time: {left} of {len(contest.all_candidates)} candidates.{enough}")
     own = {**stock.worst, "speed": 1.0}
     missed = [bound for bound in contest.bounds if bound.name in own and bound.margin(own[bound.name], own[bound.name]) < 0]
     if missed:

@@ -1,12 +1,14 @@
-"""What tune() chooses from for language models on long prompts: sparse prefill, where, and how much of a prompt it reads."""
+"""What tune() chooses from for language models on long prompts: sparse prefill, where, and how much of a prompt it reads; sparse steps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from accelplug.registry import list_patches
-from accelplug.tuning.aims import Ladder
+from accelplug.registry import list_patches, patch_entry
+from accelplug.tuning.aims import Aim, Ladder
 
+GENERIC = ("llm/long",)
+"""Recipes for any decoder, the likeliest after a model's own."""
 REST, DEEPER, HALF, LAST = (0.07, 1.0), (0.25, 1.0), (0.5, 1.0), (0.75, 1.0)
 """Shares of the depth: early layers need most of what they read, and stay dense."""
 
@@ -34,3 +36,13 @@ def prefill_ladders() -> Mapping[str, Ladder]:
     """Return ladders by patch, of the patches that there are."""
     known = {entry.name for entry in list_patches()}
     return {name: ladder for name, ladder in _LADDERS.items() if name in known}
+
+
+def reads_prompts(aim: Aim) -> bool:
+    """Whether a candidate changes how a prompt is read, and nothing else; if not, it changes what is kept of it, or what a step reads."""
+    return all(patch_entry(name).family == "prefill" for name in aim.patches)
+
+
+def both(prompt: Aim, steps: Aim) -> Aim:
+    """A candidate that reads prompts like one and makes tokens like another: rules of either kind are a stage of their own."""
+    return Aim(f"{prompt.name} with {steps.name}", {"rules": [*prompt.recipe["rules"], *steps.recipe["rules"]]})

@@ -44,7 +44,8 @@ class Point:
         and the corrected p-value.
 
     Of a language model `runs` counts questions, `speedup` is the stock model's time over the candidate's, `worst` holds all figures,
-    the gain over stock is one of the margins, and a verdict may be ``stock``, or ``confirmed`` where a faster one does as well.
+    the gain over stock is one of the margins, and a verdict may be ``stock``, ``confirmed`` where a faster one does as well, or
+    ``looked at``: no question was put, since a first look left it no chance, or for want of time.
     """
 
     name: str

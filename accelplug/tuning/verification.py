@@ -12,8 +12,11 @@ from accelplug import files
 from accelplug.comparison import arguments
 from accelplug.comparison.entry import compare
 from accelplug.comparison.environment import device_name
-from accelplug.comparison.metrics import ANSWER_METRICS, figures
+from accelplug.comparison.metrics import ANSWER_METRICS
 from accelplug.comparison.questions import Asker, Item, digest, require_pictures
+from accelplug.comparison.texts.context import Context
+from accelplug.comparison.texts.reader import ContextReader
+from accelplug.comparison.texts.scores import TEXT_METRICS
 from accelplug.errors import AccelplugError, RecipeError, worded
 from accelplug.hosts.models import unwrapped
 from accelplug.recipe import Measured, Recipe, read_file
@@ -22,6 +25,7 @@ from accelplug.tuning.aims import Aim
 from accelplug.tuning.contest import STOCK, Contest
 from accelplug.tuning.journal import Journal
 from accelplug.tuning.language import questions, split
+from accelplug.tuning.texts import ReadingContest, contexts_again, of_contexts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,6 +38,9 @@ BROKEN_DB = 3.0
 """PSNR lost from which a recipe no longer does what it did, in dB."""
 SLOWER = 0.9
 """Share of the recorded speed-up that must be left, on the same device."""
+DRIFT_SHARE, DRIFT_NATS = 0.05, 0.02
+"""What a recipe may lose on long texts, beside what it lost then, before a figure has drifted: of a share, and in nats a token. Three
+times as much, and it is broken."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,8 @@ def verify(
     ----------
     pipe : the pipeline or language model that it was measured on.
     recipe : a recipe file, all of whose recipes are verified; or one `Recipe`.
-    inputs : arguments of the pipeline's call, for rows that name no prompt; of a language model, the questions of `tune`.
+    inputs : arguments of the pipeline's call, for rows that name no prompt; of a language model, the questions of `tune`, or a
+        `TextExam` with the file of text that it was tuned on; rows say all else that makes the same contexts.
     processor : a language model's.
 
     Returns
@@ -130,10 +138,7 @@ def _given(pipe: Any, recipe: Recipe, row: Measured, inputs: Any, processor: Any
         If there are none, or they are not those that it was measured on.
     """
     if row.objective == "speed":
-        raise AccelplugError(
-            f"{recipe.name}: the row of {row.date} was measured on long texts, seed {row.seeds[0]} and the next; compare the recipe "
-            f"on prompts of {row.inputs.get('tokens')} tokens instead: `accelplug compare MODEL --recipe FILE --tokens N`."
-        )
+        return contexts_again(pipe, recipe.name, row, inputs, processor)
     if row.task:
         _, held = split(questions(pipe, inputs, processor), row.seeds[0])
         asked = held[: int(row.inputs.get("questions", 0))]
@@ -154,7 +159,8 @@ def _given(pipe: Any, recipe: Recipe, row: Measured, inputs: Any, processor: Any
 
 def _verified(pipe: Any, recipe: Recipe, row: Measured, given: Any, progress: bool, processor: Any) -> Verified:
     if row.task:
-        return Verified(recipe.name, row.date, *_ask_again(pipe, recipe, row, given, processor))
+        contest = (_reading if row.objective == "speed" else _asking)(pipe, row, given, processor)
+        return Verified(recipe.name, row.date, *_ask_again(contest, recipe, row))
     try:
         found = compare(pipe, {"now": recipe}, given, row.seeds, floors=False, progress=progress)
     except RecipeError as error:
@@ -185,22 +191,49 @@ def judge(row: Measured, found: Comparison) -> tuple[Literal["confirmed", "drift
     return "confirmed", said
 
 
-def _ask_again(
-    model: Any, recipe: Recipe, row: Measured, asked: list[Item], processor: Any
-) -> tuple[Literal["confirmed", "drifted", "broken"], str]:
-    """Put the questions of a `measured` row again, stock and with the recipe, by turns."""
+def _asking(model: Any, row: Measured, asked: list[Item], processor: Any) -> Contest:
+    """What puts the questions of a row again."""
     parse: Any = row.inputs.get("parse", "strict")
     asker = Asker(model, processor, says="accuracy" in row.task, likelihoods="nll" in row.task, parse=parse)
+    return Contest(asker, [], asked, row.objective or "accuracy", (), math.inf, Journal(None, ""))
+
+
+def _reading(model: Any, row: Measured, contexts: list[Context], processor: Any) -> Contest:
+    """What has the contexts of a row read again."""
+    reader = ContextReader(model, processor, contexts, bool(row.inputs["anew"]))
+    return ReadingContest(reader, [], of_contexts(contexts), "speed", (), math.inf, Journal(None, ""))
+
+
+def _ask_again(contest: Contest, recipe: Recipe, row: Measured) -> tuple[Literal["confirmed", "drifted", "broken"], str]:
+    """Have the pages of a `measured` row answered again, stock and with the recipe, by turns."""
     aim = Aim(recipe.name, recipe.to_mapping())
-    contest = Contest(asker, [], asked, row.objective or "accuracy", (), math.inf, Journal(None, ""))
-    asker.ask(contest.pages[0])  # warms up
+    contest.warm()
     contest.answer_all([STOCK, aim], range(len(contest.pages)))
     if aim.name in contest.refused:
         return "broken", contest.refused[aim.name]
     contest.proof = list(range(len(contest.pages)))
-    _, stock, own = contest.answered(aim)
+    asked, stock, own = contest.answered(aim)
     speed = contest.standing(aim, contest.proof).figures["speed"]
-    return judge_task(row, figures(asked, stock), figures(asked, own), speed, row.device == device_name())
+    judged = judge_reading if row.objective == "speed" else judge_task
+    return judged(row, contest.worth(asked, stock), contest.worth(asked, own), speed, row.device == device_name())
+
+
+def judge_reading(
+    row: Measured, stock: Mapping[str, float], found: Mapping[str, float], speed: float, same_device: bool
+) -> tuple[Literal["confirmed", "drifted", "broken"], str]:
+    """Hold new figures on long texts against a row: it has drifted where more is lost beside stock than was then, or speed is."""
+    said = [f"{speed:.2f}x (recorded {row.gain:.2f}x{'' if same_device else ' on ' + row.device})"]
+    lost = 0.0
+    for name, then in row.task.items():
+        metric = TEXT_METRICS[name]
+        recorded, now = metric.gain(then.dense, then.value), metric.gain(stock[name], found[name])
+        lost = max(lost, (recorded - now) / (DRIFT_NATS if metric.unit else DRIFT_SHARE))
+        said.append(f"{name} {found[name]:.3f}, stock {stock[name]:.3f} (recorded {then.value:.3f}, {then.dense:.3f})")
+    if lost > 3:
+        return "broken", ", ".join(said)
+    if lost > 1 or (same_device and speed < SLOWER * row.gain):
+        return "drifted", ", ".join(said)
+    return "confirmed", ", ".join(said)
 
 
 def judge_task(

@@ -51,13 +51,12 @@ class Moh(base.Patch):
         if self.computed is None or not isinstance(self.config.outputs, Table):
             return None
         self.config.outputs.require(site, None)
-        kept = self.computed[site.layer or 0]
+        kept = site.heads.part(self.computed[site.layer or 0])
         return None if bool(kept.all()) else kept
 
     def attend(self, call: AttentionCall, params: Tensor) -> Tensor:
         number, queries = call.k.shape[1], call.q.unflatten(1, (call.k.shape[1], -1))
-        first = 0 if call.place is None else call.place.first_head * number // call.q.shape[1]
-        kept = params[first : first + number].to(call.q.device)
+        kept = params.to(call.q.device)
         if len(kept) != number:
             raise RecipeError(
                 f"The outputs of moh are of {len(params)} key heads, and the layer has {number}. Calibrate for this model: "

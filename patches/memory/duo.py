@@ -200,7 +200,7 @@ class Duo(Keeping):
         heads = None
         if self.retrieves is not None and isinstance(self.config.scores, Table):
             self.config.scores.require(site, None)
-            heads = self.retrieves[site.layer or 0]
+            heads = site.heads.part(self.retrieves[site.layer or 0])
         if self.config.keep == 1.0 or (heads is not None and bool(heads.all())):
             return None
         return SplitParams(layout.valid, layout.padded, clock.phase == "decode", heads)

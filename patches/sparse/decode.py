@@ -8,6 +8,7 @@ The parts of an output are joined by the logarithms of their sums of exponential
 * Tokens count from each row's own first one: padding moves none, and is not read.
 * A prompt is read by the model's own attention, and so are several tokens at a time: a prompt's pieces, a new turn, drafts. So is a step
   where the cache has fewer than `min_tokens`, which is counted as dense. Layers below `dense_layers` stay dense.
+* With `min_mass` one step in 16 is audited: the logits of all keys say what share of its attention each head found in those that were read.
 * Keys and values stand in room that grows ahead, in the cache that the prompt filled, and follow it when it is cropped, sorted or repeated.
   A static or a quantised cache, or one that transformers offloads, is refused.
 """
@@ -15,7 +16,7 @@ The parts of an output are joined by the logarithms of their sums of exponential
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from accelplug.call import AttentionCall, Clock, Prompt, Site
+    from accelplug.kernels.plan import BlockPlan
+
+AUDIT_EVERY = 16
+"""Tokens from one step that an audit looks at to the next: 1/16 of the products q.k of dense decoding. Ours."""
 
 
 class DecodeConfig(Config):
@@ -39,6 +44,13 @@ class DecodeConfig(Config):
     local: int = Field(64, ge=1, description="Newest tokens that every step reads. Paper of RetroInfer.")
     dense_layers: int = Field(2, ge=0, description="Layers at the front that stay dense. Paper of Quest.")
     min_tokens: int = Field(4096, ge=0, description="Steps with fewer tokens in the cache run dense. Ours.")
+    min_mass: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="Least share of its attention that a head must find in the keys that a step reads, by one step in 16; key heads of one "
+        "that has less read everything up to the next such step, which is counted. none: nobody looks.",
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,10 +164,16 @@ class Decode(Patch):
 
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
         step = self.step(call, params)
+        choice = self.choose(step) if step.index else None
         parts = [self._static(step, call.mask)]
-        if step.index:
-            parts.append(self._chosen(step, self.choose(step), call.mask))
-        return joined(parts).flatten(1, 2)[:, :, None].to(call.q.dtype)
+        if choice is not None:
+            parts.append(self._chosen(step, choice, call.mask))
+        out = joined(parts)
+        if choice is not None and self.config.min_mass is not None:
+            below = self._audited(step, choice, call, self.config.min_mass)
+            if bool(below.any()):
+                out[below] = self._everything(step, below, call.mask).to(out.device)
+        return out.flatten(1, 2)[:, :, None].to(call.q.dtype)
 
     def attention(self, call: AttentionCall, params: Params) -> Tensor:
         raise UnsupportedError(
@@ -172,6 +190,10 @@ class Decode(Patch):
         return sum(float(x.float().sum(-1).mean()) for x in read) / float(
             step.order.tokens(step.kept.length).float().mean()
         ), None
+
+    def kept(self, call: AttentionCall, params: Params, plan: BlockPlan | None) -> Tensor | None:
+        step = self.step(call, params)
+        return self._share(step, self.choose(step), call.mask).flatten(1, 2) if step.index else None
 
     def step(self, call: AttentionCall, params: Params) -> Step:
         """The call as a method sees it, with everything summarised that has left the window."""
@@ -228,6 +250,48 @@ class Decode(Patch):
             keys, values = torch.cat([keys.float(), choice.keys], 2), torch.cat([values.float(), choice.values], 2)
             bias = torch.cat([bias, choice.weight], 2)
         return part(step.q.to(keys.device), keys, values, bias)
+
+    # ---------------------------------------------------------------------------------------------------------------- audits
+
+    def _audited(self, step: Step, choice: Reads, call: AttentionCall, least: float) -> Tensor:
+        """Which key heads read everything, bool (B, H_kv): those of a head that kept less than `least` when it was last looked at."""
+        kept = step.kept
+        due = (step.order.tokens(kept.length) % AUDIT_EVERY == 0).to(step.q.device).expand(len(step.q), -1)  # [B, 1]
+        if kept.below is None:
+            due = torch.ones_like(due)
+        if bool(due.any()):
+            share = self._share(step, choice, call.mask)
+            below = share < least
+            if call.audited is not None:
+                rows = due[:, 0]
+                call.audited(share[rows].flatten(1), below[rows].flatten(1))
+            found = below.any(2)
+            kept.below = found if kept.below is None else torch.where(due, found, kept.below)
+        assert kept.below is not None
+        return kept.below
+
+    def _share(self, step: Step, choice: Reads, mask: Tensor | None) -> Tensor:
+        """Share of its true attention that each head finds in the keys that a step reads one by one, float32 (B, H_kv, G)."""
+        tokens = replace(choice, keys=None, values=None, weight=None)
+        read = [self._static(step, mask)[1], self._chosen(step, tokens, mask)[1].to(step.q.device)]
+        keys = step.kept.keys
+        logits = (step.q.to(keys.device) @ keys.float().mT).masked_fill(~self._tokens(step, mask)[:, None, None], -torch.inf)
+        every = logits.logsumexp(-1).to(step.q.device)
+        return (torch.stack(read).logsumexp(0) - every).exp().nan_to_num(nan=1.0).clamp(max=1.0)  # NaN: no key may be read
+
+    def _everything(self, step: Step, heads: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of some key heads, bool (B, H_kv), over all keys: float32 (n, G, D_v)."""
+        kept = step.kept
+        row, head = heads.to(kept.keys.device).nonzero(as_tuple=True)
+        q, keys, values = step.q.to(kept.keys.device)[row, head], kept.keys[row, head], kept.values[row, head]
+        bias = _bias(self._tokens(step, mask))[row]
+        return part(q[:, None], keys[:, None], values[:, None], bias[:, None])[0][:, 0]
+
+    def _tokens(self, step: Step, mask: Tensor | None) -> Tensor:
+        """Which slots of the cache hold tokens that the step may read: bool (B, S), where the keys are."""
+        kept = step.kept
+        slots = torch.arange(kept.length, device=kept.keys.device).expand(len(step.q), -1)
+        return (step.order.held(kept.length).to(slots.device) & _readable(mask, slots)).expand(len(step.q), -1)
 
 
 def _bias(held: Tensor) -> Tensor:

@@ -224,8 +224,8 @@ class Prefill(Patch):
         plan = self.route(self._laid_out(call, params)[0], params.budget)
         return float(plan.density(rest=self.config.rest == "pool").mean()), plan
 
-    def kept(self, call: AttentionCall, params: Params, plan: BlockPlan) -> Tensor:
-        return self._kept(self._laid_out(call, params)[0], plan)
+    def kept(self, call: AttentionCall, params: Params, plan: BlockPlan | None) -> Tensor | None:
+        return None if plan is None else self._kept(self._laid_out(call, params)[0], plan)
 
     def _kept(self, blocks: PromptBlocks, plan: BlockPlan) -> Tensor:
         return kept_mass(blocks.q, blocks.k, plan, AUDIT_ROWS, blocks.scale, blocks.held, blocks.reads)

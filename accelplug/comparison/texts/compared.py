@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+LOOKED_AT = 4
+"""Steps behind a context of which it is told what they read."""
 WARM = 256
 """Tokens that are read ahead of the first context, so that its time is not that of a first call."""
 
@@ -76,9 +78,13 @@ class TextComparison(Shown):
             for what in ("kv", "peak"):
                 if (figure := row.figures.get(f"{what} {tokens}")) is not None:
                     yield figure.name, f"{figure.value:,.1f}" if figure.value < 100 else f"{figure.value:,.0f}"
-            if (layers := row.layers.get(tokens)) is not None:
-                yield f"pairs read at {tokens:,}", f"{layers.mean_density:.3f}"
-                yield f"attention kept at {tokens:,}", "" if math.isnan(layers.mean_kept) else f"{layers.mean_kept:.3f}"
+            for what, kept, reads in (
+                ("pairs read", "attention kept", row.layers),
+                ("keys read by a step", "attention kept by a step", row.steps_read),
+            ):
+                if (layers := reads.get(tokens)) is not None:
+                    yield f"{what} at {tokens:,}", f"{layers.mean_density:.3f}"
+                    yield f"{kept} at {tokens:,}", "" if math.isnan(layers.mean_kept) else f"{layers.mean_kept:.3f}"
         if row.steps:
             yield "a token", f"{1e3 * statistics.median(row.steps):.1f} ms{_faster(row.figures['step'])}"
 
@@ -105,6 +111,7 @@ class TextComparison(Shown):
                     for (_, key), reading in row.readings.items()
                 },
                 "layers": row.layers,
+                "steps_read": row.steps_read,
                 "notes": row.notes,
             }
             for row in self.rows
@@ -144,7 +151,8 @@ def compare_texts(
         reader.warm(contexts[0].ids[:WARM])
         for done, (context, variant) in enumerate(looks):
             tell(done, f"{variant.name}: what it reads of {context.tokens:,} tokens")
-            rows[variant.name].layers[context.tokens] = layer_reads(reader, context, variant)
+            row = rows[variant.name]
+            row.layers[context.tokens], row.steps_read[context.tokens] = layer_reads(reader, context, variant)
         for done, (context, variant) in enumerate(reads, len(looks)):
             tell(done, f"{variant.name}: {context.key.split()[0]} of {context.tokens:,} tokens")
             with _with_recipe(reader, variant) as plug:
@@ -158,11 +166,12 @@ def compare_texts(
     return TextComparison(type(model).__name__, exam, items, list(rows.values()), environment(model))
 
 
-def layer_reads(reader: ContextReader, context: Context, variant: Variant) -> LayerReads:
-    """Return what a recipe reads of a context, from one more forward, which is not timed."""
+def layer_reads(reader: ContextReader, context: Context, variant: Variant) -> tuple[LayerReads, LayerReads]:
+    """Return what a recipe reads of a context, and in steps behind it, from one more reading, which is not timed."""
     with _with_recipe(reader, variant) as plug, plug.trace() as events:
-        reader.warm(context.ids)
-    return LayerReads.of(events, reader.model.config.get_text_config().num_hidden_layers)
+        reader.warm(context.ids, LOOKED_AT)
+    depth = reader.model.config.get_text_config().num_hidden_layers
+    return LayerReads.of(events, depth, "prefill"), LayerReads.of(events, depth, "decode")
 
 
 def _faster(figure: Figure) -> str:

@@ -106,16 +106,18 @@ def _strips(recipes: Sequence[TextRow]) -> str:
     """What each recipe keeps of the attention, and how much it reads, layer by layer."""
     parts = []
     for row in recipes:
-        for tokens, layers in row.layers.items():
+        reads = [(f"{tokens:,}", layers) for tokens, layers in row.layers.items()]
+        reads += [(f"steps behind {tokens:,}", layers) for tokens, layers in row.steps_read.items()]
+        for where, layers in reads:
             least = layers.least_kept
             if least is not None:
-                parts.append(f"<b>{html.escape(row.name)}, {tokens:,}: kept</b>{_strip(layers.kept)}")
+                parts.append(f"<b>{html.escape(row.name)}, {where}: kept</b>{_strip(layers.kept)}")
                 parts.append(f"<span>least {least[0]:.3f}, layer {least[1]}</span>")
-            parts.append(f"<b>{html.escape(row.name)}, {tokens:,}: read</b>{_strip(layers.density)}")
+            parts.append(f"<b>{html.escape(row.name)}, {where}: read</b>{_strip(layers.density)}")
             parts.append(f"<span>mean {layers.mean_density:.3f}</span>")
     said = (
         "From the first layer, left, to the last. Kept: the share of the true attention that falls on what is read, of 16 exact rows of "
-        "the prompt. Read: the share of the pairs of query and key. Full colour: all of it."
+        "the prompt, and of steps behind it. Read: the share of the pairs of query and key. Full colour: all of it."
     )
     shown = (
         f'<h2>What is read, layer by layer</h2><p class="soft">{said}</p><div class="panel strips">{"".join(parts)}</div>'

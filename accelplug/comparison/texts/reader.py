@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from accelplug import compat
 from accelplug.chat import tokenizer_of
@@ -26,6 +27,8 @@ from accelplug.kernels.timing import synchronise
 
 ANSWER_TOKENS = 128
 """Tokens of the answer in the time of a request."""
+GLANCE_TAIL, GLANCE_STEPS = 256, 16
+"""Tokens of a context, and tokens behind it, by whose likelihood a first look goes."""
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Reading:
     ----------
     first_s : seconds of reading it, up to the logits of the next token.
     step_s : median seconds of a token that is fed behind it; None where none was weighed in a text.
+    begin_s : seconds that the first of these took longer, in which a decode patch may build its index.
     kv_mib : what the cache held then.
     peak_mib : most memory meanwhile; None where the system does not tell.
     """
@@ -43,13 +47,35 @@ class Reading:
     replies: list[Reply] = field(default_factory=list)
     first_s: float = 0.0
     step_s: float | None = None
+    begin_s: float = 0.0
     kv_mib: float = 0.0
     peak_mib: float | None = None
 
     @property
     def seconds(self) -> float:
         """Seconds of a request: the context, and an answer of `ANSWER_TOKENS` where time per token was measured."""
-        return self.first_s + ANSWER_TOKENS * (self.step_s or 0.0)
+        return self.first_s + self.begin_s + ANSWER_TOKENS * (self.step_s or 0.0)
+
+    def time_steps(self, steps: Sequence[float]) -> None:
+        """Take in the seconds of each token that was fed behind it."""
+        self.step_s = statistics.median(steps)
+        self.begin_s = max(steps[0] - self.step_s, 0.0)
+
+
+@dataclass
+class Glance:
+    """What one reading of a context tells of a recipe.
+
+    Attributes
+    ----------
+    seconds : of a request, as in `Reading`.
+    costs : nats of each of the last `GLANCE_TAIL` tokens of the context, and of the `GLANCE_STEPS` tokens behind it.
+    took_s : seconds of it all.
+    """
+
+    seconds: float
+    costs: list[float]
+    took_s: float
 
 
 class ContextReader:
@@ -81,9 +107,11 @@ class ContextReader:
         return [reply for reading in found for reply in reading.replies], sum(reading.seconds for reading in found)
 
     @torch.no_grad()
-    def warm(self, ids: Sequence[int]) -> None:
-        """Read tokens, and drop what comes of it."""
-        self.first(ids)
+    def warm(self, ids: Sequence[int], steps: int = 0) -> None:
+        """Read tokens, say so many greedily, and drop what comes of it."""
+        cache, last = self.first(ids)
+        for _ in range(steps):
+            last = self.next(cache, [int(last.argmax())])
 
     @torch.no_grad()
     def read(self, context: Context) -> Reading:
@@ -104,21 +132,46 @@ class ContextReader:
             else:
                 replies, steps = self.weigh(asked, copy.deepcopy(cache), last)
                 if asked.items[0].task == "suffix":
-                    made.step_s = statistics.median(steps)
+                    made.time_steps(steps)
             made.replies += replies
         return made
 
-    def first(self, ids: Sequence[int]) -> tuple[Any, Tensor]:
-        """Read tokens into a new cache; return it with logits (V,) of what comes next."""
+    @torch.no_grad()
+    def glance(self, context: Context) -> Glance:
+        """Read a context once, and the next tokens one by one; put no question."""
+        asked = next(asked for asked in context.asked if asked.items[0].task == "suffix")
+        start, told = time.perf_counter(), Reading()
+        cache = self.new_cache()
+        logits = self.logits(cache, context.ids, GLANCE_TAIL + 1)
+        synchronise(self.model.device)
+        told.first_s = time.perf_counter() - start
+        tail = torch.tensor(context.ids[-(len(logits) - 1) :], device=logits.device)
+        costs = cross_entropy(logits[:-1].float(), tail, reduction="none").tolist()
+        ids = asked.ids[:GLANCE_STEPS]
+        few = TokenQuestion(ids, asked.items, spans=tuple((i, i + 1) for i in range(len(ids))))
+        replies, steps = self.weigh(few, cache, logits[-1])
+        told.time_steps(steps)
+        return Glance(told.seconds, [*costs, *(reply.nll for reply in replies)], time.perf_counter() - start)
+
+    def new_cache(self) -> Any:
+        """Return an empty cache for the model."""
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
+
+    def first(self, ids: Sequence[int]) -> tuple[Any, Tensor]:
+        """Read tokens into a new cache; return it with logits (V,) of what comes next."""
+        cache = self.new_cache()
         return cache, self.next(cache, ids)
 
     def next(self, cache: Any, ids: Iterable[int]) -> Tensor:
         """Read tokens behind what a cache has; return logits (V,) of what comes next."""
+        return self.logits(cache, ids)[-1]
+
+    def logits(self, cache: Any, ids: Iterable[int], last: int = 1) -> Tensor:
+        """Read tokens behind what a cache has; return logits (last, V) of what comes behind each of the last ones."""
         given = torch.tensor([list(ids)], device=self.model.device)
-        return self.model(given, logits_to_keep=1, use_cache=True, **{self.cache_name: cache}).logits[0, -1]
+        return self.model(given, logits_to_keep=last, use_cache=True, **{self.cache_name: cache}).logits[0]
 
     def say(self, asked: TokenQuestion, ids: Sequence[int], cache: Any) -> list[Reply]:
         """Read the tokens of a question, and answer greedily: up to the last reference, the end, or as far as there is room.

@@ -21,18 +21,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class LayerReads:
-    """What a recipe reads of a prompt, by layer: share of the (query, key) pairs, and of the true attention, None where it reads all."""
+    """What a recipe reads, by layer: share of the (query, key) pairs, and of the true attention, None where it reads all."""
 
     density: list[float]
     kept: list[float | None]
 
     @classmethod
-    def of(cls, events: Sequence[Event], layers: int) -> LayerReads:
-        """Take it from the calls of one forward."""
+    def of(cls, events: Sequence[Event], layers: int, phase: str) -> LayerReads:
+        """Take it from the calls in which a prompt is read, phase ``prefill``, or from steps that make a token, ``decode``: their mean."""
         made = cls([1.0] * layers, [None] * layers)
-        for event in events:
-            if event.site.layer is not None and event.density is not None:
-                made.density[event.site.layer], made.kept[event.site.layer] = event.density, event.kept
+        told = [event for event in events if event.clock.phase == phase and event.density is not None]
+        for layer in range(layers):
+            here = [event for event in told if event.site.layer == layer]
+            kept = [event.kept for event in here if event.kept is not None]
+            made.density[layer] = statistics.fmean([event.density or 0.0 for event in here] or [1.0])
+            made.kept[layer] = statistics.fmean(kept) if kept else None
         return made
 
     @property
@@ -59,7 +62,7 @@ class TextRow:
     Attributes
     ----------
     readings : by length of the prompt and the context's key, in the order in which they were read.
-    layers : by length of the prompt, what is read; of recipes alone.
+    layers, steps_read : by length of the prompt, what is read of it, and what the steps behind it read; of recipes alone.
     figures : by name: needle, ruler, associative, nll; by length ``first 4096``, ``kv 4096``, ``peak 4096``; and ``step``.
     """
 
@@ -67,6 +70,7 @@ class TextRow:
     kind: str
     readings: dict[tuple[int, str], Reading] = field(default_factory=dict)
     layers: dict[int, LayerReads] = field(default_factory=dict)
+    steps_read: dict[int, LayerReads] = field(default_factory=dict)
     figures: dict[str, Figure] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
