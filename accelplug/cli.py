@@ -120,7 +120,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--recipe", action="append", help="name or file; repeat for several; the model's default if left out"
     )
-    command.add_argument("--prompt", action="append", help="repeat for several; pipelines need one")
+    command.add_argument("--prompt", action="append", help="repeat for several; pipelines need one, or --prompts")
+    command.add_argument(
+        "--prompts",
+        help="pipelines: a text file, one prompt a line; or how many of those that come with the package, such as 15",
+    )
     command.add_argument(
         "--coco", type=Path, help="examine a vision-language model on this COCO folder, not generated scenes"
     )
@@ -139,6 +143,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", action="append", type=_seed, help="repeat for several (default 0)")
     _takes_pipeline_settings(command)
     command.add_argument("--caches", action="store_true", help="add FirstBlockCache, alone and with each recipe")
+    command.add_argument(
+        "--floors",
+        choices=["some", "all", "none"],
+        default="some",
+        help="what dense attention scores in another kernel, another dtype, at another seed: on as many prompts as half as many runs again "
+        "take (some, default), on all, or on none",
+    )
+    command.add_argument("--resume", type=Path, help="pipelines: keep what was run in this folder, and go on from it")
     command.add_argument("--report", type=Path, help="write a page (.html) or the figures (.json)")
     command.add_argument(
         "--by-layer", action="store_true", help="pipelines: also print what repair estimates of its error by layer"
@@ -153,8 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     _takes_texts(command)
     command.add_argument(
         "--budget",
-        help="bounds, such as 'psnr>=26, ssim>=.9' (default psnr>=26); of a language model 'accuracy>=0.8, speed>=0.9' (default none); "
-        "on long texts 'needle>=stock, nll<=stock+0.02' (default)",
+        help="bounds, such as 'psnr>=26, ssim>=.9' (default psnr>=26), or relative to what dense attention scores at another seed, in "
+        "another kernel or dtype, or the lower of these two (floor): 'psnr>=seed+9, ssim>=floor-0.05'; of a language model "
+        "'accuracy>=0.8, speed>=0.9' (default none); on long texts 'needle>=stock, nll<=stock+0.02' (default)",
     )
     command.add_argument(
         "--objective", choices=["accuracy", "mcc", "nll", "speed"], help="what a language model should do better"
@@ -176,6 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     _takes_model(command, "the pipeline or language model that it was measured on,")
     command.add_argument("--prompt", help="for rows that name no prompt")
     command.add_argument("--text", type=Path, help="language models: the file of text that a recipe was tuned on")
+    command.add_argument(
+        "--budget", help="bounds that every run must keep, as for tune (default: what a row was proven within)"
+    )
     _takes_questions(command)
     command.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     command.add_argument("--device", help="cuda, cpu, mps ... (default: the accelerator that is there)")
@@ -348,19 +364,30 @@ def _compare(options: argparse.Namespace) -> int:
 
     report = _report(options)
     if (kind := loading.kind_of(options.model_dir)) == "language model":
-        _refuse(options, kind, "prompt", "seed", "caches", "by_layer", "record", *SIZES)
+        _refuse(options, kind, "prompt", "prompts", "seed", "caches", "resume", "by_layer", "record", *SIZES)
         return _compare_answers(options, report)
     _refuse(options, kind, *EXAMS)
-    if not options.prompt:
-        raise AccelplugError("compare runs a pipeline on prompts; add --prompt '...'.")
+    if not options.prompt and options.prompts is None:
+        raise AccelplugError("compare runs a pipeline on prompts; add --prompt '...', or --prompts 15.")
     if options.record:
         for recipe in options.recipe or ():
             if recipe.endswith((".yaml", ".yml")):
                 files.output(recipe, "--record")
+    told = options.prompts
+    prompts: Any = told if told is None else int(told) if told.isdecimal() else _prompts(Path(told))
     pipe = loading.pipeline(options.model_dir, options.dtype, options.device)
     given = _pipeline_settings(options)
-    inputs = [{"prompt": prompt, **given} for prompt in options.prompt]
-    result = compare(pipe, options.recipe, inputs, options.seed or [0], caches=options.caches)
+    inputs: Any = [{"prompt": prompt, **given} for prompt in options.prompt] if options.prompt else given
+    result = compare(
+        pipe,
+        options.recipe,
+        inputs,
+        options.seed or [0],
+        prompts=prompts,
+        caches=options.caches,
+        floors="all" if options.floors == "all" else options.floors == "some",
+        resume=options.resume,
+    )
     _publish(result, report)
     if options.by_layer:
         _console().print(result.errors_by_layer())
@@ -452,13 +479,14 @@ def _verify(options: argparse.Namespace) -> int:
 
     measured(options.recipe)  # refuse what cannot be read before anything is loaded
     if (kind := loading.kind_of(options.model_dir)) == "language model":
-        _refuse(options, kind, "prompt")
+        _refuse(options, kind, "prompt", "budget")
         model, processor, questions = _questioned(options, TextExam(text=options.text) if options.text else None)
         found = verify(model, options.recipe, questions, processor=processor)
     else:
         _refuse(options, kind, *EXAMS)
         inputs = None if options.prompt is None else {"prompt": options.prompt}
-        found = verify(loading.pipeline(options.model_dir, options.dtype, options.device), options.recipe, inputs)
+        pipe = loading.pipeline(options.model_dir, options.dtype, options.device)
+        found = verify(pipe, options.recipe, inputs, budget=options.budget)
     _console().print(found)
     return 0 if found.confirmed else 1
 

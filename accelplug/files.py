@@ -201,3 +201,17 @@ def append(path: Path, line: str) -> None:
         raise AccelplugError(
             f"{path} cannot be written: {error.strerror or error}. Give another place, or make room."
         ) from error
+
+
+def cut(path: Path, length: int) -> None:
+    """Leave so many bytes of a file.
+
+    Raises
+    ------
+    AccelplugError
+        If it cannot be written.
+    """
+    try:
+        os.truncate(path, length)
+    except OSError as error:
+        raise AccelplugError(f"{path} cannot be written: {error.strerror or error}. Give another place.") from error

@@ -33,6 +33,7 @@ from diffusers import WanPipeline
 
 from accelplug import zoo
 from accelplug.comparison.environment import environment
+from accelplug.comparison.journal import Journal
 from accelplug.comparison.result import jsonable
 from accelplug.comparison.rows import DENSE_ROW, Variant, gains
 from accelplug.comparison.study import Study
@@ -40,7 +41,6 @@ from accelplug.compat.diffusers import quiet
 from accelplug.hosts.host import model_facts
 from accelplug.recipe import load, matching_files
 from accelplug.tuning.budget import Bound, parse_budget
-from accelplug.tuning.journal import Journal
 from accelplug.tuning.prediction import Probe
 from accelplug.tuning.result import Point, Tuned
 from accelplug.tuning.search import Search
@@ -141,7 +141,7 @@ def forecast_error(search: Search, candidate: Candidate, point: Point) -> dict[s
     if (speedup := point.predicted.get("speedup")) is not None and candidate.arm is not None:
         error["speedup"] = abs(speedup / gain - 1)
     if (margin := point.predicted.get("margin")) is not None:
-        error["margin"] = abs(margin - min(bound.margin(bound.value(sample, *clips)) for bound in search.bounds))
+        error["margin"] = abs(margin - min(bound.margin(bound.value(sample, clips[0], clips[1])) for bound in search.bounds))
     return error
 
 

@@ -173,7 +173,7 @@ def run(store: Path, grid: str, chosen: Sequence[Arm], captions: Sequence[int], 
             expected, text = np.load(reference), HELD_OUT_CAPTIONS[caption]
             clip = expected if arm == dense else clip_of(runner.call(arm, caption, seed, output_type="np"))
             beside = Beside(clip, expected, None, None, foreground, agreement, text)
-            scores = {metric.key: metric.of(beside) for metric in METRICS.values() if metric.of is not None}
+            scores = {metric.key: metric.of(beside) for metric in METRICS.values()}
             row = {"grid": grid, "arm": arm.name, "recipe": arm.recipe, "settings": arm.settings, "caption": caption}
             files.write(file, json.dumps(jsonable({**row, "seed": seed, "scores": scores, "git": git}), indent=1))
             print(f"{time.strftime('%T')} {grid} {caption} {seed} {arm.name}: {scores['fg_psnr_db']:.1f} dB", flush=True)

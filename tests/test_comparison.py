@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import accelplug
-from accelplug.comparison import metrics
+from accelplug.comparison import lpips, metrics
 from accelplug.comparison.report import sprite
 from accelplug.comparison.result import Comparison
 from accelplug.comparison.rows import Quantiles, Row, Sample
@@ -107,7 +107,12 @@ def compared() -> tuple[Comparison, dict[str, Any], dict[str, Any]]:
 def test_rows_and_quality(compared: tuple[Comparison, dict[str, Any], dict[str, Any]]) -> None:
     result, _, _ = compared
     names = ["dense", "same", "radial", "FirstBlockCache", "FirstBlockCache + same", "FirstBlockCache + radial"]
-    assert [row.name for row in result.rows] == [*names, "dense, math kernel", "dense, another seed"]
+    assert [row.name for row in result.rows] == [
+        *names,
+        "dense, another kernel",
+        "dense, another dtype",
+        "dense, another seed",
+    ]
     assert result.row("same").mean("psnr_db") == math.inf
     assert result.row("same").mean("latent_distance") == 0
     assert math.isfinite(result.row("radial").worst("psnr_db"))
@@ -234,7 +239,7 @@ def test_an_exception_in_a_run_leaves_the_pipe_as_it_was(monkeypatch: pytest.Mon
     assert snapshot_of(pipe.transformer)["hooks"] == before["hooks"]
 
 
-@pytest.mark.parametrize("name", ["dense", "dense, math kernel", "FirstBlockCache + radial"])
+@pytest.mark.parametrize("name", ["dense", "dense, another kernel", "FirstBlockCache + radial"])
 def test_a_recipe_cannot_take_the_place_of_another_row(name: str) -> None:
     pipe, inputs = small()
     with pytest.raises(AccelplugError, match="as a row of the comparison is"):
@@ -392,3 +397,48 @@ def test_a_sprite_sheet_holds_every_frame(shape_fhw: tuple[int, int, int]) -> No
         assert found.mean() == pytest.approx(frame.mean(), abs=1.0)
         if shape_fhw[1] <= 384:
             assert np.array_equal(found, frame)
+
+
+def test_lpips_is_never_downloaded_and_says_where_it_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    assert lpips.lpips(np.zeros((1, 64, 64, 3), np.float32), np.ones((1, 64, 64, 3), np.float32)) is None
+    assert str(tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth") in lpips.no_lpips()
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(alexnet(), lpips.weights_file())
+    assert lpips.no_lpips() is None
+    clip = np.random.default_rng(0).random((9, 40, 56, 3), np.float32)
+    assert lpips.lpips(clip, clip) == 0.0
+    near, far = (
+        lpips.lpips(np.clip(clip + by * np.sin(np.arange(56))[:, None], 0, 1).astype(np.float32), clip) for by in (0.05, 0.3)
+    )
+    assert 0 < near < far
+    assert lpips.lpips(clip[:, :30], clip[:, :30]) is None, "nothing is left of such frames"
+
+
+def test_lpips_is_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its network put together by hand, since torchvision may not be here."""
+    from torchmetrics.functional.image import lpips as theirs
+
+    weights = alexnet()
+    ours = lpips.Lpips(weights, linear := torch.load(lpips.linear_file(), map_location="cpu", weights_only=True))
+    assert len(linear) == 5
+    layers: list[torch.nn.Module] = []
+    for place, (channels, out, size, stride, padding) in lpips.CONVOLUTIONS.items():
+        layers += [torch.nn.MaxPool2d(3, 2)] if place in lpips.POOLED else []
+        layers += [torch.nn.Conv2d(channels, out, size, stride, padding), torch.nn.ReLU()]
+    features = torch.nn.Sequential(*layers)
+    features.load_state_dict({name.removeprefix("features."): x for name, x in weights.items()})
+    monkeypatch.setattr(theirs, "_get_tv_model_features", lambda *_, **__: features)
+    a, b = torch.rand(3, 3, 64, 80), torch.rand(3, 3, 64, 80)
+    expected = theirs._LPIPS(pretrained=True, net="alex")(a, b, normalize=True).flatten()
+    torch.testing.assert_close(ours(a, b), expected, rtol=1e-4, atol=1e-6)
+
+
+def alexnet() -> dict[str, torch.Tensor]:
+    """Weights as torchvision names them, drawn at random."""
+    found: dict[str, torch.Tensor] = {}
+    for place, (channels, out, size, *_) in lpips.CONVOLUTIONS.items():
+        layer = torch.nn.Conv2d(channels, out, size)
+        found |= {f"features.{place}.weight": layer.weight.data, f"features.{place}.bias": layer.bias.data}
+    return found

@@ -31,6 +31,7 @@ import accelplug
 from accelplug import chat, files, zoo
 from accelplug.cli import main
 from accelplug.comparison import questions
+from accelplug.comparison.journal import Journal
 from accelplug.comparison.outcome import Outcome
 from accelplug.comparison.vlm import VlmComparison
 from accelplug.errors import AccelplugError
@@ -40,7 +41,6 @@ from accelplug.registry import patch_class, patch_entry
 from accelplug.step_caches import CACHES
 from accelplug.table import Origin
 from accelplug.tuning.contest import Sheet
-from accelplug.tuning.journal import Journal
 from accelplug.tuning.prediction import Probe
 from accelplug.tuning.probing import with_weights
 from accelplug.tuning.space import Arm

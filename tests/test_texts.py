@@ -21,6 +21,7 @@ import accelplug
 from accelplug import zoo
 from accelplug.cli import main
 from accelplug.comparison import TextExam
+from accelplug.comparison.journal import Journal
 from accelplug.comparison.questions import Reply
 from accelplug.comparison.texts.exam import TASKS
 from accelplug.comparison.texts.reader import ContextReader, Glance, kv_bytes
@@ -33,7 +34,6 @@ from accelplug.testing.language_models import TEXT_CONFIG
 from accelplug.tuning import contest, verification
 from accelplug.tuning.aims import Aim
 from accelplug.tuning.budget import parse_budget
-from accelplug.tuning.journal import Journal
 from accelplug.tuning.language import tuned
 from accelplug.tuning.texts import TEXT_BUDGET, ReadingContest, of_contexts, told_of
 from tests.patch_rows import ROWS

@@ -18,6 +18,7 @@ import torch
 
 import accelplug
 from accelplug.call import Layout
+from accelplug.comparison.journal import Journal, adapters, fingerprint
 from accelplug.comparison.result import Comparison
 from accelplug.comparison.rows import DENSE_ROW, Row, Sample, Variant
 from accelplug.comparison.study import Study
@@ -30,7 +31,6 @@ from accelplug.testing.laws import snapshot_of
 from accelplug.tuning import Bound, caches, prediction, search, space, verification, workers
 from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.caches import Cache
-from accelplug.tuning.journal import Journal, adapters, fingerprint
 from accelplug.tuning.prediction import Predictor, Probe, Trajectory
 from accelplug.tuning.probing import Prober, in_8_bits, no_8_bits
 from accelplug.tuning.result import Tuned
@@ -732,3 +732,72 @@ def test_verify_runs_the_rows_of_a_file(told_times: None, tmp_path: Path) -> Non
     dense = {"rules": [{"patch": "dense"}]}
     with pytest.raises(AccelplugError, match="no measured rows"):
         accelplug.verify(pipe, load(dense, model_facts(pipe)), progress=False)
+
+
+def test_bounds_are_relative_to_floors_and_say_which_there_are() -> None:
+    written = ["psnr>=seed+9", "ssim>=floor-0.05", "flicker<=dtype+0.1", "psnr>=kernel"]
+    assert [
+        str(bound) for bound in parse_budget("psnr>=seed + 9, ssim>=floor-.05, flicker<=dtype+.1, psnr>=kernel")
+    ] == written
+    for budget, says in {
+        "psnr>=sed+9": "relative to floor or kernel or dtype or seed.*nearest: seed",
+        "psnr>=stock+9": "relative to floor",
+        "psnr<=seed+9": "write psnr>=seed\\+9",
+        "psnr>=seed9": "relative to floor",
+        "psnr>=seed+": "A bound is a metric",
+    }.items():
+        with pytest.raises(AccelplugError, match=says):
+            parse_budget(budget)
+    with pytest.raises(AccelplugError, match="expected a metric of the tables"):
+        parse_budget(Bound("mine", 1.0, score=lambda *_: 1.0, to="seed"))
+
+
+def test_a_budget_in_floors_is_kept_by_every_run_against_the_floor_of_its_prompt(told_times: None, tmp_path: Path) -> None:
+    pipe, inputs = pipeline()
+    floors: list[tuple[str, int]] = []
+    floor = Study.floor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Study, "floor", lambda self, of, prompt, seed: floors.append((of.name, prompt)) or floor(self, of, prompt, seed)
+        )
+        found = run(pipe, [inputs, {**inputs, "guidance_scale": 1.0}], "psnr>=seed+0.01, psnr>=1", seeds=4)
+    assert floors == [("seed", 0), ("seed", 1)], "once a prompt"
+    point, (measured,) = found.proven, found.measured
+    floor_db = found.comparison.floors["seed"].samples[1].scores["psnr_db"]
+    assert found.budget == "psnr>=seed+0.01, psnr>=1"
+    assert point.worst["psnr - seed"] == pytest.approx(point.worst["psnr"] - floor_db)
+    assert measured.budget == found.budget
+    assert "psnr - seed" in found.why
+    path = found.to_yaml(tmp_path / "mine.yaml")
+    given = {**inputs, "guidance_scale": 1.0}
+    (verdict,) = accelplug.verify(pipe, path, given, progress=False)
+    assert verdict.outcome == "confirmed", verdict.why
+    assert "(budget psnr>=seed+0.01)" in verdict.why
+    (verdict,) = accelplug.verify(pipe, path, given, progress=False, budget="psnr>=seed+500")
+    assert verdict.outcome == "broken"
+
+
+def test_a_run_within_its_budget_has_drifted_at_most() -> None:
+    """Another machine's kernels may cost decibels."""
+    spread, quality = {"p20": 5e3, "p50": 5e3, "p80": 5e3}, {"mean": 40.0, "worst": 40.0}
+    given = {
+        "date": "",
+        "device": "elsewhere",
+        "versions": {},
+        "seeds": [0],
+        "dense_ms": spread,
+        "ms": spread,
+        "psnr_db": quality,
+    }
+    rows = [
+        Row(DENSE_ROW, "dense", samples=[Sample(0, 0, 1e4, 1e4)]),
+        Row("now", "recipe", samples=[Sample(0, 0, 5e3, 1e3, scores={"psnr_db": 30.0})]),
+        Row("dense, another kernel", "floor", samples=[Sample(0, 0, 1.0, 1.0, scores={"psnr_db": 33.0})]),
+        Row("dense, another dtype", "floor", samples=[Sample(0, 0, 1.0, 1.0, scores={"psnr_db": 35.0})]),
+    ]
+    clips = {(name, 0, 0): np.zeros((1, 2, 2, 3), np.uint8) for name in (DENSE_ROW, "now")}
+    found = Comparison("", [""], [0], {}, "", {}, rows, clips)
+    row = Measured.model_validate(given)
+    assert verification.judge(row, found)[0] == "broken"
+    assert verification.judge(row, found, parse_budget("psnr>=floor-4"))[0] == "drifted"
+    assert verification.judge(row, found, parse_budget("psnr>=floor-2"))[0] == "broken"

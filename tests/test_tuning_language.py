@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import accelplug
 from accelplug.cli import _parser, main
 from accelplug.comparison.exam import Exam
+from accelplug.comparison.journal import Journal
 from accelplug.comparison.metrics import ANSWER_METRICS, figures
 from accelplug.comparison.questions import Asker, Item, Reply, is_right, items, read_questions
 from accelplug.errors import AccelplugError
@@ -28,7 +29,6 @@ from accelplug.tuning import aims, contest, language, verification
 from accelplug.tuning.aims import Aim
 from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.contest import STOCK, Contest, rungs
-from accelplug.tuning.journal import Journal
 from accelplug.tuning.language import OBJECTIVES, Answered
 from accelplug.zoo import path, scenes
 from tests.tiny_language_models import build

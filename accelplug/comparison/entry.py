@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from accelplug import compat, show
 from accelplug.comparison import arguments
+from accelplug.comparison.arms import arm_name, is_change
 from accelplug.comparison.exam import Exam
+from accelplug.comparison.floors import floor_prompts
+from accelplug.comparison.prompts import with_prompts
 from accelplug.comparison.ranks import working
+from accelplug.comparison.resume import Finished, facts_of
 from accelplug.comparison.rows import DENSE_ROW, STOCK_ROW, Variant
 from accelplug.comparison.study import OBSERVED, Study
 from accelplug.comparison.texts import TextExam
@@ -34,11 +37,13 @@ def compare(
     inputs: Any = None,
     seeds: Sequence[int] = (0,),
     *,
+    prompts: int | Sequence[str] | None = None,
     caches: bool = False,
-    floors: bool = True,
+    floors: bool | str = True,
     foreground: Callable[[np.ndarray], np.ndarray] | None = None,
     detect: Callable[[np.ndarray, str], float] | None = None,
     processor: Any = None,
+    resume: str | Path | None = None,
     progress: bool = True,
 ) -> Any:
     """Run a model dense and with recipes, on the same inputs, and measure speed and quality.
@@ -56,16 +61,22 @@ def compare(
     Parameters
     ----------
     pipe : a diffusers pipeline, or a transformers language or vision-language model.
-    recipe : one recipe or several: anything that `accelplug.apply` takes, a list of such, or a mapping name -> recipe.
+    recipe : one arm or several: anything that `accelplug.apply` takes, a list of such, or a mapping name -> arm. Of a pipeline an arm may
+        also be a function, ``change(pipe) -> undo``, that makes it faster by whatever means and returns what undoes that.
     inputs : arguments of the pipeline's call; one mapping, or one per prompt. `output_type` is set here, to arrays. For a
         vision-language model an `Exam`; generated scenes if left out. For a language model a `TextExam`; one prompt length at which
         all recipes are at work if left out.
     seeds : one run of everything per seed and prompt.
+    prompts : a pipeline's: a list of prompts, `inputs` being what all have; or how many of the given ones, or else of those that come with
+        the package. From three on it is said who beats whom, see `accelplug.comparison.paired`; six show the smallest certain difference.
     caches : add FirstBlockCache alone, and with each recipe.
-    floors : add the two floors: dense in another attention kernel or dtype, and dense at another seed.
+    floors : add what dense attention itself scores, once a prompt: in another kernel, in another dtype, at another seed. True: on as many
+        prompts, the first ones, as take half as many runs again, on one at least; ``all``: on all; False: on none.
     foreground : uint8 (F, H, W, 3) -> bool (F, H, W), the objects, for the foreground PSNR.
     detect : (uint8 clip, prompt) -> agreement in [0, 1].
     processor : a language model's: its processor, or its tokenizer.
+    resume : a pipeline's: a folder that keeps what was run; a comparison that was killed goes on from there. Arms, prompts and seeds may be
+        added; what was measured on another model, device, version or with other settings is an error.
     progress : show a progress bar.
 
     Raises
@@ -77,14 +88,20 @@ def compare(
     """
     pipe, processor = unwrapped(pipe, processor)
     if require_ability(pipe, "compare").gives == "answers":
-        if caches or foreground is not None or detect is not None:
-            raise AccelplugError("caches, foreground and detect are about pipelines; leave them out for a language model.")
+        if caches or not all(given is None for given in (prompts, foreground, detect, resume)):
+            raise AccelplugError(
+                "caches, prompts, foreground, detect and resume are about pipelines; leave them out for a language model."
+            )
         return _examine(pipe, recipe, inputs, processor, progress)
-    prompts, seeds = arguments.calls(pipe, inputs, "compare"), arguments.seeds_of(seeds, "compare")
+    calls = arguments.calls(pipe, with_prompts(pipe, inputs, prompts), "compare")
+    seeds = arguments.seeds_of(seeds, "compare")
     arguments.require_functions(foreground=foreground, detect=detect)
-    recipes = _rows_of(pipe, recipe)
-    study = Study(pipe, prompts, seeds, foreground, detect)
-    variants = [Variant(DENSE_ROW, kind="dense"), *(Variant(name, loaded) for name, loaded in recipes.items())]
+    arms = _arms_of(pipe, recipe)
+    recipes = {name: arm for name, arm in arms.items() if isinstance(arm, Recipe)}
+    study = Study(pipe, calls, seeds, foreground, detect)
+    variants = [Variant(DENSE_ROW, kind="dense")]
+    for name, arm in arms.items():
+        variants.append(Variant(name, arm) if isinstance(arm, Recipe) else Variant(name, kind="function", change=arm))
     if caches:
         _require_caches(pipe)
         cached = {STEP_CACHE: load(OBSERVED, model_facts(pipe))}
@@ -94,16 +111,12 @@ def compare(
             for name, loaded in cached.items()
         ]
     with working(pipe) as ranks, compat.diffusers.quiet(pipe):
+        if resume is not None:
+            study.finished = Finished(resume, facts_of(pipe, calls, foreground, detect), ranks)
         pairs = ranks.share(study.pairs)
-        floors = floors and (ranks.first or ranks.joined)
-        jobs = [(f"tracing {variant.name}", partial(study.trace, variant)) for variant in variants]
-        jobs += [
-            (f"timing {variant.name}, seed {seed}", partial(study.time, variant, prompt, seed))
-            for (prompt, seed), variant in product(pairs, variants)
-        ]
-        if floors:
-            jobs += [("floor: dense in another kernel", partial(study.floor_of_kernels))]
-            jobs += [("floor: dense at another seed", partial(study.floor_of_seeds))]
+        jobs = study.jobs(
+            variants, pairs, floor_prompts(floors, len(calls), len(seeds), len(variants) * (len(study.pairs) + 1))
+        )
         with show.progress("comparing", len(jobs), progress and ranks.first) as tell:
             for done, (what, run) in enumerate(jobs):
                 tell(done, what)
@@ -124,31 +137,35 @@ def _examine(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool)
                 "this one sees no pictures: leave --coco and --amber out.",
             )
         )
-    rows = _rows_of(model, recipe)
+    rows = _arms_of(model, recipe)
+    if changes := [name for name, arm in rows.items() if not isinstance(arm, Recipe)]:
+        raise AccelplugError(
+            f"{changes[0]} is a function: arms of a language model are recipes. Compare functions on a pipeline."
+        )
     if isinstance(exam, TextExam) or not sees:
         texts = exam if isinstance(exam, TextExam) else TextExam()
         return compare_texts(model, rows, texts.at_work(rows.values()), processor, progress=progress)
     return compare_vlm(model, rows, exam or Exam.scenes(), processor, progress=progress)
 
 
-def _rows_of(pipe: Any, recipe: Any) -> dict[str, Recipe]:
-    """The recipes by the names of their rows."""
+def _arms_of(pipe: Any, recipe: Any) -> dict[str, Any]:
+    """The recipes and functions by the names of their rows."""
     named = _by_name(pipe, recipe)
     if taken := [name for name in named if name.split(",")[0] in (DENSE_ROW, STOCK_ROW) or name.startswith(STEP_CACHE)]:
         raise AccelplugError(
-            f"A recipe is called {taken[0]!r}, as a row of the comparison is. "
+            f"An arm is called {taken[0]!r}, as a row of the comparison is. "
             + worded("Pass {'another name': recipe}.", "Rename it in its file.")
         )
     return named
 
 
-def _by_name(pipe: Any, recipe: Any) -> dict[str, Recipe]:
+def _by_name(pipe: Any, recipe: Any) -> dict[str, Any]:
     facts = model_facts(pipe)
     if isinstance(recipe, Mapping) and not {"rules", "patch", "recipes"} & set(recipe):
-        return {name: load(item, facts) for name, item in recipe.items()}
+        return {str(name): item if is_change(item) else load(item, facts) for name, item in recipe.items()}
     items = recipe if isinstance(recipe, list | tuple) else [recipe]
-    loaded = [load(item, facts) for item in items]
-    names = [item.name.split("/")[-1] for item in loaded]
+    loaded: list[Any] = [item if is_change(item) else load(item, facts) for item in items]
+    names = [arm_name(item) if is_change(item) else item.name.split("/")[-1] for item in loaded]
     return {
         name if names.count(name) == 1 else f"{name} {i}": item
         for i, (name, item) in enumerate(zip(names, loaded, strict=True))

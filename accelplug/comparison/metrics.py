@@ -8,16 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from accelplug.comparison.evaluators.statistics import mcc, ratio
+from accelplug.comparison.lpips import lpips, no_lpips
 from accelplug.comparison.questions import Item, Reply
-from accelplug.errors import AccelplugError
 
 Clip = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -132,14 +131,14 @@ class ClipMetric(Metric):
 
     Attributes
     ----------
-    of : what a run scores, or None where something it needs is not there; None if it is not measured unless a budget bounds it.
-    load : for a metric that is measured only where a budget bounds it, ``() -> (dense, candidate) -> float`` on uint8 clips.
+    of : what a run scores, or None where something it needs is not there.
+    missing : why it cannot be measured on this machine; None where it can, or always can.
     recorded : its name in a `measured` row; empty if it stands in none.
     columns : what the table shows of it: ``mean``, ``worst``.
     """
 
-    of: Callable[[Beside], float | None] | None = None
-    load: Callable[[], Callable[[Any, Any], float]] | None = None
+    of: Callable[[Beside], float | None] = lambda run: None
+    missing: Callable[[], str | None] = lambda: None
     recorded: str = ""
     columns: tuple[Literal["mean", "worst"], ...] = ("mean",)
 
@@ -160,24 +159,6 @@ def _latent_distance(run: Beside) -> float | None:
     return None if run.latents is None or run.dense_latents is None else relative_distance(run.latents, run.dense_latents)
 
 
-def _load_lpips() -> Callable[[Any, Any], float]:
-    """LPIPS over frames, where torchvision and the weights of AlexNet are on disk: nothing is ever downloaded."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    if not list(folder.glob("alexnet-*.pth")):
-        raise AccelplugError(
-            f"lpips needs torchvision and AlexNet's weights in {folder}, and they are not there; bound psnr or ssim instead."
-        )
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    metric = LearnedPerceptualImagePatchSimilarity("alex", normalize=True)
-
-    def score(dense: NDArray[np.uint8], candidate: NDArray[np.uint8]) -> float:
-        frames = [torch.from_numpy(clip).permute(0, 3, 1, 2).float() / 255 for clip in (dense, candidate)]
-        return float(metric(*frames))
-
-    return score
-
-
 MEAN_AND_WORST: tuple[Literal["mean", "worst"], ...] = ("mean", "worst")
 METRICS: Mapping[str, ClipMetric] = {
     metric.name: metric
@@ -190,18 +171,17 @@ METRICS: Mapping[str, ClipMetric] = {
             "dB",
             1,
             "foreground=",
-            _foreground,
-            None,
-            "foreground_psnr_db",
-            MEAN_AND_WORST,
+            of=_foreground,
+            recorded="foreground_psnr_db",
+            columns=MEAN_AND_WORST,
         ),
         ClipMetric("ssim", ">=", "SSIM", of=_against(ssim), recorded="ssim"),
-        ClipMetric("flicker", "<=", "flicker", needs="frames that differ", of=_against(flicker), columns=()),
+        ClipMetric("flicker", "<=", "flicker", needs="frames that differ", of=_against(flicker), recorded="flicker"),
         ClipMetric("agreement", ">=", "agreement", digits=2, needs="detect=", of=_agreement),
         ClipMetric(
             "latent_distance", "<=", "distance of latents", needs="latents of the pipeline", of=_latent_distance, columns=()
         ),
-        ClipMetric("lpips", "<=", "LPIPS", load=_load_lpips, columns=()),
+        ClipMetric("lpips", "<=", "LPIPS", of=_against(lpips), missing=no_lpips, recorded="lpips"),
     )
 }
 """Of pipelines, by name."""

@@ -14,14 +14,17 @@ import numpy as np
 
 from accelplug import files
 from accelplug.comparison import report
+from accelplug.comparison.floors import FLOORS, Between, between
 from accelplug.comparison.metrics import BY_KEY, METRICS
+from accelplug.comparison.paired import Difference, differences, too_few, versus
 from accelplug.comparison.report import Dot, PlotAxis
-from accelplug.comparison.rows import DENSE_ROW, ErrorSummary, Quantiles, Row, Sample, gains
+from accelplug.comparison.rows import ARMS, DENSE_ROW, ErrorSummary, Quantiles, Row, Sample, from_jsonable, gains
 from accelplug.errors import AccelplugError
 from accelplug.show import Shown, jsonable
 from accelplug.show import table as lined
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 GOOD_DB = 25.0
@@ -89,10 +92,24 @@ class Comparison(Shown):
         return "fg_psnr_db" if any(row.values("fg_psnr_db") for row in self.rows) else "psnr_db"
 
     @property
+    def floors(self) -> dict[str, Row]:
+        """Rows of the floors, by the names of `FLOORS`: those that were run."""
+        found = {row.name: row for row in self.rows if row.kind == "floor"}
+        return {name: found[floor.row] for name, floor in FLOORS.items() if floor.row in found}
+
+    def between(self, row: Row, metric: str = "") -> Between | None:
+        """Hold a figure of a row, by the key of its metric (the one that counts, if left out), against the floors; None without any."""
+        return between(row, self.floors, metric or self.metric)
+
+    def paired(self) -> list[Difference]:
+        """Return how every two arms differ, at the same prompts and seeds, and how certain that is; a search's rows are not compared so."""
+        return [] if self.headline else differences(self.rows, [self.metric])
+
+    @property
     def best(self) -> Row | None:
         """The fastest recipe at `GOOD_DB` or better, or the one of best quality if none is; None if all are dense."""
         metric = self.metric
-        recipes = [row for row in self.rows if row.kind == "recipe" and not row.is_dense]
+        recipes = [row for row in self.rows if row.kind in ARMS and not row.is_dense]
         at_work = [row for row in recipes if row.mean_density is None or row.mean_density < 1]
         good = [row for row in at_work if (row.mean(metric) or 0.0) >= GOOD_DB]
         return max(good or at_work, key=lambda row: self.speedup(row).p50 if good else row.mean(metric) or 0.0, default=None)
@@ -102,7 +119,7 @@ class Comparison(Shown):
         """The best recipe in a sentence, its gain and its quality."""
         if self.headline:
             return self.headline
-        recipes = [row.name for row in self.rows if row.kind == "recipe"]
+        recipes = [row.name for row in self.rows if row.kind in ARMS]
         if not recipes:
             return "Dense only: nothing to compare."
         best = self.best
@@ -127,12 +144,23 @@ class Comparison(Shown):
             if row.forced
         ]
 
+    def told(self) -> list[str]:
+        """Say what the floors are, and whether there are prompts enough to tell who is better."""
+        said = []
+        if floors := self.floors:
+            prompts = len({sample.prompt for row in floors.values() for sample in row.samples})
+            said.append(
+                f"between floors: 0 % is dense at another seed, 100 % dense in another kernel or dtype, in {BY_KEY[self.metric].title}, "
+                f"on {prompts} of {len(self.prompts)} prompts."
+            )
+        return [*said, *filter(None, [too_few(self.rows)])]
+
     def table(self) -> Table:
         """Return the figures as a rich table."""
         from rich.box import SIMPLE_HEAD
 
         headings, lines = report.filled_columns(self.headings(), [self.cells(row) for row in self.rows])
-        caption = "\n".join([self.timed, *self.forced()])
+        caption = "\n".join([self.timed, *self.forced(), *self.told()])
         table = lined(self.verdict, *headings, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in table.columns[1:]:
             column.justify = "right"
@@ -163,6 +191,7 @@ class Comparison(Shown):
             "density",
             "estimated error (worst)",
             "peak MiB",
+            "between floors",
             *(metric.heading if column == "mean" else "worst" for metric in METRICS.values() for column in metric.columns),
         ]
 
@@ -172,6 +201,7 @@ class Comparison(Shown):
         spread = f" ({gain.p20:.2f}-{gain.p80:.2f})" if len(row.samples) > 1 else ""
         timed = row.kind != "floor"
         step = self.step_gain(row) if row.kind == "recipe" else None
+        held = None if row.kind in ("dense", "floor") else self.between(row)
         return [
             row.name + (" (forced)" if row.forced else ""),
             f"{row.latency.p50 / 1e3:.2f}" if timed else "",
@@ -181,6 +211,7 @@ class Comparison(Shown):
             f"{row.mean_density:.3f}" if row.mean_density is not None else "",
             f"{row.error.median:.3f} ({row.error.worst:.3f})" if row.error else "",
             f"{row.peak_mib:.0f}" if row.peak_mib else "",
+            str(held or ""),
             *(
                 rounded((row.mean if column == "mean" else row.worst)(metric.key), metric.digits)
                 for metric in METRICS.values()
@@ -195,10 +226,22 @@ class Comparison(Shown):
             for name in ("model", "prompts", "seeds", "settings", "timed", "environment", "headline")
         }
         rows = [
-            {**vars(row), "samples": [sample.to_dict() for sample in row.samples], "error": row.error, "forced": row.forced}
+            {
+                **vars(row),
+                "samples": [sample.to_dict() for sample in row.samples],
+                "error": row.error,
+                "forced": row.forced,
+                "between": self._between(row),
+            }
             for row in self.rows
         ]
-        return jsonable({**data, "verdict": self.verdict, "rows": rows})
+        return jsonable({**data, "verdict": self.verdict, "rows": rows, "paired": self.paired()})
+
+    def _between(self, row: Row) -> dict[str, Any]:
+        """All figures of a row between their floors, by the key of the metric."""
+        keys = [] if row.kind in ("dense", "floor") else BY_KEY
+        found = {key: self.between(row, key) for key in keys}
+        return {key: {**vars(told), "share": told.share} for key, told in found.items() if told is not None}
 
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:
@@ -213,12 +256,13 @@ class Comparison(Shown):
         try:
             data = json.loads(text)
             data.pop("verdict")
+            data.pop("paired", None)
             for row in data["rows"]:
-                row.pop("error", None)
-                row.pop("forced", None)
+                for made in ("error", "forced", "between"):
+                    row.pop(made, None)
             # Samples hold numbers only: there "inf" is a number, while a prompt may be any text.
             rows = [
-                Row(**{**row, "samples": [Sample.from_dict(_from_jsonable(sample)) for sample in row["samples"]]})
+                Row(**{**row, "samples": [Sample.from_dict(from_jsonable(sample)) for sample in row["samples"]]})
                 for row in data.pop("rows")
             ]
             return cls(**data, rows=rows)
@@ -235,7 +279,12 @@ class Comparison(Shown):
             self.subject,
             self.verdict,
             " ".join([f"Timed {self.timed}.", *self.forced()]),
-            {**self.to_dict(), "chosen": self.best.name if self.best else None, "notes": (), "floors": floors},
+            {
+                **self.to_dict(),
+                "chosen": self.best.name if self.best else None,
+                "notes": [*self.told(), *map(str, self.paired())],
+                "floors": floors,
+            },
             axis=PlotAxis(BY_KEY[metric].heading),
             dots=dots,
             clips={key: clip for key, clip in self.clips.items() if key[0] in shown},
@@ -258,7 +307,7 @@ class Comparison(Shown):
         dots = []
         for row in self.rows:
             worst = row.worst(metric)
-            if row.kind not in ("recipe", "cache") or worst is None:
+            if row.kind not in (*ARMS, "cache") or worst is None:
                 continue
             gain, step = self.speedup(row), self.step_gain(row)
             facts = [("speed-up", spread_text(gain), times_text(row.predicted))]
@@ -268,6 +317,9 @@ class Comparison(Shown):
                 facts.append(("density", f"{row.mean_density:.3f}", ""))
             facts += errors(row)
             facts += qualities(row)
+            if (told := self.between(row)) is not None:
+                ends = f"another seed {told.seed:.1f}, another kernel or dtype {rounded(told.floor, 1)}"
+                facts.append(("between floors", f"{told}: {told.value:.1f}, {ends}", ""))
             facts += [("runs", str(len(row.samples)), ""), ("worst run", self._worst_run(row, metric), "")]
             mean = row.mean(metric)
             dots.append(Dot(row.name, row.name, row.kind, "tried", gain.p50, worst, mean, False, True, facts, row.rules))
@@ -299,7 +351,6 @@ class Comparison(Shown):
 
         env = self.environment
         prompts, seeds = ({pair[i] for pair in row.fastest_ms} for i in (0, 1))
-        floor = next((r for r in self.rows if r.kind == "floor"), None)
         entry = {
             "date": env["date"],
             "device": env["device"],
@@ -317,12 +368,19 @@ class Comparison(Shown):
             "density": row.mean_density,
             "peak_mib": row.peak_mib,
             **{metric.recorded: quality(row, metric.key) for metric in METRICS.values() if metric.recorded},
-            "floor_psnr_db": quality(floor, "psnr_db") if floor else None,
+            "floors": {
+                name: {m.recorded: found for m in METRICS.values() if m.recorded and (found := quality(of, m.key))}
+                for name, of in self.floors.items()
+            }
+            or None,
         }
         return {key: value for key, value in entry.items() if value is not None}
 
-    def __rich__(self) -> Table:
-        return self.table()
+    def __rich__(self) -> Group | Table:
+        from rich.console import Group
+
+        found = self.paired()
+        return Group(self.table(), "", versus(found)) if found else self.table()
 
 
 def errors(row: Row, predicted: float | None = None) -> list[tuple[str, str, str]]:
@@ -355,11 +413,3 @@ def rounded(value: float | None, digits: int) -> str:
     if value is None:
         return ""
     return "same" if math.isinf(value) else f"{value:.{digits}f}"
-
-
-def _from_jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _from_jsonable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_from_jsonable(item) for item in value]
-    return float(value) if value in ("inf", "-inf", "nan") else value

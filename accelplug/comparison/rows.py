@@ -16,10 +16,14 @@ from accelplug.hosts.gate import Verdict
 LayerGrid: TypeAlias = "list[list[float | None]]"
 """Values by layer and step; None where there is none."""
 
+Pair: TypeAlias = tuple[int, int]
+"""Numbers of a prompt and of a seed."""
 DENSE_ROW = "dense"
 """What the first row of a comparison of pipelines is called: all others are held against it."""
 STOCK_ROW = "stock"
 """What the first row of a vision-language comparison is called, and its kind: the model as it is."""
+ARMS = ("recipe", "function")
+"""Kinds of rows that a verdict may name."""
 
 
 @dataclass
@@ -29,7 +33,8 @@ class Variant:
     Attributes
     ----------
     recipe : None for the stock model; language models: anything that `accelplug.apply` takes.
-    kind : ``dense`` or ``stock``, ``recipe``, ``cache``, or ``control``: what a real effect must beat.
+    kind : ``dense`` or ``stock``, ``recipe``, ``function``, ``cache``, or ``control``: what a real effect must beat.
+    change : pipelines: a function in place of a recipe, see `accelplug.comparison.arms`.
     picture : language models: what becomes of every picture before it is shown, for a blind control.
     """
 
@@ -37,6 +42,7 @@ class Variant:
     recipe: Any = None
     kind: str = "recipe"
     picture: Callable[[Any], Any] | None = None
+    change: Callable[[Any], Callable[[], Any]] | None = None
 
 
 @dataclass
@@ -57,7 +63,7 @@ class Sample:
     def to_dict(self) -> dict[str, Any]:
         """Return it as one flat mapping, None for metrics that were not measured."""
         own = {name: value for name, value in vars(self).items() if name != "scores"}
-        return {**own, **dict.fromkeys(key for key, metric in BY_KEY.items() if metric.of is not None), **self.scores}
+        return {**own, **dict.fromkeys(BY_KEY), **self.scores}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Sample:
@@ -122,12 +128,12 @@ def by_layer_and_step(found: Sequence[tuple[Site, Clock, float | None]], of: Cal
 
 @dataclass
 class Row:
-    """One line of the table: the dense run, a recipe, a cache, or a floor.
+    """One line of the table: the dense run, a recipe, a function of the user's, a cache, or a floor.
 
     Attributes
     ----------
-    kind : ``dense``, ``recipe``, ``cache`` or ``floor``.
-    rules : the recipe as text for people.
+    kind : ``dense``, ``recipe``, ``function``, ``cache`` or ``floor``.
+    rules : the recipe as text for people, or the function's source.
     attention_ms : self- and joint-attention of one traced run, in all.
     density : by layer and step, fraction of (query, key) pairs computed, pooled keys counted; None where it did not run.
     errors : by layer and step, what patches estimate of the relative error of their answers, the largest of all runs and guidance
@@ -222,3 +228,12 @@ def gains(dense: Row, row: Row) -> list[float]:
     """
     dense_ms = dense.fastest_ms
     return [1.0 if row.is_dense else dense_ms[pair] / ms for pair, ms in row.fastest_ms.items() if pair in dense_ms]
+
+
+def from_jsonable(value: Any) -> Any:
+    """Return plain data in which infinite numbers and NaN are numbers again; a text that reads like one becomes one, too."""
+    if isinstance(value, dict):
+        return {key: from_jsonable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [from_jsonable(item) for item in value]
+    return float(value) if value in ("inf", "-inf", "nan") else value

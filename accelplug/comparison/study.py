@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import math
 import statistics
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,14 @@ import torch
 
 from accelplug import compat
 from accelplug.comparison import arguments
+from accelplug.comparison.arms import changed, require_same, source_of
 from accelplug.comparison.environment import environment, forget_peak, peak_mib
+from accelplug.comparison.floors import FLOORS, NO_FLOOR, Floor, other_seed
 from accelplug.comparison.metrics import METRICS, Beside, to_uint8
 from accelplug.comparison.ranks import Ranks
 from accelplug.comparison.result import Comparison
-from accelplug.comparison.rows import DENSE_ROW, Row, Sample, Variant, by_layer_and_step
+from accelplug.comparison.resume import Finished, Ran
+from accelplug.comparison.rows import DENSE_ROW, Pair, Row, Sample, Variant, by_layer_and_step
 from accelplug.errors import AccelplugError
 from accelplug.hosts.forecast import amdahl, overall_gain
 from accelplug.hosts.ledger import Event
@@ -32,6 +37,8 @@ from accelplug.recipe import Recipe, record_measurement
 
 OBSERVED = {"rules": [{"patch": "dense"}]}
 DRAWN_LAYERS = 4
+Turn = tuple[str, Callable[[], Any]]
+"""What is run next, and its name."""
 
 
 @dataclass
@@ -59,6 +66,11 @@ class Study:
     clips: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict)
 
     processes: int = 1
+    stock: list[np.ndarray] = field(default_factory=list)
+    """Clips of two dense runs ahead of all functions, where arms are such."""
+    finished: Finished = field(default_factory=Finished)
+    cold: set[str] = field(default_factory=set)
+    """Variants that were traced by a comparison that was killed, and are not warmed up here."""
 
     @property
     def device(self) -> torch.device:
@@ -74,14 +86,45 @@ class Study:
     @staticmethod
     def new_row(variant: Variant) -> Row:
         """An empty row of the table."""
+        if variant.change is not None:
+            return Row(variant.name, variant.kind, rules=source_of(variant.change))
         if variant.recipe is None:
             return Row(variant.name, variant.kind)
         _, rules = replace(variant.recipe, measured=()).describe().split("\n", 1)
         return Row(variant.name, variant.kind, variant.recipe.name, textwrap.dedent(rules))
 
+    def jobs(self, variants: Sequence[Variant], pairs: Sequence[Pair], floors: int) -> list[Turn]:
+        """Return what is to be run, in order, each with its name: traces, then prompt by prompt all variants by turns, and floors.
+
+        `pairs`: what is run here; `floors`: on how many prompts, the first ones, floors are run.
+        """
+        jobs: list[Turn] = [(f"tracing {variant.name}", partial(self.trace, variant)) for variant in variants]
+        first = self.seeds[0]
+        for prompt in dict.fromkeys(prompt for prompt, _ in pairs):
+            here = f"prompt {prompt + 1} of {len(self.prompts)}, " if len(self.prompts) > 1 else ""
+            for (at, seed), variant in itertools.product(pairs, variants):
+                if at == prompt:
+                    jobs.append((f"timing {variant.name}, {here}seed {seed}", partial(self.time, variant, prompt, seed)))
+            if prompt < floors and (prompt, first) in pairs:
+                for floor in FLOORS.values():
+                    jobs.append((f"floor: {floor.row}, {here}seed {first}", partial(self.floor, floor, prompt, first)))
+            jobs.append((jobs[-1][0], partial(self.forget, prompt)))  # takes no time, and is not worth a name
+        return jobs
+
     def trace(self, variant: Variant) -> None:
         """Run once, observing every attention call; this is also the warm-up."""
         row = self.rows[variant.name] = self.new_row(variant)
+        if (kept := self.finished.traced(row)) is not None:
+            self.rows[variant.name] = kept
+            self.cold.add(variant.name)
+            return
+        self._trace(variant, row)
+        self.finished.keep_traced(row)
+
+    def _trace(self, variant: Variant, row: Row) -> None:
+        if variant.change is not None:
+            self._try_out(variant)
+            return
         with self._on(variant, gate="report") as plug, plug.trace(timed=True, plans=True) as events:
             self.run(0, self.seeds[0])
         row.attention_ms = sum(event.ms or 0.0 for event in events)
@@ -96,42 +139,72 @@ class Study:
         if variant.recipe is not None and variant.recipe.patches():
             row.notes = report.left_dense
 
+    def _try_out(self, variant: Variant) -> None:
+        """Run a function's arm once, and see whether its undo gives the stock pipeline back."""
+        if not self.stock:
+            self.stock = [self.run(0, self.seeds[0]).clip for _ in range(2)]
+        self.warm_up(variant, 0, self.seeds[0])
+        require_same(variant.name, self.stock, lambda: self.run(0, self.seeds[0]).clip)
+
     def warm_up(self, variant: Variant, prompt: int, seed: int) -> None:
         """Run once, as `time` does, and drop it: what is compiled is compiled then."""
         with self._on(variant, gate="off"):
             self.run(prompt, seed)
 
     def time(self, variant: Variant, prompt: int, seed: int) -> None:
-        """Run once, timed, and hold the result against the dense run."""
-        device, row = self.device, self.rows[variant.name]
+        """Run once, timed, and hold the result against the dense run; what an earlier comparison has finished is taken as it is."""
+        row = self.rows[variant.name]
+        ran = self.finished.ran(variant.name, self.prompts[prompt], prompt, seed) or self._timed(variant, prompt, seed)
+        row.add_errors(ran.errors)
+        row.peak_mib = max(filter(None, (row.peak_mib, ran.peak_mib)), default=None)
+        row.samples.append(ran.sample)
+        if ran.clip is not None:
+            self.clips[variant.name, prompt, seed] = ran.clip
+
+    def _timed(self, variant: Variant, prompt: int, seed: int) -> Ran:
+        if variant.name in self.cold:
+            self.cold.discard(variant.name)
+            self.warm_up(variant, prompt, seed)
+        device, errors = self.device, []
         with self._on(variant, gate="off") as plug:
             known = forget_peak(device)
             run = self.run(prompt, seed)
             peak = peak_mib(device) if known else None
             if plug is not None:
-                row.add_errors(by_layer_and_step([(said.site, said.clock, said.error) for said in plug.estimates], max))
-        if peak is not None:
-            row.peak_mib = max(row.peak_mib or 0.0, peak)
+                errors = by_layer_and_step([(said.site, said.clock, said.error) for said in plug.estimates], max)
         if variant.name == DENSE_ROW:
             self.dense_runs[prompt, seed] = run
-        row.samples.append(self.sample(run, prompt, seed, variant.name == DENSE_ROW))
-        self.clips[variant.name, prompt, seed] = to_uint8(run.clip)
+        ran = Ran(self.sample(run, prompt, seed, variant.name == DENSE_ROW), errors, peak, to_uint8(run.clip))
+        self.finished.keep(variant.name, self.prompts[prompt], seed, ran)
+        return ran
 
-    def floor_of_kernels(self) -> None:
-        """Dense attention by another kernel of torch: what a change that nobody calls a change does."""
-        from torch.nn.attention import SDPBackend, sdpa_kernel
+    def dense(self, prompt: int, seed: int) -> PipelineRun:
+        """Return the dense run of a prompt and seed; where it was timed by a comparison that was killed, it is made again."""
+        if (prompt, seed) not in self.dense_runs:
+            self.dense_runs[prompt, seed] = self.run(prompt, seed)
+        return self.dense_runs[prompt, seed]
 
-        with sdpa_kernel(SDPBackend.MATH):
-            run = self.run(0, self.seeds[0])
-        row = self.rows["dense, math kernel"] = Row("dense, math kernel", "floor")
-        row.samples.append(self.sample(run, 0, self.seeds[0], False))
+    def floor(self, floor: Floor, prompt: int, seed: int) -> Sample:
+        """Run dense as a floor has it, and hold it against the dense run of a prompt and seed."""
+        row = self.rows.setdefault(floor.row, Row(floor.row, "floor"))
+        call = self.prompts[prompt]
+        if (kept := self.finished.ran(floor.row, call, prompt, seed)) is not None:
+            sample = kept.sample
+        else:
+            other = other_seed(self.seeds, seed) if floor.reseeded else seed
+            known = self.dense_runs.get((prompt, other)) if floor.reseeded else None
+            with contextlib.nullcontext() if known else floor.on(self.pipe, self.device):
+                run = known or self.run(prompt, other)
+            sample = self.sample(run, prompt, seed, False)
+            self.finished.keep(floor.row, call, seed, Ran(sample))
+        if sample.scores.get("psnr_db") == math.inf and NO_FLOOR not in row.notes:
+            row.notes.append(NO_FLOOR)
+        row.samples.append(sample)
+        return sample
 
-    def floor_of_seeds(self) -> None:
-        """Dense at another seed: what a different video scores."""
-        first, other = self.seeds[0], self.seeds[1] if len(self.seeds) > 1 else self.seeds[0] + 1
-        run = self.dense_runs.get((0, other)) or self.run(0, other)
-        row = self.rows["dense, another seed"] = Row("dense, another seed", "floor")
-        row.samples.append(self.sample(run, 0, first, False))
+    def forget(self, prompt: int) -> None:
+        """Drop the dense runs of a prompt: nothing more is held against them."""
+        self.dense_runs = {pair: run for pair, run in self.dense_runs.items() if pair[0] != prompt}
 
     def run(self, prompt: int, seed: int) -> PipelineRun:
         """Call the pipeline once."""
@@ -174,7 +247,7 @@ class Study:
 
     def sample(self, run: PipelineRun, prompt: int, seed: int, is_dense: bool) -> Sample:
         """Score a run against the dense run of the same prompt and seed."""
-        dense = None if is_dense else self.dense_runs[prompt, seed]
+        dense = None if is_dense else self.dense(prompt, seed)
         beside = Beside(
             run.clip,
             dense.clip if dense else None,
@@ -184,7 +257,7 @@ class Study:
             self.detect,
             self.prompts[prompt].get("prompt", ""),
         )
-        found = {metric.key: metric.of(beside) for metric in METRICS.values() if metric.of is not None}
+        found = {metric.key: metric.of(beside) for metric in METRICS.values()}
         scores = {key: value for key, value in found.items() if value is not None}
         return Sample(prompt, seed, run.latency_ms, run.denoise_ms, run.step_ms, scores)
 
@@ -231,7 +304,10 @@ class Study:
 
     @contextlib.contextmanager
     def _on(self, variant: Variant, gate: str) -> Iterator[Any]:
-        if variant.recipe is None and gate == "off":
+        if variant.change is not None:
+            with changed(self.pipe, variant.name, variant.change):
+                yield None
+        elif variant.recipe is None and gate == "off":
             yield None  # timed dense runs are the stock pipeline
         else:
             with apply(self.pipe, OBSERVED if variant.recipe is None else variant.recipe, gate=gate) as plug:

@@ -59,8 +59,14 @@ class Measured(Strict):
     psnr_db: Quality | None = None
     ssim: Quality | None = None
     foreground_psnr_db: Quality | None = None
+    flicker: Quality | None = None
+    lpips: Quality | None = None
+    floors: dict[str, dict[str, Quality]] = Field(default_factory=dict)
+    """What dense attention itself scored: in another `kernel`, another `dtype`, at another `seed`, by figure."""
     floor_psnr_db: Quality | None = None
-    """Dense in another backend or dtype against dense."""
+    """Of older rows: dense in another kernel."""
+    budget: str | None = None
+    """Bounds that every run kept; `verify` holds new runs against them."""
     objective: str | None = None
     """Language models: the figure of `task` that the recipe was tuned for."""
     task: dict[str, Task] = Field(default_factory=dict)

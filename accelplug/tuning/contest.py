@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from accelplug.comparison.evaluators.statistics import holm, mcnemar, paired_bootstrap
+from accelplug.comparison.journal import Journal
 from accelplug.comparison.metrics import ANSWER_METRICS, LIKELIHOODS, AnswerMetric
 from accelplug.comparison.questions import Item, Reply
 from accelplug.comparison.rows import STOCK_ROW
@@ -23,7 +24,6 @@ from accelplug.plug import apply
 from accelplug.show import Tell
 from accelplug.tuning.aims import Aim
 from accelplug.tuning.budget import Bound
-from accelplug.tuning.journal import Journal
 from accelplug.tuning.space import FINALISTS
 
 STOCK = Aim(STOCK_ROW, {"rules": [{"patch": "dense"}]})

@@ -11,6 +11,7 @@ import numpy as np
 
 from accelplug import compat, show
 from accelplug.comparison import arguments
+from accelplug.comparison.journal import Journal, fingerprint
 from accelplug.comparison.ranks import require_one, working
 from accelplug.comparison.study import Study
 from accelplug.comparison.texts import TextExam
@@ -20,7 +21,6 @@ from accelplug.hosts.models import unwrapped
 from accelplug.tuning import space
 from accelplug.tuning.budget import Bound, parse_budget, require_measured
 from accelplug.tuning.compiled import room_to_compile
-from accelplug.tuning.journal import Journal, fingerprint
 from accelplug.tuning.language import tune_language
 from accelplug.tuning.result import Tuned
 from accelplug.tuning.search import Search

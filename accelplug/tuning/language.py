@@ -17,6 +17,7 @@ from accelplug.comparison import arguments
 from accelplug.comparison.charts import CHARTS_STYLE, Mark, chart
 from accelplug.comparison.environment import environment
 from accelplug.comparison.exam import Exam
+from accelplug.comparison.journal import Journal, fingerprint_of
 from accelplug.comparison.metrics import ANSWER_METRICS, ANSWERS, LIKELIHOODS, POLAR
 from accelplug.comparison.questions import Asker, Item, digest, items, require_pictures, shifted_accuracy
 from accelplug.comparison.rows import Quantiles
@@ -28,7 +29,6 @@ from accelplug.tuning import aims
 from accelplug.tuning.aims import Aim
 from accelplug.tuning.budget import Bound, parse_budget
 from accelplug.tuning.contest import PAGE_SIZE, SEARCH_SHARE, STOCK, Contest
-from accelplug.tuning.journal import Journal, fingerprint_of
 from accelplug.tuning.result import Point, Tuned
 from accelplug.tuning.space import FINALISTS, require_ladders
 

@@ -258,7 +258,7 @@ class Predictor:
             run for run in patched if run[0].cache == candidate.cache is not None
         ]
         off = [
-            bound.margin(values[bound.name]) - expected
+            bound.margin(values[bound.figure]) - expected
             for other, values, _ in akin
             if (expected := self._uncorrected(bound, other)) is not None
         ]
@@ -271,7 +271,7 @@ class Predictor:
             (other, margin)
             for other, values, _ in self.runs
             if other.arm is not None and other.cache is None and self.predicted_error(other, 0.0) > 0
-            if math.isfinite(margin := bound.margin(values[bound.name]))
+            if math.isfinite(margin := bound.margin(values[bound.figure]))
         ]
         if not alone:
             return None
@@ -279,7 +279,9 @@ class Predictor:
         margin = self._line(candidate, alone, DECIBEL_SLOPE if in_db else -abs(bound.limit))
         if candidate.cache is None:
             return margin
-        cache = [bound.margin(v[bound.name]) for other, v, _ in self.runs if other == Candidate(None, cache=candidate.cache)]
+        cache = [
+            bound.margin(v[bound.figure]) for other, v, _ in self.runs if other == Candidate(None, cache=candidate.cache)
+        ]
         return margin_of_both(margin, cache[0], in_db) if cache else None
 
     def _line(self, candidate: Candidate, points: list[tuple[Candidate, float]], usual: float) -> float:

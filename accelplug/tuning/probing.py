@@ -13,13 +13,13 @@ import torch
 from pydantic import TypeAdapter
 
 from accelplug.calibration import calibrate
+from accelplug.comparison.journal import Journal
 from accelplug.comparison.ranks import alone
 from accelplug.hosts.models import denoisers, runs_compiled
 from accelplug.kernels.attention import triton_missing
 from accelplug.patches.sparse.template import BlockSparse
 from accelplug.registry import patch_class
 from accelplug.table import HEADER, Origin, Table
-from accelplug.tuning.journal import Journal
 from accelplug.tuning.prediction import Predictor, Probe
 from accelplug.tuning.space import WORTH, Arm, Candidate, repaired
 

@@ -65,8 +65,8 @@ class Point:
         self.runs += 1
         for bound in bounds:
             worse = min if bound.higher_is_better else max
-            self.worst[bound.name] = worse(self.worst.get(bound.name, values[bound.name]), values[bound.name])
-        margin = min(bound.margin(values[bound.name]) for bound in bounds)
+            self.worst[bound.figure] = worse(self.worst.get(bound.figure, values[bound.figure]), values[bound.figure])
+        margin = min(bound.margin(values[bound.figure]) for bound in bounds)
         if self.worst_run is None or margin < self.margin:
             self.margin, self.worst_run = margin, run
 
@@ -165,7 +165,7 @@ class Tuned(Recipe):
         if len(self.bounds) != 1:
             return PlotAxis("margin to the nearest bound", 0.0)
         (bound,) = self.bounds
-        name = METRICS[bound.name].heading if bound.name in METRICS else bound.name
+        name = METRICS[bound.name].heading if bound.figure in METRICS else bound.figure
         return PlotAxis(name, bound.limit, bound.higher_is_better)
 
     def _dot(self, point: Point, comparison: Comparison) -> Dot:
@@ -174,7 +174,10 @@ class Tuned(Recipe):
         margin, density = told.get("margin"), told.get("density")
         facts = [
             ("speed-up", times_text(point.speedup), times_text(told.get("speedup"))),
-            *((f"worst {bound.name}, bound {bound.limit:g}", f"{point.worst[bound.name]:.2f}", "") for bound in self.bounds),
+            *(
+                (f"worst {bound.figure}, bound {bound.limit:g}", f"{point.worst[bound.figure]:.2f}", "")
+                for bound in self.bounds
+            ),
             ("margin", f"{point.margin:+.2f}", "" if margin is None else f"{margin:+.2f}"),
             ("density", "", "" if density is None else f"{density:.3f}"),
             *errors(row, told.get("estimate")),
@@ -189,7 +192,7 @@ class Tuned(Recipe):
             kind=row.kind,
             verdict=self.verdict(point),
             speedup=point.speedup,
-            worst=point.worst[self.bounds[0].name] if len(self.bounds) == 1 else point.margin,
+            worst=point.worst[self.bounds[0].figure] if len(self.bounds) == 1 else point.margin,
             mean=None,
             front=point in self.front,
             holds=point.margin >= 0,

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from accelplug.comparison.journal import Journal, adapters
 from accelplug.comparison.ranks import Ranks
-from accelplug.comparison.rows import DENSE_ROW, gains
+from accelplug.comparison.rows import DENSE_ROW, Pair, gains
 from accelplug.comparison.study import OBSERVED, Study
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
@@ -22,13 +23,12 @@ from accelplug.recipe import Measured, load
 from accelplug.show import Tell
 from accelplug.tuning.budget import Bound
 from accelplug.tuning.caches import Cache, CacheFacts, fitting
-from accelplug.tuning.journal import Journal, adapters
 from accelplug.tuning.prediction import Predictor, Trajectory
 from accelplug.tuning.probing import Prober, no_8_bits, no_weights, pools
 from accelplug.tuning.result import Point, Tuned
 from accelplug.tuning.space import FINALISTS, WORTH, Arm, Candidate, arms, cached, variants
 from accelplug.tuning.verdict import limit, why
-from accelplug.tuning.workers import Job, Pair, Workers
+from accelplug.tuning.workers import Job, Workers
 
 logger = logging.getLogger("accelplug")
 
@@ -253,7 +253,8 @@ class Search:
         measured: tuple[Measured, ...] = ()
         if proven is not None:
             row = comparison.measured(comparison.row(self.points[proven].name))
-            measured = (Measured.model_validate(row),)
+            checked = [bound for bound in self.bounds if bound.checkable]
+            measured = (Measured.model_validate({**row, "budget": ", ".join(map(str, checked)) or None}),)
         fields = {name: getattr(recipe, name) for name in ("rules", "cache", "match", "source", "loc")}
         said = why(
             self.budget,

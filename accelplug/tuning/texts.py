@@ -26,6 +26,7 @@ from accelplug import show
 from accelplug.chat import tokenizer_of
 from accelplug.comparison import arguments
 from accelplug.comparison.evaluators.statistics import paired_bootstrap
+from accelplug.comparison.journal import Journal, fingerprint_of
 from accelplug.comparison.metrics import AnswerMetric
 from accelplug.comparison.questions import Item, Reply
 from accelplug.comparison.texts import TextExam
@@ -39,7 +40,6 @@ from accelplug.recipe import Measured
 from accelplug.tuning.aims import Aim, aims
 from accelplug.tuning.budget import Bound, parse_budget
 from accelplug.tuning.contest import SEARCH_SHARE, STOCK, Contest
-from accelplug.tuning.journal import Journal, fingerprint_of
 from accelplug.tuning.language import Answered, tuned, untried
 from accelplug.tuning.prefills import GENERIC, both, prefill_ladders, reads_prompts
 from accelplug.tuning.result import Point
@@ -149,7 +149,7 @@ class ReadingContest(Contest):
     def chance(self, aim: Aim, errors: float = 0.0) -> float:
         """By how much a first look is faster than stock, or within a bound on NLL, some standard errors taken off; below 0 for no."""
         loss, error = self.loss(aim)
-        slack = [bound.margin(loss - errors * error) for bound in self.bounds if bound.name == "nll" and bound.to_stock]
+        slack = [bound.margin(loss - errors * error) for bound in self.bounds if bound.name == "nll" and bound.to == "stock"]
         return min([self.times_as_fast(aim) - 1, *slack])
 
     def _join(self) -> None:

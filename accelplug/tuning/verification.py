@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,8 +12,11 @@ from accelplug import files
 from accelplug.comparison import arguments
 from accelplug.comparison.entry import compare
 from accelplug.comparison.environment import device_name
+from accelplug.comparison.floors import Floors
+from accelplug.comparison.journal import Journal
 from accelplug.comparison.metrics import ANSWER_METRICS
 from accelplug.comparison.questions import Asker, Item, digest, require_pictures
+from accelplug.comparison.rows import DENSE_ROW
 from accelplug.comparison.texts.context import Context
 from accelplug.comparison.texts.reader import ContextReader
 from accelplug.comparison.texts.scores import TEXT_METRICS
@@ -22,8 +25,8 @@ from accelplug.hosts.models import unwrapped
 from accelplug.recipe import Measured, Recipe, read_file
 from accelplug.show import Shown, table
 from accelplug.tuning.aims import Aim
+from accelplug.tuning.budget import Bound, parse_budget
 from accelplug.tuning.contest import STOCK, Contest
-from accelplug.tuning.journal import Journal
 from accelplug.tuning.language import questions, split
 from accelplug.tuning.texts import ReadingContest, contexts_again, of_contexts
 
@@ -82,7 +85,12 @@ class Verification(Shown):
 
 
 def verify(
-    pipe: Any, recipe: str | Path | Recipe, inputs: Any = None, progress: bool = True, processor: Any = None
+    pipe: Any,
+    recipe: str | Path | Recipe,
+    inputs: Any = None,
+    progress: bool = True,
+    processor: Any = None,
+    budget: str | Bound | Sequence[str | Bound] | None = None,
 ) -> Verification:
     """Run every `measured` row of a recipe again, with its own inputs and seeds, and hold the figures against it.
 
@@ -93,6 +101,8 @@ def verify(
     inputs : arguments of the pipeline's call, for rows that name no prompt; of a language model, the questions of `tune`, or a
         `TextExam` with the file of text that it was tuned on; rows say all else that makes the same contexts.
     processor : a language model's.
+    budget : of a pipeline, bounds that every run must keep, as for `tune`; what a row says that it was proven within, if left out. A row
+        within its budget is never broken: another machine's kernels may cost more decibels than drift does.
 
     Returns
     -------
@@ -101,12 +111,17 @@ def verify(
     Raises
     ------
     AccelplugError
-        If no row was measured, or a row names no prompt and no inputs are given.
+        If no row was measured, a row names no prompt and no inputs are given, or the budget cannot be read.
     """
+    given_bounds = () if budget is None else parse_budget(budget)
     rows = measured(recipe)
+    if given_bounds and any(row.task or row.objective for _, row in rows):
+        raise AccelplugError("A budget is about clips, and these rows are a language model's. Leave it out.")
     pipe, processor = unwrapped(pipe, processor)
     given = [_given(pipe, found, row, inputs, processor) for found, row in rows]  # all, before the first is run
-    found = (_verified(pipe, *pair, asked, progress, processor) for pair, asked in zip(rows, given, strict=True))
+    found = (
+        _verified(pipe, *pair, asked, progress, processor, given_bounds) for pair, asked in zip(rows, given, strict=True)
+    )
     return Verification(recipe.name if isinstance(recipe, Recipe) else str(recipe), tuple(found))
 
 
@@ -157,20 +172,26 @@ def _given(pipe: Any, recipe: Recipe, row: Measured, inputs: Any, processor: Any
     return made or [{**call, **row.inputs} for call in arguments.calls(pipe, inputs, "verify")]
 
 
-def _verified(pipe: Any, recipe: Recipe, row: Measured, given: Any, progress: bool, processor: Any) -> Verified:
+def _verified(
+    pipe: Any, recipe: Recipe, row: Measured, given: Any, progress: bool, processor: Any, bounds: Sequence[Bound]
+) -> Verified:
     if row.task:
         contest = (_reading if row.objective == "speed" else _asking)(pipe, row, given, processor)
         return Verified(recipe.name, row.date, *_ask_again(contest, recipe, row))
+    bounds = bounds or (parse_budget(row.budget) if row.budget else ())
+    floors = "all" if any(bound.to for bound in bounds) else False
     try:
-        found = compare(pipe, {"now": recipe}, given, row.seeds, floors=False, progress=progress)
+        found = compare(pipe, {"now": recipe}, given, row.seeds, floors=floors, progress=progress)
     except RecipeError as error:
         return Verified(recipe.name, row.date, "broken", str(error))
-    outcome, why = judge(row, found)
+    outcome, why = judge(row, found, bounds)
     return Verified(recipe.name, row.date, outcome, why)
 
 
-def judge(row: Measured, found: Comparison) -> tuple[Literal["confirmed", "drifted", "broken"], str]:
-    """Hold a new comparison's row ``now`` against a recorded one."""
+def judge(
+    row: Measured, found: Comparison, bounds: Sequence[Bound] = ()
+) -> tuple[Literal["confirmed", "drifted", "broken"], str]:
+    """Hold a new comparison's row ``now`` against a recorded one, and against bounds."""
     now = found.row("now")
     lost_db = 0.0
     if row.psnr_db is not None and (worst := now.worst("psnr_db")) is not None:
@@ -184,11 +205,26 @@ def judge(row: Measured, found: Comparison) -> tuple[Literal["confirmed", "drift
         return "broken", f"it is dense now: {'; '.join(now.notes) or 'its output is the same to the last bit'}"
     if any("fell back" in note for note in now.notes) and now.mean_density == 1:
         return "broken", f"every call fell back to dense: {now.notes[0]}"
-    if lost_db > BROKEN_DB:
+    for bound in bounds:
+        worst = min(bounded(bound, found), key=bound.margin)
+        said += f", {bound.figure} {worst:.2f} (budget {bound})"
+        if bound.margin(worst) < 0:
+            return "broken", said
+    if lost_db > BROKEN_DB and not bounds:
         return "broken", said
     if lost_db > DRIFT_DB or (same_device and gain < SLOWER * recorded):
         return "drifted", said
     return "confirmed", said
+
+
+def bounded(bound: Bound, found: Comparison) -> list[float]:
+    """Return what a bound says of each run of the row ``now``."""
+    floors = Floors({(name, s.prompt): s for name, of in found.floors.items() for s in of.samples})
+    clips = found.clips
+    return [
+        bound.value(s, clips[DENSE_ROW, s.prompt, s.seed], clips["now", s.prompt, s.seed], floors)
+        for s in found.row("now").samples
+    ]
 
 
 def _asking(model: Any, row: Measured, asked: list[Item], processor: Any) -> Contest:

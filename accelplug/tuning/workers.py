@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelplug.comparison.floors import Floors
 from accelplug.comparison.ranks import Ranks
-from accelplug.comparison.rows import DENSE_ROW, Sample, Variant
+from accelplug.comparison.rows import DENSE_ROW, Pair, Sample, Variant
 from accelplug.comparison.study import Study
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import runs_compiled
 from accelplug.recipe import load
 from accelplug.tuning.budget import Bound
-
-Pair = tuple[int, int]
-"""Numbers of a prompt and of a seed."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,9 @@ class Workers:
     bounds: Sequence[Bound]
     pairs: Sequence[Pair]
     ranks: Ranks = field(default_factory=Ranks)
+
+    def __post_init__(self) -> None:
+        self.floors = Floors(run=self.study.floor)
 
     def run(self, job: Job) -> dict[Pair, dict[str, float]]:
         """Have a job run, in the first process; return what each bound's metric says of the variant, by pair."""
@@ -111,7 +112,7 @@ class Workers:
                 self._time(variants[job.variant], pair, done)
                 clips = self.study.clips[DENSE_ROW, *pair], self.study.clips[job.variant, *pair]
                 sample = self.study.rows[job.variant].samples[-1]
-                done.values[pair] = {bound.name: bound.value(sample, *clips) for bound in self.bounds}
+                done.values[pair] = {bound.figure: bound.value(sample, *clips, self.floors) for bound in self.bounds}
 
     def _time(self, variant: Variant, pair: Pair, done: Result) -> None:
         """Time one run; where it has to be compiled first, after one that is not timed."""

@@ -76,6 +76,34 @@ def mcnemar(first_right: Sequence[bool], second_right: Sequence[bool]) -> float:
     return min(1.0, 2 * tail / 2**differ)
 
 
+EXACT = 16
+"""Differences up to which all choices of signs are gone through."""
+FLIPS = 100_000
+"""Choices that are drawn where there are more."""
+
+
+def sign_flips(differences: Sequence[float]) -> float:
+    """Return the two-sided p-value that paired differences are as likely of either sign (Fisher's randomisation test of their mean).
+
+    Exact up to `EXACT` differences; beyond, of `FLIPS` choices of signs, drawn with a fixed seed.
+
+    Returns
+    -------
+    float
+        In (0, 1], at least ``2 / 2**len(differences)``; 1 where all differences are 0.
+    """
+    given = np.asarray(differences, dtype=np.float64)
+    exact = len(given) <= EXACT
+    if exact:
+        bits = np.arange(2 ** len(given))[:, None] >> np.arange(len(given)) & 1
+    else:
+        bits = np.random.default_rng(0).integers(2, size=(FLIPS, len(given)), dtype=np.int8)
+    sums = np.abs((1 - 2.0 * bits) @ given)
+    seen = abs(float(given.sum()))
+    extreme = int((sums >= seen - 1e-12 * float(np.abs(given).sum())).sum())
+    return extreme / len(sums) if exact else (extreme + 1) / (len(sums) + 1)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for their number (Holm, step-down), in the order given, each at most 1.
 

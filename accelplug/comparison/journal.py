@@ -25,35 +25,38 @@ class Journal:
 
     Parameters
     ----------
-    path : the file; None keeps measurements for this search only.
-    fingerprint : of the model, prompts and seeds.
+    path : the file; None keeps measurements for this time only.
+    fingerprint : of what was measured: a text, or facts by name, those that differ being told.
+    what : what the file holds.
 
     Raises
     ------
     AccelplugError
-        If the file holds a search with another fingerprint, is not a journal, or cannot be read or written.
+        If the file has another fingerprint, is not a journal, or cannot be read or written.
     """
 
-    def __init__(self, path: str | Path | None, fingerprint: str) -> None:
+    def __init__(self, path: str | Path | None, fingerprint: Any, what: str = "a search") -> None:
         self.path = None if path is None else files.output(path, "A journal")
         self.entries: dict[str, Any] = {}
         if self.path is None:
             return
+        begun = json.loads(json.dumps({"fingerprint": fingerprint}))
         whole, _, half = (files.read(self.path, "A journal") if self.path.exists() else "").rpartition("\n")
         try:
-            first, *others = [json.loads(line) for line in whole.split("\n") if line] or [{"fingerprint": fingerprint}]
+            first, *others = [json.loads(line) for line in whole.split("\n") if line] or [begun]
             self.entries = {line["key"]: line["value"] for line in others}
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise AccelplugError(
-                f"{self.path} is not the journal of a search: {error}. Give another file, or delete it."
+                f"{self.path} is not the journal of {what}: {error}. Give another file, or delete it."
             ) from error
-        if first != {"fingerprint": fingerprint}:
+        if first != begun:
             raise AccelplugError(
-                f"{self.path} holds a search for another model, adapters, prompts, seeds or device. "
-                "Give another file, or delete it."
+                f"{self.path} holds {what} {_differing(first, fingerprint)}. Give another file, or delete it."
             )
-        if half or not whole:
-            files.write(self.path, (whole or json.dumps(first)) + "\n")
+        if half:
+            files.cut(self.path, len(f"{whole}\n".encode()) if whole else 0)
+        if not whole:
+            files.append(self.path, json.dumps(first) + "\n")
 
     def get(self, key: str, make: Callable[[], Any], read: Callable[[Any], Any] = lambda value: value) -> Any:
         """Return what is known under `key`, as `read` makes it of plain data; where it is not known, make it and keep it.
@@ -72,6 +75,16 @@ class Journal:
             return read(self.entries[key])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise AccelplugError(f"{self.path} holds no measurement under {key!r}: {error!r}. Delete that line.") from error
+
+
+def _differing(first: Any, now: Any) -> str:
+    """Say in what a journal differs from what is asked of it."""
+    before = first.get("fingerprint") if isinstance(first, Mapping) else None
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return "for another model, adapters, prompts, seeds or device"
+    changed = [name for name in {**before, **now} if before.get(name) != json.loads(json.dumps(now.get(name)))]
+    told = (f"{name}, {before.get(name)} there and {now.get(name)} here" for name in changed)
+    return f"that differs in {'; '.join(told)}"
 
 
 def fingerprint_of(model: Any, *facts: Any) -> str:
@@ -103,12 +116,30 @@ def fingerprint(pipe: Any, prompts: Sequence[Mapping[str, Any]], seeds: Sequence
     )
     digest = hashlib.sha256(repr(facts).encode())
     for prompt in prompts:
-        digest.update(repr([(k, few_numbers(v) if isinstance(v, torch.Tensor) else v) for k, v in prompt.items()]).encode())
+        digest.update(call_digest(prompt).encode())
     for part in denoisers(pipe).values():
         for name, weight in part.named_parameters():
             plain = type(weight) in (nn.Parameter, torch.Tensor) and not weight.is_meta
             digest.update(f"{name} {weight.dtype} {few_numbers(weight) if plain else ''}".encode())
     return digest.hexdigest()[:16]
+
+
+def call_digest(call: Mapping[str, Any]) -> str:
+    """Return 16 hex digits that change with the arguments of a pipeline's call; functions count by their names."""
+    return hashlib.sha256(repr(placeless(call)).encode()).hexdigest()[:16]
+
+
+def placeless(value: Any) -> Any:
+    """What a value is, without the place where it lies."""
+    if isinstance(value, Mapping):
+        return [(str(key), placeless(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [placeless(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return list(value.shape), few_numbers(value)
+    if hasattr(value, "tobytes"):  # pictures and arrays
+        return hashlib.sha256(value.tobytes()).hexdigest()
+    return getattr(value, "__qualname__", value)
 
 
 def adapters(pipe: Any) -> dict[str, str]:
