@@ -22,6 +22,7 @@ from docs import pages
 ROOT = Path(SHIPPED).resolve().parent
 
 OTHER_WORKS = {
+    "1801.03924": "LPIPS, how different pictures look",
     "1809.02156": "CHAIR, an evaluator",
     "1904.10509": "Sparse Transformers, the example of a patch in a package of its own",
     "2103.12731": "HaloNet, which neighborhood has by settings",
