@@ -23,7 +23,7 @@ from accelplug.call import Kind, Layout
 from accelplug.errors import UnsupportedError
 from accelplug.families import FAMILIES, family_of
 from accelplug.families.base import Family, Geometry, site_kinds
-from accelplug.families.flux import raster_grid
+from accelplug.families.rasters import once, raster, rows_and_columns
 from accelplug.families.unsupported import NOT_YET, UNSUPPORTED
 from accelplug.inspection.denoiser import inspect_denoiser
 from accelplug.testing.models import batch_of_two, noise, raster_ids
@@ -39,6 +39,7 @@ MASKS = {
     "hunyuan_video_15": (torch.bool, (1, 1, 72 + 13, 72 + 13)),
     "qwen_image": (torch.bool, (1, 1, 1, 8 + 48)),
     "motif_video": (torch.bool, (1, 1, 1, 72 + 12)),
+    "krea2": (torch.bool, (1, 1, 1, 7 + 48)),
 }
 """Dtype and shape of the mask that reaches self- and joint attention; the other models pass none."""
 
@@ -152,7 +153,7 @@ def test_every_site_has_the_tokens_and_the_mask_that_its_family_says(name: str, 
         assert (layout.length > layout.visual) == (kind == "joint")
         low, high = run.geometry[call.path].text
         if kind == "joint" and name != "mochi":  # whose text is as long as it is valid
-            assert low == high == layout.length - layout.visual
+            assert low == high == layout.length - layout.visual - run.geometry[call.path].behind
         seen.add(call.path)
     assert seen == {path for path, (kind, _) in run.kinds.items() if kind in ("self", "joint")}, "a site never attended"
     frames, rows, columns = max((layout for _, layout in run.sites()), key=lambda layout: layout.visual).grid_thw
@@ -162,18 +163,24 @@ def test_every_site_has_the_tokens_and_the_mask_that_its_family_says(name: str, 
 
 @dataclass(frozen=True)
 class Latent:
-    """Where the latents of a model are: the argument, the names of its dimensions, latent frames, rows and columns a token."""
+    """Where the latents of a model are: the argument, the names of its dimensions, latent frames, rows and columns a token.
+
+    `ahead`: how many other tokens stand ahead of them where they are packed.
+    """
 
     name: str = "hidden_states"
     axes: str = "bcthw"
     patch: tuple[int, int, int] = (1, 2, 2)
+    ahead: int = 0
 
-    def touched(self, value: Tensor, grid: tuple[int, int, int], place: tuple[int, int, int]) -> Tensor:
-        """Return `value` with the patch of one token changed."""
+    def touched(self, value: Any, grid: tuple[int, int, int], place: tuple[int, int, int]) -> Any:
+        """Return `value` with the patch of one token changed; a list, one for each sample, with all of them changed."""
+        if isinstance(value, list):
+            return [self.touched(one, grid, place) for one in value]
         value = value.clone()
         if self.axes == "bsc":  # packed: nothing but raster order can be meant
             t, h, w = place
-            value[:, (t * grid[1] + h) * grid[2] + w] += 1.0
+            value[:, self.ahead + (t * grid[1] + h) * grid[2] + w] += 1.0
             return value
         at = dict(zip("thw", zip(place, self.patch, strict=True), strict=True))
         where = tuple(slice(at[a][0] * at[a][1], (at[a][0] + 1) * at[a][1]) if a in at else slice(None) for a in self.axes)
@@ -190,7 +197,10 @@ LATENTS = {name: Latent() for name in MODELS} | {
     "cogvideox_15": Latent(axes="btchw", patch=(2, 2, 2)),
     "kandinsky5": Latent(axes="bthwc"),
     "z_image": Latent(name="x", axes="cthw"),
-    **dict.fromkeys(("ltx", "ltx2", "flux", "flux2", "chroma", "qwen_image"), PACKED),
+    **dict.fromkeys(("ltx", "ltx2", "flux", "flux2", "chroma", "qwen_image", "flux3", "krea2", "minimax_h3"), PACKED),
+    "minimax_h3_first_last": Latent(axes="bsc", ahead=2 * 24),
+    "minimax_h3_references": Latent(axes="bsc", ahead=6 + 72),
+    "wan_animate_2": Latent(axes="cthw"),
     **dict.fromkeys(("sd3", "pixart"), IMAGE),
 }
 OF_TEXT = {"encoder_hidden_states": noise(1, 7, 16)}
@@ -211,10 +221,7 @@ def test_a_piece_of_the_input_lands_on_its_raster_place(name: str, monkeypatch: 
     before, layout = next(forward(model, inputs, monkeypatch).sites())
     grid = layout.grid_thw
     for place in {(0, 0, 0), (grid[0] - 1, 1, 2), (grid[0] // 2, grid[1] - 1, 3), (0, 2, grid[2] - 1)}:
-        value = inputs[latent.name]
-        touched = (
-            [latent.touched(v, grid, place) for v in value] if name == "z_image" else latent.touched(value, grid, place)
-        )
+        touched = latent.touched(inputs[latent.name], grid, place)
         after, _ = next(forward(model, inputs | {latent.name: touched}, monkeypatch).sites())
         assert after.path == before.path
         moved = (after.q - before.q).abs().amax((0, 2, 3)) > 1e-6
@@ -225,6 +232,55 @@ def test_a_piece_of_the_input_lands_on_its_raster_place(name: str, monkeypatch: 
             assert int(moved.argmax()) == expected
         else:
             assert moved.nonzero().flatten().tolist() == [expected]
+
+
+H3_ROWS = {"minimax_h3": (0, 0), "minimax_h3_first_last": (2 * 24, 0), "minimax_h3_references": (6 + 72, 6 + 4)}
+"""Rows of pictures and of sound ahead of the target's own."""
+
+
+@pytest.mark.parametrize("name", H3_ROWS)
+def test_of_all_that_is_packed_the_last_video_alone_is_visual(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny_models.build(name)
+    seen, heard = H3_ROWS[name]
+    before, layout = next(forward(model, inputs, monkeypatch).sites())
+    assert layout == Layout((3, 4, 6), text_before=7 + seen + heard + 2 * 4)
+    rows = {"hidden_states": "video_indices", "audio_hidden_states": "audio_indices"}  # the text is mixed by its refiner
+    for argument, indices in rows.items():
+        for row in range(inputs[argument].shape[1]):
+            touched = inputs[argument].clone()
+            touched[:, row] += 1.0
+            after, _ = next(forward(model, inputs | {argument: touched}, monkeypatch).sites())
+            moved = ((after.q - before.q).abs().amax((0, 2, 3)) > 1e-6).nonzero().flatten().tolist()
+            assert moved == [int(inputs[indices][row])]
+            is_target = argument == "hidden_states" and row >= seen
+            assert (moved[0] >= layout.text_before) == is_target
+            assert not is_target or moved[0] - layout.text_before == row - seen
+
+
+@pytest.mark.parametrize("change", ["video_indices", "position_ids"])
+def test_what_stands_behind_the_target_or_on_no_raster_is_dense(change: str) -> None:
+    model, inputs = tiny_models.build("minimax_h3")
+    other = inputs[change].clone()
+    if change == "position_ids":
+        other[-5] = other[-6]
+    else:
+        other = other[:-1]
+    assert family_of(model).geometry(model.config, inputs) is not None
+    assert family_of(model).geometry(model.config, {**inputs, change: other}) is None
+
+
+def test_references_stand_behind_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In joint attention of Flux.3: each token of the image and of a reference is traced to the first joint block."""
+    model, inputs = tiny_models.build("flux3")
+    model.mode_blocks = nn.ModuleDict({"image": nn.ModuleList(), "image_cond": nn.ModuleList()})
+    before, layout = next(forward(model, inputs, monkeypatch).sites())
+    assert layout == Layout((1, 6, 8), text_before=7, text_after=20)
+    for argument, first in (("hidden_states", 7), ("image_cond_hidden_states", 7 + 48)):
+        for row in range(inputs[argument].shape[1]):
+            touched = inputs[argument].clone()
+            touched[:, row] += 1.0
+            after, _ = next(forward(model, inputs | {argument: touched}, monkeypatch).sites())
+            assert ((after.q - before.q).abs().amax((0, 2, 3)) > 1e-6).nonzero().flatten().tolist() == [first + row]
 
 
 @pytest.mark.parametrize("name", [name for name in UNETS if name in MODELS])
@@ -435,6 +491,18 @@ DENSE = {
         "ZImageTransformer2DModel",
         {"x": [latents(16, 1, 12, 20), latents(16, 1, 20, 12)], "cap_feats": [latents(5, 8)] * 2},
     ),
+    "wan-animate 2 with the video's keys": (
+        "WanAnimate2Transformer3DModel",
+        {"hidden_states": [latents(4, 4, 8, 12)], "kv_cache_mode": "cached"},
+    ),
+    "krea 2 with ids of other tokens": (
+        "Krea2Transformer2DModel",
+        {
+            "hidden_states": latents(1, 48, 4),
+            "encoder_hidden_states": latents(1, 7, 3, 8),
+            "position_ids": raster_ids(1, 6, 8).float(),
+        },
+    ),
     "z-image omni": ("ZImageTransformer2DModel", {"x": [[latents(16, 1, 12, 20)]], "cap_feats": [[latents(5, 8)]]}),
     "sound of four dimensions": ("StableAudioDiTModel", {"hidden_states": latents(1, 3, 16, 1)}),
     "motif with half an image": (
@@ -452,15 +520,46 @@ def test_what_is_not_understood_is_dense(case: str) -> None:
 
 
 def test_raster_ids() -> None:
-    assert raster_grid(raster_ids(1, 6, 8)) == (1, 6, 8)
-    assert raster_grid(raster_ids(1, 6, 8, 1).expand(2, -1, -1)) == (1, 6, 8)
-    assert raster_grid(raster_ids(1, 6, 8) + 3) == (1, 6, 8), "a raster may start elsewhere"
-    assert raster_grid(raster_ids(1, 1, 8)) == (1, 1, 8)
-    assert raster_grid(raster_ids(2, 6, 8)) is None
-    assert raster_grid(raster_ids(1, 6, 8).flip(0)) is None
+    assert rows_and_columns(raster_ids(1, 6, 8)) == (1, 6, 8)
+    assert rows_and_columns(raster_ids(1, 6, 8, 1).expand(2, -1, -1)) == (1, 6, 8)
+    assert rows_and_columns(raster_ids(1, 6, 8) + 3) == (1, 6, 8), "a raster may start elsewhere"
+    assert rows_and_columns(raster_ids(1, 1, 8)) == (1, 1, 8)
+    assert rows_and_columns(raster_ids(2, 6, 8)) is None
+    assert rows_and_columns(raster_ids(1, 6, 8).flip(0)) is None
     swapped = raster_ids(1, 6, 8)
     swapped[[10, 11]] = swapped[[11, 10]]
-    assert raster_grid(swapped) is None
+    assert rows_and_columns(swapped) is None
+    assert rows_and_columns(torch.cat([torch.zeros(7, 3), raster_ids(1, 6, 8)]), ahead=7) == (1, 6, 8)
+
+
+def test_a_raster_has_any_distances_and_is_full() -> None:
+    ids = torch.cartesian_prod(torch.tensor([3.0, 4.7, 11.3]), torch.tensor([0.0, 0.5]), torch.tensor([-2.0, 1.0, 7.0, 9.0]))
+    assert raster(ids, (0, 1, 2)) == (3, 2, 4)
+    assert raster(ids[:8], (0, 1, 2)) == (1, 2, 4)
+    assert raster(ids[::4], (0, 1, 2)) == (3, 2, 1)
+    assert raster(ids[:-1], (0, 1, 2)) is None
+    assert raster(ids, (1, 2)) is None, "frames are not the same"
+    assert raster(ids.roll(8, 0), (0, 1, 2)) is None, "time goes back"
+    assert raster(ids[:0], (0, 1, 2)) is None
+
+
+def test_what_ids_say_is_read_once_while_they_stay_as_they_are() -> None:
+    reads = []
+
+    def read(ids: Tensor, ahead: int = 0) -> int:
+        reads.append(ahead)
+        return int(ids[0]) + ahead
+
+    ids = torch.tensor([3])
+    assert [once(read, ids), once(read, ids), once(read, ids, ahead=1), once(read, ids.clone())] == [3, 3, 4, 3]
+    assert reads == [0, 1, 0]
+    ids += 1
+    assert (once(read, ids), len(reads)) == (4, 4)
+    with torch.inference_mode():
+        ids = torch.tensor([5])
+        assert [once(read, ids), once(read, ids)] == [5, 5]
+    assert len(reads) == 6
+    assert once(read, torch.empty(1, device="meta")) is None
 
 
 def test_captions_of_two_lengths_share_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,6 +621,10 @@ def test_unet_sites_are_numbered_from_the_way_down_to_the_way_up() -> None:
         ("ltx2", "transformer_blocks.0.audio_to_video_attn"),
         ("wan_vace", "vace_blocks.0.attn1"),
         ("kandinsky5", "text_transformer_blocks.0.self_attention"),
+        ("minimax_h3", "token_refiner.refiner_blocks.0.attn"),
+        ("flux3", "txt_mode_blocks.0.attn"),
+        ("flux3", "mode_blocks.image_cond.0.attn"),
+        ("krea2", "text_fusion.refiner_blocks.0.attn"),
     ],
 )
 def test_refiners_sound_and_control_are_left_alone(name: str, module: str) -> None:

@@ -38,7 +38,7 @@ MODELS = tuple(name for name in tiny_models.MODELS if name not in REFUSED)
 SORTS = (
     *("wan", "wan_5b", "wan_i2v", "wan_vace", "skyreels", "hunyuan_video", "hunyuan_video_15", "cogvideox", "cogvideox_15"),
     *("mochi", "ltx", "ltx2", "cosmos", "allegro", "kandinsky5", "latte", "flux", "flux2", "chroma", "sd3", "qwen_image"),
-    *("z_image", "pixart", "unet_sd15", "unet_sdxl", "animatediff"),
+    *("z_image", "pixart", "unet_sd15", "unet_sdxl", "animatediff", "flux3"),
 )
 """Models of every sort, on which each patch is tried; on the others two are."""
 
@@ -48,7 +48,7 @@ MAKERS = {name: tiny_models.MODELS[name] for name in SORTS} | DENOISERS_TRIED
 
 
 def models_for(row: Subject) -> Mapping[str, Callable[[], Built]]:
-    """Of denoisers and vision-language models all there are; what stands around ``generate`` takes one picture a row."""
+    """Of denoisers and vision-language models one of each sort; what stands around ``generate`` takes one picture a row."""
     if not row.of_language_models:
         return MAKERS
     return LANGUAGE_MODELS_TRIED if issubclass(patch_class(row.patch), GenerationPatch) else tiny_language_models.BUILT

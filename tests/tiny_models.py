@@ -6,6 +6,8 @@ Every visual grid has at least 48 tokens (six blocks of eight) and T != H != W, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType, SimpleNamespace
+from typing import Any
 
 import diffusers
 import torch
@@ -690,7 +692,149 @@ def is_there(builder: Callable[[], Built]) -> bool:
     """Whether the installed diffusers has the class that a builder is for: the oldest that is supported lacks some."""
     names = builder.__code__.co_names
     ends = ("Model", "UNet", "Pipeline", "Scheduler")
-    return all(hasattr(diffusers, name) for name in names if "Transformer" in name or name.endswith(ends))
+    classes = [name for name in names if "Transformer" in name or name.endswith(ends)]
+    callees = [made for name in names if isinstance(made := globals().get(name), FunctionType)]
+    return all(hasattr(diffusers, name) for name in classes) and all(map(is_there, callees))
+
+
+# -------------------------------------------------------------------------------------------- of modular pipelines alone
+
+
+def minimax_h3(*anchors: str, references: tuple[Any, ...] = ()) -> Built:
+    """One packed sequence; `anchors`: key frames at its first or last frame, `references`: (kind, latents, rows of sound) ahead of it."""
+    from diffusers.modular_pipelines.minimax_h3 import before_denoise as h3
+
+    model = diffusers.MiniMaxH3Transformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        ffn_dim=32,
+        in_channels=4,
+        audio_in_channels=3,
+        text_dim=8,
+        freq_dim=8,
+        time_embed_hidden_dim=16,
+        time_embed_dim=8,
+        rope_freq_dim=2,
+    )
+    target = {"num_latent_frames": 3, "latent_height": 8, "latent_width": 12, "num_audio_latents": 4}
+    tags = {"text_token_tags": torch.ones(7), "audio_channels": 2, "audio_tag": 2, "video_tag": 0, "patch_size": (1, 2, 2)}
+    if references:
+        kinds, seen, heard = zip(*references, strict=True)
+        packed = h3.MiniMaxH3Ref2VAPrepareLayoutStep.build_ref2va_packed_sequence(
+            references=[SimpleNamespace(kind=kind, has_audio=rows > 0) for kind, rows in zip(kinds, heard, strict=True)],
+            condition_latents=[noise(1, 4, *shape) for shape in seen if shape],
+            audio_condition_latents=[noise(rows, 3) for rows in heard if rows],
+            **target,
+            **tags,
+        )
+    else:
+        packed = h3.MiniMaxH3PrepareLayoutStep.build_packed_sequence(keyframe_anchors=anchors, **target, **tags)
+    *layout, seen_rows, heard_rows = packed
+    names = ("position_ids", "token_tags", "video_indices", "audio_indices", "text_indices")
+    given = dict(zip(names, layout, strict=True))
+    timestep, indices = h3.MiniMaxH3SetTimestepsStep.build_row_timesteps(
+        given["video_indices"], given["audio_indices"], seen_rows, heard_rows, 7, 0.25, 0.5, 0.999, 1.0
+    )
+    return model, {
+        "hidden_states": noise(1, len(given["video_indices"]), 16),
+        "audio_hidden_states": noise(1, len(given["audio_indices"]), 3),
+        "encoder_hidden_states": noise(1, 7, 8),
+        "timestep": timestep,
+        "timestep_indices": indices,
+        **given,
+    }
+
+
+def minimax_h3_first_last() -> Built:
+    return minimax_h3("first", "last")
+
+
+def minimax_h3_references() -> Built:
+    """A picture, a video of the very size of the target with its sound, and a voice."""
+    return minimax_h3(references=(("image", (1, 4, 6), 0), ("video", (3, 8, 12), 6), ("audio", None, 4)))
+
+
+def flux3() -> Built:
+    """Self-attention over the image, then joint attention with the text ahead and a reference behind; ids half a step apart."""
+    model = diffusers.Flux3Transformer2DModel(
+        in_channels=4,
+        cond_in_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        timestep_channels=8,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    scale = torch.tensor([1, 0.5, 0.5, 1])
+    return model, {
+        "hidden_states": noise(1, 6 * 8, 4),
+        "encoder_hidden_states": noise(1, 7, 8),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": raster_ids(1, 6, 8, 1) * scale,
+        "txt_ids": torch.zeros(7, 4),
+        "image_cond_hidden_states": noise(1, 4 * 5, 4),
+        "image_cond_ids": raster_ids(1, 4, 5, 1) * scale - torch.tensor([0, 0, 0, 1]),
+    }
+
+
+def krea2() -> Built:
+    model = diffusers.Krea2Transformer2DModel(
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=8,
+        text_hidden_dim=8,
+        num_text_layers=3,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=16,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return model, {
+        "hidden_states": noise(1, 6 * 8, 4),
+        "encoder_hidden_states": noise(1, 7, 3, 8),
+        "timestep": torch.tensor([0.5]),
+        "position_ids": torch.cat([torch.zeros(7, 3), raster_ids(1, 6, 8).float()]),
+        "encoder_attention_mask": valid_first(7, 5).bool(),
+    }
+
+
+def wan_animate_2() -> Built:
+    """The pass that reads a driving video and keeps its keys."""
+    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+
+    model = diffusers.WanAnimate2Transformer3DModel(
+        text_len=6,
+        in_dim=9,
+        dim=24,
+        ffn_dim=32,
+        freq_dim=8,
+        text_dim=8,
+        out_dim=4,
+        num_heads=2,
+        num_layers=2,
+        use_img_emb=False,
+    )
+    return model, {
+        "hidden_states": [noise(4, 3, 8, 12)],
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": [noise(5, 8)],
+        "condition_latents": [noise(5, 3, 8, 12)],
+        "kv_cache": WanAnimate2KVCache(2),
+        "kv_cache_mode": "extract",
+        "seq_len": 3 * 4 * 6,
+        "offset_grid_sizes": torch.tensor([[3, 4, 6]]),
+    }
 
 
 MODELS: dict[str, Callable[[], Built]] = {
@@ -738,6 +882,12 @@ MODELS: dict[str, Callable[[], Built]] = {
         minimax_music_3,
         ace_step,
         longcat_audio,
+        minimax_h3,
+        minimax_h3_first_last,
+        minimax_h3_references,
+        flux3,
+        krea2,
+        wan_animate_2,
     )
     if is_there(builder)
 }

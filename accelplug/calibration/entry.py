@@ -16,7 +16,7 @@ from accelplug.calibration.language import OF_LANGUAGE_MODELS, calibrate_languag
 from accelplug.calibration.rules import rules_with
 from accelplug.calibration.tally import Tally
 from accelplug.calibration.target import OF_RECIPES, Target, calibration_of
-from accelplug.comparison import arguments
+from accelplug.comparison import arguments, calling
 from accelplug.comparison.environment import environment
 from accelplug.comparison.ranks import working
 from accelplug.errors import AccelplugError, NoMatchError, nearest
@@ -130,9 +130,8 @@ def calibrate(
 
     def run(index: int) -> Any:
         generator = torch.Generator("cpu").manual_seed(seed + index)
-        given = {"output_type": "latent", **runs[index], **(inputs or {}), "return_dict": False, "generator": generator}
         with arguments.refusals(pipe, started=lambda: tally.steps):
-            return pipe(**given)[0]
+            return calling.latents(pipe, {**runs[index], **(inputs or {}), "generator": generator})
 
     with (
         working(pipe) as ranks,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
+from accelplug import compat
 from accelplug.chat import tokenizer_of
 from accelplug.errors import AccelplugError, nearest, worded
 
@@ -50,8 +50,8 @@ def calls(pipe: Any, inputs: Any, what: str) -> list[dict[str, Any]]:
     made = [inputs] if isinstance(inputs, Mapping) else list(() if inputs is None else inputs)
     if not made:
         raise AccelplugError(f"{what} needs inputs: arguments of the pipeline's call, such as {{'prompt': '...'}}.")
-    taken = inspect.signature(type(pipe).__call__).parameters
-    known = None if any(p.kind is p.VAR_KEYWORD for p in taken.values()) else [name for name in taken if name != "self"]
+    taken = compat.diffusers.arguments_of(pipe)
+    known = None if taken is None else list(taken)
     for item in made:
         if not isinstance(item, Mapping):
             raise AccelplugError(f"{what}: expected a mapping of the pipeline's arguments, got {item!r}.")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import math
 import statistics
 import textwrap
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 
 from accelplug import compat
-from accelplug.comparison import arguments
+from accelplug.comparison import arguments, calling
 from accelplug.comparison.arms import changed, require_same, source_of
 from accelplug.comparison.environment import environment, forget_peak, peak_mib
 from accelplug.comparison.floors import FLOORS, NO_FLOOR, Floor, other_seed
@@ -30,8 +28,7 @@ from accelplug.comparison.rows import DENSE_ROW, Pair, Row, Sample, Variant, by_
 from accelplug.errors import AccelplugError
 from accelplug.hosts.forecast import amdahl, overall_gain
 from accelplug.hosts.ledger import Event
-from accelplug.hosts.models import DENOISERS, denoisers
-from accelplug.kernels.timing import synchronise
+from accelplug.hosts.models import denoisers
 from accelplug.plug import apply
 from accelplug.recipe import Recipe, record_measurement
 
@@ -208,42 +205,15 @@ class Study:
 
     def run(self, prompt: int, seed: int) -> PipelineRun:
         """Call the pipeline once."""
-        given = {**self.prompts[prompt], "output_type": "np", "generator": torch.Generator("cpu").manual_seed(seed)}
-        users_callback = given.get("callback_on_step_end")
-        ends: list[float] = []
-        latents: list[torch.Tensor] = []
-        device = self.device
-
-        def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            synchronise(device)
-            ends.append(time.perf_counter())
-            latents[:] = [tensors["latents"].detach().clone()] if "latents" in tensors else []
-            return users_callback(pipe, step, timestep, tensors) if users_callback else tensors
-
-        if "callback_on_step_end" in inspect.signature(type(self.pipe).__call__).parameters:
-            given["callback_on_step_end"] = on_step_end
-        begins: list[float] = []
-
-        def on_forward(module: Any, args: Any) -> None:
-            if not begins:
-                begins.append(time.perf_counter())
-
-        handles = [part.register_forward_pre_hook(on_forward) for part in _as_called(self.pipe)]
-        try:
-            synchronise(device)
-            start = time.perf_counter()
-            with arguments.refusals(self.pipe, started=lambda: begins):
-                out = self.pipe(**given)
-            synchronise(device)
-            end = time.perf_counter()
-        finally:
-            for handle in handles:
-                handle.remove()
-        marks = [begins[0], *ends] if begins else []
-        steps = [1e3 * (b - a) for a, b in itertools.pairwise(marks)]
-        frames = np.asarray(out[0])[0] if not isinstance(out, np.ndarray) else out[0]
-        clip = frames if frames.ndim == 4 else frames[None]
-        return PipelineRun(clip.astype(np.float32), latents[0] if latents else None, 1e3 * (end - start), sum(steps), steps)
+        given = {**self.prompts[prompt], "generator": torch.Generator("cpu").manual_seed(seed)}
+        given.pop("output_type", None)
+        with calling.marked(self.pipe, given, self.device) as marks:
+            start = marks.now()
+            with arguments.refusals(self.pipe, started=lambda: marks.begun is not None):
+                clip, latents = calling.pictures(self.pipe, given)
+            end = marks.now()
+        last = latents if marks.latents is None else marks.latents
+        return PipelineRun(clip, last, 1e3 * (end - start), sum(marks.step_ms), marks.step_ms)
 
     def sample(self, run: PipelineRun, prompt: int, seed: int, is_dense: bool) -> Sample:
         """Score a run against the dense run of the same prompt and seed."""
@@ -322,12 +292,6 @@ def _recorder(recipe: Recipe) -> Callable[[dict[str, Any]], Any]:
         return recipe.path
 
     return record
-
-
-def _as_called(pipe: Any) -> list[torch.nn.Module]:
-    """The denoisers as the pipeline calls them: hooks on a compiled one then run outside its graph."""
-    found = (getattr(pipe, name, None) for name in DENOISERS)
-    return [part for part in found if isinstance(part, torch.nn.Module)]
 
 
 def _drawn(events: list[Event]) -> list[dict[str, Any]]:

@@ -90,6 +90,69 @@ def is_parallel(part: Any) -> bool:
     return parallel_config(part) is not None
 
 
+def blocks_of(pipe: Any) -> list[Any]:
+    """Return the blocks of a modular pipeline, the outermost first; none of a classic one."""
+    outermost = getattr(pipe, "_blocks", None)
+    found = [] if outermost is None else [outermost]
+    for block in found:  # it grows on the way
+        found += block.sub_blocks.values()
+    return found
+
+
+def arguments_of(pipe: Any) -> dict[str, Any] | None:
+    """Return the arguments of a pipeline's call with their defaults, None of those that have none; None where it takes any name."""
+    if blocks := blocks_of(pipe):
+        return {given.name or given.kwargs_type: given.default for given in blocks[0].inputs}
+    taken = inspect.signature(type(pipe).__call__).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+        return None
+    defaults = {parameter.name: parameter.default for parameter in taken if parameter.name != "self"}
+    return {name: None if default is inspect.Parameter.empty else default for name, default in defaults.items()}
+
+
+def outputs_of(pipe: Any) -> tuple[str, ...]:
+    """Return what a modular pipeline leaves in its state, by name; nothing of a classic one."""
+    blocks = blocks_of(pipe)
+    return tuple(given.name for given in blocks[0].outputs) if blocks else ()
+
+
+@contract("diffusers: a modular pipeline says what it takes and leaves, by blocks in blocks")
+def _blocks() -> None:
+    pipe = _modular_pipeline()
+    expect([type(block).__name__ for block in blocks_of(pipe)][1:] == ["Loop", "Step"], "blocks are not found at sub_blocks")
+    expect(arguments_of(pipe) == {"steps": 3, "height": 8}, f"inputs of blocks are found as {arguments_of(pipe)}")
+    expect(outputs_of(pipe) == ("images",), f"outputs of blocks are found as {outputs_of(pipe)}")
+    expect(pipe(height=4).get("images") == 4, "a modular pipeline's call does not return a state that has its outputs")
+    expect(blocks_of(_pipeline()) == [] and outputs_of(_pipeline()) == (), "a classic pipeline is taken for a modular one")
+
+
+def _modular_pipeline() -> Any:
+    from diffusers.modular_pipelines import modular_pipeline as library
+    from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
+
+    class Step(library.ModularPipelineBlocks):
+        inputs = [InputParam("height", default=8)]
+        intermediate_outputs = [OutputParam("images")]
+
+        def __call__(self, components: Any, block_state: Any, i: int) -> Any:
+            block_state.images = block_state.height
+            return components, block_state
+
+    class Loop(library.LoopSequentialPipelineBlocks):
+        block_classes, block_names = [Step], ["step"]
+        loop_inputs = [InputParam("steps", default=3)]
+
+        def __call__(self, components: Any, state: Any) -> Any:
+            block_state = self.get_block_state(state)
+            with self.progress_bar(total=block_state.steps):
+                for i in range(block_state.steps):
+                    components, block_state = self.loop_step(components, block_state, i=i)
+            self.set_block_state(state, block_state)
+            return components, state
+
+    return library.ModularPipeline(library.SequentialPipelineBlocks.from_blocks_dict({"loop": Loop()}))
+
+
 LATENT_PIXELS = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor", "vae_scale_factor")
 LATENT_FRAMES = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
 """What pipelines call the pixels and the frames that make one latent."""
@@ -103,24 +166,39 @@ def latent_size(pipe: Any, config: Any, given: Mapping[str, Any]) -> tuple[int, 
     config : of its denoiser.
     given : arguments of the call: num_frames, height, width.
     """
-    taken = inspect.signature(type(pipe).__call__).parameters
+    taken = arguments_of(pipe) or {}
     by, by_frames = (
         next(filter(None, (getattr(pipe, name, None) for name in names)), None) for names in (LATENT_PIXELS, LATENT_FRAMES)
     )
     side = getattr(pipe, "default_sample_size", None) or getattr(config, "sample_size", None)
     own = dict(zip(("height", "width"), side if isinstance(side, list | tuple) else (side, side), strict=True))
     own |= {name: found for name in own if (found := getattr(config, f"sample_{name}", None))}
+    if hasattr(pipe, "canvas_multiple"):
+        return _latent_size_of_h3(pipe, {**taken, **given})
 
     def latents(name: str) -> int | None:
-        pixels = given.get(name) or (taken[name].default if name in taken else None)
+        pixels = given.get(name) or taken.get(name)
         return pixels // by if isinstance(pixels, int) and by else own[name]
 
-    frames = given.get("num_frames") or ("num_frames" in taken and taken["num_frames"].default)
+    frames = given.get("num_frames") or taken.get("num_frames")
     frames = frames or getattr(config, "sample_frames", None) if by_frames else 1
     rows, columns = latents("height"), latents("width")
     if not (frames and rows and columns) or (by_frames and "num_frames" not in taken):
         return None
     return (frames - 1) // (by_frames or 1) + 1, rows, columns
+
+
+def _latent_size_of_h3(pipe: Any, given: Mapping[str, Any]) -> tuple[int, int, int]:
+    """MiniMax-H3 has a canvas of its own, and frames in groups; its pipeline's module counts them."""
+    from diffusers.modular_pipelines.minimax_h3 import modular_pipeline as h3
+
+    height, width = given.get("height"), given.get("width")
+    if height is None or width is None:
+        settings = pipe.config.canvas_short_edge, pipe.config.canvas_max_pixels
+        height, width = h3.resolve_canvas_size(16, 9, pipe.canvas_multiple, *settings)
+    groups = pipe.vae_frames_per_chunk, pipe.vae_latents_per_chunk
+    frames = h3.video_latent_num_frames(h3.align_num_frames(given.get("num_frames") or 124, *groups), *groups)
+    return frames, height // pipe.vae_spatial_compression_ratio, width // pipe.vae_spatial_compression_ratio
 
 
 @contract("diffusers: pipelines say how many pixels and frames make one latent")
@@ -332,43 +410,60 @@ def guider_step(guider: Any) -> tuple[int, int] | None:
     return None if step is None or not steps else (step, steps)
 
 
-@contract("diffusers: a guider says which step it was told")
+def guider_branch(guider: Any) -> tuple[str, Any] | None:
+    """Return which branch's forward a guider has prepared last, and the timestep that it was told; None where it has prepared none."""
+    count, names = (getattr(guider, name, None) for name in ("_count_prepared", "_input_predictions"))
+    return (names[count - 1].removeprefix("pred_"), guider._timestep) if count and names and count <= len(names) else None
+
+
+@contract("diffusers: a guider says which step it was told, and which branch it has prepared")
 def _guider() -> None:
     import torch
     from diffusers import ClassifierFreeGuidance
 
-    guider = ClassifierFreeGuidance()
+    guider, timestep = ClassifierFreeGuidance(), torch.tensor(500)
     expect(guider_step(guider) is None, "a guider says which step it is before it was told")
-    guider.set_state(step=3, num_inference_steps=8, timestep=torch.tensor(500))
-    expect(guider_step(guider) == (3, 8), "a guider does not keep _step and _num_inference_steps")
+    for _ in range(2):
+        guider.set_state(step=3, num_inference_steps=8, timestep=timestep)
+        expect(guider_step(guider) == (3, 8), "a guider does not keep _step and _num_inference_steps")
+        expect(guider_branch(guider) is None, "a guider that was told a step has a branch prepared")
+        for branch in ("cond", "uncond"):
+            guider.prepare_models(torch.nn.Identity())
+            found = guider_branch(guider)
+            expect(
+                found is not None and found[0] == branch and found[1] is timestep, f"its branch {branch} is found as {found}"
+            )
 
 
 @contextmanager
 def quiet(pipe: Any) -> Iterator[None]:
-    """Silence a pipeline's own progress bar, and give it back as it was."""
+    """Silence a pipeline's own progress bars, which a modular one has in its blocks, and give them back as they were."""
     name = "_progress_bar_config"
-    before = getattr(pipe, name, None)
+    bars = [owner for owner in blocks_of(pipe) or [pipe] if hasattr(owner, "set_progress_bar_config")]
+    before = [vars(owner).get(name) for owner in bars]
     try:
-        if hasattr(pipe, "set_progress_bar_config"):
-            pipe.set_progress_bar_config(disable=True)
+        for owner in bars:
+            owner.set_progress_bar_config(disable=True)
         yield
     finally:
-        if before is not None:
-            setattr(pipe, name, before)
-        elif hasattr(pipe, name):
-            delattr(pipe, name)
+        for owner, was in zip(bars, before, strict=True):
+            if was is not None:
+                setattr(owner, name, was)
+            elif name in vars(owner):
+                delattr(owner, name)
 
 
-@contract("diffusers: a progress bar is silenced and given back")
+@contract("diffusers: progress bars are silenced and given back")
 def _progress_bar() -> None:
-    pipe = _pipeline()
-    with quiet(pipe):
-        expect(pipe.progress_bar(total=1).disable, "a pipeline's progress bar is not silenced")
-    expect("_progress_bar_config" not in vars(pipe), "silencing leaves _progress_bar_config behind")
-    pipe.set_progress_bar_config(desc="mine")
-    with quiet(pipe):
-        pass
-    expect(pipe._progress_bar_config == {"desc": "mine"}, "_progress_bar_config is not given back")
+    modular = _modular_pipeline()
+    for pipe, owner in ((pipe := _pipeline(), pipe), (modular, blocks_of(modular)[1])):
+        with quiet(pipe):
+            expect(owner.progress_bar(total=1).disable, "a pipeline's progress bar is not silenced")
+        expect("_progress_bar_config" not in vars(owner), "silencing leaves _progress_bar_config behind")
+        owner.set_progress_bar_config(desc="mine")
+        with quiet(pipe):
+            pass
+        expect(owner._progress_bar_config == {"desc": "mine"}, "_progress_bar_config is not given back")
 
 
 def execution_device(pipe: Any, otherwise: Any) -> Any:

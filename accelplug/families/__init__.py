@@ -31,6 +31,8 @@ FILES = (
     "audio",
     "easyanimate",
     "motif",
+    "minimax",
+    "krea",
 )
 """Modules of this package, each with the families that it defines. A new one is a file, and a line here."""
 

@@ -6,6 +6,7 @@ and runs dense.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -37,21 +38,29 @@ class Geometry:
     grid_thw : latent frames, patch rows, patch columns of the visual run.
     text : fewest and most text tokens that stand in joint attention beside it.
     text_first : whether they stand ahead of it.
+    behind : further tokens of joint attention, such as reference images, that stand behind all of these; like text, read and
+        answered densely.
     """
 
     grid_thw: Grid
     text: tuple[int, int] = (0, 0)
     text_first: bool = False
+    behind: int = 0
+
+    def longest(self, kind: Kind) -> int:
+        """Return how many tokens a call of `kind` has with the most text."""
+        return math.prod(self.grid_thw) + (self.text[1] + self.behind if kind == "joint" else 0)
 
     def layout(self, kind: Kind, length: int) -> Layout | None:
         """Return the layout of a call of `kind` with `length` tokens, or None where the count does not add up."""
         layout = Layout(self.grid_thw)
-        text = length - layout.visual
         if kind == "self":
-            return layout if text == 0 else None
+            return layout if length == layout.visual else None
+        text = length - layout.visual - self.behind
         if kind != "joint" or not self.text[0] <= text <= self.text[1]:
             return None
-        return Layout(self.grid_thw, text_before=text) if self.text_first else Layout(self.grid_thw, text_after=text)
+        before, after = (text, 0) if self.text_first else (0, text)
+        return Layout(self.grid_thw, before, after + self.behind)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,14 @@ Wan and SkyReels-V2 pass no mask to self-attention, but for SkyReels-V2 with ``n
 reference image as one more latent frame; neither adds tokens beside the grid. Timesteps per token (Wan 2.2 5B) change
 modulation only. ChronoEdit edits an image as a video from the old to the new one, of two latent frames in its last steps. AnyFlow has two
 timesteps, that it is at and that it goes to, and frames ahead of channels.
+
+Wan-Animate-2 reads a driving video once, by self-attention over it, and keeps its keys. The steps then attend to these and to
+themselves through a flex ``BlockMask`` of the model's own: dense. What a rule names is the reading.
 """
 
-from accelplug.families.base import AnyOrder, Family, latents
+from typing import Any
+
+from accelplug.families.base import AnyOrder, Family, Geometry, Inputs, latents, patch_thw
 
 WAN = Family(
     name="wan",
@@ -41,4 +46,22 @@ ANYFLOW = Family(
     sites=WAN.sites,
     geometry=latents("btchw"),
     status="verified",
+)
+
+
+def _driving_video(config: Any, inputs: Inputs) -> Geometry | None:
+    shapes = {tuple(int(n) for n in x.shape) for x in inputs.get("hidden_states") or ()}
+    if inputs.get("kv_cache_mode") != "extract" or len(shapes) != 1:
+        return None
+    _, frames, rows, columns = shapes.pop()
+    patch = patch_thw(config)
+    return Geometry((frames // patch[0], rows // patch[1], columns // patch[2]))
+
+
+WAN_ANIMATE_2 = Family(
+    name="wan_animate_2",
+    classes=("WanAnimate2Transformer3DModel",),
+    sites=(("blocks.*.self_attn", "self"), ("blocks.*.cross_attn", "cross")),
+    geometry=_driving_video,
+    timestep=("timestep",),
 )

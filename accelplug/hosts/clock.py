@@ -61,12 +61,12 @@ class StepClock:
     2. the place of the forward's timestep among the timesteps of a scheduler: that of the pipeline given to `apply`, or of another
        one that holds the denoiser;
     3. ``cache_context(name, step_index, num_inference_steps)`` around the forward, which also names the branch;
-    4. the guider's step (modular pipelines, HunyuanVideo 1.5).
+    4. the guider's step (modular pipelines, HunyuanVideo 1.5), which names the branch where no context does.
 
     With none of them the step is unknown, and rules that ask for steps run dense, counted. Steps are places in the whole schedule:
     an image-to-image pipeline of strength 0.6 begins at step 4 of 10. They count calls of the model: Heun and KDPM2 have two for each
     of the pipeline's steps but one, PNDM one more in all. Tokens may have timesteps of their own (a given first frame, diffusion
-    forcing): the noisiest tells.
+    forcing, sound): the noisiest tells, which is the largest, or the least where a schedule grows.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ class StepClock:
                 self._schedules.get(id(schedules[0]), lambda: _Schedule(schedules[0])).used = True
         if places:
             first, step = places[0]
-            return Moment(Clock(step, len(first), branch), schedules)
+            return Moment(Clock(step, len(first), self._guided(first, step) if branch is None else branch), schedules)
         told = self._told()
         clock = Clock(None, None, branch) if told is None else Clock(*told, branch)
         return Moment(clock, (), given.number if given is not None else None)
@@ -171,11 +171,15 @@ class StepClock:
         schedule = self._schedule(scheduler)
         counted = getattr(scheduler, "step_index", None)
         begun = counted if counted is not None else getattr(scheduler, "begin_index", None)
-        for number in given.numbers:
+        for scale in scales:
+            if scale not in schedule.given:
+                schedule.given[scale] = SCALES[scale](scheduler).tolist() if _has(scheduler, scale) else []
+        for rank in range(len(given.numbers)):
             for scale in scales:
-                if scale not in schedule.given:
-                    schedule.given[scale] = SCALES[scale](scheduler).tolist() if _has(scheduler, scale) else []
-                distances = {i: abs(t - number) for i, t in enumerate(schedule.given[scale])}
+                made = schedule.given[scale]
+                noisiest_is_least = len(made) > 1 and made[0] < made[-1]
+                number = given.numbers[-1 - rank if noisiest_is_least else rank]
+                distances = {i: abs(t - number) for i, t in enumerate(made)}
                 near = [i for i, distance in distances.items() if distance <= given.tolerance * max(abs(number), 1e-3)]
                 if not near or (counted is not None and counted not in near):
                     continue
@@ -234,6 +238,12 @@ class StepClock:
             return int(step), int(steps)
         return compat.diffusers.guider_step(getattr(self._pipe(), "guider", None))
 
+    def _guided(self, schedule: Tensor, step: int) -> str | None:
+        """The branch that the guider has prepared, if it was told this very step."""
+        prepared = compat.diffusers.guider_branch(getattr(self._pipe(), "guider", None))
+        told = None if prepared is None else _Given.of(prepared[1])
+        return prepared[0] if prepared is not None and told is not None and told.place_in(schedule) == step else None
+
     def _counted(self, denoiser: Any, run: Run | None, branch: str | None) -> list[tuple[Tensor, int]]:
         """What schedulers count, where no context tells and no timestep can be read: of those that are in a run the first new one."""
         for look in (lambda: None, lambda: self._look_for_others(denoiser)):
@@ -287,11 +297,10 @@ class _Given:
 
     @cached_property
     def numbers(self) -> list[float]:
-        """What stands in it, the largest first; of tokens with timesteps of their own the largest and the smallest."""
+        """What stands in it, each once, the largest first: several where tokens have timesteps of their own."""
         if self._is_one:
             return [float(self.tensor.flatten()[0])]
-        largest, smallest = float(self.tensor.max()), float(self.tensor.min())
-        return [largest] if largest == smallest else [largest, smallest]
+        return [float(number) for number in self.tensor.unique().flip(0).tolist()]
 
     @property
     def _is_one(self) -> bool:
@@ -300,7 +309,7 @@ class _Given:
 
     @property
     def number(self) -> float:
-        """The noisiest timestep in it."""
+        """The largest timestep in it."""
         return self.numbers[0]
 
     def place_in(self, timesteps: Tensor) -> int | None:

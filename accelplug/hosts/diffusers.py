@@ -444,8 +444,7 @@ class DenoiserHost(Host):
     def _expected_layout(self, geometry: Geometry | None, site: Site) -> Layout | None:
         if geometry is None or (site.kind == "joint" and self.exchanging and not self.family.split_apart):
             return None
-        text = geometry.text[1] if site.kind == "joint" else 0
-        return geometry.layout(site.kind, math.prod(geometry.grid_thw) + text)
+        return geometry.layout(site.kind, geometry.longest(site.kind))
 
     @property
     def exchanging(self) -> bool:
@@ -661,5 +660,9 @@ def _settle_at_trace(ctx: Any) -> None:
 
 
 def _latents(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The first tensor of numbers among a forward's inputs."""
-    return next((x for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point()), None)
+    """The first tensor of numbers among a forward's inputs; of a list, one for each sample, the first for all."""
+    for x in inputs.values():
+        first = x[0] if isinstance(x, list | tuple) and x else x
+        if isinstance(first, Tensor) and first.is_floating_point():
+            return first if first is x else first.expand(len(x), *first.shape)
+    return None

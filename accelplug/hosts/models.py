@@ -9,7 +9,7 @@ from torch import nn
 
 from accelplug import compat
 
-DENOISERS = ("transformer", "transformer_2", "unet", "prior")
+DENOISERS = ("transformer", "transformer_2", "transformer_ref", "unet", "prior")
 """Names of the components that denoise, in every pipeline of diffusers."""
 
 PATCHABLE = frozenset({"self", "joint", "temporal"})

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,8 +140,8 @@ def inspect_denoiser(model: Any, sizes: Mapping[str, Any] | None = None) -> Insp
             f"inspect: expected a mapping of arguments of the call of {type(model).__name__}, such as height, got {sizes!r}."
         )
     given = dict(sizes or {})
-    taken = () if isinstance(model, torch.nn.Module) else signature(type(model).__call__).parameters
-    if strange := [name for name in given if name not in taken]:
+    taken = {} if isinstance(model, torch.nn.Module) else compat.diffusers.arguments_of(model)
+    if strange := [name for name in given if taken is not None and name not in taken]:
         raise AccelplugError(
             f"inspect: expected arguments of the call of {type(model).__name__}, such as height, got {strange[0]!r}. Leave it out."
         )

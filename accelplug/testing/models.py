@@ -183,7 +183,12 @@ def sample_of(result: Any) -> Tensor:
     return torch.stack(list(sample)) if isinstance(sample, list) else sample
 
 
-ONCE_A_BATCH = frozenset({"txt_ids", "image_rotary_emb", "rotary_embedding", "visual_rope_pos", "text_rope_pos"})
+ONCE_A_BATCH = frozenset(
+    {
+        *("txt_ids", "image_cond_ids", "image_rotary_emb", "rotary_embedding", "visual_rope_pos", "text_rope_pos"),
+        *("position_ids", "token_tags", "timestep_indices", "video_indices", "audio_indices", "text_indices"),
+    }
+)
 """Arguments that a batch has once."""
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import accelplug
+from accelplug import compat
 from accelplug.hosts.models import denoisers
 from accelplug.testing.language_models import generate
 from accelplug.testing.models import Arguments
@@ -20,8 +21,9 @@ class Cancelled(KeyboardInterrupt):
 
 
 def run_pipeline(pipe: Any, inputs: Arguments, seed: int = 0, **more: Any) -> Tensor:
-    """Return what a pipeline gives at a seed, from copies of its inputs."""
-    return pipe(**{**copy.deepcopy(inputs), **more}, generator=torch.Generator().manual_seed(seed))[0]
+    """Return what a pipeline gives at a seed, from copies of its inputs; of a modular one its latents."""
+    out = pipe(**{**copy.deepcopy(inputs), **more}, generator=torch.Generator().manual_seed(seed))
+    return out.get("latents") if compat.diffusers.blocks_of(pipe) else out[0]
 
 
 def another_prompt(inputs: Arguments) -> Arguments:
