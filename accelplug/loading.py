@@ -12,8 +12,11 @@ import torch
 from accelplug import files
 from accelplug.comparison import ranks
 from accelplug.errors import AccelplugError, UnsupportedError
+from accelplug.hosts.models import denoisers
 
 Saved = Literal["pipeline", "language model"]
+PIPELINES = ("model_index.json", "modular_model_index.json")
+"""Files that name a pipeline's parts: of a classic one, of a modular one."""
 
 
 def kind_of(folder: Path) -> Saved:
@@ -26,14 +29,15 @@ def kind_of(folder: Path) -> Saved:
     """
     folder = files.path_of(folder, "The model's folder")
     try:
-        if (folder / "model_index.json").is_file():
+        if any((folder / name).is_file() for name in PIPELINES):
             return "pipeline"
         if (folder / "config.json").is_file():
             return "language model"
     except OSError as error:
         raise AccelplugError(f"{folder} cannot be read: {error.strerror or error}.") from error
     raise AccelplugError(
-        f"{folder} is neither a saved pipeline nor a saved language model: expected a folder with model_index.json or config.json."
+        f"{folder} is neither a saved pipeline nor a saved language model: expected a folder with {' or '.join(PIPELINES)}, or "
+        "config.json."
     )
 
 
@@ -60,16 +64,23 @@ def pipeline(folder: Path, dtype: str = "auto", device: str | None = None) -> An
     AccelplugError
         If the folder holds none, a file of it is missing or broken, or it does not fit the device.
     """
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModularPipeline
 
     if kind_of(folder) != "pipeline":
-        raise AccelplugError(f"{folder} is not a saved pipeline: expected a folder with model_index.json.")
+        raise AccelplugError(f"{folder} is not a saved pipeline: expected a folder with {' or '.join(PIPELINES)}.")
     require_device(device)
     wanted = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
     if device is None:
         device = str(ranks.device() if files.launched() else torch.accelerator.current_accelerator() or "cpu")
     with _told(f"{folder} cannot be loaded as a pipeline"), quietly():
-        pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **wanted)
+        pipe: Any
+        if (folder / PIPELINES[0]).is_file():
+            pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **wanted)
+        else:
+            pipe = ModularPipeline.from_pretrained(folder, local_files_only=True)
+            pipe.load_components(local_files_only=True, **wanted)
+            if not denoisers(pipe):
+                raise ValueError("it has no denoiser that can be loaded from there")
         _require_weights(pipe.components)
         return pipe.to(device)
 

@@ -23,7 +23,7 @@ from accelplug.call import Kind, Layout
 from accelplug.errors import UnsupportedError
 from accelplug.families import FAMILIES, family_of
 from accelplug.families.base import Family, Geometry, site_kinds
-from accelplug.families.rasters import once, raster, rows_and_columns
+from accelplug.families.rasters import full_raster, once, rows_and_columns
 from accelplug.families.unsupported import NOT_YET, UNSUPPORTED
 from accelplug.inspection.denoiser import inspect_denoiser
 from accelplug.testing.models import batch_of_two, noise, raster_ids
@@ -534,13 +534,13 @@ def test_raster_ids() -> None:
 
 def test_a_raster_has_any_distances_and_is_full() -> None:
     ids = torch.cartesian_prod(torch.tensor([3.0, 4.7, 11.3]), torch.tensor([0.0, 0.5]), torch.tensor([-2.0, 1.0, 7.0, 9.0]))
-    assert raster(ids, (0, 1, 2)) == (3, 2, 4)
-    assert raster(ids[:8], (0, 1, 2)) == (1, 2, 4)
-    assert raster(ids[::4], (0, 1, 2)) == (3, 2, 1)
-    assert raster(ids[:-1], (0, 1, 2)) is None
-    assert raster(ids, (1, 2)) is None, "frames are not the same"
-    assert raster(ids.roll(8, 0), (0, 1, 2)) is None, "time goes back"
-    assert raster(ids[:0], (0, 1, 2)) is None
+    assert full_raster(ids, (0, 1, 2)) == (3, 2, 4)
+    assert full_raster(ids[:8], (0, 1, 2)) == (1, 2, 4)
+    assert full_raster(ids[::4], (0, 1, 2)) == (3, 2, 1)
+    assert full_raster(ids[:-1], (0, 1, 2)) is None
+    assert full_raster(ids, (1, 2)) is None, "frames are not the same"
+    assert full_raster(ids.roll(8, 0), (0, 1, 2)) is None, "time goes back"
+    assert full_raster(ids[:0], (0, 1, 2)) is None
 
 
 def test_what_ids_say_is_read_once_while_they_stay_as_they_are() -> None:

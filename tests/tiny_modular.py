@@ -51,7 +51,7 @@ def minimax_h3(**given: Any) -> Built:
         latent_channels=4,
         block_out_channels=(4,) * 6,
         layers_per_block=1,
-        spatial_downsample_factors=(2, 1, 1, 1, 1, 1),
+        spatial_downsample_factors=(1, 2, 2, 1, 1, 1),
         norm_num_groups=2,
         decoder_num_layers=1,
         decoder_num_attention_heads=1,
@@ -83,13 +83,13 @@ def minimax_h3(**given: Any) -> Built:
         "audio_scheduler": diffusers.MiniMaxH3Scheduler(shift=3.0),
     }
     pipe = assembled(MiniMaxH3Blocks(), "text_encoder", **parts)
-    pipe.update_components(reference_image_short_edge=8)
+    pipe.update_components(reference_image_short_edge=16, canvas_short_edge=16, canvas_max_pixels=16 * 24)
     text = {"prompt_embeds": noise(1, 7, 8), "text_token_tags": torch.ones(7)}
-    return pipe, {**text, "height": 8, "width": 12, "num_frames": 124, **given}
+    return pipe, {**text, "height": 16, "width": 24, "num_frames": 124, **given}
 
 
 def minimax_h3_first_last() -> Built:
-    return minimax_h3(image=picture(8, 12), last_image=picture(10, 12, seed=1))
+    return minimax_h3(image=picture(16, 24), last_image=picture(20, 24, seed=1))
 
 
 def minimax_h3_references() -> Built:
@@ -100,9 +100,9 @@ def minimax_h3_references() -> Built:
         MiniMaxH3VideoReference,
     )
 
-    frames = np.stack([pixels(8, 12, seed) for seed in range(22)])
+    frames = np.stack([pixels(16, 24, seed) for seed in range(22)])
     references = [
-        MiniMaxH3ImageReference(picture(8, 8)),
+        MiniMaxH3ImageReference(picture(16, 16)),
         MiniMaxH3VideoReference(frames, audio=noise(2, 40)),
         MiniMaxH3AudioReference(noise(1, 20)),
     ]

@@ -131,7 +131,7 @@ def calibrate(
     def run(index: int) -> Any:
         generator = torch.Generator("cpu").manual_seed(seed + index)
         with arguments.refusals(pipe, started=lambda: tally.steps):
-            return calling.latents(pipe, {**runs[index], **(inputs or {}), "generator": generator})
+            return calling.latents_of(pipe, {**runs[index], **(inputs or {}), "generator": generator})
 
     with (
         working(pipe) as ranks,

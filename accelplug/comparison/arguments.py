@@ -59,12 +59,15 @@ def calls(pipe: Any, inputs: Any, what: str) -> list[dict[str, Any]]:
             if name == "generator":
                 raise AccelplugError(f"inputs hold a generator, but {what} makes one per seed. Leave it out and pass seeds.")
             if known is not None and name not in known:
+                guider = name == "guidance_scale" and hasattr(pipe, "guider")
                 raise AccelplugError(
                     worded(
                         f"{what}: {type(pipe).__name__} takes no argument {name!r}{nearest(str(name), known)}; "
-                        f"it takes {', '.join(known)}.",
+                        f"it takes {', '.join(map(str, known))}.",
                         f"{type(pipe).__name__} takes no --{OPTIONS.get(name, name)}. Leave it out.",
                     )
+                    + " Its guider has it: pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=...))."
+                    * guider
                 )
     return [dict(item) for item in made]
 

@@ -18,12 +18,12 @@ from accelplug.errors import UnsupportedError
 from accelplug.hosts.models import DENOISERS
 from accelplug.kernels.timing import synchronise
 
-PICTURES = ("videos", "images")
+DECODED = ("videos", "images")
 """What modular pipelines call what they decode."""
 CALLBACK = "callback_on_step_end"
 
 
-def pictures(pipe: Any, given: Mapping[str, Any]) -> tuple[np.ndarray, Tensor | None]:
+def clip_of(pipe: Any, given: Mapping[str, Any]) -> tuple[np.ndarray, Tensor | None]:
     """Call a pipeline for the first clip that it decodes, float32 (F, H, W, 3), and a modular one for its latents, where it leaves them.
 
     Raises
@@ -44,7 +44,7 @@ def pictures(pipe: Any, given: Mapping[str, Any]) -> tuple[np.ndarray, Tensor | 
     return clip.astype(np.float32), latents if isinstance(latents, Tensor) else None
 
 
-def latents(pipe: Any, given: Mapping[str, Any]) -> Any:
+def latents_of(pipe: Any, given: Mapping[str, Any]) -> Any:
     """Call a pipeline for its final latents; for what it gives instead where these are not to be had."""
     if not compat.diffusers.blocks_of(pipe):
         return pipe(**{"output_type": "latent", **given, "return_dict": False})[0]
@@ -55,10 +55,10 @@ def latents(pipe: Any, given: Mapping[str, Any]) -> Any:
 
 def _decoded(pipe: Any) -> str:
     left = compat.diffusers.outputs_of(pipe)
-    name = next((name for name in PICTURES if name in left), None)
+    name = next((name for name in DECODED if name in left), None)
     if name is None:
         raise UnsupportedError(
-            f"The blocks of {type(pipe).__name__} leave {', '.join(left) or 'nothing'}; expected {' or '.join(PICTURES)}. "
+            f"The blocks of {type(pipe).__name__} leave {', '.join(sorted(left)) or 'nothing'}; expected {' or '.join(DECODED)}. "
             "Use a pipeline whose last block decodes."
         )
     return name

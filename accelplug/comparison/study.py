@@ -210,7 +210,7 @@ class Study:
         with calling.marked(self.pipe, given, self.device) as marks:
             start = marks.now()
             with arguments.refusals(self.pipe, started=lambda: marks.begun is not None):
-                clip, latents = calling.pictures(self.pipe, given)
+                clip, latents = calling.clip_of(self.pipe, given)
             end = marks.now()
         last = latents if marks.latents is None else marks.latents
         return PipelineRun(clip, last, 1e3 * (end - start), sum(marks.step_ms), marks.step_ms)

@@ -110,20 +110,24 @@ def arguments_of(pipe: Any) -> dict[str, Any] | None:
     return {name: None if default is inspect.Parameter.empty else default for name, default in defaults.items()}
 
 
-def outputs_of(pipe: Any) -> tuple[str, ...]:
-    """Return what a modular pipeline leaves in its state, by name; nothing of a classic one."""
-    blocks = blocks_of(pipe)
-    return tuple(given.name for given in blocks[0].outputs) if blocks else ()
+def outputs_of(pipe: Any) -> frozenset[str]:
+    """Return what the innermost blocks of a modular pipeline leave in its state, by name; nothing of a classic one.
+
+    The outermost one may name what a block made that is there no more.
+    """
+    innermost = [block for block in blocks_of(pipe) if not block.sub_blocks]
+    return frozenset(given.name for block in innermost for given in block.intermediate_outputs)
 
 
 @contract("diffusers: a modular pipeline says what it takes and leaves, by blocks in blocks")
-def _blocks() -> None:
+def _blocks_in_blocks() -> None:
     pipe = _modular_pipeline()
-    expect([type(block).__name__ for block in blocks_of(pipe)][1:] == ["Loop", "Step"], "blocks are not found at sub_blocks")
+    found = [type(block).__name__ for block in blocks_of(pipe)]
+    expect(found[1:] == ["Loop", "Step"], "a modular pipeline's blocks are not at _blocks, and in their sub_blocks")
     expect(arguments_of(pipe) == {"steps": 3, "height": 8}, f"inputs of blocks are found as {arguments_of(pipe)}")
-    expect(outputs_of(pipe) == ("images",), f"outputs of blocks are found as {outputs_of(pipe)}")
+    expect(outputs_of(pipe) == {"images"}, f"outputs of blocks are found as {set(outputs_of(pipe))}")
     expect(pipe(height=4).get("images") == 4, "a modular pipeline's call does not return a state that has its outputs")
-    expect(blocks_of(_pipeline()) == [] and outputs_of(_pipeline()) == (), "a classic pipeline is taken for a modular one")
+    expect(not blocks_of(_pipeline()) and not outputs_of(_pipeline()), "a classic pipeline is taken for a modular one")
 
 
 def _modular_pipeline() -> Any:
@@ -131,8 +135,8 @@ def _modular_pipeline() -> Any:
     from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 
     class Step(library.ModularPipelineBlocks):
-        inputs = [InputParam("height", default=8)]
-        intermediate_outputs = [OutputParam("images")]
+        inputs = (InputParam("height", default=8),)
+        intermediate_outputs = (OutputParam("images"),)
 
         def __call__(self, components: Any, block_state: Any, i: int) -> Any:
             block_state.images = block_state.height
@@ -140,7 +144,7 @@ def _modular_pipeline() -> Any:
 
     class Loop(library.LoopSequentialPipelineBlocks):
         block_classes, block_names = [Step], ["step"]
-        loop_inputs = [InputParam("steps", default=3)]
+        loop_inputs = (InputParam("steps", default=3),)
 
         def __call__(self, components: Any, state: Any) -> Any:
             block_state = self.get_block_state(state)
@@ -430,9 +434,7 @@ def _guider() -> None:
         for branch in ("cond", "uncond"):
             guider.prepare_models(torch.nn.Identity())
             found = guider_branch(guider)
-            expect(
-                found is not None and found[0] == branch and found[1] is timestep, f"its branch {branch} is found as {found}"
-            )
+            expect(found == (branch, timestep), f"by _count_prepared and _input_predictions the branch {branch} is {found}")
 
 
 @contextmanager
@@ -455,8 +457,8 @@ def quiet(pipe: Any) -> Iterator[None]:
 
 @contract("diffusers: progress bars are silenced and given back")
 def _progress_bar() -> None:
-    modular = _modular_pipeline()
-    for pipe, owner in ((pipe := _pipeline(), pipe), (modular, blocks_of(modular)[1])):
+    classic, modular = _pipeline(), _modular_pipeline()
+    for pipe, owner in ((classic, classic), (modular, blocks_of(modular)[1])):
         with quiet(pipe):
             expect(owner.progress_bar(total=1).disable, "a pipeline's progress bar is not silenced")
         expect("_progress_bar_config" not in vars(owner), "silencing leaves _progress_bar_config behind")

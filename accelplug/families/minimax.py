@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from accelplug.families.base import Family, Geometry, Inputs
-from accelplug.families.rasters import once, raster
+from accelplug.families.rasters import full_raster, once
 
 
 def _target(position_ids: Any, video_indices: Any) -> Geometry | None:
@@ -23,11 +23,11 @@ def _target(position_ids: Any, video_indices: Any) -> Geometry | None:
     ahead = int(places[breaks[-1] + 1 if breaks else 0])
     if int(places[-1]) + 1 != len(position_ids):
         return None
-    grid = raster(position_ids[ahead:].detach().cpu(), (0, 1, 2))
+    grid = full_raster(position_ids[ahead:].detach().cpu(), (0, 1, 2))
     return Geometry(grid, (ahead, ahead), text_first=True) if grid else None
 
 
-def _packed(config: Any, inputs: Inputs) -> Geometry | None:
+def _packed_target(config: Any, inputs: Inputs) -> Geometry | None:
     ids, places = inputs.get("position_ids"), inputs.get("video_indices")
     return once(_target, ids, places) if ids is not None and places is not None and len(places) else None
 
@@ -36,7 +36,7 @@ MINIMAX_H3 = Family(
     name="minimax_h3",
     classes=("MiniMaxH3Transformer3DModel",),
     sites=(("transformer_blocks.*.attn", "joint"),),
-    geometry=_packed,
+    geometry=_packed_target,
     timestep=("timestep",),
     status="verified",
 )

@@ -24,7 +24,7 @@ def once(read: Callable[..., R], *tensors: Any, **given: int) -> R | None:
         return None
     if any(tensor.is_inference() for tensor in tensors):  # nobody counts who writes to these
         return read(*tensors, **given)
-    key, written = (read, *map(id, tensors), *given.items()), tuple(tensor._version for tensor in tensors)
+    key, written = (read, *map(id, tensors), *given.items()), tuple(map(compat.torch.times_written, tensors))
     known = _READ.peek(key)
     if known is None or known[1] != written or any(ref() is not one for ref, one in zip(known[0], tensors, strict=True)):
         known = tuple(map(weakref.ref, tensors)), written, read(*tensors, **given)
@@ -38,10 +38,10 @@ def rows_and_columns(ids: Any, ahead: int = 0) -> Grid | None:
     `ahead`: how many of them, ahead of the others, are of other tokens.
     """
     one = _sample(ids)
-    return None if one is None else raster(one[ahead:], (1, 2))
+    return None if one is None else full_raster(one[ahead:], (1, 2))
 
 
-def raster(ids: Any, axes: tuple[int, ...]) -> Grid | None:
+def full_raster(ids: Any, axes: tuple[int, ...]) -> Grid | None:
     """Return frames, rows and columns where `ids` (S, A), on the CPU, are a full raster, and None where they are not.
 
     Parameters

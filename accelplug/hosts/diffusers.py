@@ -398,7 +398,8 @@ class DenoiserHost(Host):
     def _judge_ahead(self, record: SiteRecord, region: Region) -> None:
         """Let the gate time made-up tensors of the real shape, outside every graph; what cannot be judged stands as such."""
         shape, entered = self._shape_bhsd(record, region), region.entered
-        device, dtype, name, patch = entered.device, entered.dtype, record.settled.choice.name, record.settled.patch
+        device, name, patch = entered.device, record.settled.choice.name, record.settled.patch
+        dtype = _dtype_of(record.module, entered.dtype)
         if patch is None or not patch.speed:
             return
         seen = shape is not None and dtype is not None and device is not None
@@ -422,7 +423,8 @@ class DenoiserHost(Host):
 
     def _shape_bhsd(self, record: SiteRecord, region: Region) -> tuple[int, int, int, int] | None:
         """Shape of the queries to come, where the attention module tells its heads."""
-        heads, to_q = getattr(record.module, "heads", None), getattr(record.module, "to_q", None)
+        heads = getattr(record.module, "heads", None) or getattr(record.module, "num_heads", None)
+        to_q = getattr(record.module, "to_q", None)
         if heads is None or to_q is None:
             return None
         here = record.site.heads.of(heads) if record.site else range(heads)
@@ -436,9 +438,10 @@ class DenoiserHost(Host):
         if self.gate.mode == "off" or not here.patch.speed:
             return True
         shape, entered = self._shape_bhsd(record, region), region.entered
-        if shape is None or entered.dtype is None or entered.device is None:
+        dtype = _dtype_of(record.module, entered.dtype)
+        if shape is None or dtype is None or entered.device is None:
             return False
-        verdict = self.gate.known(here.choice.name, here.patch, shape, entered.dtype, entered.device)
+        verdict = self.gate.known(here.choice.name, here.patch, shape, dtype, entered.device)
         return verdict is not None and (verdict.pays or self.gate.mode == "report")
 
     def _expected_layout(self, geometry: Geometry | None, site: Site) -> Layout | None:
@@ -657,6 +660,14 @@ def _settle_at_trace(ctx: Any) -> None:
     for region in host.regions:
         if region.path:  # the input of a level is not known yet: its last eager forward has to do
             host.settle_and_count(region)
+
+
+def _dtype_of(attention: Any, latents: torch.dtype | None) -> torch.dtype | None:
+    """The dtype that an attention module computes in: that of its weights, or of the latents where these are stored in fewer bits."""
+    weight = getattr(getattr(attention, "to_q", None), "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1:
+        return weight.dtype
+    return latents
 
 
 def _latents(inputs: Mapping[str, Any]) -> Tensor | None:
