@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="attention sites, matching recipes, and what there is to gain")
     _takes_model(command, "a pipeline or a vision-language model")
     _takes_size(command)
+    command.add_argument("--steps", type=_whole, help="diffusion steps of the run whose ceilings are told (default 50)")
     command.add_argument("--image", type=Path, help="vision-language models: say where it looks in this picture")
     command.add_argument("--text", type=Path, help="language models: say what draws attention in this file")
     command.add_argument(

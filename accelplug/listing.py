@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from accelplug.errors import NoMatchError, nearest
-from accelplug.recipe import RecipeInfo, list_recipes, read_file
+from accelplug.recipe import Recipe, RecipeInfo, list_recipes, read_file
 from accelplug.registry import PatchEntry, list_patches, patch_class
 from accelplug.show import table
 
@@ -77,7 +77,8 @@ def about(word: str) -> RenderableType:
     if recipes:
         lines = table("recipes", "recipe", "what it is", "source")
         for info in recipes:
-            lines.add_row(f"{info.model}/{_marked(info)}" + (" *" if info.default else ""), info.summary, info.cite)
+            name = f"{info.model}/{_marked(info)}" + (" *" if info.default else "")
+            lines.add_row(name, "\n".join(filter(None, (info.summary, _recipe(info).outlook()))), info.cite)
         parts += [lines, f"* the model's default, {MARKS}"]
     return Group(*parts)
 
@@ -87,8 +88,12 @@ def _marked(info: RecipeInfo) -> str:
     return info.name + "+" * info.repairs + "°" * bool(info.measured)
 
 
+def _recipe(info: RecipeInfo) -> Recipe:
+    return read_file(info.path).recipes[info.name]
+
+
 def _uses(info: RecipeInfo, patch: str) -> bool:
-    return any(rule.name == patch for rule in read_file(info.path).recipes[info.name].rules)
+    return any(rule.name == patch for rule in _recipe(info).rules)
 
 
 def _settings(entry: PatchEntry) -> RenderableType:

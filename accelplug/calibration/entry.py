@@ -175,8 +175,8 @@ def calibrate(
         if ranks.first:
             refs = write_tables(place.tables, tables, origin)
             rules = rules_with(tally, refs, dense_steps)
-            shipped = matching_files(facts)
-            match = shipped[0].match.to_mapping() if len(shipped) == 1 else match_for(facts)
+            own = [file.match for file in matching_files(facts) if file.match.weight(facts)]
+            match = own[0].to_mapping() if len(own) == 1 else match_for(facts)
             cite = base.cite if base is not None else patch_entry(patch).cite
             write_recipe(place.recipe, match, patch, {"cite": cite, "summary": summary, "rules": rules, "measured": []})
             place.partial.unlink(missing_ok=True)

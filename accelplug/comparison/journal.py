@@ -146,8 +146,7 @@ def adapters(pipe: Any) -> dict[str, str]:
     """Return the LoRA adapters of a pipeline by name: ``fused``, or the factors on their update, alpha / rank x weight."""
     factors: dict[str, set[float]] = {}
     parts = [part for part in getattr(pipe, "components", {}).values() if isinstance(part, nn.Module)]
-    layers: list[Any] = [module for part in parts for module in part.modules() if hasattr(module, "active_adapters")]
-    for layer in layers:  # of peft
+    for layer in (layer for part in parts for layer in compat.diffusers.lora_layers(part)):
         for name in () if layer.disable_adapters else layer.active_adapters:
             if name in getattr(layer, "scaling", {}):
                 factors.setdefault(name, set()).add(layer.scaling[name])

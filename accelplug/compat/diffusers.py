@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -351,6 +352,33 @@ def _step_caches() -> None:
             expect(left <= set(left_behind(vars(module))), f"a step cache leaves {sorted(left)} behind")
 
 
+def set_cache(denoiser: Any, settings: Mapping[str, Any]) -> None:
+    """Set what the hooks of the step cache on a denoiser go by, where they have it."""
+    for module in denoiser.modules():
+        registry = vars(module).get(REGISTRY)
+        for hook in registry.hooks.values() if registry is not None else ():
+            if type(hook).__module__ in _CACHES:
+                vars(hook).update({name: value for name, value in settings.items() if name in vars(hook)})
+
+
+@contract("diffusers: TaylorSeer's hooks say from which step on they predict, and go by it at once")
+def _cache_settings() -> None:
+    import diffusers
+
+    denoiser, calls = _tiny_denoiser(), []
+    denoiser.enable_cache(diffusers.TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, use_lite_mode=True))
+    handle = denoiser.blocks[0].attn1.register_forward_pre_hook(lambda *_: calls.append(1))
+    for first, expected in ((1, 1), (10_000, 2)):
+        set_cache(denoiser, {"disable_cache_before_step": first})
+        for _ in range(2):
+            _denoise(denoiser, "cond")
+        expect(len(calls) == expected, f"with disable_cache_before_step {first}, {len(calls)} of 2 steps are computed")
+        calls.clear()
+        forget_cached(denoiser, "", None)
+    handle.remove()
+    denoiser.disable_cache()
+
+
 def forget_cached(denoiser: Any, but: str, context: Any) -> None:
     """Reset the stateful hooks of a denoiser, but for the one named `but`, and leave them in a cache context, as it was heard."""
     manager_type = hook_types()[2]
@@ -380,6 +408,46 @@ def _forgetting() -> None:
     before = manager.get_state()
     forget_cached(module, "another", context)
     expect(manager.get_state() is not before, "a hook's reset_state keeps what its cache held, or drops the context")
+
+
+def lora_layers(model: Any) -> list[Any]:
+    """Return the layers of a model that hold adapters of peft."""
+    return [module for module in model.modules() if hasattr(type(module), "merged_adapters")]
+
+
+def adapters_at_work(denoiser: Any) -> tuple[Any, ...]:
+    """Return what is equal as long as the same adapters are at work in the same way, and empty without any."""
+    layers = lora_layers(denoiser) if getattr(denoiser, "peft_config", None) else ()
+    return tuple(
+        (
+            id(layer),
+            layer.disable_adapters,
+            *layer.active_adapters,
+            *layer.merged_adapters,
+            *getattr(layer, "scaling", {}).items(),
+        )
+        for layer in layers
+    )
+
+
+@contract("diffusers: adapters that are loaded, weighed or fused show in their layers")
+def _adapters() -> None:
+    if importlib.util.find_spec("peft") is None:
+        return
+    from peft import LoraConfig
+
+    denoiser = _tiny_denoiser()
+    seen = [adapters_at_work(denoiser)]
+    denoiser.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="a")
+    for change in (
+        lambda: None,
+        lambda: denoiser.set_adapters("a", weights=0.5),
+        lambda: denoiser.fuse_lora(adapter_names=["a"]),
+        lambda: (denoiser.unfuse_lora(), denoiser.disable_adapters()),
+    ):
+        change()
+        seen.append(adapters_at_work(denoiser))
+    expect(len(set(seen)) == 5 and seen[0] == (), "adapters come, change or are fused, and their layers do not say it")
 
 
 def mag_ratios(denoiser: Any) -> dict[str, list[float]]:

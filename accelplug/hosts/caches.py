@@ -8,7 +8,7 @@ others stay dense, or its threshold would judge the patch's error (``Recipe`` re
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -30,10 +30,27 @@ class StepCaches:
     parts : denoisers by name.
     kind : a name of `accelplug.step_caches.CACHES`.
     settings : arguments of diffusers' config of that cache.
+    for_run : steps that a run takes -> settings in it; None where they are the same in all.
+    optional : whether it is left out, and `left_out` says why, where a denoiser takes none or is compiled.
+    shared : whether other denoisers run some of the steps.
     """
 
-    def __init__(self, parts: Mapping[str, Any], kind: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        parts: Mapping[str, Any],
+        kind: str,
+        settings: Mapping[str, Any],
+        for_run: Callable[[int | None], Mapping[str, Any]] | None = None,
+        optional: bool = False,
+        shared: bool = False,
+    ) -> None:
         self.parts, self.kind, self.settings = dict(parts), kind, dict(settings)
+        self.for_run, self.optional, self.shared = for_run, optional, shared or len(parts) > 1
+        self.left_out = ""
+        """Why an optional one is not on, in words."""
+        self.steps: int | None = None
+        """Of the latest run, from where it began."""
+        self._on = Undo()
         self._runs: dict[int, tuple[Run, threading.Thread]] = {}
         self._own = Undo()
 
@@ -43,11 +60,29 @@ class StepCaches:
         Raises
         ------
         UnsupportedError
-            If a denoiser takes no cache, has one on, or diffusers refuses the settings.
+            If a denoiser takes no cache, has one on, or diffusers refuses the settings; and the cache is not optional.
         """
+        self._on = Undo(within=undo)
+        try:
+            self._install(self._on)
+        except UnsupportedError as error:
+            if not self.optional:
+                raise
+            self._leave_out(str(error))
+
+    def _leave_out(self, why: str) -> None:
+        """Take an optional cache off again."""
+        self.left_out = why
+        self._on.run()
+
+    def _install(self, undo: Undo) -> None:
         import diffusers
 
+        if self.optional and (why := obstacle(self.kind, self.settings, self.parts, self.shared)) is not None:
+            raise UnsupportedError(why)
         for name, part in self.parts.items():
+            if self.optional and compat.torch.is_compiled(part):
+                raise UnsupportedError(f"{type(part).__name__} is compiled, and its hooks would break the graphs.")
             if not hasattr(part, "enable_cache"):
                 raise UnsupportedError(
                     f"{name} ({type(part).__name__}) takes no step cache. Leave cache: out of the recipe."
@@ -84,7 +119,12 @@ class StepCaches:
             MagCache counts them, and starts anew at the number it was told; in a longer run it would skip by the wrong ratios. If no
             cache context is on, by which a cache tells guidance branches apart.
         """
+        if self.left_out:
+            return
         if context is None and CACHES[self.kind].by_context:
+            if self.optional:
+                self._leave_out("It needs a cache_context around the denoiser, and this pipeline opens none.")
+                return
             raise UnsupportedError(
                 f"The cache {self.kind} keeps what it knows by guidance branch, and this {type(part).__name__} was called without a "
                 "cache context, which says what branch runs: this pipeline opens none. Leave cache: out of the recipe, or call the "
@@ -106,6 +146,9 @@ class StepCaches:
                 "or tune again with as many as you need."
             )
         self._runs[id(part)] = run, threading.current_thread()
+        self.steps = None if clock.steps is None else clock.steps - (clock.step or 0)
+        if self.for_run is not None:
+            compat.diffusers.set_cache(part, self.for_run(self.steps))
         compat.diffusers.forget_cached(part, HOOK, context)
 
     def __enter__(self) -> StepCaches:
@@ -116,6 +159,19 @@ class StepCaches:
 
     def __exit__(self, *_: object) -> None:
         self._own.run()
+
+
+def obstacle(kind: str, settings: Mapping[str, Any], parts: Mapping[str, Any], shared: bool) -> str | None:
+    """Return why a cache cannot be on some denoisers, as far as diffusers would not say it, or says it in the middle of a run."""
+    if missing := [type(part).__name__ for part in parts.values() if not hasattr(part, "enable_cache")]:
+        return f"{missing[0]} takes none."
+    if CACHES[kind].counts_steps and shared:
+        return "it counts the steps of each denoiser, and several share those of a run."
+    for part in parts.values() if settings.get("use_lite_mode") else ():
+        ends = [name for name, _ in part.named_children() if "proj_out" in name]
+        if ends != ["proj_out"]:
+            return f"it extrapolates proj_out alone, and the outputs of {type(part).__name__} are {', '.join(ends) or 'others'}."
+    return None
 
 
 def _drop_new(names: dict[str, Any], before: set[str], part: Any, config: Any) -> None:

@@ -94,6 +94,11 @@ class StepClock:
         self._thread.context = context
 
     @property
+    def fused(self) -> tuple[str, ...]:
+        """Names of the LoRAs that the pipeline has fused into weights."""
+        return tuple(sorted(getattr(self._pipe(), "fused_loras", ())))
+
+    @property
     def context(self) -> Any:
         """The cache context that is on in this thread, as it was told."""
         return self._thread.context

@@ -107,7 +107,7 @@ class DenoiserHost(Host):
             {name for name, part in components.items() if part is not None} if isinstance(components, Mapping) else set()
         )
         config = dict(getattr(denoiser, "config", {}))
-        return ModelFacts(tuple(kind.__name__ for kind in type(denoiser).__mro__), config, frozenset(present))
+        return ModelFacts(tuple(kind.__name__ for kind in type(denoiser).__mro__), config, frozenset(present), denoiser=True)
 
     @classmethod
     def of(cls, model: Any, parts: Mapping[str, Any], setup: Setup) -> list[DenoiserHost]:
@@ -131,7 +131,16 @@ class DenoiserHost(Host):
         self.clock = clock
         self.decide, self.ledger, self.gate, self.check_rules = setup.decide, setup.ledger, setup.gate, setup.check_rules
         self.meter, cache = Meter(), setup.cache
-        self.caches = None if cache is None else StepCaches({name: denoiser}, cache.kind, cache.settings)
+        self.cache, self.caches = cache, None
+        if cache is not None:
+            self.caches = StepCaches(
+                {name: denoiser},
+                cache.kind,
+                cache.settings_for(None),
+                for_run=cache.settings_for if cache.by_run else None,
+                optional=cache.optional,
+                shared=takes_turns,
+            )
         self.passed = Passed()
         self._held: set[int | None] = set()
         self.skipped: dict[str, str] = {}
@@ -148,6 +157,7 @@ class DenoiserHost(Host):
         self._came_through: bool | None = False
         """Whether a forward has come to its end; None where that has been looked at."""
         self._traced = False
+        self._weights: Any = None
         self._thread = _Thread()
 
     # ------------------------------------------------------------------------------------------------- in and out
@@ -271,7 +281,12 @@ class DenoiserHost(Host):
                 self._thread.run.inside = False
 
     def _moment(self, timestep: Any) -> Moment:
-        return self.clock.now(timestep, self.denoiser, self._thread.run, self.family.timestep)
+        now = self.clock.now(timestep, self.denoiser, self._thread.run, self.family.timestep)
+        weights = compat.diffusers.adapters_at_work(self.denoiser), self.clock.fused
+        if weights != self._weights:
+            self._weights = weights
+            self.meter.forget()
+        return replace(now, weights=weights)
 
     def _note_step(self, moment: Moment, sizes: Any = None, announced: bool = False) -> Run:
         """Take note of the time, of the run that the forward to come is of, and of all steps and branches.
@@ -608,6 +623,18 @@ class DenoiserHost(Host):
     def share_of(self, verdict: Verdict) -> float | None:
         """Share in a forward of the calls that a verdict is about; None where none was measured."""
         return self.meter.share_of(verdict)
+
+    def cached(self) -> str | None:
+        """Say what an optional step cache, or one that goes by the length of the run, came to."""
+        if self.cache is None or self.caches is None:
+            return None
+        if self.caches.left_out:
+            return f"{self.cache.kind} left out of {self.name}: {self.caches.left_out}"
+        if not self.cache.by_run or (steps := self.caches.steps) is None:
+            return None
+        if not self.cache.serves(steps):
+            return f"{self.cache.kind} computed every step: the run had {steps}, and it is for runs of {self.cache.run}"
+        return f"{self.cache.kind} computed {self.cache.computed(steps)} of {steps} steps"
 
     def step(self, index: int | None, steps: int | None) -> None:
         """Take the step that comes in this thread from the user."""

@@ -113,8 +113,9 @@ def idle(recipe: Recipe, hosts: Sequence[Host]) -> list[Idle]:
         if (seen := host.seen) is None or not seen.branches:
             continue
         for number in recipe.chosen_among(site for site in sites_of([host])):
-            if number not in held:
-                condition, why = recipe.rules[number].where.unmet(seen) or (None, "other rules took its calls")
+            rule = recipe.rules[number]
+            if number not in held and not (rule.patch == "dense" and rule.where.rounds_away(seen.steps)):
+                condition, why = rule.where.unmet(seen) or (None, "other rules took its calls")
                 found[number] = Idle(number, condition, why)
     return list(found.values())
 

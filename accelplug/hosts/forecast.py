@@ -83,6 +83,14 @@ class Forecast:
         """Gain of a forward if its self- and joint attention took no time."""
         return None if self.attention_share is None else amdahl(self.attention_share, math.inf)
 
+    @property
+    def with_one_dense_step_fewer(self) -> float | None:
+        """Gain of the run if one of its dense steps had patches too; None where none is dense, or nothing would change."""
+        if self.run_gain is None or self.forward_gain is None or self.steps is None or self.sparse_steps == self.steps:
+            return None
+        saved = 1 - 1 / self.forward_gain  # in dense forwards
+        return self.steps / (self.steps / self.run_gain - saved) if saved > 0 else None
+
     def __str__(self) -> str:
         if self.attention_share is None:
             return f"share of attention unknown: {self.unknown}"
@@ -92,7 +100,9 @@ class Forecast:
         said += f"; {self.forward_gain:.2f}x for a forward with patches"
         if self.run_gain is None:
             return f"{said}; number of steps unknown"
-        return f"{said}, {self.run_gain:.2f}x for the run, {self.sparse_steps} of whose {self.steps} steps have them"
+        said += f", {self.run_gain:.2f}x for the run, {self.sparse_steps} of whose {self.steps} steps have them"
+        one_fewer = self.with_one_dense_step_fewer
+        return said if one_fewer is None else f"{said} ({one_fewer:.2f}x with one dense step fewer)"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the forecast as plain data."""
@@ -139,6 +149,10 @@ class Meter:
     def costs(self) -> list[Cost]:
         """The cost of a forward, by shape. One without calls was seen, and none of its attention."""
         return [max(reversed(seen), key=lambda cost: len(cost.calls)) for seen in self._costs.values() if seen]
+
+    def forget(self) -> None:
+        """Measure anew: the weights are others."""
+        self._costs = Bounded(16)
 
     def begin(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         """Start on a forward, if its shape was not measured often enough."""

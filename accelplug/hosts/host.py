@@ -156,6 +156,10 @@ class Host(Protocol):
         """What the gate's timings predict end to end."""
         return []
 
+    def cached(self) -> str | None:
+        """Say what a step cache came to that may be left out or rest; None of one that always is at work."""
+        return None
+
     def share_of(self, verdict: Verdict) -> float | None:
         """Share in a forward of the calls that a verdict is about; None where none was measured."""
         return None

@@ -32,6 +32,10 @@ class Report(Shown):
     kept: dict[str, str] = field(default_factory=dict)
     """What audits found of the attention that each patch's plans keep; by module where that was asked for."""
     forecasts: dict[str, str] = field(default_factory=dict)
+    expected: str = ""
+    """What the rules come to in a run of as many steps as the last one had; ahead of the first run, in runs of some lengths."""
+    caches: list[str] = field(default_factory=list)
+    """What step caches came to that may be left out, or rest in some runs."""
     reach: list[str] = field(default_factory=list)
     """How much of a prompt's time rules can touch in a language model: its layers with full attention, and the ceiling that leaves."""
     compiled: list[str] = field(default_factory=list)
@@ -54,6 +58,8 @@ class Report(Shown):
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Yield (what, how much) in reading order."""
+        if self.expected:
+            yield "expected by the rules", self.expected
         for name, calls in self.served.items():
             gain = f", each {self.gains[name]:.2f}x faster than dense" if name in self.gains else ""
             yield f"answered by {name}", f"{calls} calls{gain}"
@@ -78,6 +84,8 @@ class Report(Shown):
             yield "left dense by the gate", reason
         for reason in self.unjudged:
             yield "not judged by the gate", reason
+        for said in self.caches:
+            yield "step cache", said
         for said in self.reach:
             yield "of a prompt", said
         for what in self.compiled:

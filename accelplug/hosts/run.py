@@ -23,11 +23,13 @@ class Moment:
     schedules : the tensors of timesteps that it may go by, of which every call of a pipeline makes one; several where pipelines run
         side by side by equal ones, none where none is known.
     given : the timestep as a number, where it had to be read and is in no schedule.
+    weights : what adapters are at work, see `compat.diffusers.adapters_at_work`.
     """
 
     clock: Clock
     schedules: tuple[Tensor, ...] = ()
     given: float | None = None
+    weights: Any = ()
 
 
 @dataclass(eq=False)
@@ -49,15 +51,18 @@ class Run:
     _came: set[str | None] = field(default_factory=set)
     _given: set[tuple[str | None, float]] = field(default_factory=set)
     _sizes: dict[str | None, Any] = field(default_factory=dict)
+    _weights: Any = ()
 
     def goes_on(self, moment: Moment, sizes: Any = None) -> bool:
         """Whether a forward at `moment`, on latents of `sizes` (None: unknown), is a further one of this run.
 
         A callback that raises, or an interrupt between two forwards, leaves no trace in the denoiser. So the surest sign is the
         schedule: every call of a pipeline sets a new tensor of timesteps. Where there is none, a guidance branch that does not
-        advance has begun anew.
+        advance has begun anew. Where adapters come, go or change their weight, what was kept is another model's.
         """
         branch, step = moment.clock.branch, moment.clock.step
+        if self.begun and moment.weights != self._weights:
+            return False
         if self.broken or bool(moment.schedules) != bool(self._schedules):
             return False
         if moment.schedules and not self._shared(moment):
@@ -86,7 +91,7 @@ class Run:
         if step != self._step:
             self._came.clear()
         self._schedules = self._shared(moment) or moment.schedules
-        self._step = step
+        self._step, self._weights = step, moment.weights
         self._came.add(branch)
         if sizes is not None:
             self._sizes[branch] = sizes

@@ -18,7 +18,7 @@ from accelplug.families.base import Family, Grid, site_kinds, unknown
 from accelplug.hosts.forecast import amdahl
 from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import PATCHABLE, denoisers, processor_owners
-from accelplug.recipe import Recipe, matching_files, recipes_for
+from accelplug.recipe import Recipe, recipes_for, recipes_of
 from accelplug.recipe.settings import shown
 from accelplug.show import Shown, table
 
@@ -84,6 +84,8 @@ class Inspection(Shown):
     """By recipe: what it does, in a sentence."""
     differences: dict[str, str] = field(default_factory=dict)
     """By recipe: what it says that not all of them say."""
+    steps: int = STEPS
+    """Of the run that `ceilings` are for."""
 
     @property
     def heading(self) -> str:
@@ -107,7 +109,9 @@ class Inspection(Shown):
                 share, ceiling = part.attention_share(tokens), part.ceiling(tokens)
                 told.add_row(f"at {tokens:,} tokens", f"self-attention is {share:.0%} of the work: at most {ceiling:.1f}x")
             shown.append(told)
-        recipes = table("recipes that match this model", "recipe", "at most", "what it does", "what few others say")
+        recipes = table(
+            "recipes that match this model", "recipe", f"at most, {self.steps} steps", "what it does", "what few others say"
+        )
         recipes.caption = (
             "at most: were its attention free, dense steps and layers counted; plug.report() predicts it from timings"
         )
@@ -148,7 +152,7 @@ def inspect_denoiser(model: Any, sizes: Mapping[str, Any] | None = None) -> Insp
     parts = tuple(_facts(name, denoiser, model, given) for name, denoiser in denoisers(model).items())
     sites = [site for part in parts for site in part.sites]
     facts = model_facts(model)
-    recipes = {f"{file.model}/{name}": recipe for file in matching_files(facts) for name, recipe in file.recipes.items()}
+    recipes = recipes_of(facts)
     steps = given.get("num_inference_steps") or STEPS
     return Inspection(
         type(model).__name__,
@@ -157,6 +161,7 @@ def inspect_denoiser(model: Any, sizes: Mapping[str, Any] | None = None) -> Insp
         {name: _ceilings(recipe, parts, steps) for name, recipe in recipes.items()},
         {name: recipe.summary for name, recipe in recipes.items()},
         _differences(recipes),
+        steps,
     )
 
 

@@ -11,7 +11,7 @@ from accelplug.families.vlm import vlm_of
 from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import attention_modules
 from accelplug.hosts.transformers import LanguageHost
-from accelplug.recipe import matching_files, recipes_for
+from accelplug.recipe import recipes_for, recipes_of
 from accelplug.show import Shown, table
 
 if TYPE_CHECKING:
@@ -85,5 +85,5 @@ def inspect_language(model: Any) -> LanguageInspection:
         attention=compat.transformers.attention_name(config),
         modules=modules,
         recipes=recipes_for(facts, sites),
-        summaries={f"{file.model}/{name}": r.summary for file in matching_files(facts) for name, r in file.recipes.items()},
+        summaries={name: recipe.summary for name, recipe in recipes_of(facts).items()},
     )

@@ -1,6 +1,7 @@
 """Recipes: strict per-model YAML that says which patch serves which attention, when, and with which settings."""
 
 from accelplug.recipe.conditions import RunFacts, Span, Where
+from accelplug.recipe.expecting import LENGTHS, Expected
 from accelplug.recipe.finding import (
     RecipeInfo,
     describe,
@@ -8,7 +9,9 @@ from accelplug.recipe.finding import (
     load,
     matching_files,
     named,
+    presets,
     recipes_for,
+    recipes_of,
 )
 from accelplug.recipe.matching import Match, ModelFacts, match_for
 from accelplug.recipe.measured import Measured
@@ -20,9 +23,11 @@ from accelplug.recipe.settings import at_depth
 
 __all__ = [
     "DENSE",
+    "LENGTHS",
     "SCHEMA",
     "SHIPPED",
     "Decision",
+    "Expected",
     "Match",
     "Measured",
     "ModelFacts",
@@ -42,8 +47,10 @@ __all__ = [
     "matching_files",
     "model_name",
     "named",
+    "presets",
     "read_file",
     "recipes_for",
+    "recipes_of",
     "record_measurement",
     "shipped_files",
     "write_recipe",

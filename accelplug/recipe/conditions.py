@@ -53,6 +53,11 @@ class Span:
         return any(end.startswith("-") or end.endswith("%") for end in (self.start, self.stop or ""))
 
     @property
+    def is_share(self) -> bool:
+        """Whether its ends are told in percent."""
+        return any(end.endswith("%") for end in (self.start, self.stop or ""))
+
+    @property
     def whole(self) -> bool:
         """Whether every index lies inside."""
         return self.start in ("", "0", "0%") and self.stop in ("", "100%")
@@ -115,7 +120,8 @@ def _kinds(value: Any) -> tuple[str, ...]:
     return names
 
 
-def _token_bound(value: Any) -> str:
+def number_bound(value: Any) -> str:
+    """Return a bound without spaces. ValueError where it is none."""
     found = re.fullmatch(r"\s*(>=|<=|>|<)\s*([0-9]{1,12})\s*", value) if isinstance(value, str) else None
     if found is None:
         raise ValueError(f"expected a bound like '>=8192' or '<65536', got {shortened(value)}")
@@ -150,7 +156,7 @@ class Where(Strict):
     branch: Names | None = None
     module: Names | None = None
     """Globs on the attention module's path, ``blocks.*.attn1``."""
-    tokens: Annotated[str, BeforeValidator(_token_bound)] | None = None
+    tokens: Annotated[str, BeforeValidator(number_bound)] | None = None
     """Bound on the number of visual tokens."""
     grid: Annotated[str, BeforeValidator(_grid)] | None = None
 
@@ -179,6 +185,11 @@ class Where(Strict):
         """Whether `fits` decides alone: all conditions are on the place, or hold always."""
         at_all_steps = self.steps is None or any(span.whole for span in self.steps)
         return at_all_steps and self.branch is None and self.tokens in (None, ">=0") and self.grid in (None, "*x*x*")
+
+    def rounds_away(self, steps: int | None) -> bool:
+        """Whether the steps that it names are shares of a run, and come to none in one of so few."""
+        shares = self.steps is not None and all(span.is_share for span in self.steps)
+        return shares and steps is not None and not any(s.holds(i, steps) for s in self.steps or () for i in range(steps))
 
     def unmet(self, seen: RunFacts) -> tuple[str, str] | None:
         """The key of a condition that nothing seen so far meets, and in words why; None where each was met by something."""
@@ -231,12 +242,15 @@ class Where(Strict):
             wanted = zip(self.grid.split("x"), layout.grid_thw, strict=True)
             if any(axis not in ("*", str(length)) for axis, length in wanted):
                 return False
-        return self.tokens is None or _COMPARE[self.tokens.rstrip("0123456789")](
-            layout.visual, int(self.tokens.lstrip("<>="))
-        )
+        return self.tokens is None or within(self.tokens, layout.visual)
 
 
 _COMPARE = {">=": int.__ge__, "<=": int.__le__, ">": int.__gt__, "<": int.__lt__}
+
+
+def within(bound: str, number: int) -> bool:
+    """Whether a number keeps a bound, ``>=8192``."""
+    return _COMPARE[bound.rstrip("0123456789")](number, int(bound.lstrip("<>=")))
 
 
 @dataclass(frozen=True)

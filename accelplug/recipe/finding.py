@@ -52,9 +52,37 @@ def list_recipes() -> list[RecipeInfo]:
 
 def matching_files(facts: ModelFacts) -> list[RecipeFile]:
     """Return the shipped files that fit a model best: one, none, or several that fit equally well."""
-    files = [file for file in map(read_file, shipped_files().values()) if file.match.fits(facts)]
+    files = _fitting(facts)
     best = max((file.match.weight(facts) for file in files), default=0)
     return [file for file in files if file.match.weight(facts) == best]
+
+
+def _fitting(facts: ModelFacts) -> list[RecipeFile]:
+    return [file for file in map(read_file, shipped_files().values()) if file.match.fits(facts)]
+
+
+def recipes_of(facts: ModelFacts) -> dict[str, Recipe]:
+    """Return the shipped recipes that a model takes by their short names, by full name.
+
+    They are those of the files that fit best, and, under names that these leave free, those of the file for all models of its kind.
+    """
+    own = matching_files(facts)
+    taken = {name for file in own for name in file.recipes}
+    found = {recipe.name: recipe for file in own for recipe in file.recipes.values()}
+    return found | {
+        recipe.name: recipe for file in _for_all(facts) for name, recipe in file.recipes.items() if name not in taken
+    }
+
+
+def presets(facts: ModelFacts) -> list[Recipe]:
+    """Return the recipes that all models of a kind have, the default first; a model's own take the place of those of the same name."""
+    names = [name for file in _for_all(facts) for name in sorted(file.recipes, key=lambda name: name != file.default)]
+    return [_by_short_name(facts, name) for name in names]
+
+
+def _for_all(facts: ModelFacts) -> list[RecipeFile]:
+    """The file for all models of a kind, or none."""
+    return [file for file in _fitting(facts) if not file.match.weight(facts)]
 
 
 def load(recipe: str | Path | Mapping[str, Any] | Recipe | Patch | None, facts: ModelFacts) -> Recipe:
@@ -100,7 +128,7 @@ def _find(recipe: str | Path | Mapping[str, Any] | Patch | None, facts: ModelFac
         return _everywhere(recipe)
     if "/" in recipe or recipe in shipped_files():
         return named(recipe)
-    return _matching_file(facts, _require_name(recipe)).recipe(recipe)
+    return _by_short_name(facts, _require_name(recipe))
 
 
 def _everywhere(patch: Any) -> Recipe:
@@ -132,6 +160,14 @@ def _shipped(model: str) -> RecipeFile:
     if model not in files:
         raise NoMatchError(f"There is no recipe file {model!r}{nearest(model, files)}. Shipped: {', '.join(files)}.")
     return read_file(files[model])
+
+
+def _by_short_name(facts: ModelFacts, name: str) -> Recipe:
+    """A recipe of the file that fits best, or else of the one for all models of the kind."""
+    for_all = {short: recipe for file in _for_all(facts) for short, recipe in file.recipes.items()}
+    if name in for_all and not any(name in file.recipes for file in matching_files(facts)):
+        return for_all[name]
+    return _matching_file(facts, name).recipe(name, beside=for_all)
 
 
 def _matching_file(facts: ModelFacts, name: str | None = None) -> RecipeFile:
@@ -178,13 +214,13 @@ def describe(recipe: str | Path) -> Text:
 
 
 def recipes_for(facts: ModelFacts, sites: Sequence[Site]) -> dict[str, str]:
-    """Return the shipped recipes that match a model, by full name, with what each would touch of its `sites`."""
+    """Return the shipped recipes that a model takes by name, by full name, with what each would touch of its `sites`."""
+    defaults = {f"{file.model}/{file.default}" for file in matching_files(facts)}
     recipes = {}
-    for file in matching_files(facts):
-        for name, recipe in file.recipes.items():
-            touched = sum(recipe.may_touch(site) for site in sites)
-            around = "around generate(), " if recipe.around() else ""
-            said = [f"{around}{touched} of {len(sites)} sites"]
-            said += ["repaired"] if recipe.repairs else []
-            recipes[f"{file.model}/{name}"] = ", ".join([*said, *(["default"] if name == file.default else [])])
+    for name, recipe in recipes_of(facts).items():
+        touched = sum(recipe.may_touch(site) for site in sites)
+        around = "around generate(), " if recipe.around() else ""
+        said = [f"{around}{touched} of {len(sites)} sites"]
+        said += ["repaired"] if recipe.repairs else []
+        recipes[name] = ", ".join([*said, *(["default"] if name in defaults else [])])
     return recipes

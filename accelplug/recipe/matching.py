@@ -23,10 +23,12 @@ class ModelFacts:
     """Whether it is a vision-language model of a family that is known."""
     llm: bool = False
     """Whether it is any other model with a decoder."""
+    denoiser: bool = False
+    """Whether it is a pipeline that denoises, or a denoiser."""
 
     def value(self, key: str) -> Any:
         """Return what stands for `key` of a match."""
-        own = {"class": self.class_names[0], "vlm": self.vlm, "llm": self.llm}
+        own = {"class": self.class_names[0], **{kind: getattr(self, kind) for kind in MODEL_KINDS}}
         return own.get(key, self.config.get(key, "<none>"))
 
 
@@ -42,13 +44,13 @@ def match_for(facts: ModelFacts) -> dict[str, Any]:
     return {"class": facts.class_names[0], **{key: facts.config[key] for key in MATCHED if key in facts.config}}
 
 
-MODEL_KINDS = ("vlm", "llm")
-"""Keys that stand for all models of a kind: any vision-language model that is known, any other model with a decoder."""
+MODEL_KINDS = ("vlm", "llm", "denoiser")
+"""Keys that stand for all models of a kind: any vision-language model that is known, any other model with a decoder, any denoiser."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """Which models a file is for. A value may be a list: any of. ``vlm: true`` and ``llm: true`` stand for all of a kind."""
+    """Which models a file is for. A value may be a list: any of. ``vlm: true``, ``llm: true``, ``denoiser: true``: all of a kind."""
 
     keys: Mapping[str, Any]
     pipeline: tuple[str, ...] = ()

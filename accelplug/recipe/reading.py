@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,14 +72,13 @@ class RecipeFile:
     """Where the recipes pay, and where they do not."""
     path: Path | None = None
 
-    def recipe(self, name: str | None = None) -> Recipe:
-        """Return a recipe by its short name, or the default."""
+    def recipe(self, name: str | None = None, beside: Iterable[str] = ()) -> Recipe:
+        """Return a recipe by its short name, or the default. `beside`: names that other files have for the same models."""
         if name is None:
             return self.recipes[self.default]
         if name not in self.recipes:
-            raise NoMatchError(
-                f"{self.model} has no recipe {name!r}{nearest(name, self.recipes)}. It has: {', '.join(self.recipes)}."
-            )
+            known = dict.fromkeys([*self.recipes, *beside])
+            raise NoMatchError(f"{self.model} has no recipe {name!r}{nearest(name, known)}. It has: {', '.join(known)}.")
         return self.recipes[name]
 
     def describe(self) -> str:
@@ -165,7 +164,8 @@ def _match(keys: Mapping[str, Any], source: Source) -> Match:
     if "class" not in keys and not any(keys.get(kind) is True for kind in MODEL_KINDS):
         raise RecipeError(
             f"{source.at(('match',))}: expected the key class, the model's class name, or vlm: true, for every vision-language model "
-            f"that is known, or llm: true, for every other model with a decoder, got {', '.join(keys) or 'pipeline alone'}."
+            f"that is known, llm: true, for every other model with a decoder, or denoiser: true, for every denoiser, "
+            f"got {', '.join(keys) or 'pipeline alone'}."
         )
     for key, value in keys.items():
         if any(isinstance(item, Mapping | list | tuple) for item in as_list(value)):

@@ -15,6 +15,7 @@ from accelplug.bounded import Bounded
 from accelplug.call import Clock, Layout, Site
 from accelplug.errors import RecipeError
 from accelplug.recipe.conditions import Where
+from accelplug.recipe.expecting import LENGTHS, Expected, expected, layers_of, summed_up
 from accelplug.recipe.explaining import explain
 from accelplug.recipe.matching import Match, ModelFacts
 from accelplug.recipe.measured import Measured
@@ -163,7 +164,7 @@ class Recipe(Shown):
         RecipeError
             If a rule holds an instance of a patch.
         """
-        cache = {} if self.cache is None else {"cache": {"kind": self.cache.kind, "with": dict(self.cache.settings)}}
+        cache = {} if self.cache is None else {"cache": self.cache.to_mapping()}
         return {"rules": [rule.to_mapping() for rule in self.rules], **cache}
 
     def with_tables(self, facts: ModelFacts | None = None) -> Recipe:
@@ -235,6 +236,30 @@ class Recipe(Shown):
         rules = (dense_first, *self.rules) if CACHES[kind].by_first_block else self.rules
         return replace(self, rules=rules, cache=cache, measured=())
 
+    def expected(self, steps: int, sites: Sequence[Site] = (), layout: Layout | None = None) -> Expected | None:
+        """Return what it comes to in a run of `steps`, by its rules alone; see `recipe.expecting.expected`.
+
+        `sites`: attention modules of a model; of one of some layers, all of the kind that the rules name, if left out.
+        """
+        kinds = next((rule.where.kind for rule in self.rules if rule.entry is not None), None) or ("self",)
+        return expected(self.decide, steps, sites or layers_of(kinds[0]), layout)
+
+    def outlook(self, lengths: Sequence[int] = LENGTHS, sites: Sequence[Site] = (), layout: Layout | None = None) -> str:
+        """Return what it comes to in runs of some lengths, in words; empty where it does not go by the step, or not by that alone."""
+        if not any(rule.where.steps is not None for rule in self.rules):
+            return ""
+        runs = [run for steps in lengths if (run := self.expected(steps, sites, layout)) is not None and run.sparse_steps]
+        if not runs:
+            return ""
+        return str(runs[0]) if len(lengths) == 1 else summed_up(runs)
+
+    def _computed(self) -> str:
+        """How many steps a cache computes that goes by the length of the run."""
+        if self.cache is None or not self.cache.by_run:
+            return ""
+        lengths, computed = (", ".join(map(str, found)) for found in (LENGTHS, map(self.cache.computed, LENGTHS)))
+        return f"; of {lengths} steps it computes {computed}"
+
     @property
     def repairs(self) -> bool:
         """Whether a rule has its patch take its own error off (`repair`)."""
@@ -246,11 +271,11 @@ class Recipe(Shown):
         for rule in self.rules:
             lines.append(f"  {rule.where}: {rule}")
         lines.append("  elsewhere: dense")
+        lines += [f"  expected: {said}"] if (said := self.outlook()) else []
         if self.repairs:
             lines.append("  its error is repaired, and estimated at run time: plug.report()")
         if self.cache is not None:
-            settings = ", ".join(f"{key}: {value}" for key, value in self.cache.settings.items())
-            lines.append(f"  step cache: {self.cache.kind}" + (f" ({settings})" if settings else ""))
+            lines.append(f"  step cache: {self.cache}" + self._computed())
         for row in self.measured:
             psnr = f", PSNR {row.psnr_db.mean:.1f} dB (worst {row.psnr_db.worst:.1f})" if row.psnr_db else ""
             lines.append(f"  measured {row.date} on {row.device}: {row.gain:.2f}x{psnr}, {len(row.seeds)} seeds")

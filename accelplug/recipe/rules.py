@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from accelplug.call import Clock, Layout, Site
 from accelplug.errors import AccelplugError, NoMatchError, RecipeError, nearest
-from accelplug.recipe.conditions import Strict, Where, name_list, written
+from accelplug.recipe.conditions import Strict, Where, name_list, number_bound, within, written
 from accelplug.recipe.explaining import explain, shortened
 from accelplug.recipe.settings import Ramp, at_depth, read_varying, shown
 from accelplug.recipe.strict_yaml import Source
@@ -170,7 +170,52 @@ class StepCache(Strict):
     """A step cache of diffusers beside the rules: ``cache: {kind: first_block, with: {threshold: 0.1}}``."""
 
     kind: Annotated[str, BeforeValidator(_cache_kind)]
+    run: Annotated[str, BeforeValidator(number_bound)] | None = None
+    """Bound on the steps of a run; in others every step is computed."""
+    optional: bool = False
+    """Whether it is left out of a model that takes none, which is reported; else such a model is refused."""
     settings: dict[str, Any] = Field({}, alias="with")
+
+    @property
+    def by_run(self) -> bool:
+        """Whether what it does hangs on how many steps a run has."""
+        return self.run is not None or CACHES[self.kind].by_run(self.settings)
+
+    def serves(self, steps: int | None) -> bool:
+        """Whether it skips anything in a run of so many steps (None: unknown)."""
+        return not self.by_run or (steps is not None and (self.run is None or within(self.run, steps)))
+
+    def settings_for(self, steps: int | None) -> dict[str, Any]:
+        """Return its settings in a run of so many steps; where it does not serve, those that compute every step."""
+        cache = CACHES[self.kind]
+        if not self.serves(steps):
+            return cache.at_rest(self.settings)
+        return dict(self.settings) if steps is None else cache.at_steps(self.settings, steps)
+
+    def computed(self, steps: int) -> int | None:
+        """Return how many of so many steps it computes; None where that cannot be told ahead."""
+        computed = CACHES[self.kind].computed
+        return steps if not self.serves(steps) else None if computed is None else computed(self.settings, steps)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return it as it stands in a file."""
+        run = {} if self.run is None else {"run": self.run}
+        return {"kind": self.kind, **run, **({"optional": True} if self.optional else {}), "with": dict(self.settings)}
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{key}: {value}" for key, value in self.settings.items())
+        said = self.kind + (f" ({settings})" if settings else "")
+        said += "" if self.run is None else f", in runs of {self.run} steps"
+        return said + (", where the model takes one" if self.optional else "")
+
+    @model_validator(mode="after")
+    def _only_some_can_rest(self) -> StepCache:
+        if self.run is not None and not CACHES[self.kind].resting:
+            able = ", ".join(name for name, cache in CACHES.items() if cache.resting)
+            raise ValueError(
+                f"the cache {self.kind} cannot be told to rest in some runs: remove run: {self.run}; {able} can"
+            )
+        return self
 
     @model_validator(mode="after")
     def _settings_are_its_own(self) -> StepCache:

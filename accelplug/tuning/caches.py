@@ -9,7 +9,7 @@ from typing import Any
 
 from accelplug import compat
 from accelplug.errors import UnsupportedError
-from accelplug.hosts.caches import StepCaches
+from accelplug.hosts.caches import StepCaches, obstacle
 from accelplug.step_caches import CACHES, CacheKind, CacheLadder
 
 FEW_STEPS = 8
@@ -93,18 +93,13 @@ def fitting(parts: Mapping[str, Any], seen: CacheFacts) -> tuple[list[list[Cache
 
 def _obstacle(cache: CacheKind, ladder: CacheLadder, parts: Mapping[str, Any], seen: CacheFacts) -> str | None:
     """Why a cache cannot be tried, as far as diffusers would not say it, or says it in the middle of a run."""
-    steps = seen.steps
-    if missing := [type(part).__name__ for part in parts.values() if not hasattr(part, "enable_cache")]:
-        return f"{missing[0]} takes none."
+    if (why := obstacle(cache.name, dict(ladder.fixed), parts, shared=len(parts) > 1)) is not None:
+        return why
     if cache.by_context and not seen.contexts:
         return "it needs a cache_context around the denoiser, and the pipeline opens none."
-    if cache.counts_steps and len(parts) > 1:
-        return f"it counts the steps of each denoiser, and {' and '.join(parts)} share those of a run."
     counted = {len(ratios) for by_context in seen.magnitudes.values() for ratios in by_context.values()}
-    if cache.measured and counted != {steps}:
-        return f"in {steps} steps it counted {' and '.join(map(str, sorted(counted))) or 'none'}."
-    if ladder.needs is not None and not all(hasattr(part, ladder.needs) for part in parts.values()):
-        return f"it extrapolates {ladder.needs}, and there is none."
+    if cache.measured and counted != {seen.steps}:
+        return f"in {seen.steps} steps it counted {' and '.join(map(str, sorted(counted))) or 'none'}."
     return None
 
 

@@ -84,7 +84,8 @@ def tune(
     time_budget_s : seconds to spend, about; the proof is kept time for. Ctrl-C ends the search and keeps the best so far.
     seeds : number of seeds, or the seeds. The second half is held out for the proof. Language models: the first one draws which
         pictures are.
-    patches : names of patches to try; all that have a ladder in `accelplug.tuning.space`, `accelplug.tuning.aims`.
+    patches : names of patches to try; all that have a ladder in `accelplug.tuning.space`, `accelplug.tuning.aims`. Of pipelines also the
+        recipes that all denoisers have, as they stand, if all of their patches are among them.
     caches : also try step caches, alone and with patches. None are tried in runs of few steps; `Tuned.notes` says what does not fit.
     foreground, detect : as for `accelplug.compare`, for the bounds ``fg_psnr`` and ``agreement``.
     processor : a language model's: its processor, or its tokenizer.

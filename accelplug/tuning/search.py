@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from accelplug.comparison.study import OBSERVED, Study
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import denoisers
-from accelplug.recipe import Measured, load
+from accelplug.recipe import Measured, Recipe, load, presets
 from accelplug.show import Tell
 from accelplug.tuning.budget import Bound
 from accelplug.tuning.caches import Cache, CacheFacts, fitting
@@ -59,6 +59,8 @@ class Search:
     scores: dict[Candidate, dict[Pair, dict[str, float]]] = field(default_factory=dict)
     """What each bound's metric says of each run."""
     ladders: list[list[Cache]] = field(default_factory=list)
+    presets: list[Recipe] = field(default_factory=list)
+    """Shipped recipes that are tried as they stand."""
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     lost: float = 0.0
@@ -140,6 +142,12 @@ class Search:
             seen = CacheFacts(trajectory.steps, trajectory.contexts, trajectory.magnitudes)
             self.ladders, why_not = fitting(denoisers(self.study.pipe), seen)
             self._note(*why_not)
+        shipped = presets(model_facts(self.study.pipe))
+        self.presets = [
+            recipe if caches else replace(recipe, cache=None)
+            for recipe in shipped
+            if patches is None or {entry.name for entry in recipe.patches()} <= set(patches)
+        ]
         with self._phase("probing"):
             self._probe(arms(trajectory.layout, patches))
         probes = self.predictor.probes
@@ -152,6 +160,7 @@ class Search:
         """Run the most promising candidate whole, learn, and go on until time is up or nothing faster can hold."""
         with self._phase("whole runs"):
             self._run_caches()
+            self._run_presets()
             self._climb()
             if self._weigh():
                 self._climb()
@@ -342,10 +351,16 @@ class Search:
                 self._run(candidate := Candidate(None, cache=cache), self.first)
                 failed |= {ladder} if self.points[candidate].margin < 0 else set()
 
+    def _run_presets(self) -> None:
+        """Shipped recipes that are for every denoiser, on one whole run each."""
+        for preset in self.presets:
+            if self._affords(self.first):
+                self._run(Candidate(None, preset=preset), self.first)
+
     def _run(self, candidate: Candidate, pairs: Sequence[tuple[int, int]]) -> None:
         """Run a candidate whole on some prompts and seeds, dense beside it, and learn from it."""
         assert self.predictor is not None
-        name, kind = str(candidate), "cache" if candidate.arm is None else "recipe"
+        name, kind = str(candidate), "recipe" if candidate.arm or candidate.preset else "cache"
         point = self.points.get(candidate) or Point(
             name, candidate.rules(), 0, 0.0, {}, math.inf, predicted=self._predicted(candidate)
         )
@@ -371,10 +386,12 @@ class Search:
         fastest = min(rows[DENSE_ROW].samples, key=lambda sample: sample.latency_ms)
         self.predictor.denoise_ms, self.predictor.other_ms = fastest.denoise_ms, fastest.latency_ms - fastest.denoise_ms
         self.predictor.runs = [(c, p.worst, p.speedup) for c, p in self.points.items()]
-        self.predictor.cache_ratio = {c.cache: 1 / p.speedup for c, p in self.points.items() if c.arm is None}
+        self.predictor.cache_ratio = {c.cache: 1 / p.speedup for c, p in self.points.items() if c.arm is c.preset is None}
 
     def _predicted(self, candidate: Candidate) -> dict[str, float | None]:
         assert self.predictor is not None
+        if candidate.preset is not None:
+            return {}
         known = candidate.cache is None or candidate.cache in self.predictor.cache_ratio
         speedup = self.predictor.dense_ms / self.predictor.latency_ms(candidate) if known else None
         return {

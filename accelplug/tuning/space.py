@@ -10,6 +10,7 @@ from typing import Any
 from accelplug.call import Layout
 from accelplug.errors import AccelplugError, nearest
 from accelplug.patches.sparse.template import BlockSparse
+from accelplug.recipe import Recipe
 from accelplug.registry import list_patches, patch_class
 from accelplug.step_caches import CACHES
 from accelplug.table import Table
@@ -71,15 +72,19 @@ class Candidate:
     dense_steps : percent of the first steps without the arm.
     dense_layers : layers without the arm.
     cache : a step cache, or None.
+    preset : a shipped recipe as it stands, in place of all that.
     """
 
     arm: Arm | None
     dense_steps: int = 0
     dense_layers: tuple[int, ...] = ()
     cache: Cache | None = None
+    preset: Recipe | None = None
 
     def rules(self) -> dict[str, Any]:
         """Return it as a recipe: rules, and the cache."""
+        if self.preset is not None:
+            return self.preset.to_mapping()
         rules: list[dict[str, Any]] = []
         layers = set(self.dense_layers) | (
             {0} if self.cache and CACHES[self.cache.kind].by_first_block and self.arm else set()
@@ -98,7 +103,8 @@ class Candidate:
         return recipe
 
     def __str__(self) -> str:
-        parts = [str(self.arm)] if self.arm else []
+        parts = [self.preset.name] if self.preset else []
+        parts += [str(self.arm)] if self.arm else []
         parts += [f"{self.dense_steps} % of steps dense"] if self.arm and self.dense_steps else []
         parts += [f"layers {', '.join(map(str, self.dense_layers))} dense"] if self.dense_layers else []
         parts += [str(self.cache)] if self.cache else []

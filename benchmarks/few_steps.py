@@ -1,0 +1,107 @@
+"""The recipes for any denoiser, by number of steps: quality and time of whole runs of the bundled video model, beside dense.
+
+usage: python -m benchmarks.few_steps [--steps 4 8 20] [--recipes close balanced fast] [--grid middle] [--captions 3] [--seeds 0 1]
+
+Every caption and seed is run dense and with each recipe, one after the other in one process, in runs of each number of steps. A run is
+held against the dense one of its caption, seed and number of steps, so that differences are paired. Times are of whole runs without the
+text encoder, on an idle machine; the gate is off, which would leave some calls dense at small sizes. The model was not distilled: in 4
+steps its dense runs seldom show what their caption says, so read how near a run is to dense, not how good it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+import accelplug
+from accelplug.comparison.environment import environment
+from accelplug.comparison.evaluators.statistics import paired_bootstrap
+from accelplug.comparison.metrics import METRICS, Beside
+from accelplug.show import jsonable
+from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, agreement, foreground
+from benchmarks.common import write_json
+from benchmarks.whole_runs import CAPTIONS, GRIDS, Arm, Runner, clip_of
+
+SIZES = {**GRIDS, "middle": {**GRIDS["small"], "num_frames": 33}}
+"""Grids by name: 1,728, 3,264 and 6,528 tokens for small, middle and demo."""
+DENSE = "dense"
+Row = dict[str, Any]
+
+
+def measured(runner: Runner, recipe: str, settings: dict[str, Any], caption: int, seed: int) -> tuple[np.ndarray, float]:
+    """The clip of a run, and its seconds."""
+    stock = Arm(DENSE, "", 0.0, True, None, settings)
+    with nullcontext() if recipe == DENSE else accelplug.apply(runner.pipe, recipe, gate="off"):
+        start = time.perf_counter()
+        clip = clip_of(runner.call(stock, caption, seed, output_type="np"))
+        return clip, time.perf_counter() - start
+
+
+def rows_of(runner: Runner, recipes: Sequence[str], settings: dict[str, Any], caption: int, seed: int) -> Iterator[Row]:
+    """Runs of one caption, seed and number of steps: dense first, then every recipe, held against it."""
+    dense, dense_s = measured(runner, DENSE, settings, caption, seed)
+    about = {"steps": settings["num_inference_steps"], "caption": caption, "seed": seed}
+    yield {**about, "recipe": DENSE, "seconds": dense_s, "agreement": agreement(dense, HELD_OUT_CAPTIONS[caption])}
+    for recipe in recipes:
+        clip, seconds = measured(runner, recipe, settings, caption, seed)
+        beside = Beside(clip, dense, None, None, foreground, agreement, HELD_OUT_CAPTIONS[caption])
+        scores = {metric.key: metric.of(beside) for metric in METRICS.values() if metric.of is not None}
+        yield {**about, "recipe": recipe, "seconds": seconds, "of_dense": seconds / dense_s, **scores}
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """Each number of steps and recipe in Markdown; intervals hold 95 %."""
+    yield "| steps | recipe | runs | time of dense | foreground PSNR, dB | worst | SSIM | agreement (dense) |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for steps, recipe in dict.fromkeys((row["steps"], row["recipe"]) for row in rows):
+        if recipe == DENSE:
+            continue
+        found = [row for row in rows if (row["steps"], row["recipe"]) == (steps, recipe)]
+        stock = [row["agreement"] for row in rows if (row["steps"], row["recipe"]) == (steps, DENSE)]
+        cells = [str(steps), recipe, str(len(found)), spread(found, "of_dense", 2), spread(found, "fg_psnr_db", 1)]
+        cells += [
+            f"{min(float(row['fg_psnr_db']) for row in found):.1f}",
+            f"{statistics.fmean(row['ssim'] for row in found):.3f}",
+        ]
+        cells += [f"{statistics.fmean(row['agreement'] for row in found):.2f} ({statistics.fmean(stock):.2f})"]
+        yield f"| {' | '.join(cells)} |"
+
+
+def spread(rows: Sequence[Row], key: str, digits: int) -> str:
+    """The mean of a figure with its 95 % interval, resampled over captions."""
+    captions = [
+        [float(row[key]) for row in rows if row["caption"] == caption] for caption in {row["caption"] for row in rows}
+    ]
+    mean, low, high = paired_bootstrap(lambda some: statistics.fmean(value for values in some for value in values), captions)
+    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 20])
+    parser.add_argument("--recipes", nargs="+", default=["close", "balanced", "fast"])
+    parser.add_argument("--grid", choices=SIZES, default="middle")
+    parser.add_argument("--captions", type=int, default=3, help="how many")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    runner, settings = Runner(options.threads), SIZES[options.grid]
+    measured(runner, DENSE, {**settings, "num_inference_steps": 1}, CAPTIONS[0], 0)  # warms up
+    facts = {**environment(runner.pipe), "grid": options.grid, "settings": settings, "threads": options.threads}
+    rows: list[Row] = []
+    for seed, caption in product(options.seeds, CAPTIONS[: options.captions]):
+        for steps in options.steps:
+            rows += rows_of(runner, options.recipes, {**settings, "num_inference_steps": steps}, caption, seed)
+        write_json("few_steps", {**facts, "rows": jsonable(rows)})  # whatever ends the rest
+    print(*table(rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
