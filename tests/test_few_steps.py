@@ -149,6 +149,16 @@ def test_runs_of_few_steps(name: str, steps: int) -> None:
     assert torch.equal(run(pipe, inputs, steps), stock)
 
 
+def test_a_modular_pipeline_takes_them() -> None:
+    classic, inputs = tiny_pipelines.pipeline("wan")
+    modular = tiny_pipelines.modular_wan(classic)
+    given = {key: inputs[key] for key in ("prompt_embeds", "negative_prompt_embeds", "height", "width", "num_frames")}
+    with accelplug.apply(modular, "fast", gate="off", strict=True) as plug, plug.trace() as events:
+        modular(**given, num_inference_steps=8, generator=torch.Generator().manual_seed(0), output="latents")
+    assert {event.clock.step for event in events if event.patch == "dense"} == {0}
+    assert "1 of 8 steps dense" in plug.report().expected
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_bare_denoiser_takes_them_step_by_step(preset: str) -> None:
     model, inputs = tiny_models.build("flux")

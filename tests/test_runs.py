@@ -276,15 +276,8 @@ def test_another_pipeline_may_be_the_first_to_run(name: str) -> None:
 
 def test_a_modular_pipeline_and_a_classic_one_on_one_denoiser() -> None:
     """The modular one names no branches and opens no context."""
-    from diffusers.modular_pipelines.wan.modular_blocks_wan import WanBlocks
-
     classic, inputs = tiny_pipelines.pipeline("wan")
-    blocks = WanBlocks()
-    for name in ("text_encoder", "decode"):
-        blocks.sub_blocks.pop(name)
-    modular = blocks.init_pipeline()
-    modular.set_progress_bar_config(disable=True)
-    modular.update_components(**{name: getattr(classic, name) for name in ("transformer", "scheduler", "vae")})
+    modular = tiny_pipelines.modular_wan(classic)
     classic.scheduler = copy.deepcopy(classic.scheduler)
     given = {key: inputs[key] for key in ("prompt_embeds", "negative_prompt_embeds", "height", "width", "num_frames")}
 

@@ -25,7 +25,7 @@ from accelplug.comparison.study import Study
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
 from accelplug.patches.sparse.rest_weights import RestWeights
-from accelplug.recipe import Measured, load, read_file
+from accelplug.recipe import Measured, ModelFacts, load, read_file
 from accelplug.step_caches import CACHES
 from accelplug.testing.laws import snapshot_of
 from accelplug.tuning import Bound, caches, prediction, search, space, verification, workers
@@ -107,6 +107,23 @@ def test_the_fastest_that_holds_is_proven_on_another_seed(told_times: None) -> N
     with accelplug.apply(pipe, found, gate="off") as plug, torch.no_grad():
         pipe(**inputs)
         assert plug.report().served["sol"] > 0
+
+
+def test_recipes_that_all_denoisers_have_are_tried_as_they_stand(told_times: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = {
+        "rules": [{"where": {"steps": "0:50%"}, "patch": "dense"}, {"patch": "radial", "with": {"block": 8, "decay": 0.1}}]
+    }
+    made = dataclasses.replace(load(preset, ModelFacts(("Any",), {})), name="denoiser/made")
+    other = dataclasses.replace(load({"patch": "tome"}, ModelFacts(("Any",), {})), name="denoiser/other")
+    monkeypatch.setattr(search, "presets", lambda facts: [made, other])
+    pipe, inputs = pipeline()
+    found = run(pipe, inputs, "psnr>=1")
+    points = {point.name: point for point in found.points}
+    assert points["denoiser/made"].recipe == made.to_mapping()
+    assert points["denoiser/made"].speedup == pytest.approx(10 / 7)
+    assert "denoiser/other" not in points, "its patch was not asked for"
+    assert found.proven is not None
+    assert found.proven.name.startswith("sol"), "what is faster and holds wins all the same"
 
 
 def test_nothing_holds_an_impossible_budget_and_dense_says_why(told_times: None) -> None:

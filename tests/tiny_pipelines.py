@@ -586,6 +586,19 @@ PIPELINES: dict[str, Callable[[], Built]] = {
 }
 
 
+def modular_wan(classic: Any) -> Any:
+    """A modular pipeline on the parts of a classic one, from given embeddings; it names no branches and opens no context."""
+    from diffusers.modular_pipelines.wan.modular_blocks_wan import WanBlocks
+
+    blocks = WanBlocks()
+    for name in ("text_encoder", "decode"):
+        blocks.sub_blocks.pop(name)
+    modular = blocks.init_pipeline()
+    modular.set_progress_bar_config(disable=True)
+    modular.update_components(**{name: getattr(classic, name) for name in ("transformer", "scheduler", "vae")})
+    return modular
+
+
 def decoding(name: str, seed: int = 0) -> Built:
     """Return (pipe, keyword arguments of its call): four steps from given embeddings, tensors out."""
     return build_pipeline(DECODING[name], seed)
