@@ -52,13 +52,40 @@ def list_recipes() -> list[RecipeInfo]:
 
 def matching_files(facts: ModelFacts) -> list[RecipeFile]:
     """Return the shipped files that fit a model best: one, none, or several that fit equally well."""
-    files = _fitting(facts)
-    best = max((file.match.weight(facts) for file in files), default=0)
-    return [file for file in files if file.match.weight(facts) == best]
+    return _Fitting.to(facts).best
 
 
-def _fitting(facts: ModelFacts) -> list[RecipeFile]:
-    return [file for file in map(read_file, shipped_files().values()) if file.match.fits(facts)]
+@dataclass(frozen=True)
+class _Fitting:
+    """The shipped files that fit a model.
+
+    Attributes
+    ----------
+    best : those that fit it best, equally well.
+    for_all : recipes by short name that all models of its kind have, the default first.
+    """
+
+    best: list[RecipeFile]
+    for_all: dict[str, Recipe]
+
+    @classmethod
+    def to(cls, facts: ModelFacts) -> _Fitting:
+        found = [file for file in map(read_file, shipped_files().values()) if file.match.fits(facts)]
+        weights = {file.model: file.match.weight(facts) for file in found}
+        for_all: dict[str, Recipe] = {}
+        for file in found:
+            if not weights[file.model]:
+                for_all |= {file.default: file.recipe(), **file.recipes}
+        return cls([file for file in found if weights[file.model] == max(weights.values())], for_all)
+
+    def takes(self, name: str) -> bool:
+        """Whether a name is that of a recipe for all, and no file that fits better has it."""
+        return name in self.for_all and not any(name in file.recipes for file in self.best)
+
+    def recipes(self) -> dict[str, Recipe]:
+        """All that the model takes by short names, by full name."""
+        own = {recipe.name: recipe for file in self.best for recipe in file.recipes.values()}
+        return own | {recipe.name: recipe for name, recipe in self.for_all.items() if self.takes(name)}
 
 
 def recipes_of(facts: ModelFacts) -> dict[str, Recipe]:
@@ -66,23 +93,13 @@ def recipes_of(facts: ModelFacts) -> dict[str, Recipe]:
 
     They are those of the files that fit best, and, under names that these leave free, those of the file for all models of its kind.
     """
-    own = matching_files(facts)
-    taken = {name for file in own for name in file.recipes}
-    found = {recipe.name: recipe for file in own for recipe in file.recipes.values()}
-    return found | {
-        recipe.name: recipe for file in _for_all(facts) for name, recipe in file.recipes.items() if name not in taken
-    }
+    return _Fitting.to(facts).recipes()
 
 
 def presets(facts: ModelFacts) -> list[Recipe]:
     """Return the recipes that all models of a kind have, the default first; a model's own take the place of those of the same name."""
-    names = [name for file in _for_all(facts) for name in sorted(file.recipes, key=lambda name: name != file.default)]
-    return [_by_short_name(facts, name) for name in names]
-
-
-def _for_all(facts: ModelFacts) -> list[RecipeFile]:
-    """The file for all models of a kind, or none."""
-    return [file for file in _fitting(facts) if not file.match.weight(facts)]
+    fitting = _Fitting.to(facts)
+    return [recipe if fitting.takes(name) else fitting.best[0].recipe(name) for name, recipe in fitting.for_all.items()]
 
 
 def load(recipe: str | Path | Mapping[str, Any] | Recipe | Patch | None, facts: ModelFacts) -> Recipe:
@@ -123,12 +140,12 @@ def _find(recipe: str | Path | Mapping[str, Any] | Patch | None, facts: ModelFac
     if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.endswith((".yaml", ".yml"))):
         return read_file(Path(recipe)).recipe()
     if recipe is None:
-        return _matching_file(facts).recipe()
+        return _of_model(facts)
     if not isinstance(recipe, str):
         return _everywhere(recipe)
     if "/" in recipe or recipe in shipped_files():
         return named(recipe)
-    return _by_short_name(facts, _require_name(recipe))
+    return _of_model(facts, _require_name(recipe))
 
 
 def _everywhere(patch: Any) -> Recipe:
@@ -162,17 +179,12 @@ def _shipped(model: str) -> RecipeFile:
     return read_file(files[model])
 
 
-def _by_short_name(facts: ModelFacts, name: str) -> Recipe:
-    """A recipe of the file that fits best, or else of the one for all models of the kind."""
-    for_all = {short: recipe for file in _for_all(facts) for short, recipe in file.recipes.items()}
-    if name in for_all and not any(name in file.recipes for file in matching_files(facts)):
-        return for_all[name]
-    return _matching_file(facts, name).recipe(name, beside=for_all)
-
-
-def _matching_file(facts: ModelFacts, name: str | None = None) -> RecipeFile:
-    files = matching_files(facts)
-    wanted = f"/{name}" if name else ""
+def _of_model(facts: ModelFacts, name: str | None = None) -> Recipe:
+    """A recipe of the file that fits best, or of the one for all models of the kind."""
+    fitting = _Fitting.to(facts)
+    files, wanted = fitting.best, f"/{name}" if name else ""
+    if name is not None and fitting.takes(name):
+        return fitting.for_all[name]
     if not files:
         raise NoMatchError(
             f"No shipped recipe file is for this {facts.class_names[0]}. Shipped: {', '.join(shipped_files())}. "
@@ -184,7 +196,7 @@ def _matching_file(facts: ModelFacts, name: str | None = None) -> RecipeFile:
     if len(files) > 1:
         names = " or ".join(f"{file.model}{wanted or '/' + file.default}" for file in files)
         raise RecipeError(f"This {facts.class_names[0]} fits several recipe files equally well. Name one: {names}.")
-    return files[0]
+    return files[0].recipe(name, beside=fitting.for_all)
 
 
 def _inline(data: Mapping[str, Any]) -> Recipe:
@@ -215,9 +227,10 @@ def describe(recipe: str | Path) -> Text:
 
 def recipes_for(facts: ModelFacts, sites: Sequence[Site]) -> dict[str, str]:
     """Return the shipped recipes that a model takes by name, by full name, with what each would touch of its `sites`."""
-    defaults = {f"{file.model}/{file.default}" for file in matching_files(facts)}
+    fitting = _Fitting.to(facts)
+    defaults = {f"{file.model}/{file.default}" for file in fitting.best}
     recipes = {}
-    for name, recipe in recipes_of(facts).items():
+    for name, recipe in fitting.recipes().items():
         touched = sum(recipe.may_touch(site) for site in sites)
         around = "around generate(), " if recipe.around() else ""
         said = [f"{around}{touched} of {len(sites)} sites"]
