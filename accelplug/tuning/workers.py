@@ -56,7 +56,7 @@ class Workers:
     ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
-        self.floors = Floors(run=self.study.floor)
+        self.floors = Floors(run=lambda *asked: self.study.floor(*asked))
 
     def run(self, job: Job) -> dict[Pair, dict[str, float]]:
         """Have a job run, in the first process; return what each bound's metric says of the variant, by pair."""
