@@ -151,6 +151,11 @@ def _parser() -> argparse.ArgumentParser:
         help="what dense attention scores in another kernel, another dtype, at another seed: on as many prompts as half as many runs again "
         "take (some, default), on all, or on none",
     )
+    command.add_argument(
+        "--parts",
+        action="store_true",
+        help="pipelines: run the patches and the step cache of each recipe alone too; say who gave how much",
+    )
     command.add_argument("--resume", type=Path, help="pipelines: keep what was run in this folder, and go on from it")
     command.add_argument("--report", type=Path, help="write a page (.html) or the figures (.json)")
     command.add_argument(
@@ -365,7 +370,7 @@ def _compare(options: argparse.Namespace) -> int:
 
     report = _report(options)
     if (kind := loading.kind_of(options.model_dir)) == "language model":
-        _refuse(options, kind, "prompt", "prompts", "seed", "caches", "resume", "by_layer", "record", *SIZES)
+        _refuse(options, kind, "prompt", "prompts", "seed", "caches", "parts", "resume", "by_layer", "record", *SIZES)
         return _compare_answers(options, report)
     _refuse(options, kind, *EXAMS)
     if not options.prompt and options.prompts is None:
@@ -387,6 +392,7 @@ def _compare(options: argparse.Namespace) -> int:
         prompts=prompts,
         caches=options.caches,
         floors="all" if options.floors == "all" else options.floors == "some",
+        parts=options.parts,
         resume=options.resume,
     )
     _publish(result, report)
@@ -586,11 +592,11 @@ def _doctor(options: argparse.Namespace) -> int:
     import torch
 
     from accelplug import compat, families
-    from accelplug.kernels.attention import available_backends
+    from accelplug.kernels.attention import UNTRIED, available_backends
     from accelplug.show import table
 
     checked = table("accelplug doctor", "", "", names=False, show_header=False)
-    for package in ("torch", "diffusers", "transformers", "triton", "flash-attn"):
+    for package in ("torch", "diffusers", "transformers", "triton", "flash-attn", "nvidia-cudnn-frontend", "kernels"):
         found = compat.versions.installed(package) or "not installed"
         if package in compat.versions.TESTED:
             found += f" ({'untested; ' if compat.versions.untested(package) else ''}tested: {compat.versions.tested_versions(package)})"
@@ -599,7 +605,8 @@ def _doctor(options: argparse.Namespace) -> int:
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     checked.add_row("device", name)
     for backend, why_not in available_backends(device).items():
-        checked.add_row(f"kernel {backend}", "works" if why_not is None else why_not)
+        there = "there, but no GPU has run it in our tests" if backend in UNTRIED else "works"
+        checked.add_row(f"kernel {backend}", why_not or there)
     broken = 0
     for promise, check in (*compat.versions.contracts(), *compat.contracts.contracts_of(families)):
         why = compat.contracts.why_broken(check)

@@ -61,7 +61,8 @@ class Clips(Shown):
         left: Any = {"title_justify": "left", "caption_justify": "left"}
         table = Table(title=found.verdict, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), **left)
         table.add_column("run", no_wrap=True)
-        for heading in ("seconds", "speed-up", "foreground PSNR, dB", "shows its caption", "removed: bit for bit the same"):
+        quality = ("foreground PSNR, dB", "shows its caption", "removed: bit for bit the same")
+        for heading in ("seconds", "speed-up", found.memory, *quality):
             table.add_column(heading, justify="right")
         for row in found.rows:
             table.add_row(row.name, *self._cells(row))
@@ -70,6 +71,7 @@ class Clips(Shown):
     def _cells(self, row: Row) -> Iterator[str]:
         yield f"{row.latency.p50 / 1e3:.1f}"
         yield f"{self.comparison.speedup(row).p50:.2f}x"
+        yield f"{row.peak_mib:.0f}" if row.peak_mib else ""
         yield rounded(row.mean("fg_psnr_db"), 1)
         yield "yes" if row.mean("agreement") == 1 else "no"
         yield {True: "yes", False: "NO", None: ""}[self.restored.get(row.name)]

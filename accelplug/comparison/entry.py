@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from accelplug.comparison import arguments
 from accelplug.comparison.arms import arm_name, is_change
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.floors import floor_prompts
+from accelplug.comparison.parts import taken_apart
 from accelplug.comparison.prompts import with_prompts
 from accelplug.comparison.ranks import working
 from accelplug.comparison.resume import Finished, facts_of
@@ -23,7 +25,7 @@ from accelplug.comparison.texts.compared import compare_texts
 from accelplug.comparison.vlm import compare_vlm
 from accelplug.errors import AccelplugError, worded
 from accelplug.hosts.host import model_facts, require_ability
-from accelplug.hosts.models import denoisers, unwrapped
+from accelplug.hosts.models import denoisers, runs_compiled, unwrapped
 from accelplug.recipe import Recipe, load
 
 STEP_CACHE = "FirstBlockCache"
@@ -40,6 +42,7 @@ def compare(
     prompts: int | Sequence[str] | None = None,
     caches: bool = False,
     floors: bool | str = True,
+    parts: bool = False,
     foreground: Callable[[np.ndarray], np.ndarray] | None = None,
     detect: Callable[[np.ndarray, str], float] | None = None,
     processor: Any = None,
@@ -72,6 +75,8 @@ def compare(
     caches : add FirstBlockCache alone, and with each recipe.
     floors : add what dense attention itself scores, once a prompt: in another kernel, in another dtype, at another seed. True: on as many
         prompts, the first ones, as take half as many runs again, on one at least; ``all``: on all; False: on none.
+    parts : take every recipe of two parts or more apart: its patches, its step cache, and compilation where the pipeline is compiled. Each
+        is run alone, and all but each; a table says what each gave, and what is lost between them (see `accelplug.comparison.parts`).
     foreground : uint8 (F, H, W, 3) -> bool (F, H, W), the objects, for the foreground PSNR.
     detect : (uint8 clip, prompt) -> agreement in [0, 1].
     processor : a language model's: its processor, or its tokenizer.
@@ -88,9 +93,9 @@ def compare(
     """
     pipe, processor = unwrapped(pipe, processor)
     if require_ability(pipe, "compare").gives == "answers":
-        if caches or not all(given is None for given in (prompts, foreground, detect, resume)):
+        if caches or parts or not all(given is None for given in (prompts, foreground, detect, resume)):
             raise AccelplugError(
-                "caches, prompts, foreground, detect and resume are about pipelines; leave them out for a language model."
+                "caches, parts, prompts, foreground, detect and resume are about pipelines; leave them out for a language model."
             )
         return _examine(pipe, recipe, inputs, processor, progress)
     calls = arguments.calls(pipe, with_prompts(pipe, inputs, prompts), "compare")
@@ -110,6 +115,8 @@ def compare(
             Variant(name, loaded.with_cache("first_block", threshold=CACHE_THRESHOLD), "cache")
             for name, loaded in cached.items()
         ]
+    apart, stacks = taken_apart(variants, runs_compiled(pipe)) if parts else ([], [])
+    variants += apart
     with working(pipe) as ranks, compat.diffusers.quiet(pipe):
         if resume is not None:
             study.finished = Finished(resume, facts_of(pipe, calls, foreground, detect), ranks)
@@ -122,7 +129,7 @@ def compare(
                 tell(done, what)
                 run()
         study.gather(ranks)
-    return study.finish(recipes)
+    return replace(study.finish(recipes), stacks=stacks)
 
 
 def _examine(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool) -> Any:

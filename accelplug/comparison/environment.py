@@ -28,6 +28,7 @@ def environment(pipe: Any = None) -> dict[str, Any]:
         "versions": {"accelplug": __version__, **versions},
         "git": revision(),
         "baseline": baseline(),
+        "memory": memory_name(),
     }
     if pipe is not None and hasattr(pipe, "dtype"):
         facts["dtype"] = str(pipe.dtype).removeprefix("torch.")
@@ -46,6 +47,16 @@ def baseline() -> str:
     if not torch.cuda.is_available():
         return "torch SDPA (CPU flash)"
     return "torch SDPA (cuDNN, flash or efficient, as torch picks)"
+
+
+def memory_name() -> str:
+    """What `peak_mib` measures, in words."""
+    return "allocated by torch" if torch.cuda.is_available() else "resident"
+
+
+def memory_heading(of: str | None = None) -> str:
+    """What a column of peak memory is called, with its unit; `of`: what was measured, if not on this machine."""
+    return f"peak MiB, {of or memory_name()}"
 
 
 def forget_peak(device: torch.device) -> bool:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelplug.comparison.environment import memory_heading
 from accelplug.comparison.evaluators import EVALUATORS
 from accelplug.comparison.evaluators.evaluator import Figure, Said
 from accelplug.comparison.evaluators.pope import pooled
@@ -22,6 +23,7 @@ class Outcome:
     figures : by evaluator, for those that the exam asks for: ``row.figures["pope"].splits["adversarial"].mcc``.
     p, holm : by test, ``questions`` and ``described``: the p-value against stock, and corrected over all recipes; see `PopeEvaluator`.
     tokens_per_s : over all descriptions, prompts included.
+    peak_mib : most memory meanwhile; None where the system does not tell.
     alarms : signs that fewer errors come from saying less.
     """
 
@@ -32,6 +34,7 @@ class Outcome:
     p: dict[str, float] = field(default_factory=dict)
     holm: dict[str, float] = field(default_factory=dict)
     tokens_per_s: float = math.nan
+    peak_mib: float | None = None
     alarms: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -46,7 +49,8 @@ class Outcome:
             tool.title: tool.columns(self.figures[tool.name], self.holm) for tool in EVALUATORS if tool.name in self.figures
         }
         speed = {} if math.isnan(self.tokens_per_s) else {"tokens a second": f"{self.tokens_per_s:.0f}"}
-        return cells | {"speed of descriptions, prompts included": speed}
+        memory = {} if self.peak_mib is None else {memory_heading(): f"{self.peak_mib:.0f}"}
+        return cells | {"speed of descriptions, prompts included": speed, "memory": memory}
 
     def drawn(self) -> list[Figure]:
         """What a page draws: the figures of all evaluators, and speed."""
@@ -60,7 +64,12 @@ class Outcome:
         data: dict[str, Any] = {"name": self.name, "kind": self.kind}
         for evaluator in EVALUATORS:
             data |= evaluator.summary(self.figures.get(evaluator.name), self.p, self.holm)
-        return data | {"tokens_per_s": self.tokens_per_s, "alarms": self.alarms, "notes": self.notes}
+        return data | {
+            "tokens_per_s": self.tokens_per_s,
+            "peak_mib": self.peak_mib,
+            "alarms": self.alarms,
+            "notes": self.notes,
+        }
 
 
 def hold_against_stock(rows: list[Outcome], exam: Exam) -> None:

@@ -14,11 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from accelplug.show import jsonable
+from accelplug.show import as_elements, jsonable
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PAGE_TEMPLATE = Path(__file__).with_name("report.html")
 MAX_SIDE = 384
@@ -75,6 +78,7 @@ def page(
     clips: Mapping[tuple[str, int, int], np.ndarray],
     headings: Sequence[str],
     lines: Iterable[tuple[str, str, Sequence[str]]],
+    more: Sequence[Table] = (),
 ) -> str:
     """Return the page as text. Clips are embedded as sprite sheets, one image a clip.
 
@@ -86,6 +90,7 @@ def page(
     axis, dots : the plot.
     clips : (name, prompt, seed) -> uint8 (F, H, W, 3), dense ones among them.
     headings, lines : the table; each line is (name, kind, cells).
+    more : tables below it.
     """
     sheets = [{"name": name, "prompt": prompt, "seed": seed, **sprite(clip)} for (name, prompt, seed), clip in clips.items()]
     told = {**data, "axis": axis, "dots": dots, "clips": sheets}
@@ -94,7 +99,7 @@ def page(
         "MODEL": html.escape(subject),
         "VERDICT": html.escape(verdict),
         "TIMED": html.escape(timed),
-        "TABLE": _table(headings, lines),
+        "TABLE": _table(headings, lines) + "".join(map(as_elements, more)),
         # No "<" of the data may end the script or begin another.
         "DATA": json.dumps(jsonable(told)).replace("<", "\\u003c"),
     }.items():

@@ -14,9 +14,11 @@ import numpy as np
 
 from accelplug import files
 from accelplug.comparison import report
+from accelplug.comparison.environment import memory_heading
 from accelplug.comparison.floors import FLOORS, Between, between
 from accelplug.comparison.metrics import BY_KEY, METRICS
 from accelplug.comparison.paired import Difference, differences, too_few, versus
+from accelplug.comparison.parts import Stack, StackGains
 from accelplug.comparison.report import Dot, PlotAxis
 from accelplug.comparison.rows import ARMS, DENSE_ROW, ErrorSummary, Quantiles, Row, Sample, from_jsonable, gains
 from accelplug.errors import AccelplugError
@@ -41,6 +43,7 @@ class Comparison(Shown):
     clips : (row name, prompt, seed) -> uint8 (F, H, W, 3), for the page; not part of the JSON.
     timed : what the times include, in words.
     headline : the result of a search, shown in place of a verdict on rows most of which miss the budget.
+    stacks : recipes that were taken apart; `shares` says who gave how much.
     """
 
     model: str
@@ -53,6 +56,7 @@ class Comparison(Shown):
     clips: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict, repr=False)
     recorders: dict[str, Callable[[dict[str, Any]], Path]] = field(default_factory=dict, repr=False)
     headline: str = ""
+    stacks: list[Stack] = field(default_factory=list)
 
     @property
     def dense(self) -> Row:
@@ -190,10 +194,25 @@ class Comparison(Shown):
             "sparse steps (pred.)",
             "density",
             "estimated error (worst)",
-            "peak MiB",
+            self.memory,
             "between floors",
             *(metric.heading if column == "mean" else "worst" for metric in METRICS.values() for column in metric.columns),
         ]
+
+    @property
+    def memory(self) -> str:
+        """What the column of peak memory is called: what was measured, and its unit."""
+        of = self.environment.get("memory")
+        return memory_heading(of) if of else "peak MiB"
+
+    @property
+    def shares(self) -> list[StackGains]:
+        """Of each recipe that was taken apart, who gave how much."""
+        return [StackGains.of(stack, self.row, self.metric) for stack in self.stacks]
+
+    def parts(self) -> list[Table]:
+        """Return who gave how much as rich tables, one for each recipe that was taken apart."""
+        return [shares.table(BY_KEY[self.metric].heading, self.memory) for shares in self.shares]
 
     def cells(self, row: Row) -> list[str]:
         """One line of the table, as text."""
@@ -235,7 +254,8 @@ class Comparison(Shown):
             }
             for row in self.rows
         ]
-        return jsonable({**data, "verdict": self.verdict, "rows": rows, "paired": self.paired()})
+        shares = [shares.to_dict() for shares in self.shares]
+        return jsonable({**data, "verdict": self.verdict, "rows": rows, "paired": self.paired(), "parts": shares})
 
     def _between(self, row: Row) -> dict[str, Any]:
         """All figures of a row between their floors, by the key of the metric."""
@@ -257,6 +277,7 @@ class Comparison(Shown):
             data = json.loads(text)
             data.pop("verdict")
             data.pop("paired", None)
+            stacks = [Stack.from_dict(told) for told in data.pop("parts", ())]
             for row in data["rows"]:
                 for made in ("error", "forced", "between"):
                     row.pop(made, None)
@@ -265,7 +286,7 @@ class Comparison(Shown):
                 Row(**{**row, "samples": [Sample.from_dict(from_jsonable(sample)) for sample in row["samples"]]})
                 for row in data.pop("rows")
             ]
-            return cls(**data, rows=rows)
+            return cls(**data, rows=rows, stacks=stacks)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise AccelplugError(f"{path} holds no comparison: expected what to_json() wrote, got {error!r}.") from error
 
@@ -290,6 +311,7 @@ class Comparison(Shown):
             clips={key: clip for key, clip in self.clips.items() if key[0] in shown},
             headings=self.headings(),
             lines=((row.name, row.kind, self.cells(row)) for row in self.rows),
+            more=self.parts(),
         )
 
     @property
@@ -380,7 +402,8 @@ class Comparison(Shown):
         from rich.console import Group
 
         found = self.paired()
-        return Group(self.table(), "", versus(found)) if found else self.table()
+        below = [*([versus(found)] if found else []), *self.parts()]
+        return Group(self.table(), *(item for table in below for item in ("", table))) if below else self.table()
 
 
 def errors(row: Row, predicted: float | None = None) -> list[tuple[str, str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, TypeAlias
@@ -33,9 +34,10 @@ class Variant:
     Attributes
     ----------
     recipe : None for the stock model; language models: anything that `accelplug.apply` takes.
-    kind : ``dense`` or ``stock``, ``recipe``, ``function``, ``cache``, or ``control``: what a real effect must beat.
+    kind : ``dense`` or ``stock``, ``recipe``, ``function``, ``cache``, ``part`` of a recipe, or ``control``: what a real effect must beat.
     change : pipelines: a function in place of a recipe, see `accelplug.comparison.arms`.
     picture : language models: what becomes of every picture before it is shown, for a blind control.
+    around : pipelines: makes what stands around its runs.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Variant:
     kind: str = "recipe"
     picture: Callable[[Any], Any] | None = None
     change: Callable[[Any], Callable[[], Any]] | None = None
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass
@@ -128,11 +131,11 @@ def by_layer_and_step(found: Sequence[tuple[Site, Clock, float | None]], of: Cal
 
 @dataclass
 class Row:
-    """One line of the table: the dense run, a recipe, a function of the user's, a cache, or a floor.
+    """One line of the table: the dense run, a recipe, a function of the user's, a cache, a part of a recipe, or a floor.
 
     Attributes
     ----------
-    kind : ``dense``, ``recipe``, ``function``, ``cache`` or ``floor``.
+    kind : ``dense``, ``recipe``, ``function``, ``cache``, ``part`` or ``floor``.
     rules : the recipe as text for people, or the function's source.
     attention_ms : self- and joint-attention of one traced run, in all.
     density : by layer and step, fraction of (query, key) pairs computed, pooled keys counted; None where it did not run.

@@ -274,14 +274,15 @@ class Study:
 
     @contextlib.contextmanager
     def _on(self, variant: Variant, gate: str) -> Iterator[Any]:
-        if variant.change is not None:
-            with changed(self.pipe, variant.name, variant.change):
-                yield None
-        elif variant.recipe is None and gate == "off":
-            yield None  # timed dense runs are the stock pipeline
-        else:
-            with apply(self.pipe, OBSERVED if variant.recipe is None else variant.recipe, gate=gate) as plug:
-                yield plug
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(variant.around())
+            if variant.change is not None:
+                yield stack.enter_context(changed(self.pipe, variant.name, variant.change))
+            elif variant.recipe is None and gate == "off":
+                yield None  # timed dense runs are the stock pipeline
+            else:
+                recipe = OBSERVED if variant.recipe is None else variant.recipe
+                yield stack.enter_context(apply(self.pipe, recipe, gate=gate))
 
 
 def _recorder(recipe: Recipe) -> Callable[[dict[str, Any]], Any]:

@@ -13,7 +13,7 @@ from accelplug import show
 from accelplug.chat import Chat
 from accelplug.comparison import arguments
 from accelplug.comparison.answers import answers_page
-from accelplug.comparison.environment import environment
+from accelplug.comparison.environment import environment, forget_peak, peak_mib
 from accelplug.comparison.evaluators.pope import questions_sha256
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.outcome import Outcome, hold_against_stock
@@ -162,6 +162,7 @@ class Examiner:
         stock = variant.recipe is None
         plug: Any = nullcontext() if stock else apply(self.model, variant.recipe, gate="off", processor=self.processor)
         with plug as on:
+            told = forget_peak(self.model.device)
             said = self.ask(variant.picture)
             for split in exam.splits:
                 found = [said[question.image, question.text] for question in exam.of(split)]
@@ -169,6 +170,7 @@ class Examiner:
             row.said.pairs = [(said[key, yes][0], said[key, no][0]) for _, key, yes, no in exam.pairs]
             if descriptions:
                 row.said.descriptions, row.tokens_per_s = self.describe(variant.picture)
+            row.peak_mib = peak_mib(self.model.device) if told else None
             if on is not None:
                 row.notes = on.report().left_dense
         row.score(exam)

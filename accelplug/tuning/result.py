@@ -220,7 +220,8 @@ class Tuned(Recipe):
 
     def headings(self) -> list[str]:
         """Column headings of the table."""
-        return ["candidate", "runs", "speed-up", "predicted", "worst", "margin", "verdict"]
+        memory = [self.comparison.memory] if self.comparison is not None else []
+        return ["candidate", "runs", "speed-up", "predicted", "worst", "margin", *memory, "verdict"]
 
     def cells(self, point: Point) -> list[str]:
         """One line of the table, as text."""
@@ -231,8 +232,16 @@ class Tuned(Recipe):
             f"{point.predicted['speedup']:.2f}x" if point.predicted.get("speedup") else "",
             ", ".join(f"{name} {value:.2f}" for name, value in point.worst.items()),
             f"{point.margin:+.2f}",
+            *self._memory(point),
             self.verdict(point),
         ]
+
+    def _memory(self, point: Point) -> list[str]:
+        """Most memory of its runs, MiB, where runs are known."""
+        if self.comparison is None:
+            return []
+        peak = self.comparison.row(point.name).peak_mib
+        return [f"{peak:.0f}" if peak else ""]
 
     def verdict(self, point: Point) -> str:
         """The point's verdict, ``front`` for what was tried and is on it."""

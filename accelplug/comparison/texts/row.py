@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from accelplug.comparison.environment import memory_heading
 from accelplug.comparison.evaluators.evaluator import Figure
 from accelplug.comparison.questions import Reply
 from accelplug.comparison.texts.context import TextItem
@@ -117,7 +118,7 @@ class TextRow:
             kv, peaks = (max(r.kv_mib for r in self.of(tokens)), [r.peak_mib for r in self.of(tokens) if r.peak_mib])
             found[f"kv {tokens}"] = Figure(f"KV MiB at {tokens:,}", kv, "less", share=False)
             if peaks:
-                found[f"peak {tokens}"] = Figure(f"peak MiB at {tokens:,}", max(peaks), "less", share=False)
+                found[f"peak {tokens}"] = Figure(f"{memory_heading()}, at {tokens:,}", max(peaks), "less", share=False)
         if self.steps:
             found["step"] = _times("a token: times as fast", stock.steps, self.steps, is_stock)
         self.figures = found
