@@ -80,7 +80,7 @@ def apply(
         ``report`` times and tells, but forces the recipe; ``off`` forces it and times nothing; ``quality`` too, but calls whose
         estimated error is above `max_error` run dense, and are counted.
     backend : kernel for patches that leave the choice open: ``auto``, ``first``, ``triton``, ``flex``, ``flash``,
-        ``blocked``, ``reference``.
+        ``blocked``, ``reference``; or ``cudnn`` and ``sol``, which no GPU has run here, and which nothing but their name brings on.
     deterministic : True turns timing off: no gate, and the first kernel that serves is used.
     choices : what ``plug.choices`` was in an earlier run of this recipe, from its JSON too. Its gate, backend, verdicts and kernels
         hold in place of those arguments, without timing. A shape it does not know is timed, but not with ``deterministic=True``.

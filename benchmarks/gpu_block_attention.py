@@ -117,8 +117,9 @@ def kernels(smoke: bool, device: torch.device) -> dict[str, Kernel]:
         "triton int8, values int8": ours("triton", precision="int8", values="int8"),
         **{f"triton in 8 bits, {eight}": tiered(None, eight) for eight in ("int8", "fp8")},
     }
-    if available_backends(device)["flash"] is None:
-        found["flash"] = ours("flash")
+    missing = available_backends(device)
+    others: tuple[Backend, ...] = ("flash", "cudnn")
+    found |= {name: ours(name) for name in others if missing[name] is None}
     return {**found, "flex max-autotune": tuned_flex(smoke)}
 
 

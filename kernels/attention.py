@@ -12,7 +12,7 @@ from torch import Tensor
 
 from accelplug.bounded import Bounded
 from accelplug.errors import ShapeError, UnsupportedError
-from accelplug.kernels import blocked, flex, reference
+from accelplug.kernels import blocked, cudnn, flex, reference, sol_attn
 from accelplug.kernels.chunks import at_once, by_heads
 from accelplug.kernels.linear import first_order
 from accelplug.kernels.plan import BlockPlan, Threshold, pool
@@ -20,7 +20,10 @@ from accelplug.kernels.precision import DTYPES, Precision, ValuePrecision, quant
 from accelplug.kernels.rest import Drop, Linear, Pool, Rectified, Rest, Tied, coarse, rectified, tied
 from accelplug.kernels.timing import timed_ms
 
-Backend = Literal["auto", "first", "triton", "flex", "flash", "blocked", "reference"]
+Backend = Literal["auto", "first", "triton", "flex", "flash", "blocked", "reference", "cudnn", "sol"]
+
+UNTRIED = ("flash", "cudnn", "sol")
+"""What no GPU has run here. The last two are never chosen by themselves: they are asked for by name."""
 
 FLEX_MIN_SLOTS = 4096
 """Below this many key slots, compiling FlexAttention on a CPU costs more than it brings."""
@@ -58,7 +61,8 @@ def block_attention(
     precision, values : of q.k and of p.v in the blocks that are read exactly; see `precision`.
     key_mask : bool (B, P_k), keys that may be read, or (B, H, P_k) where that differs by head, as orders may; the kernels know
         one mask, so that heads then go one after the other. Pooled blocks are means over these alone.
-    backend : ``auto`` takes what `measure_choice` found for this shape, or the first that serves; ``first`` asks no measurement.
+    backend : ``auto`` takes what `measure_choice` found for this shape, or the first that serves; ``first`` asks no measurement. ``cudnn``
+        and ``sol`` are tried where they are named alone.
     return_lse : also return the natural log-sum-exp of each row.
 
     Returns
@@ -85,6 +89,11 @@ def block_attention(
     if key_mask is not None and key_mask.ndim == 3:
         return _by_head(q, k, v, plan, rest, key_mask, {**arguments, "return_lse": return_lse})
     arguments["key_mask"] = key_mask
+    if backend == "sol":
+        if return_lse:
+            raise UnsupportedError("backend='sol' gives no log-sum-exp. Use backend='triton' or 'auto'.")
+        native = precision == values == "native"
+        return sol_attn.attend(q, k, v, plan, rest, scale, key_mask, native)
     if isinstance(rest, Rectified | Tied):
         if return_lse:
             raise UnsupportedError(f"rest={type(rest).__name__} has no log-sum-exp. Call without return_lse.")
@@ -202,6 +211,7 @@ def _kernels(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """What serves a backend other than Triton: (q, k, v, plan, coarse, scale, key_mask, return_lse) -> (out, lse)."""
     flash = partial(flex.attend, backend="flash")
     kernels: dict[str, Any] = {"flex": flex.attend, "flash": flash, "blocked": blocked.attend, "reference": reference.attend}
+    kernels["cudnn"] = cudnn.attend
     return kernels[backend]
 
 
@@ -263,7 +273,8 @@ def available_backends(device: torch.device | str) -> dict[str, str | None]:
     """Return, for every backend, None where it serves on `device`, else why not."""
     device = torch.device(device)
     compiled = {"triton": triton_missing(device), "flex": flex.missing(device), "flash": flex.flash_missing(device)}
-    return {**compiled, "blocked": None, "reference": None}
+    named = {"cudnn": cudnn.missing(device), "sol": sol_attn.missing(device)}
+    return {**compiled, "blocked": None, "reference": None, **named}
 
 
 def triton_missing(device: torch.device) -> str | None:

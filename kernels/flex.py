@@ -123,7 +123,7 @@ def attend(
     slots_q, slots_k = len(plan.q_len) * plan.block_q, plan.key_slots
     rows, ratio = q.shape[-2], q.shape[1] // k.shape[1]
     k, v = extended(k, v, coarse, slots_k)
-    q, k, v = _padded(q, slots_q), *(_padded(x, -(-x.shape[-2] // plan.block_k) * plan.block_k) for x in (k, v))
+    q, k, v = padded(q, slots_q), *(padded(x, -(-x.shape[-2] // plan.block_k) * plan.block_k) for x in (k, v))
     levels = () if coarse is None else coarse.levels
     if key_mask is None and math.prod(plan.bits.shape[:3]) * slots_k // plan.block_k <= KEPT:
         key = (plan.bits.data_ptr(), plan.bits.shape, compat.torch.times_written(plan.bits), plan.causal, levels)
@@ -153,7 +153,8 @@ def attend(
     return out[..., :rows, :], None if lse is None else lse[..., :rows]
 
 
-def _padded(x: Tensor, slots: int) -> Tensor:
+def padded(x: Tensor, slots: int) -> Tensor:
+    """Return (B, H, P, D) with as many slots, zeros behind."""
     return F.pad(x, (0, 0, 0, slots - x.shape[-2])) if x.shape[-2] < slots else x
 
 

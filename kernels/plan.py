@@ -147,14 +147,19 @@ class BlockPlan:
             members = (members & past) | (reached & ~past & may)
             filled, may = filled & past, may & past
         count, whole = (part.sum(-1, dtype=torch.int32) for part in (members, members & filled))
-        taken, listed, level_count, unknown = members, count, None, torch.zeros((), dtype=torch.bool, device=members.device)
+        taken, block_lists, level_count, unknown = (
+            members,
+            count,
+            None,
+            torch.zeros((), dtype=torch.bool, device=members.device),
+        )
         if level is not None:
             unknown = ~torch.isin(level, torch.tensor([0, *LEVELS], device=level.device)).all()
             level = torch.where(members | ~may, 0, level)  # broadcasts to both
             members, count, whole = (x.expand(*level.shape[:2], *x.shape[2:]) for x in (members, count, whole))
             level_count = torch.stack([(level == h).sum(-1, dtype=torch.int32) for h in LEVELS], -1)
-            taken, listed = members | (level > 0), count + level_count.sum(-1, dtype=torch.int32)
-        empty = listed == 0  # [B|1, H|1, M]
+            taken, block_lists = members | (level > 0), count + level_count.sum(-1, dtype=torch.int32)
+        empty = block_lists == 0  # [B|1, H|1, M]
         if skipped is not None:
             taken = taken | (empty & skipped[..., None])[..., None]
             empty = empty & ~skipped[..., None]
@@ -306,7 +311,7 @@ class BlockPlan:
             partial = torch.cat([partial.expand(*some.shape[:3], -1), some], -1)
             full = torch.nn.functional.pad(full, (0, some.shape[-1])).expand(partial.shape)
 
-        (partial_number, partial_index), (full_number, full_index) = _listed(partial), _listed(full)
+        (partial_number, partial_index), (full_number, full_index) = block_lists(partial), block_lists(full)
         return BlockMask.from_kv_blocks(
             partial_number,
             partial_index,
@@ -360,6 +365,8 @@ class Threshold:
     sink : bool (N,), key blocks that every row reads.
     dense_rows : bool (M,), query blocks that read everything.
     q_len, k_len, block_q, block_k : as in `BlockPlan`.
+    rule : tau and statistic, where theta is what Sol-Attn makes of them over all key blocks, and no slot is without a token: for a kernel
+        that makes it itself.
     """
 
     theta: Tensor
@@ -370,6 +377,7 @@ class Threshold:
     k_len: Tensor
     block_q: int
     block_k: int
+    rule: tuple[float, str] | None = None
 
     def tensors(self) -> list[Tensor | None]:
         """Everything that is a tensor, for `of_tensors`."""
@@ -451,7 +459,7 @@ def held_slots(lengths: Tensor, block: int, valid: Tensor | None = None) -> Tens
     return holds if valid is None else holds & torch.nn.functional.pad(valid, (0, holds.shape[-1] - valid.shape[-1]))
 
 
-def _listed(part: Tensor) -> tuple[Tensor, Tensor]:
+def block_lists(part: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks each row of ``part`` bool (B, H, M, N) has, int32 (B, H, M), and their numbers in front: int32 (B, H, M, N)."""
     index = torch.empty(part.shape, dtype=torch.int32, device=part.device)
     rows = at_once(part.shape[-1])

@@ -576,15 +576,17 @@ def test_flash_is_measured_beside_the_others_and_left_out_where_it_fails(monkeyp
     forget_choices()
 
 
-@pytest.mark.skipif(flex.flash_missing(torch.device(DEVICE)) is not None, reason="needs a GPU with flash-attn-4")
 @pytest.mark.parametrize("rest", ["drop", "pool"])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_flash_equals_reference(dtype: torch.dtype, dim: int, rest: str) -> None:
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+def test_what_others_made_equals_reference(backend: Backend, dtype: torch.dtype, dim: int, rest: str) -> None:
+    if (why_not := available_backends(DEVICE)[backend]) is not None:
+        pytest.skip(f"needs a GPU with the package: {why_not}")
     q, k, v, plan = make((2, 4, 2, 700, dim, dim, 256, 128), per_head=True, dtype=dtype)
     arguments: dict[str, Any] = {"rest": RESTS[rest](4), "return_lse": True}
     expected, expected_lse = block_attention(q, k, v, plan, backend="reference", **arguments)
-    got, lse = block_attention(q, k, v, plan, backend="flash", **arguments)
+    got, lse = block_attention(q, k, v, plan, backend=backend, **arguments)
     close(got, expected, dtype)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-2, atol=1e-2)
 

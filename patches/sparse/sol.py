@@ -26,6 +26,7 @@ do not count either. Both statistics are of the population, over blocks, whateve
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -68,7 +69,9 @@ class Sol(Scored):
         tau = -math.inf if self.config.tau == "dense" else self.allowed(budget, 2)
         shape = blocks.query_lengths, blocks.key_lengths, blocks.block, blocks.block_k
         if self.config.statistic != "subblock" and self.config.least == 0:
-            return Threshold(self.theta(blocks, tau), self.config.band, blocks.key_text, blocks.query_text, *shape)
+            theta = self.theta(blocks, tau)
+            found = Threshold(theta, self.config.band, blocks.key_text, blocks.query_text, *shape)
+            return replace(found, rule=self.rule(blocks, tau))
         score = self.scores(blocks)
         theta = self.theta_of(score, blocks, tau) if self.config.statistic == "subblock" else self.theta(blocks, tau)
         rule = Threshold(theta, self.config.band, blocks.key_text, blocks.query_text, *shape)
@@ -76,6 +79,12 @@ class Sol(Scored):
         if self.config.least > 0:
             members = members | top_k(score, self.config.least, candidates=blocks.candidates[..., None, :])
         return blocks.plan(members)
+
+    def rule(self, blocks: Blocks, tau: float | Tensor) -> tuple[float, str] | None:
+        """Return what makes the thresholds, where they are over all key blocks and no slot is without a token; else None."""
+        layout, whole = blocks.k_tiles.layout, blocks.k.shape[-2]
+        told = isinstance(tau, float | int) and math.isfinite(tau) and layout.visual == blocks.k_tiles.tokens == whole
+        return (float(tau), self.config.statistic) if told else None
 
     def scores(self, blocks: Blocks) -> Tensor:
         """Return the score of each pair of blocks, float32 (B, H, M, N), log2 domain."""

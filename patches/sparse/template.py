@@ -90,7 +90,8 @@ class BlockConfig(Config):
         "native", description="Of p.v where it is exact: native, or int8, by rows of tiles. PAROAttention, tiles finer."
     )
     backend: Backend = Field(
-        "auto", description="Kernel that runs the plan: auto, first, triton, flex, flash, blocked or reference."
+        "auto",
+        description="Kernel that runs the plan: auto, first, triton, flex, flash, blocked, reference, or, untried, cudnn or sol.",
     )
 
     @model_validator(mode="after")
@@ -409,7 +410,7 @@ class BlockSparse(Patch):
         blocks = Blocks.of(call, q_tiles, k_tiles, self.config.block, self.config.key_block, self._ticket(call))
         plan = params.plan if params.plan is not None else self._route(blocks, params)
         # Only the Triton kernel finds blocks as it goes. Others need the plan, and here the pooled queries and keys are at hand.
-        finds = self.config.backend == "triton" or call.q.device.type != "cpu"
+        finds = self.config.backend in ("triton", "sol") or call.q.device.type != "cpu"
         if isinstance(plan, Threshold) and (self.config.rest == "rectified" or not finds):
             plan = plan.lower(blocks.q_pool, blocks.k_pool, blocks.scale)
         return blocks, plan
