@@ -399,6 +399,13 @@ def tested_versions() -> str:
     return table(("library", "versions that the tests run on"), rows)
 
 
+def stack() -> str:
+    """What goes together with a sparse recipe, by the tests' own table."""
+    from tests.stack import compatibility
+
+    return table(*compatibility())
+
+
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
@@ -561,6 +568,7 @@ MADE: Mapping[str, Callable[[], str]] = {
     "shipped recipes": shipped_recipes,
     "step caches": step_caches,
     "tested versions": tested_versions,
+    "stack": stack,
     "house": house,
     "cpu kernels": cpu_kernels,
     "repair costs": repair_costs,
