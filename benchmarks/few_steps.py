@@ -1,14 +1,14 @@
 """The recipes for any denoiser, by number of steps: quality and time of whole runs of the bundled video model, beside dense.
 
 usage: python -m benchmarks.few_steps [--steps 4 8 20] [--recipes close balanced fast] [--grid middle] [--captions 3] [--seeds 0 1]
-       python -m benchmarks.few_steps --recipes variants --steps 4 8 --grid small --captions 5 --seeds 0
+       python -m benchmarks.few_steps --variants all --steps 4 --grid small --captions 5 --seeds 0
 
 Every caption and seed is run dense and with each recipe, one after the other in one process, in runs of each number of steps. A run is
 held against the dense one of its caption, seed and number of steps, so that differences are paired. Times are of whole runs without the
 text encoder, on an idle machine; the gate is off, which would leave some calls dense at small sizes. The model was not distilled: in 4
 steps its dense runs seldom show what their caption says, so read how near a run is to dense, not how good it is.
 
-``variants`` asks where a budget should go: to early or late steps, the first or the last step, the first layer.
+Variants ask where a budget should go: to early or late steps, the first or the last step, the first layer.
 """
 
 from __future__ import annotations
@@ -36,25 +36,27 @@ SIZES = {**GRIDS, "middle": {**GRIDS["small"], "num_frames": 33}}
 """Grids by name: 1,728, 3,264 and 6,528 tokens for small, middle and demo."""
 DENSE = "dense"
 DENSE_AT: dict[str, dict[str, Any]] = {"first step": {"steps": 0}, "last step": {"steps": -1}, "first layer": {"layers": 0}}
-BUDGETS = {"falling": (0.2, 0.1), "flat": (0.15, 0.15), "rising": (0.1, 0.2), "more": (0.3, 0.2)}
-"""Shares of the key blocks that are read up to half of the run, and from there on."""
-VARIANTS: dict[str, tuple[str, ...]] = {
-    **{name: () for name in BUDGETS if name != "more"},
-    **{f"falling, {place} dense": (place,) for place in DENSE_AT},
-    "more, first step dense": ("first step",),
-    "more, first step and layer dense": ("first step", "first layer"),
+BOTH = ("first step", "first layer")
+VARIANTS: dict[str, tuple[float, float, tuple[str, ...]]] = {
+    "falling": (0.2, 0.1, ()),
+    "even": (0.15, 0.15, ()),
+    "rising": (0.1, 0.2, ()),
+    **{f"falling, {place} dense": (0.2, 0.1, (place,)) for place in DENSE_AT},
+    "more, falling, first step dense": (0.3, 0.2, BOTH[:1]),
+    "more, falling, first step and layer dense": (0.3, 0.2, BOTH),
+    "more, even, first step and layer dense": (0.25, 0.25, BOTH),
 }
-"""By name, whose first word is of `BUDGETS`: what stays dense."""
+"""By name: share of the key blocks that is read up to half of the run, from there on, and what stays dense."""
 Row = dict[str, Any]
 
 
 def variant(name: str, block: int) -> dict[str, Any]:
     """One of `VARIANTS` as a recipe."""
     settings = {"order": "morton", "block": block, "rest": "pool", "repair": "output_query"}
-    rules: list[dict[str, Any]] = [{"where": DENSE_AT[place], "patch": "dense"} for place in VARIANTS[name]]
-    early, late = BUDGETS[name.split(",")[0]]
-    rules.append({"where": {"steps": "0:50%"}, "patch": "rows", "with": {**settings, "density": early}})
-    return {"rules": [*rules, {"patch": "rows", "with": {**settings, "density": late}}]}
+    early, late, places = VARIANTS[name]
+    dense = [{"where": DENSE_AT[place], "patch": "dense"} for place in places]
+    first = {"where": {"steps": "0:50%"}, "patch": "rows", "with": {**settings, "density": early}}
+    return {"rules": [*dense, first, {"patch": "rows", "with": {**settings, "density": late}}]}
 
 
 def measured(runner: Runner, recipe: Any, settings: dict[str, Any], caption: int, seed: int) -> tuple[np.ndarray, float]:
@@ -108,16 +110,19 @@ def spread(rows: Sequence[Row], key: str, digits: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 20])
-    parser.add_argument("--recipes", nargs="+", default=["close", "balanced", "fast"], help="names, files, or variants")
+    parser.add_argument("--recipes", nargs="+", default=["close", "balanced", "fast"], help="names, or files")
+    parser.add_argument("--variants", help="in their place the variants whose name holds this text, or all")
     parser.add_argument("--grid", choices=SIZES, default="middle")
     parser.add_argument("--captions", type=int, default=3, help="how many, of those of whole_runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     runner, settings = Runner(options.threads), SIZES[options.grid]
-    asked = options.recipes == ["variants"]
-    block = BLOCK.get(options.grid, 64)
-    recipes = {name: variant(name, block) for name in VARIANTS} if asked else {name: name for name in options.recipes}
+    block, asked = (
+        BLOCK.get(options.grid, 64),
+        [name for name in VARIANTS if options.variants == "all" or (options.variants and options.variants in name)],
+    )
+    recipes = {name: variant(name, block) for name in asked} or {name: name for name in options.recipes}
     measured(runner, None, {**settings, "num_inference_steps": 1}, CAPTIONS[0], 0)  # warms up
     facts = {**environment(runner.pipe), "grid": options.grid, "settings": settings, "threads": options.threads}
     rows: list[Row] = []
@@ -125,7 +130,7 @@ def main() -> None:
         for steps in options.steps:
             rows += rows_of(runner, recipes, {**settings, "num_inference_steps": steps}, caption, seed)
         write_json(
-            "few_steps_variants" if asked else "few_steps", {**facts, "rows": jsonable(rows)}
+            f"few_steps_variants_{options.steps[0]}" if asked else "few_steps", {**facts, "rows": jsonable(rows)}
         )  # whatever ends the rest
     print(*table(rows), sep="\n")
 
