@@ -37,7 +37,7 @@ from accelplug.hosts.placement import Placement
 from accelplug.hosts.report import Report
 from accelplug.hosts.undo import Undo
 from accelplug.kernels.attention import Backend
-from accelplug.recipe import LENGTHS, Recipe, load
+from accelplug.recipe import Recipe, load
 from accelplug.show import as_html
 
 if TYPE_CHECKING:
@@ -434,7 +434,7 @@ class Plug(AbstractContextManager["Plug"]):
             unestimated=self._ledger.estimates.missing(),
             errors_by_layer=self._ledger.estimates.by_module() if by_layer else {},
             kept=self._ledger.kept_in(by_layer),
-            expected=self._outlook(),
+            expected=self._expected(),
             forecasts={f"{f.denoiser} at {_by(f.shape)}": str(f) for f in self.forecasts},
             caches=[said for host in self.hosts if (said := host.cached()) is not None],
             reach=[said for host in self.hosts if (said := host.reach()) is not None],
@@ -444,13 +444,14 @@ class Plug(AbstractContextManager["Plug"]):
             skipped={f"{host.name}.{path}": why for host in self.hosts for path, why in host.skipped.items()},
         )
 
-    def _outlook(self) -> str:
+    def _expected(self) -> str:
         """What the rules come to in a run like the last one, or, ahead of the first one, in runs of some lengths."""
-        seen = [facts for host in self.hosts if (facts := host.seen) is not None]
-        steps = next((facts.steps for facts in seen if facts.steps), None)
-        layouts = sorted({layout for facts in seen for layout in facts.layouts}, key=lambda layout: layout.visual)
+        seen = next((facts for host in self.hosts if (facts := host.seen) is not None and facts.steps), None)
+        if seen is None or seen.steps is None or not self.recipe.by_steps:
+            return self.recipe.outlook()
+        layout = max(seen.layouts, key=lambda layout: layout.visual, default=None)
         sites = [site for site in self.sites if site.kind != "cross"]
-        return self.recipe.outlook((steps,) if steps else LENGTHS, sites, layouts[-1] if layouts else None)
+        return str(self.recipe.expected(seen.steps, sites, layout, seen.first) or "")
 
     def _replaced(self) -> list[Host]:
         """Hosts of parts that the pipeline has no more: its runs never come by here."""

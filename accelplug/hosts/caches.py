@@ -14,10 +14,9 @@ from functools import partial
 from typing import Any
 
 from accelplug import compat
-from accelplug.call import Clock
 from accelplug.errors import UnsupportedError
 from accelplug.hosts.clock import HOOK
-from accelplug.hosts.run import Run
+from accelplug.hosts.run import Moment, Run
 from accelplug.hosts.undo import Undo
 from accelplug.step_caches import CACHES
 
@@ -50,6 +49,8 @@ class StepCaches:
         """Why an optional one is not on, in words."""
         self.steps: int | None = None
         """Of the latest run, from where it began."""
+        self.rests = ""
+        """Why one that goes by the length of the run skipped nothing in the latest one, though it is long enough."""
         self._on = Undo()
         self._runs: dict[int, tuple[Run, threading.Thread]] = {}
         self._own = Undo()
@@ -114,7 +115,7 @@ class StepCaches:
             raise UnsupportedError(f"diffusers refuses the cache {self.kind} with {self.settings}: {error}") from error
         undo.add(self._runs.clear)
 
-    def enter(self, part: Any, run: Run, clock: Clock, context: Any) -> None:
+    def enter(self, part: Any, run: Run, moment: Moment, context: Any) -> None:
         """A forward of `run` begins: what an earlier run left in the cache of `part` is forgotten, in the cache context that is on.
 
         Raises
@@ -126,6 +127,7 @@ class StepCaches:
         """
         if self.left_out:
             return
+        clock = moment.clock
         if context is None and CACHES[self.kind].by_context:
             if self.optional:
                 self._leave_out("It needs a cache_context around the denoiser, and this pipeline opens none.")
@@ -153,7 +155,8 @@ class StepCaches:
         self._runs[id(part)] = run, threading.current_thread()
         self.steps = None if clock.steps is None else clock.steps - (clock.step or 0)
         if self.for_run is not None:
-            compat.diffusers.set_cache(part, self.for_run(self.steps))
+            self.rests = "the scheduler calls the model twice a step" if moment.comes_twice else ""
+            compat.diffusers.set_cache(part, self.for_run(None if self.rests else self.steps))
         compat.diffusers.forget_cached(part, HOOK, context)
 
     def __enter__(self) -> StepCaches:

@@ -298,7 +298,7 @@ class DenoiserHost(Host):
             run = here.run = Run()
         here.announced = False
         if self.caches is not None:
-            self.caches.enter(self.denoiser, run, now, self.clock.context)
+            self.caches.enter(self.denoiser, run, moment, self.clock.context)
         run.take(moment, sizes)
         here.now = now
         self.passed.note(now)
@@ -632,6 +632,8 @@ class DenoiserHost(Host):
             return f"{self.cache.kind} left out of {self.name}: {self.caches.left_out}"
         if not self.cache.by_run or (steps := self.caches.steps) is None:
             return None
+        if self.caches.rests:
+            return f"{self.cache.kind} computed every step: {self.caches.rests}"
         if not self.cache.serves(steps):
             return f"{self.cache.kind} computed every step: the run had {steps}, and it is for runs of {self.cache.run}"
         return f"{self.cache.kind} computed {self.cache.computed(steps)} of {steps} steps"
@@ -649,7 +651,8 @@ class DenoiserHost(Host):
     def seen(self) -> RunFacts:
         """What forwards came by so far, for rules to be held against."""
         layouts = {record.latest.layout for record in self.records if record.latest.layout is not None}
-        return RunFacts(self.passed.latest.steps, frozenset(self.passed.branches), frozenset(layouts))
+        first = 0 if self.forecaster.takes_turns else min(self.passed.steps, default=0)
+        return RunFacts(self.passed.latest.steps, frozenset(self.passed.branches), frozenset(layouts), first)
 
     def compiled(self) -> list[str]:
         """What ran in compiled code, where calls are not counted: each patch, and at how many modules."""

@@ -31,6 +31,11 @@ class Moment:
     given: float | None = None
     weights: Any = ()
 
+    @property
+    def comes_twice(self) -> bool:
+        """Whether a scheduler of second order calls the denoiser more than once at some timesteps."""
+        return any(len(schedule.unique()) < len(schedule) for schedule in self.schedules[:1])
+
 
 @dataclass(eq=False)
 class Run:

@@ -255,11 +255,12 @@ def within(bound: str, number: int) -> bool:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What forwards of a denoiser came by: how many steps a run has (None: unknown), guidance branches, layouts."""
+    """What forwards of a denoiser came by: how many steps a run has (None: unknown), guidance branches, layouts, the first step."""
 
     steps: int | None = None
     branches: frozenset[str | None] = frozenset()
     layouts: frozenset[Layout] = frozenset()
+    first: int = 0
 
 
 def _any(value: str | tuple[str | Span, ...]) -> str:

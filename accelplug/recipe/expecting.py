@@ -57,7 +57,11 @@ def layers_of(kind: str = "self") -> list[Site]:
 
 
 def expected(
-    decide: Callable[[Site, Layout | None, Clock], Decision], steps: int, sites: Sequence[Site], layout: Layout | None = None
+    decide: Callable[[Site, Layout | None, Clock], Decision],
+    steps: int,
+    sites: Sequence[Site],
+    layout: Layout | None = None,
+    first: int = 0,
 ) -> Expected | None:
     """Return what rules come to in a run of `steps`; None where that hangs on what is not known: a branch, the token grid.
 
@@ -66,8 +70,9 @@ def expected(
     decide : ``Recipe.decide``.
     sites : attention modules.
     layout : of the tokens.
+    first : step at which the run begins: late, where it starts from a picture.
     """
-    by_step = [[decide(site, layout, Clock(step, steps)) for site in sites] for step in range(steps)]
+    by_step = [[decide(site, layout, Clock(step, steps)) for site in sites] for step in range(first, steps)]
     decisions = [decision for found in by_step for decision in found]
     if not decisions or any(decision.reason is not None for decision in decisions):
         return None
@@ -76,7 +81,7 @@ def expected(
     calls = len(sparse) / len(decisions)
     read = statistics.fmean(known) if known else 1.0
     density = 1 - calls * (1 - read) if len(known) == len(sparse) else None
-    return Expected(steps, sum(any(one.patch is not None for one in found) for found in by_step), calls, density)
+    return Expected(steps - first, sum(any(one.patch is not None for one in found) for found in by_step), calls, density)
 
 
 def summed_up(runs: Sequence[Expected]) -> str:

@@ -236,22 +236,25 @@ class Recipe(Shown):
         rules = (dense_first, *self.rules) if CACHES[kind].by_first_block else self.rules
         return replace(self, rules=rules, cache=cache, measured=())
 
-    def expected(self, steps: int, sites: Sequence[Site] = (), layout: Layout | None = None) -> Expected | None:
+    def expected(
+        self, steps: int, sites: Sequence[Site] = (), layout: Layout | None = None, first: int = 0
+    ) -> Expected | None:
         """Return what it comes to in a run of `steps`, by its rules alone; see `recipe.expecting.expected`.
 
         `sites`: attention modules of a model; of one of some layers, all of the kind that the rules name, if left out.
         """
         kinds = next((rule.where.kind for rule in self.rules if rule.entry is not None), None) or ("self",)
-        return expected(self.decide, steps, sites or layers_of(kinds[0]), layout)
+        return expected(self.decide, steps, sites or layers_of(kinds[0]), layout, first)
 
-    def outlook(self, lengths: Sequence[int] = LENGTHS, sites: Sequence[Site] = (), layout: Layout | None = None) -> str:
+    @property
+    def by_steps(self) -> bool:
+        """Whether what it does goes by the step."""
+        return any(rule.where.steps is not None for rule in self.rules)
+
+    def outlook(self) -> str:
         """Return what it comes to in runs of some lengths, in words; empty where it does not go by the step, or not by that alone."""
-        if not any(rule.where.steps is not None for rule in self.rules):
-            return ""
-        runs = [run for steps in lengths if (run := self.expected(steps, sites, layout)) is not None and run.sparse_steps]
-        if not runs:
-            return ""
-        return str(runs[0]) if len(lengths) == 1 else summed_up(runs)
+        runs = [run for steps in LENGTHS if self.by_steps and (run := self.expected(steps)) is not None and run.sparse_steps]
+        return summed_up(runs) if runs else ""
 
     def _computed(self) -> str:
         """How many steps a cache computes that goes by the length of the run."""
