@@ -21,7 +21,7 @@ from accelplug.errors import NoMatchError, RecipeError
 from accelplug.hosts.forecast import Forecast
 from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import denoisers
-from accelplug.recipe import LENGTHS, ModelFacts, Recipe, load, reading, recipes_of
+from accelplug.recipe import LENGTHS, Expected, ModelFacts, Recipe, load, reading, recipes_of
 from accelplug.testing.laws import snapshot_of
 from tests import tiny_models, tiny_pipelines
 from tests.test_recipe import FILE, WAN_14B, write
@@ -168,6 +168,15 @@ def test_runs_of_few_steps(name: str, steps: int) -> None:
     assert torch.equal(run(pipe, inputs, steps), stock)
 
 
+def test_compare_takes_them_by_name() -> None:
+    pipe, inputs = tiny_pipelines.decoding("wan")
+    pipe.vae.decode = lambda latents, return_dict: (latents[:, :3],)
+    given = {**inputs, "height": 48, "width": 64, "num_inference_steps": 2}
+    given.pop("output_type")
+    found = accelplug.compare(pipe, list(PRESETS), given, [0], progress=False)
+    assert [row.name for row in found.rows if row.kind == "recipe"] == list(PRESETS)
+
+
 def test_a_modular_pipeline_takes_them() -> None:
     classic, inputs = tiny_pipelines.pipeline("wan")
     modular = tiny_pipelines.modular_wan(classic)
@@ -218,6 +227,10 @@ def test_a_run_that_begins_late_counts_the_steps_that_it_takes() -> None:
 
 
 def test_one_dense_step_is_told_by_what_it_costs() -> None:
+    assert str(Expected(4, 3, 0.75, 0.4)).endswith("at most 4.0x as fast, without bound with one dense step fewer")
+    assert str(Expected(8, 6, 0.6)).endswith(
+        "60% of the attention calls sparse: its attention is at most 2.5x as fast, 3.3x with one dense step fewer"
+    )
     told = Forecast(
         "transformer", (1,), None, 10.0, 0.8, forward_gain=2.0, run_gain=4 / (1 + 3 / 2), sparse_steps=3, steps=4
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from accelplug.call import Clock, Kind, Layout, Site
@@ -43,12 +43,27 @@ class Expected:
     @property
     def ceiling(self) -> float:
         """Gain of the run's attention if calls that patches answer took no time."""
-        return math.inf if self.calls == 1 else 1 / (1 - self.calls)
+        return math.inf if math.isclose(self.calls, 1) else 1 / (1 - self.calls)
+
+    @property
+    def with_one_dense_step_fewer(self) -> float | None:
+        """The ceiling if one dense step were as the sparse ones; None where there is none of either."""
+        if not self.dense_steps or not self.sparse_steps:
+            return None
+        return replace(self, calls=self.calls * (1 + 1 / self.sparse_steps)).ceiling
 
     def __str__(self) -> str:
         said = f"{self.dense_steps} of {self.steps} steps dense, {self.calls:.0%} of the attention calls sparse"
         said += "" if self.density is None else f", {self.density:.2f} of the keys read"
-        return said if math.isinf(self.ceiling) else f"{said}: its attention is at most {self.ceiling:.1f}x as fast"
+        if math.isinf(self.ceiling):
+            return said
+        fewer = self.with_one_dense_step_fewer
+        bound = (
+            ""
+            if fewer is None
+            else f", {'without bound' if math.isinf(fewer) else f'{fewer:.1f}x'} with one dense step fewer"
+        )
+        return f"{said}: its attention is at most {self.ceiling:.1f}x as fast{bound}"
 
 
 def layers_of(kind: str = "self") -> list[Site]:
