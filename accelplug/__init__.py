@@ -25,7 +25,7 @@ if (_BROKEN := without_links()) is not None:
 
 if TYPE_CHECKING:
     from accelplug.calibration import calibrate
-    from accelplug.comparison import Comparison, Exam, TextExam, compare
+    from accelplug.comparison import Comparison, Exam, Pictures, TextExam, compare
     from accelplug.families import register_family
     from accelplug.families.vlm import register_vlm
     from accelplug.inspection import inspect
@@ -40,6 +40,7 @@ __all__ = [
     "Bound",
     "Comparison",
     "Exam",
+    "Pictures",
     "Plug",
     "Recipe",
     "TextExam",
@@ -69,6 +70,7 @@ _HOMES = {
     "verify": "tuning",
     "Comparison": "comparison",
     "Exam": "comparison",
+    "Pictures": "comparison",
     "TextExam": "comparison",
     "Plug": "plug",
     "Recipe": "recipe",

@@ -125,12 +125,12 @@ ALL_HEADS = Share()
 
 @dataclass(frozen=True)
 class Site:
-    """Where a call happens: one attention module of one denoiser."""
+    """Where a call happens: one attention module of one part of a model."""
 
     module: str
-    """Path inside the denoiser, ``blocks.3.attn1``."""
+    """Path inside the part, ``blocks.3.attn1``."""
     denoiser: str
-    """Name of the component: ``transformer``, ``transformer_2``, ``unet``."""
+    """Name of the part: ``transformer``, ``transformer_2``, ``unet``; ``decoder``; ``vision``."""
     kind: Kind
     layer: int | None
     """0-based over double, then single blocks; None where layers have no order (refiners)."""
@@ -140,6 +140,8 @@ class Site:
     """Which heads the calls have: not all where tensor or context parallelism shares them out."""
     layer_type: str = FULL_ATTENTION
     """As transformers has it: ``sliding_attention``, ``chunked_attention`` ... where the model's own design bounds what is read."""
+    takes: tuple[str, ...] = ()
+    """Families of patches that may answer here; any if empty."""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_show)
 
     command = commands.add_parser("inspect", help="attention sites, matching recipes, and what there is to gain")
-    _takes_model(command, "a pipeline or a vision-language model")
+    _takes_model(command, "a pipeline, a vision-language model or an image encoder")
     _takes_size(command)
     command.add_argument("--steps", type=_whole, help="diffusion steps of the run whose ceilings are told (default 50)")
     command.add_argument("--image", type=Path, help="vision-language models: say where it looks in this picture")
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser("compare", help="run a model dense and with recipes; report speed and quality")
-    _takes_model(command, "a pipeline or a language model")
+    _takes_model(command, "a pipeline, a language model or an image encoder")
     command.add_argument(
         "--recipe", action="append", help="name or file; repeat for several; the model's default if left out"
     )
@@ -141,6 +141,10 @@ def _parser() -> argparse.ArgumentParser:
         help="how yes and no are read: strict, ours (default), or as POPE's release does",
     )
     _takes_texts(command)
+    command.add_argument(
+        "--images", type=Path, nargs="+", help="image encoders: photographs to run on (default scenes that are drawn)"
+    )
+    command.add_argument("--size", type=_whole, help="image encoders: pixels of the shorter side (default the model's own)")
     command.add_argument("--seed", action="append", type=_seed, help="repeat for several (default 0)")
     _takes_pipeline_settings(command)
     command.add_argument("--caches", action="store_true", help="add FirstBlockCache, alone and with each recipe")
@@ -297,13 +301,18 @@ def _pipeline_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 SIZES = ("frames", "height", "width", "steps", "guidance")
 EXAMS = ("coco", "amber", "pictures", "parse", "questions", "tokens", "text", "trials", "anew")
+PICTURES_OF_ENCODERS = ("images", "size")
+OF_PIPELINES = ("prompt", "prompts", "seed", "caches", "parts", "resume", "by_layer", "record")
+"""Options of compare that are about runs of a pipeline."""
 
 
 def _refuse(options: argparse.Namespace, kind: str, *names: str) -> None:
     """Refuse options that are for models of another kind."""
     for name in names:
         if getattr(options, name, None):
-            raise AccelplugError(f"--{name.replace('_', '-')} is not for a {kind}, which this is. Leave it out.")
+            raise AccelplugError(
+                f"--{name.replace('_', '-')} is not for {'an' if kind[0] == 'i' else 'a'} {kind}, which this is. Leave it out."
+            )
 
 
 def _console() -> Any:
@@ -349,6 +358,10 @@ def _inspect(options: argparse.Namespace) -> int:
         _publish(inspect(pipe, {**trained_for, **_pipeline_settings(options)}), report)
         return 0
     _refuse(options, kind, *SIZES)
+    if kind == "image encoder":
+        _refuse(options, kind, "image", "text")
+        _publish(inspect(loading.image_encoder(options.model_dir)[0]), report)
+        return 0
     model, processor = loading.language_model(options.model_dir, text=True)
     if options.text is not None:
         text = files.read(options.text, "A text")
@@ -370,9 +383,12 @@ def _compare(options: argparse.Namespace) -> int:
 
     report = _report(options)
     if (kind := loading.kind_of(options.model_dir)) == "language model":
-        _refuse(options, kind, "prompt", "prompts", "seed", "caches", "parts", "resume", "by_layer", "record", *SIZES)
+        _refuse(options, kind, *OF_PIPELINES, *SIZES, *PICTURES_OF_ENCODERS)
         return _compare_answers(options, report)
-    _refuse(options, kind, *EXAMS)
+    if kind == "image encoder":
+        _refuse(options, kind, *OF_PIPELINES, *SIZES, *EXAMS)
+        return _compare_features(options, report)
+    _refuse(options, kind, *EXAMS, *PICTURES_OF_ENCODERS)
     if not options.prompt and options.prompts is None:
         raise AccelplugError("compare runs a pipeline on prompts; add --prompt '...', or --prompts 15.")
     if options.record:
@@ -402,6 +418,29 @@ def _compare(options: argparse.Namespace) -> int:
         for path in result.record():
             print(f"recorded in {path}")
     return 0
+
+
+def _compare_features(options: argparse.Namespace, report: Path | None) -> int:
+    """Compare an image encoder on pictures."""
+    from accelplug import chat, loading
+    from accelplug.comparison import Pictures, compare
+
+    chat.require_files(options.images or [])
+    pictures = Pictures(options.images, options.size)
+    model, processor = loading.image_encoder(options.model_dir, options.dtype, options.device)
+    _publish(compare(model, options.recipe, pictures, processor=processor), report)
+    return 0
+
+
+def _require_kind(options: argparse.Namespace) -> str:
+    """What was saved to the folder, where the command takes pipelines and language models alone."""
+    from accelplug import loading
+
+    if (kind := loading.kind_of(options.model_dir)) == "image encoder":
+        raise AccelplugError(
+            f"{options.model_dir} holds an image encoder, which compare, inspect and apply take: expected a pipeline or a language model."
+        )
+    return kind
 
 
 def _compare_answers(options: argparse.Namespace, report: Path | None) -> int:
@@ -449,7 +488,7 @@ def _tune(options: argparse.Namespace) -> int:
     require_place(output.with_suffix(".safetensors"))
     inputs: Any
     seconds = 600.0
-    if (kind := loading.kind_of(options.model_dir)) == "language model":
+    if (kind := _require_kind(options)) == "language model":
         _refuse(options, kind, "prompts", "no_caches", *SIZES)
         pipe, processor, inputs = _questioned(options, _text_exam(options, **SEARCH_EXAM))
         seconds = 240.0 if inputs is None or isinstance(inputs, TextExam) else seconds
@@ -485,7 +524,7 @@ def _verify(options: argparse.Namespace) -> int:
     from accelplug.tuning.verification import measured
 
     measured(options.recipe)  # refuse what cannot be read before anything is loaded
-    if (kind := loading.kind_of(options.model_dir)) == "language model":
+    if (kind := _require_kind(options)) == "language model":
         _refuse(options, kind, "prompt", "budget")
         model, processor, questions = _questioned(options, TextExam(text=options.text) if options.text else None)
         found = verify(model, options.recipe, questions, processor=processor)
@@ -528,7 +567,7 @@ def _calibrate(options: argparse.Namespace) -> int:
 
     output = files.output(options.output, "--output", (".yaml", ".yml"))
     config, knobs = split_settings(options.patch, options.set)
-    if loading.kind_of(options.model_dir) == "language model":
+    if _require_kind(options) == "language model":
         prompts: Any = None if options.prompts is None else files.read(options.prompts, "A text")
         model, processor = loading.language_model(options.model_dir, options.dtype, options.device, text=True)
     elif options.prompts is None:

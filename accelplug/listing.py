@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MARKS = "+ its error is repaired, ° measured: `accelplug show MODEL/RECIPE`"
 
 AUDIENCES = {
-    "pipelines": ("sparse", "tokens", "bias"),
+    "pipelines and image encoders": ("sparse", "tokens", "bias"),
     "language models": ("heads", "prefill", "decode", "memory", "generation"),
 }
 """Which families of patches are for which models; what other packages add stands with the first that has its family."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from accelplug.comparison import ranks
 from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.hosts.models import denoisers
 
-Saved = Literal["pipeline", "language model"]
+Saved = Literal["pipeline", "language model", "image encoder"]
 PIPELINES = ("model_index.json", "modular_model_index.json")
 """Files that name a pipeline's parts: of a classic one, of a modular one."""
 
@@ -25,19 +26,19 @@ def kind_of(folder: Path) -> Saved:
     Raises
     ------
     AccelplugError
-        If it is not a folder, or holds neither.
+        If it is not a folder, or holds none of them.
     """
     folder = files.path_of(folder, "The model's folder")
     try:
         if any((folder / name).is_file() for name in PIPELINES):
             return "pipeline"
         if (folder / "config.json").is_file():
-            return "language model"
+            return "image encoder" if _encoder_class(folder) is not None else "language model"
     except OSError as error:
         raise AccelplugError(f"{folder} cannot be read: {error.strerror or error}.") from error
     raise AccelplugError(
-        f"{folder} is neither a saved pipeline nor a saved language model: expected a folder with {' or '.join(PIPELINES)}, or "
-        "config.json."
+        f"{folder} is neither a saved pipeline nor a saved language model or image encoder: expected a folder with "
+        f"{' or '.join(PIPELINES)}, or config.json."
     )
 
 
@@ -110,6 +111,42 @@ def language_model(folder: Path, dtype: str = "auto", device: str | None = None,
         processor = processor_type.from_pretrained(folder, local_files_only=True)
         model = model.eval() if dtype == "auto" else model.eval().to(getattr(torch, dtype))
         return (model.to(device) if device else model), processor
+
+
+def image_encoder(folder: Path, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """Load an image encoder, and its image processor where it was saved too.
+
+    Raises
+    ------
+    UnsupportedError
+        If the folder holds no such model, or a file of it is missing or broken.
+    """
+    from transformers import AutoImageProcessor
+
+    require_device(device)
+    if (cls := _encoder_class(folder)) is None:
+        raise UnsupportedError(f"{folder} is not a saved image encoder: expected a config.json that names the class of one.")
+    with _told(f"{folder} cannot be loaded as an image encoder"), quietly():
+        model, told = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        if missing := sorted(told["missing_keys"]):
+            raise ValueError(f"its files hold no weights for {missing[0]} and {len(missing) - 1} more")
+        saved = (folder / "preprocessor_config.json").is_file()
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False) if saved else None
+        model = model.eval() if dtype == "auto" else model.eval().to(getattr(torch, dtype))
+        return (model.to(device) if device else model), processor
+
+
+def _encoder_class(folder: Path) -> Any:
+    """The class of transformers that a folder's config names, if it is given pictures and does not write; else None."""
+    import transformers
+
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+        cls = getattr(transformers, str(named[0]), None)
+    except (ValueError, AttributeError, LookupError, TypeError):
+        return None
+    sees = getattr(cls, "main_input_name", "") == "pixel_values"
+    return cls if cls is not None and sees and not cls.can_generate() else None
 
 
 def _require_weights(components: dict[str, Any]) -> None:

@@ -68,8 +68,9 @@ def apply(
 
     Parameters
     ----------
-    model : a pipeline (classic or modular) that denoises, or a bare denoiser; a language or vision-language model, also inside of a
-        pipeline, a PeftModel, what torch.compile returned, or a parallel wrapper; any model of `accelplug.hosts.host.HOSTS`.
+    model : a pipeline (classic or modular) that denoises, or a bare denoiser; a language or vision-language model or an image
+        encoder, also inside of a pipeline, a PeftModel, what torch.compile returned, or a parallel wrapper; any model of
+        `accelplug.hosts.host.HOSTS`.
     recipe : None for the default of the file that matches the model; a name in that file, ``radial``; a full name,
         ``wan2.1-t2v-14b/radial``; the path of a recipe file; a mapping; a `Recipe`; or an instance of a patch, for every self- and
         joint-attention module. A rule of a mapping may hold an instance, too: ``{"where": {...}, "patch": MyPatch({...})}``.
@@ -329,7 +330,7 @@ class Plug(AbstractContextManager["Plug"]):
                 raise AccelplugError(f"step, {name}: expected a whole number of {least} or more, or None, got {given!r}.")
         if index is not None and steps is not None and index >= steps:
             raise AccelplugError(f"step: expected an index below the {steps} steps, counted from 0, got {index}.")
-        for host in self.hosts:
+        for host in self._that_can("step"):
             host.step(index, steps)
 
     def mark(self, image: Tensor | None) -> None:
@@ -349,8 +350,12 @@ class Plug(AbstractContextManager["Plug"]):
         UnsupportedError
             If the model is not a language model.
         """
-        for host in self.hosts:
+        for host in self._that_can("mark"):
             host.mark(image)
+
+    def _that_can(self, what: str) -> list[Host]:
+        """The hosts that can be asked for something; where none can, the first, which refuses."""
+        return [host for host in self.hosts if what in host.abilities] or self.hosts[:1]
 
     def trace(self, timed: bool = False, plans: bool = False) -> AbstractContextManager[list[Event]]:
         """Collect an `Event` per self- and joint-attention call while the context is open.

@@ -23,7 +23,7 @@ import accelplug
 from accelplug import families, registry, zoo
 from accelplug.comparison import Exam
 from accelplug.errors import RecipeError
-from accelplug.families import vlm
+from accelplug.families import encoders, vlm
 from accelplug.kernels import flex
 from accelplug.patches.base import NEEDS
 from accelplug.patches.sparse.template import BlockConfig, RestKind
@@ -31,6 +31,7 @@ from accelplug.recipe import Measured, Rule, StepCache, Where
 from accelplug.recipe.reading import Entry
 from accelplug.recipe.settings import Ramp, TableRef
 from accelplug.registry import PatchEntry, patch_class
+from accelplug.testing.encoders import dinov2
 from docs import pages
 
 ROOT = Path(__file__).parents[1]
@@ -55,11 +56,17 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WanPipeline, "from_pretrained", bundled(WanPipeline.from_pretrained, "wan-shapes"))
     for cls in (transformers.AutoModelForImageTextToText, transformers.AutoProcessor):
         monkeypatch.setattr(cls, "from_pretrained", bundled(cls.from_pretrained, "llava-scenes"))
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda source: dinov2()[0])
     exam = Exam.scenes(4)
     few = replace(exam, questions=exam.questions[::12], pairs=exam.pairs[:1], max_new_tokens=4)
     monkeypatch.setattr(Exam, "scenes", lambda pictures=200: few)
     monkeypatch.setattr(flex, "missing", lambda device: "these tests compile nothing")
-    for module, name in ((registry, "PATCH_CATALOG"), (families, "FAMILY_CATALOG"), (vlm, "VLM_CATALOG")):
+    for module, name in (
+        (registry, "PATCH_CATALOG"),
+        (families, "FAMILY_CATALOG"),
+        (vlm, "VLM_CATALOG"),
+        (encoders, "ENCODER_CATALOG"),
+    ):
         monkeypatch.setattr(module, name, copy.copy(getattr(module, name)))
 
 

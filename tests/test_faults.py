@@ -19,8 +19,7 @@ import torch
 import accelplug
 from accelplug import compat
 from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, UnsupportedError
-from accelplug.hosts import rebind
-from accelplug.hosts import transformers as language
+from accelplug.hosts import interface, rebind
 from accelplug.hosts.host import plug_of
 from accelplug.testing.language_models import forward, generate
 from accelplug.testing.models import TIMESTEP, noise
@@ -101,7 +100,7 @@ class Case:
             "configs": {path: type(x) for path, o in owners.items() if (x := vars(o).get("config")) is not None},
             "state": list(self.root.state_dict()),
             "tables": (dict(compat.diffusers.processor_metadata()), dict(AttentionInterface._global_mapping)),
-            "users": (dict(rebind._users), set(language._entered)),
+            "users": (dict(rebind._users), set(interface._inside)),
         }
 
 

@@ -473,7 +473,7 @@ def test_apply_twice_remove_twice_and_a_rule_that_fits_nothing() -> None:
 
 def test_a_patch_for_other_models_is_refused_on_both_sides() -> None:
     with pytest.raises(UnsupportedError, match="family sparse"):
-        accelplug.apply(build("llava"), {"patch": "radial"})
+        accelplug.apply(build("llama"), {"patch": "radial"})
     denoiser, _ = tiny_models.build("wan")
     for patch in ("visual_bias", "carve"):
         with pytest.raises(UnsupportedError, match=r"takes .*sparse"):

@@ -19,6 +19,7 @@ from accelplug.patches.base import Config, Patch
 from accelplug.patches.generation import GenerationPatch
 from accelplug.patches.sparse.template import BlockParams
 from accelplug.registry import list_patches, patch_class
+from accelplug.testing.encoders import ENCODERS_TRIED
 from accelplug.testing.language_models import LANGUAGE_MODELS_TRIED
 from accelplug.testing.laws import (
     Law,
@@ -44,7 +45,7 @@ SORTS = (
 
 models = pytest.mark.parametrize("name", MODELS)
 DENSE = {"rules": [{"patch": "dense"}]}
-MAKERS = {name: tiny_models.MODELS[name] for name in SORTS} | DENOISERS_TRIED
+MAKERS = {name: tiny_models.MODELS[name] for name in SORTS} | DENOISERS_TRIED | ENCODERS_TRIED
 
 
 def models_for(row: Subject) -> Mapping[str, Callable[[], Built]]:
@@ -162,7 +163,9 @@ def test_nothing_matched_says_what_is_there() -> None:
     before = snapshot_of(model)
     with pytest.raises(NoMatchError, match=r"No rule .* fits any attention .* 3 of kind self|No rule"):
         accelplug.apply(model, ROWS["radial"].recipe(layers="90:"))
-    with pytest.raises(NoMatchError, match="neither a denoiser nor a language model: expected a diffusers pipeline"):
+    with pytest.raises(
+        NoMatchError, match="neither a denoiser nor a language model nor an image encoder: expected a diffusers pipeline"
+    ):
         accelplug.apply(object(), DENSE)
     assert snapshot_of(model) == before
 

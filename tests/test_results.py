@@ -24,6 +24,8 @@ from accelplug.demo import Answers, Clips
 from accelplug.hosts.host import model_facts
 from accelplug.recipe import load, named
 from accelplug.show import Shown
+from accelplug.testing.encoders import dinov2
+from accelplug.testing.models import build_denoiser
 from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.language import Answered
 from accelplug.tuning.result import Point, Tuned
@@ -87,6 +89,15 @@ def demonstrated() -> list[Shown]:
     return [Clips(comparison(row("slow", 0.8, 30.0, 28.0)), {"slow": True}), Answers(looks, ["Is it?"], {"stock": ["yes"]})]
 
 
+def encoded() -> list[Shown]:
+    model, _ = build_denoiser(dinov2)
+    pictures = accelplug.Pictures(size=48)
+    return [
+        accelplug.compare(model, {"patch": "rows", "with": {"block": 8}}, pictures, progress=False),
+        accelplug.inspect(model),
+    ]
+
+
 MAKERS: dict[str, Callable[[], list[Shown]]] = {
     "comparison": lambda: [comparison(row("slow", 0.8, 30.0, 28.0))],
     "examined": lambda: [examined()],
@@ -97,6 +108,7 @@ MAKERS: dict[str, Callable[[], list[Shown]]] = {
     "looked": looked,
     "demonstrated": demonstrated,
     "recipe": lambda: [named("wan2.1-t2v-14b/radial")],
+    "encoders": encoded,
     "available": lambda: [available()],
 }
 

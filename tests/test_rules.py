@@ -101,7 +101,7 @@ def test_what_stands_around_generate_goes_on_as_it_is() -> None:
 
 def test_a_patch_of_another_family_is_refused_as_an_instance_too() -> None:
     with pytest.raises(UnsupportedError, match="uses doubled, a patch of the family bias"):
-        accelplug.apply(tiny_language_models.build("llava"), Doubled())
+        accelplug.apply(tiny_language_models.build("llama"), Doubled())
 
 
 def test_rules_of_other_denoisers_are_fine_on_a_bare_one_and_refused_on_a_pipeline() -> None:

@@ -212,7 +212,9 @@ def test_what_a_host_cannot_have_is_refused_at_apply(toy: tuple[ToyModel, Tensor
         accelplug.apply(model, {"rules": [{**RULE, "where": {"steps": "1:"}}]})
     with pytest.raises(NoMatchError, match="3 of kind self in 3 layers"):
         accelplug.apply(model, {"rules": [{**RULE, "where": {"layers": "7:"}}]})
-    with pytest.raises(NoMatchError, match=r"neither a denoiser nor a language model nor a toy: expected .*; or a toy"):
+    with pytest.raises(
+        NoMatchError, match=r"neither a denoiser nor a language model nor an image encoder nor a toy: expected .*; or a toy"
+    ):
         accelplug.apply(object(), {"rules": [RULE]})
 
 
@@ -229,7 +231,7 @@ def test_what_a_host_cannot_have_is_refused_at_apply(toy: tuple[ToyModel, Tensor
 )
 def test_what_cannot_be_done_is_refused_in_one_way(toy: tuple[ToyModel, Tensor], what: str, ask: Any) -> None:
     with pytest.raises(
-        UnsupportedError, match=rf"^{what}: expected a .*, got ToyModel, a toy\. .*this one takes apply, remove\.$"
+        UnsupportedError, match=rf"^{what}: expected an? .*, got ToyModel, a toy\. .*this one takes apply, remove\.$"
     ):
         ask(toy[0])
 
@@ -237,5 +239,8 @@ def test_what_cannot_be_done_is_refused_in_one_way(toy: tuple[ToyModel, Tensor],
 def test_a_host_is_found_by_its_models(toy: tuple[ToyModel, Tensor]) -> None:
     assert host_of(toy[0]).gives == "pixels"
     assert host_of(nn.Linear(1, 1)).called == "a denoiser"
-    with pytest.raises(AccelplugError, match="compare: expected a language model or a whole diffusers pipeline, got Linear"):
+    with pytest.raises(
+        AccelplugError,
+        match="compare: expected an image encoder or a language model or a whole diffusers pipeline, got Linear",
+    ):
         require_ability(nn.Linear(1, 1), "compare")

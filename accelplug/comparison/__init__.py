@@ -2,6 +2,8 @@
 
 from accelplug.comparison.entry import compare
 from accelplug.comparison.exam import Exam
+from accelplug.comparison.features import FeatureComparison, compare_features
+from accelplug.comparison.pictures import Pictures
 from accelplug.comparison.result import Comparison
 from accelplug.comparison.rows import Row, Sample, Variant
 from accelplug.comparison.texts import TextExam
@@ -11,6 +13,8 @@ from accelplug.comparison.vlm import VlmComparison, compare_vlm
 __all__ = [
     "Comparison",
     "Exam",
+    "FeatureComparison",
+    "Pictures",
     "Row",
     "Sample",
     "TextComparison",
@@ -18,5 +22,6 @@ __all__ = [
     "Variant",
     "VlmComparison",
     "compare",
+    "compare_features",
     "compare_vlm",
 ]

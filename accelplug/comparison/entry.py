@@ -13,8 +13,10 @@ from accelplug import compat, show
 from accelplug.comparison import arguments
 from accelplug.comparison.arms import arm_name, is_change
 from accelplug.comparison.exam import Exam
+from accelplug.comparison.features import compare_features
 from accelplug.comparison.floors import floor_prompts
 from accelplug.comparison.parts import taken_apart
+from accelplug.comparison.pictures import Pictures
 from accelplug.comparison.prompts import with_prompts
 from accelplug.comparison.ranks import working
 from accelplug.comparison.resume import Finished, facts_of
@@ -52,8 +54,8 @@ def compare(
     """Run a model dense and with recipes, on the same inputs, and measure speed and quality.
 
     A vision-language model is examined on an `Exam` and gives a `VlmComparison` (see `accelplug.comparison.vlm`), a language model on
-    a `TextExam` and gives a `TextComparison` (see `accelplug.comparison.texts.compared`); the rest of this is about pipelines, which
-    give a `Comparison`.
+    a `TextExam` and gives a `TextComparison` (see `accelplug.comparison.texts.compared`), an image encoder is run on `Pictures` and gives
+    a `FeatureComparison` (see `accelplug.comparison.features`); the rest of this is about pipelines, which give a `Comparison`.
 
     Several processes (`accelerate launch`, torchrun) share the prompts and seeds, each with a pipeline of its own: dense and recipes
     of one prompt and seed are timed in one process. All get all figures, the first one the clips too; it alone writes files.
@@ -63,11 +65,12 @@ def compare(
 
     Parameters
     ----------
-    pipe : a diffusers pipeline, or a transformers language or vision-language model.
+    pipe : a diffusers pipeline, or a transformers language or vision-language model, or image encoder.
     recipe : one arm or several: anything that `accelplug.apply` takes, a list of such, or a mapping name -> arm. Of a pipeline an arm may
         also be a function, ``change(pipe) -> undo``, that makes it faster by whatever means and returns what undoes that.
     inputs : arguments of the pipeline's call; one mapping, or one per prompt. `output_type` is set here, to arrays. For a
-        vision-language model an `Exam`; generated scenes if left out. For a language model a `TextExam`; one prompt length at which
+        vision-language model an `Exam`; generated scenes if left out. For an image encoder `Pictures`, or what it takes; drawn scenes if
+        left out. For a language model a `TextExam`; one prompt length at which
         all recipes are at work if left out.
     seeds : one run of everything per seed and prompt.
     prompts : a pipeline's: a list of prompts, `inputs` being what all have; or how many of the given ones, or else of those that come with
@@ -79,7 +82,7 @@ def compare(
         is run alone, and all but each; a table says what each gave, and what is lost between them (see `accelplug.comparison.parts`).
     foreground : uint8 (F, H, W, 3) -> bool (F, H, W), the objects, for the foreground PSNR.
     detect : (uint8 clip, prompt) -> agreement in [0, 1].
-    processor : a language model's: its processor, or its tokenizer.
+    processor : a language model's: its processor, or its tokenizer; an image encoder's image processor.
     resume : a pipeline's: a folder that keeps what was run; a comparison that was killed goes on from there. Arms, prompts and seeds may be
         added; what was measured on another model, device, version or with other settings is an error.
     progress : show a progress bar.
@@ -92,12 +95,13 @@ def compare(
         If models of this kind are not compared.
     """
     pipe, processor = unwrapped(pipe, processor)
-    if require_ability(pipe, "compare").gives == "answers":
+    if (host := require_ability(pipe, "compare")).gives != "pictures":
         if caches or parts or not all(given is None for given in (prompts, foreground, detect, resume)):
             raise AccelplugError(
-                "caches, parts, prompts, foreground, detect and resume are about pipelines; leave them out for a language model."
+                f"caches, parts, prompts, foreground, detect and resume are about pipelines; leave them out for {host.called}."
             )
-        return _examine(pipe, recipe, inputs, processor, progress)
+        examined = _examine if host.gives == "answers" else _looked_at
+        return examined(pipe, recipe, inputs, processor, progress)
     calls = arguments.calls(pipe, with_prompts(pipe, inputs, prompts), "compare")
     seeds = arguments.seeds_of(seeds, "compare")
     arguments.require_functions(foreground=foreground, detect=detect)
@@ -153,6 +157,12 @@ def _examine(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool)
         texts = exam if isinstance(exam, TextExam) else TextExam()
         return compare_texts(model, rows, texts.at_work(rows.values()), processor, progress=progress)
     return compare_vlm(model, rows, exam or Exam.scenes(), processor, progress=progress)
+
+
+def _looked_at(model: Any, recipe: Any, pictures: Any, processor: Any, progress: bool) -> Any:
+    """Run an image encoder on pictures."""
+    held = pictures if isinstance(pictures, Pictures) else Pictures(pictures)
+    return compare_features(model, _arms_of(model, recipe), held, processor, progress=progress)
 
 
 def _arms_of(pipe: Any, recipe: Any) -> dict[str, Any]:

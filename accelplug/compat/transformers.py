@@ -364,6 +364,46 @@ def output_weight(module: Any) -> Any:
     return getattr(projection, "weight", None)
 
 
+def adds_to_attention(module: Any, kwargs: Mapping[str, Any]) -> str | None:
+    """Say what an attention call of an encoder takes beside q, k, v, a mask and a scale, or None."""
+    strange = sorted(name for name in kwargs.keys() - ATTENTION_KWARGS if kwargs[name] is not None)
+    if strange:
+        return f"its attention is given {strange[0]}, which is not known"
+    if told := [name for name in ("s_aux", "softcap", "position_bias", "sliding_window") if kwargs.get(name) is not None]:
+        return f"its attention has {told[0]}"
+    if kwargs.get("dropout"):
+        return "dropout is on"
+    return "it is causal" if is_causal(module, dict(kwargs)) else None
+
+
+def of_one_sequence(kwargs: dict[str, Any], q: Any, k: Any) -> dict[str, Any]:
+    """Return what an attention function is told of a part of what it was called with: flash functions are told lengths."""
+    import torch
+
+    if kwargs.get("cu_seq_lens_q") is None:
+        return kwargs
+    ends = {
+        f"cu_seq_lens_{name}": torch.tensor([0, x.shape[-2]], dtype=torch.int32, device=x.device)
+        for name, x in (("q", q), ("k", k))
+    }
+    return {**kwargs, **ends, "max_length_q": q.shape[-2], "max_length_k": k.shape[-2]}
+
+
+def keys_that_may_be_read(mask: Any, tokens: int) -> Any:
+    """Return which keys a mask lets all queries read, bool (B, S); None where it says more than that, or is in no form that is known."""
+    import torch
+
+    if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4) or mask.shape[-1] != tokens:
+        return None
+    lowest = torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else None
+    if lowest is not None and mask.ndim == 4 and not bool(((mask == 0) | (mask < lowest)).all()):
+        return None
+    keep = mask.bool() if lowest is None or mask.ndim == 2 else mask > lowest
+    if keep.ndim == 2:
+        return keep
+    return keep[:, 0, 0] if bool((keep == keep[:, :1, :1]).all()) else None
+
+
 def packs_sequences(arguments: Mapping[str, Any]) -> bool:
     """Whether a forward or an attention call is continuous batching's, which packs several sequences into one row."""
     return "read_index" in arguments

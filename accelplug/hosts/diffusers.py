@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,22 +20,21 @@ from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families import require_family
 from accelplug.families.base import Geometry, site_kinds
 from accelplug.hosts import rebind, ulysses
+from accelplug.hosts.answering import Answering
 from accelplug.hosts.caches import StepCaches
 from accelplug.hosts.clock import ContextListener, StepClock
-from accelplug.hosts.forecast import Forecast, Forecaster, Meter
+from accelplug.hosts.forecast import Forecast, Forecaster
 from accelplug.hosts.gate import Verdict
 from accelplug.hosts.hoist import Hoist
 from accelplug.hosts.host import Host, Setup
-from accelplug.hosts.ledger import Event
 from accelplug.hosts.models import DENOISERS, PATCHABLE, denoisers, processor_owners
 from accelplug.hosts.placement import Placed
 from accelplug.hosts.record import Choice, given
 from accelplug.hosts.run import Moment, Passed, Run
-from accelplug.hosts.site import Entered, Region, Settled, SiteRecord, key_validity, scale_of
+from accelplug.hosts.site import Entered, Region, SiteRecord, key_validity, scale_of
 from accelplug.hosts.ulysses import Gathered
 from accelplug.hosts.undo import Undo
 from accelplug.kernels.memory import Memory
-from accelplug.kernels.timing import timed_ms
 from accelplug.recipe import ModelFacts, RunFacts
 
 if TYPE_CHECKING:
@@ -62,7 +59,7 @@ class _Thread(threading.local):
         """Whether a context has told of the forward that comes."""
 
 
-class DenoiserHost(Host):
+class DenoiserHost(Answering, Host):
     """One denoiser with its attention re-bound.
 
     Parameters
@@ -129,8 +126,8 @@ class DenoiserHost(Host):
         self.name, self.denoiser, self.family = name, denoiser, require_family(denoiser)
         self.root = denoiser
         self.clock = clock
-        self.decide, self.ledger, self.gate, self.check_rules = setup.decide, setup.ledger, setup.gate, setup.check_rules
-        self.meter, cache = Meter(), setup.cache
+        super().__init__(setup.ledger, setup.gate)
+        self.decide, self.check_rules, cache = setup.decide, setup.check_rules, setup.cache
         self.cache, self.caches = cache, None
         if cache is not None:
             self.caches = StepCaches(
@@ -146,7 +143,6 @@ class DenoiserHost(Host):
         self.skipped: dict[str, str] = {}
         self.barred: list[Site] = []
         """Attention that rules could name if its processor were another; `skipped` says which it is."""
-        self._moved: Bounded[tuple[int, torch.device], tuple[Any, Any]] = Bounded(64)
         self._ahead: Bounded[tuple, str | None] = Bounded(64)
         self._gathered: Bounded[tuple, Gathered | None] = Bounded(16)
         self.signature = inspect.signature(type(denoiser).forward)
@@ -218,6 +214,11 @@ class DenoiserHost(Host):
         undo.hook(self.denoiser, "register_forward_pre_hook", self._before_forward, with_kwargs=True)
         if self.caches is not None:
             self.caches.install(undo)
+
+    @property
+    def outer_mask(self) -> bool:
+        """Whether a (B, 1, S, S) mask is an outer product of one validity."""
+        return self.family.outer_mask
 
     def reset(self) -> None:
         """End this thread's run: what was kept for its steps is forgotten."""
@@ -426,7 +427,8 @@ class DenoiserHost(Host):
         def judge() -> str | None:
             generator = torch.Generator(device or "cpu").manual_seed(0)  # the global generator stays untouched
             q, k, v = (torch.randn(shape or (), generator=generator, dtype=dtype, device=device) for _ in range(3))
-            return self._not_worth_it(record, AttentionCall(q, k, v, None, scale_of(q, None), rebind.dense_sdpa(q, k, v)))
+            call = AttentionCall(q, k, v, None, scale_of(q, None), rebind.dense_sdpa(q, k, v))
+            return self.not_worth_it(record.settled, call)
 
         if verdict is not None:
             stays = verdict.pays or self.gate.mode == "report"
@@ -491,10 +493,7 @@ class DenoiserHost(Host):
         state = run.state.setdefault((site.module, self.now.branch), {"shared": shared})
         params = choice.patch.prepare(site, layout, self.now, state)
         order = None if params is None or self.hoist.scheme is None else choice.patch.shared_order(params)
-        if params is None or device is None or device.type == "cpu":
-            return choice, layout, params, order
-        # The originals are kept beside the moved ones, so that an id stays theirs.
-        return choice, layout, self._moved.get((id(params), device), lambda: (params, params.to(device)))[1], order
+        return choice, layout, self.on_device(params, device), order
 
     # --------------------------------------------------------------------------------------------- the call itself
 
@@ -517,47 +516,18 @@ class DenoiserHost(Host):
         if record.settled.patch is not None and q.shape[-2] != record.settled.length and q.shape[-2] == k.shape[-2]:
             self._settle_for_length(record, q.shape[-2])
         here = record.settled
-        patch, params = here.patch, here.params
         call, reason = None, here.reason
         if not here.known:
             reason = f"{type(self.denoiser).__name__} itself was not called in this thread"
             self.ledger.fell_back(record.site.module, reason)
-        if patch is not None:
+        if here.patch is not None:
             reason = self._obstacle(record, q, k, v, mask, blocked)
             if reason is not None:
                 self.ledger.fell_back(record.site.module, reason)
             else:
-                key_mask, _ = key_validity(mask, k.shape[-2], self.family.outer_mask)
+                key_mask, _ = key_validity(mask, k.shape[-2], self.outer_mask)
                 call = AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense, error=here.error, ticket=here.ticket)
-                reason = self._not_worth_it(record, call)
-                call = call if reason is None else None
-        run = dense if call is None or patch is None else partial(patch.attend, call, params)
-        timed = self.ledger.timed or entered is not None
-        out, ms = timed_ms(run, q.device) if timed else (run(), None)
-        if call is not None and (reason := self._too_wrong(here)) is not None:
-            self.ledger.fell_back(record.site.module, reason)
-            out, call = dense(), None
-        name = here.choice.name if call is not None else "dense"
-        self.ledger.count(self.ledger.served, name)
-        if self.ledger.traces:
-            self._note(record, call, name, reason, q, ms if self.ledger.timed else None)
-        if entered is not None:
-            dense_ms = ms if call is None else self._judged_dense_ms(record, q)
-            self.meter.call(record.site.module, q, dense_ms, entered)
-        return out
-
-    def _too_wrong(self, here: Settled) -> str | None:
-        """Why the answer of a patch is not good enough, by its own estimate, or None."""
-        estimates = self.ledger.estimates
-        return estimates.reason if here.error is not None and estimates.is_above(here.error) else None
-
-    def _judged_dense_ms(self, record: SiteRecord, q: Tensor) -> float | None:
-        """What dense attention takes where a patch answered, if the gate has timed it."""
-        here = record.settled
-        if here.patch is None:
-            return None
-        verdict = self.gate.known(here.choice.name, here.patch, tuple(q.shape), q.dtype, q.device)
-        return None if verdict is None else verdict.dense_ms
+        return self.answer(record, here, q, call, reason, dense, entered)
 
     def _settle_for_length(self, record: SiteRecord, length: int) -> None:
         """Text of another length than the inputs said (Mochi drops padded text per sample)."""
@@ -582,37 +552,12 @@ class DenoiserHost(Host):
         length = record.settled.length
         if not q.shape[-2] == k.shape[-2] == length:
             return f"{q.shape[-2]} queries and {k.shape[-2]} keys where the layout has {length} tokens"
-        if not key_validity(mask, length, self.family.outer_mask)[1]:
+        if not key_validity(mask, length, self.outer_mask)[1]:
             what = f"mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             return f"a {what} is more than key padding"
         if compat.diffusers.attention_is_skipped():
             return "perturbed-attention guidance skips the scores of this call"
         return None
-
-    def _not_worth_it(self, record: SiteRecord, call: AttentionCall) -> str | None:
-        here = record.settled
-        patch, params = here.patch, here.params
-        if patch is None or not patch.speed or self.gate.mode == "off":
-            return None
-        if self.gate.may_time(call.q.device):
-            patch.choose_backend(call, params)
-        verdict = self.gate.verdict(here.choice.name, patch, call.q, call.dense, lambda: patch.attend(call, params))
-        return verdict.reason if verdict is not None and not verdict.pays and self.gate.mode == "auto" else None
-
-    def _note(
-        self, record: SiteRecord, call: AttentionCall | None, name: str, reason: str | None, q: Tensor, ms: float | None
-    ) -> None:
-        density: float | None = 1.0
-        plan = None
-        if call is not None and (patch := record.settled.patch) is not None:
-            density, plan = patch.inspect(call, record.settled.params)
-        # Plans of a whole run would fill the memory of a large model: those of the last step are kept.
-        last = self.now.step is None or self.now.step + 1 == self.now.steps
-        kept = plan if self.ledger.keeps_plans and last else None
-        if record.site is not None:
-            said = None if record.settled.error is None else float(record.settled.error)
-            error = None if said is None or math.isnan(said) else said
-            self.ledger.note(Event(record.site, self.now, name, reason, density, q.shape[-2], ms, kept, error))
 
     # ------------------------------------------------------------------------------------------------------- reports
 

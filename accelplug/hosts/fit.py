@@ -38,13 +38,13 @@ def require_fit(recipe: Recipe, hosts: Sequence[Host], elsewhere: tuple[str, ...
     RecipeError
         If a rule can never hold, or a patch stands where the step cache looks.
     """
-    _require_patches_of_its_kind(recipe, hosts[0])
+    _require_patches_of_its_kind(recipe, hosts)
     _require_a_cache_that_fits(recipe, hosts)
     if recipe.around():
         return
     sites = sites_of(hosts)
     if any(recipe.may_touch(site) for site in sites):
-        _require_rules_that_can_hold(recipe, hosts[0], sites, elsewhere)
+        _require_rules_that_can_hold(recipe, hosts, sites, elsewhere)
         heads = {r.site: getattr(r.module, "heads", None) for host in hosts for r in host.records if r.site}
         recipe.require_tables_for(heads)
     elif any(recipe.may_touch(replace(site, kind="self")) for site in sites if site.kind == "cross"):
@@ -58,12 +58,13 @@ def require_fit(recipe: Recipe, hosts: Sequence[Host], elsewhere: tuple[str, ...
         )
 
 
-def _require_patches_of_its_kind(recipe: Recipe, host: Host) -> None:
+def _require_patches_of_its_kind(recipe: Recipe, hosts: Sequence[Host]) -> None:
+    served = frozenset().union(*(host.serves for host in hosts))
     for entry in recipe.patches():
-        if entry.family not in host.serves:
+        if entry.family not in served:
             raise UnsupportedError(
-                f"{recipe.name} uses {entry.name}, a patch of the family {entry.family}; {type(host.root).__name__} takes "
-                f"{' and '.join(sorted(host.serves))}. `accelplug list` shows which recipes there are for which model."
+                f"{recipe.name} uses {entry.name}, a patch of the family {entry.family}; {type(hosts[0].root).__name__} takes "
+                f"{' and '.join(sorted(served))}. `accelplug list` shows which recipes there are for which model."
             )
 
 
@@ -79,14 +80,23 @@ def _require_a_cache_that_fits(recipe: Recipe, hosts: Sequence[Host]) -> None:
         )
 
 
-def _require_rules_that_can_hold(recipe: Recipe, host: Host, sites: list[Site], elsewhere: tuple[str, ...]) -> None:
+def _require_rules_that_can_hold(
+    recipe: Recipe, hosts: Sequence[Host], sites: list[Site], elsewhere: tuple[str, ...]
+) -> None:
     recipe.require_rules_for(sites, elsewhere=elsewhere)
-    for number, rule in enumerate(recipe.rules if "step" not in host.abilities else ()):
-        if (foreign := rule.of_denoisers()) is not None:
-            raise RecipeError(
-                f"{recipe.named(number)} asks for {foreign}, and {host.called} has neither diffusion steps, guidance branches nor a "
-                "token grid. Leave it out."
-            )
+    for host in (host for host in hosts if "step" not in host.abilities):
+        gridded = "sparse" in host.serves
+        for number, rule in enumerate(recipe.rules):
+            named = any(rule.fits(site) for site in sites_of([host]))
+            if named and (foreign := rule.of_denoisers(gridded)) is not None:
+                lacks = (
+                    "diffusion steps nor guidance branches"
+                    if gridded
+                    else "diffusion steps, guidance branches nor a token grid"
+                )
+                raise RecipeError(
+                    f"{recipe.named(number)} asks for {foreign}, and {host.called} has neither {lacks}. Leave it out."
+                )
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ class Forecast:
         a patch has no verdict.
     run_gain : the same over all forwards of a run; None where also the number of steps is unknown.
     sparse_steps, steps : steps in which a patch answers, and all that the denoiser takes.
+    stepped : whether forwards are steps of a run; those of an image encoder are runs of their own.
     """
 
     denoiser: str
@@ -77,6 +78,7 @@ class Forecast:
     run_gain: float | None = None
     sparse_steps: int | None = None
     steps: int | None = None
+    stepped: bool = True
 
     @property
     def ceiling(self) -> float | None:
@@ -99,7 +101,7 @@ class Forecast:
             return f"{said}; gain unknown: {self.unknown}"
         said += f"; {self.forward_gain:.2f}x for a forward with patches"
         if self.run_gain is None:
-            return f"{said}; number of steps unknown"
+            return f"{said}; number of steps unknown" if self.stepped else said
         said += f", {self.run_gain:.2f}x for the run, {self.sparse_steps} of whose {self.steps} steps have them"
         one_fewer = self.with_one_dense_step_fewer
         return said if one_fewer is None else f"{said} ({one_fewer:.2f}x with one dense step fewer)"
@@ -220,6 +222,7 @@ class Forecaster:
     decide : (site, layout, clock) -> what the recipe says.
     gate : has timed dense against sparse.
     takes_turns : whether another denoiser runs some of the steps, so that those that came by are all.
+    stepped : whether forwards are steps of a run.
     """
 
     def __init__(
@@ -230,10 +233,11 @@ class Forecaster:
         passed: Passed,
         decide: Decide,
         gate: Gate,
-        takes_turns: bool,
+        takes_turns: bool = False,
+        stepped: bool = True,
     ) -> None:
         self.name, self.meter, self.records, self.passed = name, meter, records, passed
-        self.decide, self.gate, self.takes_turns = decide, gate, takes_turns
+        self.decide, self.gate, self.takes_turns, self.stepped = decide, gate, takes_turns, stepped
 
     def forecasts(self) -> list[Forecast]:
         """What the timings so far predict, by size of the latents."""
@@ -243,8 +247,9 @@ class Forecaster:
         missing = [r.site.module for r in self.records if r.site and r.routed and r.site.module not in cost.dense_ms]
         if missing or not cost.calls:
             some = f", among them that of {missing[0]}" if missing and cost.calls else ""
-            return Forecast(self.name, cost.shape, f"attention that ran in compiled code or untimed{some}")
-        known = Forecast(self.name, cost.shape, None, cost.total_ms, cost.share)
+            why = f"attention that ran in compiled code or untimed{some}"
+            return Forecast(self.name, cost.shape, why, stepped=self.stepped)
+        known = Forecast(self.name, cost.shape, None, cost.total_ms, cost.share, stepped=self.stepped)
         total = self.passed.latest.steps
         steps = sorted(self.passed.steps) if total is None or self.takes_turns else range(total)
         forwards = []

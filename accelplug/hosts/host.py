@@ -1,7 +1,8 @@
 """What a host must have, which hosts there are, and what can be done with whose models.
 
 A host is one file that gets into a library's models, and one line in `HOSTS`. It knows that library and no method's name; `Plug`
-knows neither. A `Plug` has one host for each part of its model that it is on: a pipeline's denoisers, a language model's decoder.
+knows neither. A `Plug` has one host for each part of its model that it is on: a pipeline's denoisers, a language model's decoder and
+its vision tower.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from accelplug.recipe import StepCache
 
 HOSTS = (
+    "accelplug.hosts.encoders:EncoderHost",  # first: models of transformers that are given pictures have a decoder too, by their word
     "accelplug.hosts.transformers:LanguageHost",
     "accelplug.hosts.diffusers:DenoiserHost",  # last: it takes any other module for a denoiser, and says which ones it knows
 )
@@ -72,12 +74,12 @@ class Host(Protocol):
     library : that the models are of, for the versions that were tested.
     called : what such a model is, in words: a denoiser, a language model.
     expects : models that are taken, in words for messages.
-    gives : what a run of such a model gives, by which it is compared, tuned and inspected: pictures, answers.
+    gives : what a run of such a model gives, by which it is compared, tuned and inspected: pictures, answers, features.
     serves : families of patches that can answer.
     abilities : what can be done with the models beside `apply` and `remove` -> with which of them, in words for messages: compare,
         tune, calibrate, inspect; mark (images in a prompt), cache (a step cache), step (rules of diffusion steps, guidance branches
         and the token grid).
-    name : of the part: ``transformer``, ``decoder``.
+    name : of the part: ``transformer``, ``decoder``, ``vision``.
     root : the module that is entered.
     records : what stands at its attention modules: each has a ``module``, and a ``site`` or None where rules cannot name it.
     skipped : attention modules that cannot be entered, and why.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from accelplug import compat
 from accelplug.errors import UnsupportedError
+from accelplug.hosts.models import attends
 from accelplug.hosts.undo import Undo
 
 METHODS = {"image": "get_image_features", "video": "get_video_features"}
@@ -82,7 +83,7 @@ class VisionTower:
     def __init__(self, base: Any) -> None:
         tower = getattr(base, "vision_tower", None)
         parts = tower if isinstance(tower, nn.Module) else nn.Module()
-        modules = [module for module in parts.modules() if _attends(module)]
+        modules = [module for module in parts.modules() if attends(module)]
         if len(modules) < 3 or not any(name.endswith("class_embedding") for name, _ in parts.named_parameters()):
             raise UnsupportedError(
                 f"{type(base).__name__} has no vision tower with a class token and at least three layers, which this recipe reads "
@@ -127,10 +128,6 @@ def scatter(values: Tensor, visual: Tensor) -> Tensor:
         out[row, visual[row]] = flat[start : start + count].to(out)
         start += count if (row + 1) % times == 0 else 0
     return out
-
-
-def _attends(module: Any) -> bool:
-    return hasattr(module, "config") and hasattr(module, "is_causal") and compat.transformers.looks_kernel_up(type(module))
 
 
 class _VisionRecord:

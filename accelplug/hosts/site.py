@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
-from accelplug.families.base import Family, Geometry
+from accelplug.families.base import Geometry
 from accelplug.hosts.placement import Placed
 from accelplug.hosts.record import LEFT_DENSE, Choice, Decide
 from accelplug.hosts.ulysses import Gathered
@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 
 
 class SiteHost(Protocol):
-    """The denoiser's host, as far as records ask it."""
+    """A denoiser's or an image encoder's host, as far as records ask it."""
 
-    family: Family
-    denoiser: Any
+    root: Any
     decide: Decide
+
+    @property
+    def outer_mask(self) -> bool:
+        """Whether a (B, 1, S, S) mask is an outer product of one validity."""
 
     @property
     def exchanging(self) -> bool:
@@ -153,7 +156,7 @@ class SiteRecord:
         patch = here.patch
         if patch is None or not here.known:  # a thread of which nothing is known yet has a graph of its own, traced anew
             return dense()
-        key_mask, understood = key_validity(mask, here.length, self.host.family.outer_mask)
+        key_mask, understood = key_validity(mask, here.length, self.host.outer_mask)
         if blocked is not None or not understood or not q.shape[-2] == k.shape[-2] == here.length:
             self.missed = True  # counted by the host, outside the graph
             return dense()
@@ -167,7 +170,7 @@ class SiteRecord:
         reason = choice.reason
         if choice.patch is not None and layout is None:
             where = " under context parallelism" if self.host.exchanging else ""
-            reason = f"{type(self.host.denoiser).__name__} was given tokens whose layout is not understood{where}"
+            reason = f"{type(self.host.root).__name__} was given tokens whose layout is not understood{where}"
         patch = choice.patch if params is not None else None
         length = layout.length if layout else -1
         self.settled = Settled(choice, reason, patch, params, layout, order, exchanged, length)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
@@ -29,12 +28,14 @@ from accelplug import compat
 from accelplug.call import ALL_HEADS, FULL_ATTENTION, Clock, Kind, Prompt, Share, Site
 from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families.vlm import Vlm, vlm_of
+from accelplug.hosts import interface
 from accelplug.hosts.attention import AttentionRecord, patches_of
 from accelplug.hosts.blind import Blind
+from accelplug.hosts.encoders import EncoderHost
 from accelplug.hosts.generation import Generation
 from accelplug.hosts.host import Host, Setup
 from accelplug.hosts.images import VisionTower
-from accelplug.hosts.models import DENOISERS, attention_modules, is_language_model
+from accelplug.hosts.models import DENOISERS, attention_modules, flat_config, is_language_model, towers_of
 from accelplug.hosts.placement import Placed
 from accelplug.hosts.prompts import NO_IMAGE, asked_of, visual_tokens
 from accelplug.hosts.reach import reach
@@ -62,23 +63,12 @@ logger = logging.getLogger("accelplug")
 
 ROUNDING = 0.02
 """Rows of a cache whose largest keys differ by less, as a share of the largest of all, are of one prompt: beams."""
-_entered: WeakSet[LanguageHost] = WeakSet()
-"""Hosts for which our attention function stands in transformers' table."""
-_entering = threading.RLock()  # an interrupt on the way out of it must not lock the undo out
-
-
 OF_A_FORWARD = ("blind", "forward")
 """What a patch's state holds for the forward that reads a prompt alone."""
 
 
 def _nothing() -> None:
     """What a reference gives whose thing is gone."""
-
-
-def _attention_function(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    """The registered attention function."""
-    forward = kwargs.pop(FORWARD, None)
-    return getattr(module, STREAM).attend(module, query, key, value, attention_mask, forward, kwargs)
 
 
 class LanguageHost(Host):
@@ -106,20 +96,21 @@ class LanguageHost(Host):
 
     @classmethod
     def parts(cls, model: Any) -> dict[str, Any]:
-        """Return the base model, whose decoder is entered."""
-        return {cls.name: model.base_model}
+        """Return the base model, whose decoder is entered, and the vision towers of known families."""
+        return {cls.name: model.base_model, **{name: tower for name, (tower, _) in towers_of(model).items()}}
 
     @classmethod
     def facts(cls, model: Any) -> ModelFacts:
         """Return the classes, the config by dotted keys, and which kind of language model it is."""
         names = tuple(kind.__name__ for kind in type(model).__mro__)
         vlm = vlm_of(model) is not None
-        return ModelFacts(names, _flat(model.config.to_dict()), vlm=vlm, llm=not vlm)
+        return ModelFacts(names, flat_config(model.config.to_dict()), vlm=vlm, llm=not vlm)
 
     @classmethod
-    def of(cls, model: Any, parts: Mapping[str, Any], setup: Setup) -> list[LanguageHost]:
-        """Make the one host."""
-        return [cls(model, setup)]
+    def of(cls, model: Any, parts: Mapping[str, Any], setup: Setup) -> list[Host]:
+        """Make the host of the decoder, and those of the towers in which a rule names attention."""
+        towers = [EncoderHost(name, tower, family, setup) for name, (tower, family) in towers_of(model).items()]
+        return [cls(model, setup), *(host for host in towers if host.named)]
 
     @classmethod
     def names(cls, model: Any) -> tuple[str, ...]:
@@ -168,7 +159,7 @@ class LanguageHost(Host):
                 self.skipped[path] = f"{type(module).__name__} reads keys that are not tokens of the prompt"
             kind: Kind = "cross" if cross else "self"
             layer_type = compat.transformers.layer_type(module)
-            site = Site(path, self.name, kind, module.layer_idx, layers, heads, layer_type)
+            site = Site(path, self.name, kind, module.layer_idx, layers, heads, layer_type, tuple(sorted(self.serves)))
             choice = LEFT_DENSE if cross else decide(site, None, PREFILL)
             records.append(AttentionRecord(self, len(records), module, site, module.config, choice))
         if not records:
@@ -213,9 +204,7 @@ class LanguageHost(Host):
         """Put the function, views and hooks in place; `undo` restores what is then still ours."""
         self.undo = undo
         undo.add(self._forget)
-        with _entering:
-            _entered.add(self)
-            compat.transformers.register_attention(compat.transformers.ATTENTION, _attention_function)
+        interface.enter(self)
         for record in self.records:
             if (self.watched and record.site.kind == "self") or record.choice.chosen:
                 undo.put(record.module, STREAM, record)
@@ -249,10 +238,7 @@ class LanguageHost(Host):
                 _give_back(cache)
         self.streams.clear()
         self.left.clear()
-        with _entering:
-            _entered.discard(self)
-            if not _entered:
-                compat.transformers.unregister_attention(compat.transformers.ATTENTION)
+        interface.leave(self)
         compat.transformers.forget_compiled_call(self.model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageHost:
@@ -555,14 +541,6 @@ def _give_back(cache: Any) -> None:
     from accelplug.hosts.kept import give_back
 
     give_back(cache)
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested configs by dotted keys: ``text_config.num_hidden_layers``."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _before_layer(host: LanguageHost, layer: nn.Module, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -9,22 +9,24 @@ from accelplug.families.vlm import vlm_of
 from accelplug.hosts.host import require_ability
 from accelplug.hosts.models import model_in
 from accelplug.inspection.denoiser import Inspection, inspect_denoiser
+from accelplug.inspection.encoder import EncoderInspection, inspect_encoder
 from accelplug.inspection.language import LanguageInspection, inspect_language
 from accelplug.inspection.looking import VlmInspection
 from accelplug.inspection.reading import inspect_vlm
 from accelplug.inspection.text import TextInspection, inspect_text
 
-__all__ = ["Inspection", "LanguageInspection", "TextInspection", "VlmInspection", "inspect"]
+__all__ = ["EncoderInspection", "Inspection", "LanguageInspection", "TextInspection", "VlmInspection", "inspect"]
 
 
 def inspect(
     model: Any, inputs: Mapping[str, Any] | None = None, processor: Any = None
-) -> Inspection | LanguageInspection | VlmInspection | TextInspection:
+) -> Inspection | LanguageInspection | VlmInspection | TextInspection | EncoderInspection:
     """Say what accelplug sees in a model: attention sites, recipes that match and what they touch, and what there is to gain.
 
     Parameters
     ----------
-    model : a diffusers pipeline or a bare denoiser, or a transformers language or vision-language model; it is not changed.
+    model : a diffusers pipeline or a bare denoiser, a transformers language or vision-language
+        model, or an image encoder; it is not changed.
     inputs : vision-language models: what the processor makes of text and images. They are read once, with the images and without,
         and `VlmInspection` says where the model looks, layer by layer. Text models: what the tokenizer makes of a text; `TextInspection`
         says what draws attention in it, and how far heads look. Pipelines: num_frames, height, width, num_inference_steps of the call, if
@@ -45,6 +47,8 @@ def inspect(
         if inputs is None:
             return inspect_language(model)
         return (inspect_vlm if _shows(model, inputs) else inspect_text)(model, inputs, processor)
+    if gives == "features":
+        return inspect_encoder(model)
     return inspect_denoiser(model, inputs)
 
 

@@ -122,7 +122,7 @@ def heat_maps(
     maps, captions = [ground], [("picture" if picture is not None else "picture not shown", lie)]
     for layer in over_depth(len(attention)):
         heat = attention[layer]
-        maps.append(_overlay(ground, heat, grid))
+        maps.append(overlay(ground, heat, grid))
         for token in sinks[layer]:
             _mark(ImageDraw.Draw(maps[-1]), size, grid, int(token))
         captions.append((f"layer {layers[layer]}", f"picture {heat.sum():.1%}, peak {heat.max():.1%}"))
@@ -144,7 +144,7 @@ def image_figure(title: str, marks: str, **look: Any) -> Image.Image:
     return sheet
 
 
-def _overlay(ground: Image.Image, heat: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+def overlay(ground: Image.Image, heat: np.ndarray, grid: tuple[int, int]) -> Image.Image:
     """A heat map on a dimmed picture; where there is more, less of the picture shows."""
     cells = np.zeros(grid, np.float32)
     cells.flat[: len(heat)] = heat / max(float(heat.max()), 1e-12)

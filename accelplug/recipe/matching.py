@@ -25,6 +25,8 @@ class ModelFacts:
     """Whether it is any other model with a decoder."""
     denoiser: bool = False
     """Whether it is a pipeline that denoises, or a denoiser."""
+    encoder: bool = False
+    """Whether it is an image encoder of a family that is known."""
 
     def value(self, key: str) -> Any:
         """Return what stands for `key` of a match."""
@@ -44,13 +46,15 @@ def match_for(facts: ModelFacts) -> dict[str, Any]:
     return {"class": facts.class_names[0], **{key: facts.config[key] for key in MATCHED if key in facts.config}}
 
 
-MODEL_KINDS = ("vlm", "llm", "denoiser")
-"""Keys that stand for all models of a kind: any vision-language model that is known, any other model with a decoder, any denoiser."""
+MODEL_KINDS = ("vlm", "llm", "denoiser", "encoder")
+"""Keys that stand for all models of a kind: any vision-language model that is known, any other model with a decoder, any denoiser, any
+image encoder."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """Which models a file is for. A value may be a list: any of. ``vlm: true``, ``llm: true``, ``denoiser: true``: all of a kind."""
+    """Which models a file is for. A value may be a list: any of. ``vlm: true``, ``llm: true``, ``denoiser: true``, ``encoder: true``: all
+    of a kind."""
 
     keys: Mapping[str, Any]
     pipeline: tuple[str, ...] = ()

@@ -164,8 +164,8 @@ def _match(keys: Mapping[str, Any], source: Source) -> Match:
     if "class" not in keys and not any(keys.get(kind) is True for kind in MODEL_KINDS):
         raise RecipeError(
             f"{source.at(('match',))}: expected the key class, the model's class name, or vlm: true, for every vision-language model "
-            f"that is known, llm: true, for every other model with a decoder, or denoiser: true, for every denoiser, "
-            f"got {', '.join(keys) or 'pipeline alone'}."
+            f"that is known, llm: true, for every other model with a decoder, denoiser: true, for every denoiser, or encoder: true, for "
+            f"every image encoder, got {', '.join(keys) or 'pipeline alone'}."
         )
     for key, value in keys.items():
         if any(isinstance(item, Mapping | list | tuple) for item in as_list(value)):

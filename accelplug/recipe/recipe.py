@@ -77,7 +77,7 @@ class Recipe(Shown):
 
     def may_touch(self, site: Site) -> bool:
         """Whether a patch may serve calls at `site` at some time; for a recipe without any patch, whether a rule fits."""
-        return bool(self.chosen_among([site])) or (not self.patches() and any(rule.where.fits(site) for rule in self.rules))
+        return bool(self.chosen_among([site])) or (not self.patches() and any(rule.fits(site) for rule in self.rules))
 
     @cached_property
     def stages(self) -> tuple[bool, ...]:
@@ -95,7 +95,7 @@ class Recipe(Shown):
         def make() -> tuple[int, ...]:
             fitting: list[int] = []
             for number, rule in enumerate(self.rules):
-                if rule.where.fits(site) and not rule.around and beneath in self._stages_of(rule):
+                if rule.fits(site) and not rule.around and beneath in self._stages_of(rule):
                     fitting.append(number)
                     if rule.where.placed:
                         break
@@ -121,7 +121,7 @@ class Recipe(Shown):
         for site in sites:
             first: dict[bool, int] = {}  # by stage, the rule that takes all that is left
             for number, rule in enumerate(self.rules):
-                if rule.around or not rule.where.fits(site):
+                if rule.around or not rule.fits(site):
                     continue
                 if left := [stage for stage in self._stages_of(rule) if stage not in first]:
                     reached.add(number)

@@ -133,9 +133,15 @@ class Rule(Strict):
                 read_varying(key, value)
         return self
 
-    def of_denoisers(self) -> str | None:
-        """What of it only denoisers have, by its keys, or None."""
-        conditions = [key for key in ("steps", "branch", "tokens", "grid") if getattr(self.where, key) is not None]
+    def fits(self, site: Site) -> bool:
+        """Whether it is for a site: its conditions on the place hold, and what stands there takes such patches."""
+        takes = not site.takes or self.entry is None or self.entry.family in site.takes
+        return takes and self.where.fits(site)
+
+    def of_denoisers(self, gridded: bool = False) -> str | None:
+        """What of it only denoisers have, by its keys, or None. `gridded`: others have a grid of tokens too."""
+        keys = ("steps", "branch", *(() if gridded else ("tokens", "grid")))
+        conditions = [key for key in keys if getattr(self.where, key) is not None]
         varying = [(key, read_varying(key, value)) for key, value in self.settings.items() if isinstance(value, Mapping)]
         ramps = [f"with.{key} over steps" for key, value in varying if isinstance(value, Ramp) and value.over == "steps"]
         return " and ".join([*(f"where.{key}" for key in conditions), *ramps]) or None

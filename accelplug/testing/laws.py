@@ -24,6 +24,7 @@ from accelplug.hosts.transformers import LanguageHost
 from accelplug.patches.base import Patch
 from accelplug.patches.sparse.template import BlockSparse
 from accelplug.registry import entry_of, patch_class
+from accelplug.testing.encoders import ENCODERS_TRIED
 from accelplug.testing.language_models import (
     LANGUAGE_MODELS_TRIED,
     answer_of,
@@ -148,7 +149,7 @@ def laws(
     patch : the class, which need not be registered; the name of a patch; or a `Subject`, which says all that follows.
     working, neutral, everything, video_only, pools, faint, only : see `Subject`. Blocks of 8 on grids of 48 to 105 tokens.
     models : tiny models by name, each a function that returns a model and what its forward is given; None: `DENOISERS_TRIED`
-        for a patch of denoisers, `LANGUAGE_MODELS_TRIED` for one of language models.
+        and `ENCODERS_TRIED` for a patch of denoisers, which image encoders take too, `LANGUAGE_MODELS_TRIED` for one of language models.
 
     Raises
     ------
@@ -401,15 +402,18 @@ ON_DENOISERS = LawsOfHost(
     (
         (neutral_is_exact, None),
         (it_does_something_and_undoes_it, None),
-        (the_kernel_at_density_one_is_dense, ("wan", "wan, one slot filled", "wan, one slot free", "flux", "unet_sd15")),
-        (batch_two_is_two_batches_of_one, ("wan", "cogvideox", "hunyuan_video", "flux", "sd3")),
-        (text_stays_dense, ("cogvideox", "hunyuan_video", "flux", "sd3")),
+        (
+            the_kernel_at_density_one_is_dense,
+            ("wan", "wan, one slot filled", "wan, one slot free", "flux", "unet_sd15", "dinov3"),
+        ),
+        (batch_two_is_two_batches_of_one, ("wan", "cogvideox", "hunyuan_video", "flux", "sd3", "dinov2")),
+        (text_stays_dense, ("cogvideox", "hunyuan_video", "flux", "sd3", "dinov3")),
         (other_instances_and_threads_notice_nothing, ("wan",)),
         (low_precision_stays_finite, ("wan",)),
-        (copies_are_stock, ("wan",)),
+        (copies_are_stock, ("wan", "dinov2")),
         (nothing_is_left_of_a_run, ("wan pipeline",)),
     ),
-    DENOISERS_TRIED,
+    DENOISERS_TRIED | ENCODERS_TRIED,
 )
 ON_LANGUAGE_MODELS = LawsOfHost(
     (
@@ -425,7 +429,12 @@ ON_LANGUAGE_MODELS = LawsOfHost(
     ),
     LANGUAGE_MODELS_TRIED,
 )
-TRIED: dict[str, Callable[[], Built]] = {**DENOISERS_TRIED, **LANGUAGE_MODELS_TRIED, "wan pipeline": wan_pipeline}
+TRIED: dict[str, Callable[[], Built]] = {
+    **DENOISERS_TRIED,
+    **ENCODERS_TRIED,
+    **LANGUAGE_MODELS_TRIED,
+    "wan pipeline": wan_pipeline,
+}
 OF_BLOCKS = (the_kernel_at_density_one_is_dense,)
 """Laws about block-sparse patches alone."""
 

@@ -178,7 +178,9 @@ def settle(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def sample_of(result: Any) -> Tensor:
-    """Return the main tensor of what a denoiser returned."""
+    """Return the main tensor of what a denoiser or an image encoder returned."""
+    if hasattr(result, "last_hidden_state"):
+        return result.last_hidden_state
     sample = result[0] if isinstance(result, tuple) else result.sample
     return torch.stack(list(sample)) if isinstance(sample, list) else sample
 

@@ -1,4 +1,4 @@
-"""What is known for a while: a patch, a family of denoisers, or one of vision-language models."""
+"""What is known for a while: a patch, a family of denoisers, of vision-language models, or of image encoders."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 
 from accelplug import families, registry
 from accelplug.catalog import Catalog
-from accelplug.families import vlm
+from accelplug.families import encoders, vlm
 from accelplug.families.base import Family
+from accelplug.families.encoders import Encoder
 from accelplug.families.vlm import Vlm
 from accelplug.patches.base import Patch
 
 
 @contextmanager
-def registered(thing: type[Patch] | Family | Vlm) -> Iterator[None]:
+def registered(thing: type[Patch] | Family | Vlm | Encoder) -> Iterator[None]:
     """Register something while the context is open; what was registered before stays.
 
     Raises
@@ -39,4 +40,6 @@ def _home_of(thing: Any) -> tuple[Catalog[Any], Callable[[Any], Any]]:
         return families.FAMILY_CATALOG, families.register_family
     if isinstance(thing, Vlm):
         return vlm.VLM_CATALOG, vlm.register_vlm
+    if isinstance(thing, Encoder):
+        return encoders.ENCODER_CATALOG, encoders.register_encoder
     return registry.PATCH_CATALOG, registry.register_patch

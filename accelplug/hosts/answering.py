@@ -1,0 +1,126 @@
+"""Answers attention calls by the patches that were settled: counts them, has the gate time them, and tells those who trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accelplug.bounded import Bounded
+from accelplug.call import AttentionCall, Clock
+from accelplug.hosts.forecast import Meter
+from accelplug.hosts.gate import Gate
+from accelplug.hosts.ledger import Event, Ledger
+from accelplug.hosts.site import Settled, SiteRecord
+from accelplug.kernels.timing import timed_ms
+
+
+class Answering:
+    """What hosts have in common whose patches are settled by how tokens lie: those of denoisers, and of image encoders.
+
+    Parameters
+    ----------
+    ledger : counts what ran how.
+    gate : times dense against sparse.
+    """
+
+    def __init__(self, ledger: Ledger, gate: Gate) -> None:
+        self.ledger, self.gate, self.meter = ledger, gate, Meter()
+        self._moved: Bounded[tuple[int, torch.device], tuple[Any, Any]] = Bounded(64)
+
+    @property
+    def now(self) -> Clock:
+        """When this thread's forward happens, as far as that is known."""
+        return Clock()
+
+    def on_device(self, params: Any, device: torch.device | None) -> Any:
+        """Return a patch's params with their tensors on `device`, the same object every time."""
+        if params is None or device is None or device.type == "cpu":
+            return params
+        # The originals are kept beside the moved ones, so that an id stays theirs.
+        return self._moved.get((id(params), device), lambda: (params, params.to(device)))[1]
+
+    def answer(
+        self,
+        record: SiteRecord,
+        here: Settled,
+        q: Tensor,
+        call: AttentionCall | None,
+        reason: str | None,
+        dense: Callable[[], Tensor],
+        entered: float | None,
+    ) -> Tensor:
+        """Answer one eager attention call, counting what it does.
+
+        Parameters
+        ----------
+        here : what is settled for it.
+        call : what its patch is asked; None where dense attention runs.
+        reason : why that is, if a rule names the call.
+        entered : since when we are at it, where the forward is measured.
+        """
+        patch = here.patch
+        if call is not None and (reason := self.not_worth_it(here, call)) is not None:
+            call = None
+        run = dense if call is None or patch is None else partial(patch.attend, call, here.params)
+        timed = self.ledger.timed or entered is not None
+        out, ms = timed_ms(run, q.device) if timed else (run(), None)
+        if call is not None and record.site is not None and (reason := self._too_wrong(here)) is not None:
+            self.ledger.fell_back(record.site.module, reason)
+            out, call = dense(), None
+        name = here.choice.name if call is not None else "dense"
+        self.ledger.count(self.ledger.served, name)
+        if self.ledger.traces:
+            self._note(record, here, call, name, reason, q, ms if self.ledger.timed else None)
+        if entered is not None and record.site is not None:
+            dense_ms = ms if call is None else self._judged_dense_ms(here, q)
+            self.meter.call(record.site.module, q, dense_ms, entered)
+        return out
+
+    def not_worth_it(self, here: Settled, call: AttentionCall) -> str | None:
+        """Why a call is left dense that a patch could answer, or None; the gate times it where it is new."""
+        patch, params = here.patch, here.params
+        if patch is None or not patch.speed or self.gate.mode == "off":
+            return None
+        if self.gate.may_time(call.q.device):
+            patch.choose_backend(call, params)
+        verdict = self.gate.verdict(here.choice.name, patch, call.q, call.dense, lambda: patch.attend(call, params))
+        return verdict.reason if verdict is not None and not verdict.pays and self.gate.mode == "auto" else None
+
+    def _too_wrong(self, here: Settled) -> str | None:
+        """Why the answer of a patch is not good enough, by its own estimate, or None."""
+        estimates = self.ledger.estimates
+        return estimates.reason if here.error is not None and estimates.is_above(here.error) else None
+
+    def _judged_dense_ms(self, here: Settled, q: Tensor) -> float | None:
+        """What dense attention takes where a patch answered, if the gate has timed it."""
+        if here.patch is None:
+            return None
+        verdict = self.gate.known(here.choice.name, here.patch, tuple(q.shape), q.dtype, q.device)
+        return None if verdict is None else verdict.dense_ms
+
+    def _note(
+        self,
+        record: SiteRecord,
+        here: Settled,
+        call: AttentionCall | None,
+        name: str,
+        reason: str | None,
+        q: Tensor,
+        ms: float | None,
+    ) -> None:
+        density: float | None = 1.0
+        plan = None
+        if call is not None and here.patch is not None:
+            density, plan = here.patch.inspect(call, here.params)
+        # Plans of a whole run would fill the memory of a large model: those of the last step are kept.
+        last = self.now.step is None or self.now.step + 1 == self.now.steps
+        kept = plan if self.ledger.keeps_plans and last else None
+        if record.site is not None:
+            said = None if here.error is None else float(here.error)
+            error = None if said is None or math.isnan(said) else said
+            self.ledger.note(Event(record.site, self.now, name, reason, density, q.shape[-2], ms, kept, error))

@@ -1,0 +1,135 @@
+"""Image encoders: what each patch gains in a forward of DINOv2-small, and what it does to the features, by the size of the picture.
+
+usage: python -m benchmarks.encoders run [--size 1008] [--images FILE ...] [--only NAME ...] [--repeats 2] [--no-matching]
+       python -m benchmarks.encoders show
+
+`run` takes an idle machine, and adds its rows to results/encoders.json: one of each (size, arm), which a later run replaces. Every arm is
+timed between dense forwards of the same process. `show` prints what was measured as tables, and draws the picture of docs/encoders.md.
+The weights come by `accelplug fetch dinov2-small`; without --images the pictures are drawn scenes, on which features differ less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Dinov2Model
+
+from accelplug import zoo
+from accelplug.comparison import Pictures, compare_features
+from accelplug.hosts.host import model_facts
+from accelplug.recipe import load
+from accelplug.show import as_text, jsonable, table
+from benchmarks.common import RESULTS, write_json
+
+NAME = "encoders"
+PICTURE = Path(__file__).parents[1] / "docs" / "encoders.png"
+TILED = {"block": 64, "order": "tile", "tile_thw": [1, 8, 8]}
+
+
+def _arm(patch: str, **settings: Any) -> dict[str, Any]:
+    return {"patch": patch, "with": settings}
+
+
+ARMS: dict[str, Any] = {
+    "close": "encoder/close",
+    "balanced": "encoder/balanced",
+    "fast": "encoder/fast",
+    "rows .2, tiles, pooled": _arm("rows", density=0.2, rest="pool", **TILED),
+    "rows .2, tiles, dropped": _arm("rows", density=0.2, rest="drop", **TILED),
+    "rows .2, raster, pooled": _arm("rows", density=0.2, rest="pool", block=64),
+    "rows .1, tiles, pooled, repaired": _arm("rows", density=0.1, rest="pool", repair="output_query", **TILED),
+    "sol, tiles": _arm("sol", tau=1.0, **TILED),
+    "bilevel, tiles": _arm("bilevel", p=0.2, **TILED),
+    "psa, tiles": _arm("psa", **TILED),
+    "proxy": _arm("proxy", window_thw=[1, 8, 8], halo_thw=[0, 8, 8]),
+    "neighborhood": _arm("neighborhood", window=[1, 25, 25], tile_thw=[1, 8, 8], block=64),
+    "tome .5": _arm("tome", ratio=0.5),
+}
+"""What is tried, by the names of rows: the shipped recipes, then patches everywhere."""
+
+
+def run(size: int, images: list[Path] | None, only: list[str] | None, repeats: int, matching: bool) -> None:
+    """Measure arms at one size."""
+    model = Dinov2Model.from_pretrained(zoo.path("dinov2-small")).eval()
+    facts = model_facts(model)
+    arms = {name: load(recipe, facts) for name, recipe in ARMS.items() if only is None or name in only}
+    found = compare_features(model, arms, Pictures(images, size), repeats=repeats, matching=matching)
+    print(found)
+    told = found.to_dict()
+    shared = {"size": size, "environment": told["environment"], "generated": told["generated"], "repeats": repeats}
+    held = {(row["size"], row["name"]): row for row in _stored()}
+    held |= {(size, row["name"]): {**shared, **row} for row in told["rows"]}
+    write_json(NAME, jsonable(sorted(held.values(), key=lambda row: (row["size"], row["name"]))))
+
+
+def _stored() -> list[dict[str, Any]]:
+    path = RESULTS / f"{NAME}.json"
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def show() -> None:
+    """Print tables by size, and draw gain over cosine."""
+    rows = _stored()
+    for size in sorted({row["size"] for row in rows}):
+        lines = table(
+            f"DINOv2-small at {size} px", "arm", "speed-up", "density", "cosine", "worst picture", "worst patch", "matched"
+        )
+        for row in (row for row in rows if row["size"] == size):
+            density = "" if row["density"] is None else f"{row['density']:.3f}"
+            matched = "" if row["matched"] is None else f"{row['matched']:.1%}"
+            cosines = (f"{row[name]:.4f}" for name in ("cosine", "worst_picture", "worst_patch"))
+            lines.add_row(row["name"], f"{row['gain']['p50']:.2f}x", density, *cosines, matched)
+        print(as_text(lines))
+    _draw([row for row in rows if row["kind"] == "recipe"])
+
+
+def _draw(rows: list[dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    for size, marker in zip(sorted({row["size"] for row in rows}), "osD^v", strict=False):
+        here = [row for row in rows if row["size"] == size]
+        axes.scatter(
+            [row["gain"]["p50"] for row in here], [1 - row["cosine"] for row in here], marker=marker, label=f"{size} px"
+        )
+        for row in here:
+            axes.annotate(
+                row["name"], (row["gain"]["p50"], 1 - row["cosine"]), fontsize=7, xytext=(4, 3), textcoords="offset points"
+            )
+    axes.axhline(0.01, color="grey", linewidth=0.8, linestyle="--")
+    axes.axvline(1.0, color="grey", linewidth=0.8, linestyle="--")
+    axes.set(yscale="log", xlabel="a forward, times as fast as dense SDPA", ylabel="1 - cosine of patch features, mean")
+    axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(PICTURE, dpi=110)
+    print(f"drew {PICTURE.name}")
+
+
+def main() -> None:
+    """Run a command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("run")
+    command.add_argument("--size", type=int, default=1008)
+    command.add_argument("--images", type=Path, nargs="+")
+    command.add_argument("--only", nargs="+", choices=list(ARMS))
+    command.add_argument("--repeats", type=int, default=2)
+    command.add_argument("--no-matching", action="store_true")
+    commands.add_parser("show")
+    options = parser.parse_args()
+    if options.command == "show":
+        show()
+        return
+    torch.set_grad_enabled(False)
+    run(options.size, options.images, options.only, options.repeats, not options.no_matching)
+
+
+if __name__ == "__main__":
+    main()
