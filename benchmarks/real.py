@@ -5,10 +5,12 @@ usage: python -m benchmarks.real FOLDER [--model NAME ...] [--recipe NAME ...] [
 
 One model after the other; one that cannot be loaded or does not fit is told of, and the next one has its turn. Killed, the same command
 goes on where it was: every run is kept in FOLDER/MODEL as soon as it ends. For each model it writes MODEL.json and MODEL.html, and
-MODEL.yaml, the recipe file with a `measured` row a recipe, as `accelplug compare --record` would: `accelplug verify MODEL.yaml PIPELINE`
-runs it once more. `--arm` adds functions of your own, which change the pipeline and return what undoes that (see docs/measuring.md).
-`--dry-run` goes the same way with the bundled model in place of all, in seconds: it shows that the plumbing holds, and says nothing of
-any model.
+the recipe files MODEL.yaml and MODEL-presets.yaml with a `measured` row a recipe, as `accelplug compare --record` would:
+`accelplug verify MODEL.yaml PIPELINE` runs it once more. `--arm` adds functions of your own, which change the pipeline and return what
+undoes that (see docs/measuring.md).
+
+`--dry-run` goes the same way with the bundled model in place of all, in seconds: it shows that the plumbing holds, and says nothing of any
+model.
 """
 
 from __future__ import annotations
@@ -28,12 +30,10 @@ import accelplug
 from accelplug import loading, zoo
 from accelplug.comparison.result import Comparison
 from accelplug.hosts.host import model_facts
-from accelplug.recipe import Recipe, match_for, matching_files, read_file, write_recipe
+from accelplug.recipe import Recipe, RecipeFile, matching_files, read_file, shipped_files
 
 VIDEO = {"guidance_scale": 5.0, "num_inference_steps": 50}
-DRY = {**zoo.SMALL, "num_inference_steps": 2}
-USUAL = {"rules": [{"where": {"steps": "0:25%"}, "patch": "dense"}, {"patch": "sol"}]}
-"""For models without a recipe file: `sol` as it is, behind a quarter of dense steps."""
+DRY = {"num_frames": 9, "height": 48, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.0}
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,22 @@ def loaded(model: Model, offload: bool) -> Any:
     return pipe
 
 
-def recipes_in(path: Path, pipe: Any, names: Sequence[str]) -> dict[str, Recipe]:
-    """Write the model's recipe file anew, without rows of other machines' runs being lost, and return the recipes that are meant.
+def recipes_in(folder: Path, name: str, pipe: Any, names: Sequence[str]) -> dict[str, Recipe]:
+    """Copy the file of recipes that fits a model best, and that of the presets, to where rows are recorded; return those that are meant.
 
-    `names`: of the file; its default if there are none.
+    `names`: the defaults of both if there are none.
     """
-    found = matching_files(facts := model_facts(pipe))
-    if len(found) == 1 and found[0].path is not None:
-        shutil.copyfile(found[0].path, path)
-    else:
-        write_recipe(path, match_for(facts), "sol", {"summary": "As it is, behind a quarter of dense steps.", **USUAL})
-    file = read_file(path)
-    return {name: file.recipe(name) for name in names or [file.default]}
+    own = copied(matching_files(model_facts(pipe))[0].path, folder / f"{name}.yaml")
+    presets = copied(shipped_files()["denoiser"], folder / f"{name}-presets.yaml")
+    names = names or [own.default, presets.default]
+    return {short: (own if short in own.recipes else presets).recipe(short) for short in names}
+
+
+def copied(source: Path | None, path: Path) -> RecipeFile:
+    """Copy a recipe file anew, without the rows of an earlier night, and read it."""
+    assert source is not None
+    shutil.copyfile(source, path)
+    return read_file(path)
 
 
 def function(told: str) -> Callable[[Any], Any]:
@@ -99,7 +103,7 @@ def function(told: str) -> Callable[[Any], Any]:
 
 def compared(folder: Path, name: str, pipe: Any, settings: dict[str, Any], options: argparse.Namespace) -> Comparison:
     """Compare one model, and write its three files."""
-    recipes = recipes_in(folder / f"{name}.yaml", pipe, options.recipe)
+    recipes = recipes_in(folder, name, pipe, options.recipe)
     arms = {**recipes, **{told.rpartition(":")[2]: function(told) for told in options.arm}}
     floors = "all" if options.floors == "all" else True
     found: Comparison = accelplug.compare(
@@ -117,7 +121,10 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", action="append", choices=MODELS, help="repeat for several (default all)")
     parser.add_argument(
-        "--recipe", action="append", default=[], help="of the model's file; repeat for several (default its default)"
+        "--recipe",
+        action="append",
+        default=[],
+        help="of the model's file; or a preset; repeat for several (default its default, and balanced)",
     )
     parser.add_argument(
         "--arm", action="append", default=[], metavar="MODULE:FUNCTION", help="a function, change(pipe) -> undo"

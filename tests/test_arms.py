@@ -24,11 +24,6 @@ def radial(pipe: Any) -> Callable[[], None]:
     return accelplug.apply(pipe, RADIAL, gate="off").remove
 
 
-def radial_of_shapes(pipe: Any) -> Callable[[], None]:
-    """The same on the bundled model."""
-    return accelplug.apply(pipe, {"patch": "radial", "with": {"block": 16, "backend": "reference"}}, gate="off").remove
-
-
 def forgets(pipe: Any) -> None:
     """Changes nothing, and returns nothing."""
 
