@@ -151,7 +151,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--floors",
         choices=["some", "all", "none"],
-        default="some",
         help="what dense attention scores in another kernel, another dtype, at another seed: on as many prompts as half as many runs again "
         "take (some, default), on all, or on none",
     )
@@ -302,7 +301,7 @@ def _pipeline_settings(options: argparse.Namespace) -> dict[str, Any]:
 SIZES = ("frames", "height", "width", "steps", "guidance")
 EXAMS = ("coco", "amber", "pictures", "parse", "questions", "tokens", "text", "trials", "anew")
 PICTURES_OF_ENCODERS = ("images", "size")
-OF_PIPELINES = ("prompt", "prompts", "seed", "caches", "parts", "resume", "by_layer", "record")
+OF_PIPELINES = ("prompt", "prompts", "seed", "caches", "parts", "floors", "resume", "by_layer", "record")
 """Options of compare that are about runs of a pipeline."""
 
 
@@ -407,7 +406,7 @@ def _compare(options: argparse.Namespace) -> int:
         options.seed or [0],
         prompts=prompts,
         caches=options.caches,
-        floors="all" if options.floors == "all" else options.floors == "some",
+        floors="all" if options.floors == "all" else options.floors != "none",
         parts=options.parts,
         resume=options.resume,
     )

@@ -72,6 +72,7 @@ def test_resumed_equals_uninterrupted(whole: Comparison, after: int, tmp_path: P
         with pytest.raises(Killed):
             compare(tmp_path)
     resumed = compare(tmp_path)
+    assert ("in 2 sittings" in resumed.timed) == (after > 6), "traces alone are no sitting"
     assert timeless(resumed.to_dict()) == timeless(whole.to_dict())
     assert resumed.clips.keys() == whole.clips.keys()
     assert all(np.array_equal(resumed.clips[key], clip) for key, clip in whole.clips.items())

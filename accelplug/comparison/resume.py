@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -29,6 +30,8 @@ from accelplug.show import jsonable
 
 KEPT_ROWS, KEPT_CLIPS = "rows-{}.jsonl", "clips"
 ALONE = Ranks()
+SITTING = "sitting"
+"""Each process that made a run has left a line that begins so."""
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Finished:
         self.folder = None if folder is None else files.path_of(folder, "A folder to go on from")
         if self.folder is None:
             self._own = Journal(None, "")
+            self.sitting = 1
             return
         try:
             (self.folder / KEPT_CLIPS).mkdir(parents=True, exist_ok=True)
@@ -74,6 +78,12 @@ class Finished:
         found = ranks.agreed(found)
         self._own = Journal(self.folder / KEPT_ROWS.format(ranks.rank), facts, "a comparison")
         self._own.entries = found
+        self.sitting = 1 + self.sittings
+
+    @property
+    def sittings(self) -> int:
+        """In how many sittings runs were made: this one counts once it has made one."""
+        return sum(key.startswith(SITTING) for key in self._own.entries)
 
     def traced(self, row: Row) -> Row | None:
         """Return an arm's row as it was traced, without runs; None where it was not.
@@ -116,6 +126,7 @@ class Finished:
         """Keep a run. Its clip is written first: what has a line is whole."""
         if self.folder is None:
             return
+        self._own.get(f"{SITTING} {self.sitting}", lambda: datetime.now(UTC).isoformat(timespec="seconds"))
         key = run_key(name, call, seed)
         if ran.clip is not None:
             self._write(self._path(key), ran.clip)

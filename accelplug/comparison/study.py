@@ -264,6 +264,10 @@ class Study:
         )
         if self.processes > 1:
             timed += f"; prompts and seeds shared by {self.processes} processes"
+        if self.finished.sittings > 1:
+            timed += (
+                f"; in {self.finished.sittings} sittings: where one ended between two arms, they were not timed side by side"
+            )
         texts = [str(item.get("prompt", f"inputs {i}")) for i, item in enumerate(self.prompts)]
         comparison = Comparison(type(self.pipe).__name__, texts, self.seeds, settings, timed, environment(self.pipe))
         comparison.rows, comparison.clips = list(self.rows.values()), self.clips
