@@ -46,7 +46,7 @@ class AttentionCall:
 
     Attributes
     ----------
-    q : Tensor (B, H, S_q, D)
+    q : Tensor (B, H, S_q, D). Tokens that are keys alone (`Layout.unasked`) have zeros, and what they are answered is thrown away.
     k, v : Tensor (B, H_kv, S_k, D) and (B, H_kv, S_k, D_v); H_kv divides H (grouped-query attention).
     mask : None, or bool (B, S_k), True where the key may be read. In language models also bool or additive
         (B, 1|H, S_q, S_k), as the model made it; with None and several queries, attention is causal.
@@ -148,7 +148,8 @@ class Site:
 class Layout:
     """How the tokens of a self- or joint-attention call lie along the sequence.
 
-    The visual tokens are one run, t-major, then rows, then columns. Everything else is text: read and answered densely.
+    The visual tokens are one run, t-major, then rows, then columns. Everything else is text, tokens of other images too: read and
+    answered densely.
     """
 
     grid_thw: tuple[int, int, int]
@@ -157,6 +158,8 @@ class Layout:
     """Tokens ahead of the visual run."""
     text_after: int = 0
     """Tokens behind the visual run."""
+    unasked: tuple[int, int] = (0, 0)
+    """How many tokens at the start and at the end are keys alone: what they read is asked in another call, or by nobody."""
 
     @property
     def visual(self) -> int:
@@ -167,6 +170,16 @@ class Layout:
     def length(self) -> int:
         """Number of tokens in all."""
         return self.text_before + self.visual + self.text_after
+
+    @property
+    def asked(self) -> slice:
+        """Where the tokens stand that ask."""
+        return slice(self.unasked[0], self.length - self.unasked[1])
+
+    @property
+    def queries(self) -> int:
+        """Number of tokens that ask."""
+        return self.length - sum(self.unasked)
 
 
 TEMPLATE = -(2**15)

@@ -61,6 +61,16 @@ class Tiles:
         """Tokens per block of `block` slots, int32 (P / block,)."""
         return self.held.unflatten(0, (-1, block)).sum(-1, dtype=torch.int32)
 
+    def query_lengths(self, block: int) -> Tensor:
+        """Tokens per block, as `lengths`, but 0 for blocks of text of which no token asks."""
+        before, after = self.layout.unasked
+        lengths = self.lengths(block)
+        if not before + after:
+            return lengths
+        first = torch.arange(0, self.slots, block, device=self.held.device) - self.visual_slots  # of each block, among text
+        asks = (first + block > before) & (first < self.tokens - self.layout.visual - after)
+        return lengths * ((first < 0) | asks)
+
     def is_text(self, block: int) -> Tensor:
         """Which blocks hold text, bool (P / block,)."""
         return torch.arange(0, self.slots, block, device=self.held.device) >= self.visual_slots

@@ -392,17 +392,17 @@ class Threshold:
     def lower(self, q_pool: Tensor, k_pool: Tensor, scale: float) -> BlockPlan:
         """Evaluate the rule on pooled queries (B, H, M, D) and keys (B, H, N, D), both float32."""
         score = (q_pool * (scale * LOG2_E)) @ k_pool.transpose(-1, -2)
-        members = (score > self.theta[..., None]) | self.always
+        members = ((score > self.theta[..., None]) & (self.q_len > 0)[:, None]) | self.always
         return BlockPlan.from_members(members, self.q_len, self.k_len, self.block_q, self.block_k)
 
     @property
     def always(self) -> Tensor:
-        """Blocks read whatever their score, bool (M, N)."""
+        """Blocks read whatever their score, bool (M, N); a query block without a token reads none."""
         m = torch.arange(len(self.q_len), device=self.sink.device)[:, None] * self.block_q
         j = torch.arange(len(self.k_len), device=self.sink.device)[None] * self.block_k
         reach = self.band * self.block_k
         near = (j < m + self.block_q + reach) & (j + self.block_k > m - reach)
-        return near | self.sink | self.dense_rows[:, None]
+        return (near | self.sink | self.dense_rows[:, None]) & (self.q_len > 0)[:, None]
 
 
 def past_and_reached(causal: int, q_len: Tensor, k_len: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ MODELS = tuple(name for name in tiny_models.MODELS if name not in REFUSED)
 SORTS = (
     *("wan", "wan_5b", "wan_i2v", "wan_vace", "skyreels", "hunyuan_video", "hunyuan_video_15", "cogvideox", "cogvideox_15"),
     *("mochi", "ltx", "ltx2", "cosmos", "allegro", "kandinsky5", "latte", "flux", "flux2", "chroma", "sd3", "qwen_image"),
-    *("z_image", "pixart", "unet_sd15", "unet_sdxl", "animatediff", "flux3"),
+    *("z_image", "pixart", "unet_sd15", "unet_sdxl", "animatediff", "flux3", "qwen_image_21", "nucleus_image"),
 )
 """Models of every sort, on which each patch is tried; on the others two are."""
 

@@ -28,6 +28,7 @@ from accelplug.testing.models import (
     valid_first,
     wan,
 )
+from tests.tiny_images import IMAGES
 
 diffusers.utils.logging.set_verbosity_error()
 
@@ -891,6 +892,7 @@ MODELS: dict[str, Callable[[], Built]] = {
     )
     if is_there(builder)
 }
+MODELS |= {name: builder for name, builder in IMAGES.items() if is_there(builder)}
 
 
 def build(name: str, seed: int = 0) -> Built:

@@ -275,6 +275,48 @@ def qwen_image() -> Built:
     return pipe, guided(*embeds, true_cfg_scale=4.0, height=96, width=128)
 
 
+class NoProcessor:
+    """What the pipeline of Qwen-Image 2.1 asks at once of the processor of its text encoder."""
+
+    tokenizer = SimpleNamespace(encode=lambda text: [0])
+
+    def apply_chat_template(self, *_: Any, **__: Any) -> list[list[int]]:
+        return [[0]]
+
+
+def qwen_image_21() -> Built:
+    """The first step fills a cache of the text's keys."""
+    transformer, _ = build("qwen_image_21")
+    parts = {"vae": None, "text_encoder": None, "processor": NoProcessor()}
+    pipe = diffusers.QwenImage21Pipeline(transformer=transformer, scheduler=euler(), **parts)
+    embeds = ("prompt_embeds", 16, 7), ("prompt_embeds_mask", None, valid_first(7, 5).bool())
+    return pipe, guided(*embeds, true_cfg_scale=4.0, height=96, width=128)
+
+
+def hunyuan_image() -> Built:
+    pipe = piped(diffusers.HunyuanImagePipeline, "hunyuan_image", euler(), "text_encoder_2", "tokenizer_2")
+    masks = {"prompt_embeds_mask": valid_first(6, 4), "prompt_embeds_mask_2": valid_first(4, 3)}
+    embeds = {"prompt_embeds": noise(1, 6, 16), "prompt_embeds_2": noise(1, 4, 8)}
+    return pipe, {**embeds, **masks, "height": 384, "width": 512}
+
+
+def auraflow() -> Built:
+    pipe = piped(diffusers.AuraFlowPipeline, "auraflow", euler())
+    embeds = ("prompt_embeds", 16, 7), ("prompt_attention_mask", None, valid_first(7, 7))
+    return pipe, guided(*embeds, height=96, width=128)
+
+
+def cogview4() -> Built:
+    pipe = piped(diffusers.CogView4Pipeline, "cogview4", euler())
+    return pipe, guided(("prompt_embeds", 16, 7), height=96, width=128)
+
+
+def lumina2() -> Built:
+    pipe = piped(diffusers.Lumina2Pipeline, "lumina2", euler())
+    embeds = ("prompt_embeds", 16, 9), ("prompt_attention_mask", None, valid_first(9, 7))
+    return pipe, guided(*embeds, height=96, width=128)
+
+
 def z_image() -> Built:
     pipe = piped(diffusers.ZImagePipeline, "z_image", euler())
     texts = {"prompt_embeds": [noise(14, 16)], "negative_prompt_embeds": [noise(14, 16, seed=1)]}
@@ -549,6 +591,11 @@ PIPELINES: dict[str, Callable[[], Built]] = {
         for builder in (
             sd3,
             qwen_image,
+            qwen_image_21,
+            hunyuan_image,
+            auraflow,
+            cogview4,
+            lumina2,
             z_image,
             pixart,
             ltx,

@@ -33,6 +33,17 @@ FILES = (
     "motif",
     "minimax",
     "krea",
+    "ideogram",
+    "auraflow",
+    "cogview",
+    "hidream",
+    "ernie",
+    "joyimage",
+    "lumina",
+    "nucleus",
+    "prx",
+    "bria",
+    "omnigen",
 )
 """Modules of this package, each with the families that it defines. A new one is a file, and a line here."""
 

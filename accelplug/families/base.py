@@ -38,29 +38,32 @@ class Geometry:
     grid_thw : latent frames, patch rows, patch columns of the visual run.
     text : fewest and most text tokens that stand in joint attention beside it.
     text_first : whether they stand ahead of it.
-    behind : further tokens of joint attention, such as reference images, that stand behind all of these; like text, read and
-        answered densely.
+    ahead, behind : other tokens that stand ahead of all these and behind them, of reference images or the model's own: read and
+        answered densely, as text is.
+    unasked : tokens at the start and at the end of the sequence that are keys alone, as in `Layout`.
     """
 
     grid_thw: Grid
     text: tuple[int, int] = (0, 0)
     text_first: bool = False
+    ahead: int = 0
     behind: int = 0
+    unasked: tuple[int, int] = (0, 0)
 
     def longest(self, kind: Kind) -> int:
         """Return how many tokens a call of `kind` has with the most text."""
-        return math.prod(self.grid_thw) + (self.text[1] + self.behind if kind == "joint" else 0)
+        return math.prod(self.grid_thw) + (self.ahead + self.text[1] + self.behind if kind == "joint" else 0)
 
     def layout(self, kind: Kind, length: int) -> Layout | None:
         """Return the layout of a call of `kind` with `length` tokens, or None where the count does not add up."""
         layout = Layout(self.grid_thw)
         if kind == "self":
             return layout if length == layout.visual else None
-        text = length - layout.visual - self.behind
+        text = length - layout.visual - self.ahead - self.behind
         if kind != "joint" or not self.text[0] <= text <= self.text[1]:
             return None
         before, after = (text, 0) if self.text_first else (0, text)
-        return Layout(self.grid_thw, before, after + self.behind)
+        return Layout(self.grid_thw, self.ahead + before, after + self.behind, self.unasked)
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ def patch_thw(config: Any) -> Grid:
     """Return how many latent frames, rows and columns make one token, from ``patch_size`` and ``patch_size_t``."""
     size = getattr(config, "patch_size", None) or 1
     if not isinstance(size, int):
-        frames, rows, columns = size
-        return frames, rows, columns
+        *frames, rows, columns = size
+        return (frames[0] if frames else 1), rows, columns
     return getattr(config, "patch_size_t", None) or 1, size, size
 
 
@@ -119,7 +122,8 @@ class Family:
     geometry : (config, inputs) -> Geometry, or None where these inputs are not understood. Reads shapes where it can.
     level : None, or the class names of sub-modules whose own input gives the grid (UNets: one resolution a block); then
         `geometry` gets that sub-module's config and inputs.
-    outer_mask : masks (B, 1, S, S) of this family are outer products of one key validity; their first row is that.
+    outer_mask : masks (B, 1, S, S) of this family are outer products of one key validity; the row of a visual token is that.
+    text_apart : whether the tokens ahead of the grid ask in calls of their own, of the keys ahead of them alone; these stay dense.
     any_order : blocks that take their tokens in any order, or None where that is not known of them.
     split_apart : whether context parallelism splits text and grid each for itself, so that every rank has a share of both.
     patch : config -> latent frames, rows and columns that make one token, None where it does not say.
@@ -134,6 +138,7 @@ class Family:
     geometry: Callable[[Any, Inputs], Geometry | None]
     level: tuple[str, ...] = ()
     outer_mask: bool = False
+    text_apart: bool = False
     any_order: AnyOrder | None = None
     split_apart: bool = False
     patch: Callable[[Any], Grid | None] = patch_thw
@@ -215,6 +220,7 @@ def latents(
     more_text: tuple[str, ...] = (),
     text_first: bool = False,
     text_drops: bool = False,
+    ahead: int = 0,
 ) -> Callable[[Any, Inputs], Geometry | None]:
     """Return the geometry of a denoiser that cuts latents into patches, t-major, then rows, then columns.
 
@@ -226,6 +232,7 @@ def latents(
     more_text : such arguments that may be absent.
     text_first : whether the text stands ahead of them.
     text_drops : whether the model leaves out padded text, so that fewer text tokens come than went in.
+    ahead : tokens that the model puts ahead of them all.
     """
 
     def geometry(config: Any, inputs: Inputs) -> Geometry | None:
@@ -235,7 +242,7 @@ def latents(
         if grid is None or None in shapes:
             return None
         tokens = sum(shape[1] for shape in shapes if shape)
-        return Geometry(grid, (0 if text_drops else tokens, tokens), text_first)
+        return Geometry(grid, (0 if text_drops else tokens, tokens), text_first, ahead)
 
     return geometry
 

@@ -1,7 +1,7 @@
 """Flux.1, Flux.2, Flux.3 and Chroma: joint attention, the text ahead of the image, in double and then single blocks.
 
 Latents arrive packed, and only ``img_ids`` say where a token lies. They are read: tokens are on a grid where the ids are one full
-raster of rows and columns. Reference images (Kontext, Flux.2) add ids of their own: dense. Flux passes no mask. Chroma's pipeline passes
+raster of rows and columns. Reference images (Kontext, Flux.2) stand behind, with ids of their own. Flux passes no mask. Chroma's pipeline passes
 float (B, 1, S, S), the product of its padding mask with itself, which is added to the scores: dense.
 
 Flux.3 has self-attention over each kind of tokens, the image's, the references' and the text's, ahead of joint attention over
@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from accelplug.families.base import DOUBLE_AND_SINGLE, Family, Geometry, Inputs, shape_of, two_by_two
-from accelplug.families.rasters import once, rows_and_columns
+from accelplug.families.rasters import image_and_others, once
 
 
 def by_ids(config: Any, inputs: Inputs) -> Geometry | None:
@@ -22,8 +22,10 @@ def by_ids(config: Any, inputs: Inputs) -> Geometry | None:
     ids = inputs.get("img_ids")
     if image is None or text is None or ids is None or image[1] != ids.shape[-2]:
         return None
-    grid = once(rows_and_columns, ids)
-    return Geometry(grid, (text[1], text[1]), text_first=True) if grid else None
+    if (found := once(image_and_others, ids)) is None:
+        return None
+    grid, others = found
+    return Geometry(grid, (text[1], text[1]), text_first=True, behind=others)
 
 
 def _without_references(config: Any, inputs: Inputs) -> Geometry | None:
@@ -34,7 +36,7 @@ def _without_references(config: Any, inputs: Inputs) -> Geometry | None:
 def _with_references(config: Any, inputs: Inputs) -> Geometry | None:
     """Flux.3: reference images stand behind the image."""
     image, references = by_ids(config, inputs), shape_of(inputs, "image_cond_hidden_states", 3)
-    return image if image is None or references is None else replace(image, behind=references[1])
+    return image if image is None or references is None else replace(image, behind=image.behind + references[1])
 
 
 FLUX = Family(

@@ -1,9 +1,12 @@
-"""HunyuanVideo: joint attention, the video ahead of the text; the text is padded at its end.
+"""HunyuanVideo, HunyuanImage 2.1 and HunyuanDiT: joint attention, the grid ahead of the text; the text is padded at its end.
 
 Masks that reach attention: 1.0 passes bool (B, 1, 1, S), key validity. 1.5 re-orders the text, valid tokens first, and its
 processor builds bool (B, 1, S, S), the outer product of one validity; a visual token is always valid, so the first row is that
 validity. Rows of invalid text then have no key at all in the stock model, and some keys with us: what they answer is
 read by nobody, because they are invalid keys of every later layer and only visual tokens leave the model.
+
+HunyuanImage lies as 1.0 does, with bool (B, 1, 1, S) too; glyphs are a second text, sorted in with the first. HunyuanDiT has
+self-attention over the image without a mask, and cross-attention to the text.
 
 The text refiners (``context_embedder``) have attention of the same classes over the text alone and are left alone.
 
@@ -12,7 +15,9 @@ diffusers has no plan of context parallelism for either. With one that splits te
 rank by rank: that is the same where the padding is within the last rank's share of the text.
 """
 
-from accelplug.families.base import DOUBLE_AND_SINGLE, Family, latents, unknown
+from typing import Any
+
+from accelplug.families.base import DOUBLE_AND_SINGLE, Family, Geometry, Inputs, latents, shape_of, unknown
 
 HUNYUAN_VIDEO = Family(
     name="hunyuan_video",
@@ -38,4 +43,28 @@ FRAMEPACK = Family(
     sites=DOUBLE_AND_SINGLE,
     geometry=unknown,  # a history at three resolutions stands ahead of the frames
     status="dense",
+)
+
+
+def _image(config: Any, inputs: Inputs) -> Geometry | None:
+    """Pictures, or their refiner's, which have a frame; the glyphs are left out where the model has no use for them."""
+    axes = "bcthw" if shape_of(inputs, "hidden_states", 5) else "bchw"
+    glyphs = getattr(config, "text_embed_2_dim", None) and inputs.get("encoder_hidden_states_2") is not None
+    text = ("encoder_hidden_states", "encoder_hidden_states_2") if glyphs else ("encoder_hidden_states",)
+    return latents(axes, text=text)(config, inputs)
+
+
+HUNYUAN_IMAGE = Family(
+    name="hunyuan_image",
+    classes=("HunyuanImageTransformer2DModel",),
+    sites=DOUBLE_AND_SINGLE,
+    geometry=_image,
+    status="verified",
+)
+
+HUNYUAN_DIT = Family(
+    name="hunyuan_dit",
+    classes=("HunyuanDiT2DModel",),
+    sites=(("blocks.*.attn1", "self"), ("blocks.*.attn2", "cross")),
+    geometry=latents("bchw"),
 )

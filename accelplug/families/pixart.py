@@ -1,4 +1,4 @@
-"""PixArt and Latte: self-attention over an image or a frame without a mask, cross-attention to the text."""
+"""PixArt, DiT and Latte: self-attention over an image or a frame without a mask, cross-attention to the text where there is any."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from accelplug.families.base import SELF_AND_CROSS, Family, Geometry, Inputs, la
 
 PIXART = Family(
     name="pixart",
-    classes=("PixArtTransformer2DModel",),
+    classes=("PixArtTransformer2DModel", "DiTTransformer2DModel"),
     sites=SELF_AND_CROSS,
     geometry=latents("bchw"),
 )

@@ -7,6 +7,7 @@ LINEAR = "its self-attention is linear, its cost already grows with the number o
 SHORT = "it attends over a thousand tokens at most, where reading fewer keys saves nothing."
 
 UNSUPPORTED: dict[str, str] = {
+    "DreamLiteTransformer2DModel": PART,
     "DualTransformer2DModel": PART,
     "Kandinsky6SRTransformer3DModel": (
         "its attention is sparse by itself: in every call it picks blocks of 64 tokens, and its weights were trained for that."
@@ -39,30 +40,6 @@ NOT_YET = (
     "Cosmos3OmniTransformer",
     "HeliosTransformer3DModel",
     "Kandinsky6Transformer3DModel",
-    "AuraFlowTransformer2DModel",
-    "BriaFibo2Transformer2DModel",
-    "BriaFiboTransformer2DModel",
-    "BriaTransformer2DModel",
-    "CogView3PlusTransformer2DModel",
-    "CogView4Transformer2DModel",
-    "DiTTransformer2DModel",
-    "DreamLiteTransformer2DModel",
-    "ErnieImageTransformer2DModel",
-    "GlmImageTransformer2DModel",
-    "HiDreamImageTransformer2DModel",
-    "HunyuanDiT2DModel",
-    "HunyuanImageTransformer2DModel",
-    "Ideogram4Transformer2DModel",
-    "JoyImageEditPlusTransformer3DModel",
-    "JoyImageEditTransformer3DModel",
-    "LongCatImageTransformer2DModel",
-    "Lumina2Transformer2DModel",
-    "LuminaNextDiT2DModel",
-    "NucleusMoEImageTransformer2DModel",
-    "OmniGenTransformer2DModel",
-    "OvisImageTransformer2DModel",
-    "PRXTransformer2DModel",
-    "QwenImage21Transformer2DModel",
     "Transformer2DModel",
 )
 UNSUPPORTED |= dict.fromkeys(NOT_YET, "nobody has said yet how its tokens lie.")

@@ -63,10 +63,9 @@ class Answering:
         reason : why that is, if a rule names the call.
         entered : since when we are at it, where the forward is measured.
         """
-        patch = here.patch
         if call is not None and (reason := self.not_worth_it(here, call)) is not None:
             call = None
-        run = dense if call is None or patch is None else partial(patch.attend, call, here.params)
+        run = dense if call is None else partial(here.answer, call)
         timed = self.ledger.timed or entered is not None
         out, ms = timed_ms(run, q.device) if timed else (run(), None)
         if call is not None and record.site is not None and (reason := self._too_wrong(here)) is not None:
@@ -77,7 +76,7 @@ class Answering:
         if self.ledger.traces:
             self._note(record, here, call, name, reason, q, ms if self.ledger.timed else None)
         if entered is not None and record.site is not None:
-            dense_ms = ms if call is None else self._judged_dense_ms(here, q)
+            dense_ms = ms if call is None else self._judged_dense_ms(here, call.q)
             self.meter.call(record.site.module, q, dense_ms, entered)
         return out
 
@@ -88,7 +87,7 @@ class Answering:
             return None
         if self.gate.may_time(call.q.device):
             patch.choose_backend(call, params)
-        verdict = self.gate.verdict(here.choice.name, patch, call.q, call.dense, lambda: patch.attend(call, params))
+        verdict = self.gate.verdict(here.choice.name, patch, call.q, call.dense, lambda: here.answer(call))
         return verdict.reason if verdict is not None and not verdict.pays and self.gate.mode == "auto" else None
 
     def _too_wrong(self, here: Settled) -> str | None:

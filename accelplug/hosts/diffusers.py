@@ -31,7 +31,7 @@ from accelplug.hosts.models import DENOISERS, PATCHABLE, denoisers, processor_ow
 from accelplug.hosts.placement import Placed
 from accelplug.hosts.record import Choice, given
 from accelplug.hosts.run import Moment, Passed, Run
-from accelplug.hosts.site import Entered, Region, SiteRecord, key_validity, scale_of
+from accelplug.hosts.site import Entered, Region, SiteRecord
 from accelplug.hosts.ulysses import Gathered
 from accelplug.hosts.undo import Undo
 from accelplug.kernels.memory import Memory
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 RUNS = frozenset({"compare", "tune", "calibrate"})
 """Abilities that take a whole pipeline, which runs from noise to a picture."""
+
+TIMESTEPS = ("timestep", "timesteps", "t")
+"""Names that denoisers have for the argument that says the timestep."""
 
 INSTALL = "_accelplug_install"
 """Attribute of a denoiser: which installation of ours is on it. Dynamo guards no hooks, so that its graphs need this to tell."""
@@ -220,6 +223,11 @@ class DenoiserHost(Answering, Host):
         """Whether a (B, 1, S, S) mask is an outer product of one validity."""
         return self.family.outer_mask
 
+    @property
+    def text_apart(self) -> bool:
+        """Whether text asks in calls of its own, which stay dense."""
+        return self.family.text_apart
+
     def reset(self) -> None:
         """End this thread's run: what was kept for its steps is forgotten."""
         self._thread.run = None
@@ -251,7 +259,7 @@ class DenoiserHost(Answering, Host):
         if module is not self.denoiser:  # a deep copy of it
             return
         inputs = given(self.signature, args, kwargs)
-        timestep = inputs.get("timestep", inputs.get("t"))
+        timestep = next((inputs[name] for name in TIMESTEPS if name in inputs), None)
         geometry = self.family.geometry(getattr(self.denoiser, "config", None), inputs)
         sizes = self._sizes(inputs, None if self.family.level else geometry)
         run = self._note_step(self._moment(timestep), sizes, announced=self._thread.announced)
@@ -427,8 +435,9 @@ class DenoiserHost(Answering, Host):
         def judge() -> str | None:
             generator = torch.Generator(device or "cpu").manual_seed(0)  # the global generator stays untouched
             q, k, v = (torch.randn(shape or (), generator=generator, dtype=dtype, device=device) for _ in range(3))
-            call = AttentionCall(q, k, v, None, scale_of(q, None), rebind.dense_sdpa(q, k, v))
-            return self.not_worth_it(record.settled, call)
+            here = replace(record.settled, error=None, ticket=None)
+            q = q[..., here.unasked[0] : here.length - here.unasked[1], :]
+            return self.not_worth_it(here, here.call(q, k, v, None, None, rebind.dense_sdpa(q, k, v)))
 
         if verdict is not None:
             stays = verdict.pays or self.gate.mode == "report"
@@ -440,12 +449,15 @@ class DenoiserHost(Answering, Host):
 
     def _shape_bhsd(self, record: SiteRecord, region: Region) -> tuple[int, int, int, int] | None:
         """Shape of the queries to come, where the attention module tells its heads."""
-        heads = getattr(record.module, "heads", None) or getattr(record.module, "num_heads", None)
-        to_q = getattr(record.module, "to_q", None)
-        if heads is None or to_q is None:
+        module = record.module
+        heads = getattr(module, "heads", None) or getattr(module, "num_heads", None)
+        dim = getattr(module, "head_dim", None)
+        if heads and dim is None and (to_q := getattr(module, "to_q", None)) is not None:
+            dim = to_q.out_features // heads
+        if not heads or dim is None:
             return None
         here = record.site.heads.of(heads) if record.site else range(heads)
-        return region.entered.batch, len(here), record.settled.length, to_q.out_features // heads
+        return region.entered.batch, len(here), record.settled.length, dim
 
     def _answers(self, record: SiteRecord) -> bool:
         """Whether the next calls of `record` will run its patch, as far as can be said ahead: the gate has judged, if it is on."""
@@ -462,7 +474,11 @@ class DenoiserHost(Answering, Host):
         return verdict is not None and (verdict.pays or self.gate.mode == "report")
 
     def _expected_layout(self, geometry: Geometry | None, site: Site) -> Layout | None:
-        if geometry is None or (site.kind == "joint" and self.exchanging and not self.family.split_apart):
+        if geometry is None:
+            return None
+        # Shares of ranks are known where they are shares of text and of the grid.
+        others = geometry.ahead + geometry.behind + sum(geometry.unasked)
+        if site.kind == "joint" and self.exchanging and (others or not self.family.split_apart):
             return None
         return geometry.layout(site.kind, geometry.longest(site.kind))
 
@@ -510,10 +526,10 @@ class DenoiserHost(Answering, Host):
     ) -> Tensor:
         """Answer one eager attention call of `record`, counting what it does."""
         record.routed = True
-        if record.site is None:
+        if record.site is None or k.shape[-2] <= record.settled.aside:
             return dense()
         entered = self.meter.clock(q.device)
-        if record.settled.patch is not None and q.shape[-2] != record.settled.length and q.shape[-2] == k.shape[-2]:
+        if record.settled.patch is not None and q.shape[-2] != record.settled.queries and q.shape[-2] == k.shape[-2]:
             self._settle_for_length(record, q.shape[-2])
         here = record.settled
         call, reason = None, here.reason
@@ -525,8 +541,7 @@ class DenoiserHost(Answering, Host):
             if reason is not None:
                 self.ledger.fell_back(record.site.module, reason)
             else:
-                key_mask, _ = key_validity(mask, k.shape[-2], self.outer_mask)
-                call = AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense, error=here.error, ticket=here.ticket)
+                call = here.call(q, k, v, mask, scale, dense)
         return self.answer(record, here, q, call, reason, dense, entered)
 
     def _settle_for_length(self, record: SiteRecord, length: int) -> None:
@@ -549,12 +564,8 @@ class DenoiserHost(Answering, Host):
                     "inference. Call .eval() and run under torch.no_grad(), or remove the plug to train."
                 )
             return "gradients are asked for; run under torch.no_grad()"
-        length = record.settled.length
-        if not q.shape[-2] == k.shape[-2] == length:
-            return f"{q.shape[-2]} queries and {k.shape[-2]} keys where the layout has {length} tokens"
-        if not key_validity(mask, length, self.outer_mask)[1]:
-            what = f"mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            return f"a {what} is more than key padding"
+        if (why := record.settled.obstacle(q, k, mask)) is not None:
+            return why
         if compat.diffusers.attention_is_skipped():
             return "perturbed-attention guidance skips the scores of this call"
         return None

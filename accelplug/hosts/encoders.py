@@ -219,6 +219,11 @@ class EncoderHost(Answering, Host):
         return False
 
     @property
+    def text_apart(self) -> bool:
+        """Whether text asks in calls of its own, which stay dense."""
+        return False
+
+    @property
     def exchanging(self) -> bool:
         """Whether ranks exchange tokens for heads around attention."""
         return False

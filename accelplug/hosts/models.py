@@ -10,7 +10,7 @@ from torch import nn
 from accelplug import compat
 from accelplug.families.encoders import Encoder, encoder_of
 
-DENOISERS = ("transformer", "transformer_2", "transformer_ref", "unet", "prior")
+DENOISERS = ("transformer", "transformer_2", "transformer_ref", "unconditional_transformer", "unet", "prior")
 """Names of the components that denoise, in every pipeline of diffusers."""
 
 PATCHABLE = frozenset({"self", "joint", "temporal"})

@@ -6,10 +6,12 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.families.base import Geometry
@@ -31,6 +33,10 @@ class SiteHost(Protocol):
     @property
     def outer_mask(self) -> bool:
         """Whether a (B, 1, S, S) mask is an outer product of one validity."""
+
+    @property
+    def text_apart(self) -> bool:
+        """Whether text asks in calls of its own, which stay dense."""
 
     @property
     def exchanging(self) -> bool:
@@ -68,12 +74,50 @@ class Settled:
     exchanged: Gathered | None = None
     """Where tokens lie after an exchange between ranks, if not in order."""
     length: int = -1
+    unasked: tuple[int, int] = (0, 0)
+    """How many of these tokens at the start and at the end do not ask, as in `Layout`."""
+    row: int | None = None
+    """A token whose row of a mask (B, 1, S, S) says which keys may be read; None where it may say more."""
+    aside: int = 0
+    """How many keys a call of the text alone has at most, which is dense; 0 where text asks together with the grid."""
     known: bool = True
     """Whether the forward of the denoiser was seen in this thread."""
     error: Tensor | None = None
     """Into which the patch writes an estimate of its error, float32 (); None where it has none."""
     ticket: Tensor | None = None
     """Of what it left here in the last step, see `kernels.memory`; None without an estimate."""
+
+    @property
+    def queries(self) -> int:
+        """How many tokens ask."""
+        return self.length - sum(self.unasked)
+
+    def obstacle(self, q: Tensor, k: Tensor, mask: Any) -> str | None:
+        """Why a call is none that was settled for, or None."""
+        if q.shape[-2] != self.queries or k.shape[-2] != self.length:
+            tokens = f"{self.length} tokens" + f", of which {self.queries} ask" * (self.queries != self.length)
+            return f"{q.shape[-2]} queries and {k.shape[-2]} keys where the layout has {tokens}"
+        if not key_validity(mask, self.length, self.row)[1]:
+            what = f"mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            return f"a {what} is more than key padding"
+        return None
+
+    def call(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, dense: Callable[..., Tensor]
+    ) -> AttentionCall:
+        """Return a call as the patch sees it: tokens that do not ask have zeros."""
+        validity, _ = key_validity(mask, self.length, self.row)
+        scale = scale_of(q, scale)
+        if any(self.unasked):
+            around = (0, 0, *self.unasked)
+            q, dense = pad(q, around), partial(_dense_for_all, dense, around)
+        return AttentionCall(q, k, v, validity, scale, dense, error=self.error, ticket=self.ticket)
+
+    def answer(self, call: AttentionCall) -> Tensor:
+        """Return what the patch answers to `call`, for the tokens that ask."""
+        patch: Any = self.patch
+        out = patch.attend(call, self.params)
+        return out[..., self.unasked[0] : self.length - self.unasked[1], :] if any(self.unasked) else out
 
 
 class _Here(threading.local):
@@ -156,12 +200,12 @@ class SiteRecord:
         patch = here.patch
         if patch is None or not here.known:  # a thread of which nothing is known yet has a graph of its own, traced anew
             return dense()
-        key_mask, understood = key_validity(mask, here.length, self.host.outer_mask)
-        if blocked is not None or not understood or not q.shape[-2] == k.shape[-2] == here.length:
+        if k.shape[-2] <= here.aside:
+            return dense()
+        if blocked is not None or here.obstacle(q, k, mask) is not None:
             self.missed = True  # counted by the host, outside the graph
             return dense()
-        call = AttentionCall(q, k, v, key_mask, scale_of(q, scale), dense, error=here.error, ticket=here.ticket)
-        return patch.attend(call, here.params)
+        return here.answer(here.call(q, k, v, mask, scale, dense))
 
     def settle(
         self, choice: Choice, layout: Layout | None, params: Any, order: Tiles | None, exchanged: Gathered | None = None
@@ -172,8 +216,13 @@ class SiteRecord:
             where = " under context parallelism" if self.host.exchanging else ""
             reason = f"{type(self.host.root).__name__} was given tokens whose layout is not understood{where}"
         patch = choice.patch if params is not None else None
-        length = layout.length if layout else -1
-        self.settled = Settled(choice, reason, patch, params, layout, order, exchanged, length)
+        if layout is None:
+            self.settled = Settled(choice, reason, patch, params, layout, order, exchanged)
+            return
+        row = layout.text_before if self.host.outer_mask else None
+        aside = layout.text_before if self.host.text_apart else 0
+        size = layout.length, layout.unasked, row, aside
+        self.settled = Settled(choice, reason, patch, params, layout, order, exchanged, *size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,13 +264,17 @@ class Region:
         self.here.entered = self.latest = entered
 
 
-def key_validity(mask: Any, length: int, outer: bool) -> tuple[Tensor | None, bool]:
+def key_validity(mask: Any, length: int, row: int | None) -> tuple[Tensor | None, bool]:
     """Reduce a mask to key validity, bool (B, S_k).
+
+    Parameters
+    ----------
+    row : the query whose row of a (B, 1, S, S) mask is that for all whose answers are read by anybody; None: there is no such query.
 
     Returns
     -------
     validity : bool (B, S_k), or None where every key may be read.
-    understood : whether `mask` says no more than that. `outer`: a (B, 1, S, S) mask is an outer product of one validity.
+    understood : whether `mask` says no more than that.
     """
     if mask is None:
         return None, True
@@ -229,9 +282,24 @@ def key_validity(mask: Any, length: int, outer: bool) -> tuple[Tensor | None, bo
         return None, False
     if mask.ndim == 2:
         return mask, True
-    if mask.ndim == 4 and mask.shape[1] == 1 and (mask.shape[2] == 1 or outer):
-        return mask[:, 0, 0], True
+    if mask.ndim == 4:
+        one_head, one_row = (mask.shape[dim] == 1 or mask.stride(dim) == 0 for dim in (1, 2))  # or one that is expanded
+        if one_head and (one_row or row is not None):
+            return mask[:, 0, 0 if one_row else row], True
     return None, False
+
+
+def _dense_for_all(
+    dense: Callable[..., Tensor],
+    around: tuple[int, int, int, int],
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    **changed: Any,
+) -> Tensor:
+    """Dense attention, with zeros for the tokens that do not ask where the queries are the call's own."""
+    out = dense(q, k, v, **changed)
+    return pad(out, around) if q is None else out
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:

@@ -238,6 +238,9 @@ def _width(attention: Any) -> int:
     for name, parts in (("to_q", 1), ("to_query", 1), ("to_qkv", 3)):
         if (width := getattr(getattr(attention, name, None), "out_features", None)) is not None:
             return width // parts
+    heads, dim = getattr(attention, "heads", None), getattr(attention, "head_dim", None)
+    if heads and dim:
+        return heads * dim
     if (width := getattr(attention, "inner_dim", None)) is None:
         raise AccelplugError(f"{type(attention).__name__} has neither to_q nor to_qkv to read its width from.")
     return width

@@ -109,8 +109,8 @@ class Proxy(BlockSparse):
             lone *= int(size @ around.long().sum(-1))
             windows *= len(size)
         pairs = near + (layout.visual * windows - lone if self.config.rest == "pool" else 0)
-        text = layout.length - layout.visual
-        return (pairs + text * (layout.visual + layout.length)) / layout.length**2
+        text, asking = layout.length - layout.visual, layout.queries - layout.visual
+        return (pairs + layout.visual * text + asking * layout.length) / (layout.queries * layout.length)
 
     def neutral(self, layout: Layout) -> bool:
         return self._neutral.get(layout, lambda: self._not_worth_it(layout))

@@ -599,8 +599,8 @@ class Blocks:
 
     @property
     def query_lengths(self) -> Tensor:
-        """Tokens per query block, int32 (M,)."""
-        return self.q_tiles.lengths(self.block)
+        """Tokens per query block, int32 (M,); 0 where none of them asks."""
+        return self.q_tiles.query_lengths(self.block)
 
     @property
     def key_lengths(self) -> Tensor:
@@ -609,8 +609,8 @@ class Blocks:
 
     @property
     def query_text(self) -> Tensor:
-        """Which query blocks hold text, bool (M,)."""
-        return self.q_tiles.is_text(self.block)
+        """Which query blocks hold text that asks, bool (M,)."""
+        return self.q_tiles.is_text(self.block) & (self.query_lengths > 0)
 
     @property
     def key_text(self) -> Tensor:
@@ -670,5 +670,8 @@ def _text_dense(
 ) -> BlockPlan:
     columns = k_tiles.is_text(block_k) if skipped is None else k_tiles.is_text(block_k) & ~skipped[..., None, None]
     members = members | q_tiles.is_text(block)[:, None] | columns
-    lengths = q_tiles.lengths(block), k_tiles.lengths(block_k)
-    return BlockPlan.from_members(members, *lengths, block, block_k, box, level=level, skipped=skipped)
+    q_len, k_len = q_tiles.query_lengths(block), k_tiles.lengths(block_k)
+    if any(q_tiles.layout.unasked):
+        asks = (q_len > 0)[:, None]
+        members, level = members & asks, None if level is None else level * asks
+    return BlockPlan.from_members(members, q_len, k_len, block, block_k, box, level=level, skipped=skipped)
