@@ -200,7 +200,11 @@ class Latent:
             return value
         at = dict(zip("thw", zip(place, self.patch, strict=True), strict=True))
         where = tuple(
-            slice(at[a][0] * at[a][1], (at[a][0] + 1) * at[a][1]) if a in at else slice(-1, None) if a == "n" else slice(None)
+            slice(at[a][0] * at[a][1], (at[a][0] + 1) * at[a][1])
+            if a in at
+            else slice(-1, None)
+            if a == "n"
+            else slice(None)
             for a in self.axes  # n: the last of several items
         )
         value[where] += torch.linspace(0.5, 1.5, value[where].numel()).reshape(value[where].shape)
