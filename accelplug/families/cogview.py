@@ -23,11 +23,10 @@ COGVIEW = Family(
 
 def behind_cached(config: Any, inputs: Inputs) -> Geometry | None:
     caches, geometry = inputs.get("kv_caches"), _text_then_image(config, inputs)
-    mode = None if caches is None else caches[0].mode
-    if geometry is None or mode not in ("read", "write"):
+    if geometry is None or caches is None or caches[0].mode not in ("read", "write"):
         return geometry
     lengths = {keys.shape[1] for keys in caches[0].k_caches}
-    if mode == "write" or len(lengths) > 1:
+    if caches[0].mode == "write" or len(lengths) > 1:
         return None
     cached = sum(lengths)
     return replace(geometry, ahead=cached, unasked=(cached, 0))

@@ -1,8 +1,8 @@
 """Flux.1, Flux.2, Flux.3 and Chroma: joint attention, the text ahead of the image, in double and then single blocks.
 
 Latents arrive packed, and only ``img_ids`` say where a token lies. They are read: tokens are on a grid where the ids are one full
-raster of rows and columns. Reference images (Kontext, Flux.2) stand behind, with ids of their own. Flux passes no mask. Chroma's pipeline passes
-float (B, 1, S, S), the product of its padding mask with itself, which is added to the scores: dense.
+raster of rows and columns. Reference images (Kontext, Flux.2) stand behind, with ids of their own. Flux passes no mask.
+Chroma's pipeline passes float (B, 1, S, S), the product of its padding mask with itself, which is added to the scores: dense.
 
 Flux.3 has self-attention over each kind of tokens, the image's, the references' and the text's, ahead of joint attention over
 [text | image | references]. References have an argument of their own, and are read and answered densely.

@@ -41,6 +41,21 @@ def rows_and_columns(ids: Any, ahead: int = 0) -> Grid | None:
     return None if one is None else full_raster(one[ahead:], (1, 2))
 
 
+def image_and_others(ids: Any) -> tuple[Grid, int] | None:
+    """Return the grid of the image that `ids` begin with, and how many tokens of other images follow: theirs differ in another axis.
+
+    `ids` are as in `rows_and_columns`; None where the first image lies otherwise.
+    """
+    one = _sample(ids)
+    if one is None or one.ndim != 2 or not len(one):
+        return None
+    planes = one[:, [axis for axis in range(one.shape[1]) if axis not in (1, 2)]]
+    elsewhere = (planes != planes[0]).any(1).nonzero().flatten()
+    first = int(elsewhere[0]) if len(elsewhere) else len(one)
+    grid = full_raster(one[:first], (1, 2))
+    return None if grid is None else (grid, len(one) - first)
+
+
 def full_raster(ids: Any, axes: tuple[int, ...]) -> Grid | None:
     """Return frames, rows and columns where `ids` (S, A), on the CPU, are a full raster, and None where they are not.
 
