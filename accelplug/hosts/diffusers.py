@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from accelplug import compat
 from accelplug.bounded import Bounded
-from accelplug.call import AttentionCall, Clock, Layout, Share, Site
+from accelplug.call import Clock, Layout, Share, Site
 from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families import require_family
 from accelplug.families.base import Geometry, site_kinds
