@@ -148,11 +148,7 @@ def _examine(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool)
                 "this one sees no pictures: leave --coco and --amber out.",
             )
         )
-    rows = _arms_of(model, recipe)
-    if changes := [name for name, arm in rows.items() if not isinstance(arm, Recipe)]:
-        raise AccelplugError(
-            f"{changes[0]} is a function: arms of a language model are recipes. Compare functions on a pipeline."
-        )
+    rows = _recipes_of(model, recipe)
     if isinstance(exam, TextExam) or not sees:
         texts = exam if isinstance(exam, TextExam) else TextExam()
         return compare_texts(model, rows, texts.at_work(rows.values()), processor, progress=progress)
@@ -162,7 +158,15 @@ def _examine(model: Any, recipe: Any, exam: Any, processor: Any, progress: bool)
 def _looked_at(model: Any, recipe: Any, pictures: Any, processor: Any, progress: bool) -> Any:
     """Run an image encoder on pictures."""
     held = pictures if isinstance(pictures, Pictures) else Pictures(pictures)
-    return compare_features(model, _arms_of(model, recipe), held, processor, progress=progress)
+    return compare_features(model, _recipes_of(model, recipe), held, processor, progress=progress)
+
+
+def _recipes_of(model: Any, recipe: Any) -> dict[str, Recipe]:
+    """The recipes by the names of their rows, of a model that takes no functions."""
+    arms = _arms_of(model, recipe)
+    if changes := [name for name, arm in arms.items() if not isinstance(arm, Recipe)]:
+        raise AccelplugError(f"{changes[0]} is a function: arms are recipes here. Compare functions on a pipeline.")
+    return arms
 
 
 def _arms_of(pipe: Any, recipe: Any) -> dict[str, Any]:
