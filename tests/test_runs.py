@@ -226,7 +226,10 @@ def test_inspect_knows_the_grid_that_a_run_has(name: str) -> None:
     assert (told["transformer" if "transformer" in told else "unet"] is None) == (name in NO_GRID_AHEAD)
 
 
-WHOLE = ("hunyuan_video_15", "ltx_2", "chronoedit", "anyflow", "motif_video", "easyanimate")
+WHOLE = (
+    *("hunyuan_video_15", "ltx_2", "chronoedit", "anyflow", "motif_video", "easyanimate"),
+    *("helios", "kandinsky6"),
+)
 """Pipelines that no other test runs from noise to the end with and without a patch."""
 
 
@@ -245,13 +248,18 @@ def test_a_whole_run_is_exact_where_nothing_is_left_out_and_sparse_where_somethi
 NO_GRID_AHEAD = {
     *("sd15", "sdxl", "animatediff", "animatediff_video2video"),  # several resolutions
     *("wan_video2video", "cogvideox_video2video", "cosmos_2"),  # the video that is given says how many frames, or nobody
+    *("helios", "chronoedit"),  # a chunk of what is asked for, or two frames
     *("latte", "allegro"),  # a grid for each frame; frames are rounded up to odd numbers
 }
 
 
 def _settings(pipe: Any) -> dict[str, Any]:
     """What a pipeline was made with beside its parts."""
-    return {name: pipe.config[name] for name in ("boundary_ratio", "requires_safety_checker") if name in pipe.config}
+    return {
+        name: pipe.config[name]
+        for name in ("boundary_ratio", "requires_safety_checker", "enable_safety_checker")
+        if name in pipe.config
+    }
 
 
 def test_timesteps_that_the_user_chose_are_a_schedule_too() -> None:

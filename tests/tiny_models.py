@@ -5,6 +5,7 @@ Every visual grid has at least 48 tokens (six blocks of eight) and T != H != W, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from diffusers.models import embeddings
 from accelplug.testing.models import (
     TIMESTEP,
     WAN_CONFIG,
+    Arguments,
     Built,
     build_denoiser,
     cogvideox,
@@ -165,6 +167,152 @@ def hunyuan_video_15() -> Built:
         "encoder_attention_mask": valid_first(6, 4),
         "encoder_attention_mask_2": valid_first(4, 3),
         "image_embeds": torch.zeros(1, 3, 12),
+    }
+
+
+def framepack() -> Built:
+    """A history at three resolutions ahead of the frames; an image's tokens and the valid text behind them."""
+    model = diffusers.HunyuanVideoFramepackTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=2,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+        image_condition_type=None,
+        has_image_proj=True,
+        image_proj_dim=12,
+        has_clean_x_embedder=True,
+    )
+    _, inputs = hunyuan_video()
+    return model, inputs | {
+        "image_embeds": noise(1, 3, 12),
+        "indices_latents": torch.arange(3) + 20,
+        "latents_clean": noise(1, 4, 2, 8, 12, seed=1),
+        "indices_latents_clean": torch.arange(2),
+        "latents_history_2x": noise(1, 4, 2, 8, 12, seed=2),
+        "indices_latents_history_2x": torch.arange(2) + 17,
+        "latents_history_4x": noise(1, 4, 16, 8, 12, seed=3),
+        "indices_latents_history_4x": torch.arange(16) + 1,
+    }
+
+
+def helios() -> Built:
+    """The second chunk of a video."""
+    model = diffusers.HeliosTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        rope_dim=(4, 4, 4),
+    )
+    history = {"short": (2, 6), "mid": (2, 4), "long": (4, 0)}  # frames, and where they begin
+    inputs: Arguments = {
+        "hidden_states": noise(1, 4, 3, 8, 12),
+        "timestep": TIMESTEP,
+        "encoder_hidden_states": noise(1, 12, 16),
+        "indices_hidden_states": torch.arange(3)[None] + 8,
+    }
+    for seed, (name, (frames, first)) in enumerate(history.items()):
+        inputs[f"latents_history_{name}"] = noise(1, 4, frames, 8, 12, seed=seed)
+        inputs[f"indices_latents_history_{name}"] = torch.arange(frames)[None] + first
+    return model, inputs
+
+
+def kandinsky6() -> Built:
+    """With sound, and with a frame of reference behind the others, at the place of the first."""
+    model = diffusers.Kandinsky6Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=16,
+        in_text_dim2=8,
+        time_dim=16,
+        model_dim=24,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 4, 4),
+        in_audio_dim=4,
+        out_audio_dim=4,
+        ca_rope=True,
+        cross_gates=True,
+        fix_modulation=True,
+        visual_token_type_num_embeddings=2,
+    )
+    return model, {
+        "hidden_states": noise(1, 4, 8, 12, 9),
+        "encoder_hidden_states": noise(1, 7, 16),
+        "pooled_projections": noise(1, 8),
+        "timestep": torch.tensor([500.0]),
+        "audio_hidden_states": noise(1, 9, 4),
+        "visual_rope_pos": (torch.tensor([0, 1, 2, 0]), torch.arange(4), torch.arange(6)),
+        "encoder_attention_mask": valid_first(7, 5).bool(),
+        "visual_token_type_ids": torch.tensor([[0, 0, 0, 1]]),
+    }
+
+
+def cosmos3() -> Built:
+    """Text, a control ahead of the video, and sound behind it, in one sequence; one head of keys for two of queries."""
+    model = diffusers.Cosmos3OmniTransformer(
+        head_dim=12,
+        hidden_size=24,
+        intermediate_size=32,
+        latent_channel=4,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        patch_latent_dim=16,
+        rope_axes_dim=(2, 2, 2),
+        sound_dim=4,
+        sound_gen=True,
+        vocab_size=32,
+    )
+    text, shapes, sound = 7, [(3, 4, 6), (3, 4, 6)], 5
+    visual = [math.prod(shape) for shape in shapes]
+    vision = torch.arange(text, text + sum(visual))
+    length = text + sum(visual) + sound
+    return model, {
+        "input_ids": torch.arange(text),
+        "text_indexes": torch.arange(text),
+        "position_ids": torch.arange(length).float().expand(3, -1),
+        "und_len": text,
+        "sequence_length": length,
+        "vision_tokens": [noise(1, 4, frames, 8, 12) for frames, _, _ in shapes],
+        "vision_token_shapes": shapes,
+        "vision_sequence_indexes": vision,
+        "vision_mse_loss_indexes": vision[visual[0] :],
+        "vision_timesteps": torch.full((visual[1],), 500.0),
+        "vision_noisy_frame_indexes": [torch.arange(0), torch.arange(3)],
+        "sound_tokens": [noise(4, sound)],
+        "sound_token_shapes": [(sound, 1, 1)],
+        "sound_sequence_indexes": torch.arange(length - sound, length),
+        "sound_mse_loss_indexes": torch.arange(length - sound, length),
+        "sound_timesteps": torch.full((sound,), 500.0),
+        "sound_noisy_frame_indexes": [torch.arange(sound)],
+    }
+
+
+def anyflow_far() -> Built:
+    """The third chunk of a video: of the first there are few keys, of the second all."""
+    chunks = [1, 2, 3]
+    model = diffusers.AnyFlowFARTransformer3DModel(
+        **WAN_CONFIG, num_layers=2, in_channels=4, out_channels=4, full_chunk_limit=2, chunk_partition=chunks
+    )
+    _, inputs = anyflow()
+    kept = {"compressed_cache": noise(2, 1, 2, 6, 12), "full_cache": noise(2, 1, 2, 48, 12)}
+    return model, inputs | {
+        "chunk_partition": chunks,
+        "kv_cache": [kept, kept],
+        "kv_cache_flag": {"num_cached_chunks": 2, "is_cache_step": False},
     }
 
 
@@ -889,6 +1037,9 @@ MODELS: dict[str, Callable[[], Built]] = {
         flux3,
         krea2,
         wan_animate_2,
+        framepack,
+        helios,
+        kandinsky6,
     )
     if is_there(builder)
 }

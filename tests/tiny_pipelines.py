@@ -42,9 +42,10 @@ class NoGuardrail:
 
 
 class NoSound:
-    """What LTX-2 asks a VAE of sound for that it does not run."""
+    """What pipelines ask a VAE of sound for that they do not run."""
 
     mel_compression_ratio = temporal_compression_ratio = 4
+    latent_hop_length = 1024
     latents_mean, latents_std = torch.zeros(128), torch.ones(128)
 
     def __init__(self, config: Any) -> None:
@@ -507,7 +508,7 @@ def helios() -> Built:
     """Two chunks, the second behind the history of the first."""
     pipe = diffusers.HeliosPipeline(
         transformer=widened("helios", in_channels=16, out_channels=16),
-        scheduler=diffusers.HeliosScheduler(),
+        scheduler=diffusers.HeliosScheduler(stages=1),
         vae=wan_vae(),
         **dict.fromkeys(("text_encoder", "tokenizer")),
     )
@@ -517,7 +518,9 @@ def helios() -> Built:
 
 def kandinsky6() -> Built:
     """With sound, which goes by a scheduler of its own."""
-    pipe = piped(diffusers.Kandinsky6TI2VAPipeline, "kandinsky6", euler(), "text_encoder_2", "tokenizer_2")
+    sound = NoSound(SimpleNamespace(sample_rate=44_100))
+    absent = "text_encoder_2", "tokenizer_2"
+    pipe = piped(diffusers.Kandinsky6TI2VAPipeline, "kandinsky6", euler(), *absent, audio_vae=sound, vocoder=sound)
     embeds = ("prompt_embeds", 16, 7), ("pooled_prompt_embeds", 8, None)
     return pipe, guided(*embeds, height=64, width=96, num_frames=9)
 
@@ -557,6 +560,18 @@ def anyflow() -> Built:
         **dict.fromkeys(("text_encoder", "tokenizer")),
     )
     return pipe, guided(("prompt_embeds", 16, 12), height=64, width=96, num_frames=9)
+
+
+def anyflow_far() -> Built:
+    """Three chunks. Between them its denoiser fills a cache of keys, at a timestep of no schedule."""
+    pipe = diffusers.AnyFlowFARPipeline(
+        transformer=widened("anyflow_far", in_channels=16, out_channels=16),
+        scheduler=diffusers.FlowMapEulerDiscreteScheduler(),
+        vae=wan_vae(),
+        **dict.fromkeys(("text_encoder", "tokenizer")),
+    )
+    chunks = {"num_frames": 21, "chunk_partition": [1, 2, 3], "guidance_scale": 5.0}
+    return pipe, guided(("prompt_embeds", 16, 12), **chunks, height=64, width=96)
 
 
 def motif_video() -> Built:
@@ -623,6 +638,8 @@ PIPELINES: dict[str, Callable[[], Built]] = {
             anyflow,
             motif_video,
             easyanimate,
+            helios,
+            kandinsky6,
         )
         if is_there(builder)
     },

@@ -44,6 +44,7 @@ FILES = (
     "prx",
     "bria",
     "omnigen",
+    "helios",
 )
 """Modules of this package, each with the families that it defines. A new one is a file, and a line here."""
 

@@ -38,7 +38,7 @@ class Geometry:
     grid_thw : latent frames, patch rows, patch columns of the visual run.
     text : fewest and most text tokens that stand in joint attention beside it.
     text_first : whether they stand ahead of it.
-    ahead, behind : other tokens that stand ahead of all these and behind them, of reference images or the model's own: read and
+    ahead, behind : other tokens that stand ahead of all these and behind them, of a history, reference images or the model's own: read and
         answered densely, as text is.
     unasked : tokens at the start and at the end of the sequence that are keys alone, as in `Layout`.
     """
@@ -245,6 +245,24 @@ def latents(
         return Geometry(grid, (0 if text_drops else tokens, tokens), text_first, ahead)
 
     return geometry
+
+
+def history_tokens(inputs: Inputs, patches: Mapping[str, Grid]) -> int | None:
+    """Return how many tokens a history makes that stands ahead of the latents, or None where it is not understood.
+
+    Parameters
+    ----------
+    patches : argument that holds a part of it, (B, C, T, H, W) -> latent frames, rows and columns that make one token of it, the last ones
+        padded. A part without its ``indices_...`` is not there.
+    """
+    tokens = 0
+    for name, patch in patches.items():
+        if inputs.get(name) is None or inputs.get(f"indices_{name}") is None:
+            continue
+        if (shape := shape_of(inputs, name, 5)) is None:
+            return None
+        tokens += math.prod(-(-size // by) for size, by in zip(shape[2:], patch, strict=True))
+    return tokens
 
 
 def unknown(config: Any, inputs: Inputs) -> None:

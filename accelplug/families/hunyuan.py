@@ -8,6 +8,9 @@ read by nobody, because they are invalid keys of every later layer and only visu
 HunyuanImage lies as 1.0 does, with bool (B, 1, 1, S) too; glyphs are a second text, sorted in with the first. HunyuanDiT has
 self-attention over the image without a mask, and cross-attention to the text.
 
+Framepack makes a video section by section. A history at three resolutions stands ahead of the section and is exact, an image's tokens ahead
+of the text. One sample has its valid text alone; several have a mask bool (B, 1, 1, S).
+
 The text refiners (``context_embedder``) have attention of the same classes over the text alone and are left alone.
 
 diffusers has no plan of context parallelism for either. With one that splits text and grid of 1.0 ahead of the first block
@@ -15,9 +18,21 @@ diffusers has no plan of context parallelism for either. With one that splits te
 rank by rank: that is the same where the padding is within the last rank's share of the text.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
-from accelplug.families.base import DOUBLE_AND_SINGLE, Family, Geometry, Inputs, latents, shape_of, unknown
+from accelplug.families.base import (
+    DOUBLE_AND_SINGLE,
+    Family,
+    Geometry,
+    Inputs,
+    history_tokens,
+    latent_grid,
+    latents,
+    shape_of,
+    unsaid,
+)
 
 HUNYUAN_VIDEO = Family(
     name="hunyuan_video",
@@ -37,12 +52,26 @@ HUNYUAN_VIDEO_15 = Family(
     status="verified",
 )
 
+
+def _framepack(config: Any, inputs: Inputs) -> Geometry | None:
+    grid, image, text = (
+        latent_grid(config, inputs, "bcthw"),
+        *(shape_of(inputs, n, 3) for n in ("image_embeds", "encoder_hidden_states")),
+    )
+    history = history_tokens(
+        inputs, {"latents_clean": (1, 2, 2), "latents_history_2x": (2, 4, 4), "latents_history_4x": (4, 8, 8)}
+    )
+    if grid is None or image is None or text is None or history is None:
+        return None
+    return Geometry(grid, (image[1], image[1] + text[1]), ahead=history)
+
+
 FRAMEPACK = Family(
     name="framepack",
     classes=("HunyuanVideoFramepackTransformer3DModel",),
     sites=DOUBLE_AND_SINGLE,
-    geometry=unknown,  # a history at three resolutions stands ahead of the frames
-    status="dense",
+    geometry=_framepack,
+    patch=unsaid,  # pipelines are asked for more than a section
 )
 
 

@@ -38,8 +38,6 @@ UNSUPPORTED: dict[str, str] = {
 NOT_YET = (
     "AnyFlowFARTransformer3DModel",
     "Cosmos3OmniTransformer",
-    "HeliosTransformer3DModel",
-    "Kandinsky6Transformer3DModel",
     "Transformer2DModel",
 )
 UNSUPPORTED |= dict.fromkeys(NOT_YET, "nobody has said yet how its tokens lie.")

@@ -10,18 +10,15 @@ Wan-Animate-2 reads a driving video once, by self-attention over it, and keeps i
 themselves through a flex ``BlockMask`` of the model's own: dense. What a rule names is the reading.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
-from accelplug.families.base import AnyOrder, Family, Geometry, Inputs, latents, patch_thw
+from accelplug.families.base import AnyOrder, Family, Geometry, Inputs, latents, patch_thw, unsaid
 
 WAN = Family(
     name="wan",
-    classes=(
-        "WanTransformer3DModel",
-        "WanVACETransformer3DModel",
-        "WanAnimateTransformer3DModel",
-        "ChronoEditTransformer3DModel",
-    ),
+    classes=("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel"),
     sites=(
         ("blocks.*.attn1", "self"),
         ("blocks.*.attn2", "cross"),
@@ -40,6 +37,14 @@ WAN = Family(
 )
 
 SKYREELS = Family(name="skyreels", classes=("SkyReelsV2Transformer3DModel",), sites=WAN.sites, geometry=latents("bcthw"))
+CHRONOEDIT = Family(
+    name="chronoedit",
+    classes=("ChronoEditTransformer3DModel",),
+    sites=WAN.sites,
+    geometry=latents("bcthw"),
+    patch=unsaid,  # two frames, whatever number is asked for, where it does not reason
+    status="verified",
+)
 ANYFLOW = Family(
     name="anyflow",
     classes=("AnyFlowTransformer3DModel",),
