@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +24,7 @@ from accelplug.errors import UnsupportedError
 from accelplug.families import FAMILIES, family_of
 from accelplug.families.base import Family, Geometry, site_kinds
 from accelplug.families.rasters import full_raster, once, rows_and_columns
-from accelplug.families.unsupported import NOT_YET, UNSUPPORTED
+from accelplug.families.unsupported import UNSUPPORTED
 from accelplug.inspection.denoiser import inspect_denoiser
 from accelplug.testing.models import batch_of_two, noise, raster_ids
 from tests import tiny_models
@@ -187,9 +187,13 @@ class Latent:
     axes: str = "bcthw"
     patch: tuple[int, int, int] = (1, 2, 2)
     ahead: int = 0
+    parts: bool = False
+    """Whether they are the last of several parts of one sample."""
 
     def touched(self, value: Any, grid: tuple[int, int, int], place: tuple[int, int, int]) -> Any:
         """Return `value` with the patch of one token changed; a list, one for each sample, with all of them changed."""
+        if self.parts:
+            return [*value[:-1], replace(self, parts=False).touched(value[-1], grid, place)]
         if isinstance(value, list):
             return [self.touched(one, grid, place) for one in value]
         value = value.clone()
@@ -218,6 +222,8 @@ LATENTS = {name: Latent() for name in MODELS} | {
     "consisid": Latent(axes="btchw"),
     "anyflow": Latent(axes="btchw"),
     "kandinsky6": Latent(axes="bthwc"),
+    "anyflow_far": Latent(axes="btchw"),
+    "cosmos3": Latent(name="vision_tokens", parts=True),
     "cogvideox_15": Latent(axes="btchw", patch=(2, 2, 2)),
     "kandinsky5": Latent(axes="bthwc"),
     "z_image": Latent(name="x", axes="cthw"),
@@ -488,6 +494,17 @@ def test_published_sizes(
     assert geometry.layout(family.sites[0][1], length + 1) is None
 
 
+def cosmos3(noisy: int = 1, places: Tensor | None = None) -> dict[str, Any]:
+    """Seven tokens of text, and two videos of 3 x 4 x 6, of which so many are denoised."""
+    return {
+        "vision_token_shapes": [(3, 4, 6)] * 2,
+        "vision_noisy_frame_indexes": [torch.arange(0)] * (2 - noisy) + [torch.arange(3)] * noisy,
+        "vision_sequence_indexes": torch.arange(7, 151) if places is None else places,
+        "und_len": 7,
+        "sequence_length": 151,
+    }
+
+
 DENSE = {
     "wan without latents": ("WanTransformer3DModel", {}),
     "wan with latents of four dimensions": ("WanTransformer3DModel", {"hidden_states": latents(1, 4, 8, 12)}),
@@ -538,6 +555,17 @@ DENSE = {
             "visual_rope_pos": (torch.arange(3), torch.tensor([1, 0, 2, 3]), torch.arange(6)),
         },
     ),
+    "anyflow far that fills its cache": (
+        "AnyFlowFARTransformer3DModel",
+        {
+            "hidden_states": latents(1, 3, 4, 8, 12),
+            "chunk_partition": [3],
+            "kv_cache": [{}],
+            "kv_cache_flag": {"num_cached_chunks": 0, "is_cache_step": True},
+        },
+    ),
+    "cosmos 3 with two videos": ("Cosmos3OmniTransformer", cosmos3(noisy=2)),
+    "cosmos 3 with places in another order": ("Cosmos3OmniTransformer", cosmos3(places=torch.arange(7, 151).flip(0))),
     "helios with a history of one frame": (
         "HeliosTransformer3DModel",
         {
@@ -562,8 +590,10 @@ def test_what_is_not_understood_is_dense(case: str) -> None:
 
 
 def test_what_stands_beside_a_video() -> None:
-    """A reference that takes the place of the first frame; the history of a chunk of Helios 14B."""
+    """A control and no sound; a reference that takes the place of the first frame; the history of a chunk of Helios 14B."""
     config = SimpleNamespace(patch_size=(1, 2, 2))
+    omni = family_named("Cosmos3OmniTransformer").geometry(config, cosmos3())
+    assert omni.layout("joint", 151) == Layout((3, 4, 6), text_before=7 + 72, unasked=(7, 0))
     places = torch.tensor([*range(30), 0]), torch.arange(32), torch.arange(48)
     inputs = {"hidden_states": latents(1, 31, 64, 96, 33), "visual_rope_pos": places}
     referred = family_named("Kandinsky6Transformer3DModel").geometry(config, inputs)
@@ -718,7 +748,7 @@ def test_every_denoiser_of_diffusers_has_a_family_or_a_reason_why_not(monkeypatc
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_is_unsupported_is_a_class_without_a_family_and_a_sentence(name: str) -> None:
     assert name in compat.diffusers.denoiser_classes() or not NEWEST
-    assert name not in [cls for family in FAMILIES for cls in family.classes] or name in NOT_YET
+    assert name not in [cls for family in FAMILIES for cls in family.classes]
     assert re.fullmatch(r"[a-z][^\n]*\.", UNSUPPORTED[name])
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import accelplug
 from accelplug.errors import FallbackError, NoMatchError, UnsupportedError
-from accelplug.hosts.diffusers import DenoiserHost
+from accelplug.hosts.diffusers import TIMESTEPS, DenoiserHost
 from accelplug.hosts.models import denoisers
 from accelplug.inspection.denoiser import inspect_denoiser
-from accelplug.testing.models import Arguments, noise, sample_of
+from accelplug.testing.models import Arguments, build_pipeline, noise, sample_of
 from accelplug.testing.runs import (
     another_prompt,
     cancel_in_a_callback,
@@ -178,7 +178,8 @@ def check_steps(plug: accelplug.Plug, pipe: Any, inputs: Arguments) -> None:
 
         def look(module: Any, args: tuple, kwargs: dict[str, Any], host: Any = host) -> None:
             given = host.signature.bind_partial(module, *args, **kwargs).arguments
-            forwards.append(float(torch.as_tensor(given.get("timestep", given.get("t"))).max()))
+            timestep = next(given[name] for name in TIMESTEPS if name in given)
+            forwards.append(float(torch.as_tensor(timestep).max()))
             seen.append(host.now.step)
 
         assert isinstance(host, DenoiserHost)
@@ -228,7 +229,7 @@ def test_inspect_knows_the_grid_that_a_run_has(name: str) -> None:
 
 WHOLE = (
     *("hunyuan_video_15", "ltx_2", "chronoedit", "anyflow", "motif_video", "easyanimate"),
-    *("helios", "kandinsky6"),
+    *("helios", "kandinsky6", "cosmos3"),
 )
 """Pipelines that no other test runs from noise to the end with and without a patch."""
 
@@ -242,6 +243,22 @@ def test_a_whole_run_is_exact_where_nothing_is_left_out_and_sparse_where_somethi
     with accelplug.apply(pipe, NEIGHBORHOOD, gate="off", strict=True) as plug:
         assert not torch.equal(run_pipeline(pipe, inputs), stock)
         assert set(plug.report().served) == {"neighborhood"}
+    assert torch.equal(run_pipeline(pipe, inputs), stock)
+
+
+@pytest.mark.skipif("anyflow_far" not in tiny_models.MODELS, reason="not in this diffusers")
+def test_chunks_behind_cached_keys_are_sparse_and_filling_the_cache_is_dense_and_counted() -> None:
+    pipe, inputs = build_pipeline(tiny_pipelines.anyflow_far)
+    pipe.set_progress_bar_config(disable=True)
+    inputs["output_type"] = "latent"
+    stock = run_pipeline(pipe, inputs)
+    with accelplug.apply(pipe, ROWS["neighborhood"].recipe(ROWS["neighborhood"].neutral), gate="off"):
+        assert torch.equal(run_pipeline(pipe, inputs), stock)
+    with accelplug.apply(pipe, NEIGHBORHOOD, gate="off") as plug:
+        assert not torch.equal(run_pipeline(pipe, inputs), stock)
+        report = plug.report()
+    assert report.served == {"neighborhood": 3 * STEPS * 2, "dense": 2 * 2}, "three chunks and two fillings, at two layers"
+    assert all("layout is not understood" in reason for reason in report.fallbacks)
     assert torch.equal(run_pipeline(pipe, inputs), stock)
 
 

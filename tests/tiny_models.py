@@ -1040,6 +1040,8 @@ MODELS: dict[str, Callable[[], Built]] = {
         framepack,
         helios,
         kandinsky6,
+        cosmos3,
+        anyflow_far,
     )
     if is_there(builder)
 }

@@ -640,6 +640,7 @@ PIPELINES: dict[str, Callable[[], Built]] = {
             easyanimate,
             helios,
             kandinsky6,
+            cosmos3,
         )
         if is_there(builder)
     },

@@ -129,6 +129,7 @@ class Family:
     patch : config -> latent frames, rows and columns that make one token, None where it does not say.
     timestep : what pipelines hand to the denoiser of their scheduler's timesteps, keys of `accelplug.hosts.clock.SCALES`, the
         likeliest first.
+    latents : name of the argument that holds the latents, or a list of them; None where they are the first tensor of numbers.
     status : how well it is known: ``verified`` (a real pipeline run), ``layout`` (tiny model), or ``dense``.
     """
 
@@ -143,6 +144,7 @@ class Family:
     split_apart: bool = False
     patch: Callable[[Any], Grid | None] = patch_thw
     timestep: tuple[str, ...] = ("timestep", "unit")
+    latents: str | None = None
     status: Literal["verified", "layout", "dense"] = "layout"
 
 

@@ -28,16 +28,10 @@ UNSUPPORTED: dict[str, str] = {
     ),
     "StableCascadeUNet": SHORT,
     "T5FilmDecoder": SHORT,
+    "Transformer2DModel": PART,
     "TransformerTemporalModel": PART,
     "UNet1DModel": "its attention has no processor, by which patches come in.",
     "UNet2DModel": SHORT,
     "UVit2DModel": SHORT,
 }
 """Class -> why its attention cannot be patched, as the end of a sentence that begins with its name."""
-
-NOT_YET = (
-    "AnyFlowFARTransformer3DModel",
-    "Cosmos3OmniTransformer",
-    "Transformer2DModel",
-)
-UNSUPPORTED |= dict.fromkeys(NOT_YET, "nobody has said yet how its tokens lie.")

@@ -8,13 +8,18 @@ timesteps, that it is at and that it goes to, and frames ahead of channels.
 
 Wan-Animate-2 reads a driving video once, by self-attention over it, and keeps its keys. The steps then attend to these and to
 themselves through a flex ``BlockMask`` of the model's own: dense. What a rule names is the reading.
+
+AnyFlow FAR makes a video chunk by chunk: a chunk reads the keys that are kept of those before it, few of each early frame and all of later
+ones. These ask nothing. What its chunk is padded with is read, as the model has it. Filling the cache goes under a flex ``BlockMask``:
+dense.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from accelplug.families.base import AnyOrder, Family, Geometry, Inputs, latents, patch_thw, unsaid
+from accelplug.families.base import AnyOrder, Family, Geometry, Inputs, latents, patch_thw, shape_of, unsaid
 
 WAN = Family(
     name="wan",
@@ -69,4 +74,29 @@ WAN_ANIMATE_2 = Family(
     sites=(("blocks.*.self_attn", "self"), ("blocks.*.cross_attn", "cross")),
     geometry=_driving_video,
     timestep=("timestep",),
+)
+
+
+def _one_chunk(config: Any, inputs: Inputs) -> Geometry | None:
+    """A chunk of frames, asked behind the keys that are kept of those before it, and padded to whole blocks of 128 tokens."""
+    shape, frames, flag = shape_of(inputs, "hidden_states", 5), inputs.get("chunk_partition"), inputs.get("kv_cache_flag")
+    if shape is None or not frames or not flag or flag.get("is_cache_step") or inputs.get("kv_cache") is None:
+        return None
+    near, far = (
+        (shape[3] // rows) * (shape[4] // columns) for _, rows, columns in (config.patch_size, config.compressed_patch_size)
+    )
+    kept = flag["num_cached_chunks"]
+    coarse = max(kept + 1 - config.full_chunk_limit, 0)
+    ahead = sum(frames[:coarse]) * far + sum(frames[coarse:kept]) * near
+    _, rows, columns = config.patch_size
+    grid = shape[1], shape[3] // rows, shape[4] // columns
+    return Geometry(grid, ahead=ahead, behind=-math.prod(grid) % 128, unasked=(ahead, 0))
+
+
+ANYFLOW_FAR = Family(
+    name="anyflow_far",
+    classes=("AnyFlowFARTransformer3DModel",),
+    sites=(("blocks.*.attn1", "joint"), ("blocks.*.attn2", "cross")),
+    geometry=_one_chunk,
+    patch=unsaid,  # pipelines are asked for more than a chunk
 )

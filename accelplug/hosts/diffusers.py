@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 RUNS = frozenset({"compare", "tune", "calibrate"})
 """Abilities that take a whole pipeline, which runs from noise to a picture."""
 
-TIMESTEPS = ("timestep", "timesteps", "t")
+TIMESTEPS = ("timestep", "timesteps", "t", "vision_timesteps")
 """Names that denoisers have for the argument that says the timestep."""
 
 INSTALL = "_accelplug_install"
@@ -268,7 +268,7 @@ class DenoiserHost(Answering, Host):
         self._check_routes()
         self.hoist.end()  # what an interrupted forward left
         self.enter_root(inputs, geometry)
-        latents = _latents(inputs)
+        latents = _latents(inputs, self.family.latents)
         if latents is not None:
             self.hoist.begin(latents.device)
         if latents is not None and self.gate.mode != "off" and self.gate.may_time(latents.device):
@@ -315,7 +315,7 @@ class DenoiserHost(Answering, Host):
 
     def _sizes(self, inputs: Mapping[str, Any], geometry: Geometry | None) -> Any:
         """What all forwards of a run and branch share: the shape of the latents, and the grid where tokens come packed."""
-        latents = _latents(inputs)
+        latents = _latents(inputs, self.family.latents)
         return latents is not None and latents.shape, geometry and geometry.grid_thw
 
     def trace_begins(self) -> None:
@@ -336,7 +336,7 @@ class DenoiserHost(Answering, Host):
         self._enter(region, inputs, self.family.geometry(getattr(region.module, "config", None), inputs))
 
     def _enter(self, region: Region, inputs: Mapping[str, Any], geometry: Geometry | None) -> None:
-        latents = _latents(inputs)
+        latents = _latents(inputs, self.family.latents)
         if latents is not None:
             region.entered = Entered(geometry, latents.device, latents.dtype, len(latents))
         else:
@@ -656,8 +656,12 @@ def _dtype_of(attention: Any, latents: torch.dtype | None) -> torch.dtype | None
     return latents
 
 
-def _latents(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The first tensor of numbers among a forward's inputs; of a list, one for each sample, the first for all."""
+def _latents(inputs: Mapping[str, Any], name: str | None) -> Tensor | None:
+    """The first tensor of numbers among a forward's inputs; of a list, one for each sample, the first for all. `name`: the argument that
+    holds the latents, where that is another, the last of several."""
+    if name is not None:
+        named: Any = inputs.get(name)
+        return named[-1] if isinstance(named, list | tuple) and named else named
     for x in inputs.values():
         first = x[0] if isinstance(x, list | tuple) and x else x
         if isinstance(first, Tensor) and first.is_floating_point():
