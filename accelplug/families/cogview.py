@@ -18,6 +18,7 @@ COGVIEW = Family(
     classes=("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"),
     sites=(("transformer_blocks.*.attn1", "joint"),),
     geometry=_text_then_image,
+    status="verified",
 )
 
 

@@ -21,6 +21,7 @@ COSMOS = Family(
     sites=SELF_AND_CROSS,
     geometry=latents("bcthw"),
     timestep=("timestep", "sigma_share", "sigma"),  # Cosmos 1, Predict2, 2.5
+    status="verified",
 )
 
 

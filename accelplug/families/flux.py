@@ -55,6 +55,7 @@ FLUX2 = Family(
     geometry=_without_references,
     patch=two_by_two,
     split_apart=True,
+    status="verified",
 )
 FLUX3 = Family(
     name="flux3",

@@ -24,6 +24,7 @@ KANDINSKY5 = Family(
     classes=("Kandinsky5Transformer3DModel",),
     sites=(("visual_transformer_blocks.*.self_attention", "self"), ("visual_transformer_blocks.*.cross_attention", "cross")),
     geometry=_visual,
+    status="verified",
 )
 
 

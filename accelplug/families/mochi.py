@@ -7,4 +7,5 @@ MOCHI = Family(
     classes=("MochiTransformer3DModel",),
     sites=(("transformer_blocks.*.attn1", "joint"),),
     geometry=latents("bcthw", text=("encoder_hidden_states",), text_drops=True),
+    status="verified",
 )

@@ -9,6 +9,7 @@ PIXART = Family(
     classes=("PixArtTransformer2DModel", "DiTTransformer2DModel"),
     sites=SELF_AND_CROSS,
     geometry=latents("bchw"),
+    status="verified",
 )
 
 
@@ -24,4 +25,5 @@ LATTE = Family(
     sites=(*SELF_AND_CROSS, ("temporal_transformer_blocks.*.attn1", "temporal")),
     geometry=_one_frame,
     patch=unsaid,
+    status="verified",
 )

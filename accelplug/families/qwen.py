@@ -56,6 +56,7 @@ QWEN_IMAGE = Family(
     sites=(("transformer_blocks.*.attn", "joint"),),
     geometry=by_shapes,
     split_apart=True,
+    status="verified",
 )
 QWEN_IMAGE_21 = Family(
     name="qwen_image_21",

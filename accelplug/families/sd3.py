@@ -10,4 +10,5 @@ SD3 = Family(
     classes=("SD3Transformer2DModel",),
     sites=(("transformer_blocks.*.attn", "joint"), ("transformer_blocks.*.attn2", "self")),
     geometry=latents("bchw", text=("encoder_hidden_states",)),
+    status="verified",
 )

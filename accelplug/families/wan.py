@@ -41,7 +41,9 @@ WAN = Family(
     status="verified",
 )
 
-SKYREELS = Family(name="skyreels", classes=("SkyReelsV2Transformer3DModel",), sites=WAN.sites, geometry=latents("bcthw"))
+SKYREELS = Family(
+    name="skyreels", classes=("SkyReelsV2Transformer3DModel",), sites=WAN.sites, geometry=latents("bcthw"), status="verified"
+)
 CHRONOEDIT = Family(
     name="chronoedit",
     classes=("ChronoEditTransformer3DModel",),
@@ -99,4 +101,5 @@ ANYFLOW_FAR = Family(
     sites=(("blocks.*.attn1", "joint"), ("blocks.*.attn2", "cross")),
     geometry=_one_chunk,
     patch=unsaid,  # pipelines are asked for more than a chunk
+    status="verified",
 )

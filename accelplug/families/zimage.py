@@ -37,4 +37,5 @@ Z_IMAGE = Family(
     geometry=_stream,
     patch=two_by_two,
     timestep=("inverse",),
+    status="verified",
 )
