@@ -217,6 +217,18 @@ def test_a_long_run_extrapolates_where_the_model_takes_a_cache() -> None:
     assert "taylorseer left out of unet: UNet2DConditionModel takes none" in str(plug.report())
 
 
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_blocks_that_are_compiled_keep_their_graphs(compiled_first: bool) -> None:
+    pipe, inputs = tiny_pipelines.pipeline("wan")
+    run(pipe, inputs, 2)
+    if compiled_first:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    with accelplug.apply(pipe, "balanced", gate="off") as plug:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+        run(pipe, inputs, 4)
+        assert "WanTransformer3DModel is compiled" in str(plug.report())
+
+
 def test_a_run_that_begins_late_counts_the_steps_that_it_takes() -> None:
     model, inputs = tiny_models.build("wan")
     with accelplug.apply(model, "balanced", gate="off") as plug, torch.no_grad(), model.cache_context("cond"):

@@ -20,6 +20,9 @@ from accelplug.hosts.run import Moment, Run
 from accelplug.hosts.undo import Undo
 from accelplug.step_caches import CACHES
 
+COMPILED = "{} is compiled, and its hooks would break the graphs."
+"""Why an optional cache is left out."""
+
 
 class StepCaches:
     """One step cache on each of some denoisers.
@@ -76,6 +79,13 @@ class StepCaches:
         self.left_out = why
         self._on.run()
 
+    def _leave_out_of(self, part: Any, context: Any) -> None:
+        """Take an optional cache off at the beginning of a run that it would break: what it lacks was not known at `install`."""
+        if context is None and CACHES[self.kind].by_context:
+            self._leave_out("It needs a cache_context around the denoiser, and this pipeline opens none.")
+        elif compat.torch.is_compiled(part):
+            self._leave_out(COMPILED.format(type(part).__name__))
+
     def _install(self, undo: Undo) -> None:
         import diffusers
 
@@ -83,7 +93,7 @@ class StepCaches:
             raise UnsupportedError(why)
         for name, part in self.parts.items():
             if self.optional and compat.torch.is_compiled(part):
-                raise UnsupportedError(f"{type(part).__name__} is compiled, and its hooks would break the graphs.")
+                raise UnsupportedError(COMPILED.format(type(part).__name__))
             if not hasattr(part, "enable_cache"):
                 raise UnsupportedError(
                     f"{name} ({type(part).__name__}) takes no step cache. Leave cache: out of the recipe."
@@ -125,19 +135,18 @@ class StepCaches:
             MagCache counts them, and starts anew at the number it was told; in a longer run it would skip by the wrong ratios. If no
             cache context is on, by which a cache tells guidance branches apart.
         """
+        clock = moment.clock
+        last, thread = self._runs.get(id(part), (None, threading.current_thread()))
+        if self.optional and not self.left_out and last is not run and not (last is not None and last.inside):
+            self._leave_out_of(part, context)
         if self.left_out:
             return
-        clock = moment.clock
         if context is None and CACHES[self.kind].by_context:
-            if self.optional:
-                self._leave_out("It needs a cache_context around the denoiser, and this pipeline opens none.")
-                return
             raise UnsupportedError(
                 f"The cache {self.kind} keeps what it knows by guidance branch, and this {type(part).__name__} was called without a "
                 "cache context, which says what branch runs: this pipeline opens none. Leave cache: out of the recipe, or call the "
                 'model yourself inside `with model.cache_context("cond"):`.'
             )
-        last, thread = self._runs.get(id(part), (None, threading.current_thread()))
         if last is run:
             return
         busy = last is not None and last.inside and thread is not threading.current_thread() and thread.is_alive()
