@@ -173,8 +173,8 @@ def test_compare_takes_them_by_name() -> None:
     pipe.vae.decode = lambda latents, return_dict: (latents[:, :3],)
     given = {**inputs, "height": 48, "width": 64, "num_inference_steps": 2}
     given.pop("output_type")
-    found = accelplug.compare(pipe, list(PRESETS), given, [0], progress=False)
-    assert [row.name for row in found.rows if row.kind == "recipe"] == list(PRESETS)
+    found = accelplug.compare(pipe, list(PRESETS), given, [0], caches=True, progress=False)
+    assert {row.name for row in found.rows} >= {*PRESETS, *(f"FirstBlockCache + {name}" for name in PRESETS)}
 
 
 def test_a_modular_pipeline_takes_them() -> None:

@@ -99,7 +99,8 @@ def recipes_of(facts: ModelFacts) -> dict[str, Recipe]:
 def presets(facts: ModelFacts) -> list[Recipe]:
     """Return the recipes that all models of a kind have, the default first; a model's own take the place of those of the same name."""
     fitting = _Fitting.to(facts)
-    return [recipe if fitting.takes(name) else fitting.best[0].recipe(name) for name, recipe in fitting.for_all.items()]
+    own = {name: recipe for file in fitting.best for name, recipe in file.recipes.items()}
+    return [own.get(name, recipe) for name, recipe in fitting.for_all.items()]
 
 
 def load(recipe: str | Path | Mapping[str, Any] | Recipe | Patch | None, facts: ModelFacts) -> Recipe:

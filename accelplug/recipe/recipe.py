@@ -233,7 +233,8 @@ class Recipe(Shown):
         """Return the recipe with a step cache beside its rules, the first layer dense where the cache looks at it."""
         cache = StepCache.model_validate({"kind": kind, "with": settings})
         dense_first = Rule.model_validate({"where": {"layers": 0}, "patch": "dense"})
-        rules = (dense_first, *self.rules) if CACHES[kind].by_first_block else self.rules
+        others = tuple(rule for rule in self.rules if rule != dense_first)
+        rules = (dense_first, *others) if CACHES[kind].by_first_block else self.rules
         return replace(self, rules=rules, cache=cache, measured=())
 
     def expected(
