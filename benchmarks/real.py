@@ -66,9 +66,9 @@ def loaded(model: Model, offload: bool) -> Any:
 
     if model.modular:
         pipe = diffusers.ModularPipeline.from_pretrained(model.repository)
-        pipe.load_components(torch_dtype=torch.bfloat16)
+        pipe.load_components(dtype=torch.bfloat16)
     else:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model.repository, torch_dtype=torch.bfloat16)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model.repository, dtype=torch.bfloat16)
     if offload:
         pipe.enable_model_cpu_offload()
     else:

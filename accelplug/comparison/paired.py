@@ -163,11 +163,13 @@ def too_few(rows: Sequence[Row]) -> str:
 
 def versus(found: Sequence[Difference]) -> Table:
     """Return differences as a rich table, a line a pair of arms."""
+    from rich.box import SIMPLE_HEAD
+
     from accelplug.show import table as lined
 
     figures = list(dict.fromkeys(told.figure for told in found))
     headings = [x for f in figures for x in ("faster by" if f == SPEED else BY_KEY[f].heading, "certainty")]
-    made = lined("who beats whom, paired by prompt and seed", "first", "second", *headings)
+    made = lined("who beats whom, paired by prompt and seed", "first", "second", *headings, box=SIMPLE_HEAD)
     by_pair: dict[tuple[str, str], dict[str, Difference]] = defaultdict(dict)
     for told in found:
         by_pair[told.first, told.second][told.figure] = told
