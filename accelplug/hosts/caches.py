@@ -20,7 +20,7 @@ from accelplug.hosts.run import Moment, Run
 from accelplug.hosts.undo import Undo
 from accelplug.step_caches import CACHES
 
-COMPILED = "{} is compiled, and its hooks would break the graphs."
+BREAKS_GRAPHS = "{} is compiled, and its hooks would break the graphs."
 """Why an optional cache is left out."""
 
 
@@ -84,7 +84,7 @@ class StepCaches:
         if context is None and CACHES[self.kind].by_context:
             self._leave_out("It needs a cache_context around the denoiser, and this pipeline opens none.")
         elif compat.torch.is_compiled(part):
-            self._leave_out(COMPILED.format(type(part).__name__))
+            self._leave_out(BREAKS_GRAPHS.format(type(part).__name__))
 
     def _install(self, undo: Undo) -> None:
         import diffusers
@@ -93,7 +93,7 @@ class StepCaches:
             raise UnsupportedError(why)
         for name, part in self.parts.items():
             if self.optional and compat.torch.is_compiled(part):
-                raise UnsupportedError(COMPILED.format(type(part).__name__))
+                raise UnsupportedError(BREAKS_GRAPHS.format(type(part).__name__))
             if not hasattr(part, "enable_cache"):
                 raise UnsupportedError(
                     f"{name} ({type(part).__name__}) takes no step cache. Leave cache: out of the recipe."
