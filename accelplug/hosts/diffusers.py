@@ -7,6 +7,7 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,8 @@ class _Thread(threading.local):
         self.now = Clock()
         self.announced = False
         """Whether a context has told of the forward that comes."""
+        self.context = ExitStack()
+        """The cache context that we have opened around a forward."""
 
 
 class DenoiserHost(Answering, Host):
@@ -262,7 +265,9 @@ class DenoiserHost(Answering, Host):
         timestep = next((inputs[name] for name in TIMESTEPS if name in inputs), None)
         geometry = self.family.geometry(getattr(self.denoiser, "config", None), inputs)
         sizes = self._sizes(inputs, None if self.family.level else geometry)
-        run = self._note_step(self._moment(timestep), sizes, announced=self._thread.announced)
+        moment = self._moment(timestep)
+        self._open_context(moment.clock.branch)
+        run = self._note_step(moment, sizes, announced=self._thread.announced)
         run.inside = run.broken = True
         self._check_processors()
         self._check_routes()
@@ -286,8 +291,15 @@ class DenoiserHost(Answering, Host):
     def _leave_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not torch.compiler.is_compiling() and module is self.denoiser:
             self.hoist.end()
+            self._thread.context.close()
             if self._thread.run is not None:
                 self._thread.run.inside = False
+
+    def _open_context(self, branch: str | None) -> None:
+        """Tell our step cache which branch runs, where a guider said so and the pipeline opens no cache context: modular ones."""
+        self._thread.context.close()  # what an interrupted forward left
+        if self.caches is not None and branch is not None and self.clock.context is None:
+            self._thread.context.enter_context(self.denoiser.cache_context(branch))  # type: ignore[operator]
 
     def _moment(self, timestep: Any) -> Moment:
         now = self.clock.now(timestep, self.denoiser, self._thread.run, self.family.timestep)
