@@ -218,3 +218,12 @@ def test_a_run_that_is_no_modular_one_has_its_own_branch_names() -> None:
             run_pipeline(classic, inputs)
     branches = [event.clock.branch for event in events if event.site.layer == 0]
     assert branches == ["cond", "uncond"] * STEPS + ["cond"] * STEPS
+
+
+def test_h3_is_compared_step_by_step() -> None:
+    pipe, given = tiny_modular.pipeline("minimax_h3_first_last")
+    compared = accelplug.compare(pipe, {"sparse": SPARSE}, given, seeds=[0], floors=False, progress=False)
+    (dense, sparse) = compared.rows
+    assert [len(sample.step_ms) for row in (dense, sparse) for sample in row.samples] == [STEPS, STEPS]
+    assert 0 < sparse.mean_density < 1 == dense.mean_density
+    assert math.isfinite(sparse.mean("psnr_db"))
