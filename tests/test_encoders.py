@@ -235,6 +235,17 @@ def test_a_vision_tower_is_patched_beside_the_heads_of_its_decoder(make: Callabl
     assert not any(torch.equal(one, other) for one in answers for other in (*answers, stock) if one is not other)
 
 
+def test_a_vision_tower_takes_the_recipes_of_encoders_by_name() -> None:
+    model, _ = build_language_model(llava)
+    with accelplug.apply(model, "encoder/balanced") as plug:
+        assert "3 of 7" in plug.summary()
+    text = hf.LlamaForCausalLM(
+        hf.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(RecipeError, match="encoder/balanced is for encoder: True"):
+        accelplug.apply(text, "encoder/balanced")
+
+
 def test_a_rule_for_a_tower_that_is_not_there_is_refused() -> None:
     model = hf.LlamaForCausalLM(
         hf.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)

@@ -163,9 +163,7 @@ class EncoderHost(Answering, Host):
     @classmethod
     def facts(cls, model: Any) -> ModelFacts:
         """Return the classes of the model and of its first tower, and the tower's config."""
-        tower = next(iter(cls.parts(model).values()))
-        names = dict.fromkeys(kind.__name__ for kind in (*type(model).__mro__, *type(tower).__mro__))
-        return ModelFacts(tuple(names), flat_config(tower.config.to_dict()), encoder=True)
+        return facts_of_tower(next(iter(cls.parts(model).values())), model)
 
     @classmethod
     def of(cls, model: Any, parts: Mapping[str, Any], setup: Setup) -> list[EncoderHost]:
@@ -487,6 +485,12 @@ class EncoderHost(Answering, Host):
         """What forwards came by so far, for rules to be held against."""
         layouts = {record.latest.layout for record in self.records if record.latest.layout is not None}
         return RunFacts(None, frozenset(self.passed.branches), frozenset(layouts))
+
+
+def facts_of_tower(tower: Any, model: Any = None) -> ModelFacts:
+    """Return what recipes match a tower by: its classes, behind those of the model around it, and its config."""
+    names = dict.fromkeys(kind.__name__ for one in (model, tower) if one is not None for kind in type(one).__mro__)
+    return ModelFacts(tuple(names), flat_config(tower.config.to_dict()), encoder=True)
 
 
 @dataclass(eq=False)

@@ -31,7 +31,7 @@ from accelplug.families.vlm import Vlm, vlm_of
 from accelplug.hosts import interface
 from accelplug.hosts.attention import AttentionRecord, patches_of
 from accelplug.hosts.blind import Blind
-from accelplug.hosts.encoders import EncoderHost
+from accelplug.hosts.encoders import EncoderHost, facts_of_tower
 from accelplug.hosts.generation import Generation
 from accelplug.hosts.host import Host, Setup
 from accelplug.hosts.images import VisionTower
@@ -104,7 +104,8 @@ class LanguageHost(Host):
         """Return the classes, the config by dotted keys, and which kind of language model it is."""
         names = tuple(kind.__name__ for kind in type(model).__mro__)
         vlm = vlm_of(model) is not None
-        return ModelFacts(names, flat_config(model.config.to_dict()), vlm=vlm, llm=not vlm)
+        tower = next((facts_of_tower(tower) for tower, _ in towers_of(model).values()), None)
+        return ModelFacts(names, flat_config(model.config.to_dict()), vlm=vlm, llm=not vlm, tower=tower)
 
     @classmethod
     def of(cls, model: Any, parts: Mapping[str, Any], setup: Setup) -> list[Host]:

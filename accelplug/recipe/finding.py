@@ -122,7 +122,8 @@ def load(recipe: str | Path | Mapping[str, Any] | Recipe | Patch | None, facts: 
         If there is no such recipe, or none for this model.
     """
     found = recipe if isinstance(recipe, Recipe) else _find(recipe, facts)
-    if found.match is not None and not found.match.fits(facts):
+    parts = [facts] if facts.tower is None else [facts, facts.tower]
+    if found.match is not None and not any(map(found.match.fits, parts)):
         is_there = ", ".join(f"{key}: {facts.value(key)}" for key in found.match.keys)
         with_parts = f", a pipeline with {', '.join(sorted(facts.components))}" if found.match.pipeline else ""
         raise RecipeError(

@@ -27,6 +27,8 @@ class ModelFacts:
     """Whether it is a pipeline that denoises, or a denoiser."""
     encoder: bool = False
     """Whether it is an image encoder of a family that is known."""
+    tower: ModelFacts | None = None
+    """What recipes match its vision tower by, where it has one of such a family beside a decoder."""
 
     def value(self, key: str) -> Any:
         """Return what stands for `key` of a match."""
