@@ -12,7 +12,7 @@ import torch
 
 import accelplug
 from accelplug.errors import AccelplugError
-from accelplug.hosts import diffusers, forecast, gate
+from accelplug.hosts import answering, forecast, gate
 from accelplug.hosts.forecast import Forecast, amdahl, overall_gain
 from accelplug.kernels import attention
 from accelplug.testing.laws import run_once
@@ -37,7 +37,7 @@ class MadeUpTime:
         self.by_gate = (DENSE_MS, sparse_ms)
         monkeypatch.setattr(forecast, "time", SimpleNamespace(perf_counter=lambda: self.ms / 1e3))
         monkeypatch.setattr(gate, "median_ms", self.median_ms)
-        monkeypatch.setattr(diffusers, "timed_ms", self.timed_ms)
+        monkeypatch.setattr(answering, "timed_ms", self.timed_ms)
         model.blocks[0].ffn.register_forward_hook(self.feed_forward)
 
     def median_ms(self, call: Any, device: torch.device) -> float:
@@ -141,7 +141,7 @@ def test_only_the_first_forwards_of_a_size_are_timed(
         for _ in range(forecast.FORWARDS):
             run_once(model, inputs)
         before = time.ms
-        monkeypatch.setattr(diffusers, "timed_ms", lambda *_: pytest.fail("timed again"))
+        monkeypatch.setattr(answering, "timed_ms", lambda *_: pytest.fail("timed again"))
         run_once(model, inputs)
         assert time.ms == before + OTHER_MS
         assert len(plug.forecasts) == 1
