@@ -83,6 +83,7 @@ def test_arms_are_compared_pair_by_pair(compared: tuple[Comparison, int, bool], 
     assert quality.none
     assert "who beats whom" in str(found)
     assert any("no difference, with certainty" in note for note in Page(found.page()).data["notes"])
+    assert {d["figure"] for d in found.to_dict()["paired"]} == {"speed", "psnr_db", "ssim", "flicker"}
     again = Comparison.from_json(found.to_json(tmp_path / "a.json"))
     assert [str(d) for d in again.paired()] == [str(d) for d in found.paired()]
     assert again.floors.keys() == found.floors.keys()

@@ -105,9 +105,17 @@ class Comparison(Shown):
         """Hold a figure of a row, by the key of its metric (the one that counts, if left out), against the floors; None without any."""
         return between(row, self.floors, metric or self.metric)
 
-    def paired(self) -> list[Difference]:
-        """Return how every two arms differ, at the same prompts and seeds, and how certain that is; a search's rows are not compared so."""
-        return [] if self.headline else differences(self.rows, [self.metric])
+    def paired(self, *metrics: str) -> list[Difference]:
+        """Return how every two arms differ in speed and in metrics, at the same prompts and seeds, and how certain that is.
+
+        `metrics` : by their keys; the one that counts if none is named. Of a search's rows, which ran on different pairs, nothing is said.
+        """
+        return [] if self.headline else differences(self.rows, metrics or (self.metric,))
+
+    def _measured_metrics(self) -> list[str]:
+        """Keys of the metrics that the table shows of arms, in its order."""
+        found = {key for row in self.rows[1:] for sample in row.samples for key in sample.scores}
+        return [metric.key for metric in METRICS.values() if metric.columns and metric.key in found]
 
     @property
     def best(self) -> Row | None:
@@ -255,7 +263,15 @@ class Comparison(Shown):
             for row in self.rows
         ]
         shares = [shares.to_dict() for shares in self.shares]
-        return jsonable({**data, "verdict": self.verdict, "rows": rows, "paired": self.paired(), "parts": shares})
+        return jsonable(
+            {
+                **data,
+                "verdict": self.verdict,
+                "rows": rows,
+                "paired": self.paired(*self._measured_metrics()),
+                "parts": shares,
+            }
+        )
 
     def _between(self, row: Row) -> dict[str, Any]:
         """All figures of a row between their floors, by the key of the metric."""
