@@ -9,8 +9,8 @@ It runs in an environment of its own, which has kvpress 0.5.5 and the transforme
 FOLDER is the model that `accelplug fetch smollm2-135m` makes, heads.safetensors what `accelplug calibrate smollm2-135m --patch heads`
 writes beside its recipe: DuoAttention is given the same scores as `duo`, since its own come of a data set that it downloads.
 
-A prompt is read with a press on, what follows by the model that kvpress patches when it is imported, token by token. `share` is what is
-left of the keys as kvpress counts; kv_mib what the allocator has given for the cache. Results go to benchmarks/results/beside_kvpress.json.
+A prompt is read with a press on, what follows by the model that kvpress patches when it is imported. `share` is what is left of the keys
+as kvpress counts; kv_mib what the allocator has given for the cache. Results go to benchmarks/results/beside_kvpress.json.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.haystack import DEPTHS, asked_within, says, second_half, told_at
+from benchmarks.haystack import DEPTHS, asked_within, gathered, says, second_half, told_at
 
 PATH = Path(__file__).parent / "results" / "beside_kvpress.json"
 SUFFIX = 128
@@ -47,7 +47,7 @@ def presses(scores: dict[str, Tensor]) -> dict[str, Any]:
 
         given: Tensor
 
-        def __post_init_from_model__(self, model: Any) -> None:
+        def post_init_from_model(self, model: Any) -> None:
             self.sink_size, self.recent_size = SINK, WINDOW
             worst = self.given.flatten().argsort(stable=True)[: round(self.given.numel() * self.head_compression_ratio)]
             mask = torch.zeros(self.given.numel(), dtype=torch.bool)
@@ -74,9 +74,13 @@ class Sequence:
 
     def read(self, ids: Tensor) -> Tensor:
         """Read tokens (S,) behind what there is; logits of the last one, (V,)."""
+        return self.logits(ids, 1)[-1]
+
+    def logits(self, ids: Tensor, last: int) -> Tensor:
+        """Read tokens (S,) behind what there is; logits of the last ones, (last, V)."""
         at = torch.arange(self.tokens, self.tokens + len(ids))[None]
         self.tokens += len(ids)
-        return self.model(ids[None], past_key_values=self.cache, position_ids=at, logits_to_keep=1).logits[0, -1]
+        return self.model(ids[None], past_key_values=self.cache, position_ids=at, logits_to_keep=last).logits[0]
 
     def open(self, ids: Tensor, press: Any) -> Tensor:
         """Read a prompt with a press on."""
@@ -89,42 +93,39 @@ class Sequence:
         held = [x.untyped_storage() for layer in self.cache.layers for x in (layer.keys, layer.values)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values()) / 2**20
 
-
-def needles(model: Any, tokenizer: Any, ids: Tensor, place: int, press: Any) -> tuple[int, int]:
-    """How many of three numbers that a text tells are answered: asked for at the end of the prompt, and behind it."""
-    within = after = 0
-    for number, depth in enumerate(DEPTHS):
-        prompt, value = asked_within(tokenizer, ids, depth, 100 + 10 * place + number)
-        sequence = Sequence(model)
-        within += says(sequence.read, sequence.open(prompt, press), tokenizer, value)
-    text, questions = told_at(tokenizer, ids)
-    sequence = Sequence(model)
-    sequence.open(text, press)
-    for question, value in questions:
-        behind = copy.copy(sequence)
-        behind.cache = copy.deepcopy(sequence.cache)
-        after += says(behind.read, behind.read(question), tokenizer, value)
-    return within, after
+    def behind(self) -> Sequence:
+        """A copy, which goes on by itself."""
+        made = copy.copy(self)
+        made.cache = copy.deepcopy(self.cache)
+        return made
 
 
 @torch.no_grad()
-def measured(model: Any, tokenizer: Any, ids: Tensor, tokens: int, press: Any, texts: int) -> dict[str, Any]:
-    places, nll = second_half(ids, texts, tokens + SUFFIX), []
-    for text in places:
-        sequence = Sequence(model)
-        logits = [sequence.open(text[:tokens], press)]
-        held = sequence.mib
-        logits += [sequence.read(token[None]) for token in text[tokens:-1]]
-        nll.append(round(float(cross_entropy(torch.stack(logits).float(), text[tokens:])), 4))
-    told = [needles(model, tokenizer, text[:tokens], place, press) for place, text in enumerate(places)]
-    return {
-        "kv_mib": round(held, 2),
+def measured(model: Any, tokenizer: Any, ids: Tensor, place: int, press: Any) -> dict[str, Any]:
+    """What a press makes of a text (tokens + `SUFFIX`), and of what is asked about it."""
+    text, questions = told_at(tokenizer, ids[:-SUFFIX])
+    sequence, asked = Sequence(model), 0
+    last = sequence.open(text, press)
+    behind, follows = sequence.behind(), ids[-SUFFIX:-1]
+    # Masked keys are made such that all queries of a call miss them: one token at a time, as when it answers.
+    pieces = follows.split(1 if hasattr(press, "streaming_mask") else len(follows))
+    logits = torch.cat([last[None], *(behind.logits(piece, len(piece)) for piece in pieces)])
+    found = {
+        "kv_mib": round(sequence.mib, 2),
         "share": 1.0 if press is None else round(1 - press.compression_ratio, 3),
-        "nll": nll,
-        "needles": sum(within for within, _ in told),
-        "needles after": sum(after for _, after in told),
-        "of": len(DEPTHS) * texts,
+        "nll": round(float(cross_entropy(logits.float(), ids[-SUFFIX:])), 4),
     }
+    for question, value in questions:
+        behind = sequence.behind()
+        asked += says(behind.read, behind.read(question), tokenizer, value)
+    found["needles"] = asked
+    if place == 0:
+        found["within"] = 0
+        for seed, depth in enumerate(DEPTHS):
+            prompt, value = asked_within(tokenizer, ids[:-SUFFIX], depth, seed)
+            sequence = Sequence(model)
+            found["within"] += says(sequence.read, sequence.open(prompt, press), tokenizer, value)
+    return found
 
 
 def main() -> None:
@@ -154,11 +155,12 @@ def main() -> None:
         "dtype": asked.dtype,
     }
     for tokens in asked.tokens:
+        places = second_half(ids, asked.texts, tokens + SUFFIX)
         for name in asked.presses or known:
-            into = data.setdefault(str(tokens), {})
-            into[name] = {**measured(model, tokenizer, ids, tokens, known[name], asked.texts), "at": at}
-            print(tokens, name, into[name], flush=True)
-            PATH.write_text(json.dumps(data, indent=1) + "\n")
+            row = data.setdefault(str(tokens), {}).setdefault(name, {"at": at})
+            measure = lambda place: measured(model, tokenizer, places[place], place, known[name])  # noqa: B023, E731
+            gathered(row, asked.texts, measure, lambda: PATH.write_text(json.dumps(data, indent=1) + "\n"))
+            print(tokens, name, row["texts"], flush=True)
 
 
 if __name__ == "__main__":

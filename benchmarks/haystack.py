@@ -1,4 +1,8 @@
-"""Texts with numbers hidden in them, for benchmarks of long prompts. It needs torch alone: other libraries' environments have it too."""
+"""Texts with numbers hidden in them, for benchmarks of long prompts. It needs torch alone: other libraries' environments have it too.
+
+Each text tells three numbers. It is read once; how it goes on is weighed behind it, and what it told is asked for on copies of its cache.
+Of the first text three more prompts ask at their own end (`within`).
+"""
 
 from __future__ import annotations
 
@@ -55,6 +59,17 @@ def told_at(tokenizer: Any, ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, str
     told = [tokenizer(NEEDLE.format(key=key, value=value)).input_ids for key, value in zip(KEYS, values, strict=True)]
     asked = [torch.tensor(tokenizer(QUESTION.format(key=key)).input_ids) for key in KEYS]
     return planted(ids, list(zip(DEPTHS, told, strict=True))), list(zip(asked, values, strict=True))
+
+
+def gathered(row: dict[str, Any], texts: int, measure: Callable[[int], dict[str, Any]], write: Callable[[], Any]) -> None:
+    """Measure the texts that a row lacks, by number, writing after each: what was cut off goes on from there. Say what they come to."""
+    done = row.setdefault("texts", [])
+    for place in range(len(done), texts):
+        done.append(measure(place))
+        row["nll"] = [text["nll"] for text in done]
+        row["needles"] = f"{sum(text['needles'] for text in done)} of {len(DEPTHS) * len(done)}"
+        row["within"] = f"{done[0]['within']} of {len(DEPTHS)}"
+        write()
 
 
 def says(read: Callable[[Tensor], Tensor], last: Tensor, tokenizer: Any, value: str) -> bool:

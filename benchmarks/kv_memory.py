@@ -9,8 +9,10 @@ A prompt is read with the recipe on, and so is all that follows.
 
 * kv_mib: bytes of all storages that the cache reaches, once the prompt is read: what the allocator has given for it.
 * nll: per token of the 128 tokens that follow, at `--texts` places of the file's second half; heads are scored on its beginning.
-* needles: numbers told at a tenth, a half and nine tenths of each of these texts that are answered, of so many; `after`, where the
-  question comes behind a prompt that was read without it, as one more turn.
+* needles: numbers told at a tenth, a half and nine tenths of each of these texts that are answered, where the question comes behind the
+  prompt, as one more turn; `within`: of the first text, where it is the prompt's end.
+
+Texts that a recipe was measured on stay as the file has them; delete its row to measure it anew.
 
 `benchmarks.beside_kvpress` puts the same prompts to kvpress, in an environment of its own.
 """
@@ -21,6 +23,7 @@ import argparse
 import copy
 import json
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +32,13 @@ import transformers as hf
 from torch.nn.functional import cross_entropy
 
 import accelplug
+from accelplug import compat
 from accelplug.comparison.environment import environment
 from accelplug.comparison.texts.reader import kv_bytes
 from accelplug.hosts.host import model_facts
 from accelplug.recipe import load
 from benchmarks.common import RESULTS, write_json
-from benchmarks.haystack import DEPTHS, asked_within, says, second_half, told_at
+from benchmarks.haystack import DEPTHS, asked_within, gathered, says, second_half, told_at
 from benchmarks.long_context import loaded, read
 
 NAME = "kv_memory"
@@ -48,8 +52,11 @@ def duo(by: str, keep: float, **more: Any) -> dict[str, Any]:
 RECIPES: dict[str, dict[str, Any] | None] = {
     "dense": None,
     **{f"duo {by} {keep:g}": duo(by, keep) for keep in (0.5, 0.25) for by in ("needle", "razor", "reach")},
-    "duo needle 0.5, dense prompt": duo("needle", 0.5, prompt="dense"),
-    "duo needle 0.25, dense prompt": duo("needle", 0.25, prompt="dense"),
+    **{
+        f"duo {by} {keep:g}, dense prompt": duo(by, keep, prompt="dense")
+        for keep in (0.5, 0.25)
+        for by in ("needle", "razor")
+    },
     "duo needle 0.5, nothing for the rest": duo("needle", 0.5, compensate=False),
     "duo needle 0.25, nothing for the rest": duo("needle", 0.25, compensate=False),
     "duo 0": {"patch": "duo", "with": {"sink": 64, "window": 256, "prompt": "stream"}},
@@ -73,49 +80,28 @@ def tables_of(model: Any, path: Path) -> dict[str, Any]:
     return {key: type(table).read(path.with_suffix(".safetensors"), table.sha256, key) for key in keys}
 
 
-def follows(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
-    """NLL per token of what follows a prompt, and MiB of its cache."""
-    cache = hf.DynamicCache(config=model.config)
-    last = read(model, ids[:tokens], cache)
-    held = kv_bytes(cache) / 2**20
-    logits = [last, *(read(model, token[None], cache) for token in ids[tokens:-1])]
-    return float(cross_entropy(torch.stack(logits).float(), ids[tokens:])), held
-
-
 def answers(model: Any, tokenizer: Any, cache: Any, ids: torch.Tensor, value: str) -> bool:
     """Whether a number is answered behind what a cache has and some tokens more."""
     return says(lambda token: read(model, token, cache), read(model, ids, cache), tokenizer, value)
 
 
-def needles(model: Any, tokenizer: Any, ids: torch.Tensor, place: int) -> tuple[int, int]:
-    """How many of three numbers that a text tells are answered: asked for at the end of the prompt, and behind it."""
-    within = after = 0
-    for number, depth in enumerate(DEPTHS):
-        prompt, value = asked_within(tokenizer, ids, depth, 100 + 10 * place + number)
-        within += answers(model, tokenizer, hf.DynamicCache(config=model.config), prompt, value)
-    text, questions = told_at(tokenizer, ids)
-    cache = hf.DynamicCache(config=model.config)
-    read(model, text, cache)
-    for question, value in questions:
-        after += answers(model, tokenizer, copy.deepcopy(cache), question, value)
-    return within, after
-
-
 @torch.no_grad()
-def measured(
-    model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, rule: dict[str, Any] | None, texts: int
-) -> dict[str, Any]:
-    places = second_half(ids, texts, tokens + SUFFIX)
+def measured(model: Any, tokenizer: Any, ids: torch.Tensor, place: int, rule: dict[str, Any] | None) -> dict[str, Any]:
+    """What a recipe makes of a text (tokens + `SUFFIX`), and of what is asked about it."""
+    given = compat.transformers.cache_keyword(type(model).forward)
     with nullcontext() if rule is None else accelplug.apply(model, {"rules": [rule]}, strict=True):
-        found = [follows(model, text, tokens) for text in places]
-        told = [needles(model, tokenizer, text[:tokens], place) for place, text in enumerate(places)]
-    return {
-        "kv_mib": round(found[0][1], 2),
-        "nll": [round(nll, 4) for nll, _ in found],
-        "needles": sum(within for within, _ in told),
-        "needles after": sum(after for _, after in told),
-        "of": len(DEPTHS) * texts,
-    }
+        text, questions = told_at(tokenizer, ids[:-SUFFIX])
+        cache = hf.DynamicCache(config=model.config)
+        last = read(model, text, cache)
+        found: dict[str, Any] = {"kv_mib": round(kv_bytes(cache) / 2**20, 2)}
+        logits = model(ids[None, -SUFFIX:-1], **{given: copy.deepcopy(cache)}).logits[0]
+        found["nll"] = round(float(cross_entropy(torch.cat([last[None], logits]).float(), ids[-SUFFIX:])), 4)
+        found["needles"] = sum(answers(model, tokenizer, copy.deepcopy(cache), *asked) for asked in questions)
+        if place == 0:
+            prompts = [asked_within(tokenizer, ids[:-SUFFIX], depth, seed) for seed, depth in enumerate(DEPTHS)]
+            empty = partial(hf.DynamicCache, config=model.config)
+            found["within"] = sum(answers(model, tokenizer, empty(), *asked) for asked in prompts)
+    return found
 
 
 def main() -> None:
@@ -134,11 +120,17 @@ def main() -> None:
     ids = torch.tensor(tokenizer(asked.text.read_text()[:1_500_000]).input_ids)
     at = {"environment": environment(), "text": asked.text.name, "dtype": asked.dtype}
     for tokens in asked.tokens:
-        into = data.setdefault(str(tokens), {})
+        places = second_half(ids, asked.texts, tokens + SUFFIX)
         for name in asked.recipes:
-            into[name] = {**measured(model, tokenizer, ids, tokens, rule_of(name, tables), asked.texts), "at": at}
-            print(tokens, name, into[name], flush=True)
-            write_json(NAME, data)
+            row = data.setdefault(str(tokens), {}).setdefault(name, {"at": at})
+            if "texts" not in row:  # of another kind
+                row = data[str(tokens)][name] = {"at": at}
+            rule = rule_of(name, tables)
+            measure = lambda place: measured(model, tokenizer, places[place], place, rule)  # noqa: B023, E731
+            gathered(row, asked.texts, measure, lambda: write_json(NAME, data))
+            print(
+                tokens, name, {key: row[key] for key in ("nll", "needles", "within")}, row["texts"][0]["kv_mib"], flush=True
+            )
 
 
 if __name__ == "__main__":

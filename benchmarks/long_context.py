@@ -4,10 +4,10 @@ usage: python -m benchmarks.long_context TEXT [--tokens 2048 4096 8192] [--only 
 
 Needs `accelplug fetch smollm2-135m`, and a text file of a few hundred thousand characters: the haystack, and what is predicted.
 
-* quality: the prompt is read by the recipe, what follows by the stock model on the cache that the recipe left. NLL per token of the 256
-  tokens that follow, on texts from `--texts` places of the file; and how many needles (a number told at a tenth, a half and nine tenths
-  of each text) are answered, of so many. Density is the share of causal (query, key) pairs that were read, mean over all layers, sparse
-  or not.
+* quality: a text is read by the recipe, what follows by the stock model on the cache that the recipe left. NLL per token of the 256 tokens
+  that follow, on texts from `--texts` places of the file; and how many numbers are answered that were told at a tenth, a half and nine
+  tenths of each text, and are asked for behind it; `within`: of the first text, where the prompt itself asks. Density is the share of
+  causal (query, key) pairs that were read, mean over all layers, sparse or not.
 * time: a prompt read by the stock model and by each recipe in turn, the least of `--repeats` rounds, and what attention took of it in a
   round more: all that a patch does, choosing too, or dense attention.
 * call: one attention call with random queries and keys of the model's shape, and random blocks, against dense causal attention.
@@ -18,7 +18,8 @@ Needs `accelplug fetch smollm2-135m`, and a text file of a few hundred thousand 
 * step: time of such a step: of the first, in which what was read is indexed, and the least of the next. "room" is dense attention on keys
   that stand in room which grows ahead, as all these recipes have them; the stock cache is copied for every token.
 
-A part, a length or a recipe that is not run stays as the file has it, with the commit it was run at.
+A part, a length or a recipe that is not run stays as the file has it, with the commit it was run at; so does the quality of a text that
+was measured: delete a row to measure it anew.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from accelplug.kernels.attention import block_attention
 from accelplug.kernels.plan import BlockPlan
 from benchmarks import prefill_baselines  # noqa: F401  # it registers minference and flexprefill
 from benchmarks.common import RESULTS, write_json
-from benchmarks.haystack import DEPTHS, asked_within, middle, says, told_at
+from benchmarks.haystack import DEPTHS, asked_within, gathered, middle, says, told_at
 
 PARTS = ("quality", "time", "call", "decode", "step")
 NAME, STEPPED = "long_context", "long_context_decode"
@@ -130,33 +131,29 @@ def read_sparse(model: Any, ids: torch.Tensor, name: str | None) -> tuple[Any, t
     return cache, last, read_share / layers
 
 
-def nll(model: Any, ids: torch.Tensor, name: str | None) -> tuple[float, float]:
-    """NLL per token of the last `SUFFIX` tokens behind a prompt that a recipe read, and the density."""
-    cache, last, density = read_sparse(model, ids[:-SUFFIX], name)
-    given = {compat.transformers.cache_keyword(type(model).forward): cache}
-    logits = torch.cat([last[None], model(ids[None, -SUFFIX:-1], **given).logits[0]])
-    return float(cross_entropy(logits.float(), ids[-SUFFIX:])), density
-
-
-def finds(model: Any, tokenizer: Any, ids: torch.Tensor, name: str | None, depth: float, seed: int) -> bool:
-    """Whether a number that is told at some depth of a text is answered."""
-    prompt, value = asked_within(tokenizer, ids, depth, seed)
-    cache, last, _ = read_sparse(model, prompt, name)
-    return says(lambda token: read(model, token, cache), last, tokenizer, value)
-
-
 @torch.no_grad()
-def quality(model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, name: str | None, texts: int) -> dict[str, Any]:
-    places = middle(ids, texts, tokens)
-    found = [nll(model, text, name) for text in places]
-    asked = [(text, depth) for text in places for depth in DEPTHS]
-    told = [finds(model, tokenizer, text, name, depth, seed) for seed, (text, depth) in enumerate(asked)]
-    return {
-        "density": round(sum(d for _, d in found) / texts, 4),
-        "nll": [round(value, 4) for value, _ in found],
-        "needles": sum(told),
-        "of": len(told),
-    }
+def quality(model: Any, tokenizer: Any, ids: torch.Tensor, place: int, name: str | None) -> dict[str, Any]:
+    """What is left of a text (S,) that a recipe read: the last `SUFFIX` tokens and questions are the stock model's."""
+    given = compat.transformers.cache_keyword(type(model).forward)
+    text, questions = told_at(tokenizer, ids[:-SUFFIX])
+    cache, last, density = read_sparse(model, text, name)
+    logits = model(ids[None, -SUFFIX:-1], **{given: copy.deepcopy(cache)}).logits[0]
+    nll = float(cross_entropy(torch.cat([last[None], logits]).float(), ids[-SUFFIX:]))
+    told = 0
+    for question, value in questions:
+        behind = copy.deepcopy(cache)
+        told += says(partial(read, model, cache=behind), read(model, question, behind), tokenizer, value)
+    found = {"density": round(density, 4), "nll": round(nll, 4), "needles": told}
+    if place == 0:
+        prompts = [asked_within(tokenizer, ids, depth, seed) for seed, depth in enumerate(DEPTHS)]
+        found["within"] = sum(finds(model, tokenizer, prompt, value, name) for prompt, value in prompts)
+    return found
+
+
+def finds(model: Any, tokenizer: Any, prompt: torch.Tensor, value: str, name: str | None) -> bool:
+    """Whether a number is answered that a prompt tells and asks for."""
+    cache, last, _ = read_sparse(model, prompt, name)
+    return says(partial(read, model, cache=cache), last, tokenizer, value)
 
 
 def said_behind(model: Any, cache: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -308,12 +305,19 @@ def main() -> None:
                 taken = prefill_s(model, ids, tokens, names([*RECIPES, *SHIPPED]), asked.repeats)
                 into |= {key: {**into.get(key, {}), **values} for key, values in taken.items()} | {"at": at}
                 print(tokens, taken, flush=True)
+            for name in names([*RECIPES, *SHIPPED]) if part == "quality" else ():
+                row, places = into.setdefault(name or "dense", {"at": at}), middle(ids, asked.texts, tokens)
+                if "texts" not in row:  # of another kind
+                    row = into[name or "dense"] = {"at": at}
+                measure = lambda place: quality(model, tokenizer, places[place], place, name)  # noqa: B023, E731
+                gathered(row, asked.texts, measure, lambda: write_json(file, written[file]))  # noqa: B023
+                row["density"] = row["texts"][0]["density"]
+                print(tokens, name or "dense", {key: value for key, value in row.items() if key != "at"}, flush=True)
             runs: dict[str, Callable[[str | None], dict[str, Any]]] = {
-                "quality": lambda name: quality(model, tokenizer, ids, tokens, name, asked.texts),  # noqa: B023
                 "decode": lambda name: decode(model, tokenizer, ids, tokens, name, asked.texts),  # noqa: B023
                 "step": lambda name: step_ms(model, ids, tokens, name, 24),  # noqa: B023
             }
-            for name in names([*RECIPES, *SHIPPED] if part == "quality" else [*DECODE]) if part in runs else ():
+            for name in names([*DECODE]) if part in runs else ():
                 into[name or "dense"] = {**runs[part](name), "at": at}
                 print(tokens, name or "dense", into[name or "dense"], flush=True)
                 write_json(file, written[file])

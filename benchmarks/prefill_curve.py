@@ -36,7 +36,7 @@ def spots(data: dict[str, Any], tokens: str) -> list[Spot]:
         row = weighed[name]
         if len(row["nll"]) == len(dense):  # on the same texts
             more = [own - stock for own, stock in zip(row["nll"], dense, strict=True)]
-            told = f"{row['needles']}/{row.get('of', 3)}"
+            told = str(row["needles"])
             found.append(Spot(name, seconds[name], (statistics.fmean(more), min(more), max(more)), told))
     return sorted(found, key=lambda spot: -spot.seconds)
 
