@@ -28,13 +28,14 @@ from accelplug.comparison.texts.reader import ContextReader, Glance, kv_bytes
 from accelplug.comparison.texts.scores import TEXT_METRICS, text_figures
 from accelplug.errors import AccelplugError
 from accelplug.hosts.host import model_facts
-from accelplug.recipe import Measured, load, read_file
+from accelplug.recipe import Measured, ModelFacts, load, read_file
 from accelplug.registry import list_patches
 from accelplug.testing.language_models import TEXT_CONFIG
 from accelplug.tuning import contest, verification
-from accelplug.tuning.aims import Aim
+from accelplug.tuning.aims import Aim, aims
 from accelplug.tuning.budget import parse_budget
 from accelplug.tuning.language import tuned
+from accelplug.tuning.prefills import GENERIC, both, one_of_each, prefill_ladders, reads_prompts
 from accelplug.tuning.texts import TEXT_BUDGET, ReadingContest, of_contexts, told_of
 from tests.patch_rows import ROWS
 
@@ -364,6 +365,18 @@ def test_a_row_of_long_texts_is_judged_by_what_is_lost(needle: float, nll: float
     read = Measured.model_validate({**row, "objective": "speed", "speedup": gained, "task": task})
     found = {"needle": needle, "nll": nll}
     assert verification.judge_reading(read, {"needle": 0.8, "nll": 2.0}, found, speed, True)[0] == outcome
+
+
+def test_the_likeliest_come_first_and_each_patch_before_the_second_of_any() -> None:
+    facts = ModelFacts(("LlamaForCausalLM",), {"num_hidden_layers": 30, "hidden_size": 576}, llm=True)
+    found = one_of_each(aims(facts, 30, None, prefill_ladders(), GENERIC, min_tokens=4096))
+    names, patches = [aim.name for aim in found], [frozenset(aim.patches) for aim in found]
+    assert names[:2] == ["smollm2-135m/long", "llm/long"]
+    assert len(set(patches)) == len(set(patches[: len(set(patches))])), "one of each first"
+    assert len(names) == len(set(names))
+    joined = both(found[0], next(aim for aim in found if aim.patches == {"pages"}))
+    assert load(joined.recipe, facts).rules[-1].name == "pages"
+    assert [reads_prompts(aim) for aim in (found[0], joined)] == [True, False]
 
 
 def test_too_little_time_says_how_much_is_enough() -> None:

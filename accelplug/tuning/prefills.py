@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from accelplug.registry import list_patches, patch_entry
 from accelplug.tuning.aims import Aim, Ladder
@@ -36,6 +37,16 @@ def prefill_ladders() -> Mapping[str, Ladder]:
     """Return ladders by patch, of the patches that there are."""
     known = {entry.name for entry in list_patches()}
     return {name: ladder for name, ladder in _LADDERS.items() if name in known}
+
+
+def one_of_each(found: Sequence[Aim]) -> list[Aim]:
+    """Put candidates in an order that has one of each choice of patches before the second of any: where time is short, each was seen."""
+    seen: Counter[frozenset[str]] = Counter()
+    turns = []
+    for aim in found:
+        turns.append(seen[frozenset(aim.patches)])
+        seen[frozenset(aim.patches)] += 1
+    return [aim for _, aim in sorted(zip(turns, found, strict=True), key=lambda pair: pair[0])]
 
 
 def reads_prompts(aim: Aim) -> bool:

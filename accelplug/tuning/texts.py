@@ -41,7 +41,7 @@ from accelplug.tuning.aims import Aim, aims
 from accelplug.tuning.budget import Bound, parse_budget
 from accelplug.tuning.contest import SEARCH_SHARE, STOCK, Contest
 from accelplug.tuning.language import Answered, tuned, untried
-from accelplug.tuning.prefills import GENERIC, both, prefill_ladders, reads_prompts
+from accelplug.tuning.prefills import GENERIC, both, one_of_each, prefill_ladders, reads_prompts
 from accelplug.tuning.result import Point
 from accelplug.tuning.space import FINALISTS, WORTH
 
@@ -98,13 +98,13 @@ class ReadingContest(Contest):
         if f"{STOCK.name}, glance" not in self.journal.entries:
             self.warm()
         self.look(STOCK)
-        self._answer(STOCK, 0)
         until = LOOKING_SHARE * self.search_s
         for aim in list(self.candidates):
             if len(self.glances) > 1 and self.spent_s + self.glance_s > until:
                 break
             self.look(aim)
         self._join()
+        self._answer(STOCK, 0)
         self.candidates = self.promising()
         self._ask_the_fastest()
 
@@ -253,7 +253,7 @@ def tune_texts(
     contest = ReadingContest(reader, seen, unseen, "speed", bounds, time_budget_s, journal)
     depth = model.config.get_text_config().num_hidden_layers
     least = min(len(context.ids) for context in searched)
-    contest.candidates = aims(model_facts(model), depth, patches, ladders, GENERIC, min_tokens=least)
+    contest.candidates = one_of_each(aims(model_facts(model), depth, patches, ladders, GENERIC, min_tokens=least))
     with show.progress("tuning", time_budget_s, progress) as contest.tell:
         try:
             contest.explore()
