@@ -369,6 +369,7 @@ def test_sound_lies_along_time(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     ahead = {"stable_audio": 1, "stable_audio_3": 5, "minimax_music_3": 1}.get(name, 0)
     calls = list(forward(model, inputs, monkeypatch).sites())
     assert calls
+    assert family_of(model).patch(model.config) is None, "no pipeline says ahead how long it is"
     for call, layout in calls:
         assert layout == Layout((60, 1, 1), text_before=ahead)
         assert call.q.shape[1] == call.keys == layout.length
@@ -763,6 +764,10 @@ def test_a_class_that_nobody_knows_is_told_so_ahead_of_its_recipe() -> None:
         assert "nearest: WanTransformer3DModel" in str(error.value)
         assert "register_family" in str(error.value)
         assert "docs/extending.md" in str(error.value)
+    pipe = type("StrangePipeline", (), {"transformer": stranger, "__call__": lambda self: pytest.fail("it was run")})()
+    for ask in (accelplug.compare, accelplug.tune, accelplug.calibrate):
+        with pytest.raises(UnsupportedError, match=r"^WanTransformer4DModel is not a denoiser that accelplug knows"):
+            ask(pipe, *([] if ask is accelplug.compare else ["x"]))
 
 
 def test_a_class_that_nothing_can_be_done_for_is_told_why() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from accelplug.families.base import Family, Geometry, Inputs, shape_of
+from accelplug.families.base import Family, Geometry, Inputs, shape_of, unsaid
 
 
 def _along_time(axes: str, ahead: Callable[[Any, Inputs], int] = lambda config, inputs: 0) -> Callable[..., Geometry | None]:
@@ -37,28 +37,33 @@ STABLE_AUDIO = Family(
     classes=("StableAudioDiTModel",),
     sites=(("transformer_blocks.*.attn1", "joint"), ("transformer_blocks.*.attn2", "cross")),
     geometry=_along_time("bct", _global_tokens),
+    patch=unsaid,
 )
 STABLE_AUDIO_3 = Family(
     name="stable_audio_3",
     classes=("StableAudio3DiTModel",),
     sites=(("transformer_blocks.*.self_attn", "joint"), ("transformer_blocks.*.cross_attn", "cross")),
     geometry=_along_time("bct", lambda config, inputs: config.num_memory_tokens),
+    patch=unsaid,
 )
 MINIMAX_MUSIC_3 = Family(
     name="minimax_music_3",
     classes=("MiniMaxMusic3Transformer1DModel",),
     sites=(("transformer_blocks.*.attn", "joint"),),
     geometry=_along_time("bct", lambda config, inputs: 1),
+    patch=unsaid,
 )
 ACE_STEP = Family(
     name="ace_step",
     classes=("AceStepTransformer1DModel",),
     sites=(("layers.*.self_attn", "self"), ("layers.*.cross_attn", "cross")),
     geometry=_along_time("btc"),
+    patch=unsaid,
 )
 LONGCAT_AUDIO = Family(
     name="longcat_audio",
     classes=("LongCatAudioDiTTransformer",),
     sites=(("blocks.*.self_attn", "self"), ("blocks.*.cross_attn", "cross")),
     geometry=_along_time("btc"),
+    patch=unsaid,
 )

@@ -223,11 +223,13 @@ def require_ability(model: Any, what: str) -> type[Host]:
     NoMatchError
         If there is no host for it.
     UnsupportedError
-        If it cannot be done with this model.
+        If it cannot be done with this model, or it is not known where a part of it attends; `inspect` says that by itself.
     """
     host, inside = host_of(model), model_in(model)
     if what not in host.abilities_of(inside):
         raise refusal(what, host, inside)
+    if what != "inspect":
+        host.require_known(host.parts(inside))
     return host
 
 
