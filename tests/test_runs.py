@@ -264,7 +264,7 @@ def test_chunks_behind_cached_keys_are_sparse_and_filling_the_cache_is_dense_and
 
 
 NO_GRID_AHEAD = {
-    *("sd15", "sdxl", "animatediff", "animatediff_video2video"),  # several resolutions
+    *("sd15", "sdxl", "animatediff", "animatediff_video2video", "modelscope"),  # several resolutions
     *("wan_video2video", "cogvideox_video2video", "cosmos_2"),  # the video that is given says how many frames, or nobody
     *("helios", "chronoedit"),  # a chunk of what is asked for, or two frames
     *("latte", "allegro"),  # a grid for each frame; frames are rounded up to odd numbers

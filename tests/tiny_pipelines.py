@@ -593,6 +593,12 @@ def easyanimate() -> Built:
     return pipe, guided(*embeds, height=128, width=192, num_frames=9)
 
 
+def modelscope() -> Built:
+    """A UNet of frames."""
+    pipe = piped(diffusers.TextToVideoSDPipeline, "unet_modelscope", diffusers.DDIMScheduler(clip_sample=False))
+    return pipe, guided(("prompt_embeds", 16, 7), height=96, width=128, num_frames=3)
+
+
 def sd15_by(scheduler: Any) -> Built:
     pipe, inputs = sd15()
     pipe.scheduler = scheduler
@@ -641,6 +647,7 @@ PIPELINES: dict[str, Callable[[], Built]] = {
             helios,
             kandinsky6,
             cosmos3,
+            modelscope,
         )
         if is_there(builder)
     },
