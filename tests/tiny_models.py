@@ -11,6 +11,7 @@ from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from diffusers.models import embeddings
 
@@ -986,7 +987,7 @@ def wan_animate_2() -> Built:
     }
 
 
-MODELS: dict[str, Callable[[], Built]] = {
+BUILDERS: dict[str, Callable[[], Built]] = IMAGES | {
     builder.__name__: builder
     for builder in (
         wan,
@@ -1043,11 +1044,12 @@ MODELS: dict[str, Callable[[], Built]] = {
         cosmos3,
         anyflow_far,
     )
-    if is_there(builder)
 }
-MODELS |= {name: builder for name, builder in IMAGES.items() if is_there(builder)}
+MODELS = {name: builder for name, builder in BUILDERS.items() if is_there(builder)}
 
 
 def build(name: str, seed: int = 0) -> Built:
     """Return (model, keyword arguments of its forward): the same weights for the same seed, ready for inference."""
+    if name not in MODELS and name in BUILDERS:
+        pytest.skip(f"diffusers {diffusers.__version__} has no such class")
     return build_denoiser(MODELS[name], seed)
