@@ -765,9 +765,10 @@ def test_a_class_that_nobody_knows_is_told_so_ahead_of_its_recipe() -> None:
         assert "register_family" in str(error.value)
         assert "docs/extending.md" in str(error.value)
     pipe = type("StrangePipeline", (), {"transformer": stranger, "__call__": lambda self: pytest.fail("it was run")})()
-    for ask in (accelplug.compare, accelplug.tune, accelplug.calibrate):
+    asks = (accelplug.compare, accelplug.tune, lambda pipe: accelplug.calibrate(pipe, "radial"))
+    for ask in asks:
         with pytest.raises(UnsupportedError, match=r"^WanTransformer4DModel is not a denoiser that accelplug knows"):
-            ask(pipe, *([] if ask is accelplug.compare else ["x"]))
+            ask(pipe)
 
 
 def test_a_class_that_nothing_can_be_done_for_is_told_why() -> None:
