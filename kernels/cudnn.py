@@ -24,7 +24,8 @@ from accelplug.kernels.rest import Coarse
 
 PACKAGE = "nvidia-cudnn-frontend"
 BLOCKS_TAKEN = {9: (64,), 10: (128, 64), 11: (128, 64), 12: (64,)}
-"""Tokens of a block, by the major compute capability; the first that divides the plan's blocks is taken."""
+"""Tokens of a block, by the major compute capability; the first that divides the plan's blocks is taken. Hopper has 128
+too since 1.32, where nothing is said of rows that read no block."""
 DIMS_TAKEN = {9: (64, 96, 128), 10: (64, 96, 128), 11: (64, 96, 128), 12: (128,)}
 
 

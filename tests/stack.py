@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -144,7 +145,12 @@ def cache_dit(pipe: Any) -> Callable[[], None]:
         Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1, residual_diff_threshold=0.5
     )
     cache_dit.enable_cache(pipe, cache_config=config)
-    return lambda: cache_dit.disable_cache(pipe)  # it changes the class
+
+    def take_off() -> None:  # it changes the class first of all; a model with group offload it cannot give back (1.5.3)
+        with suppress(AttributeError):
+            cache_dit.disable_cache(pipe)
+
+    return take_off
 
 
 LAYERS = (

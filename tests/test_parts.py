@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import accelplug
+from accelplug.comparison import study
 from accelplug.comparison.parts import COMPILED, EAGER_ROW, RecipePart, Stack, StackGains, parts_of, taken_apart
 from accelplug.comparison.result import Comparison
 from accelplug.comparison.rows import DENSE_ROW, Row, Sample, Variant
@@ -85,6 +86,16 @@ def test_a_compiled_pipeline_has_runs_that_are_not(facts: ModelFacts) -> None:
         with arm.around():
             twice(torch.ones(2))
     assert not graphs
+
+
+def test_what_is_compiled_is_warmed_up_as_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traced run compiles graphs of its own, and the first timed one would compile anew."""
+    warmed: list[str] = []
+    monkeypatch.setattr(study, "runs_compiled", lambda pipe: True)
+    monkeypatch.setattr(study.Study, "warm_up", lambda self, variant, *_: warmed.append(variant.name))
+    pipe, inputs = small()
+    accelplug.compare(pipe, {"same": {"rules": [{"patch": "dense"}]}}, inputs, [0, 1], floors=False, progress=False)
+    assert warmed == ["dense", "same"]
 
 
 def test_what_has_one_part_cannot_be_taken_apart() -> None:

@@ -77,6 +77,8 @@ def results(*names: str) -> Results:
         stock = stacked.run()
         (off, _), (neutral, _), (sparse, report) = (stacked.on(rule) for rule in (OFF, NEUTRAL, SPARSE))
         assert torch.equal(neutral, off), "a window that holds all is not dense"
+        others = [name for name in names if stack.BY_NAME[name].kind != "cache"]
+        assert len(others) == len(names) or not torch.equal(off, results(*others).off), "the step cache skips nothing"
         assert not torch.allclose(sparse, off, rtol=1e-4, atol=1e-5)
         assert report.served["neighborhood"]
         assert not report.fallbacks

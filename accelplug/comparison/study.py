@@ -28,7 +28,7 @@ from accelplug.comparison.rows import DENSE_ROW, Pair, Row, Sample, Variant, by_
 from accelplug.errors import AccelplugError
 from accelplug.hosts.forecast import amdahl, overall_gain
 from accelplug.hosts.ledger import Event
-from accelplug.hosts.models import denoisers
+from accelplug.hosts.models import denoisers, runs_compiled
 from accelplug.plug import apply
 from accelplug.recipe import Recipe, record_measurement
 
@@ -67,7 +67,7 @@ class Study:
     """Clips of two dense runs ahead of all functions, where arms are such."""
     finished: Finished = field(default_factory=Finished)
     cold: set[str] = field(default_factory=set)
-    """Variants that were traced by a comparison that was killed, and are not warmed up here."""
+    """Variants that were traced otherwise than they are timed, or by a comparison that was killed: a run warms them up first."""
 
     @property
     def device(self) -> torch.device:
@@ -117,6 +117,8 @@ class Study:
             return
         self._trace(variant, row)
         self.finished.keep_traced(row)
+        if runs_compiled(self.pipe):  # its graphs are not those of a run that is timed
+            self.cold.add(variant.name)
 
     def _trace(self, variant: Variant, row: Row) -> None:
         if variant.change is not None:
