@@ -254,7 +254,10 @@ class Recipe(Shown):
 
     def outlook(self) -> str:
         """Return what it comes to in runs of some lengths, in words; empty where it does not go by the step, or not by that alone."""
-        runs = [run for steps in LENGTHS if self.by_steps and (run := self.expected(steps)) is not None and run.sparse_steps]
+        tables = any(isinstance(value, Table) for rule in self.rules for value in rule.settings.values())
+        if tables or not self.by_steps:  # tables are for the layers of one model
+            return ""
+        runs = [run for steps in LENGTHS if (run := self.expected(steps)) is not None and run.sparse_steps]
         return summed_up(runs) if runs else ""
 
     def _computed(self) -> str:
