@@ -4,8 +4,9 @@ usage: python -m benchmarks.encoders run [--size 1008] [--images FILE ...] [--on
        python -m benchmarks.encoders show
 
 `run` takes an idle machine, and adds its rows to results/encoders.json: one of each (size, arm), which a later run replaces. Every arm is
-timed between dense forwards of the same process. `show` prints what was measured as tables, and draws the picture of docs/encoders.md.
-The weights come by `accelplug fetch dinov2-small`; without --images the pictures are drawn scenes, on which features differ less.
+timed between dense forwards of the same process. `show` prints what was measured as tables, and draws docs/encoders.png (by matplotlib, of
+the bench extra). The weights come by `accelplug fetch dinov2-small`. Without --images the pictures are drawn scenes, on which features
+differ less.
 """
 
 from __future__ import annotations
