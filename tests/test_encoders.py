@@ -434,7 +434,8 @@ def test_the_command_line_takes_image_encoders(tmp_path: Path, capsys: pytest.Ca
     Image.new("RGB", (70, 50), (200, 30, 90)).save(tmp_path / "photo.png")
     folder, recipe = str(tmp_path / "model"), tmp_path / "mine.yaml"
     recipe.write_text(
-        "schema: 1\nmodel: mine\nmatch: {encoder: true}\ndefault: a\nrecipes: {a: {rules: [{patch: rows, with: {block: 8}}]}}\n"
+        "schema: 1\nmodel: mine\nmatch: {encoder: true}\ndefault: a\n"
+        "recipes: {a: {rules: [{patch: rows, with: {block: 8, backend: reference}}]}}\n"
     )
     report = tmp_path / "report.html"
     told = ["--recipe", str(recipe), "--images", str(tmp_path / "photo.png"), "--size", "48", "--report", str(report)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from accelplug.comparison.environment import environment, forget_peak, peak_mib
 from accelplug.comparison.pictures import Laid, Pictures, laid_out
 from accelplug.comparison.rows import DENSE_ROW, Quantiles
 from accelplug.errors import AccelplugError
+from accelplug.hosts.gate import Verdict
 from accelplug.hosts.models import towers_of
 from accelplug.inspection import drawing
 from accelplug.kernels.timing import timed_ms
@@ -304,8 +305,8 @@ def compare_features(
 ) -> FeatureComparison:
     """Run an image encoder dense and with recipes on the same pictures, one at a time.
 
-    The first tower of a model is run, without its heads. Every recipe is forced (``gate="off"``), and its forwards are timed between
-    dense ones.
+    The first tower of a model is run, without its heads. Every recipe is forced (``gate="report"``): what `apply` would
+    leave dense is told. Its forwards are timed between dense ones, with the kernels that were seen to be fastest.
 
     Parameters
     ----------
@@ -354,13 +355,13 @@ class _Study:
         for row, recipe in rows:
             self.tell(self.done, f"{row.name} on {picture}")
             self.done += 1
-            with nullcontext() if recipe is None else apply(self.model, recipe, gate="off") as plug:
+            with nullcontext() if recipe is None else apply(self.model, recipe, gate="report") as plug:
                 with nullcontext([]) if plug is None else plug.trace() as events:
                     found = features(self.tower, laid)
                 ms = self._timed(row, laid)
                 matched = _matched(found, features(self.tower, altered), laid.grid) if self.matching else math.nan
                 if plug is not None:
-                    row.notes = plug.report().left_dense
+                    row.notes = [*plug.report().left_dense, *_forced(plug.choices["verdicts"])]
                     layers = max((event.site.layers for event in events), default=0)
                     read = [1.0 if event.density is None else event.density for event in events]
                     row.density = (sum(read) + layers - len(read)) / layers if layers else None
@@ -381,6 +382,12 @@ class _Study:
         if known and row is not None:
             row.peak_mib = max(row.peak_mib or 0.0, peak_mib(device))
         return ms
+
+
+def _forced(verdicts: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What `apply` would leave dense, and was forced here."""
+    told = [Verdict.from_dict(one) for one in verdicts]
+    return [f"forced here, where apply() would leave it dense: {one.reason}" for one in told if not one.pays]
 
 
 def output_of(tower: nn.Module, laid: Laid) -> Any:
