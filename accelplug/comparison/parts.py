@@ -188,9 +188,10 @@ class StackGains:
         """What came of it in a sentence."""
         lost = self.lost.p50
         between = f"{lost:.0%} of it is lost between them" if lost >= 0 else f"they help each other by {-lost:.0%}"
+        spread = f" ({self.lost.p20:.0%} to {self.lost.p80:.0%})" if self.lost.p20 != self.lost.p80 else ""
         return (
             f"{self.stack.together}: {self.together.p50:.2f}x together; {self.product.p50:.2f}x if its parts did not get into "
-            f"each other's way, {between} ({self.lost.p20:.0%} to {self.lost.p80:.0%})"
+            f"each other's way, {between}{spread}"
         )
 
     def to_dict(self) -> dict[str, Any]:
