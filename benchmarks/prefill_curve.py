@@ -48,12 +48,19 @@ def draw(panels: dict[str, list[Spot]], file: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.6), squeeze=False)
     for place, (axis, (tokens, found)) in enumerate(zip(axes[0], panels.items(), strict=True)):
         axis.axhline(0.0, color="#969da6", linewidth=0.8, linestyle="--")
+        middle = statistics.fmean([min(spot.seconds for spot in found), max(spot.seconds for spot in found)])
         for number, spot in enumerate(found):
             mean, least, most = spot.more
             axis.errorbar(spot.seconds, mean, [[mean - least], [most - mean]], fmt="o", color=f"C{number % 10}", capsize=3)
+            left = spot.seconds > middle  # its name stands on the side where there is room
             above = 10 if number % 2 else -14
             axis.annotate(
-                f"{spot.name} ({spot.needles})", (spot.seconds, mean), (6, above), textcoords="offset points", fontsize=8
+                f"{spot.name} ({spot.needles})",
+                (spot.seconds, mean),
+                (-6 if left else 6, above),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                fontsize=8,
             )
         axis.set_title(f"{int(tokens):,} tokens")
         axis.set_xlabel("seconds to the first token")
