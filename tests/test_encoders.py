@@ -83,6 +83,12 @@ def depth_anything() -> Built:
     return hf.DepthAnythingForDepthEstimation(config), PIXELS
 
 
+def clip() -> Built:
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    config = hf.CLIPConfig(vision_config=WIDE, text_config={**text, "bos_token_id": 1, "eos_token_id": 2})
+    return hf.CLIPModel(config), {**SQUARE, "input_ids": torch.tensor([[1, 7, 8, 2]])}
+
+
 MODELS: dict[str, tuple[Callable[[], Built], int, int]] = {
     "dinov2": (encoders.dinov2, 48, 1),
     "dinov2 classifier": (
@@ -100,6 +106,7 @@ MODELS: dict[str, tuple[Callable[[], Built], int, int]] = {
     "deit": (lambda: (hf.DeiTModel(hf.DeiTConfig(**WIDE)), SQUARE), 36, 2),
     "ijepa": (lambda: (hf.IJepaModel(hf.IJepaConfig(**WIDE)), SQUARE), 36, 0),
     "clip": (lambda: (hf.CLIPVisionModel(hf.CLIPVisionConfig(**WIDE)), SQUARE), 36, 1),
+    "clip beside its text": (clip, 36, 1),
     "siglip": (lambda: (hf.SiglipVisionModel(hf.SiglipVisionConfig(**WIDE, vision_use_head=False)), SQUARE), 36, 0),
     "siglip2": (encoders.siglip2, 65, 0),
     "internvl": (
@@ -141,7 +148,11 @@ def output(model: Any, inputs: dict[str, Any]) -> Tensor:
     """What a model gives: features, but for those of padding, depth or logits."""
     with torch.no_grad():
         out = model(**inputs)
-    found = next(x for x in (out.get(name) for name in ("last_hidden_state", "predicted_depth", "logits")) if x is not None)
+    found = next(
+        x
+        for x in (out.get(name) for name in ("last_hidden_state", "predicted_depth", "logits", "logits_per_image"))
+        if x is not None
+    )
     valid = inputs.get("pixel_attention_mask")
     return found if valid is None else found[valid.bool()]
 
