@@ -69,7 +69,7 @@ def test_compiled_equals_eager_with_a_graph_a_policy(row: Subject, kind: str, fi
     torch.testing.assert_close(run_once(forward, inputs), dense, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["wan", "flux", "hunyuan_video", "qwen_image", "cosmos3"])
+@pytest.mark.parametrize("name", ["wan", "flux", "hunyuan_video", "qwen_image", "cosmos3", "minimax_h3"])
 def test_many_layers_share_a_graph(name: str) -> None:
     model, inputs = tiny_models.build(name)
     counter = CompileCounter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 import accelplug
-from accelplug import compat
+from accelplug import compat, loading
 from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.hosts.diffusers import DenoiserHost
 from accelplug.inspection.denoiser import inspect_denoiser
@@ -227,3 +228,17 @@ def test_h3_is_compared_step_by_step() -> None:
     assert [len(sample.step_ms) for row in (dense, sparse) for sample in row.samples] == [STEPS, STEPS]
     assert 0 < sparse.mean_density < 1 == dense.mean_density
     assert math.isfinite(sparse.mean("psnr_db"))
+
+
+def test_the_command_line_loads_a_saved_one(tmp_path: Path) -> None:
+    pipe, _ = tiny_modular.pipeline("wan")
+    pipe.save_pretrained(str(tmp_path), overwrite_modular_index=True)
+    loaded = loading.pipeline(tmp_path, device="cpu")
+    assert type(loaded) is type(pipe)
+    for name in ("transformer", "vae"):
+        weights = getattr(loaded, name).state_dict()
+        assert all(torch.equal(weights[key], value) for key, value in getattr(pipe, name).state_dict().items())
+    for file in (tmp_path / "transformer").iterdir():
+        file.unlink()
+    with pytest.raises(UnsupportedError, match="it has no denoiser that can be loaded from there"):
+        loading.pipeline(tmp_path, device="cpu")
