@@ -643,8 +643,8 @@ def _doctor(options: argparse.Namespace) -> int:
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     checked.add_row("device", name)
     for backend, why_not in available_backends(device).items():
-        there = "there, but no GPU has run it in our tests" if backend in UNTRIED else "works"
-        checked.add_row(f"kernel {backend}", why_not or there)
+        said = f"untried on GPUs; {why_not or 'it is there'}" if backend in UNTRIED else why_not or "works"
+        checked.add_row(f"kernel {backend}", said)
     broken = 0
     for promise, check in (*compat.versions.contracts(), *compat.contracts.contracts_of(families)):
         why = compat.contracts.why_broken(check)

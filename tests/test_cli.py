@@ -14,6 +14,7 @@ from accelplug import listing, zoo
 from accelplug.cli import main
 from accelplug.comparison import Comparison
 from accelplug.inspection.denoiser import STEPS, Inspection
+from accelplug.kernels.attention import UNTRIED
 
 
 def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,6 +81,7 @@ def test_doctor_finds_all_contracts_holding(capsys: pytest.CaptureFixture[str]) 
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "kernel blocked" in out
+    assert out.count("untried on GPUs; ") == len(UNTRIED)
     assert "broken" not in out
 
 
