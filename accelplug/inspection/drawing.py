@@ -217,7 +217,7 @@ def _heads(
 
 
 def heads_figure(layers: Sequence[int], *panels: tuple[str, str, np.ndarray]) -> Image.Image:
-    """Draw a value by layer and head, twice, side by side.
+    """Draw a value by layer and head, or two of them side by side.
 
     Parameters
     ----------
@@ -225,7 +225,7 @@ def heads_figure(layers: Sequence[int], *panels: tuple[str, str, np.ndarray]) ->
     panels : title, the line under it, and values (L, H) of 0 or more; each has its own peak.
     """
     sheet, draw = _figure(TITLES + HIGH + 80, "", "")
-    for left, (title, says, values) in zip((EDGE + GUTTER, SHEET - EDGE - WIDE), panels, strict=True):
+    for left, (title, says, values) in zip((EDGE + GUTTER, SHEET - EDGE - WIDE), panels, strict=False):
         largest = max(float(values.max()), 1e-12)
         _text(draw, (left - GUTTER, 30), title, 28)
         _text(draw, (left - GUTTER, 70), says, 18, SOFT)

@@ -120,7 +120,7 @@ class TextInspection(Shown):
         return Group(facts, layers)
 
     def figures(self) -> list[Image]:
-        """Draw attention to sinks and how far heads look, by layer and head."""
+        """Draw attention to sinks, of either kind where there is one, and how far heads look, by layer and head."""
         pairs = (
             (
                 ("Attention to primary sinks", "By layer and head, mean over rows.", self.primary_mass),
@@ -131,7 +131,8 @@ class TextInspection(Shown):
                 ("Attention distance", "In tokens.", self.reach),
             ),
         )
-        return [drawing.heads_figure(self.layers, *pair) for pair in pairs]
+        shown = ([panel for panel in pair if panel[2].any()] for pair in pairs)
+        return [drawing.heads_figure(self.layers, *panels) for panels in shown if panels]
 
     def to_png(self, path: str | Path) -> Path:
         """Write `figures`, one under another.
