@@ -33,7 +33,7 @@ def models() -> Table:
     for model, group in groupby(list_recipes(), key=lambda info: info.model):
         names = sorted(group, key=lambda info: not info.default)
         alike.setdefault(", ".join(_marked(info) for info in names), []).append(model)
-    found = table("recipes by model", "model", "recipes (the first: default)", caption=MARKS)
+    found = table("", "model", "recipes (the first: default)", caption=MARKS)
     for recipes, those in alike.items():
         found.add_row("\n".join(those), recipes)
     return found

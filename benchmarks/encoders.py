@@ -49,6 +49,12 @@ ARMS: dict[str, Any] = {
     "proxy": _arm("proxy", window_thw=[1, 8, 8], halo_thw=[0, 8, 8]),
     "neighborhood": _arm("neighborhood", window=[1, 25, 25], tile_thw=[1, 8, 8], block=64),
     "tome .5": _arm("tome", ratio=0.5),
+    "tome .65": _arm("tome", ratio=0.65),
+    "tome .75": _arm("tome", ratio=0.75),
+    "tome .9": _arm("tome", ratio=0.9, cell_thw=[1, 4, 4]),
+    "tome .5, queries too": _arm("tome", ratio=0.5, mode="qkv"),
+    "tome .6, queries too": _arm("tome", ratio=0.6, mode="qkv"),
+    "tome .75, queries too": _arm("tome", ratio=0.75, mode="qkv"),
 }
 """What is tried, by the names of rows: the shipped recipes, then patches everywhere."""
 

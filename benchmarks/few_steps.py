@@ -72,7 +72,8 @@ def rows_of(runner: Runner, recipes: Mapping[str, Any], settings: dict[str, Any]
     """Runs of one caption, seed and number of steps: dense first, then every recipe, held against it."""
     dense, dense_s = measured(runner, None, settings, caption, seed)
     about = {"steps": settings["num_inference_steps"], "caption": caption, "seed": seed}
-    yield {**about, "recipe": DENSE, "seconds": dense_s, "agreement": agreement(dense, HELD_OUT_CAPTIONS[caption])}
+    alone = Beside(dense, None, None, None, foreground, agreement, HELD_OUT_CAPTIONS[caption])
+    yield {**about, "recipe": DENSE, "seconds": dense_s, "agreement": METRICS["agreement"].of(alone)}
     for name, recipe in recipes.items():
         clip, seconds = measured(runner, recipe, settings, caption, seed)
         beside = Beside(clip, dense, None, None, foreground, agreement, HELD_OUT_CAPTIONS[caption])

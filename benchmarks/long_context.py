@@ -43,7 +43,7 @@ from accelplug import compat, recipe, zoo
 from accelplug.comparison.environment import environment
 from accelplug.kernels.attention import block_attention
 from accelplug.kernels.plan import BlockPlan
-from benchmarks import prefill_baselines  # noqa: F401  # it registers minference and flexprefill
+from benchmarks import prefill_baselines
 from benchmarks.common import RESULTS, write_json
 from benchmarks.haystack import DEPTHS, asked_within, gathered, middle, says, told_at
 
@@ -272,6 +272,7 @@ def call_ms(tokens: int, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    prefill_baselines.register()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])

@@ -53,7 +53,6 @@ def along(chosen: Tensor, blocks: PromptBlocks) -> Tensor:
     return chosen[..., apart.clamp(min=0)] & (apart >= 0)
 
 
-@accelplug.register_patch
 class Minference(Prefill):
     """Keys and diagonals that the last rows look at most."""
 
@@ -74,7 +73,6 @@ class Minference(Prefill):
         return blocks.plan((columns[:, :, None] | along(near | further, blocks)) & blocks.past)
 
 
-@accelplug.register_patch
 class FlexPrefill(Prefill):
     """Blocks by mean queries and keys where these tell the truth about the last block, else columns and diagonals that it looks at."""
 
@@ -118,3 +116,9 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     mean = (p + q) / 2
     parts = [(x * (x.clamp(min=1e-12) / mean.clamp(min=1e-12)).log()).sum(-1) for x in (p, q)]
     return (0.5 * (parts[0] + parts[1])).clamp(min=0.0).sqrt()
+
+
+def register() -> None:
+    """Have recipes know them by their names, in this process."""
+    for patch in (Minference, FlexPrefill):
+        accelplug.register_patch(patch)

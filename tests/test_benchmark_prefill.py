@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 
 import accelplug
+from accelplug.patches.base import Patch
 from accelplug.patches.sparse.prefill import PromptBlocks
 from accelplug.testing.language_models import TEXT_CONFIG
 from benchmarks.haystack import asked_within, told_at
@@ -18,19 +19,16 @@ SMALL = {"block": 8, "sink": 0, "local": 0, "min_tokens": 0}
 
 
 @pytest.mark.parametrize(
-    "rule",
-    [
-        {"patch": "minference", "with": {**SMALL, "vertical": 999}},
-        {"patch": "flexprefill", "with": {**SMALL, "gamma": 1.0, "least": 999}},
-    ],
-    ids=lambda rule: rule["patch"],
+    "patch",
+    [Minference({**SMALL, "vertical": 999}), FlexPrefill({**SMALL, "gamma": 1.0, "least": 999})],
+    ids=lambda patch: patch.name,
 )
-def test_what_reads_everything_is_the_model(rule: dict[str, Any]) -> None:
+def test_what_reads_everything_is_the_model(patch: Patch) -> None:
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT_CONFIG)).eval().requires_grad_(False)
     ids = torch.randint(3, 490, (1, 45), generator=torch.Generator().manual_seed(0))
     stock = model(ids).logits
-    with accelplug.apply(model, rule, strict=True) as plug:
+    with accelplug.apply(model, patch, strict=True) as plug:
         torch.testing.assert_close(model(ids).logits, stock, rtol=1e-4, atol=1e-4)
         assert plug.report().answered == 4
 

@@ -22,4 +22,4 @@ def test_the_example_package_is_found_once_installed_and_obeys_the_laws(tmp_path
         tests, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{34 + 1} passed" in done.stdout
+    assert f"{44 + 1} passed" in done.stdout

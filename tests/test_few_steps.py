@@ -99,7 +99,7 @@ def test_they_are_listed_shown_and_inspected_with_what_they_come_to(capsys: pyte
     assert main(["list", "denoiser"]) == 0
     assert "of 4, 8, 20, 50 steps 1, 1, 3, 8 dense" in " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert main(["show", "denoiser/fast"]) == 0
-    told = capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
     assert "of 4, 8, 20, 50 steps 0, 1, 2, 5 dense; 0.19, 0.29" in told
     assert "gain of attention at most 20.0x, 5.9x, 6.9x, 6.9x" in told
     assert "of 4, 8, 20, 50 steps it computes 4, 8, 13, 31" in told

@@ -319,11 +319,6 @@ def step_cache(denoiser: Any) -> Any:
     return getattr(denoiser, "_cache_config", None)
 
 
-def has_foreign_cache(denoiser: Any) -> bool:
-    """Whether cache-dit has put a step cache on a denoiser: it marks what it wraps."""
-    return bool(vars(denoiser).get("_is_cached", False))
-
-
 def disable_cache(denoiser: Any, config: Any) -> None:
     """Disable the step cache that ``enable_cache(config)`` has put on, or would have if nothing had interrupted it."""
     if denoiser._cache_config is None:

@@ -98,7 +98,7 @@ class StepCaches:
                 raise UnsupportedError(
                     f"{name} ({type(part).__name__}) takes no step cache. Leave cache: out of the recipe."
                 )
-            if compat.diffusers.has_foreign_cache(part):
+            if compat.cache_dit.has_cache(part):
                 raise UnsupportedError(
                     f"cache-dit has a step cache on {name} already, and two would each skip by what the other made up. Disable it first, "
                     "cache_dit.disable_cache(pipe), or leave cache: out of the recipe: its rules go together with it."
