@@ -42,6 +42,7 @@ ARMS: dict[str, Any] = {
     "rows .2, tiles, pooled": _arm("rows", density=0.2, rest="pool", **TILED),
     "rows .2, tiles, dropped": _arm("rows", density=0.2, rest="drop", **TILED),
     "rows .2, raster, pooled": _arm("rows", density=0.2, rest="pool", block=64),
+    "rows .1, tiles, pooled, repaired": _arm("rows", density=0.1, rest="pool", repair="output_query", **TILED),
     "rows .05, tiles, pooled, repaired": _arm("rows", density=0.05, rest="pool", repair="output_query", **TILED),
     "sol, tiles": _arm("sol", tau=1.0, **TILED),
     "bilevel, tiles": _arm("bilevel", p=0.2, **TILED),
