@@ -95,7 +95,10 @@ def test_every_denoiser_takes_them_and_its_own_win(tmp_path: Path, monkeypatch: 
     assert [name for name in recipes_of(ANY) if name.endswith("/fast")] == ["mine/fast"]
 
 
-def test_they_are_listed_shown_and_inspected_with_what_they_come_to(capsys: pytest.CaptureFixture[str]) -> None:
+def test_they_are_listed_shown_and_inspected_with_what_they_come_to(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # no heading is broken
     assert main(["list", "denoiser"]) == 0
     assert "of 4, 8, 20, 50 steps 1, 1, 3, 8 dense" in " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert main(["show", "denoiser/fast"]) == 0
