@@ -45,7 +45,8 @@ SORTS = (
 
 models = pytest.mark.parametrize("name", MODELS)
 DENSE = {"rules": [{"patch": "dense"}]}
-MAKERS = {name: tiny_models.MODELS[name] for name in SORTS} | DENOISERS_TRIED | ENCODERS_TRIED
+LACKING = tiny_models.BUILDERS.keys() - tiny_models.MODELS.keys()  # of which an older diffusers has no class
+MAKERS = {name: tiny_models.MODELS[name] for name in SORTS if name not in LACKING} | DENOISERS_TRIED | ENCODERS_TRIED
 
 
 def models_for(row: Subject) -> Mapping[str, Callable[[], Built]]:
