@@ -2,7 +2,7 @@
 
 It takes tau and finds thresholds itself (interface.py of NVlabs/Sana, branch sol-engine, commit 2deaf463): bfloat16, heads of 128, blocks
 of 64, a band of one block, every other block read as its mean. A `Threshold` that was made so carries its `rule`. The kernel is proposed
-for the Hub as `HUB` (huggingface/kernels-community, issue 1064) and was not there when this was written. No GPU has run this: what is
+for the Hub as `HUB` (huggingface/kernels-community) and was not there when this was written. No GPU has run this: what is
 passed on and what comes of it are tested against a stand-in of the published rule. So `auto` never takes it.
 """
 

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -365,7 +365,7 @@ class EncoderHost(Answering, Host):
         blocked: str | None,
     ) -> Tensor:
         """Answer one eager attention call of `record`, piece by piece."""
-        assert isinstance(record, EncoderRecord)
+        record = cast(EncoderRecord, record)
         record.routed = True
         pieces, valid, reason = self._taken(record.site, q, mask, blocked)
         found = [self._settled(record, piece.layout, q.device) for piece in pieces]
