@@ -104,6 +104,22 @@ _OWN = (
         cite="arXiv 2303.17604, 2210.09461, 2509.10918",
     ),
     PatchEntry(
+        name="todo",
+        module="accelplug.patches.tokens.todo",
+        cls="Todo",
+        family="tokens",
+        summary="Keys and values of one token a cell stand for all of it; queries stay as they are.",
+        cite="arXiv 2402.13573",
+    ),
+    PatchEntry(
+        name="agent",
+        module="accelplug.patches.tokens.agent",
+        cls="Agent",
+        family="tokens",
+        summary="A few agents, the means of queries, read all keys; queries read the agents. Experimental.",
+        cite="arXiv 2312.08874",
+    ),
+    PatchEntry(
         name="freeswim",
         module="accelplug.patches.sparse.freeswim",
         cls="FreeSwim",

@@ -76,6 +76,43 @@ def partition(
     return Partition(source, destination, is_source, is_destination, int((~chosen).sum()), token.numel())
 
 
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """A grid cut into cells, t-major, then rows, then columns.
+
+    Attributes
+    ----------
+    slot : int64 (1, N), cell of each token.
+    centre : int64 (n,), the token nearest to the middle of each cell; of two, the later one.
+    size : float32 (1, n), tokens of each.
+    """
+
+    slot: Tensor
+    centre: Tensor
+    size: Tensor
+
+    @property
+    def even(self) -> bool:
+        """Whether all cells have one size."""
+        return bool((self.size == self.size[:, :1]).all())
+
+
+@lru_cache(maxsize=64)
+def cells(
+    grid_thw: tuple[int, int, int], cell_thw: tuple[int, int, int], device: torch.device | str = "cpu"
+) -> Cells:
+    """Cut a grid into cells of `cell_thw` tokens; those at the far borders may be smaller."""
+    slot, centre, size = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    for length, cell in zip(grid_thw, cell_thw, strict=True):
+        place = torch.arange(length)
+        first = place[::cell]
+        held = (length - first).clamp(max=cell)
+        slot = (slot[:, None] * len(first) + place // cell).flatten()
+        centre = (centre[:, None] * length + first + held // 2).flatten()
+        size = (size[:, None] * held).flatten()
+    return Cells(slot[None].to(device), centre.to(device), size[None].to(device))
+
+
 def _cuts(length: int, cell: int, tile: int) -> list[int]:
     """Where tiles begin and end on an axis: at whole cells, the last at the border."""
     cells = length // cell

@@ -41,6 +41,8 @@ _ROWS = (
         pools=True,
     ),
     Subject("tome", {"ratio": 0.0}, {"ratio": 0.5}, {}),
+    Subject("todo", {"cell_thw": [1, 1, 1]}, {"cell_thw": [1, 2, 2]}, {}),
+    Subject("agent", {"cell_thw": [1, 1, 1]}, {"cell_thw": [1, 2, 3]}, {}),
     Subject("sparse_vdit", {"modes": "full"}, {"modes": "multi_diagonal", "multi_diagonal": 0.4}, {"diagonal": 1.0}),
     Subject("paro", {"masks": "all"}, {"order": "wht", "density": 0.4}, {"density": 1.0}),
     Subject("sta", {"windows": [["full", "full", "full"]]}, {"windows": [["full", 1, 1]]}, {}),

@@ -250,7 +250,7 @@ REFINED = ("z_image", "lumina2", "fibo2")
 """Refiners ahead of the first block have mixed all tokens there; the touched one has moved furthest."""
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in (*UNETS, "latte")])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in (*UNETS, "unet2d", "latte")])
 def test_a_piece_of_the_input_lands_on_its_raster_place(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_models.build(name)
     if name.startswith("hunyuan") and "encoder_attention_mask" in inputs:  # the text is refined with what is valid only
@@ -345,6 +345,41 @@ def test_a_place_of_a_resolution_lands_on_its_raster_place(name: str, monkeypatc
         touched[:, :, row, column] += torch.linspace(0.5, 1.5, channels)
         moved = (first_queries(touched) - before).abs().amax((0, 2, 3)) > 1e-6
         assert moved.nonzero().flatten().tolist() == [row * 8 + column]
+
+
+def test_pixels_of_a_unet_without_text_are_tokens_in_raster_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = tiny_models.build("unet2d")
+    attention = model.mid_block.attentions[0]
+    attention.group_norm = None  # it spreads a change over its whole group
+
+    def queries(x: Tensor) -> Tensor:
+        with torch.no_grad(), hearing(model.mid_block, monkeypatch) as heard:
+            attention(x)
+        return heard[0].q
+
+    x = noise(1, 32, 6, 8)
+    for row, column in ((0, 0), (2, 5), (5, 7)):
+        touched = x.clone()
+        touched[:, :, row, column] += torch.linspace(0.5, 1.5, 32)
+        moved = (queries(touched) - queries(x)).abs().amax((0, 2, 3)) > 1e-6
+        assert moved.nonzero().flatten().tolist() == [row * 8 + column]
+
+
+def test_a_whole_run_of_a_unet_without_text() -> None:
+    model, _ = tiny_models.build("unet2d")
+    model.register_to_config(sample_size=16)
+    pipe = diffusers.ConsistencyModelPipeline(model, diffusers.CMStochasticIterativeScheduler())
+    pipe.set_progress_bar_config(disable=True)
+
+    def run() -> Tensor:
+        return pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+    stock = run()
+    rule = {"where": {"steps": "50%:"}, "patch": "neighborhood", "with": {"window": [1, 3, 3], "tile_thw": [1, 2, 4]}}
+    with accelplug.apply(pipe, {"rules": [rule]}, gate="off", strict=True) as plug:
+        assert not torch.equal(run(), stock)
+        assert plug.report().served["neighborhood"] == 4, "attention on the way down, in the middle, and twice on the way up"
+    assert torch.equal(run(), stock)
 
 
 def test_latte_attends_frame_by_frame_and_then_over_the_frames(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -698,6 +698,21 @@ def unet_svd() -> Built:
     }
 
 
+def unet2d() -> Built:
+    """Without text, attention at its lower resolution."""
+    model = diffusers.UNet2DModel(
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+    )
+    return model, {"sample": noise(1, 3, 12, 16), "timestep": torch.tensor(500)}
+
+
 def unet_dreamlite() -> Built:
     """Self-attention on the lower resolutions alone, with one head of keys for all."""
     model = diffusers.DreamLiteUNetModel(
@@ -1027,6 +1042,7 @@ BUILDERS: dict[str, Callable[[], Built]] = IMAGES | {
         unet_i2vgen,
         unet_svd,
         unet_dreamlite,
+        unet2d,
         kandinsky3,
         stable_audio_3,
         minimax_music_3,

@@ -1,8 +1,8 @@
-"""UNets: Stable Diffusion 1.5 and XL, DreamLite, Kandinsky 3; over frames AnimateDiff, ModelScope, I2VGen-XL and Stable Video Diffusion.
+"""UNets: Stable Diffusion 1.5 and XL, DreamLite, Kandinsky 3; without text DDPM; over frames AnimateDiff, ModelScope, I2VGen-XL, SVD.
 
 Self-attention over the rows and columns of each resolution, frame by frame, no mask. The grid is that of the input (B, C, H, W) of each
-transformer, or block of attention in Kandinsky 3. What attends over the frames of one place (motion modules, temporal transformers) has
-no grid.
+transformer, of each block of attention in Kandinsky 3, and of each block of one resolution in UNets without text (DDPM, consistency
+models). What attends over the frames of one place (motion modules, temporal transformers) has no grid.
 """
 
 from accelplug.families.base import Family, latents
@@ -42,4 +42,18 @@ KANDINSKY3 = Family(
     ),
     geometry=latents("bchw", name="x"),
     level=("Kandinsky3AttentionBlock",),
+)
+
+UNET2D = Family(
+    name="unet2d",
+    classes=("UNet2DModel",),
+    sites=(
+        ("down_blocks.*.attentions.*", "self"),
+        ("mid_block.attentions.*", "self"),
+        ("up_blocks.*.attentions.*", "self"),
+    ),
+    geometry=latents("bchw"),
+    level=("AttnDownBlock2D", "UNetMidBlock2D", "AttnUpBlock2D"),
+    latents="sample",
+    status="verified",
 )

@@ -31,7 +31,6 @@ UNSUPPORTED: dict[str, str] = {
     "Transformer2DModel": PART,
     "TransformerTemporalModel": PART,
     "UNet1DModel": "its attention has no processor, by which patches come in.",
-    "UNet2DModel": SHORT,
     "UVit2DModel": SHORT,
 }
 """Class -> why its attention cannot be patched, as the end of a sentence that begins with its name."""

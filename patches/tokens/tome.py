@@ -26,20 +26,13 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import pad
 
 from accelplug.bounded import Bounded
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.merge import Partition, match, merge, partition, slot_sizes, unmerge
 from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.base import Config, Patch, Positive
-
-EXTRA = 8
-"""Head channels that the keys' bias takes: two hold it, and kernels want a multiple of 8."""
-
-NEVER = -6e4
-"""Bias of a key that stands for no token: float16 holds it, and the softmax makes it 0."""
-
+from accelplug.patches.tokens.counted import attend_counted, between_text
 
 @dataclass(eq=False)
 class SharedMatch:
@@ -160,14 +153,10 @@ class Tome(Patch):
             valid = torch.ones_like(call.k[:, 0, :, 0], dtype=torch.float32) if valid is None else valid
             number = torch.cat([valid[:, :before], slot_sizes(slot, slots, weight), valid[:, behind:]], -1)
             number = number if self.config.proportional else (number > 0).float()
-        out = _attend_counted(call, q, fewer(call.k), fewer(call.v), number)
+        out = attend_counted(call, q, fewer(call.k), fewer(call.v), number)
         if self.config.mode == "qkv":
             out = unmerge(out, slot)
-        if call.q.shape[-2] == tokens:
-            return out
-        text = torch.cat([call.q[..., :before, :], call.q[..., behind:, :]], -2)
-        exact = call.dense(q=text) if call.mask is None else call.dense(q=text, attn_mask=call.mask[:, None, None])
-        return torch.cat([exact[..., :before, :], out, exact[..., before:, :]], -2)
+        return between_text(call, out, before)
 
     def _slot(self, keys: Tensor, params: Params) -> Tensor:
         """Return the match: the one in memory where that is good, else that of these visual keys (B, H_kv, N, D)."""
@@ -184,20 +173,3 @@ class Tome(Patch):
         queries = visual - params.merged if self.config.mode == "qkv" else visual
         pairs = queries * (tokens - params.merged) + (tokens - visual) * tokens
         return pairs / tokens**2, None
-
-
-def _attend_counted(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, number: Tensor | None) -> Tensor:
-    """Attend with the user's backend, log(number) added to the scores of each key; number float32 (B, S_k), or None for all 1.
-
-    The bias rides in extra head channels, which every backend can take: ones in q, bias / scale in k, in two parts so that half
-    precision does not round it.
-    """
-    if number is None:
-        return call.dense(q=q, k=k, v=v, attn_mask=None)
-    bias = (number.log() / call.scale).masked_fill(number == 0, NEVER)[:, None, :, None].expand(-1, k.shape[1], -1, -1)
-    high = bias.to(k.dtype)
-    low = (bias - high.float()).to(k.dtype)
-    k = pad(torch.cat([k, high, low], -1), (0, EXTRA - 2))
-    q = pad(pad(q, (0, 2), value=1.0), (0, EXTRA - 2))
-    v_padded = pad(v, (0, EXTRA)) if v.shape[-1] == call.q.shape[-1] else v  # flash kernels want one width
-    return call.dense(q=q, k=k, v=v_padded, attn_mask=None)[..., : v.shape[-1]]
