@@ -8,11 +8,12 @@ with s = 1 / sqrt(d), k = `k_scale` and w = `shortcut`: two calls of the user's 
 makes the second softmax sharper, and the shortcut brings back what makes a token differ from its neighbours.
 
 Agents are means of the visual queries: of a cell of the grid each, or of the tokens that are merged into one destination a cell because
-they look alike, in its tile (``agents: merged``), which is nearer to the release: that one looks all over the picture, by what enters the projections. Text asks every key and is no agent; visual queries read text by way of the agents.
+they look alike, in its tile (``agents: merged``), which is nearer to the release: that one looks all over the picture, by what enters
+the projections. Text asks every key and is no agent; visual queries read text by way of the agents.
 
-The release has agents in the first 20 of 50 steps alone (cells of 4 x 4, and beside them two fifths of the tokens merged) and merges tokens
-from then on: a recipe does that by ``where: {steps: "0:40%"}`` and a rule of `tome` behind it. Only the finest attention of Stable Diffusion 1.5
-is touched.
+The release has agents in the first 20 of 50 steps alone (cells of 4 x 4, and beside them two fifths of the tokens merged) and merges
+tokens from then on: a recipe does that by ``where: {steps: "0:40%"}`` and a rule of `tome` behind it. Only the finest attention of Stable
+Diffusion 1.5 is touched.
 
 Experimental: on transformers with RoPE, whose queries are averaged behind it, nothing is published.
 """

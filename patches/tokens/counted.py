@@ -33,7 +33,7 @@ def attend_counted(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, number:
 
 
 def between_text(call: AttentionCall, visual: Tensor, before: int) -> Tensor:
-    """Put what visual queries are answered, (B, H, N, D_v), between what text is: `before` text tokens stand ahead. Text reads every key."""
+    """Put what visual queries are answered, (B, H, N, D_v), behind `before` text tokens and ahead of the others. Text reads every key."""
     behind = before + visual.shape[-2]
     if call.q.shape[-2] == visual.shape[-2]:
         return visual
