@@ -101,7 +101,15 @@ _OWN = (
         cls="Tome",
         family="tokens",
         summary="Tokens that look alike are merged before attention; each key counts as often as it has tokens.",
-        cite="arXiv 2303.17604, 2210.09461, 2509.10918",
+        cite="arXiv 2303.17604, 2210.09461, 2312.01026, 2509.10918",
+    ),
+    PatchEntry(
+        name="toma",
+        module="accelplug.patches.tokens.toma",
+        cls="Toma",
+        family="tokens",
+        summary="The tokens that cover a window best stand for it; every token spreads over those that are like it.",
+        cite="arXiv 2509.10918",
     ),
     PatchEntry(
         name="todo",

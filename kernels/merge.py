@@ -185,7 +185,27 @@ def merge(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None = None) -> 
     return torch.cat(parts, 1)
 
 
-def slot_sizes(slot: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
+def mlerp(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
+    """Average the tokens of each slot as `merge` does, then make the mean as long as the longest of them (arXiv 2312.01026)."""
+    mean = merge(x, slot, slots, weight)
+    length = x.norm(dim=-1, dtype=torch.float32)  # [B, H, N]
+    length = length if weight is None else length * weight[:, None]
+    longest = length.new_zeros((*x.shape[:2], slots)).scatter_reduce(2, slot[:, None].expand_as(length), length, "amax")
+    factor = longest / mean.norm(dim=-1, dtype=torch.float32).clamp(min=1e-6)
+    return mean * factor.to(mean.dtype)[..., None]
+
+
+def own_tokens(slot: Tensor, slots: int, partition: Partition) -> Tensor:
+    """Which tokens were not merged into another: float32 (B, N), 1 or 0, of a match of `partition`."""
+    destination, real = partition.destination.flatten()[None], partition.is_destination.flatten()[None].float()
+    is_destination = real.new_zeros((1, partition.tokens)).scatter_reduce(1, destination, real, "amax")
+    alone = slot_sizes(slot, slots).gather(1, slot) == 1
+    return torch.maximum(is_destination, alone.float())
+
+
+
+def slot_sizes(
+slot: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
     """How many tokens each slot stands for: float32 (B, slots)."""
     ones = torch.ones_like(slot, dtype=torch.float32) if weight is None else weight
     return ones.new_zeros((len(slot), slots)).scatter_add(1, slot, ones)

@@ -41,6 +41,7 @@ _ROWS = (
         pools=True,
     ),
     Subject("tome", {"ratio": 0.0}, {"ratio": 0.5}, {}),
+    Subject("toma", {"ratio": 0.0}, {"tile_thw": [1, 4, 4]}, {}),
     Subject("todo", {"cell_thw": [1, 1, 1]}, {"cell_thw": [1, 2, 2]}, {}),
     Subject("agent", {"cell_thw": [1, 1, 1]}, {"cell_thw": [1, 2, 3]}, {}),
     Subject("sparse_vdit", {"modes": "full"}, {"modes": "multi_diagonal", "multi_diagonal": 0.4}, {"diagonal": 1.0}),

@@ -28,6 +28,7 @@ from accelplug.families.unsupported import UNSUPPORTED
 from accelplug.inspection.denoiser import inspect_denoiser
 from accelplug.testing.models import batch_of_two, noise, raster_ids
 from tests import tiny_models
+from tests.patch_rows import ROWS
 
 NEWEST = compat.versions.installed("diffusers").startswith(compat.versions.TESTED["diffusers"])
 REFUSED = ("sana",)
@@ -366,6 +367,8 @@ def test_pixels_of_a_unet_without_text_are_tokens_in_raster_order(monkeypatch: p
 
 
 def test_a_whole_run_of_a_unet_without_text() -> None:
+    import diffusers
+
     model, _ = tiny_models.build("unet2d")
     model.register_to_config(sample_size=16)
     pipe = diffusers.ConsistencyModelPipeline(model, diffusers.CMStochasticIterativeScheduler())
@@ -375,8 +378,7 @@ def test_a_whole_run_of_a_unet_without_text() -> None:
         return pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
 
     stock = run()
-    rule = {"where": {"steps": "50%:"}, "patch": "neighborhood", "with": {"window": [1, 3, 3], "tile_thw": [1, 2, 4]}}
-    with accelplug.apply(pipe, {"rules": [rule]}, gate="off", strict=True) as plug:
+    with accelplug.apply(pipe, ROWS["neighborhood"].recipe(steps="50%:"), gate="off", strict=True) as plug:
         assert not torch.equal(run(), stock)
         assert plug.report().served["neighborhood"] == 4, "attention on the way down, in the middle, and twice on the way up"
     assert torch.equal(run(), stock)

@@ -42,6 +42,7 @@ LAW = {
     "hierarchical": (0.35, 14),
     "svg_ear": (1.15, 24),
     "tome": (0.80, 0),
+    "toma": (1.00, 0),
     "todo": (0.80, 0),
     "agent": (1.00, 0),
     "sparse_vdit": (0.90, 4),

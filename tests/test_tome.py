@@ -11,13 +11,14 @@ import tomesd.merge
 import torch
 from diffusers.hooks import HookRegistry
 from torch._dynamo.testing import CompileCounter
+from torch.nn.functional import normalize
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import accelplug
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.errors import ShapeError
 from accelplug.hosts.rebind import dense_sdpa
-from accelplug.kernels.merge import match, merge, partition, slot_sizes, unmerge
+from accelplug.kernels.merge import match, merge, mlerp, own_tokens, partition, slot_sizes, unmerge
 from accelplug.patches.tokens import tome
 from accelplug.patches.tokens.tome import Tome
 from accelplug.testing.laws import run_once
@@ -117,6 +118,37 @@ def test_tomesd_merges_and_unmerges_alike(rows: int, columns: int, ratio: float)
     ours = merge(x[:, None], slot, rows * columns - merged)
     torch.testing.assert_close(unmerge(ours, slot)[:, 0], back(fewer(x)))
     assert fewer(x).shape == ours[:, 0].shape
+
+
+def test_a_mean_as_long_as_the_longest_and_what_is_left_where_sources_are_dropped() -> None:
+    drawn = partition((1, 7, 9), seed=2)
+    metric, x = noise(2, 63, 6), noise(2, 3, 63, 4, seed=1)
+    merged = drawn.sources // 2
+    slot, slots = match(metric, drawn, merged), 63 - merged
+    mean, long, own = merge(x, slot, slots), mlerp(x, slot, slots), own_tokens(slot, slots, drawn)
+    pruned = merge(x, slot, slots, own)
+    destinations = set(drawn.destination[drawn.is_destination].tolist())
+    for sample in range(2):
+        for place in range(slots):
+            members = (slot[sample] == place).nonzero().flatten().tolist()
+            longest = x[sample, :, members].norm(dim=-1).amax(1)
+            torch.testing.assert_close(long[sample, :, place].norm(dim=-1), longest)
+            torch.testing.assert_close(normalize(long[sample, :, place], dim=-1), normalize(mean[sample, :, place], dim=-1))
+            (owner,) = members if len(members) == 1 else [token for token in members if token in destinations]
+            torch.testing.assert_close(pruned[sample, :, place], x[sample, :, owner])
+
+
+@pytest.mark.parametrize("merging", ["mean", "mlerp", "prune"])
+def test_masked_keys_are_never_read_however_tokens_are_merged(merging: str) -> None:
+    layout = Layout((1, 6, 8), 4, 3)
+    valid = torch.ones(2, layout.length, dtype=torch.bool)
+    valid[1, [1, 20, 21, 30, 53]] = False
+    outs = []
+    for value in (0.0, 50.0):
+        call = call_on(layout, batch=2, mask=valid)
+        call.v.masked_fill_(~valid[:, None, :, None], value)
+        outs.append(attend({"merging": merging}, layout, call))
+    torch.testing.assert_close(*outs)
 
 
 def test_equal_tokens_survive_merging_and_sizes_add_up() -> None:

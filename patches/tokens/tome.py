@@ -7,6 +7,10 @@ destination of its tile that is most like it; the ``ratio * N`` sources that are
 A key that stands for n tokens gets log n added to its scores. With ``mode: qkv`` queries are averaged too, and all tokens
 of a slot get the result of its query.
 
+Means of tokens that differ are shorter than these. `merging: mlerp` (ToFu, arXiv 2312.01026) keeps their direction and gives them the length of
+the longest; `merging: prune` leaves sources out, and their destination counts for them. ToFu prunes in early layers, in which averages do not
+go through unharmed, and merges in later ones: two rules by `where: {layers: ...}`.
+
 The metric is the key, mean over heads, as attention sees it: after norm and RoPE (the release takes the block's input, which
 is not known here; spatial positions differ by less than a tile). Search is local to a tile, so that matching costs
 O(N * tile). Text is never merged, and text queries read every key.
@@ -27,28 +31,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from accelplug.bounded import Bounded
 from accelplug.call import AttentionCall, Clock, Layout, Site
-from accelplug.kernels.merge import Partition, match, merge, partition, slot_sizes, unmerge
+from accelplug.kernels.merge import Partition, match, merge, mlerp, own_tokens, partition, slot_sizes, unmerge
 from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.base import Config, Patch, Positive
 from accelplug.patches.tokens.counted import attend_counted, between_text
-
-@dataclass(eq=False)
-class SharedMatch:
-    """The match that several calls share. Graphs write `slot`, and look at nothing else.
-
-    Attributes
-    ----------
-    slot : int64 (B, N), None where there is none yet.
-    period, step : of `interval` steps, and the last step in it, that it is for; None where steps are not known.
-    leader : the first layer that shares it: it makes the match.
-    """
-
-    slot: Tensor | None = None
-    period: int | None = None
-    step: int | None = None
-    leader: int | None = None
+from accelplug.patches.tokens.sharing import SharedMatch, period_of, shared_match
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +70,10 @@ class Tome(Patch):
 
         ratio: float = Field(0.5, ge=0.0, lt=1.0, description="Share of the visual tokens that is merged away.")
         mode: Literal["kv", "qkv"] = Field("kv", description="kv merges keys and values; qkv queries too, and copies back.")
+        merging: Literal["mean", "mlerp", "prune"] = Field(
+            "mean",
+            description="What a slot has: the mean of its tokens; that, as long as the longest of them; or its destination alone.",
+        )
         cell_thw: tuple[Positive, Positive, Positive] = Field(
             (1, 2, 2), description="Tokens of a cell, in which one is the destination: at most all others can be merged."
         )
@@ -110,28 +102,11 @@ class Tome(Patch):
         config, merged = self.config, self.merged(layout)
         if not merged:
             return None
-        period = None if clock.step is None else clock.step // config.interval
-        seed = None if config.destination == "first" else (config.seed << 31) + (period or 0)
+        seed = None if config.destination == "first" else (config.seed << 31) + (period_of(clock, config.interval) or 0)
         drawn = (layout.grid_thw, config.cell_thw, config.tile_thw, seed)
-        memory, reads = self._memory(site, layout, clock.step, period, state)
+        shared = {"interval": config.interval, "layers": config.reuse_layers}
+        memory, reads = shared_match(self, site, layout, clock, state, **shared)
         return Params(partition(*drawn), drawn, layout.text_before, merged, memory, reads)
-
-    def _memory(
-        self, site: Site, layout: Layout, step: int | None, period: int | None, state: dict[str, Any]
-    ) -> tuple[SharedMatch | None, bool]:
-        """Return the memory that `site` shares with other layers and steps, and whether a match that is in it will be good."""
-        if self.config.interval == self.config.reuse_layers == 1 or site.layer is None:
-            return None, False
-        memories = state.setdefault("shared", {}).setdefault("tome", Bounded(256))
-        memory = memories.get((self, layout, site.layer // self.config.reuse_layers), SharedMatch)
-        if memory.period != period:
-            memory.period, memory.leader, memory.slot = period, None, None
-        if memory.leader is not None and site.layer > memory.leader:
-            return memory, True
-        if step is None or memory.step is None or step <= memory.step:  # not known to be a later step of the same run
-            memory.slot = None
-        memory.leader, memory.step = site.layer, step
-        return memory, memory.slot is not None
 
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
         tokens, before = params.partition.tokens, params.before
@@ -140,29 +115,38 @@ class Tome(Patch):
         valid = None if call.mask is None else call.mask.float().expand(len(call.k), -1)
         weight = None if valid is None else valid[:, before:behind]
 
+        own = own_tokens(slot, slots, params.partition) if self.config.merging == "prune" else None
+        counts = weight if own is None else own if weight is None else own * weight  # what a slot is made of
+
         def fewer(x: Tensor) -> Tensor:
-            return torch.cat(
-                [x[..., :before, :], merge(x[..., before:behind, :], slot, slots, weight), x[..., behind:, :]], -2
-            )
+            visual = self._merged(x[..., before:behind, :], slot, slots, counts)
+            return torch.cat([x[..., :before, :], visual, x[..., behind:, :]], -2)
 
         q = call.q[..., before:behind, :]
         if self.config.mode == "qkv":
-            q = merge(q, slot, slots)
+            q = self._merged(q, slot, slots, own)
         number = None  # [B, S - merged], tokens that each key stands for
         if self.config.proportional or valid is not None:
             valid = torch.ones_like(call.k[:, 0, :, 0], dtype=torch.float32) if valid is None else valid
-            number = torch.cat([valid[:, :before], slot_sizes(slot, slots, weight), valid[:, behind:]], -1)
+            visual = slot_sizes(slot, slots, weight)
+            if own is not None and weight is not None:  # a destination that may not be read stands for nobody
+                visual = visual * (slot_sizes(slot, slots, counts) > 0)
+            number = torch.cat([valid[:, :before], visual, valid[:, behind:]], -1)
             number = number if self.config.proportional else (number > 0).float()
         out = attend_counted(call, q, fewer(call.k), fewer(call.v), number)
         if self.config.mode == "qkv":
             out = unmerge(out, slot)
         return between_text(call, out, before)
 
+    def _merged(self, x: Tensor, slot: Tensor, slots: int, weight: Tensor | None) -> Tensor:
+        """Tokens (B, H, N, D) -> slots (B, H, slots, D)."""
+        return (mlerp if self.config.merging == "mlerp" else merge)(x, slot, slots, weight)
+
     def _slot(self, keys: Tensor, params: Params) -> Tensor:
         """Return the match: the one in memory where that is good, else that of these visual keys (B, H_kv, N, D)."""
         memory = params.memory
-        if memory is not None and params.reads and memory.slot is not None and len(memory.slot) == len(keys):
-            return memory.slot
+        if memory is not None and params.reads and (known := memory.for_batch(len(keys))) is not None:
+            return known
         slot = match(keys.mean(1, dtype=torch.float32), params.partition, params.merged)
         if memory is not None:
             memory.slot = slot
