@@ -128,6 +128,14 @@ _OWN = (
         cite="arXiv 2312.08874",
     ),
     PatchEntry(
+        name="ptdit",
+        module="accelplug.patches.tokens.ptdit",
+        cls="PtDit",
+        family="tokens",
+        summary="Windows read each other by proxies, tokens their window and one moved by half: for models trained so. Experimental.",
+        cite="arXiv 2409.04005",
+    ),
+    PatchEntry(
         name="freeswim",
         module="accelplug.patches.sparse.freeswim",
         cls="FreeSwim",

@@ -44,6 +44,7 @@ _ROWS = (
     Subject("toma", {"ratio": 0.0}, {"tile_thw": [1, 4, 4]}, {}),
     Subject("todo", {"cell_thw": [1, 1, 1]}, {"cell_thw": [1, 2, 2]}, {}),
     Subject("agent", {"cell_thw": [1, 1, 1]}, {"cell_thw": [1, 2, 3]}, {}),
+    Subject("ptdit", {"window_thw": [99, 99, 99]}, {"window_thw": [1, 2, 4]}, {}),
     Subject("sparse_vdit", {"modes": "full"}, {"modes": "multi_diagonal", "multi_diagonal": 0.4}, {"diagonal": 1.0}),
     Subject("paro", {"masks": "all"}, {"order": "wht", "density": 0.4}, {"density": 1.0}),
     Subject("sta", {"windows": [["full", "full", "full"]]}, {"windows": [["full", 1, 1]]}, {}),
