@@ -56,6 +56,16 @@ ARMS: dict[str, Any] = {
     "tome .5, queries too": _arm("tome", ratio=0.5, mode="qkv"),
     "tome .6, queries too": _arm("tome", ratio=0.6, mode="qkv"),
     "tome .75, queries too": _arm("tome", ratio=0.75, mode="qkv"),
+    "tome .5, pruned": _arm("tome", ratio=0.5, merging="prune"),
+    "tome .5, one match for all layers": _arm("tome", ratio=0.5, reuse_layers=12),
+    "toma .5": _arm("toma", ratio=0.5),
+    "toma .5, keys alone": _arm("toma", ratio=0.5, mode="kv"),
+    "toma .5, one match for 4 layers": _arm("toma", ratio=0.5, reuse_layers=4),
+    "todo 2 x 2": _arm("todo"),
+    "todo 2 x 2, means": _arm("todo", representative="mean"),
+    "agent 4 x 4": _arm("agent"),
+    "agent 4 x 4, unscaled, no shortcut": _arm("agent", k_scale=1.0, shortcut=0.0),
+    "ptdit 8 x 8": _arm("ptdit"),
 }
 """What is tried, by the names of rows: the shipped recipes, then patches everywhere."""
 
