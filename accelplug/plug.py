@@ -241,6 +241,7 @@ class Plug(AbstractContextManager["Plug"]):
             self._gate,
             self._processor,
             self._check_rules,
+            self._chooser.enters(),
         )
 
     def _check_rules(self, ended: bool) -> None:

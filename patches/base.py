@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, Union, get_args, get_origin
 
@@ -101,6 +102,22 @@ NEEDS = frozenset(
 """All that a `Patch` may need of its host."""
 
 
+@dataclass(frozen=True, eq=False)
+class Inside:
+    """What stands in the place of what enters the projections of an attention module.
+
+    Attributes
+    ----------
+    hidden : (B, n, C), what enters now.
+    attend : answers the attention call among these.
+    leave : makes what leaves the module, (B, n, C'), into what leaves it for all tokens, (B, N, C').
+    """
+
+    hidden: Tensor
+    attend: Callable[[AttentionCall], Tensor]
+    leave: Callable[[Tensor], Tensor]
+
+
 class Patch:
     """One method. A subclass nests its `Config`, and writes `prepare` and `attend`; its module says what it is, with the paper's
     equations, shapes and units.
@@ -140,6 +157,8 @@ class Patch:
     """Whether the method exists to be faster: such a patch is left dense where it would not pay (`gate="auto"`)."""
     estimates: bool = False
     """Whether `attend` writes an estimate of its error into ``call.error``, and may take ``call.ticket``; may be a property."""
+    enters: bool = False
+    """Denoisers and image encoders: whether the host calls `enter` in the place of `attend`; may be a property."""
     repairs: str = ""
     """How `attend` takes its own error off, in words; empty where it does not; may be a property."""
     about_images: ClassVar[bool] = True
@@ -194,6 +213,13 @@ class Patch:
     def attend(self, call: AttentionCall, params: Any) -> Tensor:
         """Return the attention output (B, H, S_q, D_v)."""
         raise UnimplementedHalf(type(self), "attend")
+
+    def enter(self, hidden: Tensor, params: Any) -> Inside:
+        """Return what is put in the place of what enters an attention module, (B, N, C), where `enters`; `hidden` itself to look at it.
+
+        Fewer tokens can enter modules that are given nothing else for each of them, as position embeddings are.
+        """
+        raise UnimplementedHalf(type(self), "enter")
 
     def attention(self, call: AttentionCall, params: Any) -> Tensor:
         """Return where heads look, (B, H, S_q, S_k), for users who ask a language model for it: what `attend` makes of unit vectors."""

@@ -63,6 +63,9 @@ class Answering:
         reason : why that is, if a rule names the call.
         entered : since when we are at it, where the forward is measured.
         """
+        if call is not None and here.patch is not None and here.patch.enters and record.site is not None:
+            call, reason = None, record.barred or "what enters its module is not in reach"
+            self.ledger.fell_back(record.site.module, reason)
         if call is not None and (reason := self.not_worth_it(here, call)) is not None:
             call = None
         run = dense if call is None else partial(here.answer, call)

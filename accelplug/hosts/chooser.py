@@ -49,6 +49,11 @@ class Chooser:
         """Return the patches that stand around ``generate``, the first one outermost."""
         return tuple(Choice(self._of(rule), rule.name) for rule in self.recipe.around())
 
+    def enters(self) -> bool:
+        """Whether any of its patches is given what enters attention modules."""
+        tokens = (rule for rule in self.recipe.rules if rule.entry is not None and rule.entry.family == "tokens")
+        return any(self._of(rule).enters for rule in tokens)
+
     def require_estimates(self) -> None:
         """Refuse patches that do not say how large their error is.
 

@@ -24,6 +24,7 @@ from accelplug.hosts import rebind, ulysses
 from accelplug.hosts.answering import Answering
 from accelplug.hosts.caches import StepCaches
 from accelplug.hosts.clock import ContextListener, StepClock
+from accelplug.hosts.entrance import Entrance
 from accelplug.hosts.forecast import Forecast, Forecaster
 from accelplug.hosts.gate import Verdict
 from accelplug.hosts.hoist import Hoist
@@ -134,6 +135,7 @@ class DenoiserHost(Answering, Host):
         self.clock = clock
         super().__init__(setup.ledger, setup.gate)
         self.decide, self.check_rules, cache = setup.decide, setup.check_rules, setup.cache
+        self.enters = setup.enters
         self.cache, self.caches = cache, None
         if cache is not None:
             self.caches = StepCaches(
@@ -210,6 +212,9 @@ class DenoiserHost(Answering, Host):
             record.original = rebind.rebind(record.module, record, undo)
         self.hoist.undo = undo
         undo.add(self.hoist.end)
+        if self.enters:
+            for record in (record for record in self.records if record.site):
+                Entrance(record).install(undo)
         ContextListener(self.denoiser, self._on_context, self._run_ends).install(undo)
         if self.family.level:
             for region in (region for region in self.regions if region.path):

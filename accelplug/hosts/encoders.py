@@ -29,6 +29,7 @@ from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families.encoders import Encoder, list_encoders, patch_hw, raster_places, window_units, windowed_layers
 from accelplug.hosts import interface
 from accelplug.hosts.answering import Answering
+from accelplug.hosts.entrance import Entrance, Within
 from accelplug.hosts.forecast import Forecast, Forecaster
 from accelplug.hosts.gate import Verdict
 from accelplug.hosts.host import Host, Setup
@@ -186,6 +187,7 @@ class EncoderHost(Answering, Host):
         super().__init__(setup.ledger, setup.gate)
         self.name, self.root, self.family = name, tower, family
         self.decide, self.check_rules = setup.decide, setup.check_rules
+        self.enters = setup.enters
         self.signature = inspect.signature(type(tower).forward)
         self.skipped: dict[str, str] = {}
         self.records = self._records()
@@ -240,6 +242,8 @@ class EncoderHost(Answering, Host):
                 )
             undo.put(record.module, STREAM, Door(record))
             undo.put(record.module, "config", compat.transformers.config_view(record.config, compat.transformers.ATTENTION))
+            if self.enters:
+                Entrance(record).install(undo)
         undo.hook(self.root, "register_forward_hook", self._leave_forward, always_call=True)
         undo.hook(self.root, "register_forward_hook", self._after_forward)
         undo.hook(self.root, "register_forward_pre_hook", self._before_forward, with_kwargs=True)
@@ -367,6 +371,8 @@ class EncoderHost(Answering, Host):
         """Answer one eager attention call of `record`, piece by piece."""
         record = cast(EncoderRecord, record)
         record.routed = True
+        if isinstance(record.settled.patch, Within) and blocked is None and mask is None:
+            return self._answer(record, record.settled, (q, k, v), None, scale, dense)
         pieces, valid, reason = self._taken(record.site, q, mask, blocked)
         found = [self._settled(record, piece.layout, q.device) for piece in pieces]
         if not any(here.patch for here in found):

@@ -54,6 +54,7 @@ class Setup:
     gate : times dense against sparse.
     processor : a vision-language model's.
     check_rules : called behind every forward of a run, and at its end, with whether it is that.
+    enters : whether any of its patches is given what enters attention modules.
     """
 
     recipe: str = "accelplug"
@@ -64,6 +65,7 @@ class Setup:
     gate: Gate = field(default_factory=partial(Gate, "off"))
     processor: Any = None
     check_rules: Callable[[bool], None] = lambda ended: None
+    enters: bool = False
 
 
 class Host(Protocol):

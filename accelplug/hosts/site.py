@@ -125,6 +125,7 @@ class _Here(threading.local):
 
     def __init__(self) -> None:
         self.settled = Settled(known=False)
+        self.barred: str | None = None
 
 
 @dataclass(eq=False)
@@ -152,6 +153,15 @@ class SiteRecord:
     @settled.setter
     def settled(self, settled: Settled) -> None:
         self._here.settled = self.latest = settled
+
+    @property
+    def barred(self) -> str | None:
+        """Why what enters the module could not be changed in this thread's forward."""
+        return self._here.barred
+
+    @barred.setter
+    def barred(self, reason: str | None) -> None:
+        self._here.barred = reason
 
     @property
     def patch(self) -> Patch | None:
@@ -202,7 +212,7 @@ class SiteRecord:
             return dense()
         if k.shape[-2] <= here.aside:
             return dense()
-        if blocked is not None or here.obstacle(q, k, mask) is not None:
+        if blocked is not None or here.obstacle(q, k, mask) is not None or patch.enters:
             self.missed = True  # counted by the host, outside the graph
             return dense()
         return here.answer(here.call(q, k, v, mask, scale, dense))

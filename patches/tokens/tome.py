@@ -11,9 +11,13 @@ Means of tokens that differ are shorter than these. `merging: mlerp` (ToFu, arXi
 the longest; `merging: prune` leaves sources out, and their destination counts for them. ToFu prunes in early layers, in which averages do not
 go through unharmed, and merges in later ones: two rules by `where: {layers: ...}`.
 
-The metric is the key, mean over heads, as attention sees it: after norm and RoPE (the release takes the block's input, which
-is not known here; spatial positions differ by less than a tile). Search is local to a tile, so that matching costs
-O(N * tile). Text is never merged, and text queries read every key.
+The metric is the key, mean over heads, as attention sees it: after norm and RoPE (spatial positions differ by less than a tile). The
+release takes the block's input: `metric: input` takes what enters the projections, which is that behind the block's norm. Search is local
+to a tile, so that matching costs O(N * tile). Text is never merged, and text queries read every key.
+
+With `mode: input` tokens are merged ahead of the projections, as in the release, and what leaves them is copied back: the projections of
+merged tokens are saved too. That is for modules that are given tokens alone, of UNets and of encoders without RoPE; others run dense,
+counted. Class and register tokens are not merged, but read merged keys. The gate times attention, and so does not judge this mode.
 
 Destinations are drawn from (seed, step // interval) alone, so they are the same for all layers, samples and guidance
 branches; matches are each sample's own, so that a batch is what its samples are alone. Layers share a match within one guidance
@@ -34,7 +38,7 @@ from torch import Tensor
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.kernels.merge import Partition, match, merge, mlerp, own_tokens, partition, slot_sizes, unmerge
 from accelplug.kernels.plan import BlockPlan
-from accelplug.patches.base import Config, Patch, Positive
+from accelplug.patches.base import Config, Inside, Patch, Positive
 from accelplug.patches.tokens.counted import attend_counted, between_text
 from accelplug.patches.tokens.sharing import SharedMatch, period_of, shared_match
 
@@ -69,7 +73,13 @@ class Tome(Patch):
         """Triples are frames, rows, columns, in tokens. Ratio and cells are those of the release."""
 
         ratio: float = Field(0.5, ge=0.0, lt=1.0, description="Share of the visual tokens that is merged away.")
-        mode: Literal["kv", "qkv"] = Field("kv", description="kv merges keys and values; qkv queries too, and copies back.")
+        mode: Literal["kv", "qkv", "input"] = Field(
+            "kv",
+            description="kv merges keys and values; qkv queries too, and copies back; input what enters the projections, which it saves.",
+        )
+        metric: Literal["keys", "input"] = Field(
+            "keys", description="What is alike: keys, or what enters the projections, as in the release; always so with mode: input."
+        )
         merging: Literal["mean", "mlerp", "prune"] = Field(
             "mean",
             description="What a slot has: the mean of its tokens; that, as long as the longest of them; or its destination alone.",
@@ -93,6 +103,11 @@ class Tome(Patch):
 
     config: Config
 
+    @property
+    def enters(self) -> bool:
+        """Whether it is given what enters the projections."""
+        return "input" in (self.config.mode, self.config.metric)
+
     def merged(self, layout: Layout) -> int:
         """Return how many of the visual tokens are merged away."""
         whole_cells = math.prod(n // min(c, n) for n, c in zip(layout.grid_thw, self.config.cell_thw, strict=True))
@@ -108,13 +123,36 @@ class Tome(Patch):
         memory, reads = shared_match(self, site, layout, clock, state, **shared)
         return Params(partition(*drawn), drawn, layout.text_before, merged, memory, reads)
 
-    def attend(self, call: AttentionCall, params: Params) -> Tensor:
+    def enter(self, hidden: Tensor, params: Params) -> Inside:
         tokens, before = params.partition.tokens, params.before
         behind, slots = before + tokens, tokens - params.merged
-        slot = self._slot(call.k[..., before:behind, :], params)  # [B, N]
+        slot = self._slot(hidden[:, None, before:behind], params)  # [B, N]
+        if self.config.mode != "input":
+            return Inside(hidden, lambda call: self._attend(call, params, slot), lambda out: out)
+        own = own_tokens(slot, slots, params.partition) if self.config.merging == "prune" else None
+        visual = self._merged(hidden[:, None, before:behind], slot, slots, own)[:, 0]
+        number = None  # [B, S - merged]
+        if self.config.proportional:
+            ones = hidden.new_ones(hidden.shape[:2], dtype=torch.float32)
+            number = torch.cat([ones[:, :before], slot_sizes(slot, slots), ones[:, behind:]], -1)
+
+        def leave(out: Tensor) -> Tensor:
+            end = before + slots
+            return torch.cat([out[:, :before], unmerge(out[:, None, before:end], slot)[:, 0], out[:, end:]], 1)
+
+        fewer = torch.cat([hidden[:, :before], visual, hidden[:, behind:]], 1)
+        return Inside(fewer, lambda call: attend_counted(call, call.q, call.k, call.v, number), leave)
+
+    def attend(self, call: AttentionCall, params: Params) -> Tensor:
+        behind = params.before + params.partition.tokens
+        return self._attend(call, params, self._slot(call.k[..., params.before : behind, :], params))
+
+    def _attend(self, call: AttentionCall, params: Params, slot: Tensor) -> Tensor:
+        """Attend by a match, int64 (B, N)."""
+        tokens, before = params.partition.tokens, params.before
+        behind, slots = before + tokens, tokens - params.merged
         valid = None if call.mask is None else call.mask.float().expand(len(call.k), -1)
         weight = None if valid is None else valid[:, before:behind]
-
         own = own_tokens(slot, slots, params.partition) if self.config.merging == "prune" else None
         counts = weight if own is None else own if weight is None else own * weight  # what a slot is made of
 
@@ -142,12 +180,12 @@ class Tome(Patch):
         """Tokens (B, H, N, D) -> slots (B, H, slots, D)."""
         return (mlerp if self.config.merging == "mlerp" else merge)(x, slot, slots, weight)
 
-    def _slot(self, keys: Tensor, params: Params) -> Tensor:
-        """Return the match: the one in memory where that is good, else that of these visual keys (B, H_kv, N, D)."""
+    def _slot(self, metric: Tensor, params: Params) -> Tensor:
+        """Return the match: the one in memory where that is good, else that of visual tokens (B, H, N, D), mean over heads."""
         memory = params.memory
-        if memory is not None and params.reads and (known := memory.for_batch(len(keys))) is not None:
+        if memory is not None and params.reads and (known := memory.for_batch(len(metric))) is not None:
             return known
-        slot = match(keys.mean(1, dtype=torch.float32), params.partition, params.merged)
+        slot = match(metric.mean(1, dtype=torch.float32), params.partition, params.merged)
         if memory is not None:
             memory.slot = slot
         return slot
