@@ -44,7 +44,7 @@ def choose(metric: Tensor, windows: Windows, number: int) -> Tensor:
     return torch.cat(chosen, -1)
 
 
-def shares(metric: Tensor, chosen: Tensor, windows: Windows, used: Tensor, sharpness: float) -> Tensor:
+def token_shares(metric: Tensor, chosen: Tensor, windows: Windows, used: Tensor, sharpness: float) -> Tensor:
     """Return how much of each token goes to which chosen one: ``softmax_d(sharpness * cos(x_d, x_j))``, float32 (B, G, d, n).
 
     0 for chosen ones that are not `used`, bool (G, d), and for places that hold no token.

@@ -56,7 +56,7 @@ def windows(
         fewer too. Nothing is wrapped around.
     """
     token = torch.arange(grid_thw[0] * grid_thw[1] * grid_thw[2]).view(grid_thw)
-    axes = [_cut(*axis) for axis in zip(grid_thw, window_thw, shift_thw, strict=True)]
+    axes = [_window_slices(*axis) for axis in zip(grid_thw, window_thw, shift_thw, strict=True)]
     parts = [token[place].flatten() for place in product(*axes)]
     longest = max(map(len, parts))
     rows = torch.stack([torch.cat([part, part[:1].expand(longest - len(part))]) for part in parts])
@@ -66,7 +66,7 @@ def windows(
     return Windows(rows.to(device), held.to(device), place.to(device))
 
 
-def _cut(length: int, window: int, shift: int) -> list[slice]:
+def _window_slices(length: int, window: int, shift: int) -> list[slice]:
     """Where windows are on an axis."""
     first = (window - shift) % window
     ends = [0, *range(first or window, length, window), length]

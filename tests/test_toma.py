@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from accelplug.call import AttentionCall, Clock, Layout
-from accelplug.kernels.facility import choose, merge_shares, share_sizes, shares, unmerge_shares
+from accelplug.kernels.facility import choose, merge_shares, share_sizes, token_shares, unmerge_shares
 from accelplug.kernels.windows import windows
 from accelplug.patches.tokens import toma
 from accelplug.patches.tokens.toma import Toma
@@ -57,7 +57,7 @@ def test_chosen_tokens_and_shares_against_loops(grid: tuple[int, int, int], wind
     number = int(kept.max())
     used = torch.arange(number) < kept[:, None]
     chosen = choose(metric, cut, number)
-    share = shares(metric, chosen, cut, used, 7.0)
+    share = token_shares(metric, chosen, cut, used, 7.0)
     for sample, group in product(range(2), range(len(held))):
         unit = normalize(metric[sample, cut.token[group][cut.held[group]]].double(), dim=-1)
         expected = best_cover(unit @ unit.T, int(kept[group]))
@@ -85,7 +85,7 @@ def test_against_whole_matrices(
     assert params is not None
     out = patch.attend(call, params)
     cut, metric = windows(grid, window), call.k[:, :, before:behind].mean(1)
-    share = shares(metric, choose(metric, cut, params.used.shape[-1]), cut, params.used, 5.0).double()
+    share = token_shares(metric, choose(metric, cut, params.used.shape[-1]), cut, params.used, 5.0).double()
     others = [*range(before), *range(behind, layout.length)]
     for sample in range(2):
         whole = torch.zeros(len(params.slots), layout.visual, dtype=torch.float64)
@@ -110,7 +110,7 @@ def test_equal_tokens_survive() -> None:
     cut = windows((2, 5, 7), (2, 4, 4))
     metric, x = noise(2, cut.tokens, 8), torch.full((2, 1, cut.tokens, 3), 0.7)
     used = torch.ones(len(cut.token), 4, dtype=torch.bool)
-    share = shares(metric, choose(metric, cut, 4), cut, used, 1000.0)
+    share = token_shares(metric, choose(metric, cut, 4), cut, used, 1000.0)
     torch.testing.assert_close(unmerge_shares(merge_shares(x, share, cut), share, cut), x)
 
 

@@ -44,7 +44,7 @@ class Within(Patch):
         return (call.q.shape[-2] / self.tokens) ** 2, None
 
 
-class _Here(threading.local):
+class _OfModule(threading.local):
     """What a thread's forward of the module has changed: what was settled, and how its output is undone."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Entrance:
     """
 
     def __init__(self, record: SiteRecord) -> None:
-        self.record, self._here = record, _Here()
+        self.record, self._here = record, _OfModule()
 
     def install(self, undo: Undo) -> None:
         """Put the hooks in place."""
@@ -74,8 +74,8 @@ class Entrance:
         self.record.barred = None
         if patch is None or not patch.enters:
             return None
-        hidden, others = _split(args, kwargs)
-        reason = _obstacle(hidden, here.length)
+        hidden, others = _what_enters(args, kwargs)
+        reason = _why_not_tokens(hidden, here.length)
         inside = patch.enter(hidden, here.params) if reason is None else None
         if inside is not None and inside.hidden is not hidden and (reason := _one_a_token(module, others)) is not None:
             inside = None
@@ -99,14 +99,14 @@ class Entrance:
         return (inside.leave(output[0]), *output[1:]) if isinstance(output, tuple) else inside.leave(output)
 
 
-def _split(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _what_enters(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What enters, and all else that a module is given, by name where it has one."""
     named = dict(kwargs)
     hidden = args[0] if args else named.pop(HIDDEN, None)
     return hidden, {**{f"argument {number}": value for number, value in enumerate(args[1:], 2)}, **named}
 
 
-def _obstacle(hidden: Any, length: int) -> str | None:
+def _why_not_tokens(hidden: Any, length: int) -> str | None:
     if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[1] != length:
         shape = f"of shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
         return f"what enters is {shape} where tokens (B, {length}, C) were expected"
@@ -121,11 +121,11 @@ def _one_a_token(module: nn.Module, others: Mapping[str, Any]) -> str | None:
         return "its module adds what enters to what leaves, so that fewer tokens cannot enter"
     if any(getattr(module, norm, None) is not None for norm in ("group_norm", "spatial_norm")):
         return "its module normalises over tokens, so that fewer cannot enter"
-    given = next((name for name, value in others.items() if any(_tensors(value))), None)
+    given = next((name for name, value in others.items() if any(_tensors_in(value))), None)
     return None if given is None else f"{given} is given beside the tokens, so that fewer cannot enter"
 
 
-def _tensors(value: Any) -> Iterable[bool]:
+def _tensors_in(value: Any) -> Iterable[bool]:
     if isinstance(value, tuple | list):
-        return (found for item in value for found in _tensors(item))
+        return (found for item in value for found in _tensors_in(item))
     return [True] if isinstance(value, Tensor) else []

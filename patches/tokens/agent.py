@@ -9,7 +9,7 @@ makes the second softmax sharper, and the shortcut brings back what makes a toke
 
 Agents are means of the visual queries: of a cell of the grid each, or of the tokens that are merged into one destination a cell because
 they look alike, in its tile (``agents: merged``), which is nearer to the release: that one looks all over the picture, by what enters
-the projections. Text asks every key and is no agent; visual queries read text by way of the agents.
+the projections. Text asks every key and is not an agent; visual queries read text by way of the agents.
 
 The release has agents in the first 20 of 50 steps alone (cells of 4 x 4, and beside them two fifths of the tokens merged) and merges
 tokens from then on: a recipe does that by ``where: {steps: "0:40%"}`` and a rule of `tome` behind it. Only the finest attention of Stable
@@ -80,11 +80,11 @@ class Agent(Patch):
         if config.agents == "merged":
             cut = (*cut, config.tile_thw, None)
             pools = partition(*cut)
-        return None if 2 * _number(pools) >= layout.visual else Params(pools, cut, layout.text_before)
+        return None if 2 * _agents_of(pools) >= layout.visual else Params(pools, cut, layout.text_before)
 
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
         before = params.before
-        behind = before + _tokens(params.pools)
+        behind = before + _tokens_of(params.pools)
         q = call.q[..., before:behind, :]
         agents = self._agents(q, params.pools)
         asking = torch.cat([call.q[..., :before, :], agents, call.q[..., behind:, :]], -2)
@@ -99,20 +99,20 @@ class Agent(Patch):
     def _agents(self, q: Tensor, pools: Cells | Partition) -> Tensor:
         """Means of visual queries: (B, H, N, D) -> (B, H, n, D)."""
         if isinstance(pools, Cells):
-            return merge(q, pools.slot.expand(len(q), -1), _number(pools))
+            return merge(q, pools.slot.expand(len(q), -1), _agents_of(pools))
         slot = match(q.mean(1, dtype=torch.float32), pools, pools.sources)
-        return merge(q, slot, _number(pools))
+        return merge(q, slot, _agents_of(pools))
 
     def inspect(self, call: AttentionCall, params: Params) -> tuple[float, BlockPlan | None]:
-        tokens, visual, agents = call.q.shape[-2], _tokens(params.pools), _number(params.pools)
+        tokens, visual, agents = call.q.shape[-2], _tokens_of(params.pools), _agents_of(params.pools)
         return ((agents + tokens - visual) * tokens + visual * agents) / tokens**2, None
 
 
-def _number(pools: Cells | Partition) -> int:
+def _agents_of(pools: Cells | Partition) -> int:
     """How many agents there are."""
     return pools.size.shape[-1] if isinstance(pools, Cells) else pools.tokens - pools.sources
 
 
-def _tokens(pools: Cells | Partition) -> int:
+def _tokens_of(pools: Cells | Partition) -> int:
     """How many visual tokens there are."""
     return pools.slot.shape[-1] if isinstance(pools, Cells) else pools.tokens

@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
-from accelplug.kernels.facility import choose, merge_shares, share_sizes, shares, unmerge_shares
+from accelplug.kernels.facility import choose, merge_shares, share_sizes, token_shares, unmerge_shares
 from accelplug.kernels.plan import BlockPlan
 from accelplug.kernels.windows import Windows, windows
 from accelplug.patches.base import Config, Patch, Positive
@@ -129,7 +129,7 @@ class Toma(Patch):
             return memory.weight
         metric = keys.mean(1, dtype=torch.float32)
         chosen = choose(metric, params.windows, params.used.shape[-1])
-        share = shares(metric, chosen, params.windows, params.used, self.config.sharpness)
+        share = token_shares(metric, chosen, params.windows, params.used, self.config.sharpness)
         if memory is not None:
             memory.slot, memory.weight = chosen, share
         return share
