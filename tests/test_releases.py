@@ -130,6 +130,8 @@ RELEASES = {
     "stable-diffusion-1.5/tome-qkv": Release(
         16, range(16), 50, range(50), (1, 64, 64), {"ratio": 0.5, "mode": "qkv", "proportional": False}
     ),
+    # arXiv 2402.13573, at 1024 x 1024
+    "stable-diffusion-1.5/todo": Release(16, range(16), 50, range(50), (1, 128, 128), {"cell_thw": (1, 2, 2)}),
 }
 
 NOT_RELEASED: dict[str, dict[str, tuple[str, ...]]] = {
@@ -149,7 +151,7 @@ NOT_RELEASED: dict[str, dict[str, tuple[str, ...]]] = {
         "cogvideox-5b": ("sol",),
         "cogvideox1.5-5b": ("sol",),
     },
-    "changed on purpose": {"stable-diffusion-1.5": ("tome",), "sdxl": ("tome",)},
+    "changed on purpose": {"stable-diffusion-1.5": ("tome", "agent"), "sdxl": ("tome",)},
 }
 
 
