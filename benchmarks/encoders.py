@@ -56,6 +56,7 @@ ARMS: dict[str, Any] = {
     "tome .5, queries too": _arm("tome", ratio=0.5, mode="qkv"),
     "tome .6, queries too": _arm("tome", ratio=0.6, mode="qkv"),
     "tome .75, queries too": _arm("tome", ratio=0.75, mode="qkv"),
+    "tome .5, ahead of the projections": _arm("tome", ratio=0.5, mode="input"),
     "tome .5, pruned": _arm("tome", ratio=0.5, merging="prune"),
     "tome .5, one match for all layers": _arm("tome", ratio=0.5, reuse_layers=12),
     "toma .5": _arm("toma", ratio=0.5),
