@@ -205,7 +205,7 @@ def times(method: Patch, call: AttentionCall, place: Place, repeats: int) -> dic
             continue
         state: dict[str, Any] = {}
         taken = [
-            _seconds(lambda step=step: shared.attend(call, shared.prepare(SITE, place.layout, Clock(step, 2), state)))
+            _seconds(lambda step=step, state=state: shared.attend(call, shared.prepare(SITE, place.layout, Clock(step, 2), state)))
             for step in range(2)
         ]
         shares["matching"].append((taken[0] - taken[1]) / dense)

@@ -16,6 +16,8 @@ exponential of the mean, by Gaussian spread and without covariances.
 The paper keeps the number of windows: 8 x 8 at all resolutions, of one frame in images and of four in videos, so that a
 recipe gives each resolution its own `window_thw`. A layout of which more than 90 % would be read all the same stays dense.
 
+For models that were trained in its two stages there is `ptdit`.
+
 Experimental: no result without training is published. Whole runs of the bundled model come no nearer to dense than with random
 blocks: 14.3 dB of foreground PSNR at density .29, those with the rest dropped 14.1. Single layers do: they err by .18 and .32.
 """
