@@ -167,3 +167,12 @@ def test_no_hook_stands_where_no_patch_is_given_what_enters() -> None:
     with applied(model, **INPUT):
         assert all(module._forward_pre_hooks and module._forward_hooks for module in modules(model))
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules(model))
+
+
+def test_settings_that_grow_over_steps_may_be_given_what_enters() -> None:
+    model, inputs = build_denoiser(unet_sd15)
+    ratio = {"from": 0.2, "to": 0.6, "over": "steps"}
+    with applied(model, **INPUT, ratio=ratio) as plug:
+        plug.step(3, 4)
+        run_once(model, inputs)
+        assert set(plug.report().served) == {"tome"}

@@ -51,8 +51,12 @@ class Chooser:
 
     def enters(self) -> bool:
         """Whether any of its patches is given what enters attention modules."""
-        tokens = (rule for rule in self.recipe.rules if rule.entry is not None and rule.entry.family == "tokens")
-        return any(self._of(rule).enters for rule in tokens)
+        for rule in self.recipe.rules:
+            if rule.entry is not None and rule.entry.family == "tokens":
+                fixed = {key: value for key, value in rule.values.items() if not isinstance(value, Mapping)}  # no ramps yet
+                if self._patch(rule.name, fixed, rule.instance).enters:
+                    return True
+        return False
 
     def require_estimates(self) -> None:
         """Refuse patches that do not say how large their error is.
