@@ -76,7 +76,7 @@ class Capture(Patch):
 
     family = "sparse"
     speed = False
-    steps = (5, 9, 13)
+    steps: tuple[int, ...] = (5, 9, 13)
     calls: dict[Place, AttentionCall] = {}  # noqa: RUF012  # one study, one table
 
     def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Place:

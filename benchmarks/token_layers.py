@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,9 @@ def token_settings(cell: list[int], tile: list[int], wide: list[int]) -> dict[st
         **{f"toma 0.5, {mode}": ("toma", {"tile_thw": tile, "mode": mode}) for mode in ("kv", "qkv")},
         "toma 0.5, kv, soft": ("toma", {"tile_thw": tile, "mode": "kv", "sharpness": 20.0}),
         **{f"todo, {what}": ("todo", {"cell_thw": cell, "representative": what}) for what in ("centre", "mean")},
-        **{f"agent, {what}": ("agent", {"cell_thw": wide, "agents": what, "tile_thw": tile}) for what in ("cells", "merged")},
+        **{
+            f"agent, {what}": ("agent", {"cell_thw": wide, "agents": what, "tile_thw": tile}) for what in ("cells", "merged")
+        },
         "agent, unscaled, no shortcut": ("agent", {"cell_thw": wide, "k_scale": 1.0, "shortcut": 0.0}),
         "ptdit": ("ptdit", {"window_thw": tile}),
         "ptdit, windows alone": ("ptdit", {"window_thw": tile, "weights": [0.0, 1.0, 1.0]}),
@@ -157,7 +160,9 @@ SUBJECTS = {
 }
 
 
-def layers(pipe: Any, subject: Subject, settings: dict[str, Setting], steps: list[int], repeats: int) -> list[dict[str, Any]]:
+def layers(
+    pipe: Any, subject: Subject, settings: dict[str, Setting], steps: list[int], repeats: int
+) -> list[dict[str, Any]]:
     """One row a setting and captured call."""
     Calls.steps = tuple(steps)
     with accelplug.apply(pipe, Calls(), gate="off"):
@@ -196,19 +201,18 @@ def times(method: Patch, call: AttentionCall, place: Place, repeats: int) -> dic
     """Time of the answer, and of its matching where a match can be shared by steps, as shares of dense attention's; medians."""
     shares: dict[str, list[float]] = {"time": [], "matching": []}
     shared = type(method)({**dict(method.config), "interval": 2}) if hasattr(method.config, "interval") else None
+
+    def answer(by: Patch, clock: Clock, state: dict[str, Any]) -> torch.Tensor:
+        params = by.prepare(SITE, place.layout, clock, state)
+        return call.dense() if params is None else by.attend(call, params)
+
     for _ in range(repeats):
         dense = _seconds(call.dense)
-        params = method.prepare(SITE, place.layout, Clock(), {})
-        whole = dense if params is None else _seconds(lambda params=params: method.attend(call, params))
-        shares["time"].append(whole / dense)
-        if shared is None:
-            continue
-        state: dict[str, Any] = {}
-        taken = [
-            _seconds(lambda step=step, state=state: shared.attend(call, shared.prepare(SITE, place.layout, Clock(step, 2), state)))
-            for step in range(2)
-        ]
-        shares["matching"].append((taken[0] - taken[1]) / dense)
+        shares["time"].append(_seconds(partial(answer, method, Clock(), {})) / dense)
+        if shared is not None:
+            state: dict[str, Any] = {}
+            first, second = (_seconds(partial(answer, shared, Clock(step, 2), state)) for step in range(2))
+            shares["matching"].append((first - second) / dense)
     return {name: statistics.median(found) if found else None for name, found in shares.items()}
 
 
@@ -221,7 +225,9 @@ def _seconds(run: Callable[[], Any]) -> float:
 def runs(pipe: Any, subject: Subject, settings: dict[str, Setting], seeds: int, repeats: int) -> list[dict[str, Any]]:
     """One row a setting: whole runs beside dense ones."""
     dense = [subject.run(pipe, seed) for seed in range(max(seeds, 2))]
-    rows: list[dict[str, Any]] = [{"setting": "another seed", "psnr": psnr_db(dense[1], dense[0]), "worst": None, "time": None}]
+    rows: list[dict[str, Any]] = [
+        {"setting": "another seed", "psnr": psnr_db(dense[1], dense[0]), "worst": None, "time": None}
+    ]
     for name, setting in settings.items():
         scores, shares = [], []
         for seed in range(seeds):

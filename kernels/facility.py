@@ -13,11 +13,15 @@ from torch.nn.functional import normalize
 from accelplug.kernels.chunks import by_heads
 from accelplug.kernels.windows import Windows
 
+TIE = 1e-4
+"""Gains that are nearer to each other than this count as equal: a sum of cosines in float32 is off by less. Ours."""
+
 
 def choose(metric: Tensor, windows: Windows, number: int) -> Tensor:
     """Choose tokens by facility location, greedily: each adds most to ``sum_i max_{j chosen} cos(x_i, x_j)`` in its window.
 
-    Within 1 - 1/e of the best choice there is.
+    Within 1 - 1/e of the best choice there is. Of tokens that add as much, within `TIE`, the first: two that are each other's nearest
+    always do, and rounding, which is another in another batch, must not choose.
 
     Parameters
     ----------
@@ -37,7 +41,8 @@ def choose(metric: Tensor, windows: Windows, number: int) -> Tensor:
     chosen = []
     for _ in range(number):
         gain = ((alike - covered[..., None]).relu_() * counts).sum(-2)  # [B, G, n]
-        best = gain.masked_fill(~free, -1.0).argmax(-1, keepdim=True)
+        gain = gain.masked_fill(~free, -1.0)
+        best = (gain >= gain.amax(-1, keepdim=True) - TIE).float().argmax(-1, keepdim=True)
         chosen.append(best)
         free = free.scatter(-1, best, torch.zeros_like(free))
         covered = torch.maximum(covered, alike.gather(-1, best[..., None, :].expand(*covered.shape, 1))[..., 0])

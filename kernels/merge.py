@@ -98,9 +98,7 @@ class Cells:
 
 
 @lru_cache(maxsize=64)
-def cells(
-    grid_thw: tuple[int, int, int], cell_thw: tuple[int, int, int], device: torch.device | str = "cpu"
-) -> Cells:
+def cells(grid_thw: tuple[int, int, int], cell_thw: tuple[int, int, int], device: torch.device | str = "cpu") -> Cells:
     """Cut a grid into cells of `cell_thw` tokens; those at the far borders may be smaller."""
     slot, centre, size = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.ones(1)
     for length, cell in zip(grid_thw, cell_thw, strict=True):
@@ -203,9 +201,7 @@ def own_tokens(slot: Tensor, slots: int, partition: Partition) -> Tensor:
     return torch.maximum(is_destination, alone.float())
 
 
-
-def slot_sizes(
-slot: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
+def slot_sizes(slot: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
     """How many tokens each slot stands for: float32 (B, slots)."""
     ones = torch.ones_like(slot, dtype=torch.float32) if weight is None else weight
     return ones.new_zeros((len(slot), slots)).scatter_add(1, slot, ones)

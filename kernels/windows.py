@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -70,4 +70,4 @@ def _window_slices(length: int, window: int, shift: int) -> list[slice]:
     """Where windows are on an axis."""
     first = (window - shift) % window
     ends = [0, *range(first or window, length, window), length]
-    return [slice(begin, end) for begin, end in zip(ends, ends[1:], strict=False)]
+    return [slice(begin, end) for begin, end in pairwise(ends)]

@@ -13,6 +13,9 @@ _STEP = {"sink": 1, "local": 2, "min_tokens": 0, "dense_layers": 0}
 """Of sparse decoding, in caches of as many."""
 _CAUSAL = ("llava", "qwen2_5_vl")
 """Of both too, which do not look at images: two models that read them causally."""
+_FEW = ("wan", "unet_sd15", "dinov2")
+"""Of what attends among fewer tokens, as `tome` does, which is tried on all: a video, a UNet, an encoder; one with text beside it is added.
+A whole run is for what remembers something between steps."""
 _NEAR = {"sink": 2, "window": 4, "slack": 2, "prompt": "stream"}
 """Of a sequence whose heads all stream."""
 _ADDED = Table(torch.tensor([[0.5, 0.1], [0.4, 0.3], [0.2, 0.6], [0.7, 0.8]]), ("layers", "heads"))
@@ -41,10 +44,10 @@ _ROWS = (
         pools=True,
     ),
     Subject("tome", {"ratio": 0.0}, {"ratio": 0.5}, {}),
-    Subject("toma", {"ratio": 0.0}, {"tile_thw": [1, 4, 4]}, {}),
-    Subject("todo", {"cell_thw": [1, 1, 1]}, {"cell_thw": [1, 2, 2]}, {}),
-    Subject("agent", {"cell_thw": [1, 1, 1]}, {"cell_thw": [1, 2, 3]}, {}),
-    Subject("ptdit", {"window_thw": [99, 99, 99]}, {"window_thw": [1, 2, 4]}, {}),
+    Subject("toma", {"ratio": 0.0}, {"tile_thw": [1, 4, 4]}, only=(*_FEW, "flux", "wan pipeline")),
+    Subject("todo", {"cell_thw": [1, 1, 1]}, {"cell_thw": [1, 2, 2]}, only=(*_FEW, "sd3")),
+    Subject("agent", {"cell_thw": [1, 1, 1]}, {"cell_thw": [1, 2, 3]}, only=(*_FEW, "hunyuan_video")),
+    Subject("ptdit", {"window_thw": [99, 99, 99]}, {"window_thw": [1, 2, 4]}, only=("wan", "cogvideox")),
     Subject("sparse_vdit", {"modes": "full"}, {"modes": "multi_diagonal", "multi_diagonal": 0.4}, {"diagonal": 1.0}),
     Subject("paro", {"masks": "all"}, {"order": "wht", "density": 0.4}, {"density": 1.0}),
     Subject("sta", {"windows": [["full", "full", "full"]]}, {"windows": [["full", 1, 1]]}, {}),

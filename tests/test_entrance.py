@@ -138,7 +138,8 @@ def test_where_fewer_tokens_cannot_enter_it_is_dense_and_counted(name: str, reas
 
 def test_what_enters_may_be_looked_at_where_it_cannot_be_changed() -> None:
     model, inputs = tiny_models.build("wan")
-    by_keys, by_input = [], []
+    by_keys: list[Tensor] = []
+    by_input: list[Tensor] = []
     for found, metric in ((by_keys, "keys"), (by_input, "input")):
         with applied(model, metric=metric) as plug:
             found.append(run_once(model, inputs))

@@ -66,16 +66,11 @@ def test_todo_against_loops(
     out = attend(Todo({"cell_thw": cell, "representative": representative}), layout, call)
     before, behind = text[0], text[0] + layout.visual
     groups = [[before + token for token in tokens] for tokens in members(grid, cell).values()]
-    if representative == "centre":
-        reads = [[before + token] for token in cells(grid, cell).centre.tolist()]
-    else:
-        reads = groups
+    reads = [[before + token] for token in cells(grid, cell).centre.tolist()] if representative == "centre" else groups
     others = [[token] for token in (*range(before), *range(behind, layout.length))]
     number = [1.0] * len(others) + [float(len(group)) for group in groups]
     for sample in range(2):
-        k, v = (
-            torch.stack([x[sample].double()[:, some].mean(1) for some in others + reads], 1) for x in (call.k, call.v)
-        )
+        k, v = (torch.stack([x[sample].double()[:, some].mean(1) for some in others + reads], 1) for x in (call.k, call.v))
         expected = answer(call.q[sample, :, before:behind], k, v, number, call.scale)
         torch.testing.assert_close(out[sample, :, before:behind].double(), expected, rtol=1e-4, atol=1e-5)
     exact = call.dense()

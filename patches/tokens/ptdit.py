@@ -66,7 +66,8 @@ class Params:
 
     def to(self, device: torch.device | str) -> Params:
         """Return the params with their tensors on `device`."""
-        return Params.of(*self.cut, self.before, device)
+        grid_thw, window_thw = self.cut
+        return Params.of(grid_thw, window_thw, self.before, device)
 
 
 Weight = Annotated[float, Field(ge=0.0, le=1e3)]
@@ -138,7 +139,8 @@ class PtDit(Patch):
             if call.mask is not None:
                 mine = call.mask.expand(batch, -1)[:, before:behind, None]
                 valid = valid & cut.split(mine)[..., 0]
-            mask = (valid | ~valid.any(-1, keepdim=True)).flatten(0, 1)[:, None, None]  # a window of which nothing may be read
+            mask = valid | ~valid.any(-1, keepdim=True)  # where nothing of a window may be read, all is: no answer counts
+            mask = mask.flatten(0, 1)[:, None, None]
 
         def windowed(x: Tensor) -> Tensor:
             return cut.split(x[..., before:behind, :]).transpose(1, 2).flatten(0, 1)  # [B * G, H, n, D]

@@ -57,10 +57,12 @@ class Todo(Patch):
         """The triple is frames, rows, columns, in tokens."""
 
         cell_thw: tuple[Positive, Positive, Positive] = Field(
-            (1, 2, 2), description="Tokens of a cell on each axis, for which one stands; at the far borders it may hold fewer."
+            (1, 2, 2),
+            description="Tokens of a cell on each axis, for which one stands; at the far borders it may hold fewer.",
         )
         representative: Literal["centre", "mean"] = Field(
-            "centre", description="What stands for a cell: the token nearest to its centre, or the mean of its keys and values."
+            "centre",
+            description="What stands for a cell: the token nearest to its centre, or the mean of its keys and values.",
         )
         proportional: bool = Field(
             True, description="Whether a key counts as often as its cell has tokens: log(size) is added."

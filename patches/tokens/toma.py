@@ -73,7 +73,9 @@ class Toma(Patch):
         tile_thw: tuple[Positive, Positive, Positive] = Field(
             (1, 8, 8), description="Tokens of a window on each axis; at the far borders it may hold fewer."
         )
-        sharpness: float = Field(1000.0, gt=0.0, le=1e5, description="How much of a token goes to the likest: factor on cosines.")
+        sharpness: float = Field(
+            1000.0, gt=0.0, le=1e5, description="How much of a token goes to the likest: factor on cosines."
+        )
         interval: Positive = Field(1, description="Steps that share a match.")
         reuse_layers: Positive = Field(1, description="Layers in a row that share a match, that of the first of them.")
         proportional: bool = Field(

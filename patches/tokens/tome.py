@@ -7,9 +7,9 @@ destination of its tile that is most like it; the ``ratio * N`` sources that are
 A key that stands for n tokens gets log n added to its scores. With ``mode: qkv`` queries are averaged too, and all tokens
 of a slot get the result of its query.
 
-Means of tokens that differ are shorter than these. `merging: mlerp` (ToFu, arXiv 2312.01026) keeps their direction and gives them the length of
-the longest; `merging: prune` leaves sources out, and their destination counts for them. ToFu prunes in early layers, in which averages do not
-go through unharmed, and merges in later ones: two rules by `where: {layers: ...}`.
+Means of tokens that differ are shorter than these. `merging: mlerp` (ToFu, arXiv 2312.01026) keeps their direction and gives them
+the length of the longest; `merging: prune` leaves sources out, and their destination counts for them. ToFu prunes in early layers, in
+which averages do not go through unharmed, and merges in later ones: two rules by `where: {layers: ...}`.
 
 The metric is the key, mean over heads, as attention sees it: after norm and RoPE (spatial positions differ by less than a tile). The
 release takes the block's input: `metric: input` takes what enters the projections, which is that behind the block's norm. Search is local
@@ -78,7 +78,8 @@ class Tome(Patch):
             description="kv merges keys and values; qkv queries too, and copies back; input what enters the projections, which it saves.",
         )
         metric: Literal["keys", "input"] = Field(
-            "keys", description="What is alike: keys, or what enters the projections, as in the release; always so with mode: input."
+            "keys",
+            description="What is alike: keys, or what enters the projections, as in the release; always so with mode: input.",
         )
         merging: Literal["mean", "mlerp", "prune"] = Field(
             "mean",
