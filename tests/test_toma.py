@@ -102,8 +102,8 @@ def test_against_whole_matrices(
         expected = whole.T @ read if mode == "qkv" else read
         torch.testing.assert_close(out[sample, :, before:behind].double(), expected, rtol=1e-4, atol=1e-5)
     exact = call.dense()
-    for rows in (slice(0, before), slice(behind, layout.length)):
-        torch.testing.assert_close(out[..., rows, :], exact[..., rows, :])
+    for text_rows in (slice(0, before), slice(behind, layout.length)):
+        torch.testing.assert_close(out[..., text_rows, :], exact[..., text_rows, :])
 
 
 def test_equal_tokens_survive() -> None:
