@@ -146,7 +146,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the tokens of a self- or joint-attention call lie along the sequence.
+    """How the tokens of an attention call of a denoiser lie along the sequence.
 
     The visual tokens are one run, t-major, then rows, then columns. Everything else is text, tokens of other images too: read and
     answered densely.
@@ -160,6 +160,10 @@ class Layout:
     """Tokens behind the visual run."""
     unasked: tuple[int, int] = (0, 0)
     """How many tokens at the start and at the end are keys alone: what they read is asked in another call, or by nobody."""
+    crossed: bool = False
+    """Cross-attention: the visual tokens ask alone, and the text alone is read."""
+    texts: tuple[int, ...] = ()
+    """Tokens of each prompt in the text, one behind the other; empty where that is not known."""
 
     @property
     def visual(self) -> int:
@@ -177,9 +181,19 @@ class Layout:
         return slice(self.unasked[0], self.length - self.unasked[1])
 
     @property
+    def text(self) -> int:
+        """Number of tokens that are not visual."""
+        return self.text_before + self.text_after
+
+    @property
     def queries(self) -> int:
         """Number of tokens that ask."""
-        return self.length - sum(self.unasked)
+        return self.visual if self.crossed else self.length - sum(self.unasked)
+
+    @property
+    def keys(self) -> int:
+        """Number of tokens that are read."""
+        return self.text if self.crossed else self.length
 
 
 TEMPLATE = -(2**15)

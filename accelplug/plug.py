@@ -242,6 +242,8 @@ class Plug(AbstractContextManager["Plug"]):
             self._processor,
             self._check_rules,
             self._chooser.enters(),
+            touches=lambda site: bool(self.recipe.chosen_among([site])),
+            families=frozenset(entry.family for entry in self.recipe.patches()),
         )
 
     def _check_rules(self, ended: bool) -> None:
@@ -359,7 +361,7 @@ class Plug(AbstractContextManager["Plug"]):
         return [host for host in self.hosts if what in host.abilities] or self.hosts[:1]
 
     def trace(self, timed: bool = False, plans: bool = False) -> AbstractContextManager[list[Event]]:
-        """Collect an `Event` per self- and joint-attention call while the context is open.
+        """Collect an `Event` per self- and joint-attention call while the context is open, and per cross-attention call that a rule names.
 
         Parameters
         ----------
@@ -485,10 +487,12 @@ class Plug(AbstractContextManager["Plug"]):
         """One line: which recipe, how many attention modules of how many it may touch, in which parts."""
         sites = [site for site in self.sites if site.kind != "cross"]
         touched = sum(self.recipe.may_touch(site) for site in sites)
+        crossed = sum(site.kind == "cross" and bool(self.recipe.chosen_among([site])) for site in self.sites)
         where = ", ".join(f"{host.name} ({type(host.root).__name__})" for host in self.hosts)
         gone = ", ".join(host.name for host in self._replaced())
+        more = f" and {crossed} of cross-attention" if crossed else ""
         state = f"on, but the pipeline has another {gone} now" if gone else "on" if self.active else "off"
-        return f"{self.recipe.name}: {state}, touches {touched} of {len(sites)} self-attention modules in {where}"
+        return f"{self.recipe.name}: {state}, touches {touched} of {len(sites)} self-attention modules{more} in {where}"
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from accelplug.call import Kind
 from accelplug.catalog import Catalog, EntryPoints
 from accelplug.errors import AccelplugError, NoMatchError, nearest
 
@@ -34,12 +35,15 @@ class PatchEntry:
     cite: str
     registered: type[Patch] | None = field(default=None, repr=False)
     """The class, where it is not one of ours."""
+    kinds: tuple[Kind, ...] = ("self", "joint")
+    """The kinds of attention that rules without ``kind`` mean; ``cross`` is for those alone that have it here."""
 
 
 PATCH_FAMILIES = {
     "sparse": "which keys a denoiser's queries read",
     "tokens": "which of a denoiser's tokens attend",
     "bias": "what is added to a denoiser's scores",
+    "texts": "which of several prompts a denoiser's tokens read",
     "heads": "where a language model's heads look",
     "prefill": "which keys a language model's prompt reads",
     "decode": "which keys a language model's next token reads",
@@ -174,6 +178,15 @@ _OWN = (
         family="bias",
         summary="An additive bias by distance on the token grid, in extra head dimensions of the model's own kernel.",
         cite="arXiv 2505.12044",
+    ),
+    PatchEntry(
+        name="segments",
+        module="accelplug.patches.guidance.segments",
+        cls="Segments",
+        family="texts",
+        summary="Several prompts for one video, each read by its own frames. Trained in the paper, here untrained. Experimental.",
+        cite="arXiv 2503.19881",
+        kinds=("joint", "cross"),
     ),
     PatchEntry(
         name="rectified",
@@ -523,7 +536,7 @@ def _described(cls: Any) -> PatchEntry:
         )
     own = next((entry for entry in _OWN if (entry.module, entry.cls) == (cls.__module__, cls.__qualname__)), None)
     name = cls.name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
-    return own or PatchEntry(name, cls.__module__, cls.__qualname__, cls.family, cls.summary, cls.cite, cls)
+    return own or PatchEntry(name, cls.__module__, cls.__qualname__, cls.family, cls.summary, cls.cite, cls, cls.kinds)
 
 
 def _unfinished(cls: type[Patch], family: str) -> Iterator[str]:

@@ -18,7 +18,7 @@ from accelplug.table import Table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from accelplug.call import AttentionCall, Clock, KeptKeys, Site
+    from accelplug.call import AttentionCall, Clock, KeptKeys, Kind, Site
 
 
 MAX_NUMBER = (1 << 31) - 1
@@ -132,6 +132,8 @@ class Patch:
     cite: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     family: ClassVar[str] = ""
+    kinds: ClassVar[tuple[Kind, ...]] = ("self", "joint")
+    """Patches of other packages: the kinds of attention that rules without ``kind`` mean; cross-attention is for those that have it."""
     writes: ClassVar[tuple[str, ...]] = ("prepare", "attend")
     """The methods that a subclass must write."""
     ladder: ClassVar[Sequence[Mapping[str, Any]]] = ()

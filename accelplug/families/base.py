@@ -41,6 +41,7 @@ class Geometry:
     ahead, behind : other tokens that stand ahead of all these and behind them, of a history, reference images or the model's own: read and
         answered densely, as text is.
     unasked : tokens at the start and at the end of the sequence that are keys alone, as in `Layout`.
+    read : text tokens that cross-attention reads; 0 where that is not known.
     """
 
     grid_thw: Grid
@@ -49,16 +50,20 @@ class Geometry:
     ahead: int = 0
     behind: int = 0
     unasked: tuple[int, int] = (0, 0)
+    read: int = 0
 
     def longest(self, kind: Kind) -> int:
         """Return how many tokens a call of `kind` has with the most text."""
-        return math.prod(self.grid_thw) + (self.ahead + self.text[1] + self.behind if kind == "joint" else 0)
+        beside = {"joint": self.ahead + self.text[1] + self.behind, "cross": self.read}
+        return math.prod(self.grid_thw) + beside.get(kind, 0)
 
     def layout(self, kind: Kind, length: int) -> Layout | None:
         """Return the layout of a call of `kind` with `length` tokens, or None where the count does not add up."""
         layout = Layout(self.grid_thw)
         if kind == "self":
             return layout if length == layout.visual else None
+        if kind == "cross":
+            return Layout(self.grid_thw, text_after=self.read, crossed=True) if self.read else None
         text = length - layout.visual - self.ahead - self.behind
         if kind != "joint" or not self.text[0] <= text <= self.text[1]:
             return None
@@ -223,6 +228,7 @@ def latents(
     text_first: bool = False,
     text_drops: bool = False,
     ahead: int = 0,
+    read: str | None = None,
 ) -> Callable[[Any, Inputs], Geometry | None]:
     """Return the geometry of a denoiser that cuts latents into patches, t-major, then rows, then columns.
 
@@ -235,6 +241,7 @@ def latents(
     text_first : whether the text stands ahead of them.
     text_drops : whether the model leaves out padded text, so that fewer text tokens come than went in.
     ahead : tokens that the model puts ahead of them all.
+    read : argument (B, S, C) whose tokens cross-attention reads, and no others.
     """
 
     def geometry(config: Any, inputs: Inputs) -> Geometry | None:
@@ -244,7 +251,8 @@ def latents(
         if grid is None or None in shapes:
             return None
         tokens = sum(shape[1] for shape in shapes if shape)
-        return Geometry(grid, (0 if text_drops else tokens, tokens), text_first, ahead)
+        seen = shape_of(inputs, read, 3) if read is not None else None
+        return Geometry(grid, (0 if text_drops else tokens, tokens), text_first, ahead, read=seen[1] if seen else 0)
 
     return geometry
 

@@ -17,9 +17,21 @@ dense.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from accelplug.families.base import AnyOrder, Family, Geometry, Inputs, latents, patch_thw, shape_of, unsaid
+
+
+def _geometry(axes: str) -> Callable[[Any, Inputs], Geometry | None]:
+    """Cross-attention reads the text alone, but where a picture is read too, in a call of its own beside that of the last 512 tokens."""
+    grid, with_text = latents(axes), latents(axes, read="encoder_hidden_states")
+
+    def geometry(config: Any, inputs: Inputs) -> Geometry | None:
+        return (with_text if inputs.get("encoder_hidden_states_image") is None else grid)(config, inputs)
+
+    return geometry
+
 
 WAN = Family(
     name="wan",
@@ -28,7 +40,7 @@ WAN = Family(
         ("blocks.*.attn1", "self"),
         ("blocks.*.attn2", "cross"),
     ),  # the blocks of VACE's control branch, vace_blocks, are left alone
-    geometry=latents("bcthw"),
+    geometry=_geometry("bcthw"),
     # Not VACE and Animate, which add hints and faces to the tokens between blocks; nor SkyReels-V2, which may pass a mask.
     any_order=AnyOrder(
         denoiser="WanTransformer3DModel",
@@ -42,13 +54,17 @@ WAN = Family(
 )
 
 SKYREELS = Family(
-    name="skyreels", classes=("SkyReelsV2Transformer3DModel",), sites=WAN.sites, geometry=latents("bcthw"), status="verified"
+    name="skyreels",
+    classes=("SkyReelsV2Transformer3DModel",),
+    sites=WAN.sites,
+    geometry=_geometry("bcthw"),
+    status="verified",
 )
 CHRONOEDIT = Family(
     name="chronoedit",
     classes=("ChronoEditTransformer3DModel",),
     sites=WAN.sites,
-    geometry=latents("bcthw"),
+    geometry=_geometry("bcthw"),
     patch=unsaid,  # two frames, whatever number is asked for, where it does not reason
     status="verified",
 )
@@ -56,7 +72,7 @@ ANYFLOW = Family(
     name="anyflow",
     classes=("AnyFlowTransformer3DModel",),
     sites=WAN.sites,
-    geometry=latents("btchw"),
+    geometry=_geometry("btchw"),
     status="verified",
 )
 

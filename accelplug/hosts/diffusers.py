@@ -34,6 +34,7 @@ from accelplug.hosts.placement import Placed
 from accelplug.hosts.record import Choice, given
 from accelplug.hosts.run import Moment, Passed, Run
 from accelplug.hosts.site import Entered, Region, SiteRecord
+from accelplug.hosts.texts import Texts
 from accelplug.hosts.ulysses import Gathered
 from accelplug.hosts.undo import Undo
 from accelplug.kernels.memory import Memory
@@ -75,13 +76,14 @@ class DenoiserHost(Answering, Host):
     clock : of the pipeline.
     setup : what the plug hands in.
     takes_turns : whether another denoiser of the pipeline runs some of the steps.
+    texts : the pipeline's prompts, where a patch asks which tokens are whose.
     """
 
     library = "diffusers"
     called = "a denoiser"
     expects = "a diffusers pipeline with a transformer or unet that is loaded (call load_components() of a modular one), or such a module"
     gives = "pictures"
-    serves = frozenset({"sparse", "tokens", "bias"})
+    serves = frozenset({"sparse", "tokens", "bias", "texts"})
     abilities = dict.fromkeys(RUNS, "a whole diffusers pipeline") | dict.fromkeys(
         ("inspect", "cache", "step"), "a diffusers pipeline or denoiser"
     )
@@ -115,9 +117,9 @@ class DenoiserHost(Answering, Host):
 
     @classmethod
     def of(cls, model: Any, parts: Mapping[str, Any], setup: Setup) -> list[DenoiserHost]:
-        """Make a host for each denoiser; they go by one clock."""
-        clock = StepClock(model)
-        return [cls(name, part, clock, setup, takes_turns=len(parts) > 1) for name, part in parts.items()]
+        """Make a host for each denoiser; they go by one clock, and are given one text."""
+        clock, texts = StepClock(model), Texts(model) if "texts" in setup.families else None
+        return [cls(name, part, clock, setup, takes_turns=len(parts) > 1, texts=texts) for name, part in parts.items()]
 
     @classmethod
     def abilities_of(cls, model: Any) -> frozenset[str]:
@@ -129,7 +131,17 @@ class DenoiserHost(Answering, Host):
         """Return the names that a bare denoiser may have in a pipeline."""
         return DENOISERS if isinstance(model, nn.Module) else ()
 
-    def __init__(self, name: str, denoiser: nn.Module, clock: StepClock, setup: Setup, *, takes_turns: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        denoiser: nn.Module,
+        clock: StepClock,
+        setup: Setup,
+        *,
+        takes_turns: bool = False,
+        texts: Texts | None = None,
+    ) -> None:
+        self.texts = texts
         self.name, self.denoiser, self.family = name, denoiser, require_family(denoiser)
         self.root = denoiser
         self.clock = clock
@@ -154,7 +166,7 @@ class DenoiserHost(Answering, Host):
         self._ahead: Bounded[tuple, str | None] = Bounded(64)
         self._gathered: Bounded[tuple, Gathered | None] = Bounded(16)
         self.signature = inspect.signature(type(denoiser).forward)
-        self.records = self._records()
+        self.records = self._records(setup.touches)
         self.regions = self._regions()
         self.hoist = Hoist(denoiser, self.family.any_order, self.records, self._answers, self.ledger)
         self.forecaster = Forecaster(name, self.meter, self.records, self.passed, self.decide, self.gate, takes_turns)
@@ -166,13 +178,15 @@ class DenoiserHost(Answering, Host):
 
     # ------------------------------------------------------------------------------------------------- in and out
 
-    def _records(self) -> list[SiteRecord]:
+    def _records(self, touches: Callable[[Site], bool]) -> list[SiteRecord]:
         owners = dict(processor_owners(self.denoiser))
         kinds, layers = site_kinds(self.family, list(owners))
         records = []
         for path, module in owners.items():
             kind, layer = kinds.get(path, (None, None))
-            site = Site(path, self.name, kind, layer, layers) if kind in PATCHABLE else None
+            site = Site(path, self.name, kind, layer, layers) if kind in {*PATCHABLE, "cross"} else None
+            if site is not None and site.kind == "cross" and not touches(site):
+                site = None
             if not rebind.can_rebind(module.processor):
                 self.skipped[path] = rebind.way_out(module.processor)
                 self.barred += [site] if site else []
@@ -208,6 +222,8 @@ class DenoiserHost(Answering, Host):
     def install(self, undo: Undo) -> None:
         """Put records, the context listener and hooks in place; `undo` restores what is then still ours."""
         undo.add(self.reset)
+        if self.texts is not None:
+            self.texts.install(undo)
         for record in self.records:
             record.original = rebind.rebind(record.module, record, undo)
         self.hoist.undo = undo
@@ -497,7 +513,8 @@ class DenoiserHost(Answering, Host):
         others = geometry.ahead + geometry.behind + sum(geometry.unasked)
         if site.kind == "joint" and self.exchanging and (others or not self.family.split_apart):
             return None
-        return geometry.layout(site.kind, geometry.longest(site.kind))
+        layout = geometry.layout(site.kind, geometry.longest(site.kind))
+        return layout if layout is None or self.texts is None else self.texts.told(layout)
 
     @property
     def exchanging(self) -> bool:

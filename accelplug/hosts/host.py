@@ -55,6 +55,8 @@ class Setup:
     processor : a vision-language model's.
     check_rules : called behind every forward of a run, and at its end, with whether it is that.
     enters : whether any of its patches is given what enters attention modules.
+    touches : whether a patch may answer at a site.
+    families : of its patches.
     """
 
     recipe: str = "accelplug"
@@ -66,6 +68,8 @@ class Setup:
     processor: Any = None
     check_rules: Callable[[bool], None] = lambda ended: None
     enters: bool = False
+    touches: Callable[[Site], bool] = lambda site: False
+    families: frozenset[str] = frozenset()
 
 
 class Host(Protocol):

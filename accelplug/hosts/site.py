@@ -80,6 +80,8 @@ class Settled:
     """A token whose row of a mask (B, 1, S, S) says which keys may be read; None where it may say more."""
     aside: int = 0
     """How many keys a call of the text alone has at most, which is dense; 0 where text asks together with the grid."""
+    read: int | None = None
+    """How many tokens are read, where they are others: cross-attention."""
     known: bool = True
     """Whether the forward of the denoiser was seen in this thread."""
     error: Tensor | None = None
@@ -92,12 +94,18 @@ class Settled:
         """How many tokens ask."""
         return self.length - sum(self.unasked)
 
+    @property
+    def keys(self) -> int:
+        """How many tokens are read."""
+        return self.length if self.read is None else self.read
+
     def obstacle(self, q: Tensor, k: Tensor, mask: Any) -> str | None:
         """Why a call is none that was settled for, or None."""
-        if q.shape[-2] != self.queries or k.shape[-2] != self.length:
+        if q.shape[-2] != self.queries or k.shape[-2] != self.keys:
             tokens = f"{self.length} tokens" + f", of which {self.queries} ask" * (self.queries != self.length)
+            tokens += f" that ask, and {self.keys} of text" * (self.read is not None)
             return f"{q.shape[-2]} queries and {k.shape[-2]} keys where the layout has {tokens}"
-        if not key_validity(mask, self.length, self.row)[1]:
+        if not key_validity(mask, self.keys, self.row)[1]:
             what = f"mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             return f"a {what} is more than key padding"
         return None
@@ -106,7 +114,7 @@ class Settled:
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, dense: Callable[..., Tensor]
     ) -> AttentionCall:
         """Return a call as the patch sees it: tokens that do not ask have zeros."""
-        validity, _ = key_validity(mask, self.length, self.row)
+        validity, _ = key_validity(mask, self.keys, self.row)
         scale = scale_of(q, scale)
         if any(self.unasked):
             around = (0, 0, *self.unasked)
@@ -231,7 +239,8 @@ class SiteRecord:
             return
         row = layout.text_before if self.host.outer_mask else None
         aside = layout.text_before if self.host.text_apart else 0
-        size = layout.length, layout.unasked, row, aside
+        tokens, read = (layout.visual, layout.text) if layout.crossed else (layout.length, None)
+        size = tokens, layout.unasked, row, aside, read
         self.settled = Settled(choice, reason, patch, params, layout, order, exchanged, *size)
 
 

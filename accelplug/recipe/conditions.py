@@ -151,7 +151,7 @@ class Where(Strict):
     steps: Spans | None = None
     layers: Spans | None = None
     kind: Annotated[tuple[str, ...], BeforeValidator(_kinds)] | None = None
-    """Self- and joint-attention if left out."""
+    """Those that the patch is for if left out: self- and joint-attention for most."""
     denoiser: Names | None = None
     branch: Names | None = None
     module: Names | None = None
@@ -164,10 +164,10 @@ class Where(Strict):
         """Return it as it stands in a file."""
         return {key: written(value) for key, value in self if value is not None}
 
-    def fits(self, site: Site) -> bool:
-        """Whether the conditions on the place hold."""
+    def fits(self, site: Site, kinds: tuple[str, ...] = ("self", "joint")) -> bool:
+        """Whether the conditions on the place hold; `kinds`: those that are meant where none is named."""
         return (
-            site.kind in (self.kind or ("self", "joint"))
+            site.kind in (self.kind or kinds)
             and (self.denoiser is None or site.denoiser in self.denoiser)
             and (self.module is None or any(fnmatch.fnmatchcase(site.module, glob) for glob in self.module))
             and (self.layers is None or (site.layer is not None and self._layer_holds(site.layer, site.layers)))

@@ -121,6 +121,12 @@ class Rule(Strict):
         return self
 
     @model_validator(mode="after")
+    def _cross_attention_is_for_those_that_ask(self) -> Rule:
+        if self.entry is not None and "cross" in (self.where.kind or ()) and "cross" not in self.entry.kinds:
+            raise ValueError(f"{self.name} does not answer cross-attention; its kinds are {', '.join(self.entry.kinds)}")
+        return self
+
+    @model_validator(mode="after")
     def _settings_are_its_own(self) -> Rule:
         if not isinstance(self.patch, str) and self.settings:
             raise ValueError(
@@ -136,7 +142,7 @@ class Rule(Strict):
     def fits(self, site: Site) -> bool:
         """Whether it is for a site: its conditions on the place hold, and what stands there takes such patches."""
         takes = not site.takes or self.entry is None or self.entry.family in site.takes
-        return takes and self.where.fits(site)
+        return takes and self.where.fits(site, ("self", "joint", "cross") if self.entry is None else self.entry.kinds)
 
     def of_denoisers(self, gridded: bool = False) -> str | None:
         """What of it only denoisers have, by its keys, or None. `gridded`: others have a grid of tokens too."""

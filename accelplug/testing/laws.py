@@ -164,7 +164,7 @@ def laws(
         subject = Subject(name, neutral, working or {}, everything, video_only, pools, only=only, faint=faint)
     with registered(cls) if cls is not None else nullcontext():
         blocks, host = subject.blocks, ON_LANGUAGE_MODELS if subject.of_language_models else ON_DENOISERS
-        lets_go = entry_of(subject.patch).family == "memory"
+        lets_go, about_text = (entry_of(subject.patch).family == family for family in ("memory", "texts"))
     found: list[Law] = []
     for check, names in host.laws:
         unsaid: dict[Callable[..., None], bool] = {
@@ -172,6 +172,7 @@ def laws(
             the_kernel_at_density_one_is_dense: not subject.everything,
             near_nothing_it_is_the_stock_model: not subject.faint,
             what_is_let_go_of_is_freed: not lets_go,
+            text_stays_dense: about_text,
         }
         if not unsaid.get(check) and (blocks or check not in OF_BLOCKS):
             tried = (host.models if models is None else models) if names is None else {name: TRIED[name] for name in names}
