@@ -7,6 +7,7 @@ camera token, four registers, then its patches; the first frame has special toke
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    def __init__(self, dim: int, init: float = 0.1) -> None:
+    def __init__(self, dim: int, init: float = 1.0) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), init))
 
@@ -81,17 +82,27 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches of a picture as tokens (B, H * W, C). The large model has a whole DINOv2 here."""
+    """Patches of a picture, and where they lie in it, as tokens (B, H * W, C). The large model has a whole DINOv2 here."""
+
+    OCTAVES = 4
 
     def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Sequential(
             nn.Conv2d(3, dim // 2, patch_size // 2, patch_size // 2), nn.GELU(), nn.Conv2d(dim // 2, dim, 2, 2)
         )
+        self.place = nn.Linear(4 * self.OCTAVES, dim)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x).flatten(2).mT)
+        patches = self.proj(x)
+        return self.norm(patches.flatten(2).mT + self.place(self.waves(*patches.shape[-2:], x.device)))
+
+    def waves(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Waves (H * W, 4 * OCTAVES) over a picture from -1 to 1 in each direction, whatever its patches."""
+        y, x = ((torch.arange(n, device=device) + 0.5) * (2 / n) - 1 for n in (rows, columns))
+        angle = torch.cartesian_prod(y, x)[..., None] * (math.pi / 2 * 2 ** torch.arange(self.OCTAVES, device=device))
+        return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 
 class Aggregator(nn.Module):
@@ -147,34 +158,32 @@ class CameraHead(nn.Module):
         return torch.cat([pose[..., :3], turn, pose[..., 7:].relu()], dim=-1)
 
 
-class DepthHead(nn.Module):
-    """Depth of every pixel, from what a few pairs of blocks made of the patches."""
+class DenseHead(nn.Module):
+    """Numbers for every pixel, from what a few pairs of blocks made of the patches."""
 
-    def __init__(self, dim_in: int, patch_size: int, layers: tuple[int, ...]) -> None:
+    def __init__(self, dim_in: int, patch_size: int, layers: tuple[int, ...], channels: int) -> None:
         super().__init__()
-        self.layers, self.side = layers, patch_size // 2
+        self.layers, self.side, self.channels = layers, patch_size // 2, channels
         self.norms = nn.ModuleList(nn.LayerNorm(dim_in) for _ in layers)
-        self.inner, self.outer = nn.Linear(dim_in * len(layers), dim_in), nn.Linear(dim_in, self.side**2)
+        self.inner, self.outer = nn.Linear(dim_in * len(layers), dim_in), nn.Linear(dim_in, channels * self.side**2)
 
     def forward(self, outputs: list[Tensor], height: int, width: int, patch_start_idx: int) -> Tensor:
-        """(B, S, H, W, 1), in the scale of the model's world."""
+        """(B, S, H, W, channels)."""
         read = [norm(outputs[layer][:, :, patch_start_idx:]) for norm, layer in zip(self.norms, self.layers, strict=True)]
-        fine = self.outer(nn.functional.gelu(self.inner(torch.cat(read, dim=-1))))  # [B, S, P, side^2]
-        batch, frames = fine.shape[:2]
+        fine = self.outer(nn.functional.gelu(self.inner(torch.cat(read, dim=-1))))  # [B, S, P, channels * side^2]
         rows = height // (2 * self.side)
-        fine = fine.unflatten(2, (rows, -1)).unflatten(-1, (self.side, self.side)).permute(0, 1, 2, 4, 3, 5)
-        fine = fine.flatten(4, 5).flatten(2, 3).flatten(0, 1)[:, None]
-        depth = interpolate(fine, (height, width), mode="bilinear", align_corners=False).exp()
-        return depth.view(batch, frames, height, width, 1)
+        fine = fine.unflatten(-1, (self.channels, self.side, self.side)).unflatten(2, (rows, -1))
+        fine = fine.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # [B, S, channels, rows * side, columns * side]
+        return interpolate(fine.flatten(0, 1), (height, width), mode="bilinear").unflatten(0, fine.shape[:2]).movedim(2, -1)
 
 
 class VGGT(nn.Module):
-    """Poses and depth of the frames of a scene.
+    """Poses of the frames of a scene, and depth and place of their pixels.
 
     Parameters
     ----------
     patch_size, embed_dim, depth, num_heads : of the aggregator; `depth` counts pairs of blocks.
-    layers : pairs of blocks whose outputs the depth head reads.
+    layers : pairs of blocks whose outputs the heads of depth and points read.
     """
 
     def __init__(
@@ -195,15 +204,20 @@ class VGGT(nn.Module):
         }
         self.aggregator = Aggregator(patch_size, embed_dim, depth, num_heads)
         self.camera_head = CameraHead(2 * embed_dim)
-        self.depth_head = DepthHead(2 * embed_dim, patch_size, tuple(layers))
+        self.depth_head = DenseHead(2 * embed_dim, patch_size, tuple(layers), channels=1)
+        self.point_head = DenseHead(2 * embed_dim, patch_size, tuple(layers), channels=3)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return `pose_enc` (B, S, 9) and `depth` (B, S, H, W, 1) of pictures (B, S, 3, H, W), or (S, 3, H, W), in 0..1."""
+        """Return what is seen in pictures (B, S, 3, H, W), or (S, 3, H, W), in 0..1.
+
+        `pose_enc` (B, S, 9), `depth` (B, S, H, W, 1) and `world_points` (B, S, H, W, 3), in the first frame's coordinates.
+        """
         images = images[None] if images.ndim == 4 else images
         outputs, start = self.aggregator(images)
         return {
             "pose_enc": self.camera_head(outputs),
-            "depth": self.depth_head(outputs, *images.shape[-2:], start),
+            "depth": self.depth_head(outputs, *images.shape[-2:], start).exp(),
+            "world_points": self.point_head(outputs, *images.shape[-2:], start),
             "images": images,
         }
 
