@@ -96,11 +96,12 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.proj(x)
-        return self.norm(patches.flatten(2).mT + self.place(self.waves(*patches.shape[-2:], x.device)))
+        return self.norm(patches.flatten(2).mT + self.place(self.waves(patches)))
 
-    def waves(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """Waves (H * W, 4 * OCTAVES) over a picture from -1 to 1 in each direction, whatever its patches."""
-        y, x = ((torch.arange(n, device=device) + 0.5) * (2 / n) - 1 for n in (rows, columns))
+    def waves(self, patches: Tensor) -> Tensor:
+        """Waves (H * W, 4 * OCTAVES) over a picture from -1 to 1 in each direction, whatever its patches (B, C, H, W)."""
+        device = patches.device
+        y, x = ((torch.arange(n, device=device) + 0.5) * (2 / n) - 1 for n in patches.shape[-2:])
         angle = torch.cartesian_prod(y, x)[..., None] * (math.pi / 2 * 2 ** torch.arange(self.OCTAVES, device=device))
         return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)
 

@@ -69,7 +69,7 @@ class Matches:
     BLOCKS, HEADS = (1, 2), 2
 
     def __init__(self, model: VGGT) -> None:
-        self.blocks = [model.aggregator.global_blocks[number].get_submodule("attn") for number in self.BLOCKS]
+        self.blocks: list[Any] = [model.aggregator.global_blocks[number].get_submodule("attn") for number in self.BLOCKS]
         self.seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         for attn in self.blocks:
             attn.register_forward_pre_hook(self.see, with_kwargs=True)
@@ -156,7 +156,8 @@ def match_likes(model: VGGT) -> None:
 
 def optimizers_of(model: VGGT) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """Muon for the blocks' matrices, with which poses begin to form earlier than with AdamW alone; AdamW for the rest."""
-    matrices, rest = [], []
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, weight in model.named_parameters():
         (matrices if weight.ndim == 2 and "_blocks." in name else rest).append(weight)
     return torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.01), torch.optim.AdamW(
