@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from accelplug.comparison.evaluators import amber, chair, coco, mme, pope, vocabulary
+from accelplug.comparison.evaluators import amber, chair, coco, mme, pope, pope_files, vocabulary
 from accelplug.comparison.evaluators.coco import Coco
 from accelplug.comparison.evaluators.coco_words import COCO_WORDS
 from accelplug.comparison.evaluators.evaluator import Question
@@ -20,7 +20,6 @@ from accelplug.comparison.evaluators.mme import TwoAnswers
 from accelplug.comparison.evaluators.statistics import Health, collapsed, holm, mcc, mcnemar, paired_bootstrap, wilson
 from accelplug.comparison.evaluators.vocabulary import Vocabulary
 from accelplug.errors import AccelplugError
-from tests import pope_files
 
 SPLITS = ("random", "popular", "adversarial")
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")

@@ -38,6 +38,10 @@ class Exam:
     source : where the truth comes from, for the report.
     max_new_tokens : of a description.
     parse : how answers of yes and no are read: ``strict``, or ``official`` as in the release; reader : what reads them so.
+    annotated : by key, the classes that stand in the annotations; the rest of a truth is what people said of the picture.
+    described : whether pictures are described; an exam of questions alone asks for no descriptions.
+    answer_tokens : of an answer of yes or no, at most.
+    protocol : which of `protocols.PROTOCOLS` it is, for the published figures.
     """
 
     name: str
@@ -54,6 +58,10 @@ class Exam:
     associations: Mapping[str, Sequence[str]] = field(default_factory=dict)
     safe: frozenset[str] = frozenset()
     reader: Callable[[str, Parse], bool | None] = pope.read_yes_no
+    annotated: Mapping[Any, Collection[str]] = field(default_factory=dict)
+    described: bool = True
+    answer_tokens: int = 4
+    protocol: str = ""
 
     @property
     def splits(self) -> list[str]:
@@ -80,7 +88,7 @@ class Exam:
 
     def require_pictures(self) -> None:
         """Raise AccelplugError unless all pictures that are asked about are there."""
-        if missing := {question.image for question in self.questions} - set(self.pictures):
+        if missing := {key for key, _ in self.prompts} - set(self.pictures):
             raise AccelplugError(
                 f"{self.name}: there are questions about {len(missing)} pictures that it has not: {min(missing)!r}."
             )
@@ -151,7 +159,7 @@ class Exam:
         things = {key: held.things[key] for key in keys}
         asked = [question for name in POPE_SPLITS for question in pope.build(things, name, images=len(keys), seed=seed)]
         truth = held.truth(vocabulary, keys)
-        files = {key: _found(folder, held.files[key]) for key in keys}
+        files = {key: picture_file(folder, held.files[key]) for key in keys}
         return cls(
             name=f"COCO, {len(keys)} images, seed {seed}",
             pictures=files,
@@ -161,6 +169,7 @@ class Exam:
             pairs=tuple(_existence(asked)),
             source=held.source,
             parse=parse,
+            annotated=things,
         )
 
     @classmethod
@@ -190,7 +199,7 @@ class Exam:
         shown = set(names)
         return cls(
             name=f"AMBER, {len(names)} images" + ("" if pictures is None else f", seed {seed}"),
-            pictures={name: _found(folder, name) for name in names},
+            pictures={name: picture_file(folder, name) for name in names},
             truth={name: held.truth[name] for name in names},
             questions=tuple(question for question in held.questions if question.image in shown),
             vocabulary=amber.vocabulary(held.associations),
@@ -210,7 +219,7 @@ def _existence(asked: Sequence[Question]) -> list[tuple[str, Any, str, str]]:
     return [("existence", key, text, last[key, False]) for (key, answer), text in last.items() if answer]
 
 
-def _found(folder: Path, name: str) -> Path:
+def picture_file(folder: Path, name: str) -> Path:
     """Return where an image lies: in the folder, or in one of its folders."""
     direct = folder / name
     return direct if direct.is_file() else next(folder.glob(f"*/{name}"), direct)

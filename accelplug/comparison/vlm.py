@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelplug import show
+from accelplug import files, show
 from accelplug.chat import Chat
 from accelplug.comparison import arguments
 from accelplug.comparison.answers import answers_page
@@ -17,7 +19,9 @@ from accelplug.comparison.environment import environment, forget_peak, peak_mib
 from accelplug.comparison.evaluators.pope import questions_sha256
 from accelplug.comparison.exam import Exam
 from accelplug.comparison.outcome import Outcome, hold_against_stock
+from accelplug.comparison.protocols import Protocol, protocol
 from accelplug.comparison.rows import STOCK_ROW, Variant
+from accelplug.comparison.said import records
 from accelplug.errors import AccelplugError
 from accelplug.kernels.timing import synchronise
 from accelplug.plug import apply
@@ -62,7 +66,7 @@ class VlmComparison(Shown):
                     row.name, *(cells.get(head, "") for head in heads), style="dim" if row.kind == "control" else None
                 )
             tables.append(table)
-        return tables
+        return [*tables, self.protocol.table(self.rows, self.model)] if self.protocol else tables
 
     def __rich__(self) -> Group:
         from rich.console import Group
@@ -70,6 +74,11 @@ class VlmComparison(Shown):
         said = [f"[bold red]{row.name}:[/] {alarm}" for row in self.rows for alarm in row.alarms]
         notes = [f"{row.name}: {note}" for row in self.rows for note in row.notes]
         return Group(f"[bold]{self.model} on {self.exam.name}[/]", *self.tables(), *said, *notes)
+
+    @property
+    def protocol(self) -> Protocol | None:
+        """The published protocol that the exam follows."""
+        return protocol(self.exam.protocol) if self.exam.protocol else None
 
     def page(self) -> str:
         """Return one self-contained HTML page."""
@@ -88,7 +97,19 @@ class VlmComparison(Shown):
             "max_new_tokens": self.exam.max_new_tokens,
         }
         rows = [row.summary() for row in self.rows]
-        return jsonable({"model": self.model, "exam": exam, "environment": self.environment, "rows": rows})
+        held = {"protocol": self.protocol.to_dict(self.rows)} if self.protocol else {}
+        return jsonable({"model": self.model, "exam": exam, **held, "environment": self.environment, "rows": rows})
+
+    def to_jsonl(self, path: str | Path) -> Path:
+        """Write all that was said and how each word of it was counted; see `said.records`.
+
+        Raises
+        ------
+        AccelplugError
+            If it cannot be written.
+        """
+        lines = (json.dumps(record, ensure_ascii=False) for record in records(self.model, self.exam, self.rows))
+        return files.write(path, "\n".join(lines) + "\n")
 
 
 def compare_vlm(
@@ -98,7 +119,7 @@ def compare_vlm(
     processor: Any,
     *,
     batch: int = 32,
-    descriptions: bool = True,
+    descriptions: bool | None = None,
     progress: bool = True,
 ) -> VlmComparison:
     """Examine a model stock and with recipes, on the same pictures, greedily, with the same attention kernel.
@@ -110,15 +131,16 @@ def compare_vlm(
     exam : what is asked.
     processor : the model's.
     batch : prompts at a time.
-    descriptions : whether pictures are described too, for CHAIR, AMBER, length and speed.
+    descriptions : whether pictures are described too, for CHAIR, AMBER, length and speed; as the exam says if left out.
 
     Raises
     ------
     AccelplugError
-        If the exam has no question.
+        If the exam asks for nothing.
     """
-    if not exam.questions:
-        raise AccelplugError("The exam has no questions; Exam.scenes(), Exam.coco(folder) and Exam.amber(folder) make some.")
+    descriptions = exam.described if descriptions is None else descriptions
+    if not exam.prompts and not (descriptions and exam.pictures):
+        raise AccelplugError("The exam asks for nothing; Exam.scenes(), Exam.coco(folder) and Exam.amber(folder) make some.")
     arguments.require_whole(batch, "compare, prompts at a time", 1)
     exam.require_pictures()
     named = [Variant(name, recipe) for name, recipe in recipes.items()] if isinstance(recipes, Mapping) else list(recipes)
@@ -128,10 +150,6 @@ def compare_vlm(
         rows = [examiner.examine(variant, descriptions) for variant in variants]
     hold_against_stock(rows, exam)
     return VlmComparison(type(model).__name__, exam, rows, environment(model))
-
-
-YES_NO_TOKENS = 4
-"""Tokens of an answer of yes or no, at most."""
 
 
 @dataclass
@@ -154,7 +172,7 @@ class Examiner:
     def work(self, descriptions: bool = True) -> int:
         """Tokens that a row is asked for, at most."""
         described = len(self.exam.pictures) * self.exam.max_new_tokens if descriptions else 0
-        return len(self.exam.prompts) * YES_NO_TOKENS + described
+        return len(self.exam.prompts) * self.exam.answer_tokens + described
 
     def examine(self, variant: Variant, descriptions: bool = True) -> Outcome:
         """Ask, score, and take the recipe off again."""
@@ -184,8 +202,8 @@ class Examiner:
     def ask(self, picture: Any = None) -> dict[tuple[Any, str], tuple[str, float]]:
         """Return the answer to each of the prompts, a few tokens, and by how much it is rather yes than no."""
         said: dict[tuple[Any, str], tuple[str, float]] = {}
-        for asked in self._chunks(self.exam.prompts, "answers", YES_NO_TOKENS):
-            found = self.chat.say(self._inputs(asked, picture), YES_NO_TOKENS)
+        for asked in self._chunks(self.exam.prompts, "answers", self.exam.answer_tokens):
+            found = self.chat.say(self._inputs(asked, picture), self.exam.answer_tokens)
             said |= dict(zip(asked, zip(*found, strict=True), strict=True))
         return said
 

@@ -310,6 +310,22 @@ def score(
     return Amber.of(rows, vocabulary.singulariser)
 
 
+def counted(
+    noun: str,
+    truth: Collection[str],
+    likely: Collection[str],
+    associations: Mapping[str, Sequence[str]],
+    safe: Collection[str],
+) -> str:
+    """Say in words how `score` counts a noun in the response to one image."""
+    if noun in safe:
+        return "safe: a noun, never hallucinated, and covers nothing"
+    for things, how in ((truth, "in the picture: covers"), (likely, "hallucinated, and foreseen:")):
+        if (place := _stands_for(things, associations).get(noun)) is not None:
+            return f"{how} {(things if isinstance(things, Sequence) else sorted(things))[place]}"
+    return "hallucinated"
+
+
 def _stands_for(things: Collection[str], associations: Mapping[str, Sequence[str]]) -> dict[str, int]:
     """Return word -> the place of the thing that it stands for; sets, which have no order, go by name."""
     placed = list(enumerate(things if isinstance(things, Sequence) else sorted(things)))[::-1]

@@ -12,6 +12,7 @@ import functools
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,24 @@ COCO_COMPOUNDS = {
     "train track": "track",
 }
 """CHAIR's two words -> the one that they count as; nothing is mentioned if that is not a word of the vocabulary."""
+
+
+@dataclass(frozen=True)
+class Mention:
+    """Words of a text that are a term of the vocabulary, and what they count as.
+
+    Attributes
+    ----------
+    begin, end : where they stand, in characters of the text in lower case; said : the words as they stand there.
+    term : the term that they were taken for, in the singular.
+    name : the class that is counted; None where nothing is, such as for "train track".
+    """
+
+    begin: int
+    end: int
+    said: str
+    term: str
+    name: str | None
 
 
 def inflect(word: str) -> str:
@@ -117,19 +136,25 @@ class Vocabulary:
         The longest term wins ("hot dog" is not a dog); with COCO's compounds a baby elephant is an elephant only, and a seat beside a
         toilet is none. Words are taken as nouns, whatever they are in the sentence.
         """
-        found = list(self._terms(text))
-        if "toilet" in found and "toilet seat" in self._class_of:
-            found = [term for term in found if term != "seat"]
-        return [name for term in found if (name := self._class_of[term]) is not None]
+        return [mention.name for mention in self.found(text) if mention.name is not None]
 
-    def _terms(self, text: str) -> Iterator[str]:
-        tokens = [self._normal(token) for token in _TOKEN.findall(text.lower())]
+    def found(self, text: str) -> list[Mention]:
+        """Return the words of a text that are terms, counted or not, in its order; see `mentions`."""
+        found = list(self._terms(text.lower()))
+        if "toilet seat" in self._class_of and any(mention.term == "toilet" for mention in found):
+            found = [replace(mention, name=None) if mention.term == "seat" else mention for mention in found]
+        return found
+
+    def _terms(self, text: str) -> Iterator[Mention]:
+        spans = [match.span() for match in _TOKEN.finditer(text)]
+        tokens = [self._normal(text[begin:end]) for begin, end in spans]
         at = 0
         while at < len(tokens):
             candidates = ((size, " ".join(tokens[at : at + size])) for size in range(self._longest, 0, -1))
             size, term = next(((size, term) for size, term in candidates if term in self._class_of), (1, None))
             if term is not None:
-                yield term
+                begin, end = spans[at][0], spans[min(at + size, len(spans)) - 1][1]
+                yield Mention(begin, end, text[begin:end], term, self._class_of[term])
             at += size
 
     def _normal(self, token: str) -> str:
