@@ -263,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _takes_model(command: argparse.ArgumentParser, what: str) -> None:
-    here = f"the name of one that is here: {', '.join(zoo.NAMES)}"
+    here = f"the name of one that is here: {', '.join(zoo.KNOWN_MODELS)}"
     command.add_argument("model_dir", metavar="MODEL", help=f"{what} saved on disk, or {here}")
 
 

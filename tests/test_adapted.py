@@ -25,7 +25,7 @@ NAME = "llava-smollm2"
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """A tiny decoder with its tokenizer and a tiny tower, where `fetch` would put them."""
     monkeypatch.setenv("ACCELPLUG_CACHE", str(tmp_path))
-    decoder, tower = map(folder_of, adapted.PARTS[NAME])
+    decoder, tower = map(folder_of, adapted.MADE_OF[NAME])
     torch.manual_seed(0)
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", adapted.UNUSED]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -69,7 +69,7 @@ def adapter() -> dict[str, torch.Tensor]:
 
 def test_the_whole_is_its_parts_and_the_additions(parts: list[Path], tmp_path: Path) -> None:
     given = adapter()
-    adapted.write(given, tmp_path / "whole", *parts)
+    adapted.write_adapted(given, tmp_path / "whole", *parts)
     model, processor = loading.language_model(tmp_path / "whole")
     text, tower = load_file(parts[0] / "model.safetensors"), Dinov2Model.from_pretrained(parts[1])
     name = "layers.1.self_attn.q_proj"
@@ -95,7 +95,7 @@ def test_a_shipped_adapter_is_put_together_once(parts: list[Path], tmp_path: Pat
     save_file(adapter(), shipped / NAME / adapted.ADAPTER)
     monkeypatch.setattr(adapted, "__file__", str(shipped / "adapted.py"))
     assert adapted.shipped() == (NAME,)
-    monkeypatch.setattr(zoo, "NAMES", (*zoo.BUNDLED, NAME, *zoo.WHEELS))
+    monkeypatch.setattr(zoo, "KNOWN_MODELS", (*zoo.BUNDLED, NAME, *zoo.WHEELS))
     folder = zoo.path(NAME)
     assert folder.parent == parts[0].parent
     before = (folder / "model.safetensors").stat().st_mtime_ns

@@ -27,6 +27,7 @@ OTHER_WORKS = {
     "1904.10509": "Sparse Transformers, the example of a patch in a package of its own",
     "2103.12731": "HaloNet, which neighborhood has by settings",
     "2103.14030": "Swin, likewise",
+    "2106.09685": "LoRA, in whose form the adapter of the zoo is kept",
     "2108.12409": "ALiBi, whose slopes bias offers",
     "2204.01697": "MaxViT, which neighborhood has by settings",
     "2305.10355": "POPE, an evaluator",

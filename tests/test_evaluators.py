@@ -214,13 +214,13 @@ def test_pope_reads_misspelt_copies_and_refuses_others(tmp_path: Path) -> None:
     path = tmp_path / "coco_pope_adversarial.json"
     line: dict[str, Any] = {"question_id": 1, "image": "a.jpg", "text": "Is there an apple in the imange?", "label": "no"}
     path.write_text(json.dumps(line) + "\n\n")
-    assert pope_files.read(path) == [Question("a.jpg", line["text"], False, "apple", "adversarial")]
+    assert pope_files.read_pope(path) == [Question("a.jpg", line["text"], False, "apple", "adversarial")]
     for bad in ({**line, "label": "maybe"}, {**line, "text": "What is it?"}, {"image": "a.jpg"}, [1]):
         path.write_text(json.dumps(line) + "\n" + json.dumps(bad))
         with pytest.raises(AccelplugError, match="line 2"):
-            pope_files.read(path)
+            pope_files.read_pope(path)
     with pytest.raises(AccelplugError, match="is none"):
-        pope_files.read(tmp_path / "absent.json")
+        pope_files.read_pope(tmp_path / "absent.json")
 
 
 def test_yes_no_by_hand() -> None:
@@ -740,7 +740,7 @@ def test_collapse_needs_figures() -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_published_questions_follow_the_rules(split: str) -> None:
-    questions = pope_files.read(real(f"coco_pope_{split}.json"))
+    questions = pope_files.read_pope(real(f"coco_pope_{split}.json"))
     assert len(questions) == 3000
     assert [question.answer for question in questions] == [True, False] * 1500
     assert {question.split for question in questions} == {split}
@@ -757,13 +757,13 @@ def test_published_questions_follow_the_rules(split: str) -> None:
 
 
 def test_published_splits_ask_for_the_same_things() -> None:
-    random, popular, adversarial = (pope_files.read(real(f"coco_pope_{split}.json"))[::2] for split in SPLITS)
+    random, popular, adversarial = (pope_files.read_pope(real(f"coco_pope_{split}.json"))[::2] for split in SPLITS)
     keys = [[(q.image, q.thing) for q in split] for split in (random, popular, adversarial)]
     assert keys[0] == keys[1] == keys[2]
 
 
 def test_published_popular_absents_follow_one_order() -> None:
-    absent = [question.thing for question in pope_files.read(real("coco_pope_popular.json"))[1::2]]
+    absent = [question.thing for question in pope_files.read_pope(real("coco_pope_popular.json"))[1::2]]
     before: Counter[Any] = Counter()
     for first, second, third in zip(absent[::3], absent[1::3], absent[2::3], strict=True):
         before.update([(first, second), (first, third), (second, third)])
@@ -771,7 +771,7 @@ def test_published_popular_absents_follow_one_order() -> None:
 
 
 def test_published_answers_score() -> None:
-    questions = pope_files.read(real("coco_pope_random.json"))
+    questions = pope_files.read_pope(real("coco_pope_random.json"))
     truth = [question.answer for question in questions]
     figures = pope.score(truth, [pope.read_yes_no("Yes, there is." if true else "No, there is not.") for true in truth])
     assert (figures.accuracy, figures.f1, figures.mcc, figures.yes_ratio, figures.unparsed) == (1, 1, 1, 0.5, 0)

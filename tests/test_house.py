@@ -15,6 +15,7 @@ SOURCES = [path for folder in ("accelplug", "kernels", "patches") for path in so
 
 SHARED = {
     "logger": "the package's logger",
+    "__getattr__": "what a module makes when it is asked for",
     "attend": "a kernel backend's answer to block_attention",
     "missing": "why a kernel backend cannot be used on this machine",
     "unsupported": "why a kernel backend cannot answer a call",

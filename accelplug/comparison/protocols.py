@@ -27,7 +27,7 @@ from accelplug.files import lines, path_of
 if TYPE_CHECKING:
     from rich.table import Table
 
-ANSWER_TOKENS = 16
+SENTENCE_TOKENS = 16
 """Tokens of an answer that is read as a release does: up to the first full stop, which may come late."""
 
 
@@ -184,8 +184,8 @@ def _pope(folder: Path, pictures: int, seed: int, words: Path | None) -> Exam:
     if place is None:
         made = Exam.coco(folder, pictures, seed, words, parse="official")
         note = "built after the release's rules: expected coco_pope_*.json of github.com/RUCAIBox/POPE in the folder for its own"
-        return replace(made, pairs=(), described=False, answer_tokens=ANSWER_TOKENS, source=f"{made.source}; {note}")
-    asked = [question for name in names for question in pope_files.read(place / name)]
+        return replace(made, pairs=(), described=False, answer_tokens=SENTENCE_TOKENS, source=f"{made.source}; {note}")
+    asked = [question for name in names for question in pope_files.read_pope(place / name)]
     images = list(dict.fromkeys(question.image for question in asked))[:pictures]
     shown = set(images)
     return Exam(
@@ -197,7 +197,7 @@ def _pope(folder: Path, pictures: int, seed: int, words: Path | None) -> Exam:
         source="the question files",
         parse="official",
         described=False,
-        answer_tokens=ANSWER_TOKENS,
+        answer_tokens=SENTENCE_TOKENS,
     )
 
 
@@ -258,9 +258,9 @@ def _mme_figures(row: Outcome) -> tuple[float, ...]:
 
 # ------------------------------------------------------------------------------------------------------------ citations
 
-VHR, GIFT, ILVAD = "arXiv 2412.13949", "arXiv 2510.22067 (second hand)", "arXiv 2605.20965 (second hand)"
-SADT, LOCORE, PTI = "SADT, CVPR 2026 (second hand)", "arXiv 2601.20279 (second hand)", "arXiv 2604.25642 (second hand)"
-ONLY, MEMVR = "arXiv 2507.00898 (second hand)", "MemVR, ICML 2025 (second hand)"
+VHR, GIFT, ILVAD = "arXiv 2412.13949", "arXiv 2510.22067 (second hand)", "ILVAD, ICML 2026 (second hand)"
+SADT, LOCORE, PTI = "SADT, CVPR 2026 (second hand)", "LocoRE, ICLR 2026 (second hand)", "PTI, CVPR 2026 (second hand)"
+ONLY, MEMVR = "ONLY, ICCV 2025 (second hand)", "MemVR, ICML 2025 (second hand)"
 _ = math.nan
 
 

@@ -37,10 +37,10 @@ def records(model: str, exam: Exam, rows: Sequence[Outcome]) -> Iterator[dict[st
     }
     for row in rows:
         for key, text in row.said.descriptions.items():
-            yield {"record": "description", "row": row.name, "picture": key, **_described(exam, key, text)}
+            yield {"record": "description", "row": row.name, "picture": key, **_description_of(exam, key, text)}
         for split, replies in row.said.replies.items():
             for question, said, margin in zip(exam.of(split), replies, row.said.margins[split], strict=True):
-                yield {"record": "answer", "row": row.name, **_answered(exam, question, said), "margin": round(margin, 4)}
+                yield {"record": "answer", "row": row.name, **_answer_of(exam, question, said), "margin": round(margin, 4)}
         for (task, key, *asked), both in zip(exam.pairs, row.said.pairs, strict=bool(row.said.pairs)):
             right = mme.TwoAnswers(task, key, *both).right
             told = {"task": task, "picture": key, "questions": asked, "said": list(both), "right": list(right)}
@@ -53,7 +53,7 @@ def _file(exam: Exam, key: Any) -> str | None:
     return None if hasattr(held, "convert") else str(held)
 
 
-def _described(exam: Exam, key: Any, text: str) -> dict[str, Any]:
+def _description_of(exam: Exam, key: Any, text: str) -> dict[str, Any]:
     found = exam.vocabulary.found(text)
     named = {mention.name for mention in found}
     mentions = [{**asdict(mention), "counted": _counted(exam, key, mention)} for mention in found]
@@ -72,7 +72,7 @@ def _counted(exam: Exam, key: Any, mention: Mention) -> str:
     if mention.name is None:
         return "not counted: the words together mean something else"
     if exam.associations:
-        return amber.counted(mention.name, exam.truth[key], exam.likely.get(key, ()), exam.associations, exam.safe)
+        return amber.how_counted(mention.name, exam.truth[key], exam.likely.get(key, ()), exam.associations, exam.safe)
     if mention.name not in exam.truth[key]:
         return "hallucinated"
     if not exam.annotated:
@@ -80,7 +80,7 @@ def _counted(exam: Exam, key: Any, mention: Mention) -> str:
     return "in the picture: annotated" if mention.name in exam.annotated[key] else "in the picture: people said so"
 
 
-def _answered(exam: Exam, question: Question, said: str) -> dict[str, Any]:
+def _answer_of(exam: Exam, question: Question, said: str) -> dict[str, Any]:
     read = exam.read(said)
     words = {True: "yes", False: "no", None: "neither"}
     return {

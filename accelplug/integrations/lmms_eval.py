@@ -61,11 +61,11 @@ def with_recipe(base: type, name: str) -> type:
                 f"{PREFIX}{name.partition('_')[2]} is a model with a recipe: expected recipe=NAME in --model_args."
             )
         base.__init__(self, *args, **more)  # type: ignore[misc]
-        processor = next(_held(self), None)
+        processor = next(_processors(self), None)
         self.plug = apply(self.model, recipe, gate="off", processor=processor)
 
     return type(name, (base,), {"__init__": __init__, "__module__": __name__, "__doc__": base.__doc__})
 
 
-def _held(model: Any) -> Iterator[Any]:
+def _processors(model: Any) -> Iterator[Any]:
     return (held for name in PROCESSORS if (held := getattr(model, name, None)) is not None)

@@ -8,7 +8,7 @@ from accelplug.zoo import adapted
 from accelplug.zoo.wheels import WHEELS, folder_of
 
 BUNDLED = ("wan-shapes", "llava-scenes")
-NAMES = (*BUNDLED, *adapted.shipped(), *WHEELS)
+KNOWN_MODELS = (*BUNDLED, *adapted.shipped(), *WHEELS)
 """All that `path` knows."""
 
 # What the model was trained for, as arguments of its pipeline. DEMO is 17 x 16 x 24 = 6,528 visual tokens, MEDIUM 17 x 12 x 16 = 3,264,
@@ -33,8 +33,10 @@ def path(name: Any = "wan-shapes") -> Path:
     """
     if name in BUNDLED:
         return Path(__file__).parent / name
-    if not isinstance(name, str) or name not in NAMES:
-        raise NoMatchError(f"There is no bundled model {name!r}{nearest(str(name), NAMES)}. Known: {', '.join(NAMES)}.")
+    if not isinstance(name, str) or name not in KNOWN_MODELS:
+        raise NoMatchError(
+            f"There is no bundled model {name!r}{nearest(str(name), KNOWN_MODELS)}. Known: {', '.join(KNOWN_MODELS)}."
+        )
     if name not in WHEELS:
         return adapted.composed(name)
     folder = folder_of(name)
@@ -53,5 +55,5 @@ def folder(model: str) -> Path:
     NoMatchError
         If it is the name of a model that was not fetched yet.
     """
-    named = model in NAMES and not Path(model).exists()
+    named = model in KNOWN_MODELS and not Path(model).exists()
     return path(model) if named else Path(model)

@@ -21,26 +21,28 @@ from accelplug.zoo.wheels import folder_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTS = {"llava-smollm2": ("smollm2-135m", "dinov2-small")}
+MADE_OF = {"llava-smollm2": ("smollm2-135m", "dinov2-small")}
 """By the name of a model: the decoder and the vision tower that are fetched."""
 ADAPTER = "adapter.safetensors"
 PIXELS = 112
 """Height and width of a picture as the tower sees it: 8 x 8 = 64 tokens."""
 FEATURES = -6
 """Which of the tower's hidden states is read. In the last ones a patch tells less of itself: see benchmarks/zoo/train_adapter.py."""
-IMAGE, UNUSED = "<image>", "<empty_output>"
+IMAGE_TOKEN, UNUSED = "<image>", "<empty_output>"
 """The image token, and the special token of SmolLM2 that it takes the place of: chats have no use for that one."""
-TEMPLATE = (
+CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{{ '" + IMAGE + "\n' if part.type == 'image' else part.text }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{{ '"
+    + IMAGE_TOKEN
+    + "\n' if part.type == 'image' else part.text }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
 def shipped() -> tuple[str, ...]:
     """Return the models whose adapter comes with the package."""
-    return tuple(name for name in PARTS if (Path(__file__).parent / name / ADAPTER).is_file())
+    return tuple(name for name in MADE_OF if (Path(__file__).parent / name / ADAPTER).is_file())
 
 
 def composed(name: str) -> Path:
@@ -58,7 +60,7 @@ def composed(name: str) -> Path:
     adapter = (Path(__file__).parent / name / ADAPTER).read_bytes()
     folder = files.cache_folder() / "weights" / f"{name}-{_digest(adapter)}"
     if not folder.is_dir():
-        write(load(adapter), folder, *parts(name))
+        write_adapted(load(adapter), folder, *parts(name))
     return folder
 
 
@@ -70,16 +72,16 @@ def parts(name: str) -> list[Path]:
     NoMatchError
         If one of them was not fetched yet.
     """
-    folders = [folder_of(part) for part in PARTS[name]]
-    if missing := [part for part, folder in zip(PARTS[name], folders, strict=True) if not folder.is_dir()]:
+    folders = [folder_of(part) for part in MADE_OF[name]]
+    if missing := [part for part, folder in zip(MADE_OF[name], folders, strict=True) if not folder.is_dir()]:
         raise NoMatchError(
-            f"{name} is made of weights that are not on this machine: expected {', '.join(PARTS[name])}. "
+            f"{name} is made of weights that are not on this machine: expected {', '.join(MADE_OF[name])}. "
             f"Run `accelplug fetch {' '.join(missing)}` first."
         )
     return folders
 
 
-def write(adapter: Mapping[str, Tensor], folder: Path, decoder: Path, tower: Path) -> None:
+def write_adapted(adapter: Mapping[str, Tensor], folder: Path, decoder: Path, tower: Path) -> None:
     """Put a model together in a folder, whole or not at all.
 
     Parameters
@@ -96,9 +98,9 @@ def write(adapter: Mapping[str, Tensor], folder: Path, decoder: Path, tower: Pat
     try:
         save_file(_weights(adapter, decoder, tower), made / "model.safetensors", {"format": "pt"})
         text, vision = (json.loads((part / "config.json").read_text()) for part in (decoder, tower))
-        tokenizer = json.loads((decoder / "tokenizer.json").read_text().replace(f'"{UNUSED}"', f'"{IMAGE}"'))
+        tokenizer = json.loads((decoder / "tokenizer.json").read_text().replace(f'"{UNUSED}"', f'"{IMAGE_TOKEN}"'))
         settings = json.loads((decoder / "tokenizer_config.json").read_text())
-        token = tokenizer["model"]["vocab"][IMAGE]
+        token = tokenizer["model"]["vocab"][IMAGE_TOKEN]
         patch = vision["patch_size"]
         for name, content in {
             "config.json": _config(text, vision, token),
@@ -106,21 +108,21 @@ def write(adapter: Mapping[str, Tensor], folder: Path, decoder: Path, tower: Pat
             "tokenizer.json": tokenizer,
             "tokenizer_config.json": {
                 **settings,
-                "chat_template": TEMPLATE,
+                "chat_template": CHATML,
                 "padding_side": "left",
-                "additional_special_tokens": [IMAGE],
+                "additional_special_tokens": [IMAGE_TOKEN],
             },
-            "preprocessor_config.json": _pictures(tower),
+            "preprocessor_config.json": _image_processor(tower),
             "processor_config.json": {
                 "processor_class": "LlavaProcessor",
                 "patch_size": patch,
-                "image_token": IMAGE,
+                "image_token": IMAGE_TOKEN,
                 "num_additional_image_tokens": 1,
                 "vision_feature_select_strategy": "default",
             },
         }.items():
             files.write(made / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        files.write(made / "chat_template.jinja", TEMPLATE)
+        files.write(made / "chat_template.jinja", CHATML)
         try:
             made.rename(folder)
         except OSError:
@@ -166,7 +168,7 @@ def _config(text: dict[str, Any], vision: dict[str, Any], token: int) -> dict[st
     }
 
 
-def _pictures(tower: Path) -> dict[str, Any]:
+def _image_processor(tower: Path) -> dict[str, Any]:
     """The tower's image processor, at the size of this model and without a crop: what stands at the edge is asked for too."""
     size = {"height": PIXELS, "width": PIXELS}
     return {

@@ -76,7 +76,7 @@ def make_model() -> tuple[Any, Any]:
     }
     folder = RUNS / f"{NAME}-untrained"
     shutil.rmtree(folder, ignore_errors=True)
-    adapted.write(projector, folder, decoder, tower)
+    adapted.write_adapted(projector, folder, decoder, tower)
     model, processor = loading.language_model(folder)
     model.requires_grad_(False)
     model.model.multi_modal_projector.float().requires_grad_(True)
@@ -89,7 +89,7 @@ def make_model() -> tuple[Any, Any]:
 
 
 def trained(model: Any) -> dict[str, nn.Parameter]:
-    """What is trained, by the names that `adapted.write` takes."""
+    """What is trained, by the names that `adapted.write_adapted` takes."""
     found = {f"projector.{name}": x for name, x in model.model.multi_modal_projector.named_parameters()}
     return found | {name: x for name, x in model.model.language_model.named_parameters() if x.requires_grad}
 
@@ -141,7 +141,7 @@ class Maker:
 
     def __init__(self, processor: Any) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.image = self.tokenizer.convert_tokens_to_ids(adapted.IMAGE)
+        self.image = self.tokenizer.convert_tokens_to_ids(adapted.IMAGE_TOKEN)
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -157,7 +157,7 @@ class Maker:
         ids: list[int] = []
         labels: list[int] = []
         for ask, answer in turns:
-            picture = "" if ids else f"{adapted.IMAGE}\n"
+            picture = "" if ids else f"{adapted.IMAGE_TOKEN}\n"
             prompt = self.ids(f"<|im_start|>user\n{picture}{ask}<|im_end|>\n<|im_start|>assistant\n")
             if not ids:
                 at = prompt.index(self.image)
@@ -311,7 +311,7 @@ def judge(pictures: int) -> None:
     """Say on dev scenes whether the model has what large ones have, beside the exam's figures and a few descriptions."""
     folder = RUNS / NAME
     shutil.rmtree(folder, ignore_errors=True)
-    adapted.write(checkpoint(), folder, *adapted.parts(NAME))
+    adapted.write_adapted(checkpoint(), folder, *adapted.parts(NAME))
     model, processor = loading.language_model(folder)
     found = phenomena(model, processor, min(pictures, 32))
     print(json.dumps(found, indent=1), flush=True)

@@ -310,7 +310,7 @@ def score(
     return Amber.of(rows, vocabulary.singulariser)
 
 
-def counted(
+def how_counted(
     noun: str,
     truth: Collection[str],
     likely: Collection[str],

@@ -1,4 +1,4 @@
-"""Question files of RUCAIBox/POPE, as they are published: what our questions are held against."""
+"""Question files of RUCAIBox/POPE, as they are published: what `protocols` asks, and our own questions are held against."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from accelplug.errors import AccelplugError
 _QUESTION = re.compile(r"is there an? (?P<thing>.+?) in the im\w+\?", re.IGNORECASE)
 
 
-def read(path: str | Path) -> list[Question]:
+def read_pope(path: str | Path) -> list[Question]:
     """Read a question file of RUCAIBox/POPE: JSON lines with image, text and label.
 
     The split is the last word of the file's name, as in ``coco_pope_random.json``.
@@ -21,7 +21,7 @@ def read(path: str | Path) -> list[Question]:
     Raises
     ------
     AccelplugError
-        There is no such file, or a line of it is no such question.
+        There is no such file, or a line of it is something else.
     """
     path = Path(path)
     if not path.is_file():
