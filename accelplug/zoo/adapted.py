@@ -30,7 +30,7 @@ FEATURES = -6
 """Which of the tower's hidden states is read. In the last ones a patch tells less of itself: see benchmarks/zoo/train_adapter.py."""
 IMAGE_TOKEN, UNUSED = "<image>", "<empty_output>"
 """The image token, and the special token of SmolLM2 that it takes the place of: chats have no use for that one."""
-CHATML = (
+CHAT_FORMAT = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
     "{{ '"
@@ -108,7 +108,7 @@ def write_adapted(adapter: Mapping[str, Tensor], folder: Path, decoder: Path, to
             "tokenizer.json": tokenizer,
             "tokenizer_config.json": {
                 **settings,
-                "chat_template": CHATML,
+                "chat_template": CHAT_FORMAT,
                 "padding_side": "left",
                 "additional_special_tokens": [IMAGE_TOKEN],
             },
@@ -122,7 +122,7 @@ def write_adapted(adapter: Mapping[str, Tensor], folder: Path, decoder: Path, to
             },
         }.items():
             files.write(made / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        files.write(made / "chat_template.jinja", CHATML)
+        files.write(made / "chat_template.jinja", CHAT_FORMAT)
         try:
             made.rename(folder)
         except OSError:
