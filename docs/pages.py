@@ -57,7 +57,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def papers(text: str) -> str:
-    """Return Markdown in which papers on arXiv are links."""
+    """Return Markdown in which papers on arXiv and on OpenReview are links."""
+    text = re.sub(r"(?<=OpenReview )(\w{10})\b", r"[\1](https://openreview.net/forum?id=\1)", text)
     return re.sub(r"(?<![\d.\[/])(\d{4}\.\d{5})(?!\d)", r"[\1](https://arxiv.org/abs/\1)", text)
 
 

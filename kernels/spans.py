@@ -298,14 +298,20 @@ def decode_biased(call: AttentionCall, bias: Tensor) -> Tensor:
     return out.reshape(*call.q.shape[:3], v.shape[-1])
 
 
-def raised(call: AttentionCall, share: Tensor, heads: Tensor | None = None) -> Tensor:
-    """Attend with ``s + share |s|`` in the rows that answer, share (B, S) by key; in `heads`, bool (B, H, n), if given."""
+def raised(call: AttentionCall, share: Tensor, heads: Tensor | None = None, mean: bool = False) -> Tensor:
+    """Attend with ``s + share |s|`` in the rows that answer, share (B, S) by key; in `heads`, bool (B, H, n), if given.
+
+    With `mean`, ``|s|`` is the mean over all heads of the layer.
+    """
     rows = call.place.answers if call.place else 1
     scores = row_products(call, rows)  # [B, H, n, S_k]
     share = fit(share, call).to(scores.device)[:, None, None]
     if heads is not None:
         share = share * heads[..., None]
-    scores = scores.addcmul(share, scores.abs())  # ahead of the mask: no alpha brings back what it hides
+    size = scores.abs()
+    if mean:
+        size = (call.place.gather_heads(size) if call.place else size).mean(1, keepdim=True)
+    scores = scores.addcmul(share, size)  # ahead of the mask: no alpha brings back what it hides
     new = read_rows(call, probabilities(masked(scores, keep_rows(call, rows))))
     return replace_rows(call, new, rows)
 

@@ -118,7 +118,7 @@ class Telling(Method):
 
     def attend(self, call: Call) -> Tensor:
         unit = torch.eye(call.scores.shape[-1], dtype=call.v.dtype).expand_as(call.scores)
-        scales = isinstance(self.method, Vhr)  # what is read, not where
+        scales = isinstance(self.method, Vhr | Spin)  # what is read, not where
         self.attention[call.layer] = call.p if scales else self.method.attend(replace(call, v=unit))
         self.hidden[call.layer] = call.hidden
         return self.method.attend(call)
@@ -234,33 +234,39 @@ def strongest(x: Tensor, share: float) -> Tensor:
 
 @dataclass
 class VisualBias(Method):
-    """Attention of later text times a weight on images and one on the system prompt, renormalised."""
+    """Attention of later text times a weight on images and one on the system prompt, renormalised; or its scores (2503.13107)."""
 
     image_weight: float
     system_weight: float
     heads: list[int] | None = None
+    weigh: str = "attention"
 
     def attend(self, call: Call) -> Tensor:
         tokens, p = call.tokens, call.p
-        weight = 1 + (self.image_weight - 1) * tokens.visual + (self.system_weight - 1) * tokens.system
-        new = call.rows(tokens.later, normalised(p * weight[:, None, None]))
+        weight = (1 + (self.image_weight - 1) * tokens.visual + (self.system_weight - 1) * tokens.system)[:, None, None]
+        weighed = (call.scores * weight).softmax(-1).nan_to_num(0.0) if self.weigh == "scores" else normalised(p * weight)
+        new = call.rows(tokens.later, weighed)
         changed = [h for h in range(p.shape[1]) if self.heads is None or h in self.heads]
         return p.index_copy(1, torch.tensor(changed), new[:, changed]) @ call.v
 
 
 @dataclass
 class Pai(Method):
-    """``s + alpha |s|`` on images in rows that answer (2407.21771)."""
+    """``s + alpha |s|`` on images in rows that answer (2407.21771); or the mean of ``|s|`` over heads (2411.16724)."""
 
     alpha: float
+    sizes: str = "head"
 
     def attend(self, call: Call) -> Tensor:
-        return raised(call, self.alpha * call.tokens.visual.double()) @ call.v
+        size = call.scores.abs()
+        size = size.mean(1, keepdim=True) if self.sizes == "mean" else size
+        return raised(call, self.alpha * call.tokens.visual.double(), size) @ call.v
 
 
-def raised(call: Call, share: Tensor) -> Tensor:
-    """Attention of rows that answer with scores raised by a share of their size, (B, S) by key."""
-    scores = torch.where(call.scores.isfinite(), call.scores + share[:, None, None] * call.scores.abs(), -torch.inf)
+def raised(call: Call, share: Tensor, size: Tensor | None = None) -> Tensor:
+    """Attention of rows that answer with scores raised by a share, (B, S) by key, of their size."""
+    size = call.scores.abs() if size is None else size
+    scores = torch.where(call.scores.isfinite(), call.scores + share[:, None, None] * size, -torch.inf)
     return call.rows(call.tokens.answering, scores.softmax(-1).nan_to_num(0.0))
 
 
@@ -410,6 +416,43 @@ class Gift(Method):
         return new
 
 
+@dataclass
+class Adhh(Method):
+    """Listed heads drop their attention to text behind the image where it holds them (AD-HH)."""
+
+    heads: list[list[int]]
+    threshold: float = 0.4
+    keep: float = 0.0
+
+    def attend(self, call: Call) -> Tensor:
+        tokens, p = call.tokens, call.p.clone()
+        for b, i in (tokens.answering & tokens.visual.any(-1, keepdim=True)).nonzero().tolist():
+            for head in [head for layer, head in self.heads if layer == call.layer]:
+                row = p[b, head, i]
+                row[tokens.later[b]] *= self.keep if row[tokens.later[b]].sum() >= self.threshold else 1
+        return p @ call.v
+
+
+@dataclass
+class Spin(Method):
+    """Outputs of the heads whose scores of the image sum to least are turned down in rows that answer (2505.16411)."""
+
+    keep_share: float
+    gain: float
+
+    def attend(self, call: Call) -> Tensor:
+        tokens, out = call.tokens, call.p @ call.v
+        for b, i in tokens.answering.nonzero().tolist():
+            seen = tokens.visual[b] & call.scores[b, 0, i].isfinite()
+            towards = call.scores[b, :, i, seen].sum(-1).tolist()
+            least = sorted(range(len(towards)), key=lambda h: towards[h])[
+                : len(towards) - int(self.keep_share * len(towards))
+            ]
+            if seen.any():
+                out[b, least, i] *= self.gain
+        return out
+
+
 METHODS: dict[str, type[Method]] = {
     "visual_bias": VisualBias,
     "var": Var,
@@ -417,4 +460,6 @@ METHODS: dict[str, type[Method]] = {
     "gift": Gift,
     "pai": Pai,
     "imbalance": Imbalance,
+    "adhh": Adhh,
+    "spin": Spin,
 }

@@ -11,8 +11,8 @@ _SHORT = {"block": 8, "sink": 0, "local": 0, "min_tokens": 0}
 """Of sparse prefill, on prompts of some 25 tokens."""
 _STEP = {"sink": 1, "local": 2, "min_tokens": 0, "dense_layers": 0}
 """Of sparse decoding, in caches of as many."""
-_CAUSAL = ("llava", "qwen2_5_vl")
-"""Of both too, which do not look at images: two models that read them causally."""
+_TWO = _CAUSAL = ("llava", "qwen2_5_vl")
+"""Of both too, which do not look at images: two models that read them causally. Of head patches whose sisters are tried on all."""
 _FEW = ("wan", "unet_sd15", "dinov2")
 """Of what attends among fewer tokens, as `tome` does, which is tried on all: a video, a UNet, an encoder; one with text beside it is added.
 A whole run is for what remembers something between steps."""
@@ -131,6 +131,14 @@ _ROWS = (
         only=("llava",),  # whose tower has a class token, and an image token a patch
         faint={"local_alpha": 1e-9, "summary_alpha": 1e-9},
     ),
+    Subject(
+        "adhh",
+        {"heads": [[0, 1]], "keep": 1.0},
+        {"heads": [[layer, head] for layer in range(4) for head in (0, 1, 3)], "threshold": 0.0},
+        faint={"heads": [[layer, head] for layer in range(4) for head in (1, 2)], "threshold": 0.0, "keep": 1 - 1e-7},
+        only=_TWO,
+    ),
+    Subject("spin", {"gain": 1.0}, {"keep_share": 0.5, "gain": 0.1}, faint={"keep_share": 0.5, "gain": 1 + 1e-7}, only=_TWO),
     Subject("carve", {"keep_area": 1}, {"keep_area": 0.3, "regions": 1, "max_tokens": 3, "layers": (0.5, 1.0)}),
     Subject("agla", {"alpha": 0, "beta": 0}, {"layers": (0.5, 1.0)}),
     Subject("contrast", {"gamma": 1, "cutoff": 0}, {"gamma": 3.0}),

@@ -52,8 +52,8 @@ OWN = [entry for entry in list_patches() if entry.module.startswith("accelplug."
 
 
 def works(text: str) -> list[str]:
-    """Numbers of the papers on arXiv that a text cites, in order."""
-    return re.findall(r"(?<![\d.])\d{4}\.\d{5}(?!\d)", text)
+    """Numbers of the papers on arXiv, or on OpenReview, that a text cites, in order."""
+    return re.findall(r"(?<![\d.])\d{4}\.\d{5}(?!\d)|(?:(?<=OpenReview )|(?<=OpenReview \[))\w{10}\b", text)
 
 
 CITED = [*(entry.cite for entry in OWN), *(cache.cite for cache in CACHES.values())]
@@ -84,7 +84,7 @@ def rows(name: str, page: str) -> list[str]:
 @pytest.mark.parametrize("entry", OWN, ids=lambda entry: entry.name)
 def test_a_patch_is_cited_alike_by_the_registry_its_module_notice_and_documents(entry: PatchEntry) -> None:
     cited = works(entry.cite)
-    assert re.fullmatch(r"arXiv \d{4}\.\d{5}(, \d{4}\.\d{5})*", entry.cite)
+    assert re.fullmatch(r"arXiv \d{4}\.\d{5}(, \d{4}\.\d{5})*|OpenReview \w{10}", entry.cite)
     assert works(inspect.getdoc(import_module(entry.module)) or "")[0] == cited[0], "the module names its own paper first"
     paragraph = notice()[entry.name]
     assert not set(cited) - set(works(paragraph)), f"NOTICE: {entry.name} lacks some of {entry.cite}"

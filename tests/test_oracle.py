@@ -45,6 +45,12 @@ WORKING: dict[str, dict[str, Any]] = {
     "pai": {"alpha": 2.0},
     "imbalance": {"local_alpha": 4.0, "summary_alpha": 2.0},
 }
+STEERING: dict[str, dict[str, Any]] = {
+    "adhh": {"heads": [[0, 1], [1, 0], [1, 3], [2, 2], [3, 0]], "threshold": 0.3},
+    "spin": {"keep_share": 0.8, "gain": 0.1},
+}
+"""Patches that fewer models are tried with, in tests/test_steering.py."""
+SETTINGS = WORKING | STEERING
 TOWER = {"llava"}
 """Families whose vision tower has a class token and one image token a patch, which imbalance needs."""
 STEPS = 4
@@ -144,13 +150,13 @@ def patched(
     model: Any, patch: str, config: dict[str, Any] | None = None, layers: tuple[int, int] = (0, 4)
 ) -> accelplug.Plug:
     """A plug with a patch in some layers, half-open, that counts every fallback as an error."""
-    rule = {"patch": patch, "with": WORKING[patch] | (config or {}), "where": {"layers": f"{layers[0]}:{layers[1]}"}}
+    rule = {"patch": patch, "with": SETTINGS[patch] | (config or {}), "where": {"layers": f"{layers[0]}:{layers[1]}"}}
     return accelplug.apply(model, rule, strict=True)
 
 
 def method(patch: str, config: dict[str, Any] | None = None) -> Method:
     """What the oracle has for a patch."""
-    return METHODS[patch](**WORKING[patch] | (config or {}))
+    return METHODS[patch](**SETTINGS[patch] | (config or {}))
 
 
 def stepwise(model: Any, given: Inputs, pieces: list[Tensor]) -> Tensor:

@@ -155,6 +155,49 @@ NOT_RELEASED: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Steering:
+    """What a release does to a vision-language model of so many layers: those that it changes, by one patch, with these settings."""
+
+    layers: int
+    changed: Iterable[int]
+    patch: str
+    settings: dict[str, Any]
+
+
+VAF = {"weigh": "scores", "image_weight": 1.15, "system_weight": 0.95, "heads": None}
+STEERED = {
+    # ustc-hyin/ClearSight, visaug/inference: layers over 8 and below 15 of any model
+    "llava-1.5-7b/vaf": Steering(32, range(9, 15), "visual_bias", VAF),
+    "llava-1.5-13b/vaf": Steering(40, range(9, 15), "visual_bias", VAF),
+    # LALBJ/PAI
+    "llava-1.5-7b/pai": Steering(32, range(2, 32), "pai", {"alpha": 0.2, "sizes": "head"}),
+    # ZhangqiJiang07/middle_layers_indicating_hallucinations: --guide-range 5,18, the last of which counts
+    "llava-1.5-7b/hgai": Steering(32, range(5, 19), "pai", {"alpha": 0.5, "sizes": "mean"}),
+    # YUECHE77/SPIN: its commands for captions, and for MMHal-Bench with the 13B
+    "llava-1.5-7b/spin": Steering(32, range(32), "spin", {"keep_share": 0.95, "gain": 0.08}),
+    "llava-1.5-13b/spin": Steering(40, range(20), "spin", {"keep_share": 0.9, "gain": 0.0}),
+    # TianyunYoung/Hallucination-Attribution, decoding.sh and eval_caption_adhh.py
+    "llava-1.5-7b/adhh": Steering(32, range(32), "adhh", {"threshold": 0.4, "keep": 0.0}),
+    "llava-1.5-13b/adhh": Steering(40, range(40), "adhh", {"threshold": 0.4, "keep": 0.0}),
+}
+
+
+@pytest.mark.parametrize("name", STEERED)
+def test_vision_language_models_are_changed_where_their_releases_change_them(name: str) -> None:
+    recipe, release = named(name), STEERED[name]
+    for layer in range(release.layers):
+        place = Site(f"layers.{layer}.self_attn", "decoder", "self", layer, release.layers)
+        decision = recipe.decide(place, None, Clock(phase="decode"))
+        assert decision.patch == (release.patch if layer in release.changed else None)
+        if decision.patch is not None:
+            found = patch_class(decision.patch)(decision.config).config.model_dump()
+            assert found.items() >= release.settings.items()
+            if decision.patch == "adhh":
+                assert len(set(found["heads"])) == {32: 20, 40: 35}[release.layers]
+                assert all(head[0] < release.layers and head[1] < release.layers for head in found["heads"])
+
+
 def site(layer: int, layers: int, kind: Kind, module: str | None = None) -> Site:
     return Site(module or f"blocks.{layer}.attn1", "transformer", kind, layer, layers)
 

@@ -1,0 +1,68 @@
+"""Further methods that aim a model's attention at its image, on whole models against plain float64 probabilities.
+
+Their sisters are tried on every family and in every way, in tests/test_oracle.py; these on the ways that differ by what a method reads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.test_oracle import CLOSE, Oracle, double, extended, hold, method, patched, sharp, stepwise
+from tests.tiny_language_models import inputs, right_padded
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vaf": ("visual_bias", {"weigh": "scores", "image_weight": 1.6, "system_weight": 0.5}),
+    "vaf, some heads": ("visual_bias", {"weigh": "scores", "image_weight": 1.6, "heads": [1, 2]}),
+    "hgai": ("pai", {"sizes": "mean"}),
+    "adhh": ("adhh", {}),
+    "spin": ("spin", {}),
+}
+methods = pytest.mark.parametrize(("patch", "config"), METHODS.values(), ids=METHODS)
+
+
+@methods
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_prompts_and_answers(name: str, patch: str, config: dict[str, Any]) -> None:
+    """A batch padded on the left, whose second row shows two images; grouped heads; Gemma 3's windows of 8.
+
+    Its images are nothing ahead of its first layer, where all heads have equal scores.
+    """
+    hold(sharp(name), patch, inputs(name), config, layers=(int(name == "gemma3"), 4))
+
+
+@methods
+@pytest.mark.parametrize(
+    "how",
+    [{"num_beams": 2}, {"cache_implementation": "static", "disable_compile": True}, {"use_cache": False}],
+    ids=["beams", "static", "without a cache"],
+)
+def test_ways_to_generate(patch: str, config: dict[str, Any], how: dict[str, Any]) -> None:
+    hold(sharp("qwen2_5_vl"), patch, inputs("qwen2_5_vl"), config, **how)
+
+
+@methods
+def test_an_image_leaves_the_window_while_the_answer_goes_on(patch: str, config: dict[str, Any]) -> None:
+    given = inputs("llava", ((3, "I", 5), (4, "I", 2, "I", 3)))
+    hold(sharp("llava_mistral"), patch, given, config, max_new_tokens=14)
+
+
+@methods
+def test_some_layers_drafts_and_a_row_without_an_image(patch: str, config: dict[str, Any]) -> None:
+    hold(sharp("llava"), patch, inputs("llava", ((3, "I", 6),)), config, prompt_lookup_num_tokens=3)
+    hold(sharp("llava"), patch, inputs("llava", ((3, "I", 6), (25,))), config, layers=(1, 3))
+
+
+@methods
+def test_padding_behind_the_prompt_and_a_second_turn(patch: str, config: dict[str, Any]) -> None:
+    model, given = sharp("llava"), right_padded(double(inputs("llava")))
+    pieces = [torch.randint(3, 490, (2, n)) for n in (1, 1, 4, 1, 1)]
+    oracle, ids = Oracle(model), torch.cat([given["input_ids"], *pieces], 1)
+    asked = [given["input_ids"].new_full((x.shape[1],), x.shape[1] > 1) for x in (given["input_ids"], *pieces)]
+    valid = extended(given, ids)["attention_mask"].bool()
+    with patched(model, patch, config):
+        found = stepwise(model, given, pieces)
+    expected = oracle.answer(method(patch, config), given, ids, asked=torch.cat(asked).bool())
+    torch.testing.assert_close(found[valid], expected[valid], **CLOSE)
