@@ -227,16 +227,17 @@ class Plug(AbstractContextManager["Plug"]):
             self._chooser.require_estimates()
 
     def _setup(self) -> Setup:
-        cache = self.recipe.cache
-        if cache is not None and "cache" not in self._kind.abilities:
-            raise UnsupportedError(
-                f"{self.recipe.name} asks for the step cache {cache.kind}, and {self._kind.called} takes none. Leave cache: out."
-            )
+        recipe = self.recipe
+        for what, key, part in (("step cache", "cache", recipe.cache), ("positions", "positions", recipe.positions)):
+            if part is not None and key not in self._kind.abilities:
+                raise UnsupportedError(
+                    f"{recipe.name} asks for the {what} {part.kind}, and {self._kind.called} takes none. Leave {key}: out."
+                )
         return Setup(
-            self.recipe.name,
+            recipe.name,
             self._chooser.decide,
             self._chooser.around(),
-            cache,
+            recipe.cache,
             self._ledger,
             self._gate,
             self._processor,
@@ -244,6 +245,7 @@ class Plug(AbstractContextManager["Plug"]):
             self._chooser.enters(),
             touches=lambda site: bool(self.recipe.chosen_among([site])),
             families=frozenset(entry.family for entry in self.recipe.patches()),
+            positions=recipe.positions,
         )
 
     def _check_rules(self, ended: bool) -> None:

@@ -148,6 +148,22 @@ _OWN = (
         cite="arXiv 2511.14712",
     ),
     PatchEntry(
+        name="lvsa",
+        module="accelplug.patches.sparse.lvsa",
+        cls="Lvsa",
+        family="sparse",
+        summary="Videos longer than trained: each frame reads a window and anchors that move on with every step.",
+        cite="arXiv 2605.31057",
+    ),
+    PatchEntry(
+        name="freelong",
+        module="accelplug.patches.sparse.freelong",
+        cls="FreeLong",
+        family="sparse",
+        summary="Videos longer than trained: windows and the whole, each for its band of frequencies over time.",
+        cite="arXiv 2507.00162, 2407.19918",
+    ),
+    PatchEntry(
         name="svg",
         module="accelplug.patches.sparse.svg",
         cls="Svg",

@@ -103,7 +103,7 @@ def group_of(entry: PatchEntry) -> str:
         return other
     if cls.Calibration is not None:
         return tables
-    return scores if cls.select is BlockSparse.select else grid
+    return scores if getattr(cls, "select", None) is BlockSparse.select else grid
 
 
 def patch_rows(entries: Iterable[PatchEntry]) -> str:

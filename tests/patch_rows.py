@@ -16,6 +16,8 @@ _TWO = _CAUSAL = ("llava", "qwen2_5_vl")
 _FEW = ("wan", "unet_sd15", "dinov2")
 """Of what attends among fewer tokens, as `tome` does, which is tried on all: a video, a UNet, an encoder; one with text beside it is added.
 A whole run is for what remembers something between steps."""
+_VIDEO = ("wan", "hunyuan_video", "cogvideox", "ltx")
+"""Of methods that go by frames: video models with text apart, behind, ahead, and without any order of theirs."""
 _NEAR = {"sink": 2, "window": 4, "slack": 2, "prompt": "stream"}
 """Of a sequence whose heads all stream."""
 _ADDED = Table(torch.tensor([[0.5, 0.1], [0.4, 0.3], [0.2, 0.6], [0.7, 0.8]]), ("layers", "heads"))
@@ -52,6 +54,8 @@ _ROWS = (
     Subject("paro", {"masks": "all"}, {"order": "wht", "density": 0.4}, {"density": 1.0}),
     Subject("sta", {"windows": [["full", "full", "full"]]}, {"windows": [["full", 1, 1]]}, {}),
     Subject("freeswim", {"native_hw": [512, 512]}, {"native_hw": [2, 3], "tile_thw": [1, 2, 4], "entropy": False}, {}),
+    Subject("lvsa", {"native": 999}, {"native": 2, "window": 0}, {"native": 2, "window": 99}, only=_VIDEO),
+    Subject("freelong", {"native": 999}, {"native": 2, "block": 8, "backend": "reference"}, signed=True, only=_VIDEO),
     Subject("svg", {"density": 1.0}, {"density": 0.3, "sink": False}, {}, video_only=True),
     Subject("vmoba", {"tau": 1.0}, {"tau": 0.25, "parts": [[4, 1, 1], [1, 2, 3], [2, 2, 2]]}, {}, graphs=3),
     Subject("bilevel", {"p": 1.0}, {"k": 1, "halo": 0}, {}),

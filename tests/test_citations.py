@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from accelplug.patches.base import Patch
-from accelplug.recipe import SHIPPED, read_file, shipped_files
+from accelplug.recipe import SHIPPED, positions, read_file, shipped_files
 from accelplug.registry import PatchEntry, list_patches, patch_class
 from accelplug.step_caches import CACHES
 from docs import pages
@@ -32,12 +32,14 @@ OTHER_WORKS = {
     "2204.01697": "MaxViT, which neighborhood has by settings",
     "2305.10355": "POPE, an evaluator",
     "2306.13394": "MME, an evaluator",
+    "2306.15595": "position interpolation, the key positions",
     "2309.14509": "DeepSpeed-Ulysses, context parallelism",
     "2311.07397": "AMBER, an evaluator",
     "2312.04927": "Zoology, associative recall, an evaluator",
     "2404.06654": "RULER, evaluators",
     "2404.15574": "retrieval heads, a score of calibrate",
     "2410.02367": "SageAttention, the setting precision",
+    "2502.15894": "RIFLEx, the key positions",
     "2503.11651": "VGGT, whose modules the zoo's geometry model has",
     "2510.13554": "windowed attention distance and future attention influence, likewise",
     "2512.01540": "FlashVGGT, the setting representative",
@@ -132,10 +134,11 @@ def test_nothing_is_on_the_list_of_other_works_that_a_patch_cites_or_nobody_does
 
 
 @pytest.mark.parametrize("path", shipped_files().values(), ids=lambda path: path.stem)
-def test_a_recipe_cites_works_of_its_patches_and_cache(path: Path) -> None:
+def test_a_recipe_cites_works_of_its_patches_cache_and_positions(path: Path) -> None:
     cites = {entry.name: set(works(entry.cite)) for entry in OWN}
     for name, recipe in read_file(path).recipes.items():
         theirs = set().union(*(cites[rule.patch] for rule in recipe.rules if rule.patch != "dense"))
         theirs |= set(works(CACHES[recipe.cache.kind].cite)) if recipe.cache else set()
+        theirs |= set(works(inspect.getdoc(positions) or "")) if recipe.positions else set()
         assert works(recipe.cite), name
         assert set(works(recipe.cite)) <= theirs, f"{path.stem}/{name} cites {recipe.cite}, it uses {sorted(theirs)}"

@@ -27,7 +27,7 @@ from accelplug.families import encoders, vlm
 from accelplug.kernels import flex
 from accelplug.patches.base import NEEDS
 from accelplug.patches.sparse.template import BlockConfig, RestKind
-from accelplug.recipe import Measured, Rule, StepCache, Where
+from accelplug.recipe import Measured, Positions, Rule, StepCache, Where
 from accelplug.recipe.reading import Entry
 from accelplug.recipe.settings import Ramp, TableRef
 from accelplug.registry import PatchEntry, patch_class
@@ -186,7 +186,7 @@ def test_models_are_all_there() -> None:
 
 def test_the_grammar_names_every_key() -> None:
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    for model in (Entry, Rule, Where, StepCache, Measured, Ramp, TableRef):
+    for model in (Entry, Rule, Where, StepCache, Positions, Measured, Ramp, TableRef):
         for name, field in model.model_fields.items():
             assert re.search(rf"[`{{ ]{field.alias or name}[`:]", text), f"{model.__name__}.{name}"
 

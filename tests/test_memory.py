@@ -53,6 +53,8 @@ LAW = {
     "svg": (0.90, 8),
     "vmoba": (0.15, 10),
     "bilevel": (0.80, 15),
+    "lvsa": (1.00, 4),
+    "freelong": (3.00, 4),
     "bias": (1.25, 0),
 }
 """What each holds above dense: a share of q, k, v and out, and so many bytes a head and pair of blocks."""

@@ -40,6 +40,7 @@ WAN_14B, WAN_1B, HUNYUAN, COG, FLUX_4K = (18, 48, 80), (21, 45, 80), (30, 48, 80
 PSA = {"block": 128, "tile": 32}
 SVG_EAR = {"top_p": 0.9, "min_ratio": 0.1, "cluster_iterations": 50, "cluster_iterations_warm": 2, "order": "kmeans"}
 RECTIFIED = {"p": 0.3, "block": 128, "order": "gilbert", "adjacent": True, "rest": "rectified"}
+LONG, LVSA = (41, 30, 52), {"native": 21, "window": 4, "first": 1, "rotate": True, "budget": 1.0, "rest": "drop"}
 TOMA = {"ratio": 0.5, "interval": 3}
 
 RELEASES = {
@@ -109,6 +110,10 @@ RELEASES = {
     "hunyuanvideo/svg_ear": Release(60, range(1, 60), 50, range(5, 50), (33, 45, 80), {**SVG_EAR, "query_clusters": 400}),
     # hao-ai-lab/FastVideo, branch sta_do_not_delete; its windows by step, layer and head are not shipped
     "wan2.1-t2v-14b/sta": Release(40, range(40), 50, range(12, 50), WAN_14B, {"block": 384}),
+    # JiusiServe/LongVideoSparseAttention and arXiv 2605.31057, at twice the length: 40 steps, no layer or step dense
+    "wan2.1-t2v-1.3b/lvsa": Release(30, range(30), 40, range(40), LONG, LVSA),
+    "wan2.1-t2v-14b/lvsa": Release(40, range(40), 40, range(40), LONG, LVSA),
+    "wan2.2-t2v-a14b/lvsa": Release(40, range(40), 40, range(40), LONG, LVSA),
     # WenboLuu/ToMA, for FLUX: 256 tiles at either size
     "flux.1-dev/tome": Release(
         57, [*range(5, 19), *range(24, 57)], 28, range(28), FLUX_4K, {**TOMA, "tile_thw": (1, 16, 16)}
@@ -151,6 +156,8 @@ NOT_RELEASED: dict[str, dict[str, tuple[str, ...]]] = {
         "cogvideox-5b": ("sol",),
         "cogvideox1.5-5b": ("sol",),
     },
+    "of code that was not released": {"wan2.1-t2v-1.3b": ("freelong",)},
+    "positions alone": {"wan2.1-t2v-1.3b": ("riflex",), "wan2.1-t2v-14b": ("riflex",)},
     "changed on purpose": {"stable-diffusion-1.5": ("tome", "agent"), "sdxl": ("tome",)},
 }
 

@@ -57,12 +57,13 @@ class Stack:
 
 
 def parts_of(recipe: Recipe | None, compiled: bool) -> tuple[str, ...]:
-    """Name the parts of a recipe on a pipeline that is `compiled`, or not: its patches, its step cache, compilation."""
+    """Name the parts of a recipe on a pipeline that is `compiled`, or not: its patches, its step cache, its positions, compilation."""
     if recipe is None:
         return ()
     patches = dict.fromkeys(rule.name for rule in recipe.rules if rule.patch != "dense")
     caches = [] if recipe.cache is None else [f"cache {recipe.cache.kind}"]
-    return (*patches, *caches, *([COMPILED] if compiled else []))
+    positions = [] if recipe.positions is None else [f"positions {recipe.positions.kind}"]
+    return (*patches, *caches, *positions, *([COMPILED] if compiled else []))
 
 
 def taken_apart(variants: Sequence[Variant], compiled: bool) -> tuple[list[Variant], list[Stack]]:
@@ -117,7 +118,8 @@ def without(recipe: Recipe, parts: Sequence[str]) -> Recipe:
         return one.model_copy(update={"patch": "dense", "settings": {}}) if one.name in parts else one
 
     cache = None if recipe.cache is None or f"cache {recipe.cache.kind}" in parts else recipe.cache
-    return replace(recipe, rules=tuple(map(rule, recipe.rules)), cache=cache, measured=(), path=None)
+    positions = None if recipe.positions is None or f"positions {recipe.positions.kind}" in parts else recipe.positions
+    return replace(recipe, rules=tuple(map(rule, recipe.rules)), cache=cache, positions=positions, measured=(), path=None)
 
 
 # ------------------------------------------------------------------------------------------------------------ figures

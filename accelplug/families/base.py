@@ -96,6 +96,24 @@ class AnyOrder:
     arguments: tuple[tuple[str, int], ...]
 
 
+@dataclass(frozen=True)
+class Rotary:
+    """A module that is given the latents (B, C, T, H, W), and gives the cosines and sines that turn queries and keys.
+
+    Each is (S, D) or (1, S, 1, D). A frame's angles stand in the first channels, each of them twice.
+
+    Attributes
+    ----------
+    channels : config -> channels of a head that tell frames apart.
+    base : config -> of the frequencies.
+    module : its path.
+    """
+
+    channels: Callable[[Any], int]
+    base: Callable[[Any], float]
+    module: str = "rope"
+
+
 def patch_thw(config: Any) -> Grid:
     """Return how many latent frames, rows and columns make one token, from ``patch_size`` and ``patch_size_t``."""
     size = getattr(config, "patch_size", None) or 1
@@ -130,6 +148,7 @@ class Family:
     outer_mask : masks (B, 1, S, S) of this family are outer products of one key validity; the row of a visual token is that.
     text_apart : whether the tokens ahead of the grid ask in calls of their own, of the keys ahead of them alone; these stay dense.
     any_order : blocks that take their tokens in any order, or None where that is not known of them.
+    rotary : where positions become angles, or None where that is not known of them.
     split_apart : whether context parallelism splits text and grid each for itself, so that every rank has a share of both.
     patch : config -> latent frames, rows and columns that make one token, None where it does not say.
     timestep : what pipelines hand to the denoiser of their scheduler's timesteps, keys of `accelplug.hosts.clock.SCALES`, the
@@ -146,6 +165,7 @@ class Family:
     outer_mask: bool = False
     text_apart: bool = False
     any_order: AnyOrder | None = None
+    rotary: Rotary | None = None
     split_apart: bool = False
     patch: Callable[[Any], Grid | None] = patch_thw
     timestep: tuple[str, ...] = ("timestep", "unit")

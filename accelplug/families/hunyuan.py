@@ -27,6 +27,7 @@ from accelplug.families.base import (
     Family,
     Geometry,
     Inputs,
+    Rotary,
     history_tokens,
     latent_grid,
     latents,
@@ -34,11 +35,14 @@ from accelplug.families.base import (
     unsaid,
 )
 
+HUNYUAN_TIME = Rotary(channels=lambda config: config.rope_axes_dim[0], base=lambda config: config.rope_theta)
+
 HUNYUAN_VIDEO = Family(
     name="hunyuan_video",
     classes=("HunyuanVideoTransformer3DModel",),
     sites=DOUBLE_AND_SINGLE,
     geometry=latents("bcthw", text=("encoder_hidden_states",)),
+    rotary=HUNYUAN_TIME,
     split_apart=True,
     status="verified",
 )
@@ -48,6 +52,7 @@ HUNYUAN_VIDEO_15 = Family(
     classes=("HunyuanVideo15Transformer3DModel",),
     sites=DOUBLE_AND_SINGLE[:1],
     geometry=latents("bcthw", text=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")),
+    rotary=HUNYUAN_TIME,
     outer_mask=True,
     status="verified",
 )

@@ -20,7 +20,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from accelplug.families.base import AnyOrder, Family, Geometry, Inputs, latents, patch_thw, shape_of, unsaid
+from accelplug.families.base import AnyOrder, Family, Geometry, Inputs, Rotary, latents, patch_thw, shape_of, unsaid
+
+WAN_TIME = Rotary(
+    channels=lambda config: config.attention_head_dim - 4 * (config.attention_head_dim // 6), base=lambda config: 10_000.0
+)
+"""Rows and columns have two thirds of a head's channels, in whole pairs."""
 
 
 def _geometry(axes: str) -> Callable[[Any, Inputs], Geometry | None]:
@@ -50,6 +55,7 @@ WAN = Family(
         # Cosines and sines (1, S, 1, D); modulation is (B, 6, C), or (B, S, 6, C) with a timestep per token.
         arguments=(("hidden_states", 3), ("rotary_emb", 4), ("temb", 4)),
     ),
+    rotary=WAN_TIME,
     status="verified",
 )
 
@@ -58,6 +64,7 @@ SKYREELS = Family(
     classes=("SkyReelsV2Transformer3DModel",),
     sites=WAN.sites,
     geometry=_geometry("bcthw"),
+    rotary=WAN_TIME,
     status="verified",
 )
 CHRONOEDIT = Family(

@@ -31,6 +31,7 @@ from accelplug.hosts.hoist import Hoist
 from accelplug.hosts.host import Host, Setup
 from accelplug.hosts.models import DENOISERS, PATCHABLE, denoisers, processor_owners
 from accelplug.hosts.placement import Placed
+from accelplug.hosts.positions import FrameAngles
 from accelplug.hosts.record import Choice, given
 from accelplug.hosts.run import Moment, Passed, Run
 from accelplug.hosts.site import Entered, Region, SiteRecord
@@ -85,7 +86,7 @@ class DenoiserHost(Answering, Host):
     gives = "pictures"
     serves = frozenset({"sparse", "tokens", "bias", "texts"})
     abilities = dict.fromkeys(RUNS, "a whole diffusers pipeline") | dict.fromkeys(
-        ("inspect", "cache", "step"), "a diffusers pipeline or denoiser"
+        ("inspect", "cache", "positions", "step"), "a diffusers pipeline or denoiser"
     )
 
     @classmethod
@@ -158,6 +159,7 @@ class DenoiserHost(Answering, Host):
                 optional=cache.optional,
                 shared=takes_turns,
             )
+        self.angles = None if setup.positions is None else FrameAngles(denoiser, self.family, setup.positions)
         self.passed = Passed()
         self._held: set[int | None] = set()
         self.skipped: dict[str, str] = {}
@@ -239,6 +241,8 @@ class DenoiserHost(Answering, Host):
         undo.hook(self.denoiser, "register_forward_hook", self._leave_forward, always_call=True)
         undo.hook(self.denoiser, "register_forward_hook", self._after_forward)
         undo.hook(self.denoiser, "register_forward_pre_hook", self._before_forward, with_kwargs=True)
+        if self.angles is not None:
+            self.angles.install(undo)
         if self.caches is not None:
             self.caches.install(undo)
 

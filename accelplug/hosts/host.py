@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from accelplug.hosts.forecast import Forecast
-    from accelplug.recipe import StepCache
+    from accelplug.recipe import Positions, StepCache
 
 HOSTS = (
     "accelplug.hosts.encoders:EncoderHost",  # first: models of transformers that are given pictures have a decoder too, by their word
@@ -50,6 +50,7 @@ class Setup:
     decide : (site, layout or None, clock) -> what the recipe says.
     around : its patches that stand around ``generate``, the first one outermost.
     cache : its step cache.
+    positions : how it tells frames apart.
     ledger : counts what ran how.
     gate : times dense against sparse.
     processor : a vision-language model's.
@@ -70,6 +71,7 @@ class Setup:
     enters: bool = False
     touches: Callable[[Site], bool] = lambda site: False
     families: frozenset[str] = frozenset()
+    positions: Positions | None = None
 
 
 class Host(Protocol):
@@ -83,8 +85,8 @@ class Host(Protocol):
     gives : what a run of such a model gives, by which it is compared, tuned and inspected: pictures, answers, features.
     serves : families of patches that can answer.
     abilities : what can be done with the models beside `apply` and `remove` -> with which of them, in words for messages: compare,
-        tune, calibrate, inspect; mark (images in a prompt), cache (a step cache), step (rules of diffusion steps, guidance branches
-        and the token grid).
+        tune, calibrate, inspect; mark (images in a prompt), cache (a step cache), positions (of frames), step (rules of diffusion
+        steps, guidance branches and the token grid).
     name : of the part: ``transformer``, ``decoder``, ``vision``.
     root : the module that is entered.
     records : what stands at its attention modules: each has a ``module``, and a ``site`` or None where rules cannot name it.

@@ -197,6 +197,7 @@ def _pieces_of(recipe: Recipe) -> list[str]:
             pieces.append(f"dense at {rule.where}")
         else:
             pieces += [rule.name, f"at {rule.where}", *(f"{key} {shown(value)}" for key, value in rule.values.items())]
+    pieces += [] if recipe.positions is None else [f"positions {recipe.positions.kind}"]
     return pieces + ([] if recipe.cache is None else [f"step cache {recipe.cache.kind}"])
 
 

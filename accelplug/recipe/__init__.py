@@ -15,6 +15,7 @@ from accelplug.recipe.finding import (
 )
 from accelplug.recipe.matching import Match, ModelFacts, match_for
 from accelplug.recipe.measured import Measured
+from accelplug.recipe.positions import Positions
 from accelplug.recipe.reading import SCHEMA, SHIPPED, RecipeFile, model_name, read_file, shipped_files
 from accelplug.recipe.recipe import Recipe
 from accelplug.recipe.recording import record_measurement, write_recipe
@@ -31,6 +32,7 @@ __all__ = [
     "Match",
     "Measured",
     "ModelFacts",
+    "Positions",
     "Recipe",
     "RecipeFile",
     "RecipeInfo",

@@ -209,7 +209,7 @@ def _inline(data: Mapping[str, Any]) -> Recipe:
     if "rules" in data:
         entry, loc = validated(Entry, dict(data), source), ()
         about = entry.cite, entry.summary, entry.measured, entry.cache
-        return Recipe("custom", "custom", entry.rules, *about, source=source, loc=loc)
+        return Recipe("custom", "custom", entry.rules, *about, source=source, loc=loc, positions=entry.positions)
     if "patch" in data:
         return Recipe("custom", "custom", (validated(Rule, dict(data), source),), source=source)
     raise RecipeError(

@@ -16,6 +16,7 @@ from accelplug.recipe.conditions import MAX_LIST, Names, Strict, Where, as_list
 from accelplug.recipe.explaining import explain, shortened
 from accelplug.recipe.matching import MODEL_KINDS, Match
 from accelplug.recipe.measured import Measured, Quality, Spread, Task
+from accelplug.recipe.positions import Positions
 from accelplug.recipe.recipe import Recipe
 from accelplug.recipe.rules import Rule, StepCache
 from accelplug.recipe.strict_yaml import Loc, Source
@@ -33,6 +34,7 @@ class Entry(Strict):
     summary: str = ""
     rules: tuple[Rule, ...] = Field(min_length=1, max_length=MAX_RULES)
     cache: StepCache | None = None
+    positions: Positions | None = None
     measured: tuple[Measured, ...] = Field((), max_length=MAX_LIST)
 
 
@@ -129,6 +131,7 @@ def file_from(data: Any, source: Source, path: Path | None = None) -> RecipeFile
             path,
             source,
             ("recipes", name),
+            entry.positions,
         )
         for name, entry in parsed.recipes.items()
     }
@@ -174,7 +177,7 @@ def _match(keys: Mapping[str, Any], source: Source) -> Match:
 
 
 _MODELS = {"rules": Rule, "where": Where, "pipeline": _Pipeline, "measured": Measured, "recipes": Entry}
-_MODELS |= dict.fromkeys(("dense_ms", "ms", "speedup"), Spread) | {"cache": StepCache}
+_MODELS |= dict.fromkeys(("dense_ms", "ms", "speedup"), Spread) | {"cache": StepCache, "positions": Positions}
 
 
 def validated(model: Any, data: Any, source: Source, loc: Loc = ()) -> Any:

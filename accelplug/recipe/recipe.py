@@ -19,6 +19,7 @@ from accelplug.recipe.expecting import LENGTHS, Expected, expected, layers_of, s
 from accelplug.recipe.explaining import explain
 from accelplug.recipe.matching import Match, ModelFacts
 from accelplug.recipe.measured import Measured
+from accelplug.recipe.positions import Positions
 from accelplug.recipe.rules import DENSE, Decision, Rule, StepCache
 from accelplug.recipe.settings import Ramp, at_depth, in_percent, read_varying, table_for
 from accelplug.recipe.strict_yaml import Loc, Source
@@ -51,6 +52,8 @@ class Recipe(Shown):
     source: Source = field(default=Source("<recipe>"), repr=False)
     loc: Loc = field(default=(), repr=False)
     """Where it stands in its source."""
+    positions: Positions | None = None
+    """How frames beyond the trained length are told apart."""
     _by_site: Bounded[tuple[Site, bool], tuple[int, ...]] = field(
         default_factory=lambda: Bounded(4096), init=False, repr=False
     )
@@ -157,15 +160,16 @@ class Recipe(Shown):
         return tuple(dict.fromkeys(rule.entry for rule in self.rules if rule.entry is not None))
 
     def to_mapping(self) -> dict[str, Any]:
-        """Return its rules and its step cache as they stand in a file, tables as they are.
+        """Return its rules, its step cache and its positions as they stand in a file, tables as they are.
 
         Raises
         ------
         RecipeError
             If a rule holds an instance of a patch.
         """
-        cache = {} if self.cache is None else {"cache": self.cache.to_mapping()}
-        return {"rules": [rule.to_mapping() for rule in self.rules], **cache}
+        beside = {"cache": self.cache, "positions": self.positions}
+        more = {name: part.to_mapping() for name, part in beside.items() if part is not None}
+        return {"rules": [rule.to_mapping() for rule in self.rules], **more}
 
     def with_tables(self, facts: ModelFacts | None = None) -> Recipe:
         """Return the recipe with the tables that it names read from their files, and fit for a model, where one is given.
@@ -283,6 +287,8 @@ class Recipe(Shown):
             lines.append("  its error is repaired, and estimated at run time: plug.report()")
         if self.cache is not None:
             lines.append(f"  step cache: {self.cache}" + self._computed())
+        if self.positions is not None:
+            lines.append(f"  positions: {self.positions}")
         for row in self.measured:
             psnr = f", PSNR {row.psnr_db.mean:.1f} dB (worst {row.psnr_db.worst:.1f})" if row.psnr_db else ""
             lines.append(f"  measured {row.date} on {row.device}: {row.gain:.2f}x{psnr}, {len(row.seeds)} seeds")
@@ -297,8 +303,10 @@ class Recipe(Shown):
         """Return what it says as plain data; rules as text for people."""
         own = {name: getattr(self, name) for name in ("name", "model", "cite", "summary")}
         cache = None if self.cache is None else self.cache.model_dump(mode="json")
+        positions = None if self.positions is None else self.positions.to_mapping()
         rows = [row.model_dump(mode="json", exclude_defaults=True) for row in self.measured]
-        return own | {"rules": [f"{rule.where}: {rule}" for rule in self.rules], "cache": cache, "measured": rows}
+        rules = [f"{rule.where}: {rule}" for rule in self.rules]
+        return own | {"rules": rules, "cache": cache, "positions": positions, "measured": rows}
 
 
 def _misplaced(rule: Rule, key: str, value: Any, model: Any) -> str | None:

@@ -59,6 +59,7 @@ class Subject:
     video_only : whether it reads every key of images and of two frames.
     pools : whether key blocks that are not read exactly cost one key each.
     graphs : compiled graphs that layers of one policy take at most: as many as there are ways of lining tokens up by layer.
+    signed : whether outputs are put together with weights of either sign, so that one may fall where what is read grows.
     only : names of the tiny models that it is for; none: all that its host serves.
     faint : settings with which a patch of language models goes its whole way, and the answer is another in the last digits alone;
         none: not tried.
@@ -71,6 +72,7 @@ class Subject:
     video_only: bool = False
     pools: bool = False
     graphs: int = 1
+    signed: bool = False
     only: tuple[str, ...] = ()
     faint: Mapping[str, Any] | None = None
 
@@ -307,6 +309,7 @@ def text_stays_dense(subject: Subject, make: Callable[[], Built]) -> None:
         louder = call.v + 100.0 * text[:, None]  # of whatever reads text, the output grows
 
         grown = patch.attend(replace(call, v=louder, dense=partial(_dense_with, call, louder)), params) - out
+        grown = grown.abs() if subject.signed else grown
         assert (grown[:, :, asks] > 1e-5).all(), "a token does not read the text"
 
 

@@ -1,0 +1,213 @@
+"""Longer and larger than trained: whole runs of the bundled video model at 2 and 4 times its frames and at twice its canvas.
+
+usage: python -m benchmarks.longer run STORE [--size 2x 4x canvas native] [--arms NAME ...] [--captions 8] [--seeds 0]
+       python -m benchmarks.longer show STORE
+       python -m benchmarks.longer time [--size 2x 4x] [--arms NAME ...] [--rounds 3]
+
+`run` makes runs for their quality alone, on any machine: each is one file in STORE as soon as it ends, and is not made again. `show` makes
+the table of them, and writes it into the results. `time` takes an idle machine: the median time of a whole run over that of a plain one,
+made by turns, and the most memory. A new arm is a row of `ARMS`.
+
+Plain extrapolation asks the stock model for more than it was trained on. Held against what the caption says, not against another run:
+
+* agreement: whether the detector finds what the caption says, and nothing besides;
+* motion, flicker: mean size of the first and of the second difference of frames, in 1/255. Of a clip that `accelplug.zoo.shapes` draws both
+  fall with its length, since shapes cross the canvas once;
+* low, middle, high: shares of the power over time, its mean taken off, in [0, pi/8], (pi/8, pi/4] and (pi/4, pi], the bands of `freelong`.
+
+The row "drawn" is of clips that are drawn, of the same captions, as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accelplug import files
+from accelplug.comparison.environment import environment, revision
+from accelplug.comparison.metrics import to_uint8
+from accelplug.show import jsonable
+from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, agreement, render, sample_scene
+from benchmarks.common import write_json
+from benchmarks.whole_runs import Arm, Runner, clip_of
+
+NATIVE = 17
+"""Latent frames that the model was trained on at most: 33 in pixels."""
+CANVAS = {"height": 64, "width": 80, "num_inference_steps": 8, "guidance_scale": 3.0}
+SIZES: dict[str, dict[str, Any]] = {
+    "native": {**CANVAS, "num_frames": 33},
+    "2x": {**CANVAS, "num_frames": 65},
+    "4x": {**CANVAS, "num_frames": 129},
+    "canvas": {**CANVAS, "num_frames": 9, "height": 128, "width": 160},
+}
+PLAIN = "plain"
+BLOCKS = {"block": 32, "backend": "blocked"}
+RIFLEX, INTERPOLATED = ({"kind": kind, "native": NATIVE} for kind in ("riflex", "interpolate"))
+
+
+def patched(patch: str, **settings: Any) -> dict[str, Any]:
+    """A recipe of one patch in all of self-attention."""
+    return {"rules": [{"where": {"kind": "self"}, "patch": patch, "with": {**BLOCKS, **settings}}]}
+
+
+LVSA = patched("lvsa", native=NATIVE, window=3)
+DENSE = {"rules": [{"patch": "dense"}]}
+ARMS: dict[str, dict[str, Any] | None] = {
+    PLAIN: None,
+    "riflex": {**DENSE, "positions": RIFLEX},
+    "interpolate": {**DENSE, "positions": INTERPOLATED},
+    "lvsa": LVSA,
+    "lvsa, still anchors": patched("lvsa", native=NATIVE, window=3, rotate=False),
+    "lvsa, riflex": {**LVSA, "positions": RIFLEX},
+    "lvsa, interpolate": {**LVSA, "positions": INTERPOLATED},
+    "freelong": patched("freelong", native=NATIVE),
+    "freelong, every 2": patched("freelong", native=NATIVE, every=2),
+    "freelong, interpolate": {**patched("freelong", native=NATIVE), "positions": INTERPOLATED},
+    "freeswim": patched("freeswim", native_hw=[8, 10]),
+}
+OF_SIZE: dict[str, tuple[str, ...]] = {
+    "native": (PLAIN,),
+    "canvas": (PLAIN, "freeswim"),
+}
+"""Arms that a size is tried with; the others, with all that go by frames."""
+FIGURES: dict[str, Callable[[np.ndarray, str], float]] = {
+    "agreement": lambda clip, text: float(agreement(clip, text)),
+    "motion": lambda clip, text: change(clip, 1),
+    "flicker": lambda clip, text: change(clip, 2),
+    "low": lambda clip, text: power(clip, 0, 1 / 8),
+    "middle": lambda clip, text: power(clip, 1 / 8, 1 / 4),
+    "high": lambda clip, text: power(clip, 1 / 4, 1),
+}
+"""Figures of a uint8 clip (F, H, W, 3) and its caption."""
+
+
+def change(clip: np.ndarray, order: int) -> float:
+    """Mean size of a difference of frames."""
+    return float(np.abs(np.diff(clip.astype(np.float64), n=order, axis=0)).mean())
+
+
+def power(clip: np.ndarray, low: float, high: float) -> float:
+    """Share of the power over time, its mean taken off, at frequencies above `low` and up to `high`, in units of pi."""
+    spectrum = np.abs(np.fft.rfft(clip.astype(np.float64), axis=0)) ** 2
+    by_frequency = spectrum[1:].sum(axis=(1, 2, 3))
+    at = 2 * np.arange(1, len(spectrum)) / len(clip)
+    whole = float(by_frequency.sum())
+    return float(by_frequency[(at > low) & (at <= high)].sum()) / whole if whole else 0.0
+
+
+def arms_of(size: str, names: Sequence[str] = ()) -> list[Arm]:
+    """The arms of a size, plain first, or those named."""
+    chosen = names or OF_SIZE.get(size, tuple(name for name in ARMS if name != "freeswim"))
+    return [Arm(name, "", 0.0, True, ARMS[name], SIZES[size]) for name in chosen]
+
+
+def run(store: Path, size: str, arms: Sequence[Arm], captions: Sequence[int], seeds: Sequence[int]) -> None:
+    """Make the runs that are not in the store."""
+    runner, git = Runner(1), revision()
+    store.mkdir(parents=True, exist_ok=True)
+    for seed, caption, arm in product(seeds, captions, arms):
+        file = store / f"{arm.key(caption, seed)}.json"
+        if file.exists():
+            continue
+        clip, text = to_uint8(clip_of(runner.call(arm, caption, seed, output_type="np"))), HELD_OUT_CAPTIONS[caption]
+        figures = {name: figure(clip, text) for name, figure in FIGURES.items()}
+        row = {
+            "size": size,
+            "arm": arm.name,
+            "recipe": arm.recipe,
+            "settings": arm.settings,
+            "caption": caption,
+            "seed": seed,
+        }
+        files.write(file, json.dumps(jsonable({**row, **figures, "git": git}), indent=1))
+        print(f"{time.strftime('%T')} {size} {caption} {seed} {arm.name}: {figures['agreement']:.0f}", flush=True)
+
+
+def drawn(size: str, captions: Sequence[int]) -> dict[str, float]:
+    """Mean figures of clips that are drawn, not generated."""
+    settings, found = SIZES[size], []
+    for caption in captions:
+        text = HELD_OUT_CAPTIONS[caption]
+        scene = sample_scene(np.random.default_rng(caption), text)
+        clip = render(scene, settings["num_frames"], settings["height"], settings["width"])
+        found.append({name: figure(clip, text) for name, figure in FIGURES.items()})
+    return {name: statistics.fmean(row[name] for row in found) for name in FIGURES}
+
+
+def show(store: Path) -> None:
+    """Print a table for each size, and write it into the results."""
+    runs = [json.loads(path.read_text()) for path in sorted(store.glob("*.json"))]
+    by_arm: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in runs:
+        by_arm[row["size"], row["arm"]].append(row)
+    table = []
+    for size in SIZES:
+        rows = {name: by_arm[size, name] for name in ARMS if by_arm[size, name]}
+        if not rows:
+            continue
+        captions = sorted({row["caption"] for found in rows.values() for row in found})
+        table.append({"size": size, "arm": "drawn", "runs": len(captions), **drawn(size, captions)})
+        for name, found in rows.items():
+            means = {figure: statistics.fmean(row[figure] for row in found) for figure in FIGURES}
+            table.append({"size": size, "arm": name, "runs": len(found), **means})
+    for row in table:
+        figures = "  ".join(f"{name} {row[name]:6.3f}" for name in FIGURES)
+        print(f"{row['size']:8} {row['arm']:24} {row['runs']:3}  {figures}")
+    write_json("longer", {"environment": environment(), "table": table, "runs": runs})
+
+
+def timed(size: str, arms: Sequence[Arm], rounds: int) -> None:
+    """Time whole runs by turns on two threads, and write medians over plain ones."""
+    runner = Runner(2)
+    seconds: defaultdict[str, list[float]] = defaultdict(list)
+    for number, arm in product(range(rounds + 1), arms):
+        start = time.perf_counter()
+        runner.call(arm, 0, 0, output_type="latent")
+        if number:  # the first of each warms up
+            seconds[arm.name].append(time.perf_counter() - start)
+    plain = statistics.median(seconds[PLAIN])
+    rows = [
+        {"size": size, "arm": name, "seconds": statistics.median(found), "over_plain": statistics.median(found) / plain}
+        for name, found in seconds.items()
+    ]
+    for row in rows:
+        print(f"{size:8} {row['arm']:24} {row['seconds']:7.2f} s  {row['over_plain']:.2f} of plain")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    write_json(f"longer_time_{size}", {"environment": environment(), "rows": rows, "peak_mib": peak})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "show", "time"))
+    parser.add_argument("store", type=Path, nargs="?")
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["2x"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[])
+    parser.add_argument("--captions", type=int, default=8)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    if options.what != "time" and options.store is None:
+        parser.error("run and show need the STORE of the runs")
+    if options.what == "show":
+        show(options.store)
+        return
+    for size in options.size:
+        arms = arms_of(size, options.arms)
+        if options.what == "run":
+            run(options.store, size, arms, range(options.captions), options.seeds)
+        else:
+            timed(size, arms, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
