@@ -228,10 +228,13 @@ class Plug(AbstractContextManager["Plug"]):
 
     def _setup(self) -> Setup:
         recipe = self.recipe
-        for what, key, part in (("step cache", "cache", recipe.cache), ("positions", "positions", recipe.positions)):
-            if part is not None and key not in self._kind.abilities:
+        for what, key, kind in (
+            ("step cache", "cache", recipe.cache and recipe.cache.kind),
+            ("positions", "positions", recipe.positions and recipe.positions.kind),
+        ):
+            if kind is not None and key not in self._kind.abilities:
                 raise UnsupportedError(
-                    f"{recipe.name} asks for the {what} {part.kind}, and {self._kind.called} takes none. Leave {key}: out."
+                    f"{recipe.name} asks for the {what} {kind}, and {self._kind.called} takes none. Leave {key}: out."
                 )
         return Setup(
             recipe.name,

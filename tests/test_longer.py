@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -98,7 +99,8 @@ def test_freelong_takes_each_frequency_from_the_window_that_can_tell_it(
     spectra = [torch.fft.fft(x.double(), dim=2) for x in at_scale]
     angle = 2 * math.pi * torch.fft.fftfreq(frames, dtype=torch.float64).abs()
     edges = [math.inf, *(math.pi / (2 * scale) + 1e-9 for scale in (*scales[1:], frames / native)), -1]
-    fused = sum(x * ((angle > edges[i + 1]) & (angle <= edges[i]))[:, None, None] for i, x in enumerate(spectra))
+    bands = [((angle > low) & (angle <= high))[:, None, None] for high, low in pairwise(edges)]
+    fused = torch.stack([x * band for x, band in zip(spectra, bands, strict=True)]).sum(0)
     torch.testing.assert_close(out[..., ~text, :], torch.fft.ifft(fused, dim=2).real.float().flatten(2, 3))
     torch.testing.assert_close(out[..., text, :], dense()[..., text, :])
 

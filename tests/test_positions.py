@@ -13,6 +13,7 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
 import accelplug
 from accelplug.errors import RecipeError, UnsupportedError
+from accelplug.families import require_family
 from accelplug.recipe import Positions, load
 from accelplug.testing.laws import run_once, snapshot_of
 from accelplug.testing.models import Built
@@ -46,13 +47,14 @@ def test_interpolation_puts_the_last_frame_where_the_last_trained_one_stood() ->
 def test_frames_are_turned_by_other_angles(name: str, kind: str) -> None:
     """Held against diffusers' own angles, of frames made anew, and the stock module's of rows and columns."""
     model, inputs = tiny_models.MODELS[name]()
-    stock = model.rope(inputs["hidden_states"])
+    rope: Any = model.rope
+    stock = rope(inputs["hidden_states"])
     dense, before = run_once(model, inputs), snapshot_of(model)
     plug = accelplug.apply(model, recipe(kind=kind, native=2), gate="off")
-    host = plug.hosts[0]
-    channels, base = host.family.rotary.channels(model.config), host.family.rotary.base(model.config)
+    rotary = require_family(model).rotary
+    channels, base = rotary.channels(model.config), rotary.base(model.config)
     frames = inputs["hidden_states"].shape[2]
-    turned = model.rope(inputs["hidden_states"])
+    turned = rope(inputs["hidden_states"])
     changed = plug.recipe.positions.changed(channels, base, frames)
     assert frames > 2
     for index in (0, 1):

@@ -1,4 +1,4 @@
-"""Who gave how much: a recipe taken apart into its patches, its step cache and compilation; each alone, all but each, and together.
+"""Who gave how much: a recipe taken apart into patches, step cache, positions and compilation; each alone, all but each, and together.
 
 A part that is taken out leaves dense rules in its place, so that no other rule comes to serve its calls. With g_i the gain of part i
 alone, all gains against runs without any part of the same prompt and seed, and G that of all together: parts that do not get into each

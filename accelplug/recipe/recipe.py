@@ -167,9 +167,9 @@ class Recipe(Shown):
         RecipeError
             If a rule holds an instance of a patch.
         """
-        beside = {"cache": self.cache, "positions": self.positions}
-        more = {name: part.to_mapping() for name, part in beside.items() if part is not None}
-        return {"rules": [rule.to_mapping() for rule in self.rules], **more}
+        cache = {} if self.cache is None else {"cache": self.cache.to_mapping()}
+        positions = {} if self.positions is None else {"positions": self.positions.to_mapping()}
+        return {"rules": [rule.to_mapping() for rule in self.rules], **cache, **positions}
 
     def with_tables(self, facts: ModelFacts | None = None) -> Recipe:
         """Return the recipe with the tables that it names read from their files, and fit for a model, where one is given.
