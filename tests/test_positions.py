@@ -14,7 +14,7 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 import accelplug
 from accelplug.errors import RecipeError, UnsupportedError
 from accelplug.families import require_family
-from accelplug.recipe import Positions, load
+from accelplug.recipe import ModelFacts, Positions, load
 from accelplug.testing.laws import run_once, snapshot_of
 from accelplug.testing.models import Built
 from tests import tiny_language_models, tiny_models
@@ -123,7 +123,8 @@ def test_what_cannot_be_is_refused(
 
 
 def test_a_recipe_says_them_as_a_file_does() -> None:
-    found = load(recipe(kind="riflex", native=21, frequency=6))
+    facts = ModelFacts(("WanTransformer3DModel",), {})
+    found = load(recipe(kind="riflex", native=21, frequency=6), facts)
     assert found.to_mapping()["positions"] == {"kind": "riflex", "native": 21, "frequency": 6}
-    assert load(found.to_mapping()).positions == found.positions
+    assert load(found.to_mapping(), facts).positions == found.positions
     assert "positions: riflex beyond 21 latent frames, frequency 6" in found.describe()

@@ -67,7 +67,9 @@ class Lvsa(FrameSparse):
     def period(self, frames: int) -> int:
         """Return P, the distance of anchors among `frames`."""
         config = self.config
-        return _period(frames, max(int(config.budget * config.native), config.first + 1), config.window, config.first)
+        return _distance_of_anchors(
+            frames, max(int(config.budget * config.native), config.first + 1), config.window, config.first
+        )
 
     def reads(self, frames: int, shift: int = 0) -> Tensor:
         anchors = _anchors(frames, self.period(frames), self.config.first, shift)
@@ -101,7 +103,7 @@ def _anchors(frames: int, period: int, first: int, shift: int = 0) -> set[int]:
 
 
 @lru_cache(maxsize=64)
-def _period(frames: int, budget: int, window: int, first: int) -> int:
+def _distance_of_anchors(frames: int, budget: int, window: int, first: int) -> int:
     number = max(budget - (2 * window + 1), first, 1)
     largest = next((p for p in range(frames, 1, -1) if len(_anchors(frames, p, first)) >= number), 1)
     # Just above the trained length no period but 1 gives so many: fewer are read then, as in the release.
