@@ -30,7 +30,7 @@ def recipe(**positions: Any) -> dict[str, Any]:
 # thu-ml/RIFLEx: the length from which frames repeat is 66 of HunyuanVideo's 33 trained ones, 26 of CogVideoX's 13.
 @pytest.mark.parametrize(("channels", "base", "native", "number"), [(16, 256.0, 33, 4), (16, 10_000.0, 13, 2)])
 def test_the_intrinsic_frequency_is_the_one_of_the_release(channels: int, base: float, native: int, number: int) -> None:
-    found = Positions(kind="riflex", native=native).changed(channels, base, 2 * native)
+    found = Positions(kind="riflex", native=native, frequency=None).changed(channels, base, 2 * native)
     assert found == {number - 1: pytest.approx(0.9 * 2 * math.pi / (2 * native))}
     named = Positions(kind="riflex", native=native, frequency=6)
     assert list(named.changed(44, base, native + 1)) == [5]
@@ -38,7 +38,7 @@ def test_the_intrinsic_frequency_is_the_one_of_the_release(channels: int, base: 
 
 
 def test_interpolation_puts_the_last_frame_where_the_last_trained_one_stood() -> None:
-    found = Positions(kind="interpolate", native=5).changed(6, 100.0, 10)
+    found = Positions(kind="interpolate", native=5, frequency=None).changed(6, 100.0, 10)
     assert found == {j: pytest.approx(0.5 * 100.0 ** (-j / 3)) for j in range(3)}
 
 

@@ -36,7 +36,7 @@ from accelplug.call import Clock, Layout, Site
 from accelplug.kernels.attention import Backend
 from accelplug.patches.base import Config, Patch, Positive
 from accelplug.patches.sparse.frames import FrameSparse
-from accelplug.patches.sparse.template import BlockConfig, BlockParams
+from accelplug.patches.sparse.template import BlockParams
 
 if TYPE_CHECKING:
     from accelplug.call import AttentionCall
@@ -90,7 +90,7 @@ class FreeLong(Patch):
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
-        self._windows = _Windows(BlockConfig(block=self.config.block, backend=self.config.backend))
+        self._windows = _Windows({"block": self.config.block, "backend": self.config.backend})
 
     def scales(self, frames: int) -> tuple[int, ...]:
         """Return the scales of windows that are shorter than a video of `frames`, as multiples of the trained length."""
