@@ -36,7 +36,7 @@ class Lmms:
 
 
 class LlavaHf(Lmms):
-    """Loads as the real one does: unknown arguments are refused, the processor is `_image_processor`, the model a property."""
+    """Loads as the real one does: unknown arguments are refused, the processor has a private name, the model is a property."""
 
     def __init__(self, pretrained: str = "", batch_size: int = 1, **kwargs: Any) -> None:
         assert kwargs == {}, f"Unexpected kwargs: {kwargs}"

@@ -11,8 +11,9 @@ is the baseline. Written after lmms-eval at 75571cf.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from typing import Any
+
+from transformers import AutoProcessor
 
 from accelplug.errors import AccelplugError
 from accelplug.plug import apply
@@ -20,8 +21,6 @@ from accelplug.plug import apply
 WRAPPED = ("llava_hf", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl_hf", "gemma3", "huggingface")
 """Models of lmms-eval that hold a model of transformers as ``model``; those that its release lacks are left out."""
 PREFIX = "accelplug_"
-PROCESSORS = ("processor", "_image_processor")
-"""Where its classes keep the processor, which recipes that cut pictures ask for."""
 
 
 def manifests() -> list[Any]:
@@ -61,11 +60,9 @@ def with_recipe(base: type, name: str) -> type:
                 f"{PREFIX}{name.partition('_')[2]} is a model with a recipe: expected recipe=NAME in --model_args."
             )
         base.__init__(self, *args, **more)  # type: ignore[misc]
-        processor = next(_processors(self), None)
+        processor = getattr(self, "processor", None)
+        if processor is None:  # a class that keeps it under a name of its own
+            processor = AutoProcessor.from_pretrained(self.model.name_or_path)
         self.plug = apply(self.model, recipe, gate="off", processor=processor)
 
     return type(name, (base,), {"__init__": __init__, "__module__": __name__, "__doc__": base.__doc__})
-
-
-def _processors(model: Any) -> Iterator[Any]:
-    return (held for name in PROCESSORS if (held := getattr(model, name, None)) is not None)
