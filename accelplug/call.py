@@ -164,6 +164,10 @@ class Layout:
     """Cross-attention: the visual tokens ask alone, and the text alone is read."""
     texts: tuple[int, ...] = ()
     """Tokens of each prompt in the text, one behind the other; empty where that is not known."""
+    special: int = 0
+    """Geometry transformers: how many of the tokens ahead are each frame's own, camera token and registers; frame by frame."""
+    reference: bool = False
+    """Whether poses are told in the coordinates of the first frame: then it is unlike all others."""
 
     @property
     def visual(self) -> int:

@@ -6,6 +6,7 @@ slot each of N tokens goes. Slots keep the order of the tokens that own them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from accelplug.errors import ShapeError
-from accelplug.kernels.chunks import by_heads
+from accelplug.kernels.chunks import by_heads, by_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,8 +152,12 @@ def match(metric: Tensor, partition: Partition, merged: int) -> Tensor:
             f"got {tuple(metric.shape)} and {merged}."
         )
     unit = torch.nn.functional.normalize(metric.float(), dim=-1, eps=1e-6)
-    score = unit[:, partition.source] @ unit[:, partition.destination].transpose(-1, -2)  # [B, G, A, E]
-    best, which = score.masked_fill(~partition.is_destination[:, None], -torch.inf).max(-1)  # [B, G, A]
+    sources, goals = unit[:, partition.source], unit[:, partition.destination].mT  # [B, G, A, C] and [B, G, C, E]
+    few: Iterable[tuple[Tensor, ...]] = [(sources,)]
+    if partition.sources:
+        few = by_rows(len(goals) * goals.shape[1] * goals.shape[-1], sources)
+    found = [(rows @ goals).masked_fill(~partition.is_destination[:, None], -torch.inf).max(-1) for (rows,) in few]
+    best, which = (torch.cat(parts, -1) for parts in zip(*found, strict=True))  # [B, G, A]
     target = partition.destination.expand(len(unit), -1, -1).gather(-1, which).flatten(1)  # [B, G * A], tokens
     picked = best.masked_fill(~partition.is_source, -torch.inf).flatten(1).topk(merged, sorted=False).indices  # [B, merged]
     source, target = partition.source.flatten()[picked], target.gather(1, picked)

@@ -20,6 +20,7 @@ from accelplug.patches.generation import GenerationPatch
 from accelplug.patches.sparse.template import BlockParams
 from accelplug.registry import list_patches, patch_class
 from accelplug.testing.encoders import ENCODERS_TRIED
+from accelplug.testing.geometry import GEOMETRY_TRIED
 from accelplug.testing.language_models import LANGUAGE_MODELS_TRIED
 from accelplug.testing.laws import (
     Law,
@@ -51,6 +52,8 @@ MAKERS = {name: tiny_models.MODELS[name] for name in SORTS if name not in LACKIN
 
 def models_for(row: Subject) -> Mapping[str, Callable[[], Built]]:
     """Of denoisers and vision-language models one of each sort; what stands around ``generate`` takes one picture a row."""
+    if row.of_geometry:
+        return GEOMETRY_TRIED
     if not row.of_language_models:
         return MAKERS
     return LANGUAGE_MODELS_TRIED if issubclass(patch_class(row.patch), GenerationPatch) else tiny_language_models.BUILT

@@ -231,7 +231,11 @@ def test_recipes_are_sparse_where_their_releases_are(name: str) -> None:
 
 def test_the_table_has_every_recipe_of_a_denoiser() -> None:
     """A recipe is in the table of releases, or it is named beside, with why it is not."""
-    language = {path.stem for path in shipped_files().values() if _is_for_language(path)} | {"wan-shapes", "denoiser"}
+    language = {path.stem for path in shipped_files().values() if _is_for_language(path)} | {
+        "wan-shapes",
+        "denoiser",
+        "vggt",
+    }
     shipped = {f"{path.stem}/{name}" for path in shipped_files().values() for name in read_file(path).recipes}
     shipped = {name for name in shipped if name.partition("/")[0] not in language}
     named_beside = [f"{m}/{r}" for models in NOT_RELEASED.values() for m, recipes in models.items() for r in recipes]

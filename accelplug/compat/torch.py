@@ -212,3 +212,60 @@ def _hooks_and_writes() -> None:
     before = times_written(x)
     x += 1
     expect(times_written(x) > before, "Tensor._version does not count writes")
+
+
+KERNELS_WITH_LSE = {
+    "cpu": "_scaled_dot_product_flash_attention_for_cpu",
+    "half": "_scaled_dot_product_flash_attention",
+    "single": "_scaled_dot_product_efficient_attention",
+}
+"""Torch's own kernels of attention that give log-sum-exps: on CPUs, and on GPUs in half and in single precision."""
+
+
+def attention_with_lse(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any] | None:
+    """Attend by the kernel that torch would take, (B, H, S, D) each, and keep the logarithm of each row's sum of exponentials.
+
+    Returns
+    -------
+    out : (B, H, S_q, D), and lse : float32 (B, H, S_q); None on devices whose kernels do not give it.
+    """
+    import torch
+
+    if q.device.type not in ("cpu", "cuda"):
+        return None
+    single = q.dtype == torch.float32
+    kernel = "cpu" if q.device.type == "cpu" else "single" if single else "half"
+    more = (None, True) if kernel == "single" else ()  # no bias, and the log-sum-exp
+    out, lse = getattr(torch.ops.aten, KERNELS_WITH_LSE[kernel])(q, k, v, *more, scale=scale)[:2]
+    return out, lse[..., : q.shape[-2]]
+
+
+@contract("torch: kernels of attention that give log-sum-exps")
+def _log_sum_exps() -> None:
+    import torch
+
+    for name in KERNELS_WITH_LSE.values():
+        expect(hasattr(torch.ops.aten, name), f"torch.ops.aten has no {name}")
+    q, k = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8)
+    found = attention_with_lse(q, k, k, 0.5)
+    logits = 0.5 * q @ k.mT
+    expect(found is not None and torch.allclose(found[1], logits.logsumexp(-1), atol=1e-5), "another log-sum-exp")
+    expect(found is not None and torch.allclose(found[0], logits.softmax(-1) @ k, atol=1e-5), "another output")
+
+
+@contract("torch: a mode of functions is asked for attention")
+def _attention_goes_through_modes() -> None:
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    asked = []
+
+    class Asked(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(1, 1, 2, 8)
+    with Asked():
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    expect(asked == [torch.nn.functional.scaled_dot_product_attention], f"a mode was asked for {asked}")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 HOSTS = (
     "accelplug.hosts.encoders:EncoderHost",  # first: models of transformers that are given pictures have a decoder too, by their word
     "accelplug.hosts.transformers:LanguageHost",
+    "accelplug.hosts.geometry:GeometryHost",
     "accelplug.hosts.diffusers:DenoiserHost",  # last: it takes any other module for a denoiser, and says which ones it knows
 )
 """Where hosts are, in the order in which they are asked for a model. A new host is a line here."""
@@ -82,7 +83,7 @@ class Host(Protocol):
     library : that the models are of, for the versions that were tested.
     called : what such a model is, in words: a denoiser, a language model.
     expects : models that are taken, in words for messages.
-    gives : what a run of such a model gives, by which it is compared, tuned and inspected: pictures, answers, features.
+    gives : what a run of such a model gives, by which it is compared, tuned and inspected: pictures, answers, features, geometry.
     serves : families of patches that can answer.
     abilities : what can be done with the models beside `apply` and `remove` -> with which of them, in words for messages: compare,
         tune, calibrate, inspect; mark (images in a prompt), cache (a step cache), positions (of frames), step (rules of diffusion

@@ -25,6 +25,7 @@ from accelplug.patches.base import Patch
 from accelplug.patches.sparse.template import BlockSparse
 from accelplug.registry import entry_of, patch_class
 from accelplug.testing.encoders import ENCODERS_TRIED
+from accelplug.testing.geometry import GEOMETRY_TRIED
 from accelplug.testing.language_models import (
     LANGUAGE_MODELS_TRIED,
     answer_of,
@@ -80,6 +81,11 @@ class Subject:
     def of_language_models(self) -> bool:
         """Whether it is a patch of language models; else of denoisers."""
         return entry_of(self.patch).family in LanguageHost.serves
+
+    @property
+    def of_geometry(self) -> bool:
+        """Whether it is a patch of geometry transformers alone."""
+        return entry_of(self.patch).family == "geometry"
 
     @property
     def blocks(self) -> bool:
@@ -151,7 +157,8 @@ def laws(
     patch : the class, which need not be registered; the name of a patch; or a `Subject`, which says all that follows.
     working, neutral, everything, video_only, pools, faint, only : see `Subject`. Blocks of 8 on grids of 48 to 105 tokens.
     models : tiny models by name, each a function that returns a model and what its forward is given; None: `DENOISERS_TRIED`
-        and `ENCODERS_TRIED` for a patch of denoisers, which image encoders take too, `LANGUAGE_MODELS_TRIED` for one of language models.
+        and `ENCODERS_TRIED` for a patch of denoisers, which image encoders take too, `LANGUAGE_MODELS_TRIED` for one of language models,
+        `GEOMETRY_TRIED` for one of geometry transformers.
 
     Raises
     ------
@@ -165,7 +172,7 @@ def laws(
         name = entry_of(patch).name
         subject = Subject(name, neutral, working or {}, everything, video_only, pools, only=only, faint=faint)
     with registered(cls) if cls is not None else nullcontext():
-        blocks, host = subject.blocks, ON_LANGUAGE_MODELS if subject.of_language_models else ON_DENOISERS
+        blocks, host = subject.blocks, _host_of(subject)
         lets_go, about_text = (entry_of(subject.patch).family == family for family in ("memory", "texts"))
     found: list[Law] = []
     for check, names in host.laws:
@@ -364,6 +371,16 @@ def nothing_is_left_of_a_run(subject: Subject, make: Callable[[], Built]) -> Non
     nothing_of_a_run_is_left(lambda: build_pipeline(make), subject.recipe(), cancel_in_the_model, 2)
 
 
+def frames_behind_the_first_are_a_set(subject: Subject, make: Callable[[], Built]) -> None:
+    """A geometry transformer says the same of frames behind the first in whatever order they come."""
+    model, inputs = _built(subject, make)
+    ((name, images),) = inputs.items()
+    order = [0, *range(images.shape[1] - 1, 0, -1)]
+    with _on(model, subject):
+        there, back = run_once(model, inputs), run_once(model, {name: images[:, order]})
+    torch.testing.assert_close(back, there[:, order], rtol=1e-4, atol=1e-5)
+
+
 def nothing_is_left_of_an_answer(subject: Subject, make: Callable[[], Built]) -> None:
     """An answer behind others, of which one was cancelled, is what it is alone."""
     model, inputs = _built(subject, make)
@@ -435,7 +452,19 @@ ON_LANGUAGE_MODELS = LawsOfHost(
     ),
     LANGUAGE_MODELS_TRIED,
 )
+ON_GEOMETRY = LawsOfHost(
+    (
+        (neutral_is_exact, None),
+        (it_does_something_and_undoes_it, None),
+        (batch_two_is_two_batches_of_one, ("vggt",)),
+        (frames_behind_the_first_are_a_set, ("vggt", "pi3")),
+        (other_instances_and_threads_notice_nothing, ("vggt",)),
+        (low_precision_stays_finite, ("vggt",)),
+    ),
+    GEOMETRY_TRIED,
+)
 TRIED: dict[str, Callable[[], Built]] = {
+    **GEOMETRY_TRIED,
     **DENOISERS_TRIED,
     **ENCODERS_TRIED,
     **LANGUAGE_MODELS_TRIED,
@@ -445,6 +474,12 @@ OF_BLOCKS = (the_kernel_at_density_one_is_dense,)
 """Laws about block-sparse patches alone."""
 
 # ------------------------------------------------------------------------------------------------------ what they are made of
+
+
+def _host_of(subject: Subject) -> LawsOfHost:
+    if subject.of_geometry:
+        return ON_GEOMETRY
+    return ON_LANGUAGE_MODELS if subject.of_language_models else ON_DENOISERS
 
 
 def _built(subject: Subject, make: Callable[[], Built]) -> Built:

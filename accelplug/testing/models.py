@@ -178,7 +178,11 @@ def settle(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def sample_of(result: Any) -> Tensor:
-    """Return the main tensor of what a denoiser or an image encoder returned."""
+    """Return the main tensor of what a denoiser, an image encoder or a geometry transformer returned."""
+    if isinstance(result, Tensor):
+        return result
+    if isinstance(result, dict) and "pose_enc" in result:  # a geometry transformer's: (B, S, ...)
+        return torch.cat([result["pose_enc"], result["depth"].flatten(2)], -1)
     if hasattr(result, "last_hidden_state"):
         return result.last_hidden_state
     sample = result[0] if isinstance(result, tuple) else result.sample

@@ -16,20 +16,33 @@ NEVER = -6e4
 
 
 def attend_counted(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, number: Tensor | None) -> Tensor:
-    """Attend with the user's backend, log(number) added to the scores of each key; number float32 (B, S_k), or None for all 1.
+    """Attend with the user's backend, log(number) added to the scores of each key; number float32 (B|1, S_k), or None for all 1.
 
-    The bias rides in extra head channels, which every backend can take: ones in q, bias / scale in k, in two parts so that half
-    precision does not round it.
+    The bias rides in extra head channels, which every backend can take: ones in q, bias / scale in k.
     """
     if number is None:
         return call.dense(q=q, k=k, v=v, attn_mask=None)
-    bias = (number.log() / call.scale).masked_fill(number == 0, NEVER)[:, None, :, None].expand(-1, k.shape[1], -1, -1)
+    k = keys_that_count(k, number, call.scale)
+    v_padded = pad(v, (0, EXTRA)) if v.shape[-1] == q.shape[-1] else v  # flash kernels want one width
+    return call.dense(q=queries_that_count(q), k=k, v=v_padded, attn_mask=None)[..., : v.shape[-1]]
+
+
+def queries_that_count(q: Tensor) -> Tensor:
+    """Give queries ones where `keys_that_count` have their bias: (B, H, S_q, D) -> (B, H, S_q, D + 8)."""
+    return pad(pad(q, (0, 2), value=1.0), (0, EXTRA - 2))
+
+
+def keys_that_count(k: Tensor, number: Tensor, scale: float) -> Tensor:
+    """Give keys log(number) / scale, in two parts so that half precision does not round it: (B, H, S_k, D) -> (B, H, S_k, D + 8).
+
+    Parameters
+    ----------
+    number : float32 (B|1, S_k), tokens that each key stands for; 0 for a key that is not to be read.
+    scale : factor on q.k, which stays that of D channels.
+    """
+    bias = (number.log() / scale).masked_fill(number == 0, NEVER)[:, None, :, None].expand(len(k), k.shape[1], -1, -1)
     high = bias.to(k.dtype)
-    low = (bias - high.float()).to(k.dtype)
-    k = pad(torch.cat([k, high, low], -1), (0, EXTRA - 2))
-    q = pad(pad(q, (0, 2), value=1.0), (0, EXTRA - 2))
-    v_padded = pad(v, (0, EXTRA)) if v.shape[-1] == call.q.shape[-1] else v  # flash kernels want one width
-    return call.dense(q=q, k=k, v=v_padded, attn_mask=None)[..., : v.shape[-1]]
+    return pad(torch.cat([k, high, (bias - high.float()).to(k.dtype)], -1), (0, EXTRA - 2))
 
 
 def between_text(call: AttentionCall, visual: Tensor, before: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Which tokens of other frames the queries of a geometry transformer read."""
