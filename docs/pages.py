@@ -86,6 +86,7 @@ LANGUAGE = {
     "prefill": "For language models",
     "decode": "For language models",
     "memory": "For language models",
+    "geometry": "For geometry transformers",
     "heads": "For vision-language models",
     "generation": "For vision-language models",
 }
@@ -558,6 +559,7 @@ def command_line() -> str:
 MADE: Mapping[str, Callable[[], str]] = {
     "pipeline patches": pipeline_patches,
     "vision-language patches": partial(patches_of, "For vision-language models"),
+    "geometry patches": partial(patches_of, "For geometry transformers"),
     "language patches": partial(patches_of, "For language models"),
     "rest matrix": rest_matrix,
     "order matrix": order_matrix,

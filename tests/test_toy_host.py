@@ -213,7 +213,8 @@ def test_what_a_host_cannot_have_is_refused_at_apply(toy: tuple[ToyModel, Tensor
     with pytest.raises(NoMatchError, match="3 of kind self in 3 layers"):
         accelplug.apply(model, {"rules": [{**RULE, "where": {"layers": "7:"}}]})
     with pytest.raises(
-        NoMatchError, match=r"neither a denoiser nor a language model nor an image encoder nor a toy: expected .*; or a toy"
+        NoMatchError,
+        match=r"neither a denoiser nor a geometry transformer nor a language model nor an image encoder nor a toy: expected .*; or a toy",
     ):
         accelplug.apply(object(), {"rules": [RULE]})
 
@@ -241,6 +242,6 @@ def test_a_host_is_found_by_its_models(toy: tuple[ToyModel, Tensor]) -> None:
     assert host_of(nn.Linear(1, 1)).called == "a denoiser"
     with pytest.raises(
         AccelplugError,
-        match="compare: expected an image encoder or a language model or a whole diffusers pipeline, got Linear",
+        match=r"compare: expected an image encoder or .* or a geometry transformer or a whole diffusers pipeline, got Linear",
     ):
         require_ability(nn.Linear(1, 1), "compare")

@@ -9,6 +9,7 @@ from accelplug.comparison.rows import Row, Sample, Variant
 from accelplug.comparison.texts import TextExam
 from accelplug.comparison.texts.compared import TextComparison
 from accelplug.comparison.vlm import VlmComparison, compare_vlm
+from accelplug.comparison.walks import WalkComparison, Walks, compare_walks
 
 __all__ = [
     "Comparison",
@@ -21,7 +22,10 @@ __all__ = [
     "TextExam",
     "Variant",
     "VlmComparison",
+    "WalkComparison",
+    "Walks",
     "compare",
     "compare_features",
     "compare_vlm",
+    "compare_walks",
 ]

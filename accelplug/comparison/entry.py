@@ -25,6 +25,7 @@ from accelplug.comparison.study import OBSERVED, Study
 from accelplug.comparison.texts import TextExam
 from accelplug.comparison.texts.compared import compare_texts
 from accelplug.comparison.vlm import compare_vlm
+from accelplug.comparison.walks import Walks, compare_walks
 from accelplug.errors import AccelplugError, worded
 from accelplug.hosts.host import model_facts, require_ability
 from accelplug.hosts.models import denoisers, runs_compiled, unwrapped
@@ -55,7 +56,8 @@ def compare(
 
     A vision-language model is examined on an `Exam` and gives a `VlmComparison` (see `accelplug.comparison.vlm`), a language model on
     a `TextExam` and gives a `TextComparison` (see `accelplug.comparison.texts.compared`), an image encoder is run on `Pictures` and gives
-    a `FeatureComparison` (see `accelplug.comparison.features`); the rest of this is about pipelines, which give a `Comparison`.
+    a `FeatureComparison` (see `accelplug.comparison.features`), a geometry transformer on `Walks` and gives a `WalkComparison` (see
+    `accelplug.comparison.walks`); the rest of this is about pipelines, which give a `Comparison`.
 
     Several processes (`accelerate launch`, torchrun) share the prompts and seeds, each with a pipeline of its own: dense and recipes
     of one prompt and seed are timed in one process. All get all figures, the first one the clips too; it alone writes files.
@@ -65,13 +67,13 @@ def compare(
 
     Parameters
     ----------
-    pipe : a diffusers pipeline, or a transformers language or vision-language model, or image encoder.
+    pipe : a diffusers pipeline, or a transformers language or vision-language model, or image encoder, or a geometry transformer.
     recipe : one arm or several: anything that `accelplug.apply` takes, a list of such, or a mapping name -> arm. Of a pipeline an arm may
         also be a function, ``change(pipe) -> undo``, that makes it faster by whatever means and returns what undoes that.
     inputs : arguments of the pipeline's call; one mapping, or one per prompt. `output_type` is set here, to arrays. For a
         vision-language model an `Exam`; generated scenes if left out. For an image encoder `Pictures`, or what it takes; drawn scenes if
-        left out. For a language model a `TextExam`; one prompt length at which
-        all recipes are at work if left out.
+        left out. For a geometry transformer `Walks`, or pictures (S, 3, H, W) by name; drawn rooms if left out. For a language model a
+        `TextExam`; one prompt length at which all recipes are at work if left out.
     seeds : one run of everything per seed and prompt.
     prompts : a pipeline's: a list of prompts, `inputs` being what all have; or how many of the given ones, or else of those that come with
         the package. From three on it is said who beats whom, see `accelplug.comparison.paired`; six show the smallest certain difference.
@@ -100,8 +102,8 @@ def compare(
             raise AccelplugError(
                 f"caches, parts, prompts, foreground, detect and resume are about pipelines; leave them out for {host.called}."
             )
-        examined = _examine if host.gives == "answers" else _looked_at
-        return examined(pipe, recipe, inputs, processor, progress)
+        examined = {"answers": _examine, "features": _looked_at, "geometry": _walked}
+        return examined[host.gives](pipe, recipe, inputs, processor, progress)
     calls = arguments.calls(pipe, with_prompts(pipe, inputs, prompts), "compare")
     seeds = arguments.seeds_of(seeds, "compare")
     arguments.require_functions(foreground=foreground, detect=detect)
@@ -159,6 +161,12 @@ def _looked_at(model: Any, recipe: Any, pictures: Any, processor: Any, progress:
     """Run an image encoder on pictures."""
     held = pictures if isinstance(pictures, Pictures) else Pictures(pictures)
     return compare_features(model, _recipes_of(model, recipe), held, processor, progress=progress)
+
+
+def _walked(model: Any, recipe: Any, walks: Any, processor: Any, progress: bool) -> Any:
+    """Run a geometry transformer on scenes."""
+    held = walks if isinstance(walks, Walks) else Walks(walks)
+    return compare_walks(model, _recipes_of(model, recipe), held, progress=progress)
 
 
 def _recipes_of(model: Any, recipe: Any) -> dict[str, Recipe]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from accelplug import compat
+from accelplug.kernels.timing import timed_ms
 from accelplug.version import __version__
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -101,3 +103,10 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def timed_runs(run: Callable[[], Any], device: torch.device, repeats: int) -> tuple[list[float], float | None]:
+    """Return milliseconds of each of so many runs, and the most memory meanwhile, MiB; None where the system does not tell."""
+    known = forget_peak(device)
+    ms = [timed_ms(run, device)[1] for _ in range(repeats)]
+    return ms, peak_mib(device) if known else None

@@ -17,14 +17,13 @@ from torch.nn.functional import normalize
 
 from accelplug import show
 from accelplug.comparison import arguments
-from accelplug.comparison.environment import environment, forget_peak, peak_mib
+from accelplug.comparison.environment import environment, timed_runs
 from accelplug.comparison.pictures import Laid, Pictures, laid_out
 from accelplug.comparison.rows import DENSE_ROW, Quantiles
 from accelplug.errors import AccelplugError
 from accelplug.hosts.gate import Verdict
 from accelplug.hosts.models import towers_of
 from accelplug.inspection import drawing
-from accelplug.kernels.timing import timed_ms
 from accelplug.plug import apply
 from accelplug.recipe import Recipe
 from accelplug.show import Shown, Tell, jsonable, table
@@ -167,7 +166,7 @@ class FeatureComparison(Shown):
     def verdict(self) -> str:
         """Every recipe in a few words."""
         recipes = [row for row in self.rows if row.kind == "recipe"]
-        said = [f"{row.name}: {_pace(row.gain.p50)}, cosine {row.cosine:.4f}" for row in recipes]
+        said = [f"{row.name}: {pace(row.gain.p50)}, cosine {row.cosine:.4f}" for row in recipes]
         return "; ".join(said) or "Dense only: nothing to compare."
 
     @property
@@ -264,7 +263,8 @@ MAPS_STYLE = """
 """
 
 
-def _pace(gain: float) -> str:
+def pace(gain: float) -> str:
+    """Return how much faster, or slower, in words."""
     return f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x slower"
 
 
@@ -322,7 +322,7 @@ def compare_features(
     study = _Study(model, tower, repeats, matching)
     rows = [
         FeatureRow(DENSE_ROW, DENSE_ROW),
-        *(FeatureRow(row, "recipe", _rules(recipe)) for row, recipe in recipes.items()),
+        *(FeatureRow(row, "recipe", rules_of(recipe)) for row, recipe in recipes.items()),
     ]
     shown = {}
     with show.progress("comparing", len(pictures.opened) * len(rows), progress) as study.tell:
@@ -333,7 +333,8 @@ def compare_features(
     return FeatureComparison(type(model).__name__, pictures.generated, environment(model), rows, shown)
 
 
-def _rules(recipe: Recipe) -> str:
+def rules_of(recipe: Recipe) -> str:
+    """Return a recipe's rules as text for people."""
     return "\n".join(recipe.describe().split("\n")[1:])
 
 
@@ -361,7 +362,7 @@ class _Study:
                 ms = self._timed(row, laid)
                 matched = _matched(found, features(self.tower, altered), laid.grid) if self.matching else math.nan
                 if plug is not None:
-                    row.notes = [*plug.report().left_dense, *_forced(plug.choices["verdicts"])]
+                    row.notes = [*plug.report().left_dense, *forced_notes(plug.choices["verdicts"])]
                     layers = max((event.site.layers for event in events), default=0)
                     read = [1.0 if event.density is None else event.density for event in events]
                     row.density = (sum(read) + layers - len(read)) / layers if layers else None
@@ -377,15 +378,14 @@ class _Study:
     def _timed(self, row: FeatureRow | None, laid: Laid) -> list[float]:
         """Milliseconds of forwards; their peak goes into the row."""
         device = next(self.tower.parameters()).device
-        known = forget_peak(device)
-        ms = [timed_ms(lambda: output_of(self.tower, laid), device)[1] for _ in range(self.repeats)]
-        if known and row is not None:
-            row.peak_mib = max(row.peak_mib or 0.0, peak_mib(device))
+        ms, peak = timed_runs(lambda: output_of(self.tower, laid), device, self.repeats)
+        if peak is not None and row is not None:
+            row.peak_mib = max(row.peak_mib or 0.0, peak)
         return ms
 
 
-def _forced(verdicts: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What `apply` would leave dense, and was forced here."""
+def forced_notes(verdicts: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return what `apply` would leave dense, and was forced here."""
     told = [Verdict.from_dict(one) for one in verdicts]
     return [f"forced here, where apply() would leave it dense: {one.reason}" for one in told if not one.pays]
 
