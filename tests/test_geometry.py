@@ -257,7 +257,9 @@ def test_key_frames_are_read_whole_and_once() -> None:
     params = patch.prepare(Site("blocks", "geometry", "self", 0, 3), LAYOUT, Clock(), {})
     assert params.key_frames == 2
     seen: list[Tensor] = []
-    spied = AttentionCall(call.q, call.k, call.v, None, SCALE, lambda q, k, v: seen.append(k) or call.dense(q=q, k=k, v=v))
+    spied = AttentionCall(
+        call.q, call.k, call.v, None, SCALE, lambda q, k, v, attn_mask: seen.append(k) or call.dense(q=q, k=k, v=v)
+    )
     patch.attend(spied, params)
     assert seen[0].shape[2] == LAYOUT.text_before + 2 * PATCHES + 1
     density, _ = patch.inspect(call, params)
