@@ -105,7 +105,8 @@ class FastVggt(Patch):
         slots = params.partition.tokens - params.merged
         slot = match(call.k.mean(1, dtype=torch.float32), params.partition, params.merged)
         number = slot_sizes(slot, slots) if self.config.count else None
-        return unmerge(attend_counted(call, *(merge(x, slot, slots) for x in (call.q, call.k, call.v)), number), slot)
+        q, k, v = (merge(x, slot, slots) for x in (call.q, call.k, call.v))
+        return unmerge(attend_counted(call, q, k, v, number), slot)
 
     def inspect(self, call: AttentionCall, params: Params) -> tuple[float, BlockPlan | None]:
         return (1 - params.merged / params.partition.tokens) ** 2, None

@@ -76,11 +76,11 @@ class FlashVggt(Patch):
         for x, grid in zip((call.k, call.v), grids, strict=True):
             few = smaller_grid(_frames(grid, others).unflatten(3, (rows, columns)), self.config.factor)
             parts.append(torch.cat([x[:, :, :before], _frames(grid, whole).flatten(2, 3), few.flatten(2, 4)], 2))
-        number = None
+        (k, v), number = parts, None
         if self.config.count == "log":
-            number = torch.ones(1, parts[0].shape[2], device=order.device)
+            number = torch.ones(1, k.shape[2], device=k.device)
             number[:, before + params.key_frames * rows * columns :] = self._patches_each(params)
-        return attend_counted(call, call.q, *parts, number)
+        return attend_counted(call, call.q, k, v, number)
 
     def _descriptors(self, params: Params) -> int:
         return math.prod(max(length // self.config.factor, 1) for length in params.layout.grid_thw[1:])
