@@ -271,6 +271,35 @@ def test_key_frames_are_read_whole_and_once() -> None:
     assert any(torch.allclose(seen[0][0, :, -1], middle[0, :, frame]) for frame in (1, 2))
 
 
+ARRIVING = {"factor": 3, "every": 9, "chunk": 2, "keep": 2}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_chunk_is_told_what_it_was_told_before_later_frames_came(own: bool) -> None:
+    layout = Layout((5, 3, 5), 5 * 2, special=2, reference=True)
+    call, patch, site = call_on(layout), FlashVggt({**ARRIVING, "own": own}), Site("blocks", "geometry", "self", 0, 3)
+    out = frame_by_frame(patch.attend(call, patch.prepare(site, layout, Clock(), {})), 5, 2)
+    early = Layout((4, 3, 5), 4 * 2, special=2, reference=True)
+    some = [specials_first(frame_by_frame(x, 5, 2)[:, :, : early.length], 4, 2) for x in (call.q, call.k, call.v)]
+    alone = AttentionCall(*some, None, SCALE, dense_sdpa(*some, scale=SCALE))
+    first = frame_by_frame(patch.attend(alone, patch.prepare(site, early, Clock(), {})), 4, 2)
+    torch.testing.assert_close(out[:, :, : early.length], first)
+    read = [list(one) for one in patch._chunks(5)]
+    if own:
+        assert read == [[[0, 1], []], [[0, 2, 3], []], [[0, 4], [2]]]
+    else:
+        assert read == [[[0], [1]], [[0], [2, 3]], [[0], [2, 4]]]
+    density, _ = patch.inspect(call, patch.prepare(site, layout, Clock(), {}))
+    keys = [len(whole) * 17 + len(others) * 3 for whole, others in read]
+    assert density == pytest.approx((2 * keys[0] + 2 * keys[1] + keys[2]) / 5 / layout.length)
+
+
+def test_one_chunk_is_all_frames_at_once() -> None:
+    call = call_on()
+    at_once = attend(FlashVggt({"factor": 3}), call)
+    torch.testing.assert_close(attend(FlashVggt({"factor": 3, "chunk": FRAMES}), call), at_once)
+
+
 # ------------------------------------------------------------------------------------------------------------- kernels
 
 

@@ -8,7 +8,12 @@ Approximate: the paper makes hidden states smaller ahead of the projections, and
 published. Here k and v themselves are made smaller, after norm and RoPE. In the paper key frames come by k-means over mean tokens, here the
 one whose mean key is farthest from those that were chosen is next, which depends on no order of frames. In the release a key frame's
 patches and descriptors are both read, so that it counts twice; here its patches alone. `count: log` (ours) has a descriptor count as often
-as it has patches. The memory of frames that arrive in chunks is not here.
+as it has patches.
+
+With `chunk` frames arrive so many at a time: a chunk reads its own frames and what is kept of earlier ones, the special tokens and
+descriptors of a `keep`-th of them. Key frames are then the first of each `every`. Nothing else goes from frame to frame, so a chunk is told
+what it would be told if later ones had not been taken yet. All frames still come in one call, since a model takes the first picture of each
+call for the one that poses are told from. `own` (ours) has a chunk read its own frames whole.
 
 Official code: wzpscott/FlashVGGT; written from the paper and a description of it.
 """
@@ -16,6 +21,7 @@ Official code: wzpscott/FlashVGGT; written from the paper and a description of i
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +30,7 @@ from pydantic import Field
 from torch import Tensor
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
+from accelplug.kernels.frames import frame_by_frame, specials_first
 from accelplug.kernels.plan import BlockPlan
 from accelplug.kernels.thinned import farthest_first, smaller_grid
 from accelplug.patches.base import Config, Patch, Positive
@@ -37,7 +44,7 @@ class Params:
     Attributes
     ----------
     layout : of the call.
-    key_frames : how many frames are read whole.
+    key_frames : how many frames are read whole, where all come at once.
     """
 
     layout: Layout
@@ -60,39 +67,74 @@ class FlashVggt(Patch):
             "log", description="log: a descriptor counts as often as it has patches (ours); none: once, as in the paper."
         )
 
+        chunk: int = Field(0, ge=0, description="Frames that arrive at a time, 10 in the paper; 0: all come at once.")
+        keep: Positive = Field(5, description="Frames of an earlier chunk of which one is kept. The paper's.")
+        own: bool = Field(False, description="Whether a chunk reads its own frames whole (ours).")
+
     config: Config
 
     def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Params | None:
-        frames = layout.grid_thw[0]
+        frames, late = layout.grid_thw[0], 0 < self.config.chunk < layout.grid_thw[0]
         key_frames = math.ceil(frames / self.config.every)
-        return None if self.config.factor == 1 or key_frames == frames else Params(layout, key_frames)
+        return None if not late and (self.config.factor == 1 or key_frames == frames) else Params(layout, key_frames)
 
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
-        before, (frames, rows, columns) = params.layout.text_before, params.layout.grid_thw
-        grids = [x[:, :, before:].unflatten(2, (frames, rows * columns)) for x in (call.k, call.v)]  # (B, H, T, N, D)
-        order = farthest_first(grids[0].mean((1, 3), dtype=torch.float32), params.key_frames)  # (B, T)
-        whole, others = order.split([params.key_frames, frames - params.key_frames], 1)
-        parts = []
-        for x, grid in zip((call.k, call.v), grids, strict=True):
-            few = smaller_grid(_frames(grid, others).unflatten(3, (rows, columns)), self.config.factor)
-            parts.append(torch.cat([x[:, :, :before], _frames(grid, whole).flatten(2, 3), few.flatten(2, 4)], 2))
-        (k, v), number = parts, None
+        parts = frames, special = params.layout.grid_thw[0], params.layout.special
+        k, v = (frame_by_frame(x, *parts).unflatten(2, (frames, -1)) for x in (call.k, call.v))  # (B, H, T, P, D)
+        if not 0 < self.config.chunk < frames:
+            order = farthest_first(k[:, :, :, special:].mean((1, 3), dtype=torch.float32), params.key_frames)  # (B, T)
+            whole, others = order.split([params.key_frames, frames - params.key_frames], 1)
+            return self._read(call, call.q, k, v, whole, others, params.layout)
+        out = []
+        for chunk, (whole, others) in zip(
+            frame_by_frame(call.q, *parts).split(self.config.chunk * k.shape[3], 2), self._chunks(frames), strict=True
+        ):
+            chosen = (torch.tensor(each, device=k.device, dtype=torch.int64).expand(len(k), -1) for each in (whole, others))
+            out.append(self._read(call, chunk, k, v, *chosen, params.layout))
+        return specials_first(torch.cat(out, 2), *parts)
+
+    def _read(
+        self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, whole: Tensor, others: Tensor, layout: Layout
+    ) -> Tensor:
+        """Have queries (B, H, S_q, D) read frames (B, n) whole, and others through their special tokens and descriptors."""
+        few = [self._seen(x, whole, others, layout) for x in (k, v)]
+        number = None
         if self.config.count == "log":
-            number = torch.ones(1, k.shape[2], device=k.device)
-            number[:, before + params.key_frames * rows * columns :] = self._patches_each(params)
-        return attend_counted(call, call.q, k, v, number)
+            number = torch.ones(1, few[0].shape[2], device=k.device)
+            described = self._descriptors(layout)
+            number[:, few[0].shape[2] - others.shape[1] * described :] = math.prod(layout.grid_thw[1:]) / described
+        return attend_counted(call, q, few[0], few[1], number)
 
-    def _descriptors(self, params: Params) -> int:
-        return math.prod(max(length // self.config.factor, 1) for length in params.layout.grid_thw[1:])
+    def _seen(self, x: Tensor, whole: Tensor, others: Tensor, layout: Layout) -> Tensor:
+        """Keys or values of frames (B, H, T, P, D) -> those that are read, (B, H, n, D); descriptors last."""
+        apart = _frames(x, others)
+        grid = smaller_grid(apart[:, :, :, layout.special :].unflatten(3, layout.grid_thw[1:]), self.config.factor)
+        return torch.cat(
+            [_frames(x, whole).flatten(2, 3), apart[:, :, :, : layout.special].flatten(2, 3), grid.flatten(2, 4)], 2
+        )
 
-    def _patches_each(self, params: Params) -> float:
-        return math.prod(params.layout.grid_thw[1:]) / self._descriptors(params)
+    def _chunks(self, frames: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield which frames are read whole, and which through descriptors, by each chunk."""
+        memory: list[int] = []
+        for first in range(0, frames, self.config.chunk):
+            own = range(first, min(first + self.config.chunk, frames))
+            keys = set(range(0, own.stop, self.config.every)) | (set(own) if self.config.own else set())
+            yield sorted(keys), [frame for frame in (*memory, *own) if frame not in keys]
+            memory += own[:: self.config.keep]
+
+    def _descriptors(self, layout: Layout) -> int:
+        return math.prod(max(length // self.config.factor, 1) for length in layout.grid_thw[1:])
 
     def inspect(self, call: AttentionCall, params: Params) -> tuple[float, BlockPlan | None]:
-        frames, rows, columns = params.layout.grid_thw
-        few = self._descriptors(params)
-        read = params.layout.text_before + params.key_frames * rows * columns + (frames - params.key_frames) * few
-        return read / params.layout.length, None
+        layout = params.layout
+        frames, patches, few = layout.grid_thw[0], math.prod(layout.grid_thw[1:]), self._descriptors(layout)
+        if not 0 < self.config.chunk < frames:
+            read = [(frames, params.key_frames, frames - params.key_frames)]
+        else:
+            asking = [min(self.config.chunk, frames - first) for first in range(0, frames, self.config.chunk)]
+            read = [(n, len(whole), len(others)) for n, (whole, others) in zip(asking, self._chunks(frames), strict=True)]
+        pairs = sum(n * (whole * (layout.special + patches) + others * (layout.special + few)) for n, whole, others in read)
+        return pairs / frames / layout.length, None
 
 
 def _frames(grid: Tensor, chosen: Tensor) -> Tensor:
