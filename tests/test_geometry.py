@@ -284,7 +284,7 @@ def test_a_chunk_is_told_what_it_was_told_before_later_frames_came(own: bool) ->
     alone = AttentionCall(*some, None, SCALE, dense_sdpa(*some, scale=SCALE))
     first = frame_by_frame(patch.attend(alone, patch.prepare(site, early, Clock(), {})), 4, 2)
     torch.testing.assert_close(out[:, :, : early.length], first)
-    read = [list(one) for one in patch._chunks(5)]
+    read = [list(one) for one in patch.chunks(5)]
     if own:
         assert read == [[[0, 1], []], [[0, 2, 3], []], [[0, 4], [2]]]
     else:

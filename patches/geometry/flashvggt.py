@@ -87,7 +87,7 @@ class FlashVggt(Patch):
             return self._read(call, call.q, k, v, whole, others, params.layout)
         out = []
         for chunk, (whole, others) in zip(
-            frame_by_frame(call.q, *parts).split(self.config.chunk * k.shape[3], 2), self._chunks(frames), strict=True
+            frame_by_frame(call.q, *parts).split(self.config.chunk * k.shape[3], 2), self.chunks(frames), strict=True
         ):
             chosen = (torch.tensor(each, device=k.device, dtype=torch.int64).expand(len(k), -1) for each in (whole, others))
             out.append(self._read(call, chunk, k, v, *chosen, params.layout))
@@ -113,7 +113,7 @@ class FlashVggt(Patch):
             [_frames(x, whole).flatten(2, 3), apart[:, :, :, : layout.special].flatten(2, 3), grid.flatten(2, 4)], 2
         )
 
-    def _chunks(self, frames: int) -> Iterator[tuple[list[int], list[int]]]:
+    def chunks(self, frames: int) -> Iterator[tuple[list[int], list[int]]]:
         """Yield which frames are read whole, and which through descriptors, by each chunk."""
         memory: list[int] = []
         for first in range(0, frames, self.config.chunk):
@@ -132,7 +132,7 @@ class FlashVggt(Patch):
             read = [(frames, params.key_frames, frames - params.key_frames)]
         else:
             asking = [min(self.config.chunk, frames - first) for first in range(0, frames, self.config.chunk)]
-            read = [(n, len(whole), len(others)) for n, (whole, others) in zip(asking, self._chunks(frames), strict=True)]
+            read = [(n, len(whole), len(others)) for n, (whole, others) in zip(asking, self.chunks(frames), strict=True)]
         pairs = sum(n * (whole * (layout.special + patches) + others * (layout.special + few)) for n, whole, others in read)
         return pairs / frames / layout.length, None
 
