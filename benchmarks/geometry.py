@@ -23,7 +23,6 @@ from math import log
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
@@ -99,7 +98,7 @@ def time(frames: list[int], only: list[str] | None, random: bool) -> None:
         found = compare_walks(model, arms, walks, repeats=repeats)
         print(found)
         shared = {"repeats": repeats, "random": random, "environment": found.environment}
-        rows = {
+        rows: dict[str, dict[str, Any]] = {
             row.name: {"ms": row.on[0].ms, "dense_ms": row.on[0].dense_ms, "gain": row.gain, "density": row.density}
             | {"peak_mib": row.peak_mib, "notes": row.notes}
             for row in found.rows
@@ -129,7 +128,7 @@ def _values_handed_on(model: VGGT) -> Iterator[None]:
         def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
             return args[2] if func is scaled_dot_product_attention else func(*args, **(kwargs or {}))
 
-    def skipping(attn: nn.Module) -> Any:
+    def skipping(attn: Any) -> Any:
         stock = attn.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -138,7 +137,7 @@ def _values_handed_on(model: VGGT) -> Iterator[None]:
 
         return forward
 
-    modules = [block.attn for block in model.aggregator.global_blocks]
+    modules: list[Any] = [block.attn for block in model.aggregator.global_blocks]
     for attn in modules:
         attn.forward = skipping(attn)
     try:

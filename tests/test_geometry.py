@@ -280,8 +280,8 @@ def test_a_chunk_is_told_what_it_was_told_before_later_frames_came(own: bool) ->
     call, patch, site = call_on(layout), FlashVggt({**ARRIVING, "own": own}), Site("blocks", "geometry", "self", 0, 3)
     out = frame_by_frame(patch.attend(call, patch.prepare(site, layout, Clock(), {})), 5, 2)
     early = Layout((4, 3, 5), 4 * 2, special=2, reference=True)
-    some = [specials_first(frame_by_frame(x, 5, 2)[:, :, : early.length], 4, 2) for x in (call.q, call.k, call.v)]
-    alone = AttentionCall(*some, None, SCALE, dense_sdpa(*some, scale=SCALE))
+    q, k, v = (specials_first(frame_by_frame(x, 5, 2)[:, :, : early.length], 4, 2) for x in (call.q, call.k, call.v))
+    alone = AttentionCall(q, k, v, None, SCALE, dense_sdpa(q, k, v, scale=SCALE))
     first = frame_by_frame(patch.attend(alone, patch.prepare(site, early, Clock(), {})), 4, 2)
     torch.testing.assert_close(out[:, :, : early.length], first)
     read = [list(one) for one in patch.chunks(5)]

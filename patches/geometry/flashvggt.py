@@ -89,8 +89,7 @@ class FlashVggt(Patch):
         for chunk, (whole, others) in zip(
             frame_by_frame(call.q, *parts).split(self.config.chunk * k.shape[3], 2), self.chunks(frames), strict=True
         ):
-            chosen = (torch.tensor(each, device=k.device, dtype=torch.int64).expand(len(k), -1) for each in (whole, others))
-            out.append(self._read(call, chunk, k, v, *chosen, params.layout))
+            out.append(self._read(call, chunk, k, v, _as_index(whole, k), _as_index(others, k), params.layout))
         return specials_first(torch.cat(out, 2), *parts)
 
     def _read(
@@ -135,6 +134,11 @@ class FlashVggt(Patch):
             read = [(n, len(whole), len(others)) for n, (whole, others) in zip(asking, self.chunks(frames), strict=True)]
         pairs = sum(n * (whole * (layout.special + patches) + others * (layout.special + few)) for n, whole, others in read)
         return pairs / frames / layout.length, None
+
+
+def _as_index(chosen: list[int], x: Tensor) -> Tensor:
+    """Frames of all of a batch (B, ...), (B, n)."""
+    return torch.tensor(chosen, device=x.device, dtype=torch.int64).expand(len(x), -1)
 
 
 def _frames(grid: Tensor, chosen: Tensor) -> Tensor:
