@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +25,7 @@ from accelplug.zoo.rooms import FIELD_OF_VIEW, UNIT, quaternion_of, rays, render
 from benchmarks.zoo.common import load, save
 
 CHECKPOINT, TARGET = "geometry.pt", Path(__file__).parents[2] / "accelplug" / "zoo" / "vggt-boxes"
+CARD = Path(__file__).parent / "MODEL_CARD_GEOMETRY.md"
 SIZE, PATCH = (84, 112), 14
 SETS = ((2, 12), (4, 6), (8, 3), (12, 2), (24, 1))  # frames, scenes
 WIDEST = 150.0  # degrees
@@ -188,6 +190,7 @@ def main() -> None:
             optimizer.load_state_dict(kept)
     if options.export:
         average.module.save_pretrained(TARGET)
+        shutil.copy(CARD, TARGET / "README.md")
         trained = VGGT.from_pretrained(TARGET)
         for frames, arc in ((2, 20.0), (8, 60.0), (24, 120.0), (100, 120.0)):
             for name, one in (("whole", trained), ("no global attention", without_global(trained))):
