@@ -27,6 +27,13 @@ def recipe(**positions: Any) -> dict[str, Any]:
     return {"rules": DENSE, "positions": positions or RIFLEX}
 
 
+def _of_other_positions() -> Built:
+    """CogVideoX as its small model is: positions are added to the tokens."""
+    model, inputs = tiny_models.MODELS["cogvideox"]()
+    model.register_to_config(use_rotary_positional_embeddings=False)
+    return model, inputs
+
+
 # thu-ml/RIFLEx: the length from which frames repeat is 66 of HunyuanVideo's 33 trained ones, 26 of CogVideoX's 13.
 @pytest.mark.parametrize(("channels", "base", "native", "number"), [(16, 256.0, 33, 4), (16, 10_000.0, 13, 2)])
 def test_the_intrinsic_frequency_is_the_one_of_the_release(channels: int, base: float, native: int, number: int) -> None:
@@ -71,6 +78,27 @@ def test_frames_are_turned_by_other_angles(name: str, kind: str) -> None:
     assert torch.equal(run_once(model, inputs), dense)
 
 
+@pytest.mark.parametrize("kind", ["riflex", "interpolate"])
+def test_angles_that_a_denoiser_is_given_change_on_their_way(kind: str) -> None:
+    """As if the pipeline had made them of other frame numbers, in the pairs of channels that change."""
+    model, inputs = tiny_models.MODELS["cogvideox"]()
+    dense, before = run_once(model, inputs), snapshot_of(model)
+    plug = accelplug.apply(model, recipe(kind=kind, native=2), gate="off")
+    changed = plug.recipe.positions.changed(4, 10_000.0, 3)
+    found = run_once(model, inputs)
+    plug.remove()
+    assert snapshot_of(model) == before
+    cosines, sines = (x.clone() for x in inputs["image_rotary_emb"])
+    for j, frequency in changed.items():
+        angle = (torch.arange(3.0) * frequency).repeat_interleave(24)[:, None]
+        cosines[:, 2 * j : 2 * j + 2], sines[:, 2 * j : 2 * j + 2] = angle.cos(), angle.sin()
+    torch.testing.assert_close(
+        found, run_once(model, {**inputs, "image_rotary_emb": (cosines, sines)}), rtol=1e-5, atol=1e-6
+    )
+    assert not torch.equal(found, dense)
+    assert torch.equal(run_once(model, inputs), dense)
+
+
 def test_up_to_the_trained_length_nothing_changes() -> None:
     model, inputs = tiny_models.MODELS["wan"]()
     dense = run_once(model, inputs)
@@ -106,6 +134,7 @@ def test_a_stock_model_and_a_changed_one_are_compiled_in_one_process() -> None:
     [
         (tiny_models.MODELS["flux"], RIFLEX, UnsupportedError, "takes no positions"),
         (tiny_language_models.BUILT["llava"], RIFLEX, UnsupportedError, "positions riflex, and .* takes none"),
+        (_of_other_positions, RIFLEX, UnsupportedError, "takes no positions"),
         (tiny_models.MODELS["wan"], {**RIFLEX, "frequency": 3}, RecipeError, "no frequency 3: this model has 2"),
         (tiny_models.MODELS["wan"], {"kind": "yarn", "native": 2}, RecipeError, "riflex"),
         (tiny_models.MODELS["wan"], {"kind": "interpolate", "native": 2, "frequency": 1}, RecipeError, "remove frequency"),

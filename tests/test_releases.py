@@ -157,7 +157,7 @@ NOT_RELEASED: dict[str, dict[str, tuple[str, ...]]] = {
         "cogvideox1.5-5b": ("sol",),
     },
     "of code that was not released": {"wan2.1-t2v-1.3b": ("freelong",)},
-    "positions alone": {"wan2.1-t2v-1.3b": ("riflex",), "wan2.1-t2v-14b": ("riflex",)},
+    "positions alone": dict.fromkeys(("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "hunyuanvideo", "cogvideox-5b"), ("riflex",)),
     "changed on purpose": {"stable-diffusion-1.5": ("tome", "agent"), "sdxl": ("tome",)},
 }
 

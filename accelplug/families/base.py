@@ -98,7 +98,7 @@ class AnyOrder:
 
 @dataclass(frozen=True)
 class Rotary:
-    """A module that is given the latents (B, C, T, H, W), and gives the cosines and sines that turn queries and keys.
+    """Where a denoiser has the cosines and sines from that turn queries and keys.
 
     Each is (S, D) or (1, S, 1, D). A frame's angles stand in the first channels, each of them twice.
 
@@ -106,12 +106,16 @@ class Rotary:
     ----------
     channels : config -> channels of a head that tell frames apart.
     base : config -> of the frequencies.
-    module : its path.
+    module : path of the module that makes them of the latents (B, C, T, H, W).
+    argument : name of the argument by which the denoiser is given them, if it is; then there is not such a module.
+    turns : config -> whether the denoiser does this at all.
     """
 
     channels: Callable[[Any], int]
     base: Callable[[Any], float]
     module: str = "rope"
+    argument: str = ""
+    turns: Callable[[Any], bool] = lambda config: True
 
 
 def patch_thw(config: Any) -> Grid:
