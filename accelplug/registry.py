@@ -193,7 +193,7 @@ _OWN = (
         module="accelplug.patches.sparse.freelong",
         cls="FreeLong",
         family="sparse",
-        summary="Videos longer than trained: windows and the whole, each for its band of frequencies over time.",
+        summary="Videos longer than trained: windows and the whole, each for its band of frequencies over time. Experimental.",
         cite="arXiv 2507.00162, 2407.19918",
     ),
     PatchEntry(

@@ -16,8 +16,11 @@ bands are said of time alone, where the transforms of rows and columns cancel. S
 together are the identity: ``M_a = IFFT diag(P_a) FFT``. Where all frames are read, one in `every` may stand for them (the paper's sparse
 variant: 2). Its noise, SpecMix, is not here: a pipeline takes latents.
 
-It costs more than dense attention: at twice the length 1.4 times, at 4 times 1.6. `lvsa` costs less than dense, and is the one to try
-first. No official code was released.
+It costs more than dense attention: at twice the length 1.4 times, at 4 times 1.6. No official code was released.
+
+Experimental: slow change is that of dense attention, and where this fails so does the whole. On the bundled model at twice the length
+plain extrapolation shows what its caption says in 0 of 3 runs, and so does this; `lvsa`, which costs less than dense, in 3, and this beside
+`positions: interpolate` in 3, as those do alone (benchmarks/longer.py).
 """
 
 from __future__ import annotations
