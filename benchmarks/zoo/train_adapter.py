@@ -328,7 +328,7 @@ def judge(pictures: int) -> None:
         or any(found["sinks_by_cosine_with_the_first_token"]),
         "attention to the image fades": decay[-1] < 0.8 * decay[0],
     }
-    print(json.dumps(wanted, indent=1))
+    print(json.dumps({what: bool(there) for what, there in wanted.items()}, indent=1))
 
 
 def export() -> None:
