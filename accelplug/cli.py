@@ -669,6 +669,7 @@ def _doctor(options: argparse.Namespace) -> int:
     import torch
 
     from accelplug import compat, families
+    from accelplug.families import vlm
     from accelplug.kernels.attention import UNTRIED, available_backends
     from accelplug.show import table
 
@@ -685,7 +686,8 @@ def _doctor(options: argparse.Namespace) -> int:
         said = f"untried on GPUs; {why_not or 'it is there'}" if backend in UNTRIED else why_not or "works"
         checked.add_row(f"kernel {backend}", said)
     broken = 0
-    for promise, check in (*compat.versions.contracts(), *compat.contracts.contracts_of(families)):
+    placed = (check for module in (families, vlm) for check in compat.contracts.contracts_of(module))
+    for promise, check in (*compat.versions.contracts(), *placed):
         why = compat.contracts.why_broken(check)
         broken += why is not None
         checked.add_row(promise, "holds" if why is None else f"[red]broken: {why}")

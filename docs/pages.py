@@ -27,7 +27,7 @@ from accelplug import families
 from accelplug.cli import main
 from accelplug.compat import versions
 from accelplug.families.unsupported import UNSUPPORTED
-from accelplug.families.vlm import KNOWN_VLMS
+from accelplug.families.vlms import KNOWN_VLMS
 from accelplug.kernels.attention import FLEX_MIN_SLOTS
 from accelplug.patches.sparse import template
 from accelplug.patches.sparse.template import BlockConfig, BlockSparse
@@ -350,13 +350,15 @@ def vlms() -> str:
         "thw": "by frames, rows and columns",
         "tiles": "square tiles",
         "anyres": "a square and rows of tiles",
+        "own": "rows and columns of its own",
+        "none": "no grid",
     }
     rows = [
         (
             family.name,
             ", ".join(f"`{name}`" for name in family.classes),
             lie[family.grid],
-            "refused" if family.pixels == "tiles" else "with one tile" if family.grid == "tiles" else "yes",
+            "refused" if family.pixels in ("tiles", "other") else "with one tile" if family.grid == "tiles" else "yes",
         )
         for family in KNOWN_VLMS
     ]

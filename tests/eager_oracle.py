@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from accelplug.hosts.models import decoder_of
 from accelplug.testing.language_models import forward
 
 NAME = "plain_probabilities"
@@ -129,10 +130,11 @@ class Oracle:
 
     def __init__(self, model: Any) -> None:
         self.model = copy.deepcopy(model).double()
-        self.model.config.get_text_config()._attn_implementation = NAME
-        self.layers = self.model.get_decoder().layers
+        self.model.config.get_text_config()._attn_implementation = {"": NAME}
+        self.layers = decoder_of(self.model).layers
         names = ("image_token_id", "video_token_id")
-        self.visual = tuple(x for name in names if (x := getattr(self.model.config, name, None)) is not None)
+        places = (self.model.config, getattr(self.model.config, "vision_config", None))
+        self.visual = tuple(x for place in places for name in names if (x := getattr(place, name, None)) is not None)
         self.told: dict[str, Tensor] = {}
         """Spans of `Tokens` that somebody knows better, bool (B, prompt): what of a prompt is whose."""
         self._hidden: Tensor = torch.empty(0)
@@ -142,7 +144,8 @@ class Oracle:
             layer.register_forward_pre_hook(self._enter, with_kwargs=True)
 
     def _enter(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self._hidden = hidden if hidden.ndim == 3 else hidden[0]  # Gemma 3n's other streams are no layer's own
 
     def _attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, **kwargs: Any) -> Any:
         assert kwargs.get("softcap") is kwargs.get("s_aux") is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -12,8 +11,10 @@ import torch
 import transformers as hf
 
 import accelplug
-from accelplug.errors import FallbackError, UnsupportedError
+from accelplug.errors import UnsupportedError
+from accelplug.families.vlm import Vlm
 from accelplug.testing.language_models import CLOSE, IMAGE, OPEN, TEXT_CONFIG, forward, generate
+from accelplug.testing.registered import registered
 from tests.test_language_host import LOUD, WORKING, recipe
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -63,13 +64,6 @@ def instruct_blip() -> tuple[Any, dict[str, torch.Tensor]]:
     return model, given([IMAGE] * 4 + [5, 6, 7, 9, 10], **more)
 
 
-def llama4() -> Any:
-    vision = {**VISION, "intermediate_size": 128, "image_size": 32, "patch_size": 8, "vision_output_dim": 32}
-    sizes = {"projector_input_dim": 32, "projector_output_dim": 32, "pixel_shuffle_ratio": 0.5}
-    text = {**TEXT_CONFIG, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64, "num_experts_per_tok": 1}
-    return hf.Llama4ForConditionalGeneration(hf.Llama4Config(vision_config={**vision, **sizes}, text_config=text)).eval()
-
-
 def gemma4() -> tuple[Any, dict[str, torch.Tensor]]:
     """The last two layers read the keys of the first two, one of them in a window, and the last tokens alone where no more is asked."""
     torch.manual_seed(0)
@@ -96,35 +90,35 @@ def gemma4() -> tuple[Any, dict[str, torch.Tensor]]:
 
 @pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated:FutureWarning")  # transformers 5.17 warns about itself
 def test_cross_attention_is_left_as_it_is() -> None:
-    """Its keys are image patches, at none of the prompt's positions."""
+    """Its keys are image patches, at none of the prompt's positions: patches that look at images are refused, others read the text."""
     model, inputs = mllama()
-    plain, tokens = forward(model, inputs), generate(model, inputs)
-    with accelplug.apply(model, {**LOUD, "where": {"layers": [1, 3]}}, strict=True) as plug:
-        assert torch.equal(forward(model, inputs), plain)
-        assert not plug.report().served
+    plain = forward(model, inputs)
+    for looking in (LOUD, recipe("vhr"), {"patch": "carve"}):
+        with pytest.raises(UnsupportedError, match="looks at images, and on MllamaForConditionalGeneration it cannot: its images are"):
+            accelplug.apply(model, looking)
+    with accelplug.apply(model, {"patch": "stream", "with": {"block": 4, "sink": 0, "local": 0, "min_tokens": 0}}) as plug:
+        assert not torch.equal(forward(model, inputs), plain)
+        assert plug.report().served == {"stream": 2}
         assert any("cross_attn" in module for module in plug.report().skipped)
-    with accelplug.apply(model, LOUD) as plug:
-        assert torch.equal(forward(model, inputs), plain)
-        assert torch.equal(generate(model, inputs), tokens)
-        assert not plug.report().served
-        assert all("cross-attention" in reason for reason in plug.report().fallbacks)
-        assert "touches 2 of 2" in plug.summary()
-    with accelplug.apply(model, LOUD, strict=True), pytest.raises(FallbackError, match="cross-attention"):
-        forward(model, inputs)
+    assert torch.equal(forward(model, inputs), plain)
 
 
-@pytest.mark.parametrize("build", [mllama, instruct_blip, llama4])
-def test_models_that_cannot_be_read_without_their_images_are_refused_at_apply(build: Callable[[], Any]) -> None:
-    made = build()
-    model = made[0] if isinstance(made, tuple) else made
-    with pytest.raises(UnsupportedError, match="a second time without its images"):
+TAKEN_ON_TRUST = Vlm("instructblip", ("InstructBlipForConditionalGeneration",))
+
+
+def test_what_is_refused_can_be_taken_on_trust() -> None:
+    """A family that is registered is the word of who registers it; what it cannot be is refused all the same."""
+    model, _ = instruct_blip()
+    with pytest.raises(UnsupportedError, match="pai looks at images, and on InstructBlip.* past it"):
+        accelplug.apply(model, recipe("pai"))
+    with registered(TAKEN_ON_TRUST), pytest.raises(UnsupportedError, match="a second time without its images"):
         accelplug.apply(model, recipe("vhr"))
 
 
 def test_a_decoder_that_is_called_past_its_model_is_counted() -> None:
     model, inputs = instruct_blip()
     plain = forward(model, inputs)
-    with accelplug.apply(model, recipe("pai")) as plug:
+    with registered(TAKEN_ON_TRUST), accelplug.apply(model, recipe("pai")) as plug:
         assert not torch.equal(forward(model, inputs), plain)
         assert plug.report().served == {"pai": 4}
         generate(model, inputs)
@@ -182,7 +176,7 @@ def test_layers_that_are_given_the_last_tokens_alone_are_counted(patch: str) -> 
 def test_a_forward_that_an_interrupt_left_behind_is_nothing_to_the_next(same: bool) -> None:
     """torch runs no hooks behind a forward that Ctrl-C ends. (The decoder of InstructBLIP is called past its model.)"""
     model, inputs = instruct_blip() if same else gemma4()
-    with accelplug.apply(model, recipe("pai")) as plug:
+    with registered(TAKEN_ON_TRUST), accelplug.apply(model, recipe("pai")) as plug:
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(type(plug.hosts[0]), "prepare", interrupted)
             with pytest.raises(KeyboardInterrupt):

@@ -176,6 +176,31 @@ def crosses(cls: type) -> bool:
     return not {"cross_attention_states", "encoder_hidden_states"}.isdisjoint(forward)
 
 
+def image_text_classes() -> tuple[str, ...]:
+    """Return the names of all classes that AutoModelForImageTextToText makes."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return tuple(dict.fromkeys(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()))
+
+
+@contract("transformers: the classes for images and text are listed by name")
+def _image_text_classes() -> None:
+    missing = {"LlavaForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"} - set(image_text_classes())
+    expect(not missing, f"among the classes for images and text there is no {', '.join(sorted(missing))}")
+
+
+def entering(layer: Any, hidden: Any) -> Any:
+    """Return what enters a layer, (B, S, C): of several streams, (N, B, S, C), the one that its attention reads (Gemma 3n)."""
+    return hidden if hidden.ndim == 3 else hidden[layer.config.altup_active_idx]
+
+
+@contract("transformers: layers with several streams say which one their attention reads")
+def _streams() -> None:
+    from transformers import Gemma3nTextConfig
+
+    expect(hasattr(Gemma3nTextConfig(), "altup_active_idx"), "a Gemma3nTextConfig has no altup_active_idx")
+
+
 def must_be_given(base: Any) -> set[str]:
     """Return what a base model's forward cannot do without, but for tokens."""
     parameters = inspect.signature(type(base).forward).parameters

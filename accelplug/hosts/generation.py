@@ -163,19 +163,25 @@ class _Prompts:
 
     def _sizes(self, inputs: Mapping[str, Any], tokens: int) -> list[int]:
         """How many tokens each picture takes."""
-        if (grids := inputs.get("image_grid_thw")) is not None:
-            return (grids.prod(-1) // self.vision.spatial_merge_size**2).tolist()
-        pixels = inputs.get("pixel_values")
-        return [] if pixels is None else [tokens // len(pixels)] * len(pixels)
+        given = inputs.get("pixel_values")
+        if given is None or not tokens:
+            return []
+        if (grids := self._patches(inputs)) is not None:
+            patches = [frames * rows * columns for frames, rows, columns in grids]
+            return [number * tokens // sum(patches) for number in patches]
+        return [tokens // len(given)] * len(given)
+
+    def _patches(self, inputs: Mapping[str, Any]) -> list[tuple[int, int, int]] | None:
+        """Frames, rows and columns of patches of each picture, where its tokens lie by them."""
+        told = "image_grid_thw" in inputs or (self.host.family is not None and self.host.family.grid == "own")
+        return pixels.patch_grids(inputs, self.vision) if told else None
 
     def grids(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
         assert self.host.family is not None
         sizes = self._sizes(inputs, int((self.images(inputs) > 0).sum()))
-        patches = inputs.get("image_grid_thw")
-        merge = getattr(self.vision, "spatial_merge_size", 1)
-        found = []
+        patches, found = self._patches(inputs), []
         for i, size in enumerate(sizes):
-            grid = token_grid(self.host.family, size, None if patches is None else patches[i].tolist(), merge)
+            grid = token_grid(self.host.family, size, None if patches is None else patches[i])
             if grid is None:
                 raise UnsupportedError(
                     f"{size} tokens of {self.host.family.name}'s picture {i + 1} lie on no single grid, so what they show has "

@@ -48,6 +48,13 @@ def _is_of_transformers(model: Any) -> bool:
     return isinstance(model, nn.Module) and hasattr(model, "get_decoder") and hasattr(model, "base_model")
 
 
+def decoder_of(model: Any) -> Any:
+    """Return the part of a language model that has its layers: what it calls its decoder may have a head of its own (Llama 4)."""
+    decoder = model.get_decoder()
+    inner = getattr(decoder, "model", None)
+    return inner if not hasattr(decoder, "layers") and hasattr(inner, "layers") else decoder
+
+
 def is_image_encoder(model: Any) -> bool:
     """Whether `model` is given pictures and has no decoder: a model of timm, or of transformers, of whatever family."""
     if not _is_of_transformers(model):

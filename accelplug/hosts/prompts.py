@@ -20,13 +20,18 @@ NO_IMAGE = "no image was found in the prompt; where it is, plug.mark(image=...) 
 
 
 def visual_tokens(config: Any) -> dict[str, int]:
-    """Return the token that stands for each part of an image and of a video, as a base model's config has them."""
-    names = {kind: (f"{kind}_token_id", f"{kind}_token_index") for kind in VISUAL_KINDS}
-    found = {
-        kind: next((x for name in each if (x := getattr(config, name, None)) is not None), None)
-        for kind, each in names.items()
-    }
-    return {kind: token for kind, token in found.items() if token is not None}
+    """Return the token that stands for each part of an image and of a video, as a base model's config has them, or its vision tower's.
+
+    Where both are the same token (Molmo 2), it is an image's.
+    """
+    found: dict[str, int] = {}
+    for kind in VISUAL_KINDS:
+        names = (f"{kind}_token_id", f"{kind}_token_index")
+        places = (config, getattr(config, "vision_config", None))
+        told = (x for place in places for name in names if (x := getattr(place, name, None)) is not None)
+        if (token := next(told, None)) is not None and token not in found.values():
+            found[kind] = token
+    return found
 
 
 def asked_of(inputs: Mapping[str, Any]) -> Rows:

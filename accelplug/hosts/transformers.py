@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from accelplug import compat
 from accelplug.call import ALL_HEADS, FULL_ATTENTION, Clock, Kind, Prompt, Share, Site
 from accelplug.errors import NoMatchError, UnsupportedError
-from accelplug.families.vlm import Vlm, vlm_of
+from accelplug.families.vlm import Vlm, vlm_of, why_unsupported
 from accelplug.hosts import interface
 from accelplug.hosts.attention import AttentionRecord, patches_of
 from accelplug.hosts.blind import Blind
@@ -35,7 +35,7 @@ from accelplug.hosts.encoders import EncoderHost, facts_of_tower
 from accelplug.hosts.generation import Generation
 from accelplug.hosts.host import Host, Setup
 from accelplug.hosts.images import VisionTower
-from accelplug.hosts.models import DENOISERS, attention_modules, flat_config, is_language_model, towers_of
+from accelplug.hosts.models import DENOISERS, attention_modules, decoder_of, flat_config, is_language_model, towers_of
 from accelplug.hosts.placement import Placed
 from accelplug.hosts.prompts import NO_IMAGE, asked_of, visual_tokens
 from accelplug.hosts.reach import reach
@@ -124,7 +124,7 @@ class LanguageHost(Host):
         self.watched = watched or bool(setup.around)
         self.model, self.ledger = model, setup.ledger
         self.root = self.base = model.base_model
-        self.decoder = model.get_decoder()
+        self.decoder = decoder_of(model)
         self.family: Vlm | None = vlm_of(model)
         self.signature, self.outer = (inspect.signature(type(m).forward) for m in (self.base, model))
         self.skipped: dict[str, str] = {}
@@ -132,6 +132,7 @@ class LanguageHost(Host):
         """Whether the model looks at images."""
         self.tensor_parallel = TensorParallel.of(model)
         self.records = self._records(setup.decide)
+        self._require_sight()
         crosses = any(record.site.kind == "cross" for record in self.records)
         self.visual_tokens = {} if crosses else visual_tokens(self.base.config)
         self.no_image = "its images are read by cross-attention, and are not tokens of the prompt" if crosses else NO_IMAGE
@@ -163,6 +164,8 @@ class LanguageHost(Host):
             site = Site(path, self.name, kind, module.layer_idx, layers, heads, layer_type, tuple(sorted(self.serves)))
             choice = LEFT_DENSE if cross else decide(site, None, PREFILL)
             records.append(AttentionRecord(self, len(records), module, site, module.config, choice))
+        if not records and (reason := why_unsupported(self.model)) is not None:
+            raise UnsupportedError(f"{type(self.model).__name__} has no attention that can be entered: {reason}")
         if not records:
             raise NoMatchError(
                 f"{type(self.model).__name__} has no attention that can be entered: expected modules with layer_idx, config and "
@@ -181,6 +184,13 @@ class LanguageHost(Host):
             around.check(everywhere, heads, width)
         for patch in patches_of(records):
             patch.check([record.site for record in records if patch in record.patches], heads, width)
+
+    def _require_sight(self) -> None:
+        """Refuse patches that look at images on a class of which it is known that they cannot."""
+        around = [choice.patch for choice in self.generation.around if choice.patch is not None]
+        looking = [patch.name for patch in (*patches_of(self.records), *around) if patch.family in ("heads", "generation")]
+        if looking and (reason := why_unsupported(self.model)) is not None:
+            raise UnsupportedError(f"{looking[0]} looks at images, and on {type(self.model).__name__} it cannot: {reason}")
 
     def _require_readings(self, crosses: bool) -> None:
         """Refuse patches that have a prompt read without its images where a model's layers cannot be run alone."""
@@ -550,7 +560,7 @@ def _before_layer(host: LanguageHost, layer: nn.Module, module: nn.Module, args:
     if module is not layer or forward is None or forward.clock is not PREFILL:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
-    return args, {**kwargs, FORWARD: replace(forward, hidden=hidden)}
+    return args, {**kwargs, FORWARD: replace(forward, hidden=compat.transformers.entering(layer, hidden))}
 
 
 def _tokens(stream: Stream, cache: Any, past: int, new: int, inputs: dict[str, Any]) -> int:

@@ -17,7 +17,8 @@ from accelplug import compat
 from accelplug.call import AttentionCall, Clock, Prompt
 from accelplug.chat import Chat, speakers, tokenizer_of
 from accelplug.errors import AccelplugError, AlreadyAppliedError, NoMatchError, ShapeError, UnsupportedError, worded
-from accelplug.families.pixels import frames
+from accelplug.families.pixels import frames, patch_grids
+from accelplug.families.pixels import pictures as whole
 from accelplug.families.vlm import Vlm, token_grid
 from accelplug.hosts.attention import AttentionRecord
 from accelplug.hosts.blind import Blind
@@ -319,7 +320,7 @@ def _pictures(
     Frames of a video lie one under another.
     """
     vision = config.vision_config
-    merge = getattr(vision, "spatial_merge_size", 1)
+    own = patch_grids(inputs, vision) if family.grid == "own" else None
     pictures: list[np.ndarray | None] = []
     grids: list[tuple[int, int] | None] = []
     index, start = Counter[str](), Counter[str]()
@@ -327,10 +328,13 @@ def _pictures(
         pixels = inputs.get("pixel_values" if kind == "image" else "pixel_values_videos")
         thw, at = inputs.get(f"{kind}_grid_thw"), index[kind]
         index[kind] += 1
-        sizes = None if thw is None or at >= len(thw) else thw[at].tolist()
-        grids.append(token_grid(family, number, sizes and [1, sizes[0] * sizes[1], sizes[2]], merge))
+        told = own if kind == "image" and own is not None else None if thw is None else thw.tolist()
+        sizes = None if told is None or at >= len(told) else told[at]
+        grids.append(token_grid(family, number, sizes and [1, sizes[0] * sizes[1], sizes[2]]))
         picture = None
-        if pixels is not None and family.pixels == "images" and pixels.ndim == 4 and at < len(pixels):
+        if pixels is not None and family.pixels == "filled" and kind == "image" and at < len(pixels):
+            picture = whole(family, inputs, vision)[at]
+        elif pixels is not None and family.pixels == "images" and pixels.ndim == 4 and at < len(pixels):
             picture = pixels[at]
         elif pixels is not None and family.pixels == "patches" and sizes is not None:
             begin = start[kind]

@@ -162,8 +162,9 @@ class Gift(Patch):
         layers, depth, (first, stop) = {site.layer for site in sites}, sites[0].layers, self.config.enhance
         if self.config.saliency_layer not in layers:
             raise RecipeError(
-                f"gift: saliency_layer: the gaze is read in layer {self.config.saliency_layer}, and its rule has none of that "
-                f"number, of a model of {depth} layers. Have the rule name it: where: {{layers: ...}}."
+                f"gift: saliency_layer: the gaze is read in layer {self.config.saliency_layer}, where its rule has no attention: it has "
+                f"that in layers {', '.join(map(str, sorted(layers)))}, of {depth}. Read one of those, or have the rule name that "
+                "layer: where: {layers: ...}. A linear layer looks at nothing."
             )
         if stop > depth or layers.isdisjoint(range(first, stop)):
             raise RecipeError(

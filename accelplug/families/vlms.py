@@ -1,0 +1,86 @@
+"""The families of vision-language models, a row each: how their pixels and their image tokens lie. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Pixels = Literal["images", "tiles", "patches", "filled", "other"]
+Grid = Literal["square", "thw", "tiles", "anyres", "own", "none"]
+
+
+@dataclass(frozen=True)
+class Vlm:
+    """Data about one family.
+
+    Attributes
+    ----------
+    name : short name.
+    classes : names of the model classes.
+    pixels : how ``pixel_values`` lie: ``images`` (N, 3, H, W), one a picture; ``tiles`` (N, T, 3, H, W) or several a picture;
+        ``patches`` (sum of T*H*W, C * T_p * P * P) with ``image_grid_thw``; ``filled`` (N, most, P * P * C), with ``spatial_shapes``
+        or ``image_position_ids``; ``other``, in no form that comes together as a picture here.
+    grid : how an image's tokens lie: ``square``, row by row; ``thw``, by ``image_grid_thw`` over the merge size; ``tiles``, square
+        tiles one after the other; ``anyres``, a square base, then rows of tiles with a newline each; ``own``, row by row on a grid of
+        the picture's own shape; ``none``, on no grid.
+    by_image : whether the image encoder returns features image by image; where it does not, each run of image tokens is one.
+    turns : the tokens that open a turn of the released models, by who speaks: 1 the user, -1 the model, 0 the system.
+    mean : what a mean pixel has in ``pixel_values``.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    pixels: Pixels = "images"
+    grid: Grid = "square"
+    by_image: bool = True
+    turns: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    mean: float = 0.0
+
+
+VICUNA = {1: (3148, 1001, 29901), -1: (319, 1799, 9047, 13566, 29901)}
+"""``USER:`` and ``ASSISTANT:`` of Llama's tokenizer."""
+CHATML = {1: (151644, 872), -1: (151644, 77091), 0: (151644, 8948)}
+"""``<|im_start|>user`` and so on of Qwen's tokenizer, up to Qwen3."""
+GEMMA = {1: (105, 2364), -1: (105, 4368)}
+"""``<start_of_turn>user`` and ``model`` of Gemma 3's tokenizer."""
+GLM = {1: (151336,), -1: (151337,), 0: (151335,)}
+"""``<|user|>``, ``<|assistant|>`` and ``<|system|>`` of GLM-4's tokenizer."""
+
+
+def _of(*classes: str) -> tuple[str, ...]:
+    return tuple(f"{cls}ForConditionalGeneration" for cls in classes)
+
+
+KNOWN_VLMS = (
+    Vlm("llava", _of("Llava"), turns=VICUNA),
+    Vlm("llava-next", _of("LlavaNext"), "tiles", "anyres", turns=VICUNA),
+    Vlm("llava-next-video", _of("LlavaNextVideo"), "tiles", "anyres", turns=VICUNA),
+    Vlm("llava-onevision", _of("LlavaOnevision"), "tiles", "anyres", turns=CHATML),
+    Vlm("video-llava", _of("VideoLlava"), "other", turns=VICUNA),
+    Vlm("vipllava", _of("VipLlava")),
+    Vlm("qwen2-vl", _of("Qwen2VL"), "patches", "thw", turns=CHATML),
+    Vlm("qwen2.5-vl", _of("Qwen2_5_VL"), "patches", "thw", turns=CHATML),
+    Vlm("qwen2.5-omni", _of("Qwen2_5OmniThinker"), "patches", "thw", turns=CHATML),
+    Vlm("qwen3-vl", _of("Qwen3VL", "Qwen3VLMoe"), "patches", "thw", turns=CHATML),
+    Vlm("qwen3.5", _of("Qwen3_5", "Qwen3_5Moe"), "patches", "thw"),
+    Vlm("glm4v", _of("Glm4v", "Glm4vMoe", "Glm46V"), "patches", "thw", turns=GLM),
+    Vlm("glm-ocr", _of("GlmOcr"), "patches", "thw"),
+    Vlm("internvl", _of("InternVL"), "images", "tiles", turns=CHATML),
+    Vlm("ovis2", _of("Ovis2"), "images", "tiles", turns=CHATML),
+    Vlm("aya-vision", _of("AyaVision", "Cohere2Vision"), "images", "tiles"),
+    Vlm("gemma3", _of("Gemma3"), turns=GEMMA),
+    Vlm("gemma3n", _of("Gemma3n"), turns=GEMMA),
+    Vlm("gemma4", _of("Gemma4"), "filled", "own", mean=0.5),
+    Vlm("paligemma", _of("PaliGemma")),
+    Vlm("smolvlm", _of("SmolVLM", "Idefics3"), "tiles", "tiles", by_image=False),
+    Vlm("idefics2", _of("Idefics2"), "tiles", "none", by_image=False),
+    Vlm("mistral3", _of("Mistral3"), "images", "own"),
+    Vlm("deepseek-vl", _of("DeepseekVL")),
+    Vlm("lfm2-vl", _of("Lfm2Vl"), "filled", "own"),
+    Vlm("perception-lm", _of("PerceptionLM"), "tiles", "tiles"),
+    Vlm("kimi", _of("Kimi_K25"), "other", "thw"),
+    Vlm("molmo2", _of("Molmo2"), "other", "none", by_image=False),
+    Vlm("minicpm-v", _of("MiniCPMV4_6"), "other", "own"),
+    Vlm("phi4-multimodal", ("Phi4MultimodalForCausalLM",), "other", "none", by_image=False),
+)
