@@ -94,7 +94,9 @@ def test_cross_attention_is_left_as_it_is() -> None:
     model, inputs = mllama()
     plain = forward(model, inputs)
     for looking in (LOUD, recipe("vhr"), {"patch": "carve"}):
-        with pytest.raises(UnsupportedError, match="looks at images, and on MllamaForConditionalGeneration it cannot: its images are"):
+        with pytest.raises(
+            UnsupportedError, match="looks at images, and on MllamaForConditionalGeneration it cannot: its images are"
+        ):
             accelplug.apply(model, looking)
     with accelplug.apply(model, {"patch": "stream", "with": {"block": 4, "sink": 0, "local": 0, "min_tokens": 0}}) as plug:
         assert not torch.equal(forward(model, inputs), plain)
@@ -109,7 +111,7 @@ TAKEN_ON_TRUST = Vlm("instructblip", ("InstructBlipForConditionalGeneration",))
 def test_what_is_refused_can_be_taken_on_trust() -> None:
     """A family that is registered is the word of who registers it; what it cannot be is refused all the same."""
     model, _ = instruct_blip()
-    with pytest.raises(UnsupportedError, match="pai looks at images, and on InstructBlip.* past it"):
+    with pytest.raises(UnsupportedError, match=r"pai looks at images, and on InstructBlip.* past it"):
         accelplug.apply(model, recipe("pai"))
     with registered(TAKEN_ON_TRUST), pytest.raises(UnsupportedError, match="a second time without its images"):
         accelplug.apply(model, recipe("vhr"))

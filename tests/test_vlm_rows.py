@@ -111,7 +111,9 @@ def test_pictures_there_and_back(name: str, dtype: torch.dtype) -> None:
     given["pixel_values"] = given["pixel_values"].to(dtype)
     family, vision = vlm_of(model), model.config.vision_config
     shown = pixels.pictures(family, given, vision)
-    assert [tuple(x.shape) for x in shown] == ([(3, 32, 32)] * 3 if name == "mistral3" else [(3, 32, 48), (3, 64, 32), (3, 32, 32)])
+    assert [tuple(x.shape) for x in shown] == (
+        [(3, 32, 32)] * 3 if name == "mistral3" else [(3, 32, 48), (3, 64, 32), (3, 32, 32)]
+    )
     assert all(picture.dtype == torch.float32 for picture in shown)
     back = pixels.replace(family, given, shown, vision)["pixel_values"]
     assert back.dtype == dtype

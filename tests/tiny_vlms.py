@@ -94,7 +94,11 @@ _FROM_CONFIG = hf.AutoModel.from_config
 
 def _without_timm(config: Any, **more: Any) -> Any:
     """Another tower where one would be timm's, which need not be installed."""
-    return hf.SiglipVisionModel(hf.SiglipVisionConfig(**SIGLIP)) if config.model_type == "gemma3n_vision" else _FROM_CONFIG(config)
+    return (
+        hf.SiglipVisionModel(hf.SiglipVisionConfig(**SIGLIP))
+        if config.model_type == "gemma3n_vision"
+        else _FROM_CONFIG(config)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------- images
@@ -232,7 +236,9 @@ def clips(opening: bool = False, token: int = VIDEO, seconds: bool = False) -> C
         number, (frames, h, w) = sum(counts), FRAMES
         pixels = torch.randn(number * frames * h * w, 3 * 2 * 8 * 8, generator=generator)
         each = [token] * (h * w // 4)
-        ids = [x for at in range(frames) for x in (20 + at, OPEN, *each, CLOSE)] if opening else [OPEN, *each * frames, CLOSE]
+        ids = (
+            [x for at in range(frames) for x in (20 + at, OPEN, *each, CLOSE)] if opening else [OPEN, *each * frames, CLOSE]
+        )
         more = {"video_second_per_grid": torch.ones(number)} if seconds else {}
         return [ids] * number, {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([FRAMES] * number), **more}
 
@@ -310,7 +316,14 @@ TINY: dict[str, Tiny] = {
     "ovis2": Tiny(
         "Ovis2ForConditionalGeneration",
         {"model_type": "qwen2"},
-        {**_SMALL, "image_size": 32, "patch_size": 8, "vocab_size": 37, "hidden_stride": 2, "num_visual_indicator_tokens": 5},
+        {
+            **_SMALL,
+            "image_size": 32,
+            "patch_size": 8,
+            "vocab_size": 37,
+            "hidden_stride": 2,
+            "num_visual_indicator_tokens": 5,
+        },
         squares(4),
         {**ID, "visual_indicator_token_ids": [504, 505, 506, 507, 508], "hidden_size": 64, "vocab_size": 512},
     ),

@@ -117,7 +117,9 @@ def _grids(family: Vlm, inputs: Mapping[str, Any], pixels: Tensor, vision: Any) 
     """Patch rows and columns of each picture."""
     grids = patch_grids(inputs, vision)
     if grids is None:
-        raise ShapeError(f"Nothing in the arguments of {family.name} says how many rows and columns of patches a picture has.")
+        raise ShapeError(
+            f"Nothing in the arguments of {family.name} says how many rows and columns of patches a picture has."
+        )
     if any(frames != 1 for frames, _, _ in grids):
         raise UnsupportedError(f"Pictures of one frame are expected, image_grid_thw says {grids}. Pass videos as videos.")
     patches = [rows * columns for _, rows, columns in grids]
