@@ -82,7 +82,6 @@ UNSUPPORTED_VLMS: dict[str, str] = {
     "Kosmos2_5ForConditionalGeneration": OLDER,
     "Lfm3VlForConditionalGeneration": UNTRIED,
     "LightOnOcrForConditionalGeneration": UNTRIED,
-    "Llama4ForConditionalGeneration": UNTRIED,
     "MiniCPMOcrForConditionalGeneration": UNTRIED,
     "MiniCPMV4_7ForConditionalGeneration": UNTRIED,
     "MiniMaxM3SparseForConditionalGeneration": UNTRIED,

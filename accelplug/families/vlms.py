@@ -79,6 +79,7 @@ KNOWN_VLMS = (
     Vlm("deepseek-vl", _of("DeepseekVL")),
     Vlm("lfm2-vl", _of("Lfm2Vl"), "filled", "own"),
     Vlm("perception-lm", _of("PerceptionLM"), "tiles", "tiles"),
+    Vlm("llama4", _of("Llama4"), "images", "tiles", by_image=False),
     Vlm("kimi", _of("Kimi_K25"), "other", "thw"),
     Vlm("molmo2", _of("Molmo2"), "other", "none", by_image=False),
     Vlm("minicpm-v", _of("MiniCPMV4_6"), "other", "own"),
