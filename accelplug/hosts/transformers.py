@@ -57,7 +57,7 @@ from accelplug.hosts.stream import (
 from accelplug.hosts.tensor_parallel import TensorParallel
 from accelplug.hosts.undo import Undo
 from accelplug.recipe import ModelFacts
-from accelplug.registry import BENEATH
+from accelplug.registry import BENEATH, entry_of
 
 logger = logging.getLogger("accelplug")
 
@@ -188,7 +188,8 @@ class LanguageHost(Host):
     def _require_sight(self) -> None:
         """Refuse patches that look at images on a class of which it is known that they cannot."""
         around = [choice.patch for choice in self.generation.around if choice.patch is not None]
-        looking = [patch.name for patch in (*patches_of(self.records), *around) if patch.family in ("heads", "generation")]
+        entries = [entry_of(patch) for patch in (*patches_of(self.records), *around)]
+        looking = [entry.name for entry in entries if entry.family in ("heads", "generation")]
         if looking and (reason := why_unsupported(self.model)) is not None:
             raise UnsupportedError(f"{looking[0]} looks at images, and on {type(self.model).__name__} it cannot: {reason}")
 
