@@ -26,7 +26,7 @@ from pydantic import BaseModel, ValidationError
 from accelplug import families
 from accelplug.cli import main
 from accelplug.compat import versions
-from accelplug.families.unsupported import UNSUPPORTED
+from accelplug.families.unsupported import UNSUPPORTED, UNSUPPORTED_VLMS
 from accelplug.families.vlms import KNOWN_VLMS
 from accelplug.kernels.attention import FLEX_MIN_SLOTS
 from accelplug.patches.sparse import template
@@ -359,10 +359,17 @@ def vlms() -> str:
             ", ".join(f"`{name}`" for name in family.classes),
             lie[family.grid],
             "refused" if family.pixels in ("tiles", "other") else "with one tile" if family.grid == "tiles" else "yes",
+            family.note,
         )
         for family in KNOWN_VLMS
     ]
-    return table(("family", "classes", "image tokens", "`carve`, `agla`"), rows)
+    refused: dict[str, list[str]] = {}
+    for name, why in UNSUPPORTED_VLMS.items():
+        refused.setdefault(why, []).append(f"`{name}`")
+    reasons = [(", ".join(names), f"{why[:1].upper()}{why[1:]}") for why, names in refused.items()]
+    known = table(("family", "classes", "image tokens", "`carve`, `agla`", ""), rows)
+    said = "On these classes patches that look at images are refused. Patches that read fewer keys go on where there is attention."
+    return f"{known}\n\n{said}\n\n{table(('classes', 'why'), reasons)}"
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes

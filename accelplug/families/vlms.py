@@ -27,6 +27,7 @@ class Vlm:
     by_image : whether the image encoder returns features image by image; where it does not, each run of image tokens is one.
     turns : the tokens that open a turn of the released models, by who speaks: 1 the user, -1 the model, 0 the system.
     mean : what a mean pixel has in ``pixel_values``.
+    note : what patches do otherwise here, or do not do, as a sentence.
     """
 
     name: str
@@ -36,7 +37,11 @@ class Vlm:
     by_image: bool = True
     turns: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     mean: float = 0.0
+    note: str = ""
 
+
+LINEAR = "Linear layers look at nothing: rules reach the layers with attention, and GIFT must read its gaze in one of them."
+FRAMES = "Frames of a video are images each: its tokens are those of images."
 
 VICUNA = {1: (3148, 1001, 29901), -1: (319, 1799, 9047, 13566, 29901)}
 """``USER:`` and ``ASSISTANT:`` of Llama's tokenizer."""
@@ -63,25 +68,34 @@ KNOWN_VLMS = (
     Vlm("qwen2.5-vl", _of("Qwen2_5_VL"), "patches", "thw", turns=CHATML),
     Vlm("qwen2.5-omni", _of("Qwen2_5OmniThinker"), "patches", "thw", turns=CHATML),
     Vlm("qwen3-vl", _of("Qwen3VL", "Qwen3VLMoe"), "patches", "thw", turns=CHATML),
-    Vlm("qwen3.5", _of("Qwen3_5", "Qwen3_5Moe"), "patches", "thw"),
-    Vlm("glm4v", _of("Glm4v", "Glm4vMoe", "Glm46V"), "patches", "thw", turns=GLM),
-    Vlm("glm-ocr", _of("GlmOcr"), "patches", "thw"),
+    Vlm("qwen3.5", _of("Qwen3_5", "Qwen3_5Moe"), "patches", "thw", note=LINEAR),
+    Vlm("glm4v", _of("Glm4v", "Glm4vMoe", "Glm46V"), "patches", "thw", turns=GLM, note=FRAMES),
+    Vlm("glm-ocr", _of("GlmOcr"), "patches", "thw", note=FRAMES),
     Vlm("internvl", _of("InternVL"), "images", "tiles", turns=CHATML),
     Vlm("ovis2", _of("Ovis2"), "images", "tiles", turns=CHATML),
     Vlm("aya-vision", _of("AyaVision", "Cohere2Vision"), "images", "tiles"),
     Vlm("gemma3", _of("Gemma3"), turns=GEMMA),
     Vlm("gemma3n", _of("Gemma3n"), turns=GEMMA),
-    Vlm("gemma4", _of("Gemma4"), "filled", "own", mean=0.5),
+    Vlm(
+        "gemma4",
+        _of("Gemma4"),
+        "filled",
+        "own",
+        mean=0.5,
+        note="`generate` gives layers that read the keys of others a prompt's last token alone: `var` and `vhr` run dense there, counted.",
+    ),
     Vlm("paligemma", _of("PaliGemma")),
     Vlm("smolvlm", _of("SmolVLM", "Idefics3"), "tiles", "tiles", by_image=False),
     Vlm("idefics2", _of("Idefics2"), "tiles", "none", by_image=False),
     Vlm("mistral3", _of("Mistral3"), "images", "own"),
     Vlm("deepseek-vl", _of("DeepseekVL")),
-    Vlm("lfm2-vl", _of("Lfm2Vl"), "filled", "own"),
+    Vlm("lfm2-vl", _of("Lfm2Vl"), "filled", "own", note=LINEAR.replace("Linear layers", "Convolutions")),
     Vlm("perception-lm", _of("PerceptionLM"), "tiles", "tiles"),
-    Vlm("llama4", _of("Llama4"), "images", "tiles", by_image=False),
+    Vlm(
+        "llama4", _of("Llama4"), "images", "tiles", by_image=False, note="Its forward fails by itself in transformers 5.24."
+    ),
     Vlm("kimi", _of("Kimi_K25"), "other", "thw"),
-    Vlm("molmo2", _of("Molmo2"), "other", "none", by_image=False),
-    Vlm("minicpm-v", _of("MiniCPMV4_6"), "other", "own"),
+    Vlm("molmo2", _of("Molmo2"), "other", "none", by_image=False, note=FRAMES),
+    Vlm("minicpm-v", _of("MiniCPMV4_6"), "other", "own", note=LINEAR),
     Vlm("phi4-multimodal", ("Phi4MultimodalForCausalLM",), "other", "none", by_image=False),
 )

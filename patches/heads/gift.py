@@ -159,7 +159,8 @@ class Gift(Patch):
     def check(self, sites: Sequence[Site], heads: int, width: int) -> None:
         if self.config.alpha == 0:
             return
-        layers, depth, (first, stop) = {site.layer for site in sites}, sites[0].layers, self.config.enhance
+        layers = {site.layer for site in sites if site.layer is not None}
+        depth, (first, stop) = sites[0].layers, self.config.enhance
         if self.config.saliency_layer not in layers:
             raise RecipeError(
                 f"gift: saliency_layer: the gaze is read in layer {self.config.saliency_layer}, where its rule has no attention: it has "
