@@ -33,7 +33,7 @@ def pictures(family: Vlm, inputs: Mapping[str, Any], vision: Any = None) -> list
     ShapeError
         If there are no pixels, or not as many as the grids say.
     """
-    return _pictures(family, inputs, vision)
+    return _put_together(family, inputs, vision)
 
 
 def replace(family: Vlm, inputs: Mapping[str, Any], pictures: Sequence[Tensor], vision: Any = None) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def replace(family: Vlm, inputs: Mapping[str, Any], pictures: Sequence[Tensor], 
     ``pixel_values`` keep shape, dtype and device. Of the frames that a still picture is repeated in, all are replaced.
     """
     pixels = _pixels(family, inputs)
-    got, expected = ([tuple(p.shape) for p in each] for each in (pictures, _pictures(family, inputs, vision)))
+    got, expected = ([tuple(p.shape) for p in each] for each in (pictures, _put_together(family, inputs, vision)))
     if got != expected:
         raise ShapeError(
             f"The new pictures are of shapes {got}, expected {expected}: give as many pictures as there were, each of the size that it had."
@@ -51,19 +51,19 @@ def replace(family: Vlm, inputs: Mapping[str, Any], pictures: Sequence[Tensor], 
         height, width = pixels.shape[2:]
         new = torch.stack([pad(p.to(pixels), (0, width - p.shape[2], 0, height - p.shape[1])) for p in pictures])
     elif family.pixels == "filled":
-        new = torch.stack([_filled((p + family.mean).to(pixels), pixels) for p in pictures])
+        new = torch.stack([_filled_up((p + family.mean).to(pixels), pixels) for p in pictures])
     else:
         new = torch.cat([_patches(p.to(pixels), vision) for p in pictures])
     return {**inputs, "pixel_values": new}
 
 
-def _pictures(family: Vlm, inputs: Mapping[str, Any], vision: Any) -> list[Tensor]:
+def _put_together(family: Vlm, inputs: Mapping[str, Any], vision: Any) -> list[Tensor]:
     pixels = _pixels(family, inputs)
     if family.pixels == "images":
         return [picture[:, :h, :w].float() for picture, (h, w) in zip(pixels, _sizes(family, inputs, pixels), strict=True)]
     grids = _grids(family, inputs, pixels, vision)
     if family.pixels == "filled":
-        return [_unfilled(each, grid).float() - family.mean for each, grid in zip(pixels, grids, strict=True)]
+        return [_row_by_row(each, grid).float() - family.mean for each, grid in zip(pixels, grids, strict=True)]
     parts = pixels.split([rows * columns for rows, columns in grids])
     return [frames(part, (1, *grid), vision)[0].float() for part, grid in zip(parts, grids, strict=True)]
 
@@ -129,7 +129,7 @@ def _grids(family: Vlm, inputs: Mapping[str, Any], pixels: Tensor, vision: Any) 
     return [(rows, columns) for _, rows, columns in grids]
 
 
-def _unfilled(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+def _row_by_row(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """Put a picture's patches (most, P * P * 3), row by row, together: (3, H, W)."""
     rows, columns = grid
     size = isqrt(patches.shape[-1] // 3)
@@ -137,8 +137,8 @@ def _unfilled(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     return x.reshape(3, rows * size, columns * size)
 
 
-def _filled(picture: Tensor, like: Tensor) -> Tensor:
-    """Undo `_unfilled`, filled up with zeros to as many patches as in `like` (N, most, P * P * 3)."""
+def _filled_up(picture: Tensor, like: Tensor) -> Tensor:
+    """Undo `_row_by_row`, filled up with zeros to as many patches as in `like` (N, most, P * P * 3)."""
     size = isqrt(like.shape[-1] // 3)
     rows, columns = picture.shape[1] // size, picture.shape[2] // size
     x = picture.reshape(3, rows, size, columns, size).permute(1, 3, 2, 4, 0).reshape(rows * columns, -1)

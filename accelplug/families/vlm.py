@@ -19,7 +19,7 @@ def vlm_of(model: Any) -> Vlm | None:
     return VLM_CATALOG.of(model)
 
 
-def why_unsupported(model: Any) -> str | None:
+def why_no_vlm(model: Any) -> str | None:
     """Return why a model without a family can have none, by its class and those that it derives from; None if that is not known."""
     names = [cls.__name__ for cls in type(model).__mro__]
     return None if vlm_of(model) else next((UNSUPPORTED_VLMS[name] for name in names if name in UNSUPPORTED_VLMS), None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Pixels = Literal["images", "tiles", "patches", "filled", "other"]
-Grid = Literal["square", "thw", "tiles", "anyres", "own", "none"]
+TokenGrid = Literal["square", "thw", "tiles", "anyres", "own", "none"]
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,16 @@ class Vlm:
     name: str
     classes: tuple[str, ...]
     pixels: Pixels = "images"
-    grid: Grid = "square"
+    grid: TokenGrid = "square"
     by_image: bool = True
     turns: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     mean: float = 0.0
     note: str = ""
 
 
-LINEAR = "Linear layers look at nothing: rules reach the layers with attention, and GIFT must read its gaze in one of them."
+SOME_LAYERS = (
+    "Linear layers look at nothing: rules reach the layers with attention, and GIFT must read its gaze in one of them."
+)
 FRAMES = "Frames of a video are images each: its tokens are those of images."
 
 VICUNA = {1: (3148, 1001, 29901), -1: (319, 1799, 9047, 13566, 29901)}
@@ -68,7 +70,7 @@ KNOWN_VLMS = (
     Vlm("qwen2.5-vl", _of("Qwen2_5_VL"), "patches", "thw", turns=CHATML),
     Vlm("qwen2.5-omni", _of("Qwen2_5OmniThinker"), "patches", "thw", turns=CHATML),
     Vlm("qwen3-vl", _of("Qwen3VL", "Qwen3VLMoe"), "patches", "thw", turns=CHATML),
-    Vlm("qwen3.5", _of("Qwen3_5", "Qwen3_5Moe"), "patches", "thw", note=LINEAR),
+    Vlm("qwen3.5", _of("Qwen3_5", "Qwen3_5Moe"), "patches", "thw", note=SOME_LAYERS),
     Vlm("glm4v", _of("Glm4v", "Glm4vMoe", "Glm46V"), "patches", "thw", turns=GLM, note=FRAMES),
     Vlm("glm-ocr", _of("GlmOcr"), "patches", "thw", note=FRAMES),
     Vlm("internvl", _of("InternVL"), "images", "tiles", turns=CHATML),
@@ -89,13 +91,13 @@ KNOWN_VLMS = (
     Vlm("idefics2", _of("Idefics2"), "tiles", "none", by_image=False),
     Vlm("mistral3", _of("Mistral3"), "images", "own"),
     Vlm("deepseek-vl", _of("DeepseekVL")),
-    Vlm("lfm2-vl", _of("Lfm2Vl"), "filled", "own", note=LINEAR.replace("Linear layers", "Convolutions")),
+    Vlm("lfm2-vl", _of("Lfm2Vl"), "filled", "own", note=SOME_LAYERS.replace("Linear layers", "Convolutions")),
     Vlm("perception-lm", _of("PerceptionLM"), "tiles", "tiles"),
     Vlm(
         "llama4", _of("Llama4"), "images", "tiles", by_image=False, note="Its forward fails by itself in transformers 5.24."
     ),
     Vlm("kimi", _of("Kimi_K25"), "other", "thw"),
     Vlm("molmo2", _of("Molmo2"), "other", "none", by_image=False, note=FRAMES),
-    Vlm("minicpm-v", _of("MiniCPMV4_6"), "other", "own", note=LINEAR),
+    Vlm("minicpm-v", _of("MiniCPMV4_6"), "other", "own", note=SOME_LAYERS),
     Vlm("phi4-multimodal", ("Phi4MultimodalForCausalLM",), "other", "none", by_image=False),
 )

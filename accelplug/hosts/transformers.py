@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from accelplug import compat
 from accelplug.call import ALL_HEADS, FULL_ATTENTION, Clock, Kind, Prompt, Share, Site
 from accelplug.errors import NoMatchError, UnsupportedError
-from accelplug.families.vlm import Vlm, vlm_of, why_unsupported
+from accelplug.families.vlm import Vlm, vlm_of, why_no_vlm
 from accelplug.hosts import interface
 from accelplug.hosts.attention import AttentionRecord, patches_of
 from accelplug.hosts.blind import Blind
@@ -164,7 +164,7 @@ class LanguageHost(Host):
             site = Site(path, self.name, kind, module.layer_idx, layers, heads, layer_type, tuple(sorted(self.serves)))
             choice = LEFT_DENSE if cross else decide(site, None, PREFILL)
             records.append(AttentionRecord(self, len(records), module, site, module.config, choice))
-        if not records and (reason := why_unsupported(self.model)) is not None:
+        if not records and (reason := why_no_vlm(self.model)) is not None:
             raise UnsupportedError(f"{type(self.model).__name__} has no attention that can be entered: {reason}")
         if not records:
             raise NoMatchError(
@@ -190,7 +190,7 @@ class LanguageHost(Host):
         around = [choice.patch for choice in self.generation.around if choice.patch is not None]
         entries = [entry_of(patch) for patch in (*patches_of(self.records), *around)]
         looking = [entry.name for entry in entries if entry.family in ("heads", "generation")]
-        if looking and (reason := why_unsupported(self.model)) is not None:
+        if looking and (reason := why_no_vlm(self.model)) is not None:
             raise UnsupportedError(f"{looking[0]} looks at images, and on {type(self.model).__name__} it cannot: {reason}")
 
     def _require_readings(self, crosses: bool) -> None:
