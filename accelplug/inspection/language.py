@@ -9,7 +9,7 @@ from accelplug import compat
 from accelplug.call import Site
 from accelplug.families.vlm import vlm_of
 from accelplug.hosts.host import model_facts
-from accelplug.hosts.models import attention_modules
+from accelplug.hosts.models import attention_modules, decoder_of
 from accelplug.hosts.transformers import LanguageHost
 from accelplug.recipe import recipes_for, recipes_of
 from accelplug.show import Shown, table
@@ -66,7 +66,7 @@ class LanguageInspection(Shown):
 
 def inspect_language(model: Any) -> LanguageInspection:
     """Say what accelplug sees in a language model; nothing is run."""
-    decoder, config = model.get_decoder(), model.config.get_text_config()
+    decoder, config = decoder_of(model), model.config.get_text_config()
     family, layers = vlm_of(model), compat.transformers.number_of_layers(decoder)
     modules, sites = {}, []
     for path, module in attention_modules(decoder):
