@@ -98,8 +98,10 @@ def test_cross_attention_is_left_as_it_is() -> None:
             UnsupportedError, match="looks at images, and on MllamaForConditionalGeneration it cannot: its images are"
         ):
             accelplug.apply(model, looking)
-    with accelplug.apply(model, {"patch": "stream", "with": {"block": 4, "sink": 0, "local": 0, "min_tokens": 0}}) as plug:
-        assert not torch.equal(forward(model, inputs), plain)
+    longer = {**inputs, **given([*inputs["input_ids"][0].tolist(), *range(13, 33)])}
+    whole, near = forward(model, longer), {"block": 8, "sink": 0, "local": 0, "min_tokens": 0}
+    with accelplug.apply(model, {"patch": "stream", "with": near}, gate="off") as plug:
+        assert not torch.equal(forward(model, longer), whole)
         assert plug.report().served == {"stream": 2}
         assert any("cross_attn" in module for module in plug.report().skipped)
     assert torch.equal(forward(model, inputs), plain)

@@ -33,31 +33,6 @@ def pictures(family: Vlm, inputs: Mapping[str, Any], vision: Any = None) -> list
     ShapeError
         If there are no pixels, or not as many as the grids say.
     """
-    return _put_together(family, inputs, vision)
-
-
-def replace(family: Vlm, inputs: Mapping[str, Any], pictures: Sequence[Tensor], vision: Any = None) -> dict[str, Any]:
-    """Return the inputs with other pictures of the same sizes; see `pictures` for parameters and errors.
-
-    ``pixel_values`` keep shape, dtype and device. Of the frames that a still picture is repeated in, all are replaced.
-    """
-    pixels = _pixels(family, inputs)
-    got, expected = ([tuple(p.shape) for p in each] for each in (pictures, _put_together(family, inputs, vision)))
-    if got != expected:
-        raise ShapeError(
-            f"The new pictures are of shapes {got}, expected {expected}: give as many pictures as there were, each of the size that it had."
-        )
-    if family.pixels == "images":
-        height, width = pixels.shape[2:]
-        new = torch.stack([pad(p.to(pixels), (0, width - p.shape[2], 0, height - p.shape[1])) for p in pictures])
-    elif family.pixels == "filled":
-        new = torch.stack([_filled_up((p + family.mean).to(pixels), pixels) for p in pictures])
-    else:
-        new = torch.cat([_patches(p.to(pixels), vision) for p in pictures])
-    return {**inputs, "pixel_values": new}
-
-
-def _put_together(family: Vlm, inputs: Mapping[str, Any], vision: Any) -> list[Tensor]:
     pixels = _pixels(family, inputs)
     if family.pixels == "images":
         return [picture[:, :h, :w].float() for picture, (h, w) in zip(pixels, _sizes(family, inputs, pixels), strict=True)]
@@ -66,6 +41,27 @@ def _put_together(family: Vlm, inputs: Mapping[str, Any], vision: Any) -> list[T
         return [_row_by_row(each, grid).float() - family.mean for each, grid in zip(pixels, grids, strict=True)]
     parts = pixels.split([rows * columns for rows, columns in grids])
     return [frames(part, (1, *grid), vision)[0].float() for part, grid in zip(parts, grids, strict=True)]
+
+
+def replace(family: Vlm, inputs: Mapping[str, Any], shown: Sequence[Tensor], vision: Any = None) -> dict[str, Any]:
+    """Return the inputs with other pictures of the same sizes; see `pictures` for parameters and errors.
+
+    ``pixel_values`` keep shape, dtype and device. Of the frames that a still picture is repeated in, all are replaced.
+    """
+    pixels = _pixels(family, inputs)
+    got, expected = ([tuple(p.shape) for p in each] for each in (shown, pictures(family, inputs, vision)))
+    if got != expected:
+        raise ShapeError(
+            f"The new pictures are of shapes {got}, expected {expected}: give as many pictures as there were, each of the size that it had."
+        )
+    if family.pixels == "images":
+        height, width = pixels.shape[2:]
+        new = torch.stack([pad(p.to(pixels), (0, width - p.shape[2], 0, height - p.shape[1])) for p in shown])
+    elif family.pixels == "filled":
+        new = torch.stack([_filled_up((p + family.mean).to(pixels), pixels) for p in shown])
+    else:
+        new = torch.cat([_patches(p.to(pixels), vision) for p in shown])
+    return {**inputs, "pixel_values": new}
 
 
 def _sizes(family: Vlm, inputs: Mapping[str, Any], pixels: Tensor) -> list[tuple[int, int]]:

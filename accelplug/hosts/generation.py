@@ -205,7 +205,7 @@ class _Prompts:
 
     def prompt_like(self, inputs: Mapping[str, Any], text: str) -> dict[str, Any]:
         old, numbers = inputs["input_ids"], self.images(inputs)
-        token = self.host.model.config.image_token_id
+        token = self.host.visual_tokens["image"]
         rows = []
         for row in numbers:
             size = int((row > 0).sum())
@@ -256,7 +256,7 @@ class _Prompts:
         ids, last = inputs["input_ids"], behind.amax(-1, keepdim=True)
         return [
             self._plain(row[kept].tolist()).removesuffix(closing).strip()
-            for row, kept in zip(ids, (behind == last) & (ids != self.host.model.config.image_token_id), strict=True)
+            for row, kept in zip(ids, (behind == last) & (ids != self.host.visual_tokens["image"]), strict=True)
         ]
 
     def _plain(self, ids: list[int]) -> str:

@@ -332,7 +332,7 @@ def _pictures(
         sizes = None if told is None or at >= len(told) else told[at]
         grids.append(token_grid(family, number, sizes and [1, sizes[0] * sizes[1], sizes[2]]))
         picture = None
-        if pixels is not None and family.pixels == "filled" and kind == "image" and at < len(pixels):
+        if own is not None and family.pixels in ("filled", "images") and kind == "image" and at < len(own):
             picture = whole(family, inputs, vision)[at]
         elif pixels is not None and family.pixels == "images" and pixels.ndim == 4 and at < len(pixels):
             picture = pixels[at]
