@@ -132,7 +132,6 @@ class LanguageHost(Host):
         """Whether the model looks at images."""
         self.tensor_parallel = TensorParallel.of(model)
         self.records = self._records(setup.decide)
-        self._require_sight()
         crosses = any(record.site.kind == "cross" for record in self.records)
         self.visual_tokens = {} if crosses else visual_tokens(self.base.config)
         self.no_image = "its images are read by cross-attention, and are not tokens of the prompt" if crosses else NO_IMAGE
@@ -172,6 +171,7 @@ class LanguageHost(Host):
                 f"num_key_value_groups that call transformers' attention interface, found {len(modules)} such modules, of which "
                 f"{len(self.skipped)} do not call it."
             )
+        self._require_sight(records)
         self._check(records)
         return records
 
@@ -185,10 +185,10 @@ class LanguageHost(Host):
         for patch in patches_of(records):
             patch.check([record.site for record in records if patch in record.patches], heads, width)
 
-    def _require_sight(self) -> None:
+    def _require_sight(self, records: list[AttentionRecord]) -> None:
         """Refuse patches that look at images on a class of which it is known that they cannot."""
         around = [choice.patch for choice in self.generation.around if choice.patch is not None]
-        entries = [entry_of(patch) for patch in (*patches_of(self.records), *around)]
+        entries = [entry_of(patch) for patch in (*patches_of(records), *around)]
         looking = [entry.name for entry in entries if entry.family in ("heads", "generation")]
         if looking and (reason := why_no_vlm(self.model)) is not None:
             raise UnsupportedError(f"{looking[0]} looks at images, and on {type(self.model).__name__} it cannot: {reason}")
