@@ -191,7 +191,7 @@ def _image_text_classes() -> None:
 
 def entering(layer: Any, hidden: Any) -> Any:
     """Return what enters a layer, (B, S, C): of several streams, (N, B, S, C), the one that its attention reads (Gemma 3n)."""
-    return hidden if hidden.ndim == 3 else hidden[layer.config.altup_active_idx]
+    return hidden[layer.config.altup_active_idx] if hidden.ndim == 4 else hidden
 
 
 @contract("transformers: layers with several streams say which one their attention reads")
