@@ -26,9 +26,8 @@ from tests.tiny_language_models import VLM, build, right_padded
 from tests.tiny_vlms import TINY
 
 HEADS, FEW = [patch for patch in WORKING if patch != "imbalance"], ["visual_bias", "gift"]
-LEFT_OUT = {("var", "gemma4"), ("vhr", "gemma4"), ("var", "idefics2")}
-"""Layers of Gemma 4 that read the keys of others are given a prompt's last rows alone (see test_other_readers); the latents of a tiny
-Idefics 2 are so alike that all of them are sinks, or none."""
+LEFT_OUT = {("var", "gemma4"), ("vhr", "gemma4")}
+"""Its layers that read the keys of others are given the last rows of a prompt alone: see test_other_readers."""
 THERE = [name for name, row in TINY.items() if hasattr(hf, row.cls)]
 NEWEST = compat.versions.installed("transformers") == compat.versions.TESTED["transformers"][-1]
 

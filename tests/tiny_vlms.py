@@ -343,7 +343,6 @@ TINY: dict[str, Tiny] = {
                 "num_key_value_heads": 1,
             },
         },
-        knobs=FEW_SINKS,
     ),
     "lfm2_vl": Tiny(
         "Lfm2VlForConditionalGeneration",
