@@ -19,8 +19,8 @@ variant: 2). Its noise, SpecMix, is not here: a pipeline takes latents.
 It costs more than dense attention: at twice the length 1.4 times, at 4 times 1.6. No official code was released.
 
 Experimental: slow change is that of dense attention, and where this fails so does the whole. On the bundled model at twice the length
-plain extrapolation shows what its caption says in 0 of 3 runs, and so does this; `lvsa`, which costs less than dense, in 3, and this beside
-`positions: interpolate` in 3, as those do alone (benchmarks/longer.py).
+plain extrapolation shows what its caption says in none of 6 runs, and this in none of 5; `lvsa`, which costs less than dense, in 5 of 5. So
+do interpolated positions, alone in 5 of 5, and beside this in 3 of 3 (benchmarks/longer.py).
 """
 
 from __future__ import annotations
