@@ -106,13 +106,18 @@ def _parser() -> argparse.ArgumentParser:
     _takes_model(command, "a pipeline, a vision-language model or an image encoder")
     _takes_size(command)
     command.add_argument("--steps", type=_whole, help="diffusion steps of the run whose ceilings are told (default 50)")
+    command.add_argument(
+        "--heads", metavar="PROMPT", help="pipelines: make a picture of it guided away from each head alone"
+    )
+    command.add_argument("--scale", type=float, default=3.0, help="with --heads: of the guidance (default 3)")
+    command.add_argument("--u", type=float, default=1.0, help="with --heads: how far maps go to identity (default 1)")
     command.add_argument("--image", type=Path, help="vision-language models: say where it looks in this picture")
     command.add_argument("--text", type=Path, help="language models: say what draws attention in this file")
     command.add_argument(
         "--prompt", default="Please describe this image in detail.", help="the question asked about --image"
     )
     command.add_argument(
-        "--report", type=Path, help="write a page (.html), the figures (.json) or, with --image, drawings (.png)"
+        "--report", type=Path, help="write a page (.html), the figures (.json) or, with --image or --heads, drawings (.png)"
     )
     command.set_defaults(run=_inspect)
 
@@ -221,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--patch",
         required=True,
-        help="sparse_vdit, paro or sta; for --recipe: rest, or budget; of a language model: heads, layers",
+        help="sparse_vdit, paro or sta; headhunter with --objective; for --recipe: rest, or budget; of a language model: heads, layers",
     )
     command.add_argument(
         "--prompts",
@@ -231,6 +236,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", type=Path, required=True, help="where the recipe goes: my.yaml")
     command.add_argument("--recipe", help="rest, budget: name or file of the recipe whose blocks are weighed or shared out")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the patch or a knob")
+    command.add_argument(
+        "--objective",
+        metavar="MODULE:FUNCTION",
+        help="headhunter: what heads are hunted for by, a function of frames and prompt; or sharpness, agreement",
+    )
     command.add_argument("--buckets", type=_whole, default=4, help="spans of steps, each looked at once a run (default 4)")
     command.add_argument("--dense-steps", default="0:25%", help="steps that the recipe leaves dense (default 0:25%%)")
     command.add_argument("--seed", type=_seed, default=0, help="of the first prompt; the next take the next (default 0)")
@@ -359,15 +369,20 @@ def _inspect(options: argparse.Namespace) -> int:
     from accelplug import chat, loading
     from accelplug.inspection import inspect
 
-    report = _report(options, *([".png"] if options.image or options.text else []))
+    report = _report(options, *([".png"] if options.image or options.text or options.heads else []))
     picture = None if options.image is None else chat.open_picture(options.image)
     if (kind := loading.kind_of(options.model_dir)) == "pipeline":
         _refuse(options, kind, "image", "text")
         trained_for = zoo.DEMO if options.model_dir == zoo.path() else {}
+        if options.heads is not None:
+            given = {**trained_for, **_pipeline_settings(options), "prompt": options.heads}
+            guidance = {"scale": options.scale, "u": options.u}
+            _publish(inspect(loading.pipeline(options.model_dir), given, heads=guidance), report)
+            return 0
         pipe = loading.pipeline(options.model_dir, device="cpu")
         _publish(inspect(pipe, {**trained_for, **_pipeline_settings(options)}), report)
         return 0
-    _refuse(options, kind, *SIZES)
+    _refuse(options, kind, *SIZES, "heads")
     if kind == "image encoder":
         _refuse(options, kind, "image", "text")
         _publish(inspect(loading.image_encoder(options.model_dir)[0]), report)
@@ -623,6 +638,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         recipe=options.recipe,
         inputs=_pipeline_settings(options),
         processor=processor,
+        objective=options.objective,
         seed=options.seed,
         buckets=options.buckets,
         dense_steps=options.dense_steps or None,

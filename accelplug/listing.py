@@ -23,6 +23,7 @@ MARKS = "+ its error is repaired, ° measured: `accelplug show MODEL/RECIPE`"
 AUDIENCES = {
     "pipelines and image encoders": ("sparse", "tokens", "bias"),
     "geometry transformers": ("geometry",),
+    "pipelines": ("texts", "guidance"),
     "language models": ("heads", "prefill", "decode", "memory", "generation"),
 }
 """Which families of patches are for which models; what other packages add stands with the first that has its family."""

@@ -239,6 +239,7 @@ class Plug(AbstractContextManager["Plug"]):
         return Setup(
             recipe.name,
             self._chooser.decide,
+            self._chooser.guide if self.recipe.guided_by() else None,
             self._chooser.around(),
             recipe.cache,
             self._ledger,
@@ -450,6 +451,7 @@ class Plug(AbstractContextManager["Plug"]):
             expected=self._expected(),
             forecasts={f"{f.denoiser} at {_by(f.shape)}": str(f) for f in self.forecasts},
             caches=[said for host in self.hosts if (said := host.cached()) is not None],
+            guided=[said for host in self.hosts if (said := host.guided()) is not None],
             reach=[said for host in self.hosts if (said := host.reach()) is not None],
             compiled=[what for host in self.hosts for what in host.compiled()],
             idle=[f"{self.recipe.named(rule.number)}: {rule.why}" for rule in fit.idle(self.recipe, self.hosts)],

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from accelplug.call import Kind
 from accelplug.catalog import Catalog, EntryPoints
@@ -45,6 +45,7 @@ PATCH_FAMILIES = {
     "bias": "what is added to a denoiser's scores",
     "texts": "which of several prompts a denoiser's tokens read",
     "geometry": "which tokens of other frames a geometry transformer reads",
+    "guidance": "what a denoiser's predictions are led away from",
     "heads": "where a language model's heads look",
     "prefill": "which keys a language model's prompt reads",
     "decode": "which keys a language model's next token reads",
@@ -55,6 +56,17 @@ PATCH_FAMILIES = {
 
 BENEATH = ("prefill",)
 """Families that stand beneath a head patch of the same layer, for which what they give is dense attention; each has rules of its own."""
+
+Stage = Literal["attention", "beneath", "guidance"]
+"""What a rule is about: attention as it answers, what stands beneath that, or a forward beside it, to be guided by. Rules of one stage
+leave those of the others alone, but that ``dense`` is for all."""
+STAGES: tuple[Stage, ...] = ("attention", "beneath", "guidance")
+
+
+def stage_of(family: str) -> Stage:
+    """Return which stage the patches of a family are chosen for."""
+    return "beneath" if family in BENEATH else "guidance" if family == "guidance" else "attention"
+
 
 RESERVED = ("dense", "rest", "budget", "heads", "layers")
 """Names that mean something else to recipes and to `accelplug.calibrate`."""
@@ -236,6 +248,14 @@ _OWN = (
         summary="Several prompts for one video, each read by its own frames. Trained in the paper, here untrained. Experimental.",
         cite="arXiv 2503.19881",
         kinds=("joint", "cross"),
+    ),
+    PatchEntry(
+        name="headhunter",
+        module="accelplug.patches.guidance.headhunter",
+        cls="HeadHunter",
+        family="guidance",
+        summary="Predictions are led away from those with chosen heads drawn towards identity (SoftPAG): a forward more a step.",
+        cite="arXiv 2506.10978",
     ),
     PatchEntry(
         name="rectified",

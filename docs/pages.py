@@ -80,7 +80,13 @@ def said_of(module: str) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------------------------- patches
 
 
-PIPELINES = ("By the token grid alone", "By queries and keys", "By tables from dense runs, head by head", "Other")
+PIPELINES = (
+    "By the token grid alone",
+    "By queries and keys",
+    "By tables from dense runs, head by head",
+    "Other",
+    "Guidance",
+)
 """Groups of the methods for pipelines."""
 LANGUAGE = {
     "prefill": "For language models",
@@ -99,7 +105,9 @@ def group_of(entry: PatchEntry) -> str:
     cls: type[Any] = patch_class(entry.name)
     if entry.family in LANGUAGE:
         return LANGUAGE[entry.family] if cls.about_images else LANGUAGE["prefill"]
-    grid, scores, tables, other = PIPELINES
+    grid, scores, tables, other, guidance = PIPELINES
+    if entry.family == "guidance":
+        return guidance
     if entry.family != "sparse":
         return other
     if cls.Calibration is not None:
@@ -466,6 +474,16 @@ def repair_costs() -> str:
     return table(("", *columns), ((what, *(cells[column] for column in columns)) for what, cells in cases.items()))
 
 
+def guidance() -> str:
+    """What guidance by heads comes to on the bundled video model: each arm, and what it differs by from the same guidance without it."""
+    rows = []
+    for arm in results("guidance")["arms"]:
+        gain = next((value for key, value in arm.items() if key.startswith("agreement beside")), None)
+        beside = "" if gain is None else f"{gain['mean']:+.2f} ({gain['low']:+.2f} to {gain['high']:+.2f})"
+        rows.append((arm["arm"], str(arm["runs"]), f"{arm['agreement']:.2f}", beside, f"{arm['sharpness']:.4f}"))
+    return table(("arm", "runs", "agreement", "beside the same guidance alone", "sharpness"), rows)
+
+
 # --------------------------------------------------------------------------------------------------------------- house
 
 ROOMS = {
@@ -584,6 +602,7 @@ MADE: Mapping[str, Callable[[], str]] = {
     "house": house,
     "cpu kernels": cpu_kernels,
     "repair costs": repair_costs,
+    "guidance": guidance,
     "density layers": partial(density, "density_layers", {"error": "error"}),
     "density runs": partial(
         density, "density_runs", {"fg_psnr_db": "foreground dB", "psnr_db": "PSNR dB", "agreement": "agreement"}

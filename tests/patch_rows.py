@@ -18,6 +18,8 @@ _FEW = ("wan", "unet_sd15", "dinov2")
 A whole run is for what remembers something between steps."""
 _VIDEO = ("wan", "hunyuan_video", "cogvideox", "ltx")
 """Of methods that go by frames: video models with text apart, behind, ahead, and without any order of theirs."""
+_GUIDED = ("wan", "wan pipeline", "cogvideox", "hunyuan_video", "flux", "sd3", "unet_sd15", "unet_sdxl", "z_image", "mochi")
+"""Of guidance, which no image encoder takes: one denoiser a way of holding text and grid."""
 _NEAR = {"sink": 2, "window": 4, "slack": 2, "prompt": "stream"}
 """Of a sequence whose heads all stream."""
 _ADDED = Table(torch.tensor([[0.5, 0.1], [0.4, 0.3], [0.2, 0.6], [0.7, 0.8]]), ("layers", "heads"))
@@ -61,6 +63,12 @@ _ROWS = (
     Subject("bilevel", {"p": 1.0}, {"k": 1, "halo": 0}, {}),
     Subject("bias", {"strength": 0.0}, {"strength": 0.5}),
     Subject("segments", {"tokens": 99}, {"tokens": 4}, only=("wan", "cogvideox", "hunyuan_video")),
+    Subject(
+        "headhunter",
+        {"heads": "all", "u": 0.0},
+        {"heads": [[0, 1], [1, 0]], "u": 0.5, "rows": "image"},
+        only=_GUIDED,
+    ),
     Subject(
         "prefill_rows",
         {"top_p": 1.0},

@@ -103,7 +103,7 @@ MODELS = {
 def decided(recipe: Recipe, depth: int) -> dict[int, dict[str, Any]]:
     """Settings by layer that a patch reads a prompt with."""
     sites = [Site(f"layers.{i}.self_attn", "decoder", "self", i, depth) for i in range(depth)]
-    found = [recipe.decide(site, None, PREFILL, beneath=True) for site in sites]
+    found = [recipe.decide(site, None, PREFILL, stage="beneath") for site in sites]
     return {
         i: patch_class(decision.patch)(decision.config).config.model_dump()
         for i, decision in enumerate(found)

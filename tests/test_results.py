@@ -74,7 +74,9 @@ def plugged() -> list[Shown]:
     pipe, inputs = tiny_pipelines.decoding("wan")
     with accelplug.apply(pipe, {"rules": [{"patch": "radial"}]}, gate="off") as plug:
         pipe(**inputs)
-        return [plug.report(), plug.where(), accelplug.inspect(pipe)]
+        report, where = plug.report(), plug.where()
+    given = {key: value for key, value in inputs.items() if key != "output_type"}
+    return [report, where, accelplug.inspect(pipe), accelplug.inspect(pipe, given, heads={"layers": [1]})]
 
 
 def looked() -> list[Shown]:

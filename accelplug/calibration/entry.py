@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from accelplug import compat, files, show
+from accelplug.calibration import hunting
 from accelplug.calibration.effects import weigh
 from accelplug.calibration.language import OF_LANGUAGE_MODELS, calibrate_language
 from accelplug.calibration.rules import rules_with
@@ -38,6 +39,7 @@ def calibrate(
     recipe: Any = None,
     inputs: Mapping[str, Any] | None = None,
     processor: Any = None,
+    objective: Any = None,
     seed: int = 0,
     buckets: int = 4,
     dense_steps: str | None = "0:25%",
@@ -54,10 +56,10 @@ def calibrate(
     Parameters
     ----------
     pipe : a diffusers pipeline, or a language model.
-    patch : ``sparse_vdit``, ``paro``, ``sta``: what is calibrated; or for the selectors of `recipe` ``rest``, the weights of their
-        pooled blocks, or ``budget``, how much each layer, head and span of steps reads at the cost of the recipe as it is. Of a
-        language model ``heads``: what its heads are there for (`HeadScores`), by which `duo` chooses; or ``layers``: how each reads a
-        long prompt (`LayerKnobs`).
+    patch : ``sparse_vdit``, ``paro``, ``sta``: what is calibrated; ``headhunter``: the heads that are guided by; or for the selectors of
+        `recipe` ``rest``, the weights of their pooled blocks, or ``budget``, how much each layer, head and span of steps reads at the cost
+        of the recipe as it is. Of a language model ``heads``: what its heads are there for (`HeadScores`), by which `duo` chooses; or
+        ``layers``: how each reads a long prompt (`LayerKnobs`).
     prompts : one or several, or arguments of the pipeline's call each; one run of `seed` plus its index each. Of a language model a text
         in which needles are hidden, or None: then heads are told by random tokens alone.
     path : where the recipe goes, ``my.yaml``; tables go to ``my.safetensors`` beside it. Until then ``my.partial.safetensors`` is
@@ -67,6 +69,9 @@ def calibrate(
     recipe : what ``rest`` and ``budget`` are for; anything that `accelplug.apply` takes.
     inputs : further arguments of the pipeline's call: size, frames, steps, guidance.
     processor : a language model's, or its tokenizer.
+    objective : of ``headhunter``, what its heads are hunted for by: ``sharpness``; ``agreement``, the bundled video model's with its
+        caption; ``module:function`` or a function, given frames, float32 (F, H, W, 3) in [0, 1], and the prompt; more is better. It takes
+        a run of every prompt for every head: choose few steps, small sizes, or `options` layers. No step of its recipe is left dense.
     buckets : spans of equal length that a run's steps fall into; tables with an axis of steps have one row each.
     dense_steps : steps that the written recipe leaves dense; None for none. They are measured all the same. `recipe` has its own.
     progress : show a progress bar.
@@ -106,6 +111,12 @@ def calibrate(
         given = [{"prompt": item} if isinstance(item, str) else item for item in given]
     runs = arguments.calls(pipe, given, "calibrate")
     arguments.calls(pipe, [inputs or {}], "calibrate")
+    if patch == hunting.HUNTED:
+        return _hunted(pipe, [{**run, **(inputs or {})} for run in runs], objective, config, options, seed, place, progress)
+    if objective is not None:
+        raise AccelplugError(
+            f"calibrate, objective: {patch} is measured by its own error; {hunting.HUNTED} takes an objective."
+        )
     calibration_of(patch)  # a wrong name is refused before anything runs
     facts = model_facts(pipe)
     base = load(recipe, facts) if patch in OF_RECIPES else None
@@ -184,11 +195,61 @@ def calibrate(
     return load(read_file(place.recipe).recipe(), facts)
 
 
+def _hunted(
+    pipe: Any,
+    runs: list[dict[str, Any]],
+    objective: Any,
+    config: Mapping[str, Any] | None,
+    options: Mapping[str, Any] | None,
+    seed: int,
+    place: Files | None,
+    progress: bool,
+) -> Recipe:
+    """Hunt for heads to guide away from, and return a recipe of them; the scores go beside it."""
+    score, facts = hunting.objective_of(objective), model_facts(pipe)
+    knobs = hunting.HuntKnobs.read(options, f"Options of calibrate {hunting.HUNTED}")
+    fixed = {"heads": "all", **(config or {})}
+    patch_class(hunting.HUNTED)(fixed)  # a wrong setting is refused before anything runs
+    load({"rules": hunting.recipe_of([(0, 0)], config or {}, knobs)}, facts)
+    settings = {
+        "objective": objective if isinstance(objective, str) else f"{score.__module__}:{score.__qualname__}",
+        "config": dict(config or {}),
+        "options": knobs.model_dump(mode="json"),
+        "runs": [{key: repr(value) for key, value in run.items()} for run in runs],
+        "seed": seed,
+        "model": Target.model(facts),
+    }
+    partial = None if place is None else place.partial.with_suffix(".json")
+    found = hunting.hunt(
+        pipe, score, runs, config or {}, knobs, seed, json.dumps(settings, sort_keys=True), partial, progress
+    )
+    rules, told, cite = (
+        hunting.recipe_of(found.heads, config or {}, knobs),
+        found.told(len(runs)),
+        patch_entry(hunting.HUNTED).cite,
+    )
+    if place is not None and partial is not None:
+        made = environment(pipe)
+        notes = {"objective": settings["objective"], "prompts": len(runs), "seed": seed, "without guidance": found.before}
+        origin = Origin(
+            Target.model(facts), patch=hunting.HUNTED, axes=dict.fromkeys(found.tables, ("layers", "heads")), versions=made["versions"],
+            git=made["git"], notes=notes,
+        )  # fmt: skip
+        write_tables(place.tables, found.tables, origin)
+        entry = {"cite": cite, "summary": told, "rules": rules, "measured": []}
+        write_recipe(place.recipe, match_for(facts), hunting.HUNTED, entry)
+        partial.unlink(missing_ok=True)
+        return load(read_file(place.recipe).recipe(), facts)
+    return load({"rules": rules, "summary": told}, facts)
+
+
 def split_settings(patch: str, settings: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what ``key=value`` texts set of the patch, and what of its calibration; a key that both have sets both."""
     if patch in OF_LANGUAGE_MODELS:
         measure = OF_LANGUAGE_MODELS[patch]
         knobs, fields = measure.knobs.model_fields, patch_class(measure.patch).Config.model_fields
+    elif patch == hunting.HUNTED:
+        knobs, fields = hunting.HuntKnobs.model_fields, patch_class(patch).Config.model_fields
     else:
         knobs = calibration_of(patch).Config.model_fields
         fields = {} if patch in OF_RECIPES else patch_class(patch).Config.model_fields
@@ -223,5 +284,6 @@ class Files:
 
     def in_the_way(self) -> Path | None:
         """A file that would be lost. Tables beside a partial file are this calibration's own, written when it was cut off."""
-        mine = (self.recipe,) if self.partial.exists() else (self.recipe, self.tables)
+        cut_off = self.partial.exists() or self.partial.with_suffix(".json").exists()
+        mine = (self.recipe,) if cut_off else (self.recipe, self.tables)
         return next((path for path in mine if path.exists()), None)

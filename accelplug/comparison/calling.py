@@ -9,39 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from accelplug import compat
-from accelplug.errors import UnsupportedError
+from accelplug.hosts.clips import decoded
 from accelplug.hosts.models import DENOISERS
 from accelplug.kernels.timing import synchronise
 
-DECODED = ("videos", "images")
-"""What modular pipelines call what they decode."""
 CALLBACK = "callback_on_step_end"
-
-
-def clip_of(pipe: Any, given: Mapping[str, Any]) -> tuple[np.ndarray, Tensor | None]:
-    """Call a pipeline for the first clip that it decodes, float32 (F, H, W, 3), and a modular one for its latents, where it leaves them.
-
-    Raises
-    ------
-    UnsupportedError
-        If a modular pipeline decodes nothing.
-    """
-    latents = None
-    if not compat.diffusers.blocks_of(pipe):
-        out = pipe(**given, output_type="np")
-        all_frames = out if isinstance(out, np.ndarray) else np.asarray(out[0])
-    else:
-        name = _decoded(pipe)
-        state = pipe(**given, output_type="np")
-        all_frames, latents = np.asarray(state.get(name)), state.get("latents")
-    frames = all_frames[0]
-    clip = frames if frames.ndim == 4 else frames[None]
-    return clip.astype(np.float32), latents if isinstance(latents, Tensor) else None
 
 
 def latents_of(pipe: Any, given: Mapping[str, Any]) -> Any:
@@ -50,18 +26,7 @@ def latents_of(pipe: Any, given: Mapping[str, Any]) -> Any:
         return pipe(**{"output_type": "latent", **given, "return_dict": False})[0]
     state = pipe(**{"output_type": "pt", **given} if "output_type" in (compat.diffusers.arguments_of(pipe) or {}) else given)
     found = state.get("latents")
-    return state.get(_decoded(pipe)) if found is None else found
-
-
-def _decoded(pipe: Any) -> str:
-    left = compat.diffusers.outputs_of(pipe)
-    name = next((name for name in DECODED if name in left), None)
-    if name is None:
-        raise UnsupportedError(
-            f"The blocks of {type(pipe).__name__} leave {', '.join(sorted(left)) or 'nothing'}; expected {' or '.join(DECODED)}. "
-            "Use a pipeline whose last block decodes."
-        )
-    return name
+    return state.get(decoded(pipe)) if found is None else found
 
 
 @dataclass

@@ -26,6 +26,7 @@ from accelplug.comparison.result import Comparison
 from accelplug.comparison.resume import Finished, Ran
 from accelplug.comparison.rows import DENSE_ROW, Pair, Row, Sample, Variant, by_layer_and_step
 from accelplug.errors import AccelplugError
+from accelplug.hosts.clips import clip_of
 from accelplug.hosts.forecast import amdahl, overall_gain
 from accelplug.hosts.ledger import Event
 from accelplug.hosts.models import denoisers, runs_compiled
@@ -212,7 +213,7 @@ class Study:
         with calling.marked(self.pipe, given, self.device) as marks:
             start = marks.now()
             with arguments.refusals(self.pipe, started=lambda: marks.begun is not None):
-                clip, latents = calling.clip_of(self.pipe, given)
+                clip, latents = clip_of(self.pipe, given)
             end = marks.now()
         last = latents if marks.latents is None else marks.latents
         return PipelineRun(clip, last, 1e3 * (end - start), sum(marks.step_ms), marks.step_ms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -303,6 +304,37 @@ def _listening() -> None:
     expect(left <= set(left_behind(vars(denoiser))), f"a hook leaves {sorted(left)} behind")
     _denoise(denoiser, "cond")
     expect(len(heard) == 3, "a hook that was taken out of _hook_order still hears")
+
+
+@contextmanager
+def in_context(denoiser: Any, name: str, outer: Any) -> Iterator[None]:
+    """Have a cache context of another name on a denoiser for a moment, in place of `outer`, as it was heard (None: none was on)."""
+    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
+    _set_cache_context(denoiser, CacheContext(name) if outer is None else dataclasses.replace(outer, name=name))
+    try:
+        yield
+    finally:
+        _set_cache_context(denoiser, outer)
+
+
+@contract("diffusers: a cache context gives way to another for a moment")
+def _contexts_in_contexts() -> None:
+    registry_type, hook_type, manager_type, state_type = hook_types()
+    heard: list[Any] = []
+
+    class Manager(manager_type):  # type: ignore[misc, valid-type]
+        def set_context(self, context: Any) -> None:
+            heard.append(context)
+
+    denoiser, hook = _tiny_denoiser(), hook_type()
+    hook._is_stateful, hook.manager = True, Manager(state_type)
+    setattr(denoiser, REGISTRY, registry_type(denoiser))
+    listen_first(vars(denoiser)[REGISTRY], "accelplug_contract", hook)
+    with denoiser.cache_context("cond"), in_context(denoiser, "perturbed", heard[-1]):
+        pass
+    names = [getattr(context, "name", context) for context in heard]
+    expect(names == ["cond", "perturbed", "cond", None], f"a context in a context is heard as {names}")
 
 
 _CACHES = tuple(f"diffusers.hooks.{kind}_cache" for kind in CACHES)

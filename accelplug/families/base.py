@@ -158,6 +158,7 @@ class Family:
     timestep : what pipelines hand to the denoiser of their scheduler's timesteps, keys of `accelplug.hosts.clock.SCALES`, the
         likeliest first.
     latents : name of the argument that holds the latents, or a list of them; None where they are the first tensor of numbers.
+    conditional_first : whether pipelines put the conditional half of a batch that holds both branches first.
     status : how well it is known: ``verified`` (a real pipeline run), ``layout`` (tiny model), or ``dense``.
     """
 
@@ -174,6 +175,7 @@ class Family:
     patch: Callable[[Any], Grid | None] = patch_thw
     timestep: tuple[str, ...] = ("timestep", "unit")
     latents: str | None = None
+    conditional_first: bool = False
     status: Literal["verified", "layout", "dense"] = "layout"
 
 

@@ -37,5 +37,6 @@ Z_IMAGE = Family(
     geometry=_stream,
     patch=two_by_two,
     timestep=("inverse",),
+    conditional_first=True,
     status="verified",
 )

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from accelplug.bounded import Bounded
 from accelplug.call import Clock, Site
 from accelplug.errors import UnsupportedError
-from accelplug.hosts.record import Choice
+from accelplug.hosts.record import LEFT_DENSE, Choice
 from accelplug.recipe import Recipe, Rule
-from accelplug.registry import patch_class
+from accelplug.registry import Stage, patch_class
 
 if TYPE_CHECKING:
     from accelplug.patches.base import Patch
@@ -34,12 +34,17 @@ class Chooser:
 
     def decide(self, site: Site, layout: Any, clock: Clock) -> Choice:
         """Return what serves a call at `site`, with tokens lying as `layout` says (None: not known), at `clock`."""
-        found = [self._of_stage(site, layout, clock, stage) for stage in self.recipe.stages]
+        stages = [stage for stage in self.recipe.stages if stage != "guidance"]
+        found = [self._of_stage(site, layout, clock, stage) for stage in stages]
         told = [choice for choice in found if choice.chosen]
-        return replace(told[0], under=told[1]) if len(told) > 1 else (told or found)[0]
+        return replace(told[0], under=told[1]) if len(told) > 1 else (*told, *found, LEFT_DENSE)[0]
 
-    def _of_stage(self, site: Site, layout: Any, clock: Clock, beneath: bool) -> Choice:
-        decision = self.recipe.decide(site, layout, clock, beneath=beneath)
+    def guide(self, site: Site, layout: Any, clock: Clock) -> Choice:
+        """Return what perturbs a call at `site` in a forward to be guided by; see `decide`."""
+        return self._of_stage(site, layout, clock, "guidance")
+
+    def _of_stage(self, site: Site, layout: Any, clock: Clock, stage: Stage) -> Choice:
+        decision = self.recipe.decide(site, layout, clock, stage=stage)
         if decision.patch is None:
             return Choice(reason=decision.reason, rule=decision.rule)
         patch = self._patch(decision.patch, decision.config, decision.instance)

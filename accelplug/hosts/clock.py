@@ -99,6 +99,11 @@ class StepClock:
         return tuple(sorted(getattr(self._pipe(), "fused_loras", ())))
 
     @property
+    def perturbs(self) -> bool:
+        """Whether the pipeline makes a perturbed prediction of its own: those with perturbed-attention guidance."""
+        return bool(getattr(self._pipe(), "do_perturbed_attention_guidance", False))
+
+    @property
     def context(self) -> Any:
         """The cache context that is on in this thread, as it was told."""
         return self._thread.context

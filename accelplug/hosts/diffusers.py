@@ -27,6 +27,7 @@ from accelplug.hosts.clock import ContextListener, StepClock
 from accelplug.hosts.entrance import Entrance
 from accelplug.hosts.forecast import Forecast, Forecaster
 from accelplug.hosts.gate import Verdict
+from accelplug.hosts.guiding import Guiding
 from accelplug.hosts.hoist import Hoist
 from accelplug.hosts.host import Host, Setup
 from accelplug.hosts.models import DENOISERS, PATCHABLE, denoisers, processor_owners
@@ -43,6 +44,7 @@ from accelplug.recipe import ModelFacts, RunFacts
 
 if TYPE_CHECKING:
     from accelplug.kernels.orders import Tiles
+    from accelplug.patches.base import Patch
 
 
 RUNS = frozenset({"compare", "tune", "calibrate"})
@@ -64,6 +66,8 @@ class _Thread(threading.local):
         self.now = Clock()
         self.announced = False
         """Whether a context has told of the forward that comes."""
+        self.comes_first = True
+        """Whether no other forward of the run was at its step before."""
         self.context = ExitStack()
         """The cache context that we have opened around a forward."""
 
@@ -84,7 +88,7 @@ class DenoiserHost(Answering, Host):
     called = "a denoiser"
     expects = "a diffusers pipeline with a transformer or unet that is loaded (call load_components() of a modular one), or such a module"
     gives = "pictures"
-    serves = frozenset({"sparse", "tokens", "bias", "texts"})
+    serves = frozenset({"sparse", "tokens", "bias", "texts", "guidance"})
     abilities = dict.fromkeys(RUNS, "a whole diffusers pipeline") | dict.fromkeys(
         ("inspect", "cache", "positions", "step"), "a diffusers pipeline or denoiser"
     )
@@ -172,6 +176,7 @@ class DenoiserHost(Answering, Host):
         self.regions = self._regions()
         self.hoist = Hoist(denoiser, self.family.any_order, self.records, self._answers, self.ledger)
         self.forecaster = Forecaster(name, self.meter, self.records, self.passed, self.decide, self.gate, takes_turns)
+        self.guiding = None if setup.guide is None else Guiding(self, setup.guide, self.family.conditional_first)
         self._came_through: bool | None = False
         """Whether a forward has come to its end; None where that has been looked at."""
         self._traced = False
@@ -240,6 +245,8 @@ class DenoiserHost(Answering, Host):
         undo.put(self.denoiser, INSTALL, next(_installs))
         undo.hook(self.denoiser, "register_forward_hook", self._leave_forward, always_call=True)
         undo.hook(self.denoiser, "register_forward_hook", self._after_forward)
+        if self.guiding is not None:
+            undo.hook(self.denoiser, "register_forward_hook", self.guiding.after_forward, with_kwargs=True)
         undo.hook(self.denoiser, "register_forward_pre_hook", self._before_forward, with_kwargs=True)
         if self.angles is not None:
             self.angles.install(undo)
@@ -270,6 +277,21 @@ class DenoiserHost(Answering, Host):
     def now(self) -> Clock:
         """When this thread's forward happens."""
         return self._thread.now
+
+    @property
+    def run(self) -> Run:
+        """This thread's run."""
+        run = self._thread.run = self._thread.run or Run()
+        return run
+
+    @property
+    def comes_first(self) -> bool:
+        """Whether no other forward of this thread's run was at this step before."""
+        return self._thread.comes_first
+
+    def latents(self, inputs: Mapping[str, Any]) -> Any:
+        """Return the latents among a forward's inputs: a tensor, or a list of one for each sample."""
+        return _samples(inputs, self.family.latents)
 
     def _on_context(self, context: Any) -> None:
         self.clock.on_context(context)
@@ -343,6 +365,7 @@ class DenoiserHost(Answering, Host):
         if run is None or not (run.goes_on(moment, sizes) or (announced and run.is_at(moment))):
             run = here.run = Run()
         here.announced = False
+        here.comes_first = not run.has_been_at(now.step)
         if self.caches is not None:
             self.caches.enter(self.denoiser, run, moment, self.clock.context)
         run.take(moment, sizes)
@@ -358,6 +381,11 @@ class DenoiserHost(Answering, Host):
     def trace_begins(self) -> None:
         """Take note that the denoiser is compiled, and of the time, while Dynamo traces it."""
         self._traced = True
+        if self.guiding is not None:
+            raise UnsupportedError(
+                f"This recipe calls {type(self.denoiser).__name__} once more a step, to be guided by what it predicts, and that cannot "
+                "be done in a graph of the whole model. Compile its blocks instead: compile_repeated_blocks()."
+            )
         if not self._thread.announced:
             self._note_step(self._moment(None))
         self._thread.announced = False
@@ -431,10 +459,18 @@ class DenoiserHost(Answering, Host):
                 record.site = replace(record.site, heads=share)
             layout = self._expected_layout(entered.geometry, record.site)
             exchanged = self._exchanged(layout, share, entered.device)
-            record.settle(*self._prepare(record.site, layout, entered.device), exchanged)
-            self._ask_for_error(record, entered.device)
+            self._settle_record(record, layout, entered.device, exchanged)
             if compiled and record.settled.patch is not None:
                 self._judge_ahead(record, region)
+
+    def _settle_record(
+        self, record: SiteRecord, layout: Layout | None, device: torch.device | None, exchanged: Gathered | None
+    ) -> None:
+        assert record.site is not None
+        record.settle(*self._prepare(record.site, layout, device), exchanged)
+        self._ask_for_error(record, device)
+        if self.guiding is not None and (guide := self.guiding.at(record)) is not None:
+            record.settled = replace(record.settled, guide=guide)
 
     def _ask_for_error(self, record: SiteRecord, device: torch.device | None) -> None:
         """Hand a patch that estimates its error where to write it, or leave it out by what it said in the step before.
@@ -542,12 +578,22 @@ class DenoiserHost(Answering, Host):
         self._held.add(choice.rule)
         if choice.patch is None or layout is None:
             return choice, layout, None, None
-        run = self._thread.run = self._thread.run or Run()
-        shared = run.state.setdefault((None, self.now.branch), {})
-        state = run.state.setdefault((site.module, self.now.branch), {"shared": shared})
-        params = choice.patch.prepare(site, layout, self.now, state)
+        params = self._prepared(choice.patch, site, layout)
         order = None if params is None or self.hoist.scheme is None else choice.patch.shared_order(params)
         return choice, layout, self.on_device(params, device), order
+
+    def _prepared(self, patch: Patch, site: Site, layout: Layout) -> Any:
+        state = self.run.state
+        shared = state.setdefault((None, self.now.branch), {})
+        return patch.prepare(site, layout, self.now, state.setdefault((site.module, self.now.branch), {"shared": shared}))
+
+    def hold(self, rule: int | None) -> None:
+        """Take note that a rule of the recipe has held."""
+        self._held.add(rule)
+
+    def parameters_of(self, choice: Choice, site: Site, layout: Layout) -> Any:
+        """Ask a patch of guidance what it needs at a site."""
+        return None if choice.patch is None else self._prepared(choice.patch, site, layout)
 
     # --------------------------------------------------------------------------------------------- the call itself
 
@@ -567,7 +613,9 @@ class DenoiserHost(Answering, Host):
         if record.site is None or k.shape[-2] <= record.settled.aside:
             return dense()
         entered = self.meter.clock(q.device)
-        if record.settled.patch is not None and q.shape[-2] != record.settled.queries and q.shape[-2] == k.shape[-2]:
+        settled = record.settled
+        answers = settled.patch is not None or settled.guide is not None
+        if answers and q.shape[-2] != settled.queries and q.shape[-2] == k.shape[-2]:
             self._settle_for_length(record, q.shape[-2])
         here = record.settled
         call, reason = None, here.reason
@@ -580,7 +628,8 @@ class DenoiserHost(Answering, Host):
                 self.ledger.fell_back(record.site.module, reason)
             else:
                 call = here.call(q, k, v, mask, scale, dense)
-        return self.answer(record, here, q, call, reason, dense, entered)
+        out = self.answer(record, here, q, call, reason, dense, entered)
+        return out if self.guiding is None else self.guiding.answer(record, out, q, k, v, scale, dense)
 
     def _settle_for_length(self, record: SiteRecord, length: int) -> None:
         """Text of another length than the inputs said (Mochi drops padded text per sample)."""
@@ -588,8 +637,7 @@ class DenoiserHost(Answering, Host):
         entered = region.entered
         layout = entered.geometry.layout(record.site.kind, length) if entered.geometry and record.site else None
         if layout is not None and record.site is not None:
-            record.settle(*self._prepare(record.site, layout, entered.device), record.settled.exchanged)
-            self._ask_for_error(record, entered.device)
+            self._settle_record(record, layout, entered.device, record.settled.exchanged)
 
     def _obstacle(self, record: SiteRecord, q: Tensor, k: Tensor, v: Tensor, mask: Any, blocked: str | None) -> str | None:
         """Why a call that a patch is there for must run dense, or None."""
@@ -632,6 +680,10 @@ class DenoiserHost(Answering, Host):
             return f"{self.cache.kind} computed every step: the run had {steps}, and it is for runs of {self.cache.run}"
         return f"{self.cache.kind} computed {self.cache.computed(steps)} of {steps} steps"
 
+    def guided(self) -> str | None:
+        """Say what guidance cost, in forwards and rows."""
+        return None if self.guiding is None else self.guiding.report()
+
     def step(self, index: int | None, steps: int | None) -> None:
         """Take the step that comes in this thread from the user."""
         self.clock.set(index, steps)
@@ -656,7 +708,8 @@ class DenoiserHost(Answering, Host):
 
     def placed(self) -> list[Placed]:
         """What runs where, in this thread's forward or the latest one."""
-        return [record.placed(record.site) for record in self.records if record.site]
+        guided = [] if self.guiding is None else self.guiding.placed()
+        return [*(record.placed(record.site) for record in self.records if record.site), *guided]
 
     def unrouted(self) -> list[str]:
         """Modules that a rule names, whose attention never came by."""
@@ -694,14 +747,20 @@ def _dtype_of(attention: Any, latents: torch.dtype | None) -> torch.dtype | None
     return latents
 
 
-def _latents(inputs: Mapping[str, Any], name: str | None) -> Tensor | None:
-    """The first tensor of numbers among a forward's inputs; of a list, one for each sample, the first for all. `name`: the argument that
-    holds the latents, where that is another, the last of several."""
+def _samples(inputs: Mapping[str, Any], name: str | None) -> Any:
+    """The first tensor of numbers among a forward's inputs, or list of them, one for each sample. `name`: the argument that holds the
+    latents, where that is another, the last of several."""
     if name is not None:
         named: Any = inputs.get(name)
         return named[-1] if isinstance(named, list | tuple) and named else named
     for x in inputs.values():
         first = x[0] if isinstance(x, list | tuple) and x else x
         if isinstance(first, Tensor) and first.is_floating_point():
-            return first if first is x else first.expand(len(x), *first.shape)
+            return x
     return None
+
+
+def _latents(inputs: Mapping[str, Any], name: str | None) -> Tensor | None:
+    """What `_samples` finds, as a tensor: of a list the first sample for all."""
+    found = _samples(inputs, name)
+    return found[0].expand(len(found), *found[0].shape) if isinstance(found, list | tuple) else found

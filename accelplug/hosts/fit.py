@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from accelplug.call import Site
 from accelplug.errors import FallbackError, NoMatchError, RecipeError, UnsupportedError
 from accelplug.hosts.host import Host
+from accelplug.patches.perturbation import Perturbation
 from accelplug.recipe import Recipe
+from accelplug.registry import patch_class
 from accelplug.step_caches import CACHES
 
 logger = logging.getLogger("accelplug")
@@ -47,6 +49,7 @@ def require_fit(recipe: Recipe, hosts: Sequence[Host], elsewhere: tuple[str, ...
         _require_rules_that_can_hold(recipe, hosts, sites, elsewhere)
         heads = {r.site: getattr(r.module, "heads", None) for host in hosts for r in host.records if r.site}
         recipe.require_tables_for(heads)
+        _require_heads_to_guide_by(recipe, heads)
     elif any(recipe.may_touch(replace(site, kind="self")) for site in sites if site.kind == "cross"):
         logger.warning("%s names cross-attention alone, which is left as it is: nothing changes.", recipe.name)
     else:
@@ -68,12 +71,22 @@ def _require_patches_of_its_kind(recipe: Recipe, hosts: Sequence[Host]) -> None:
             )
 
 
+def _require_heads_to_guide_by(recipe: Recipe, heads: Mapping[Site, int | None]) -> None:
+    """Layers and heads that guidance names must be there; where it is not known how many there are, the first forward tells."""
+    for rule in recipe.guided_by():
+        fixed = {key: value for key, value in rule.settings.items() if not isinstance(value, Mapping)}  # no ramps yet
+        patch = rule.instance or patch_class(rule.name)(fixed)
+        known = {site.layer: number for site, number in heads.items() if site.layer is not None and rule.fits(site)}
+        if isinstance(patch, Perturbation) and None not in known.values():
+            patch.require_heads({layer: number for layer, number in known.items() if number is not None})
+
+
 def _require_a_cache_that_fits(recipe: Recipe, hosts: Sequence[Host]) -> None:
     """The block from which a step cache predicts the others must be dense."""
     cache = recipe.cache
     if cache is None or not CACHES[cache.kind].by_first_block or not recipe.patches():
         return
-    if any(recipe.may_touch(site) for site in sites_of(hosts) if site.layer == 0):
+    if any(recipe.may_answer(site) for site in sites_of(hosts) if site.layer == 0):
         raise RecipeError(
             f"{recipe.name}: the cache {cache.kind} predicts a step from its first block, but a rule puts a patch "
             "there, and its error would pass for change. Keep it dense: {where: {layers: 0}, patch: dense} as first rule."

@@ -49,6 +49,7 @@ class Setup:
     ----------
     recipe : its name, for messages.
     decide : (site, layout or None, clock) -> what the recipe says.
+    guide : (site, layout or None, clock) -> what perturbs a call in a forward to be guided by; None where no rule is about one.
     around : its patches that stand around ``generate``, the first one outermost.
     cache : its step cache.
     positions : how it tells frames apart.
@@ -63,6 +64,7 @@ class Setup:
 
     recipe: str = "accelplug"
     decide: Decide = lambda site, layout, clock: LEFT_DENSE
+    guide: Decide | None = None
     around: tuple[Choice, ...] = ()
     cache: StepCache | None = None
     ledger: Ledger = field(default_factory=Ledger)
@@ -169,6 +171,10 @@ class Host(Protocol):
 
     def cached(self) -> str | None:
         """Say what a step cache came to that may be left out or rest; None of one that always is at work."""
+        return None
+
+    def guided(self) -> str | None:
+        """Say what guidance cost; None where no rule is about it."""
         return None
 
     def share_of(self, verdict: Verdict) -> float | None:

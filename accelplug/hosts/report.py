@@ -36,6 +36,8 @@ class Report(Shown):
     """What the rules come to in a run of as many steps as the last one had; ahead of the first run, in runs of some lengths."""
     caches: list[str] = field(default_factory=list)
     """What step caches came to that may be left out, or rest in some runs."""
+    guided: list[str] = field(default_factory=list)
+    """What guidance cost: forwards beside the pipeline's."""
     reach: list[str] = field(default_factory=list)
     """How much of a prompt's time rules can touch in a language model: its layers with full attention, and the ceiling that leaves."""
     compiled: list[str] = field(default_factory=list)
@@ -86,6 +88,8 @@ class Report(Shown):
             yield "not judged by the gate", reason
         for said in self.caches:
             yield "step cache", said
+        for said in self.guided:
+            yield "guidance", said
         for said in self.reach:
             yield "of a prompt", said
         for what in self.compiled:

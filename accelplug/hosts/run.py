@@ -44,11 +44,13 @@ class Run:
     Attributes
     ----------
     state : what patches keep from step to step.
+    shift : what guidance adds to the predictions of a step, and which step that is.
     inside : whether a forward of it is being run.
     broken : whether its last forward has not come to its end.
     """
 
     state: State = field(default_factory=dict)
+    shift: tuple[int | None, Any] | None = None
     inside: bool = False
     broken: bool = False
     _schedules: tuple[Tensor, ...] = ()
@@ -85,6 +87,10 @@ class Run:
     def begun(self) -> bool:
         """Whether it had a forward already."""
         return bool(self._came)
+
+    def has_been_at(self, step: int | None) -> bool:
+        """Whether its last forward was at a step."""
+        return self.begun and step == self._step
 
     def is_at(self, moment: Moment) -> bool:
         """Whether the last forward that was noted is that of `moment`."""

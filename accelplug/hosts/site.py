@@ -88,6 +88,8 @@ class Settled:
     """Into which the patch writes an estimate of its error, float32 (); None where it has none."""
     ticket: Tensor | None = None
     """Of what it left here in the last step, see `kernels.memory`; None without an estimate."""
+    guide: tuple[Choice, Any] | None = None
+    """What perturbs the answer, and its params, in a forward to be guided by; see `hosts.guiding`."""
 
     @property
     def queries(self) -> int:
@@ -124,7 +126,20 @@ class Settled:
     def answer(self, call: AttentionCall) -> Tensor:
         """Return what the patch answers to `call`, for the tokens that ask."""
         patch: Any = self.patch
-        out = patch.attend(call, self.params)
+        return self._of_those_that_ask(patch.attend(call, self.params))
+
+    def perturbed(
+        self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float | None, dense: Callable[..., Tensor]
+    ) -> Tensor:
+        """Return what the guide makes of an answer to a call."""
+        assert self.guide is not None
+        choice, params = self.guide
+        patch: Any = choice.patch
+        return self._of_those_that_ask(
+            patch.attend(self.call(q, k, v, None, scale, partial(_known_answer, out, dense)), params)
+        )
+
+    def _of_those_that_ask(self, out: Tensor) -> Tensor:
         return out[..., self.unasked[0] : self.length - self.unasked[1], :] if any(self.unasked) else out
 
 
@@ -215,15 +230,17 @@ class SiteRecord:
             return self.host.attend(self, q, k, v, mask, scale, dense, blocked)
         self.routed = self.traced = True
         here = self._here.settled
-        patch = here.patch
-        if patch is None or not here.known:  # a thread of which nothing is known yet has a graph of its own, traced anew
+        if not here.known or (
+            here.patch is None and here.guide is None
+        ):  # a thread of which nothing is known is traced anew
             return dense()
         if k.shape[-2] <= here.aside:
             return dense()
         if blocked is not None or here.obstacle(q, k, mask) is not None or patch.enters:
             self.missed = True  # counted by the host, outside the graph
             return dense()
-        return here.answer(here.call(q, k, v, mask, scale, dense))
+        out = dense() if here.patch is None else here.answer(here.call(q, k, v, mask, scale, dense))
+        return out if here.guide is None else here.perturbed(out, q, k, v, scale, dense)
 
     def settle(
         self, choice: Choice, layout: Layout | None, params: Any, order: Tiles | None, exchanged: Gathered | None = None
@@ -306,6 +323,11 @@ def key_validity(mask: Any, length: int, row: int | None) -> tuple[Tensor | None
         if one_head and (one_row or row is not None):
             return mask[:, 0, 0 if one_row else row], True
     return None, False
+
+
+def _known_answer(out: Tensor, dense: Callable[..., Tensor], *others: Tensor | None, **more: Any) -> Tensor:
+    """Dense attention whose answer is known, unless other tensors are handed in."""
+    return dense(*others, **more) if any(x is not None for x in (*others, *more.values())) else out
 
 
 def _dense_for_all(

@@ -10,17 +10,26 @@ from accelplug.hosts.host import require_ability
 from accelplug.hosts.models import model_in
 from accelplug.inspection.denoiser import Inspection, inspect_denoiser
 from accelplug.inspection.encoder import EncoderInspection, inspect_encoder
+from accelplug.inspection.heads import HeadsInspection, inspect_heads
 from accelplug.inspection.language import LanguageInspection, inspect_language
 from accelplug.inspection.looking import VlmInspection
 from accelplug.inspection.reading import inspect_vlm
 from accelplug.inspection.text import TextInspection, inspect_text
 
-__all__ = ["EncoderInspection", "Inspection", "LanguageInspection", "TextInspection", "VlmInspection", "inspect"]
+__all__ = [
+    "EncoderInspection",
+    "HeadsInspection",
+    "Inspection",
+    "LanguageInspection",
+    "TextInspection",
+    "VlmInspection",
+    "inspect",
+]
 
 
 def inspect(
-    model: Any, inputs: Mapping[str, Any] | None = None, processor: Any = None
-) -> Inspection | LanguageInspection | VlmInspection | TextInspection | EncoderInspection:
+    model: Any, inputs: Mapping[str, Any] | None = None, processor: Any = None, *, heads: Mapping[str, Any] | None = None
+) -> Inspection | HeadsInspection | LanguageInspection | VlmInspection | TextInspection | EncoderInspection:
     """Say what accelplug sees in a model: attention sites, recipes that match and what they touch, and what there is to gain.
 
     Parameters
@@ -32,6 +41,8 @@ def inspect(
         says what draws attention in it, and how far heads look. Pipelines: num_frames, height, width, num_inference_steps of the call, if
         not its own.
     processor : with inputs: the model's, so that the question and the answer, or the tokens, are told as text.
+    heads : pipelines: settings of `headhunter` (scale, u); layers, whose heads are tried; seed. A picture is made of `inputs`,
+        arguments of the call with the prompt, and one guided away from each head alone: as many runs as there are heads.
 
     Raises
     ------
@@ -43,6 +54,8 @@ def inspect(
         If inputs are none of a pipeline's call.
     """
     gives, model = require_ability(model, "inspect").gives, model_in(model)
+    if heads is not None:
+        return inspect_heads(model, inputs or {}, heads)
     if gives == "answers":
         if inputs is None:
             return inspect_language(model)

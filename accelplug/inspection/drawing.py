@@ -20,6 +20,8 @@ SPANS = {"picture": (194, 87, 26), "system text": (150, 157, 166), "question": (
 """Colours of what a prompt has: the picture, the text ahead of the user's turn, and what the user asks."""
 MAPS = 6
 """Layers that heat maps are drawn for, spread over depth."""
+PICTURES_WIDE = 6
+"""Pictures side by side."""
 MAPS_SAID = "Attention of the last token, with which the answer begins, mean over heads; each map has its own peak."
 MASSES_SAID = "Of the last token, mean over heads."
 HEADS_SAID = "How far a head's output moves without the picture. Marked: the upper half of a layer."
@@ -141,6 +143,19 @@ def image_figure(title: str, marks: str, **look: Any) -> Image.Image:
         sheet.paste(drawn, (left, TITLES))
         _text(draw, (left, TITLES + high + 8), name, 20)
         _text(draw, (left, TITLES + high + 34), more, 17, SOFT)
+    return sheet
+
+
+def pictures_figure(title: str, under: str, pictures: Sequence[np.ndarray], names: Sequence[str]) -> Image.Image:
+    """Draw pictures of one size, uint8 (H, W, 3) each, in rows of `PICTURES_WIDE`, with a name under each."""
+    pitch = (SHEET - 2 * EDGE - (PICTURES_WIDE - 1) * GAP) // PICTURES_WIDE
+    high = round(pitch * pictures[0].shape[0] / pictures[0].shape[1])
+    sheet, draw = _figure(TITLES + math.ceil(len(pictures) / PICTURES_WIDE) * (high + 44), title, under)
+    for place, (pixels, name) in enumerate(zip(pictures, names, strict=True)):
+        row, column = divmod(place, PICTURES_WIDE)
+        left, top = EDGE + column * (pitch + GAP), TITLES + row * (high + 44)
+        sheet.paste(Image.fromarray(pixels).resize((pitch, high), Image.Resampling.LANCZOS), (left, top))
+        _text(draw, (left, top + high + 8), name, 18)
     return sheet
 
 

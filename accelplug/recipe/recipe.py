@@ -23,7 +23,7 @@ from accelplug.recipe.positions import Positions
 from accelplug.recipe.rules import DENSE, Decision, Rule, StepCache
 from accelplug.recipe.settings import Ramp, at_depth, in_percent, read_varying, table_for
 from accelplug.recipe.strict_yaml import Loc, Source
-from accelplug.registry import PatchEntry, patch_class
+from accelplug.registry import STAGES, PatchEntry, Stage, patch_class
 from accelplug.show import Shown
 from accelplug.step_caches import CACHES
 from accelplug.table import Table
@@ -54,16 +54,13 @@ class Recipe(Shown):
     """Where it stands in its source."""
     positions: Positions | None = None
     """How frames beyond the trained length are told apart."""
-    _by_site: Bounded[tuple[Site, bool], tuple[int, ...]] = field(
+    _by_site: Bounded[tuple[Site, Stage], tuple[int, ...]] = field(
         default_factory=lambda: Bounded(4096), init=False, repr=False
     )
 
-    def decide(self, site: Site, layout: Layout | None, clock: Clock, *, beneath: bool = False) -> Decision:
-        """Return what serves a call at `site`, with tokens lying as `layout` says (None: not known), at `clock`.
-
-        `beneath`: what reads a language model's prompt, beneath what is asked without it.
-        """
-        for number in self._rules_at(site, beneath):
+    def decide(self, site: Site, layout: Layout | None, clock: Clock, *, stage: Stage = "attention") -> Decision:
+        """Return what serves a call at `site`, with tokens lying as `layout` says (None: not known), at `clock`, in a stage."""
+        for number in self._rules_at(site, stage):
             rule = self.rules[number]
             holds = rule.where.holds(layout, clock)
             if isinstance(holds, str):
@@ -82,23 +79,27 @@ class Recipe(Shown):
         """Whether a patch may serve calls at `site` at some time; for a recipe without any patch, whether a rule fits."""
         return bool(self.chosen_among([site])) or (not self.patches() and any(rule.fits(site) for rule in self.rules))
 
+    def may_answer(self, site: Site) -> bool:
+        """Whether a patch may answer at `site` in the forwards that a model makes without the recipe."""
+        return any(self._rules_at(site, stage) for stage in self.stages if stage != "guidance")
+
     @cached_property
-    def stages(self) -> tuple[bool, ...]:
-        """Whether rules stand beneath others (True), and others do (False): each kind is chosen from for itself."""
-        found = {rule.beneath for rule in self.rules if rule.patch != "dense" and not rule.around}
-        return tuple(sorted(found)) or (False,)
+    def stages(self) -> tuple[Stage, ...]:
+        """What its rules are about, each chosen for itself."""
+        found = {rule.stage for rule in self.rules if not rule.around}
+        return tuple(stage for stage in STAGES if stage in found) or STAGES[:1]
 
-    def _stages_of(self, rule: Rule) -> tuple[bool, ...]:
+    def _stages_of(self, rule: Rule) -> tuple[Stage, ...]:
         """For which of them a rule is: a dense one is for all."""
-        return self.stages if rule.patch == "dense" else (rule.beneath,)
+        return self.stages if rule.stage is None else (rule.stage,)
 
-    def _rules_at(self, site: Site, beneath: bool) -> tuple[int, ...]:
+    def _rules_at(self, site: Site, stage: Stage) -> tuple[int, ...]:
         """Numbers of the rules of a stage that time and layout choose among at `site`; the last has a patch: being undecided matters."""
 
         def make() -> tuple[int, ...]:
             fitting: list[int] = []
             for number, rule in enumerate(self.rules):
-                if rule.fits(site) and not rule.around and beneath in self._stages_of(rule):
+                if rule.fits(site) and not rule.around and stage in self._stages_of(rule):
                     fitting.append(number)
                     if rule.where.placed:
                         break
@@ -106,7 +107,7 @@ class Recipe(Shown):
                 fitting.pop()
             return tuple(fitting)
 
-        return self._by_site.get((site, beneath), make)
+        return self._by_site.get((site, stage), make)
 
     def around(self) -> tuple[Rule, ...]:
         """Return the rules whose patches stand around ``generate``, outermost first; they have no site."""
@@ -122,7 +123,7 @@ class Recipe(Shown):
         """
         reached, behind = set(), {}
         for site in sites:
-            first: dict[bool, int] = {}  # by stage, the rule that takes all that is left
+            first: dict[Stage, int] = {}  # by stage, the rule that takes all that is left
             for number, rule in enumerate(self.rules):
                 if rule.around or not rule.fits(site):
                     continue
@@ -150,6 +151,10 @@ class Recipe(Shown):
         rule = self.rules[number]
         where = "everywhere" if rule.where == Where() else f"where {rule.where}"
         return f"Rule {number + 1} of {self.name} ({rule.name} {where})"
+
+    def guided_by(self) -> tuple[Rule, ...]:
+        """Return the rules about a forward to be guided by."""
+        return tuple(rule for rule in self.rules if rule.stage == "guidance")
 
     def chosen_among(self, sites: Iterable[Site]) -> list[int]:
         """Return the numbers of the rules that may hold at some of these sites."""

@@ -14,7 +14,7 @@ from accelplug.recipe.conditions import Strict, Where, name_list, number_bound, 
 from accelplug.recipe.explaining import explain, shortened
 from accelplug.recipe.settings import Ramp, at_depth, read_varying, shown
 from accelplug.recipe.strict_yaml import Source
-from accelplug.registry import BENEATH, PatchEntry, entry_of, patch_entry
+from accelplug.registry import PatchEntry, Stage, entry_of, patch_entry, stage_of
 from accelplug.step_caches import CACHES
 from accelplug.table import Table
 
@@ -82,9 +82,9 @@ class Rule(Strict):
         return self.entry is not None and self.entry.family == "generation"
 
     @property
-    def beneath(self) -> bool:
-        """Whether its patch reads a prompt beneath what other rules put at the same layer."""
-        return self.entry is not None and self.entry.family in BENEATH
+    def stage(self) -> Stage | None:
+        """What it is about; None for dense, which is about all."""
+        return None if self.entry is None else stage_of(self.entry.family)
 
     @property
     def values(self) -> dict[str, Any]:

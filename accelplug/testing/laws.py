@@ -174,6 +174,7 @@ def laws(
     with registered(cls) if cls is not None else nullcontext():
         blocks, host = subject.blocks, _host_of(subject)
         lets_go, about_text = (entry_of(subject.patch).family == family for family in ("memory", "texts"))
+        elsewhere: Mapping[str, Any] = ENCODERS_TRIED if entry_of(subject.patch).family == "guidance" else {}
     found: list[Law] = []
     for check, names in host.laws:
         unsaid: dict[Callable[..., None], bool] = {
@@ -188,7 +189,7 @@ def laws(
             found += [
                 Law(check, subject, name, make, cls)
                 for name, make in tried.items()
-                if not subject.only or name in subject.only
+                if name not in elsewhere and (not subject.only or name in subject.only)
             ]
     return found
 

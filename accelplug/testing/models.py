@@ -14,6 +14,8 @@ import torch
 from diffusers.models import embeddings
 from torch import Tensor, nn
 
+from accelplug.hosts.guiding import ONCE_A_BATCH
+
 Arguments = dict[str, Any]
 """Of a forward or a call, by name."""
 Built = tuple[Any, Arguments]
@@ -187,15 +189,6 @@ def sample_of(result: Any) -> Tensor:
         return result.last_hidden_state
     sample = result[0] if isinstance(result, tuple) else result.sample
     return torch.stack(list(sample)) if isinstance(sample, list) else sample
-
-
-ONCE_A_BATCH = frozenset(
-    {
-        *("txt_ids", "image_cond_ids", "image_rotary_emb", "rotary_embedding", "visual_rope_pos", "text_rope_pos"),
-        *("position_ids", "token_tags", "timestep_indices", "video_indices", "audio_indices", "text_indices"),
-    }
-)
-"""Arguments that a batch has once."""
 
 
 def batch_of_two(inputs: Arguments) -> tuple[Arguments, list[Arguments]]:
