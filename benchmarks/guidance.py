@@ -169,7 +169,8 @@ def show(store: Path) -> None:
     facts = {
         **environment(pipeline()),
         "settings": SETTINGS,
-        "hunted on": list(HELD_OUT_CAPTIONS[FIRST_HUNTED : FIRST_HUNTED + 8]), "each head alone, by layer": hunted,
+        "hunted on": list(HELD_OUT_CAPTIONS[FIRST_HUNTED : FIRST_HUNTED + 8]),
+        "each head alone, by layer": hunted,
     }
     said = list(summary(rows))
     write_json("guidance", {**facts, "arms": said, "rows": rows})

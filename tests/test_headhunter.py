@@ -235,7 +235,9 @@ def test_steps_without_guidance_have_no_further_forward() -> None:
         assert "2 further forwards beside 8, 1.25x as many rows" in str(plug.report())
         assert {row.name for row in plug.where()} == {"dense"}
     assert {event.clock.step for event in events if event.patch == "headhunter"} == {0, 1}
-    with accelplug.apply(pipe, {"rules": [{"patch": "dense", "where": {"steps": "50%:"}}, *recipe()["rules"]]}, gate="off") as plug:
+    with accelplug.apply(
+        pipe, {"rules": [{"patch": "dense", "where": {"steps": "50%:"}}, *recipe()["rules"]]}, gate="off"
+    ) as plug:
         run_pipeline(pipe, inputs)
         assert "2 further forwards" in str(plug.report())
         assert not plug.report().idle

@@ -236,7 +236,8 @@ class SiteRecord:
             return dense()
         if k.shape[-2] <= here.aside:
             return dense()
-        if blocked is not None or here.obstacle(q, k, mask) is not None or patch.enters:
+        enters = here.patch is not None and here.patch.enters
+        if blocked is not None or here.obstacle(q, k, mask) is not None or enters:
             self.missed = True  # counted by the host, outside the graph
             return dense()
         out = dense() if here.patch is None else here.answer(here.call(q, k, v, mask, scale, dense))
