@@ -55,28 +55,23 @@ def draw(panels: dict[str, list[Spot]], file: Path) -> None:
     """Draw a panel for each length."""
     import matplotlib.pyplot as plt  # the bench extra
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.6), squeeze=False)
-    for place, (axis, (tokens, found)) in enumerate(zip(axes[0], panels.items(), strict=True)):
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.6), squeeze=False, sharey=True)
+    colours = {
+        name: f"C{number % 10}"
+        for number, name in enumerate({spot.name: None for found in panels.values() for spot in found})
+    }
+    for axis, (tokens, found) in zip(axes[0], panels.items(), strict=True):
         axis.axhline(0.0, color="#969da6", linewidth=0.8, linestyle="--")
-        middle = statistics.fmean([min(spot.seconds for spot in found), max(spot.seconds for spot in found)])
-        for number, spot in enumerate(found):
+        for spot in found:
             mean, least, most = spot.more
-            axis.errorbar(spot.seconds, mean, [[mean - least], [most - mean]], fmt="o", color=f"C{number % 10}", capsize=3)
-            left = spot.seconds > middle  # its name stands on the side where there is room
-            above = 10 if number % 2 else -14
-            axis.annotate(
-                f"{spot.name} ({spot.needles})",
-                (spot.seconds, mean),
-                (-6 if left else 6, above),
-                textcoords="offset points",
-                ha="right" if left else "left",
-                fontsize=8,
-            )
+            bar = [[mean - least], [most - mean]]
+            label = f"{spot.name} ({spot.needles} needles)"
+            axis.errorbar(spot.seconds, mean, bar, fmt="o", color=colours[spot.name], capsize=3, label=label)
         axis.set_title(f"{int(tokens):,} tokens")
         axis.set_xlabel("seconds to the first token")
-        axis.margins(x=0.25, y=0.2)
-        if place == 0:
-            axis.set_ylabel("nats a token more than dense")
+        axis.set_xlim(left=0)
+        axis.legend(fontsize=8, frameon=False)
+    axes[0][0].set_ylabel("nats a token more than dense")
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     plt.close(figure)
