@@ -1,12 +1,13 @@
 """Image encoders: what each patch gains in a forward of DINOv2-small, and what it does to the features, by the size of the picture.
 
 usage: python -m benchmarks.encoders run [--size 1008] [--images FILE ...] [--only NAME ...] [--repeats 2] [--no-matching]
+       python -m benchmarks.encoders cosines [the same]
        python -m benchmarks.encoders show
 
 `run` takes an idle machine, and adds its rows to results/encoders.json: one of each (size, arm), which a later run replaces. Every arm is
-timed between dense forwards of the same process. `show` prints what was measured as tables, and draws docs/encoders.png (by matplotlib, of
-the bench extra). The weights come by `accelplug fetch dinov2-small`. Without --images the pictures are drawn scenes, on which features
-differ less.
+timed between dense forwards of the same process. `cosines` tells no times, for a busy machine, in results/encoder_cosines.json. `show`
+prints what was measured as tables, and draws docs/encoders.png (by matplotlib, of the bench extra). The weights come by `accelplug fetch
+dinov2-small`. Without --images the pictures are drawn scenes, on which features differ less.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from accelplug.show import as_text, jsonable, table
 from benchmarks.common import RESULTS, write_json
 
 NAME = "encoders"
+COSINES = "encoder_cosines"
+UNTIMED = ("name", "density", "cosine", "worst_picture", "worst_patch", "matched")
+"""What a row of a busy machine tells."""
 PICTURE = Path(__file__).parents[1] / "docs" / "encoders.png"
 TILED = {"block": 64, "order": "tile", "tile_thw": [1, 8, 8]}
 
@@ -85,8 +89,23 @@ def run(size: int, images: list[Path] | None, only: list[str] | None, repeats: i
     write_json(NAME, jsonable(sorted(held.values(), key=lambda row: (row["size"], row["name"]))))
 
 
-def _stored() -> list[dict[str, Any]]:
-    path = RESULTS / f"{NAME}.json"
+def cosines(size: int, images: list[Path] | None, only: list[str] | None, matching: bool) -> None:
+    """Measure what arms do to features at one size, and no times."""
+    model = Dinov2Model.from_pretrained(zoo.path("dinov2-small")).eval()
+    facts = model_facts(model)
+    arms = {name: load(recipe, facts) for name, recipe in ARMS.items() if only is None or name in only}
+    told = compare_features(model, arms, Pictures(images, size), repeats=1, matching=matching).to_dict()
+    shared = {"size": size, "environment": told["environment"], "generated": told["generated"]}
+    held = {(row["size"], row["name"]): row for row in _stored(COSINES)}
+    for row in (row for row in told["rows"] if row["kind"] == "recipe"):
+        pictures = [one["picture"] for one in row["on"]]
+        held[size, row["name"]] = {**shared, "pictures": pictures, **{key: row[key] for key in UNTIMED}}
+        print(f"{row['name']:36s} " + "  ".join(f"{key} {row[key]:.4f}" for key in UNTIMED[1:] if row[key] is not None))
+    write_json(COSINES, jsonable(sorted(held.values(), key=lambda row: (row["size"], row["name"]))))
+
+
+def _stored(name: str = NAME) -> list[dict[str, Any]]:
+    path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else []
 
 
@@ -135,18 +154,22 @@ def main() -> None:
     """Run a command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("run")
-    command.add_argument("--size", type=int, default=1008)
-    command.add_argument("--images", type=Path, nargs="+")
-    command.add_argument("--only", nargs="+", choices=list(ARMS))
-    command.add_argument("--repeats", type=int, default=2)
-    command.add_argument("--no-matching", action="store_true")
+    for name in ("run", "cosines"):
+        command = commands.add_parser(name)
+        command.add_argument("--size", type=int, default=1008)
+        command.add_argument("--images", type=Path, nargs="+")
+        command.add_argument("--only", nargs="+", choices=list(ARMS))
+        command.add_argument("--repeats", type=int, default=2)
+        command.add_argument("--no-matching", action="store_true")
     commands.add_parser("show")
     options = parser.parse_args()
     if options.command == "show":
         show()
         return
     torch.set_grad_enabled(False)
+    if options.command == "cosines":
+        cosines(options.size, options.images, options.only, not options.no_matching)
+        return
     run(options.size, options.images, options.only, options.repeats, not options.no_matching)
 
 

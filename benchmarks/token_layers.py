@@ -6,8 +6,8 @@ On the q, k, v of a real dense run: cost is the share of (query, key) pairs that
 relative L2 error of the attention output; time that of the whole answer, and matching what finding the tokens takes of it, both as shares
 of dense attention's, between whose calls they are timed (an idle machine). Random masks of blocks, dropping or pooling the others, cost
 as much. Whole runs: PSNR against the dense run of the same seed, the mean and the worst of the seeds, beside what two dense runs of
-different seeds have, and the time of a run between dense ones. A later run replaces the rows of a model that it makes anew. Image encoders
-have all that in `benchmarks.encoders`.
+different seeds have, and the time of a run between dense ones. A later run replaces the rows of a model's settings that it makes anew;
+with ``--repeats 0``, for a busy machine, it times nothing. Image encoders have all that in `benchmarks.encoders`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from benchmarks.demo_pareto import PROMPT, Capture, Place, Random, measured
 
 NAME = "token_layers"
 SITE = Site("", "transformer", "self", 0, 6)
+TIMES = ("time", "matching")
 CLASS = 3
 """Difficulty of the terrain."""
 
@@ -184,14 +185,13 @@ def errors(name: str, patch: str, config: dict[str, Any], block: int, repeats: i
             mask = Random({"block": block, "density": min(density, 1.0), "rest": rest, "backend": "blocked"})
             _, row[f"random_{rest}"] = measured(mask, call, place, exact)
         rows.append(row)
-    keys = ("cost", "error", "random_drop", "random_pool", "time")
+    keys = ("cost", "error", "random_drop", "random_pool")
     mean = {key: statistics.fmean(row[key] for row in rows) for key in keys}
-    matching = [row["matching"] for row in rows if row["matching"] is not None]
     wins = sum(row["error"] < min(row["random_drop"], row["random_pool"]) for row in rows)
-    found = f"  of it matching {statistics.fmean(matching):.2f}" if matching else ""
+    taken = [f"{key} {statistics.fmean(row[key] for row in rows):.2f}" for key in TIMES if rows[0][key] is not None]
     print(
         f"{name:28s} cost {mean['cost']:.3f}  error {mean['error']:.3f}  random {mean['random_drop']:.3f} dropping, "
-        f"{mean['random_pool']:.3f} pooling  best of the three in {wins} of {len(rows)} calls  time {mean['time']:.2f}{found}",
+        f"{mean['random_pool']:.3f} pooling  best of the three in {wins} of {len(rows)} calls  {', of it '.join(taken)}",
         flush=True,
     )
     return rows
@@ -199,7 +199,7 @@ def errors(name: str, patch: str, config: dict[str, Any], block: int, repeats: i
 
 def times(method: Patch, call: AttentionCall, place: Place, repeats: int) -> dict[str, float | None]:
     """Time of the answer, and of its matching where a match can be shared by steps, as shares of dense attention's; medians."""
-    shares: dict[str, list[float]] = {"time": [], "matching": []}
+    shares: dict[str, list[float]] = {key: [] for key in TIMES}
     shared = type(method)({**dict(method.config), "interval": 2}) if hasattr(method.config, "interval") else None
 
     def answer(by: Patch, clock: Clock, state: dict[str, Any]) -> torch.Tensor:
@@ -258,10 +258,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 9, 13], help="diffusion steps whose calls are looked at")
     parser.add_argument("--only", nargs="+", help="settings, by their names")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=2, help="of what is timed; 0 for whole runs not to be timed")
+    parser.add_argument("--repeats", type=int, default=2, help="of what is timed; 0: nothing is")
     parser.add_argument("--no-runs", action="store_true", help="no whole runs")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(2 if options.repeats else 1)
     torch.set_grad_enabled(False)
     subject = SUBJECTS[options.model]
     settings = {name: subject.settings[name] for name in options.only or subject.settings}
@@ -270,12 +270,16 @@ def main() -> None:
     found = {
         **environment(pipe),
         "call": {key: value for key, value in subject.call.items() if key != "output_type"},
-        "rows": layers(pipe, subject, settings, options.steps, max(options.repeats, 1)),
+        "rows": layers(pipe, subject, settings, options.steps, options.repeats),
         "runs": [] if options.no_runs else runs(pipe, subject, settings, options.seeds, options.repeats),
     }
     path = RESULTS / f"{NAME}.json"
     held = json.loads(path.read_text()) if path.is_file() else {}
-    write_json(NAME, {**({} if "rows" in held else held), options.model: found})
+    for kind in ("rows", "runs"):
+        anew = {row["setting"] for row in found[kind]}
+        before = [row for row in held.get(options.model, {}).get(kind, []) if row["setting"] not in anew]
+        found[kind] = before + found[kind]
+    write_json(NAME, {**held, options.model: found})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ of one size but at borders.
 Without such training `proxy` is the honest form: exact near windows and counted proxies in one softmax. This one is here for models that
 were trained in two stages, and to be compared with. Text reads every key, and is read in the first stage beside the proxies.
 
-Experimental.
+Experimental. On DINOv2-small, which was not trained so, little of the features is left (`benchmarks.encoders`).
 """
 
 from __future__ import annotations

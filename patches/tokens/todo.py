@@ -8,9 +8,10 @@ Ours: every key counts as often as its cell has tokens, so that keys at a ragged
 
     ``out_i = sum_c n_c exp(s q_i.k_c) v_c / sum_c n_c exp(s q_i.k_c)``,   text keys with n = 1.
 
-Where all cells are of one size and there is no text this is the paper's. `representative: mean` averages instead. Text queries read
-every key. The paper takes cells of 2 x 2 at 1,024 pixels, 3 x 3 at 1,536 and 4 x 4 at 2,048, in the finest attention of Stable Diffusion
-1.5 alone: a recipe gives each its own by `where`.
+Where all cells are of one size and there is no text this is the paper's. `representative: mean` averages instead, which was worse on
+both models it was tried on (`benchmarks.token_layers`, `benchmarks.encoders`). Text queries read every key.
+The paper takes cells of 2 x 2 at 1,024 pixels, 3 x 3 at 1,536 and 4 x 4 at 2,048, in the finest attention of Stable Diffusion 1.5
+alone: a recipe gives each its own by `where`.
 """
 
 from __future__ import annotations
