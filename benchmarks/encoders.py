@@ -131,21 +131,19 @@ def _draw(rows: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    for size, marker in zip(sorted({row["size"] for row in rows}), "osD^v", strict=False):
-        here = [row for row in rows if row["size"] == size]
-        axes.scatter(
-            [row["gain"]["p50"] for row in here], [1 - row["cosine"] for row in here], marker=marker, label=f"{size} px"
-        )
-        for row in here:
-            axes.annotate(
-                row["name"], (row["gain"]["p50"], 1 - row["cosine"]), fontsize=7, xytext=(4, 3), textcoords="offset points"
+    sizes = sorted({row["size"] for row in rows})
+    figure, panels = pyplot.subplots(1, len(sizes), figsize=(5.4 * len(sizes), 4.8), layout="constrained", sharey=True)
+    for size, axes in zip(sizes, panels, strict=True):
+        for number, row in enumerate(row for row in rows if row["size"] == size and row["density"] < 1):
+            axes.plot(
+                row["gain"]["p50"], 1 - row["cosine"], "osD^v"[number // 10], color=f"C{number % 10}", label=row["name"]
             )
-    axes.axhline(0.01, color="grey", linewidth=0.8, linestyle="--")
-    axes.axvline(1.0, color="grey", linewidth=0.8, linestyle="--")
-    axes.set(yscale="log", xlabel="a forward, times as fast as dense SDPA", ylabel="1 - cosine of patch features, mean")
-    axes.invert_yaxis()
-    axes.legend()
+        axes.axhline(0.01, color="grey", linewidth=0.8, linestyle="--")
+        axes.axvline(1.0, color="grey", linewidth=0.8, linestyle="--")
+        axes.set(title=f"{size:,} px", xlabel="a forward, times as fast as dense SDPA", yscale="log")
+        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
+    panels[0].set_ylabel("1 - cosine of patch features, mean")
+    panels[0].invert_yaxis()
     figure.savefig(PICTURE, dpi=110)
     print(f"drew {PICTURE.name}")
 
