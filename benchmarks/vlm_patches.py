@@ -29,7 +29,7 @@ from benchmarks.common import RESULTS
 
 RECIPES = {"llava-scenes": "llava-scenes"}
 """By model, the file that its recipes are from; else `vlm`."""
-PATCHES = ("vhr", "var", "gift", "visual_bias", "pai", "imbalance", "carve", "agla")
+PATCHES = ("vhr", "var", "gift", "visual_bias", "vaf", "pai", "hgai", "imbalance", "spin", "carve", "agla")
 
 
 def load(name: str) -> tuple[Any, Any]:
