@@ -289,6 +289,24 @@ class Prompt:
         return self.later[:, self.past :]
 
 
+@dataclass(frozen=True, eq=False)
+class Behind:
+    """What came of a language model's forward.
+
+    Attributes
+    ----------
+    prompt : the tokens of its sequences up to the prompt's end.
+    logits : (B, vocabulary), behind the last token of each row.
+    hidden : (B, S_q, C), what the decoder gave of a forward that read a prompt; None of a decode step.
+    unembed : (N, C) of those -> (N, vocabulary), their logits.
+    """
+
+    prompt: Prompt
+    logits: Tensor
+    hidden: Tensor | None
+    unembed: Callable[[Tensor], Tensor]
+
+
 def _positions(like: Tensor) -> Tensor:
     """Positions 0..S-1 on the device of a (B, S) tensor."""
     return like.new_ones(like.shape[-1]).cumsum(0) - 1

@@ -474,6 +474,14 @@ _OWN = (
         cite="arXiv 2407.21771, 2411.16724",
     ),
     PatchEntry(
+        name="adaptive_boost",
+        module="accelplug.patches.heads.adaptive_boost",
+        cls="AdaptiveBoost",
+        family="heads",
+        summary="The image counts more where the last token was unsure, or not what the image shows. Experimental.",
+        cite="arXiv 2602.13600",
+    ),
+    PatchEntry(
         name="adhh",
         module="accelplug.patches.heads.adhh",
         cls="Adhh",

@@ -283,6 +283,7 @@ NEEDED = {
     "scores": "scores that no soft cap changes before the softmax",
     "probabilities": "scores that nothing is added to: no sink logits, no soft cap, no position bias",
     "first_forward": "the first prompt of a sequence in one forward: `generate` without prefill_chunk_size",
+    "logits": "what came of every step: no beams, no drafts, no compiled steps",
     "cache": "a dynamic cache, whose keys and values it keeps: none that is static, quantised or offloaded",
 }
 """`accelplug.patches.base.NEEDS`, for readers."""

@@ -18,7 +18,7 @@ from accelplug.table import Table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from accelplug.call import AttentionCall, Clock, KeptKeys, Kind, Site
+    from accelplug.call import AttentionCall, Behind, Clock, KeptKeys, Kind, Site
 
 
 MAX_NUMBER = (1 << 31) - 1
@@ -97,6 +97,7 @@ NEEDS = frozenset(
         "probabilities",
         "cache",
         "first_forward",
+        "logits",
     ]
 )
 """All that a `Patch` may need of its host."""
@@ -154,6 +155,7 @@ class Patch:
     ``probabilities`` : q, k and the mask say in full what the softmax takes; no sink logits, soft cap or position bias.
     ``first_forward`` : the first prompt of a sequence in one forward, which `generate` may not cut; further turns may follow.
     ``cache`` : a dynamic cache, in whose place it may `keep` keys and values.
+    ``logits`` : `learn` is told what came of every forward. Rows keep their places: no beams, no drafts.
     """
     speed: ClassVar[bool] = True
     """Whether the method exists to be faster: such a patch is left dense where it would not pay (`gate="auto"`)."""
@@ -203,6 +205,12 @@ class Patch:
         Later calls of the layer have it as ``call.kept``, until the cache is reset.
         """
         return None
+
+    def learn(self, behind: Behind, state: dict[str, Any]) -> None:
+        """Take in what came of a forward, outside of every graph; `state` is what `prepare` is given for the sequence.
+
+        Asked of language models' patches that need ``logits``. Tensors in params are changed in their place: decode steps have them.
+        """
 
     def idles(self, call: AttentionCall, params: Any) -> bool:
         """Whether a language model's call is better left to the model's own attention, which is counted as dense: a short sequence."""

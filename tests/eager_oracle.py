@@ -9,6 +9,7 @@ bookkeeping of a cache can be wrong.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -456,6 +457,38 @@ class Spin(Method):
         return out
 
 
+@dataclass
+class AdaptiveBoost(Method):
+    """Scores of images raised, of the prompt's text lowered, by how unsure the model was of the token before (2602.13600)."""
+
+    alpha: float
+    scale: float
+    image_boost: float
+    text_divisor: float
+
+    def attend(self, call: Call) -> Tensor:
+        tokens, scores = call.tokens, call.scores.clone()
+        for b, i in (self.risk[:, : scores.shape[-1]] > 0).nonzero().tolist():
+            scores[b, :, i, tokens.visual[b]] *= 1 + (self.image_boost - 1) * self.risk[b, i]
+            scores[b, :, i, tokens.prompt[b] & ~tokens.visual[b]] /= self.text_divisor
+        return scores.softmax(-1).nan_to_num(0.0) @ call.v
+
+    def follow(self, oracle: Oracle, given: Inputs, ids: Tensor, asked: Tensor, layers: Iterable[int]) -> Tensor:
+        """Logits (B, S, V) of a prompt and its answer, which are read once for each token of it: a row's risk is known behind the last."""
+        self.risk = torch.zeros(ids.shape, dtype=torch.float64)
+        shown = torch.isin(ids, torch.tensor(oracle.visual)) & asked
+        logits = oracle.read(extended(given, ids), self, layers, asked)
+        for i in range(given["input_ids"].shape[1], ids.shape[1]):
+            for b in (shown.any(-1) & ~asked[i]).nonzero().flatten().tolist():
+                last = int(extended(given, ids)["attention_mask"][b, :i].nonzero().max())
+                p = logits[b, last].softmax(-1)
+                entropy = -(p * p.log()).sum() / math.log(len(p))
+                grounded = logits[b, shown[b]].softmax(-1)[:, p.argmax()].max()
+                self.risk[b, i] = min(1.0, float((self.alpha * entropy + (1 - self.alpha) * (1 - grounded)) / self.scale))
+            logits = oracle.read(extended(given, ids), self, layers, asked)
+        return logits
+
+
 METHODS: dict[str, type[Method]] = {
     "visual_bias": VisualBias,
     "var": Var,
@@ -463,6 +496,7 @@ METHODS: dict[str, type[Method]] = {
     "gift": Gift,
     "pai": Pai,
     "imbalance": Imbalance,
+    "adaptive_boost": AdaptiveBoost,
     "adhh": Adhh,
     "spin": Spin,
 }

@@ -144,6 +144,13 @@ _ROWS = (
         faint={"local_alpha": 1e-9, "summary_alpha": 1e-9},
     ),
     Subject(
+        "adaptive_boost",
+        {"image_boost": 1.0},
+        {"image_boost": 4.0, "text_divisor": 4.0},
+        faint={"image_boost": 1 + 1e-7, "text_divisor": 1 + 1e-7},
+        only=_TWO,
+    ),
+    Subject(
         "adhh",
         {"heads": [[0, 1]], "keep": 1.0},
         {"heads": [[layer, head] for layer in range(4) for head in (0, 1, 3)], "threshold": 0.0},

@@ -42,6 +42,7 @@ WORKING: dict[str, dict[str, Any]] = {
     "imbalance": {"local_alpha": 4.0, "summary_alpha": 2.0},
 }
 STEERING: dict[str, dict[str, Any]] = {
+    "adaptive_boost": {"alpha": 0.6, "scale": 0.9, "image_boost": 1.8, "text_divisor": 1.5},
     "adhh": {"heads": [[0, 1], [1, 0], [1, 3], [2, 2], [3, 0]], "threshold": 0.3},
     "spin": {"keep_share": 0.8, "gain": 0.1},
 }

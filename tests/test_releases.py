@@ -184,6 +184,13 @@ STEERED = {
     # YUECHE77/SPIN: its commands for captions, and for MMHal-Bench with the 13B
     "llava-1.5-7b/spin": Steering(32, range(32), "spin", {"keep_share": 0.95, "gain": 0.08}),
     "llava-1.5-13b/spin": Steering(40, range(20), "spin", {"keep_share": 0.9, "gain": 0.0}),
+    # JiachengZ01/SAVVA, configs/ours.yaml: LLaVA-NeXT-7B, Qwen3-VL-8B
+    "vlm/adaptive_boost": Steering(
+        32, range(15), "adaptive_boost", {"alpha": 0.5, "scale": 0.5, "image_boost": 1.1, "text_divisor": 1.7}
+    ),
+    "vlm-qwen/adaptive_boost": Steering(
+        36, range(4, 15), "adaptive_boost", {"alpha": 0.6, "scale": 0.6, "image_boost": 1.3, "text_divisor": 1.3}
+    ),
     # TianyunYoung/Hallucination-Attribution, decoding.sh and eval_caption_adhh.py
     "llava-1.5-7b/adhh": Steering(32, range(32), "adhh", {"threshold": 0.4, "keep": 0.0}),
     "llava-1.5-13b/adhh": Steering(40, range(40), "adhh", {"threshold": 0.4, "keep": 0.0}),

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_oracle import CLOSE, Oracle, double, extended, hold, method, patched, sharp, stepwise
+import accelplug
+from accelplug.errors import FallbackError, UnsupportedError
+from accelplug.testing.language_models import forward, generate
+from tests.eager_oracle import AdaptiveBoost, Method
+from tests.test_oracle import CLOSE, Oracle, answered, double, extended, hold, method, patched, sharp, stepwise
 from tests.tiny_language_models import inputs, right_padded
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -66,3 +70,59 @@ def test_padding_behind_the_prompt_and_a_second_turn(patch: str, config: dict[st
         found = stepwise(model, given, pieces)
     expected = oracle.answer(method(patch, config), given, ids, asked=torch.cat(asked).bool())
     torch.testing.assert_close(found[valid], expected[valid], **CLOSE)
+
+
+# ------------------------------------------------------------------------------------------- by what the last token told
+
+
+BOOSTED = [
+    ("llava", ((3, "I", 6), (4, "I", 2, "I", 3)), {}),
+    ("qwen2_5_vl", ((3, "I", 6), (4, "I", 2, "I", 3)), {"cache_implementation": "static", "disable_compile": True}),
+    ("gemma3", ((3, "I", 6), (4, "I", 2, "I", 3)), {}),
+    ("llava_mistral", ((3, "I", 5), (4, "I", 2, "I", 3)), {"max_new_tokens": 8}),
+    ("llava", ((3, "I", 6), (25,)), {}),
+]
+
+
+@pytest.mark.parametrize(("name", "rows", "how"), BOOSTED)
+def test_a_step_is_boosted_by_the_risk_of_the_token_before(name: str, rows: Any, how: dict[str, Any]) -> None:
+    """Padded on the left, several images, grouped heads, windows, a static cache, a row without an image."""
+    model, given = sharp(name), double(inputs("llava" if "mistral" in name else name, rows))
+    oracle, boost = Oracle(model), method("adaptive_boost")
+    assert isinstance(boost, AdaptiveBoost)
+    with patched(model, "adaptive_boost"):
+        prompt = forward(model, given)
+        ids, steps = answered(model, given, **how)
+    asked, valid = given["input_ids"].shape[1], given["attention_mask"].bool()
+    expected = boost.follow(oracle, given, ids, torch.arange(ids.shape[1]) < asked, range(4))
+    stock = oracle.answer(Method(), given, ids)
+    torch.testing.assert_close(prompt[valid], stock[:, :asked][valid], **CLOSE)
+    torch.testing.assert_close(steps, expected[:, asked - 1 : -1], **CLOSE)
+    effect = (expected - stock)[:, asked - 1 :].abs().amax((1, 2))
+    assert torch.equal(effect > 1e-3, torch.tensor(["I" in row for row in rows])), effect
+
+
+def test_padding_behind_a_prompt_whose_answer_is_boosted() -> None:
+    model, given = sharp("llava"), right_padded(double(inputs("llava")))
+    pieces = [torch.randint(3, 490, (2, 1)) for _ in range(3)]
+    oracle, ids = Oracle(model), torch.cat([given["input_ids"], *pieces], 1)
+    asked = torch.arange(ids.shape[1]) < given["input_ids"].shape[1]
+    with patched(model, "adaptive_boost"):
+        found = stepwise(model, given, pieces)
+    boost = method("adaptive_boost")
+    assert isinstance(boost, AdaptiveBoost)
+    valid = extended(given, ids)["attention_mask"].bool()
+    torch.testing.assert_close(found[valid], boost.follow(oracle, given, ids, asked, range(4))[valid], **CLOSE)
+
+
+def test_where_no_step_is_told_what_the_last_one_gave() -> None:
+    model, given = sharp("llava").float(), inputs("llava")
+    with accelplug.apply(model, {"patch": "adaptive_boost"}):
+        for how in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 2}):
+            with pytest.raises(UnsupportedError, match="in step"):
+                generate(model, given, **how)
+    with (
+        accelplug.apply(model, {"patch": "adaptive_boost"}, strict=True),
+        pytest.raises(FallbackError, match="answered in this"),
+    ):
+        generate(model, given, use_cache=False)

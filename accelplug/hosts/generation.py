@@ -21,6 +21,7 @@ from accelplug.hosts.record import Choice
 from accelplug.hosts.stream import Stream, stock, watching
 from accelplug.hosts.undo import Undo
 from accelplug.patches.generation import Tools
+from accelplug.patches.guidance.branch import refuse
 
 _INSIDE: ContextVar[bool] = ContextVar("accelplug_generating", default=False)
 _BEGUN: ContextVar[list[Stream] | None] = ContextVar("accelplug_begun", default=None)
@@ -82,6 +83,8 @@ class Generation:
 
     def require_whole(self, kwargs: Mapping[str, Any]) -> None:
         """Refuse a prompt in pieces where a patch takes the first forward of a sequence for all of it."""
+        if "logits" in self.host.needs:
+            refuse(self.host.model, kwargs, self.host.recipe)
         config = kwargs.get("generation_config") or getattr(self.host.model, "generation_config", None)
         size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
         if size and "first_forward" in self.host.needs:

@@ -46,6 +46,8 @@ CURRENT: ContextVar[Forward | None] = ContextVar("accelplug_run", default=None)
 ASKED: ContextVar[Rows] = ContextVar("accelplug_asked", default=1)
 """What the model was asked for: logits of the last so many tokens, or of those in a bool (1|B, S)."""
 WATCHER: ContextVar[Watch | None] = ContextVar("accelplug_watch", default=None)
+TOLD: ContextVar[tuple[Stream, Tensor | None] | None] = ContextVar("accelplug_told", default=None)
+"""Of the base model's forward that has ended: its sequences, and what it gave of a prompt's tokens, for who asks for logits."""
 UNPATCHED: ContextVar[bool] = ContextVar("accelplug_stock", default=False)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from accelplug import compat
-from accelplug.call import ALL_HEADS, FULL_ATTENTION, Clock, Kind, Prompt, Share, Site
+from accelplug.call import ALL_HEADS, FULL_ATTENTION, Behind, Clock, Kind, Prompt, Share, Site
 from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families.vlm import Vlm, vlm_of, why_no_vlm
 from accelplug.hosts import interface
@@ -49,6 +49,7 @@ from accelplug.hosts.stream import (
     FORWARD,
     PREFILL,
     STREAM,
+    TOLD,
     UNPATCHED,
     Forward,
     Stream,
@@ -194,7 +195,11 @@ class LanguageHost(Host):
             raise UnsupportedError(f"{looking[0]} looks at images, and on {type(self.model).__name__} it cannot: {reason}")
 
     def _require_readings(self, crosses: bool) -> None:
-        """Refuse patches that have a prompt read without its images where a model's layers cannot be run alone."""
+        """Refuse patches that have a prompt read without its images where a model's layers cannot be run alone; or logits, of none."""
+        if "logits" in self.needs and getattr(self.model, "get_output_embeddings", lambda: None)() is None:
+            raise UnsupportedError(
+                f"{self.recipe} reads logits, and {type(self.model).__name__} has no output embedding. Take visual_bias or pai."
+            )
         if "blind" not in self.needs:
             return
         reason = None
@@ -317,6 +322,26 @@ class LanguageHost(Host):
     def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module is self.model and not torch.compiler.is_compiling():
             ASKED.set(1)
+            told, _ = TOLD.get(), TOLD.set(None)
+            if told is not None and isinstance(logits := getattr(output, "logits", None), Tensor):
+                self._tell(*told, logits)
+
+    def _tell(self, stream: Stream, hidden: Tensor | None, logits: Tensor) -> None:
+        """Hand the logits (B, n, vocabulary) of a forward's last n tokens to the patches that ask for them."""
+        unembed, answers = self.model.get_output_embeddings(), stream.prompt.answers
+        if hidden is None or isinstance(answers, int):
+            last = logits[:, -1]
+        else:  # with padding behind the prompt
+            at = (answers[:, -1:, None] - (hidden.shape[1] - logits.shape[1])).clamp(min=0).to(logits.device)
+            last = logits.take_along_dim(at, 1)[:, 0]
+        if hidden is not None and not torch.allclose(unembed(hidden[:, -1]), logits[:, -1], rtol=1e-2, atol=1e-2):
+            raise UnsupportedError(
+                f"{self.recipe} reads the logits of image tokens, and {type(self.model).__name__} does more to logits than its output "
+                "embedding: it caps or scales them. Take visual_bias or pai."
+            )
+        for patch in patches_of(self.records):
+            if "logits" in patch.needs:
+                patch.learn(Behind(stream.prompt, last, hidden, unembed), stream.states.setdefault(id(patch), {}))
 
     def _before_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if module is not self.base or torch.compiler.is_compiling():
@@ -449,6 +474,8 @@ class LanguageHost(Host):
             forward.stream.keys = compat.transformers.keys_at(cache) if whole else None
             if forward.stream.told_apart is not None or forward.clock is PREFILL:
                 self._leave(cache)
+        if "logits" in self.needs:
+            TOLD.set((forward.stream, output[0] if forward.clock is PREFILL else None))
         if forward.clock is not PREFILL:
             return
         for state in forward.stream.states.values():

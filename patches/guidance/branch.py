@@ -99,7 +99,7 @@ class Mixer:
 
 
 def refuse(model: Any, inputs: Mapping[str, Any], name: str) -> None:
-    """Refuse ways to decode that do not tell a second branch what becomes of its rows.
+    """Refuse ways to decode that do not tell who follows them step by step, as a second branch does, what becomes of its rows.
 
     Raises
     ------
@@ -114,5 +114,6 @@ def refuse(model: Any, inputs: Mapping[str, Any], name: str) -> None:
         reason = "what custom_generate does is not known"
     if reason is not None:
         raise UnsupportedError(
-            f"{name} keeps a second branch in step with the generation, and cannot here: {reason}. Decode greedily or by sampling."
+            f"{name} keeps a second branch, or what it was told, in step with the generation, and cannot here: {reason}. Decode greedily or "
+            "by sampling."
         )
