@@ -482,6 +482,14 @@ _OWN = (
         cite="arXiv 2602.13600",
     ),
     PatchEntry(
+        name="ilvad",
+        module="accelplug.patches.heads.ilvad",
+        cls="Ilvad",
+        family="heads",
+        summary="Evidence that layers come back to is looked at more, and words that were said from it. Experimental.",
+        cite="arXiv 2605.20965",
+    ),
+    PatchEntry(
         name="adhh",
         module="accelplug.patches.heads.adhh",
         cls="Adhh",

@@ -284,6 +284,7 @@ NEEDED = {
     "probabilities": "scores that nothing is added to: no sink logits, no soft cap, no position bias",
     "first_forward": "the first prompt of a sequence in one forward: `generate` without prefill_chunk_size",
     "logits": "what came of every step: no beams, no drafts, no compiled steps",
+    "rehearsal": "`generate`, which it stands around too",
     "cache": "a dynamic cache, whose keys and values it keeps: none that is static, quantised or offloaded",
 }
 """`accelplug.patches.base.NEEDS`, for readers."""

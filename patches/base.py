@@ -98,6 +98,7 @@ NEEDS = frozenset(
         "cache",
         "first_forward",
         "logits",
+        "rehearsal",
     ]
 )
 """All that a `Patch` may need of its host."""
@@ -155,6 +156,7 @@ class Patch:
     ``probabilities`` : q, k and the mask say in full what the softmax takes; no sink logits, soft cap or position bias.
     ``first_forward`` : the first prompt of a sequence in one forward, which `generate` may not cut; further turns may follow.
     ``cache`` : a dynamic cache, in whose place it may `keep` keys and values.
+    ``rehearsal`` : to stand around ``generate``, as a `GenerationPatch` does, beside attending.
     ``logits`` : `learn` is told what came of every forward. Rows keep their places: no beams, no drafts.
     """
     speed: ClassVar[bool] = True

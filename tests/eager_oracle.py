@@ -9,6 +9,7 @@ bookkeeping of a cache can be wrong.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -489,6 +490,73 @@ class AdaptiveBoost(Method):
         return logits
 
 
+@dataclass
+class Ilvad(Method):
+    """Evidence that layers come back to in an answer begun ahead is looked at more, and words said from it (2605.20965)."""
+
+    enhance: list[int]
+    tau: float
+    alpha: float
+    beta: float
+    tokens: int
+
+    def attend(self, call: Call) -> Tensor:
+        tokens, p, asked = call.tokens, call.p.clone(), self.evidence.shape[1]
+        if call.layer == 0:
+            self.sum = torch.zeros(tokens.valid.shape, dtype=p.dtype)
+        on = pad(self.evidence, (0, p.shape[-1] - asked))  # [B, S]
+        for b, i in (tokens.later & tokens.visual.any(-1, keepdim=True)).nonzero().tolist():
+            row = call.p[b, :, i]  # [H, S]
+            seen = strongest((row * on[b]).sum(-1) / (row[:, tokens.visual[b]].sum(-1) + 1e-8), 0.5)
+            self.sum[b, i] += (row[seen] * on[b]).sum(-1).mean()
+            if i < asked - 1 or not self.enhance[0] <= call.layer < self.enhance[1]:
+                continue
+            words = [k for k in tokens.later[b].nonzero().flatten().tolist() if k <= i]
+            said = torch.stack([self._said(b, k, i, asked) for k in words])
+            bound = 3 * (said.std() if len(said) > 1 else said.new_zeros(()))
+            cut, low, high = said.clamp(said.mean() - bound, said.mean() + bound), said.min(), said.max()
+            new, read = row.clone(), strongest(row[:, words].sum(-1), 0.5)
+            new[seen] *= torch.exp(self.alpha * on[b])
+            weight = self.beta + ((cut - low) / (high - low) if high > low else 0 * cut)
+            new[:, words] *= torch.where(read[:, None], weight, 1.0)
+            p[b, :, i] = normalised(new)
+        return p @ call.v
+
+    def _said(self, b: int, key: int, row: int, asked: int) -> Tensor:
+        """From how much evidence a word was said, as a row knows it: the prompt's last one of the layers so far."""
+        if key >= asked:
+            return self.total[b, key - 1]
+        told = self.sum if row == asked - 1 else self.total
+        return told[b, key] if key < asked - 1 else torch.zeros((), dtype=told.dtype)
+
+    def follow(self, oracle: Oracle, given: Inputs, ids: Tensor, asked: Tensor, layers: Iterable[int]) -> Tensor:
+        """Logits (B, S, V) of a prompt, padded on the left, and its answer, which are read once for each token of it."""
+        ahead, end = given["input_ids"], given["input_ids"].shape[1]
+        for _ in range(self.tokens - 1):
+            said = oracle.read(extended(given, ahead), Method(), [], torch.arange(ahead.shape[1]) < end)
+            ahead = torch.cat([ahead, said[:, -1:].argmax(-1)], 1)
+        look = Look()
+        oracle.read(extended(given, ahead), look, layers, torch.arange(ahead.shape[1]) < end)
+        shown = torch.isin(given["input_ids"], torch.tensor(oracle.visual))
+        self.evidence = torch.zeros(shown.shape, dtype=torch.float64)
+        for b in shown.any(-1).nonzero().flatten().tolist():
+            by_layer = []
+            for call in look.calls.values():
+                rows = [call.p[b, :, i, :end][:, shown[b]] for i in range(end, ahead.shape[1])]  # [H, V] each
+                by_layer.append(torch.stack([row[strongest(row.sum(-1), 0.5)].mean(0) for row in rows]).mean(0))
+            marks, mean = [(a > self.tau * a.mean()).double() for a in by_layer], torch.stack(by_layer).mean(0)
+            found = sum((after - before).clamp(min=0) for before, after in itertools.pairwise(marks))
+            found = found * (mean > mean.mean())
+            found = found.clamp(found.mean() - 3 * found.std(), found.mean() + 3 * found.std())
+            if found.max() > found.min():
+                self.evidence[b, shown[b]] = (found - found.min()) / (found.max() - found.min())
+        self.total = torch.zeros(ids.shape, dtype=torch.float64)
+        for _ in range(ids.shape[1] - end + 1):
+            logits = oracle.read(extended(given, ids), self, layers, asked)
+            self.total = self.sum.clone()
+        return logits
+
+
 METHODS: dict[str, type[Method]] = {
     "visual_bias": VisualBias,
     "var": Var,
@@ -498,5 +566,6 @@ METHODS: dict[str, type[Method]] = {
     "imbalance": Imbalance,
     "adaptive_boost": AdaptiveBoost,
     "adhh": Adhh,
+    "ilvad": Ilvad,
     "spin": Spin,
 }

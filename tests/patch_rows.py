@@ -151,6 +151,13 @@ _ROWS = (
         only=_TWO,
     ),
     Subject(
+        "ilvad",
+        {"enhance": [0, 4], "alpha": 0.0, "words": 0.0, "beta": 1.0},
+        {"enhance": [0, 4], "tau": 1.0, "alpha": 3.0},
+        faint={"enhance": [0, 4], "tau": 1.0, "alpha": 1e-7, "words": 1e-7, "beta": 1.0},
+        only=_TWO,
+    ),
+    Subject(
         "adhh",
         {"heads": [[0, 1]], "keep": 1.0},
         {"heads": [[layer, head] for layer in range(4) for head in (0, 1, 3)], "threshold": 0.0},

@@ -33,7 +33,9 @@ LOUD: dict[str, Any] = {"patch": "visual_bias", "with": ROWS["visual_bias"].work
 WORKING = {
     name: dict(row.working)
     for name, row in ROWS.items()
-    if entry_of(name).family == "heads" and patch_class(name).about_images and "logits" not in patch_class(name).needs
+    if entry_of(name).family == "heads"
+    and patch_class(name).about_images
+    and not {"logits", "rehearsal"} & patch_class(name).needs
 }
 """Head patches that change what a prompt gives, not its answer alone."""
 PAIRS = [(patch, name) for patch in WORKING for name in ROWS[patch].only or VLM]

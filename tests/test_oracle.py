@@ -43,6 +43,7 @@ WORKING: dict[str, dict[str, Any]] = {
 }
 STEERING: dict[str, dict[str, Any]] = {
     "adaptive_boost": {"alpha": 0.6, "scale": 0.9, "image_boost": 1.8, "text_divisor": 1.5},
+    "ilvad": {"enhance": [1, 4], "tau": 1.2, "alpha": 2.0, "beta": 0.3, "tokens": 4},
     "adhh": {"heads": [[0, 1], [1, 0], [1, 3], [2, 2], [3, 0]], "threshold": 0.3},
     "spin": {"keep_share": 0.8, "gain": 0.1},
 }

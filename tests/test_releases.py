@@ -184,6 +184,13 @@ STEERED = {
     # YUECHE77/SPIN: its commands for captions, and for MMHal-Bench with the 13B
     "llava-1.5-7b/spin": Steering(32, range(32), "spin", {"keep_share": 0.95, "gain": 0.08}),
     "llava-1.5-13b/spin": Steering(40, range(20), "spin", {"keep_share": 0.9, "gain": 0.0}),
+    # ytx-ML/ILVAD, scripts/infer_llava1_5.sh: captions, and POPE
+    "llava-1.5-7b/ilvad": Steering(
+        32, range(32), "ilvad", {"enhance": (5, 26), "alpha": 5.0, "words": 1.0, "beta": 0.3, "tau": 5.0, "tokens": 10}
+    ),
+    "llava-1.5-7b/ilvad_pope": Steering(
+        32, range(32), "ilvad", {"enhance": (0, 31), "alpha": 5.0, "words": 1.0, "beta": 1.0, "tau": 5.0, "tokens": 10}
+    ),
     # JiachengZ01/SAVVA, configs/ours.yaml: LLaVA-NeXT-7B, Qwen3-VL-8B
     "vlm/adaptive_boost": Steering(
         32, range(15), "adaptive_boost", {"alpha": 0.5, "scale": 0.5, "image_boost": 1.1, "text_divisor": 1.7}

@@ -241,8 +241,8 @@ class AttentionRecord:
             return "the model caps its scores, and what this patch adds to them would land inside of the cap"
         if unknown := {name for name, value in kwargs.items() if value is not None} - compat.transformers.ATTENTION_KWARGS:
             return f"the model passes {', '.join(sorted(unknown))} to its attention, which is not understood"
-        if torch.compiler.is_compiling() and patch is not None and "logits" in patch.needs:
-            return "a compiled forward tells its logits to nobody"
+        if torch.compiler.is_compiling() and patch is not None and {"logits", "rehearsal"} & patch.needs:
+            return "a compiled step cannot be told what came of the last one"
         if torch.compiler.is_compiling():
             slides = "sliding_window" in kwargs and kwargs["sliding_window"] is not None
             return "a compiled sliding window does not say which keys it has lost" if slides else None

@@ -133,6 +133,9 @@ class LanguageHost(Host):
         """Whether the model looks at images."""
         self.tensor_parallel = TensorParallel.of(model)
         self.records = self._records(setup.decide)
+        both = {id(c.patch): c for r in self.records for c in r.choice.stages if c.patch and "rehearsal" in c.patch.needs}
+        self.generation.around += tuple(both.values())
+        self.watched = self.watched or bool(both)
         crosses = any(record.site.kind == "cross" for record in self.records)
         self.visual_tokens = {} if crosses else visual_tokens(self.base.config)
         self.no_image = "its images are read by cross-attention, and are not tokens of the prompt" if crosses else NO_IMAGE

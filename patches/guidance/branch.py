@@ -114,6 +114,6 @@ def refuse(model: Any, inputs: Mapping[str, Any], name: str) -> None:
         reason = "what custom_generate does is not known"
     if reason is not None:
         raise UnsupportedError(
-            f"{name} keeps a second branch, or what it was told, in step with the generation, and cannot here: {reason}. Decode greedily or "
-            "by sampling."
+            f"{name} keeps a second branch, or what it was told, in step with the generation, and cannot here: {reason}. Decode "
+            "greedily or by sampling."
         )

@@ -13,7 +13,8 @@ from torch.nn.functional import interpolate, pad
 
 from accelplug.compat.transformers import cache_given
 from accelplug.errors import UnsupportedError
-from accelplug.kernels.spans import row_attention
+from accelplug.kernels.spans import fit, row_attention
+from accelplug.kernels.subsets import upper
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,10 +108,13 @@ def highest(values: Tensor, share: float) -> Tensor:
 
 
 class Gaze:
-    """Watches attention calls and keeps the last query's row, mean over heads: by layer, a (B, S) for every step."""
+    """Watches attention calls and keeps the last query's row, mean over heads: by layer, a (B, S) for every step.
 
-    def __init__(self, layers: Layers | None) -> None:
-        self.layers = layers
+    Of the heads, the share `head_share` with the most attention to images.
+    """
+
+    def __init__(self, layers: Layers | None, head_share: float = 1.0) -> None:
+        self.layers, self.head_share = layers, head_share
         self.rows: dict[int, list[Tensor]] = {}
 
     def __call__(self, record: Any, call: AttentionCall, prompt: Prompt, clock: Clock) -> None:
@@ -118,7 +122,12 @@ class Gaze:
         if call.place is None or not call.place.explicit or layer not in numbers(self.layers, record.site.layers):
             return
         p = row_attention(call, call.place.answers)[:, :, -1]
-        p = call.place.gather_heads(p).mean(1)  # [B, S_k]
+        p = call.place.gather_heads(p)  # [B, H, S_k]
+        if self.head_share < 1:
+            heads = upper((p * fit(prompt.visual, call).to(p.device)[:, None]).sum(-1), self.head_share)
+            p = (p * heads[..., None]).sum(1) / heads.sum(1, keepdim=True)  # [B, S_k]
+        else:
+            p = p.mean(1)
         p = pad(p, (call.place.first_key, 0))  # a sliding window has lost the first keys
         p = pad(p, (0, max(0, prompt.image.shape[1] - p.shape[1])))[:, : prompt.image.shape[1]]
         if clock.phase == "prefill":  # a prompt in pieces ends with the last one
@@ -126,15 +135,17 @@ class Gaze:
         self.rows[layer].append(p)
 
 
-def look(model: Any, tools: Tools, inputs: Mapping[str, Any], layers: Layers | None, tokens: int) -> list[Tensor]:
-    """Answer greedily and return what every row's answer looked at: (L, T, V) float32 each, T at most `tokens`.
+def look(
+    model: Any, tools: Tools, inputs: Mapping[str, Any], layers: Layers | None, tokens: int, head_share: float = 1.0
+) -> list[Tensor]:
+    """Answer greedily and return what every row's answer looked at: (L, T, V) float32 each, T at most `tokens`; see `Gaze`.
 
     Raises
     ------
     UnsupportedError
         If the model's attention cannot be read.
     """
-    gaze, eos = Gaze(layers), _ends(model, inputs)
+    gaze, eos = Gaze(layers, head_share), _ends(model, inputs)
     with tools.watch(gaze):
         given = {
             **model_inputs(inputs),
