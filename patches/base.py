@@ -165,6 +165,8 @@ class Patch:
     """Whether `attend` writes an estimate of its error into ``call.error``, and may take ``call.ticket``; may be a property."""
     enters: bool = False
     """Denoisers and image encoders: whether the host calls `enter` in the place of `attend`; may be a property."""
+    ahead: ClassVar[bool] = False
+    """Denoisers: whether it takes part in a forward ahead of the one that answers, with phase ``ahead``; others are dense there."""
     repairs: str = ""
     """How `attend` takes its own error off, in words; empty where it does not; may be a property."""
     about_images: ClassVar[bool] = True
@@ -232,6 +234,10 @@ class Patch:
         Fewer tokens can enter modules that are given nothing else for each of them, as position embeddings are.
         """
         raise UnimplementedHalf(type(self), "enter")
+
+    def wants_ahead(self, params: Any) -> bool:
+        """Whether a denoiser's forward to come is to be run once ahead; asked anew behind that."""
+        return False
 
     def attention(self, call: AttentionCall, params: Any) -> Tensor:
         """Return where heads look, (B, H, S_q, S_k), for users who ask a language model for it: what `attend` makes of unit vectors."""

@@ -62,6 +62,12 @@ _ROWS = (
     Subject("vmoba", {"tau": 1.0}, {"tau": 0.25, "parts": [[4, 1, 1], [1, 2, 3], [2, 2, 2]]}, {}, graphs=3),
     Subject("bilevel", {"p": 1.0}, {"k": 1, "halo": 0}, {}),
     Subject("bias", {"strength": 0.0}, {"strength": 0.5}),
+    Subject(
+        "regions",
+        {"boxes": [[0, 0, 1, 0.5]], "tokens": 99},
+        {"boxes": [[0, 0, 1, 0.5]], "tokens": 6},
+        only=("wan", "hunyuan_video"),
+    ),
     Subject("segments", {"tokens": 99}, {"tokens": 4}, only=("wan", "cogvideox", "hunyuan_video")),
     Subject(
         "headhunter",

@@ -27,7 +27,7 @@ UNET = Family(
         ("up_blocks.*.attn1", "self"),
         ("*.attn2", "cross"),
     ),
-    geometry=latents("bchw"),
+    geometry=latents("bchw", read="encoder_hidden_states"),
     level=("Transformer2DModel", "DreamLiteTransformer2DModel", "TransformerSpatioTemporalModel"),
     status="verified",
 )

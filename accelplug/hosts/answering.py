@@ -66,7 +66,8 @@ class Answering:
         if call is not None and here.patch is not None and here.patch.enters and record.site is not None:
             call, reason = None, record.barred or "what enters its module is not in reach"
             self.ledger.fell_back(record.site.module, reason)
-        if call is not None and (reason := self.not_worth_it(here, call)) is not None:
+        ahead = self.now.phase == "ahead"  # not what the gate is to judge
+        if call is not None and not ahead and (reason := self.not_worth_it(here, call)) is not None:
             call = None
         run = dense if call is None else partial(here.answer, call)
         timed = self.ledger.timed or entered is not None

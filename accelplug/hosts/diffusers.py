@@ -71,6 +71,11 @@ class _Thread(threading.local):
         self.context = ExitStack()
         """The cache context that we have opened around a forward."""
 
+    @property
+    def ahead(self) -> bool:
+        """Whether its forward is one that we run ahead of another."""
+        return self.now.phase == "ahead"
+
 
 class DenoiserHost(Answering, Host):
     """One denoiser with its attention re-bound.
@@ -309,6 +314,9 @@ class DenoiserHost(Answering, Host):
         if module is not self.denoiser:  # a deep copy of it
             return
         inputs = given(self.signature, args, kwargs)
+        if self._thread.ahead:
+            self.enter_root(inputs, self.family.geometry(getattr(self.denoiser, "config", None), inputs))
+            return
         timestep = next((inputs[name] for name in TIMESTEPS if name in inputs), None)
         geometry = self.family.geometry(getattr(self.denoiser, "config", None), inputs)
         sizes = self._sizes(inputs, None if self.family.level else geometry)
@@ -320,14 +328,37 @@ class DenoiserHost(Answering, Host):
         self._check_routes()
         self.hoist.end()  # what an interrupted forward left
         self.enter_root(inputs, geometry)
+        if self._wants_ahead():
+            self._run_ahead(args, kwargs)
+            self.enter_root(inputs, geometry)
         latents = _latents(inputs, self.family.latents)
         if latents is not None:
             self.hoist.begin(latents.device)
         if latents is not None and self.gate.mode != "off" and self.gate.may_time(latents.device):
             self.meter.begin(tuple(latents.shape), latents.dtype, latents.device)
 
+    def _wants_ahead(self) -> bool:
+        """Whether the forward to come is to be run once ahead, and can be: it is known which one it is, and nobody else counts."""
+        if (
+            None in (self.now.step, self.now.branch)
+            or self._is_compiled()
+            or getattr(self.denoiser, "is_cache_enabled", False)
+        ):
+            return False
+        settled = [record.settled for record in self.records if record.settled.patch is not None]
+        return any(here.patch is not None and here.patch.wants_ahead(here.params) for here in settled)
+
+    def _run_ahead(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Run the forward to come, with those patches alone that take part in it."""
+        here = self._thread
+        before, here.now = here.now, replace(here.now, phase="ahead")
+        try:
+            self.denoiser(*args, **kwargs)
+        finally:
+            here.now = before
+
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not torch.compiler.is_compiling() and module is self.denoiser:
+        if not torch.compiler.is_compiling() and module is self.denoiser and not self._thread.ahead:
             self.meter.end()
             if self._came_through is False:
                 self._came_through = True
@@ -336,7 +367,7 @@ class DenoiserHost(Answering, Host):
             self.check_rules(False)
 
     def _leave_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not torch.compiler.is_compiling() and module is self.denoiser:
+        if not torch.compiler.is_compiling() and module is self.denoiser and not self._thread.ahead:
             self.hoist.end()
             self._thread.context.close()
             if self._thread.run is not None:
@@ -576,7 +607,7 @@ class DenoiserHost(Answering, Host):
     ) -> tuple[Choice, Layout | None, Any, Tiles | None]:
         choice = self.decide(site, layout, self.now)
         self._held.add(choice.rule)
-        if choice.patch is None or layout is None:
+        if choice.patch is None or layout is None or (self._thread.ahead and not choice.patch.ahead):
             return choice, layout, None, None
         params = self._prepared(choice.patch, site, layout)
         order = None if params is None or self.hoist.scheme is None else choice.patch.shared_order(params)

@@ -114,15 +114,18 @@ def _texts_in(found: Sequence[Any]) -> list[tuple[int, ...]]:
     return [tuple(x.shape[1] for x in column) for column in columns if isinstance(column[0], Tensor) and column[0].ndim == 3]
 
 
-def _put_together(found: Sequence[Any]) -> Any:
-    """What several calls returned, as one."""
+def _put_together(found: Sequence[Any], tokens: int = 0) -> Any:
+    """What several calls returned, as one. `tokens`: of the first prompt's text."""
     first = found[0]
     if first is None:
         return None
     if isinstance(first, tuple):
-        return tuple(_put_together(column) for column in zip(*found, strict=True))
+        tokens = next((parts[0] for parts in _texts_in(found)), 0)
+        return tuple(_put_together(column, tokens) for column in zip(*found, strict=True))
     if isinstance(first, Tensor) and (first.ndim == 3 or (first.ndim == 2 and not first.is_floating_point())):
         return torch.cat(list(found), 1)
+    if isinstance(first, Tensor) and first.ndim == 2 and len(first) == tokens:  # positions of the text, once for a batch
+        return torch.cat(list(found))
     if isinstance(first, Tensor) and first.ndim == 2:
         return torch.stack(list(found)).mean(0)
     raise UnsupportedError(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from accelplug.errors import AccelplugError, UnsupportedError
+
 if TYPE_CHECKING:
     from accelplug.call import AttentionCall, Layout
 
@@ -62,3 +64,27 @@ def places_of_texts(layout: Layout, texts: Sequence[int]) -> tuple[Tensor, ...]:
     if not layout.crossed:
         text = torch.where(text < layout.text_before, text, text + layout.visual)
     return text.split(list(texts))
+
+
+def texts_of(layout: Layout, tokens: int | None, name: str) -> tuple[int, ...]:
+    """Return how many tokens each prompt has: as the host knows, or `tokens` each.
+
+    Raises
+    ------
+    AccelplugError
+        If the text is not a multiple of them.
+    UnsupportedError
+        If neither is known.
+    """
+    if tokens is None:
+        if not layout.texts:
+            raise UnsupportedError(
+                f"{name} must know which tokens are of which prompt, and was told of none. Give the pipeline a prompt, 'one | another'; "
+                "or join embeddings and set `tokens`, how many each has."
+            )
+        return layout.texts
+    if layout.text > tokens and layout.text % tokens:
+        raise AccelplugError(
+            f"{name}: expected a text of whole prompts of {tokens} tokens, got {layout.text} tokens. Mend `tokens`."
+        )
+    return (tokens,) * max(layout.text // tokens, 1)

@@ -30,10 +30,10 @@ import torch
 from pydantic import Field
 
 from accelplug.bounded import Bounded
-from accelplug.errors import AccelplugError, UnsupportedError
+from accelplug.errors import AccelplugError
 from accelplug.patches import base
 from accelplug.patches.base import Patch, Positive
-from accelplug.patches.guidance.apart import Apart, places_of_texts
+from accelplug.patches.guidance.apart import Apart, places_of_texts, texts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,27 +108,3 @@ class Segments(Patch):
 
     def inspect(self, call: AttentionCall, params: Apart) -> tuple[float | None, BlockPlan | None]:
         return params.density, None
-
-
-def texts_of(layout: Layout, tokens: int | None, name: str) -> tuple[int, ...]:
-    """Return how many tokens each prompt has: as the host knows, or `tokens` each.
-
-    Raises
-    ------
-    AccelplugError
-        If the text is not a multiple of them.
-    UnsupportedError
-        If neither is known.
-    """
-    if tokens is None:
-        if not layout.texts:
-            raise UnsupportedError(
-                f"{name} must know which tokens are of which prompt, and was told of none. Give the pipeline a prompt, 'one | another'; "
-                "or join embeddings and set `tokens`, how many each has."
-            )
-        return layout.texts
-    if layout.text > tokens and layout.text % tokens:
-        raise AccelplugError(
-            f"{name}: expected a text of whole prompts of {tokens} tokens, got {layout.text} tokens. Mend `tokens`."
-        )
-    return (tokens,) * max(layout.text // tokens, 1)

@@ -10,9 +10,8 @@ cut to the axis: always 2d + 1 positions, moved inward at the borders, so that e
 model was trained on; all frames are read. Scores are scaled by ``sqrt(log_n0(2 n0))`` more, n0 the native tokens of a
 frame: 1.046 at 30 x 52 (`entropy`). A grid no larger than the window runs dense, at the model's own scale.
 
-This is one of the paper's two paths. There, a second batch row attends to everything, and its cross-attention output
-replaces that of the first in every block, so that distant windows agree on the scene. That is more than queries, keys and
-values can say, and is not done here: expect repeated objects where the prompt alone does not place them.
+This is one of the paper's two paths. The other one, `second_path`, has distant windows agree on the scene: without it expect repeated
+objects where the prompt alone does not place them.
 """
 
 from __future__ import annotations
@@ -22,8 +21,10 @@ from dataclasses import replace
 from typing import Any, Self
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from accelplug.call import AttentionCall, Layout
+from accelplug.bounded import Bounded
+from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.patches.sparse.neighborhood import Positive
 from accelplug.patches.sparse.template import BlockParams
 from accelplug.patches.sparse.windows import Axis, WindowConfig, Windowed
@@ -47,6 +48,22 @@ class FreeSwim(Windowed):
             return self
 
     config: Config
+    ahead = True
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self._whole: Bounded[Layout, BlockParams] = Bounded(16)
+
+    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> BlockParams | None:
+        params = super().prepare(site, layout, clock, state)
+        if params is None or clock.phase != "ahead":
+            return params
+        return self._whole.get(layout, lambda: replace(params, where={"whole": True}))
+
+    def attend(self, call: AttentionCall, params: BlockParams) -> Tensor:
+        if params.where.get("whole"):
+            return call.dense(q=call.q * self.sharpening)
+        return super().attend(call, params)
 
     def axes(self, layout: Layout) -> tuple[Axis, ...]:
         frames, *lengths = layout.grid_thw
