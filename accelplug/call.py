@@ -327,4 +327,6 @@ class Clock:
     """Name of the guidance branch: ``cond``, ``uncond``, ..., None where the pipeline does not say."""
     phase: Literal["ahead", "prefill", "decode"] | None = None
     """Language models: whether the forward reads a prompt (or verifies drafts), or makes one token; ahead: a plain reading of the
-    prompt before that. None for denoisers."""
+    prompt before that. Denoisers: ahead, of a forward that a patch has run before the one that answers; else None."""
+    turn: int = 0
+    """How many forwards of this step came before, where no branch is named: pipelines then call the conditional one first."""

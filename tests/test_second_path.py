@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pytest
@@ -42,14 +42,14 @@ def test_the_text_is_that_of_the_dense_path(entropy: bool) -> None:
     model, inputs = build_denoiser(wan)
     rule = {"where": {"kind": "self"}, "patch": "freeswim", "with": {**WINDOWS["with"], "entropy": entropy}}  # type: ignore[dict-item]
     sharpening = FreeSwim({"native_hw": (2, 3)}).sharpening if entropy else 1.0
-    scaled = [module.norm_q for block in model.blocks for module in (block.attn1,)]  # type: ignore[union-attr]
+    scaled = [module.norm_q for block in model.blocks for module in (block.attn1,)]
     for norm in scaled:  # rotations keep a factor on queries
         norm.weight.mul_(sharpening)
     dense = texts_of(model, inputs, None)
     for norm in scaled:
         norm.weight.div_(sharpening)
     with accelplug.apply(model, {"rules": [rule]}, gate="off") as plug, ExitStack() as stack:
-        for block, text in zip(model.blocks, dense, strict=True):  # type: ignore[arg-type]
+        for block, text in zip(model.blocks, dense, strict=True):
             handle = block.attn2.register_forward_hook(lambda module, args, out, text=text: text)
             stack.callback(handle.remove)
         expected = forward(model, plug, inputs)
@@ -76,6 +76,16 @@ def test_the_second_path_is_run_in_every_so_many_steps_of_the_conditional_branch
     assert torch.equal(*runs)
     assert not torch.equal(runs[0], stock)
     handle.remove()
+
+
+def test_without_named_branches_the_first_forward_of_a_step_is_the_conditional_one() -> None:
+    pipe, inputs = build_pipeline(wan_pipeline)
+    inputs = {**inputs, "output_type": "latent"}
+    with accelplug.apply(pipe, BOTH, gate="off", strict=True):
+        named = pipe(**inputs, generator=torch.Generator().manual_seed(0)).frames
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipe.transformer, "cache_context", lambda name: nullcontext())
+            assert torch.equal(pipe(**inputs, generator=torch.Generator().manual_seed(0)).frames, named)
 
 
 def test_where_no_forward_can_be_run_ahead_cross_attention_is_as_ever() -> None:

@@ -338,12 +338,8 @@ class DenoiserHost(Answering, Host):
             self.meter.begin(tuple(latents.shape), latents.dtype, latents.device)
 
     def _wants_ahead(self) -> bool:
-        """Whether the forward to come is to be run once ahead, and can be: it is known which one it is, and nobody else counts."""
-        if (
-            None in (self.now.step, self.now.branch)
-            or self._is_compiled()
-            or getattr(self.denoiser, "is_cache_enabled", False)
-        ):
+        """Whether the forward to come is to be run once ahead, and can be: its step is known, and nobody else counts."""
+        if self.now.step is None or self._is_compiled() or getattr(self.denoiser, "is_cache_enabled", False):
             return False
         settled = [record.settled for record in self.records if record.settled.patch is not None]
         return any(here.patch is not None and here.patch.wants_ahead(here.params) for here in settled)
@@ -400,7 +396,7 @@ class DenoiserHost(Answering, Host):
         if self.caches is not None:
             self.caches.enter(self.denoiser, run, moment, self.clock.context)
         run.take(moment, sizes)
-        here.now = now
+        here.now = replace(now, turn=run.turn) if now.branch is None and now.step is not None and run.turn else now
         self.passed.note(now)
         return run
 

@@ -47,12 +47,14 @@ class Run:
     shift : what guidance adds to the predictions of a step, and which step that is.
     inside : whether a forward of it is being run.
     broken : whether its last forward has not come to its end.
+    turn : how many forwards of the same step and branch came before the last one.
     """
 
     state: State = field(default_factory=dict)
     shift: tuple[int | None, Any] | None = None
     inside: bool = False
     broken: bool = False
+    turn: int = 0
     _schedules: tuple[Tensor, ...] = ()
     _step: int | None = None
     _came: set[str | None] = field(default_factory=set)
@@ -101,6 +103,7 @@ class Run:
         branch, step = moment.clock.branch, moment.clock.step
         if step != self._step:
             self._came.clear()
+        self.turn = self.turn + 1 if branch in self._came else 0
         self._schedules = self._shared(moment) or moment.schedules
         self._step, self._weights = step, moment.weights
         self._came.add(branch)

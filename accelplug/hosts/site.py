@@ -104,9 +104,7 @@ class Settled:
     def obstacle(self, q: Tensor, k: Tensor, mask: Any) -> str | None:
         """Why a call is none that was settled for, or None."""
         if self.patch is not None and self.patch.wants_ahead(self.params):
-            return (
-                "no forward was run ahead: that takes a known step and guidance branch, no compiled code, step cache or UNet"
-            )
+            return "no forward was run ahead: that takes a known step, and no compiled code, step cache or UNet"
         if q.shape[-2] != self.queries or k.shape[-2] != self.keys:
             tokens = f"{self.length} tokens" + f", of which {self.queries} ask" * (self.queries != self.length)
             tokens += f" that ask, and {self.keys} of text" * (self.read is not None)

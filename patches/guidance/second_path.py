@@ -15,8 +15,9 @@ In that forward all attention is dense, at the scale that `freeswim` has in its 
 
     rules: [{where: {kind: self}, patch: freeswim}, {patch: second_path}]
 
-It goes with any patch of self-attention. A forward ahead takes a pipeline that names its guidance branches, and goes with neither compiled
-code nor a step cache: there cross-attention is as ever, and counted.
+It goes with any patch of self-attention. A forward ahead takes a step that is known, and goes with neither compiled code nor a step cache:
+there cross-attention is as ever, and counted. Of a pipeline that names no guidance branches (Wan's video to video) the first forward of a
+step is the conditional one.
 
 Experimental. It costs a full forward in every `every`-th step: it is for pictures, not for speed.
 """
@@ -77,7 +78,7 @@ class SecondPath(Patch):
     ahead = True
 
     def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Taken | None:
-        if clock.branch == "uncond":
+        if clock.branch == "uncond" or clock.turn:
             return None
         full: FullOutput = state.setdefault("second_path", FullOutput())
         if clock.phase == "ahead":
