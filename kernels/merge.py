@@ -1,7 +1,8 @@
 """Token merging: which tokens of a grid are alike enough to be averaged, the averages, and the way back.
 
 Pure functions of tensors. A *partition* says who may merge into whom and knows no scores; a match, int64 (B, N), says into which
-slot each of N tokens goes. Slots keep the order of the tokens that own them.
+slot each of N tokens goes. Slots keep the order of the tokens that own them. On CUDA the two hot parts, the likest destination and the
+means, are the Triton kernels of `triton_merge`, which no GPU has run yet; without Triton, and elsewhere, what stands here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from accelplug.errors import ShapeError
+from accelplug.kernels.attention import triton_missing
 from accelplug.kernels.chunks import by_heads, by_rows
 
 
@@ -152,18 +154,51 @@ def match(metric: Tensor, partition: Partition, merged: int) -> Tensor:
             f"got {tuple(metric.shape)} and {merged}."
         )
     unit = torch.nn.functional.normalize(metric.float(), dim=-1, eps=1e-6)
-    sources, goals = unit[:, partition.source], unit[:, partition.destination].mT  # [B, G, A, C] and [B, G, C, E]
-    few: Iterable[tuple[Tensor, ...]] = [(sources,)]
-    if partition.sources:
-        few = by_rows(len(goals) * goals.shape[1] * goals.shape[-1], sources)
-    found = [(rows @ goals).masked_fill(~partition.is_destination[:, None], -torch.inf).max(-1) for (rows,) in few]
-    best, which = (torch.cat(parts, -1) for parts in zip(*found, strict=True))  # [B, G, A]
+    parts = (partition.source, partition.destination, partition.is_destination)
+    best, which = _best_op(unit, *parts) if unit.is_cuda else best_destination(unit, *parts)  # [B, G, A]
     target = partition.destination.expand(len(unit), -1, -1).gather(-1, which).flatten(1)  # [B, G * A], tokens
     picked = best.masked_fill(~partition.is_source, -torch.inf).flatten(1).topk(merged, sorted=False).indices  # [B, merged]
     source, target = partition.source.flatten()[picked], target.gather(1, picked)
     kept = torch.ones_like(metric[..., 0], dtype=torch.int64).scatter(1, source, 0)
     slot = kept.cumsum(1) - 1
     return slot.scatter(1, source, slot.gather(1, target))
+
+
+def best_destination(unit: Tensor, source: Tensor, destination: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest cosine of each source with a destination of its tile, and which that is.
+
+    Parameters
+    ----------
+    unit : float32 (B, N, C), of length 1.
+    source, destination, real : `source`, `destination` and `is_destination` of a `Partition` of N tokens.
+
+    Returns
+    -------
+    best, which : float32 and int64 (B, G, A).
+    """
+    asking, goals = unit[:, source], unit[:, destination].mT  # [B, G, A, C] and [B, G, C, E]
+    few: Iterable[tuple[Tensor, ...]] = [(asking,)]
+    if source.shape[1]:
+        few = by_rows(len(goals) * goals.shape[1] * goals.shape[-1], asking)
+    found = [(rows @ goals).masked_fill(~real[:, None], -torch.inf).max(-1) for (rows,) in few]
+    best, which = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
+    return best, which
+
+
+@torch.library.custom_op("accelplug::best_destination", mutates_args=())
+def _best_op(unit: Tensor, source: Tensor, destination: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """`best_destination` by Triton, where that is there: one opaque node in compiled graphs."""
+    if triton_missing(unit.device) is not None:
+        return best_destination(unit, source, destination, real)
+    from accelplug.kernels import triton_merge
+
+    return triton_merge.likest_destination(unit, source, destination, real)
+
+
+@_best_op.register_fake
+def _best_op_fake(unit: Tensor, source: Tensor, destination: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    best = unit.new_empty(len(unit), *source.shape)
+    return best, torch.empty_like(best, dtype=torch.int64)
 
 
 def merge(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
@@ -179,6 +214,11 @@ def merge(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None = None) -> 
     -------
     mean : (B, H, slots, D) in x's dtype; 0 where nothing counts.
     """
+    return _merge_op(x, slot, slots, weight) if x.is_cuda else _slot_means(x, slot, slots, weight)
+
+
+def _slot_means(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None) -> Tensor:
+    """`merge` in plain torch."""
     number = slot_sizes(slot, slots, weight).clamp(min=1)[:, None, :, None]
     parts = []
     for (some,) in by_heads(len(x) * x.shape[-2] * x.shape[-1], x):
@@ -186,6 +226,21 @@ def merge(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None = None) -> 
         total = x32.new_zeros((*some.shape[:2], slots, x.shape[-1]))
         parts.append((total.scatter_add(2, _expand(slot, some), x32) / number).to(x.dtype))
     return torch.cat(parts, 1)
+
+
+@torch.library.custom_op("accelplug::merge_slots", mutates_args=())
+def _merge_op(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None) -> Tensor:
+    """`merge` by Triton, where that is there: one opaque node in compiled graphs."""
+    if triton_missing(x.device) is not None:
+        return _slot_means(x, slot, slots, weight)
+    from accelplug.kernels import triton_merge
+
+    return triton_merge.merge_slots(x, slot, slots, weight)
+
+
+@_merge_op.register_fake
+def _merge_op_fake(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:2], slots, x.shape[-1])
 
 
 def mlerp(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:

@@ -23,6 +23,8 @@ Destinations are drawn from (seed, step // interval) alone, so they are the same
 branches; matches are each sample's own, so that a batch is what its samples are alone. Layers share a match within one guidance
 branch; where a pipeline does not name the branch and calls twice a step, steps after the first of an `interval` take the
 later call's. Where the step is not known, every forward matches anew.
+
+On CUDA the match and the means are Triton kernels, which no GPU has run yet.
 """
 
 from __future__ import annotations
