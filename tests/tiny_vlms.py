@@ -166,6 +166,19 @@ def stills(counts: list[int], generator: torch.Generator) -> Shown:
     return ids, {"pixel_values": pixels, "image_grid_thw": torch.tensor(chosen)}
 
 
+def merged_patches(counts: list[int], generator: torch.Generator) -> Shown:
+    """The same, flat, with how many patches a side make a token."""
+    ids, given = stills(counts, generator)
+    merge = torch.full((sum(counts),), 2)
+    return ids, {**given, "pixel_values": given["pixel_values"].flatten(1), "image_merge_sizes": merge}
+
+
+def flat_patches(counts: list[int], generator: torch.Generator) -> Shown:
+    """The same, flat."""
+    ids, given = stills(counts, generator)
+    return ids, {**given, "pixel_values": given["pixel_values"].flatten(1)}
+
+
 def strips(counts: list[int], generator: torch.Generator) -> Shown:
     """Images as patches in one strip (1, 3, P, N P), with their rows and columns; sixteen patches make a token."""
     chosen = [((8, 8), (4, 8), (8, 4))[i % 3] for i in range(sum(counts))]
@@ -276,6 +289,21 @@ PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 FEW_SINKS = {"var": {"sink_threshold": 0.7, "min_nonsink_ratio": 0.1}}
 INDEX, ID = {"image_token_index": IMAGE}, {"image_token_id": IMAGE}
 
+PIXTRAL = {**_SMALL, "model_type": "pixtral", "image_size": 32, "patch_size": 8, "head_dim": 16}
+AUDIO = {
+    "audio_config": {
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "d_model": 16,
+        "num_mel_bins": 8,
+        "output_dim": 64,
+        "n_window": 2,
+        "max_source_positions": 8,
+        "downsample_hidden_size": 8,
+    }
+}
+
 TINY: dict[str, Tiny] = {
     "paligemma": Tiny(
         "PaliGemmaForConditionalGeneration",
@@ -287,7 +315,7 @@ TINY: dict[str, Tiny] = {
     "mistral3": Tiny(
         "Mistral3ForConditionalGeneration",
         {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
-        {**_SMALL, "model_type": "pixtral", "image_size": 32, "patch_size": 8, "head_dim": 16},
+        PIXTRAL,
         squares(4, image_sizes=[32, 32]),
         INDEX,
     ),
@@ -591,5 +619,137 @@ TINY: dict[str, Tiny] = {
         },
         squares(4),
         {"image_token_index": IMAGE},
+    ),
+    "lighton_ocr": Tiny(
+        "LightOnOcrForConditionalGeneration",
+        {"model_type": "qwen3", "head_dim": 16},
+        PIXTRAL,
+        squares(4, image_sizes=[32, 32]),
+        ID,
+    ),
+    "exaone4_5": Tiny(
+        "Exaone4_5_ForConditionalGeneration",
+        {"model_type": "exaone4", **WINDOWS, "sliding_window_pattern": 2},
+        {**QWEN, "window_size": 32, "fullatt_block_indexes": [1], "num_key_value_heads": 2},
+        grids,
+        {"image_token_id": IMAGE, "video_token_id": VIDEO},
+    ),
+    "cosmos3_omni": Tiny(
+        "Cosmos3OmniForConditionalGeneration",
+        {"model_type": "qwen3_vl_text", "head_dim": 16, **INTERLEAVED},
+        {**QWEN, "model_type": "qwen3_vl_vision", "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
+        grids,
+        QWEN_IDS,
+        None,
+        "mm_token_type_ids",
+    ),
+    "qianfan_ocr": Tiny(
+        "QianfanOCRForConditionalGeneration",
+        {"model_type": "qwen3", "head_dim": 16},
+        {**_SMALL, "image_size": [32, 32], "patch_size": [8, 8]},
+        squares(4),
+        {**ID, "image_seq_length": 4},
+    ),
+    "video_llama_3": Tiny(
+        "VideoLlama3ForConditionalGeneration",
+        {"model_type": "qwen2"},
+        {**_SMALL, "patch_size": 8},
+        merged_patches,
+        {"image_token_id": IMAGE, "video_token_id": VIDEO},
+    ),
+    "minicpmv4_7": Tiny(
+        "MiniCPMV4_7ForConditionalGeneration",
+        {"model_type": "qwen3_5_text", "head_dim": 16, **LINEAR},
+        {**_SMALL, "image_size": 64, "patch_size": 8},
+        strips,
+        {**ID, "video_token_id": VIDEO, "insert_layer_id": 0},
+        kinds="mm_token_type_ids",
+    ),
+    "minicpm_ocr": Tiny(
+        "MiniCPMOcrForConditionalGeneration",
+        {"model_type": "qwen3_5_text", "head_dim": 16, **LINEAR},
+        {**_SMALL, "image_size": 64, "patch_size": 8},
+        strips,
+        {**ID, "video_token_id": VIDEO, "insert_layer_id": 0, "downsample_mode": "16x"},
+    ),
+    "janus": Tiny(
+        "JanusForConditionalGeneration",
+        {"model_type": "llama"},
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+            "mlp_ratio": 2.0,
+            "projection_dim": 64,
+            "num_image_tokens": 16,
+        },
+        squares(16),
+        {
+            **ID,
+            "vq_config": {
+                "embed_dim": 4,
+                "num_embeddings": 16,
+                "latent_channels": 32,
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "num_res_blocks": 1,
+                "num_patches": 4,
+                "projection_dim": 64,
+                "image_token_embed_dim": 64,
+            },
+        },
+    ),
+    "qwen3_omni": Tiny(
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+        {"head_dim": 16, **INTERLEAVED, **EXPERTS},
+        {**QWEN, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
+        grids,
+        {
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "audio_token_id": 509,
+            "vision_start_token_id": OPEN,
+            "vision_end_token_id": CLOSE,
+            "audio_start_token_id": 508,
+            **AUDIO,
+        },
+        None,
+    ),
+    "paddleocr_vl": Tiny(
+        "PaddleOCRVLForConditionalGeneration",
+        {"rope_parameters": MROPE, "head_dim": 16},
+        {**_SMALL, "image_size": 32, "patch_size": 8},
+        stills,
+        QWEN_IDS,
+        None,
+        "mm_token_type_ids",
+    ),
+    "got_ocr2": Tiny(
+        "GotOcr2ForConditionalGeneration",
+        {"model_type": "qwen2"},
+        {
+            "hidden_size": 32,
+            "output_channels": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 2,
+            "window_size": 4,
+            "global_attn_indexes": [1],
+            "mlp_dim": 64,
+        },
+        squares(16),
+        {**INDEX, "image_seq_length": 16},
+    ),
+    "cosmos3_edge": Tiny(
+        "Cosmos3EdgeForConditionalGeneration",
+        {"head_dim": 16, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
+        {**_SMALL, "patch_size": 8, "num_patches": 16},
+        flat_patches,
+        {**QWEN_IDS, "projector_hidden_size": 64},
+        None,
+        "mm_token_type_ids",
     ),
 }
