@@ -464,6 +464,11 @@ def test_the_bundled_model_sees_rooms_by_its_global_attention(boxes: VGGT) -> No
     assert all(whole[name] < 0.6 * alone[name] for name in whole), (whole, alone)
 
 
+def test_the_bundled_model_has_a_recipe_of_its_own(boxes: VGGT) -> None:
+    with accelplug.apply(boxes, gate="off") as plug:
+        assert plug.recipe.name == "vggt-boxes/balanced"
+
+
 def test_the_benchmark_tells_growth_and_errors_above_dense() -> None:
     rows = {(frames, "dense"): {"ms": [frames**1.5, frames**1.5]} for frames in (10, 20, 80)}
     assert growth_of(rows, "dense") == pytest.approx(1.5)
