@@ -22,8 +22,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from accelplug import zoo
 from accelplug.comparison import Exam
 from accelplug.testing.language_models import QWEN_IDS, TEXT_CONFIG, qwen2_5_vl_model
-from accelplug.testing.models import settle
-from examples import flux_2048, hunyuan_two_gpus, qwen25_vl_hallucination, smollm2_long_prompt, wan22_sparse_and_cached
+from accelplug.testing.models import build_pipeline, settle, wan_pipeline
+from examples import (
+    flux_2048,
+    freeswim_v2v,
+    hunyuan_two_gpus,
+    qwen25_vl_hallucination,
+    smollm2_long_prompt,
+    wan22_sparse_and_cached,
+)
 from tests import tiny_pipelines
 from tests.two_ranks import together
 
@@ -75,6 +82,23 @@ def test_wan_22_sparse_and_cached(tmp_path: Path) -> None:
     for name in ("dense", "both"):
         assert frames(tmp_path / f"{name}.webp") == 5
     assert "FirstBlockCache + sol" in (tmp_path / "wan22.html").read_text(encoding="utf-8")
+
+
+def test_freeswim_v2v(tmp_path: Path) -> None:
+    pipe, _ = build_pipeline(wan_pipeline)
+    t5 = hf.UMT5EncoderModel(hf.UMT5Config(vocab_size=512, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    folder = saved(pipe, tmp_path / "wan", text_encoder=t5, tokenizer=word_tokenizer(length=512))
+    small = {"num_frames": 5, "height": 64, "width": 96, "num_inference_steps": 2, "guidance_scale": 3.0}
+    large = {"height": 128, "width": 192, "num_inference_steps": 4, "guidance_scale": 3.0, "strength": 0.5}
+    rules = freeswim_v2v.recipe(4, 6, block=16, backend="reference")
+    plug = freeswim_v2v.main(folder, rules, small, large, "cpu", "off", tmp_path)
+    ahead, steps, layers = 1, 2, 2
+    assert plug.report().served["freeswim"] == (2 * steps + ahead) * layers
+    assert plug.report().served["second_path"] == (steps + ahead) * layers
+    assert not plug.report().fallbacks
+    assert not plug.active
+    assert frames(tmp_path / "large.webp") == 5
+    assert Image.open(tmp_path / "large.webp").size == (192, 128)
 
 
 def test_flux_2048(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
