@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser("compare", help="run a model dense and with recipes; report speed and quality")
-    _takes_model(command, "a pipeline, a language model or an image encoder")
+    _takes_model(command, "a pipeline, a language model, an image encoder or a geometry transformer")
     command.add_argument(
         "--recipe", action="append", help="name or file; repeat for several; the model's default if left out"
     )
@@ -297,7 +297,7 @@ def _takes_questions(command: argparse.ArgumentParser) -> None:
 
 
 def _takes_size(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--frames", type=_whole, help="frames to generate, for video")
+    command.add_argument("--frames", type=_whole, help="frames to generate, for video; of a geometry transformer's walk")
     command.add_argument("--height", type=_whole, help="pixels")
     command.add_argument("--width", type=_whole, help="pixels")
 
@@ -318,6 +318,7 @@ def _pipeline_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+GEOMETRY = "a geometry transformer, which compare and apply take"
 SIZES = ("frames", "height", "width", "steps", "guidance")
 OF_PROTOCOLS = ("mme", "protocol", "words", "answers")
 EXAMS = ("coco", "amber", *OF_PROTOCOLS, "pictures", "parse", "questions", "tokens", "text", "trials", "anew")
@@ -382,6 +383,8 @@ def _inspect(options: argparse.Namespace) -> int:
         pipe = loading.pipeline(options.model_dir, device="cpu")
         _publish(inspect(pipe, {**trained_for, **_pipeline_settings(options)}), report)
         return 0
+    if kind == "geometry transformer":
+        raise AccelplugError(f"{options.model_dir} holds {GEOMETRY}: inspect has no page of those yet.")
     _refuse(options, kind, *SIZES, "heads")
     if kind == "image encoder":
         _refuse(options, kind, "image", "text")
@@ -414,6 +417,10 @@ def _compare(options: argparse.Namespace) -> int:
     if kind == "image encoder":
         _refuse(options, kind, *OF_PIPELINES, *SIZES, *EXAMS)
         return _compare_features(options, report)
+    if kind == "geometry transformer":
+        drawn_by, others = {"seed", "frames"}, (*OF_PIPELINES, *SIZES, *EXAMS, *PICTURES_OF_ENCODERS)
+        _refuse(options, kind, *(name for name in others if name not in drawn_by))
+        return _compare_walks(options, report)
     _refuse(options, kind, *EXAMS, *PICTURES_OF_ENCODERS)
     if not options.prompt and options.prompts is None:
         raise AccelplugError("compare runs a pipeline on prompts; add --prompt '...', or --prompts 15.")
@@ -458,14 +465,28 @@ def _compare_features(options: argparse.Namespace, report: Path | None) -> int:
     return 0
 
 
+def _compare_walks(options: argparse.Namespace, report: Path | None) -> int:
+    """Compare a geometry transformer on rooms that are drawn."""
+    from accelplug import loading
+    from accelplug.comparison import Walks, compare
+
+    asked: dict[str, Any] = {}
+    if options.frames is not None:
+        asked["frames"] = [options.frames]
+    if options.seed:
+        asked["seed"] = options.seed[0]
+    model = loading.geometry_transformer(options.model_dir, options.dtype, options.device)
+    _publish(compare(model, options.recipe, Walks(**asked)), report)
+    return 0
+
+
 def _require_kind(options: argparse.Namespace) -> str:
     """What was saved to the folder, where the command takes pipelines and language models alone."""
     from accelplug import loading
 
-    if (kind := loading.kind_of(options.model_dir)) == "image encoder":
-        raise AccelplugError(
-            f"{options.model_dir} holds an image encoder, which compare, inspect and apply take: expected a pipeline or a language model."
-        )
+    taken = {"image encoder": "an image encoder, which compare, inspect and apply take", "geometry transformer": GEOMETRY}
+    if (kind := loading.kind_of(options.model_dir)) in taken:
+        raise AccelplugError(f"{options.model_dir} holds {taken[kind]}: expected a pipeline or a language model.")
     return kind
 
 

@@ -14,8 +14,9 @@ from accelplug import files
 from accelplug.comparison import ranks
 from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.hosts.models import denoisers
+from accelplug.zoo.geometry import VGGT
 
-Saved = Literal["pipeline", "language model", "image encoder"]
+Saved = Literal["pipeline", "language model", "image encoder", "geometry transformer"]
 PIPELINES = ("model_index.json", "modular_model_index.json")
 """Files that name a pipeline's parts: of a classic one, of a modular one."""
 
@@ -33,11 +34,13 @@ def kind_of(folder: Path) -> Saved:
         if any((folder / name).is_file() for name in PIPELINES):
             return "pipeline"
         if (folder / "config.json").is_file():
+            if _named_class(folder) == VGGT.__name__:
+                return "geometry transformer"
             return "image encoder" if _encoder_class(folder) is not None else "language model"
     except OSError as error:
         raise AccelplugError(f"{folder} cannot be read: {error.strerror or error}.") from error
     raise AccelplugError(
-        f"{folder} is neither a saved pipeline nor a saved language model or image encoder: expected a folder with "
+        f"{folder} is neither a saved pipeline nor a saved language model, image encoder or geometry transformer: expected a folder with "
         f"{' or '.join(PIPELINES)}, or config.json."
     )
 
@@ -136,15 +139,35 @@ def image_encoder(folder: Path, dtype: str = "auto", device: str | None = None) 
         return (model.to(device) if device else model), processor
 
 
+def geometry_transformer(folder: Path, dtype: str = "auto", device: str | None = None) -> VGGT:
+    """Load a geometry transformer that `zoo.geometry.VGGT.save_pretrained` wrote; large ones are loaded by their own repositories.
+
+    Raises
+    ------
+    UnsupportedError
+        If the folder holds no such model, or a file of it is missing or broken.
+    """
+    require_device(device)
+    with _told(
+        f"{folder} cannot be loaded as a geometry transformer", "accelplug.compare(model, ...) takes those of other makers"
+    ):
+        model = VGGT.from_pretrained(folder)
+        return model.to(device or "cpu", None if dtype == "auto" else getattr(torch, dtype))
+
+
+def _named_class(folder: Path) -> str:
+    """The class that a folder's config names, an empty string if it names none."""
+    try:
+        return str((json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""])[0])
+    except (ValueError, AttributeError, LookupError, TypeError):
+        return ""
+
+
 def _encoder_class(folder: Path) -> Any:
     """The class of transformers that a folder's config names, if it is given pictures and does not write; else None."""
     import transformers
 
-    try:
-        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
-        cls = getattr(transformers, str(named[0]), None)
-    except (ValueError, AttributeError, LookupError, TypeError):
-        return None
+    cls = getattr(transformers, _named_class(folder), None)
     sees = getattr(cls, "main_input_name", "") == "pixel_values"
     return cls if cls is not None and sees and not cls.can_generate() else None
 

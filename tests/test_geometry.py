@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import accelplug
 from accelplug import heads_outputs_alone, zoo
 from accelplug.call import AttentionCall, Clock, Layout, Site
+from accelplug.cli import main
 from accelplug.comparison.walks import Reconstruction, Walks, deviation_of, reconstruction_of
 from accelplug.errors import AccelplugError, NoMatchError, UnsupportedError
 from accelplug.families.geometry import KNOWN_ALTERNATIONS
@@ -476,3 +478,22 @@ def test_the_benchmark_tells_growth_and_errors_above_dense() -> None:
     far = [{"to_truth_rotation_deg": rotation, "to_truth_direction_deg": 4.0} for rotation in (3.0, 2.0)]
     assert above_dense(*far) == pytest.approx(1.5)
     assert above_dense({}, far[1]) is None
+
+
+def test_the_command_line_takes_geometry_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, recipe, report = tmp_path / "model", tmp_path / "mine.yaml", tmp_path / "walks.json"
+    VGGT(embed_dim=32, depth=2, num_heads=2, layers=(0, 1)).save_pretrained(folder)
+    recipe.write_text("schema: 1\nmodel: mine\nmatch: {class: VGGT}\ndefault: a\nrecipes: {a: {rules: [{patch: avggt}]}}\n")
+    assert main(["compare", str(folder), "--recipe", str(recipe), "--frames", "2", "--report", str(report)]) == 0
+    assert "2 drawn rooms of 2 frames" in capsys.readouterr().out
+    assert [row["name"] for row in json.loads(report.read_text())["rows"]] == ["dense", "a"]
+    for command in (
+        ["inspect", str(folder)],
+        ["tune", str(folder), "-o", str(tmp_path / "t.yaml")],
+        ["compare", str(folder), "--prompt", "a"],
+    ):
+        assert main(command) == 2
+        assert "a geometry transformer" in capsys.readouterr().err
+    (folder / "model.safetensors").write_bytes(b"")
+    assert main(["compare", str(folder)]) == 2
+    assert "cannot be loaded as a geometry transformer" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import accelplug
-from accelplug.comparison import Exam, metrics, outcome
+from accelplug.comparison import Exam, Walks, metrics, outcome
 from accelplug.comparison.evaluators import EVALUATORS
 from accelplug.comparison.evaluators.evaluator import Asked, Figure, Said
 from accelplug.comparison.outcome import Outcome, hold_against_stock
@@ -31,6 +31,7 @@ from accelplug.tuning.language import Answered
 from accelplug.tuning.result import Point, Tuned
 from accelplug.tuning.verification import Verification, Verified
 from accelplug.weights import available
+from accelplug.zoo.geometry import VGGT
 from tests import tiny_language_models, tiny_pipelines
 from tests.patch_rows import ROWS
 from tests.test_comparison import small
@@ -100,6 +101,12 @@ def encoded() -> list[Shown]:
     ]
 
 
+def walked() -> list[Shown]:
+    model = VGGT(embed_dim=32, depth=2, num_heads=2, layers=(0, 1)).eval()
+    walks = Walks(frames=(2, 3), rooms=1, size=(28, 42))
+    return [accelplug.compare(model, {"patch": "avggt"}, walks, progress=False)]
+
+
 MAKERS: dict[str, Callable[[], list[Shown]]] = {
     "comparison": lambda: [comparison(row("slow", 0.8, 30.0, 28.0))],
     "examined": lambda: [examined()],
@@ -111,6 +118,7 @@ MAKERS: dict[str, Callable[[], list[Shown]]] = {
     "demonstrated": demonstrated,
     "recipe": lambda: [named("wan2.1-t2v-14b/radial")],
     "encoders": encoded,
+    "walks": walked,
     "available": lambda: [available()],
 }
 
