@@ -100,10 +100,10 @@ class PatchEmbed(nn.Module):
 
     def waves(self, patches: Tensor) -> Tensor:
         """Waves (H * W, 4 * OCTAVES) over a picture from -1 to 1 in each direction, whatever its patches (B, C, H, W)."""
-        device = patches.device
+        device, dtype = patches.device, self.place.weight.dtype
         y, x = ((torch.arange(n, device=device) + 0.5) * (2 / n) - 1 for n in patches.shape[-2:])
         angle = torch.cartesian_prod(y, x)[..., None] * (math.pi / 2 * 2 ** torch.arange(self.OCTAVES, device=device))
-        return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)
+        return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1).to(dtype)
 
 
 class Aggregator(nn.Module):
