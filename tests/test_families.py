@@ -333,7 +333,8 @@ def test_a_place_of_a_resolution_lands_on_its_raster_place(name: str, monkeypatc
     channels = norms.norm.num_channels
     norms.norm = nn.Identity()  # a group norm spreads a change over its whole group
     inputs = {latent: noise(1, channels, 6, 8), **UNETS[name]}
-    assert family.geometry(getattr(level, "config", None), inputs) == Geometry((1, 6, 8))
+    read = inputs["encoder_hidden_states"].shape[1] if "encoder_hidden_states" in inputs else 0
+    assert family.geometry(getattr(level, "config", None), inputs) == Geometry((1, 6, 8), read=read)
 
     def first_queries(x: Tensor) -> Tensor:
         with torch.no_grad(), hearing(level, monkeypatch) as heard:
