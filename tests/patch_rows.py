@@ -56,7 +56,7 @@ _ROWS = (
     Subject("paro", {"masks": "all"}, {"order": "wht", "density": 0.4}, {"density": 1.0}),
     Subject("sta", {"windows": [["full", "full", "full"]]}, {"windows": [["full", 1, 1]]}, {}),
     Subject("freeswim", {"native_hw": [512, 512]}, {"native_hw": [2, 3], "tile_thw": [1, 2, 4], "entropy": False}, {}),
-    Subject("lvsa", {"native": 999}, {"native": 2, "window": 0}, {"native": 2, "window": 99}, only=_VIDEO),
+    Subject("lvsa", {"native": 999}, {"native": 1, "window": 0}, {"native": 2, "window": 99}, only=_VIDEO),
     Subject("freelong", {"native": 999}, {"native": 2, "block": 8, "backend": "reference"}, signed=True, only=_VIDEO),
     Subject("svg", {"density": 1.0}, {"density": 0.3, "sink": False}, {}, video_only=True),
     Subject("vmoba", {"tau": 1.0}, {"tau": 0.25, "parts": [[4, 1, 1], [1, 2, 3], [2, 2, 2]]}, {}, graphs=3),
