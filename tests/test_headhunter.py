@@ -44,17 +44,16 @@ class Perturbed(Patch):
         super().__init__()
         self.u = u
 
-    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Params | None:
-        own = tuple(head for layer, head in HEADS if layer == site.layer)
-        return Params(own, 0, 0) if own else None
+    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> list[int] | None:
+        return [head for layer, head in HEADS if layer == site.layer] or None
 
-    def attend(self, call: AttentionCall, params: Params) -> Tensor:
+    def attend(self, call: AttentionCall, params: list[int]) -> Tensor:
         q, k, v = (x.double() for x in (call.q, call.k, call.v))
         logits = call.scale * q @ k.mT
         if call.mask is not None:
             logits = logits.masked_fill(~call.mask[:, None, None], -torch.inf)
         maps = logits.softmax(-1)
-        for head in params.heads or ():
+        for head in params:
             maps[:, head] = (1 - self.u) * maps[:, head] + self.u * torch.eye(maps.shape[-1], dtype=maps.dtype)
         return (maps @ v).to(call.v.dtype)
 
@@ -76,7 +75,7 @@ def test_rows_of_text_are_drawn_too_or_left_alone() -> None:
     call = AttentionCall(out, out, call_v, None, 0.5, lambda: out)
     site = Site("a", "transformer", "joint", 2, 4)
     for rows, drawn in (("all", slice(0, 10)), ("image", slice(3, 9))):
-        patch = HeadHunter({"heads": [[2, 1], [3, 0]], "u": 0.25, "rows": rows})
+        patch = HeadHunter({"heads": [[2, 1], [3, 0], [4, 6]], "u": 0.25, "rows": rows})  # layers of unequally many heads
         params = patch.prepare(site, Layout((1, 2, 3), 3, 1), Clock(), {})
         assert params is not None
         expected = out.clone()

@@ -497,7 +497,8 @@ class DenoiserHost(Answering, Host):
         record.settle(*self._prepare(record.site, layout, device), exchanged)
         self._ask_for_error(record, device)
         if self.guiding is not None and (guide := self.guiding.at(record)) is not None:
-            record.settled = replace(record.settled, guide=guide)
+            choice, params = guide
+            record.settled = replace(record.settled, guide=(choice, self.on_device(params, device)))
 
     def _ask_for_error(self, record: SiteRecord, device: torch.device | None) -> None:
         """Hand a patch that estimates its error where to write it, or leave it out by what it said in the step before.

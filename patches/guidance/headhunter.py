@@ -23,14 +23,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 
+from accelplug.bounded import Bounded
 from accelplug.errors import RecipeError
 from accelplug.patches.base import Config
 from accelplug.patches.perturbation import Perturbation
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from accelplug.call import AttentionCall, Clock, Layout, Site
@@ -41,15 +42,18 @@ Head = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 
 @dataclass(frozen=True, eq=False)
 class Params:
-    """Which heads of a layer are perturbed (None: all) from which row to which, the end not included."""
+    """Which of a layer's first N heads are perturbed, bool (N, 1, 1) (None: all), from which row to which, the end not included.
 
-    heads: tuple[int, ...] | None
+    N is the same in all layers, and which heads they are is a tensor, so that layers share a compiled graph.
+    """
+
+    heads: Tensor | None
     first: int
     stop: int
 
     def to(self, device: torch.device | str) -> Params:
-        """Return itself: it has no tensors."""
-        return self
+        """Return the params with their tensor on `device`."""
+        return self if self.heads is None else Params(self.heads.to(device), self.first, self.stop)
 
 
 def towards_identity(out: Tensor, v: Tensor, u: float) -> Tensor:
@@ -74,6 +78,10 @@ class HeadHunter(Perturbation):
 
     config: Config
 
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self._prepared: Bounded[tuple[int | None, Layout], Params | None] = Bounded(256)
+
     @property
     def scale(self) -> float:
         return self.config.scale
@@ -85,22 +93,32 @@ class HeadHunter(Perturbation):
                 raise RecipeError(f"headhunter, heads: [{layer}, {head}] is not in the model: {has}, counted from 0.")
 
     def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Params | None:
-        chosen = self.config.heads
-        own = None if chosen == "all" else tuple(sorted({head for layer, head in chosen if layer == site.layer}))
-        if own == () or not self.config.u or not self.config.scale:
+        return self._prepared.get((site.layer, layout), lambda: self.params(site.layer, layout))
+
+    def params(self, layer: int | None, layout: Layout) -> Params | None:
+        """Return what is perturbed in a layer; None where nothing is."""
+        if not self.config.u or not self.config.scale:
             return None
+        heads = None
+        if self.config.heads != "all":
+            own = {head for at, head in self.config.heads if at == layer}
+            if not own:
+                return None
+            number = 1 + max(head for _, head in self.config.heads)
+            heads = torch.tensor([head in own for head in range(number)])[:, None, None]
         if self.config.rows == "all":
-            return Params(own, 0, layout.length)
-        return Params(own, layout.text_before, layout.text_before + layout.visual)
+            return Params(heads, 0, layout.length)
+        return Params(heads, layout.text_before, layout.text_before + layout.visual)
 
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
         out, v = call.dense(), call.v
         if v.shape[1] != out.shape[1]:
             v = v.repeat_interleave(out.shape[1] // v.shape[1], 1)
-        rows = slice(params.first, params.stop)
+        heads = None if params.heads is None else params.heads[: out.shape[1]]  # layers may have unequally many
+        part = slice(None), slice(None if heads is None else len(heads)), slice(params.first, params.stop)
+        drawn = towards_identity(out[part], v[part], self.config.u)
         perturbed = out.clone()
-        heads: Any = slice(None) if params.heads is None else list(params.heads)
-        perturbed[:, heads, rows] = towards_identity(out[:, heads, rows], v[:, heads, rows], self.config.u)
+        perturbed[part] = drawn if heads is None else torch.where(heads, drawn, out[part])
         return perturbed
 
 
