@@ -174,7 +174,7 @@ _ROWS = (
     Subject("carve", {"keep_area": 1}, {"keep_area": 0.3, "regions": 1, "max_tokens": 3, "layers": (0.5, 1.0)}),
     Subject("agla", {"alpha": 0, "beta": 0}, {"layers": (0.5, 1.0)}),
     Subject("avggt", {"frame_layers": 0.0, "window_hw": [1, 1]}, {}),
-    Subject("fastvggt", {"ratio": 0.0}, {}),
+    Subject("fastvggt", {"ratio": 0.0}, {"reuse_layers": 2}),
     Subject("spark3r", {"query_ratio": 0.0, "windows": [[1, 1]]}, {"windows": [[2, 2], [1, 2]]}),
     Subject("flashvggt", {"factor": 1}, {"factor": 2, "every": 3}),
     Subject("contrast", {"gamma": 1, "cutoff": 0}, {"gamma": 3.0}),

@@ -42,6 +42,7 @@ OTHER_WORKS = {
     "2502.15894": "RIFLEx, the key positions",
     "2503.11651": "VGGT, whose modules the zoo's geometry model has",
     "2510.13554": "windowed attention distance and future attention influence, likewise",
+    "2512.04939": "LiteVGGT, whose layers share a match, which fastvggt has by a setting",
     "2512.22213": "secondary attention sinks, which inspect tells",
     "2602.01077": "PISA, the setting rest",
     "2604.07394": "Flux Attention, in whose place calibrate chooses layers",

@@ -19,7 +19,7 @@ from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.errors import ShapeError
 from accelplug.hosts.rebind import dense_sdpa
 from accelplug.kernels.merge import match, merge, mlerp, own_tokens, partition, slot_sizes, unmerge
-from accelplug.patches.tokens import tome
+from accelplug.patches.tokens import sharing
 from accelplug.patches.tokens.tome import Tome
 from accelplug.testing.laws import run_once
 from accelplug.testing.models import batch_of_two
@@ -254,7 +254,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Matches:
         made.append(metric)
         return match(metric, *others)
 
-    monkeypatch.setattr(tome, "match", counting)
+    monkeypatch.setattr(sharing, "match", counting)
     return made
 
 

@@ -16,7 +16,8 @@ The release has four defects, which are mended here:
 
 Ours beside: log n (the release counts a merged key once); special tokens are never merged into, so that a camera token asks its own
 question; draws and protection are the same in every frame, so that frames behind the first are a set. The metric is the key, mean over
-heads, after norm and RoPE; the release takes the block's normed input, which is not known here.
+heads, after norm and RoPE; the release takes the block's normed input, which is not known here. With `reuse_layers`
+layers in a row share the match of the first of them, as in LiteVGGT (arXiv 2512.04939), which tunes the model for that.
 
 Official code: mystorm16/FastVGGT, without a licence file; written from the paper and a description of it.
 """
@@ -31,10 +32,11 @@ from pydantic import Field
 from torch import Tensor
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
-from accelplug.kernels.merge import Partition, match, merge, partition, slot_sizes, unmerge
+from accelplug.kernels.merge import Partition, merge, partition, slot_sizes, unmerge
 from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.base import Config, Patch, Positive, Seed
 from accelplug.patches.tokens.counted import attend_counted
+from accelplug.patches.tokens.sharing import SharedMatch, shared_match, slot_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +47,13 @@ class Params:
     ----------
     partition : of all tokens, special ones first; one tile.
     merged : how many tokens are merged away.
+    memory : where the match is shared, None if it is not; `reads`: whether one that is there is good here.
     """
 
     partition: Partition
     merged: int
+    memory: SharedMatch | None
+    reads: bool
 
     def to(self, device: torch.device | str) -> Params:
         """Return the params with their tensors on `device`."""
@@ -73,6 +78,9 @@ class FastVggt(Patch):
             0.1, ge=0.0, le=1.0, description="Share of the patches that is neither merged nor merged into."
         )
         seed: Seed = Field(33, description="Of the draw of destinations, the same for all layers and frames.")
+        reuse_layers: Positive = Field(
+            1, description="Layers in a row that share a match, that of the first of them; the release: none do."
+        )
         count: bool = Field(
             True, description="Whether a merged key counts as often as it has tokens (ours); the release: once."
         )
@@ -82,7 +90,10 @@ class FastVggt(Patch):
     def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Params | None:
         made = self._partition(layout)
         merged = min(int(layout.length * self.config.ratio), made.sources)
-        return Params(made, merged) if merged else None
+        if not merged:
+            return None
+        memory, reads = shared_match(self, site, layout, clock, state, interval=1, layers=self.config.reuse_layers)
+        return Params(made, merged, memory, reads)
 
     def _partition(self, layout: Layout) -> Partition:
         """Who may merge into whom, of all tokens of a call."""
@@ -103,7 +114,7 @@ class FastVggt(Patch):
 
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
         slots = params.partition.tokens - params.merged
-        slot = match(call.k.mean(1, dtype=torch.float32), params.partition, params.merged)
+        slot = slot_of(call.k, params.partition, params.merged, params.memory, params.reads)
         number = slot_sizes(slot, slots) if self.config.count else None
         q, k, v = (merge(x, slot, slots) for x in (call.q, call.k, call.v))
         return unmerge(attend_counted(call, q, k, v, number), slot)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from accelplug.bounded import Bounded
 from accelplug.call import Clock, Layout, Site
+from accelplug.kernels.merge import Partition, match
 
 
 @dataclass(eq=False)
@@ -65,3 +67,20 @@ def shared_match(
         memory.slot = None
     memory.leader, memory.step = site.layer, step
     return memory, memory.slot is not None
+
+
+def slot_of(metric: Tensor, partition: Partition, merged: int, memory: SharedMatch | None, reads: bool) -> Tensor:
+    """Return the match, int64 (B, N): the one in memory where that is good; else it is made, and kept there.
+
+    Parameters
+    ----------
+    metric : (B, H, N, D), of which the mean over heads tells what is alike.
+    partition, merged : as for `match`.
+    memory, reads : of `shared_match`.
+    """
+    if memory is not None and reads and (known := memory.for_batch(len(metric))) is not None:
+        return known
+    slot = match(metric.mean(1, dtype=torch.float32), partition, merged)
+    if memory is not None:
+        memory.slot = slot
+    return slot

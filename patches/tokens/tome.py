@@ -38,11 +38,11 @@ from pydantic import Field
 from torch import Tensor
 
 from accelplug.call import AttentionCall, Clock, Layout, Site
-from accelplug.kernels.merge import Partition, match, merge, mlerp, own_tokens, partition, slot_sizes, unmerge
+from accelplug.kernels.merge import Partition, merge, mlerp, own_tokens, partition, slot_sizes, unmerge
 from accelplug.kernels.plan import BlockPlan
 from accelplug.patches.base import Config, Inside, Patch, Positive
 from accelplug.patches.tokens.counted import attend_counted, between_text
-from accelplug.patches.tokens.sharing import SharedMatch, period_of, shared_match
+from accelplug.patches.tokens.sharing import SharedMatch, period_of, shared_match, slot_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +129,7 @@ class Tome(Patch):
     def enter(self, hidden: Tensor, params: Params) -> Inside:
         tokens, before = params.partition.tokens, params.before
         behind, slots = before + tokens, tokens - params.merged
-        slot = self._slot(hidden[:, None, before:behind], params)  # [B, N]
+        slot = slot_of(hidden[:, None, before:behind], params.partition, params.merged, params.memory, params.reads)
         if self.config.mode != "input":
             return Inside(hidden, lambda call: self._attend(call, params, slot), lambda out: out)
         own = own_tokens(slot, slots, params.partition) if self.config.merging == "prune" else None
@@ -148,7 +148,9 @@ class Tome(Patch):
 
     def attend(self, call: AttentionCall, params: Params) -> Tensor:
         behind = params.before + params.partition.tokens
-        return self._attend(call, params, self._slot(call.k[..., params.before : behind, :], params))
+        visual = call.k[..., params.before : behind, :]
+        slot = slot_of(visual, params.partition, params.merged, params.memory, params.reads)
+        return self._attend(call, params, slot)
 
     def _attend(self, call: AttentionCall, params: Params, slot: Tensor) -> Tensor:
         """Attend by a match, int64 (B, N)."""
@@ -182,16 +184,6 @@ class Tome(Patch):
     def _merged(self, x: Tensor, slot: Tensor, slots: int, weight: Tensor | None) -> Tensor:
         """Tokens (B, H, N, D) -> slots (B, H, slots, D)."""
         return (mlerp if self.config.merging == "mlerp" else merge)(x, slot, slots, weight)
-
-    def _slot(self, metric: Tensor, params: Params) -> Tensor:
-        """Return the match: the one in memory where that is good, else that of visual tokens (B, H, N, D), mean over heads."""
-        memory = params.memory
-        if memory is not None and params.reads and (known := memory.for_batch(len(metric))) is not None:
-            return known
-        slot = match(metric.mean(1, dtype=torch.float32), params.partition, params.merged)
-        if memory is not None:
-            memory.slot = slot
-        return slot
 
     def inspect(self, call: AttentionCall, params: Params) -> tuple[float, BlockPlan | None]:
         tokens, visual = call.q.shape[-2], params.partition.tokens
