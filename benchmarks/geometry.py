@@ -54,10 +54,12 @@ ARMS: dict[str, Any] = {
     "avggt 2 x 2, all layers": _arm("avggt", window_hw=[2, 2], frame_layers=0, dense_layers=0),
     "avggt 3 x 3, all layers": _arm("avggt", window_hw=[3, 3], frame_layers=0, dense_layers=0),
     "fastvggt": _arm("fastvggt"),
+    "fastvggt, one match for 3 layers": _arm("fastvggt", reuse_layers=3),
     "spark3r": _arm("spark3r"),
     "spark3r, all queries": _arm("spark3r", query_ratio=0.0),
     "flashvggt 2": _arm("flashvggt", factor=2),
     "flashvggt 3": _arm("flashvggt", factor=3),
+    "flashvggt 3, own frame": _arm("flashvggt", factor=3, own=True),
     "rows .2, pooled": _arm("rows", density=0.2, rest="pool", block=64),
     "tome .5": _arm("tome", ratio=0.5),
 }

@@ -1,6 +1,9 @@
-"""Attention to some of the keys, and to the query's own beside them."""
+"""Attention to some of the keys, and to the query's own, or those of its frame, beside them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log
 
 import torch
 from torch import Tensor
@@ -65,6 +68,36 @@ def attend_with_own(
     share = (torch.cat(scores, 1) - lse[:, :, dropped]).sigmoid()  # e^own / (e^own + e^lse)
     mixed = torch.lerp(out[:, :, dropped], own[2][:, :, dropped], share[..., None].to(out.dtype))
     return out.index_copy(2, dropped, mixed)
+
+
+def exchange(
+    q: Tensor, read: tuple[Tensor, Tensor], gone: Sequence[Tensor], come: Sequence[Tensor], scale: float, times: float
+) -> Tensor:
+    """Attend to other keys in the place of some that were read.
+
+    With (out, e^lse) of all that was read, of `gone` and of `come`, the result is (e^r out_r - n e^g out_g + e^c out_c) over the same
+    without outputs. What is rounded in `read` counts (1 + n e^g / e^c) times at most: what comes must hold what goes stood for.
+
+    Parameters
+    ----------
+    q : Tensor (B, H, S_q, D).
+    read : what `attend_lse` gave for q and all keys, those of `gone` among them.
+    gone, come : keys and values (B, H, n, D) that q shall not read, and such that it shall.
+    scale : factor on q.k.
+    times : n, how often each key of `gone` was counted in `read`.
+
+    Returns
+    -------
+    out : (B, H, S_q, D) in q's dtype.
+    """
+    minus, plus = (attend_lse(q, k, v, scale) for k, v in (gone, come))
+    parts = []
+    for out, lse, out_minus, lse_minus, out_plus, lse_plus in by_heads(q[:, 0].numel(), *read, *minus, *plus):
+        lse_minus = lse_minus + log(times)
+        most = torch.maximum(lse, lse_plus)
+        was, goes, comes = ((x - most).exp()[..., None] for x in (lse, lse_minus, lse_plus))
+        parts.append(((was * out - goes * out_minus + comes * out_plus) / (was - goes + comes)).to(q.dtype))
+    return torch.cat(parts, 1)
 
 
 def smaller_grid(x: Tensor, factor: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from accelplug.families.geometry import KNOWN_ALTERNATIONS
 from accelplug.hosts.outputs import bytes_of_outputs, layers_read
 from accelplug.hosts.rebind import dense_sdpa
 from accelplug.kernels.frames import batch_as_frames, frame_by_frame, frames_as_batch, specials_first
-from accelplug.kernels.thinned import attend_lse, farthest_first, smaller_grid
+from accelplug.kernels.merge import match, merge, slot_sizes, unmerge
+from accelplug.kernels.thinned import attend_lse, exchange, farthest_first, smaller_grid
 from accelplug.patches.geometry.avggt import Avggt
 from accelplug.patches.geometry.fastvggt import FastVggt
 from accelplug.patches.geometry.flashvggt import FlashVggt
 from accelplug.patches.geometry.spark3r import Spark3R
+from accelplug.patches.tokens import sharing
 from accelplug.testing.geometry import GEOMETRY_TRIED
-from accelplug.testing.laws import run_once, snapshot_of, text_stays_dense
+from accelplug.testing.laws import Law, Subject, laws, run_once, snapshot_of, text_stays_dense
 from accelplug.testing.models import Built, build_denoiser
 from accelplug.zoo.geometry import VGGT
 from accelplug.zoo.rooms import FIELD_OF_VIEW, quaternion_of, rays
@@ -168,8 +171,8 @@ LAYOUT = Layout((FRAMES, 3, 5), FRAMES * 2, special=2, reference=True)
 SCALE = 0.3
 
 
-def call_on(layout: Layout = LAYOUT, batch: int = 2) -> AttentionCall:
-    g = torch.Generator().manual_seed(0)
+def call_on(layout: Layout = LAYOUT, batch: int = 2, seed: int = 0) -> AttentionCall:
+    g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(batch, 2, layout.length, 16, generator=g) for _ in range(3))
     return AttentionCall(q, k, v, None, SCALE, dense_sdpa(q, k, v, scale=SCALE))
 
@@ -257,6 +260,29 @@ def test_merged_tokens_share_their_result_and_special_ones_ask_for_themselves() 
     assert density == pytest.approx(((LAYOUT.length - params.merged) / LAYOUT.length) ** 2)
 
 
+def test_layers_in_a_row_share_a_match() -> None:
+    calls, patch, state = (call_on(), call_on(seed=1)), FastVggt({"ratio": 0.4, "reuse_layers": 2}), dict[str, Any]()
+    sites = (Site("blocks", "geometry", "self", layer, 3) for layer in (0, 1))
+    leader, follower = (patch.prepare(site, LAYOUT, Clock(), state) for site in sites)
+    patch.attend(calls[0], leader)
+    slots = LAYOUT.length - leader.merged
+    slot = match(calls[0].k.mean(1), leader.partition, leader.merged)
+    q, k, v = (merge(x, slot, slots) for x in (calls[1].q, calls[1].k, calls[1].v))
+    logits = SCALE * q @ k.mT + slot_sizes(slot, slots).log()[:, None, None]
+    torch.testing.assert_close(patch.attend(calls[1], follower), unmerge(logits.softmax(-1) @ v, slot), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("layers", "matches"), [(1, 4), (3, 2), (4, 1)])
+def test_a_forward_makes_its_own_matches(layers: int, matches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = built()
+    made: list[Tensor] = []
+    monkeypatch.setattr(sharing, "match", lambda metric, *others: made.append(metric) or match(metric, *others))
+    with accelplug.apply(model, recipe("fastvggt", {"reuse_layers": layers}), gate="off", strict=True):
+        for forwards in (1, 2):
+            run_once(model, inputs)
+            assert len(made) == forwards * matches
+
+
 def test_key_frames_are_read_whole_and_once() -> None:
     call, patch = call_on(), FlashVggt({"factor": 3, "every": 2, "count": "none"})
     params = patch.prepare(Site("blocks", "geometry", "self", 0, 3), LAYOUT, Clock(), {})
@@ -271,6 +297,45 @@ def test_key_frames_are_read_whole_and_once() -> None:
     assert density == seen[0].shape[2] / LAYOUT.length
     middle = call.k[:, :, LAYOUT.text_before :].unflatten(2, (FRAMES, 3, 5))[:, :, :, 1, 1]  # factor 3: the middle one
     assert any(torch.allclose(seen[0][0, :, -1], middle[0, :, frame]) for frame in (1, 2))
+
+
+@pytest.mark.parametrize("count", ["log", "none"])
+@pytest.mark.parametrize("every", [2, 9])
+def test_a_frame_reads_its_own_patches_for_its_descriptors(every: int, count: str) -> None:
+    call, patch = call_on(), FlashVggt({"factor": 2, "every": every, "count": count, "own": True})
+    params = patch.prepare(Site("blocks", "geometry", "self", 0, 3), LAYOUT, Clock(), {})
+    q, k, v = (frame_by_frame(x, FRAMES, 2).unflatten(2, (FRAMES, -1)) for x in (call.q, call.k, call.v))
+    whole = farthest_first(k[:, :, :, 2:].mean((1, 3)), params.key_frames)[:, : params.key_frames].tolist()
+    few_k, few_v = (  # two special tokens and two descriptors, each of 7.5 patches
+        torch.cat([x[:, :, :, :2], smaller_grid(x[:, :, :, 2:].unflatten(3, (3, 5)), 2).flatten(3, 4)], 3) for x in (k, v)
+    )
+    bias = torch.tensor([0.0, 0.0, 1.0, 1.0]) * (math.log(7.5) if count == "log" else 0.0)
+    expected, pairs = torch.empty_like(q), 0
+    for sample, frame in product(range(2), range(FRAMES)):
+        exact = {frame, *whole[sample]}
+        asking = SCALE * q[sample, :, frame]
+        logits = torch.cat(
+            [
+                asking @ k[sample, :, other].mT if other in exact else asking @ few_k[sample, :, other].mT + bias
+                for other in range(FRAMES)
+            ],
+            -1,
+        )
+        values = torch.cat([(v if other in exact else few_v)[sample, :, other] for other in range(FRAMES)], 1)
+        expected[sample, :, frame] = logits.softmax(-1) @ values
+        pairs += logits[0].numel()
+    out = frame_by_frame(patch.attend(call, params), FRAMES, 2).unflatten(2, (FRAMES, -1))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    density, _ = patch.inspect(call, params)
+    assert density == pytest.approx(pairs / 2 / LAYOUT.length**2)
+
+
+OWN = Subject("flashvggt", {"factor": 1, "own": True}, {"factor": 2, "every": 3, "own": True}, only=("vggt", "pi3"))
+
+
+@pytest.mark.parametrize("law", laws(OWN, models=GEOMETRY_TRIED), ids=str)
+def test_the_laws_hold_where_frames_read_their_own(law: Law) -> None:
+    law()
 
 
 ARRIVING = {"factor": 3, "every": 9, "chunk": 2, "keep": 2}
@@ -324,6 +389,17 @@ def test_log_sum_exps(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     out, lse = attend_lse(q, k, v, SCALE)
     torch.testing.assert_close(lse, (SCALE * q @ k.mT).logsumexp(-1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out, (SCALE * q @ k.mT).softmax(-1) @ v, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_keys_give_way_to_others(dtype: torch.dtype, atol: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 12, 8, generator=g).to(dtype) for _ in range(3))
+    thrice_k, thrice_v = (x[:, :, [0, 1, 2, 3, 4, 5, 4, 5, 4, 5]] for x in (k, v))
+    gone, come = ([x[:, :, some] for x in (k, v)] for some in (slice(4, 6), slice(4, 12)))
+    found = exchange(q, attend_lse(q, thrice_k, thrice_v, SCALE), gone, come, SCALE, 3)
+    expected = (SCALE * q.float() @ k.float().mT).softmax(-1) @ v.float()
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(("factor", "size"), [(2, (4, 6)), (3, (3, 7)), (4, (8, 9))])
