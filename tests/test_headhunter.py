@@ -14,7 +14,7 @@ from torch import Tensor
 
 import accelplug
 from accelplug.calibration import hunting
-from accelplug.call import AttentionCall, Clock, Layout, Site
+from accelplug.call import AttentionCall, Clock, Layout, Share, Site
 from accelplug.errors import AccelplugError, FallbackError, NoMatchError, RecipeError, UnsupportedError
 from accelplug.hosts.guiding import _some_rows
 from accelplug.inspection import HeadsInspection
@@ -81,6 +81,12 @@ def test_rows_of_text_are_drawn_too_or_left_alone() -> None:
         expected = out.clone()
         expected[:, 1, drawn] = 0.75 * out[:, 1, drawn] + 0.25 * call_v[:, 1, drawn]
         torch.testing.assert_close(patch.attend(call, params), expected)
+
+
+def test_heads_shared_out_over_ranks_are_refused() -> None:
+    site = Site("a", "transformer", "joint", 0, 4, heads=Share(1, 2))
+    with pytest.raises(UnsupportedError, match="over 2 ranks"):
+        HeadHunter({"heads": [[0, 1]]}).prepare(site, Layout((1, 2, 3)), Clock(), {})
 
 
 def test_heads_that_share_values_are_drawn_to_those() -> None:

@@ -27,7 +27,8 @@ import torch
 from pydantic import Field
 
 from accelplug.bounded import Bounded
-from accelplug.errors import RecipeError
+from accelplug.call import ALL_HEADS
+from accelplug.errors import RecipeError, UnsupportedError
 from accelplug.patches.base import Config
 from accelplug.patches.perturbation import Perturbation
 
@@ -93,6 +94,11 @@ class HeadHunter(Perturbation):
                 raise RecipeError(f"headhunter, heads: [{layer}, {head}] is not in the model: {has}, counted from 0.")
 
     def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Params | None:
+        if site.heads != ALL_HEADS:
+            raise UnsupportedError(
+                f"headhunter numbers the heads of a whole layer, and {site.denoiser} has them shared out over {site.heads.ranks} ranks. "
+                "Run it without tensor or context parallelism."
+            )
         return self._prepared.get((site.layer, layout), lambda: self.params(site.layer, layout))
 
     def params(self, layer: int | None, layout: Layout) -> Params | None:
