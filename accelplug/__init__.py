@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from accelplug.recipe import Recipe, list_recipes
     from accelplug.registry import list_patches, register_patch
     from accelplug.tuning import Bound, Tuned, tune, verify
+    from accelplug.upscaling import upscale
     from accelplug.weights import fetch
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "register_vlm",
     "remove",
     "tune",
+    "upscale",
     "verify",
 ]
 
@@ -70,6 +72,7 @@ _HOMES = {
     "Tuned": "tuning",
     "tune": "tuning",
     "verify": "tuning",
+    "upscale": "upscaling",
     "Comparison": "comparison",
     "Exam": "comparison",
     "Pictures": "comparison",

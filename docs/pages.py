@@ -496,6 +496,7 @@ ROOMS = {
     "calibration": "tables",
     "loading": "from disk",
     "weights": "real ones",
+    "upscaling": "crop by crop",
     "comparison": "before and after, evaluators, reports",
     "inspection": "where a model attends",
     "plug": "apply, remove",

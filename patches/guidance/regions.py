@@ -14,8 +14,8 @@ Prompts stand in one string, the first one first::
 You write them, or have a vision-language model describe what a first, smaller picture shows in each box. Of embeddings that you join
 yourself, (B, (R + 1) x tokens, C), say how many `tokens` a prompt has.
 
-The paper's other parts are not here: its structure prior (low frequencies of a smaller picture, noised), its loop over overlapping crops,
-and its damping of words of the first prompt by where they looked. What sums up a text in one vector is the mean over the prompts.
+The paper's other parts, its loop over overlapping crops, its structure prior and its damping of words, are in
+`accelplug.upscale`. What sums up a text in one vector is the mean over the prompts.
 
 Experimental. Nothing was measured with it.
 """
