@@ -9,8 +9,8 @@ alone each draw the whole prompt again; three things hold them together:
 
     ``z_t <- z_t + c_t G (z^L_t - z_t),   c_t = ((1 + cos(pi done)) / 2)^3``
 
-  with ``G`` a Gaussian low pass and ``done`` from 0 at the first step to 1 at the last. The paper's own G and c_t are not known to us: c_t is
-  DemoFusion's (arXiv 2311.16973), G is ours;
+  with ``G`` a Gaussian low pass and ``done`` from 0 at the first step to 1 at the last. The paper's own G and c_t are not known to us:
+  c_t is DemoFusion's (arXiv 2311.16973), G is ours;
 * words: each crop reads the prompt and one of its own (`regions`), and not those words that do not look there (`patches.guidance.screen`).
 
 The loop is a callback of the pipeline's own call: crops are the rows of a batch, and nothing of the model is touched but for words, by a
@@ -28,9 +28,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from accelplug import compat
@@ -39,10 +40,7 @@ from accelplug.hosts.texts import SEPARATOR, WORDED
 from accelplug.patches.guidance.screen import Screen
 from accelplug.plug import apply
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Regional = Sequence[str] | Callable[["Image"], str]
+Regional = Sequence[str] | Callable[[Image.Image], str]
 """A prompt for each crop, row by row, or what describes a crop of the enlarged picture: a vision-language model."""
 
 _OURS = ("image", "strength", "height", "width", "generator", "output_type", "return_dict", "num_images_per_prompt")
@@ -52,7 +50,7 @@ _OURS += ("callback_on_step_end", "callback_on_step_end_tensor_inputs")
 
 def upscale(
     pipe: Any,
-    image: Image,
+    image: Image.Image,
     prompt: str,
     scale: float = 2.0,
     *,
@@ -63,7 +61,7 @@ def upscale(
     cutoff: float = 0.25,
     seed: int = 0,
     **inputs: Any,
-) -> Image:
+) -> Image.Image:
     """Draw a picture anew at a size that its model was not trained for, crop by crop.
 
     The crops are one batch: 9 at twice the size, 49 at four times. ``pipe.vae.enable_slicing()`` has them decoded one by one.
@@ -100,7 +98,8 @@ def upscale(
         If the pipeline is no image-to-image pipeline whose latents are known, or its scheduler calls the model twice a step.
     """
     known = _arguments(pipe)
-    _require_sound(scale, strength, overlap, cutoff, inputs)
+    _require_sound(image, prompt, seed, inputs)
+    _require_within(scale=scale, strength=strength, overlap=overlap, cutoff=cutoff)
     image = image.convert("RGB")
     crops = _crops(pipe, image, scale, overlap)
     pixels = crops.times(pipe.vae_scale_factor)
@@ -161,7 +160,7 @@ class Crops:
         (h, w), (height, width) = self.size, self.canvas
         return tuple((y / height, x / width, (y + h) / height, (x + w) / width) for y, x in self.corners)
 
-    def pictures(self, canvas: Image) -> list[Image]:
+    def pictures(self, canvas: Image.Image) -> list[Image.Image]:
         """Cut a picture."""
         h, w = self.size
         return [canvas.crop((x, y, x + w, y + h)) for y, x in self.corners]
@@ -188,8 +187,8 @@ class Loop:
     Parameters
     ----------
     crops : in latents.
-    clean : latents of the enlarged picture's crops, float32 (n, C, h, w). A row ahead of them, the picture itself, is the first of the batch,
-        and is always as it is noised.
+    clean : latents of the enlarged picture's crops, float32 (n, C, h, w). A row ahead of them, the picture itself, is the first of
+        the batch, and is always as it is noised.
     cutoff, seed : as in `upscale`.
     """
 
@@ -249,21 +248,30 @@ def _arguments(pipe: Any) -> Mapping[str, Any]:
     return known
 
 
-def _require_sound(scale: float, strength: float, overlap: float, cutoff: float, inputs: Mapping[str, Any]) -> None:
-    bounds = {
-        "scale": (scale, scale > 1, "above 1"),
-        "strength": (strength, 0 < strength <= 1, "above 0, at most 1"),
-        "overlap": (overlap, 0 <= overlap < 1, "from 0 to below 1"),
-        "cutoff": (cutoff, cutoff > 0, "above 0"),
-    }
-    for name, (value, holds, wanted) in bounds.items():
-        if not (holds and math.isfinite(value)):
-            raise AccelplugError(f"upscale: {name} must be {wanted}, got {value}.")
+_BOUNDS: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "scale": (lambda x: x > 1, "above 1"),
+    "strength": (lambda x: 0 < x <= 1, "above 0, at most 1"),
+    "overlap": (lambda x: 0 <= x < 1, "from 0 to below 1"),
+    "cutoff": (lambda x: x > 0, "above 0"),
+}
+
+
+def _require_within(**given: Any) -> None:
+    for name, value in given.items():
+        holds, wanted = _BOUNDS[name]
+        if not (isinstance(value, int | float) and math.isfinite(value) and holds(value)):
+            raise AccelplugError(f"upscale: {name} must be {wanted}, got {value!r}.")
+
+
+def _require_sound(image: Any, prompt: Any, seed: Any, inputs: Mapping[str, Any]) -> None:
+    for name, value, kind in (("image", image, Image.Image), ("prompt", prompt, str), ("seed", seed, int)):
+        if not isinstance(value, kind):
+            raise AccelplugError(f"upscale: {name} must be {kind.__module__}.{kind.__name__}, got {value!r}.".replace("builtins.", ""))
     if taken := [name for name in inputs if name in _OURS]:
         raise AccelplugError(f"upscale gives the pipeline its {taken[0]} itself; leave it out.")
 
 
-def _crops(pipe: Any, image: Image, scale: float, overlap: float) -> Crops:
+def _crops(pipe: Any, image: Image.Image, scale: float, overlap: float) -> Crops:
     """The crops of an enlarged picture, in latents."""
     factor = pipe.vae_scale_factor
     if wrong := [n for n in (image.height, image.width) if n % (2 * factor)]:
@@ -277,7 +285,7 @@ def _with_bars(*prompts: str) -> str:
     return f" {SEPARATOR} ".join(prompts)
 
 
-def _prompts_of_crops(prompt: str, regional: Regional | None, pictures: Sequence[Image]) -> list[str]:
+def _prompts_of_crops(prompt: str, regional: Regional | None, pictures: Sequence[Image.Image]) -> list[str]:
     """What each crop reads."""
     if regional is None:
         return [prompt] * len(pictures)
@@ -304,7 +312,7 @@ def _read_by_crops(pipe: Any, crops: Crops, regional: bool, screen: float | None
 
 
 @torch.no_grad()
-def _encoded(pipe: Any, pictures: Sequence[Image]) -> Tensor:
+def _encoded(pipe: Any, pictures: Sequence[Image.Image]) -> Tensor:
     """Latents of pictures of one size as the denoiser has them, float32 (n, C, h, w), one by one."""
     vae, config, dtype = pipe.vae, pipe.vae.config, pipe.vae.dtype
     device = compat.diffusers.execution_device(pipe, vae.device)

@@ -3,7 +3,7 @@
     python examples/sdxl_upscale.py
 
 A small vision-language model says what is in each crop; words of the prompt that do not look there are left out. Writes `small.png` and
-`large.png`. The weights take 12 GB.
+`large.png`. The weights take 15 GB.
 
 Not run on a GPU yet. `tests/test_examples.py` runs it on a tiny SDXL, with words that are given.
 """

@@ -28,6 +28,7 @@ from examples import (
     freeswim_v2v,
     hunyuan_two_gpus,
     qwen25_vl_hallucination,
+    sdxl_upscale,
     smollm2_long_prompt,
     wan22_sparse_and_cached,
 )
@@ -54,6 +55,17 @@ def word_tokenizer(*special: str, length: int = 64) -> Any:
 def clip_text(width: int) -> Any:
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1, "num_attention_heads": 2}
     return hf.CLIPTextModel(hf.CLIPTextConfig(**sizes, vocab_size=512, max_position_embeddings=77))
+
+
+def sdxl_text() -> dict[str, Any]:
+    """What reads the prompts of a tiny SDXL: two encoders of 8 channels, of which the second sums up in 32."""
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 32}
+    config = hf.CLIPTextConfig(**sizes, vocab_size=512, max_position_embeddings=77)
+    encoders = hf.CLIPTextModel(config), hf.CLIPTextModelWithProjection(config)
+    for encoder in encoders:
+        settle(encoder)
+    words = {"tokenizer": word_tokenizer(length=77), "tokenizer_2": word_tokenizer(length=77)}
+    return {"text_encoder": encoders[0], "text_encoder_2": encoders[1], **words}
 
 
 def saved(pipe: Any, folder: Path, **texts: Any) -> Path:
@@ -112,6 +124,18 @@ def test_flux_2048(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not plug.active
     assert Image.open(tmp_path / "both.png").size == (32, 12)
     assert "x as fast" in capsys.readouterr().out
+
+
+def test_sdxl_upscale(tmp_path: Path) -> None:
+    pipe, _ = tiny_pipelines.pipeline("sdxl")
+    pipe.unet.register_to_config(sample_size=16)
+    pipe.register_modules(vae=tiny_pipelines.decoding("sd15")[0].vae)
+    folder = saved(pipe, tmp_path / "sdxl", **sdxl_text())
+    small = {"height": 24, "width": 32, "num_inference_steps": 2}
+    large = {"scale": 1.5, "screen": 0.5, "strength": 0.8, "num_inference_steps": 4}
+    drawn = sdxl_upscale.main(folder, ["w1", "w2", "w3", "w4"], small, large, "cpu", tmp_path)
+    assert Image.open(tmp_path / "small.png").size == (32, 24)
+    assert Image.open(tmp_path / "large.png").size == drawn.size == (48, 36)
 
 
 def hunyuan(folder: Path) -> Path:

@@ -2,7 +2,8 @@
 
 A crop that reads the prompt of the whole picture draws all that it names once more. C-Upscale (arXiv 2505.16976) screens the words of each
 crop by where they look in the whole picture. Here the whole picture is the first row of a batch and crops are the others, so that
-each call of cross-attention has both. With ``A`` (N, S) the attention of the first row, the mean over heads, a crop in box b reads word s if
+each call of cross-attention has both. With ``A`` (N, S) the attention of the first row, the mean over heads, a crop in box b reads
+word s if
 
     ``mean_(n in b) A[n, s]  >=  least  mean_n A[n, s]``
 
