@@ -35,7 +35,7 @@ from PIL import Image
 from torch import Tensor
 
 from accelplug import compat
-from accelplug.errors import AccelplugError, UnsupportedError
+from accelplug.errors import AccelplugError, UnsupportedError, nearest
 from accelplug.hosts.texts import SEPARATOR, WORDED
 from accelplug.patches.guidance.screen import Screen
 from accelplug.plug import apply
@@ -98,7 +98,7 @@ def upscale(
         If the pipeline is no image-to-image pipeline whose latents are known, or its scheduler calls the model twice a step.
     """
     known = _arguments(pipe)
-    _require_sound(image, prompt, seed, inputs)
+    _require_sound(image, prompt, seed, inputs, known)
     _require_within(scale=scale, strength=strength, overlap=overlap, cutoff=cutoff)
     image = image.convert("RGB")
     crops = _crops(pipe, image, scale, overlap)
@@ -107,11 +107,11 @@ def upscale(
     pictures = pixels.pictures(image.resize((width, height)))  # bicubic
     prompts = _prompts_of_crops(prompt, regional, pictures)
     if screen is not None:
-        pictures, prompts = [image, *pictures], [_with_bars(prompt, prompt) if regional else prompt, *prompts]
+        pictures, prompts = [image, *pictures], [prompt if regional is None else _with_bars(prompt, prompt), *prompts]
     loop = Loop(crops, _encoded(pipe, pictures), cutoff, seed)
     given = {name: [text] * len(prompts) if name in WORDED and isinstance(text, str) else text for name, text in inputs.items()}
     size = {name: pixels.size[place] for place, name in enumerate(("height", "width")) if name in known}
-    with _read_by_crops(pipe, crops, bool(regional), screen):
+    with _read_by_crops(pipe, crops, regional is not None, screen):
         parts = pipe(
             prompt=prompts,
             image=pictures,
@@ -240,7 +240,7 @@ def _arguments(pipe: Any) -> Mapping[str, Any]:
             f"upscale: expected an image-to-image pipeline, and {type(pipe).__name__} takes no {lacking[0]}. "
             "AutoPipelineForImage2Image.from_pipe(pipe) makes one of a text-to-image pipeline."
         )
-    if "mask_image" in known or getattr(getattr(pipe.vae, "config", None), "scaling_factor", None) is None:
+    if "mask_image" in known or getattr(getattr(getattr(pipe, "vae", None), "config", None), "scaling_factor", None) is None:
         raise UnsupportedError(
             f"upscale: {type(pipe).__name__} is no image-to-image pipeline whose latents are known: expected none for masks, and a VAE "
             "with a scaling_factor. SD, SDXL, SD3 and FLUX have them."
@@ -263,12 +263,16 @@ def _require_within(**given: Any) -> None:
             raise AccelplugError(f"upscale: {name} must be {wanted}, got {value!r}.")
 
 
-def _require_sound(image: Any, prompt: Any, seed: Any, inputs: Mapping[str, Any]) -> None:
-    for name, value, kind in (("image", image, Image.Image), ("prompt", prompt, str), ("seed", seed, int)):
+def _require_sound(image: Any, prompt: Any, seed: Any, inputs: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    kinds = (("image", image, Image.Image, "a PIL image"), ("prompt", prompt, str, "a string"), ("seed", seed, int, "a whole number"))
+    for name, value, kind, wanted in kinds:
         if not isinstance(value, kind):
-            raise AccelplugError(f"upscale: {name} must be {kind.__module__}.{kind.__name__}, got {value!r}.".replace("builtins.", ""))
-    if taken := [name for name in inputs if name in _OURS]:
-        raise AccelplugError(f"upscale gives the pipeline its {taken[0]} itself; leave it out.")
+            raise AccelplugError(f"upscale: {name} must be {wanted}, got {value!r}.")
+    for name in inputs:
+        if name in _OURS:
+            raise AccelplugError(f"upscale gives the pipeline its {name} itself; leave it out.")
+        if name not in known:
+            raise AccelplugError(f"upscale: neither it nor the pipeline takes {name}{nearest(name, known)}.")
 
 
 def _crops(pipe: Any, image: Image.Image, scale: float, overlap: float) -> Crops:
@@ -288,13 +292,14 @@ def _with_bars(*prompts: str) -> str:
 def _prompts_of_crops(prompt: str, regional: Regional | None, pictures: Sequence[Image.Image]) -> list[str]:
     """What each crop reads."""
     if regional is None:
-        return [prompt] * len(pictures)
-    own = [regional(picture) for picture in pictures] if callable(regional) else list(regional)
-    if len(own) != len(pictures):
-        raise AccelplugError(f"upscale: expected a regional prompt for each of {len(pictures)} crops, got {len(own)}.")
+        own = []
+    else:
+        own = [regional(picture) for picture in pictures] if callable(regional) else list(regional)
+        if len(own) != len(pictures):
+            raise AccelplugError(f"upscale: expected a regional prompt for each of {len(pictures)} crops, got {len(own)}.")
     if wrong := [text for text in (prompt, *own) if SEPARATOR in text]:
-        raise AccelplugError(f"upscale: expected prompts without {SEPARATOR!r}, got {wrong[0]!r}.")
-    return [_with_bars(prompt, text) for text in own]
+        raise AccelplugError(f"upscale: expected prompts without {SEPARATOR!r}, which begins another one, got {wrong[0]!r}.")
+    return [prompt] * len(pictures) if regional is None else [_with_bars(prompt, text) for text in own]
 
 
 def _read_by_crops(pipe: Any, crops: Crops, regional: bool, screen: float | None) -> AbstractContextManager[Any]:

@@ -205,6 +205,8 @@ def test_a_crop_reads_the_words_that_look_there_in_the_whole_picture(masked: boo
         ({"cutoff": float("nan")}, "cutoff must be above 0"),
         ({"screen": 2.0}, "least: input should be less than or equal to 1"),
         ({"generator": None}, "gives the pipeline its generator itself"),
+        ({"prompt_three": "w1"}, "neither it nor the pipeline takes prompt_three"),
+        ({"seed": "1"}, "seed must be a whole number"),
         ({"regional": ["w1"]}, "a regional prompt for each of 9 crops, got 1"),
         ({"regional": ["w1 | w2"] * 9}, "without '|'"),
         ({"num_inference_steps": 1, "strength": 1.0}, "2 steps or more, got 1"),
