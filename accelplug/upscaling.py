@@ -105,13 +105,16 @@ def upscale(
     pixels = crops.times(pipe.vae_scale_factor)
     height, width = pixels.canvas
     pictures = pixels.pictures(image.resize((width, height)))  # bicubic
-    prompts = _prompts_of_crops(prompt, regional, pictures)
-    if screen is not None:
-        pictures, prompts = [image, *pictures], [prompt if regional is None else _with_bars(prompt, prompt), *prompts]
-    loop = Loop(crops, _encoded(pipe, pictures), cutoff, seed)
-    given = {name: [text] * len(prompts) if name in WORDED and isinstance(text, str) else text for name, text in inputs.items()}
-    size = {name: pixels.size[place] for place, name in enumerate(("height", "width")) if name in known}
     with _read_by_crops(pipe, crops, regional is not None, screen):
+        prompts = _prompts_of_crops(prompt, regional, pictures)
+        if screen is not None:
+            pictures, prompts = [image, *pictures], [prompt if regional is None else _with_bars(prompt, prompt), *prompts]
+        loop = Loop(crops, _encoded(pipe, pictures), cutoff, seed)
+        for name, text in inputs.items():
+            if name in WORDED and isinstance(text, str):
+                inputs[name] = [text] * len(prompts)
+        if "height" in known:
+            inputs["height"], inputs["width"] = pixels.size
         parts = pipe(
             prompt=prompts,
             image=pictures,
@@ -119,8 +122,7 @@ def upscale(
             generator=torch.Generator("cpu").manual_seed(seed),
             output_type="pt",
             callback_on_step_end=loop,
-            **size,
-            **given,
+            **inputs,
         ).images
     processor = pipe.image_processor
     return processor.numpy_to_pil(processor.pt_to_numpy(pixels.join(parts[-len(crops) :].float())))[0]
