@@ -43,8 +43,10 @@ from accelplug.plug import apply
 Regional = Sequence[str] | Callable[[Image.Image], str]
 """A prompt for each crop, row by row, or what describes a crop of the enlarged picture: a vision-language model."""
 
-_OURS = ("image", "strength", "height", "width", "generator", "output_type", "return_dict", "num_images_per_prompt")
-_OURS += ("callback_on_step_end", "callback_on_step_end_tensor_inputs")
+_OURS = (
+    *("image", "strength", "height", "width", "generator", "output_type", "return_dict", "num_images_per_prompt"),
+    *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
+)
 """Arguments of the pipeline that `upscale` gives itself."""
 
 
@@ -95,7 +97,7 @@ def upscale(
     NoMatchError
         If `screen` is given, and the model has no cross-attention.
     UnsupportedError
-        If the pipeline is no image-to-image pipeline whose latents are known, or its scheduler calls the model twice a step.
+        If the pipeline is not an image-to-image pipeline whose latents are known, or its scheduler calls the model twice a step.
     """
     known = _arguments(pipe)
     _require_sound(image, prompt, seed, inputs, known)
@@ -145,8 +147,8 @@ class Crops:
     @classmethod
     def over(cls, size: tuple[int, int], canvas: tuple[int, int], overlap: float) -> Crops:
         """Return windows that are evenly apart, and share at least `overlap` of their size with the next one."""
-        starts = (_starts(*each, overlap) for each in zip(size, canvas, strict=True))
-        return cls(size, canvas, tuple(product(*starts)))
+        rows, columns = (_starts(*each, overlap) for each in zip(size, canvas, strict=True))
+        return cls(size, canvas, tuple(product(rows, columns)))
 
     def __len__(self) -> int:
         return len(self.corners)
@@ -244,7 +246,7 @@ def _arguments(pipe: Any) -> Mapping[str, Any]:
         )
     if "mask_image" in known or getattr(getattr(getattr(pipe, "vae", None), "config", None), "scaling_factor", None) is None:
         raise UnsupportedError(
-            f"upscale: {type(pipe).__name__} is no image-to-image pipeline whose latents are known: expected none for masks, and a VAE "
+            f"upscale: {type(pipe).__name__} is not an image-to-image pipeline whose latents are known: expected none for masks, and a VAE "
             "with a scaling_factor. SD, SDXL, SD3 and FLUX have them."
         )
     return known
@@ -266,7 +268,11 @@ def _require_within(**given: Any) -> None:
 
 
 def _require_sound(image: Any, prompt: Any, seed: Any, inputs: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    kinds = (("image", image, Image.Image, "a PIL image"), ("prompt", prompt, str, "a string"), ("seed", seed, int, "a whole number"))
+    kinds = (
+        ("image", image, Image.Image, "a PIL image"),
+        ("prompt", prompt, str, "a string"),
+        ("seed", seed, int, "a whole number"),
+    )
     for name, value, kind, wanted in kinds:
         if not isinstance(value, kind):
             raise AccelplugError(f"upscale: {name} must be {wanted}, got {value!r}.")

@@ -59,7 +59,13 @@ def clip_text(width: int) -> Any:
 
 def sdxl_text() -> dict[str, Any]:
     """What reads the prompts of a tiny SDXL: two encoders of 8 channels, of which the second sums up in 32."""
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 32}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": 32,
+    }
     config = hf.CLIPTextConfig(**sizes, vocab_size=512, max_position_embeddings=77)
     encoders = hf.CLIPTextModel(config), hf.CLIPTextModelWithProjection(config)
     for encoder in encoders:

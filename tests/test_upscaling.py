@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,8 @@ from accelplug.upscaling import Crops, Loop, low_pass
 from tests import tiny_pipelines
 from tests.test_examples import clip_text, sdxl_text, word_tokenizer
 
-PROMPT, FEW = "Yes in there", {"num_inference_steps": 4, "strength": 0.8}
+PROMPT = "Yes in there"
+FEW: dict[str, Any] = {"num_inference_steps": 4, "strength": 0.8}
 
 
 def picture(height: int, width: int) -> Image.Image:
@@ -35,6 +37,18 @@ def sdxl() -> tuple[Any, Image.Image]:
     text.unet.register_to_config(sample_size=16)
     parts = {**text.components, **sdxl_text(), "vae": tiny_pipelines.decoding("sd15")[0].vae}
     pipe = diffusers.StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, picture(24, 32)
+
+
+def sd15() -> tuple[Any, Image.Image]:
+    """With a solver that remembers a step."""
+    text, _ = tiny_pipelines.decoding("sd15")
+    text.unet.register_to_config(sample_size=64)
+    words = {"text_encoder": clip_text(16).eval(), "tokenizer": word_tokenizer(length=77)}
+    solver = diffusers.DPMSolverMultistepScheduler()
+    parts = {**text.components, **words, "scheduler": solver}
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe, picture(24, 32)
 
@@ -52,7 +66,9 @@ def flux() -> tuple[Any, Image.Image]:
 # ----------------------------------------------------------------------------------------------------------- the loop
 
 
-@pytest.mark.parametrize(("canvas", "overlap", "number"), [((8, 12), 0.5, 9), ((10, 9), 0.25, 6), ((6, 7), 0, 4), ((4, 6), 0.5, 1)])
+@pytest.mark.parametrize(
+    ("canvas", "overlap", "number"), [((8, 12), 0.5, 9), ((10, 9), 0.25, 6), ((6, 7), 0, 4), ((4, 6), 0.5, 1)]
+)
 def test_crops_cover_the_canvas_and_share_what_they_must(canvas: tuple[int, int], overlap: float, number: int) -> None:
     crops = Crops.over((4, 6), canvas, overlap)
     whole = noise(1, 3, *canvas)
@@ -64,7 +80,7 @@ def test_crops_cover_the_canvas_and_share_what_they_must(canvas: tuple[int, int]
         starts = sorted({corner[side] for corner in crops.corners})
         assert starts[0] == 0
         assert starts[-1] + size == canvas[side]
-        assert all(a + size - b >= int(size * overlap) for a, b in zip(starts, starts[1:], strict=False))
+        assert all(a + size - b >= int(size * overlap) for a, b in pairwise(starts))
     for (top, left, bottom, right), (y, x) in zip(crops.boxes, crops.corners, strict=True):
         assert (top * canvas[0], left * canvas[1]) == pytest.approx((y, x))
         assert (bottom * canvas[0], right * canvas[1]) == pytest.approx((y + 4, x + 6))
@@ -113,13 +129,14 @@ def test_a_step_ends_as_the_method_says(packed: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("make", [sdxl, flux])
+@pytest.mark.parametrize("make", [sd15, sdxl, flux])
 def test_a_picture_is_drawn_larger_and_nothing_is_left(make: Any) -> None:
     pipe, small = make()
-    more = {"max_sequence_length": 16} if make is flux else {"negative_prompt": "locker"}
-    before = {name: dict(vars(part)) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    state, own = torch.get_rng_state(), dict(vars(pipe))
+    more: dict[str, Any] = {"max_sequence_length": 16} if make is flux else {"negative_prompt": "locker"}
+    state = torch.get_rng_state()
     plain = accelplug.upscale(pipe, small, PROMPT, 1.5, **FEW, **more)
+    own = set(vars(pipe))  # with what the pipeline's own call leaves
+    before = {name: dict(vars(part)) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     assert plain.size == (small.width * 3 // 2, small.height * 3 // 2)
     assert accelplug.upscale(pipe, small, PROMPT, 1.5, **FEW, **more) == plain
     assert accelplug.upscale(pipe, small, PROMPT, 1.5, seed=1, **FEW, **more) != plain
@@ -131,14 +148,23 @@ def test_a_picture_is_drawn_larger_and_nothing_is_left(make: Any) -> None:
 
     told = accelplug.upscale(pipe, small, PROMPT, 1.5, regional=describe, **FEW, **more)
     assert told != plain
+    if make is not flux:
+        assert accelplug.upscale(pipe, small, PROMPT, 1.5, screen=1.0, regional=["w1"] * 4, **FEW, **more) != told
     assert [part.size for part in seen] == [small.size] * 4
     words = [f"w{n + 1}" for n in range(4)]
     assert accelplug.upscale(pipe, small, PROMPT, 1.5, regional=words, **FEW, **more) == told
     assert torch.equal(torch.get_rng_state(), state)
-    assert vars(pipe).keys() == own.keys()
+    assert set(vars(pipe)) == own
     for name, was in before.items():
         assert dict(vars(getattr(pipe, name))) == was, name
     assert accelplug.upscale(pipe, small, PROMPT, 1.5, **FEW, **more) == plain
+
+
+def test_the_prior_has_its_say_in_a_whole_run() -> None:
+    pipe, small = flux()
+    more = {**FEW, "max_sequence_length": 16}
+    drawn = [np.asarray(accelplug.upscale(pipe, small, PROMPT, 1.5, cutoff=x, **more), float) for x in (1e-3, 1e4)]
+    assert not (drawn[0] == drawn[1]).all()
 
 
 def test_words_are_left_out_where_they_do_not_look() -> None:
@@ -167,7 +193,7 @@ def test_a_crop_reads_the_words_that_look_there_in_the_whole_picture(masked: boo
     mask = valid if masked else None
     call = AttentionCall(q * 3, k, v, mask, 8**-0.5, rebind.dense_sdpa(q * 3, k, v, attn_mask=None))
     patch = Screen({"boxes": boxes, "least": 0.9})
-    params = patch.prepare(None, layout, None, {})  # type: ignore[arg-type]
+    params = patch.prepare(None, layout, None, {})
     reads = patch.reads(call, params)
     scores = (call.q.double() @ k.double().mT * 8**-0.5).masked_fill(~valid[:, None, None], -torch.inf)
     looks = scores.softmax(-1).mean(1)
@@ -224,7 +250,7 @@ def test_models_that_cannot_are_refused() -> None:
         accelplug.upscale(pipe, picture(26, 32), PROMPT)
     with pytest.raises(UnsupportedError, match="StableDiffusionXLPipeline takes no image"):
         accelplug.upscale(tiny_pipelines.pipeline("sdxl")[0], small, PROMPT)
-    with accelplug.apply(pipe, "sdxl/tome", gate="off"), pytest.raises(AlreadyAppliedError):
+    with accelplug.apply(pipe, {"rules": [{"patch": "tome"}]}, gate="off"), pytest.raises(AlreadyAppliedError):
         accelplug.upscale(pipe, small, PROMPT, screen=0.5)
     pipe.scheduler = diffusers.HeunDiscreteScheduler()
     with pytest.raises(UnsupportedError, match="HeunDiscreteScheduler repeats timesteps"):
