@@ -57,10 +57,10 @@ def clip_text(width: int) -> Any:
     return hf.CLIPTextModel(hf.CLIPTextConfig(**sizes, vocab_size=512, max_position_embeddings=77))
 
 
-def sdxl_text() -> dict[str, Any]:
-    """What reads the prompts of a tiny SDXL: two encoders of 8 channels, of which the second sums up in 32."""
+def sdxl_text(width: int = 8) -> dict[str, Any]:
+    """What reads the prompts of a tiny SDXL: two encoders, of which the second sums up in 32 channels."""
     sizes = {
-        "hidden_size": 8,
+        "hidden_size": width,
         "intermediate_size": 16,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,

@@ -53,6 +53,17 @@ def sd15() -> tuple[Any, Image.Image]:
     return pipe, picture(24, 32)
 
 
+def sd3() -> tuple[Any, Image.Image]:
+    """Without its T5."""
+    text, _ = tiny_pipelines.pipeline("sd3")
+    parts = {**text.components, **sdxl_text(16), "vae": tiny_pipelines.decoding("sd15")[0].vae}
+    parts["text_encoder"] = parts["text_encoder_2"]
+    parts["vae"].register_to_config(shift_factor=0.06)
+    pipe = diffusers.StableDiffusion3Img2ImgPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, picture(24, 32)
+
+
 def flux() -> tuple[Any, Image.Image]:
     text, _ = tiny_pipelines.decoding("flux")
     t5 = hf.T5EncoderModel(hf.T5Config(vocab_size=512, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
@@ -129,7 +140,7 @@ def test_a_step_ends_as_the_method_says(packed: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("make", [sd15, sdxl, flux])
+@pytest.mark.parametrize("make", [sd15, sdxl, sd3, flux])
 def test_a_picture_is_drawn_larger_and_nothing_is_left(make: Any) -> None:
     pipe, small = make()
     more: dict[str, Any] = {"max_sequence_length": 16} if make is flux else {"negative_prompt": "locker"}
@@ -148,7 +159,7 @@ def test_a_picture_is_drawn_larger_and_nothing_is_left(make: Any) -> None:
 
     told = accelplug.upscale(pipe, small, PROMPT, 1.5, regional=describe, **FEW, **more)
     assert told != plain
-    if make is not flux:
+    if make in (sd15, sdxl):
         assert accelplug.upscale(pipe, small, PROMPT, 1.5, screen=1.0, regional=["w1"] * 4, **FEW, **more) != told
     assert [part.size for part in seen] == [small.size] * 4
     words = [f"w{n + 1}" for n in range(4)]
