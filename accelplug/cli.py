@@ -348,7 +348,7 @@ def _list(options: argparse.Namespace) -> int:
     console = _console()
     if options.what == "models":
         console.print(listing.models())
-        console.print("accelplug list patches: what they are made of; accelplug list NAME: all about a model or a patch.")
+        console.print("accelplug list patches: what they are made of; list NAME: all about one.")
     else:
         console.print(listing.patches() if options.what == "patches" else listing.about(options.what))
     return 0

@@ -5,8 +5,9 @@ Models and patches are listed from tables and files; torch is imported for the s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from accelplug.errors import NoMatchError, nearest
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 MARKS = "+ its error is repaired, ° measured: `accelplug show MODEL/RECIPE`"
 
+KINDS = ("llm", "vlm")
+"""Files whose recipes many models have, and a few of their own."""
 AUDIENCES = {
     "pipelines and image encoders": ("sparse", "tokens", "bias"),
     "geometry transformers": ("geometry",),
@@ -30,15 +33,31 @@ AUDIENCES = {
 
 
 def models() -> Table:
-    """Return the shipped recipes, a row for the models that have the same."""
-    alike: dict[str, list[str]] = {}
+    """Return the shipped recipes, a row for the models that have the same.
+
+    What all models of a kind have, as `llm` and `vlm`, is not told again in the rows of those that have it and more.
+    """
+    listed: dict[str, tuple[str, ...]] = {}
     for model, group in groupby(list_recipes(), key=lambda info: info.model):
-        names = sorted(group, key=lambda info: not info.default)
-        alike.setdefault(", ".join(_marked(info) for info in names), []).append(model)
-    found = table("", "model", "recipes (the first: default)", caption=MARKS)
+        listed[model] = tuple(_marked(info) for info in sorted(group, key=lambda info: not info.default))
+    alike: dict[str, list[str]] = {}
+    for model, names in listed.items():
+        alike.setdefault(", ".join(_by_kind(names, listed)), []).append(model)
+    found, width = table("", "model", "recipes (the first: default)", caption=MARKS), max(map(len, listed))
     for recipes, those in alike.items():
-        found.add_row("\n".join(those), recipes)
+        found.add_row("\n".join(wrap(", ".join(those), width, break_on_hyphens=False)), recipes)
     return found
+
+
+def _by_kind(names: tuple[str, ...], listed: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Return a model's recipes, those of a whole kind by its name: the kind whose recipes, and more, they are, and most of them."""
+    kinds = [kind for kind in KINDS if set(listed[kind]) < set(names)]
+    if not kinds:
+        return names
+    kind = max(kinds, key=lambda kind: len(listed[kind]))
+    first = () if names[0] == listed[kind][0] else names[:1]
+    rest = (name for name in names if name not in {*listed[kind], *first})
+    return *first, f"all of {kind}", *rest
 
 
 def patches(chosen: Iterable[PatchEntry] = ()) -> RenderableType:

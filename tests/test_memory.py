@@ -54,8 +54,11 @@ LAW = {
     "vmoba": (0.15, 10),
     "bilevel": (0.80, 15),
     "lvsa": (1.00, 4),
-    "freelong": (3.00, 4),
+    "freelong": (3.00, 0),
     "bias": (1.25, 0),
+    "regions": (1.25, 0),
+    "segments": (1.25, 0),
+    "headhunter": (1.00, 0),
 }
 """What each holds above dense: a share of q, k, v and out, and so many bytes a head and pair of blocks."""
 KEYS: dict[str, tuple[dict[str, Any], float, float]] = {
@@ -72,9 +75,16 @@ KEPT_BY_SITE = {"svg_ear": 8 << 10}
 SCRATCH = 128 << 10
 """What torch's own attention takes for itself, bytes, whatever the size."""
 HEADS = 8
-LAYOUT = Layout((8, 8, 12))
+PROMPTED = {"regions": 12, "segments": 12}
+"""Tokens of text beside the picture, where a patch divides what is read by prompts."""
+MOST = {"headhunter": {"heads": [[layer, head] for layer in range(4) for head in range(HEADS)]}}
+"""Settings that take most and reach every layer, where those of the laws choose heads."""
 SITE = Site("blocks.0.attn1", "transformer", "self", 0, 1)
 WAN = {"tokens": 75_600, "heads": 40, "width": 128}
+
+
+def layout_of(patch: str, frames: int = 8) -> Layout:
+    return Layout((frames, 8, 12), text_before=PROMPTED.get(patch, 0))
 
 
 @pytest.fixture
@@ -114,7 +124,7 @@ def method_of(patch: str, tile_thw: tuple[int, int, int], **keys: Any) -> Patch:
     for key, value in {"tile_thw": tile_thw, "window_thw": tile_thw, "block_k": block}.items():
         if key in row.working:
             config[key] = value
-    return patch_class(patch)({**row.working, **config, **keys})
+    return patch_class(patch)({**row.working, **MOST.get(patch, {}), **config, **keys})
 
 
 def call_of(layout: Layout, width: int) -> AttentionCall:
@@ -139,7 +149,7 @@ def above_dense(patch: str, frames: int, width: int, tile_thw: tuple[int, int, i
 @torch.no_grad()
 def measured(patch: str, frames: int, width: int, tile_thw: tuple[int, int, int], **keys: Any) -> tuple[int, int, int]:
     """Bytes held above q, k, v and out in bf16, those of these four, and pairs of blocks of all heads."""
-    layout, block = Layout((frames, 8, 12)), tile_thw[0] * tile_thw[1] * tile_thw[2]
+    layout, block = layout_of(patch, frames), tile_thw[0] * tile_thw[1] * tile_thw[2]
     width = width if DENOISING[patch].blocks else 128  # others add channels to each head, so many whatever its width
     method, call = method_of(patch, tile_thw, **keys), call_of(layout, width)
     params = method.prepare(SITE, layout, Clock(0, 4), {})
@@ -150,12 +160,13 @@ def measured(patch: str, frames: int, width: int, tile_thw: tuple[int, int, int]
 
 def kept(patch: str, sites: int) -> int:
     """Bytes that are there for good once so many attention modules were served, in the order of a forward."""
-    call, before = call_of(LAYOUT, 32), alive()
+    layout = layout_of(patch)
+    call, before = call_of(layout, 32), alive()
     keys = {"backend": "reference"} if DENOISING[patch].blocks else {}  # it keeps nothing of its own
     method, states = method_of(patch, (1, 8, 4), **keys), [dict[str, Any]() for _ in range(sites)]
     for number, state in enumerate(states):
         site = Site(f"blocks.{number}.attn1", "transformer", "self", number, sites)
-        method.attend(call, method.prepare(site, LAYOUT, Clock(0, 4), state))
+        method.attend(call, method.prepare(site, layout, Clock(0, 4), state))
     return sum(size for at, size in alive().items() if at not in before)
 
 
@@ -197,19 +208,20 @@ def test_what_is_kept_is_kept_once_for_all_layers(patch: str) -> None:
         kept(patch, 1)  # what is kept for good, whatever the patch
         two, four = kept(patch, 2), kept(patch, 4)
     by_site = KEPT_BY_SITE.get(patch, 0)
-    dense = 4 * 2 * LAYOUT.length * HEADS * (32 if DENOISING[patch].blocks else 128)
+    dense = 4 * 2 * layout_of(patch).length * HEADS * (32 if DENOISING[patch].blocks else 128)
     assert four <= KEPT * dense + 4 * by_site
     assert four <= two + 2 * by_site, "it is kept for each layer"
 
 
 def test_repair_carries_one_set_of_sums() -> None:
     """Features are channels of output and query, and a constant."""
-    call, memory = call_of(LAYOUT, 32), Memory()
+    layout, memory = layout_of("radial"), Memory()
+    call = call_of(layout, 32)
     method = method_of("radial", (1, 8, 4), repair="output_query", probes=48)
     for step in range(3):
         memory.advance(step)
         with torch.no_grad():
-            method.attend(replace(call, ticket=memory.ticket), method.prepare(SITE, LAYOUT, Clock(step, 4), {}))
+            method.attend(replace(call, ticket=memory.ticket), method.prepare(SITE, layout, Clock(step, 4), {}))
     held = {x.data_ptr(): x.untyped_storage().nbytes() for x in (memory.start, memory.end) if x is not None}
     assert sum(held.values()) == HEADS * 4 * (2 * 32 + 1) * (3 * 32 + 1)
 
