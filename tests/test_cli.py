@@ -25,14 +25,15 @@ def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     cells = zip(*(column.cells for column in listing.models().columns), strict=True)
     rows = {model: re.sub("[+°]", "", str(names)) for models, names in cells for model in re.split(r",\s", str(models))}
     kinds = {f"all of {kind}": rows[kind] for kind in ("vlm", "llm")}  # what the first stands for names the second
-    for info in accelplug.list_recipes():
+    recipes = accelplug.list_recipes()
+    for info in recipes:
         assert info.model in out
         names = rows[info.model]
         for kind, those in kinds.items():
             names = names.replace(kind, those)
         assert info.name in names.split(", ")
         assert names.startswith(info.name + ",") or names == info.name or not info.default
-        assert len(names.split(", ")) == sum(other.model == info.model for other in accelplug.list_recipes())
+        assert len(names.split(", ")) == sum(other.model == info.model for other in recipes)
     assert main(["show", "wan2.1-t2v-14b/radial"]) == 0
     assert "2506.19852" in capsys.readouterr().out
 
