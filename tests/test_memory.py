@@ -70,7 +70,7 @@ KEYS: dict[str, tuple[dict[str, Any], float, float]] = {
 """What a key holds above its patch: a share of q, k, v and out, and of those of one head where one head is made at a time."""
 KEPT = 0.10
 """What is kept between calls for all layers together, as a share of q, k, v and out of one."""
-KEPT_BY_SITE = {"svg_ear": 8 << 10}
+KEPT_BY_SITE = {"svg_ear": 8 << 10, "headhunter": 8}  # which of eight heads, a byte each
 """And by attention module and guidance branch, bytes here; nothing where a patch is not named."""
 SCRATCH = 128 << 10
 """What torch's own attention takes for itself, bytes, whatever the size."""
