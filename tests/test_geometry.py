@@ -515,10 +515,7 @@ def test_compare_tells_poses_points_and_growth() -> None:
 
 @pytest.fixture(scope="module")
 def boxes() -> VGGT:
-    folder = zoo.path("vggt-boxes")
-    if not (folder / "model.safetensors").is_file():
-        pytest.skip("the weights of vggt-boxes are not in this checkout")
-    return VGGT.from_pretrained(folder)
+    return VGGT.from_pretrained(zoo.path("vggt-boxes"))
 
 
 def test_the_bundled_model_is_small(boxes: VGGT) -> None:
