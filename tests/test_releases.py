@@ -157,7 +157,10 @@ NOT_RELEASED: dict[str, dict[str, tuple[str, ...]]] = {
         "cogvideox1.5-5b": ("sol",),
     },
     "of code that was not released": {"wan2.1-t2v-1.3b": ("freelong",)},
-    "positions alone": dict.fromkeys(("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "hunyuanvideo", "cogvideox-5b"), ("riflex",)),
+    "positions alone": dict.fromkeys(
+        ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.2-t2v-a14b", "hunyuanvideo", "cogvideox-5b"), ("riflex",)
+    ),
+    "one of the two paths": {"wan2.1-t2v-1.3b": ("freeswim-windows",)},
     "changed on purpose": {"stable-diffusion-1.5": ("tome", "agent"), "sdxl": ("tome",)},
 }
 
@@ -241,6 +244,15 @@ def test_recipes_are_sparse_where_their_releases_are(name: str) -> None:
             if decision.patch is not None:
                 found = patch_class(decision.patch)(decision.config).config.model_dump()
     assert found.items() >= release.settings.items()
+
+
+def test_freeswim_takes_what_the_text_says_from_its_second_path() -> None:
+    """WillWu111/FreeSwim: in all layers, made anew in every second step."""
+    recipe = named("wan2.1-t2v-1.3b/freeswim")
+    for layer in range(30):
+        decision = recipe.decide(site(layer, 30, "cross"), None, Clock(7, 50))
+        assert decision.patch == "second_path"
+        assert patch_class("second_path")(decision.config).config.model_dump() == {"every": 2}
 
 
 def test_the_table_has_every_recipe_of_a_denoiser() -> None:
