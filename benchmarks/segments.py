@@ -89,7 +89,9 @@ def measured_before(settings: dict[str, Any], seed: int) -> list[dict[str, Any]]
     """Clips of a run that was cut short."""
     path = RESULTS / "segments.json"
     before = json.loads(path.read_text()) if path.exists() else {}
-    return before["rows"] if (before.get("settings"), before.get("seed")) == (settings, seed) else []
+    if (before.get("settings"), before.get("seed")) != (settings, seed):
+        return []
+    return [{"git": before["git"], **row} for row in before["rows"]]
 
 
 def main() -> None:
@@ -113,7 +115,7 @@ def main() -> None:
                 frames = pipe(prompt_of(arm, first, second), generator=generator, output_type="np", **SETTINGS).frames
             clip = np.rint(clip_of(frames) * 255).astype(np.uint8)
             spans = {"first": found(clip[:SPAN], first), "second": found(clip[SPAN:], second)}
-            rows.append({"change": change, "captions": [first, second], "arm": arm, **spans})
+            rows.append({"git": facts["git"], "change": change, "captions": [first, second], "arm": arm, **spans})
             write_json("segments", {**facts, "rows": jsonable(rows)})  # whatever ends the rest
     print(*table(rows), sep="\n")
 
