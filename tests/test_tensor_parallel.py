@@ -12,7 +12,7 @@ import accelplug
 from accelplug.call import AttentionCall
 from accelplug.hosts.stream import watching
 from accelplug.table import Table
-from accelplug.testing.language_models import forward
+from accelplug.testing.language_models import forward, generate
 from tests.tiny_language_models import build, inputs
 from tests.two_ranks import together
 
@@ -30,7 +30,20 @@ RECIPES = (
         "patch": "var",
         "with": {"sink_dims": [3, 7], "sink_threshold": 1.5, "min_visual_mass": 0.01, "min_nonsink_ratio": 0.0},
     },
+    {"patch": "pai", "with": {"alpha": 4.0, "sizes": "mean"}},
+    {"patch": "adhh", "with": {"heads": [[0, 1], [1, 3], [2, 2], [3, 0]], "threshold": 0.0}},
+    {"patch": "spin", "with": {"keep_share": 0.5, "gain": 0.1}},
 )
+ANSWERING = (
+    {"patch": "adaptive_boost", "with": {"image_boost": 4.0, "text_divisor": 4.0}},
+    {"patch": "ilvad", "with": {"enhance": [0, 4], "tau": 1.0, "alpha": 3.0}},
+)
+"""Which change the steps of an answer alone."""
+
+
+def answered(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits (B, steps, V) of three tokens; of these models the first is far from the second."""
+    return torch.stack(generate(model, given, 3, return_dict_in_generate=True, output_logits=True).logits, 1)
 
 
 def work(rank: int, folder: str) -> list[torch.Tensor]:
@@ -50,6 +63,9 @@ def work(rank: int, folder: str) -> list[torch.Tensor]:
         with accelplug.apply(model, recipe), watching(look):
             found.append(forward(model, given))
         assert first_heads == {2 * rank}
+    for recipe in ANSWERING:
+        with accelplug.apply(model, recipe, strict=True):
+            found.append(answered(model, given))
     found.append(forward(model, given))
     return found
 
@@ -61,9 +77,16 @@ def test_two_ranks_answer_as_one(tmp_path: Path) -> None:
     for recipe in RECIPES:
         with accelplug.apply(model, recipe):
             expected.append(forward(model, given))
+    said = []
+    for recipe in ANSWERING:
+        with accelplug.apply(model, recipe, strict=True):
+            said.append(answered(model, given))
+        assert not torch.equal(said[-1], answered(model, given)), recipe
     model.save_pretrained(tmp_path)
     valid = given["attention_mask"].bool()
-    for plain, *changed, after in together(work, tmp_path):
-        assert torch.equal(plain, after)
-        for found, wanted in zip((plain, *changed), expected, strict=True):
+    for *changed, after in together(work, tmp_path):
+        assert torch.equal(changed[0], after)
+        for found, wanted in zip(changed[: len(expected)], expected, strict=True):
             torch.testing.assert_close(found[valid], wanted[valid], atol=2e-5, rtol=1e-4)
+        for found, wanted in zip(changed[len(expected) :], said, strict=True):
+            torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
