@@ -524,6 +524,14 @@ _OWN = (
         cite="arXiv 2505.16411",
     ),
     PatchEntry(
+        name="farsight",
+        module="accelplug.patches.heads.farsight",
+        cls="FarSight",
+        family="heads",
+        summary="Rows of the prompt may leave attention in registers behind them, which hold nothing. Experimental.",
+        cite="arXiv 2505.16652",
+    ),
+    PatchEntry(
         name="moh",
         module="accelplug.patches.heads.moh",
         cls="Moh",

@@ -32,7 +32,7 @@ from benchmarks.hallucinating_heads import hallucinating_heads
 RECIPES = {"llava-scenes": "llava-scenes"}
 """By model, the file that its recipes are from; else `vlm`."""
 HEADS = ("vhr", "var", "gift", "visual_bias", "vaf", "pai", "hgai", "imbalance", "spin", "adaptive_boost")
-PATCHES = (*HEADS, "ilvad", "ilvad_pope", "carve", "agla")
+PATCHES = (*HEADS, "ilvad", "ilvad_pope", "farsight", "carve", "agla")
 
 
 def load(name: str) -> tuple[Any, Any]:

@@ -557,6 +557,28 @@ class Ilvad(Method):
         return logits
 
 
+@dataclass
+class FarSight(Method):
+    """Keys behind a row of the prompt stand as registers in its softmax, and are dropped behind it (2505.16652)."""
+
+    sigma: float = 0.8
+    fade: float = 0.25
+    slopes: bool = True
+    strength: float = 1.0
+
+    def attend(self, call: Call) -> Tensor:
+        tokens, p, heads = call.tokens, call.p.clone(), call.scores.shape[1]
+        for b in tokens.visual.any(-1).nonzero().flatten().tolist():
+            places = tokens.prompt[b].nonzero().flatten().tolist()
+            for rank, i in enumerate(places[:-1]):
+                distance = torch.arange(1, len(places) - rank).double()
+                decay = self.sigma * (1 - self.fade * rank / (len(places) - 1))
+                rates = torch.tensor([decay + self.slopes * 2 ** (-8 * (h + 1) / heads) for h in range(heads)]).double()
+                registers = -rates[:, None] * distance + math.log(self.strength)
+                p[b, :, i] = torch.cat([call.scores[b, :, i], registers], -1).softmax(-1)[:, : p.shape[-1]]
+        return p @ call.v
+
+
 METHODS: dict[str, type[Method]] = {
     "visual_bias": VisualBias,
     "var": Var,
@@ -568,4 +590,5 @@ METHODS: dict[str, type[Method]] = {
     "adhh": Adhh,
     "ilvad": Ilvad,
     "spin": Spin,
+    "farsight": FarSight,
 }

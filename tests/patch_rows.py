@@ -171,6 +171,7 @@ _ROWS = (
         only=_TWO,
     ),
     Subject("spin", {"gain": 1.0}, {"keep_share": 0.5, "gain": 0.1}, faint={"keep_share": 0.5, "gain": 1 + 1e-7}, only=_TWO),
+    Subject("farsight", {"strength": 0.0}, {"sigma": 0.3, "strength": 20.0}, faint={"strength": 1e-7}, only=_TWO),
     Subject("carve", {"keep_area": 1}, {"keep_area": 0.3, "regions": 1, "max_tokens": 3, "layers": (0.5, 1.0)}),
     Subject("agla", {"alpha": 0, "beta": 0}, {"layers": (0.5, 1.0)}),
     Subject("avggt", {"frame_layers": 0.0, "window_hw": [1, 1]}, {}),

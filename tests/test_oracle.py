@@ -46,6 +46,7 @@ STEERING: dict[str, dict[str, Any]] = {
     "ilvad": {"enhance": [1, 4], "tau": 1.2, "alpha": 2.0, "beta": 0.3, "tokens": 4},
     "adhh": {"heads": [[0, 1], [1, 0], [1, 3], [2, 2], [3, 0]], "threshold": 0.3},
     "spin": {"keep_share": 0.8, "gain": 0.1},
+    "farsight": {"sigma": 0.3, "strength": 20.0},
 }
 """Patches that fewer models are tried with, in tests/test_steering.py."""
 SETTINGS = WORKING | STEERING

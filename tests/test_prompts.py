@@ -434,7 +434,7 @@ def test_attention_that_is_asked_for_is_the_patched_one(patch: str, name: str, m
     valid = given["attention_mask"].bool()
     for p, (answer, v) in zip(read.attentions[1:3], found, strict=True):
         rows = p.transpose(1, 2)[valid]
-        total = rows.sum(-1).clamp(min=1.0) if patch == "adhh" else rows.sum(-1)  # which lets go of some
+        total = rows.sum(-1).clamp(min=1.0) if patch in ("adhh", "farsight") else rows.sum(-1)  # which let go of some
         torch.testing.assert_close(total, torch.ones_like(rows[..., 0]), **TIGHT)
         gained = (answer / (p @ v)).transpose(1, 2)[valid]
         if (gain := {"vhr": 2.0, "spin": 0.1}.get(patch)) is not None:

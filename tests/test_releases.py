@@ -194,6 +194,8 @@ STEERED = {
     "llava-1.5-7b/ilvad_pope": Steering(
         32, range(32), "ilvad", {"enhance": (0, 31), "alpha": 5.0, "words": 1.0, "beta": 1.0, "tau": 5.0, "tokens": 10}
     ),
+    # FeilongTangmonash/FarSight, Shell/farsight_patch.py
+    "llava-1.5-7b/farsight": Steering(32, range(32), "farsight", {"sigma": 0.8, "fade": 0.25, "slopes": True}),
     # JiachengZ01/SAVVA, configs/ours.yaml: LLaVA-NeXT-7B, Qwen3-VL-8B
     "vlm/adaptive_boost": Steering(
         32, range(15), "adaptive_boost", {"alpha": 0.5, "scale": 0.5, "image_boost": 1.1, "text_divisor": 1.7}

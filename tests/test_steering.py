@@ -23,6 +23,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "hgai": ("pai", {"sizes": "mean"}),
     "adhh": ("adhh", {}),
     "spin": ("spin", {}),
+    "farsight": ("farsight", {}),
 }
 methods = pytest.mark.parametrize(("patch", "config"), METHODS.values(), ids=METHODS)
 
@@ -59,7 +60,7 @@ def test_some_layers_drafts_and_a_row_without_an_image(patch: str, config: dict[
     hold(sharp("llava"), patch, inputs("llava", ((3, "I", 6), (25,))), config, layers=(1, 3))
 
 
-@methods
+@pytest.mark.parametrize(("patch", "config"), [one for one in METHODS.values() if one[0] != "farsight"])
 def test_padding_behind_the_prompt_and_a_second_turn(patch: str, config: dict[str, Any]) -> None:
     model, given = sharp("llava"), right_padded(double(inputs("llava")))
     pieces = [torch.randint(3, 490, (2, n)) for n in (1, 1, 4, 1, 1)]
@@ -70,6 +71,22 @@ def test_padding_behind_the_prompt_and_a_second_turn(patch: str, config: dict[st
         found = stepwise(model, given, pieces)
     expected = oracle.answer(method(patch, config), given, ids, asked=torch.cat(asked).bool())
     torch.testing.assert_close(found[valid], expected[valid], **CLOSE)
+
+
+def test_registers_without_a_cache_and_behind_padding() -> None:
+    """As released, all that was answered has registers too. A new turn is refused."""
+    model, given = sharp("llava"), double(inputs("llava"))
+    oracle, padded = Oracle(model), right_padded(given)
+    with patched(model, "farsight", {"answer_rows": True}):
+        found = forward(model, padded)
+        ids, steps = answered(model, given, use_cache=False)
+        with pytest.raises(UnsupportedError, match="in pieces"):
+            stepwise(model, given, [torch.randint(3, 490, (2, n)) for n in (1, 4)])
+    valid = padded["attention_mask"].bool()
+    torch.testing.assert_close(found[valid], oracle.answer(method("farsight"), padded)[valid], **CLOSE)
+    for step in range(steps.shape[1]):
+        read = extended(given, ids[:, : given["input_ids"].shape[1] + step])
+        torch.testing.assert_close(steps[:, step], oracle.answer(method("farsight"), read)[:, -1], **CLOSE)
 
 
 # ---------------------------------------------------------------------------------------------- as an answer goes on

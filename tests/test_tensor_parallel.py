@@ -33,6 +33,7 @@ RECIPES = (
     {"patch": "pai", "with": {"alpha": 4.0, "sizes": "mean"}},
     {"patch": "adhh", "with": {"heads": [[0, 1], [1, 3], [2, 2], [3, 0]], "threshold": 0.0}},
     {"patch": "spin", "with": {"keep_share": 0.5, "gain": 0.1}},
+    {"patch": "farsight", "with": {"sigma": 0.3, "strength": 20.0}},
 )
 ANSWERING = (
     {"patch": "adaptive_boost", "with": {"image_boost": 4.0, "text_divisor": 4.0}},
