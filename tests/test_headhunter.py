@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,17 @@ import accelplug
 from accelplug.calibration import hunting
 from accelplug.call import AttentionCall, Clock, Layout, Share, Site
 from accelplug.errors import AccelplugError, FallbackError, NoMatchError, RecipeError, UnsupportedError
+from accelplug.families import FAMILIES, require_family
 from accelplug.hosts.guiding import _some_rows
+from accelplug.hosts.models import denoisers
 from accelplug.inspection import HeadsInspection
+from accelplug.inspection.heads import heads_of
 from accelplug.patches.base import Patch
 from accelplug.patches.guidance.headhunter import HeadHunter, Params
 from accelplug.testing.encoders import ENCODERS_TRIED
 from accelplug.testing.laws import run_once
 from accelplug.testing.models import batch_of_two, build_denoiser, sample_of
-from accelplug.testing.runs import run_pipeline
+from accelplug.testing.runs import run_pipeline, two_samples
 from accelplug.zoo.shapes import render, sample_scene
 from tests import tiny_language_models, tiny_models, tiny_modular, tiny_pipelines
 
@@ -66,7 +71,8 @@ def test_predictions_are_led_away_from_those_of_maps_drawn_to_identity(name: str
         worse = run_once(model, inputs)
     with accelplug.apply(model, recipe(), gate="off", strict=True) as plug:
         guided = run_once(model, inputs)
-        assert "1 further forwards beside 1, 2.00x as many rows" in str(plug.report())
+        assert "1 further forwards" in str(plug.report())
+        assert "beside 1; 2.00x as much" in str(plug.report())
     torch.testing.assert_close(guided, stock + SCALE * (stock - worse), rtol=1e-4, atol=1e-4)
 
 
@@ -101,7 +107,6 @@ def test_heads_that_share_values_are_drawn_to_those() -> None:
 
 def forwards(pipe: Any, inputs: dict[str, Any], run: Any, rule: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], Any]:
     """All predictions of a run, further ones among them, as the model makes them and as they leave it; and the report."""
-    denoiser = getattr(pipe, "transformer", None) or pipe.unet
     made: list[Tensor] = []
     left: list[Tensor] = []
 
@@ -111,19 +116,21 @@ def forwards(pipe: Any, inputs: dict[str, Any], run: Any, rule: dict[str, Any]) 
 
         return hook
 
-    ahead = denoiser.register_forward_hook(keep(made))
+    parts = denoisers(pipe).values()
+    hooks = [part.register_forward_hook(keep(made)) for part in parts]
     with accelplug.apply(pipe, rule, gate="off", strict=True) as plug:
-        behind = denoiser.register_forward_hook(keep(left))
+        hooks += [part.register_forward_hook(keep(left)) for part in parts]
         run(pipe, inputs)
         report = plug.report()
-    ahead.remove()
-    behind.remove()
+    for hook in hooks:
+        hook.remove()
     return made, left, report
 
 
 # pipeline: how many predictions a step has in one forward, and in how many forwards; which half of a batch is conditional
 WAYS: dict[str, tuple[int, int, slice]] = {
     "wan": (1, 2, slice(None)),  # in contexts
+    "wan22_moe": (1, 2, slice(None)),  # by two denoisers
     "wan_video2video": (1, 2, slice(None)),  # without names
     "hunyuan_video_15": (1, 2, slice(None)),  # by a guider
     "flux": (1, 1, slice(None)),  # guidance is embedded
@@ -134,14 +141,18 @@ WAYS: dict[str, tuple[int, int, slice]] = {
 }
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_every_prediction_of_a_step_gains_the_same(name: str) -> None:
+@pytest.mark.parametrize(("name", "samples"), [*product(WAYS, [1]), ("wan22_moe", 2), ("sd15", 2), ("flux", 2)])
+def test_every_prediction_of_a_step_gains_the_same(name: str, samples: int) -> None:
     rows, apart, conditional = WAYS[name]
+    if rows == 2:
+        conditional = slice(conditional.start * samples, None if conditional.stop is None else conditional.stop * samples)
     pipe, inputs = tiny_pipelines.pipeline(name)
-    raw, got, report = forwards(pipe, inputs, run_pipeline, recipe())
+    raw, got, report = forwards(pipe, two_samples(inputs) if samples == 2 else inputs, run_pipeline, recipe())
     assert report.served["headhunter"]
-    assert f"further forwards beside {len(raw) * apart // (apart + 1)}" in report.guided[0]
-    assert f"{1 + 1 / (rows * apart):.2f}x as many rows" in report.guided[0]
+    parts = len(denoisers(pipe))
+    assert len(report.guided) == parts
+    assert all(f"beside {len(raw) * apart // (apart + 1) // parts}; " in said for said in report.guided)
+    assert all(f"{1 + 1 / (rows * apart):.2f}x as much" in said for said in report.guided)
     for step in range(0, len(raw), apart + 1):
         # Behind the hooks of the pipeline's forward the further one comes first.
         stock, worse, *others = raw[step : step + apart + 1]
@@ -152,6 +163,36 @@ def test_every_prediction_of_a_step_gains_the_same(name: str) -> None:
         torch.testing.assert_close(first, stock + torch.cat([shift] * rows), rtol=1e-4, atol=1e-5)
         for other, shifted in zip(others, rest, strict=True):
             torch.testing.assert_close(shifted, other + shift, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_pipeline_predicts_of_other_rows_at_the_same_step_gains_the_same() -> None:
+    """SD3's own skip-layer guidance, of the conditional half alone."""
+    pipe, inputs = tiny_pipelines.pipeline("sd3")
+    skip = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.3}
+    raw, got, report = forwards(pipe, {**inputs, **skip}, run_pipeline, recipe())
+    assert "4 further forwards of transformer beside 5" in report.guided[0]
+    skipped = next(place for place in range(2, len(raw)) if len(raw[place - 1]) == len(raw[place]) == 1)
+    both, worse, other = raw[skipped - 2 : skipped + 1]
+    torch.testing.assert_close(got[skipped], other + SCALE * (both[1:] - worse), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["unet_svd", "unet_sd15"])
+def test_a_batch_of_both_branches_is_known_by_what_is_predicted_and_one_of_three_is_left_alone(name: str) -> None:
+    """SVD's unconditional half has another picture beside the same latents."""
+    model, inputs = tiny_models.build(name)
+    both, _ = batch_of_two(inputs)
+    if name == "unet_svd":
+        latents = both["sample"]
+        latents[1], latents[1, :, 4:] = latents[0], 1.5
+        with accelplug.apply(model, recipe(), gate="off", strict=True) as plug:
+            run_once(model, both)
+            assert "1.50x as much" in str(plug.report())
+    else:
+        three = {key: torch.cat([x] * 3) if isinstance(x, Tensor) and x.ndim > 1 else x for key, x in inputs.items()}
+        stock = run_once(model, three)
+        with accelplug.apply(model, recipe(), gate="off") as plug:
+            assert torch.equal(run_once(model, three), stock)
+            assert "three parts of a batch" in str(plug.report())
 
 
 GUIDERS = {
@@ -167,20 +208,23 @@ GUIDERS = {
 }
 
 
-@pytest.mark.parametrize("name", GUIDERS)
-def test_beside_guiders_of_modular_pipelines(name: str) -> None:
+@pytest.mark.parametrize(("name", "model"), [*product(GUIDERS, ["wan"]), ("cfg", "wan_22")])
+def test_beside_guiders_of_modular_pipelines(name: str, model: str) -> None:
     """What the guider makes of shifted predictions is what it made of them, shifted: exactly where it has fixed weights."""
-    pipe, given = tiny_modular.pipeline("wan")
-    pipe.update_components(guider=GUIDERS[name]())
+    pipe, given = tiny_modular.pipeline(model)
+    numbers = ("", "_2")[: len(denoisers(pipe))]
+    guiders = [GUIDERS[name]() for _ in numbers]
+    pipe.update_components(**{f"guider{number}": guider for number, guider in zip(numbers, guiders, strict=True)})
     made: list[tuple[dict[str, Tensor], Tensor]] = []
-    forward = type(pipe.guider).forward
+    forward = type(guiders[0]).forward
 
-    def heard(**predicted: Tensor) -> Any:
-        out = forward(pipe.guider, **predicted)
+    def heard(guider: Any, **predicted: Tensor) -> Any:
+        out = forward(guider, **predicted)
         made.append((predicted, out.pred))
         return out
 
-    pipe.guider.forward = heard
+    for guider in guiders:
+        guider.forward = partial(heard, guider)
     raw, _, report = forwards(pipe, given, tiny_modular.run, recipe())
     assert report.served["headhunter"]
     assert len(made) == 4
@@ -194,8 +238,8 @@ def test_beside_guiders_of_modular_pipelines(name: str) -> None:
         for stock, shifted in zip(own, predicted.values(), strict=True):
             torch.testing.assert_close(shifted, stock + shift, rtol=1e-4, atol=1e-5)
         if name in ("cfg", "skip_layer"):
-            pipe.guider.set_state(step, len(made), None)
-            unshifted = forward(pipe.guider, **dict(zip(predicted, own, strict=True))).pred
+            guiders[0].set_state(step, len(made), None)
+            unshifted = forward(guiders[0], **dict(zip(predicted, own, strict=True))).pred
             torch.testing.assert_close(pred, unshifted + shift, rtol=1e-4, atol=1e-4)
     assert torch.isfinite(pred).all()
 
@@ -208,6 +252,62 @@ def test_a_batch_of_both_branches_is_perturbed_by_its_conditional_half_on_every_
         assert half is not None, name
         with torch.no_grad():
             torch.testing.assert_close(sample_of(model(**half)), sample_of(model(**both))[1:], rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- where it begins
+
+CHAINED = (
+    *("wan", "wan_vace", "skyreels", "sd3", "flux", "flux2", "chroma", "qwen_image", "hunyuan_video", "hunyuan_video_15"),
+    *("hunyuan_image", "ltx", "cogvideox", "consisid", "mochi", "auraflow"),
+)
+
+
+def test_a_further_forward_begins_at_the_first_perturbed_block_and_predicts_the_same() -> None:
+    """Bitwise that of a whole one, which runs where somebody looks into the blocks ahead."""
+    tried = set()
+    for name in CHAINED:
+        model, inputs = tiny_models.build(name)
+        family = require_family(model)
+        tried.add(family.name)
+        blocks = [block for chain in family.chain for block in getattr(model, chain)]
+        last = {"heads": [[len(blocks) - 1, 0]]}
+        found = []
+        for looked_into in (True, False):
+            handle = blocks[0].register_forward_hook(lambda *_: None) if looked_into else None
+            with accelplug.apply(model, recipe(**last), gate="off", strict=True) as plug:
+                found.append(run_once(model, inputs))
+                said = str(plug.report())
+                again = run_once(model, inputs)
+            assert (f"block {len(blocks) - 1} of {len(blocks)}" in said) is not looked_into, name
+            assert torch.equal(again, found[-1]), name
+            if handle is not None:
+                handle.remove()
+        assert torch.equal(*found), name
+        assert not any(block._forward_hooks for block in blocks), name
+    assert tried == {family.name for family in FAMILIES if family.chained}
+
+
+@pytest.mark.parametrize("name", ["wan22_moe", "sd3", "flux"])
+def test_whole_runs_begin_there_too(name: str) -> None:
+    """Of a batch with both branches, half of what was kept is taken; what is added between blocks is added in both forwards."""
+    pipe, inputs = tiny_pipelines.pipeline(name)
+    if name == "flux":
+        residuals = [torch.randn(1, 48, 32, generator=torch.Generator().manual_seed(1))]
+        pipe.transformer.register_forward_pre_hook(
+            lambda module, args, given: (args, {**given, "controlnet_block_samples": residuals}), with_kwargs=True
+        )
+    block = next(iter(denoisers(pipe).values())).get_submodule(
+        f"{'blocks' if name == 'wan22_moe' else 'transformer_blocks'}.0"
+    )
+    found = []
+    for looked_into in (True, False):
+        handle = block.register_forward_hook(lambda *_: None) if looked_into else None
+        with accelplug.apply(pipe, recipe(heads=[[1, 0]]), gate="off", strict=True) as plug:
+            found.append(run_pipeline(pipe, inputs))
+            assert ("from block 1" in plug.report().guided[0]) is not looked_into
+        if handle is not None:
+            handle.remove()
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------- beside all else
@@ -237,7 +337,7 @@ def test_steps_without_guidance_have_no_further_forward() -> None:
     early["rules"][0]["where"] = {"steps": "0:50%"}
     with accelplug.apply(pipe, early, gate="off", strict=True) as plug, plug.trace() as events:
         run_pipeline(pipe, inputs)
-        assert "2 further forwards beside 8, 1.25x as many rows" in str(plug.report())
+        assert "2 further forwards of transformer beside 8; 1.25x as much" in str(plug.report())
         assert {row.name for row in plug.where()} == {"dense"}
     assert {event.clock.step for event in events if event.patch == "headhunter"} == {0, 1}
     with accelplug.apply(
@@ -261,6 +361,16 @@ def test_compiled_blocks_are_guided_and_a_compiled_model_is_refused() -> None:
     with accelplug.apply(whole, recipe(), gate="off"), pytest.raises(Exception, match="Compile its blocks instead"):
         torch.compile(whole, backend="eager")(**inputs)
     torch.compiler.reset()
+
+
+def test_a_batch_of_the_same_latents_without_guidance_is_left_alone() -> None:
+    """Two prompts from the same noise look like both branches of one."""
+    pipe, inputs = tiny_pipelines.pipeline("sd15")
+    two = {key: torch.cat([x, x.flip(-1)]) if isinstance(x, Tensor) else x for key, x in inputs.items()}
+    latents = torch.randn(1, 4, 12, 16, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
+    with accelplug.apply(pipe, recipe(), gate="off") as plug:
+        run_pipeline(pipe, {**two, "latents": latents, "guidance_scale": 1.0, "num_inference_steps": 1})
+        assert "says that it has no classifier-free guidance" in str(plug.report())
 
 
 @pytest.mark.parametrize(
@@ -365,6 +475,14 @@ def test_agreement_is_the_share_of_a_caption_that_is_there() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
+
+
+def test_heads_of_denoisers_that_take_turns_are_tried_in_both() -> None:
+    pipe, _ = tiny_pipelines.pipeline("wan22_moe")
+    assert heads_of(pipe) == {0: 2, 1: 2}
+    pipe.register_modules(transformer_2=tiny_models.build("wan")[0])
+    with pytest.raises(UnsupportedError, match="whose heads are not the same"):
+        heads_of(pipe)
 
 
 def test_inspect_makes_a_picture_guided_away_from_each_head(tmp_path: Path) -> None:

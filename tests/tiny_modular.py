@@ -197,13 +197,26 @@ def wan_animate_2() -> Built:
     }
 
 
+def wan_of(blocks: Any, experts: int) -> Built:
+    """Denoisers that take turns, each with a guider."""
+    classic, given = wan_pipeline(experts)
+    numbers = ("", "_2")[:experts]
+    parts = {name: getattr(classic, name) for name in ("scheduler", "vae", *(f"transformer{number}" for number in numbers))}
+    scale = given.pop("guidance_scale")
+    guiders = {f"guider{number}": diffusers.ClassifierFreeGuidance(guidance_scale=scale) for number in numbers}
+    return assembled(blocks, "text_encoder", **parts, **guiders), given
+
+
 def wan() -> Built:
     from diffusers.modular_pipelines.wan.modular_blocks_wan import WanBlocks
 
-    classic, given = wan_pipeline()
-    parts = {name: getattr(classic, name) for name in ("transformer", "scheduler", "vae")}
-    guider = diffusers.ClassifierFreeGuidance(guidance_scale=given.pop("guidance_scale"))
-    return assembled(WanBlocks(), "text_encoder", **parts, guider=guider), given
+    return wan_of(WanBlocks(), 1)
+
+
+def wan_22() -> Built:
+    from diffusers.modular_pipelines.wan.modular_blocks_wan22 import Wan22Blocks
+
+    return wan_of(Wan22Blocks(), 2)
 
 
 PIPELINES: dict[str, Callable[[], Built]] = {
@@ -217,8 +230,9 @@ PIPELINES: dict[str, Callable[[], Built]] = {
         krea2,
         wan_animate_2,
         wan,
+        wan_22,
     )
-    if tiny_models.is_there(getattr(tiny_models, builder.__name__.removesuffix("_reference")))
+    if tiny_models.is_there(getattr(tiny_models, builder.__name__.removesuffix("_reference").removesuffix("_22")))
 }
 
 

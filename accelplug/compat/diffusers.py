@@ -508,6 +508,10 @@ def _mag_calibration() -> None:
     expect(list(found) == ["cond"] and len(found["cond"]) == 2, f"two steps of MagCache's calibration are found as {found}")
 
 
+GUIDERS = ("guider", "guider_2")
+"""What modular pipelines call their guiders."""
+
+
 def guider_step(guider: Any) -> tuple[int, int] | None:
     """Return (step, steps) as the guider of a modular pipeline was told them, or None."""
     step, steps = (getattr(guider, name, None) for name in ("_step", "_num_inference_steps"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -161,6 +161,25 @@ def _graph_limit() -> None:
     with _graphs(before + 1):
         expect(torch._dynamo.config.recompile_limit == before + 1, "torch._dynamo.config.recompile_limit was not set")
     expect(callable(torch._dynamo.reset), "torch._dynamo.reset is gone")
+
+
+def with_parts(module: Any, parts: Mapping[str, Any]) -> Any:
+    """Return another module of the same class that shares everything with `module`, but has other submodules under some names."""
+    other = object.__new__(type(module))
+    vars(other).update(vars(module), _modules={**module._modules, **parts})
+    return other
+
+
+@contract("torch: a module finds its submodules in _modules")
+def _with_parts() -> None:
+    import torch
+
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU())
+    other = with_parts(module, {"1": torch.nn.Identity()})
+    x = torch.randn(4, 2)
+    expect(torch.equal(other(x), module[0](x)), "a submodule that was exchanged in _modules is not the one that runs")
+    expect(isinstance(module[1], torch.nn.ReLU), "submodules are exchanged in the module they were taken from, too")
+    expect(other[0] is module[0], "a module with other parts does not share the rest")
 
 
 def is_looked_into(module: Any, ours: type) -> bool:

@@ -8,5 +8,6 @@ AURAFLOW = Family(
     sites=(("joint_transformer_blocks.*.attn", "joint"), ("single_transformer_blocks.*.attn", "joint")),
     geometry=latents("bchw", text=("encoder_hidden_states",), text_first=True, ahead=8),
     timestep=("unit",),
+    chained=True,
     status="verified",
 )

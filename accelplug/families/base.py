@@ -158,7 +158,9 @@ class Family:
     timestep : what pipelines hand to the denoiser of their scheduler's timesteps, keys of `accelplug.hosts.clock.SCALES`, the
         likeliest first.
     latents : name of the argument that holds the latents, or a list of them; None where they are the first tensor of numbers.
-    conditional_first : whether pipelines put the conditional half of a batch that holds both branches first.
+    conditional : where pipelines have the conditional branch of guidance: in the first or the second half of a batch that holds both
+        branches, or apart, in a forward of its own.
+    chained : whether what blocks give reaches the next one alone, and as they return it, so that a forward can begin at any of them.
     status : how well it is known: ``verified`` (a real pipeline run), ``layout`` (tiny model), or ``dense``.
     """
 
@@ -175,8 +177,14 @@ class Family:
     patch: Callable[[Any], Grid | None] = patch_thw
     timestep: tuple[str, ...] = ("timestep", "unit")
     latents: str | None = None
-    conditional_first: bool = False
+    conditional: Literal["first", "second", "apart"] = "second"
+    chained: bool = False
     status: Literal["verified", "layout", "dense"] = "layout"
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        """Names of the lists of blocks that are chained, in the order of execution."""
+        return tuple(dict.fromkeys(pattern.partition(".")[0] for pattern, _ in self.sites)) if self.chained else ()
 
 
 # ------------------------------------------------------------------------------------------------------------- sites

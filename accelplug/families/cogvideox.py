@@ -17,5 +17,6 @@ COGVIDEOX = Family(
         argument="image_rotary_emb",
         turns=lambda config: config.use_rotary_positional_embeddings,  # the 2B model has positions of another kind
     ),
+    chained=True,
     status="verified",
 )

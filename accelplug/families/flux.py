@@ -46,6 +46,8 @@ FLUX = Family(
     geometry=by_ids,
     patch=two_by_two,
     split_apart=True,
+    conditional="apart",
+    chained=True,
     status="verified",
 )
 FLUX2 = Family(
@@ -55,6 +57,8 @@ FLUX2 = Family(
     geometry=_without_references,
     patch=two_by_two,
     split_apart=True,
+    conditional="apart",
+    chained=True,
     status="verified",
 )
 FLUX3 = Family(
@@ -72,5 +76,7 @@ CHROMA = Family(
     sites=DOUBLE_AND_SINGLE,
     geometry=by_ids,
     patch=two_by_two,
+    conditional="apart",
+    chained=True,
     status="dense",
 )

@@ -44,6 +44,8 @@ HUNYUAN_VIDEO = Family(
     geometry=latents("bcthw", text=("encoder_hidden_states",)),
     rotary=HUNYUAN_TIME,
     split_apart=True,
+    conditional="apart",
+    chained=True,
     status="verified",
 )
 
@@ -54,6 +56,8 @@ HUNYUAN_VIDEO_15 = Family(
     geometry=latents("bcthw", text=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")),
     rotary=HUNYUAN_TIME,
     outer_mask=True,
+    conditional="apart",
+    chained=True,
     status="verified",
 )
 
@@ -93,6 +97,7 @@ HUNYUAN_IMAGE = Family(
     classes=("HunyuanImageTransformer2DModel",),
     sites=DOUBLE_AND_SINGLE,
     geometry=_image,
+    chained=True,
     status="verified",
 )
 

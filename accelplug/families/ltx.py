@@ -23,6 +23,7 @@ LTX = Family(
     classes=("LTXVideoTransformer3DModel",),
     sites=SELF_AND_CROSS,
     geometry=by_sizes,
+    chained=True,
     status="verified",
 )
 

@@ -31,7 +31,7 @@ LUMINA_NEXT = Family(
     sites=(("layers.*.attn1", "self"), ("layers.*.attn2", "cross")),
     geometry=latents("bchw"),
     timestep=("inverse",),
-    conditional_first=True,
+    conditional="first",
 )
 LUMINA2 = Family(
     name="lumina2",

@@ -7,5 +7,6 @@ MOCHI = Family(
     classes=("MochiTransformer3DModel",),
     sites=(("transformer_blocks.*.attn1", "joint"),),
     geometry=latents("bcthw", text=("encoder_hidden_states",), text_drops=True),
+    chained=True,
     status="verified",
 )

@@ -56,6 +56,8 @@ QWEN_IMAGE = Family(
     sites=(("transformer_blocks.*.attn", "joint"),),
     geometry=by_shapes,
     split_apart=True,
+    conditional="apart",
+    chained=True,
     status="verified",
 )
 QWEN_IMAGE_21 = Family(

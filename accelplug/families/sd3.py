@@ -10,5 +10,6 @@ SD3 = Family(
     classes=("SD3Transformer2DModel",),
     sites=(("transformer_blocks.*.attn", "joint"), ("transformer_blocks.*.attn2", "self")),
     geometry=latents("bchw", text=("encoder_hidden_states",)),
+    chained=True,
     status="verified",
 )

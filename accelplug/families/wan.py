@@ -56,6 +56,8 @@ WAN = Family(
         arguments=(("hidden_states", 3), ("rotary_emb", 4), ("temb", 4)),
     ),
     rotary=WAN_TIME,
+    conditional="apart",
+    chained=True,
     status="verified",
 )
 
@@ -65,6 +67,7 @@ SKYREELS = Family(
     sites=WAN.sites,
     geometry=_geometry("bcthw"),
     rotary=WAN_TIME,
+    chained=True,
     status="verified",
 )
 CHRONOEDIT = Family(

@@ -37,6 +37,6 @@ Z_IMAGE = Family(
     geometry=_stream,
     patch=two_by_two,
     timestep=("inverse",),
-    conditional_first=True,
+    conditional="first",
     status="verified",
 )

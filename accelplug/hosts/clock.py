@@ -104,6 +104,11 @@ class StepClock:
         return bool(getattr(self._pipe(), "do_perturbed_attention_guidance", False))
 
     @property
+    def guides(self) -> bool | None:
+        """Whether the pipeline has classifier-free guidance on; None where it does not say."""
+        return getattr(self._pipe(), "do_classifier_free_guidance", None)
+
+    @property
     def context(self) -> Any:
         """The cache context that is on in this thread, as it was told."""
         return self._thread.context
@@ -246,13 +251,22 @@ class StepClock:
         step, steps = (getattr(self._thread.context, name, None) for name in ("step_index", "num_inference_steps"))
         if step is not None and steps is not None:
             return int(step), int(steps)
-        return compat.diffusers.guider_step(getattr(self._pipe(), "guider", None))
+        told = [step for guider in self._guiders() if (step := compat.diffusers.guider_step(guider)) is not None]
+        return told[0] if len(told) == 1 else None  # of two, one may speak of steps that are over
+
+    def _guiders(self) -> list[Any]:
+        """The guiders of the pipeline: one for each of its denoisers that take turns."""
+        pipe = self._pipe()
+        return [guider for name in compat.diffusers.GUIDERS if (guider := getattr(pipe, name, None)) is not None]
 
     def _guided(self, schedule: Tensor, step: int) -> str | None:
-        """The branch that the guider has prepared, if it was told this very step."""
-        prepared = compat.diffusers.guider_branch(getattr(self._pipe(), "guider", None))
-        told = None if prepared is None else _Given.of(prepared[1])
-        return prepared[0] if prepared is not None and told is not None and told.place_in(schedule) == step else None
+        """The branch that a guider has prepared, if it was told this very step."""
+        for guider in self._guiders():
+            prepared = compat.diffusers.guider_branch(guider)
+            told = None if prepared is None else _Given.of(prepared[1])
+            if prepared is not None and told is not None and told.place_in(schedule) == step:
+                return prepared[0]
+        return None
 
     def _counted(self, denoiser: Any, run: Run | None, branch: str | None) -> list[tuple[Tensor, int]]:
         """What schedulers count, where no context tells and no timestep can be read: of those that are in a run the first new one."""

@@ -181,7 +181,7 @@ class DenoiserHost(Answering, Host):
         self.regions = self._regions()
         self.hoist = Hoist(denoiser, self.family.any_order, self.records, self._answers, self.ledger)
         self.forecaster = Forecaster(name, self.meter, self.records, self.passed, self.decide, self.gate, takes_turns)
-        self.guiding = None if setup.guide is None else Guiding(self, setup.guide, self.family.conditional_first)
+        self.guiding = None if setup.guide is None else Guiding(self, setup.guide, self.family)
         self._came_through: bool | None = False
         """Whether a forward has come to its end; None where that has been looked at."""
         self._traced = False
@@ -253,6 +253,10 @@ class DenoiserHost(Answering, Host):
         if self.guiding is not None:
             undo.hook(self.denoiser, "register_forward_hook", self.guiding.after_forward, with_kwargs=True)
         undo.hook(self.denoiser, "register_forward_pre_hook", self._before_forward, with_kwargs=True)
+        if self.guiding is not None:
+            self.guiding.opening.undo = undo
+            undo.add(self.guiding.leave_forward)
+            undo.hook(self.denoiser, "register_forward_pre_hook", self.guiding.before_forward, with_kwargs=True)
         if self.angles is not None:
             self.angles.install(undo)
         if self.caches is not None:
@@ -294,6 +298,10 @@ class DenoiserHost(Answering, Host):
         """Whether no other forward of this thread's run was at this step before."""
         return self._thread.comes_first
 
+    def is_own(self, module: nn.Module) -> bool:
+        """Whether a module is the denoiser, or stands in for it in this thread; a deep copy of it does not."""
+        return module is self.denoiser or (self.guiding is not None and module is self.guiding.stand_in)
+
     def latents(self, inputs: Mapping[str, Any]) -> Any:
         """Return the latents among a forward's inputs: a tensor, or a list of one for each sample."""
         return _samples(inputs, self.family.latents)
@@ -311,7 +319,7 @@ class DenoiserHost(Answering, Host):
             if getattr(module, INSTALL, 0) >= 0:  # read for its guard
                 compat.torch.comptime()(_settle_at_trace)
             return
-        if module is not self.denoiser:  # a deep copy of it
+        if not self.is_own(module):
             return
         inputs = given(self.signature, args, kwargs)
         if self._thread.ahead:
@@ -354,7 +362,7 @@ class DenoiserHost(Answering, Host):
             here.now = before
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not torch.compiler.is_compiling() and module is self.denoiser and not self._thread.ahead:
+        if not torch.compiler.is_compiling() and self.is_own(module) and not self._thread.ahead:
             self.meter.end()
             if self._came_through is False:
                 self._came_through = True
@@ -363,8 +371,10 @@ class DenoiserHost(Answering, Host):
             self.check_rules(False)
 
     def _leave_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not torch.compiler.is_compiling() and module is self.denoiser and not self._thread.ahead:
+        if not torch.compiler.is_compiling() and self.is_own(module) and not self._thread.ahead:
             self.hoist.end()
+            if self.guiding is not None and output is None:  # it raised
+                self.guiding.leave_forward()
             self._thread.context.close()
             if self._thread.run is not None:
                 self._thread.run.inside = False
@@ -389,10 +399,10 @@ class DenoiserHost(Answering, Host):
         `announced`: whether the context around the forward has told this already.
         """
         here, run, now = self._thread, self._thread.run, moment.clock
+        here.comes_first = run is None or not run.has_been_at(moment)
         if run is None or not (run.goes_on(moment, sizes) or (announced and run.is_at(moment))):
-            run = here.run = Run()
+            run = here.run = Run(shift=None if run is None or here.comes_first else run.shift)
         here.announced = False
-        here.comes_first = not run.has_been_at(now.step)
         if self.caches is not None:
             self.caches.enter(self.denoiser, run, moment, self.clock.context)
         run.take(moment, sizes)

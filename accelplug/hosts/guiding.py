@@ -5,15 +5,18 @@ what it predicted. The same is added to the other predictions of the step: every
 one, so that the pipeline's own guidance, or its guider, has the differences that it would have had, and its result gains just that.
 (CFG-Zero fits a factor between predictions, and adaptive projected guidance an axis: these are fitted to the shifted ones.)
 
-Which prediction is conditional: that of the context or guider branch ``cond``; the second half of a batch whose halves are the same latents
-(the first half where a family says so); without either the first forward of a step. Of a bare denoiser without contexts every forward is.
-The further forward has a guidance branch of its own, ``perturbed``: patches and step caches keep for it what they keep by branch.
+Which prediction is conditional: that of the context or guider branch ``cond``; the half of a batch whose halves are the same latents that a
+family says; without either the first forward of a step. Of a bare denoiser without contexts every forward is.
+
+Until the first perturbed block both forwards are the same, so that the further one begins there where it can (`hosts.opening`). It has a
+guidance branch of its own, ``perturbed``: patches and step caches keep for it what they keep by branch.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -23,6 +26,7 @@ from accelplug import compat
 from accelplug.call import Clock, Layout, Site
 from accelplug.errors import RecipeError, UnsupportedError
 from accelplug.hosts.ledger import Event, Ledger
+from accelplug.hosts.opening import Opening
 from accelplug.hosts.placement import Placed
 from accelplug.hosts.record import Choice, Decide, given
 from accelplug.hosts.site import SiteRecord
@@ -31,15 +35,17 @@ from accelplug.patches.perturbation import Perturbation
 if TYPE_CHECKING:
     import inspect
 
+    from accelplug.families.base import Family
     from accelplug.hosts.clock import StepClock
+    from accelplug.hosts.hoist import Hoist
     from accelplug.hosts.run import Run
 
 PERTURBED = "perturbed"
 """Guidance branch of the further forward."""
-CONDITIONAL = ("cond", "pred_cond")
-"""Names of the branch that is asked for: of contexts, and of guiders."""
 BOTH_BRANCHES = "cond_uncond"
-"""Cache context of a batch that holds both branches."""
+"""Cache context of pipelines that have both branches in one batch, where there are two."""
+CONDITIONAL = ("cond", "pred_cond", BOTH_BRANCHES)
+"""Names of the branch that is asked for: of contexts, and of guiders."""
 ONCE_A_BATCH = frozenset(
     {
         *("txt_ids", "image_cond_ids", "image_rotary_emb", "rotary_embedding", "visual_rope_pos", "text_rope_pos"),
@@ -55,9 +61,11 @@ Guide = tuple[Choice, Any]
 class GuidedHost(Protocol):
     """A denoiser's host, as far as it is asked here."""
 
+    name: str
     denoiser: Any
     signature: inspect.Signature
     clock: StepClock
+    hoist: Hoist
     records: list[SiteRecord]
     ledger: Ledger
 
@@ -84,10 +92,11 @@ class GuidedHost(Protocol):
 
 
 class _Within(threading.local):
-    """What perturbs the calls of the forward that this thread is in; None in those of the pipeline."""
+    """What perturbs the calls of the forward that this thread is in, and which module runs it; None in those of the pipeline."""
 
     def __init__(self) -> None:
         self.guides: dict[SiteRecord, Guide] | None = None
+        self.stand_in: nn.Module | None = None
 
 
 class Guiding:
@@ -97,86 +106,145 @@ class Guiding:
     ----------
     host : of the denoiser.
     decide : what perturbs a call.
-    conditional_first : whether the first half of a batch that holds both branches is the conditional one.
+    family : of the denoiser.
     """
 
-    def __init__(self, host: GuidedHost, decide: Decide, conditional_first: bool) -> None:
-        self.host, self.decide, self.conditional_first = host, decide, conditional_first
+    def __init__(self, host: GuidedHost, decide: Decide, family: Family) -> None:
+        self.host, self.decide, self.conditional = host, decide, family.conditional
+        self.opening = Opening(host.denoiser, family.chain)
         self._here = _Within()
         self._latest: dict[SiteRecord, Guide] = {}
-        self._forwards, self._rows, self._further, self._further_rows = 0, 0, 0, 0
+        self._forwards, self._rows, self._further, self._further_rows = 0, 0, 0, 0.0
+        self._passed = 0
+
+    @property
+    def stand_in(self) -> nn.Module | None:
+        """What runs the further forward that this thread is in, where that is not the denoiser."""
+        return self._here.stand_in
 
     def at(self, record: SiteRecord) -> Guide | None:
         """Return what perturbs the calls of a module in this thread's forward."""
         return None if self._here.guides is None else self._here.guides.get(record)
 
+    def _is_pipelines(self, module: nn.Module) -> bool:
+        """Whether a forward is one that the pipeline has asked for."""
+        ours = self._here.guides is not None or self.host.now.phase == "ahead"
+        return not torch.compiler.is_compiling() and module is self.host.denoiser and not ours
+
+    @property
+    def _is_conditional(self) -> bool:
+        """Whether a forward of the pipeline is the conditional one, or has it in its batch."""
+        now = self.host.now
+        return now.branch in CONDITIONAL if now.branch is not None else self.host.comes_first or now.step is None
+
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Have kept of a forward what a further one can begin with."""
+        if self._is_pipelines(module) and self._is_conditional and self.opening.lists and not self.host.hoist.stands:
+            self.opening.begin(_modules(record for record, _, params in self._chosen() if params is not None))
+
+    def leave_forward(self) -> None:
+        """Forget what a forward had kept that was cut off."""
+        self.opening.end()
+        self.opening.forget()
+
     def after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Return what a forward predicts, led away from what it predicts with heads perturbed; None to leave it as it is."""
-        host = self.host
-        if torch.compiler.is_compiling() or module is not host.denoiser or self._here.guides is not None:
+        if not self._is_pipelines(module):
             return None
-        inputs = given(host.signature, args, kwargs)
+        try:
+            self.opening.end()
+            return self._guided(given(self.host.signature, args, kwargs), output)
+        finally:
+            self.opening.forget()
+
+    def _guided(self, inputs: Mapping[str, Any], output: Any) -> Any:
+        host = self.host
         latents = host.latents(inputs)
         if latents is None:
             return None
         step, branch, rows = host.now.step, host.now.branch, len(latents)
         self._forwards, self._rows = self._forwards + 1, self._rows + rows
-        halves = branch == BOTH_BRANCHES or (branch is None and _are_twice_the_same(latents))
-        unnamed = branch is None and (host.comes_first or step is None)
-        if not (halves or unnamed or branch in CONDITIONAL):
+        if not self._is_conditional:
             known = host.run.shift
-            return (
-                None if known is None or known[0] != step else _with_prediction(output, lambda good: _added(good, known[1]))
-            )
+            return None if known is None or known[0] != step else _with_prediction(output, partial(_added, known[1]))
         host.run.shift = None
         if not (guides := self._guides()):
             return None
-        if not host.comes_first and step is not None:
-            self._fell_back(guides, "another guidance branch of its step came before the conditional one")
-            return None
         self._require_no_other(guides)
+        branches = self._branches_in(latents, _prediction(output), branch)
+        if (why := self._why_not(branches)) is not None:
+            self._fell_back(guides, why)
+            return None
         part = slice(None)
-        if halves:
-            part = slice(0, rows // 2) if self.conditional_first else slice(rows // 2, None)
-        asked = _some_rows(inputs, part, rows, isinstance(latents, list)) if halves else inputs
-        worse = self._perturbed(inputs if asked is None else asked, guides)
+        if branches == 2:
+            part = slice(0, rows // 2) if self.conditional == "first" else slice(rows // 2, None)
+        asked = _some_rows(inputs, part, rows, isinstance(latents, list)) if branches == 2 else inputs
+        scale, again = _scale_of(guides), slice(None) if asked is None else part
+        worse = self._perturbed(inputs if asked is None else asked, guides, again, rows)
         worse = worse[part] if asked is None else worse
-        self._further, self._further_rows = self._further + 1, self._further_rows + (rows if asked is None else len(worse))
-        scale = _scale_of(guides)
         shift = _map(lambda e, e_worse: scale * (e - e_worse), _prediction(output)[part], worse)
         host.run.shift = step, shift
-        return _with_prediction(output, lambda good: _added(good, _twice(shift) if halves else shift))
+        return _with_prediction(output, partial(_added, _twice(shift) if branches == 2 else shift))
 
-    def _guides(self) -> dict[SiteRecord, Guide]:
-        """What perturbs each module's calls at this step, where anything does."""
-        found: dict[SiteRecord, Guide] = {}
+    def _branches_in(self, latents: Any, predicted: Any, branch: str | None) -> int:
+        """How many guidance branches a batch holds."""
+        if branch != BOTH_BRANCHES and (branch is not None or self.conditional == "apart"):
+            return 1
+        return next((parts for parts in (2, 3) if _are_the_same(latents, predicted, parts)), 1)
+
+    def _why_not(self, branches: int) -> str | None:
+        """Why it is not known which predictions of a forward are conditional, or None; `branches`: how many it holds."""
+        if branches == 3:
+            return "three parts of a batch are the same latents, and which of them is conditional is not known"
+        if branches == 2 and self.host.clock.guides is False:
+            return (
+                "both halves of a batch are the same latents, and its pipeline says that it has no classifier-free guidance"
+            )
+        if not self.host.comes_first and self.host.now.step is not None:
+            return "another guidance branch of its step came before the conditional one"
+        return None
+
+    def _chosen(self) -> Iterator[tuple[SiteRecord, Choice, Any]]:
+        """Yield what the rules have for each module at this step, and the params, None where it is not perturbed."""
         for record in self.host.records:
             if record.site is None or record.site.kind == "cross":
                 continue
             layout = record.settled.layout
             choice = self.decide(record.site, layout, self.host.now)
+            yield record, choice, None if layout is None else self.host.parameters_of(choice, record.site, layout)
+
+    def _guides(self) -> dict[SiteRecord, Guide]:
+        """What perturbs each module's calls at this step, where anything does; what a rule names and cannot have is counted."""
+        found: dict[SiteRecord, Guide] = {}
+        for record, choice, params in self._chosen():
             self.host.hold(choice.rule)
-            if choice.patch is None:
-                if choice.reason is not None:
-                    self.host.ledger.fell_back(record.site.module, choice.reason)
-            elif layout is None:
-                self.host.ledger.fell_back(
-                    record.site.module, "its layout is not understood, so its heads are not perturbed"
-                )
-            elif (params := self.host.parameters_of(choice, record.site, layout)) is not None:
+            reason = choice.reason
+            if params is not None:
                 found[record] = choice, params
+            elif choice.patch is not None and record.settled.layout is None:
+                reason = "its layout is not understood, so its heads are not perturbed"
+            if reason is not None:
+                self._fell_back([record], reason)
         self._latest = found
         return found
 
-    def _perturbed(self, inputs: Mapping[str, Any], guides: dict[SiteRecord, Guide]) -> Any:
-        """What the denoiser predicts with heads perturbed."""
-        host = self.host
-        self._here.guides = guides
+    def _perturbed(self, inputs: Mapping[str, Any], guides: dict[SiteRecord, Guide], part: slice, rows: int) -> Any:
+        """What the denoiser predicts with heads perturbed. `inputs`: of some rows, `part`, of as many as the pipeline's forward had."""
+        here, host = self._here, self.host
+        try:
+            runs, passed = self.opening.stand_in(_modules(guides), lambda output: _rows_of(output, part, rows, False))
+        except _UnclearError:
+            runs, passed = host.denoiser, 0
+        here.guides, here.stand_in = guides, runs
         try:
             with compat.diffusers.in_context(host.denoiser, PERTURBED, host.clock.context):
-                return _prediction(host.denoiser(**inputs))
+                worse = _prediction(runs(**inputs))
         finally:
-            self._here.guides = None
+            here.guides = here.stand_in = None
+        blocks = len(self.opening.blocks) or 1
+        self._further, self._passed = self._further + 1, passed
+        self._further_rows += len(worse) * (1 - passed / blocks)
+        return worse
 
     def _require_no_other(self, guides: Mapping[SiteRecord, Guide]) -> None:
         if self.host.clock.perturbs:
@@ -185,8 +253,8 @@ class Guiding:
                 "Set it, or remove the plug."
             )
 
-    def _fell_back(self, guides: Mapping[SiteRecord, Guide], reason: str) -> None:
-        for record in guides:
+    def _fell_back(self, records: Iterable[SiteRecord], reason: str) -> None:
+        for record in records:
             if record.site is not None:
                 self.host.ledger.fell_back(record.site.module, reason)
 
@@ -226,12 +294,21 @@ class Guiding:
 
     def report(self) -> str | None:
         """Say what it costs; None before the first forward."""
+        name = self.host.name
         if not self._forwards:
             return None
         if not self._further:
-            return f"no further forward in {self._forwards}"
-        more = 1 + self._further_rows / self._rows
-        return f"{_name_of(self._latest)}: {self._further} further forwards beside {self._forwards}, {more:.2f}x as many rows to predict"
+            return f"no further forward of {name} in {self._forwards}"
+        more, blocks = 1 + self._further_rows / self._rows, len(self.opening.blocks)
+        begun = f", the last from block {self._passed} of {blocks} on" if self._passed else ""
+        return (
+            f"{_name_of(self._latest)}: {self._further} further forwards of {name} beside {self._forwards}{begun}; {more:.2f}x as much to "
+            "predict"
+        )
+
+
+def _modules(records: Iterable[SiteRecord]) -> list[str]:
+    return [record.site.module for record in records if record.site is not None]
 
 
 def _name_of(guides: Mapping[SiteRecord, Guide]) -> str:
@@ -251,12 +328,17 @@ def _scale_of(guides: Mapping[SiteRecord, Guide]) -> float:
 # ------------------------------------------------------------------------------------------------------ rows and predictions
 
 
-def _are_twice_the_same(latents: Any) -> bool:
-    """Whether the second half of a batch is the first again, as where it holds both branches of classifier-free guidance."""
-    if len(latents) % 2:
+def _are_the_same(latents: Any, predicted: Any, parts: int) -> bool:
+    """Whether all parts of a batch are the same latents, as where it holds as many branches of guidance.
+
+    What is in the latents beside those that are predicted, a picture in further channels, may differ by branch.
+    """
+    if len(latents) % parts:
         return False
-    half = len(latents) // 2
-    return all(torch.equal(one, other) for one, other in zip(latents[:half], latents[half:], strict=True))
+    if isinstance(latents, Tensor) and isinstance(predicted, Tensor) and latents.ndim == predicted.ndim:
+        latents = latents[tuple(slice(size) for size in predicted.shape)]
+    size = len(latents) // parts
+    return all(torch.equal(one, other) for one, other in zip(latents[:-size], latents[size:], strict=True))
 
 
 def _some_rows(inputs: Mapping[str, Any], part: slice, rows: int, listed: bool) -> dict[str, Any] | None:
@@ -314,7 +396,7 @@ def _map(function: Callable[..., Tensor], *values: Any) -> Any:
     return [function(*items) for items in zip(*values, strict=True)]
 
 
-def _added(good: Any, shift: Any) -> Any:
+def _added(shift: Any, good: Any) -> Any:
     return _map(lambda e, more: e + more, good, shift)
 
 

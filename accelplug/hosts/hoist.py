@@ -88,6 +88,11 @@ class Hoist:
             record.settled = settled
         self._standing.before.clear()
 
+    @property
+    def stands(self) -> bool:
+        """Whether tokens are in another order in some blocks of this thread's forward."""
+        return self._standing.own is not None
+
     def _children(self) -> Iterator[tuple[str, nn.Module]]:
         name = self.scheme.blocks if self.scheme else ""
         for number, block in getattr(self.denoiser, name).named_children():
@@ -110,7 +115,7 @@ class Hoist:
             return "because gradients may be asked for"
         if compat.torch.is_compiled(block):
             return "because blocks are compiled"
-        looked_at = any(compat.torch.is_looked_into(module, _Hook) for module in block.modules())
+        looked_at = any(compat.torch.is_looked_into(module, OwnHook) for module in block.modules())
         stock = type(block).__name__ == (self.scheme and self.scheme.block) and all(map(self._is_stock, records))
         return "because others look into blocks" if looked_at or not stock else None
 
@@ -130,13 +135,13 @@ class Hoist:
         own = self._standing.own = self._standing.own or Undo(within=self.undo)
         for block in run:
             hook = passage.first if block is run[0] else passage.inner
-            own.hook(block.module, "register_forward_pre_hook", _Hook(block.module, hook), with_kwargs=True)
+            own.hook(block.module, "register_forward_pre_hook", OwnHook(block.module, hook), with_kwargs=True)
             for record in block.sites:
                 here = record.settled
                 self._standing.before.append((record, here))
                 if here.patch is not None:
                     record.settled = replace(here, params=here.patch.in_order(here.params))
-        own.hook(run[-1].module, "register_forward_hook", _Hook(run[-1].module, passage.last))
+        own.hook(run[-1].module, "register_forward_hook", OwnHook(run[-1].module, passage.last))
         self.ledger.count(self.ledger.hoisted, f"once for {run[0].name} to {run[-1].name}")
 
     def _indices(self, order: Tiles, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -202,7 +207,7 @@ class _Standing(threading.local):
         self.before: list[tuple[SiteRecord, Settled]] = []
 
 
-class _Hook:
+class OwnHook:
     """Hook of one block in the forward of one thread."""
 
     def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:

@@ -90,9 +90,12 @@ class Run:
         """Whether it had a forward already."""
         return bool(self._came)
 
-    def has_been_at(self, step: int | None) -> bool:
-        """Whether its last forward was at a step."""
-        return self.begun and step == self._step
+    def has_been_at(self, moment: Moment) -> bool:
+        """Whether its last forward was at the step of `moment`, of the same call of a pipeline, though it may have been of other sizes."""
+        clock = moment.clock
+        if not self.begun or self.broken or clock.step != self._step:
+            return False
+        return bool(self._shared(moment)) if moment.schedules else clock.branch not in self._came
 
     def is_at(self, moment: Moment) -> bool:
         """Whether the last forward that was noted is that of `moment`."""

@@ -123,24 +123,31 @@ class HeadsInspection(Shown):
 
 
 def heads_of(pipe: Any) -> dict[int, int]:
-    """Return how many heads each layer of a pipeline's one denoiser has that rules can name.
+    """Return how many heads each layer of a pipeline's denoiser has that rules can name; of several denoisers, which must have the same.
 
     Raises
     ------
     UnsupportedError
-        If it has several denoisers, or does not say how many heads there are.
+        If denoisers have other heads, or one does not say how many there are.
     """
     parts = DenoiserHost.parts(pipe)
-    (host, *others) = DenoiserHost.of(pipe, parts, Setup())
-    heads = {
+    heads, *others = map(_heads_of, DenoiserHost.of(pipe, parts, Setup()))
+    if not heads or None in heads.values() or any(other != heads for other in others):
+        what = (
+            f"{', '.join(parts)}, whose heads are not the same"
+            if others
+            else "attention that does not say how many heads it has"
+        )
+        raise UnsupportedError(f"Heads are tried one by one, by layer and number, and {type(pipe).__name__} has {what}.")
+    return {layer: int(number or 0) for layer, number in sorted(heads.items())}
+
+
+def _heads_of(host: DenoiserHost) -> dict[int, int | None]:
+    return {
         record.site.layer: getattr(record.module, "heads", None) or getattr(record.module, "num_heads", None)
         for record in host.records
         if record.site is not None and record.site.kind in ("self", "joint") and record.site.layer is not None
     }
-    if others or not heads or None in heads.values():
-        what = f"denoisers {', '.join(parts)}" if others else "attention that does not say how many heads it has"
-        raise UnsupportedError(f"Heads are tried one by one in one denoiser, and {type(pipe).__name__} has {what}.")
-    return {layer: int(number or 0) for layer, number in sorted(heads.items())}
 
 
 def inspect_heads(pipe: Any, inputs: Mapping[str, Any], settings: Mapping[str, Any]) -> HeadsInspection:
