@@ -18,6 +18,7 @@ from accelplug.families.base import Family, Grid, site_kinds, unknown
 from accelplug.hosts.forecast import amdahl
 from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import PATCHABLE, denoisers, processor_owners
+from accelplug.inspection.told import NO_RECIPE
 from accelplug.recipe import Recipe, recipes_for, recipes_of
 from accelplug.recipe.settings import shown
 from accelplug.show import Shown, table
@@ -121,8 +122,7 @@ class Inspection(Shown):
             gain = "" if high == 1 else f"{low:.1f}x" if low == high else f"{low:.1f} to {high:.1f}x"
             marks = ", ".join(touches.split(", ")[same:])  # what each touches is told where they differ
             recipes.add_row(name, gain, self.summaries[name] + f" ({marks})" * bool(marks), self.differences[name])
-        none = "No shipped recipe matches this model; apply() takes a mapping or a file of your own."
-        return Group(*shown, recipes if self.recipes else none)
+        return Group(*shown, recipes if self.recipes else NO_RECIPE)
 
 
 def inspect_denoiser(model: Any, sizes: Mapping[str, Any] | None = None) -> Inspection:

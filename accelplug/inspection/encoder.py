@@ -12,6 +12,7 @@ from accelplug.hosts.encoders import EncoderHost
 from accelplug.hosts.forecast import amdahl
 from accelplug.hosts.host import Setup, model_facts
 from accelplug.hosts.models import towers_of
+from accelplug.inspection.told import recipes_told
 from accelplug.recipe import matching_files, recipes_for
 from accelplug.show import Shown, table
 
@@ -67,11 +68,7 @@ class EncoderInspection(Shown):
         for size, (tokens, share) in self.shares.items():
             most = amdahl(share, float("inf"))
             told.add_row(f"at {size} px", f"{tokens:,} tokens: attention is {share:.0%} of the work: at most {most:.1f}x")
-        recipes = table("recipes that match this model", "recipe", "touches", "what it does")
-        for name, touches in self.recipes.items():
-            recipes.add_row(name, touches, self.summaries[name])
-        none = "No shipped recipe matches this model; apply() takes a mapping or a file of your own."
-        return Group(told, recipes if self.recipes else none)
+        return Group(told, recipes_told(self.recipes, self.summaries))
 
 
 def inspect_encoder(model: Any) -> EncoderInspection:

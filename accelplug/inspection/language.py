@@ -11,6 +11,7 @@ from accelplug.families.vlm import vlm_of
 from accelplug.hosts.host import model_facts
 from accelplug.hosts.models import attention_modules, decoder_of
 from accelplug.hosts.transformers import LanguageHost
+from accelplug.inspection.told import recipes_told
 from accelplug.recipe import recipes_for, recipes_of
 from accelplug.show import Shown, table
 
@@ -57,11 +58,7 @@ class LanguageInspection(Shown):
         for path, why in self.modules.items():
             if why:
                 told.add_row(path, why)
-        recipes = table("recipes that match this model", "recipe", "touches", "what it does")
-        for name, touches in self.recipes.items():
-            recipes.add_row(name, touches, self.summaries.get(name, ""))
-        none = "No shipped recipe matches this model; apply() takes a mapping or a file of your own."
-        return Group(told, recipes if self.recipes else none)
+        return Group(told, recipes_told(self.recipes, self.summaries))
 
 
 def inspect_language(model: Any) -> LanguageInspection:

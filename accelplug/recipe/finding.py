@@ -234,8 +234,8 @@ def recipes_for(facts: ModelFacts, sites: Sequence[Site]) -> dict[str, str]:
     recipes = {}
     for name, recipe in fitting.recipes().items():
         touched = sum(recipe.may_touch(site) for site in sites)
-        around = "around generate(), " if recipe.around() else ""
-        said = [f"{around}{touched} of {len(sites)} sites"]
+        said = [f"{touched} of {len(sites)} sites"] if touched or not recipe.around() else []
+        said += ["generate()"] if recipe.around() else []
         said += ["repaired"] if recipe.repairs else []
         recipes[name] = ", ".join([*said, *(["default"] if name in defaults else [])])
     return recipes

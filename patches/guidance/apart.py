@@ -1,18 +1,23 @@
-"""Tokens that read some of the others: attention in parts, each by the user's own backend, without a mask over all pairs."""
+"""Tokens that read one of several texts: attention in parts, each by the user's own backend, without a mask over all pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from accelplug.bounded import Bounded
 from accelplug.errors import AccelplugError, UnsupportedError
+from accelplug.patches import base
+from accelplug.patches.base import Patch, Positive
 
 if TYPE_CHECKING:
-    from accelplug.call import AttentionCall, Layout
+    from accelplug.call import AttentionCall, Clock, Layout, Site
+    from accelplug.kernels.plan import BlockPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,25 +71,58 @@ def places_of_texts(layout: Layout, texts: Sequence[int]) -> tuple[Tensor, ...]:
     return text.split(list(texts))
 
 
-def texts_of(layout: Layout, tokens: int | None, name: str) -> tuple[int, ...]:
-    """Return how many tokens each prompt has: as the host knows, or `tokens` each.
+class ReadsApart(Patch):
+    """A method by which tokens read their own of several prompts. Who reads whom, a subclass's `parts`, hangs on how tokens lie alone."""
 
-    Raises
-    ------
-    AccelplugError
-        If the text is not a multiple of them.
-    UnsupportedError
-        If neither is known.
-    """
-    if tokens is None:
-        if not layout.texts:
-            raise UnsupportedError(
-                f"{name} must know which tokens are of which prompt, and was told of none. Give the pipeline a prompt, 'one | another'; "
-                "or join embeddings and set `tokens`, how many each has."
-            )
-        return layout.texts
-    if layout.text > tokens and layout.text % tokens:
-        raise AccelplugError(
-            f"{name}: expected a text of whole prompts of {tokens} tokens, got {layout.text} tokens. Mend `tokens`."
+    class Config(base.Config):
+        tokens: Positive | None = Field(
+            None, description="Tokens of each prompt, where you join embeddings yourself; none: the pipeline tells."
         )
-    return (tokens,) * max(layout.text // tokens, 1)
+
+    config: Config
+    speed = False
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self._prepared: Bounded[Layout, Apart | None] = Bounded(16)
+
+    def parts(self, layout: Layout, texts: tuple[int, ...]) -> Apart:
+        """Return who reads whom, where there are several prompts; `texts`: how many tokens each has."""
+        raise NotImplementedError
+
+    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Apart | None:
+        return self._prepared.get(layout, lambda: self._apart(layout))
+
+    def _apart(self, layout: Layout) -> Apart | None:
+        texts = self._texts(layout)
+        return None if len(texts) < 2 else self.parts(layout, texts)
+
+    def _texts(self, layout: Layout) -> tuple[int, ...]:
+        """How many tokens each prompt has: as the host knows, or `tokens` each.
+
+        Raises
+        ------
+        AccelplugError
+            If the text is not a multiple of them.
+        UnsupportedError
+            If neither is known.
+        """
+        tokens, name = self.config.tokens, type(self).__name__.lower()
+        if tokens is None:
+            if not layout.texts:
+                raise UnsupportedError(
+                    f"{name} must know which tokens are of which prompt, and was told of none. Give the pipeline a prompt, "
+                    "'one | another'; or join embeddings and set `tokens`, how many each has."
+                )
+            return layout.texts
+        if layout.text > tokens and layout.text % tokens:
+            raise AccelplugError(
+                f"{name}: expected a text of whole prompts of {tokens} tokens, got {layout.text} tokens. Mend `tokens`."
+            )
+        return (tokens,) * max(layout.text // tokens, 1)
+
+    def attend(self, call: AttentionCall, params: Apart) -> Tensor:
+        return params.attend(call)
+
+    def inspect(self, call: AttentionCall, params: Apart) -> tuple[float | None, BlockPlan | None]:
+        return params.density, None

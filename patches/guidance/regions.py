@@ -22,22 +22,18 @@ Experimental. Nothing was measured with it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import AfterValidator, Field
 
-from accelplug.bounded import Bounded
 from accelplug.errors import AccelplugError
-from accelplug.patches import base
-from accelplug.patches.base import Patch, Positive
-from accelplug.patches.guidance.apart import Apart, places_of_texts, texts_of
+from accelplug.patches.guidance.apart import Apart, ReadsApart, places_of_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from accelplug.call import AttentionCall, Clock, Layout, Site
-    from accelplug.kernels.plan import BlockPlan
+    from accelplug.call import Layout
 
 
 def _opens(box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
@@ -50,41 +46,25 @@ def _opens(box: tuple[float, float, float, float]) -> tuple[float, float, float,
 BoxShares = Annotated[tuple[float, float, float, float], AfterValidator(_opens)]
 
 
-class Regions(Patch):
+class Regions(ReadsApart):
     """What lies in a box reads the prompt of that box."""
 
-    class Config(base.Config):
+    class Config(ReadsApart.Config):
         boxes: Annotated[tuple[BoxShares, ...], Field(min_length=1, max_length=32)] = Field(
             description="Top, left, bottom and right of each prompt's box but the first prompt's, in shares of the picture."
         )
         everywhere: bool = Field(True, description="Whether the first prompt is read inside boxes too. Ours.")
-        tokens: Positive | None = Field(
-            None, description="Tokens of each prompt, where you join embeddings yourself; none: the pipeline tells."
-        )
 
     config: Config
-    speed = False
 
-    def __init__(self, config: Any = None) -> None:
-        super().__init__(config)
-        self._prepared: Bounded[Layout, Apart | None] = Bounded(16)
-
-    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Apart | None:
-        return self._prepared.get(layout, lambda: self.parts(layout))
-
-    def parts(self, layout: Layout) -> Apart | None:
-        """Return who reads whom; None where there is one prompt.
+    def parts(self, layout: Layout, texts: tuple[int, ...]) -> Apart:
+        """Return who reads whom.
 
         Raises
         ------
         AccelplugError
             If there are not as many prompts as boxes, and one.
-        UnsupportedError
-            If it is not known which tokens are whose.
         """
-        texts = texts_of(layout, self.config.tokens, "regions")
-        if len(texts) < 2:
-            return None
         if len(texts) != len(self.config.boxes) + 1:
             raise AccelplugError(
                 f"regions: expected a prompt for the picture and one for each of {len(self.config.boxes)} boxes, got {len(texts)} prompts."
@@ -112,9 +92,3 @@ class Regions(Patch):
         boxes = torch.stack(inside, -1)
         first = torch.ones_like(boxes[:, :1]) if self.config.everywhere else ~boxes.any(-1, keepdim=True)
         return torch.cat([first, boxes], -1)
-
-    def attend(self, call: AttentionCall, params: Apart) -> Tensor:
-        return params.attend(call)
-
-    def inspect(self, call: AttentionCall, params: Apart) -> tuple[float | None, BlockPlan | None]:
-        return params.density, None

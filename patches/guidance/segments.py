@@ -26,60 +26,40 @@ Experimental. The paper trains CogVideoX with this mask, in two stages; here not
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import Field
 
-from accelplug.bounded import Bounded
 from accelplug.errors import AccelplugError
-from accelplug.patches import base
-from accelplug.patches.base import Patch, Positive
-from accelplug.patches.guidance.apart import Apart, places_of_texts, texts_of
+from accelplug.patches.guidance.apart import Apart, ReadsApart, places_of_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from accelplug.call import AttentionCall, Clock, Layout, Site
-    from accelplug.kernels.plan import BlockPlan
+    from accelplug.call import Layout
 
 Proportion = Annotated[float, Field(gt=0, le=1000)]
 
 
-class Segments(Patch):
+class Segments(ReadsApart):
     """Every span of frames reads the text of its own prompt."""
 
-    class Config(base.Config):
+    class Config(ReadsApart.Config):
         shares: Annotated[tuple[Proportion, ...], Field(min_length=1, max_length=64)] | None = Field(
             None, description="How long the spans are, relative to each other, one for each prompt; none: all alike."
         )
-        tokens: Positive | None = Field(
-            None, description="Tokens of each prompt, where you join embeddings yourself; none: the pipeline tells."
-        )
 
     config: Config
-    speed = False
 
-    def __init__(self, config: Any = None) -> None:
-        super().__init__(config)
-        self._prepared: Bounded[Layout, Apart | None] = Bounded(16)
-
-    def prepare(self, site: Site, layout: Layout, clock: Clock, state: dict[str, Any]) -> Apart | None:
-        return self._prepared.get(layout, lambda: self.parts(layout))
-
-    def parts(self, layout: Layout) -> Apart | None:
-        """Return who reads whom; None where there is one prompt.
+    def parts(self, layout: Layout, texts: tuple[int, ...]) -> Apart:
+        """Return who reads whom.
 
         Raises
         ------
         AccelplugError
             If the prompts are more than the latent frames, or other ones than there are shares for.
-        UnsupportedError
-            If it is not known which tokens are whose.
         """
-        texts = texts_of(layout, self.config.tokens, "segments")
-        if len(texts) < 2:
-            return None
         spans = self._spans(layout, len(texts))
         words = places_of_texts(layout, texts)
         frames = tuple(span + (0 if layout.crossed else layout.text_before) for span in spans)
@@ -104,9 +84,3 @@ class Segments(Patch):
         for n in range(number):  # each has one frame at least
             ends[n] = min(max(ends[n], (ends[n - 1] if n else 0) + 1), frames - (number - 1 - n))
         return torch.arange(layout.visual).tensor_split([end * rows * columns for end in ends[:-1]])
-
-    def attend(self, call: AttentionCall, params: Apart) -> Tensor:
-        return params.attend(call)
-
-    def inspect(self, call: AttentionCall, params: Apart) -> tuple[float | None, BlockPlan | None]:
-        return params.density, None
