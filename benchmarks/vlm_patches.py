@@ -1,16 +1,19 @@
 """What every patch does to the bundled vision-language model, beside the controls that a real effect must beat.
 
-``python -m benchmarks.vlm_patches``: about 20 minutes on two cores. First it is checked whether what a patch treats is there at all
-(sinks in the image, heads that the image makes a difference to, visual mass that decays); a patch without its phenomenon gets no
-figure. Heads for `adhh` are found on the dev split, since no list was published for the model. The controls: a blind picture, equally
-many heads at random (vhr), the same bias on equally many tokens at random (visual_bias), and, in the column "offset", the stock model
-with its yes-logit shifted to the same share of yes.
+``python -m benchmarks.vlm_patches --jobs 2``: about 20 minutes on two cores, an hour with ``--model llava-smollm2``. First it is
+checked whether what a patch treats is there at all (sinks in the image, heads that the image makes a difference to, visual mass that
+decays); a patch without its phenomenon gets no figure. Heads for `adhh` are found on the dev split, since no list was published for
+the model. The controls: a blind picture, equally many heads at random (vhr), the same bias on equally many tokens at random
+(visual_bias), and, in the column "offset", the stock model with its yes-logit shifted to the same share of yes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -20,17 +23,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import accelplug
 from accelplug import chat
+from accelplug.comparison.environment import environment
 from accelplug.comparison.exam import Exam
-from accelplug.comparison.rows import Variant
-from accelplug.comparison.vlm import compare_vlm
+from accelplug.comparison.outcome import Outcome, hold_against_stock
+from accelplug.comparison.rows import STOCK_ROW, Variant
+from accelplug.comparison.vlm import Examiner, VlmComparison
 from accelplug.inspection.looking import VlmInspection
 from accelplug.recipe import named
 from accelplug.zoo import path, scenes
 from benchmarks.common import RESULTS
 from benchmarks.hallucinating_heads import hallucinating_heads
 
-RECIPES = {"llava-scenes": "llava-scenes"}
-"""By model, the file that its recipes are from; else `vlm`."""
 HEADS = ("vhr", "var", "gift", "visual_bias", "vaf", "pai", "hgai", "imbalance", "spin", "adaptive_boost")
 PATCHES = (*HEADS, "ilvad", "ilvad_pope", "farsight", "carve", "agla")
 
@@ -124,10 +127,18 @@ def variants(file: str, missing: dict[str, str], heads: list[list[int]]) -> list
     return [*rows, Variant("blind picture", None, "control", blind)]
 
 
+def examined(model: str, pictures: int, variant: Variant) -> Outcome:
+    """What a model of the zoo answers, in a process that ends thereafter."""
+    row = Examiner(*load(model), Exam.scenes(pictures), batch=100).examine(variant)
+    print(f"{row.name}: {row.tokens_per_s:.0f} tokens/s", flush=True)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="llava-scenes", help="of the zoo, by its name")
     parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time, each in a process of its own")
     parser.add_argument("--only", nargs="*", help="rows to run")
     parser.add_argument("--name", default="vlm_patches", help="of the result file")
     options = parser.parse_args()
@@ -136,9 +147,13 @@ def main() -> None:
     missing, heads = testable(found), hallucinating_heads(model, processor, Exam.scenes(64, "dev"))
     missing |= {} if heads else {"adhh": "no description says what is not there"}
     print(json.dumps(found, indent=1), missing, heads, flush=True)
-    rows = variants(RECIPES.get(options.model, "vlm"), missing, heads)
+    rows = variants(options.model, missing, heads)
     rows = [row for row in rows if not options.only or row.name in options.only]
-    result = compare_vlm(model, rows, Exam.scenes(options.pictures), processor, batch=100)
+    exam, stock = Exam.scenes(options.pictures), Variant(STOCK_ROW, kind=STOCK_ROW)
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+        outcomes = list(pool.map(partial(examined, options.model, options.pictures), [stock, *rows]))
+    hold_against_stock(outcomes, exam)
+    result = VlmComparison(type(model).__name__, exam, outcomes, environment(model))
     file = RESULTS / f"{options.name}.json"
     result.to_json(file)
     data = json.loads(file.read_text())

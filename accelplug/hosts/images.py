@@ -68,6 +68,9 @@ class _Listener:
         return out
 
 
+CLASS_TOKENS = ("class_embedding", "cls_token")
+"""Parameters that a class token is: of CLIP, and of DINOv2 and ViT."""
+
 _MAPS: ContextVar[dict[str, Tensor]] = ContextVar("accelplug_vision")
 
 
@@ -84,7 +87,7 @@ class VisionTower:
         tower = getattr(base, "vision_tower", None)
         parts = tower if isinstance(tower, nn.Module) else nn.Module()
         modules = [module for module in parts.modules() if attends(module)]
-        if len(modules) < 3 or not any(name.endswith("class_embedding") for name, _ in parts.named_parameters()):
+        if len(modules) < 3 or not any(name.endswith(CLASS_TOKENS) for name, _ in parts.named_parameters()):
             raise UnsupportedError(
                 f"{type(base).__name__} has no vision tower with a class token and at least three layers, which this recipe reads "
                 "(LLaVA-1.5 has). Take var, vhr or visual_bias."
