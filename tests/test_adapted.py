@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
+import accelplug
 from accelplug import loading, zoo
 from accelplug.errors import NoMatchError
+from accelplug.hosts.images import VisionTower
 from accelplug.weights import fetch
 from accelplug.zoo import adapted
 from accelplug.zoo.wheels import folder_of
@@ -88,6 +90,21 @@ def test_the_whole_is_its_parts_and_the_additions(parts: list[Path], tmp_path: P
     inputs = processor(text=[prompt], images=[[Image.new("RGB", (96, 96))]], return_tensors="pt")
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == (adapted.PIXELS // 14) ** 2
     assert model(**inputs.to(torch.bfloat16)).logits.isfinite().all()
+
+
+def test_the_class_token_of_the_tower_is_read(parts: list[Path], tmp_path: Path) -> None:
+    adapted.write_adapted(adapter(), tmp_path / "whole", *parts)
+    model, _ = loading.language_model(tmp_path / "whole", "float32")
+    pixels = torch.randn(2, 3, adapted.PIXELS, adapted.PIXELS)
+    visual = torch.ones(2, (adapted.PIXELS // 14) ** 2, dtype=torch.bool)
+    with accelplug.apply(model, {"patch": "imbalance"}, gate="off"), torch.no_grad():
+        model.model.get_image_features(pixel_values=pixels)
+        first, late = VisionTower.take(visual)
+    tower = model.model.vision_tower
+    tower.set_attn_implementation("eager")
+    maps = tower(pixels, output_attentions=True).attentions
+    torch.testing.assert_close(first, maps[0][:, :, 0, 1:].sum(1))
+    torch.testing.assert_close(late, maps[-2][:, :, 0, 1:].sum(1))
 
 
 def test_a_shipped_adapter_is_put_together_once(parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

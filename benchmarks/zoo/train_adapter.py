@@ -1,4 +1,4 @@
-"""Train what joins DINOv2-small and SmolLM2-135M to a LLaVA: ``python -m benchmarks.zoo.train_adapter --minutes 180``.
+"""Train what joins DINOv2-small and SmolLM2-135M to a LLaVA: ``python -m benchmarks.zoo.train_adapter``.
 
 Both are real and stay as they are (``accelplug fetch smollm2-135m dinov2-small``); a projector and low-rank additions to the decoder's
 linear layers are trained, on pictures that `accelplug.zoo.scenes` draws. Things in them go together more often than in the scenes of the
@@ -342,7 +342,7 @@ def export() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=180, help="of training, over restarts")
+    parser.add_argument("--minutes", type=float, default=50, help="of training on two cores, over restarts")
     parser.add_argument("--batch", type=int, default=8, help="pictures a step")
     parser.add_argument("--align", type=int, default=1600, help="pictures that the projector learns words from, first")
     parser.add_argument("--pictures", type=int, default=100, help="dev scenes of the judgement")
