@@ -5,9 +5,9 @@ from __future__ import annotations
 import html
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,22 +18,17 @@ from torch.nn.functional import normalize
 from accelplug import show
 from accelplug.comparison import arguments
 from accelplug.comparison.environment import environment, timed_runs
+from accelplug.comparison.forwards import REPEATS, ForwardRow, OfForwards, OnCase, pace
 from accelplug.comparison.pictures import Laid, Pictures, laid_out
-from accelplug.comparison.rows import DENSE_ROW, Quantiles
-from accelplug.errors import AccelplugError
-from accelplug.hosts.gate import Verdict
+from accelplug.comparison.rows import Quantiles
 from accelplug.hosts.models import towers_of
 from accelplug.inspection import drawing
-from accelplug.plug import apply
 from accelplug.recipe import Recipe
-from accelplug.show import Shown, Tell, jsonable, table
+from accelplug.show import Shown, Tell, jsonable
 
 if TYPE_CHECKING:
-    from rich.console import Group
     from rich.table import Table
 
-REPEATS = 3
-"""Timed forwards of every picture with every recipe, beside as many dense ones ahead of them and behind them."""
 NEAR = 1
 """Patches, by rows and by columns, within which a match counts as right."""
 MAP_PIXELS = 480
@@ -49,14 +44,13 @@ class Features:
 
 
 @dataclass
-class OnPicture:
+class OnPicture(OnCase):
     """One row on one picture.
 
     Attributes
     ----------
     picture : its name.
     tokens : of the sequence.
-    ms : milliseconds of each timed forward; `dense_ms` of dense ones around them.
     cosine : of the features of each patch to the dense ones, row by row; in [-1, 1].
     special : the least cosine of the tokens ahead of the patches; NaN without such.
     matched : share of the patches whose most alike one, in the altered picture, stands where it belongs; NaN where that was not tried.
@@ -65,38 +59,17 @@ class OnPicture:
 
     picture: str
     tokens: int
-    ms: list[float]
-    dense_ms: list[float]
     cosine: np.ndarray
     special: float
     matched: float
     grid: tuple[int, int]
 
-    @property
-    def gain(self) -> float:
-        """How much faster than dense, by medians."""
-        return statistics.median(self.dense_ms) / statistics.median(self.ms)
-
 
 @dataclass
-class FeatureRow:
-    """One line of the table: the dense encoder, or a recipe.
+class FeatureRow(ForwardRow):
+    """One line of the table: the dense encoder, or a recipe."""
 
-    Attributes
-    ----------
-    rules : the recipe as text for people.
-    density : fraction of (query, key) pairs computed, pooled keys counted, mean over all layers.
-    peak_mib : most memory in a timed forward, MiB; None where the system does not tell.
-    notes : what ran dense all the same, and why.
-    """
-
-    name: str
-    kind: str
-    rules: str = ""
     on: list[OnPicture] = field(default_factory=list)
-    density: float | None = None
-    peak_mib: float | None = None
-    notes: list[str] = field(default_factory=list)
 
     @property
     def ms(self) -> Quantiles:
@@ -135,39 +108,21 @@ class FeatureRow:
 
 
 @dataclass(repr=False)
-class FeatureComparison(Shown):
+class FeatureComparison(OfForwards, Shown):
     """What `compare` found on an image encoder. Prints as a table; writes JSON or a page with heat maps.
 
     Attributes
     ----------
-    rows : dense first.
     shown : by picture, uint8 (H, W, 3) as the encoder saw it; not part of the JSON.
     generated : whether the pictures are drawn scenes: a photograph may fare otherwise.
     """
 
-    model: str
-    generated: bool
-    environment: dict[str, Any]
     rows: list[FeatureRow]
     shown: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
-    def __getitem__(self, name: str) -> FeatureRow:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise AccelplugError(f"There is no row {name!r}; there are {', '.join(row.name for row in self.rows)}.")
-
-    @property
-    def heading(self) -> str:
-        """What ran where."""
-        return f"{self.model} on {self.environment.get('device', 'a device that was not noted')}"
-
-    @property
-    def verdict(self) -> str:
-        """Every recipe in a few words."""
-        recipes = [row for row in self.rows if row.kind == "recipe"]
-        said = [f"{row.name}: {pace(row.gain.p50)}, cosine {row.cosine:.4f}" for row in recipes]
-        return "; ".join(said) or "Dense only: nothing to compare."
+    def said(self, row: FeatureRow) -> str:
+        """Say a recipe in a few words."""
+        return f"{row.name}: {pace(row.gain.p50)}, cosine {row.cosine:.4f}"
 
     @property
     def on(self) -> str:
@@ -178,29 +133,13 @@ class FeatureComparison(Shown):
 
     def table(self) -> Table:
         """Return the figures as a rich table."""
-        from rich.box import SIMPLE_HEAD
-
-        from accelplug.comparison.report import filled_columns
-
-        headings, lines = filled_columns(HEADINGS, [_feature_cells(row) for row in self.rows])
-        found = table(self.verdict, *headings, caption=f"{self.on}. {COLUMNS_SAID}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for column in found.columns[1:]:
-            column.justify = "right"
-        for cells in lines:
-            found.add_row(*cells)
-        return found
-
-    def __rich__(self) -> Group:
-        from rich.console import Group
-
-        notes = [f"{row.name}: {note}" for row in self.rows for note in row.notes]
-        return Group(f"[bold]{self.heading}[/]", self.table(), *notes)
+        return self.table_of(HEADINGS, _feature_cells, f"{self.on}. {COLUMNS_SAID}")
 
     def maps(self) -> Iterator[tuple[str, str, Any]]:
         """Yield (picture, row, image of PIL's): where features differ, 1 - cosine of each patch, on the picture; each has its own peak."""
         from PIL import Image
 
-        for row in (row for row in self.rows if row.kind == "recipe"):
+        for row in (row for row in self.rows if not row.dense):
             for one in row.on:
                 ground = Image.fromarray(self.shown[one.picture])
                 size = MAP_PIXELS, max(1, round(MAP_PIXELS * ground.height / ground.width))
@@ -263,14 +202,9 @@ MAPS_STYLE = """
 """
 
 
-def pace(gain: float) -> str:
-    """Return how much faster, or slower, in words."""
-    return f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x slower"
-
-
 def _feature_cells(row: FeatureRow) -> list[str]:
     """One line of the table, as text."""
-    dense = row.kind == DENSE_ROW
+    dense = row.dense
     spread = f" ({row.gain.p20:.2f}-{row.gain.p80:.2f})" if len(row.on) > 1 else ""
     quality = (row.cosine, row.worst_picture, row.worst_patch, row.special)
     return [
@@ -320,10 +254,7 @@ def compare_features(
     arguments.require_whole(repeats, "compare, repeats", 1)
     tower, family = next(iter(towers_of(model).values()))
     study = _Study(model, tower, repeats, matching)
-    rows = [
-        FeatureRow(DENSE_ROW, DENSE_ROW),
-        *(FeatureRow(row, "recipe", rules_of(recipe)) for row, recipe in recipes.items()),
-    ]
+    rows = FeatureRow.of(recipes)
     shown = {}
     with show.progress("comparing", len(pictures.opened) * len(rows), progress) as study.tell:
         for picture, opened in pictures.opened.items():
@@ -331,11 +262,6 @@ def compare_features(
             shown[picture] = laid.shown
             study.run(picture, laid, altered, list(zip(rows, [None, *recipes.values()], strict=True)))
     return FeatureComparison(type(model).__name__, pictures.generated, environment(model), rows, shown)
-
-
-def rules_of(recipe: Recipe) -> str:
-    """Return a recipe's rules as text for people."""
-    return "\n".join(recipe.describe().split("\n")[1:])
 
 
 @dataclass
@@ -356,38 +282,24 @@ class _Study:
         for row, recipe in rows:
             self.tell(self.done, f"{row.name} on {picture}")
             self.done += 1
-            with nullcontext() if recipe is None else apply(self.model, recipe, gate="report") as plug:
-                with nullcontext([]) if plug is None else plug.trace() as events:
-                    found = features(self.tower, laid)
-                ms = self._timed(row, laid)
+            forward = partial(output_of, self.tower, laid)
+            with row.applied(self.model, recipe) as noted:
+                found = noted(lambda: features(self.tower, laid))
+                ms = row.timed(forward, self.device, self.repeats)
                 matched = _matched(found, features(self.tower, altered), laid.grid) if self.matching else math.nan
-                if plug is not None:
-                    row.notes = [*plug.report().left_dense, *forced_notes(plug.choices["verdicts"])]
-                    layers = max((event.site.layers for event in events), default=0)
-                    read = [1.0 if event.density is None else event.density for event in events]
-                    row.density = (sum(read) + layers - len(read)) / layers if layers else None
             dense = dense or found
-            after = ms if recipe is None else self._timed(None, laid)
+            after = ms if recipe is None else timed_runs(forward, self.device, self.repeats)[0]
             cosine = (normalize(found.patches, dim=-1) * normalize(dense.patches, dim=-1)).sum(-1).numpy()
             special = (normalize(found.ahead, dim=-1) * normalize(dense.ahead, dim=-1)).sum(-1)
             least = float(special.min()) if len(special) else math.nan
             tokens = laid.ahead + len(laid.places)
-            row.on.append(OnPicture(picture, tokens, ms, before + after, cosine, least, matched, laid.grid))
+            row.on.append(OnPicture(ms, before + after, picture, tokens, cosine, least, matched, laid.grid))
             before = after
 
-    def _timed(self, row: FeatureRow | None, laid: Laid) -> list[float]:
-        """Milliseconds of forwards; their peak goes into the row."""
-        device = next(self.tower.parameters()).device
-        ms, peak = timed_runs(lambda: output_of(self.tower, laid), device, self.repeats)
-        if peak is not None and row is not None:
-            row.peak_mib = max(row.peak_mib or 0.0, peak)
-        return ms
-
-
-def forced_notes(verdicts: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return what `apply` would leave dense, and was forced here."""
-    told = [Verdict.from_dict(one) for one in verdicts]
-    return [f"forced here, where apply() would leave it dense: {one.reason}" for one in told if not one.pays]
+    @property
+    def device(self) -> torch.device:
+        """Where the tower is."""
+        return next(self.tower.parameters()).device
 
 
 def output_of(tower: nn.Module, laid: Laid) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,16 +15,13 @@ from torch import Tensor
 from accelplug import show
 from accelplug.comparison import arguments
 from accelplug.comparison.environment import environment, timed_runs
-from accelplug.comparison.features import REPEATS, forced_notes, pace, rules_of
-from accelplug.comparison.rows import DENSE_ROW
+from accelplug.comparison.forwards import REPEATS, ForwardRow, OfForwards, OnCase, pace
 from accelplug.errors import AccelplugError, UnsupportedError
-from accelplug.plug import apply
 from accelplug.recipe import Recipe
-from accelplug.show import Shown, jsonable, table
+from accelplug.show import Shown, jsonable
 from accelplug.zoo.rooms import rays, render, rotation_of, sample_path, sample_room
 
 if TYPE_CHECKING:
-    from rich.console import Group
     from rich.table import Table
 
 POINTS = 2_000
@@ -199,49 +196,27 @@ def _rays_of(fields: Tensor, height: int, width: int) -> Tensor:
 
 
 @dataclass
-class OnWalk:
+class OnWalk(OnCase):
     """One row on one scene.
 
     Attributes
     ----------
     walk : its name.
     frames : of it.
-    ms : milliseconds of each timed forward; `dense_ms` of dense ones around them.
     to_dense, to_truth : how far its reconstruction is from the dense one, and from the truth where that is known.
     """
 
     walk: str
     frames: int
-    ms: list[float]
-    dense_ms: list[float]
     to_dense: Deviation
     to_truth: Deviation | None
 
-    @property
-    def gain(self) -> float:
-        """How much faster than dense, by medians."""
-        return statistics.median(self.dense_ms) / statistics.median(self.ms)
-
 
 @dataclass
-class WalkRow:
-    """One line of the table: the dense model, or a recipe.
+class WalkRow(ForwardRow):
+    """One line of the table: the dense model, or a recipe. Of its layers those of global attention count."""
 
-    Attributes
-    ----------
-    rules : the recipe as text for people.
-    density : fraction of (query, key) pairs computed in global attention, mean over its layers.
-    peak_mib : most memory in a timed forward, MiB; None where the system does not tell.
-    notes : what ran dense all the same, and why.
-    """
-
-    name: str
-    kind: str
-    rules: str = ""
     on: list[OnWalk] = field(default_factory=list)
-    density: float | None = None
-    peak_mib: float | None = None
-    notes: list[str] = field(default_factory=list)
 
     @property
     def gain(self) -> float:
@@ -271,66 +246,29 @@ FIGURES = {"rotation_deg": "rotation °", "direction_deg": "direction °", "dept
 
 
 @dataclass(repr=False)
-class WalkComparison(Shown):
+class WalkComparison(OfForwards, Shown):
     """What `compare` found on a geometry transformer. Prints as a table; writes JSON or a page.
 
     Attributes
     ----------
-    rows : dense first.
     generated : whether the scenes are drawn rooms, whose truth is known.
     """
 
-    model: str
-    generated: bool
-    environment: dict[str, Any]
     rows: list[WalkRow]
 
-    def __getitem__(self, name: str) -> WalkRow:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise AccelplugError(f"There is no row {name!r}; there are {', '.join(row.name for row in self.rows)}.")
-
-    @property
-    def heading(self) -> str:
-        """What ran where."""
-        return f"{self.model} on {self.environment.get('device', 'a device that was not noted')}"
-
-    @property
-    def verdict(self) -> str:
-        """Every recipe in a few words."""
-        said = [
-            f"{row.name}: {pace(row.gain)}, poses {row.mean('to_dense', 'rotation_deg'):.2f}° from dense"
-            for row in self.rows
-            if row.kind == "recipe"
-        ]
-        return "; ".join(said) or "Dense only: nothing to compare."
+    def said(self, row: WalkRow) -> str:
+        """Say a recipe in a few words."""
+        return f"{row.name}: {pace(row.gain)}, poses {row.mean('to_dense', 'rotation_deg'):.2f}° from dense"
 
     def table(self) -> Table:
         """Return the figures as a rich table."""
-        from rich.box import SIMPLE_HEAD
-
-        from accelplug.comparison.report import filled_columns
-
         frames = sorted({one.frames for one in self.rows[0].on})
         scenes = (
             f"{len(self.rows[0].on)} {'drawn rooms' if self.generated else 'scenes'} of {', '.join(map(str, frames))} frames"
         )
         of_truth = [f"{heading}, truth" for heading in FIGURES.values()]
         all_of_them = ("run", "ms", "speed-up", "growth", "density", *FIGURES.values(), *of_truth, "peak MiB")
-        headings, lines = filled_columns(all_of_them, [_walk_cells(row) for row in self.rows])
-        found = table(self.verdict, *headings, caption=f"{scenes}. {WALKS_SAID}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for column in found.columns[1:]:
-            column.justify = "right"
-        for cells in lines:
-            found.add_row(*cells)
-        return found
-
-    def __rich__(self) -> Group:
-        from rich.console import Group
-
-        notes = [f"{row.name}: {note}" for row in self.rows for note in row.notes]
-        return Group(f"[bold]{self.heading}[/]", self.table(), *notes)
+        return self.table_of(all_of_them, _walk_cells, f"{scenes}. {WALKS_SAID}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain data."""
@@ -349,7 +287,7 @@ WALKS_SAID = (
 
 def _walk_cells(row: WalkRow) -> list[str]:
     """One line of the table, as text."""
-    dense = row.kind == DENSE_ROW
+    dense = row.dense
     longest = max(one.frames for one in row.on)
     ms = statistics.median(statistics.median(one.ms) for one in row.on if one.frames == longest)
     to_dense, to_truth = ([row.mean(of, name) for name in FIGURES] for of in ("to_dense", "to_truth"))
@@ -380,10 +318,7 @@ def compare_walks(
     repeats : timed forwards of each scene with each recipe, 1 or more.
     """
     arguments.require_whole(repeats, "compare, repeats", 1)
-    rows = [
-        WalkRow(DENSE_ROW, DENSE_ROW),
-        *(WalkRow(row, "recipe", rules_of(recipe)) for row, recipe in recipes.items()),
-    ]
+    rows, device = WalkRow.of(recipes), next(model.parameters()).device
     done = 0
     with show.progress("comparing", len(walks.walks) * len(rows), progress) as tell:
         for walk in walks.walks:
@@ -392,41 +327,21 @@ def compare_walks(
             for row, recipe in zip(rows, [None, *recipes.values()], strict=True):
                 tell(done, f"{row.name} on {walk.name}")
                 done += 1
-                found, ms = _on_walk(model, walk, row, recipe, repeats)
+                forward = partial(_told_by, model, walk)
+                with row.applied(model, recipe) as noted:
+                    said = noted(forward)
+                    ms = row.timed(forward, device, repeats)
+                known = None if walk.truth is None else rays(*walk.pictures.shape[-2:]).view(*walk.pictures.shape[-2:], 3)
+                found = reconstruction_of(said, known)
                 dense = dense or found
-                after = ms if recipe is None else _timed(model, walk, None, repeats)
+                after = ms if recipe is None else timed_runs(forward, device, repeats)[0]
                 truth = None if walk.truth is None else deviation_of(found, walk.truth)
-                row.on.append(OnWalk(walk.name, len(walk.pictures), ms, before + after, deviation_of(found, dense), truth))
+                row.on.append(OnWalk(ms, before + after, walk.name, len(walk.pictures), deviation_of(found, dense), truth))
                 before = after
     return WalkComparison(type(model).__name__, walks.generated, environment(model), rows)
-
-
-def _on_walk(
-    model: Any, walk: Walk, row: WalkRow, recipe: Recipe | None, repeats: int
-) -> tuple[Reconstruction, list[float]]:
-    """Run one row on one scene: what it says, and its times."""
-    with nullcontext() if recipe is None else apply(model, recipe, gate="report") as plug:
-        with nullcontext([]) if plug is None else plug.trace() as events:
-            said = _told_by(model, walk)
-        known = None if walk.truth is None else rays(*walk.pictures.shape[-2:]).view(*walk.pictures.shape[-2:], 3)
-        found, ms = reconstruction_of(said, known), _timed(model, walk, row, repeats)
-        if plug is not None:
-            row.notes = [*plug.report().left_dense, *forced_notes(plug.choices["verdicts"])]
-            layers = max((event.site.layers for event in events), default=0)
-            read = [1.0 if event.density is None else event.density for event in events]
-            row.density = (sum(read) + layers - len(read)) / layers if layers else None
-    return found, ms
 
 
 def _told_by(model: Any, walk: Walk) -> Any:
     one = next(model.parameters())
     with torch.no_grad():
         return model(walk.pictures[None].to(one.device, one.dtype))
-
-
-def _timed(model: Any, walk: Walk, row: WalkRow | None, repeats: int) -> list[float]:
-    """Milliseconds of forwards; their peak goes into the row."""
-    ms, peak = timed_runs(lambda: _told_by(model, walk), next(model.parameters()).device, repeats)
-    if row is not None and peak is not None:
-        row.peak_mib = max(row.peak_mib or 0.0, peak)
-    return ms
