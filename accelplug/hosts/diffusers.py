@@ -21,7 +21,7 @@ from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families import require_family
 from accelplug.families.base import Geometry, site_kinds
 from accelplug.hosts import rebind, ulysses
-from accelplug.hosts.answering import Answering
+from accelplug.hosts.answering import Answering, asks_for_gradients
 from accelplug.hosts.caches import StepCaches
 from accelplug.hosts.clock import ContextListener, StepClock
 from accelplug.hosts.entrance import Entrance
@@ -170,7 +170,6 @@ class DenoiserHost(Answering, Host):
             )
         self.angles = None if setup.positions is None else FrameAngles(denoiser, self.family, setup.positions)
         self.passed = Passed()
-        self._held: set[int | None] = set()
         self.skipped: dict[str, str] = {}
         self.barred: list[Site] = []
         """Attention that rules could name if its processor were another; `skipped` says which it is."""
@@ -681,14 +680,7 @@ class DenoiserHost(Answering, Host):
         """Why a call that a patch is there for must run dense, or None."""
         if blocked is not None:
             return blocked
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            if self.denoiser.training:
-                raise UnsupportedError(
-                    f"{type(self.denoiser).__name__} is in training mode and gradients are asked for, but accelplug is for "
-                    "inference. Call .eval() and run under torch.no_grad(), or remove the plug to train."
-                )
-            return "gradients are asked for; run under torch.no_grad()"
-        if (why := record.settled.obstacle(q, k, mask)) is not None:
+        if (why := asks_for_gradients(self.denoiser, q, k, v) or record.settled.obstacle(q, k, mask)) is not None:
             return why
         if compat.diffusers.attention_is_skipped():
             return "perturbed-attention guidance skips the scores of this call"
@@ -725,11 +717,6 @@ class DenoiserHost(Answering, Host):
     def step(self, index: int | None, steps: int | None) -> None:
         """Take the step that comes in this thread from the user."""
         self.clock.set(index, steps)
-
-    @property
-    def held(self) -> frozenset[int | None]:
-        """Numbers of the rules that have held somewhere."""
-        return frozenset(self._held)
 
     @property
     def seen(self) -> RunFacts:

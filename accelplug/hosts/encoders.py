@@ -28,19 +28,17 @@ from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.errors import NoMatchError, UnsupportedError
 from accelplug.families.encoders import Encoder, list_encoders, patch_hw, raster_places, window_units, windowed_layers
 from accelplug.hosts import interface
-from accelplug.hosts.answering import Answering
+from accelplug.hosts.answering import AnsweringByForward, OneForward, asks_for_gradients
 from accelplug.hosts.entrance import Entrance, Within
 from accelplug.hosts.forecast import Forecast, Forecaster
 from accelplug.hosts.gate import Verdict
 from accelplug.hosts.host import Host, Setup
 from accelplug.hosts.models import attends, flat_config, is_image_encoder, is_of_timm, towers_of
-from accelplug.hosts.placement import Placed
-from accelplug.hosts.record import Choice, given
-from accelplug.hosts.run import Passed
+from accelplug.hosts.record import given
 from accelplug.hosts.site import Settled, SiteRecord, scale_of
 from accelplug.hosts.stream import STREAM
 from accelplug.hosts.undo import Undo
-from accelplug.recipe import ModelFacts, RunFacts
+from accelplug.recipe import ModelFacts
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,15 +78,13 @@ class Piece:
 
 
 @dataclass(eq=False)
-class Brought:
+class Brought(OneForward):
     """What one forward of a tower brought, and what was settled for it.
 
     Attributes
     ----------
     pieces : what its calls are made of, in order; none where how its tokens lie is not understood, and `reason` says why.
     tokens : of the sequence.
-    states : what patches keep, by attention module; "" has what all share.
-    settled : what runs, by attention module and layout.
     calls : by attention module, how many calls came: packed pictures may come one by one.
     masks : what masks came to, by their id, and the masks themselves.
     """
@@ -96,8 +92,6 @@ class Brought:
     pieces: tuple[Piece, ...] = ()
     tokens: int = 0
     reason: str | None = None
-    states: dict[str, dict[str, Any]] = field(default_factory=dict)
-    settled: dict[tuple[str, Layout], Settled] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
     masks: dict[int, tuple[Any, Tensor | None]] = field(default_factory=dict)
 
@@ -117,7 +111,7 @@ class _OfThread(threading.local):
         self.brought: Brought | None = None
 
 
-class EncoderHost(Answering, Host):
+class EncoderHost(AnsweringByForward, Host):
     """One image encoder with the attention of some layers answered by patches.
 
     Parameters
@@ -184,19 +178,16 @@ class EncoderHost(Answering, Host):
         return made
 
     def __init__(self, name: str, tower: Any, family: Encoder, setup: Setup) -> None:
-        super().__init__(setup.ledger, setup.gate)
-        self.name, self.root, self.family = name, tower, family
-        self.decide, self.check_rules = setup.decide, setup.check_rules
+        super().__init__(tower, setup)
+        self.name, self.family = name, family
         self.enters = setup.enters
         self.signature = inspect.signature(type(tower).forward)
         self.skipped: dict[str, str] = {}
         self.records = self._records()
         self.named = [record for record in self.records if self.decide(record.site, None, Clock()).chosen]
         """The attention modules that rules name."""
-        self.passed = Passed()
         self.forecaster = Forecaster(name, self.meter, self.records, self.passed, self.decide, self.gate, stepped=False)
         self._orders: Bounded[tuple[int, ...], Tensor] = Bounded(64)
-        self._held: set[int | None] = set()
         self._here = _OfThread()
         self._came_through = False
 
@@ -212,21 +203,6 @@ class EncoderHost(Answering, Host):
             for layer, (path, module) in enumerate(modules)
             if layer not in windowed
         ]
-
-    @property
-    def outer_mask(self) -> bool:
-        """Whether a (B, 1, S, S) mask is an outer product of one validity."""
-        return False
-
-    @property
-    def text_apart(self) -> bool:
-        """Whether text asks in calls of its own, which stay dense."""
-        return False
-
-    @property
-    def exchanging(self) -> bool:
-        """Whether ranks exchange tokens for heads around attention."""
-        return False
 
     # ------------------------------------------------------------------------------------------------- in and out
 
@@ -267,7 +243,8 @@ class EncoderHost(Answering, Host):
         self.passed.note(self.now)
         one = brought.pieces[0] if len(brought.pieces) == 1 and brought.pieces[0].whole else None
         for record in self.named:
-            record.settled = self._settled(record, None if one is None else one.layout, _device_of(record.module))
+            layout, device = None if one is None else one.layout, _device_of(record.module)
+            record.settled = self.settled_in(brought, record.site, layout, device)
 
     def _understood(self, inputs: Mapping[str, Any]) -> Brought:
         """Say how the tokens of a forward lie, by its arguments."""
@@ -314,33 +291,6 @@ class EncoderHost(Answering, Host):
         """Which token of a packed picture has each place of its raster; see `raster_places`."""
         return self._orders.get(order, lambda: torch.tensor(raster_places(*order)).argsort())
 
-    def _settled(self, record: EncoderRecord, layout: Layout | None, device: torch.device | None) -> Settled:
-        """Ask the recipe and its patch what runs at a module for tokens that lie so; once a forward."""
-        brought, site = self._here.brought, record.site
-        if brought is None or layout is None:
-            return Settled(self.decide(site, layout, self.now))
-        key = site.module, layout
-        if key not in brought.settled:
-            choice = self.decide(site, layout, self.now)
-            self._held.add(choice.rule)
-            brought.settled[key] = self._prepared(choice, site, layout, device, brought.states)
-        return brought.settled[key]
-
-    def _prepared(
-        self, choice: Choice, site: Site, layout: Layout, device: torch.device | None, states: dict[str, dict[str, Any]]
-    ) -> Settled:
-        if choice.patch is None:
-            return Settled(choice, choice.reason, layout=layout, length=layout.length)
-        state = states.setdefault(site.module, {"shared": states.setdefault("", {})})
-        params = choice.patch.prepare(site, layout, self.now, state)
-        if params is None or isinstance(params, str):
-            return Settled(choice, params, layout=layout, length=layout.length)
-        error = None
-        if choice.patch.estimates and device is not None:
-            error, _ = self.ledger.estimates.ask(site, self.now, choice.name, device, state, torch.compiler.is_compiling())
-        params = self.on_device(params, device)
-        return Settled(choice, None, choice.patch, params, layout, length=layout.length, error=error)
-
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if torch.compiler.is_compiling() or module is not self.root:
             return
@@ -374,9 +324,9 @@ class EncoderHost(Answering, Host):
         if isinstance(record.settled.patch, Within) and blocked is None and mask is None:
             return self._answer(record, record.settled, (q, k, v), None, scale, dense)
         pieces, valid, reason = self._taken(record.site, q, mask, blocked)
-        found = [self._settled(record, piece.layout, q.device) for piece in pieces]
+        found = [self.settled_in(self._here.brought, record.site, piece.layout, q.device) for piece in pieces]
         if not any(here.patch for here in found):
-            here = found[0] if found else self._left(record.site, reason)
+            here = found[0] if found else self.left_dense(record.site, reason)
             return self._answer(record, here, (q, k, v), None, scale, dense)
         if pieces[0].whole:
             return self._answer(record, found[0], (q, k, v), valid, scale, dense)
@@ -403,17 +353,12 @@ class EncoderHost(Answering, Host):
         call = None if here.patch is None else AttentionCall(*qkv, mask, scale_of(q, scale), dense, error=here.error)
         return self.answer(record, here, q, call, here.reason, dense, clocked)
 
-    def _left(self, site: Site, reason: str | None) -> Settled:
-        """What is settled where nothing but dense attention can run. Where a rule names the call, why is counted."""
-        choice = self.decide(site, None, self.now)
-        return Settled(choice, reason if choice.chosen else None)
-
     def _taken(
         self, site: Site, q: Tensor, mask: Any, blocked: str | None
     ) -> tuple[tuple[Piece, ...], Tensor | None, str | None]:
         """The pieces of a call and which keys of theirs may be read, bool (B, S); or none, and why."""
         brought = self._here.brought
-        reason = blocked or self._obstacle(q)
+        reason = blocked or asks_for_gradients(self.root, q)
         if reason is None and brought is None:
             reason = f"{type(self.root).__name__} itself was not called in this thread"
         if reason is None and brought is not None:
@@ -438,17 +383,6 @@ class EncoderHost(Answering, Host):
                 return (), None, "its mask does not say what its spatial_shapes say"
         return pieces, None, None
 
-    def _obstacle(self, q: Tensor) -> str | None:
-        """Why no patch can answer now, or None."""
-        if torch.is_grad_enabled() and q.requires_grad:
-            if self.root.training:
-                raise UnsupportedError(
-                    f"{type(self.root).__name__} is in training mode and gradients are asked for, but accelplug is for inference. Call "
-                    ".eval() and run under torch.no_grad(), or remove the plug to train."
-                )
-            return "gradients are asked for; run under torch.no_grad()"
-        return None
-
     # ------------------------------------------------------------------------------------------------------- reports
 
     def collect(self) -> None:
@@ -464,10 +398,6 @@ class EncoderHost(Answering, Host):
         """Modules that a rule names, whose attention never came by."""
         return [r.site.module for r in self.named if r.latest.choice.patch is not None and not r.routed]
 
-    def placed(self) -> list[Placed]:
-        """What runs where, in this thread's forward or the latest one."""
-        return [record.placed(record.site) for record in self.records]
-
     def compiled(self) -> list[str]:
         """What ran in compiled code, where calls are not counted."""
         traced = Counter(r.latest.choice.name if r.latest.patch is not None else "dense" for r in self.records if r.traced)
@@ -480,17 +410,6 @@ class EncoderHost(Answering, Host):
     def share_of(self, verdict: Verdict) -> float | None:
         """Share in a forward of the calls that a verdict is about; None where none was measured."""
         return self.meter.share_of(verdict)
-
-    @property
-    def held(self) -> frozenset[int | None]:
-        """Numbers of the rules that have held somewhere."""
-        return frozenset(self._held)
-
-    @property
-    def seen(self) -> RunFacts:
-        """What forwards came by so far, for rules to be held against."""
-        layouts = {record.latest.layout for record in self.records if record.latest.layout is not None}
-        return RunFacts(None, frozenset(self.passed.branches), frozenset(layouts))
 
 
 def facts_of_tower(tower: Any, model: Any = None) -> ModelFacts:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,34 +26,28 @@ from torch.overrides import TorchFunctionMode
 from accelplug.call import AttentionCall, Clock, Layout, Site
 from accelplug.errors import UnsupportedError
 from accelplug.families.geometry import KNOWN_ALTERNATIONS, Alternation, alternation_of
-from accelplug.hosts.answering import Answering
+from accelplug.hosts.answering import AnsweringByForward, OneForward, asks_for_gradients
 from accelplug.hosts.host import Host, Setup
-from accelplug.hosts.placement import Placed
 from accelplug.hosts.rebind import dense_sdpa
-from accelplug.hosts.run import Passed
-from accelplug.hosts.site import Settled, SiteRecord, scale_of
+from accelplug.hosts.site import SiteRecord, scale_of
 from accelplug.hosts.undo import Undo
 from accelplug.kernels.frames import frame_by_frame, specials_first
-from accelplug.recipe import ModelFacts, RunFacts
+from accelplug.recipe import ModelFacts
 
 
 @dataclass(eq=False)
-class Glimpse:
+class Glimpse(OneForward):
     """What one forward was given to see, and what was settled for it.
 
     Attributes
     ----------
     pictures : B * S, of all frames of all scenes.
     rows, columns : patches of a picture.
-    states : what patches keep, by attention module; "" has what all share.
-    settled : what runs, by attention module and layout.
     """
 
     pictures: int
     rows: int
     columns: int
-    states: dict[str, dict[str, Any]] = field(default_factory=dict)
-    settled: dict[tuple[str, Layout], Settled] = field(default_factory=dict)
 
 
 class _SeenHere(threading.local):
@@ -63,7 +57,7 @@ class _SeenHere(threading.local):
         self.seen: Glimpse | None = None
 
 
-class GeometryHost(Answering, Host):
+class GeometryHost(AnsweringByForward, Host):
     """One geometry transformer with the attention of some global layers answered by patches.
 
     Parameters
@@ -125,9 +119,8 @@ class GeometryHost(Answering, Host):
         return [] if family is None else [cls(root, family, setup)]
 
     def __init__(self, root: Any, family: Alternation, setup: Setup) -> None:
-        super().__init__(setup.ledger, setup.gate)
-        self.root, self.family = root, family
-        self.decide, self.check_rules = setup.decide, setup.check_rules
+        super().__init__(root, setup)
+        self.family = family
         numbers = family.global_blocks(root)
         blocks = getattr(root, family.blocks)
         self.skipped: dict[str, str] = {}
@@ -148,12 +141,7 @@ class GeometryHost(Answering, Host):
         ]
         self.named = [record for record in self.records if self.decide(record.site, None, Clock()).chosen]
         """The attention modules that rules name."""
-        self.passed = Passed()
-        self._held: set[int | None] = set()
         self._here = _SeenHere()
-
-    # What `SiteRecord` asks of a host.
-    outer_mask = text_apart = exchanging = False
 
     @property
     def special(self) -> int:
@@ -204,24 +192,6 @@ class GeometryHost(Answering, Host):
             )
         return layout
 
-    def _settled(self, site: Site, layout: Layout, device: torch.device) -> Settled:
-        """Ask the recipe and its patch what runs at a module for tokens that lie so; once a forward."""
-        seen = self._here.seen
-        if seen is None:
-            return Settled(self.decide(site, layout, self.now))
-        key = site.module, layout
-        if key not in seen.settled:
-            choice = self.decide(site, layout, self.now)
-            self._held.add(choice.rule)
-            params, reason = None, choice.reason
-            if choice.patch is not None:
-                state = seen.states.setdefault(site.module, {"shared": seen.states.setdefault("", {})})
-                params = choice.patch.prepare(site, layout, self.now, state)
-                params, reason = (None, params) if isinstance(params, str) else (self.on_device(params, device), None)
-            patch = None if params is None else choice.patch
-            seen.settled[key] = Settled(choice, reason, patch, params, layout, length=layout.length)
-        return seen.settled[key]
-
     def attend(
         self,
         record: SiteRecord,
@@ -236,12 +206,12 @@ class GeometryHost(Answering, Host):
         """Answer one attention call of `record`; tensors (B, H, S, D), frame by frame."""
         assert isinstance(record, GeometryRecord)
         record.routed = True
-        layout = blocked or self._obstacle(q, mask) or self.layout(q)
+        masked = None if mask is None else "its attention has a mask"
+        layout = blocked or asks_for_gradients(self.root, q) or masked or self.layout(q)
         if isinstance(layout, str):
-            choice = self.decide(record.site, None, self.now)
-            here = Settled(choice, layout if choice.chosen else None)
+            here = self.left_dense(record.site, layout)
         else:
-            here = self._settled(record.site, layout, q.device)
+            here = self.settled_in(self._here.seen, record.site, layout, q.device)
         record.settled = here
         if here.reason is not None:
             self.ledger.fell_back(record.site.module, here.reason)
@@ -249,21 +219,10 @@ class GeometryHost(Answering, Host):
             return self.answer(record, here, q, None, here.reason, dense, None)
         parts = layout.grid_thw[0], layout.special
         q, k, v = (specials_first(x, *parts) for x in (q, k, v))
-        call = AttentionCall(q, k, v, None, scale_of(q, scale), dense_sdpa(q, k, v, scale=scale))
+        call = AttentionCall(q, k, v, None, scale_of(q, scale), dense_sdpa(q, k, v, scale=scale), error=here.error)
         return frame_by_frame(
             self.answer(record, here, q, call, None, lambda: specials_first(dense(), *parts), None), *parts
         )
-
-    def _obstacle(self, q: Tensor, mask: Any) -> str | None:
-        """Why no patch can answer now, or None."""
-        if torch.is_grad_enabled() and q.requires_grad:
-            if self.root.training:
-                raise UnsupportedError(
-                    f"{type(self.root).__name__} is in training mode and gradients are asked for, but accelplug is for inference. Call "
-                    ".eval() and run under torch.no_grad(), or remove the plug to train."
-                )
-            return "gradients are asked for; run under torch.no_grad()"
-        return None if mask is None else "its attention has a mask"
 
     # ------------------------------------------------------------------------------------------------------- reports
 
@@ -277,21 +236,6 @@ class GeometryHost(Answering, Host):
     def unrouted(self) -> list[str]:
         """Modules that a rule names, whose attention never came by: they call no ``scaled_dot_product_attention``."""
         return [record.site.module for record in self.named if not record.routed]
-
-    def placed(self) -> list[Placed]:
-        """What runs where, in this thread's forward or the latest one."""
-        return [record.placed(record.site) for record in self.records]
-
-    @property
-    def held(self) -> frozenset[int | None]:
-        """Numbers of the rules that have held somewhere."""
-        return frozenset(self._held)
-
-    @property
-    def seen(self) -> RunFacts:
-        """What forwards came by so far, for rules to be held against."""
-        layouts = {record.latest.layout for record in self.records if record.latest.layout is not None}
-        return RunFacts(None, frozenset(self.passed.branches), frozenset(layouts))
 
 
 @dataclass(eq=False)
