@@ -126,6 +126,14 @@ class Denoiser(Case):
         return out
 
 
+class Guided(Denoiser):
+    """A pipeline whose denoiser is called twice a step, the second time from the middle on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recipe = {"rules": [{"patch": "headhunter", "with": {"heads": [[1, 0]]}}]}
+
+
 class Language(Case):
     """A vision-language model whose patch reads the prompt a second time without its images."""
 
@@ -150,7 +158,8 @@ class Generating(Case):
 
 
 def case_of(name: str, processor: Any) -> Case:
-    return {"denoiser": Denoiser, "language": Language, "generating": lambda: Generating(processor)}[name]()
+    cases = {"denoiser": Denoiser, "guided": Guided, "language": Language, "generating": lambda: Generating(processor)}
+    return cases[name]()
 
 
 def calls_of(case: Case) -> list[str]:
@@ -194,7 +203,7 @@ ON_AND_OFF = (
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # faults in generators that are thrown away
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "guided"])
 def test_a_fault_at_any_call_leaves_what_one_remove_restores(name: str, processor: Any) -> None:
     """Some of the calls, in even strides: all of them hold, and take minutes."""
     case = case_of(name, processor)

@@ -85,6 +85,16 @@ def test_the_kernel_that_reads_everything_is_dense() -> None:
         torch.testing.assert_close(run_once(model, inputs), dense, rtol=1e-3, atol=1e-4)
 
 
+def test_what_is_repaired_says_its_error() -> None:
+    model, inputs = built()
+    settings = {**SELECTED["rows"], "repair": "output_query", "probes": 8}
+    with accelplug.apply(model, recipe("rows", settings), gate="off", strict=True) as plug:
+        run_once(model, inputs)
+        report = plug.report()
+    assert 0 < report.errors["rows"].median < 1
+    assert not report.unestimated
+
+
 def test_under_autocast_queries_keys_and_values_have_one_dtype() -> None:
     """VGGT's own scripts run it so: its norms leave queries and keys in float32."""
     model, inputs = built()

@@ -6,10 +6,13 @@ import base64
 import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from accelplug import files
 
 SHEET, EDGE, GAP = 1600, 40, 16
 """Pixels: width of a figure, of its margin, and between what stands side by side."""
@@ -271,3 +274,21 @@ def _layer_ticks(draw: ImageDraw.ImageDraw, layers: Sequence[int], left: int, pi
     for i in range(0, len(layers), max(1, math.ceil(34 / pitch))):
         _text(draw, (left + (i + 0.5) * pitch, TITLES + HIGH + 8), str(layers[i]), 17, SOFT, "ma")
     _text(draw, (left + len(layers) * pitch / 2, TITLES + HIGH + 34), "layer", 17, SOFT, "ma")
+
+
+class Drawn:
+    """A result that draws itself; a subclass says how, by `figures`."""
+
+    def figures(self) -> list[Image.Image]:
+        """Return what is drawn of it."""
+        raise NotImplementedError
+
+    def to_png(self, path: str | Path) -> Path:
+        """Write `figures`, one under another.
+
+        Raises
+        ------
+        AccelplugError
+            If it cannot be written.
+        """
+        return files.write(path, stacked(self.figures()))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from accelplug import compat, files, show
+from accelplug import compat, show
 from accelplug.errors import AccelplugError, UnsupportedError
 from accelplug.hosts.clips import clip_of
 from accelplug.hosts.diffusers import DenoiserHost
@@ -36,7 +35,7 @@ HEADS_STYLE = """
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HeadsInspection(Shown):
+class HeadsInspection(drawing.Drawn, Shown):
     """What guidance away from each head makes of one picture. Prints as a table; draws itself.
 
     Attributes
@@ -92,16 +91,6 @@ class HeadsInspection(Shown):
         pictures = drawing.pictures_figure(self.heading, self.said, [self.picture, *self.pictures], self._names())
         moved = "How far each head moves the picture", "Root mean square, in levels of 255.", self.grid()
         return [pictures, drawing.heads_figure(range(len(self.grid())), moved)]
-
-    def to_png(self, path: str | Path) -> Path:
-        """Write `figures`, one under another.
-
-        Raises
-        ------
-        AccelplugError
-            If it cannot be written.
-        """
-        return files.write(path, drawing.stacked(self.figures()))
 
     def page(self) -> str:
         """Return one self-contained HTML page: the picture without guidance, those of all heads, and how far each is moved."""

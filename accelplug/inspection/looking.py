@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from accelplug import files
 from accelplug.inspection import drawing
 from accelplug.inspection.page import looking_page
 from accelplug.kernels.vision import outliers
@@ -34,7 +32,7 @@ EXPLAINED = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class VlmInspection(Shown):
+class VlmInspection(drawing.Drawn, Shown):
     """Where a vision-language model looks when it is about to answer. Prints as tables; draws itself.
 
     Means are over the rows of the batch that show an image. L counts the layers whose attention can be entered, H query heads.
@@ -196,16 +194,6 @@ class VlmInspection(Shown):
         held = super().to_dict()
         del held["pictures"]
         return {**held, "vas_mean": jsonable(self.vas_mean), "outliers": jsonable(self.outliers)}
-
-    def to_png(self, path: str | Path) -> Path:
-        """Write `figures`, one under another.
-
-        Raises
-        ------
-        AccelplugError
-            If it cannot be written.
-        """
-        return files.write(path, drawing.stacked(self.figures()))
 
     def page(self) -> str:
         """Return one self-contained HTML page: what was asked, maps on the pictures, attention and heads by layer, all figures."""

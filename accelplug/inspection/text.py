@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from accelplug import compat, files
+from accelplug import compat
 from accelplug.call import AttentionCall, Clock, Prompt
 from accelplug.chat import tokenizer_of
 from accelplug.errors import AccelplugError, AlreadyAppliedError, ShapeError, UnsupportedError
@@ -37,7 +36,7 @@ LISTED = 12
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TextInspection(Shown):
+class TextInspection(drawing.Drawn, Shown):
     """Where a language model's heads look in a text, and what draws their attention. Prints as tables; draws itself.
 
     The first row of the inputs is told, without its padding. L counts the layers whose attention can be entered, H query heads, S tokens.
@@ -133,16 +132,6 @@ class TextInspection(Shown):
         )
         shown = ([panel for panel in pair if panel[2].any()] for pair in pairs)
         return [drawing.heads_figure(self.layers, *panels) for panels in shown if panels]
-
-    def to_png(self, path: str | Path) -> Path:
-        """Write `figures`, one under another.
-
-        Raises
-        ------
-        AccelplugError
-            If it cannot be written.
-        """
-        return files.write(path, drawing.stacked(self.figures()))
 
     def _repr_html_(self) -> str:
         shown = "".join(f'<img style="max-width:100%" src="{drawing.inlined(figure)}">' for figure in self.figures())
