@@ -54,6 +54,8 @@ TOWER = {"llava"}
 """Families whose vision tower has a class token and one image token a patch, which imbalance needs."""
 STEPS = 4
 CLOSE: dict[str, Any] = {"atol": 5e-6, "rtol": 0.0}
+NEVER = -1e30
+"""Logits of words that a model never says are the least that its dtype has: no less counts."""
 
 
 def llava_mistral() -> Any:
@@ -99,7 +101,7 @@ def answered(model: Any, given: Inputs, **how: Any) -> tuple[Tensor, Tensor]:
     logits = torch.stack(out.logits, 1)
     if how.get("num_beams", 1) > 1:
         logits = logits[out.beam_indices, torch.arange(logits.shape[1])]
-    return out.sequences, logits.double()
+    return out.sequences, logits.double().clamp(min=NEVER)
 
 
 def patched(
@@ -153,9 +155,12 @@ def hold(
     close: dict[str, Any] = {"atol": 2e-5, "rtol": 0.0} if eager else CLOSE
     model.config.get_text_config()._attn_implementation = attention
     with patched(model, patch, config, layers):
-        prompt = forward(model, given)
+        prompt = forward(model, given).clamp(min=NEVER)
         ids, steps = answered(model, given, **how)
-    expected, stock = oracle.answer(method(patch, config), given, ids, range(*layers)), oracle.answer(Method(), given, ids)
+    expected, stock = (
+        oracle.answer(*way, given, ids, *where).clamp(min=NEVER)
+        for way, where in (((method(patch, config),), (range(*layers),)), ((Method(),), ()))
+    )
     asked, valid = given["input_ids"].shape[1], given["attention_mask"].bool()
     torch.testing.assert_close(prompt[valid].double(), expected[:, :asked][valid], **close)
     torch.testing.assert_close(steps, expected[:, asked - 1 : -1], **close)

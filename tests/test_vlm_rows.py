@@ -13,48 +13,51 @@ import transformers as hf
 
 import accelplug
 from accelplug import compat
-from accelplug.errors import RecipeError
+from accelplug.errors import NoMatchError, RecipeError
 from accelplug.families import pixels, vlm
 from accelplug.families.unsupported import UNSUPPORTED_VLMS
 from accelplug.families.vlm import vlm_of
 from accelplug.families.vlms import KNOWN_VLMS
 from accelplug.patches.heads.visual_bias import VisualBias
-from accelplug.testing.language_models import forward
+from accelplug.testing.language_models import TEXT_CONFIG, forward
 from tests.eager_oracle import Oracle
 from tests.test_oracle import CLOSE, WORKING, double, hold, method, patched, sharpened
 from tests.tiny_language_models import VLM, build, right_padded
-from tests.tiny_vlms import TINY
+from tests.tiny_vlms import TINY, Tiny
+from tests.tiny_vlms_brief import BRIEF
 
 HEADS, FEW = [patch for patch in WORKING if patch != "imbalance"], ["visual_bias", "gift"]
 LEFT_OUT = {("var", "gemma4"), ("vhr", "gemma4")}
 """Its layers that read the keys of others are given the last rows of a prompt alone: see test_other_readers."""
-THERE = [name for name, row in TINY.items() if hasattr(hf, row.cls)]
+ALL: dict[str, Tiny] = TINY | BRIEF
+THERE = [name for name, row in ALL.items() if hasattr(hf, row.cls)]
 NEWEST = compat.versions.installed("transformers") == compat.versions.TESTED["transformers"][-1]
 
 
 @cache
 def sharp(name: str) -> Any:
     """A tiny model in float64 whose heads look at some tokens and not at others."""
-    return sharpened(TINY[name].build())
+    return sharpened(ALL[name].build())
 
 
 def settings(patch: str, name: str) -> dict[str, Any]:
-    return dict(TINY[name].knobs.get(patch, {}))
+    return dict(ALL[name].knobs.get(patch, {}))
 
 
 def pairs() -> Iterator[tuple[str, str]]:
-    """All head patches where a language model is seen first, two of them where only what it is given images by is new."""
+    """All head patches where a language model is seen first, two of them where only what it is given images by is new; or one."""
     seen = {"llama", "qwen2", "qwen3", "qwen3_vl_text"}  # by the tests of the oracle and of the host
     for name in THERE:
-        kind = TINY[name].text.get("model_type")
-        yield from ((patch, name) for patch in (FEW if kind in seen else HEADS) if (patch, name) not in LEFT_OUT)
+        kind = ALL[name].text.get("model_type")
+        tried = FEW[:1] if name in BRIEF else FEW if kind in seen else HEADS
+        yield from ((patch, name) for patch in tried if (patch, name) not in LEFT_OUT)
         seen |= {kind} if kind is not None else set()
 
 
 @pytest.mark.parametrize(("patch", "name"), list(pairs()))
 def test_every_patch_on_every_class(patch: str, name: str) -> None:
     """A batch padded on the left, whose second row shows two images, and two steps of its answer."""
-    hold(sharp(name), patch, TINY[name].inputs(), settings(patch, name), max_new_tokens=2)
+    hold(sharp(name), patch, ALL[name].inputs(), settings(patch, name), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("name", THERE)
@@ -66,7 +69,7 @@ def test_images_are_told_apart_and_padding_may_be_on_the_right(name: str, monkey
         return own(self, site, layout, *more)
 
     monkeypatch.setattr(VisualBias, "prepare", prepare)
-    model, given = sharp(name), double(TINY[name].inputs())
+    model, given = sharp(name), double(ALL[name].inputs())
     moved, valid = right_padded(given), right_padded(given)["attention_mask"].bool()
     with patched(model, "visual_bias"):
         found = forward(model, moved)
@@ -74,17 +77,17 @@ def test_images_are_told_apart_and_padding_may_be_on_the_right(name: str, monkey
     assert images[0].amax(-1).tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("name", [name for name in THERE if TINY[name].videos is not None])
+@pytest.mark.parametrize("name", [name for name in THERE if ALL[name].videos is not None])
 def test_videos(name: str) -> None:
     """Alone, and beside an image where a prompt may have both."""
     second = (2, "V", 2, "V", 4) if name.startswith("glm") else (2, "I", 3, "V", 5)
-    hold(sharp(name), "visual_bias", TINY[name].inputs(((3, "V", 6), second)), max_new_tokens=2)
+    hold(sharp(name), "visual_bias", ALL[name].inputs(((3, "V", 6), second)), max_new_tokens=2)
 
 
 def test_classes_are_what_the_rows_say() -> None:
     """Every row is a class that is known, every class that is known is tried here or in the oracle's tests, and no other is refused."""
     known = {cls for family in KNOWN_VLMS for cls in family.classes}
-    tried = {row.cls for row in TINY.values()} | {type(build(name)).__name__ for name in VLM}
+    tried = {row.cls for row in ALL.values()} | {type(build(name)).__name__ for name in VLM}
     assert tried == known
     assert not known & set(UNSUPPORTED_VLMS)
 
@@ -108,6 +111,17 @@ def test_a_layer_without_attention_has_no_gaze() -> None:
     for read, enhance, message in ((2, [3, 4], "no attention: it has that in layers 1, 3"), (1, [2, 3], "layers 2 to 2")):
         with pytest.raises(RecipeError, match=message):
             accelplug.apply(model, {"patch": "gift", "with": {"saliency_layer": read, "enhance": enhance}})
+
+
+@pytest.mark.skipif(not hasattr(hf, "DeepseekV32Config"), reason="this transformers has no sparse attention of DeepSeek's")
+def test_attention_that_knows_functions_by_name_is_left_alone() -> None:
+    """DeepSeek's sparse attention hides keys under eager and sdpa alone: with a patch in between it would read all of them."""
+    more = {"kv_lora_rank": 16, "q_lora_rank": 32, "v_head_dim": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+    experts = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    chosen = {"num_key_value_heads": 4, "index_topk": 4, "index_head_dim": 16, "index_n_heads": 2}
+    model = hf.DeepseekV32ForCausalLM(hf.DeepseekV32Config(**{**TEXT_CONFIG, **more, **experts, **chosen})).eval()
+    with pytest.raises(NoMatchError, match="DeepseekV32Attention chooses keys, and hides the others"):
+        accelplug.apply(model, {"patch": "stream"})
 
 
 @pytest.mark.parametrize("name", ["lfm2_vl", "gemma4", "mistral3"])

@@ -130,6 +130,15 @@ def looks_kernel_up(cls: type) -> bool:
     return code is not None and "get_interface" in code.co_names
 
 
+def masks_by_name(cls: type) -> bool:
+    """Whether an attention class hides keys of its own choice under transformers' eager and sdpa functions alone, by their names.
+
+    Sparse attention of DeepSeek's kind does: any other function is told which keys to read, and must see to it.
+    """
+    code = getattr(inspect.unwrap(inspect.getattr_static(cls, "forward")), "__code__", None)
+    return code is not None and ("eager", "sdpa") in code.co_consts
+
+
 def attention_name(config: Any) -> str:
     """Return which attention function a model is set to use."""
     return config._attn_implementation or "eager"

@@ -159,6 +159,11 @@ class LanguageHost(Host):
             if not compat.transformers.looks_kernel_up(type(module)):
                 self.skipped[path] = f"{type(module).__name__} does not ask transformers for its attention function"
                 continue
+            if compat.transformers.masks_by_name(type(module)):
+                self.skipped[path] = (
+                    f"{type(module).__name__} chooses keys, and hides the others under eager and sdpa attention alone"
+                )
+                continue
             cross = compat.transformers.crosses(type(module))
             if cross:
                 self.skipped[path] = f"{type(module).__name__} reads keys that are not tokens of the prompt"
@@ -172,8 +177,8 @@ class LanguageHost(Host):
         if not records:
             raise NoMatchError(
                 f"{type(self.model).__name__} has no attention that can be entered: expected modules with layer_idx, config and "
-                f"num_key_value_groups that call transformers' attention interface, found {len(modules)} such modules, of which "
-                f"{len(self.skipped)} do not call it."
+                f"num_key_value_groups that call transformers' attention interface, found {len(modules)} such modules"
+                f"{''.join(f', and {reason}' for reason in dict.fromkeys(self.skipped.values()))}."
             )
         self._require_sight(records)
         self._check(records)

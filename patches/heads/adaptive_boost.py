@@ -14,7 +14,9 @@ them. Rows without an image are left alone.
 The stock logits decide, ahead of what ``generate`` does to them. Beams and drafts are refused, since no forward tells which row goes
 on with which; an answer without a cache, labels and compiled steps run dense, and are counted.
 
-Experimental. What it does depends on the sign of scores, as in `pai`.
+What it does depends on the sign of scores, as in `pai`.
+
+Experimental. On the bundled model, one small model of coloured shapes, it made no difference that shows.
 """
 
 from __future__ import annotations

@@ -16,11 +16,13 @@ Behind the newest row there is nothing, and so it has no registers. Here rows of
 them, and an answer reads what became of that. The released code has no cache and reads all tokens anew for each: rows of the answer get
 registers too as it grows, and those of the prompt more. That is ``answer_rows: true`` with ``generate(use_cache=False)``.
 
-Padding is no register. Where images are read both ways, registers stand beside what a row may read. Prompts without an image are left
+Padding makes none. Where images are read both ways, registers stand beside what a row may read. Prompts without an image are left
 alone. A new turn needs a new cache.
 
-Experimental. Not measured. What registers take depends on the size of scores, which the softmax does not know: a constant that is added
-to all scores of a row changes nothing there, and here it does.
+What registers take depends on the size of scores, which the softmax does not know: a constant that is added to all scores of a row
+changes nothing there, and here it does.
+
+Experimental. On the bundled model, one small model of coloured shapes, it made no difference that shows.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
     from accelplug.call import AttentionCall, Clock, Prompt, Site
 
-ROWS_AT_ONCE = 128
+SCORED_AT_ONCE = 128
 """Rows whose scores are held at a time."""
 
 
@@ -100,7 +102,9 @@ class FarSight(Patch):
         behind, along = (x[:, None, -queries:].to(out.device) for x in (params.behind, params.along))  # [B, 1, S_q]
         rate = self.config.sigma * (1 - self.config.fade * along) + slope[:, None]
         registers = log_registers(rate, behind) + math.log(self.config.strength)  # [B, H, S_q]
-        own = torch.cat([self._own(call, rows) for rows in torch.arange(queries, device=out.device).split(ROWS_AT_ONCE)], -1)
+        own = torch.cat(
+            [self._own(call, rows) for rows in torch.arange(queries, device=out.device).split(SCORED_AT_ONCE)], -1
+        )
         gain = torch.where(behind > 0, torch.sigmoid(own - registers), 1.0)
         return (out * gain[..., None]).to(out.dtype)
 
