@@ -84,13 +84,13 @@ def table(title: str, *headings: str, names: bool = True, **more: Any) -> Table:
 
 
 def as_text(renderable: Any) -> str:
-    """Render as plain text, without a line's end."""
+    """Render as plain text, without spaces at the ends of lines."""
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=TEXT_WIDTH, **AS_DATA)
     with console.capture() as capture:
         console.print(renderable)
-    return capture.get().rstrip("\n")
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n"))
 
 
 def as_html(renderable: Any) -> str:

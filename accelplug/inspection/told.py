@@ -17,7 +17,9 @@ def recipes_told(touched: Mapping[str, str], summaries: Mapping[str, str]) -> Ta
     """Return the recipes that match a model, by full name, with what each touches and what it does."""
     if not touched:
         return NO_RECIPE
-    told = table("recipes that match this model", "recipe", "touches", "what it does")
+    from rich.box import SIMPLE_HEAD
+
+    told = table("recipes that match this model", "recipe", "touches", "what it does", box=SIMPLE_HEAD)
     for name, sites in touched.items():
         told.add_row(name, sites, summaries.get(name, ""))
     return told
