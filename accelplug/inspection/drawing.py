@@ -276,7 +276,7 @@ def _layer_ticks(draw: ImageDraw.ImageDraw, layers: Sequence[int], left: int, pi
     _text(draw, (left + len(layers) * pitch / 2, TITLES + HIGH + 34), "layer", 17, SOFT, "ma")
 
 
-class Drawn:
+class DrawsItself:
     """A result that draws itself; a subclass says how, by `figures`."""
 
     def figures(self) -> list[Image.Image]:

@@ -35,7 +35,7 @@ HEADS_STYLE = """
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HeadsInspection(drawing.Drawn, Shown):
+class HeadsInspection(drawing.DrawsItself, Shown):
     """What guidance away from each head makes of one picture. Prints as a table; draws itself.
 
     Attributes

@@ -32,7 +32,7 @@ EXPLAINED = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class VlmInspection(drawing.Drawn, Shown):
+class VlmInspection(drawing.DrawsItself, Shown):
     """Where a vision-language model looks when it is about to answer. Prints as tables; draws itself.
 
     Means are over the rows of the batch that show an image. L counts the layers whose attention can be entered, H query heads.

@@ -36,7 +36,7 @@ LISTED = 12
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TextInspection(drawing.Drawn, Shown):
+class TextInspection(drawing.DrawsItself, Shown):
     """Where a language model's heads look in a text, and what draws their attention. Prints as tables; draws itself.
 
     The first row of the inputs is told, without its padding. L counts the layers whose attention can be entered, H query heads, S tokens.
