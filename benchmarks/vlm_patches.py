@@ -29,7 +29,7 @@ from accelplug.comparison.outcome import Outcome, hold_against_stock
 from accelplug.comparison.rows import STOCK_ROW, Variant
 from accelplug.comparison.vlm import Examiner, VlmComparison
 from accelplug.inspection.looking import VlmInspection
-from accelplug.recipe import named
+from accelplug.recipe import named, read_file, shipped_files
 from accelplug.zoo import path, scenes
 from benchmarks.common import RESULTS
 from benchmarks.hallucinating_heads import hallucinating_heads
@@ -115,7 +115,8 @@ def recipe(file: str, name: str, **more: Any) -> dict[str, Any]:
 
 def variants(file: str, missing: dict[str, str], heads: list[list[int]]) -> list[Variant]:
     """All patches that can be tested here, and the controls; `heads` : those that hallucinate, [layer, head] each, or none."""
-    rows = [Variant(name, recipe(file, name)) for name in PATCHES if name not in missing]
+    shipped = read_file(shipped_files()[file]).recipes  # imbalance is for towers with a class token alone
+    rows = [Variant(name, recipe(file, name)) for name in PATCHES if name in shipped and name not in missing]
     rows += [Variant("adhh", {"patch": "adhh", "with": {"heads": heads}})] if heads else []
     if "vhr" not in missing:
         rows.append(Variant("vhr, gain 3", recipe(file, "vhr", gain=3.0)))

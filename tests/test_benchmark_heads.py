@@ -1,4 +1,4 @@
-"""benchmarks.hallucinating_heads: what it tells of a head is what leaving it out does, to first order."""
+"""benchmarks.hallucinating_heads and vlm_patches: what is told of a head is what leaving it out does, and rows are recipes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from accelplug.comparison.exam import Exam
 from accelplug.testing.language_models import forward
 from benchmarks.hallucinating_heads import influence, mentions, weighed
+from benchmarks.vlm_patches import variants
 from tests.tiny_language_models import build, inputs
 
 
@@ -45,3 +46,10 @@ def test_a_mention_is_told_at_the_token_that_its_word_begins_with() -> None:
     text = f"a {there} and {absent}"
     found = list(mentions(_Letters(), list(map(ord, text)), exam, key))
     assert found == [(2, True), (len(text) - len(absent), False)]
+
+
+def test_every_row_of_the_table_is_a_recipe_that_its_file_has() -> None:
+    for file, more in (("vlm", set()), ("llava-scenes", {"imbalance"})):
+        rows = {row.name for row in variants(file, {"var": "no image token is a sink"}, [[0, 1]])}
+        assert rows >= {"adhh", "ilvad", "farsight", *more}
+        assert "var" not in rows
