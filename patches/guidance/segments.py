@@ -20,8 +20,8 @@ In models with a text refiner (HunyuanVideo) the refiner still mixes the texts: 
 in one vector is the mean over the prompts.
 
 Experimental. The paper trains CogVideoX with this mask, in two stages; here nothing is trained. On the bundled model, with two captions for
-17 frames, the detector finds both captions in their spans in 8 of 10 pairs, and in none with one caption or both as one
-(`benchmarks/segments.py`); where colour, kind and direction change at once it found the first alone. One tiny model: try it on yours.
+17 frames, the detector finds both captions in their spans in 9 of 12 pairs, and in none with one caption or both as one
+(`benchmarks/segments.py`); where colour, kind and direction change at once, in 1 of 3. One tiny model: try it on yours.
 """
 
 from __future__ import annotations
