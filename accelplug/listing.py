@@ -10,6 +10,8 @@ from itertools import groupby
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
+
 from accelplug.errors import NoMatchError, nearest
 from accelplug.recipe import Recipe, RecipeInfo, list_recipes, read_file
 from accelplug.registry import PatchEntry, list_patches, patch_class
@@ -43,7 +45,8 @@ def models() -> Table:
     alike: dict[str, list[str]] = {}
     for model, names in listed.items():
         alike.setdefault(", ".join(_by_kind(names, listed)), []).append(model)
-    found, width = table("", "model", "recipes (the first: default)", caption=MARKS), max(map(len, listed))
+    found = table("", "model", "recipes (the first: default)", caption=MARKS, box=SIMPLE_HEAD, show_edge=False)
+    width = max(map(len, listed))
     for recipes, those in alike.items():
         found.add_row("\n".join(wrap(", ".join(those), width, break_on_hyphens=False)), recipes)
     return found
