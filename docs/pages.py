@@ -452,6 +452,41 @@ def density(name: str, shown: dict[str, str]) -> str:
     return curves(results(name)["rows"], shown)
 
 
+def vlm_patches(name: str) -> str:
+    """What patches made of a vision-language model's answers, beside the stock one and controls."""
+
+    def percent(share: float | None) -> str:
+        return "" if share is None else f"{100 * share:.1f}"
+
+    def moved(delta: Mapping[str, float] | None) -> str:
+        value, low, high = (f"{round(100 * delta[key], 1) + 0:+.1f}" if delta else "" for key in ("value", "low", "high"))
+        return f"{value} ({low} to {high})" if delta else ""
+
+    def plain(figure: float | None, digits: str) -> str:
+        return "" if figure is None else f"{figure:{digits}}".replace("0.", ".")
+
+    lines = []
+    for row in results(name)["rows"]:
+        asked, told, p = row["pope"]["adversarial"], row["chair"], row["holm_p"]
+        lines.append(
+            (
+                f"*{row['name']}*" if row["kind"] == "control" else row["name"].replace("dense", "stock"),
+                percent(asked["hallucination_rate"]),
+                moved(row["hallucination_delta"]),
+                "<.001" if p is not None and p < 0.001 else plain(p, ".2g"),
+                plain(asked["mcc"], ".3f"),
+                plain((row["matched_offset"] or {}).get("mcc"), ".3f"),
+                plain(asked["yes_ratio"], ".2f"),
+                percent(told["chair_i"]),
+                moved(row["chair_i_delta"]),
+                plain(told["recall"], ".2f"),
+                f"{told['mean_words']:.0f}",
+            )
+        )
+    answers = ("hallucinates, %", "to stock, points (95 %)", "p", "MCC", "shifted threshold", "yes")
+    return table(("", *answers, "CHAIR_I, %", "to stock, points (95 %)", "recall", "words"), lines)
+
+
 def cpu_kernels() -> str:
     """Speed of block attention on a CPU, by the backend that `auto` takes: a row for each size, type and block."""
     cases: dict[tuple[str, str, str], dict[str, str]] = {}
@@ -606,6 +641,10 @@ MADE: Mapping[str, Callable[[], str]] = {
     "cpu kernels": cpu_kernels,
     "repair costs": repair_costs,
     "guidance": guidance,
+    **{
+        f"rows {path.stem}": partial(vlm_patches, path.stem)
+        for path in (ROOT / "benchmarks" / "results").glob("vlm_patches*.json")
+    },
     "density layers": partial(density, "density_layers", {"error": "error"}),
     "density runs": partial(
         density, "density_runs", {"fg_psnr_db": "foreground dB", "psnr_db": "PSNR dB", "agreement": "agreement"}

@@ -13,9 +13,9 @@ Rows without a picture are answered as ever. Both passes of its own are greedy a
 recipe, but without other patches around ``generate``; the answer runs with the arguments that were given. Where the recipe
 has `agla` too, put this one first.
 
-Experimental. On the bundled model, which knows whole pictures of one scale, it made +9.4 points of hallucination
-(95 %: +2.5 to +16.4) and +40 points of CHAIR_I: answers no longer depend on what is asked for. The cut was stretched then to the
-picture's ratio of sides.
+Experimental. On the bundled model, which knows whole pictures of one scale, it made +9.4 points of hallucination (95 %: +2.5 to
++16.4) and +40 points of CHAIR_I: answers no longer depend on what is asked for. The cut was stretched then to the picture's ratio
+of sides. On `llava-smollm2` likewise: +37.7 points of CHAIR_I.
 """
 
 from __future__ import annotations

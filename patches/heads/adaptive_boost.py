@@ -16,7 +16,8 @@ on with which; an answer without a cache, labels and compiled steps run dense, a
 
 What it does depends on the sign of scores, as in `pai`.
 
-Experimental. On the bundled model, one small model of coloured shapes, it made no difference that shows.
+Experimental. On the bundled model, one small model of coloured shapes, it made no difference that shows. On `llava-smollm2`,
+which hallucinates as large models do, neither.
 """
 
 from __future__ import annotations

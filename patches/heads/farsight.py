@@ -22,7 +22,8 @@ alone. A new turn needs a new cache.
 What registers take depends on the size of scores, which the softmax does not know: a constant that is added to all scores of a row
 changes nothing there, and here it does.
 
-Experimental. On the bundled model, one small model of coloured shapes, it made no difference that shows.
+Experimental. On the bundled model, one small model of coloured shapes, it made no difference that shows. On `llava-smollm2` it
+made +3.3 points of hallucination (95 %: +1.4 to +5.6).
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ The gaze is read in a plain pass, as the released code does: in the pass that an
 all that are enhanced, and else in one ahead of it. Which tokens are words of the question, and which of them carry content, the
 tokenizer says; without a processor all text of the question counts, the chat template's too, and a warning says so.
 
-Experimental. On the bundled model, one small model of coloured shapes, it made
-+3.1 points of hallucination (95 %: +1.4 to +4.7), as it was when the first token of an answer was not enhanced in the layer that is
-read, and words were told token by token.
+Experimental. On the bundled model, one small model of coloured shapes, it made +3.1 points of hallucination (95 %: +1.4 to +4.7),
+as it was when the first token of an answer was not enhanced in the layer that is read, and words were told token by token. On
+`llava-smollm2` answers do not differ, and descriptions name less.
 """
 
 from __future__ import annotations

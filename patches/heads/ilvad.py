@@ -16,8 +16,9 @@ The released code writes the cut of w back at every layer, so that it goes on cu
 and ``generate``: two answers, one of them short; a forward by itself is the stock model's. Beams and drafts are refused, a compiled step
 runs dense, and is counted.
 
-Experimental. On the bundled model, one small model of coloured shapes, descriptions grew by half, repeated themselves, and named fewer
-of the things that are there.
+Experimental. On the bundled model, one small model of coloured shapes, descriptions grew by half, repeated themselves, and named
+fewer of the things that are there. On `llava-smollm2` 11.9 points less of hallucination (95 %: -16.1 to -7.8) come of saying
+*no*: a shifted threshold does better.
 """
 
 from __future__ import annotations

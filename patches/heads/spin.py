@@ -6,7 +6,8 @@ layer's heads with the largest is left alone, the others' outputs are multiplied
 to whole heads. The softmax and the spread by which the paper divides change no order. Where no image token can be read, as in a window
 that has left the image behind, all heads are left alone.
 
-Experimental. Watch the share of *yes*: an audit by others saw answers turn to yes nearly always at 0.8 of the heads.
+Experimental. Watch the share of *yes*: an audit by others saw answers turn to yes nearly always at 0.8 of the heads. On
+`llava-smollm2` it made -1.9 points of hallucination (95 %: -3.6 to -0.8), more than a shifted threshold; descriptions name less.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ The paper's p and rho stand the other way round in the released code (its p is t
 No probabilities are stored: with P_c the mass on span c and o_c its part of the output,
 ``o' = o - f o_sinks + f P_sinks / P_rest o_rest`` for the fraction f.
 
-Experimental. Not testable on the bundled model, whose image tokens are not sinks.
+Experimental. Not testable on the bundled model, whose image tokens are not sinks. Nor on `llava-smollm2`, whose only sink is the
+first token.
 """
 
 from __future__ import annotations

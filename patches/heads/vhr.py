@@ -9,8 +9,8 @@ Heads whose VHD and TA both stand out (over mean + standard deviation of the lay
 count as 0. The upper half of a layer's heads by VHD is multiplied by a gain, in every row, for the whole answer. Layers are chosen
 one after the other with the gains of those before in force, in both readings of the prompt.
 
-Experimental. On the bundled model, one small model of coloured shapes, it made
-+2.2 points of hallucination (95 %: +0.8 to +3.9); random heads did better.
+Experimental. On the bundled model, one small model of coloured shapes, it made +2.2 points of hallucination (95 %: +0.8 to +3.9);
+random heads did better. On `llava-smollm2` +14.4 (+10.6 to +18.6), as random heads do.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ counted. VAF's code counts all that stands ahead of the image to the system prom
 
 The papers' Visual Attention Score, mass on images beside mass on the system prompt, is `accelplug.inspect`'s.
 
-Experimental. On the bundled model, one small model of coloured shapes, it made
-no difference in answers, at any of two strengths.
+Experimental. On the bundled model, one small model of coloured shapes, it made no difference in answers, at any of two strengths.
+On `llava-smollm2` neither; as released, on scores, +3.1 points of hallucination (95 %: +1.1 to +5.3).
 """
 
 from __future__ import annotations
