@@ -17,7 +17,8 @@ yourself, (B, (R + 1) x tokens, C), say how many `tokens` a prompt has.
 The paper's other parts, its loop over overlapping crops, its structure prior and its damping of words, are in
 `accelplug.upscale`. What sums up a text in one vector is the mean over the prompts.
 
-Experimental. Nothing was measured with it.
+Experimental. The bundled video model hardly follows boxes that it was not trained on: 1 of 4 captions the other way round, 0 of 4 above
+one another; as trained 3 of 4, where without a patch 2 of 4 are right.
 """
 
 from __future__ import annotations
