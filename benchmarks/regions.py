@@ -26,7 +26,7 @@ from accelplug.comparison.environment import environment, revision
 from accelplug.show import jsonable
 from accelplug.zoo.shapes import HELD_OUT_CAPTIONS, parse
 from benchmarks.common import RESULTS, write_json
-from benchmarks.segments import found
+from benchmarks.segments import found, shares
 from benchmarks.whole_runs import GRIDS, Runner, clip_of
 
 Box = tuple[float, float, float, float]
@@ -52,13 +52,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for boxes, arm in product(BOXES, (CONTROL, *READING)):
         some = [row for row in rows if (row["boxes"], row["arm"]) == (boxes, arm)]
-        shares = (
-            [row["first"]["right"] for row in some],
-            [row["second"]["right"] for row in some],
-            [row["first"]["right"] and row["second"]["right"] for row in some],
-            [row["first"]["shape"] and row["second"]["shape"] for row in some],
-        )
-        yield f"| {boxes} | {arm} | {len(some)} | {' | '.join(f'{np.mean(share):.2f}' for share in shares)} |"
+        yield f"| {boxes} | {arm} | {len(some)} | {shares(some)} |"
 
 
 def measured_before(seed: int) -> list[dict[str, Any]]:

@@ -69,6 +69,14 @@ def found(frames: np.ndarray, caption: str) -> dict[str, Any]:
     }
 
 
+def shares(rows: Sequence[dict[str, Any]]) -> str:
+    """Cells of a table: how often the first, the second and both show their caption, and both but for the direction."""
+    halves = [(row["first"], row["second"]) for row in rows]
+    right = [(first["right"], second["right"], first["right"] and second["right"]) for first, second in halves]
+    shape = [first["shape"] and second["shape"] for first, second in halves]
+    return " | ".join(f"{share:.2f}" for share in (*np.mean(right, 0), np.mean(shape)))
+
+
 def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Shares of the clips whose spans show what their captions say, in Markdown."""
     yield "| change | run | first span | second span | both | both, but for the direction |"
@@ -76,13 +84,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     for change in (*CHANGES, "any"):
         for arm in ARMS:
             some = [row for row in rows if row["arm"] == arm and change in (row["change"], "any")]
-            shares = (
-                [row["first"]["right"] for row in some],
-                [row["second"]["right"] for row in some],
-                [row["first"]["right"] and row["second"]["right"] for row in some],
-                [row["first"]["shape"] and row["second"]["shape"] for row in some],
-            )
-            yield f"| {change} | {arm} | {' | '.join(f'{np.mean(share):.2f}' for share in shares)} |"
+            yield f"| {change} | {arm} | {shares(some)} |"
 
 
 def measured_before(settings: dict[str, Any], seed: int) -> list[dict[str, Any]]:
